@@ -1,0 +1,141 @@
+"""The nouns that data, model and evaluation exchange. Nothing here computes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+IGNORE_PIXEL = 255
+IGNORE_LABEL = -100
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One question and its answer. The answer holds ``[SEG]`` once per mask, ``[REJ]`` for an absent target."""
+
+    question: str
+    answer: str
+
+
+Conversation = tuple[Turn, ...]
+
+
+@dataclass
+class Sample:
+    """One training image with its conversations.
+
+    Attributes:
+        source: where it comes from (``"ReasonSeg|train/0001.jpg"``), for messages.
+        image: [H, W, 3] uint8, RGB.
+        conversations: each sees the image and itself, not its neighbours.
+        masks: [N, H, W] uint8 with 0, 1 and 255 (ignored); one per ``[SEG]``, in the order of the answers.
+        number: the global number of the sample in the mixture; seeds the layer sampling.
+    """
+
+    source: str
+    image: np.ndarray
+    conversations: list[Conversation]
+    masks: np.ndarray
+    number: int = 0
+
+
+@dataclass
+class EvalQuery:
+    """One expression about an image and what it should find.
+
+    Attributes:
+        query_id: unique within its benchmark.
+        text: the expression or question as the dataset has it.
+        masks: [N, H, W] uint8 with 0, 1 and 255; N = 0 when nothing is there (a false premise, no target).
+        is_sentence: a whole question (ReasonSeg's long queries) rather than a phrase.
+        meta: what reports group by (``{"family": "relation"}``).
+    """
+
+    query_id: str
+    text: str
+    masks: np.ndarray
+    is_sentence: bool = False
+    meta: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class EvalSample:
+    """One evaluation image with all its expressions, so that the image is encoded once."""
+
+    source: str
+    image_id: str
+    image: np.ndarray
+    queries: list[EvalQuery]
+
+
+@dataclass
+class Batch:
+    """Packed rows: each row is one image, a shared prefix (system text, image) and its conversations.
+
+    Shapes: B rows, T tokens, S the CLIP side, R the SAM side, N_b masks of row b.
+
+    Attributes:
+        input_ids: [B, T] int64; image placeholders carry the image token's id.
+        segments: [B, T] int64; 0 = prefix, k >= 1 = conversation k of the row, -1 = padding.
+        position_ids: [B, T] int64; each conversation goes on from the prefix.
+        labels: [B, T] int64; ``IGNORE_LABEL`` where nothing is learned.
+        clip_images: [B, 3, S, S]; clip_sizes: [B, 2] resized (height, width) inside the padded square.
+        sam_images: [B, 3, R, R]; sam_sizes: [B, 2] likewise.
+        sizes: original (height, width) per row.
+        masks: per row [N_b, H, W] uint8 with 0, 1, 255.
+        numbers: the global sample number per row.
+        sources: per row, for messages.
+        loss_weights: [B, T] float32 weight of each label in the text loss, or None for 1 everywhere.
+    """
+
+    input_ids: torch.Tensor
+    segments: torch.Tensor
+    position_ids: torch.Tensor
+    labels: torch.Tensor
+    clip_images: torch.Tensor
+    clip_sizes: torch.Tensor
+    sam_images: torch.Tensor
+    sam_sizes: torch.Tensor
+    sizes: list[tuple[int, int]]
+    masks: list[torch.Tensor]
+    numbers: list[int]
+    sources: list[str]
+    loss_weights: torch.Tensor | None = None
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Batch:
+        """Moves every tensor to ``device``; floating images also to ``dtype``."""
+        moved = {}
+        for name, value in vars(self).items():
+            if isinstance(value, torch.Tensor):
+                is_image = name in ("clip_images", "sam_images")
+                value = value.to(device, dtype if is_image else None, non_blocking=True)
+            elif name == "masks":
+                value = [mask.to(device, non_blocking=True) for mask in value]
+            moved[name] = value
+        return Batch(**moved)
+
+
+@dataclass
+class Prediction:
+    """The model's answer to one question about one image.
+
+    Attributes:
+        text: the answer, special tokens such as ``[SEG]`` kept.
+        token_ids: the generated (or teacher-forced) answer tokens.
+        mask_logits: [N, H, W] float32 at the image's original size, one per ``[SEG]``; a mask is ``logits > 0``.
+        maps: [N, h, w] float32 in [0, 1], the similarity maps at the grid's resolution (valid part only).
+        layers: the chosen hidden state per ``[SEG]`` (0 = embeddings, L-1 = last).
+        policy: [N, L] float32, the policy's distribution over layers.
+        rejected: the answer holds ``[REJ]`` where a ``[SEG]`` could stand.
+    """
+
+    text: str
+    token_ids: list[int]
+    mask_logits: torch.Tensor
+    maps: torch.Tensor
+    layers: list[int]
+    policy: torch.Tensor
+    rejected: bool = False
