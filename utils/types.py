@@ -75,26 +75,36 @@ class EvalSample:
 class Batch:
     """Packed rows: each row is one image, a shared prefix (system text, image) and its conversations.
 
-    Shapes: B rows, T tokens, S the CLIP side, R the SAM side, N_b masks of row b.
+    Shapes: B rows, T tokens, S the CLIP side, R the SAM side, N_b masks of row b, N masks in all.
+    Flat positions index the [B * T] tokens; "before" means the position whose next token is the one meant, which is
+    where that token is predicted (and where the state of a ``[SEG]`` is read).
 
     Attributes:
         input_ids: [B, T] int64; image placeholders carry the image token's id.
         segments: [B, T] int64; 0 = prefix, k >= 1 = conversation k of the row, -1 = padding.
         position_ids: [B, T] int64; each conversation goes on from the prefix.
-        labels: [B, T] int64; ``IGNORE_LABEL`` where nothing is learned.
+        label_positions: [M] int64, flat position before each learned token; label_ids: [M] that token.
+        label_weights: [M] float32, the token's weight in the text loss.
+        seg_positions: [N] int64, flat position before each ``[SEG]`` of the answers, in the order of the masks.
+        seg_rows: [N] int64, the row of each.
         clip_images: [B, 3, S, S]; clip_sizes: [B, 2] resized (height, width) inside the padded square.
-        sam_images: [B, 3, R, R]; sam_sizes: [B, 2] likewise.
+        sam_images: [B, 3, R, R]; sam_sizes: [B, 2] likewise. Both sizes stay on the CPU.
         sizes: original (height, width) per row.
         masks: per row [N_b, H, W] uint8 with 0, 1, 255.
-        numbers: the global sample number per row.
+        numbers: the global sample number per row; it seeds the sampling of layers.
         sources: per row, for messages.
-        loss_weights: [B, T] float32 weight of each label in the text loss, or None for 1 everywhere.
+        questions: conversations per row.
+        image_start: the first image token's place, the same in every row.
     """
 
     input_ids: torch.Tensor
     segments: torch.Tensor
     position_ids: torch.Tensor
-    labels: torch.Tensor
+    label_positions: torch.Tensor
+    label_ids: torch.Tensor
+    label_weights: torch.Tensor
+    seg_positions: torch.Tensor
+    seg_rows: torch.Tensor
     clip_images: torch.Tensor
     clip_sizes: torch.Tensor
     sam_images: torch.Tensor
@@ -103,18 +113,17 @@ class Batch:
     masks: list[torch.Tensor]
     numbers: list[int]
     sources: list[str]
-    loss_weights: torch.Tensor | None = None
+    questions: list[int]
+    image_start: int
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Batch:
-        """Moves every tensor to ``device``; floating images also to ``dtype``."""
-        moved = {}
-        for name, value in vars(self).items():
-            if isinstance(value, torch.Tensor):
-                is_image = name in ("clip_images", "sam_images")
-                value = value.to(device, dtype if is_image else None, non_blocking=True)
-            elif name == "masks":
-                value = [mask.to(device, non_blocking=True) for mask in value]
-            moved[name] = value
+        """Moves the tensors to ``device`` (sizes stay: they steer Python code); images also to ``dtype``."""
+        moved = dict(vars(self))
+        for name, value in moved.items():
+            if isinstance(value, torch.Tensor) and not name.endswith("_sizes"):
+                image_dtype = dtype if name in ("clip_images", "sam_images") else None
+                moved[name] = value.to(device, image_dtype, non_blocking=True)
+        moved["masks"] = [mask.to(device, non_blocking=True) for mask in self.masks]
         return Batch(**moved)
 
 
@@ -126,10 +135,10 @@ class Prediction:
         text: the answer, special tokens such as ``[SEG]`` kept.
         token_ids: the generated (or teacher-forced) answer tokens.
         mask_logits: [N, H, W] float32 at the image's original size, one per ``[SEG]``; a mask is ``logits > 0``.
-        maps: [N, h, w] float32 in [0, 1], the similarity maps at the grid's resolution (valid part only).
+        maps: [N, H, W] float32 in [0, 1], the similarity maps at the same size.
         layers: the chosen hidden state per ``[SEG]`` (0 = embeddings, L-1 = last).
         policy: [N, L] float32, the policy's distribution over layers.
-        rejected: the answer holds ``[REJ]`` where a ``[SEG]`` could stand.
+        rejected: per ``[SEG]``, whether ``[REJ]`` was more likely at its place (read from the logits there).
     """
 
     text: str
@@ -138,4 +147,9 @@ class Prediction:
     maps: torch.Tensor
     layers: list[int]
     policy: torch.Tensor
-    rejected: bool = False
+    rejected: list[bool]
+
+    @property
+    def says_rejected(self) -> bool:
+        """The answer holds ``[REJ]``."""
+        return "[REJ]" in self.text

@@ -1,0 +1,201 @@
+"""Policy-Prompted Masking (paper section 4.1, Algorithm 1).
+
+Stochastic Skip Connection (SSC): a policy over layers, one action per [SEG] token. Mask as Prompt (MasP): the chosen
+layer's similarity map between the token and the image, which prompts SAM, takes a loss and gives the reward.
+
+Legend: N [SEG] tokens, L hidden states (embeddings first, the last one normed), P image tokens, D hidden size.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import distributed, nn
+from torch.nn import functional as F
+
+EPSILON = 1e-6
+
+
+def parse_layer_policy(policy: str, num_layers: int) -> tuple[str, int | None]:
+    """``"fixed:3"`` -> ("fixed", 3), ``"mc:16"`` -> ("mc", 16), ``"last"`` -> ("last", None).
+
+    Raises:
+        ValueError: for an unknown policy, a layer outside [0, num_layers), or fewer than one Monte-Carlo sample.
+    """
+    kind, _, number = policy.partition(":")
+    plain, counted = ("policy", "argmax", "sample", "last", "uniform"), ("fixed", "mc")
+    if kind in plain and not number:
+        return kind, None
+    if kind in counted and number.lstrip("-").isdigit():
+        value = int(number)
+        if kind == "fixed" and not 0 <= value < num_layers:
+            raise ValueError(f"layer {value} does not exist: choose 0 (embeddings) to {num_layers - 1} (last)")
+        if kind == "mc" and value < 1:
+            raise ValueError(f"'{policy}' draws no sample; use mc:1 or more")
+        return kind, value
+    raise ValueError(f"unknown layer policy {policy!r}; use one of {', '.join(plain)}, fixed:K, mc:T")
+
+
+class PolicyPromptedMasking(nn.Module):
+    """The gate of Eq. 4 and the baseline of Eq. 5.
+
+    Args:
+        num_layers: L.
+        hidden_size: D.
+        first_candidate: lowest hidden state that can be chosen. The paper's layers are 1..L; 0 adds the embeddings.
+        baseline_decay: alpha of the moving average in Algorithm 1, line 9.
+    """
+
+    def __init__(self, num_layers: int, hidden_size: int, first_candidate: int, baseline_decay: float) -> None:
+        super().__init__()
+        self.gate = nn.Parameter(torch.zeros(num_layers, hidden_size))  # zeros: the policy starts uniform
+        self.register_buffer("baseline", torch.zeros((), dtype=torch.float32))
+        self.first_candidate = first_candidate
+        self.baseline_decay = baseline_decay
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        self.baseline = self.baseline.float()  # a moving average with decay 0.9 does not survive bf16's 8 bits
+        return self
+
+    @property
+    def num_layers(self) -> int:
+        return self.gate.shape[0]
+
+    def log_policy(self, seg_states: torch.Tensor) -> torch.Tensor:
+        """log pi(l | H_t*) of Eq. 4. The state is not differentiated: the policy's loss trains the gate only.
+
+        Args:
+            seg_states: [N, L, D].
+
+        Returns:
+            [N, L] float32 log-probabilities, -inf for layers that are no candidates.
+        """
+        scores = torch.einsum("nld,ld->nl", seg_states.detach().float(), self.gate.float())
+        if self.first_candidate:
+            scores = torch.cat(
+                [scores.new_full((len(scores), self.first_candidate), -torch.inf), scores[:, self.first_candidate :]], 1
+            )
+        return scores.log_softmax(-1)
+
+    def choose(self, log_policy: torch.Tensor, how: str, noise: torch.Tensor | None = None) -> torch.Tensor:
+        """One layer per [SEG].
+
+        Args:
+            log_policy: [N, L].
+            how: ``policy`` and ``sample`` draw from the policy, ``uniform`` from all candidates, ``argmax`` takes the
+                mode, ``last`` the last layer, ``fixed:K`` layer K.
+            noise: [N, L] standard Gumbel noise, needed for the first three (argmax of log pi + noise is a sample).
+
+        Returns:
+            [N] int64.
+        """
+        kind, value = parse_layer_policy(how, self.num_layers)
+        if kind == "argmax":
+            return log_policy.argmax(-1)
+        if kind in ("policy", "sample"):
+            return (log_policy + noise).argmax(-1)
+        if kind == "uniform":
+            return torch.where(log_policy.isfinite(), noise, -torch.inf).argmax(-1)
+        layer = self.num_layers - 1 if kind == "last" else value
+        return torch.full(log_policy.shape[:1], layer, dtype=torch.int64, device=log_policy.device)
+
+    def advantage(self, rewards: torch.Tensor) -> torch.Tensor:
+        """A = r - b per [SEG]; updates b first, with the mean reward over all ranks (Algorithm 1, line 9).
+
+        Every rank must call this, also one without [SEG]: it communicates.
+
+        Args:
+            rewards: [N] float32, detached.
+        """
+        total = torch.stack([rewards.sum(), rewards.new_tensor(float(len(rewards)))])
+        if distributed.is_available() and distributed.is_initialized():
+            distributed.all_reduce(total)
+        mean = total[0] / total[1].clamp(min=1)
+        updated = self.baseline_decay * self.baseline + (1 - self.baseline_decay) * mean
+        self.baseline.copy_(torch.where(total[1] > 0, updated, self.baseline))
+        return rewards - self.baseline
+
+
+def gumbel_noise(numbers: list[int], rows: list[int], num_layers: int, seed: int = 0) -> torch.Tensor:
+    """[N, L] Gumbel noise that depends on (seed, sample number, place of the [SEG] in its sample) alone.
+
+    Not on the rank, the batch or the device: the same run on another number of processes samples the same layers.
+
+    Args:
+        numbers: sample number per row.
+        rows: [N] row of each [SEG], ascending.
+    """
+    blocks = []
+    for row, number in enumerate(numbers):
+        generator = torch.Generator().manual_seed((seed * 1_000_003 + number * 7919 + 17) % 2**63)
+        uniform = torch.rand(rows.count(row), num_layers, generator=generator).clamp(1e-10, 1 - 1e-7)
+        blocks.append(-(-uniform.log()).log())
+    return torch.cat(blocks) if blocks else torch.zeros(0, num_layers)
+
+
+def similarity_of_all_layers(
+    hidden: tuple[torch.Tensor, ...], seg_states: torch.Tensor, seg_rows: torch.Tensor, image: slice
+) -> torch.Tensor:
+    """Eq. 6 for every layer at once: S[n, l, p] = <h_seg[n, l], h_img[row(n), l, p]>.
+
+    L x P x D multiplications per [SEG] are nothing beside the language model, and computing them all needs neither a
+    copy of image states nor to wait for the device to say which layer was chosen.
+
+    Args:
+        hidden: L tensors [B, T, D].
+        seg_states: [N, L, D].
+        seg_rows: [N] row of each [SEG].
+        image: the image tokens' places in every row.
+
+    Returns:
+        [N, L, P] float32.
+    """
+    maps = []
+    for layer, states in enumerate(hidden):
+        every_row = torch.einsum("bpd,nd->nbp", states[:, image], seg_states[:, layer])
+        maps.append(every_row[torch.arange(len(seg_rows), device=seg_rows.device), seg_rows])
+    return torch.stack(maps, 1).float()
+
+
+def normalise_maps(scores: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
+    """Min-max to [0, 1] per map.
+
+    Args:
+        scores: [N, P] similarity scores.
+        valid: [N, P] bool: only these define minimum and maximum, the others become 0. None = all tokens, as in the
+            released weights.
+
+    Returns:
+        [N, P] in [0, 1]; a flat map becomes 0.
+    """
+    if valid is None:
+        low, high = scores.amin(-1, keepdim=True), scores.amax(-1, keepdim=True)
+        return (scores - low) / (high - low).clamp(min=EPSILON)
+    low = scores.masked_fill(~valid, torch.inf).amin(-1, keepdim=True)
+    high = scores.masked_fill(~valid, -torch.inf).amax(-1, keepdim=True)
+    return ((scores - low) / (high - low).clamp(min=EPSILON)).masked_fill(~valid, 0.0)
+
+
+def maps_at(maps: torch.Tensor, side: int, resized: tuple[int, int], size: tuple[int, int]) -> torch.Tensor:
+    """Similarity maps of one image at a given size: grid -> CLIP's input -> crop the padding -> ``size``.
+
+    Args:
+        maps: [n, P] in [0, 1].
+        side: CLIP's input side; resized: the image's (height, width) inside it; size: (H, W) wanted.
+
+    Returns:
+        [n, H, W] float32.
+    """
+    grid = round(maps.shape[1] ** 0.5)
+    square = maps.view(-1, 1, grid, grid)
+    full = F.interpolate(square, (side, side), mode="bilinear", align_corners=False)
+    return F.interpolate(full[..., : resized[0], : resized[1]], size, mode="bilinear", align_corners=False)[:, 0]
+
+
+def mask_prompts(maps: torch.Tensor, side: int) -> torch.Tensor:
+    """[n, H, W] maps -> [n, 1, side, side] SAM mask prompts: longest side scaled (antialiased), padded with zeros."""
+    height, width = maps.shape[-2:]
+    scale = side / max(height, width)
+    size = max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
+    small = F.interpolate(maps[:, None], size, mode="bilinear", align_corners=False, antialias=True)
+    return F.pad(small, (0, side - size[1], 0, side - size[0]))

@@ -1,0 +1,168 @@
+"""LLaVA on transformers' CLIP and LLaMA: projector, image splice, and the attention of packed rows.
+
+Legend: B rows, T tokens, P image tokens, D hidden size, L hidden states (decoder layers + 1), C CLIP's width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import Cache, CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
+
+
+class LlavaLlamaConfig(LlamaConfig):
+    """LLaMA's configuration with the vision tower's.
+
+    Args:
+        vision_config: CLIPVisionConfig or its dictionary.
+        mm_vision_select_layer: which CLIP hidden state feeds the projector (LLaVA-1.5: -2, no final norm).
+    """
+
+    model_type = "uground_llava"
+
+    def __init__(self, vision_config=None, mm_vision_select_layer: int = -2, **kwargs) -> None:
+        if isinstance(vision_config, CLIPVisionConfig):
+            vision_config = vision_config.to_dict()
+        self.vision_config = vision_config or CLIPVisionConfig().to_dict()
+        self.mm_vision_select_layer = mm_vision_select_layer
+        super().__init__(**kwargs)
+
+    @property
+    def clip_config(self) -> CLIPVisionConfig:
+        return CLIPVisionConfig(**{k: v for k, v in self.vision_config.items() if k != "model_type"})
+
+    @property
+    def num_image_tokens(self) -> int:
+        """P."""
+        return (self.vision_config["image_size"] // self.vision_config["patch_size"]) ** 2
+
+
+@dataclass
+class LanguageOutput:
+    """hidden: L tensors [B, T, D], ``hidden[0]`` the embeddings, the last one after the final norm."""
+
+    hidden: tuple[torch.Tensor, ...]
+    keys: KeySpace
+    cache: Cache | None = None
+
+
+@dataclass
+class KeySpace:
+    """What later tokens may attend to: segments [B, K] of all keys so far and which of them are usable, [B, K]."""
+
+    segments: torch.Tensor
+    usable: torch.Tensor
+
+    def extend(self, segments: torch.Tensor, usable: torch.Tensor) -> KeySpace:
+        return KeySpace(torch.cat([self.segments, segments], 1), torch.cat([self.usable, usable], 1))
+
+
+def packed_mask(queries: torch.Tensor, keys: KeySpace, dtype: torch.dtype) -> torch.Tensor:
+    """Additive attention mask of packed rows.
+
+    A token sees earlier usable tokens of the prefix (segment 0) and of its own conversation, and always itself, so that
+    no row of the softmax is empty.
+
+    Args:
+        queries: [B, Q] int64 segments of the newest Q tokens, which are the last Q of ``keys``.
+        keys: K >= Q keys.
+
+    Returns:
+        [B, 1, Q, K] with 0 where attention is allowed and the dtype's minimum elsewhere.
+    """
+    q_len, k_len = queries.shape[1], keys.segments.shape[1]
+    place = torch.arange(k_len, device=queries.device)
+    order = place[None, :] <= place[k_len - q_len :, None]
+    itself = place[None, :] == place[k_len - q_len :, None]
+    related = (keys.segments[:, None, :] == 0) | (keys.segments[:, None, :] == queries[:, :, None])
+    allowed = (order & related & keys.usable[:, None, :]) | itself
+    mask = torch.zeros(allowed.shape, dtype=dtype, device=queries.device)
+    return mask.masked_fill_(~allowed, torch.finfo(dtype).min)[:, None]
+
+
+def valid_patches(clip_sizes: torch.Tensor, side: int, patch: int) -> torch.Tensor:
+    """Which patches show the image: those whose top-left pixel lies inside it, [B, P] bool, row-major.
+
+    Args:
+        clip_sizes: [B, 2] resized (height, width) inside the padded square.
+    """
+    start = torch.arange(0, side, patch)
+    rows, columns = start[None] < clip_sizes[:, :1], start[None] < clip_sizes[:, 1:]
+    return (rows[:, :, None] & columns[:, None, :]).flatten(1)
+
+
+class LlavaLlamaForCausalLM(LlamaForCausalLM):
+    """LLaMA that sees: the image's projected CLIP features stand in for the image placeholders."""
+
+    config_class = LlavaLlamaConfig
+
+    def __init__(self, config: LlavaLlamaConfig) -> None:
+        super().__init__(config)
+        clip = config.clip_config
+        clip._attn_implementation = config._attn_implementation
+        self.vision_tower = CLIPVisionModel(clip)
+        self.mm_projector = nn.Sequential(
+            nn.Linear(clip.hidden_size, config.hidden_size),
+            nn.GELU(),
+            nn.Linear(config.hidden_size, config.hidden_size),
+        )
+        self.post_init()
+
+    def encode_images(self, clip_images: torch.Tensor, clip_sizes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """CLIP features after the projector; padded patches are masked as keys in CLIP.
+
+        Args:
+            clip_images: [B, 3, S, S], normalised and padded.
+            clip_sizes: [B, 2] on the CPU.
+
+        Returns:
+            [B, P, D] features and [B, P] bool, which of them show the image.
+        """
+        config = self.vision_tower.config
+        valid = valid_patches(clip_sizes, config.image_size, config.patch_size)
+        mask = None
+        if not valid.all():
+            keys = torch.cat([torch.ones(len(valid), 1, dtype=torch.bool), valid], 1)  # the class token always counts
+            mask = torch.zeros(keys.shape).masked_fill_(~keys, torch.finfo(clip_images.dtype).min)
+            mask = mask.to(clip_images)[:, None, None, :].expand(-1, 1, keys.shape[1], -1)
+        states = self.vision_tower(clip_images, attention_mask=mask, output_hidden_states=True).hidden_states
+        features = states[self.config.mm_vision_select_layer][:, 1:]
+        return self.mm_projector(features), valid.to(clip_images.device)
+
+    def embed(self, input_ids: torch.Tensor, features: torch.Tensor, image_start: int) -> torch.Tensor:
+        """Token embeddings [B, T, D] with image features [B, P, D] in the place of the P placeholders."""
+        embed = self.get_input_embeddings()
+        end = image_start + features.shape[1]
+        before, after = embed(input_ids[:, :image_start]), embed(input_ids[:, end:])
+        return torch.cat([before, features.to(before.dtype), after], dim=1)
+
+    def read(
+        self,
+        embeddings: torch.Tensor,
+        segments: torch.Tensor,
+        position_ids: torch.Tensor,
+        usable: torch.Tensor,
+        past: LanguageOutput | None = None,
+        use_cache: bool = False,
+    ) -> LanguageOutput:
+        """Runs LLaMA over packed rows, or over further tokens of rows read before.
+
+        Args:
+            embeddings: [B, Q, D] of the new tokens.
+            segments: [B, Q] int64; 0 prefix, k >= 1 conversations, -1 padding.
+            position_ids: [B, Q] int64.
+            usable: [B, Q] bool; padded patches and padding are no keys.
+            past: what an earlier call with ``use_cache`` returned; its cache is extended in place.
+        """
+        keys = KeySpace(segments, usable) if past is None else past.keys.extend(segments, usable)
+        outputs = self.model(
+            inputs_embeds=embeddings,
+            attention_mask=packed_mask(segments, keys, embeddings.dtype),
+            position_ids=position_ids,
+            past_key_values=past.cache if past is not None else None,
+            use_cache=use_cache,
+            output_hidden_states=True,
+        )
+        return LanguageOutput(outputs.hidden_states, keys, outputs.past_key_values)

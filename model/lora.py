@@ -1,0 +1,87 @@
+"""Which modules LoRA adapts and which train in full: the one copy that training and merging share."""
+
+from __future__ import annotations
+
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+
+LORA_TARGETS = r"model\.layers\.\d+\.self_attn\.({names})"  # the language model only, never CLIP's q_proj and v_proj
+
+
+def part_of(name: str) -> str:
+    """The part of the model that a parameter belongs to, for reports and gradient norms."""
+    if "lora_" in name:
+        return "lora"
+    parts = {
+        "text_hidden_fcs.": "phi",
+        "ppm.": "gate",
+        "visual_model.mask_decoder.": "sam_mask_decoder",
+        "visual_model.prompt_encoder.": "sam_prompt_encoder",
+        "visual_model.image_encoder.": "sam_image_encoder",
+        "vision_tower.": "clip",
+        "mm_projector.": "projector",
+        "embed_tokens.": "embed_tokens",
+        "lm_head.": "lm_head",
+    }
+    return next((part for key, part in parts.items() if key in name), "llama")
+
+
+def trains_in_full(name: str, config) -> bool:
+    """Whether a parameter trains beside LoRA: phi, SAM's prompt encoder and mask decoder, embeddings, lm_head, gate.
+
+    Parts that the settings never reach stay frozen: a trainable parameter without gradient would only mislead.
+    """
+    part = part_of(name)
+    if part == "phi":
+        return config.seg_prompt
+    if part == "gate":
+        return config.layer_selection == "policy"
+    if part == "sam_prompt_encoder":
+        used = "mask_downscaling" if config.mask_prompt else "no_mask_embed"
+        return used in name
+    return part in ("sam_mask_decoder", "embed_tokens", "lm_head")
+
+
+def add_lora(
+    model: nn.Module, r: int, alpha: int = 16, dropout: float = 0.05, targets: str = "q_proj,v_proj"
+) -> PeftModel:
+    """Wraps the model with LoRA on the language model's projections and sets what trains.
+
+    Args:
+        r: rank; 0 = no adapters (only the parts that train in full).
+        targets: comma-separated projections of LLaMA's attention.
+
+    Raises:
+        ValueError: if a target names no module of the language model.
+    """
+    names = [name.strip() for name in targets.split(",") if name.strip()]
+    known = {"q_proj", "k_proj", "v_proj", "o_proj"}
+    if unknown := set(names) - known:
+        raise ValueError(f"lora_target_modules: {sorted(unknown)} unknown; choose from {sorted(known)}")
+    if r > 0:
+        pattern = LORA_TARGETS.format(names="|".join(names))
+        config = LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=pattern, bias="none")
+        model = get_peft_model(model, config)
+    set_trainable(model)
+    return model
+
+
+def set_trainable(model: nn.Module) -> None:
+    """Sets ``requires_grad`` of every parameter."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = "lora_" in name or trains_in_full(name, model.config)
+
+
+def trainable_report(model: nn.Module) -> str:
+    """A table: parameters and trainable parameters per part."""
+    total: dict[str, int] = {}
+    trained: dict[str, int] = {}
+    for name, parameter in model.named_parameters():
+        part = part_of(name)
+        total[part] = total.get(part, 0) + parameter.numel()
+        trained[part] = trained.get(part, 0) + parameter.numel() * parameter.requires_grad
+    rows = [f"{'part':<20}{'parameters':>16}{'trainable':>16}"]
+    rows += [f"{part:<20}{total[part]:>16,}{trained[part]:>16,}" for part in total]
+    share = sum(trained.values()) / sum(total.values())
+    rows.append(f"{'all':<20}{sum(total.values()):>16,}{sum(trained.values()):>16,}  ({share:.2%})")
+    return "\n".join(rows)

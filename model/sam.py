@@ -1,0 +1,183 @@
+"""segment-anything, unmodified, as this project uses it: encode an image once, decode many prompts in one call.
+
+Legend: B images, N prompts, E prompt width (256), R input side (1024), G grid side (64), 4G mask prompt side (256).
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from functools import partial
+
+import torch
+from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, TwoWayTransformer
+from torch import nn
+from torch.nn import functional as F
+
+
+@dataclass
+class SamShape:
+    """The sizes that make a SAM. Defaults: ViT-H."""
+
+    image_size: int = 1024
+    patch_size: int = 16
+    encoder_width: int = 1280
+    encoder_depth: int = 32
+    encoder_heads: int = 16
+    global_attention: tuple[int, ...] = (7, 15, 23, 31)
+    window_size: int = 14
+    prompt_width: int = 256
+    mask_channels: int = 16
+    decoder_depth: int = 2
+    decoder_mlp: int = 2048
+    iou_hidden: int = 256
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, torch.Tensor]) -> SamShape:
+        """Reads the sizes off a segment-anything checkpoint (ViT-B, -L, -H or any other made of its classes)."""
+        patch = state["image_encoder.patch_embed.proj.weight"]
+        grid = state["image_encoder.pos_embed"].shape[1]
+        relative = {
+            int(key.split(".")[2]): value.shape
+            for key, value in state.items()
+            if key.startswith("image_encoder.blocks.") and key.endswith("attn.rel_pos_h")
+        }
+        depth = len(relative)
+        is_global = {i: shape[0] == 2 * grid - 1 for i, shape in relative.items()}
+        windows = [(shape[0] + 1) // 2 for i, shape in relative.items() if not is_global[i]]
+        decoder = "mask_decoder.transformer.layers"
+        return cls(
+            image_size=grid * patch.shape[-1],
+            patch_size=patch.shape[-1],
+            encoder_width=patch.shape[0],
+            encoder_depth=depth,
+            encoder_heads=patch.shape[0] // relative[0][1],
+            global_attention=tuple(i for i in range(depth) if is_global[i]),
+            window_size=windows[0] if windows else 14,
+            prompt_width=state["prompt_encoder.no_mask_embed.weight"].shape[1],
+            mask_channels=state["prompt_encoder.mask_downscaling.3.weight"].shape[0],
+            decoder_depth=1 + max(int(k.split(".")[3]) for k in state if k.startswith(decoder)),
+            decoder_mlp=state[f"{decoder}.0.mlp.lin1.weight"].shape[0],
+            iou_hidden=state["mask_decoder.iou_prediction_head.layers.0.weight"].shape[0],
+        )
+
+    def to_dict(self) -> dict:
+        return asdict(self) | {"global_attention": list(self.global_attention)}
+
+
+class PerPromptMaskDecoder(MaskDecoder):
+    """SAM's mask decoder for prompts of SEVERAL images: image embeddings come already expanded, one per prompt.
+
+    The package's decoder repeats one image's embedding for all prompts; the numbers are the same.
+    """
+
+    def predict_masks(
+        self,
+        image_embeddings: torch.Tensor,
+        image_pe: torch.Tensor,
+        sparse_prompt_embeddings: torch.Tensor,
+        dense_prompt_embeddings: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """image_embeddings [N, E, G, G], image_pe [1, E, G, G], sparse [N, K, E], dense [N, E, G, G] ->
+        masks [N, 4, 4G, 4G] logits and their predicted IoU [N, 4]."""
+        n = sparse_prompt_embeddings.shape[0]
+        learned = torch.cat([self.iou_token.weight, self.mask_tokens.weight])
+        tokens = torch.cat([learned.expand(n, -1, -1), sparse_prompt_embeddings], dim=1)
+        source = image_embeddings + dense_prompt_embeddings
+        states, source = self.transformer(source, image_pe.expand(n, -1, -1, -1), tokens)
+        upscaled = self.output_upscaling(source.transpose(1, 2).reshape(dense_prompt_embeddings.shape))
+        weights = torch.stack(
+            [mlp(states[:, 1 + i]) for i, mlp in enumerate(self.output_hypernetworks_mlps)], dim=1
+        )  # [N, 4, E / 8]
+        masks = torch.einsum("nkc,nchw->nkhw", weights, upscaled)
+        return masks, self.iou_prediction_head(states[:, 0])
+
+
+class SegmentAnything(nn.Module):
+    """SAM's three modules under the package's own key names."""
+
+    def __init__(self, shape: SamShape) -> None:
+        super().__init__()
+        self.shape = shape
+        grid = shape.image_size // shape.patch_size
+        self.image_encoder = ImageEncoderViT(
+            img_size=shape.image_size,
+            patch_size=shape.patch_size,
+            embed_dim=shape.encoder_width,
+            depth=shape.encoder_depth,
+            num_heads=shape.encoder_heads,
+            out_chans=shape.prompt_width,
+            norm_layer=partial(nn.LayerNorm, eps=1e-6),
+            use_rel_pos=True,
+            window_size=shape.window_size,
+            global_attn_indexes=shape.global_attention,
+        )
+        self.prompt_encoder = PromptEncoder(
+            embed_dim=shape.prompt_width,
+            image_embedding_size=(grid, grid),
+            input_image_size=(shape.image_size, shape.image_size),
+            mask_in_chans=shape.mask_channels,
+        )
+        self.mask_decoder = PerPromptMaskDecoder(
+            transformer_dim=shape.prompt_width,
+            transformer=TwoWayTransformer(
+                depth=shape.decoder_depth, embedding_dim=shape.prompt_width, num_heads=8, mlp_dim=shape.decoder_mlp
+            ),
+            iou_head_hidden_dim=shape.iou_hidden,
+        )
+
+        pe = self.prompt_encoder.pe_layer
+        pe.positional_encoding_gaussian_matrix = pe.positional_encoding_gaussian_matrix.float()
+
+    def _apply(self, fn, recurse=True):
+        """Keeps the positional encoding's matrix in float32: the package multiplies it with float32 coordinates."""
+        pe = self.prompt_encoder.pe_layer
+        exact = pe.positional_encoding_gaussian_matrix
+        super()._apply(fn, recurse)
+        if not exact.is_meta:
+            device = pe.positional_encoding_gaussian_matrix.device
+            pe.positional_encoding_gaussian_matrix = exact.to(device, torch.float32)
+        return self
+
+    @property
+    def mask_side(self) -> int:
+        """4G, the side of mask prompts and of low-resolution masks (256 for the published SAMs)."""
+        return self.prompt_encoder.mask_input_size[0]
+
+    def encode(self, images: torch.Tensor) -> torch.Tensor:
+        """[B, 3, R, R] normalised images -> [B, E, G, G]. SAM's encoder is never trained here."""
+        with torch.no_grad():
+            return self.image_encoder(images)
+
+    def decode(
+        self, embeddings: torch.Tensor, tokens: torch.Tensor | None, mask_prompts: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Decodes one mask per prompt.
+
+        Args:
+            embeddings: [N, E, G, G], the image embedding of each prompt.
+            tokens: [N, K, E] sparse prompts such as phi([SEG]), or None.
+            mask_prompts: [N, 1, 4G, 4G] dense prompts, or None.
+
+        Returns:
+            [N, 4G, 4G] logits, the single-mask output.
+        """
+        n, width, grid, _ = embeddings.shape
+        if n == 0:  # SAM's decoder fails on zero prompts
+            return embeddings.new_zeros(0, self.mask_side, self.mask_side)
+        dtype = embeddings.dtype
+        if mask_prompts is None:
+            dense = self.prompt_encoder.no_mask_embed.weight.view(1, width, 1, 1).expand(n, -1, grid, grid)
+        else:
+            dense = self.prompt_encoder.mask_downscaling(mask_prompts.to(dtype))
+        if tokens is None:
+            tokens = embeddings.new_zeros(n, 0, width)
+        position = self.prompt_encoder.get_dense_pe().to(dtype)  # computed in float32, also in a bf16 model
+        masks, _ = self.mask_decoder(embeddings, position, tokens.to(dtype), dense, multimask_output=False)
+        return masks[:, 0]
+
+    def upscale(self, low_res: torch.Tensor, resized: tuple[int, int], original: tuple[int, int]) -> torch.Tensor:
+        """One image's logits [n, 4G, 4G] -> [n, H, W] float32: to SAM's input, crop the padding, to the original."""
+        side = self.shape.image_size
+        full = F.interpolate(low_res[:, None].float(), (side, side), mode="bilinear", align_corners=False)
+        cropped = full[..., : resized[0], : resized[1]]
+        return F.interpolate(cropped, original, mode="bilinear", align_corners=False)[:, 0]

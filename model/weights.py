@@ -1,0 +1,265 @@
+"""Reading LLaVA, CLIP and SAM files by their own key names, strictly: nothing is left at random without being said."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pickle
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from transformers import CLIPVisionConfig, CLIPVisionModel
+from transformers.initialization import no_init_weights
+
+from model.sam import SamShape
+from model.UGround import UGroundConfig, UGroundForCausalLM
+
+LLAVA_TYPES = ("llava", "llava_llama")
+WEIGHT_FILES = (
+    ("model*.safetensors", "model.safetensors.index.json"),
+    ("pytorch_model*.bin", "pytorch_model.bin.index.json"),
+)
+NEW_PARTS = ("text_hidden_fcs.", "ppm.")  # what training starts from scratch
+LLAMA_KEYS = [
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "hidden_act",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "rope_theta",
+    "rope_scaling",
+    "rope_parameters",
+    "tie_word_embeddings",
+    "attention_bias",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "initializer_range",
+    "head_dim",
+    "mlp_bias",
+]
+
+
+@dataclass
+class Loaded:
+    """One row of the loading report: a module, where its weights came from, and a fingerprint of them."""
+
+    module: str
+    source: str
+    parameters: int
+    dtype: str
+    fingerprint: str
+
+
+def read_torch_file(path: Path) -> dict[str, torch.Tensor]:
+    """A ``.pth`` or ``.bin`` of plain tensors; a file that carries code is refused.
+
+    Raises:
+        ValueError: if the file is missing, truncated, or holds anything but tensors.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist or is no file")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as error:
+        first = str(error).splitlines()[0]
+        raise ValueError(f"{path} is no checkpoint of plain tensors, or is damaged: {first}") from error
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise ValueError(f"{path} holds no dictionary of tensors")
+    return state
+
+
+def read_folder(folder: Path) -> dict[str, torch.Tensor]:
+    """All weights of a transformers-style folder: safetensors or ``.bin``, one file or shards.
+
+    Raises:
+        ValueError: if the folder has no weights, or the index names a shard that is missing.
+    """
+    for pattern, index_name in WEIGHT_FILES:
+        index = folder / index_name
+        if index.is_file():
+            files = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        else:
+            files = sorted(folder.glob(pattern))
+        if missing := [str(path) for path in files if not path.is_file()]:
+            raise ValueError(f"{index} names files that are not there: {', '.join(missing)}")
+        if files:
+            state: dict[str, torch.Tensor] = {}
+            for path in files:
+                state |= load_file(path) if path.suffix == ".safetensors" else read_torch_file(path)
+            return state
+    raise ValueError(f"{folder} holds no weights (looked for model*.safetensors and pytorch_model*.bin)")
+
+
+def read_json(folder: Path, what: str) -> dict:
+    """``config.json`` of a folder, or a ValueError that says what the folder should have been."""
+    path = folder / "config.json"
+    if not folder.is_dir():
+        raise ValueError(f"{what}: {folder} is no folder; download it first and give its path")
+    if not path.is_file():
+        raise ValueError(f"{what}: {folder} has no config.json")
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{what}: {path} is no valid JSON ({error})") from error
+
+
+def llava_keys(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """LLaVA-1.5's own key names -> this project's: the projector is no part of ``model`` here."""
+    ignored = ("model.vision_tower.", "model.out_mm_projector.")
+    renamed = {}
+    for key, value in state.items():
+        if key.startswith(ignored) or key.endswith("rotary_emb.inv_freq"):
+            continue
+        renamed[key.replace("model.mm_projector.", "mm_projector.")] = value
+    return renamed
+
+
+def load_strictly(module: nn.Module, state: dict[str, torch.Tensor], source: str) -> None:
+    """Loads ``state`` into ``module``; every key must find its place and every parameter its key.
+
+    Raises:
+        ValueError: naming missing, unexpected and mis-shaped keys.
+    """
+    own = module.state_dict()
+    missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    shapes = [
+        f"{key}: file {tuple(state[key].shape)}, model {tuple(own[key].shape)}"
+        for key in sorted(own.keys() & state.keys())
+        if own[key].shape != state[key].shape
+    ]
+    problems = [("missing", missing), ("unexpected", unexpected), ("of another shape", shapes)]
+    lines = [f"  {len(keys)} {kind}: {_some(keys)}" for kind, keys in problems if keys]
+    if lines:
+        raise ValueError(f"the weights of {source} do not fit {type(module).__name__}:\n" + "\n".join(lines))
+    module.load_state_dict(state)
+
+
+def _some(names: Iterable[str], most: int = 6) -> str:
+    names = list(names)
+    return ", ".join(names[:most]) + (f", and {len(names) - most} more" if len(names) > most else "")
+
+
+def fingerprint(tensors: Iterable[torch.Tensor], most: int = 4096) -> str:
+    """16 hex digits over at most ``most`` evenly spread values of each tensor: enough to tell checkpoints apart."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        flat = tensor.detach().flatten()
+        step = max(1, flat.numel() // most)
+        digest.update(str(tuple(tensor.shape)).encode())
+        digest.update(flat[::step].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def report(model: nn.Module, sources: dict[str, str]) -> list[Loaded]:
+    """Rows (module, source, parameters, dtype, fingerprint) for every top-level module."""
+    rows = []
+    for name, child in model.named_children():
+        parameters = list(child.parameters())
+        source = sources.get(name, "new")
+        count, dtype = sum(p.numel() for p in parameters), str(parameters[0].dtype).removeprefix("torch.")
+        rows.append(Loaded(name, source, count, dtype, fingerprint(parameters)))
+    return rows
+
+
+def format_report(rows: list[Loaded]) -> str:
+    """The loading report as a table."""
+    lines = [f"{'module':<18}{'parameters':>16}  {'dtype':<10}{'fingerprint':<18}source"]
+    lines += [f"{r.module:<18}{r.parameters:>16,}  {r.dtype:<10}{r.fingerprint:<18}{r.source}" for r in rows]
+    return "\n".join(lines)
+
+
+def base_config(version: Path, tower: Path, sam: SamShape, settings: dict) -> UGroundConfig:
+    """The configuration that a LLaVA folder, a CLIP folder and a SAM make together.
+
+    Raises:
+        ValueError: if the folder is no LLaVA, or the tower is not the one its projector was trained for.
+    """
+    raw = read_json(version, "--version")
+    if raw.get("model_type") not in LLAVA_TYPES:
+        raise ValueError(
+            f"--version: {version} is of type {raw.get('model_type')!r}, not a LLaVA-1.5 base "
+            f"({' or '.join(LLAVA_TYPES)}); a merged UGround folder is for test.py and chat.py"
+        )
+    read_json(tower, "--vision_tower")
+    clip = CLIPVisionConfig.from_pretrained(tower)
+    wanted = raw.get("mm_hidden_size", clip.hidden_size)
+    if clip.hidden_size != wanted:
+        raise ValueError(
+            f"--vision_tower: {tower} has width {clip.hidden_size}, the projector of {version} expects {wanted}"
+        )
+    llama = {key: raw[key] for key in LLAMA_KEYS if raw.get(key) is not None}
+    return UGroundConfig(
+        vision_config=clip,
+        mm_vision_select_layer=raw.get("mm_vision_select_layer", -2),
+        sam_config=sam.to_dict(),
+        **llama,
+        **settings,
+    )
+
+
+def load_base(
+    version: str, vision_tower: str, vision_pretrained: str, dtype: torch.dtype, settings: dict
+) -> tuple[UGroundForCausalLM, list[Loaded]]:
+    """Builds UGround from a LLaVA-1.5 folder, a CLIP folder and a SAM ``.pth`` (its size is read off the file).
+
+    Args:
+        settings: of ``UGroundConfig``, beyond the sizes.
+
+    Raises:
+        ValueError: if a file is missing, or a key does not find its place.
+    """
+    sam_state = read_torch_file(Path(vision_pretrained))
+    try:
+        shape = SamShape.from_state_dict(sam_state)
+    except KeyError as error:
+        raise ValueError(
+            f"--vision_pretrained: {vision_pretrained} is no segment-anything checkpoint (no {error})"
+        ) from error
+    config = base_config(Path(version), Path(vision_tower), shape, settings)
+    default = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(dtype)
+        with no_init_weights():
+            model = UGroundForCausalLM(config)
+        for module in model.text_hidden_fcs.modules():
+            if isinstance(module, nn.Linear):
+                module.reset_parameters()
+        nn.init.zeros_(model.ppm.gate)
+    finally:
+        torch.set_default_dtype(default)
+    load_strictly(model.visual_model, sam_state, vision_pretrained)
+    tower = CLIPVisionModel.from_pretrained(vision_tower, dtype=dtype)
+    load_strictly(model.vision_tower, tower.state_dict(), vision_tower)
+    llava = llava_keys(read_folder(Path(version)))
+    others = ("vision_tower.", "visual_model.", *NEW_PARTS)
+    own = {key: value for key, value in model.state_dict().items() if not key.startswith(others)}
+    missing, unexpected = own.keys() - llava.keys(), llava.keys() - own.keys()
+    if missing or unexpected:
+        raise ValueError(
+            f"the weights of {version} do not fit: missing {_some(sorted(missing)) or 'none'}; "
+            f"unexpected {_some(sorted(unexpected)) or 'none'}"
+        )
+    model.load_state_dict(llava, strict=False)
+    sources = dict.fromkeys(("model", "lm_head", "mm_projector"), version)
+    sources |= {"vision_tower": vision_tower, "visual_model": vision_pretrained}
+    return model.eval(), report(model, sources)
+
+
+def grow_vocabulary(model: UGroundForCausalLM, size: int) -> None:
+    """Makes room for added tokens; new rows start at the mean of the old ones, as in LLaVA."""
+    old = model.config.vocab_size
+    if size <= old:
+        return
+    model.resize_token_embeddings(size, mean_resizing=False)
+    with torch.no_grad():
+        for table in (model.get_input_embeddings().weight, model.get_output_embeddings().weight):
+            table[old:] = table[:old].float().mean(0).to(table.dtype)

@@ -1,0 +1,85 @@
+"""A random model of the smallest size that still has every part, its processor, and a few drawn samples."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from model.UGround import UGroundConfig, UGroundForCausalLM
+from utils.processor import UGroundProcessor
+from utils.tiny import clip_config, llama_settings, sam_shape, train_tokenizer
+from utils.types import Sample, Turn
+
+torch.set_num_threads(1)
+
+WORDS = (
+    "where is the red green blue star circle square please segment it sure , it is . there is no such thing here , so "
+    "USER: ASSISTANT: what can you see in this image ? all of the shapes a and"
+)
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer():
+    return train_tokenizer([WORDS] * 4, vocab_size=340)
+
+
+@pytest.fixture(scope="session")
+def tiny_processor(tiny_tokenizer) -> UGroundProcessor:
+    return UGroundProcessor(tiny_tokenizer, clip_side=40, clip_patch=10, sam_side=64, system_prompt="")
+
+
+def build_tiny_model(processor: UGroundProcessor, seed: int = 0, **settings) -> UGroundForCausalLM:
+    """A random model; the gate is random too, so that the policy is not uniform."""
+    torch.manual_seed(seed)
+    config = UGroundConfig(
+        vision_config=clip_config(side=40, patch=10, width=32, layers=3),
+        sam_config=sam_shape(side=64, patch=8, encoder_width=16, depth=2, width=32).to_dict(),
+        seg_token_id=processor.tokens.seg,
+        rej_token_id=processor.tokens.rej,
+        **llama_settings(len(processor.tokenizer), width=32, layers=4, heads=2),
+        **settings,
+    )
+    model = UGroundForCausalLM(config)
+    torch.nn.init.normal_(model.ppm.gate, std=0.3)
+    return model.eval()
+
+
+@pytest.fixture()
+def tiny_model(tiny_processor) -> UGroundForCausalLM:
+    return build_tiny_model(tiny_processor)
+
+
+@pytest.fixture(scope="session")
+def make_model(tiny_processor):
+    """build(seed=0, **settings) -> a fresh random model."""
+    return lambda seed=0, **settings: build_tiny_model(tiny_processor, seed, **settings)
+
+
+def drawn_sample(number: int, size: tuple[int, int] = (48, 64), segs: tuple[int, ...] = (1, 2, 0)) -> Sample:
+    """An image with circles; conversation k has ``segs[k]`` masks."""
+    rng = np.random.default_rng(number)
+    image = rng.integers(0, 255, (*size, 3), dtype=np.uint8)
+    masks, conversations = [], []
+    for count in segs:
+        for _ in range(count):
+            mask = np.zeros(size, np.uint8)
+            center = int(rng.integers(10, size[1] - 10)), int(rng.integers(10, size[0] - 10))
+            cv2.circle(mask, center, int(rng.integers(5, 9)), 1, -1)
+            masks.append(mask)
+        answer = "it is " + " and ".join(["[SEG]"] * count) + "." if count else "there is no such thing, so [REJ]."
+        conversations.append((Turn("where is the red star", f"sure, {answer}" if count else answer),))
+    stacked = np.stack(masks) if masks else np.zeros((0, *size), np.uint8)
+    return Sample(f"drawn/{number}", image, conversations, stacked, number)
+
+
+@pytest.fixture(scope="session")
+def tiny_samples() -> list[Sample]:
+    """Three images of different shape with 0, 1 and 2 [SEG] per conversation."""
+    return [drawn_sample(0), drawn_sample(1, (64, 40), (2,)), drawn_sample(2, (50, 50), (0,))]

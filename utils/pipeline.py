@@ -1,0 +1,116 @@
+"""Loading a model with its processor, and asking it: what chat, evaluation and training share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoTokenizer
+
+from model.UGround import UGroundForCausalLM
+from model.weights import Loaded, format_report, grow_vocabulary, load_base, read_json, report
+from utils.conversation import SYSTEM_PROMPT
+from utils.processor import UGroundProcessor
+from utils.tokens import add_special_tokens
+from utils.types import Prediction
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def load_for_training(
+    version: str,
+    vision_tower: str,
+    vision_pretrained: str,
+    precision: str = "bf16",
+    settings: dict | None = None,
+    max_tokens: int = 2048,
+) -> tuple[UGroundForCausalLM, UGroundProcessor, list[Loaded]]:
+    """UGround from base weights: a LLaVA-1.5 folder, a CLIP folder, a SAM ``.pth``.
+
+    Args:
+        precision: ``fp32``, ``bf16`` or ``fp16``.
+        settings: of ``UGroundConfig`` (layer_selection, loss weights, ...).
+        max_tokens: longest row of one conversation (``--model_max_length``).
+
+    Returns:
+        the model, its processor, and the rows of the loading report.
+
+    Raises:
+        ValueError: for wrong paths, weights that do not fit, or a tokenizer without the special tokens.
+    """
+    model, rows = load_base(version, vision_tower, vision_pretrained, PRECISIONS[precision], settings or {})
+    tokenizer = AutoTokenizer.from_pretrained(version)
+    add_special_tokens(tokenizer)
+    grow_vocabulary(model, len(tokenizer))
+    clip, sam = model.vision_tower.config, model.visual_model.shape
+    system_prompt = read_json(Path(version), "--version").get("system_prompt", SYSTEM_PROMPT)
+    processor = UGroundProcessor(tokenizer, clip.image_size, clip.patch_size, sam.image_size, system_prompt, max_tokens)
+    ids = processor.tokens
+    model.config.seg_token_id, model.config.rej_token_id = ids.seg, ids.rej
+    model.config.eos_token_id, model.config.pad_token_id = ids.eos, ids.pad
+    return model, processor, rows
+
+
+def load_pretrained(
+    folder: str, precision: str = "fp32", device: str = "cpu"
+) -> tuple[UGroundForCausalLM, UGroundProcessor]:
+    """A folder that ``scripts/merge_lora.py`` (or ``save_pretrained``) wrote.
+
+    Raises:
+        ValueError: if the folder is none of these, or its weights are not complete.
+    """
+    raw = read_json(Path(folder), "--version")
+    if raw.get("model_type") != "uground":
+        raise ValueError(
+            f"--version: {folder} is of type {raw.get('model_type')!r}, not a UGround model; "
+            "merge a trained run with scripts/merge_lora.py first"
+        )
+    processor = UGroundProcessor.from_pretrained(folder)
+    model, info = UGroundForCausalLM.from_pretrained(
+        folder, dtype=PRECISIONS[precision], output_loading_info=True, local_files_only=True
+    )
+    problems = {
+        kind: sorted(info[kind]) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[kind]
+    }
+    if problems:
+        raise ValueError(f"--version: the weights in {folder} do not fit: {problems}")
+    if model.config.seg_token_id != processor.tokens.seg:
+        raise ValueError(
+            f"--version: {folder}: the model's [SEG] is token {model.config.seg_token_id}, "
+            f"the tokenizer's {processor.tokens.seg}"
+        )
+    return model.to(device).eval(), processor
+
+
+def describe(model: UGroundForCausalLM, source: str) -> str:
+    """The loading report of a complete folder."""
+    return format_report(report(model, dict.fromkeys((name for name, _ in model.named_children()), source)))
+
+
+def predict(
+    model: UGroundForCausalLM,
+    processor: UGroundProcessor,
+    images: Sequence[np.ndarray],
+    questions: Sequence[Sequence[str]],
+    answers: Sequence[Sequence[str]] | None = None,
+    numbers: Sequence[int] | None = None,
+    **options,
+) -> list[list[Prediction]]:
+    """Asks every question about every image: [image][question] predictions with their text.
+
+    Args:
+        images: uint8 [H, W, 3] RGB; questions: a list per image; answers: given = teacher forced.
+        numbers: seeds of sampled layers, one per image.
+        options: of ``UGroundForCausalLM.predict`` (layer_policy, max_new_tokens, seed, on_token).
+    """
+    was_training = model.training
+    model.eval()
+    batch = processor.prompts(images, questions, answers, numbers).to(model.device, model.dtype)
+    predictions = model.predict(batch, **options)
+    model.train(was_training)
+    for row in predictions:
+        for prediction in row:
+            prediction.text = processor.decode(prediction.token_ids)
+    return predictions

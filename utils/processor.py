@@ -1,0 +1,138 @@
+"""The processor: tokenizer, both image transforms and prompt building, saved and loaded beside the model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from utils.collate import Row, collate_rows, cut
+from utils.conversation import SYSTEM_PROMPT, PromptBuilder
+from utils.tokens import token_ids
+from utils.types import Batch, Sample, Turn
+
+FILE_NAME = "uground_processor.json"
+
+
+class UGroundProcessor:
+    """Turns samples and prompts into batches, and token ids back into text.
+
+    Args:
+        tokenizer: fast tokenizer that knows the special tokens (``utils.tokens.add_special_tokens``).
+        clip_side: side of CLIP's padded square input in pixels; a multiple of ``clip_patch``.
+        clip_patch: CLIP's patch side in pixels.
+        sam_side: side of SAM's padded square input in pixels.
+        system_prompt: text in front of every conversation.
+        max_tokens: the longest row that one conversation with its prefix may make (``--model_max_length``).
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        clip_side: int,
+        clip_patch: int,
+        sam_side: int,
+        system_prompt: str = SYSTEM_PROMPT,
+        max_tokens: int = 2048,
+    ) -> None:
+        if clip_side % clip_patch:
+            raise ValueError(f"CLIP's side {clip_side} is not a multiple of its patch {clip_patch}")
+        self.tokenizer = tokenizer
+        self.clip_side, self.clip_patch, self.sam_side = clip_side, clip_patch, sam_side
+        self.tokens = token_ids(tokenizer)
+        self.builder = PromptBuilder(tokenizer, (clip_side // clip_patch) ** 2, system_prompt)
+        self.max_tokens = max_tokens
+
+    @property
+    def num_image_tokens(self) -> int:
+        return self.builder.num_image_tokens
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, **overrides) -> UGroundProcessor:
+        """Loads what ``save_pretrained`` wrote.
+
+        Raises:
+            ValueError: if the folder holds no processor.
+        """
+        path = Path(folder) / FILE_NAME
+        if not path.is_file():
+            raise ValueError(f"{folder} is no UGround folder: it has no {FILE_NAME} (scripts/merge_lora.py writes one)")
+        settings = json.loads(path.read_text()) | overrides
+        return cls(AutoTokenizer.from_pretrained(folder), **settings)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes the tokenizer's files and ``uground_processor.json``."""
+        settings = {
+            "clip_side": self.clip_side,
+            "clip_patch": self.clip_patch,
+            "sam_side": self.sam_side,
+            "system_prompt": self.builder.system_prompt,
+            "max_tokens": self.max_tokens,
+        }
+        self.tokenizer.save_pretrained(folder)
+        (Path(folder) / FILE_NAME).write_text(json.dumps(settings, indent=2) + "\n")
+
+    def collate(self, samples: Sequence[Sample]) -> Batch:
+        """Training rows.
+
+        Raises:
+            ValueError: if a sample's ``[SEG]`` and masks do not match, or a question is empty.
+        """
+        rows = []
+        for sample in samples:
+            conversations = [self.builder.encode(turns) for turns in sample.conversations]
+            row = Row(sample.image, conversations, sample.masks, sample.number, sample.source)
+            segs = sum(c.labels.count(self.tokens.seg) for c in conversations)
+            if segs != len(sample.masks):
+                raise ValueError(f"{sample.source}: {segs} [SEG] in the answers but {len(sample.masks)} masks")
+            rows.append(cut(row, self.max_tokens - len(self.builder.prefix_ids), self.tokens.seg))
+        return self._collate(rows)
+
+    def prompts(
+        self,
+        images: Sequence[np.ndarray],
+        questions: Sequence[Sequence[str]],
+        answers: Sequence[Sequence[str]] | None = None,
+        numbers: Sequence[int] | None = None,
+    ) -> Batch:
+        """Rows for ``UGroundForCausalLM.predict``: every image once, with all its questions.
+
+        Args:
+            images: uint8 [H, W, 3] each.
+            questions: one list per image. Special tokens typed in them are defused.
+            answers: the same shape; given = teacher forced, None = to be generated.
+            numbers: seeds for sampled layers, one per image (default 0, 1, ...).
+
+        Raises:
+            ValueError: if a question is empty or an image has none.
+        """
+        rows = []
+        for i, (image, asked) in enumerate(zip(images, questions, strict=True)):
+            if not asked:
+                raise ValueError(f"image {i} has no question")
+            replies = answers[i] if answers is not None else [""] * len(asked)
+            conversations = [self.builder.encode((Turn(q, a),)) for q, a in zip(asked, replies, strict=True)]
+            no_masks = np.zeros((0, *image.shape[:2]), dtype=np.uint8)
+            number = numbers[i] if numbers is not None else i
+            row = Row(image, conversations, no_masks, number, f"image {i}")
+            rows.append(cut(row, self.max_tokens - len(self.builder.prefix_ids), self.tokens.seg))
+        return self._collate(rows)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of answer tokens; ``[SEG]`` and ``[REJ]`` are kept, end and padding tokens are not."""
+        hidden = {self.tokens.eos, self.tokens.pad}
+        return self.tokenizer.decode([i for i in ids if i not in hidden], skip_special_tokens=False).strip()
+
+    def _collate(self, rows: list[Row]) -> Batch:
+        return collate_rows(
+            rows,
+            prefix_ids=self.builder.prefix_ids,
+            image_start=self.builder.image_start,
+            pad_id=self.tokens.pad,
+            seg_id=self.tokens.seg,
+            clip_side=self.clip_side,
+            sam_side=self.sam_side,
+        )

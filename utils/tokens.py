@@ -1,0 +1,55 @@
+"""The special tokens, looked up once and checked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+SEG, REJ, IMAGE, IM_START, IM_END = "[SEG]", "[REJ]", "<image>", "<im_start>", "<im_end>"
+SPECIAL_TOKENS = (SEG, REJ, IM_START, IM_END, IMAGE)
+
+
+@dataclass(frozen=True)
+class TokenIds:
+    """Ids of the special tokens in one tokenizer."""
+
+    seg: int
+    rej: int
+    image: int
+    im_start: int
+    im_end: int
+    eos: int
+    pad: int
+
+
+def add_special_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Adds the tokens that the tokenizer lacks (and a padding token); returns how many were added."""
+    missing = [token for token in SPECIAL_TOKENS if token not in tokenizer.get_vocab()]
+    added = tokenizer.add_tokens(missing, special_tokens=True)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    return added
+
+
+def token_ids(tokenizer: PreTrainedTokenizerBase, where: str = "the tokenizer") -> TokenIds:
+    """Looks the special tokens up.
+
+    Raises:
+        ValueError: if one is unknown, two share an id, or one does not survive encode and decode as a single token.
+    """
+    names = {"seg": SEG, "rej": REJ, "image": IMAGE, "im_start": IM_START, "im_end": IM_END}
+    vocabulary = tokenizer.get_vocab()
+    unknown = [token for token in names.values() if token not in vocabulary]
+    if unknown:
+        raise ValueError(f"{where} does not know {', '.join(unknown)}; add them with utils.tokens.add_special_tokens")
+    ids = {name: tokenizer.convert_tokens_to_ids(token) for name, token in names.items()}
+    if len(set(ids.values())) != len(ids):
+        raise ValueError(f"{where} gives one id to several special tokens: {ids}")
+    for name, token in names.items():
+        if tokenizer.encode(token, add_special_tokens=False) != [ids[name]]:
+            raise ValueError(f"{where} splits {token} into {tokenizer.tokenize(token)}; it must be one special token")
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"{where} has no end-of-sequence token")
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    return TokenIds(**ids, eos=tokenizer.eos_token_id, pad=pad)

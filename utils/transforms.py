@@ -1,0 +1,38 @@
+"""Image transforms: SAM's rule (longest side to S, zero padding right and bottom) for both CLIP and SAM.
+
+Source: paper section 5.1 (CLIP's center crop may cut off the target); the released weights use SAM's mean and
+deviation for both.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from PIL import Image
+
+PIXEL_MEAN = torch.tensor([123.675, 116.28, 103.53]).view(3, 1, 1)
+PIXEL_STD = torch.tensor([58.395, 57.12, 57.375]).view(3, 1, 1)
+
+
+def resized_size(height: int, width: int, side: int) -> tuple[int, int]:
+    """(height, width) after scaling the longest side to ``side``; at least one pixel each."""
+    scale = side / max(height, width)
+    return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
+
+
+def resize_and_pad(image: np.ndarray, side: int) -> tuple[torch.Tensor, tuple[int, int]]:
+    """Scales, normalises and pads one image.
+
+    Args:
+        image: [H, W, 3] uint8, RGB.
+        side: S, the square's side in pixels.
+
+    Returns:
+        [3, S, S] float32 and the resized (height, width) inside it.
+    """
+    height, width = resized_size(image.shape[0], image.shape[1], side)
+    if image.shape[:2] != (height, width):
+        image = np.array(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
+    pixels = (torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1) - PIXEL_MEAN) / PIXEL_STD
+    padded = torch.nn.functional.pad(pixels, (0, side - width, 0, side - height))
+    return padded, (height, width)
