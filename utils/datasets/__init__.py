@@ -1,0 +1,76 @@
+"""All data sets: two plain dicts. A new data set is a row of ``DATASETS``, a new type a row of ``TYPES`` and a file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from utils.datasets.base import DataError, DataOptions, EvalDataset, Row, TrainDataset, coco, unknown
+from utils.datasets.reason_seg import ReasonSegEval, ReasonSegTrain
+from utils.datasets.refer_seg import ReferSegEval, ReferSegTrain
+from utils.datasets.vqa import VqaTrain
+
+__all__ = ["DATASETS", "TYPES", "DataError", "DataOptions", "get_eval_dataset", "get_train_dataset"]
+
+
+@dataclass(frozen=True)
+class Type:
+    """How the data sets of a type are read.
+
+    Attributes:
+        train: called with (name, row, parts, dataset_dir, options); parts are what follows the name in a specification.
+        evaluate: called with (spec, row, parts, dataset_dir); None = no evaluation.
+        default: the data sets that are meant when the user names only the type.
+    """
+
+    train: Callable[..., TrainDataset]
+    evaluate: Callable[..., EvalDataset] | None
+    default: str
+
+
+TYPES = {
+    "refer_seg": Type(ReferSegTrain, ReferSegEval, "refclef||refcoco||refcoco+||refcocog"),
+    "vqa": Type(VqaTrain, None, "llava_instruct_150k"),
+    "reason_seg": Type(ReasonSegTrain, ReasonSegEval, "ReasonSeg|train"),
+}
+
+_REFS = ("refs({split_by}).p", "refs({split_by}).json")
+_GREFS = ("grefs({split_by}).json", "grefs({split_by}).p")
+_ZOM_IMAGES = tuple(f"refer_seg/refzom/{folder}" for folder in ("trainval2014", "train2014", "val2014"))
+
+DATASETS = {
+    "refclef": Row("refer_seg", "refer_seg/refclef", ("refer_seg/images/saiapr_tc-12",), _REFS, "unc"),
+    "refcoco": Row("refer_seg", "refer_seg/refcoco", coco("train2014"), _REFS, "unc"),
+    "refcoco+": Row("refer_seg", "refer_seg/refcoco+", coco("train2014"), _REFS, "unc"),
+    "refcocog": Row("refer_seg", "refer_seg/refcocog", coco("train2014"), _REFS, "umd"),
+    "grefcoco": Row("refer_seg", "refer_seg/grefcoco", coco("train2014"), _GREFS, "unc"),
+    "refzom": Row("refer_seg", "refer_seg/refzom", _ZOM_IMAGES, ("Ref_ZOM.p",)),
+    "llava_instruct_150k": Row("vqa", "llava_dataset/llava_instruct_150k.json", coco("train2017")),
+    "ReasonSeg": Row("reason_seg", "reason_seg/ReasonSeg"),
+}
+
+
+def get_train_dataset(spec: str, dataset_dir: str | Path, options: DataOptions | None = None) -> TrainDataset:
+    """``"refcoco"``, ``"ReasonSeg|train"`` -> what to train on."""
+    name, row, parts, root = _look_up(spec, dataset_dir)
+    return TYPES[row.type].train(name, row, parts, root, options or DataOptions())
+
+
+def get_eval_dataset(spec: str, dataset_dir: str | Path) -> EvalDataset:
+    """``"ReasonSeg|val_short"``, ``"refcoco|unc|val"`` -> the benchmark's split."""
+    name, row, parts, root = _look_up(spec, dataset_dir)
+    if TYPES[row.type].evaluate is None:
+        known = [other for other, its in DATASETS.items() if TYPES[its.type].evaluate]
+        raise DataError(f"{name!r} has no evaluation. These have: {', '.join(known)}")
+    return TYPES[row.type].evaluate(spec, row, parts, root)
+
+
+def _look_up(spec: str, dataset_dir: str | Path) -> tuple[str, Row, list[str], Path]:
+    name, *parts = spec.split("|")
+    if name not in DATASETS:
+        raise DataError(unknown("data set", name, DATASETS))
+    root = Path(dataset_dir)
+    if not root.is_dir():
+        raise DataError(f"--dataset_dir {root} is not a folder; give the one that holds {DATASETS[name].path}")
+    return name, DATASETS[name], parts, root

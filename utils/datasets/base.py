@@ -1,0 +1,360 @@
+"""What every dataset reader shares: errors, files, images, masks, a compact index, the check of a sample."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import struct
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from PIL import Image, ImageOps
+from pycocotools import mask as coco_mask
+
+from utils.tokens import SEG
+from utils.types import EvalSample, Sample
+
+
+class DataError(ValueError):
+    """Something about the data on disk is missing or wrong; the message names it and the way out."""
+
+
+class TrainDataset(Protocol):
+    """Images to train on. ``sample(index, rng)`` depends on nothing but its arguments and the files."""
+
+    name: str
+
+    def __len__(self) -> int: ...
+
+    def sample(self, index: int, rng: np.random.Generator) -> Sample: ...
+
+    def describe(self) -> dict[str, int]: ...
+
+
+class EvalDataset(Protocol):
+    """A benchmark's split: one ``EvalSample`` per image, always in the same order.
+
+    ``skipped`` names the records that the split holds but that cannot be evaluated (and why), for the result's counts.
+    """
+
+    spec: str
+    benchmark: str
+    skipped: list[str]
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> EvalSample: ...
+
+    @property
+    def num_queries(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """How samples are built, for all types.
+
+    Attributes:
+        questions_per_image: at most so many conversations share one image.
+        explanatory: ReasonSeg's explanations. For an image that has one: probability of a text answer alone,
+            otherwise half [SEG] alone and half [SEG] followed by the explanation. -1 = not used.
+        joint_probability: gRefCOCO, Ref-ZOM: probability that the image's expressions are asked about in ONE question
+            whose answer lists them ("Sure, A:[SEG], B:[REJ]."), as the teacher-forced protocol does.
+    """
+
+    questions_per_image: int = 3
+    explanatory: float = -1.0
+    joint_probability: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.questions_per_image < 1:
+            raise ValueError(f"questions_per_image is {self.questions_per_image}; it must be at least 1")
+        if self.explanatory != -1 and not 0 <= self.explanatory <= 1:
+            raise ValueError(f"explanatory is {self.explanatory}; it must be a probability, or -1 to turn it off")
+        if not 0 <= self.joint_probability <= 1:
+            raise ValueError(f"joint_probability is {self.joint_probability}; it must lie in [0, 1]")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One data set: a row of ``utils.datasets.DATASETS``. All paths are relative to the dataset directory.
+
+    Attributes:
+        type: the type it belongs to, a key of ``TYPES``.
+        path: its folder, or its one file.
+        images: folders that may hold its images.
+        annotations: names of its annotation file in ``path``, tried in turn; ``{split_by}`` is filled in.
+        split_by: who made the splits ("unc", "umd"), where the name does not say.
+    """
+
+    type: str
+    path: str
+    images: tuple[str, ...] = ()
+    annotations: tuple[str, ...] = ()
+    split_by: str = ""
+
+
+# -- names and files ---------------------------------------------------------------------------------------------------
+
+
+def unknown(kind: str, name: str, known: Iterable[str]) -> str:
+    """The message for a name that is not known: the nearest one, and all of them."""
+    known = list(known)
+    lower = {k.lower(): k for k in known}
+    near = difflib.get_close_matches(name.lower(), lower, n=1)
+    hint = f" Did you mean {lower[near[0]]!r}?" if near else ""
+    return f"unknown {kind} {name!r}.{hint} Known: {', '.join(known)}"
+
+
+def coco(folder: str) -> tuple[str, str]:
+    """Both common homes, under the dataset directory, of a folder of COCO images such as ``train2014``."""
+    return f"refer_seg/images/mscoco/images/{folder}", f"coco/{folder}"
+
+
+def find_paths(name: str, wanted: dict[str, Sequence[Path]], way_out: str = "check --dataset_dir") -> list[Path]:
+    """For each thing wanted the first of its places that exists.
+
+    Raises:
+        DataError: naming everything that is missing and every place looked in.
+    """
+    found = {what: next((place for place in places if place.exists()), None) for what, places in wanted.items()}
+    missing = [
+        f"no {what} (looked in {', '.join(map(str, wanted[what]))})" for what, path in found.items() if path is None
+    ]
+    if missing:
+        raise DataError(f"{name}: {'; '.join(missing)}; {way_out}")
+    return list(found.values())
+
+
+def read_json(path: Path, expected: type = dict) -> Any:
+    """JSON in UTF-8 (with or without BOM) or cp1252, whose top level must be of type ``expected``."""
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        try:
+            text = raw.decode("cp1252")
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path} is neither UTF-8 nor cp1252 text ({error}); download it again") from error
+    try:
+        value = json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise DataError(f"{path} is not valid JSON ({error}); it may be cut off: download it again") from error
+    if not isinstance(value, expected):
+        raise DataError(f"{path} holds a {type(value).__name__} at its top level; expected a {expected.__name__}")
+    return value
+
+
+# -- images ------------------------------------------------------------------------------------------------------------
+
+_DECODE_ERRORS = (OSError, SyntaxError, ValueError, struct.error, EOFError, Image.DecompressionBombError)
+
+
+def read_image(path: str | Path, apply_exif: bool = False) -> np.ndarray:
+    """Any image file as uint8 RGB [H, W, 3].
+
+    Grey becomes three equal channels, 16 bits become 8 (the high byte), transparency is composited onto white.
+
+    Args:
+        path: the file.
+        apply_exif: rotate as the EXIF orientation says. True for a person's photograph (chat); False for data sets,
+            whose annotations refer to the stored pixels.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f"image {path} {'is not a file' if path.exists() else 'does not exist'}; check the path")
+    try:
+        with Image.open(path) as image:
+            image.load()
+            if apply_exif:
+                image = ImageOps.exif_transpose(image)
+            return _to_rgb(image)
+    except _DECODE_ERRORS as error:
+        raise DataError(
+            f"image {path} cannot be decoded ({error}); replace or re-encode it (JPEG and PNG are read)"
+        ) from error
+
+
+def _to_rgb(image: Image.Image) -> np.ndarray:
+    if image.mode.startswith("I") or image.mode == "F":  # 16-bit grey (older Pillow: mode I); F = 32-bit TIFF
+        grey = np.nan_to_num(np.asarray(image).astype(np.float64), nan=0.0)
+        if grey.size and grey.max() > 255:
+            grey = grey / 256
+        return np.repeat(np.clip(grey, 0, 255).astype(np.uint8)[..., None], 3, axis=2)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return np.array(image.convert("RGB"))
+
+
+def check_size(source: str, image: np.ndarray, height: int, width: int) -> None:
+    """An annotation that was made for another size than the image's would be silently wrong."""
+    if image.shape[:2] != (height, width):
+        raise DataError(
+            f"{source}: the image is {image.shape[1]}x{image.shape[0]} but its annotation says {width}x{height} "
+            "(width x height); the image file is not the one that was annotated"
+        )
+
+
+# -- masks -------------------------------------------------------------------------------------------------------------
+
+
+def check_polygon(points: Any, height: int, width: int) -> np.ndarray:
+    """[[x, y], ...] or [x, y, x, y, ...] as float64 [n, 2]; refuses what is no list of plausible numbers.
+
+    A vertex may lie outside the image, but not by more than the image's longest side: such a number is an error, and
+    drawing to it takes memory in proportion.
+    """
+    try:
+        array = np.asarray(points, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"a polygon's points are not a list of numbers: {str(points)[:80]}") from error
+    if array.ndim == 1 and array.size % 2 == 0:
+        array = array.reshape(-1, 2)
+    if array.ndim != 2 or array.shape[1] != 2:
+        raise DataError(f"a polygon's points are not pairs of numbers: shape {array.shape}")
+    if not np.isfinite(array).all():
+        raise DataError("a polygon has a coordinate that is NaN or infinite")
+    margin = max(height, width)
+    if (array < -margin).any() or (array > np.array([width, height]) + margin).any():
+        raise DataError(
+            f"a polygon has a coordinate far outside its {width}x{height} image: {array.min()}..{array.max()}"
+        )
+    return array
+
+
+def decode_segmentation(segmentation: Any, height: int, width: int) -> np.ndarray:
+    """COCO's segmentation in any of its forms as uint8 [H, W] with 0 and 1.
+
+    Forms: a list of polygons (parts of 1 or 2 points are dropped), an RLE dict, a list of RLE dicts; RLE counts are a
+    string, bytes or a list of run lengths (crowd). Parts are united.
+    """
+    parts = [segmentation] if isinstance(segmentation, dict) else segmentation
+    if not isinstance(parts, list) or not parts:
+        raise DataError(f"a segmentation is neither polygons nor RLE: {str(segmentation)[:80]}")
+    if not isinstance(parts[0], (list, dict)):  # one bare polygon
+        parts = [parts]
+    mask = np.zeros((height, width), dtype=np.uint8)
+    polygons = [check_polygon(part, height, width) for part in parts if not isinstance(part, dict)]
+    polygons = [polygon.ravel().tolist() for polygon in polygons if len(polygon) >= 3]
+    if polygons:
+        mask |= coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(polygons, height, width)))
+    for part in parts:
+        if isinstance(part, dict):
+            mask |= _decode_rle(part, height, width)
+    if not mask.any():
+        raise DataError("a segmentation decodes to an empty mask")
+    return mask
+
+
+def _decode_rle(rle: dict, height: int, width: int) -> np.ndarray:
+    counts, size = rle.get("counts"), rle.get("size")
+    if size is None or list(size) != [height, width]:
+        raise DataError(f"an RLE has size {size}; its image is {[height, width]} (height, width)")
+    if isinstance(counts, str):
+        counts = counts.encode("ascii", "replace")
+    if isinstance(counts, bytes):
+        runs = _unpack_counts(counts)
+    elif isinstance(counts, list) and all(isinstance(run, int) for run in counts):
+        runs = counts
+    else:
+        raise DataError(f"an RLE's counts are a {type(counts).__name__}; expected a string or a list of integers")
+    # pycocotools does not check this: too few pixels would leave the rest of the mask uninitialised
+    if any(run < 0 for run in runs) or sum(runs) != height * width:
+        raise DataError(f"an RLE covers {sum(runs)} pixels; its image has {height * width}: the annotation is damaged")
+    values = np.arange(len(runs), dtype=np.uint8) % 2
+    return np.repeat(values, runs).reshape(width, height).T
+
+
+def _unpack_counts(packed: bytes) -> list[int]:
+    """Run lengths of COCO's compressed RLE: 5 bits per character, sign-extended, from the 4th on as differences."""
+    runs: list[int] = []
+    value = shift = 0
+    for character in packed:
+        digit = character - 48
+        if not 0 <= digit < 64:
+            raise DataError("an RLE's counts hold a character that COCO's compression does not use")
+        value |= (digit & 0x1F) << shift
+        shift += 5
+        if not digit & 0x20:
+            if digit & 0x10:
+                value -= 1 << shift
+            runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+            value = shift = 0
+    if shift:
+        raise DataError("an RLE's counts end in the middle of a number")
+    return runs
+
+
+# -- index and samples -------------------------------------------------------------------------------------------------
+
+
+class PackedRecords(Sequence):
+    """Many small JSON-able records in two numpy arrays.
+
+    Worker processes share the arrays' memory; lists of Python objects would be copied page by page, because reading an
+    object writes its reference count.
+    """
+
+    def __init__(self, records: Iterable[Any]) -> None:
+        chunks = [json.dumps(record, separators=(",", ":"), default=_plain).encode() for record in records]
+        self._ends = np.cumsum([len(chunk) for chunk in chunks], dtype=np.int64)
+        self._bytes = np.frombuffer(b"".join(chunks), dtype=np.uint8)
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def __getitem__(self, index: int) -> Any:
+        if not 0 <= index < len(self):
+            raise IndexError(f"record {index} of {len(self)}")
+        start = self._ends[index - 1] if index else 0
+        return json.loads(self._bytes[start : self._ends[index]].tobytes())
+
+    def __iter__(self) -> Iterator[Any]:
+        return (self[i] for i in range(len(self)))
+
+
+def _plain(value: Any) -> Any:
+    """For ``json.dumps``: RLE counts as bytes, and numpy scalars."""
+    if isinstance(value, bytes):
+        return value.decode("ascii", "replace")
+    if isinstance(value, np.generic):
+        return value.item()
+    raise DataError(f"an annotation holds a {type(value).__name__}; expected lists, dicts, numbers and strings")
+
+
+def draw(number: int, size: int, rng: np.random.Generator) -> list[int]:
+    """``number`` different indices below ``size`` (all of them if there are not so many), in random order."""
+    return rng.permutation(size)[:number].tolist()
+
+
+def pick(choices: Sequence[str], rng: np.random.Generator) -> str:
+    return choices[int(rng.integers(len(choices)))]
+
+
+def check_sample(sample: Sample) -> Sample:
+    """The promises that a training sample makes to the model; a broken one raises ``DataError`` with its source."""
+    masks, size = sample.masks, sample.image.shape[:2]
+    wanted = sum(turn.answer.count(SEG) for conversation in sample.conversations for turn in conversation)
+    if not sample.conversations or not all(sample.conversations):
+        raise DataError(f"{sample.source}: no question to ask about this image")
+    if any(not turn.question.strip() or not turn.answer.strip() for talk in sample.conversations for turn in talk):
+        raise DataError(f"{sample.source}: a question or an answer is empty")
+    if masks.ndim != 3 or len(masks) != wanted:
+        raise DataError(f"{sample.source}: {wanted} [SEG] in the answers but masks of shape {masks.shape}")
+    if masks.dtype != np.uint8 or masks.shape[1:] != size:
+        raise DataError(f"{sample.source}: masks are {masks.dtype} {masks.shape[1:]}, the image is {size}")
+    for number, mask in enumerate(masks):
+        if not (mask == 1).any():
+            raise DataError(f"{sample.source}: the mask of [SEG] number {number + 1} is empty")
+    return sample
+
+
+def stack_masks(masks: Sequence[np.ndarray], height: int, width: int) -> np.ndarray:
+    """[N, H, W] uint8, also for N = 0."""
+    return np.stack(masks) if len(masks) else np.zeros((0, height, width), dtype=np.uint8)

@@ -1,0 +1,215 @@
+"""Which sample is number i: the weighted mixture of data sets, as a pure function of (seed, number)."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, Sampler
+
+from utils.datasets import DATASETS, TYPES, get_train_dataset
+from utils.datasets.base import DataError, DataOptions, TrainDataset, unknown
+from utils.types import Sample
+
+logger = logging.getLogger(__name__)
+
+MAX_TRIES = 100
+
+
+class Mixture(Dataset):
+    """Training samples of several types, drawn with replacement.
+
+    Sample ``number`` depends on (seed, number), the files and the settings alone: not on the worker, the process, or
+    what was drawn before. A record that cannot be used is counted, logged once, and replaced by the next draw of the
+    same random stream, so that the replacement is the same in every run.
+
+    Args:
+        dataset_dir: the root of all data.
+        types: the types, ``"reason_seg||refer_seg"`` or a list.
+        rates: how often each type is drawn, ``"9,3"`` or a list; normalised. Default: all equal.
+        data: per type its data sets, ``{"refer_seg": "refcoco||grefcoco"}``; a type left out uses its default ones.
+        options: how samples are built.
+        seed: of the whole mixture.
+        weighting: data sets within a type are drawn by their ``"size"`` (in images) or ``"uniform"``.
+
+    Raises:
+        DataError: naming every unknown name and everything that is missing on disk at once.
+    """
+
+    def __init__(
+        self,
+        dataset_dir: str | Path,
+        types: str | Sequence[str],
+        rates: str | Sequence[float] | None = None,
+        data: dict[str, str | Sequence[str]] | None = None,
+        options: DataOptions | None = None,
+        seed: int = 0,
+        weighting: str = "size",
+    ) -> None:
+        names, problems = _split(types, "||"), []
+        if weighting not in ("size", "uniform"):
+            problems.append(unknown("weighting", weighting, ("size", "uniform")))
+        rate_of = _rates(names, rates, problems)
+        self.datasets: list[TrainDataset] = []
+        self.types: list[str] = []
+        for name in names:
+            for spec in _specs(name, data or {}, problems):
+                try:
+                    self.datasets.append(get_train_dataset(spec, dataset_dir, options))
+                    self.types.append(name)
+                except DataError as error:
+                    problems.append(str(error))
+        if problems:
+            raise DataError(f"the data are not complete; {len(problems)} problem(s):\n  " + "\n  ".join(problems))
+        self.seed = seed
+        weights = np.array([len(dataset) if weighting == "size" else 1 for dataset in self.datasets], dtype=np.float64)
+        totals = {name: sum(w for w, kind in zip(weights, self.types) if kind == name) for name in names}
+        self.shares = np.array([rate_of[kind] * w / totals[kind] for w, kind in zip(weights, self.types)])
+        # counts live in shared memory, so that the main process sees what its workers skipped
+        self.skipped = torch.zeros(len(self.datasets), dtype=torch.int64).share_memory_()
+        self._logged: set[str] = set()
+
+    def __len__(self) -> int:
+        """All images of all data sets: a nominal epoch. Any number from 0 on can be drawn."""
+        return sum(map(len, self.datasets))
+
+    def __getitem__(self, number: int) -> Sample:
+        rng = np.random.default_rng((self.seed, number))
+        problem = ""
+        for _ in range(MAX_TRIES):
+            which = int(rng.choice(len(self.datasets), p=self.shares))
+            dataset = self.datasets[which]
+            index = int(rng.integers(len(dataset)))
+            try:
+                # a generator of its own: how much a failing record drew must not matter
+                sample = dataset.sample(index, np.random.default_rng(rng.integers(2**63)))
+            except DataError as error:
+                problem = str(error)
+                self.skipped[which] += 1
+                self._log(dataset.name, problem)
+                continue
+            sample.number = number
+            return sample
+        raise DataError(
+            f"sample {number}: {MAX_TRIES} records in a row could not be used; the last: {problem}; "
+            "most of the data set seems to be missing or damaged"
+        )
+
+    def _log(self, name: str, message: str) -> None:
+        if message not in self._logged:
+            self._logged.add(message)
+            logger.warning("%s: a record is skipped: %s", name, message)
+
+    def describe(self, num_samples: int | None = None) -> list[dict[str, Any]]:
+        """Per data set: type, name, share of the samples, its counts, and the draws skipped so far.
+
+        With ``num_samples`` also the epochs: how often each of its images is drawn on average.
+        """
+        rows = []
+        for i, dataset in enumerate(self.datasets):
+            row = {"type": self.types[i], "name": dataset.name, "share": float(self.shares[i]), **dataset.describe()}
+            row["skipped"] = int(self.skipped[i])
+            if num_samples is not None:
+                row["epochs"] = num_samples * float(self.shares[i]) / len(dataset)
+            rows.append(row)
+        return rows
+
+    def table(self, num_samples: int | None = None) -> str:
+        """``describe`` as a text table."""
+        rows = self.describe(num_samples)
+        columns = list(dict.fromkeys(key for row in rows for key in row))
+        cells = [columns] + [[_cell(key, row.get(key)) for key in columns] for row in rows]
+        widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
+        left = ("type", "name")
+        return "\n".join(
+            "  ".join(
+                cell.ljust(width) if key in left else cell.rjust(width)
+                for key, cell, width in zip(columns, line, widths)
+            ).rstrip()
+            for line in cells
+        )
+
+
+def _cell(key: str, value: Any) -> str:
+    if value is None:
+        return "-"
+    return (
+        f"{value:.1%}"
+        if key == "share"
+        else f"{value:.2f}"
+        if key == "epochs"
+        else f"{value:,}"
+        if isinstance(value, int)
+        else value
+    )
+
+
+def _split(names: str | Sequence[str], separator: str) -> list[str]:
+    parts = names.split(separator) if isinstance(names, str) else names
+    return [part.strip() for part in parts if part.strip()]
+
+
+def _rates(names: list[str], rates: str | Sequence[float] | None, problems: list[str]) -> dict[str, float]:
+    """Type -> probability; what is wrong is added to ``problems``."""
+    known = [name for name in names if name in TYPES]
+    problems += [unknown("data set type", name, TYPES) for name in names if name not in TYPES]
+    if not names or len(set(names)) < len(names):
+        problems.append(f"the types {names} must be at least one, each named once")
+    try:
+        values = (
+            [1.0] * len(names)
+            if rates is None
+            else [float(r) for r in (_split(rates, ",") if isinstance(rates, str) else rates)]
+        )
+    except (TypeError, ValueError):
+        values = []
+    if len(values) != len(names) or not all(0 <= value < float("inf") for value in values) or sum(values) <= 0:
+        problems.append(f"sample_rates {rates!r} must be {len(names)} numbers >= 0, not all 0: one for each of {names}")
+        values = [1.0] * len(names)
+    return {name: value / sum(values) for name, value in zip(names, values) if name in known}
+
+
+def _specs(name: str, data: dict[str, str | Sequence[str]], problems: list[str]) -> list[str]:
+    """The data sets of a type, checked to belong to it."""
+    if name not in TYPES:
+        return []
+    specs = _split(data.get(name) or TYPES[name].default, "||")
+    if len(set(specs)) < len(specs):
+        problems.append(f"{name}: a data set is named twice in {specs}")
+    of_type = [other for other, row in DATASETS.items() if row.type == name]
+    problems += [
+        unknown(f"{name} data set", spec.split("|")[0], of_type) for spec in specs if spec.split("|")[0] not in of_type
+    ]
+    return [spec for spec in specs if spec.split("|")[0] in of_type]
+
+
+class MixtureSampler(Sampler[list[int]]):
+    """Batches of sample numbers for one rank; give it to ``DataLoader(mixture, batch_sampler=...)``.
+
+    ``number = (micro_step * world_size + rank) * batch_size + j``: together the ranks draw 0, 1, 2, ... whatever their
+    count, and a run resumes at any micro step by that number alone.
+
+    Args:
+        batch_size: samples per rank and micro step.
+        rank, world_size: of this process.
+        start, stop: micro steps ``start <= step < stop``.
+    """
+
+    def __init__(self, batch_size: int, start: int, stop: int, rank: int = 0, world_size: int = 1) -> None:
+        if batch_size < 1 or not 0 <= rank < world_size or not 0 <= start <= stop:
+            raise ValueError(
+                f"batch_size {batch_size}, rank {rank} of {world_size}, steps {start} to {stop}: out of range"
+            )
+        self.batch_size, self.rank, self.world_size, self.start, self.stop = batch_size, rank, world_size, start, stop
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for step in range(self.start, self.stop):
+            first = (step * self.world_size + self.rank) * self.batch_size
+            yield list(range(first, first + self.batch_size))

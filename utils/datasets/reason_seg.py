@@ -1,0 +1,274 @@
+"""reason_seg: ReasonSeg, one target (region) per image with short or long queries (formats.md, F; evaluation.md)."""
+
+from __future__ import annotations
+
+import logging
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+
+from utils.conversation import escape
+from utils.datasets.base import (
+    DataError,
+    DataOptions,
+    PackedRecords,
+    Row,
+    check_polygon,
+    check_sample,
+    draw,
+    find_paths,
+    pick,
+    read_image,
+    read_json,
+    unknown,
+)
+from utils.datasets.templates import ANSWERS, QUESTIONS
+from utils.types import IGNORE_PIXEL, EvalQuery, EvalSample, Sample, Turn
+
+logger = logging.getLogger(__name__)
+
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png"}
+
+
+def read_annotation(path: Path) -> dict[str, Any]:
+    """One ReasonSeg JSON with its types checked: ``text``, ``is_sentence``, ``shapes``."""
+    annotation = read_json(path)
+    texts = annotation.get("text")
+    if (
+        not isinstance(texts, list)
+        or not all(isinstance(text, str) for text in texts)
+        or not any(map(str.strip, texts))
+    ):
+        raise DataError(f"{path}: 'text' must be a list of queries, not {str(texts)[:60]}")
+    if not isinstance(annotation.get("is_sentence"), bool):
+        raise DataError(f"{path}: 'is_sentence' must be true or false, not {annotation.get('is_sentence')!r}")
+    shapes = annotation.get("shapes")
+    if not isinstance(shapes, list) or not all(
+        isinstance(shape, dict) and isinstance(shape.get("label"), str) and isinstance(shape.get("points"), list)
+        for shape in shapes
+    ):
+        raise DataError(f"{path}: 'shapes' must be a list of dicts with 'label' and 'points'")
+    return annotation
+
+
+def polygons(annotation: dict[str, Any]) -> list[dict[str, Any]]:
+    """The shapes that count: flags and shapes of fewer than 3 points are none."""
+    return [s for s in annotation["shapes"] if s["label"].lower() != "flag" and len(s["points"]) >= 3]
+
+
+def draw_mask(shapes: list[dict[str, Any]], height: int, width: int) -> np.ndarray:
+    """Polygons as uint8 [H, W]: 1 = target, 255 = ignore.
+
+    Drawn from the largest area to the smallest, outline and interior, each over what was there; vertices are cut to
+    whole pixels. Of two equal areas the later one is drawn first.
+    """
+    vertices = [check_polygon(shape["points"], height, width).astype(np.int32) for shape in shapes]
+    areas = [int(_paint(np.zeros((height, width), np.uint8), points, 1).sum()) for points in vertices]
+    mask = np.zeros((height, width), np.uint8)
+    for number in np.argsort(areas, kind="stable")[::-1]:
+        _paint(mask, vertices[number], IGNORE_PIXEL if "ignore" in shapes[number]["label"].lower() else 1)
+    return mask
+
+
+def _paint(canvas: np.ndarray, points: np.ndarray, value: int) -> np.ndarray:
+    cv2.polylines(canvas, [points], True, value, 1)
+    return cv2.fillPoly(canvas, [points], value)
+
+
+class ReasonSegSplit:
+    """One folder of images and JSON files of the same stem.
+
+    Attributes:
+        records: per image ``{"stem", "image", "json", "is_sentence", "queries"}``; paths relative to ``folder``.
+        problems: files that cannot be used although they should.
+        without_polygon: images that the data set itself leaves without a target.
+    """
+
+    def __init__(self, name: str, folder: Path) -> None:
+        self.name, self.folder = name, folder
+        files = sorted(path.name for path in folder.iterdir() if path.is_file())
+        images = {Path(file).stem: file for file in files if Path(file).suffix.lower() in IMAGE_SUFFIXES}
+        jsons = {Path(file).stem: file for file in files if Path(file).suffix.lower() == ".json"}
+        self.problems = [f"{folder / images[stem]} has no JSON of its name" for stem in images if stem not in jsons]
+        self.without_polygon: list[str] = []
+        records = []
+        for stem, file in jsons.items():
+            try:
+                if stem not in images:
+                    raise DataError(f"{folder / file} has no image of its name (.jpg in any case, .jpeg, .png)")
+                annotation = read_annotation(folder / file)
+            except DataError as error:
+                self.problems.append(str(error))
+                continue
+            if not any("ignore" not in shape["label"].lower() for shape in polygons(annotation)):
+                self.without_polygon.append(f"{name}/{images[stem]}: no target polygon in its JSON")
+                continue
+            records.append(
+                {
+                    "stem": stem,
+                    "image": images[stem],
+                    "json": file,
+                    "is_sentence": annotation["is_sentence"],
+                    "queries": len(annotation["text"]),
+                }
+            )
+        if not records:
+            first = (self.problems + self.without_polygon + ["the folder holds no .json"])[0]
+            raise DataError(f"{name}: nothing usable in {folder}: {first}")
+        self.records = PackedRecords(records)
+
+    def load(self, record: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
+        """Image [H, W, 3], mask [H, W] and the checked annotation."""
+        path = self.folder / record["json"]
+        annotation = read_annotation(path)
+        image = read_image(self.folder / record["image"])
+        try:
+            return image, draw_mask(polygons(annotation), *image.shape[:2]), annotation
+        except DataError as error:
+            raise DataError(f"{path}: {error}") from error
+
+
+def split_folders(name: str, row: Row, split: str, dataset_dir: Path) -> list[Path]:
+    """``train`` -> one folder, ``train_val`` -> two; a folder that has the whole name comes first."""
+    root = find_paths(name, {"folder": [dataset_dir / row.path]})[0]
+    if (root / split).is_dir():
+        return [root / split]
+    folders = [root / part for part in split.split("_")]
+    if not all(folder.is_dir() for folder in folders):
+        known = sorted(path.name for path in root.iterdir() if path.is_dir() and path.name != "explanatory")
+        raise DataError(f"{name}: {unknown('split', split, known)} (folders of {root})")
+    return folders
+
+
+class ReasonSegTrain:
+    """ReasonSeg to train on; an item is an image with some of the queries that all mean its one target.
+
+    Args:
+        name: the data set, a key of ``DATASETS``.
+        row: its row.
+        parts: the split, ``train`` or several (``train_val``).
+        dataset_dir: the root of all data.
+        options: ``questions_per_image`` and ``explanatory``.
+    """
+
+    def __init__(self, name: str, row: Row, parts: list[str], dataset_dir: Path, options: DataOptions) -> None:
+        if len(parts) > 1:
+            raise DataError(
+                f"{'|'.join([name, *parts])!r}: write '{name}|train', or several splits as '{name}|train_val'"
+            )
+        split = parts[0] if parts else "train"
+        self.name, self.options = f"{name}|{split}", options
+        folders = split_folders(self.name, row, split, dataset_dir)
+        self.splits = [ReasonSegSplit(f"{name}|{folder.name}", folder) for folder in folders]
+        self.explanations: dict[str, list[str]] = {}
+        if options.explanatory >= 0:
+            self.explanations = _read_explanations(self.name, dataset_dir / row.path / "explanatory" / "train.json")
+        problems = [problem for part in self.splits for problem in part.problems]
+        if problems:
+            logger.warning("%s: %d files cannot be used, the first: %s", self.name, len(problems), problems[0])
+
+    def __len__(self) -> int:
+        return sum(len(part.records) for part in self.splits)
+
+    def sample(self, index: int, rng: np.random.Generator) -> Sample:
+        ends = np.cumsum([len(part.records) for part in self.splits])
+        which = int(np.searchsorted(ends, index, side="right"))
+        part = self.splits[which]
+        record = part.records[index - int(ends[which - 1] if which else 0)]
+        image, mask, annotation = part.load(record)
+        texts = [text for text in annotation["text"] if text.strip()]
+        kind = "sentence" if annotation["is_sentence"] else "phrase"
+        turns = [
+            self._turn(kind, texts[i], record["image"], rng)
+            for i in draw(self.options.questions_per_image, len(texts), rng)
+        ]
+        count = sum("[SEG]" in turn.answer for turn in turns)
+        masks = np.repeat(mask[None], count, axis=0)
+        return check_sample(Sample(f"{part.name}/{record['image']}", image, [(turn,) for turn in turns], masks))
+
+    def _turn(self, kind: str, text: str, image_name: str, rng: np.random.Generator) -> Turn:
+        """A question and [SEG]; where the image has an explanation, sometimes with it or with it alone."""
+        question, answer = pick(QUESTIONS[kind], rng).replace("{query}", text), pick(ANSWERS["target"], rng)
+        explanations = self.explanations.get(Path(image_name).stem)
+        if explanations is None:
+            return Turn(question, answer)
+        explanation = escape(pick(explanations, rng))
+        if rng.random() < self.options.explanatory:
+            return Turn(text, explanation)
+        if rng.random() < 0.5:
+            return Turn(question, answer)
+        return Turn(f"{question} {pick(QUESTIONS['explain'], rng)}", f"{answer} {explanation}")
+
+    def describe(self) -> dict[str, int]:
+        records = [record for part in self.splits for record in part.records]
+        return {
+            "images": len(records),
+            "expressions": sum(record["queries"] for record in records),
+            "explained": sum(record["stem"] in self.explanations for record in records),
+            "unusable": sum(len(part.problems) + len(part.without_polygon) for part in self.splits),
+        }
+
+
+def _read_explanations(name: str, path: Path) -> dict[str, list[str]]:
+    """Image stem -> text answers."""
+    find_paths(name, {"explanations": [path]}, "check --dataset_dir, or set explanatory to -1 to train without them")
+    explanations = defaultdict(list)
+    for number, item in enumerate(read_json(path, list)):
+        fields = [item.get(key) for key in ("image", "outputs")] if isinstance(item, dict) else [None]
+        if not all(isinstance(value, str) and value.strip() for value in fields):
+            raise DataError(f"{path}, item {number}: expected a dict with texts in 'image' and 'outputs'")
+        explanations[Path(fields[0]).stem].append(fields[1])
+    return dict(explanations)
+
+
+class ReasonSegEval:
+    """A split of ReasonSeg: one mask per image, asked for by the first query of ``text``.
+
+    ``val_short`` and ``val_long`` are the parts of ``val`` with ``is_sentence`` false and true. Any folder is a split.
+
+    Args:
+        spec: ``ReasonSeg|val``, ``ReasonSeg|test_long``, ``ReasonSeg|heldout``.
+        row: the data set's row.
+        parts: the split.
+        dataset_dir: the root of all data.
+    """
+
+    def __init__(self, spec: str, row: Row, parts: list[str], dataset_dir: Path) -> None:
+        self.spec, self.benchmark = spec, spec.split("|")[0]
+        if len(parts) != 1:
+            raise DataError(f"{spec!r}: write '{self.benchmark}|SPLIT', for example '{self.benchmark}|val_short'")
+        root, split, length = dataset_dir / row.path, parts[0], ""
+        if split.endswith(("_short", "_long")) and not (root / split).is_dir():
+            split, length = split.rsplit("_", 1)
+        folders = split_folders(spec, row, split, dataset_dir)
+        if len(folders) > 1:
+            raise DataError(f"{spec}: an evaluation reads one folder, not {', '.join(map(str, folders))}")
+        self.part = ReasonSegSplit(f"{self.benchmark}|{split}", folders[0])
+        if self.part.problems:
+            shown = "\n  ".join(self.part.problems[:5])
+            raise DataError(
+                f"{spec}: {len(self.part.problems)} files cannot be evaluated, which would change the benchmark; "
+                f"complete the download. The first:\n  {shown}"
+            )
+        self.skipped = self.part.without_polygon
+        wanted = {"": (True, False), "short": (False,), "long": (True,)}[length]
+        self.chosen = [i for i, record in enumerate(self.part.records) if record["is_sentence"] in wanted]
+        if not self.chosen:
+            raise DataError(f"{spec}: no {length} query among the {len(self.part.records)} of {folders[0]}")
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    @property
+    def num_queries(self) -> int:
+        return len(self.chosen)
+
+    def __getitem__(self, index: int) -> EvalSample:
+        record = self.part.records[self.chosen[index]]
+        image, mask, annotation = self.part.load(record)
+        meta = {"length": "long" if annotation["is_sentence"] else "short", **annotation.get("meta", {})}
+        query = EvalQuery(record["stem"], annotation["text"][0], mask[None], annotation["is_sentence"], meta)
+        return EvalSample(f"{self.part.name}/{record['image']}", record["stem"], image, [query])

@@ -1,0 +1,163 @@
+"""refer_seg: expressions for one object, several (one merged mask) or none, on COCO or SAIAPR images."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from utils.conversation import escape
+from utils.datasets.base import (
+    DataError,
+    DataOptions,
+    Row,
+    check_sample,
+    check_size,
+    draw,
+    find_paths,
+    pick,
+    read_image,
+    stack_masks,
+)
+from utils.datasets.refer_api import Ref, ReferIndex, build_index
+from utils.datasets.templates import ANSWERS, QUESTIONS, joint_turn
+from utils.tokens import REJ, SEG
+from utils.types import EvalQuery, EvalSample, Sample, Turn
+
+logger = logging.getLogger(__name__)
+
+
+class ReferSplit:
+    """One split of one data set: the index, and where its images lie."""
+
+    def __init__(self, name: str, row: Row, split_by: str, split: str, dataset_dir: Path) -> None:
+        self.name = "|".join(part for part in (name, split_by, split) if part)
+        folder = dataset_dir / row.path
+        refs, instances = find_paths(
+            self.name,
+            {
+                "refs": [folder / file.replace("{split_by}", split_by) for file in row.annotations],
+                "instances": [folder / "instances.json"],
+            },
+            "check --dataset_dir, and the split_by part of the name",
+        )
+        self.folders = [dataset_dir / images for images in row.images]
+        self.index: ReferIndex = build_index(self.name, refs, instances, split)
+
+    def image_path(self, record: dict[str, Any]) -> Path:
+        places = [folder / record["file_name"] for folder in self.folders]
+        return find_paths(self.name, {f"image {record['file_name']}": places})[0]
+
+    def image(self, record: dict[str, Any]) -> np.ndarray:
+        image = read_image(self.image_path(record))
+        check_size(f"{self.name}, {record['file_name']}", image, record["height"], record["width"])
+        return image
+
+
+class ReferSegTrain:
+    """Referring segmentation to train on; an item is an image with some of its expressions.
+
+    Args:
+        name: the data set, a key of ``DATASETS``.
+        row: its row.
+        parts: what follows the name in the specification; ``refcocog|google`` overrides who made the splits.
+        dataset_dir: the root of all data.
+        options: how many questions, whether expressions are also asked about jointly.
+    """
+
+    def __init__(self, name: str, row: Row, parts: list[str], dataset_dir: Path, options: DataOptions) -> None:
+        if len(parts) > 1:
+            raise DataError(f"{'|'.join([name, *parts])!r}: for training write {name!r} or '{name}|SPLIT_BY'")
+        self.name, self.options = "|".join([name, *parts]), options
+        self.has_absent = row.annotations[0].startswith(("grefs", "Ref_ZOM"))
+        self.split = ReferSplit(name, row, parts[0] if parts else row.split_by, "train", dataset_dir)
+        self.split.image_path(self.split.index.images[0])  # a wrong folder shows now, not at the first step
+        if self.split.index.problems:
+            problems = self.split.index.problems
+            logger.warning("%s: %d refs cannot be used, the first: %s", self.name, len(problems), problems[0])
+
+    def __len__(self) -> int:
+        return len(self.split.index.images)
+
+    def sample(self, index: int, rng: np.random.Generator) -> Sample:
+        """Up to ``questions_per_image`` of the image's refs, with one sentence of each drawn by ``rng``."""
+        record = self.split.index.images[index]
+        refs = self.split.index.refs(record)
+        chosen = [refs[i] for i in draw(self.options.questions_per_image, len(refs), rng)]
+        texts = [pick([sentence["sent"] for sentence in ref.sentences], rng) for ref in chosen]
+        if self.has_absent and rng.random() < self.options.joint_probability:
+            tokens = [SEG if ref.ann_ids else REJ for ref in chosen]
+            conversations = [(joint_turn([escape(text) for text in texts], tokens),)]
+        else:
+            conversations = [(_turn(ref, text, rng),) for ref, text in zip(chosen, texts)]
+        masks = [self.split.index.mask(record, ref) for ref in chosen if ref.ann_ids]
+        return check_sample(
+            Sample(
+                source=f"{self.name}/{record['file_name']}",
+                image=self.split.image(record),
+                conversations=conversations,
+                masks=stack_masks(masks, record["height"], record["width"]),
+            )
+        )
+
+    def describe(self) -> dict[str, int]:
+        return {**self.split.index.counts, "unusable": len(self.split.index.problems)}
+
+
+def _turn(ref: Ref, text: str, rng: np.random.Generator) -> Turn:
+    kind = ("absent", "target", "merged")[min(len(ref.ann_ids), 2)]
+    return Turn(pick(QUESTIONS["phrase"], rng).replace("{query}", text), pick(ANSWERS[kind], rng))
+
+
+class ReferSegEval:
+    """Every sentence of every ref of a split, grouped by image; one merged mask per sentence, or none.
+
+    Args:
+        spec: ``refcoco|unc|val``, ``refcoco|val`` or ``refzom|test``.
+        row: the data set's row.
+        parts: what follows the name in ``spec``.
+        dataset_dir: the root of all data.
+    """
+
+    def __init__(self, spec: str, row: Row, parts: list[str], dataset_dir: Path) -> None:
+        self.spec, self.benchmark = spec, spec.split("|")[0]
+        if not 1 <= len(parts) <= 2:
+            raise DataError(f"{spec!r}: write '{self.benchmark}|SPLIT' or '{self.benchmark}|SPLIT_BY|SPLIT'")
+        split_by = parts[0] if len(parts) == 2 else row.split_by
+        self.split = ReferSplit(self.benchmark, row, split_by, parts[-1], dataset_dir)
+        self.skipped: list[str] = []
+        problems = list(self.split.index.problems)
+        for record in self.split.index.images:
+            try:
+                self.split.image_path(record)
+            except DataError as error:
+                problems.append(str(error))
+        if problems:
+            shown = "\n  ".join(problems[:5])
+            raise DataError(
+                f"{spec}: {len(problems)} records cannot be evaluated, which would change the benchmark; "
+                f"complete the download. The first:\n  {shown}"
+            )
+
+    def __len__(self) -> int:
+        return len(self.split.index.images)
+
+    @property
+    def num_queries(self) -> int:
+        return self.split.index.counts["expressions"]
+
+    def __getitem__(self, index: int) -> EvalSample:
+        record = self.split.index.images[index]
+        image = self.split.image(record)
+        queries = []
+        for ref in self.split.index.refs(record):
+            masks = [self.split.index.mask(record, ref)] if ref.ann_ids else []
+            masks = stack_masks(masks, record["height"], record["width"])
+            for sentence in ref.sentences:
+                query_id = f"{ref.ref_id}_{sentence['sent_id']}"
+                meta = {key: value for key, value in sentence.items() if key not in ("sent", "sent_id")}
+                meta["targets"] = len(ref.ann_ids)
+                queries.append(EvalQuery(query_id, sentence["sent"], masks, meta=meta))
+        return EvalSample(f"{self.spec}/{record['file_name']}", str(record["id"]), image, queries)
