@@ -281,6 +281,76 @@ def test_refs_that_point_nowhere_are_counted(root: Path) -> None:
         get_train_dataset("grefcoco", root).sample(0, np.random.default_rng(0))
 
 
+GOOD_REF = {"ref_id": 1, "ann_id": [10], "image_id": 1, "split": "train", "sentences": [{"sent": "x"}]}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"image_id": 7}, "image 7 is not in"),
+        ({"image_id": [1]}, r"image \[1\] is not in"),
+        ({"ann_id": None}, "ann_id is None"),
+        ({"ann_id": [-1, 10]}, "ann_id is"),
+        ({"ann_id": [99]}, "annotation 99 is not in"),
+        ({"ann_id": [12]}, "annotation 12 belongs to image 2"),
+        ({"sentences": "x"}, "not a list of dicts"),
+        ({"sentences": [{"sent": " "}]}, "no sentence"),
+        ({"sentences": [{"sent": 3}]}, "no sentence"),
+    ],
+)
+def test_bad_refs_are_named(root: Path, change: dict, message: str) -> None:
+    write_json(root / "refer_seg/grefcoco/grefs(unc).json", [{**GOOD_REF, **change}])
+    with pytest.raises(DataError, match=f"no usable ref among 1; the first problem: .*{message}"):
+        get_train_dataset("grefcoco", root)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"images": None}, "no list 'images'"),
+        ({"annotations": [{"id": []}]}, "no list 'annotations'"),
+        ({"images": [{"id": 1, "file_name": "../x.jpg", "height": H, "width": W}]}, "has file_name"),
+        ({"images": [{"id": 1, "file_name": "x.jpg", "height": None, "width": W}]}, "has height None"),
+        ({"annotations": [{"id": 10, "image_id": 1}]}, "has no segmentation"),
+    ],
+)
+def test_bad_instances_are_named(root: Path, change: dict, message: str) -> None:
+    write_json(root / "refer_seg/grefcoco/grefs(unc).json", [GOOD_REF])
+    path = root / "refer_seg/grefcoco/instances.json"
+    write_json(path, {**json.loads(path.read_text()), **change})
+    with pytest.raises(DataError, match=message):
+        get_train_dataset("grefcoco", root)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"text": []}, "'text' must be"),
+        ({"text": ["ok", 3]}, "'text' must be"),
+        ({"text": ["  "]}, "'text' must be"),
+        ({"is_sentence": 1}, "'is_sentence' must be"),
+        ({"shapes": {}}, "'shapes' must be"),
+        ({"shapes": [{"label": "target", "points": None}]}, "'shapes' must be"),
+        ({"shapes": []}, "no target polygon"),
+        ({"shapes": [{"label": "ignore", "points": square(1, 1)}]}, "no target polygon"),
+        ({"shapes": [{"label": "target", "points": [[1, 1], [2, 2]]}]}, "no target polygon"),
+        ({"shapes": [{"label": "target", "points": [[1, 1], [2, 2], [float("nan"), 3]]}]}, "NaN"),
+        ({"shapes": [{"label": "target", "points": [[1, 1], [2, 2], [1e8, 3]]}]}, "far outside"),
+        ({"shapes": [{"label": "target", "points": [[1, 1], [2, 2], "x"]}]}, "not a list of numbers"),
+        ({"shapes": [{"label": "target", "points": square(W + 5, 5)}]}, "is empty"),
+    ],
+)
+def test_bad_reason_seg_files_are_named(root: Path, change: dict, message: str) -> None:
+    folder = root / "reason_seg/ReasonSeg/heldout"
+    for path in folder.iterdir():
+        if path.stem == "b":
+            path.unlink()
+    good = {"text": ["x"], "is_sentence": False, "shapes": [{"label": "target", "points": square(1, 1)}]}
+    write_json(folder / "a.json", {**good, **change})
+    with pytest.raises(DataError, match=message):
+        get_train_dataset("ReasonSeg|heldout", root).sample(0, np.random.default_rng(0))
+
+
 # -- vqa ---------------------------------------------------------------------------------------------------------------
 
 
@@ -288,6 +358,12 @@ def test_vqa(root: Path) -> None:
     sample = get_train_dataset("llava_instruct_150k", root).sample(0, np.random.default_rng(0))
     assert sample.conversations == [(Turn("What is it?", "A [ SEG ] box."), Turn("Its color?", "Blue."))]
     assert sample.masks.shape == (0, H, W)
+    path = root / "llava_dataset/llava_instruct_150k.json"
+    good = json.loads(path.read_text())
+    talk = good[0]["conversations"]
+    bad = [{**good[0], "conversations": part} for part in ([], talk[:1], talk[1:3], talk[:1] + talk[:1], [1, 2], None)]
+    write_json(path, good + bad + [{"id": 1}, "x", {**good[0], "image": "../x.jpg"}])
+    assert get_train_dataset("llava_instruct_150k", root).describe() == {"images": 1, "expressions": 2, "unusable": 9}
     with pytest.raises(DataError, match="no evaluation"):
         get_eval_dataset("llava_instruct_150k|val", root)
 

@@ -254,7 +254,7 @@ def decode_segmentation(segmentation: Any, height: int, width: int) -> np.ndarra
 
 def _decode_rle(rle: dict, height: int, width: int) -> np.ndarray:
     counts, size = rle.get("counts"), rle.get("size")
-    if size is None or list(size) != [height, width]:
+    if not isinstance(size, (list, tuple)) or list(size) != [height, width]:
         raise DataError(f"an RLE has size {size}; its image is {[height, width]} (height, width)")
     if isinstance(counts, str):
         counts = counts.encode("ascii", "replace")

@@ -135,17 +135,9 @@ class Mixture(Dataset):
 
 
 def _cell(key: str, value: Any) -> str:
-    if value is None:
-        return "-"
-    return (
-        f"{value:.1%}"
-        if key == "share"
-        else f"{value:.2f}"
-        if key == "epochs"
-        else f"{value:,}"
-        if isinstance(value, int)
-        else value
-    )
+    if key in ("share", "epochs"):
+        return f"{value:.1%}" if key == "share" else f"{value:.2f}"
+    return "-" if value is None else f"{value:,}" if isinstance(value, int) else value
 
 
 def _split(names: str | Sequence[str], separator: str) -> list[str]:

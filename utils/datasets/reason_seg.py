@@ -34,7 +34,7 @@ IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png"}
 
 
 def read_annotation(path: Path) -> dict[str, Any]:
-    """One ReasonSeg JSON with its types checked: ``text``, ``is_sentence``, ``shapes``."""
+    """One ReasonSeg JSON with its types checked: ``text`` (without blank queries), ``is_sentence``, ``shapes``."""
     annotation = read_json(path)
     texts = annotation.get("text")
     if (
@@ -51,7 +51,7 @@ def read_annotation(path: Path) -> dict[str, Any]:
         for shape in shapes
     ):
         raise DataError(f"{path}: 'shapes' must be a list of dicts with 'label' and 'points'")
-    return annotation
+    return {**annotation, "text": [text for text in texts if text.strip()]}
 
 
 def polygons(annotation: dict[str, Any]) -> list[dict[str, Any]]:
@@ -66,10 +66,14 @@ def draw_mask(shapes: list[dict[str, Any]], height: int, width: int) -> np.ndarr
     whole pixels. Of two equal areas the later one is drawn first.
     """
     vertices = [check_polygon(shape["points"], height, width).astype(np.int32) for shape in shapes]
-    areas = [int(_paint(np.zeros((height, width), np.uint8), points, 1).sum()) for points in vertices]
+    values = [IGNORE_PIXEL if "ignore" in shape["label"].lower() else 1 for shape in shapes]
+    order = range(len(shapes))
+    if len(set(values)) > 1:  # else the order cannot be seen
+        areas = [int(_paint(np.zeros((height, width), np.uint8), points, 1).sum()) for points in vertices]
+        order = np.argsort(areas, kind="stable")[::-1]
     mask = np.zeros((height, width), np.uint8)
-    for number in np.argsort(areas, kind="stable")[::-1]:
-        _paint(mask, vertices[number], IGNORE_PIXEL if "ignore" in shapes[number]["label"].lower() else 1)
+    for number in order:
+        _paint(mask, vertices[number], values[number])
     return mask
 
 
@@ -179,7 +183,7 @@ class ReasonSegTrain:
         part = self.splits[which]
         record = part.records[index - int(ends[which - 1] if which else 0)]
         image, mask, annotation = part.load(record)
-        texts = [text for text in annotation["text"] if text.strip()]
+        texts = annotation["text"]
         kind = "sentence" if annotation["is_sentence"] else "phrase"
         turns = [
             self._turn(kind, texts[i], record["image"], rng)
@@ -269,6 +273,8 @@ class ReasonSegEval:
     def __getitem__(self, index: int) -> EvalSample:
         record = self.part.records[self.chosen[index]]
         image, mask, annotation = self.part.load(record)
-        meta = {"length": "long" if annotation["is_sentence"] else "short", **annotation.get("meta", {})}
+        # a data set may say more of a query ("family"); reports group by it
+        meta = {key: value for key, value in annotation.items() if isinstance(value, str)}
+        meta["length"] = "long" if annotation["is_sentence"] else "short"
         query = EvalQuery(record["stem"], annotation["text"][0], mask[None], annotation["is_sentence"], meta)
         return EvalSample(f"{self.part.name}/{record['image']}", record["stem"], image, [query])

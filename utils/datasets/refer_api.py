@@ -59,11 +59,10 @@ _ALLOWED = {
     ("numpy.core.multiarray", "scalar"): _scalar,
     ("numpy._core.multiarray", "scalar"): _scalar,
     ("_codecs", "encode"): _encode,
-    **{
-        (module, name): kind
-        for module in ("builtins", "__builtin__")
-        for name, kind in (("set", set), ("frozenset", frozenset))
-    },
+    ("builtins", "set"): set,
+    ("builtins", "frozenset"): frozenset,
+    ("__builtin__", "set"): set,  # written by Python 2
+    ("__builtin__", "frozenset"): frozenset,
     ("collections", "OrderedDict"): dict,
 }
 
@@ -172,9 +171,10 @@ def build_index(name: str, refs_path: Path, instances_path: Path, split: str) ->
         label = f"{name}, ref {ref.get('ref_id')}"
         try:
             parsed = _parse_ref(ref)
-            image = images.get(ref.get("image_id"))
+            image_id = ref.get("image_id")
+            image = images.get(image_id) if _is_id(image_id) else None
             if image is None:
-                raise DataError(f"image {ref.get('image_id')} is not in {instances_path}")
+                raise DataError(f"image {image_id!r} is not in {instances_path}")
             segmentations = {str(ann_id): _segmentation(annotations, ann_id, image) for ann_id in parsed.ann_ids}
             record = records.setdefault(image["id"], _image_record(image))
         except DataError as error:
@@ -193,16 +193,20 @@ def build_index(name: str, refs_path: Path, instances_path: Path, split: str) ->
 
 def _by_id(instances: dict, key: str, path: Path) -> dict[Any, dict]:
     rows = instances.get(key)
-    if not isinstance(rows, list) or not all(isinstance(row, dict) and "id" in row for row in rows):
+    if not isinstance(rows, list) or not all(isinstance(row, dict) and _is_id(row.get("id")) for row in rows):
         raise DataError(f"{path} has no list {key!r} of dicts with an 'id'")
     return {row["id"]: row for row in rows}
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, (int, str)) and not isinstance(value, bool)
 
 
 def _parse_ref(ref: dict[str, Any]) -> Ref:
     ann_ids = ref.get("ann_id")
     ann_ids = ann_ids if isinstance(ann_ids, list) else [ann_ids]
     ann_ids = [] if ann_ids == [-1] else ann_ids
-    if not all(isinstance(ann_id, int) and ann_id >= 0 for ann_id in ann_ids):
+    if not all(_is_id(ann_id) and ann_id != -1 for ann_id in ann_ids):
         raise DataError(f"ann_id is {ref.get('ann_id')!r}; expected an id, a list of ids, or [-1] for no target")
     sentences = ref.get("sentences")
     if not isinstance(sentences, list) or not all(isinstance(sentence, dict) for sentence in sentences):

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from utils.conversation import escape
 from utils.datasets.base import (
     DataError,
     DataOptions,
@@ -89,7 +88,7 @@ class ReferSegTrain:
         texts = [pick([sentence["sent"] for sentence in ref.sentences], rng) for ref in chosen]
         if self.has_absent and rng.random() < self.options.joint_probability:
             tokens = [SEG if ref.ann_ids else REJ for ref in chosen]
-            conversations = [(joint_turn([escape(text) for text in texts], tokens),)]
+            conversations = [(joint_turn(texts, tokens),)]
         else:
             conversations = [(_turn(ref, text, rng),) for ref, text in zip(chosen, texts)]
         masks = [self.split.index.mask(record, ref) for ref in chosen if ref.ann_ids]
@@ -128,7 +127,7 @@ class ReferSegEval:
         split_by = parts[0] if len(parts) == 2 else row.split_by
         self.split = ReferSplit(self.benchmark, row, split_by, parts[-1], dataset_dir)
         self.skipped: list[str] = []
-        problems = list(self.split.index.problems)
+        problems = self.split.index.problems.copy()
         for record in self.split.index.images:
             try:
                 self.split.image_path(record)

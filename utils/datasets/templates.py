@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from utils.conversation import escape
 from utils.types import EvalQuery, Turn
 
 # {query} is the data set's expression, inserted as it is.
@@ -49,10 +50,13 @@ def question(kind: str, query: str, which: int = 0) -> str:
 
 
 def joint_turn(queries: Sequence[str], tokens: Sequence[str]) -> Turn:
-    """All expressions of an image in one question; ``tokens`` holds "[SEG]" or "[REJ]" for each."""
+    """All expressions of an image in one question, all in one answer; ``tokens`` holds "[SEG]" or "[REJ]" for each.
+
+    Special tokens standing literally in an expression are defused in the answer; the prompt builder does it in questions.
+    """
     if len(queries) != len(tokens) or not queries:
         raise ValueError(f"{len(queries)} expressions but {len(tokens)} tokens")
-    listed = ", ".join(f"{query}:{token}" for query, token in zip(queries, tokens, strict=True))
+    listed = ", ".join(f"{escape(query)}:{token}" for query, token in zip(queries, tokens, strict=True))
     return Turn(question("joint", ", ".join(queries)), ANSWERS["joint"][0].replace("{list}", listed))
 
 
@@ -70,7 +74,7 @@ def eval_joint_turn(queries: Sequence[EvalQuery]) -> Turn:
     """gRefCOCO, teacher-forced: all sentences of an image in one answer, "Sure, A:[SEG], B:[SEG]."
 
     The protocol is evaluation.md's ("Two ways of asking"). The answer holds [SEG] for each, present or not, so that no
-    earlier sentence gives the ground truth away; present or absent is read from the logits of [SEG] against [REJ] at the
-    position before each.
+    earlier sentence gives the ground truth away; present or absent is read from the logits of [SEG] against [REJ] at
+    the position before each.
     """
     return joint_turn([query.text for query in queries], ["[SEG]"] * len(queries))
