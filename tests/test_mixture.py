@@ -83,6 +83,7 @@ def test_rates_and_weighting(root: Path) -> None:
     table = mixture.table(160).splitlines()
     assert len(table) == 3
     assert "75.0%" in table[1]
+    assert Mixture(root, ("reason_seg", "vqa"), ()).shares.tolist() == [0.5, 0.5]
     never = Mixture(root, "reason_seg||vqa", [1, 0])
     assert all(never[i].source.startswith("ReasonSeg") for i in range(50))
 

@@ -30,7 +30,7 @@ class Mixture(Dataset):
     Args:
         dataset_dir: the root of all data.
         types: the types, ``"reason_seg||refer_seg"`` or a list.
-        rates: how often each type is drawn, ``"9,3"`` or a list; normalised. Default: all equal.
+        rates: how often each type is drawn, ``"9,3"`` or a list; normalised. None or empty: all equal.
         data: per type its data sets, ``{"refer_seg": "refcoco||grefcoco"}``; a type left out uses its default ones.
         options: how samples are built.
         seed: of the whole mixture.
@@ -151,12 +151,9 @@ def _rates(names: list[str], rates: str | Sequence[float] | None, problems: list
     problems += [unknown("data set type", name, TYPES) for name in names if name not in TYPES]
     if not names or len(set(names)) < len(names):
         problems.append(f"the types {names} must be at least one, each named once")
+    given = _split(rates, ",") if isinstance(rates, str) else rates
     try:
-        values = (
-            [1.0] * len(names)
-            if rates is None
-            else [float(r) for r in (_split(rates, ",") if isinstance(rates, str) else rates)]
-        )
+        values = [1.0] * len(names) if given is None or len(given) == 0 else [float(rate) for rate in given]
     except (TypeError, ValueError):
         values = []
     if len(values) != len(names) or not all(0 <= value < float("inf") for value in values) or sum(values) <= 0:

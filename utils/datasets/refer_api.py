@@ -45,7 +45,6 @@ def _encode(text: str, codec: str | bytes = "latin-1") -> bytes:
 
 
 def _text(value: str | bytes) -> str:
-    """Python 2's byte strings as text."""
     if isinstance(value, bytes):
         try:
             return value.decode("utf-8")
@@ -92,16 +91,21 @@ def read_pickle(path: Path) -> Any:
         raise DataError(f"{path} is not a readable pickle ({error}); it may be cut off: download it again") from error
 
 
+_ATOMS = frozenset((str, int, float, bool, type(None)))
+
+
 def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {_plain(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return [_plain(item) for item in value]
-    if isinstance(value, (str, bytes)):
-        return _text(value)
-    if value is None or isinstance(value, (bool, int, float)):
+    """Sets and tuples as lists, Python 2's byte strings as text. Runs over millions of values, hence the short cuts."""
+    kind = type(value)
+    if kind in _ATOMS:
         return value
-    raise DataError(f"holds a {type(value).__name__}")
+    if kind in (list, tuple, set, frozenset):
+        return [item if type(item) in _ATOMS else _plain(item) for item in value]
+    if kind is dict:
+        return {_plain(key): item if type(item) in _ATOMS else _plain(item) for key, item in value.items()}
+    if kind is bytes:
+        return _text(value)
+    raise DataError(f"holds a {kind.__name__}")
 
 
 # -- the index ---------------------------------------------------------------------------------------------------------
@@ -176,10 +180,12 @@ def build_index(name: str, refs_path: Path, instances_path: Path, split: str) ->
             if image is None:
                 raise DataError(f"image {image_id!r} is not in {instances_path}")
             segmentations = {str(ann_id): _segmentation(annotations, ann_id, image) for ann_id in parsed.ann_ids}
-            record = records.setdefault(image["id"], _image_record(image))
+            if image["id"] not in records:
+                records[image["id"]] = _image_record(image)
         except DataError as error:
             problems.append(f"{label}: {error}")
             continue
+        record = records[image["id"]]
         record["refs"].append(vars(parsed))
         record["segmentations"].update(segmentations)
         counts["expressions"] += len(parsed.sentences)

@@ -52,7 +52,7 @@ def question(kind: str, query: str, which: int = 0) -> str:
 def joint_turn(queries: Sequence[str], tokens: Sequence[str]) -> Turn:
     """All expressions of an image in one question, all in one answer; ``tokens`` holds "[SEG]" or "[REJ]" for each.
 
-    Special tokens standing literally in an expression are defused in the answer; the prompt builder does it in questions.
+    An expression's literal special tokens are defused in the answer; the prompt builder does so in questions.
     """
     if len(queries) != len(tokens) or not queries:
         raise ValueError(f"{len(queries)} expressions but {len(tokens)} tokens")
