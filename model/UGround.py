@@ -13,7 +13,7 @@ from torch import distributed, nn
 
 from model import losses
 from model.generation import read_given, write_answers
-from model.llava import LanguageOutput, LlavaLlamaConfig, LlavaLlamaForCausalLM
+from model.llava import LlavaLlamaConfig, LlavaLlamaForCausalLM
 from model.PPM import (
     PolicyPromptedMasking,
     gumbel_noise,
@@ -166,15 +166,6 @@ class UGroundForCausalLM(LlavaLlamaForCausalLM):
         mask_logits, maps = self.draw(grounding, layers, self.visual_model.encode(batch.sam_images), valid, batch)
         logits = self.lm_head(output.hidden[-1].flatten(0, 1)[batch.label_positions])
         return self.objective(batch, logits, mask_logits, maps, layers, grounding.log_policy)
-
-    def read_batch(self, batch: Batch, use_cache: bool = False) -> tuple[LanguageOutput, torch.Tensor]:
-        """LLaVA over packed rows; returns its states and which image patches are valid, [B, P]."""
-        features, valid = self.encode_images(batch.clip_images, batch.clip_sizes)
-        embeddings = self.embed(batch.input_ids, features, batch.image_start)
-        usable = batch.segments >= 0
-        usable[:, batch.image_start : batch.image_start + valid.shape[1]] = valid
-        output = self.read(embeddings, batch.segments, batch.position_ids, usable, use_cache=use_cache)
-        return output, valid
 
     def ground(
         self,

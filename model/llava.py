@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from transformers import Cache, CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
+from utils.types import Batch
+
 
 class LlavaLlamaConfig(LlamaConfig):
     """LLaMA's configuration with the vision tower's.
@@ -137,6 +139,15 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
         end = image_start + features.shape[1]
         before, after = embed(input_ids[:, :image_start]), embed(input_ids[:, end:])
         return torch.cat([before, features.to(before.dtype), after], dim=1)
+
+    def read_batch(self, batch: Batch, use_cache: bool = False) -> tuple[LanguageOutput, torch.Tensor]:
+        """LLaVA over packed rows; returns its states and which image patches are valid, [B, P]."""
+        features, valid = self.encode_images(batch.clip_images, batch.clip_sizes)
+        embeddings = self.embed(batch.input_ids, features, batch.image_start)
+        usable = batch.segments >= 0
+        usable[:, batch.image_start : batch.image_start + valid.shape[1]] = valid
+        output = self.read(embeddings, batch.segments, batch.position_ids, usable, use_cache=use_cache)
+        return output, valid
 
     def read(
         self,

@@ -35,7 +35,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 640) -> PreTrainedTo
     return wrapped
 
 
-def clip_config(side: int = 120, patch: int = 10, width: int = 96, layers: int = 4) -> CLIPVisionConfig:
+def clip_config(side: int = 120, patch: int = 10, width: int = 96, layers: int = 5) -> CLIPVisionConfig:
     """The vision tower; LLaVA reads hidden state -2, so the last layer is never used."""
     return CLIPVisionConfig(
         image_size=side,

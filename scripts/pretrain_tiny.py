@@ -1,0 +1,568 @@
+"""Pre-trains the tiny family in assets/tiny: stand-ins for LLaVA-1.5 and SAM on a machine without weights.
+
+Four stages, each a seeded function of its settings, each saved when done and skipped when found:
+
+    tokenizer  byte-level BPE over the texts of drawn scenes and the prompt templates
+    vision     CLIP and projector: patch features name color, kind, size and texture of the shape they lie on, by dot
+               product with the language model's word embeddings, and point to its center
+    language   everything together: captions, questions with short answers, and finding what a text means. The last
+               layer's similarity map between [SEG] (and the last prompt token) and the patches is trained to cover the
+               target, to be empty when nothing fits. Only the LAST layer's, so that map quality rises with depth, as it
+               does in a real LLaVA
+    sam        segment-anything's classes, small: masks of one shape from a point, a box, a coarse noisy map, or both
+
+The real LLaVA-1.5 never saw [SEG]; ours has, because minutes of fine-tuning cannot teach a random language model what
+"the shape farthest from the green square" means. The parts that UGround adds (phi, gate) are not touched here.
+
+    python scripts/pretrain_tiny.py --output assets/tiny            # about two hours on 2 cores
+    python scripts/pretrain_tiny.py --output /tmp/tiny --steps 0.01 # a quick look at every stage
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
+from transformers import CLIPVisionModel, PreTrainedTokenizerFast
+
+from model.llava import LlavaLlamaConfig, LlavaLlamaForCausalLM
+from model.losses import dice
+from model.sam import SegmentAnything
+from utils import scenes, tiny
+from utils.datasets.templates import ANSWERS, QUESTIONS, template_corpus
+from utils.muon import Muon
+from utils.processor import UGroundProcessor
+from utils.transforms import resize_and_pad
+from utils.types import Batch, Sample, Turn
+
+STREAM = {"tokenizer": 1000, "vision": 1001, "language": 1002, "sam": 1003, "check": 1004}
+STEPS = {"vision": 4000, "language": 5000, "sam": 4000}
+BATCH = {"vision": 32, "language": 16, "sam": 16}
+QUESTIONS_PER_SCENE = 4
+CONVERSATIONS = {"absent": 0.34, "attribute": 0.24, "reasoning": 0.24, "multi": 0.08, "vqa": 0.07, "caption": 0.03}
+FIRST_TOKEN_WEIGHT = 4.0  # the first word of an answer decides between pointing and refusing
+ATTRIBUTES = {"color": tuple(scenes.COLORS), "kind": scenes.KINDS, "size": scenes.SIZES, "texture": scenes.TEXTURES}
+
+
+class Optimizer:
+    """Muon on matrices inside the networks, AdamW on the rest; linear warm-up, then down to zero."""
+
+    def __init__(self, module: nn.Module, steps: int, muon_lr: float, adam_lr: float) -> None:
+        matrices, others = [], []
+        for name, parameter in module.named_parameters():
+            if parameter.requires_grad:
+                inner = parameter.ndim == 2 and not any(key in name for key in ("embed", "lm_head", "token", "rel_pos"))
+                (matrices if inner else others).append(parameter)
+        self.optimizers = [
+            Muon(matrices, muon_lr),
+            torch.optim.AdamW(others, adam_lr, betas=(0.9, 0.98), weight_decay=0),
+        ]
+        self.base = [muon_lr, adam_lr]
+        self.parameters, self.steps, self.step_number = matrices + others, steps, 0
+
+    def step(self, loss: torch.Tensor) -> None:
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        warm = min(1.0, (self.step_number + 1) / max(1, min(200, self.steps // 10)))
+        scale = warm * min(1.0, 1.5 * (1 - self.step_number / self.steps))
+        for optimizer, base in zip(self.optimizers, self.base):
+            optimizer.param_groups[0]["lr"] = base * scale
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        self.step_number += 1
+
+
+# --------------------------------------------------------------------------------------------------------------- data
+
+
+class DrawnScenes(Dataset):
+    """Batch ``i`` of a stage, drawn on the fly: a function of (seed, stage, i) alone."""
+
+    def __init__(self, stage: str, seed: int, batches: int, make) -> None:
+        self.key, self.batches, self.make, self.size = [seed, STREAM[stage]], batches, make, BATCH.get(stage, 32)
+
+    def __len__(self) -> int:
+        return self.batches
+
+    def __getitem__(self, index: int):
+        rngs = [np.random.default_rng([*self.key, index, j]) for j in range(self.size)]
+        return self.make([(scenes.draw_scene(rng), rng) for rng in rngs])
+
+
+def stream(stage: str, seed: int, batches: int, make, workers: int) -> DataLoader:
+    return DataLoader(
+        DrawnScenes(stage, seed, batches, make),
+        batch_size=None,
+        num_workers=workers,
+        prefetch_factor=8 if workers else None,
+        worker_init_fn=lambda _: torch.set_num_threads(1),
+    )
+
+
+def grid_coverage(masks: np.ndarray, side: int, patch: int) -> torch.Tensor:
+    """[n, H, W] masks of a scene that needs no scaling -> [n, P] covered share of every patch."""
+    padded = torch.zeros(len(masks), side, side)
+    padded[:, : masks.shape[1], : masks.shape[2]] = torch.from_numpy(np.ascontiguousarray(masks)).float()
+    return F.avg_pool2d(padded[:, None], patch).flatten(1)
+
+
+def vision_batch(drawn: list, side: int, patch: int) -> dict[str, torch.Tensor]:
+    """Images and, per patch, the attributes and center of the shape that covers it most (-1 background, -2 mixed)."""
+    images, sizes, labels, centers = [], [], [], []
+    for scene, _ in drawn:
+        image, size = resize_and_pad(scene.image, side)
+        coverage = grid_coverage(scene.masks, side, patch)
+        share, owner = coverage.max(0)
+        background = coverage.sum(0) < 0.05
+        table = torch.tensor(
+            [[values.index(getattr(s, name)) for name, values in ATTRIBUTES.items()] for s in scene.shapes]
+        )
+        label = torch.where((share >= 0.4)[:, None], table[owner], -2)
+        labels.append(torch.where(background[:, None], -1, label))
+        centers.append(torch.tensor([s.center for s in scene.shapes], dtype=torch.float32)[owner] / side)
+        images.append(image)
+        sizes.append(size)
+    return {
+        "images": torch.stack(images),
+        "sizes": torch.tensor(sizes),
+        "labels": torch.stack(labels),
+        "centers": torch.stack(centers),
+    }
+
+
+def conversation(scene: scenes.Scene, rng: np.random.Generator) -> tuple[Turn, tuple[int, ...] | None]:
+    """One question about a scene: its turn and the shapes it means (() = none is there, None = no mask asked for)."""
+    kind = str(rng.choice(list(CONVERSATIONS), p=list(CONVERSATIONS.values())))
+    makers = {
+        "attribute": scenes.attribute_queries,
+        "reasoning": scenes.reasoning_queries,
+        "multi": scenes.multi_queries,
+        "absent": scenes.absent_queries,
+    }
+    queries = makers[kind](scene, rng) if kind in makers else []
+    if not queries and kind != "caption":
+        pairs = scenes.questions(scene, rng)
+        if pairs:
+            return Turn(*pairs[0]), None
+    if not queries:
+        return Turn("What is in this image?", scenes.caption(scene, rng)), None
+    query = queries[0]
+    asked = QUESTIONS["sentence" if query.is_sentence else "phrase"]
+    said = ANSWERS["absent" if not query.targets else "merged" if len(query.targets) > 1 else "target"]
+    question = asked[rng.integers(len(asked))].replace("{query}", query.text)
+    return Turn(question, said[rng.integers(len(said))]), query.targets
+
+
+def language_batch(drawn: list, processor: UGroundProcessor) -> dict:
+    """Packed rows with the map targets at each [SEG] and at each question's last prompt token."""
+    samples, wanted, has_map = [], [], []
+    for number, (scene, rng) in enumerate(drawn):
+        talks = [conversation(scene, rng) for _ in range(QUESTIONS_PER_SCENE)]
+        masks = []
+        for _, targets in talks:
+            union = scene.masks[list(targets)].any(0) if targets else np.zeros(scene.image.shape[:2], bool)
+            wanted.append(union)
+            has_map.append(targets is not None)
+            if targets:
+                masks.append(union)
+        stacked = np.stack(masks).astype(np.uint8) if masks else np.zeros((0, *scene.image.shape[:2]), np.uint8)
+        turns = [(turn,) for turn, _ in talks]
+        samples.append(Sample(f"scene {number}", scene.image, turns, stacked, number))
+    batch = processor.collate(samples)
+    width = batch.segments.shape[1]
+    owner = (
+        batch.label_positions // width * (QUESTIONS_PER_SCENE + 1) + batch.segments.flatten()[batch.label_positions + 1]
+    )
+    first = torch.cat([torch.ones(1, dtype=torch.bool), owner[1:] != owner[:-1]])
+    batch.label_weights[first] = FIRST_TOKEN_WEIGHT
+    coverage = torch.cat([grid_coverage(mask[None], processor.clip_side, processor.clip_patch) for mask in wanted])
+    has_map = torch.tensor(has_map)
+    found = coverage.sum(1) > 0
+    ends = batch.label_positions[first]  # one per conversation, in order
+    return {
+        "batch": batch,
+        "positions": torch.cat([batch.seg_positions, ends[has_map]]),
+        "rows": torch.cat([batch.seg_rows, ends[has_map] // width]),
+        "coverage": torch.cat([coverage[found & has_map], coverage[has_map]]),
+    }
+
+
+def sam_batch(drawn: list, side: int, grid: int, mask_side: int) -> dict[str, torch.Tensor]:
+    """Two prompts per scene: the mask of one shape, a coarse noisy map of it, a point and a box in SAM's frame."""
+    images, sizes, masks, maps, points, boxes, which = [], [], [], [], [], [], []
+    for scene, rng in drawn:
+        image, size = resize_and_pad(scene.image, side)
+        height, width = scene.image.shape[:2]
+        for target in rng.choice(len(scene.shapes), 2, replace=False):
+            mask = np.zeros((side, side), np.float32)
+            mask[:height, :width] = scene.masks[target]
+            coverage = F.avg_pool2d(torch.from_numpy(mask)[None, None], side // grid)
+            noise = torch.from_numpy(rng.normal(size=(1, 1, grid, grid)).astype(np.float32))
+            coarse = coverage * rng.uniform(0.5, 1.5) + noise * rng.uniform(0.02, 0.2) + rng.uniform(-0.2, 0.4)
+            coarse = (coarse - coarse.amin()) / (coarse.amax() - coarse.amin())
+            fine = F.interpolate(coarse, (side, side), mode="bilinear", align_corners=False)
+            fine[..., height:, :] = 0
+            fine[..., width:] = 0
+            ys, xs = np.nonzero(mask)
+            pick = rng.integers(len(xs))
+            jitter = rng.uniform(-2, 2, 4)
+            masks.append(torch.from_numpy(mask))
+            maps.append(F.interpolate(fine, (mask_side, mask_side), mode="bilinear", antialias=True)[0])
+            points.append(torch.tensor([[float(xs[pick]), float(ys[pick])]]))
+            boxes.append(torch.tensor([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]) + torch.from_numpy(jitter))
+            which.append(int(rng.choice(4, p=[0.6, 0.15, 0.15, 0.1])))  # map, point, box, map and point
+        images.append(image)
+        sizes.append(size)
+    return {
+        "images": torch.stack(images),
+        "sizes": torch.tensor(sizes),
+        "masks": torch.stack(masks),
+        "maps": torch.stack(maps),
+        "points": torch.stack(points),
+        "boxes": torch.stack(boxes).float(),
+        "which": torch.tensor(which),
+    }
+
+
+def to_device(data: dict, device: str) -> dict:
+    """Moves tensors and batches; sizes steer Python code and stay, as do lists."""
+    moves = {key: isinstance(item, (torch.Tensor, Batch)) and key != "sizes" for key, item in data.items()}
+    return {key: item.to(device) if moves[key] else item for key, item in data.items()}
+
+
+# -------------------------------------------------------------------------------------------------------------- stages
+
+
+class VisionHeads(nn.Module):
+    """What the vision stage trains beside CLIP and projector, and throws away: a background word, a center."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(1.0))
+        self.background_embed = nn.Parameter(torch.randn(len(ATTRIBUTES), width) * 0.1)
+        self.center = nn.Linear(width, 2)
+
+    def forward(
+        self, features: torch.Tensor, words: dict[str, torch.Tensor], data: dict[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, dict[str, float]]:
+        """features [B, P, D], words per attribute [n, D] -> loss, accuracy per attribute on covered patches."""
+        features = F.normalize(features, dim=-1)
+        loss, accuracy = 0.0, {}
+        for a, (name, embeddings) in enumerate(words.items()):
+            table = torch.cat([embeddings, self.background_embed[a : a + 1]])
+            logits = 20 * self.scale * features @ F.normalize(table, dim=-1).mT
+            labels = data["labels"][..., a]
+            target = torch.where(labels == -1, len(embeddings), labels)
+            known = target >= 0
+            loss = loss + F.cross_entropy(logits[known], target[known])
+            shape = labels >= 0
+            accuracy[name] = (logits[shape].argmax(-1) == labels[shape]).float().mean()
+        shape = data["labels"][..., 0] >= 0
+        loss = loss + 10 * F.mse_loss(self.center(features)[shape], data["centers"][shape])
+        return loss, accuracy
+
+
+class MapLoss(nn.Module):
+    """Dense loss on similarity maps: which patches does a state mean? Its scale and bias are thrown away."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(1.0))
+        self.bias = nn.Parameter(torch.tensor(-2.0))
+
+    def forward(
+        self, states: torch.Tensor, patches: torch.Tensor, coverage: torch.Tensor, valid: torch.Tensor
+    ) -> torch.Tensor:
+        """states [n, D], patches [n, P, D], coverage and valid [n, P] -> scalar."""
+        scores = torch.einsum("nd,npd->np", states, patches) / states.shape[-1] ** 0.5 * self.scale
+        scores = scores.masked_fill(~valid, -30.0)
+        found = coverage.sum(1) > 0
+        bce = F.binary_cross_entropy_with_logits(scores + self.bias, coverage, reduction="none")
+        loss = 4 * (bce * valid).sum(1).div(valid.sum(1)).mean()
+        if found.any():
+            share = coverage[found] / coverage[found].sum(1, keepdim=True)
+            loss = loss - (share * scores[found].log_softmax(-1)).sum(1).mean()
+            probability = (scores[found] + self.bias).sigmoid()[:, None]
+            loss = loss + dice(probability, coverage[found][:, None]).mean()
+        return loss
+
+
+def train_vision(model: LlavaLlamaForCausalLM, processor: UGroundProcessor, steps: int, options) -> None:
+    """Stage "vision": CLIP, projector and word embeddings."""
+    device = options.device
+    words = {
+        name: torch.tensor([processor.tokenizer.encode(f" {v}", add_special_tokens=False)[0] for v in values])
+        for name, values in ATTRIBUTES.items()
+    }
+    heads = VisionHeads(model.config.hidden_size).to(device)
+    embed = model.get_input_embeddings()
+    trained = nn.ModuleDict(
+        {"tower": model.vision_tower, "projector": model.mm_projector, "embed": embed, "heads": heads}
+    )
+    optimizer = Optimizer(trained, steps, 0.02, 2e-3)
+    make = partial(vision_batch, side=processor.clip_side, patch=processor.clip_patch)
+    clock = Progress("vision", steps)
+    for data in stream("vision", options.seed, steps, make, options.workers):
+        data = to_device(data, device)
+        features, _ = model.encode_images(data["images"], data["sizes"])
+        loss, accuracy = heads(features, {name: embed(ids.to(device)) for name, ids in words.items()}, data)
+        optimizer.step(loss)
+        clock.tick(loss, **accuracy)
+
+
+def train_language(model: LlavaLlamaForCausalLM, processor: UGroundProcessor, steps: int, options) -> None:
+    """Stage "language": the whole LLaVA on captions, questions and finding."""
+    device = options.device
+    map_loss = MapLoss().to(device)
+    trained = nn.ModuleDict({"model": model, "map_loss": map_loss})
+    optimizer = Optimizer(trained, steps, 0.02, 2e-3)
+    make = partial(language_batch, processor=processor)
+    clock = Progress("language", steps)
+    for data in stream("language", options.seed, steps, make, options.workers):
+        data = to_device(data, device)
+        batch = data["batch"]
+        output, valid = model.read_batch(batch)
+        last = output.hidden[-1]
+        flat = last.flatten(0, 1)
+        logits = model.lm_head(flat[batch.label_positions])
+        losses = F.cross_entropy(logits, batch.label_ids, reduction="none")
+        text = (losses * batch.label_weights).sum() / batch.label_weights.sum()
+        patches = last[:, batch.image_start : batch.image_start + valid.shape[1]]
+        found = map_loss(flat[data["positions"]], patches[data["rows"]], data["coverage"], valid[data["rows"]])
+        if options.map_layers == "upper":
+            low = output.hidden[int(torch.randint(4, 8, ()))]
+            low_patches = F.rms_norm(low[:, batch.image_start : batch.image_start + valid.shape[1]], low.shape[-1:])
+            states = F.rms_norm(low.flatten(0, 1)[data["positions"]], low.shape[-1:])
+            found = found + 0.3 * map_loss(states, low_patches[data["rows"]], data["coverage"], valid[data["rows"]])
+        optimizer.step(text + found)
+        clock.tick(text + found, text=text, map=found)
+        if clock.is_time_to_check(steps):
+            clock.say(check_language(model, processor, options))
+
+
+@torch.no_grad()
+def check_language(model: LlavaLlamaForCausalLM, processor: UGroundProcessor, options) -> str:
+    """On scenes that training never draws: share of maps whose peak lies on the target, by kind; refusals."""
+    model.eval()
+    hits: dict[str, list[float]] = {}
+    make = partial(language_check_batch, processor=processor)
+    positive = {processor.tokenizer.encode(f" {w}", add_special_tokens=False)[0] for w in ("Sure", "It", "Yes", "They")}
+    for data in stream("check", options.seed, 2, make, 0):
+        data = to_device(data, options.device)
+        batch = data["batch"]
+        output, valid = model.read_batch(batch)
+        last = output.hidden[-1]
+        flat = last.flatten(0, 1)
+        patches = last[:, batch.image_start : batch.image_start + valid.shape[1]][data["rows"]]
+        scores = torch.einsum("nd,npd->np", flat[data["positions"]], patches).masked_fill(~valid[data["rows"]], -1e9)
+        peak = data["coverage"].gather(1, scores.argmax(1, keepdim=True))[:, 0] > 0.25
+        said = model.lm_head(flat[data["ends"]]).argmax(-1).tolist()
+        for n, (kind, token) in enumerate(zip(data["kinds"], said)):
+            accepted = token in positive
+            if kind == "absent":
+                hits.setdefault("N-acc", []).append(not accepted)
+            else:
+                hits.setdefault("T-acc", []).append(accepted)
+                hits.setdefault(kind, []).append(bool(peak[data["seg_of"][n]]))
+    model.train()
+    return "  ".join(f"{kind} {np.mean(values):.2f}" for kind, values in sorted(hits.items()))
+
+
+def language_check_batch(drawn: list, processor: UGroundProcessor) -> dict:
+    """One query of every family per scene, with the evaluation's templates; teacher forced."""
+    samples, kinds, coverage, seg_of = [], [], [], []
+    for number, (scene, rng) in enumerate(drawn):
+        queries = {
+            q.family: q for q in scenes.attribute_queries(scene, rng)[:1] + scenes.absent_queries(scene, rng)[:1]
+        }
+        queries |= {q.family: q for q in scenes.reasoning_queries(scene, rng) + scenes.multi_queries(scene, rng)[:1]}
+        talks, masks = [], []
+        for family, query in queries.items():
+            template = QUESTIONS["sentence" if query.is_sentence else "phrase"][0]
+            answer = ANSWERS["target" if query.targets else "absent"][0]
+            talks.append((Turn(template.replace("{query}", query.text), answer),))
+            kinds.append(family)
+            seg_of.append(len(coverage))
+            if query.targets:
+                masks.append(scene.masks[list(query.targets)].any(0))
+                coverage.append(grid_coverage(masks[-1][None], processor.clip_side, processor.clip_patch))
+        samples.append(Sample(f"check {number}", scene.image, talks, np.stack(masks).astype(np.uint8), number))
+    batch = processor.collate(samples)
+    most = max(batch.questions) + 1
+    width = batch.segments.shape[1]
+    owner = batch.label_positions // width * most + batch.segments.flatten()[batch.label_positions + 1]
+    first = torch.cat([torch.ones(1, dtype=torch.bool), owner[1:] != owner[:-1]])
+    return {
+        "batch": batch,
+        "positions": batch.seg_positions,
+        "rows": batch.seg_rows,
+        "coverage": torch.cat(coverage),
+        "ends": batch.label_positions[first],
+        "kinds": kinds,
+        "seg_of": seg_of,
+    }
+
+
+def train_sam(sam: SegmentAnything, steps: int, options) -> None:
+    """Stage "sam": image encoder, prompt encoder and mask decoder on prompts for one shape."""
+    device, side = options.device, sam.shape.image_size
+    optimizer = Optimizer(sam, steps, 0.02, 2e-3)
+    make = partial(sam_batch, side=side, grid=12, mask_side=sam.mask_side)
+    clock = Progress("sam", steps)
+    encoder = sam.prompt_encoder
+    for data in stream("sam", options.seed, steps, make, options.workers):
+        data = to_device(data, device)
+        embeddings = sam.image_encoder(data["images"]).repeat_interleave(2, 0)
+        uses_map, uses_point, uses_box = ((data["which"] == 0) | (data["which"] == 3), data["which"] % 2 == 1,
+                                          data["which"] == 2)  # fmt: skip
+        ones = torch.ones(len(data["points"]), 1, device=device)
+        points = encoder(points=(data["points"], ones), boxes=None, masks=None)[0]  # a point and SAM's padding point
+        boxes = encoder(points=None, boxes=data["boxes"], masks=None)[0]
+        phantom = encoder.not_a_point_embed.weight.expand_as(points)
+        sparse = torch.where(uses_point[:, None, None], points, torch.where(uses_box[:, None, None], boxes, phantom))
+        dense = encoder.mask_downscaling(data["maps"])
+        none = encoder.no_mask_embed.weight.view(1, -1, 1, 1).expand_as(dense)
+        dense = torch.where(uses_map[:, None, None, None], dense, none)
+        position = encoder.get_dense_pe()
+        low_res, _ = sam.mask_decoder(embeddings, position, sparse, dense, multimask_output=False)
+        logits = F.interpolate(low_res, (side, side), mode="bilinear", align_corners=False)[:, 0]
+        bce = F.binary_cross_entropy_with_logits(logits, data["masks"])
+        loss = 5 * bce + dice(logits.sigmoid(), data["masks"]).mean()
+        optimizer.step(loss)
+        with torch.no_grad():
+            inside, target = logits > 0, data["masks"] > 0
+            iou = (inside & target).sum((1, 2)) / (inside | target).sum((1, 2)).clamp(min=1)
+        clock.tick(loss, iou_map=iou[data["which"] == 0].mean(), iou_point=iou[data["which"] == 1].mean())
+
+
+class Progress:
+    """Prints means of what it is told, about thirty times a stage."""
+
+    def __init__(self, stage: str, steps: int) -> None:
+        self.stage, self.steps, self.every = stage, steps, max(1, steps // 30)
+        self.start, self.done, self.sums = time.time(), 0, {}
+
+    def tick(self, loss: torch.Tensor, **figures) -> None:
+        self.done += 1
+        for name, value in {"loss": loss, **figures}.items():
+            value = torch.nan_to_num(value.detach())
+            self.sums[name] = self.sums.get(name, 0.0) + value
+        if self.done % self.every == 0 or self.done == self.steps:
+            means = {name: float(value) / self.every for name, value in self.sums.items()}
+            seconds = time.time() - self.start
+            left = seconds / self.done * (self.steps - self.done)
+            text = "  ".join(f"{name} {value:.3f}" for name, value in means.items())
+            print(f"{self.stage} {self.done}/{self.steps}  {text}  {seconds:.0f} s, {left:.0f} s left", flush=True)
+            self.sums = {}
+
+    def is_time_to_check(self, steps: int) -> bool:
+        return self.done % max(1, steps // 10) == 0 or self.done == steps
+
+    def say(self, text: str) -> None:
+        print(f"{self.stage} {self.done}/{self.steps}  check: {text}", flush=True)
+
+
+# --------------------------------------------------------------------------------------------------------------- files
+
+
+def make_tokenizer(folder: Path, seed: int) -> PreTrainedTokenizerFast:
+    """Trains the tokenizer, or loads the one that is there."""
+    if (folder / "tokenizer.json").is_file():
+        return PreTrainedTokenizerFast.from_pretrained(folder)
+    rng = np.random.default_rng([seed, STREAM["tokenizer"]])
+    words = (f" {word}" for values in ATTRIBUTES.values() for word in values)
+    texts = [*scenes.corpus(rng, 2000), *list(template_corpus()) * 500, "USER: ASSISTANT:" * 5000, *list(words) * 5000]
+    tokenizer = tiny.train_tokenizer(texts)
+    tokenizer.save_pretrained(folder)
+    split = [w for v in ATTRIBUTES.values() for w in v if len(tokenizer.encode(f" {w}", add_special_tokens=False)) > 1]
+    if split:
+        raise ValueError(f"the vocabulary is too small: it splits {split}")
+    return tokenizer
+
+
+def save_llava(model: LlavaLlamaForCausalLM, folder: Path) -> None:
+    """Writes the language model and projector in LLaVA-1.5's own layout (no vision tower inside)."""
+    state = {}
+    for key, value in model.state_dict().items():
+        if not key.startswith("vision_tower."):
+            key = key.replace("mm_projector.", "model.mm_projector.") if key.startswith("mm_projector.") else key
+            state[key] = value.cpu().contiguous()
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    settings = tiny.llama_settings(model.config.vocab_size)
+    config = {
+        "architectures": ["LlavaLlamaForCausalLM"],
+        "model_type": "llava",
+        "mm_hidden_size": model.vision_tower.config.hidden_size,
+        "mm_projector_type": "mlp2x_gelu",
+        "mm_vision_select_layer": model.config.mm_vision_select_layer,
+        "hidden_act": "silu",
+        "rms_norm_eps": model.config.rms_norm_eps,
+        "system_prompt": tiny.SYSTEM_PROMPT,
+        "torch_dtype": "float32",
+        **settings,
+    }
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("assets/tiny"), help="folder for llava/, clip/ and sam.pth")
+    parser.add_argument("--seed", type=int, default=0, help="seeds weights and scenes (default 0)")
+    parser.add_argument(
+        "--steps", type=float, default=1.0, help="scales the number of steps of every stage (default 1)"
+    )
+    parser.add_argument("--stages", default="vision,language,sam", help="which stages to run (default all)")
+    parser.add_argument("--map_layers", default="last")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    parser.add_argument("--workers", type=int, default=1, help="processes that draw scenes (default 1)")
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parse_arguments()
+    folders = {name: options.output / name for name in ("llava", "clip", "work")}
+    for folder in folders.values():
+        folder.mkdir(parents=True, exist_ok=True)
+    stages = options.stages.split(",")
+    steps = {stage: max(2, int(count * options.steps)) for stage, count in STEPS.items()}
+    torch.manual_seed(options.seed)
+    if "vision" in stages or "language" in stages:
+        tokenizer = make_tokenizer(folders["llava"], options.seed)
+        clip, sam = tiny.clip_config(), tiny.sam_shape()
+        config = LlavaLlamaConfig(vision_config=clip, **tiny.llama_settings(len(tokenizer)))
+        model = LlavaLlamaForCausalLM(config).to(options.device).train()
+        processor = UGroundProcessor(tokenizer, clip.image_size, clip.patch_size, sam.image_size, tiny.SYSTEM_PROMPT)
+        snapshot = folders["work"] / "vision.safetensors"
+        if snapshot.is_file():
+            model.load_state_dict(load_file(snapshot))
+        elif "vision" in stages:
+            train_vision(model, processor, steps["vision"], options)
+            save_file({k: v.cpu().contiguous() for k, v in model.state_dict().items()}, snapshot)
+        if "language" in stages:
+            train_language(model, processor, steps["language"], options)
+            save_llava(model, folders["llava"])
+            tower: CLIPVisionModel = model.vision_tower
+            tower.save_pretrained(folders["clip"])
+    if "sam" in stages:
+        torch.manual_seed(options.seed)
+        sam = SegmentAnything(tiny.sam_shape()).to(options.device).train()
+        train_sam(sam, steps["sam"], options)
+        torch.save({key: value.cpu() for key, value in sam.state_dict().items()}, options.output / "sam.pth")
+
+
+if __name__ == "__main__":
+    main()
