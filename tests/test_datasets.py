@@ -155,6 +155,7 @@ def test_reason_seg_eval_asks_the_first_query_and_names_what_it_skips(root: Path
     query = short[0].queries[0]
     assert (query.text, query.is_sentence, query.masks.shape) == ("the café", False, (1, H, W))
     assert long[0].queries[0].is_sentence
+    assert long[0].queries[0].meta == {"length": "long"}
 
 
 def test_reason_seg_eval_stops_on_a_broken_file_and_training_goes_on(root: Path) -> None:

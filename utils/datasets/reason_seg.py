@@ -273,8 +273,8 @@ class ReasonSegEval:
     def __getitem__(self, index: int) -> EvalSample:
         record = self.part.records[self.chosen[index]]
         image, mask, annotation = self.part.load(record)
-        # a data set may say more of a query ("family"); reports group by it
-        meta = {key: value for key, value in annotation.items() if isinstance(value, str)}
-        meta["length"] = "long" if annotation["is_sentence"] else "short"
+        meta = {"length": "long" if annotation["is_sentence"] else "short"}
+        if isinstance(annotation.get("family"), str):  # drawn data may say what kind of query it is
+            meta["family"] = annotation["family"]
         query = EvalQuery(record["stem"], annotation["text"][0], mask[None], annotation["is_sentence"], meta)
         return EvalSample(f"{self.part.name}/{record['image']}", record["stem"], image, [query])
