@@ -580,6 +580,18 @@ _CAPTIONS = (
     "here you can see {}.",
     "a scene with {}.",
 )
+CAPTION_REQUESTS = (
+    "describe the picture.",
+    "what can you see in this image?",
+    "what is in the picture?",
+    "describe this scene.",
+)
+
+
+def explanation(scene: Scene, query: Query) -> str:
+    """A text answer to a query with one target: that shape in full."""
+    shape = scene.shapes[query.targets[0]]
+    return "it is the " + " ".join(word for word in shape.attributes if word != "plain") + "."
 
 
 def caption(scene: Scene, rng: np.random.Generator) -> str:
@@ -650,9 +662,11 @@ def corpus(rng: np.random.Generator, n: int) -> Iterator[str]:
     """All texts about ``n`` scenes: what a tokenizer has to know. 500 scenes hold every word that there is."""
     for _ in range(n):
         scene = draw_scene(rng)
+        yield _pick(rng, CAPTION_REQUESTS)
         yield caption(scene, rng)
         for generate in (attribute_queries, reasoning_queries, multi_queries, absent_queries):
             yield from (query.text for query in generate(scene, rng))
+        yield from (explanation(scene, query) for query in attribute_queries(scene, rng)[:1])
         for question, answer in questions(scene, rng):
             yield question
             yield answer

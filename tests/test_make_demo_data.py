@@ -1,0 +1,306 @@
+"""The demo's data on disk: layouts and keys of the real sets, exact masks, disjoint splits, text-blind scores."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+from collections import Counter
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from scripts import make_demo_data as demo
+from utils import scenes
+from utils.datasets import get_eval_dataset, get_train_dataset
+from utils.datasets.base import decode_segmentation
+from utils.datasets.reason_seg import draw_mask
+
+SMALL = ["--seed", "7", "--train", "30", "--val", "20", "--test", "10"]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("demo") / "data"
+    assert demo.main(["--out", str(out), *SMALL]) == 0
+    return out
+
+
+def _files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def _json(path: Path):
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _iou(a: np.ndarray, b: np.ndarray) -> float:
+    return float((a & b).sum() / (a | b).sum())
+
+
+def test_the_same_seed_writes_the_same_bytes_and_another_seed_others(root, tmp_path):
+    assert demo.main(["--out", str(tmp_path / "again"), *SMALL]) == 0
+    assert _files(tmp_path / "again") == _files(root)
+    assert demo.main(["--out", str(tmp_path / "other"), *SMALL, "--seed", "8"]) == 0
+    image = "reason_seg/ReasonSeg/val/val_00000.jpg"
+    assert (tmp_path / "other" / image).read_bytes() != (root / image).read_bytes()
+
+
+def test_a_larger_set_begins_with_the_smaller_one(root, tmp_path):
+    assert demo.main(["--out", str(tmp_path / "more"), *SMALL, "--train", "34"]) == 0
+    folder = Path("reason_seg/ReasonSeg")
+    for split in ("train", "val", "test", "heldout"):
+        small, large = _files(root / folder / split), _files(tmp_path / "more" / folder / split)
+        assert small.items() <= large.items()
+
+
+def test_reason_seg_layout(root):
+    folder = root / "reason_seg" / "ReasonSeg"
+    assert sorted(path.name for path in folder.iterdir()) == ["explanatory", "heldout", "test", "train", "val"]
+    for split, short, long in (("train", 15, 15), ("val", 20, 20), ("test", 10, 10), ("heldout", 10, 0)):
+        files = sorted((folder / split).glob("*.json"))
+        assert [path.with_suffix(".jpg").name for path in files] == sorted(
+            p.name for p in (folder / split).glob("*.jpg")
+        )
+        lengths = Counter()
+        for path in files:
+            annotation = _json(path)
+            lengths[annotation["is_sentence"]] += 1
+            assert 1 <= len(annotation["text"]) <= 3
+            assert all(text.endswith("?") == annotation["is_sentence"] for text in annotation["text"])
+            for shape in annotation["shapes"]:
+                assert {"label", "labels", "shape_type", "image_name", "points", "group_id", "flags"} <= set(shape)
+                assert shape["label"] == "target"
+                assert len(shape["points"]) >= 3
+            image = cv2.imread(str(path.with_suffix(".jpg")))
+            assert image.shape[:2] == (annotation["imageHeight"], annotation["imageWidth"])
+        assert (lengths[False], lengths[True]) == (short, long)
+    explained = _json(folder / "explanatory" / "train.json")
+    assert len(explained) == 7
+    for item in explained:
+        assert set(item) == {"query", "outputs", "image", "json"}
+        assert item["query"] == _json(folder / "train" / item["json"])["text"][0]
+        assert item["outputs"].startswith("it is the ")
+
+
+def test_long_queries_are_balanced_over_families(root):
+    families = Counter(
+        annotation["meta"]["family"]
+        for path in (root / "reason_seg" / "ReasonSeg" / "val").glob("*.json")
+        if (annotation := _json(path))["is_sentence"]
+    )
+    assert set(families) == set(demo.LONG_FAMILIES)
+    assert max(families.values()) - min(families.values()) <= 1
+
+
+def test_polygons_give_the_exact_masks_back():
+    reason, coco = [], []
+    for index in range(80):
+        scene = scenes.draw_scene(np.random.default_rng([3, index]))
+        for mask in scene.masks:
+            height, width = mask.shape
+            polygons = demo.labelme_polygons(mask)
+            if polygons:
+                drawn = draw_mask([{"label": "target", "points": points} for points in polygons], height, width)
+                reason.append(_iou(drawn == 1, mask))
+            segmentation = demo.coco_segmentation(mask, as_rle=False)
+            coco.append(_iou(decode_segmentation(segmentation, height, width) == 1, mask))
+            exact = decode_segmentation(demo.coco_segmentation(mask, as_rle=True), height, width)
+            assert np.array_equal(exact == 1, mask)
+    assert len(reason) > 0.98 * len(coco)
+    assert np.mean(reason) > 0.999
+    assert min(reason) > 0.95
+    assert np.mean(coco) > 0.97
+    assert min(coco) > 0.9
+
+
+def test_masks_in_parts_and_with_holes():
+    mask = np.zeros((40, 50), bool)
+    mask[5:15, 5:15] = mask[20:35, 20:45] = True
+    assert len(demo.labelme_polygons(mask)) == 2
+    assert len(demo.coco_segmentation(mask, as_rle=False)) == 2
+    mask[25:30, 25:30] = False
+    assert demo.labelme_polygons(mask) is None
+    segmentation = demo.coco_segmentation(mask, as_rle=False)
+    assert np.array_equal(decode_segmentation(segmentation, 40, 50) == 1, mask)
+
+
+def test_refcoco_layout(root):
+    folder = root / "refer_seg" / "refcoco"
+    refs = pickle.loads((folder / "refs(unc).p").read_bytes())
+    instances = _json(folder / "instances.json")
+    images = {image["id"]: image for image in instances["images"]}
+    annotations = {annotation["id"]: annotation for annotation in instances["annotations"]}
+    assert {category["name"] for category in instances["categories"]} == set(scenes.KINDS)
+    forms = Counter(type(annotation["segmentation"]) for annotation in annotations.values())
+    assert forms[list] > forms[dict] > 0
+    assert Counter(image["file_name"] for image in images.values()).most_common(1)[0][1] == 1
+    expressions = Counter()
+    for ref in refs:
+        annotation = annotations[ref["ann_id"]]
+        assert annotation["image_id"] == ref["image_id"]
+        assert annotation["category_id"] == ref["category_id"]
+        name = images[ref["image_id"]]["file_name"]
+        assert re.fullmatch(r"COCO_train2014_\d{12}\.jpg", name)
+        assert (root / "refer_seg/images/mscoco/images/train2014" / name).is_file()
+        assert re.fullmatch(name[:-4] + r"_\d+\.jpg", ref["file_name"])
+        assert ref["sent_ids"] == [sentence["sent_id"] for sentence in ref["sentences"]]
+        assert all(set(sentence) == {"sent_id", "sent", "raw", "tokens"} for sentence in ref["sentences"])
+        assert len(ref["sentences"]) == 2
+        expressions[ref["split"]] += 2
+        mask = decode_segmentation(annotation["segmentation"], *_size(images[ref["image_id"]]))
+        x, y, width, height = (int(value) for value in annotation["bbox"])
+        assert mask[y : y + height, x : x + width].sum() == mask.sum() == pytest.approx(annotation["area"], rel=0.03)
+    assert expressions["val"] == 20
+    assert set(expressions) == {"train", "val", "testA", "testB"}
+
+
+def _size(image: dict) -> tuple[int, int]:
+    return image["height"], image["width"]
+
+
+def test_grefcoco_layout(root):
+    folder = root / "refer_seg" / "grefcoco"
+    refs = _json(folder / "grefs(unc).json")
+    annotations = {annotation["id"]: annotation for annotation in _json(folder / "instances.json")["annotations"]}
+    kinds = {split: Counter() for split in ("train", "val", "testA", "testB")}
+    for ref in refs:
+        assert isinstance(ref["ann_id"], list)
+        none = ref["ann_id"] == [-1]
+        assert ref["no_target"] is none
+        assert all(sentence["exist"] is not none for sentence in ref["sentences"])
+        if not none:
+            assert {annotations[i]["image_id"] for i in ref["ann_id"]} == {ref["image_id"]}
+        kinds[ref["split"]]["none" if none else "multi" if len(ref["ann_id"]) > 1 else "single"] += 1
+    assert kinds["val"] == {"none": 8, "multi": 8, "single": 8}
+    assert kinds["train"] == {"none": 60, "multi": 60, "single": 60}
+
+
+def test_llava_layout(root):
+    records = _json(root / "llava_dataset" / "llava_instruct_150k.json")
+    assert len(records) == 8
+    for record in records:
+        assert record["image"] == record["id"] + ".jpg"
+        assert (root / "coco" / "train2017" / record["image"]).is_file()
+        turns = record["conversations"]
+        assert [turn["from"] for turn in turns] == ["human", "gpt"] * (len(turns) // 2)
+        assert turns[0]["value"].count("<image>") == 1
+        assert not any("<image>" in turn["value"] for turn in turns[1:])
+    assert max(len(record["conversations"]) for record in records) > 2
+
+
+def test_splits_share_no_image_and_only_heldout_names_held_out_pairs(root):
+    images = Counter(path.read_bytes() for path in root.rglob("*.jpg"))
+    assert images.most_common(1)[0][1] == 1
+    assert len(set(demo.STREAMS.values())) == len(demo.STREAMS)
+    assert max(demo.STREAMS.values()) < 1000
+    pairs = re.compile("|".join(f"{color} {kind}" for color, kind in sorted(scenes.HELD_OUT)))
+    held_out, others = [], []
+    for path in [*root.rglob("*.json"), root / "refer_seg/refcoco/refs(unc).p"]:
+        (held_out if path.parent.name == "heldout" else others).append(path.read_bytes().decode("latin-1"))
+    assert not any(pairs.search(text) for text in others)
+    assert all(pairs.search(text) for text in held_out)
+
+
+def test_the_readers_of_the_real_sets_read_them(root):
+    expected = {
+        "ReasonSeg|val_short": 20,
+        "ReasonSeg|val_long": 20,
+        "ReasonSeg|test": 20,
+        "ReasonSeg|heldout": 10,
+        "refcoco|unc|val": 20,
+        "refcoco|unc|testA": 12,
+        "grefcoco|unc|val": 24,
+        "grefcoco|unc|testB": 12,
+    }
+    for spec, queries in expected.items():
+        dataset = get_eval_dataset(spec, root)
+        assert dataset.num_queries == sum(len(dataset[i].queries) for i in range(len(dataset))) == queries, spec
+    for spec in ("ReasonSeg|train", "refcoco", "grefcoco", "llava_instruct_150k"):
+        dataset = get_train_dataset(spec, root)
+        assert len(dataset) == (8 if spec == "llava_instruct_150k" else 30)
+        sample = dataset.sample(0, np.random.default_rng(0))
+        assert sample.conversations
+        assert max(sample.image.shape) == 120
+
+
+def test_text_blind_scores_are_those_of_the_written_masks(root):
+    """Recomputed for gRefCOCO's val split from the files alone."""
+    folder = root / "refer_seg" / "grefcoco"
+    instances = _json(folder / "instances.json")
+    sizes = {image["id"]: _size(image) for image in instances["images"]}
+    masks: dict[int, dict[int, np.ndarray]] = {}
+    for annotation in instances["annotations"]:
+        mask = decode_segmentation(annotation["segmentation"], *sizes[annotation["image_id"]]).astype(bool)
+        masks.setdefault(annotation["image_id"], {})[annotation["id"]] = mask
+    whole, one, inter, union = [], [], 0, 0
+    for ref in _json(folder / "grefs(unc).json"):
+        if ref["split"] != "val":
+            continue
+        shapes = masks[ref["image_id"]]
+        everything = np.any(list(shapes.values()), axis=0)
+        goal = np.any([np.zeros_like(everything), *(shapes[i] for i in ref["ann_id"] if i > 0)], axis=0)
+        whole.append(_iou(everything, goal))
+        one.append(np.mean([_iou(mask, goal) for mask in shapes.values()]))
+        inter, union = inter + (everything & goal).sum(), union + (everything | goal).sum()
+    rows = {(row["set"], row["split"], row["kind"]): row for row in _json(root / demo.SUMMARY)["text_blind"]}
+    row = rows["grefcoco", "val", "all"]
+    assert row["queries"] == len(whole) == 24
+    assert row["all"] == pytest.approx({"gIoU": np.mean(whole), "cIoU": inter / union}, abs=2e-3)
+    assert row["random"]["gIoU"] == pytest.approx(np.mean(one), abs=2e-3)
+    assert rows["grefcoco", "val", "no target"]["all"] == {"gIoU": 0, "cIoU": 0}
+    assert all(row["all"]["gIoU"] < 0.4 for key, row in rows.items() if key[0] in ("ReasonSeg", "refcoco"))
+
+
+def test_finished_data_are_left_alone(root, capsys):
+    before = {path: path.stat().st_mtime_ns for path in root.rglob("*")}
+    assert demo.main(["--out", str(root), *SMALL]) == 0
+    out = capsys.readouterr().out
+    assert "nothing to do" in out
+    assert "random object" in out
+    assert {path: path.stat().st_mtime_ns for path in root.rglob("*")} == before
+
+
+def test_other_settings_are_refused(root, capsys):
+    assert demo.main(["--out", str(root), *SMALL, "--train", "31"]) == 1
+    assert "train 30 (now 31)" in capsys.readouterr().err
+
+
+def test_foreign_folders_are_not_touched(tmp_path, capsys):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    assert demo.main(["--out", str(tmp_path / "mine"), *SMALL]) == 1
+    assert "not written by this script" in capsys.readouterr().err
+    (tmp_path / "new.tmp").mkdir()
+    (tmp_path / "new.tmp" / "thesis.txt").write_text("years of work")
+    assert demo.main(["--out", str(tmp_path / "new"), *SMALL]) == 1
+    assert "in the way" in capsys.readouterr().err
+    assert (tmp_path / "new.tmp" / "thesis.txt").exists()
+    assert demo.main(["--out", str(tmp_path / "mine" / "thesis.txt"), *SMALL]) == 1
+    assert "is a file" in capsys.readouterr().err
+
+
+def test_an_interrupted_run_leaves_nothing_and_the_next_one_finishes(tmp_path, monkeypatch):
+    out = tmp_path / "data"
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(demo, "write_llava", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            demo.main(["--out", str(out), "--train", "2", "--val", "2", "--test", "2"])
+    assert not out.exists()
+    out.mkdir()  # an empty folder is as good as none
+    assert demo.main(["--out", str(out), "--train", "2", "--val", "2", "--test", "2"]) == 0
+    assert (out / demo.SUMMARY).is_file()
+    assert not (tmp_path / "data.tmp").exists()
+
+
+@pytest.mark.parametrize("wrong", [["--train", "0"], ["--val", "many"], ["--seed", "-1"]])
+def test_wrong_numbers_are_refused(wrong, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        demo.main(["--out", str(tmp_path / "data"), *wrong])
+    assert "is not a whole number from" in capsys.readouterr().err
