@@ -526,8 +526,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         type=size,
         default=320,
         metavar="N",
-        help="queries per validation split: N short and N long ones in ReasonSeg, at least N expressions in RefCOCO, 1.2 N in "
-        "gRefCOCO (a third each with several, one and no targets) (default: %(default)s)",
+        help="queries per validation split: N short and N long ones in ReasonSeg, at least N expressions in RefCOCO, "
+        "1.2 N in gRefCOCO (a third each with several, one and no targets) (default: %(default)s)",
     )
     parser.add_argument(
         "--test",

@@ -48,7 +48,7 @@ MAX_TEXTS = 8
 
 _CANVASES = ((1.0, 1.0),) * 6 + ((1.0, 0.75), (0.75, 1.0), (1.0, 0.8), (0.8, 1.0))  # (width, height) / long side
 _TEXTURE_ODDS = ("plain",) * 3 + ("striped", "dotted")
-_SUPERSAMPLING = 4
+_SUPERSAMPLING = 8
 _TILT = math.radians(5)
 
 
@@ -210,19 +210,29 @@ def _place(rng: np.random.Generator, attributes: list, width: int, height: int, 
         low, high = RADII[size]
         radius = (low + (high - low) * rng.random()) * scale
         reach = radius * _REACH[kind] + 1
-        closeness = 0.7 if rng.random() < 0.35 else 1.0  # of two centers, in sums of their radii
+        partner = _pick(rng, shapes) if shapes and rng.random() < 0.3 else None
         for x, y in rng.random((12, 2)).tolist():
-            x, y = reach + x * (width - 2 * reach), reach + y * (height - 2 * reach)
-            # Shapes of one color never touch: nobody could see where the one ends.
+            if partner:  # somewhere on its rim
+                distance, angle = (0.7 + 0.2 * x) * (radius + partner.radius), 2 * math.pi * y
+                x = min(max(partner.center[0] + distance * math.cos(angle), reach), width - reach)
+                y = min(max(partner.center[1] + distance * math.sin(angle), reach), height - reach)
+            else:
+                x, y = reach + x * (width - 2 * reach), reach + y * (height - 2 * reach)
             if all(
-                math.hypot(x - s.center[0], y - s.center[1])
-                > (1.3 if s.color == color else closeness) * (radius + s.radius)
+                math.hypot(x - s.center[0], y - s.center[1]) > _closeness(s, color, s is partner) * (radius + s.radius)
                 for s in shapes
             ):
                 tilt = (2 * rng.random() - 1) * _TILT
                 shapes.append(Shape(kind, color, size, texture, (x, y), radius, tilt))
                 break
     return tuple(shapes)
+
+
+def _closeness(other: Shape, color: str, may_overlap: bool) -> float:
+    """How near a shape of ``color`` may come to another: the distance of the centers in sums of the radii."""
+    if other.color == color:
+        return 1.3  # never touching: nobody could see where the one ends
+    return 0.68 if may_overlap else 1.0
 
 
 def _background(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
