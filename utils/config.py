@@ -251,6 +251,8 @@ def load_config(argv: Sequence[str] | None = None) -> Config:
     values: dict[str, tuple[Any, str]] = {}
     if flags.config:
         values |= read_yaml(Path(flags.config), problems)
+        if problems and not values:  # the file could not be read: what it lacks is no news
+            raise ConfigError(problems)
     for name in FIELDS:
         if (value := getattr(flags, name)) is not None:
             values[name] = (value, f"--{name}")

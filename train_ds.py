@@ -1,0 +1,284 @@
+"""Trains UGround.
+
+deepspeed train_ds.py --config configs/tiny.yaml [--any_setting value ...]     one process per GPU
+python train_ds.py --config configs/tiny.yaml [--any_setting value ...]        one process
+python train_ds.py --help                                                      every setting
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # workers are forked
+
+import cv2
+import torch
+from torch.utils.data import DataLoader
+
+from model.lora import trainable_report
+from model.weights import format_report
+from utils import checkpoint as checkpoints
+from utils import distributed
+from utils.config import Config, ConfigError, load_config, missing_paths
+from utils.datasets import TYPES, DataError, DataOptions, EvalDataset, get_eval_dataset
+from utils.datasets.mixture import Mixture, MixtureSampler
+from utils.engine import build_engine, build_model, gradient_norms
+from utils.evaluate import Asking, evaluate
+from utils.logging import Meter, RunLog, check_finite, validation_sheet
+from utils.pipeline import PRECISIONS
+from utils.processor import UGroundProcessor
+from utils.types import Batch
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Build, train, and say where the result is; 2 = something that the user can mend, and how."""
+    try:
+        config = load_config(argv)
+        device = distributed.init()
+        run = build(config, device)
+    except ValueError as error:
+        if distributed.rank() == 0 or not isinstance(error, ConfigError):
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    try:
+        train(run)
+        run.log.say(
+            f"done: python scripts/merge_lora.py --checkpoint {config.run_folder} --output {config.run_folder}/merged"
+        )
+    finally:
+        run.log.close()
+        distributed.shutdown()
+    return 0
+
+
+@dataclass
+class Run:
+    """A training run.
+
+    Attributes:
+        model: UGround with LoRA inside, as evaluation calls it; the engine trains the same weights.
+        meta: what every checkpoint says about the run.
+        step: optimizer steps done. best: the best validation metric so far.
+    """
+
+    config: Config
+    device: torch.device
+    engine: Any
+    model: torch.nn.Module
+    processor: UGroundProcessor
+    mixture: Mixture
+    benchmarks: list[EvalDataset]
+    log: RunLog
+    meta: dict[str, Any]
+    step: int = 0
+    best: float | None = None
+
+    @property
+    def total_steps(self) -> int:
+        return self.config.total_steps
+
+
+# -- build -------------------------------------------------------------------------------------------------------------
+
+
+def build(config: Config, device: torch.device) -> Run:
+    """Everything that training needs, checked; a ValueError names what is wrong."""
+    mixture, benchmarks = open_data(config)
+    start = where_to_start(config)
+    model, processor, loaded = build_model(config)
+    engine = build_engine(model, config)
+    meta = checkpoints.describe_run(config, model, processor, loaded, mixture.describe())
+    saved = checkpoints.resume(engine, start, meta) if start else {"step": 0, "best": None}
+    log = open_log(config, saved["step"])
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    run = Run(config, device, engine, inner, processor, mixture, benchmarks, log, meta, saved["step"], saved["best"])
+
+    images = (
+        (run.total_steps - run.step) * config.train.grad_accumulation_steps * engine.train_micro_batch_size_per_gpu()
+    )
+    images *= distributed.world_size()
+    log.say(f"{format_report(loaded)}\n\n{trainable_report(model)}\n\n{mixture.table(images)}\n")
+    log.event("start", run.step, command=shlex.join(sys.argv), resumed=str(start or ""), **meta)
+    if start:
+        log.say(f"going on from {start} (step {run.step} of {run.total_steps})")
+    if run.step < run.total_steps:
+        tried = validate(run, limit=1)  # a benchmark that fails must not end the run after its first epoch
+        if tried:
+            deciding_metric(run, tried)
+    return run
+
+
+def open_data(config: Config) -> tuple[Mixture, list[EvalDataset]]:
+    """The mixture and the benchmarks; all that is missing on disk at once."""
+    problems, opened = missing_paths(config), []
+    data, benchmarks = config.data, () if config.eval.no_eval else config.eval.val_dataset
+    sets = {kind: getattr(data, f"{kind}_data") for kind in TYPES}
+    options = DataOptions(data.questions_per_image, data.explanatory, data.joint_probability)
+    rates, seed = data.sample_rates or None, config.train.seed
+    makers = [lambda: Mixture(data.dataset_dir, data.dataset, rates, sets, options, seed, data.weighting)]
+    makers += [lambda spec=spec: get_eval_dataset(spec, data.dataset_dir) for spec in benchmarks]
+    for make in makers if Path(data.dataset_dir).is_dir() else ():
+        try:
+            opened.append(make())
+        except DataError as error:
+            problems.append(str(error))
+    if problems:
+        raise ConfigError(problems)
+    return opened[0], opened[1:]
+
+
+def where_to_start(config: Config) -> Path | None:
+    """The checkpoint to go on from, if any. A run is only ever resumed when that was asked for."""
+    folder, name = config.run_folder, config.train.exp_name
+    there = checkpoints.read_index(folder)
+    if config.train.resume:
+        found = checkpoints.find_checkpoint(config.train.resume)
+        if there and found.resolve().parents[1] != folder.resolve():
+            raise checkpoints.CheckpointError(
+                f"--resume {config.train.resume} goes on in {folder}, which holds another run; give another --exp_name"
+            )
+        return found
+    if there and not config.train.auto_resume:
+        raise checkpoints.CheckpointError(
+            f"{folder} holds a run already (checkpoint {there['latest']}). Go on with --auto_resume true, start "
+            f"another one with --exp_name {name}-2, or remove the folder"
+        )
+    return checkpoints.find_checkpoint(folder) if there else None
+
+
+def open_log(config: Config, step: int) -> RunLog:
+    """Makes the run folder, with the effective configuration in it."""
+    if distributed.is_main():
+        config.run_folder.mkdir(parents=True, exist_ok=True)
+        config.save(config.run_folder / "config.yaml")
+    distributed.barrier()
+    return RunLog(config.run_folder, step, config.total_steps, config.train.steps_per_epoch)
+
+
+# -- loop --------------------------------------------------------------------------------------------------------------
+
+
+def train(run: Run) -> None:
+    """Epochs of steps, each followed by validation and a checkpoint."""
+    batches = iter(batches_from(run))
+    meter = Meter(run.device, run.model.ppm.num_layers)
+    first = run.step + 1
+    while run.step < run.total_steps:
+        logged = run.step + 1 in (first, run.total_steps) or (run.step + 1) % run.config.train.log_every == 0
+        train_step(run, batches, meter, logged)
+        if run.step % run.config.train.steps_per_epoch == 0:
+            results = validate(run)
+            save(run, results)
+            meter.restart()
+
+
+def train_step(run: Run, batches: Iterator[Batch], meter: Meter, logged: bool) -> None:
+    """Micro steps that add up to one step of the optimizer."""
+    accumulation, seed = run.config.train.grad_accumulation_steps, run.config.train.seed
+    dtype, lr = PRECISIONS[run.config.model.precision], run.engine.get_lr()[0]
+    for micro in range(run.step * accumulation, (run.step + 1) * accumulation):
+        batch = next(batches).to(run.device, dtype)
+        # dropout is a function of (seed, micro step, rank), so that a resumed run is the uninterrupted one
+        torch.manual_seed((seed * 1_000_003 + micro) * 65_536 + distributed.rank())
+        output = run.engine(batch)
+        run.engine.backward(output.loss)
+        meter.add(output, len(batch.sizes))
+    run.step += 1
+    gradients = gradient_norms(run.engine) if logged else {}
+    run.engine.step()
+    run.log.advance()
+    if logged:
+        values = meter.collect() | {"lr": lr, "gradient": float(run.engine.get_global_grad_norm())}
+        values["skipped"] = int(run.mixture.skipped.sum())
+        run.log.train(run.step, values, gradients)
+        check_finite(values, run.step)
+        if run.step == 1 and (silent := [part for part, norm in gradients.items() if norm == 0]):
+            run.log.say(
+                f"warning: no gradient in step 1 for {', '.join(silent)} (a loss weight of 0, or no mask in it?)"
+            )
+
+
+def batches_from(run: Run) -> DataLoader:
+    """All batches that are left, from the run's position in the mixture on."""
+    train_settings, accumulation = run.config.train, run.config.train.grad_accumulation_steps
+    sampler = MixtureSampler(
+        train_settings.batch_size,
+        run.step * accumulation,
+        run.total_steps * accumulation,
+        distributed.rank(),
+        distributed.world_size(),
+    )
+    return DataLoader(
+        run.mixture,
+        batch_sampler=sampler,
+        collate_fn=run.processor.collate,
+        num_workers=run.config.data.workers,
+        worker_init_fn=one_thread,
+    )
+
+
+def one_thread(_worker: int) -> None:
+    """Workers share the cores already."""
+    torch.set_num_threads(1)
+    cv2.setNumThreads(0)
+
+
+# -- validate and save -------------------------------------------------------------------------------------------------
+
+
+def validate(run: Run, limit: int | None = None) -> dict[str, dict[str, float]]:
+    """Metrics per benchmark; with ``limit``, a try on so many images that is not logged."""
+    settings, results = run.config.eval, {}
+    for dataset in run.benchmarks:
+        result = evaluate(
+            run.model,
+            run.processor,
+            dataset,
+            settings.val_mode,
+            settings.val_layer_policy,
+            settings.val_batch_size,
+            limit=limit or settings.val_limit or None,
+            seed=run.config.train.seed,
+        )
+        results[dataset.spec] = result.metrics
+        if limit is None and settings.val_pictures and distributed.is_main():
+            asking = Asking(settings.val_mode, settings.val_layer_policy, seed=run.config.train.seed)
+            picture = validation_sheet(run.model, run.processor, dataset, asking, settings.val_pictures)
+            run.log.picture(run.step, f"val/{dataset.spec.replace('|', '_')}", picture)
+    return results
+
+
+def save(run: Run, results: dict[str, dict[str, float]]) -> None:
+    """Logs the validation and writes a checkpoint; the first benchmark decides whether it is the best."""
+    is_best = False
+    if results:
+        value = deciding_metric(run, results)
+        is_best = value is not None and (run.best is None or value > run.best)
+        run.best = value if is_best else run.best
+        run.log.validation(run.step, results, is_best)
+    micro_steps = run.step * run.config.train.grad_accumulation_steps
+    meta = run.meta | {
+        "step": run.step,
+        "position": micro_steps * run.config.train.batch_size * distributed.world_size(),
+        "best": run.best,
+        "metrics": results,
+    }
+    checkpoints.save_checkpoint(run.engine, run.config.run_folder, meta, is_best)
+
+
+def deciding_metric(run: Run, results: dict[str, dict[str, float]]) -> float | None:
+    """The metric that says which checkpoint is best; None, with a warning, where the benchmark does not report it."""
+    spec, name = run.benchmarks[0].spec, run.config.eval.val_metric
+    if name not in results[spec]:
+        run.log.say(f"warning: --val_metric {name} is not reported by {spec} ({', '.join(results[spec])}): no best")
+    return results[spec].get(name)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
