@@ -200,7 +200,12 @@ def _attributes(rng: np.random.Generator, held_out: bool) -> list[tuple[str, str
             color, kind = _pick(rng, pairs)
         if (color, kind) not in HELD_OUT:
             pairs.append((color, kind))
-    return [(_pick(rng, SIZES), _pick(rng, _TEXTURE_ODDS), color, kind) for color, kind in _shuffled(rng, pairs)]
+    attributes = []
+    for color, kind in _shuffled(rng, pairs):
+        size, texture = _pick(rng, SIZES), _pick(rng, _TEXTURE_ODDS)
+        slender = size == "small" and kind in ("star", "cross")  # too thin to tell stripes from dots
+        attributes.append((size, "plain" if slender else texture, color, kind))
+    return attributes
 
 
 def _place(rng: np.random.Generator, attributes: list, width: int, height: int, scale: float) -> tuple[Shape, ...]:
@@ -263,7 +268,7 @@ def _paint(rng: np.random.Generator, image: np.ndarray, shapes: tuple[Shape, ...
         masks[:index, rows, columns] &= ~inside
         masks[index, rows, columns] = inside
         wholes.append(int(np.count_nonzero(inside)))
-        paint = _surface(rng, shape, window.shape[0], window.shape[1], scale)
+        paint = _surface(rng, shape, inside, scale)
         alpha = coverage.astype(np.float32)[:, :, None] * (1 / 255)
         window[:] = window + alpha * (paint - window) + 0.5
     visible = masks.reshape(len(shapes), -1).sum(axis=1) / np.array(wholes)
@@ -282,14 +287,17 @@ def _coverage(shape: Shape, x0: int, y0: int, height: int, width: int) -> np.nda
     return cv2.resize(canvas, (width, height), interpolation=cv2.INTER_AREA)
 
 
-def _surface(rng: np.random.Generator, shape: Shape, height: int, width: int, scale: float) -> np.ndarray:
-    """Color per pixel of a window, [h, w, 3] or [1, 1, 3] float32: dark stripes or dots on the shape's color."""
+def _surface(rng: np.random.Generator, shape: Shape, inside: np.ndarray, scale: float) -> np.ndarray:
+    """Color per pixel of a window whose mask is ``inside`` [h, w] -> [h, w, 3] or [1, 1, 3] float32.
+
+    Dark stripes or dots on the shape's color, which keeps a rim of one pixel, so that its outline stays clear.
+    """
     color = np.array(COLORS[shape.color], np.float32) + (rng.random(3, np.float32) - 0.5) * 20
     color = np.clip(color, 0, 248).reshape(1, 1, 3)
     if shape.texture == "plain":
         return color
-    x = np.arange(width, dtype=np.float32)[None, :]
-    y = np.arange(height, dtype=np.float32)[:, None]
+    x = np.arange(inside.shape[1], dtype=np.float32)[None, :]
+    y = np.arange(inside.shape[0], dtype=np.float32)[:, None]
     if shape.texture == "striped":
         period, angle = 5.5 * scale, rng.random() * math.pi
         dark = (x * math.cos(angle) + y * math.sin(angle) + rng.random() * period) % period < 0.45 * period
@@ -298,6 +306,7 @@ def _surface(rng: np.random.Generator, shape: Shape, height: int, width: int, sc
         u = (x + rng.random() * period) % period - period / 2
         v = (y + rng.random() * period) % period - period / 2
         dark = u * u + v * v < (0.31 * period) ** 2
+    dark &= cv2.erode(inside.view(np.uint8), np.ones((3, 3), np.uint8), borderValue=0).view(bool)
     return np.where(dark[:, :, None], color * 0.3, color)
 
 
