@@ -1,0 +1,435 @@
+"""The evaluation engine against a fake model whose answers are known pixel by pixel."""
+
+import json
+import os
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+import torch
+
+from utils import evaluate as engine
+from utils import metrics
+from utils.datasets.base import DataError
+from utils.evaluate import Asking, ShuffledPrompts, evaluate, text_blind_scores
+from utils.report import format_table, panels
+from utils.types import EvalQuery, EvalSample, Prediction
+
+SHAPE = (20, 30)
+
+
+# -- a data set whose pixels say what is where: object k is painted with gray value k ---------------------------------
+
+
+def draw_objects(number: int) -> np.ndarray:
+    """[H, W] with 0 for background and objects 1 to 3."""
+    rng = np.random.default_rng(number)
+    canvas = np.zeros(SHAPE, np.uint8)
+    for k in (1, 2, 3):
+        y, x = rng.integers(0, 10, 2)
+        canvas[y : y + 6 + k, 9 * (k - 1) + x // 3 : 9 * k] = k
+    return canvas
+
+
+@dataclass
+class FakeDataset:
+    """``size`` images; image i has i % 3 + 1 queries "object K", and with ``absent`` one more for an object 9."""
+
+    size: int = 7
+    spec: str = "fake|val"
+    benchmark: str = "fake"
+    absent: bool = False
+    broken: tuple[int, ...] = ()
+    skipped: list[str] = field(default_factory=list)
+
+    def __len__(self):
+        return self.size
+
+    @property
+    def num_queries(self):
+        return sum(i % 3 + 1 + self.absent for i in range(self.size))
+
+    def __getitem__(self, index):
+        if index in self.broken:
+            raise DataError(f"image {index}.jpg cannot be decoded")
+        canvas = draw_objects(index)
+        queries = [
+            EvalQuery(
+                f"{k}", f"object {k}", (canvas == k)[None].astype(np.uint8), meta={"family": "odd" if k % 2 else "even"}
+            )
+            for k in range(1, index % 3 + 2)
+        ]
+        if self.absent:
+            queries.append(EvalQuery("9", "object 9", np.zeros((0, *SHAPE), np.uint8)))
+        return EvalSample(f"fake/{index}.jpg", str(index), np.repeat(canvas[..., None], 3, 2), queries)
+
+
+class FakeBatch:
+    def __init__(self, images, questions, answers, numbers):
+        self.images, self.questions, self.answers, self.numbers = images, questions, answers, numbers
+
+    def to(self, device, dtype):
+        return self
+
+
+class FakeProcessor:
+    """Keeps prompts as they are; "tokens" are the answer's characters."""
+
+    def prompts(self, images, questions, answers=None, numbers=None):
+        return FakeBatch(images, questions, answers, numbers)
+
+    def decode(self, ids):
+        return "".join(map(chr, ids))
+
+
+class FakeModel:
+    """Finds the object that is named, less ``missing`` rows from its top; remembers how it was called.
+
+    Args:
+        wordings: what it writes for object k ("[SEG]" by default); object 9 is always answered by "[REJ]".
+        blind: it answers with object 1 whatever was asked.
+        noisy: pixels flip, depending on the image's number alone (a stand-in for sampled layers).
+    """
+
+    device, dtype, training = "cpu", torch.float32, False
+
+    def __init__(self, missing=2, wordings=None, blind=False, noisy=False, reject_below=0):
+        self.missing, self.wordings, self.blind, self.noisy = missing, wordings or {}, blind, noisy
+        self.reject_below, self.calls = reject_below, []
+
+    def eval(self):
+        return self
+
+    def train(self, mode):
+        return self
+
+    def predict(self, batch, layer_policy="argmax", max_new_tokens=64, seed=0, on_token=None):
+        self.calls.append((len(batch.images), layer_policy, seed))
+        return [
+            [
+                self.answer(batch.images[i], question, batch.answers and batch.answers[i][j], batch.numbers[i] + seed)
+                for j, question in enumerate(asked)
+            ]
+            for i, asked in enumerate(batch.questions)
+        ]
+
+    def answer(self, image, question, given, number):
+        named = [int(word.strip(",.?")) for word in question.split() if word.strip(",.?").isdigit()]
+        named = [1] * len(named) if self.blind else named
+        text = given or (self.wordings.get(named[0], "it is [SEG]") if named[0] != 9 else "no: [REJ]")
+        count = text.count("[SEG]")
+        targets = named if len(named) == count else named[:1] * count
+        masks = np.stack([self.find(image, k, number) for k in targets]) if targets else np.zeros((0, *image.shape[:2]))
+        logits = torch.from_numpy(np.where(masks > 0, 1.5, -1.5)).float()
+        rejected = [bool(mask.sum() < self.reject_below) for mask in masks]
+        return Prediction(
+            "",
+            [ord(c) for c in text],
+            logits,
+            logits.sigmoid(),
+            [k % 5 for k in targets],
+            torch.ones(count, 5),
+            rejected,
+        )
+
+    def find(self, image, k, number):
+        mask = image[..., 0] == k
+        rows = np.flatnonzero(mask.any(1))[: self.missing]
+        mask[rows] = False
+        if self.noisy:
+            mask ^= np.random.default_rng(number).random(mask.shape) < 0.1
+        return mask
+
+
+def run(model=None, dataset=None, **options):
+    return evaluate(model or FakeModel(), FakeProcessor(), dataset or FakeDataset(), **options)
+
+
+def expected_counts(dataset, missing):
+    """I and U by plain numpy, image by image."""
+    pairs = []
+    for index in range(len(dataset)):
+        canvas = draw_objects(index)
+        for k in range(1, index % 3 + 2):
+            found = canvas == k
+            found[np.flatnonzero(found.any(1))[:missing]] = False
+            pairs.append((int(found.sum()), int((canvas == k).sum())))
+    return pairs
+
+
+# -- numbers -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["generate", "teacher_forced"])
+def test_numbers_are_exact(mode):
+    result = run(mode=mode)
+    pairs = expected_counts(FakeDataset(), 2)
+    assert [(record.I, record.U) for record in result.records] == pairs
+    assert result.metrics["gIoU"] == pytest.approx(np.mean([i / u for i, u in pairs]))
+    assert result.metrics["cIoU"] == sum(i for i, _ in pairs) / sum(u for _, u in pairs)
+    assert result.summary["counts"]["masks"] == len(pairs)
+    assert result.summary["counts"]["images"] == 7
+
+
+@pytest.mark.parametrize(("mode", "absent"), [("generate", False), ("generate", True), ("teacher_forced", True)])
+def test_the_batch_size_and_the_workers_alter_nothing(mode, absent):
+    dataset = FakeDataset(absent=absent, benchmark="grefcoco" if absent else "fake")
+    results = [
+        run(FakeModel(noisy=True, reject_below=40), dataset, mode=mode, batch_size=size, workers=workers, seed=3)
+        for size, workers in ((1, 0), (3, 0), (8, 0), (2, 1))
+    ]
+    for other in results[1:]:
+        assert other.records == results[0].records
+        for key in ("metrics", "intervals", "breakdown", "counts", "layers"):
+            assert other.summary[key] == results[0].summary[key]
+
+
+def test_an_image_is_handed_over_once_with_all_its_queries():
+    model = FakeModel()
+    run(model, batch_size=3)
+    assert [count for count, *_ in model.calls] == [3, 3, 1]
+
+
+def test_limit_takes_the_first_images():
+    result = run(limit=2)
+    assert [record.index for record in result.records] == [0, 1, 1]
+    assert result.summary["limit"] == 2
+
+
+def test_several_seg_are_united():
+    model = FakeModel(missing=0)
+    model.find = lambda image, k, number: image[..., 0] == next(model.turns)
+    model.wordings, model.turns = {1: "[SEG] and [SEG]"}, iter((1, 2))
+    record = run(model, limit=1).records[0]
+    canvas = draw_objects(0)
+    assert ((canvas == 1) | (canvas == 2)).sum() == record.P
+    assert len(record.masks) == 2
+    assert record.I == record.G == (canvas == 1).sum()
+
+
+def test_no_seg_is_an_empty_mask():
+    result = run(FakeModel(wordings={1: "I cannot say"}), limit=1)
+    record = result.records[0]
+    assert (record.I, record.P, record.masks, record.layers) == (0, 0, [], [])
+    assert record.U == record.G
+    assert record.answer == "I cannot say"
+    assert result.metrics["gIoU"] == 0
+    assert result.summary["counts"]["answers_without_seg"] == 1
+
+
+def test_generated_rejections():
+    """[REJ] for the absent object (right) and for object 2 (wrong)."""
+    dataset = FakeDataset(size=2, absent=True, benchmark="grefcoco")
+    result = run(FakeModel(missing=0, wordings={2: "[REJ]"}), dataset)
+    assert [record.rejected for record in result.records] == [False, True, False, True, True]
+    assert result.metrics["N-acc"] == 1.0
+    assert result.metrics["T-acc"] == 2 / 3
+    assert result.metrics["gIoU"] == 4 / 5
+    lost = int((draw_objects(1) == 2).sum())
+    total = sum(record.G for record in result.records)
+    assert result.metrics["cIoU"] == (total - lost) / total
+
+
+def test_a_rejecting_word_beside_a_mask_does_not_reject():
+    dataset = FakeDataset(size=1, absent=True, benchmark="grefcoco")
+    record = run(FakeModel(wordings={1: "[REJ] or [SEG]"}), dataset).records[0]
+    assert not record.rejected
+    assert record.P > 0
+
+
+def test_joint_question_reads_rejections_from_the_logits():
+    dataset = FakeDataset(size=3, absent=True, benchmark="grefcoco")
+    model = FakeModel(missing=0, reject_below=1)  # object 9 has no pixel
+    result = run(model, dataset, mode="teacher_forced")
+    assert [record.rejected for record in result.records] == [r.query_id == "9" for r in result.records]
+    assert (result.metrics["N-acc"], result.metrics["T-acc"], result.metrics["gIoU"]) == (1, 1, 1)
+    assert len({record.question for record in result.records}) == 3  # one question per image
+    assert all("object 9" in record.question for record in result.records)
+
+
+def test_a_given_answer_never_rejects_where_the_protocol_has_no_rejection():
+    result = run(FakeModel(missing=0, reject_below=10**6), mode="teacher_forced")
+    assert result.metrics["gIoU"] == 1.0
+
+
+def test_a_given_answer_that_was_cut_is_an_error():
+    model = FakeModel()
+    whole = model.answer
+    model.answer = lambda image, question, given, number: whole(image, question, "cut off", number)
+    with pytest.raises(ValueError, match=r"fake/0\.jpg: 0 \[SEG\] instead of 1.*max_tokens"):
+        run(model, mode="teacher_forced")
+
+
+# -- controls ----------------------------------------------------------------------------------------------------------
+
+
+def test_shuffled_prompts_are_a_derangement_scored_against_the_own_truth():
+    dataset = FakeDataset(size=7)
+    shuffled = ShuffledPrompts(dataset, 7)
+    assert all(donor != image for image, donor in shuffled.donor.items())
+    assert sorted(shuffled.donor.values()) == list(range(7))
+    assert ShuffledPrompts(dataset, 7).donor == shuffled.donor
+    for index in range(7):
+        own, mixed = dataset[index], shuffled[index]
+        theirs = [query.text for query in dataset[shuffled.donor[index]].queries]
+        assert np.array_equal(mixed.image, own.image)
+        assert all(np.array_equal(a.masks, b.masks) for a, b in zip(mixed.queries, own.queries, strict=True))
+        assert [query.text for query in mixed.queries] == [theirs[k % len(theirs)] for k in range(len(own.queries))]
+
+
+def test_the_control_tells_a_blind_model_from_one_that_reads():
+    reads = run(FakeModel(missing=0), FakeDataset(size=30), controls=["shuffled_prompts"])
+    blind = run(FakeModel(missing=0, blind=True), FakeDataset(size=30), controls=["shuffled_prompts"])
+    assert reads.metrics["gIoU"] == 1.0
+    assert reads.summary["controls"]["shuffled_prompts"]["gIoU"] < 0.9
+    assert blind.summary["controls"]["shuffled_prompts"] == blind.metrics
+
+
+def test_text_blind_scores_come_from_the_data(tmp_path):
+    scores = {"all": {"gIoU": 0.25, "cIoU": 0.2}, "random": {"gIoU": 0.3, "cIoU": 0.4}}
+    other = {"all": {"gIoU": 0.5, "cIoU": 0.2}, "random": {"gIoU": 0.6, "cIoU": 0.4}}
+    rows = [
+        {"set": "ReasonSeg", "split": "val", "kind": "short", "queries": 30, **scores},
+        {"set": "ReasonSeg", "split": "val", "kind": "long", "queries": 10, **other},
+        {"set": "ReasonSeg", "split": "val", "kind": "long: relation", "queries": 10, **other},
+        {"set": "grefcoco", "split": "val", "kind": "all", "queries": 5, **scores},
+        {"set": "grefcoco", "split": "val", "kind": "no target", "queries": 5, **other},
+    ]
+    assert text_blind_scores(tmp_path, "ReasonSeg|val") == {}
+    (tmp_path / "demo_data.json").write_text(json.dumps({"text_blind": rows}))
+    named = {"all_objects": scores["all"], "random_object": scores["random"]}
+    assert text_blind_scores(tmp_path, "ReasonSeg|val_short") == named
+    assert text_blind_scores(tmp_path, "grefcoco|unc|val") == named
+    both = text_blind_scores(tmp_path, "ReasonSeg|val")
+    assert both["all_objects"] == {"gIoU": pytest.approx((30 * 0.25 + 10 * 0.5) / 40)}
+    assert text_blind_scores(tmp_path, "refcoco|unc|val") == {}
+
+
+# -- errors ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_all_unreadable_images_are_listed_and_nothing_is_reported(workers):
+    with pytest.raises(ValueError, match=r"fake\|val: 2 images.*\n.*1\.jpg.*\n.*5\.jpg"):
+        run(dataset=FakeDataset(broken=(1, 5)), batch_size=2, workers=workers)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mode": "guess"}, "unknown mode 'guess'; use generate or teacher_forced"),
+        ({"controls": ["upside_down"]}, "unknown control 'upside_down'; use shuffled_prompts"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"limit": 0}, "limit 0"),
+        ({"limit": 1, "controls": ["shuffled_prompts"]}, "at least 2 images"),
+    ],
+)
+def test_wrong_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        run(**options)
+
+
+def test_records_that_are_missing_or_there_twice_are_an_error(monkeypatch):
+    repeats = FakeDataset(size=2)
+    twice = repeats[1]
+    twice.queries[1].query_id = "1"
+    monkeypatch.setattr(FakeDataset, "__getitem__", lambda self, index: twice)
+    with pytest.raises(ValueError, match=r"with several: \[\(0, '1'\), \(1, '1'\)\]"):
+        run(dataset=repeats)
+    monkeypatch.undo()
+    monkeypatch.setattr(FakeDataset, "num_queries", 99)
+    with pytest.raises(ValueError, match="13 records for 99 queries"):
+        run()
+
+
+# -- output ------------------------------------------------------------------------------------------------------------
+
+
+def test_saved_results_can_be_recomputed(tmp_path):
+    dataset = FakeDataset(
+        spec="grefcoco|unc|val", benchmark="grefcoco", absent=True, skipped=["fake/x.jpg: no polygon"]
+    )
+    result = run(FakeModel(noisy=True), dataset, controls=["shuffled_prompts"])
+    path = result.save(tmp_path / "new" / "folder")
+    assert path.name == "grefcoco_unc_val.generate.json"
+    summary = json.loads(path.read_text())
+    records = metrics.read_records(path.with_suffix(".jsonl"))
+    assert metrics.compute(records, "grefcoco") == summary["metrics"] == result.metrics
+    assert metrics.intervals(records, "grefcoco") == summary["intervals"]
+    assert summary["counts"]["skipped"] == 1
+    assert summary["benchmark"] == "grefcoco|unc|val"
+    assert summary["mode"] == "generate"
+    assert set(summary["controls"]) == {"shuffled_prompts"}
+    target = {q.query_id: q for q in dataset[4].queries}["2"].masks[0]
+    record = next(record for record in records if (record.index, record.query_id) == (4, "2"))
+    mask = metrics.decode_mask(record.masks[0])
+    assert ((mask & (target == 1)).sum(), (mask | (target == 1)).sum()) == (record.I, record.U)
+
+
+def test_the_table_names_everything():
+    result = run(dataset=FakeDataset(size=5), controls=["shuffled_prompts"], layer_policy="mc:4")
+    table = format_table([result.summary, run(dataset=FakeDataset(benchmark="grefcoco", absent=True)).summary])
+    lines = table.splitlines()
+    assert lines[0].split() == ["benchmark", "mode", "layers", "images", "masks", "gIoU", "cIoU", "N-acc", "T-acc"]
+    assert lines[2].split()[:5] == ["fake|val", "generate", "mc:4", "5", "9"]
+    assert f"{result.metrics['gIoU']:.3f} [" in lines[2]
+    assert "control: shuffled prompts" in lines[3]
+    assert "family: even" in lines[4]
+    assert "1.000" in lines[6]  # N-acc of the second
+
+
+def test_panels_run_from_the_worst_to_the_best():
+    dataset, model = FakeDataset(size=9), FakeModel(noisy=True)
+    result = run(model, dataset)
+    drawn = panels(model, FakeProcessor(), dataset, result.records, 4, Asking())
+    ious = [metrics.iou(record) for record, _ in drawn]
+    everything = sorted(map(metrics.iou, result.records))
+    assert ious == sorted(ious)
+    assert (ious[0], ious[-1], len(ious)) == (everything[0], everything[-1], 4)
+    for record, panel in drawn:
+        assert panel.masks.sum() == record.P  # the same answer as the one that was scored
+        assert panel.notes[0] == f"IoU {metrics.iou(record):.2f}"
+    assert len(panels(model, FakeProcessor(), dataset, result.records, 99, Asking())) == len(result.records)
+
+
+def test_default_modes_are_the_papers():
+    modes = {
+        name: engine.default_mode(name) for name in ("ReasonSeg", "refcoco", "grefcoco", "fprefcoco+", "MultiReasonSeg")
+    }
+    assert list(modes.values()) == ["teacher_forced"] * 3 + ["generate"] * 2
+
+
+# -- processes ---------------------------------------------------------------------------------------------------------
+
+
+def _evaluate_in_process(rank: int, world: int, store: str, out: str) -> None:
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world))
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    model = FakeModel(noisy=True)
+    result = run(model, FakeDataset(), batch_size=2, controls=["shuffled_prompts"])
+    assert len(model.calls) == 2 * 2  # 4 and 3 images, twice
+    with open(f"{out}/{rank}.json", "w") as file:
+        json.dump({**result.summary, "records": [vars(record) for record in result.records]}, file)
+    try:
+        run(dataset=FakeDataset(broken=(1,)), batch_size=2)  # of rank 1 alone
+    except ValueError as error:
+        assert "1.jpg" in str(error)  # noqa: PT017
+        with open(f"{out}/{rank}.failed", "w"):
+            pass
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_same_result_and_fail_together(tmp_path):
+    torch.multiprocessing.spawn(_evaluate_in_process, (2, str(tmp_path / "store"), str(tmp_path)), nprocs=2)
+    alone = run(FakeModel(noisy=True), batch_size=2, controls=["shuffled_prompts"])
+    expected = json.loads(json.dumps({**alone.summary, "records": [vars(record) for record in alone.records]}))
+    for rank in (0, 1):
+        found = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert found["settings"].pop("processes") == 2
+        for values in (found, expected):
+            values.pop("seconds", None)
+        expected["settings"].pop("processes", None)
+        assert found == expected
+        assert (tmp_path / f"{rank}.failed").exists()

@@ -1,0 +1,415 @@
+"""One engine for every benchmark, shared by validation during training and by test.py.
+
+Each image is encoded once for all its questions. Ranks take images r, r + world, ... of the split, without padding or
+repeats; their records are gathered and every metric is computed from records alone (``utils.metrics``), so the result
+depends neither on the batch size nor on the number of processes.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from utils import distributed, metrics
+from utils.datasets.base import EvalDataset
+from utils.datasets.templates import eval_answer, eval_joint_turn, eval_question
+from utils.metrics import Record
+from utils.pipeline import predict
+from utils.types import EvalQuery, EvalSample, Turn
+
+MODES = ("generate", "teacher_forced")
+CONTROLS = ("shuffled_prompts",)
+# Teacher forced, these list all sentences of an image in one answer, and the logits decide between [SEG] and [REJ].
+JOINT = ("grefcoco", "refzom")
+GENERATED = ("fprefcoco", "R-refcoco", "MultiReasonSeg")  # the paper lets the model answer these freely
+
+
+def default_mode(benchmark: str) -> str:
+    """How the paper reports a benchmark (evaluation.md, two ways of asking)."""
+    return "generate" if benchmark.startswith(GENERATED) else "teacher_forced"
+
+
+@dataclass(frozen=True)
+class Asking:
+    """How the model is asked.
+
+    Attributes:
+        mode: ``generate`` = it writes its answer; ``teacher_forced`` = the answer template is given.
+        layer_policy: which hidden state a [SEG] connects from: ``argmax``, ``last``, ``sample``, ``mc:T``, ``fixed:K``.
+        max_new_tokens: longest written answer.
+        seed: of sampled layers, together with the image's place in the split.
+    """
+
+    mode: str = "generate"
+    layer_policy: str = "argmax"
+    max_new_tokens: int = 64
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise ValueError(f"unknown mode {self.mode!r}; use {' or '.join(MODES)}")
+
+
+@dataclass
+class Answer:
+    """The model's answer to one query.
+
+    Attributes:
+        question, text: what was asked and said.
+        masks: [N, H, W] bool, one per [SEG]; similarities: [N, H, W] float32 in [0, 1], their maps.
+        layers: the hidden state of each.
+        rejected: it says that nothing is there.
+    """
+
+    question: str
+    text: str
+    masks: np.ndarray
+    similarities: np.ndarray
+    layers: list[int]
+    rejected: bool
+
+    @property
+    def merged(self) -> np.ndarray:
+        """[H, W] bool: what is scored where one mask is expected, the union of all [SEG]; none = empty."""
+        return self.masks.any(axis=0)
+
+
+@dataclass
+class Result:
+    """One benchmark's numbers: ``summary`` goes into the JSON (evaluation.md, output), ``records`` into the JSONL."""
+
+    summary: dict[str, Any]
+    records: list[Record]
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        return self.summary["metrics"]
+
+    def save(self, folder: Path) -> Path:
+        """Writes ``BENCHMARK.MODE.json`` and ``.jsonl``; returns the former's path."""
+        folder.mkdir(parents=True, exist_ok=True)
+        name = file_name(self.summary["benchmark"], self.summary["mode"])
+        metrics.write_records(folder / f"{name}.jsonl", self.records)
+        path = folder / f"{name}.json"
+        path.write_text(json.dumps(self.summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        return path
+
+
+def file_name(spec: str, mode: str) -> str:
+    """``ReasonSeg|val``, ``generate`` -> ``ReasonSeg_val.generate``."""
+    return f"{spec.replace('|', '_').replace('/', '_')}.{mode}"
+
+
+def evaluate(
+    model,
+    processor,
+    dataset: EvalDataset,
+    mode: str = "generate",
+    layer_policy: str = "argmax",
+    batch_size: int = 4,
+    *,
+    limit: int | None = None,
+    max_new_tokens: int = 64,
+    seed: int = 0,
+    workers: int = 0,
+    controls: Sequence[str] = (),
+    progress: bool = False,
+) -> Result:
+    """Asks every query of a split and scores the answers. All ranks must call it; all get the whole result.
+
+    Args:
+        model, processor: from ``utils.pipeline``.
+        batch_size: images per call of the model.
+        limit: only the first so many images.
+        workers: processes that load images in the background; 0 = none.
+        controls: ``shuffled_prompts`` asks each image the queries of another one, scored against its own truth.
+        progress: show a bar (on rank 0).
+
+    Raises:
+        ValueError: listing the images that cannot be read, or for an unknown mode, layer policy or control.
+    """
+    asking = Asking(mode, layer_policy, max_new_tokens, seed)
+    unknown = sorted(set(controls) - set(CONTROLS))
+    if unknown:
+        raise ValueError(f"unknown control {unknown[0]!r}; use {', '.join(CONTROLS)}")
+    if batch_size < 1 or (limit is not None and limit < 1):
+        raise ValueError(f"batch_size is {batch_size} and limit {limit}; both must be at least 1")
+    size = min(len(dataset), limit or len(dataset))
+    shuffled = ShuffledPrompts(dataset, size, seed) if "shuffled_prompts" in controls else None
+    started = time.perf_counter()
+    run = (model, processor, asking, size, batch_size, workers, progress)
+    records = gather_records(dataset, *run)
+    seconds = time.perf_counter() - started
+    summary = summarize(dataset, asking, records) | {
+        "limit": limit,
+        "seconds": round(seconds, 2),
+        "settings": {
+            "batch_size": batch_size,
+            "max_new_tokens": max_new_tokens,
+            "seed": seed,
+            "processes": distributed.world_size(),
+        },
+    }
+    if shuffled is not None:
+        control = gather_records(shuffled, *run)
+        summary["controls"]["shuffled_prompts"] = metrics.compute(control, dataset.benchmark)
+    return Result(summary, records)
+
+
+def summarize(dataset: EvalDataset, asking: Asking, records: Sequence[Record]) -> dict[str, Any]:
+    """What is known from the records, under the names of evaluation.md."""
+    return {
+        "benchmark": dataset.spec,
+        "mode": asking.mode,
+        "layer_policy": asking.layer_policy,
+        "metrics": metrics.compute(records, dataset.benchmark),
+        "intervals": metrics.intervals(records, dataset.benchmark),
+        "controls": {},
+        "breakdown": metrics.breakdown(records, dataset.benchmark),
+        "counts": metrics.count_records(records) | {"skipped": len(dataset.skipped)},
+        "skipped": list(dataset.skipped),
+        "layers": dict(sorted(Counter(layer for record in records for layer in record.layers).items())),
+    }
+
+
+# -- images and answers ------------------------------------------------------------------------------------------------
+
+
+def gather_records(
+    dataset: EvalDataset,
+    model,
+    processor,
+    asking: Asking,
+    size: int,
+    batch_size: int,
+    workers: int,
+    progress: bool,
+) -> list[Record]:
+    """The records of the first ``size`` images, from all ranks, in the split's order."""
+    rank = distributed.rank()
+    mine = range(rank, size, distributed.world_size())
+    loader = DataLoader(_Reader(dataset, mine), batch_size, collate_fn=list, num_workers=workers)
+    records: list[Record] = []
+    errors: list[str] = []
+    with tqdm(
+        total=len(mine), desc=f"{dataset.spec} ({asking.mode})", unit="image", disable=not progress or rank
+    ) as bar:
+        for number, items in enumerate(loader):
+            errors += [str(item) for item in items if isinstance(item, ValueError)]
+            if not errors:  # from the first image that cannot be read, the others are only looked at
+                places = mine[number * batch_size :][: len(items)]
+                answers = ask(model, processor, items, places, dataset.benchmark, asking)
+                for place, sample, given in zip(places, items, answers, strict=True):
+                    records += [score(place, sample, *both) for both in zip(sample.queries, given, strict=True)]
+            bar.update(len(items))
+    distributed.fail_together(_unreadable(dataset.spec, errors))
+    records = [record for part in distributed.all_gather(records) for record in part]
+    records.sort(key=lambda record: record.index)  # stable: an image's queries keep their order
+    _check_complete(dataset, records, size)
+    return records
+
+
+def ask(
+    model, processor, samples: Sequence[EvalSample], numbers: Sequence[int], benchmark: str, asking: Asking
+) -> list[list[Answer]]:
+    """Every query of every image, in one call of the model.
+
+    Args:
+        numbers: each image's place in the split; it seeds sampled layers, whatever the batch.
+    """
+    joint = asking.mode == "teacher_forced" and benchmark in JOINT
+    if joint:
+        turns = [[eval_joint_turn(sample.queries)] for sample in samples]
+    else:
+        turns = [[_turn(query, benchmark) for query in sample.queries] for sample in samples]
+    predictions = predict(
+        model,
+        processor,
+        [sample.image for sample in samples],
+        [[turn.question for turn in row] for row in turns],
+        [[turn.answer for turn in row] for row in turns] if asking.mode == "teacher_forced" else None,
+        list(numbers),
+        layer_policy=asking.layer_policy,
+        max_new_tokens=asking.max_new_tokens,
+        seed=asking.seed,
+    )
+    return [
+        _joint_answers(sample, row[0], said[0]) if joint else _answers(sample, row, said, asking.mode)
+        for sample, row, said in zip(samples, turns, predictions, strict=True)
+    ]
+
+
+def score(index: int, sample: EvalSample, query: EvalQuery, answer: Answer) -> Record:
+    """Counts the pixels of one answer."""
+    target = metrics.merge_targets(query.masks, *sample.image.shape[:2])
+    both, either, predicted, true = metrics.count_pixels(answer.merged, target)
+    return Record(
+        index=index,
+        image=sample.source,
+        image_id=sample.image_id,
+        query_id=query.query_id,
+        query=query.text,
+        question=answer.question,
+        answer=answer.text,
+        layers=answer.layers,
+        rejected=answer.rejected,
+        expected_empty=len(query.masks) == 0,
+        I=both,
+        U=either,
+        P=predicted,
+        G=true,
+        masks=[metrics.encode_mask(mask) for mask in answer.masks],
+        meta=query.meta,
+    )
+
+
+def _turn(query: EvalQuery, benchmark: str) -> Turn:
+    return Turn(eval_question(query, benchmark), eval_answer(query, benchmark))
+
+
+def _answers(sample: EvalSample, turns: Sequence[Turn], predictions: Sequence, mode: str) -> list[Answer]:
+    """A question per query. An answer without [SEG] rejects; a given one never does."""
+    answers = []
+    for query, turn, prediction in zip(sample.queries, turns, predictions, strict=True):
+        if mode == "teacher_forced":
+            _check_fits(sample, query.text, len(prediction.layers), 1)
+        masks, similarities = (prediction.mask_logits > 0).numpy(), prediction.maps.numpy()
+        said = (turn.question, prediction.text, masks, similarities, list(prediction.layers))
+        answers.append(Answer(*said, rejected=not prediction.layers))
+    return answers
+
+
+def _joint_answers(sample: EvalSample, turn: Turn, prediction) -> list[Answer]:
+    """One question for all queries; the logits before the k-th [SEG] say whether the k-th target is there."""
+    count = len(sample.queries)
+    _check_fits(sample, turn.question, len(prediction.layers), count)
+    masks, similarities = (prediction.mask_logits > 0).numpy(), prediction.maps.numpy()
+    return [
+        Answer(
+            turn.question,
+            prediction.text,
+            masks[k : k + 1],
+            similarities[k : k + 1],
+            [prediction.layers[k]],
+            prediction.rejected[k],
+        )
+        for k in range(count)
+    ]
+
+
+def _check_fits(sample: EvalSample, question: str, found: int, wanted: int) -> None:
+    if found != wanted:
+        raise ValueError(
+            f"{sample.source}: {found} [SEG] instead of {wanted} are left of the given answer to {question[:60]!r}; "
+            "the prompt is longer than max_tokens in uground_processor.json: raise it, or use --mode generate"
+        )
+
+
+# -- reading -----------------------------------------------------------------------------------------------------------
+
+
+class _Reader(Dataset):
+    """Reads chosen images; what cannot be read comes back as its error, so that all of them can be listed."""
+
+    def __init__(self, dataset: EvalDataset, places: Sequence[int]) -> None:
+        self.dataset, self.places = dataset, places
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, index: int) -> EvalSample | ValueError:
+        try:
+            return self.dataset[self.places[index]]
+        except ValueError as error:
+            return error
+
+
+def _unreadable(spec: str, errors: Sequence[str], most: int = 10) -> str | None:
+    """The list of images that stops an evaluation, if there are any."""
+    if not errors:
+        return None
+    shown = "".join(f"\n  {error}" for error in errors[:most])
+    more = f"\n  and {len(errors) - most} more" if len(errors) > most else ""
+    return f"{spec}: {len(errors)} images cannot be evaluated, which would change the result:{shown}{more}"
+
+
+def _check_complete(dataset: EvalDataset, records: Sequence[Record], size: int) -> None:
+    """A sample that is missing or there twice would silently change the result."""
+    seen = Counter((record.index, record.query_id) for record in records)
+    twice = [key for key, count in seen.items() if count > 1]
+    missing = set(range(size)) - {record.index for record in records}
+    if twice or missing:
+        raise ValueError(
+            f"{dataset.spec}: images without a record: {sorted(missing)[:5]}; (image, query) with several: "
+            f"{twice[:5]}. Query ids must be unique within an image"
+        )
+    if size == len(dataset) and len(records) != dataset.num_queries:
+        raise ValueError(f"{dataset.spec}: {len(records)} records for {dataset.num_queries} queries")
+
+
+# -- controls ----------------------------------------------------------------------------------------------------------
+
+
+class ShuffledPrompts:
+    """A split in which each image is asked another image's queries, with its own truth kept.
+
+    A model that ignores the text scores here as on the split itself. Who asks whom is one cycle through all images, so
+    nobody keeps its own; an image with fewer queries than needed repeats them.
+    """
+
+    def __init__(self, dataset: EvalDataset, size: int, seed: int = 0) -> None:
+        if size < 2:
+            raise ValueError(
+                f"{dataset.spec}: shuffled_prompts needs at least 2 images to exchange queries; there is {size}"
+            )
+        self.dataset, self.benchmark = dataset, dataset.benchmark
+        self.spec, self.skipped = f"{dataset.spec}, shuffled prompts", dataset.skipped
+        cycle = np.random.default_rng(seed).permutation(size)
+        self.donor = dict(zip(cycle.tolist(), np.roll(cycle, -1).tolist()))
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    @property
+    def num_queries(self) -> int:
+        return self.dataset.num_queries
+
+    def __getitem__(self, index: int) -> EvalSample:
+        sample, others = self.dataset[index], self.dataset[self.donor[index]].queries
+        queries = [
+            replace(query, text=other.text, is_sentence=other.is_sentence)
+            for query, other in ((query, others[k % len(others)]) for k, query in enumerate(sample.queries))
+        ]
+        return replace(sample, queries=queries)
+
+
+def text_blind_scores(dataset_dir: Path, spec: str) -> dict[str, dict[str, float]]:
+    """What answers that ignore the text would score: ``{"all_objects": {"gIoU": ...}, "random_object": ...}``.
+
+    Generated data come with these (``demo_data.json`` of scripts/make_demo_data.py); other data have none.
+    """
+    path = Path(dataset_dir) / "demo_data.json"
+    if not path.is_file():
+        return {}
+    name, *_, split = spec.split("|")
+    kinds = ("all", "short", "long")
+    if split.endswith(("_short", "_long")):
+        split, kind = split.rsplit("_", 1)
+        kinds = (kind,)
+    rows = json.loads(path.read_text(encoding="utf-8"))["text_blind"]
+    rows = [row for row in rows if (row["set"], row["split"]) == (name, split) and row["kind"] in kinds]
+    names = {"all_objects": "all", "random_object": "random"}
+    if len(rows) == 1:
+        return {ours: dict(rows[0][theirs]) for ours, theirs in names.items()}
+    total = sum(row["queries"] for row in rows)  # a cIoU of parts says nothing about the whole
+    means = {o: sum(row[t]["gIoU"] * row["queries"] for row in rows) for o, t in names.items()}
+    return {ours: {"gIoU": value / total} for ours, value in means.items()} if total else {}

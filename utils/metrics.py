@@ -1,0 +1,246 @@
+"""What the numbers mean: counts of pixels per mask, and gIoU, cIoU, N-acc, T-acc from records alone.
+
+A ``Record`` is one scored answer and one line of a result's JSONL. Every metric is a ratio of two sums over records;
+integers are summed exactly and IoUs with ``math.fsum``, so that neither order, batch size nor the number of processes
+can change the last bit.
+
+Legend: H, W the image's size; P predicted, G true pixels; I = |P and G|, U = |P or G|, ignored pixels (255) left out.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pycocotools import mask as coco_mask
+
+from utils.types import IGNORE_PIXEL
+
+PROTOCOLS = ("grefcoco", "gsva")
+GROUP_KEYS = ("length", "family")  # of a query's meta: what a result is broken down by
+RESAMPLES = 1000
+
+
+@dataclass
+class Record:
+    """One answer and its score.
+
+    Attributes:
+        index: the image's place in the split; image: where it comes from; image_id: the data set's own name of it.
+        query_id: unique within the image's queries.
+        query: the expression as the data set has it; question: what the model was asked.
+        answer: what it said (the given text when teacher forced).
+        layers: the hidden state that each [SEG] connected from.
+        rejected: the answer says that nothing is there.
+        expected_empty: nothing is there.
+        I, U, P, G: pixels of the drawn mask against the truth, also where the answer rejects (see ``pair``).
+        masks: COCO RLE of each [SEG]; their union is what was scored.
+        meta: the query's, for breakdowns.
+    """
+
+    index: int
+    image: str
+    image_id: str
+    query_id: str
+    query: str
+    question: str
+    answer: str
+    layers: list[int]
+    rejected: bool
+    expected_empty: bool
+    I: int  # noqa: E741
+    U: int
+    P: int
+    G: int
+    masks: list[dict[str, Any]]
+    meta: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def predicted_empty(self) -> bool:
+        return self.rejected or self.P == 0
+
+
+# -- one mask ----------------------------------------------------------------------------------------------------------
+
+
+def count_pixels(predicted: np.ndarray, target: np.ndarray) -> tuple[int, int, int, int]:
+    """I, U, P and G of one mask.
+
+    Args:
+        predicted: [H, W] bool.
+        target: [H, W] uint8 with 0, 1 and 255 (left out).
+    """
+    if predicted.shape != target.shape:
+        raise ValueError(f"the predicted mask is {predicted.shape}, the true one {target.shape} (height, width)")
+    keep, true = target != IGNORE_PIXEL, target == 1
+    predicted = predicted & keep
+    both, p, g = (int(np.count_nonzero(mask)) for mask in (predicted & true, predicted, true))
+    return both, p + g - both, p, g
+
+
+def merge_targets(masks: np.ndarray, height: int, width: int) -> np.ndarray:
+    """The one target [H, W] of a query: nothing where there is no mask ([0, H, W]).
+
+    Raises:
+        ValueError: for several masks; they need matching (MUSE), not merging.
+    """
+    if len(masks) > 1:
+        raise ValueError(f"the query has {len(masks)} targets of its own; only one (merged) mask can be scored")
+    return masks[0] if len(masks) else np.zeros((height, width), dtype=np.uint8)
+
+
+def encode_mask(mask: np.ndarray) -> dict[str, Any]:
+    """bool [H, W] as COCO RLE with text counts, fit for JSON."""
+    rle = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
+    return {"size": [int(side) for side in rle["size"]], "counts": rle["counts"].decode("ascii")}
+
+
+def decode_mask(rle: dict[str, Any]) -> np.ndarray:
+    """COCO RLE as bool [H, W]."""
+    return coco_mask.decode(rle).astype(bool)
+
+
+# -- all masks ---------------------------------------------------------------------------------------------------------
+
+
+def pair(record: Record, protocol: str = "grefcoco") -> tuple[int, int]:
+    """I and U as they enter the metrics: a rejecting answer is an empty mask.
+
+    So a rejected absent target is a perfect 0 / 0, a missed one adds its pixels to U, and a target that was rejected
+    adds |G| to U with I = 0 (gRefCOCO's rule). ``gsva`` differs in the last: it scores the mask that was drawn anyway.
+    """
+    if record.rejected and (record.expected_empty or protocol == "grefcoco"):
+        return 0, record.G
+    return record.I, record.U
+
+
+def iou(record: Record, protocol: str = "grefcoco") -> float:
+    """I / U; an empty answer to an empty target is right."""
+    both, either = pair(record, protocol)
+    return both / either if either else 1.0
+
+
+Parts = Callable[[Record, str], tuple[float, int]]  # what a record adds to a metric's numerator and denominator
+
+
+def _of_targets(parts: Parts) -> Parts:
+    return lambda record, protocol: (0, 0) if record.expected_empty else parts(record, protocol)
+
+
+def _giou(record: Record, protocol: str) -> tuple[float, int]:
+    return iou(record, protocol), 1
+
+
+def _n_acc(record: Record, protocol: str) -> tuple[float, int]:
+    return int(record.expected_empty and record.predicted_empty), int(record.expected_empty)
+
+
+def _t_acc(record: Record, protocol: str) -> tuple[float, int]:
+    return int(not record.expected_empty and not record.predicted_empty), int(not record.expected_empty)
+
+
+DEFAULT: dict[str, Parts] = {"gIoU": _giou, "cIoU": pair}
+METRICS: dict[str, dict[str, Parts]] = {
+    "grefcoco": DEFAULT | {"N-acc": _n_acc, "T-acc": _t_acc},
+    "refzom": {"oIoU": _of_targets(pair), "mIoU": _of_targets(_giou), "Acc": _n_acc},
+}
+
+
+def _sums(records: Iterable[Record], benchmark: str, protocol: str) -> dict[str, tuple[list[float], list[int]]]:
+    table = METRICS.get(benchmark, DEFAULT)
+    pairs = {name: [parts(record, protocol) for record in records] for name, parts in table.items()}
+    return {name: ([n for n, _ in values], [d for _, d in values]) for name, values in pairs.items()}
+
+
+def compute(records: Sequence[Record], benchmark: str, protocol: str = "grefcoco") -> dict[str, float]:
+    """The benchmark's metrics as fractions; one without any sample to be measured on is absent.
+
+    Args:
+        benchmark: the data set's name (``ReasonSeg``, ``grefcoco``); it decides which metrics apply.
+        protocol: ``grefcoco`` or ``gsva``, see ``pair``.
+    """
+    if protocol not in PROTOCOLS:
+        raise ValueError(f"unknown protocol {protocol!r}; use {' or '.join(PROTOCOLS)}")
+    sums = _sums(records, benchmark, protocol)
+    return {name: math.fsum(above) / sum(below) for name, (above, below) in sums.items() if sum(below)}
+
+
+def intervals(
+    records: Sequence[Record], benchmark: str, protocol: str = "grefcoco", seed: int = 0
+) -> dict[str, list[float]]:
+    """95% percentile bootstrap over images (queries of one image are not independent): metric -> [low, high]."""
+    images = sorted({record.index for record in records})
+    if len(images) < 2:
+        return {}
+    records = sorted(records, key=lambda record: (record.index, record.query_id))
+    place = np.searchsorted(images, [record.index for record in records])
+    drawn = np.random.default_rng(seed).multinomial(len(images), np.full(len(images), 1 / len(images)), RESAMPLES)
+    result = {}
+    for name, sums in _sums(records, benchmark, protocol).items():
+        above, below = (drawn @ np.bincount(place, weights=values, minlength=len(images)) for values in sums)
+        if (below > 0).any():
+            values = above[below > 0] / below[below > 0]
+            result[name] = [float(value) for value in np.percentile(values, [2.5, 97.5])]
+    return result
+
+
+def breakdown(
+    records: Sequence[Record], benchmark: str, protocol: str = "grefcoco"
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Metrics per group: ``{"family": {"relation": {"gIoU": ..., "masks": 40}}}``; keys with one value are left out."""
+    result = {}
+    for key in GROUP_KEYS:
+        names = sorted({str(record.meta[key]) for record in records if key in record.meta})
+        if len(names) < 2:
+            continue
+        groups = {name: [r for r in records if str(r.meta.get(key)) == name] for name in names}
+        result[key] = {
+            name: compute(group, benchmark, protocol) | {"masks": len(group)} for name, group in groups.items()
+        }
+    return result
+
+
+def count_records(records: Sequence[Record]) -> dict[str, int]:
+    """The numbers behind the metrics."""
+    return {
+        "masks": len(records),
+        "images": len({record.index for record in records}),
+        "expected_empty": sum(record.expected_empty for record in records),
+        "predicted_empty": sum(record.predicted_empty for record in records),
+        "answers_without_seg": sum(not record.layers for record in records),
+        "answers_with_several_seg": sum(len(record.masks) > 1 for record in records),
+    }
+
+
+# -- files -------------------------------------------------------------------------------------------------------------
+
+
+def write_records(path: Path, records: Iterable[Record]) -> None:
+    """One JSON object per line."""
+    with path.open("w", encoding="utf-8") as file:
+        for record in records:
+            line = asdict(record) | {"predicted_empty": record.predicted_empty, "IoU": iou(record)}
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def read_records(path: Path) -> list[Record]:
+    """What ``write_records`` wrote.
+
+    Raises:
+        ValueError: naming the line that is no record.
+    """
+    names = {field.name for field in fields(Record)}
+    records = []
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                values = json.loads(line)
+                records.append(Record(**{name: value for name, value in values.items() if name in names}))
+            except (json.JSONDecodeError, TypeError, AttributeError) as error:
+                raise ValueError(f"{path}, line {number} is not a result ({error}); evaluate again") from error
+    return records
