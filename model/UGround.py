@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import distributed, nn
+from transformers import AutoConfig
 
 from model import losses
 from model.generation import read_given, write_answers
@@ -90,6 +91,9 @@ class UGroundConfig(LlavaLlamaConfig):
             raise ValueError("seg_prompt and mask_prompt are both off: SAM would have no prompt; switch one on")
         if self.map_normalization not in ("valid", "all"):
             raise ValueError(f"map_normalization is {self.map_normalization!r}; use 'valid' or 'all'")
+
+
+AutoConfig.register(UGroundConfig.model_type, UGroundConfig, exist_ok=True)  # AutoTokenizer asks for it
 
 
 @dataclass

@@ -1,0 +1,199 @@
+"""Evaluates a trained model on benchmarks: a table on stdout, JSON, JSONL and pictures in a folder.
+
+    python test.py --version runs/tiny/merged --dataset_dir data/demo --val_dataset "ReasonSeg|val||grefcoco|unc|val"
+
+What the numbers mean is in docs/evaluation.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import logging
+import os
+import platform
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+from model.weights import fingerprint
+from utils import cli, distributed
+from utils.datasets import get_eval_dataset
+from utils.datasets.base import EvalDataset
+from utils.evaluate import CONTROLS, MODES, Asking, Result, default_mode, evaluate, file_name, text_blind_scores
+from utils.pipeline import PRECISIONS, load_pretrained
+from utils.report import format_table, panels
+from utils.visualize import save_picture, sheet
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Evaluates a trained UGround model. Prints a table; writes BENCHMARK.MODE.json (numbers, "
+        "intervals, counts, versions) and BENCHMARK.MODE.jsonl (one line per sample, masks as COCO RLE) to --output.",
+        epilog="Several GPUs: deepspeed test.py ... or torchrun --nproc_per_node N test.py ...; images are shared out "
+        "without padding or repeats, so the numbers are the same.",
+    )
+    add = parser.add_argument
+    add("--version", required=True, metavar="DIR", help="merged model, as scripts/merge_lora.py writes it")
+    add("--dataset_dir", required=True, metavar="DIR", help="folder that holds reason_seg/, refer_seg/, coco/, ...")
+    add(
+        "--val_dataset",
+        required=True,
+        metavar="SPEC",
+        help='what to evaluate: "ReasonSeg|val_short", "refcoco|unc|val", "grefcoco|unc|val"; several joined by "||"',
+    )
+    add(
+        "--mode",
+        choices=("paper", *MODES, "both"),
+        default="paper",
+        help="generate: the model writes its answer, whatever [SEG] it writes are decoded. teacher_forced: the answer "
+        "template is given and [SEG] is read off. paper: as the paper reports the benchmark (default)",
+    )
+    add(
+        "--layer_policy",
+        default="argmax",
+        metavar="HOW",
+        help="hidden state a [SEG] connects from: argmax (the policy's mode, default), last, sample, mc:T (mean of T "
+        "samples), fixed:K",
+    )
+    add("--output", type=Path, metavar="DIR", help="folder for the results (default: eval/ in the --version folder)")
+    add("--save_overlays", type=_count, default=0, metavar="N", help="also draw N samples, from worst to best IoU")
+    add(
+        "--control",
+        action="append",
+        choices=CONTROLS,
+        default=[],
+        help="shuffled_prompts: evaluate again with the queries exchanged among the images; a model that ignores the "
+        "text scores the same. Doubles the time",
+    )
+    add("--limit", type=_positive, metavar="N", help="only the first N images of each benchmark")
+    add(
+        "--batch_size",
+        type=_positive,
+        default=4,
+        metavar="N",
+        help="images per step (default: 4); does not alter results",
+    )
+    add("--workers", type=_count, default=0, metavar="N", help="processes that load images ahead (default: 0)")
+    add("--max_new_tokens", type=_positive, default=64, metavar="N", help="longest written answer (default: 64)")
+    add("--seed", type=int, default=0, metavar="S", help="of sampled layers, shuffling and intervals (default: 0)")
+    add("--precision", choices=("auto", *PRECISIONS), default="auto", help="default: bf16 on a GPU, fp32 on the CPU")
+    add("--device", default="auto", help="cpu, cuda, cuda:1 (default: the GPU if there is one)")
+    add("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # passed by the deepspeed launcher
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    args = parse_arguments(arguments)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    device = join_processes(args.device)
+    specs = [spec.strip() for spec in args.val_dataset.split("||") if spec.strip()]
+    if not specs:
+        raise ValueError('--val_dataset names nothing; give for example "ReasonSeg|val_short"')
+    datasets = [get_eval_dataset(spec, args.dataset_dir) for spec in specs]  # a typing error shows before the loading
+    output = args.output or Path(args.version) / "eval"
+    precision = cli.pick_precision(args.precision, device)
+    model, processor = load_pretrained(args.version, precision, device)
+    origin = describe_origin(args, model, precision, device)
+
+    results, files = [], []
+    for dataset in datasets:
+        for mode in modes_of(args.mode, dataset.benchmark):
+            result = evaluate_one(args, model, processor, dataset, mode)
+            result.summary |= origin
+            results.append(result)
+            if distributed.is_main():
+                files += write(args, model, processor, dataset, result, output)
+    if distributed.is_main():
+        print(f"{args.version} (fingerprint {origin['checkpoint']['fingerprint']}), {precision} on {device}\n")
+        print(format_table([result.summary for result in results]))
+        print("\n" + "\n".join(f"wrote {path}" for path in files))
+    distributed.shutdown()
+    return 0
+
+
+def evaluate_one(args: argparse.Namespace, model, processor, dataset: EvalDataset, mode: str) -> Result:
+    """One benchmark in one mode, with its controls."""
+    result = evaluate(
+        model,
+        processor,
+        dataset,
+        mode,
+        args.layer_policy,
+        args.batch_size,
+        limit=args.limit,
+        max_new_tokens=args.max_new_tokens,
+        seed=args.seed,
+        workers=args.workers,
+        controls=args.control,
+        progress=True,
+    )
+    for answer, scores in text_blind_scores(Path(args.dataset_dir), dataset.spec).items():
+        result.summary["controls"][f"text_blind_{answer}"] = scores
+    return result
+
+
+def write(args: argparse.Namespace, model, processor, dataset: EvalDataset, result: Result, output: Path) -> list[Path]:
+    """Result files and pictures -> the paths to tell the user."""
+    files = [result.save(output)]
+    if not args.save_overlays:
+        return files
+    mode = result.summary["mode"]
+    asking = Asking(mode, args.layer_policy, args.max_new_tokens, args.seed)
+    drawn = panels(model, processor, dataset, result.records, args.save_overlays, asking)
+    name = file_name(dataset.spec, mode)
+    for record, panel in drawn:
+        single = f"{record.image_id}_{record.query_id}".replace("/", "_")
+        save_picture(output / f"{name}.overlays" / f"{single}.png", sheet([panel]))
+    title = (
+        f"{dataset.spec}, {mode}, layer {args.layer_policy}, {args.version}: {len(drawn)} of {len(result.records)} "
+        "samples, evenly spaced from the worst to the best IoU"
+    )
+    path = output / f"{name}.overlays.png"
+    save_picture(path, sheet([panel for _, panel in drawn], title))
+    return [*files, path]
+
+
+def modes_of(mode: str, benchmark: str) -> tuple[str, ...]:
+    if mode == "paper":
+        return (default_mode(benchmark),)
+    return MODES if mode == "both" else (mode,)
+
+
+def join_processes(wanted: str) -> str:
+    """This process's device; meets the others if a launcher started several."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        return str(distributed.init())
+    return cli.pick_device(wanted)
+
+
+def describe_origin(args: argparse.Namespace, model, precision: str, device: str) -> dict[str, Any]:
+    """Where the numbers come from: checkpoint, command, versions."""
+    packages = ("torch", "transformers", "segment-anything", "numpy", "pycocotools")
+    return {
+        "checkpoint": {"folder": str(args.version), "fingerprint": fingerprint(model.state_dict().values())},
+        "command": shlex.join(sys.argv),
+        "precision": precision,
+        "device": device,
+        "versions": {"python": platform.python_version()}
+        | {name: importlib.metadata.version(name) for name in packages},
+    }
+
+
+def _positive(text: str) -> int:
+    return _whole(text, 1)
+
+
+def _count(text: str) -> int:
+    return _whole(text, 0)
+
+
+def _whole(text: str, low: int) -> int:
+    if not text.isdecimal() or int(text) < low:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {low}")
+    return int(text)
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))

@@ -1,0 +1,261 @@
+"""test.py and chat.py as a user runs them, on a tiny random model and on files on disk."""
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from conftest import build_tiny_model
+from PIL import Image
+
+from utils import cli, metrics
+from utils.datasets.base import read_image
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared" / "realdata"
+
+
+def load_script(name):
+    """The standard library has a package called test, so test.py is loaded by its path."""
+    spec = importlib.util.spec_from_file_location(f"{name}_script", ROOT / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+chat, evaluation = load_script("chat"), load_script("test")
+
+
+def save_model(folder: Path, processor, talks: bool) -> str:
+    """A random model on disk; one that talks begins every answer with [SEG]."""
+    model = build_tiny_model(processor)
+    if talks:
+        image = np.full((48, 64, 3), 90, np.uint8)
+        batch = processor.prompts([image], [["where is the red star"]])
+        with torch.no_grad():
+            state = model.read_batch(batch)[0].hidden[-1][0, -1]
+            model.lm_head.weight.zero_()
+            model.lm_head.weight[processor.tokens.seg] = state
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def version(tmp_path_factory, tiny_processor):
+    return save_model(tmp_path_factory.mktemp("model"), tiny_processor, talks=True)
+
+
+@pytest.fixture(scope="module")
+def mute_version(tmp_path_factory, tiny_processor):
+    """Writes something, never [SEG]."""
+    return save_model(tmp_path_factory.mktemp("mute"), tiny_processor, talks=False)
+
+
+def write_jpg(path: Path, seed: int, size=(48, 64)) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.random.default_rng(seed).integers(0, 255, (*size, 3), dtype=np.uint8)).save(path)
+
+
+@pytest.fixture
+def photo(tmp_path):
+    path = tmp_path / "photo.jpg"
+    write_jpg(path, 0)
+    return path
+
+
+@pytest.fixture
+def data(tmp_path):
+    """A dataset directory: ReasonSeg|val with 5 images (3 short, 2 long queries)."""
+    folder = tmp_path / "data" / "reason_seg" / "ReasonSeg" / "val"
+    for number in range(5):
+        write_jpg(folder / f"{number}.jpg", number, (48 + number, 64))
+        shape = {"label": "target", "points": [[10, 10], [40, 10], [40, 30], [10, 30]]}
+        values = {"text": ["the red star"], "is_sentence": number % 2 == 1, "shapes": [shape]}
+        (folder / f"{number}.json").write_text(json.dumps(values))
+    return tmp_path / "data"
+
+
+def run(capsys, script, *arguments) -> tuple[int, str, str]:
+    """(exit code, stdout, stderr) of one call."""
+    try:
+        code = cli.run(script.main, [str(argument) for argument in arguments])
+    except SystemExit as end:  # argparse
+        code = end.code
+    return code, *capsys.readouterr()
+
+
+# -- chat.py, one answer -----------------------------------------------------------------------------------------------
+
+
+def ask(capsys, version, image, output, prompt="where is the red star", *more):
+    paths = ("--version", version, "--image", image, "--output", output)
+    return run(capsys, chat, *paths, "--prompt", prompt, "--max_new_tokens", 2, *more)
+
+
+def test_one_answer(capsys, version, photo, tmp_path):
+    code, out, err = ask(capsys, version, photo, tmp_path / "new" / "out")
+    assert code == 0
+    assert out.startswith("[SEG]")
+    assert out.count("\n") == 1  # the answer alone
+    values = json.loads((tmp_path / "new" / "out" / "photo.json").read_text())
+    assert values["answer"] == out.strip()
+    assert (values["width"], values["height"]) == (64, 48)
+    assert len(values["masks"]) == out.count("[SEG]")
+    for number, entry in enumerate(values["masks"], start=1):
+        with Image.open(tmp_path / "new" / "out" / f"photo_mask_{number}.png") as mask:
+            pixels = np.array(mask)
+        assert pixels.shape == (48, 64)
+        assert set(np.unique(pixels)) <= {0, 255}
+        assert (pixels == 255).sum() == entry["pixels"]
+        assert f"[SEG] {number}: layer {entry['layer']}, {entry['pixels']} pixels" in err
+    assert read_image(tmp_path / "new" / "out" / "photo_overlay.png").shape == (48, 64, 3)
+
+
+def test_layer_policy_is_obeyed(capsys, version, photo, tmp_path):
+    assert ask(capsys, version, photo, tmp_path, "where is it", "--layer_policy", "fixed:2")[0] == 0
+    assert {mask["layer"] for mask in json.loads((tmp_path / "photo.json").read_text())["masks"]} == {2}
+    code, out, err = ask(capsys, version, photo, tmp_path, "where is it", "--layer_policy", "best")
+    assert (code, out) == (2, "")
+    assert "best" in err
+
+
+def test_without_output_nothing_is_written(capsys, version, photo, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = run(capsys, chat, "--version", version, "--image", photo, "--prompt", "a", "--max_new_tokens", 1)
+    assert (code, out) == (0, "[SEG]\n")
+    assert os.listdir(tmp_path) == ["photo.jpg"]
+
+
+def test_an_answer_without_seg(capsys, version, mute_version, photo, tmp_path):
+    """Masks that an earlier answer of the same name left behind go."""
+    assert ask(capsys, version, photo, tmp_path)[0] == 0
+    assert (tmp_path / "photo_mask_1.png").exists()
+    code, _, err = ask(capsys, mute_version, photo, tmp_path)
+    assert code == 0
+    assert "no [SEG]" in err
+    assert not list(tmp_path.glob("photo_mask_*.png"))
+    assert json.loads((tmp_path / "photo.json").read_text())["masks"] == []
+    assert np.array_equal(read_image(tmp_path / "photo_overlay.png"), read_image(photo))
+
+
+# -- chat.py, a conversation -------------------------------------------------------------------------------------------
+
+
+def converse(monkeypatch, capsys, version, lines, *arguments):
+    lines = iter(lines)
+    monkeypatch.setattr("builtins.input", lambda prompt="": next(lines, None) or (_ for _ in ()).throw(EOFError))
+    return run(capsys, chat, "--version", version, "--max_new_tokens", 1, *arguments)
+
+
+def test_conversation(monkeypatch, capsys, version, photo, tmp_path):
+    other = tmp_path / "other.png"
+    write_jpg(other, 1, (30, 20))
+    lines = [
+        "nowhere.jpg",
+        str(photo),
+        "the red star",
+        " ",
+        "/help",
+        "/fly",
+        "and the blue one",
+        f"/image {other}",
+        "a",
+    ]
+    code, out, err = converse(monkeypatch, capsys, version, lines, "--output", tmp_path / "out")
+    assert code == 0
+    assert out == "[SEG]\n" * 3
+    assert "nowhere.jpg does not exist" in err
+    assert "unknown command /fly" in err
+    written = {path.name for path in (tmp_path / "out").glob("*.json")}
+    assert written == {"photo_001.json", "photo_002.json", "other_001.json"}
+    assert read_image(tmp_path / "out" / "other_001_overlay.png").shape == (30, 20, 3)
+    converse(monkeypatch, capsys, version, ["again", "/quit", "never"], "--output", tmp_path / "out", "--image", photo)
+    assert (tmp_path / "out" / "photo_003.json").exists()  # an earlier session's answers stay
+    assert not (tmp_path / "out" / "photo_004.json").exists()
+
+
+@pytest.mark.slow
+def test_chat_is_a_unix_tool(version, photo, tmp_path):
+    """As a process with piped questions: the answers alone on stdout, and no DeepSpeed."""
+    command = [sys.executable, "-X", "importtime", ROOT / "chat.py", "--version", version, "--image", photo]
+    done = subprocess.run(
+        [*command, "--max_new_tokens", "1"], cwd=tmp_path, capture_output=True, text=True, input="a\nb\n", check=False
+    )
+    assert (done.returncode, done.stdout) == (0, "[SEG]\n[SEG]\n"), done.stderr[-2000:]
+    assert not re.search(r"\| +deepspeed\b", done.stderr)
+    assert (tmp_path / "answers" / "photo_002_mask_1.png").is_file()
+
+
+# -- test.py -----------------------------------------------------------------------------------------------------------
+
+
+def evaluate(capsys, version, data, output, spec="ReasonSeg|val", *more):
+    paths = ("--version", version, "--dataset_dir", data, "--output", output)
+    return run(capsys, evaluation, *paths, "--val_dataset", spec, "--max_new_tokens", 2, *more)
+
+
+def test_evaluation_writes_what_it_prints(capsys, version, data, tmp_path):
+    out_dir = tmp_path / "out"
+    more = ("--mode", "both", "--save_overlays", 3, "--control", "shuffled_prompts")
+    code, out, _ = evaluate(capsys, version, data, out_dir, "ReasonSeg|val_short||ReasonSeg|val_long", *more)
+    assert code == 0
+    names = {path.name for path in out_dir.iterdir()}
+    for spec, count in (("ReasonSeg|val_short", 3), ("ReasonSeg|val_long", 2)):
+        for mode in ("generate", "teacher_forced"):
+            name = f"{spec.replace('|', '_')}.{mode}"
+            assert {f"{name}.json", f"{name}.jsonl", f"{name}.overlays.png", f"{name}.overlays"} <= names
+            summary = json.loads((out_dir / f"{name}.json").read_text())
+            assert (summary["benchmark"], summary["mode"], summary["counts"]["masks"]) == (spec, mode, count)
+            assert set(summary["controls"]) == {"shuffled_prompts"}
+            assert len(summary["checkpoint"]["fingerprint"]) == 16
+            assert {"command", "versions", "precision", "settings", "intervals", "seconds"} <= set(summary)
+            records = metrics.read_records(out_dir / f"{name}.jsonl")
+            assert metrics.compute(records, "ReasonSeg") == summary["metrics"]
+            assert f"{summary['metrics']['gIoU']:.3f} [" in out
+            assert len(list((out_dir / f"{name}.overlays").iterdir())) == count
+    assert "control: shuffled prompts" in out
+
+
+def test_default_mode_and_limit(capsys, version, data, tmp_path):
+    code, out, _ = evaluate(capsys, version, data, tmp_path / "out", "ReasonSeg|val", "--limit", 2)
+    assert code == 0
+    assert "teacher_forced" in out
+    summary = json.loads((tmp_path / "out" / "ReasonSeg_val.teacher_forced.json").read_text())
+    assert (summary["counts"]["images"], summary["limit"]) == (2, 2)
+
+
+@pytest.mark.parametrize("mode", ["generate", "teacher_forced"])
+def test_batch_size_alters_no_mask(capsys, version, data, tmp_path, mode):
+    results = []
+    for size in (1, 3, 8):
+        assert (
+            evaluate(
+                capsys, version, data, tmp_path / str(size), "ReasonSeg|val", "--mode", mode, "--batch_size", size
+            )[0]
+            == 0
+        )
+        results.append(metrics.read_records(tmp_path / str(size) / f"ReasonSeg_val.{mode}.jsonl"))
+    assert results[0] == results[1] == results[2]
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the shared real photographs are not here")
+def test_real_photographs(capsys, version, tmp_path):
+    more = ("--mode", "both", "--save_overlays", 1)
+    code, _, err = evaluate(capsys, version, SHARED, tmp_path / "out", "ReasonSeg|val", *more)
+    assert code == 0, err
+    summary = json.loads((tmp_path / "out" / "ReasonSeg_val.generate.json").read_text())
+    assert summary["counts"]["images"] == len(list((SHARED / "reason_seg/ReasonSeg/val").glob("*.json")))
+    image = next((SHARED / "reason_seg/ReasonSeg/val").glob("*.jpg"))
+    code, _, err = ask(capsys, version, image, tmp_path / "out", "What shows the driver's hands the way?")
+    assert code == 0, err
+    mask = cv2.imread(str(tmp_path / "out" / f"{image.stem}_mask_1.png"), cv2.IMREAD_UNCHANGED)
+    assert mask.shape == read_image(image, apply_exif=True).shape[:2]
