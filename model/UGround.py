@@ -161,6 +161,9 @@ class UGroundForCausalLM(LlavaLlamaForCausalLM):
         """
         if batch is None:
             return super().forward(**kwargs)
+        # A rank without masks must touch every parameter too, and in the order of the other ranks: ZeRO adds gradients up
+        # in the order of their arrival. Made first, this sum is last in the backward pass, and completes them all.
+        anchor = sum(p.sum() for p in self.parameters() if p.requires_grad)
         output, valid = self.read_batch(batch)
         counts = [len(masks) for masks in batch.masks]
         states = torch.stack([layer.flatten(0, 1)[batch.seg_positions] for layer in output.hidden], dim=1)
@@ -169,7 +172,9 @@ class UGroundForCausalLM(LlavaLlamaForCausalLM):
         layers = self.ppm.choose(grounding.log_policy, self.config.layer_selection, noise.to(self.device))
         mask_logits, maps = self.draw(grounding, layers, self.visual_model.encode(batch.sam_images), valid, batch)
         logits = self.lm_head(output.hidden[-1].flatten(0, 1)[batch.label_positions])
-        return self.objective(batch, logits, mask_logits, maps, layers, grounding.log_policy)
+        result = self.objective(batch, logits, mask_logits, maps, layers, grounding.log_policy)
+        result.loss = result.loss + 0.0 * anchor
+        return result
 
     def ground(
         self,
@@ -248,7 +253,6 @@ class UGroundForCausalLM(LlavaLlamaForCausalLM):
         loss = config.text_loss_weight * text + config.mask_loss_weight * mask + config.map_loss_weight * maps_term
         if "policy" in terms:
             loss = loss + config.policy_loss_weight * terms["policy"]
-        loss = loss + 0.0 * sum(p.sum() for p in self.parameters() if p.requires_grad)  # no rank misses a parameter
 
         policy = log_policy.detach().exp()
         entropy = -(policy * log_policy.detach().clamp(min=-1e4)).sum(-1)
