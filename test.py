@@ -92,9 +92,10 @@ def main(arguments: list[str] | None = None) -> int:
     if not specs:
         raise ValueError('--val_dataset names nothing; give for example "ReasonSeg|val_short"')
     datasets = [get_eval_dataset(spec, args.dataset_dir) for spec in specs]  # a typing error shows before the loading
-    output = args.output or Path(args.version) / "eval"
     precision = cli.pick_precision(args.precision, device)
     model, processor = load_pretrained(args.version, precision, device)
+    output = args.output or Path(args.version) / "eval"
+    output.mkdir(parents=True, exist_ok=True)  # if that fails, then before hours of work
     origin = describe_origin(args, model, precision, device)
 
     results, files = [], []
@@ -143,6 +144,8 @@ def write(args: argparse.Namespace, model, processor, dataset: EvalDataset, resu
     asking = Asking(mode, args.layer_policy, args.max_new_tokens, args.seed)
     drawn = panels(model, processor, dataset, result.records, args.save_overlays, asking)
     name = file_name(dataset.spec, mode)
+    for old in (output / f"{name}.overlays").glob("*.png"):
+        old.unlink()  # of an earlier run, maybe of another checkpoint
     for record, panel in drawn:
         single = f"{record.image_id}_{record.query_id}".replace("/", "_")
         save_picture(output / f"{name}.overlays" / f"{single}.png", sheet([panel]))

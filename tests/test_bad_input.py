@@ -111,12 +111,12 @@ def test_missing_images_and_folders(capsys, version, tmp_path):  # noqa: F811
     assert_error(ask(capsys, version, tmp_path, tmp_path), "is not a file")
 
 
-def test_output_that_cannot_be_written(capsys, version, photo, tmp_path):  # noqa: F811
+def test_output_that_cannot_be_written(capsys, version, photo, data, tmp_path):  # noqa: F811
     (tmp_path / "file").write_text("")
-    code, _, err = ask(capsys, version, photo, tmp_path / "file")
-    assert code == 2
-    assert "Traceback" not in err
-    assert str(tmp_path / "file") in err
+    for result in (ask(capsys, version, photo, tmp_path / "file"), evaluate(capsys, version, data, tmp_path / "file")):
+        assert result[0] == 2
+        assert "Traceback" not in result[2]
+        assert str(tmp_path / "file") in result[2]
 
 
 # -- prompts -----------------------------------------------------------------------------------------------------------
@@ -212,7 +212,7 @@ def test_evaluation_stops_at_missing_and_broken_images(capsys, version, data, tm
     assert_error(evaluate(capsys, version, data, tmp_path / "out"), "2 images", folder / "1.jpg", folder / "3.jpg")
     (folder / "1.jpg").unlink()
     assert_error(evaluate(capsys, version, data, tmp_path / "out"), "1.json has no image")
-    assert not (tmp_path / "out").exists()
+    assert not list((tmp_path / "out").iterdir())
 
 
 def test_wrong_numbers(capsys, version, data, tmp_path):  # noqa: F811

@@ -8,6 +8,7 @@ depends neither on the batch size nor on the number of processes.
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -200,9 +201,9 @@ def gather_records(
     loader = DataLoader(_Reader(dataset, mine), batch_size, collate_fn=list, num_workers=workers)
     records: list[Record] = []
     errors: list[str] = []
-    with tqdm(
-        total=len(mine), desc=f"{dataset.spec} ({asking.mode})", unit="image", disable=not progress or rank
-    ) as bar:
+    pace = 0.1 if sys.stderr.isatty() else 15  # a log file wants few lines
+    name, hide = f"{dataset.spec} ({asking.mode})", bool(rank) or not progress
+    with tqdm(total=len(mine), desc=name, unit="image", mininterval=pace, disable=hide) as bar:
         for number, items in enumerate(loader):
             errors += [str(item) for item in items if isinstance(item, ValueError)]
             if not errors:  # from the first image that cannot be read, the others are only looked at

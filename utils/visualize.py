@@ -86,7 +86,7 @@ def paint(image: np.ndarray, layers: Sequence[tuple[np.ndarray, tuple[int, int, 
         mask = mask.astype(bool)
         picture[mask] = (picture[mask] * (1 - opacity) + np.array(rgb) * opacity + 0.5).astype(np.uint8)
     thickness = max(1, round(min(picture.shape[:2]) / 250))
-    halo = thickness + 2 if min(picture.shape[:2]) > 200 else 0
+    halo = thickness + 2 if min(picture.shape[:2]) > 150 else 0
     for mask, rgb in layers:
         contours, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
         if halo:
