@@ -30,7 +30,7 @@ from utils.datasets import TYPES, DataError, DataOptions, EvalDataset, get_eval_
 from utils.datasets.mixture import Mixture, MixtureSampler
 from utils.engine import build_engine, build_model, gradient_norms
 from utils.evaluate import Asking, evaluate
-from utils.logging import Meter, RunLog, check_finite, validation_sheet
+from utils.logging import DivergedError, Meter, RunLog, check_finite, validation_sheet
 from utils.pipeline import PRECISIONS
 from utils.processor import UGroundProcessor
 from utils.types import Batch
@@ -38,23 +38,33 @@ from utils.types import Batch
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Build, train, and say where the result is; 2 = something that the user can mend, and how."""
+    run = None
     try:
         config = load_config(argv)
-        device = distributed.init()
-        run = build(config, device)
-    except ValueError as error:
-        if distributed.rank() == 0 or not isinstance(error, ConfigError):
-            print(f"error: {error}", file=sys.stderr)
-        return 2
-    try:
+        run = build(config, distributed.init())
         train(run)
-        run.log.say(
-            f"done: python scripts/merge_lora.py --checkpoint {config.run_folder} --output {config.run_folder}/merged"
-        )
+        merge = f"python scripts/merge_lora.py --checkpoint {config.run_folder} --output {config.run_folder / 'merged'}"
+        run.log.say(f"done; next: {merge}")
+        return 0
+    except (ConfigError, DataError, checkpoints.CheckpointError, DivergedError) as error:
+        complain(error)
+    except ValueError as error:
+        if run is not None:  # while training, a bug
+            raise
+        complain(error)
     finally:
-        run.log.close()
+        if run is not None:
+            run.log.close()
         distributed.shutdown()
-    return 0
+    return 2
+
+
+def complain(error: ValueError) -> None:
+    """Says what is wrong, once: other processes only what may be theirs alone."""
+    if distributed.is_main():
+        print(f"error: {error}", file=sys.stderr)
+    elif not getattr(error, "shared", False):
+        print(f"error in process {distributed.rank()}: {str(error).splitlines()[0]}", file=sys.stderr)
 
 
 @dataclass
@@ -181,17 +191,19 @@ def train(run: Run) -> None:
 def train_step(run: Run, batches: Iterator[Batch], meter: Meter, logged: bool) -> None:
     """Micro steps that add up to one step of the optimizer."""
     accumulation, seed = run.config.train.grad_accumulation_steps, run.config.train.seed
-    dtype, lr = PRECISIONS[run.config.model.precision], run.engine.get_lr()[0]
-    for micro in range(run.step * accumulation, (run.step + 1) * accumulation):
+    dtype, lr, gradients = PRECISIONS[run.config.model.precision], run.engine.get_lr()[0], {}
+    last = (run.step + 1) * accumulation - 1
+    for micro in range(run.step * accumulation, last + 1):
         batch = next(batches).to(run.device, dtype)
         # dropout is a function of (seed, micro step, rank), so that a resumed run is the uninterrupted one
         torch.manual_seed((seed * 1_000_003 + micro) * 65_536 + distributed.rank())
         output = run.engine(batch)
         run.engine.backward(output.loss)
         meter.add(output, len(batch.sizes))
+        if logged and micro == last:
+            gradients = gradient_norms(run.engine)
+        run.engine.step()  # the optimizer's at the last micro step only
     run.step += 1
-    gradients = gradient_norms(run.engine) if logged else {}
-    run.engine.step()
     run.log.advance()
     if logged:
         values = meter.collect() | {"lr": lr, "gradient": float(run.engine.get_global_grad_norm())}

@@ -161,8 +161,8 @@ class UGroundForCausalLM(LlavaLlamaForCausalLM):
         """
         if batch is None:
             return super().forward(**kwargs)
-        # A rank without masks must touch every parameter too, and in the order of the other ranks: ZeRO adds gradients up
-        # in the order of their arrival. Made first, this sum is last in the backward pass, and completes them all.
+        # A rank without masks must touch every parameter too, and in the same order on all ranks: ZeRO adds up
+        # gradients as they arrive. Made first, this sum is last in the backward pass, and completes them all.
         anchor = sum(p.sum() for p in self.parameters() if p.requires_grad)
         output, valid = self.read_batch(batch)
         counts = [len(masks) for masks in batch.masks]

@@ -17,6 +17,8 @@ import yaml
 class ConfigError(ValueError):
     """Every problem of a configuration, one per line."""
 
+    shared = True  # every process has the same
+
     def __init__(self, problems: Sequence[str]) -> None:
         self.problems = list(problems)
         count = f"{len(self.problems)} problem{'s' if len(self.problems) > 1 else ''}"
@@ -50,9 +52,10 @@ def setting(
 class ModelSettings:
     """model: base weights, LoRA, precision"""
 
-    version: str = setting("", "folder of the base LLaVA-1.5 weights", required=True)
-    vision_tower: str = setting("", "folder of the CLIP vision tower", required=True)
-    vision_pretrained: str = setting("", "SAM checkpoint (.pth); its size is detected", required=True)
+    # the paths may change: a checkpoint knows the weights by their fingerprints
+    version: str = setting("", "folder of the base LLaVA-1.5 weights", required=True, may_change=True)
+    vision_tower: str = setting("", "folder of the CLIP vision tower", required=True, may_change=True)
+    vision_pretrained: str = setting("", "SAM checkpoint (.pth); its size is detected", required=True, may_change=True)
     model_max_length: int = setting(2048, "longest row in tokens: image, prompt and one conversation", low=16)
     precision: str = setting("bf16", "arithmetic of training", choices=("fp32", "bf16", "fp16"))
     lora_r: int = setting(8, "rank of LoRA on the language model (paper: 8 for 7B, 64 for 13B); 0 = no LoRA", low=0)
@@ -145,7 +148,9 @@ class TrainSettings:
     gradient_clipping: float = setting(1.0, "largest norm of the gradient; 0 = no clipping", low=0.0)
     seed: int = setting(0, "of new weights, samples, sampled layers and dropout", low=0)
     deepspeed_config: str = setting(
-        "configs/deepspeed/zero2.json", "DeepSpeed's JSON; batch sizes and precision are filled in from these settings"
+        "configs/deepspeed/zero2.json",
+        "DeepSpeed's JSON; batch sizes and precision are filled in from these settings",
+        may_change=True,
     )
     log_every: int = setting(10, "optimizer steps per log line", low=1, may_change=True)
 

@@ -34,7 +34,7 @@ def init(timeout_minutes: int = 60) -> torch.device:
 
 
 def rank() -> int:
-    return distributed.get_rank() if distributed.is_initialized() else 0
+    return distributed.get_rank() if distributed.is_initialized() else int(os.environ.get("RANK", "0"))
 
 
 def world_size() -> int:
@@ -72,7 +72,9 @@ def fail_together(problem: str | None, error: type[Exception] = ValueError) -> N
     """Raises ``error`` on every process if any has a problem: one that fails alone lets the others wait forever."""
     problems = list(dict.fromkeys(found for found in all_gather(problem) if found))
     if problems:
-        raise error("\n".join(problems))
+        raised = error("\n".join(problems))
+        raised.shared = True
+        raise raised
 
 
 def shutdown() -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from transformers.utils import logging as transformers_logging
 
 from model.lora import add_lora, part_of
 from model.weights import Loaded
@@ -24,6 +26,8 @@ def build_model(config: Config) -> tuple[nn.Module, UGroundProcessor, list[Loade
     Returns:
         the model (a ``PeftModel`` unless lora_r is 0), its processor, and the rows of the loading report.
     """
+    transformers_logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")  # peft asks for it by its old name
     torch.manual_seed(config.train.seed)
     model, processor, loaded = load_for_training(
         config.model.version,

@@ -62,11 +62,17 @@ class Meter:
         return values
 
 
+class DivergedError(ValueError):
+    """The loss is not a number any more."""
+
+    shared = True  # every process knows
+
+
 def check_finite(values: dict[str, Any], step: int) -> None:
     """A loss that is not a number never recovers: better to stop than to train on for days."""
     bad = [name for name, value in values.items() if isinstance(value, float) and not math.isfinite(value)]
     if bad:
-        raise ValueError(
+        raise DivergedError(
             f"step {step}: {', '.join(bad)} not finite; the run cannot recover. Lower --lr, raise --warmup_steps, or "
             "use --precision bf16 or fp32, and go on from the last checkpoint with --auto_resume true"
         )

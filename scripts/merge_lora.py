@@ -1,0 +1,199 @@
+"""Turns a training run into a model folder: DeepSpeed's checkpoint, merged into its base, checked, in safetensors.
+
+    python scripts/merge_lora.py --checkpoint runs/tiny --output runs/tiny/merged
+
+The folder loads with ``UGroundForCausalLM.from_pretrained`` and in test.py and chat.py (``--version``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from torch import nn
+
+from model.weights import read_folder
+from utils import checkpoint as checkpoints
+from utils.checkpoint import CheckpointError
+from utils.config import Config, config_from
+from utils.engine import build_model
+from utils.pipeline import PRECISIONS
+from utils.processor import UGroundProcessor
+
+META = "uground_run.json"
+TOLERANCE = 1e-4  # of the largest value; float32 noise of a merge is about 1e-6
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_arguments(argv)
+    try:
+        checkpoint = choose(args.checkpoint, args.which)
+        check_output(args.output)
+        meta = checkpoints.read_meta(checkpoint)
+        print(f"{checkpoint}: step {meta['step']}, {shown(meta['metrics'])}")
+        config = config_of(meta, args)
+        model, processor = load_trained(checkpoint, meta, config)
+        merged, difference = merge(model, processor)
+        print(f"merged and unmerged agree: largest difference {difference:.1e} of the largest value")
+        round_as_trained(merged, config)
+        write(merged, processor, args.output, meta | {"checkpoint": str(checkpoint), "merge_difference": difference})
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"wrote {args.output}")
+    return 0
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Merges what a run trained into its base weights and writes a folder for from_pretrained, test.py "
+        "and chat.py. Merged and unmerged model must agree on a sample, or nothing is written.",
+        epilog="The base weights are looked for where the run found them; the last three flags say where they are now.",
+    )
+    parser.add_argument(
+        "--checkpoint", type=Path, required=True, metavar="DIR", help="a run's folder, or a checkpoint's"
+    )
+    parser.add_argument(
+        "--output", type=Path, required=True, metavar="DIR", help="folder to write; replaced if it is one"
+    )
+    parser.add_argument(
+        "--which", choices=("best", "latest"), help="of a run (default: best, or latest without validation)"
+    )
+    parser.add_argument("--version", metavar="DIR", help="base LLaVA-1.5 folder, if it has moved")
+    parser.add_argument("--vision_tower", metavar="DIR", help="CLIP folder, if it has moved")
+    parser.add_argument("--vision_pretrained", metavar="FILE", help="SAM checkpoint, if it has moved")
+    return parser.parse_args(argv)
+
+
+def choose(path: Path, which: str | None) -> Path:
+    """The checkpoint that is meant: best where a run knows one, else latest."""
+    return checkpoints.find_checkpoint(path, which or ("best" if "best" in checkpoints.read_index(path) else "latest"))
+
+
+def shown(metrics: dict[str, dict[str, float]]) -> str:
+    texts = (f"{spec} {name} {value:.3f}" for spec, values in metrics.items() for name, value in values.items())
+    return ", ".join(texts) or "not validated"
+
+
+def check_output(output: Path) -> None:
+    """A folder that is no earlier result is left alone."""
+    if output.exists() and not (output / META).is_file() and not (output.is_dir() and not any(output.iterdir())):
+        raise ValueError(
+            f"--output {output} exists and was not written by this script; give another folder, or remove it"
+        )
+
+
+def config_of(meta: dict[str, Any], args: argparse.Namespace) -> Config:
+    """The run's configuration, with base weights that have moved."""
+    moved = {name: getattr(args, name) for name in ("version", "vision_tower", "vision_pretrained")}
+    sections = meta["config"]
+    sections["model"] |= {name: value for name, value in moved.items() if value}
+    return config_from(sections, checkpoints.META)
+
+
+def load_trained(checkpoint: Path, meta: dict[str, Any], config: Config) -> tuple[nn.Module, UGroundProcessor]:
+    """Base with LoRA as in training, in float32, holding what was trained.
+
+    Raises:
+        CheckpointError: if base weights, tokens or names are not those of the run.
+    """
+    model, processor, loaded = build_model(config)
+    for what, now, before in (
+        ("the base weights", checkpoints.identity(loaded), meta["base"]),
+        ("the special tokens", vars(processor.tokens), meta["tokens"]),
+        ("what trains", checkpoints.trained_shapes(model), meta["trained"]),
+    ):
+        if now != before:
+            names = sorted(name for name in now.keys() | before.keys() if now.get(name) != before.get(name))
+            raise CheckpointError(
+                f"{what} are not those that {checkpoint} was trained with: {', '.join(names[:5])} differ"
+            )
+    model.float().load_state_dict(checkpoints.trained_weights(checkpoint), strict=False)  # its names were checked
+    return model.eval(), processor
+
+
+def base_of(model: nn.Module) -> nn.Module:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def merge(model: nn.Module, processor: UGroundProcessor) -> tuple[nn.Module, float]:
+    """The model without adapters, and the largest difference to the one with them, relative to the largest value.
+
+    Raises:
+        ValueError: if logits, masks, maps or policy differ by more than float32 noise.
+    """
+    before = probe(base_of(model), processor)
+    merged = model.merge_and_unload(safe_merge=True) if hasattr(model, "merge_and_unload") else model
+    after = probe(merged, processor)
+    differences = {
+        name: ((after[name] - value).abs().max() / value.abs().max().clamp(min=1e-12)).item()
+        for name, value in before.items()
+    }
+    worst = max(differences.values())
+    if not worst <= TOLERANCE:  # also when it is not a number
+        shown = ", ".join(f"{name} {value:.1e}" for name, value in differences.items())
+        raise ValueError(f"merged and unmerged model disagree, nothing is written: {shown} (allowed {TOLERANCE})")
+    return merged, worst
+
+
+@torch.inference_mode()
+def probe(model: nn.Module, processor: UGroundProcessor) -> dict[str, torch.Tensor]:
+    """Text logits, mask logits, maps and policy for a drawn image and a given answer with two [SEG].
+
+    The layer is fixed: two layers that are equally likely must not decide whether models agree.
+    """
+    rows, columns = np.mgrid[0:48, 0:64]
+    image = np.stack([4 * columns, 5 * rows, 255 * ((rows - 24) ** 2 + (columns - 20) ** 2 < 150)], 2).astype(np.uint8)
+    batch = processor.prompts([image], [["Where is the blue disc?"]], [["Here it is: [SEG] and [SEG]."]])
+    output, _ = model.read_batch(batch)
+    [[prediction]] = model.predict(batch, layer_policy="last")
+    logits = model.lm_head(output.hidden[-1])
+    return {"logits": logits, "masks": prediction.mask_logits, "maps": prediction.maps, "policy": prediction.policy}
+
+
+def round_as_trained(model: nn.Module, config: Config) -> None:
+    """Parameters in the precision of training; buffers (the baseline) stay in float32."""
+    dtype = PRECISIONS[config.model.precision]
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+
+
+def write(model: nn.Module, processor: UGroundProcessor, output: Path, meta: dict[str, Any]) -> None:
+    """Writes model, processor and ``uground_run.json`` beside ``output``, reads the weights back, puts all in place."""
+    partial, old = output.with_name(f".{output.name}.partial"), output.with_name(f".{output.name}.old")
+    for left_over in (partial, old):
+        shutil.rmtree(left_over, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        model.save_pretrained(partial)
+        processor.save_pretrained(partial)
+        (partial / META).write_text(json.dumps(meta, indent=1) + "\n")
+        saved, own = read_folder(partial), model.state_dict()
+        wrong = [
+            name for name in own.keys() | saved.keys() if name not in saved or not torch.equal(saved[name], own[name])
+        ]
+        if wrong:
+            raise ValueError(f"{partial} does not hold what was written: {', '.join(sorted(wrong)[:5])}")
+        if output.exists():
+            output.rename(old)
+        partial.rename(output)
+        shutil.rmtree(old, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{output} could not be written ({error}); is the disk full?") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,342 @@
+"""Training runs on drawn data: what they write, resuming, bad input, and two real processes against one."""
+
+from __future__ import annotations
+
+import json
+import re
+import resource
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tiny_run import ROOT, arguments, environment, log_lines, write_base
+
+import train_ds
+from scripts import make_demo_data
+from utils import checkpoint as checkpoints
+from utils import distributed
+from utils.config import load_config
+from utils.datasets import DataOptions
+from utils.datasets.mixture import Mixture
+from utils.engine import deepspeed_settings
+
+pytestmark = pytest.mark.slow
+SAME = {"lora_dropout": 0.0}  # dropout depends on the rank
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory, tiny_tokenizer, make_model):
+    folder = tmp_path_factory.mktemp("base")
+    write_base(folder, make_model(), tiny_tokenizer)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    assert make_demo_data.main(["--out", str(folder), "--train", "8", "--val", "4", "--test", "2"]) == 0
+    return folder
+
+
+@pytest.fixture
+def run_here(monkeypatch, base, data, tmp_path, capsys):
+    """run(code=0, **settings) -> (folder, what was printed): train_ds.main in this process, again and again."""
+    monkeypatch.setattr(distributed, "shutdown", lambda: None)
+
+    def run(code: int = 0, **settings):
+        settings = {"log_base_dir": tmp_path} | settings
+        assert train_ds.main(arguments(base, data, tmp_path, **settings)) == code
+        printed = capsys.readouterr()
+        return tmp_path / str(settings.get("exp_name", "run")), printed.out + printed.err
+
+    return run
+
+
+def curve(run, *names: str) -> list[list[float]]:
+    return [[line[name] for name in names] for line in log_lines(run, "train")]
+
+
+def assert_same_curve(run, other, tolerance: float) -> None:
+    lines, others = log_lines(run, "train"), log_lines(other, "train")
+    assert [line["step"] for line in lines] == [line["step"] for line in others]
+    for line, its in zip(lines, others):
+        assert line["layers"] == its["layers"]
+        for name in ("loss", "text", "mask_bce", "mask_dice", "map_bce", "policy", "reward", "baseline", "gradient"):
+            assert line[name] == pytest.approx(its[name], rel=tolerance, abs=tolerance), (line["step"], name)
+        for part, norm in line["gradients"].items():
+            assert norm == pytest.approx(its["gradients"][part], rel=10 * tolerance, abs=tolerance), (
+                line["step"],
+                part,
+            )
+
+
+def test_a_run_learns_logs_and_saves(run_here):
+    run, printed = run_here(val_dataset="ReasonSeg|val_short||grefcoco|unc|val", steps_per_epoch=6)
+    lines = log_lines(run, "train")
+    assert [line["step"] for line in lines] == list(range(1, 13))
+    assert lines[-1]["text"] < 0.85 * lines[0]["text"]
+    first = lines[0]
+    parts = {"lora", "phi", "gate", "sam_mask_decoder", "sam_prompt_encoder", "embed_tokens", "lm_head"}
+    assert set(first["gradients"]) == parts
+    assert all(norm > 0 for norm in first["gradients"].values())
+    assert sum(norm**2 for norm in first["gradients"].values()) ** 0.5 == pytest.approx(first["gradient"], rel=1e-4)
+    assert sum(first["layers"]) > 0
+    assert first["layers"][0] == 0  # the embeddings are no candidate
+    validations = log_lines(run, "val")
+    assert [line["step"] for line in validations] == [6, 12]
+    assert set(validations[0]["metrics"]) == {"ReasonSeg|val_short", "grefcoco|unc|val"}
+    assert {"gIoU", "cIoU"} <= set(validations[0]["metrics"]["ReasonSeg|val_short"])
+    for expected in ("parameters", "trainable", "step 12/12", "eta", "merge_lora.py"):
+        assert expected in printed
+    assert load_config(["--config", str(run / "config.yaml")]).train.exp_name == "run"
+    index = checkpoints.read_index(run)
+    assert index["latest"] == "step_00000012"
+    kept = {path.name for path in (run / "checkpoints").glob("step_*")}
+    assert kept == set(index.values())
+    meta = checkpoints.read_meta(checkpoints.find_checkpoint(run))
+    assert (meta["step"], meta["position"]) == (12, 24)
+    assert meta["tokens"]["seg"] != meta["tokens"]["rej"]
+    assert_tensorboard(run)
+
+
+def assert_tensorboard(run) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run / "tensorboard"), size_guidance={"images": 0}).Reload()
+    tags = events.Tags()
+    wanted = {f"loss/{name}" for name in ("loss", "text", "mask_bce", "mask_dice", "map_bce", "map_dice", "policy")}
+    wanted |= {"policy/reward", "policy/baseline", "policy/entropy", "train/lr", "train/images_per_s"}
+    wanted |= {"gradient/all", "gradient/gate", "gradient/lora", "gradient/phi", "val/ReasonSeg_val_short/gIoU"}
+    assert wanted <= set(tags["scalars"])
+    assert "policy/layers" in tags["histograms"]
+    assert "val/ReasonSeg_val_short" in tags["images"]
+    assert len(events.Images("val/ReasonSeg_val_short")) == 2
+
+
+def test_figures_are_logged_only_when_asked(run_here):
+    run, _ = run_here(log_every=4, steps_per_epoch=4, no_eval=True)
+    assert [line["step"] for line in log_lines(run, "train")] == [1, 4, 8]
+
+
+def test_resumed_run_is_the_uninterrupted_one(run_here, monkeypatch):
+    whole, _ = run_here(exp_name="whole", grad_accumulation_steps=2)
+    saved = train_ds.save
+
+    def save_and_die(run, results):
+        saved(run, results)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_ds, "save", save_and_die)
+    with pytest.raises(KeyboardInterrupt):
+        run_here(exp_name="cut", grad_accumulation_steps=2)
+    monkeypatch.setattr(train_ds, "save", saved)
+    cut, printed = run_here(exp_name="cut", grad_accumulation_steps=2, auto_resume=True)
+    assert "going on from" in printed
+    assert_same_curve(cut, whole, 1e-6)  # with dropout: its seed is the step's
+    ours, theirs = (checkpoints.trained_weights(checkpoints.find_checkpoint(run, "latest")) for run in (cut, whole))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert ours["base_model.model.ppm.baseline"] != 0
+    # and once more: it is finished
+    _, printed = run_here(exp_name="cut", grad_accumulation_steps=2, auto_resume=True)
+    assert "step 6 of 6" in printed
+    assert len(log_lines(cut, "train")) == 6
+
+
+def test_resuming_another_run_is_refused(run_here, base, data):
+    run, _ = run_here(no_eval=True, epochs=1)
+    _, printed = run_here(code=2, no_eval=True)
+    assert "holds a run already" in printed
+    assert "--auto_resume true" in printed
+    changed = {"lora_r": 4, "seed": 3, "dataset": "reason_seg", "no_eval": True, "auto_resume": True}
+    _, printed = run_here(code=2, **changed)
+    for expected in (
+        "lora_r: 2 in the checkpoint, now 4",
+        "seed: 0 in the checkpoint, now 3",
+        "dataset: (",
+        "what trains",
+    ):
+        assert expected in printed
+    sam = torch.load(base / "sam.pth", weights_only=True)
+    other = base / "other.pth"
+    torch.save({name: value + 0.1 for name, value in sam.items()}, other)
+    _, printed = run_here(code=2, no_eval=True, auto_resume=True, vision_pretrained=other)
+    assert "--vision_pretrained: the base weights of visual_model are not the same" in printed
+    _, printed = run_here(code=2, no_eval=True, resume=run.parent / "nothing")
+    assert "no such folder" in printed
+    run_here(no_eval=True, resume=run, exp_name="longer")  # epochs may change: 1 -> 2
+    assert log_lines(run.parent / "longer", "train")[0]["step"] == 4
+
+
+def test_bad_input_is_named_all_at_once(run_here, tmp_path):
+    _, printed = run_here(
+        code=2, version=tmp_path / "no_llava", vision_pretrained=tmp_path / "no.pth", dataset="reasonseg"
+    )
+    for expected in ("no_llava: no such folder", "no.pth: no such file", "Did you mean 'reason_seg'"):
+        assert expected in printed
+    _, printed = run_here(code=2, val_dataset="ReasonSeg|vall")
+    assert "val" in printed
+    assert not (tmp_path / "run").exists()
+
+
+def test_deepspeed_file_must_not_contradict(tmp_path):
+    path = tmp_path / "ds.json"
+    path.write_text(
+        json.dumps(
+            {
+                "train_micro_batch_size_per_gpu": 7,
+                "gradient_clipping": "auto",
+                "bf16": {"enabled": True},
+                "zero_optimization": {"stage": 3},
+                "optimizer": {"type": "Adam"},
+            }
+        )
+    )
+    flags = arguments(tmp_path, tmp_path, tmp_path, deepspeed_config=path)
+    with pytest.raises(ValueError, match="contradicts the settings") as error:
+        deepspeed_settings(load_config(flags), world_size=4)
+    for expected in (
+        "per_gpu is 7, but batch_size is 2",
+        "bf16.enabled is True, but precision is fp32",
+        "stage is 3",
+        "'opt",
+    ):
+        assert expected in str(error.value)
+    settings = {"zero_optimization": {"stage": 2}, "train_batch_size": "auto"}
+    path.write_text(json.dumps(settings))
+    filled = deepspeed_settings(load_config([*flags, "--grad_accumulation_steps", "3"]), world_size=4)
+    assert (filled["train_batch_size"], filled["gradient_clipping"]) == (24, 1.0)
+    assert (filled["bf16"], filled["fp16"]) == ({"enabled": False}, {"enabled": False})
+    path.write_text("{")
+    with pytest.raises(ValueError, match="cannot be read"):
+        deepspeed_settings(load_config(flags), world_size=1)
+
+
+def test_loss_that_is_not_finite_stops_the_run(run_here):
+    _, printed = run_here(code=2, lr=1e12, gradient_clipping=0, no_eval=True, steps_per_epoch=20)
+    assert re.search(r"error: step \d: .*not finite; the run cannot recover", printed)
+
+
+def test_full_disk_leaves_the_last_checkpoint(run_here, monkeypatch):
+    """The second checkpoint meets a limit on file sizes, which the system enforces as it does a full disk."""
+    saved, limits = train_ds.save, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def save_without_room(run, results):
+        if run.step > 3:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+        saved(run, results)
+
+    monkeypatch.setattr(train_ds, "save", save_without_room)
+    try:
+        run, printed = run_here(code=2, no_eval=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "could not be written" in printed
+    assert "make room and go on with --auto_resume true" in printed
+    assert [path.name for path in (run / "checkpoints").glob("*step_*")] == ["step_00000003"]
+    monkeypatch.setattr(train_ds, "save", saved)
+    run, _ = run_here(no_eval=True, auto_resume=True)
+    assert checkpoints.read_index(run)["latest"] == "step_00000006"
+
+
+def test_no_room_is_seen_before_writing(run_here, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    run, printed = run_here(code=2, no_eval=True)
+    assert "no room for a checkpoint" in printed
+    assert not checkpoints.read_index(run)
+
+
+def test_gradient_checkpointing_changes_no_number(run_here):
+    plain, _ = run_here(exp_name="plain", no_eval=True, epochs=1)
+    saving, _ = run_here(exp_name="saving", no_eval=True, epochs=1, gradient_checkpointing=True)
+    assert_same_curve(saving, plain, 1e-5)
+
+
+@pytest.mark.parametrize("method", ["last", "uniform", "fixed:2"])
+def test_other_layer_selections_train(run_here, method):
+    run, _ = run_here(no_eval=True, epochs=1, layer_selection=method, mask_prompt=method != "last")
+    lines = log_lines(run, "train")
+    assert "policy" not in lines[0]
+    assert "gate" not in lines[0]["gradients"]
+    if method != "uniform":
+        assert lines[0]["layers"][{"last": 4, "fixed:2": 2}[method]] == sum(lines[0]["layers"])
+
+
+# -- two processes -----------------------------------------------------------------------------------------------------
+
+
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def launch(*flags: str) -> None:
+    """Two processes under DeepSpeed's launcher, as a user starts them."""
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", free_port()]
+    done = subprocess.run(
+        [*launcher, str(ROOT / "train_ds.py"), *flags],
+        env=environment(),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+
+
+def start_two(*flags: str) -> list[subprocess.Popen]:
+    """Two processes without the launcher."""
+    port, started = free_port(), []
+    for rank in range(2):
+        ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+        command = [sys.executable, str(ROOT / "train_ds.py"), *flags]
+        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        started.append(subprocess.Popen(command, env=environment(MASTER_PORT=port, **ranks), cwd=ROOT, **streams))
+    return started
+
+
+@pytest.fixture(scope="module")
+def two(base, data, tmp_path_factory):
+    """A run of two processes with a batch of 1 each."""
+    folder = tmp_path_factory.mktemp("runs")
+    launch(*arguments(base, data, folder, exp_name="two", batch_size=1, **SAME))
+    return folder / "two"
+
+
+def test_two_processes_are_one(two, run_here, data):
+    """The same global batch: loss curve, rewards, layers, and the gradient of every part, the policy's gate included.
+
+    A rank whose image has no mask (question answering) is among the steps; it hangs nobody and changes nothing.
+    """
+    one, _ = run_here(exp_name="one", batch_size=2, **SAME)
+    mixture = Mixture(data, "reason_seg||refer_seg||vqa", None, {"refer_seg": "grefcoco"}, DataOptions())
+    without = [len(mixture[number].masks) == 0 for number in range(12)]
+    assert any(left != right for left, right in zip(without[::2], without[1::2]))
+    assert_same_curve(two, one, 2e-4)
+    ours, theirs = (checkpoints.trained_weights(checkpoints.find_checkpoint(run)) for run in (two, one))
+    assert set(ours) == set(theirs)
+    for name, weights in theirs.items():
+        assert (ours[name] - weights).abs().max() <= 0.02 * weights.abs().max() + 1e-3, name
+
+
+def test_two_killed_processes_go_on(two, base, data, tmp_path):
+    """kill -9 after the first checkpoint; the rest of the curve is that of the run that nobody killed."""
+    flags = arguments(base, data, tmp_path, exp_name="killed", batch_size=1, **SAME)
+    index = tmp_path / "killed/checkpoints/index.json"
+    started = start_two(*flags)
+    while not index.is_file() and all(process.poll() is None for process in started):
+        time.sleep(0.005)
+    for process in started:
+        process.kill()
+        process.communicate()
+    assert json.loads(index.read_text())["latest"] == "step_00000003"
+    started = start_two(*flags, "--auto_resume", "true")
+    printed = "\n".join(process.communicate(timeout=300)[0] for process in started)
+    assert [process.returncode for process in started] == [0, 0], printed[-3000:]
+    assert "step 3 of 6" in printed
+    assert_same_curve(tmp_path / "killed", two, 1e-5)
