@@ -80,6 +80,7 @@ def data(tmp_path):
         write_jpg(folder / f"{number}.jpg", number, (48 + number, 64))
         shape = {"label": "target", "points": [[10, 10], [40, 10], [40, 30], [10, 30]]}
         values = {"text": ["the red star"], "is_sentence": number % 2 == 1, "shapes": [shape]}
+        values["meta"] = {"family": "attribute" if number < 2 else "relation"}  # as in scripts/make_demo_data.py
         (folder / f"{number}.json").write_text(json.dumps(values))
     return tmp_path / "data"
 
@@ -231,6 +232,17 @@ def test_default_mode_and_limit(capsys, version, data, tmp_path):
     assert "teacher_forced" in out
     summary = json.loads((tmp_path / "out" / "ReasonSeg_val.teacher_forced.json").read_text())
     assert (summary["counts"]["images"], summary["limit"]) == (2, 2)
+
+
+def test_breakdown_of_drawn_data(capsys, version, data, tmp_path):
+    code, out, _ = evaluate(capsys, version, data, tmp_path / "out")
+    assert code == 0
+    summary = json.loads((tmp_path / "out" / "ReasonSeg_val.teacher_forced.json").read_text())
+    assert {key: [g["masks"] for g in groups.values()] for key, groups in summary["breakdown"].items()} == {
+        "length": [2, 3],
+        "family": [2, 3],
+    }
+    assert "family: relation" in out
 
 
 @pytest.mark.parametrize("mode", ["generate", "teacher_forced"])

@@ -22,7 +22,7 @@ from pycocotools import mask as coco_mask
 from utils.types import IGNORE_PIXEL
 
 PROTOCOLS = ("grefcoco", "gsva")
-GROUP_KEYS = ("length", "family")  # of a query's meta: what a result is broken down by
+GROUP_KEYS = ("length", "family", "targets")  # of a query's meta: what a result is broken down by
 RESAMPLES = 1000
 
 

@@ -274,7 +274,8 @@ class ReasonSegEval:
         record = self.part.records[self.chosen[index]]
         image, mask, annotation = self.part.load(record)
         meta = {"length": "long" if annotation["is_sentence"] else "short"}
-        if isinstance(annotation.get("family"), str):  # drawn data may say what kind of query it is
-            meta["family"] = annotation["family"]
+        drawn = annotation.get("meta")  # scripts/make_demo_data.py says what kind of query it is
+        if isinstance(drawn, dict) and isinstance(drawn.get("family"), str):
+            meta["family"] = drawn["family"]
         query = EvalQuery(record["stem"], annotation["text"][0], mask[None], annotation["is_sentence"], meta)
         return EvalSample(f"{self.part.name}/{record['image']}", record["stem"], image, [query])
