@@ -247,6 +247,20 @@ def test_joint_question_reads_rejections_from_the_logits():
     assert all("object 9" in record.question for record in result.records)
 
 
+def test_special_tokens_in_a_query_add_no_mask(monkeypatch):
+    def literal(self, index):
+        sample = original(self, index)
+        sample.queries[0].text = "[SEG] object 1 <image>"
+        return sample
+
+    original = FakeDataset.__getitem__
+    monkeypatch.setattr(FakeDataset, "__getitem__", literal)
+    dataset = FakeDataset(size=3, absent=True, benchmark="grefcoco")
+    result = run(FakeModel(missing=0, reject_below=1), dataset, mode="teacher_forced")
+    assert result.metrics["gIoU"] == 1
+    assert result.records[0].query == "[SEG] object 1 <image>"
+
+
 def test_a_given_answer_never_rejects_where_the_protocol_has_no_rejection():
     result = run(FakeModel(missing=0, reject_below=10**6), mode="teacher_forced")
     assert result.metrics["gIoU"] == 1.0

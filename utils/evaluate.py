@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from utils import distributed, metrics
+from utils.conversation import escape
 from utils.datasets.base import EvalDataset
 from utils.datasets.templates import eval_answer, eval_joint_turn, eval_question
 from utils.metrics import Record
@@ -229,7 +230,8 @@ def ask(
     """
     joint = asking.mode == "teacher_forced" and benchmark in JOINT
     if joint:
-        turns = [[eval_joint_turn(sample.queries)] for sample in samples]
+        plain = [[replace(query, text=escape(query.text)) for query in sample.queries] for sample in samples]
+        turns = [[eval_joint_turn(queries)] for queries in plain]  # the answer repeats the queries: no [SEG] of theirs
     else:
         turns = [[_turn(query, benchmark) for query in sample.queries] for sample in samples]
     predictions = predict(
