@@ -179,6 +179,7 @@ def train(run: Run) -> None:
     batches = iter(batches_from(run))
     meter = Meter(run.device, run.model.ppm.num_layers)
     first = run.step + 1
+    run.engine.train()  # LoRA's dropout; evaluation switches it off and on again
     while run.step < run.total_steps:
         logged = run.step + 1 in (first, run.total_steps) or (run.step + 1) % run.config.train.log_every == 0
         train_step(run, batches, meter, logged)

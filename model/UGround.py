@@ -163,7 +163,7 @@ class UGroundForCausalLM(LlavaLlamaForCausalLM):
             return super().forward(**kwargs)
         # A rank without masks must touch every parameter too, and in the same order on all ranks: ZeRO adds up
         # gradients as they arrive. Made first, this sum is last in the backward pass, and completes them all.
-        anchor = sum(p.sum() for p in self.parameters() if p.requires_grad)
+        anchor = sum(p.sum(dtype=torch.float32) for p in self.parameters() if p.requires_grad)
         output, valid = self.read_batch(batch)
         counts = [len(masks) for masks in batch.masks]
         states = torch.stack([layer.flatten(0, 1)[batch.seg_positions] for layer in output.hidden], dim=1)

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from tiny_run import ROOT, arguments, environment, log_lines, write_base
+from transformers import modeling_utils
 
 import train_ds
 from scripts import make_demo_data
@@ -119,7 +120,7 @@ def assert_tensorboard(run) -> None:
 
 
 def test_figures_are_logged_only_when_asked(run_here):
-    run, _ = run_here(log_every=4, steps_per_epoch=4, no_eval=True)
+    run, _ = run_here(log_every=4, steps_per_epoch=4, no_eval=True, workers=1)
     assert [line["step"] for line in log_lines(run, "train")] == [1, 4, 8]
 
 
@@ -250,10 +251,21 @@ def test_no_room_is_seen_before_writing(run_here, monkeypatch):
     assert not checkpoints.read_index(run)
 
 
-def test_gradient_checkpointing_changes_no_number(run_here):
+def test_gradient_checkpointing_changes_no_number(run_here, monkeypatch):
     plain, _ = run_here(exp_name="plain", no_eval=True, epochs=1)
+    calls, checkpoint = [], modeling_utils.checkpoint
+    monkeypatch.setattr(modeling_utils, "checkpoint", lambda *a, **k: calls.append(1) or checkpoint(*a, **k))
     saving, _ = run_here(exp_name="saving", no_eval=True, epochs=1, gradient_checkpointing=True)
+    assert len(calls) >= 3 * 4  # each of LLaMA's layers in each step
     assert_same_curve(saving, plain, 1e-5)
+
+
+def test_dropout_is_on_in_training(run_here):
+    with_it, _ = run_here(exp_name="with", lora_dropout=0.5)
+    without, _ = run_here(exp_name="without", lora_dropout=0.0)
+    losses = [[line["loss"] for line in log_lines(run, "train")] for run in (with_it, without)]
+    assert losses[0][0] == losses[1][0]  # adapters start at zero
+    assert all(a != b for a, b in zip(losses[0][4:], losses[1][4:]))  # also after a validation
 
 
 @pytest.mark.parametrize("method", ["last", "uniform", "fixed:2"])

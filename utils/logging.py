@@ -97,7 +97,7 @@ class RunLog:
         keep_until(self.lines, start_step)
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
         self.bar = tqdm(total=total_steps, initial=start_step, unit="step", dynamic_ncols=True, disable=None)
-        self.started, self.paused = time.perf_counter(), 0.0
+        self.started = time.perf_counter()
 
     def say(self, text: str) -> None:
         """Prints above the progress bar."""
