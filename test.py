@@ -73,7 +73,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         type=_positive,
         default=4,
         metavar="N",
-        help="images per step (default: 4); does not alter results",
+        help="images per step (default: 4)",
     )
     add("--workers", type=_count, default=0, metavar="N", help="processes that load images ahead (default: 0)")
     add("--max_new_tokens", type=_positive, default=64, metavar="N", help="longest written answer (default: 64)")
