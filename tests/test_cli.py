@@ -249,12 +249,8 @@ def test_breakdown_of_drawn_data(capsys, version, data, tmp_path):
 def test_batch_size_alters_nothing_but_noise(capsys, version, data, tmp_path, mode):
     results = []
     for size in (1, 3, 8):
-        assert (
-            evaluate(
-                capsys, version, data, tmp_path / str(size), "ReasonSeg|val", "--mode", mode, "--batch_size", size
-            )[0]
-            == 0
-        )
+        more = ("--mode", mode, "--batch_size", size)
+        assert evaluate(capsys, version, data, tmp_path / str(size), "ReasonSeg|val", *more)[0] == 0
         results.append(metrics.read_records(tmp_path / str(size) / f"ReasonSeg_val.{mode}.jsonl"))
     for one, *others in zip(*results, strict=True):
         for other in others:
