@@ -65,7 +65,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "--checkpoint", type=Path, required=True, metavar="DIR", help="a run's folder, or a checkpoint's"
     )
     parser.add_argument(
-        "--output", type=Path, required=True, metavar="DIR", help="folder to write; replaced if it is one"
+        "--output", type=Path, required=True, metavar="DIR", help="folder to write; an earlier result is replaced"
     )
     parser.add_argument(
         "--which", choices=("best", "latest"), help="of a run (default: best, or latest without validation)"
