@@ -190,6 +190,14 @@ def test_an_image_is_handed_over_once_with_all_its_queries():
     assert [count for count, *_ in model.calls] == [3, 3, 1]
 
 
+def test_global_random_state_is_left_alone():
+    torch.manual_seed(5)
+    run(workers=1)
+    after = torch.rand(3)
+    torch.manual_seed(5)
+    assert torch.equal(after, torch.rand(3))
+
+
 def test_limit_takes_the_first_images():
     result = run(limit=2)
     assert [record.index for record in result.records] == [0, 1, 1]

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -199,7 +200,10 @@ def gather_records(
     """The records of the first ``size`` images, from all ranks, in the split's order."""
     rank = distributed.rank()
     mine = range(rank, size, distributed.world_size())
-    loader = DataLoader(_Reader(dataset, mine), batch_size, collate_fn=list, num_workers=workers)
+    own = (
+        torch.Generator()
+    )  # a loader draws a number when it starts: not from the state that a training run goes on with
+    loader = DataLoader(_Reader(dataset, mine), batch_size, collate_fn=list, num_workers=workers, generator=own)
     records: list[Record] = []
     errors: list[str] = []
     pace = 0.1 if sys.stderr.isatty() else 15  # a log file wants few lines
