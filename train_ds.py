@@ -28,7 +28,7 @@ from utils import distributed
 from utils.config import Config, ConfigError, load_config, missing_paths
 from utils.datasets import TYPES, DataError, DataOptions, EvalDataset, get_eval_dataset
 from utils.datasets.mixture import Mixture, MixtureSampler
-from utils.engine import build_engine, build_model, gradient_norms
+from utils.engine import build_engine, build_model, deepspeed_settings, gradient_norms
 from utils.evaluate import Asking, evaluate
 from utils.logging import DivergedError, Meter, RunLog, check_finite, validation_sheet
 from utils.pipeline import PRECISIONS
@@ -101,18 +101,19 @@ def build(config: Config, device: torch.device) -> Run:
     """Everything that training needs, checked; a ValueError names what is wrong."""
     mixture, benchmarks = open_data(config)
     start = where_to_start(config)
+    meta = checkpoints.describe_settings(config, mixture.describe())
+    if start:
+        checkpoints.check_same_run(start, meta)  # before minutes of loading
+    settings = deepspeed_settings(config, distributed.world_size())
     model, processor, loaded = build_model(config)
-    engine = build_engine(model, config)
-    meta = checkpoints.describe_run(config, model, processor, loaded, mixture.describe())
+    engine = build_engine(model, config, settings)
+    meta |= checkpoints.describe_model(model, processor, loaded)
     saved = checkpoints.resume(engine, start, meta) if start else {"step": 0, "best": None}
     log = open_log(config, saved["step"])
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     run = Run(config, device, engine, inner, processor, mixture, benchmarks, log, meta, saved["step"], saved["best"])
 
-    images = (
-        (run.total_steps - run.step) * config.train.grad_accumulation_steps * engine.train_micro_batch_size_per_gpu()
-    )
-    images *= distributed.world_size()
+    images = (run.total_steps - run.step) * images_per_step(config)
     log.say(f"{format_report(loaded)}\n\n{trainable_report(model)}\n\n{mixture.table(images)}\n")
     log.event("start", run.step, command=shlex.join(sys.argv), resumed=str(start or ""), **meta)
     if start:
@@ -122,6 +123,11 @@ def build(config: Config, device: torch.device) -> Run:
         if tried:
             deciding_metric(run, tried)
     return run
+
+
+def images_per_step(config: Config) -> int:
+    """Images that one step of the optimizer sees, over all processes."""
+    return config.train.batch_size * config.train.grad_accumulation_steps * distributed.world_size()
 
 
 def open_data(config: Config) -> tuple[Mixture, list[EvalDataset]]:
@@ -275,10 +281,9 @@ def save(run: Run, results: dict[str, dict[str, float]]) -> None:
         is_best = value is not None and (run.best is None or value > run.best)
         run.best = value if is_best else run.best
         run.log.validation(run.step, results, is_best)
-    micro_steps = run.step * run.config.train.grad_accumulation_steps
     meta = run.meta | {
         "step": run.step,
-        "position": micro_steps * run.config.train.batch_size * distributed.world_size(),
+        "position": run.step * images_per_step(run.config),
         "best": run.best,
         "metrics": results,
     }

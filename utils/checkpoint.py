@@ -51,16 +51,22 @@ def trained_shapes(model: nn.Module) -> dict[str, list[int]]:
     return {name: list(tensor.shape) for name, tensor in named}
 
 
-def describe_run(config: Config, model: nn.Module, processor, loaded: Iterable[Loaded], data: list[dict]) -> dict:
-    """The part of ``meta.json`` that stays the same over a run."""
-    packages = ("torch", "transformers", "peft", "deepspeed", "segment-anything")
+def describe_settings(config: Config, data: list[dict]) -> dict[str, Any]:
+    """What is known of a run before its model is there: settings, data (``Mixture.describe``), processes."""
     return {
         "config": plain(config),
-        "base": identity(loaded),
         "data": [{key: value for key, value in row.items() if key != "skipped"} for row in data],
+        "processes": distributed.world_size(),
+    }
+
+
+def describe_model(model: nn.Module, processor, loaded: Iterable[Loaded]) -> dict[str, Any]:
+    """What trains, on what base, with which code."""
+    packages = ("torch", "transformers", "peft", "deepspeed", "segment-anything")
+    return {
+        "base": identity(loaded),
         "tokens": vars(processor.tokens),
         "trained": trained_shapes(model),
-        "processes": distributed.world_size(),
         "commit": git_commit(),
         "versions": {"python": platform.python_version()} | {name: version_of(name) for name in packages},
     }
@@ -124,7 +130,7 @@ def save_checkpoint(engine, run_folder: Path, meta: dict[str, Any], best: bool) 
     """Writes a checkpoint; all processes must call it.
 
     Args:
-        meta: must hold ``step``; see ``describe_run`` for the rest.
+        meta: must hold ``step``; see ``describe_settings`` and ``describe_model`` for the rest.
         best: the best so far, by validation.
 
     Raises:
@@ -211,14 +217,14 @@ def _sync(path: Path) -> None:
 
 
 def differences(run: dict[str, Any], saved: dict[str, Any]) -> list[str]:
-    """What makes a run (``describe_run``) another one than the checkpoint's; empty = it can go on."""
+    """What makes a run (``describe_settings``, perhaps with ``describe_model``) another one than the checkpoint's."""
     found = []
     now, before = (config_from(meta["config"], META).flat() for meta in (run, saved))
     for name, item in FIELDS.items():
         if now[name] != before[name] and not item.metadata["may_change"]:
             found.append(f"{name}: {before[name]!r} in the checkpoint, now {now[name]!r}")
     flags = {"vision_tower": "--vision_tower", "visual_model": "--vision_pretrained"}
-    for module in sorted(run["base"].keys() | saved["base"].keys()):
+    for module in sorted(run["base"].keys() | saved["base"].keys()) if "base" in run else ():
         if run["base"].get(module) != saved["base"].get(module):
             found.append(f"{flags.get(module, '--version')}: the base weights of {module} are not the same")
     now, before = ({row["name"]: row for row in meta["data"]} for meta in (run, saved))
@@ -227,7 +233,7 @@ def differences(run: dict[str, Any], saved: dict[str, Any]) -> list[str]:
             found.append(f"data set {name}: {before.get(name)} in the checkpoint, now {now.get(name)}")
     if run["processes"] != saved["processes"]:
         found.append(f"processes: {saved['processes']} in the checkpoint, now {run['processes']}")
-    if run["trained"] != saved["trained"]:
+    if "trained" in run and run["trained"] != saved["trained"]:
         names = sorted(name for name, _ in set(_items(run["trained"])) ^ set(_items(saved["trained"])))
         found.append(f"what trains: {', '.join(names[:5])}")
     return found
@@ -237,21 +243,30 @@ def _items(shapes: dict[str, list[int]]) -> Iterable[tuple]:
     return ((name, tuple(shape)) for name, shape in shapes.items())
 
 
-def resume(engine, checkpoint: Path, run: dict[str, Any]) -> dict[str, Any]:
-    """Restores weights, buffers, optimizer and schedule; returns the checkpoint's meta. All processes must call it.
+def check_same_run(checkpoint: Path, run: dict[str, Any]) -> dict[str, Any]:
+    """The checkpoint's meta, if ``run`` can go on from it. All processes must call it.
 
     Raises:
         CheckpointError: naming every difference that would make it another run.
     """
     saved = read_meta(checkpoint)
-    found = differences(run, saved)
-    distributed.fail_together(
-        f"{checkpoint} belongs to another run:\n  " + "\n  ".join(found) + "\nGive the settings of the checkpoint "
-        "(its run folder's config.yaml holds them), or start anew with another --exp_name"
-        if found
-        else None,
-        CheckpointError,
-    )
+    problem = None
+    if found := differences(run, saved):
+        problem = (
+            f"{checkpoint} belongs to another run:\n  " + "\n  ".join(found) + "\nGive the settings of the checkpoint "
+            "(its run folder's config.yaml holds them), or start anew with another --exp_name"
+        )
+    distributed.fail_together(problem, CheckpointError)
+    return saved
+
+
+def resume(engine, checkpoint: Path, run: dict[str, Any]) -> dict[str, Any]:
+    """Restores weights, buffers, optimizer and schedule; returns the checkpoint's meta. All processes must call it.
+
+    Raises:
+        CheckpointError: if the checkpoint is not this run's, or cannot be loaded.
+    """
+    saved = check_same_run(checkpoint, run)
     loaded, _ = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name, load_module_strict=False)
     if loaded is None or engine.global_steps != saved["step"]:
         raise CheckpointError(f"{checkpoint} could not be loaded by DeepSpeed (step {saved['step']} expected)")

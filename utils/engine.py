@@ -49,8 +49,8 @@ def build_model(config: Config) -> tuple[nn.Module, UGroundProcessor, list[Loade
     return model, processor, loaded
 
 
-def build_engine(model: nn.Module, config: Config):
-    """DeepSpeed's engine around the model; ``utils.distributed.init`` comes first."""
+def build_engine(model: nn.Module, config: Config, settings: dict[str, Any]):
+    """DeepSpeed's engine around the model; ``settings`` are ``deepspeed_settings``, processes have joined before."""
     import deepspeed  # slow to import, and of no use to evaluation
     from deepspeed.runtime.lr_schedules import WarmupDecayLR
 
@@ -58,7 +58,6 @@ def build_engine(model: nn.Module, config: Config):
     if not torch.cuda.is_available():
         # DeepSpeed would compile an extension for messages between CPU processes (a minute, a compiler); gloo does it
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    settings = deepspeed_settings(config, distributed.world_size())
     groups = parameter_groups(model, config)
     betas = config.train.beta1, config.train.beta2
     optimizer = torch.optim.AdamW(groups, betas=betas, weight_decay=config.train.weight_decay, fused=True)
