@@ -1,6 +1,6 @@
 """Pre-trains the tiny family in assets/tiny: stand-ins for LLaVA-1.5 and SAM on a machine without weights.
 
-Four stages, each a seeded function of its settings, each saved when done and skipped when found:
+Four stages, each a seeded function of its settings. Tokenizer and vision are skipped where their result is found:
 
     tokenizer  byte-level BPE over the texts of drawn scenes and the prompt templates
     vision     CLIP and projector: patch features name color, kind, size and texture of the shape they lie on, by dot
@@ -37,7 +37,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
-from transformers import CLIPVisionModel, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from model.llava import LlavaLlamaConfig, LlavaLlamaForCausalLM
 from model.losses import dice
@@ -50,9 +50,9 @@ from utils.transforms import resize_and_pad
 from utils.types import Batch, Sample, Turn
 
 STREAM = {"tokenizer": 1000, "vision": 1001, "language": 1002, "sam": 1003, "check": 1004}
-STEPS = {"vision": 4000, "language": 5000, "sam": 4000}
-BATCH = {"vision": 32, "language": 16, "sam": 16}
-QUESTIONS_PER_SCENE = 4
+STEPS = {"vision": 2800, "language": 3000, "sam": 4000}
+BATCH = {"vision": 32, "language": 12, "sam": 16}
+QUESTIONS_PER_SCENE = 6
 CONVERSATIONS = {"absent": 0.34, "attribute": 0.24, "reasoning": 0.24, "multi": 0.08, "vqa": 0.07, "caption": 0.03}
 FIRST_TOKEN_WEIGHT = 4.0  # the first word of an answer decides between pointing and refusing
 ATTRIBUTES = {"color": tuple(scenes.COLORS), "kind": scenes.KINDS, "size": scenes.SIZES, "texture": scenes.TEXTURES}
@@ -159,7 +159,8 @@ def conversation(scene: scenes.Scene, rng: np.random.Generator) -> tuple[Turn, t
         if pairs:
             return Turn(*pairs[0]), None
     if not queries:
-        return Turn("What is in this image?", scenes.caption(scene, rng)), None
+        asked = scenes.CAPTION_REQUESTS
+        return Turn(asked[rng.integers(len(asked))], scenes.caption(scene, rng)), None
     query = queries[0]
     asked = QUESTIONS["sentence" if query.is_sentence else "phrase"]
     said = ANSWERS["absent" if not query.targets else "merged" if len(query.targets) > 1 else "target"]
@@ -260,8 +261,9 @@ class VisionHeads(nn.Module):
         self, features: torch.Tensor, words: dict[str, torch.Tensor], data: dict[str, torch.Tensor]
     ) -> tuple[torch.Tensor, dict[str, float]]:
         """features [B, P, D], words per attribute [n, D] -> loss, accuracy per attribute on covered patches."""
-        features = F.normalize(features, dim=-1)
-        loss, accuracy = 0.0, {}
+        size = features.pow(2).mean(-1).sqrt()
+        loss = 0.1 * (size - 1).pow(2).mean()  # of any size they would name shapes, but drown in the residual stream
+        features, accuracy = F.normalize(features, dim=-1), {"size_of_features": size.mean()}
         for a, (name, embeddings) in enumerate(words.items()):
             table = torch.cat([embeddings, self.background_embed[a : a + 1]])
             logits = 20 * self.scale * features @ F.normalize(table, dim=-1).mT
@@ -329,7 +331,7 @@ def train_language(model: LlavaLlamaForCausalLM, processor: UGroundProcessor, st
     device = options.device
     map_loss = MapLoss().to(device)
     trained = nn.ModuleDict({"model": model, "map_loss": map_loss})
-    optimizer = Optimizer(trained, steps, 0.02, 2e-3)
+    optimizer = Optimizer(trained, steps, 0.003, 2e-3)  # at Muon's usual 0.02 attention saturates and learning stops
     make = partial(language_batch, processor=processor)
     clock = Progress("language", steps)
     for data in stream("language", options.seed, steps, make, options.workers):
@@ -343,15 +345,11 @@ def train_language(model: LlavaLlamaForCausalLM, processor: UGroundProcessor, st
         text = (losses * batch.label_weights).sum() / batch.label_weights.sum()
         patches = last[:, batch.image_start : batch.image_start + valid.shape[1]]
         found = map_loss(flat[data["positions"]], patches[data["rows"]], data["coverage"], valid[data["rows"]])
-        if options.map_layers == "upper":
-            low = output.hidden[int(torch.randint(4, 8, ()))]
-            low_patches = F.rms_norm(low[:, batch.image_start : batch.image_start + valid.shape[1]], low.shape[-1:])
-            states = F.rms_norm(low.flatten(0, 1)[data["positions"]], low.shape[-1:])
-            found = found + 0.3 * map_loss(states, low_patches[data["rows"]], data["coverage"], valid[data["rows"]])
         optimizer.step(text + found)
         clock.tick(text + found, text=text, map=found)
         if clock.is_time_to_check(steps):
             clock.say(check_language(model, processor, options))
+            save_llava(model, options.output)
 
 
 @torch.no_grad()
@@ -484,24 +482,26 @@ def make_tokenizer(folder: Path, seed: int) -> PreTrainedTokenizerFast:
     if (folder / "tokenizer.json").is_file():
         return PreTrainedTokenizerFast.from_pretrained(folder)
     rng = np.random.default_rng([seed, STREAM["tokenizer"]])
-    words = (f" {word}" for values in ATTRIBUTES.values() for word in values)
-    texts = [*scenes.corpus(rng, 2000), *list(template_corpus()) * 500, "USER: ASSISTANT:" * 5000, *list(words) * 5000]
+    texts = [*scenes.corpus(rng, 1000), *list(template_corpus()) * 500, "USER: ASSISTANT:" * 5000]
+    texts += [f" {text}" for text in texts]  # a word is another token at the start of a line than after a space
+    texts += [f" {word}" for values in ATTRIBUTES.values() for word in values] * 5000
     tokenizer = tiny.train_tokenizer(texts)
     tokenizer.save_pretrained(folder)
-    split = [w for v in ATTRIBUTES.values() for w in v if len(tokenizer.encode(f" {w}", add_special_tokens=False)) > 1]
+    needed = [" Sure", " It", " Yes", " They", " No", " There", " Nothing", *ATTRIBUTES["color"], *ATTRIBUTES["kind"]]
+    split = [word for word in needed if len(tokenizer.encode(f" {word.strip()}", add_special_tokens=False)) > 1]
     if split:
         raise ValueError(f"the vocabulary is too small: it splits {split}")
     return tokenizer
 
 
-def save_llava(model: LlavaLlamaForCausalLM, folder: Path) -> None:
-    """Writes the language model and projector in LLaVA-1.5's own layout (no vision tower inside)."""
+def save_llava(model: LlavaLlamaForCausalLM, output: Path) -> None:
+    """Writes llava/ (language model and projector, LLaVA-1.5's own layout) and clip/ (the vision tower)."""
     state = {}
     for key, value in model.state_dict().items():
         if not key.startswith("vision_tower."):
             key = key.replace("mm_projector.", "model.mm_projector.") if key.startswith("mm_projector.") else key
             state[key] = value.cpu().contiguous()
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(state, output / "llava" / "model.safetensors", metadata={"format": "pt"})
     settings = tiny.llama_settings(model.config.vocab_size)
     config = {
         "architectures": ["LlavaLlamaForCausalLM"],
@@ -515,7 +515,8 @@ def save_llava(model: LlavaLlamaForCausalLM, folder: Path) -> None:
         "torch_dtype": "float32",
         **settings,
     }
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (output / "llava" / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    model.vision_tower.save_pretrained(output / "clip")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -526,7 +527,6 @@ def parse_arguments() -> argparse.Namespace:
         "--steps", type=float, default=1.0, help="scales the number of steps of every stage (default 1)"
     )
     parser.add_argument("--stages", default="vision,language,sam", help="which stages to run (default all)")
-    parser.add_argument("--map_layers", default="last")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     parser.add_argument("--workers", type=int, default=1, help="processes that draw scenes (default 1)")
     return parser.parse_args()
@@ -545,6 +545,7 @@ def main() -> None:
         clip, sam = tiny.clip_config(), tiny.sam_shape()
         config = LlavaLlamaConfig(vision_config=clip, **tiny.llama_settings(len(tokenizer)))
         model = LlavaLlamaForCausalLM(config).to(options.device).train()
+        nn.init.normal_(model.get_input_embeddings().weight, std=0.5)
         processor = UGroundProcessor(tokenizer, clip.image_size, clip.patch_size, sam.image_size, tiny.SYSTEM_PROMPT)
         snapshot = folders["work"] / "vision.safetensors"
         if snapshot.is_file():
@@ -554,9 +555,6 @@ def main() -> None:
             save_file({k: v.cpu().contiguous() for k, v in model.state_dict().items()}, snapshot)
         if "language" in stages:
             train_language(model, processor, steps["language"], options)
-            save_llava(model, folders["llava"])
-            tower: CLIPVisionModel = model.vision_tower
-            tower.save_pretrained(folders["clip"])
     if "sam" in stages:
         torch.manual_seed(options.seed)
         sam = SegmentAnything(tiny.sam_shape()).to(options.device).train()

@@ -12,7 +12,7 @@ class Muon(torch.optim.Optimizer):
     torch.optim.Muon iterates in bfloat16, one matrix at a time, which is slow on a CPU.
     """
 
-    def __init__(self, params, lr: float, momentum: float = 0.95, weight_decay: float = 0.01) -> None:
+    def __init__(self, params, lr: float, momentum: float = 0.95, weight_decay: float = 0.1) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()

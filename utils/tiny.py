@@ -13,7 +13,7 @@ from utils.tokens import add_special_tokens
 SYSTEM_PROMPT = ""  # 30 tokens in front of every prompt would cost a tiny model more than they tell it
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int = 640) -> PreTrainedTokenizerFast:
+def train_tokenizer(texts: Iterable[str], vocab_size: int = 800) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer in which the words of ``texts`` become single tokens and any other text still fits."""
     tokenizer = Tokenizer(models.BPE(unk_token=None))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
