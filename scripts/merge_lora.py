@@ -1,6 +1,7 @@
 """Turns a training run into a model folder: DeepSpeed's checkpoint, merged into its base, checked, in safetensors.
 
     python scripts/merge_lora.py --checkpoint runs/tiny --output runs/tiny/merged
+    python scripts/merge_lora.py --config configs/tiny.yaml --output runs/tiny/untrained    # to compare with
 
 The folder loads with ``UGroundForCausalLM.from_pretrained`` and in test.py and chat.py (``--version``).
 """
@@ -26,28 +27,25 @@ from torch import nn
 from model.weights import read_folder
 from utils import checkpoint as checkpoints
 from utils.checkpoint import CheckpointError
-from utils.config import Config, config_from
+from utils.config import Config, config_from, load_config
 from utils.engine import build_model
 from utils.pipeline import PRECISIONS
 from utils.processor import UGroundProcessor
 
 META = "uground_run.json"
+MOVABLE = ("version", "vision_tower", "vision_pretrained")
 TOLERANCE = 1e-4  # of the largest value; float32 noise of a merge is about 1e-6
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
     try:
-        checkpoint = choose(args.checkpoint, args.which)
         check_output(args.output)
-        meta = checkpoints.read_meta(checkpoint)
-        print(f"{checkpoint}: step {meta['step']}, {shown(meta['metrics'])}")
-        config = config_of(meta, args)
-        model, processor = load_trained(checkpoint, meta, config)
+        model, processor, config, meta = start_of_run(args) if args.config else end_of_run(args)
         merged, difference = merge(model, processor)
         print(f"merged and unmerged agree: largest difference {difference:.1e} of the largest value")
         round_as_trained(merged, config)
-        write(merged, processor, args.output, meta | {"checkpoint": str(checkpoint), "merge_difference": difference})
+        write(merged, processor, args.output, meta | {"merge_difference": difference})
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -61,8 +59,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "and chat.py. Merged and unmerged model must agree on a sample, or nothing is written.",
         epilog="The base weights are looked for where the run found them; the last three flags say where they are now.",
     )
-    parser.add_argument(
-        "--checkpoint", type=Path, required=True, metavar="DIR", help="a run's folder, or a checkpoint's"
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--checkpoint", type=Path, metavar="DIR", help="a run's folder, or a checkpoint's")
+    source.add_argument(
+        "--config", type=Path, metavar="FILE", help="a YAML of train_ds.py: the model as its training would find it"
     )
     parser.add_argument(
         "--output", type=Path, required=True, metavar="DIR", help="folder to write; an earlier result is replaced"
@@ -74,6 +74,26 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--vision_tower", metavar="DIR", help="CLIP folder, if it has moved")
     parser.add_argument("--vision_pretrained", metavar="FILE", help="SAM checkpoint, if it has moved")
     return parser.parse_args(argv)
+
+
+def start_of_run(args: argparse.Namespace) -> tuple[nn.Module, UGroundProcessor, Config, dict[str, Any]]:
+    """What a configuration starts from: base weights, and the parts that training would draw with its seed."""
+    paths = {f"--{name}": getattr(args, name) for name in MOVABLE}
+    flags = [part for flag, value in paths.items() if value for part in (flag, value)]
+    config = load_config(["--config", str(args.config), *flags])
+    model, processor, loaded = build_model(config)
+    meta = checkpoints.describe_settings(config, []) | checkpoints.describe_model(model, processor, loaded)
+    return model.float().eval(), processor, config, meta | {"step": 0, "metrics": {}, "checkpoint": ""}
+
+
+def end_of_run(args: argparse.Namespace) -> tuple[nn.Module, UGroundProcessor, Config, dict[str, Any]]:
+    """What a run has trained, with its LoRA still in it."""
+    checkpoint = choose(args.checkpoint, args.which)
+    meta = checkpoints.read_meta(checkpoint)
+    print(f"{checkpoint}: step {meta['step']}, {shown(meta['metrics'])}")
+    config = config_of(meta, args)
+    model, processor = load_trained(checkpoint, meta, config)
+    return model, processor, config, meta | {"checkpoint": str(checkpoint)}
 
 
 def choose(path: Path, which: str | None) -> Path:
@@ -96,7 +116,7 @@ def check_output(output: Path) -> None:
 
 def config_of(meta: dict[str, Any], args: argparse.Namespace) -> Config:
     """The run's configuration, with base weights that have moved."""
-    moved = {name: getattr(args, name) for name in ("version", "vision_tower", "vision_pretrained")}
+    moved = {name: getattr(args, name) for name in MOVABLE}
     sections = meta["config"]
     sections["model"] |= {name: value for name, value in moved.items() if value}
     return config_from(sections, checkpoints.META)

@@ -51,7 +51,7 @@ def build_tiny_model(processor: UGroundProcessor, seed: int = 0, **settings) -> 
     return model.eval()
 
 
-@pytest.fixture()
+@pytest.fixture
 def tiny_model(tiny_processor) -> UGroundForCausalLM:
     return build_tiny_model(tiny_processor)
 

@@ -7,13 +7,14 @@ import json
 import numpy as np
 import pytest
 import torch
+import yaml
 from tiny_run import arguments, write_base
 
 import train_ds
 from scripts import make_demo_data, merge_lora
 from utils import checkpoint as checkpoints
 from utils import distributed
-from utils.config import load_config
+from utils.config import SECTION_OF, load_config
 from utils.engine import build_model
 from utils.pipeline import load_pretrained, predict
 
@@ -61,6 +62,22 @@ def test_merged_folder_answers_as_the_trained_model(trained, tmp_path, capsys):
     meta = json.loads((folder / merge_lora.META).read_text())
     assert (meta["step"], meta["config"]["model"]["lora_r"]) == (6, 2)
     assert processor.tokens == own_processor.tokens
+
+
+def test_untrained_folder_is_where_training_starts(trained, tmp_path):
+    flags = trained[2]
+    values = dict(zip((name.removeprefix("--") for name in flags[::2]), flags[1::2]))
+    sections: dict[str, dict] = {}
+    for name, value in values.items():
+        sections.setdefault(SECTION_OF[name], {})[name] = yaml.safe_load(value)
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(sections))
+    folder = tmp_path / "untrained"
+    assert merge_lora.main(["--config", str(tmp_path / "run.yaml"), "--output", str(folder)]) == 0
+    model, _ = load_pretrained(folder)
+    start, _, _ = build_model(load_config(flags))
+    start = start.merge_and_unload().float().state_dict()
+    assert all(torch.equal(value, start[name]) for name, value in model.state_dict().items())
+    assert json.loads((folder / merge_lora.META).read_text())["step"] == 0
 
 
 def test_training_changed_every_part(trained):

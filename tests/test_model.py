@@ -140,9 +140,7 @@ def test_every_trainable_part_gets_a_gradient(make_model, tiny_processor, tiny_s
 def test_lora_adapts_only_the_language_model(make_model):
     model = add_lora(make_model(), r=2)
     adapted = {name.split(".lora_")[0] for name, _ in model.named_parameters() if "lora_" in name}
-    expected = {
-        f"base_model.model.model.layers.{i}.self_attn.{which}_proj" for i in range(4) for which in ("q", "v")
-    }
+    expected = {f"base_model.model.model.layers.{i}.self_attn.{which}_proj" for i in range(4) for which in ("q", "v")}
     assert adapted == expected
     with pytest.raises(ValueError, match="gate_proj"):
         add_lora(make_model(), r=2, targets="q_proj,gate_proj")

@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# Runs all tests, and the style checks. Sets everything up by itself. Needs no GPU, and no network after set-up.
+#
+#     bash scripts/run_tests.sh                       # everything
+#     bash scripts/run_tests.sh -m "not slow" -k ppm  # arguments go to pytest
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+
+if [ $# -eq 0 ]; then
+    .venv/bin/ruff check .
+    .venv/bin/ruff format --check .
+    set -- -n 2
+fi
+OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE exec .venv/bin/python -m pytest "$@"
