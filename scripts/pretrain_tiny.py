@@ -162,7 +162,7 @@ def conversation(scene: scenes.Scene, rng: np.random.Generator) -> tuple[Turn, t
         asked = scenes.CAPTION_REQUESTS
         return Turn(asked[rng.integers(len(asked))], scenes.caption(scene, rng)), None
     query = queries[0]
-    asked = QUESTIONS["sentence" if query.is_sentence else "phrase"]
+    asked = (*QUESTIONS["sentence" if query.is_sentence else "phrase"], "{query}")  # people type the bare query, too
     said = ANSWERS["absent" if not query.targets else "merged" if len(query.targets) > 1 else "target"]
     question = asked[rng.integers(len(asked))].replace("{query}", query.text)
     return Turn(question, said[rng.integers(len(said))]), query.targets

@@ -1,0 +1,90 @@
+#!/usr/bin/env bash
+# The whole path on a bare machine: draws a data set, trains the tiny UGround on it, evaluates it and asks it a question.
+# Two CPU cores, no GPU, about a quarter of an hour after the packages are installed. Run it again to go on where it was
+# interrupted; finished steps are skipped until code, configuration or weights change.
+#
+#     bash scripts/demo.sh
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+export PATH="$PWD/.venv/bin:$PATH" TOKENIZERS_PARALLELISM=false OMP_WAIT_POLICY=PASSIVE
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}"
+
+DATA=data/demo
+RUN=runs/tiny
+LISA=runs/tiny_lisa
+DONE=runs/demo
+REASON='ReasonSeg|val_short||ReasonSeg|val_long'
+BENCHMARKS="$REASON||ReasonSeg|heldout||refcoco|unc|val||grefcoco|unc|val"
+TOTAL=9
+
+# Results of other code or weights must not pass for today's: they are put aside.
+fingerprint=$(cat requirements.txt configs/*.yaml configs/deepspeed/*.json ./*.py model/*.py utils/*.py \
+    utils/datasets/*.py scripts/*.py scripts/demo.sh assets/tiny/*/* assets/tiny/sam.pth 2>/dev/null | sha256sum | cut -c1-16)
+if [ -d "$DONE" ] && [ "$(cat "$DONE/fingerprint" 2>/dev/null)" != "$fingerprint" ]; then
+    old="runs/before-$(date +%Y%m%d-%H%M%S)"
+    echo "the code has changed since the last demo; its results go to $old"
+    mkdir -p "$old"
+    for folder in "$DONE" "$RUN" "$LISA"; do
+        [ ! -e "$folder" ] || mv "$folder" "$old/"
+    done
+fi
+if [ ! -d "$DONE" ] && { [ -e "$RUN" ] || [ -e "$LISA" ]; }; then
+    fail "$RUN or $LISA is there already, and this script did not write it; move it away and run this again"
+fi
+mkdir -p "$DONE"
+echo "$fingerprint" >"$DONE/fingerprint"
+
+number=0
+# step TITLE COMMAND...: runs a step once; its time is kept for the sum at the end
+step() {
+    number=$((number + 1))
+    local title=$1 stamp="$DONE/$number.seconds" start=$SECONDS
+    shift
+    if [ -f "$stamp" ]; then
+        printf '[%d/%d] %s: done before\n' "$number" "$TOTAL" "$title"
+        return
+    fi
+    printf '\n[%d/%d] %s\n      %s\n' "$number" "$TOTAL" "$title" "$*"
+    "$@" || fail "step $number failed (messages above). When it is mended, the same command goes on from here."
+    echo $((SECONDS - start)) >"$stamp"
+}
+
+evaluate() { # evaluate MODEL BENCHMARKS OUTPUT [MORE...]
+    python test.py --version "$1" --dataset_dir "$DATA" --val_dataset "$2" --output "$3" --mode generate \
+        --batch_size 16 --workers 1 "${@:4}"
+}
+
+step "drawing scenes in the layouts of ReasonSeg, RefCOCO, gRefCOCO and LLaVA-Instruct" \
+    python scripts/make_demo_data.py --out "$DATA" --seed 0
+step "the model before fine-tuning" \
+    python scripts/merge_lora.py --config configs/tiny.yaml --output "$RUN/untrained"
+step "training UGround (LoRA, SAM's decoder, policy) with DeepSpeed" \
+    deepspeed --num_gpus 1 train_ds.py --config configs/tiny.yaml --auto_resume true
+step "training LISA's way: last layer, [SEG] prompt alone; same data, steps and seed" \
+    deepspeed --num_gpus 1 train_ds.py --config configs/tiny_lisa.yaml --auto_resume true
+step "merging LoRA into UGround" \
+    python scripts/merge_lora.py --checkpoint "$RUN" --output "$RUN/merged"
+step "merging LoRA into LISA's way" \
+    python scripts/merge_lora.py --checkpoint "$LISA" --output "$LISA/merged"
+step "evaluating the model before fine-tuning" \
+    evaluate "$RUN/untrained" "$REASON||grefcoco|unc|val" "$RUN/untrained-eval"
+step "evaluating LISA's way" \
+    evaluate "$LISA/merged" "$REASON||grefcoco|unc|val" "$LISA/eval"
+step "evaluating UGround, with the prompts shuffled, too" \
+    evaluate "$RUN/merged" "$BENCHMARKS" "$RUN/eval" --control shuffled_prompts --save_overlays 12
+
+cp "$RUN/eval/ReasonSeg_val_long.generate.overlays.png" "$RUN/overlays.png"
+photo=$(find "$DATA/reason_seg/ReasonSeg/val" -name '*.jpg' | sort | head -n 1)
+printf '\nthe model is asked about %s\n' "$photo"
+python chat.py --version "$RUN/merged" --image "$photo" --prompt "Which shape is the largest?" --output "$RUN/answers"
+
+printf '\n'
+python scripts/compare.py untrained="$RUN/untrained-eval" "LISA's way=$LISA/eval" UGround="$RUN/eval" | tee "$RUN/table.txt"
+cat <<END
+
+Shuffled prompts, "all objects" and "random object" are what a model scores that does not read the text.
+Time: $(($(cat "$DONE"/*.seconds | paste -sd+))) s for all steps.
+Pictures: $RUN/overlays.png (from the worst to the best), $RUN/answers/
+Curves:   tensorboard --logdir runs
+Talk:     python chat.py --version $RUN/merged --image $photo
+END
