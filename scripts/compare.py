@@ -2,8 +2,8 @@
 
     python scripts/compare.py before=runs/tiny/untrained/eval after=runs/tiny/eval
 
-Each folder holds what test.py wrote (``BENCHMARK.MODE.json``). Controls (shuffled prompts, answers that ignore the text)
-are shown as the last folder has them.
+Each folder holds what test.py wrote (``BENCHMARK.MODE.json``). Controls (shuffled prompts, answers that ignore the
+text) are shown as the last folder has them.
 """
 
 from __future__ import annotations
@@ -66,11 +66,12 @@ def table(columns: dict[str, dict[tuple[str, str], dict[str, Any]]]) -> str:
             cells = ["-" if value is None else f"{value:.3f}" for value in values]
             rows.append([f"{key[0]} ({key[1]})", masks, metric, *cells])
     widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = [
-        "  ".join(cell.ljust(width) if n in (0, 2) else cell.rjust(width) for n, (cell, width) in enumerate(zip(row, widths)))
-        for row in rows
-    ]  # fmt: skip
+    lines = ["  ".join(aligned(cell, width, n) for n, (cell, width) in enumerate(zip(row, widths))) for row in rows]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def aligned(cell: str, width: int, column: int) -> str:
+    return cell.ljust(width) if column in (0, 2) else cell.rjust(width)  # names left, numbers right
 
 
 if __name__ == "__main__":

@@ -340,8 +340,9 @@ def read_yaml(path: Path, problems: list[str], above: tuple[Path, ...] = ()) -> 
         problems.append(f"{path}: cannot be read: {error.strerror}" + (f" (base of {above[-1]})" if above else ""))
         return {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        place, reason = (f" (line {mark.line + 1})", error.problem) if mark else ("", " ".join(str(error).split()))
+        place, reason = "", " ".join(str(error).split())
+        if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
+            place, reason = f" (line {error.problem_mark.line + 1})", str(error.problem)
         problems.append(f"{path}{place}: is not valid YAML: {reason}")
         return {}
     content = {} if content is None else content
@@ -475,7 +476,7 @@ def missing_paths(config: Config) -> list[str]:
 
 
 class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> NoReturn:
         raise ConfigError([message])
 
 
@@ -495,7 +496,7 @@ def make_parser() -> argparse.ArgumentParser:
         group = parser.add_argument_group(section.__doc__)
         for item in fields(section):
             choices = item.metadata["choices"]
-            options = {"nargs": "?", "const": "true"} if KINDS[item.name] is bool else {}
+            options: dict[str, Any] = {"nargs": "?", "const": "true"} if KINDS[item.name] is bool else {}
             group.add_argument(
                 f"--{item.name}",
                 metavar="{" + ",".join(choices) + "}" if choices else names[KINDS[item.name]],

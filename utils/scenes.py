@@ -443,7 +443,7 @@ def multi_queries(scene: Scene, rng: np.random.Generator) -> list[Query]:
     """Phrases for two or more shapes, though not for all: one kind of them, or two named ones."""
     shapes, bits = scene.shapes, _bits(scene.shapes)
     everything = (1 << len(shapes)) - 1
-    groups = {word: (word,) for word in bits if word != "plain"}
+    groups: dict[str, tuple[str, ...]] = {word: (word,) for word in bits if word != "plain"}
     groups |= {f"{s.size} {s.kind}": (s.size, s.kind) for s in shapes}
     groups |= {f"{s.size} {s.color}": (s.size, s.color) for s in shapes}
     groups |= {f"{s.color} {s.kind}": (s.color, s.kind) for s in shapes}
