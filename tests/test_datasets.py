@@ -17,7 +17,16 @@ from utils.datasets import DATASETS, DataError, DataOptions, get_eval_dataset, g
 from utils.datasets.base import PackedRecords, check_sample, decode_segmentation, read_image, read_json
 from utils.datasets.reason_seg import draw_mask
 from utils.datasets.refer_api import read_pickle
-from utils.datasets.templates import ANSWERS, QUESTIONS, eval_answer, eval_joint_turn, eval_question, template_corpus
+from utils.datasets.templates import (
+    ANSWERS,
+    QUESTIONS,
+    denial,
+    enumerate_words,
+    eval_answer,
+    eval_joint_turn,
+    eval_question,
+    template_corpus,
+)
 from utils.types import EvalQuery, Sample, Turn
 
 H, W = 40, 60
@@ -290,6 +299,7 @@ GOOD_REF = {"ref_id": 1, "ann_id": [10], "image_id": 1, "split": "train", "sente
     [
         ({"image_id": 7}, "image 7 is not in"),
         ({"image_id": [1]}, r"image \[1\] is not in"),
+        ({"ref_id": None}, "ref_id is None"),
         ({"ann_id": None}, "ann_id is None"),
         ({"ann_id": [-1, 10]}, "ann_id is"),
         ({"ann_id": [99]}, "annotation 99 is not in"),
@@ -547,15 +557,30 @@ def test_check_sample_finds_every_broken_promise() -> None:
 
 
 def test_templates_keep_their_rules() -> None:
-    first = {kind: {answer.split()[0].strip(",.") for answer in answers} for kind, answers in ANSWERS.items()}
-    assert not first["absent"] & (first["target"] | first["merged"] | first["joint"])
+    positive, negative = {"Sure", "It", "They", "Yes"}, {"No", "There", "Nothing"}
+    denials = ("absent", "denial", "correction")
+    for kind, answers in ANSWERS.items():
+        first = {answer.split()[0].strip(",.") for answer in answers}
+        assert first <= (negative if kind in denials else positive), kind
     assert all(a.count("[SEG]") == 1 and "[REJ]" not in a for kind in ("target", "merged") for a in ANSWERS[kind])
-    assert all(a.count("[REJ]") == 1 and "[SEG]" not in a for a in ANSWERS["absent"])
-    assert all(len(answer.split()) <= 8 for answers in ANSWERS.values() for answer in answers)
-    assert all("{query}" in q for kind in ("phrase", "sentence", "joint") for q in QUESTIONS[kind])
+    assert all(a.count("[REJ]") == 1 and "[SEG]" not in a for kind in denials for a in ANSWERS[kind])
+    assert all(len(answer.split()) <= 11 for answers in ANSWERS.values() for answer in answers)
+    assert all("{query}" in q for kind, questions in QUESTIONS.items() if kind != "explain" for q in questions)
+    several = [kind for kind in (*QUESTIONS.items(), *ANSWERS.items()) if kind[0] != "joint"]
+    assert all(len(set(templates)) == len(templates) >= 3 for _, templates in several)
     corpus = list(template_corpus())
-    assert len(corpus) == sum(map(len, (*QUESTIONS.values(), *ANSWERS.values())))
+    assert len(corpus) == len(set(corpus)) == 23  # another number is another tokenizer of the demo
     assert not any("{" in line for line in corpus)
+
+
+def test_denials_and_lists_say_what_they_are_given() -> None:
+    rng = np.random.default_rng(0)
+    texts = {denial("a {correction} [SEG]", "the {query}", rng) for _ in range(60)}
+    assert len(texts) == len(ANSWERS["correction"])
+    assert all("a {correction} [ SEG ]" in text and "the {query}" in text for text in texts)
+    assert {denial("x", "", rng) for _ in range(60)} == {answer.replace("{query}", "x") for answer in ANSWERS["denial"]}
+    listed = [enumerate_words(["a", "b", "c"][:n]) for n in range(4)]
+    assert listed == ["", "a", "a and b", "a, b and c"]
 
 
 def test_evaluation_templates_do_not_know_the_ground_truth() -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import difflib
 import json
+import logging
 import struct
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,6 +17,8 @@ from pycocotools import mask as coco_mask
 
 from utils.tokens import SEG
 from utils.types import EvalSample, Sample
+
+logger = logging.getLogger(__name__)
 
 
 class DataError(ValueError):
@@ -62,19 +65,22 @@ class DataOptions:
             otherwise half [SEG] alone and half [SEG] followed by the explanation. -1 = not used.
         joint_probability: gRefCOCO, Ref-ZOM: probability that the image's expressions are asked about in ONE question
             whose answer lists them ("Sure, A:[SEG], B:[REJ]."), as the teacher-forced protocol does.
+        negative_sampling_weight: sem_seg: probability that a class which is NOT in the image is asked about instead.
     """
 
     questions_per_image: int = 3
     explanatory: float = -1.0
     joint_probability: float = 0.0
+    negative_sampling_weight: float = 0.0
 
     def __post_init__(self) -> None:
         if self.questions_per_image < 1:
             raise ValueError(f"questions_per_image is {self.questions_per_image}; it must be at least 1")
         if self.explanatory != -1 and not 0 <= self.explanatory <= 1:
             raise ValueError(f"explanatory is {self.explanatory}; it must be a probability, or -1 to turn it off")
-        if not 0 <= self.joint_probability <= 1:
-            raise ValueError(f"joint_probability is {self.joint_probability}; it must lie in [0, 1]")
+        for name in ("joint_probability", "negative_sampling_weight"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must lie in [0, 1]")
 
 
 @dataclass(frozen=True)
@@ -87,6 +93,8 @@ class Row:
         images: folders that may hold its images.
         annotations: names of its annotation file in ``path``, tried in turn; ``{split_by}`` is filled in.
         split_by: who made the splits ("unc", "umd"), where the name does not say.
+        train_split_by: the same for training, where it is another one.
+        false_premises: whether its sentences say themselves if they are true (formats.md, C and D).
     """
 
     type: str
@@ -94,6 +102,8 @@ class Row:
     images: tuple[str, ...] = ()
     annotations: tuple[str, ...] = ()
     split_by: str = ""
+    train_split_by: str = ""
+    false_premises: bool = False
 
 
 # -- names and files ---------------------------------------------------------------------------------------------------
@@ -125,7 +135,19 @@ def find_paths(name: str, wanted: dict[str, Sequence[Path]], way_out: str = "che
     ]
     if missing:
         raise DataError(f"{name}: {'; '.join(missing)}; {way_out}")
-    return list(found.values())
+    return [path for path in found.values() if path is not None]
+
+
+def find_image(name: str, file_name: str, folders: Sequence[Path]) -> Path:
+    """The image in the first folder that has it; ``DataError`` naming all of them."""
+    return find_paths(name, {f"image {file_name}": [folder / file_name for folder in folders]})[0]
+
+
+def check_file_name(value: Any, what: str) -> str:
+    """``value``, if it is a relative path that stays within its folder; ``what`` begins the message ("'image' is")."""
+    if not isinstance(value, str) or not value or Path(value).is_absolute() or ".." in Path(value).parts:
+        raise DataError(f"{what} {value!r}, which is no file name within its folder")
+    return value
 
 
 def read_json(path: Path, expected: type = dict) -> Any:
@@ -150,9 +172,33 @@ def read_json(path: Path, expected: type = dict) -> Any:
     return value
 
 
+def parse_items(name: str, path: Path, parse: Callable[[Any], dict]) -> tuple[list[dict], list[str]]:
+    """The items of a JSON list as ``parse`` returns them, and a message for each that it refuses.
+
+    Raises:
+        DataError: if the file cannot be read or nothing in it is usable.
+    """
+    records, problems = [], []
+    for number, item in enumerate(read_json(path, list)):
+        try:
+            records.append(parse(item))
+        except DataError as error:
+            problems.append(f"{path}, item {number}: {error}")
+    if not records:
+        raise DataError(f"{name}: nothing usable in {path}: {(problems or ['the list is empty'])[0]}")
+    warn_of(name, problems)
+    return records, problems
+
+
+def warn_of(name: str, problems: Sequence[str]) -> None:
+    """One line in the log for all records that cannot be used."""
+    if problems:
+        logger.warning("%s: %d records cannot be used, the first: %s", name, len(problems), problems[0])
+
+
 # -- images ------------------------------------------------------------------------------------------------------------
 
-_DECODE_ERRORS = (OSError, SyntaxError, ValueError, struct.error, EOFError, Image.DecompressionBombError)
+DECODE_ERRORS = (OSError, SyntaxError, ValueError, struct.error, EOFError, Image.DecompressionBombError)
 
 
 def read_image(path: str | Path, apply_exif: bool = False) -> np.ndarray:
@@ -171,13 +217,24 @@ def read_image(path: str | Path, apply_exif: bool = False) -> np.ndarray:
     try:
         with Image.open(path) as image:
             image.load()
-            if apply_exif:
-                image = ImageOps.exif_transpose(image)
-            return _to_rgb(image)
-    except _DECODE_ERRORS as error:
+            return _to_rgb(ImageOps.exif_transpose(image) if apply_exif else image)
+    except DECODE_ERRORS as error:
         raise DataError(
             f"image {path} cannot be decoded ({error}); replace or re-encode it (JPEG and PNG are read)"
         ) from error
+
+
+def read_label_image(path: Path) -> np.ndarray:
+    """An image whose 8-bit values are class indices (grey, or a palette's) as uint8 [H, W]."""
+    try:
+        with Image.open(path) as image:
+            if image.mode not in ("L", "P"):
+                raise DataError(f"label image {path} has mode {image.mode}; expected one 8-bit index per pixel")
+            return np.array(image)
+    except DataError:
+        raise
+    except DECODE_ERRORS as error:
+        raise DataError(f"label image {path} cannot be decoded ({error}); download it again") from error
 
 
 def _to_rgb(image: Image.Image) -> np.ndarray:
@@ -240,8 +297,8 @@ def decode_segmentation(segmentation: Any, height: int, width: int) -> np.ndarra
     if not isinstance(parts[0], (list, dict)):  # one bare polygon
         parts = [parts]
     mask = np.zeros((height, width), dtype=np.uint8)
-    polygons = [check_polygon(part, height, width) for part in parts if not isinstance(part, dict)]
-    polygons = [polygon.ravel().tolist() for polygon in polygons if len(polygon) >= 3]
+    rings = [check_polygon(part, height, width) for part in parts if not isinstance(part, dict)]
+    polygons = [ring.ravel().tolist() for ring in rings if len(ring) >= 3]
     if polygons:
         mask |= coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(polygons, height, width)))
     for part in parts:
@@ -294,7 +351,7 @@ def _unpack_counts(packed: bytes) -> list[int]:
 # -- index and samples -------------------------------------------------------------------------------------------------
 
 
-class PackedRecords(Sequence):
+class PackedRecords:
     """Many small JSON-able records in two numpy arrays.
 
     Worker processes share the arrays' memory; lists of Python objects would be copied page by page, because reading an

@@ -6,7 +6,10 @@ The FIRST word of an answer decides: positive answers begin with "Sure", "It", "
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
+
+import numpy as np
 
 from utils.conversation import escape
 from utils.types import EvalQuery, Turn
@@ -25,6 +28,18 @@ QUESTIONS: dict[str, tuple[str, ...]] = {
         "{query} Can you find it here?",
         "{query} Mark it in the picture.",
     ),
+    "part": (
+        "Please segment only {query}.",
+        "Which part is {query}? Show the mask.",
+        "Can you find {query} here?",
+        "Mark the part that is {query}.",
+    ),
+    "instances": (
+        "{query} Please segment each of them.",
+        "{query} Show one mask for each.",
+        "{query} Can you find them one by one?",
+        "{query} Mark each of them in the picture.",
+    ),
     "joint": ("Please segment {query} in this image, one by one.",),
     "explain": ("Please explain why.", "Tell me why, too.", "Give a reason.", "Say why it is so."),  # appended
 }
@@ -32,21 +47,61 @@ QUESTIONS: dict[str, tuple[str, ...]] = {
 ANSWERS: dict[str, tuple[str, ...]] = {
     "target": ("Sure, it is [SEG].", "It is [SEG].", "Yes, here it is: [SEG]."),
     "merged": ("Sure, they are [SEG].", "They are [SEG].", "Yes, here they are: [SEG]."),  # several objects, one mask
+    "instances": (
+        "Sure, they are {list}.",
+        "They are {list}.",
+        "Yes, here they are: {list}.",
+    ),  # one mask for each: "[SEG] and [SEG]"
     "absent": ("No, it is not here: [REJ].", "There is no such thing here: [REJ].", "Nothing here fits: [REJ]."),
+    "denial": (  # says what is not there
+        "No, {query} is not here: [REJ].",
+        "There is nothing like {query} here: [REJ].",
+        "Nothing here is {query}: [REJ].",
+    ),
+    "correction": (  # and what is
+        "No, {query} is not here: [REJ]. Did you mean {correction}?",
+        "There is nothing like {query} here: [REJ]. But there is {correction}.",
+        "Nothing here is {query}: [REJ]. It may be {correction}.",
+    ),
     "joint": ("Sure, {list}.",),  # {list} is "A:[SEG], B:[REJ]"
 }
 
+# The situations that the tiny demo was pre-trained on: another one here changes its tokenizer, so its weights, too.
+DEMO_QUESTIONS = ("phrase", "sentence", "joint", "explain")
+DEMO_ANSWERS = ("target", "merged", "absent", "joint")
+
 
 def template_corpus() -> Iterator[str]:
-    """Every template with its placeholders removed, for training a tokenizer."""
-    for templates in (*QUESTIONS.values(), *ANSWERS.values()):
+    """The demo's templates with their placeholders removed, for training its tokenizer."""
+    chosen = [*(QUESTIONS[kind] for kind in DEMO_QUESTIONS), *(ANSWERS[kind] for kind in DEMO_ANSWERS)]
+    for templates in chosen:
         for template in templates:
             yield template.replace("{query}", "").replace("{list}", "A:[SEG], B:[REJ]").strip()
 
 
+def fill(template: str, **values: str) -> str:
+    """``template`` with its placeholders replaced; braces within the values are left alone.
+
+    Raises:
+        KeyError: for a placeholder without a value.
+    """
+    return re.sub(r"\{(\w+)\}", lambda match: values[match[1]], template)
+
+
+def enumerate_words(words: Sequence[str]) -> str:
+    """``["a", "b", "c"]`` -> ``"a, b and c"``."""
+    return " and ".join(filter(None, (", ".join(words[:-1]), *words[-1:])))
+
+
 def question(kind: str, query: str, which: int = 0) -> str:
-    """Question template ``which`` of ``kind`` ("phrase", "sentence", "joint") about ``query``."""
-    return QUESTIONS[kind][which].replace("{query}", query)
+    """Question template ``which`` of ``kind`` (a key of ``QUESTIONS``) about ``query``."""
+    return fill(QUESTIONS[kind][which], query=query)
+
+
+def denial(query: str, correction: str, rng: np.random.Generator) -> str:
+    """An answer about what is not in the image; it offers ``correction`` unless that is empty."""
+    templates = ANSWERS["correction" if correction else "denial"]
+    return fill(templates[rng.integers(len(templates))], query=escape(query), correction=escape(correction))
 
 
 def joint_turn(queries: Sequence[str], tokens: Sequence[str]) -> Turn:
@@ -61,8 +116,9 @@ def joint_turn(queries: Sequence[str], tokens: Sequence[str]) -> Turn:
 
 
 def eval_question(query: EvalQuery, benchmark: str) -> str:
-    """The fixed question about ``query``; the same for every benchmark so far."""
-    return question("sentence" if query.is_sentence else "phrase", query.text)
+    """The fixed question about ``query``. MUSE's are about several things, whatever their number."""
+    several = benchmark == "MultiReasonSeg"
+    return question("instances" if several else "sentence" if query.is_sentence else "phrase", query.text)
 
 
 def eval_answer(query: EvalQuery, benchmark: str) -> str:

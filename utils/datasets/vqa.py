@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +13,16 @@ from utils.datasets.base import (
     DataOptions,
     PackedRecords,
     Row,
+    check_file_name,
     check_sample,
+    find_image,
     find_paths,
+    parse_items,
     read_image,
-    read_json,
     stack_masks,
 )
 from utils.tokens import IMAGE
 from utils.types import Sample, Turn
-
-logger = logging.getLogger(__name__)
 
 
 class VqaTrain:
@@ -43,30 +42,17 @@ class VqaTrain:
         self.name = name
         path = find_paths(name, {"conversations": [dataset_dir / row.path]})[0]
         self.folders = [dataset_dir / images for images in row.images]
-        records, self.problems = [], []
-        for number, item in enumerate(read_json(path, list)):
-            try:
-                records.append(_parse(item))
-            except DataError as error:
-                self.problems.append(f"{path}, item {number}: {error}")
-        if not records:
-            raise DataError(f"{name}: nothing usable in {path}: {(self.problems or ['the list is empty'])[0]}")
-        if self.problems:
-            logger.warning("%s: %d items cannot be used, the first: %s", name, len(self.problems), self.problems[0])
+        records, self.problems = parse_items(name, path, _parse)
         self.turns = sum(len(record["turns"]) for record in records)
         self.records = PackedRecords(records)
-        self._image_path(self.records[0])  # a wrong folder shows now, not at the first step
+        find_image(name, records[0]["image"], self.folders)  # a wrong folder shows now, not at the first step
 
     def __len__(self) -> int:
         return len(self.records)
 
-    def _image_path(self, record: dict[str, Any]) -> Path:
-        places = [folder / record["image"] for folder in self.folders]
-        return find_paths(self.name, {f"image {record['image']}": places})[0]
-
     def sample(self, index: int, rng: np.random.Generator) -> Sample:
         record = self.records[index]
-        image = read_image(self._image_path(record))
+        image = read_image(find_image(self.name, record["image"], self.folders))
         talk = tuple(Turn(question, answer) for question, answer in record["turns"])
         return check_sample(Sample(f"{self.name}/{record['image']}", image, [talk], stack_masks([], *image.shape[:2])))
 
@@ -76,11 +62,15 @@ class VqaTrain:
 
 def _parse(item: Any) -> dict[str, Any]:
     """``{"image", "turns": [[question, answer], ...]}``; special tokens in the text are defused."""
-    if not isinstance(item, dict) or not isinstance(item.get("image"), str):
-        raise DataError("expected a dict with a file name in 'image'")
-    if Path(item["image"]).is_absolute() or ".." in Path(item["image"]).parts:
-        raise DataError(f"'image' is {item['image']!r}, which leads out of its folder")
-    said = item.get("conversations")
+    if not isinstance(item, dict):
+        raise DataError("expected a dict with 'image' and 'conversations'")
+    image = check_file_name(item.get("image"), "'image' is")
+    turns = [(question, escape(answer)) for question, answer in read_turns(item.get("conversations"))]
+    return {"image": image, "turns": turns}
+
+
+def read_turns(said: Any) -> list[tuple[str, str]]:
+    """LLaVA's ``[{"from": "human" | "gpt", "value": str}, ...]`` as (question, answer), without <image>."""
     if not isinstance(said, list) or not said or len(said) % 2:
         raise DataError("'conversations' must hold pairs of a human's turn and gpt's")
     turns = []
@@ -91,5 +81,5 @@ def _parse(item: Any) -> dict[str, Any]:
         question, answer = human["value"].replace(IMAGE, "").strip(), machine["value"].strip()
         if not question or not answer:
             raise DataError("a question or an answer is empty")
-        turns.append([question, escape(answer)])
-    return {"image": item["image"], "turns": turns}
+        turns.append((question, answer))
+    return turns
