@@ -33,7 +33,8 @@ MODES = ("generate", "teacher_forced")
 CONTROLS = ("shuffled_prompts",)
 # Teacher forced, these list all sentences of an image in one answer, and the logits decide between [SEG] and [REJ].
 JOINT = ("grefcoco", "refzom")
-GENERATED = ("fprefcoco", "R-refcoco", "MultiReasonSeg")  # the paper lets the model answer these freely
+# The paper lets the model answer these freely; with one's own data that is what a user gets.
+GENERATED = ("fprefcoco", "R-refcoco", "MultiReasonSeg", "custom")
 
 
 def default_mode(benchmark: str) -> str:

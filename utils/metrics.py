@@ -147,6 +147,7 @@ def _t_acc(record: Record, protocol: str) -> tuple[float, int]:
 DEFAULT: dict[str, Parts] = {"gIoU": _giou, "cIoU": pair}
 METRICS: dict[str, dict[str, Parts]] = {
     "grefcoco": DEFAULT | {"N-acc": _n_acc, "T-acc": _t_acc},
+    "custom": DEFAULT | {"N-acc": _n_acc, "T-acc": _t_acc},
     "refzom": {"oIoU": _of_targets(pair), "mIoU": _of_targets(_giou), "Acc": _n_acc},
 }
 

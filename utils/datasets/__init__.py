@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from utils.datasets.base import DataError, DataOptions, EvalDataset, Row, TrainDataset, coco, unknown
+from utils.datasets.custom import CustomEval, CustomTrain
 from utils.datasets.reason_seg import ReasonSegEval, ReasonSegTrain
 from utils.datasets.refer_seg import ReferSegEval, ReferSegTrain
 from utils.datasets.vqa import VqaTrain
@@ -21,7 +22,7 @@ class Type:
     Attributes:
         train: called with (name, row, parts, dataset_dir, options); parts are what follows the name in a specification.
         evaluate: called with (spec, row, parts, dataset_dir); None = no evaluation.
-        default: the data sets that are meant when the user names only the type.
+        default: the data sets that are meant when the user names only the type; empty = the user names files.
     """
 
     train: Callable[..., TrainDataset]
@@ -33,6 +34,7 @@ TYPES = {
     "refer_seg": Type(ReferSegTrain, ReferSegEval, "refclef||refcoco||refcoco+||refcocog"),
     "vqa": Type(VqaTrain, None, "llava_instruct_150k"),
     "reason_seg": Type(ReasonSegTrain, ReasonSegEval, "ReasonSeg|train"),
+    "custom": Type(CustomTrain, CustomEval, ""),
 }
 
 _REFS = ("refs({split_by}).p", "refs({split_by}).json")
@@ -48,6 +50,7 @@ DATASETS = {
     "refzom": Row("refer_seg", "refer_seg/refzom", _ZOM_IMAGES, ("Ref_ZOM.p",)),
     "llava_instruct_150k": Row("vqa", "llava_dataset/llava_instruct_150k.json", coco("train2017")),
     "ReasonSeg": Row("reason_seg", "reason_seg/ReasonSeg"),
+    "custom": Row("custom", ""),
 }
 
 

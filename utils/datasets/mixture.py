@@ -167,6 +167,10 @@ def _specs(name: str, data: dict[str, str | Sequence[str]], problems: list[str])
     if name not in TYPES:
         return []
     specs = _split(data.get(name) or TYPES[name].default, "||")
+    if not TYPES[name].default:  # files, named without the data set
+        specs = [f"{name}|{spec.removeprefix(f'{name}|')}" for spec in specs]
+    if not specs:
+        problems.append(f"{name}: no file is named; give --{name}_data A.jsonl||B.jsonl")
     if len(set(specs)) < len(specs):
         problems.append(f"{name}: a data set is named twice in {specs}")
     of_type = [other for other, row in DATASETS.items() if row.type == name]

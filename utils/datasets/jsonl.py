@@ -1,0 +1,231 @@
+"""One's own data: a JSONL file whose lines hold an image, what is asked about it, and masks (docs/your_own_data.md)."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from utils.datasets.base import DataError, find_paths, unknown
+from utils.datasets.vqa import read_turns
+from utils.tokens import IM_END, IM_START, IMAGE, SEG
+from utils.types import Turn
+
+KEYS = ("image", "query", "conversations", "masks", "split", "size", "meta")
+TRAIN = "train"  # the split of a line that names none
+MOST_SHOWN = 10
+
+
+@dataclass(frozen=True)
+class Line:
+    """A checked line; its masks are as they were written, to be decoded by ``custom.read_mask``.
+
+    Attributes:
+        where: file and line number, for messages; number: that of the line, from 1.
+        image: path, relative to the file's folder.
+        query: what to look for; empty for a conversation, which has ``turns``.
+        size: (height, width) that the masks were made for, if it says so.
+        meta: what reports group by (``{"family": "scratches"}``).
+    """
+
+    where: str
+    number: int
+    image: str
+    query: str
+    turns: tuple[Turn, ...]
+    masks: list[Any]
+    split: str
+    size: tuple[int, int] | None
+    meta: dict[str, Any]
+
+    @property
+    def is_sentence(self) -> bool:
+        return self.query.endswith(("?", ".", "!"))
+
+
+def parse_line(raw: bytes, path: Path, number: int) -> Line:
+    """Checks one line, but for its image and what its masks hold.
+
+    Raises:
+        DataError: starting with file and line.
+    """
+    where = f"{path}, line {number}"
+    try:
+        record = _read_object(raw)
+        return Line(
+            where,
+            number,
+            os.path.normpath(_text(record, "image")),
+            _text(record, "query") if "query" in record else "",
+            turns := _turns(record["conversations"]) if "conversations" in record else (),
+            _masks(record, turns),
+            _text(record, "split") if "split" in record else TRAIN,
+            _size(record.get("size")),
+            _meta(record.get("meta", {})),
+        )
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from error
+
+
+def _read_object(raw: bytes) -> dict[str, Any]:
+    try:
+        record = json.loads(raw.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise DataError(f"not UTF-8 text ({error.reason} at byte {error.start}); save the file as UTF-8") from error
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise DataError(f"not valid JSON ({error}); a line must hold one whole object") from error
+    if not isinstance(record, dict):
+        raise DataError(f"a {type(record).__name__}; a line must hold one JSON object")
+    for key in record:
+        if key not in KEYS:
+            raise DataError(unknown("key", key, KEYS))
+    if ("query" in record) == ("conversations" in record):
+        raise DataError("needs either 'query' or 'conversations'")
+    return record
+
+
+def _text(record: dict[str, Any], key: str) -> str:
+    value = record.get(key)
+    if not isinstance(value, str) or not value.strip():
+        raise DataError(f"{key!r} must be a text, not {str(value)[:60]!r}" if key in record else f"{key!r} is missing")
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        raise DataError(f"{key!r} holds half a character (a lone surrogate): {value[:60]!a}")
+    return value.strip()
+
+
+def _turns(said: Any) -> tuple[Turn, ...]:
+    turns = tuple(Turn(question, answer) for question, answer in read_turns(said))
+    for turn in turns:
+        if found := [token for token in (IMAGE, IM_START, IM_END) if token in turn.answer]:
+            raise DataError(f"an answer holds {found[0]!r}; of the special tokens it may hold [SEG] and [REJ]")
+    return turns
+
+
+def _masks(record: dict[str, Any], turns: tuple[Turn, ...]) -> list[Any]:
+    masks = record.get("masks", [] if turns else None)
+    if not isinstance(masks, list) or not all(isinstance(mask, (str, list, dict)) for mask in masks):
+        said = f"not {str(masks)[:60]}" if "masks" in record else "but is missing"
+        raise DataError(f"'masks' must be a list of polygons, RLE or PNG paths ([] = it is not there), {said}")
+    wanted = sum(turn.answer.count(SEG) for turn in turns)
+    if turns and wanted != len(masks):
+        raise DataError(f"{wanted} [SEG] in the answers but {len(masks)} in 'masks'")
+    return masks
+
+
+def _size(size: Any) -> tuple[int, int] | None:
+    if size is None:
+        return None
+    if not isinstance(size, list) or len(size) != 2 or not all(type(side) is int and side > 0 for side in size):
+        raise DataError(f"'size' must be [height, width] in pixels, not {str(size)[:60]}")
+    return size[0], size[1]
+
+
+def _meta(meta: Any) -> dict[str, Any]:
+    if not isinstance(meta, dict):
+        raise DataError(f"'meta' must be an object, not {str(meta)[:60]}")
+    return meta
+
+
+# -- files -------------------------------------------------------------------------------------------------------------
+
+
+def scan(path: Path) -> tuple[np.ndarray, list[str]]:
+    """Checks every line of a file, but not what its masks hold.
+
+    Returns:
+        int64 [lines, 6]: offset in bytes, line number, image, split, number of masks, number of turns (0 = a query);
+        and the names of the splits.
+
+    Raises:
+        DataError: naming the lines that are wrong, repeat another one, or have no image on disk.
+    """
+    rows, problems = [], []
+    images, splits, seen = dict[str, int](), dict[str, int](), dict[int, int]()
+    end = 0
+    with path.open("rb") as file:
+        for number, raw in enumerate(file, start=1):
+            start, end = end, end + len(raw)
+            if not raw.strip():
+                continue
+            try:
+                line = parse_line(raw, path, number)
+            except DataError as error:
+                problems.append(str(error))
+                continue
+            first = seen.setdefault(hash((line.image, line.query, line.turns)), number)
+            if first != number:
+                problems.append(f"{line.where}: repeats line {first} (same image, same question); join their masks")
+            if line.image not in images and not (path.parent / line.image).is_file():
+                problems.append(f"{line.where}: no image {path.parent / line.image}")
+            image = images.setdefault(line.image, len(images))
+            split = splits.setdefault(line.split, len(splits))
+            rows.append((start, number, image, split, len(line.masks), len(line.turns)))
+    if problems or not rows:
+        more = [f"and {len(problems) - MOST_SHOWN} more"] if len(problems) > MOST_SHOWN else []
+        shown = "\n  ".join([f"{path}: {len(problems)} problem(s)", *problems[:MOST_SHOWN], *more])
+        raise DataError(shown if problems else f"{path} has no line")
+    return np.array(rows, dtype=np.int64), list(splits)
+
+
+class LineFile:
+    """One split of a file, by image. It keeps where lines begin; they are read, and masks decoded, when needed.
+
+    Args:
+        spec: ``custom|FILE`` or ``custom|FILE|SPLIT``, for messages.
+        parts: FILE, looked for in the working directory, then in ``dataset_dir``; and SPLIT.
+        split: what is meant without SPLIT; None = the only split that the file has.
+    """
+
+    def __init__(self, spec: str, parts: list[str], dataset_dir: Path, split: str | None) -> None:
+        if not 1 <= len(parts) <= 2 or not all(parts):
+            raise DataError(f"{spec!r}: write 'custom|FILE.jsonl' or 'custom|FILE.jsonl|SPLIT'")
+        places = [Path(parts[0]), dataset_dir / parts[0]]
+        self.path = find_paths(spec, {"file": places}, "check its path")[0]
+        if not self.path.is_file():
+            raise DataError(f"{spec}: {self.path} is a folder; give the JSONL file in it")
+        rows, splits = scan(self.path)
+        wanted = parts[1] if len(parts) == 2 else split or splits[0]
+        if wanted not in splits:
+            raise DataError(f"{spec}: {unknown('split', wanted, splits)} (of {self.path})")
+        if split is None and len(parts) == 1 and len(splits) > 1:
+            raise DataError(f"{spec}: {self.path} has the splits {', '.join(splits)}; write '{spec}|{splits[0]}'")
+        rows = rows[rows[:, 3] == splits.index(wanted)]
+        self._rows = rows[np.argsort(rows[:, 2], kind="stable")]  # by image; workers share an array's memory
+        self._split_by_image()
+
+    def _split_by_image(self) -> None:
+        self._first = np.flatnonzero(np.diff(self._rows[:, 2], prepend=-1, append=-1))
+
+    def drop_conversations(self) -> list[str]:
+        """Leaves the queries only; returns what goes."""
+        talks = self._rows[:, 5] > 0
+        gone = [f"{self.path}, line {number}: a conversation is not scored" for number in self._rows[talks, 1]]
+        self._rows = self._rows[~talks]
+        self._split_by_image()
+        return gone
+
+    @property
+    def counts(self) -> dict[str, int]:
+        masks, turns = self._rows[:, 4], self._rows[:, 5]
+        return {
+            "images": len(self),
+            "expressions": int(np.maximum(turns, 1).sum()),
+            "absent": int(((masks == 0) & (turns == 0)).sum()),
+            "multi": int(((masks > 1) & (turns == 0)).sum()),
+        }
+
+    def __len__(self) -> int:
+        return max(0, len(self._first) - 1)
+
+    def lines(self, image: int) -> list[Line]:
+        """All lines about an image."""
+        with self.path.open("rb") as file:
+            return [self._read(file, row) for row in self._rows[self._first[image] : self._first[image + 1]]]
+
+    def _read(self, file, row: np.ndarray) -> Line:
+        file.seek(int(row[0]))
+        return parse_line(file.readline(), self.path, int(row[1]))
