@@ -1,0 +1,374 @@
+"""Writes one's own annotations as the JSONL that training and evaluation read (docs/your_own_data.md), and checks it.
+
+    python scripts/convert_data.py labelme photos --output own.jsonl --val 0.2 --absent 1
+    python scripts/convert_data.py coco instances.json --images photos --output own.jsonl --query "the {label}"
+    python scripts/convert_data.py masks masks --images photos --output own.jsonl --query "the crack"
+    python scripts/convert_data.py check own.jsonl --pictures 12
+
+A query is asked of an image once: what has the same label there becomes one line with several masks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import binascii
+import io
+import json
+import os
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+from PIL import Image
+
+from utils import cli
+from utils.datasets.base import DECODE_ERRORS, DataError, read_json, stack_masks
+from utils.datasets.coco_file import by_id, image_record, row_of
+from utils.datasets.custom import load, read_labels
+from utils.datasets.jsonl import Line, LineFile, scan
+from utils.datasets.reason_seg import IMAGE_SUFFIXES
+from utils.metrics import encode_mask
+from utils.visualize import Panel, save_picture, sheet
+
+
+@dataclass
+class Photo:
+    """An annotated image: per query its masks, as the JSONL has them; no mask = it is not there."""
+
+    path: Path
+    size: tuple[int, int] | None
+    queries: dict[str, list[Any]] = field(default_factory=lambda: defaultdict(list))
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_arguments(argv)
+    if args.source == "check":
+        return check(args.file, args.pictures)
+    if args.output.exists() and not args.overwrite:
+        raise ValueError(f"--output {args.output} is there already; add --overwrite, or give another name")
+    if "{label}" not in args.query and args.source != "masks":
+        raise ValueError(f"--query {args.query!r} lacks {{label}}: every object would be asked for in the same words")
+    skipped: Counter[str] = Counter()
+    photos = {"labelme": read_labelme, "coco": read_coco, "masks": read_masks}[args.source](args, skipped)
+    lines = lines_of(photos, args.output.parent, args.val, args.absent)
+    if not lines:
+        raise DataError(f"nothing to write to {args.output}: no label in {len(photos)} images")
+    write(lines, args.output)
+    for reason, count in sorted(skipped.items()):
+        print(f"left out: {count} x {reason}", file=sys.stderr)
+    absent, splits = sum(not line["masks"] for line in lines), Counter(line.get("split", "train") for line in lines)
+    shares = ", ".join(f"{count} {split}" for split, count in splits.items())
+    print(f"wrote {args.output}: {len(photos)} images, {len(lines)} queries ({absent} absent; {shares})")
+    print(f"look at it: python scripts/convert_data.py check {args.output} --pictures 12")
+    return 0
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    sources = parser.add_subparsers(dest="source", required=True, metavar="{labelme,coco,masks,check}")
+    shared = argparse.ArgumentParser(add_help=False)
+    add = shared.add_argument
+    add("--output", type=Path, required=True, metavar="FILE", help="JSONL to write; paths in it are relative to it")
+    add("--overwrite", action="store_true", help="replace --output")
+    add("--query", default="{label}", metavar="TEXT", help='the query, such as "the {label}" (default: {label})')
+    add("--val", type=_share, default=0.0, metavar="P", help="share of the images for the split 'val', such as 0.2")
+    add(
+        "--absent",
+        type=int,
+        default=0,
+        metavar="N",
+        help="also ask each image for up to N labels of other images, with the answer that they are not there; only "
+        "where everything is annotated",
+    )
+    source = sources.add_parser("labelme", parents=[shared], help="a folder of LabelMe's JSON files")
+    source.add_argument("folder", type=Path, help="looked through with its subfolders")
+    source = sources.add_parser("coco", parents=[shared], help="a COCO JSON (instances)")
+    source.add_argument("file", type=Path)
+    source.add_argument("--images", type=Path, metavar="DIR", help="folder of the images (default: the file's)")
+    source.add_argument(
+        "--label",
+        choices=("category", "caption"),
+        default="category",
+        help="what {label} is: the category's name (default), or the annotation's own 'caption'",
+    )
+    source = sources.add_parser("masks", parents=[shared], help="PNG masks: NAME.png, NAME_mask.png or LABEL/NAME.png")
+    source.add_argument("folder", type=Path)
+    source.add_argument("--images", type=Path, required=True, metavar="DIR", help="folder of the images NAME.jpg")
+    source.add_argument(
+        "--classes", type=Path, metavar="FILE", help="for index PNGs: a text file, line k names value k; 0 is nothing"
+    )
+    source = sources.add_parser("check", help="decode every image and mask of a JSONL, and name all that is wrong")
+    source.add_argument("file", type=Path)
+    source.add_argument("--pictures", type=int, default=0, metavar="N", help="also draw N lines into FILE.png")
+    return parser.parse_args(argv)
+
+
+def _share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = -1.0
+    if not 0 <= share < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a share from 0 to below 1")
+    return share
+
+
+# -- LabelMe -----------------------------------------------------------------------------------------------------------
+
+
+def read_labelme(args: argparse.Namespace, skipped: Counter[str]) -> list[Photo]:
+    """A photo per JSON file. Shapes of one label and group_id are parts of one object.
+
+    A file that has queries of its own in ``text``, as ReasonSeg's, means its targets by each of them.
+    """
+    files = sorted(args.folder.rglob("*.json"))
+    if not files:
+        raise DataError(
+            f"{args.folder} holds no .json, in its subfolders neither; give the folder that LabelMe wrote to"
+        )
+    photos = []
+    for file in files:
+        annotation = read_json(file)
+        shapes = annotation.get("shapes")
+        if not isinstance(shapes, list) or not all(
+            isinstance(shape, dict) and isinstance(shape.get("label"), str) and shape["label"].strip()
+            for shape in shapes
+        ):
+            raise DataError(f"{file} is not LabelMe's: no list 'shapes' of dicts with a 'label'")
+        size = (annotation.get("imageHeight"), annotation.get("imageWidth"))
+        photo = Photo(_labelme_image(file, annotation), size if all(type(side) is int for side in size) else None)
+        objects: dict[Any, list[Any]] = defaultdict(list)
+        for number, shape in enumerate(shapes):
+            try:
+                parts = _labelme_shape(shape, photo)
+            except DataError as error:
+                skipped[f"{shape.get('shape_type')} ({error})"] += 1
+                continue
+            group = shape.get("group_id")
+            objects[shape["label"].strip(), number if group is None else f"group {group}"] += parts
+        texts = annotation.get("text")
+        for (label, _), parts in objects.items():
+            queries = [args.query.replace("{label}", label)]
+            if isinstance(texts, list):
+                queries = [str(text).strip() for text in texts if label == "target"]
+            rings = [part for part in parts if isinstance(part, list)]
+            for query in filter(None, queries):
+                photo.queries[query] += [rings] * bool(rings) + [part for part in parts if isinstance(part, dict)]
+        photos.append(photo)
+    return photos
+
+
+def _labelme_image(file: Path, annotation: dict[str, Any]) -> Path:
+    """What ``imagePath`` names (Windows writes backslashes), or the image of the file's own name beside it."""
+    named = str(annotation.get("imagePath") or "").replace("\\", "/")
+    places = [file.parent / named] if named else []
+    places += [
+        path for path in sorted(file.parent.glob(f"{_escaped(file.stem)}.*")) if path.suffix.lower() in IMAGE_SUFFIXES
+    ]
+    found = next((place for place in places if place.is_file()), None)
+    if found is None:
+        raise DataError(f"{file} has no image: neither its imagePath {named!r} nor one of its own name is there")
+    return found
+
+
+def _escaped(name: str) -> str:
+    """A file name without the characters that a glob takes for patterns."""
+    return "".join(f"[{character}]" if character in "[]*?" else character for character in name)
+
+
+def _labelme_shape(shape: dict[str, Any], photo: Photo) -> list[Any]:
+    """One shape as polygons, [[[x, y], ...]], or RLE; ``DataError`` with the reason if it has no area."""
+    kind = shape.get("shape_type") or "polygon"
+    try:
+        points = np.array(shape.get("points"), dtype=np.float64).reshape(-1, 2).round(2)
+    except (TypeError, ValueError) as error:
+        raise DataError("its points are no pairs of numbers") from error
+    if kind == "mask":
+        return [_labelme_mask(shape.get("mask"), points, photo)]
+    if kind == "rectangle" and len(points) == 2:
+        (x0, y0), (x1, y1) = points
+        points = np.array([[x0, y0], [x1, y0], [x1, y1], [x0, y1]])
+    elif kind == "circle" and len(points) == 2:  # its center, and a point on it
+        angles = np.linspace(0, 2 * np.pi, 64, endpoint=False)
+        radius = np.hypot(*(points[1] - points[0]))
+        points = (points[0] + radius * np.stack([np.cos(angles), np.sin(angles)], axis=1)).round(2)
+    elif kind not in ("polygon", "rectangle"):
+        raise DataError("it has no area")
+    if len(points) < 3:
+        raise DataError(f"{len(points)} points")
+    return [points.tolist()]
+
+
+def _labelme_mask(encoded: Any, points: np.ndarray, photo: Photo) -> dict[str, Any]:
+    """LabelMe's mask: a PNG in base64, to be pasted at the upper left one of two corners."""
+    if photo.size is None:
+        raise DataError("the file does not say imageHeight and imageWidth")
+    try:
+        with Image.open(io.BytesIO(base64.b64decode(encoded))) as picture:
+            patch = np.asarray(picture) != 0
+    except (*DECODE_ERRORS, binascii.Error, TypeError) as error:
+        raise DataError("its PNG cannot be read") from error
+    mask = np.zeros(photo.size, dtype=bool)
+    x, y = (int(corner) for corner in points.min(axis=0)) if len(points) else (0, 0)
+    if patch.ndim != 2 or x < 0 or y < 0 or mask[y : y + len(patch), x : x + patch.shape[1]].shape != patch.shape:
+        raise DataError("its PNG does not fit into the image")
+    mask[y : y + len(patch), x : x + patch.shape[1]] = patch
+    return encode_mask(mask)
+
+
+# -- COCO --------------------------------------------------------------------------------------------------------------
+
+
+def read_coco(args: argparse.Namespace, skipped: Counter[str]) -> list[Photo]:
+    """A photo per image of the file, a mask per annotation."""
+    instances = read_json(args.file)
+    folder = args.images or args.file.parent
+    images = by_id(instances, "images", args.file)
+    categories = by_id(instances, "categories", args.file) if args.label == "category" else {}
+    photos = {}
+    for key, image in images.items():
+        record = image_record(image)
+        photos[key] = Photo(folder / record["file_name"], (record["height"], record["width"]))
+    for annotation in by_id(instances, "annotations", args.file).values():
+        photo = photos[row_of(images, annotation.get("image_id"), "image", args.file)["id"]]
+        source = annotation
+        if args.label == "category":
+            source = row_of(categories, annotation.get("category_id"), "category", args.file)
+        label = source.get("name" if args.label == "category" else "caption")
+        if not isinstance(label, str) or not label.strip():
+            raise DataError(
+                f"{args.file}: annotation {annotation['id']} has the {args.label} {label!r}; expected a text"
+            )
+        masks = _coco_masks(annotation.get("segmentation"))
+        if masks:
+            photo.queries[args.query.replace("{label}", label.strip())] += masks
+        else:
+            skipped["annotation without a segmentation of 3 points"] += 1
+    return list(photos.values())
+
+
+def _coco_masks(segmentation: Any) -> list[Any]:
+    """COCO's segmentation as items of ``masks``: one of several polygons, or RLE."""
+    if isinstance(segmentation, dict):
+        return [segmentation]
+    parts = segmentation if isinstance(segmentation, list) else []
+    rings = [part for part in parts if isinstance(part, list) and len(part) >= 6]
+    return [part for part in parts if isinstance(part, dict)] + [rings] * bool(rings)
+
+
+# -- mask pictures -----------------------------------------------------------------------------------------------------
+
+
+def read_masks(args: argparse.Namespace, skipped: Counter[str]) -> list[Photo]:
+    """A photo per image that has a PNG. A PNG all black says that its label is not there."""
+    files = sorted(path for path in args.folder.rglob("*") if path.suffix.lower() == ".png")
+    if not files:
+        raise DataError(f"{args.folder} holds no .png, in its subfolders neither")
+    images = {path.stem: path for path in sorted(args.images.iterdir()) if path.suffix.lower() in IMAGE_SUFFIXES}
+    classes = args.classes.read_text(encoding="utf-8").split("\n") if args.classes else []
+    photos: dict[Path, Photo] = {}
+    for file in files:
+        image = images.get(file.stem) or images.get(file.stem.removesuffix("_mask"))
+        if image is None:
+            raise DataError(f"{file} has no image {file.stem}.jpg (.jpeg, .png) in {args.images}")
+        labels = read_labels(file)
+        photo = photos.setdefault(image, Photo(image, labels.shape))
+        if classes:
+            for value in np.unique(labels[labels > 0]).tolist():
+                name = classes[value - 1].strip() if value <= len(classes) else ""
+                if name:
+                    photo.queries[args.query.replace("{label}", name)].append(encode_mask(labels == value))
+                else:
+                    skipped[f"value {value}, which {args.classes} does not name"] += 1
+            continue
+        label = "" if file.parent == args.folder else file.parent.name
+        if not label and "{label}" in args.query:
+            raise DataError(f"{file} says not what it shows: give --query or --classes, or put it into a folder LABEL")
+        path = relative(file, args.output.parent)
+        photo.queries[args.query.replace("{label}", label)] += [path] * bool(labels.any())
+    return list(photos.values())
+
+
+# -- writing -----------------------------------------------------------------------------------------------------------
+
+
+def lines_of(photos: list[Photo], folder: Path, val: float, absent: int) -> list[dict[str, Any]]:
+    """The JSONL's lines; paths are relative to ``folder``. Which images are for validation is always the same."""
+    rng = np.random.default_rng(0)
+    for_val = set(rng.permutation(len(photos))[: round(val * len(photos)) or bool(val)].tolist())
+    everywhere = sorted({query for photo in photos for query in photo.queries})
+    lines = []
+    for number, photo in enumerate(photos):
+        others = [query for query in everywhere if query not in photo.queries]
+        asked = dict(photo.queries) | {others[i]: [] for i in rng.permutation(len(others))[:absent]}
+        for query, masks in asked.items():
+            line = {"image": relative(photo.path, folder), "query": query, "masks": masks}
+            line |= {"size": list(photo.size)} if photo.size else {}
+            lines.append(line | ({"split": "val" if number in for_val else "train"} if val else {}))
+    return lines
+
+
+def relative(path: Path, folder: Path) -> str:
+    return Path(os.path.relpath(path, folder)).as_posix()
+
+
+def write(lines: list[dict[str, Any]], output: Path) -> None:
+    """The whole file or none."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    partial = output.with_name(f".{output.name}.partial")
+    try:
+        partial.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+        partial.replace(output)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+# -- checking ----------------------------------------------------------------------------------------------------------
+
+
+def check(path: Path, pictures: int) -> int:
+    """Decodes everything; 0 if all is well. ``DataError`` for what reading would refuse at its start."""
+    _, splits = scan(path)
+    problems: list[str] = []
+    for split in splits:
+        file = LineFile(str(path), [str(path), split], path.parent, None)
+        print(f"{split}: " + ", ".join(f"{count} {name}" for name, count in file.counts.items()))
+        lines = [line for image in range(len(file)) for line in file.lines(image)]
+        problems += [problem for line in lines if (problem := _problem(path.parent, line))]
+        if pictures and not problems:
+            chosen = [lines[i] for i in np.linspace(0, len(lines) - 1, min(pictures, len(lines))).round().astype(int)]
+            picture = path.with_name(f"{path.stem}.{split}.png")
+            save_picture(picture, sheet(list(_panels(path.parent, chosen)), f"{path}, {split}"))
+            print(f"wrote {picture}")
+    if problems:
+        raise DataError("\n  ".join([f"{path}: {len(problems)} line(s) cannot be used", *problems]))
+    print(f"{path}: all images and masks can be read")
+    return 0
+
+
+def _problem(folder: Path, line: Line) -> str:
+    try:
+        load(folder, [line])
+    except DataError as error:
+        return str(error)
+    return ""
+
+
+def _panels(folder: Path, lines: Iterable[Line]) -> Iterator[Panel]:
+    for line in lines:
+        image, [masks] = load(folder, [line])
+        said = " / ".join(f"{turn.question} {turn.answer}" for turn in line.turns)
+        stack = stack_masks(masks, *image.shape[:2])
+        truth = stack.max(axis=0, initial=0)
+        yield Panel(image, line.query or said, stack, truth=truth, notes=[f"{len(masks)} masks, line {line.number}"])
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))
