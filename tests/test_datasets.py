@@ -10,6 +10,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from disk import REALDATA, H, W, box, square, write_image, write_json
 from PIL import Image
 from pycocotools import mask as coco_mask
 
@@ -29,23 +30,6 @@ from utils.datasets.templates import (
 )
 from utils.types import EvalQuery, Sample, Turn
 
-H, W = 40, 60
-REALDATA = Path(__file__).resolve().parents[2] / "shared/realdata"
-
-
-def box(x: int, y: int, size: int = 10) -> list[float]:
-    return [x, y, x + size, y, x + size, y + size, x, y + size]
-
-
-def write_image(path: Path, height: int = H, width: int = W) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", (width, height), (30, 60, 90)).save(path)
-
-
-def write_json(path: Path, value: object, encoding: str = "utf-8") -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(json.dumps(value, ensure_ascii=False).encode(encoding))
-
 
 def write_reason(
     folder: Path, stem: str, texts: list[str], is_sentence: bool, shapes: list, suffix: str = ".jpg"
@@ -54,10 +38,6 @@ def write_reason(
     Image.new("RGB", (W, H)).save(folder / (stem + suffix), "JPEG")
     rows = [{"label": label, "points": points, "group_id": None} for label, points in shapes]
     write_json(folder / f"{stem}.json", {"text": texts, "is_sentence": is_sentence, "shapes": rows}, "cp1252")
-
-
-def square(x: float, y: float, size: float = 10) -> list[list[float]]:
-    return [[x, y], [x + size, y], [x + size, y + size], [x, y + size]]
 
 
 @pytest.fixture

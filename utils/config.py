@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import Field, asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -107,6 +107,12 @@ class DataSettings:
     dataset: tuple[str, ...] = setting(("refer_seg", "reason_seg"), "types to mix, A||B||C")
     sample_rates: tuple[float, ...] = setting((), "how often each type is drawn, 9,3,1; empty = all equally often")
     refer_seg_data: tuple[str, ...] = setting((), "referring data sets, A||B; empty = refclef and refcoco, +, g")
+    neg_refer_seg_data: tuple[str, ...] = setting(
+        (), "referring data sets with false expressions; empty = R-refcoco, R-refcoco+, R-refcocog"
+    )
+    correct_refer_seg_data: tuple[str, ...] = setting(
+        (), "the same with corrections; empty = fprefcoco, fprefcoco+, fprefcocog"
+    )
     vqa_data: tuple[str, ...] = setting((), "question-answering data sets; empty = llava_instruct_150k")
     reason_seg_data: tuple[str, ...] = setting((), "reasoning data sets, NAME|split; empty = ReasonSeg|train")
     custom_data: tuple[str, ...] = setting((), "files of one's own data, A.jsonl||B.jsonl (docs/your_own_data.md)")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from utils.datasets.base import DataError, DataOptions, EvalDataset, Row, TrainDataset, coco, unknown
 from utils.datasets.custom import CustomEval, CustomTrain
+from utils.datasets.fp_refer_seg import FpReferSegTrain
 from utils.datasets.reason_seg import ReasonSegEval, ReasonSegTrain
 from utils.datasets.refer_seg import ReferSegEval, ReferSegTrain
 from utils.datasets.vqa import VqaTrain
@@ -32,6 +33,8 @@ class Type:
 
 TYPES = {
     "refer_seg": Type(ReferSegTrain, ReferSegEval, "refclef||refcoco||refcoco+||refcocog"),
+    "neg_refer_seg": Type(FpReferSegTrain, ReferSegEval, "R-refcoco||R-refcoco+||R-refcocog"),
+    "correct_refer_seg": Type(FpReferSegTrain, ReferSegEval, "fprefcoco||fprefcoco+||fprefcocog"),
     "vqa": Type(VqaTrain, None, "llava_instruct_150k"),
     "reason_seg": Type(ReasonSegTrain, ReasonSegEval, "ReasonSeg|train"),
     "custom": Type(CustomTrain, CustomEval, ""),
@@ -41,6 +44,12 @@ _REFS = ("refs({split_by}).p", "refs({split_by}).json")
 _GREFS = ("grefs({split_by}).json", "grefs({split_by}).p")
 _ZOM_IMAGES = tuple(f"refer_seg/refzom/{folder}" for folder in ("trainval2014", "train2014", "val2014"))
 
+
+def _false_premises(kind: str, name: str, split_by: str) -> Row:
+    splits = split_by, f"{split_by}_exclude_unified"
+    return Row(kind, f"refer_seg/{name}", coco("train2014"), _REFS, *splits, false_premises=True)
+
+
 DATASETS = {
     "refclef": Row("refer_seg", "refer_seg/refclef", ("refer_seg/images/saiapr_tc-12",), _REFS, "unc"),
     "refcoco": Row("refer_seg", "refer_seg/refcoco", coco("train2014"), _REFS, "unc"),
@@ -48,6 +57,12 @@ DATASETS = {
     "refcocog": Row("refer_seg", "refer_seg/refcocog", coco("train2014"), _REFS, "umd"),
     "grefcoco": Row("refer_seg", "refer_seg/grefcoco", coco("train2014"), _GREFS, "unc"),
     "refzom": Row("refer_seg", "refer_seg/refzom", _ZOM_IMAGES, ("Ref_ZOM.p",)),
+    "R-refcoco": _false_premises("neg_refer_seg", "R-refcoco", "unc"),
+    "R-refcoco+": _false_premises("neg_refer_seg", "R-refcoco+", "unc"),
+    "R-refcocog": _false_premises("neg_refer_seg", "R-refcocog", "umd"),
+    "fprefcoco": _false_premises("correct_refer_seg", "fprefcoco", "berkeley"),
+    "fprefcoco+": _false_premises("correct_refer_seg", "fprefcoco+", "berkeley"),
+    "fprefcocog": _false_premises("correct_refer_seg", "fprefcocog", "berkeley"),
     "llava_instruct_150k": Row("vqa", "llava_dataset/llava_instruct_150k.json", coco("train2017")),
     "ReasonSeg": Row("reason_seg", "reason_seg/ReasonSeg"),
     "custom": Row("custom", ""),
@@ -63,10 +78,11 @@ def get_train_dataset(spec: str, dataset_dir: str | Path, options: DataOptions |
 def get_eval_dataset(spec: str, dataset_dir: str | Path) -> EvalDataset:
     """``"ReasonSeg|val_short"``, ``"refcoco|unc|val"`` -> the benchmark's split."""
     name, row, parts, root = _look_up(spec, dataset_dir)
-    if TYPES[row.type].evaluate is None:
+    evaluate = TYPES[row.type].evaluate
+    if evaluate is None:
         known = [other for other, its in DATASETS.items() if TYPES[its.type].evaluate]
         raise DataError(f"{name!r} has no evaluation. These have: {', '.join(known)}")
-    return TYPES[row.type].evaluate(spec, row, parts, root)
+    return evaluate(spec, row, parts, root)
 
 
 def _look_up(spec: str, dataset_dir: str | Path) -> tuple[str, Row, list[str], Path]:

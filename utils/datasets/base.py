@@ -9,7 +9,7 @@ import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -19,6 +19,8 @@ from utils.tokens import SEG
 from utils.types import EvalSample, Sample
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 class DataError(ValueError):
@@ -390,7 +392,7 @@ def draw(number: int, size: int, rng: np.random.Generator) -> list[int]:
     return rng.permutation(size)[:number].tolist()
 
 
-def pick(choices: Sequence[str], rng: np.random.Generator) -> str:
+def pick(choices: Sequence[T], rng: np.random.Generator) -> T:
     return choices[int(rng.integers(len(choices)))]
 
 

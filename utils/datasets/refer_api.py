@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from utils.datasets.base import DataError, PackedRecords, decode_segmentation, read_json
+from utils.datasets.coco_file import by_id, image_record, is_id, row_of, segmentation_of
 
 # -- pickles without code ----------------------------------------------------------------------------------------------
 
@@ -118,12 +119,17 @@ class Ref:
     Attributes:
         ref_id: as in the file.
         ann_ids: the annotations whose union is the mask; empty = nothing in the image fits.
-        sentences: dicts with ``sent_id``, ``sent`` and whatever else the data set says of a sentence.
+        sentences: dicts with ``sent_id``, ``sent`` and whatever else the data set says of a sentence;
+            ``false_premise`` is true where a data set of false premises says that nothing fits this one.
     """
 
     ref_id: int | str
-    ann_ids: list[int]
+    ann_ids: list[int | str]
     sentences: list[dict[str, Any]]
+
+    def targets(self, sentence: dict[str, Any]) -> list[int | str]:
+        """The annotations that one of the sentences means."""
+        return [] if sentence.get("false_premise") else self.ann_ids
 
 
 @dataclass
@@ -156,8 +162,18 @@ class ReferIndex:
         return mask
 
 
-def build_index(name: str, refs_path: Path, instances_path: Path, split: str) -> ReferIndex:
-    """Reads both files and keeps what the split needs. Unusable records are listed, not fatal."""
+def build_index(
+    name: str, refs_path: Path, instances_path: Path, split: str, false_premises: bool = False
+) -> ReferIndex:
+    """Reads both files and keeps what the split needs. Unusable records are listed, not fatal.
+
+    Args:
+        name: for messages.
+        refs_path: the refs, a pickle or JSON.
+        instances_path: the annotations that they point to.
+        split: which refs.
+        false_premises: whether sentences say themselves if they are true of the image.
+    """
     refs = read_pickle(refs_path) if refs_path.suffix == ".p" else read_json(refs_path, list)
     if not isinstance(refs, list) or not all(isinstance(ref, dict) for ref in refs):
         raise DataError(f"{refs_path} is not a list of dicts as a refs file must be")
@@ -166,7 +182,7 @@ def build_index(name: str, refs_path: Path, instances_path: Path, split: str) ->
         known = sorted({str(ref.get("split")) for ref in refs})
         raise DataError(f"{name}: {refs_path} has no split {split!r}; it has: {', '.join(known) or 'no refs at all'}")
     instances = read_json(instances_path)
-    images, annotations = _by_id(instances, "images", instances_path), _by_id(instances, "annotations", instances_path)
+    images, annotations = by_id(instances, "images", instances_path), by_id(instances, "annotations", instances_path)
 
     records: dict[Any, dict[str, Any]] = {}
     problems: list[str] = []
@@ -174,45 +190,35 @@ def build_index(name: str, refs_path: Path, instances_path: Path, split: str) ->
     for ref in chosen:
         label = f"{name}, ref {ref.get('ref_id')}"
         try:
-            parsed = _parse_ref(ref)
-            image_id = ref.get("image_id")
-            image = images.get(image_id) if _is_id(image_id) else None
-            if image is None:
-                raise DataError(f"image {image_id!r} is not in {instances_path}")
-            segmentations = {str(ann_id): _segmentation(annotations, ann_id, image) for ann_id in parsed.ann_ids}
+            parsed = _parse_ref(ref, false_premises)
+            image = row_of(images, ref.get("image_id"), "image", instances_path)
+            rows = [row_of(annotations, ann_id, "annotation", instances_path) for ann_id in parsed.ann_ids]
+            segmentations = {str(row["id"]): segmentation_of(row, image["id"]) for row in rows}
             if image["id"] not in records:
-                records[image["id"]] = _image_record(image)
+                records[image["id"]] = {**image_record(image), "refs": [], "segmentations": {}}
         except DataError as error:
             problems.append(f"{label}: {error}")
             continue
         record = records[image["id"]]
         record["refs"].append(vars(parsed))
         record["segmentations"].update(segmentations)
-        counts["expressions"] += len(parsed.sentences)
-        counts["absent"] += len(parsed.sentences) * (not parsed.ann_ids)
-        counts["multi"] += len(parsed.sentences) * (len(parsed.ann_ids) > 1)
+        targets = [len(parsed.targets(sentence)) for sentence in parsed.sentences]
+        counts["expressions"] += len(targets)
+        counts["absent"] += sum(number == 0 for number in targets)
+        counts["multi"] += sum(number > 1 for number in targets)
     counts["images"] = len(records)
     if not records:
         raise DataError(f"{name}: no usable ref among {len(chosen)}; the first problem: {problems[0]}")
     return ReferIndex(name, PackedRecords(records.values()), problems, counts)
 
 
-def _by_id(instances: dict, key: str, path: Path) -> dict[Any, dict]:
-    rows = instances.get(key)
-    if not isinstance(rows, list) or not all(isinstance(row, dict) and _is_id(row.get("id")) for row in rows):
-        raise DataError(f"{path} has no list {key!r} of dicts with an 'id'")
-    return {row["id"]: row for row in rows}
-
-
-def _is_id(value: Any) -> bool:
-    return isinstance(value, (int, str)) and not isinstance(value, bool)
-
-
-def _parse_ref(ref: dict[str, Any]) -> Ref:
-    ann_ids = ref.get("ann_id")
+def _parse_ref(ref: dict[str, Any], false_premises: bool) -> Ref:
+    ref_id, ann_ids = ref.get("ref_id"), ref.get("ann_id")
+    if not is_id(ref_id):
+        raise DataError(f"ref_id is {ref_id!r}; expected an id")
     ann_ids = ann_ids if isinstance(ann_ids, list) else [ann_ids]
     ann_ids = [] if ann_ids == [-1] else ann_ids
-    if not all(_is_id(ann_id) and ann_id != -1 for ann_id in ann_ids):
+    if not all(is_id(ann_id) and ann_id != -1 for ann_id in ann_ids):
         raise DataError(f"ann_id is {ref.get('ann_id')!r}; expected an id, a list of ids, or [-1] for no target")
     sentences = ref.get("sentences")
     if not isinstance(sentences, list) or not all(isinstance(sentence, dict) for sentence in sentences):
@@ -224,31 +230,23 @@ def _parse_ref(ref: dict[str, Any]) -> Ref:
             kept.append({"sent_id": number, **extra})
     if not kept:
         raise DataError("no sentence with a text in 'sent'")
-    return Ref(ref.get("ref_id"), ann_ids, kept)
+    if len({str(sentence["sent_id"]) for sentence in kept}) < len(kept):  # results are told apart by it
+        kept = [{**sentence, "sent_id": number} for number, sentence in enumerate(kept)]
+    if false_premises:
+        kept = [{**sentence, "false_premise": _is_false(sentence)} for sentence in kept]
+        if all(sentence["false_premise"] for sentence in kept):
+            ann_ids = []  # what they were derived from does not matter
+    return Ref(ref_id, ann_ids, kept)
 
 
-def _segmentation(annotations: dict[Any, dict], ann_id: int, image: dict[str, Any]) -> Any:
-    annotation = annotations.get(ann_id)
-    if annotation is None:
-        raise DataError(f"annotation {ann_id} is not in the annotations")
-    if annotation.get("image_id", image["id"]) != image["id"]:
-        raise DataError(f"annotation {ann_id} belongs to image {annotation['image_id']}, the ref to {image['id']}")
-    if not annotation.get("segmentation"):
-        raise DataError(f"annotation {ann_id} has no segmentation")
-    return annotation["segmentation"]
-
-
-def _image_record(image: dict[str, Any]) -> dict[str, Any]:
-    height, width, file_name = image.get("height"), image.get("width"), image.get("file_name")
-    if not (isinstance(height, int) and isinstance(width, int) and height > 0 and width > 0):
-        raise DataError(f"image {image['id']} has height {height!r} and width {width!r}")
-    if (
-        not isinstance(file_name, str)
-        or not file_name
-        or Path(file_name).is_absolute()
-        or ".." in Path(file_name).parts
-    ):
-        raise DataError(f"image {image['id']} has file_name {file_name!r}")
-    return {
-        "id": image["id"], "file_name": file_name, "height": height, "width": width, "refs": [], "segmentations": {},
-    }  # fmt: skip
+def _is_false(sentence: dict[str, Any]) -> bool:
+    """What ``exist`` (R-RefCOCO) or ``is_false_premise`` (FP-RefCOCO) says; a sentence without either is true."""
+    for key, false in (("exist", False), ("is_false_premise", True)):
+        value = sentence.get(key)
+        if not (value is None or isinstance(value, bool)):
+            raise DataError(f"sentence {sentence['sent']!r} has {key} {value!r}; expected true or false")
+        if value is false:
+            if not isinstance(sentence.get("gt_sent") or "", str):
+                raise DataError(f"sentence {sentence['sent']!r} has gt_sent {sentence['gt_sent']!r}; expected a text")
+            return True
+    return False

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +14,17 @@ from utils.datasets.base import (
     check_sample,
     check_size,
     draw,
+    find_image,
     find_paths,
     pick,
     read_image,
     stack_masks,
+    warn_of,
 )
-from utils.datasets.refer_api import Ref, ReferIndex, build_index
-from utils.datasets.templates import ANSWERS, QUESTIONS, joint_turn
+from utils.datasets.refer_api import ReferIndex, build_index
+from utils.datasets.templates import ANSWERS, QUESTIONS, fill, joint_turn
 from utils.tokens import REJ, SEG
-from utils.types import EvalQuery, EvalSample, Sample, Turn
-
-logger = logging.getLogger(__name__)
+from utils.types import Conversation, EvalQuery, EvalSample, Sample, Turn
 
 
 class ReferSplit:
@@ -43,11 +42,10 @@ class ReferSplit:
             "check --dataset_dir, and the split_by part of the name",
         )
         self.folders = [dataset_dir / images for images in row.images]
-        self.index: ReferIndex = build_index(self.name, refs, instances, split)
+        self.index: ReferIndex = build_index(self.name, refs, instances, split, row.false_premises)
 
     def image_path(self, record: dict[str, Any]) -> Path:
-        places = [folder / record["file_name"] for folder in self.folders]
-        return find_paths(self.name, {f"image {record['file_name']}": places})[0]
+        return find_image(self.name, record["file_name"], self.folders)
 
     def image(self, record: dict[str, Any]) -> np.ndarray:
         image = read_image(self.image_path(record))
@@ -71,11 +69,10 @@ class ReferSegTrain:
             raise DataError(f"{'|'.join([name, *parts])!r}: for training write {name!r} or '{name}|SPLIT_BY'")
         self.name, self.options = "|".join([name, *parts]), options
         self.has_absent = row.annotations[0].startswith(("grefs", "Ref_ZOM"))
-        self.split = ReferSplit(name, row, parts[0] if parts else row.split_by, "train", dataset_dir)
+        split_by = parts[0] if parts else row.train_split_by or row.split_by
+        self.split = ReferSplit(name, row, split_by, "train", dataset_dir)
         self.split.image_path(self.split.index.images[0])  # a wrong folder shows now, not at the first step
-        if self.split.index.problems:
-            problems = self.split.index.problems
-            logger.warning("%s: %d refs cannot be used, the first: %s", self.name, len(problems), problems[0])
+        warn_of(self.name, self.split.index.problems)
 
     def __len__(self) -> int:
         return len(self.split.index.images)
@@ -85,13 +82,15 @@ class ReferSegTrain:
         record = self.split.index.images[index]
         refs = self.split.index.refs(record)
         chosen = [refs[i] for i in draw(self.options.questions_per_image, len(refs), rng)]
-        texts = [pick([sentence["sent"] for sentence in ref.sentences], rng) for ref in chosen]
+        sentences = [pick(ref.sentences, rng) for ref in chosen]
+        targets = [ref.targets(sentence) for ref, sentence in zip(chosen, sentences)]
         if self.has_absent and rng.random() < self.options.joint_probability:
-            tokens = [SEG if ref.ann_ids else REJ for ref in chosen]
-            conversations = [(joint_turn(texts, tokens),)]
+            tokens = [SEG if found else REJ for found in targets]
+            texts = [sentence["sent"] for sentence in sentences]
+            conversations: list[Conversation] = [(joint_turn(texts, tokens),)]
         else:
-            conversations = [(_turn(ref, text, rng),) for ref, text in zip(chosen, texts)]
-        masks = [self.split.index.mask(record, ref) for ref in chosen if ref.ann_ids]
+            conversations = [(self.turn(s, len(found), rng),) for s, found in zip(sentences, targets)]
+        masks = [self.split.index.mask(record, ref) for ref, found in zip(chosen, targets) if found]
         return check_sample(
             Sample(
                 source=f"{self.name}/{record['file_name']}",
@@ -101,13 +100,13 @@ class ReferSegTrain:
             )
         )
 
+    def turn(self, sentence: dict[str, Any], targets: int, rng: np.random.Generator) -> Turn:
+        """A question about one sentence and its answer; ``targets`` is the number of objects that it means."""
+        kind = ("absent", "target", "merged")[min(targets, 2)]
+        return Turn(fill(pick(QUESTIONS["phrase"], rng), query=sentence["sent"]), pick(ANSWERS[kind], rng))
+
     def describe(self) -> dict[str, int]:
         return {**self.split.index.counts, "unusable": len(self.split.index.problems)}
-
-
-def _turn(ref: Ref, text: str, rng: np.random.Generator) -> Turn:
-    kind = ("absent", "target", "merged")[min(len(ref.ann_ids), 2)]
-    return Turn(pick(QUESTIONS["phrase"], rng).replace("{query}", text), pick(ANSWERS[kind], rng))
 
 
 class ReferSegEval:
@@ -152,11 +151,12 @@ class ReferSegEval:
         image = self.split.image(record)
         queries = []
         for ref in self.split.index.refs(record):
-            masks = [self.split.index.mask(record, ref)] if ref.ann_ids else []
-            masks = stack_masks(masks, record["height"], record["width"])
+            merged = [self.split.index.mask(record, ref)] if ref.ann_ids else []
             for sentence in ref.sentences:
+                targets = len(ref.targets(sentence))
+                masks = stack_masks(merged if targets else [], record["height"], record["width"])
                 query_id = f"{ref.ref_id}_{sentence['sent_id']}"
                 meta = {key: value for key, value in sentence.items() if key not in ("sent", "sent_id")}
-                meta["targets"] = len(ref.ann_ids)
+                meta["targets"] = targets
                 queries.append(EvalQuery(query_id, sentence["sent"], masks, meta=meta))
         return EvalSample(f"{self.spec}/{record['file_name']}", str(record["id"]), image, queries)

@@ -1,0 +1,55 @@
+"""COCO-style annotation files (``images``, ``annotations``, ``categories``): their rows, checked one by one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, TypeGuard
+
+from utils.datasets.base import DataError, check_file_name
+
+MOST_PIXELS = 2**28  # more than any photograph; a mask of a size that somebody made up must not fill the memory
+
+
+def by_id(instances: dict, key: str, path: Path) -> dict[Any, dict]:
+    """The rows of one of the file's lists; ``DataError`` if it is none, or holds a row without an id."""
+    rows = instances.get(key)
+    if not isinstance(rows, list) or not all(isinstance(row, dict) and is_id(row.get("id")) for row in rows):
+        raise DataError(f"{path} has no list {key!r} of dicts with an 'id'")
+    return {row["id"]: row for row in rows}
+
+
+def is_id(value: Any) -> TypeGuard[int | str]:
+    return isinstance(value, (int, str)) and not isinstance(value, bool)
+
+
+def row_of(rows: dict[Any, dict], row_id: Any, what: str, path: Path) -> dict:
+    """The row with that id, or a ``DataError`` ("image 7 is not in instances.json")."""
+    if not is_id(row_id) or row_id not in rows:
+        raise DataError(f"{what} {row_id!r} is not in {path}")
+    return rows[row_id]
+
+
+def segmentation_of(annotation: dict[str, Any], image_id: int | str) -> Any:
+    """The annotation's segmentation, undecoded, if there is one and it belongs to that image."""
+    if annotation.get("image_id", image_id) != image_id:
+        raise DataError(f"annotation {annotation['id']} belongs to image {annotation['image_id']}, not to {image_id}")
+    if not annotation.get("segmentation"):
+        raise DataError(f"annotation {annotation['id']} has no segmentation")
+    return annotation["segmentation"]
+
+
+def image_record(image: dict[str, Any]) -> dict[str, Any]:
+    """``{"id", "file_name", "height", "width"}``, checked."""
+    label = f"image {image['id']} has"
+    file_name = check_file_name(image.get("file_name"), f"{label} file_name")
+    height, width = check_extent(image.get("height"), image.get("width"), label)
+    return {"id": image["id"], "file_name": file_name, "height": height, "width": width}
+
+
+def check_extent(height: Any, width: Any, what: str) -> tuple[int, int]:
+    """An image's size as an annotation file states it; ``what`` begins the message ("image 3 has")."""
+    if not (isinstance(height, int) and isinstance(width, int) and height > 0 and width > 0):
+        raise DataError(f"{what} height {height!r} and width {width!r}; expected whole numbers above 0")
+    if height * width > MOST_PIXELS:
+        raise DataError(f"{what} height {height} and width {width}; that is no photograph")
+    return height, width
