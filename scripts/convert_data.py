@@ -57,6 +57,8 @@ def main(argv: list[str] | None = None) -> int:
         raise ValueError(f"--query {args.query!r} lacks {{label}}: every object would be asked for in the same words")
     skipped: Counter[str] = Counter()
     photos = {"labelme": read_labelme, "coco": read_coco, "masks": read_masks}[args.source](args, skipped)
+    if missing := [photo.path for photo in photos if not photo.path.is_file()]:
+        raise DataError(f"{len(missing)} of {len(photos)} images are not there, such as {missing[0]}; check --images")
     lines = lines_of(photos, args.output.parent, args.val, args.absent)
     if not lines:
         raise DataError(f"nothing to write to {args.output}: no label in {len(photos)} images")

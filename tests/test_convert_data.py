@@ -316,10 +316,16 @@ def test_wrong_shapes_are_counted(capsys, tmp_path, wrong, reason):
         ({"annotations": [{"id": 1, "image_id": 1, "category_id": 9}]}, "category 9 is not in"),
         ({"categories": [{"id": 3, "name": ""}, {"id": 4}]}, "annotation 1 has the category ''"),
         ({"annotations": []}, "no label in 2 images"),
+        (
+            {"images": [{"id": 1, "file_name": "c.jpg", "height": H, "width": W}]},
+            "1 of 1 images are not there, such as",
+        ),
     ],
 )
 def test_wrong_coco_files_are_named(capsys, tmp_path, change, message):
     (tmp_path / "instances.json").write_text(json.dumps(coco(**change)))
+    for name in "ab":
+        photo(tmp_path / f"{name}.jpg")
     code, out, err = run(capsys, "coco", tmp_path / "instances.json", "--output", tmp_path / "own.jsonl")
     assert (code, out) == (2, "")
     assert message in err
