@@ -135,7 +135,9 @@ def open_data(config: Config) -> tuple[Mixture, list[EvalDataset]]:
     problems, opened = missing_paths(config), []
     data, benchmarks = config.data, () if config.eval.no_eval else config.eval.val_dataset
     sets = {kind: getattr(data, f"{kind}_data") for kind in TYPES}
-    options = DataOptions(data.questions_per_image, data.explanatory, data.joint_probability)
+    options = DataOptions(
+        data.questions_per_image, data.explanatory, data.joint_probability, data.negative_sampling_weight
+    )
     rates, seed = data.sample_rates or None, config.train.seed
     makers = [lambda: Mixture(data.dataset_dir, data.dataset, rates, sets, options, seed, data.weighting)]
     makers += [lambda spec=spec: get_eval_dataset(spec, data.dataset_dir) for spec in benchmarks]

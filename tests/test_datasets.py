@@ -573,7 +573,7 @@ def test_evaluation_templates_do_not_know_the_ground_truth() -> None:
 
 
 def test_names_are_checked(root: Path) -> None:
-    with pytest.raises(DataError, match=r"unknown data set 'RefCOCO'. Did you mean 'refcoco'\? Known: refclef"):
+    with pytest.raises(DataError, match=r"unknown data set 'RefCOCO'. Did you mean 'refcoco'\? Known: ade20k"):
         get_eval_dataset("RefCOCO|unc|val", root)
     with pytest.raises(DataError, match="not a folder"):
         get_train_dataset("refcoco", root / "nowhere")

@@ -106,6 +106,9 @@ class DataSettings:
     dataset_dir: str = setting("", "root of all data sets", required=True, may_change=True)
     dataset: tuple[str, ...] = setting(("refer_seg", "reason_seg"), "types to mix, A||B||C")
     sample_rates: tuple[float, ...] = setting((), "how often each type is drawn, 9,3,1; empty = all equally often")
+    sem_seg_data: tuple[str, ...] = setting(
+        (), "sets of classes and parts; empty = ade20k, cocostuff, pascal_part, paco_lvis, mapillary"
+    )
     refer_seg_data: tuple[str, ...] = setting((), "referring data sets, A||B; empty = refclef and refcoco, +, g")
     neg_refer_seg_data: tuple[str, ...] = setting(
         (), "referring data sets with false expressions; empty = R-refcoco, R-refcoco+, R-refcocog"
@@ -120,6 +123,9 @@ class DataSettings:
         "size", "within a type, draw a data set by its size or uniformly", choices=("size", "uniform")
     )
     questions_per_image: int = setting(3, "at most so many conversations share one image (one row)", low=1)
+    negative_sampling_weight: float = setting(
+        0.0, "sem_seg: probability that a class which is not in the image is asked about instead", low=0.0, high=1.0
+    )
     explanatory: float = setting(
         -1.0, "ReasonSeg's explanations: probability of a text-only answer; -1 = do not use them", low=-1.0, high=1.0
     )

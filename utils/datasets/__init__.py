@@ -11,6 +11,7 @@ from utils.datasets.custom import CustomEval, CustomTrain
 from utils.datasets.fp_refer_seg import FpReferSegTrain
 from utils.datasets.reason_seg import ReasonSegEval, ReasonSegTrain
 from utils.datasets.refer_seg import ReferSegEval, ReferSegTrain
+from utils.datasets.sem_seg import SemSegTrain
 from utils.datasets.vqa import VqaTrain
 
 __all__ = ["DATASETS", "TYPES", "DataError", "DataOptions", "get_eval_dataset", "get_train_dataset"]
@@ -32,6 +33,7 @@ class Type:
 
 
 TYPES = {
+    "sem_seg": Type(SemSegTrain, None, "ade20k||cocostuff||pascal_part||paco_lvis||mapillary"),
     "refer_seg": Type(ReferSegTrain, ReferSegEval, "refclef||refcoco||refcoco+||refcocog"),
     "neg_refer_seg": Type(FpReferSegTrain, ReferSegEval, "R-refcoco||R-refcoco+||R-refcocog"),
     "correct_refer_seg": Type(FpReferSegTrain, ReferSegEval, "fprefcoco||fprefcoco+||fprefcocog"),
@@ -51,6 +53,15 @@ def _false_premises(kind: str, name: str, split_by: str) -> Row:
 
 
 DATASETS = {
+    "ade20k": Row("sem_seg", "ade20k/annotations/training", ("ade20k/images/training",)),
+    "cocostuff": Row("sem_seg", "cocostuff/train2017", coco("train2017")),
+    "pascal_part": Row(
+        "sem_seg", "vlpart/pascal_part/train.json", ("vlpart/pascal_part/VOCdevkit/VOC2010/JPEGImages",)
+    ),
+    "paco_lvis": Row("sem_seg", "vlpart/paco/annotations/paco_lvis_v1_train.json", coco("")),
+    "mapillary": Row(
+        "sem_seg", "mapillary/training/v2.0/labels", ("mapillary/training/images",), ("mapillary/config_v2.0.json",)
+    ),
     "refclef": Row("refer_seg", "refer_seg/refclef", ("refer_seg/images/saiapr_tc-12",), _REFS, "unc"),
     "refcoco": Row("refer_seg", "refer_seg/refcoco", coco("train2014"), _REFS, "unc"),
     "refcoco+": Row("refer_seg", "refer_seg/refcoco+", coco("train2014"), _REFS, "unc"),

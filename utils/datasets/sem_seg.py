@@ -1,0 +1,352 @@
+"""sem_seg: classes of label images (ADE20K, COCO-Stuff, Mapillary), objects and parts (PACO, PASCAL-Part).
+
+The files are those of formats.md, A. A class is named as it will be asked about ("dog"), a part as "dog:ear".
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from utils.datasets.base import (
+    DataError,
+    DataOptions,
+    PackedRecords,
+    Row,
+    check_sample,
+    check_size,
+    decode_segmentation,
+    draw,
+    find_image,
+    find_paths,
+    pick,
+    read_image,
+    read_json,
+    read_label_image,
+    stack_masks,
+    warn_of,
+)
+from utils.datasets.class_names import ADE20K, COCO_STUFF, COCO_STUFF_NEVER_ANNOTATED
+from utils.datasets.coco_file import by_id, image_record, row_of, segmentation_of
+from utils.datasets.templates import ANSWERS, QUESTIONS, denial, fill
+from utils.types import IGNORE_PIXEL, Conversation, Sample, Turn
+
+
+@dataclass(frozen=True)
+class Regions:
+    """One image with the classes in it.
+
+    Attributes:
+        source: for messages.
+        image: [H, W, 3] uint8.
+        present: the classes that can be asked about, each once.
+        absent: lists the classes that are certainly not in the image.
+        mask: class -> [H, W] uint8 with 0, 1 and 255.
+    """
+
+    source: str
+    image: np.ndarray
+    present: Sequence[str]
+    absent: Callable[[], list[str]]
+    mask: Callable[[str], np.ndarray]
+
+
+class Reader(Protocol):
+    """Where the regions come from. ``problems`` names the records that cannot be used."""
+
+    problems: list[str]
+
+    def __len__(self) -> int: ...
+
+    def regions(self, index: int) -> Regions: ...
+
+    def describe(self) -> dict[str, int]: ...
+
+
+class SemSegTrain:
+    """Semantic and part segmentation to train on; an item is an image with some of its classes, a question for each.
+
+    All regions of a class in an image are one mask: "dog ear" means every ear of every dog.
+
+    Args:
+        name: the data set, a key of ``DATASETS``.
+        row: its row; a ``path`` that ends in .json is COCO-style, another a folder of label images.
+        parts: nothing follows the name.
+        dataset_dir: the root of all data.
+        options: ``questions_per_image`` (LISA's ``num_classes_per_sample``) and ``negative_sampling_weight``.
+    """
+
+    def __init__(self, name: str, row: Row, parts: list[str], dataset_dir: Path, options: DataOptions) -> None:
+        if parts:
+            raise DataError(f"{'|'.join([name, *parts])!r}: {name!r} has no splits")
+        self.name, self.options = name, options
+        reader = AnnotationReader if row.path.endswith(".json") else LabelReader
+        self.reader: Reader = reader(name, row, dataset_dir)
+        warn_of(name, self.reader.problems)
+
+    def __len__(self) -> int:
+        return len(self.reader)
+
+    def sample(self, index: int, rng: np.random.Generator) -> Sample:
+        regions = self.reader.regions(index)
+        if not regions.present:
+            raise DataError(f"{regions.source}: no class in it can be asked about")
+        conversations: list[Conversation] = []
+        masks = []
+        for i in draw(self.options.questions_per_image, len(regions.present), rng):
+            weight = self.options.negative_sampling_weight
+            if weight and rng.random() < weight and (absent := regions.absent()):
+                correction = phrase(pick(regions.present, rng), rng) if rng.random() < 0.5 else ""
+                conversations.append((_turn(pick(absent, rng), rng, correction, present=False),))
+            else:
+                conversations.append((_turn(regions.present[i], rng),))
+                masks.append(regions.mask(regions.present[i]))
+        masks_nhw = stack_masks(masks, *regions.image.shape[:2])
+        return check_sample(Sample(regions.source, regions.image, conversations, masks_nhw))
+
+    def describe(self) -> dict[str, int]:
+        return {**self.reader.describe(), "unusable": len(self.reader.problems)}
+
+
+def phrase(name: str, rng: np.random.Generator) -> str:
+    """How a class is spoken of; a part in one of two ways ("dog ear", "the ear of the dog")."""
+    whole, _, part = name.partition(":")
+    if not part:
+        return whole
+    return f"{whole} {part}" if rng.random() < 0.5 else f"the {part} of the {whole}"
+
+
+def _turn(name: str, rng: np.random.Generator, correction: str = "", present: bool = True) -> Turn:
+    text = phrase(name, rng)
+    question = fill(pick(QUESTIONS["part" if ":" in name else "phrase"], rng), query=text)
+    return Turn(question, pick(ANSWERS["target"], rng) if present else denial(text, correction, rng))
+
+
+def unrelated(candidates: Iterable[str], present: Iterable[str]) -> list[str]:
+    """The candidates that share no word with a class in the image.
+
+    An image with a "dining table" is no place to deny a "table", nor one with "wall-brick" a "wall".
+    """
+    taken = {word for name in present for word in re.findall(r"\w+", name)}
+    return [name for name in candidates if taken.isdisjoint(re.findall(r"\w+", name))]
+
+
+# -- label images ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Labels:
+    """What the 8-bit values of a data set's label images mean.
+
+    Attributes:
+        names: value -> class.
+        ignored: values that stand for no class; their pixels are left out of the loss.
+        silent: classes that are not asked about; their pixels are negatives of the others.
+        unsure: classes of which the absence says nothing about the image.
+    """
+
+    names: dict[int, str]
+    ignored: frozenset[int]
+    silent: frozenset[str] = frozenset()
+    unsure: frozenset[str] = frozenset()
+
+
+SHIPPED = {
+    "ade20k": Labels(dict(enumerate(ADE20K, start=1)), frozenset({0})),
+    "cocostuff": Labels(
+        dict(enumerate(COCO_STUFF)),
+        frozenset({IGNORE_PIXEL}),
+        silent=frozenset(name for name in COCO_STUFF if "-" in name),  # the catch-all ones ("water-other")
+        unsure=COCO_STUFF_NEVER_ANNOTATED,
+    ),
+}
+
+
+def read_vistas(path: Path) -> Labels:
+    """Mapillary Vistas' list of labels; those that its own evaluation leaves out ("Unlabeled") are ignored."""
+    rows = read_json(path).get("labels")
+    if (
+        not isinstance(rows, list)
+        or not 0 < len(rows) <= IGNORE_PIXEL
+        or not all(isinstance(row, dict) and isinstance(row.get("readable"), str) for row in rows)
+    ):
+        raise DataError(f"{path}: 'labels' must be a list of dicts with a text in 'readable', at most {IGNORE_PIXEL}")
+    ignored = {value for value, row in enumerate(rows) if row.get("evaluate") is False}
+    names = {value: row["readable"].lower() for value, row in enumerate(rows) if value not in ignored}
+    return Labels(names, frozenset({*ignored, IGNORE_PIXEL}))
+
+
+class LabelReader:
+    """A folder of label images (.png) and the photographs of the same stem (.jpg in any case).
+
+    Args:
+        name: the data set.
+        row: ``path`` holds the label images, ``images`` the photographs; ``annotations`` names the list of classes,
+            relative to the dataset directory, where the project does not ship it.
+        dataset_dir: the root of all data.
+    """
+
+    def __init__(self, name: str, row: Row, dataset_dir: Path) -> None:
+        self.name = name
+        homes = [dataset_dir / folder for folder in row.images]
+        lists = {"list of classes": [dataset_dir / file for file in row.annotations]} if row.annotations else {}
+        self.folder, _, *found = find_paths(name, {"label images": [dataset_dir / row.path], "images": homes, **lists})
+        self.labels = read_vistas(found[0]) if found else SHIPPED[name]
+        hidden = self.labels.silent | self.labels.unsure
+        self.askable = [name for name in dict.fromkeys(self.labels.names.values()) if name not in hidden]
+        self.homes = [folder for folder in homes if folder.is_dir()]
+        images: dict[str, tuple[int, str]] = {}
+        for number, folder in reversed(list(enumerate(self.homes))):  # the first home wins
+            images |= {Path(file).stem: (number, file) for file in _files(folder, (".jpg", ".jpeg"))}
+        records, self.problems = [], []
+        for file in _files(self.folder, (".png",)):
+            if Path(file).stem in images:
+                records.append([file, *images[Path(file).stem]])
+            else:
+                places = ", ".join(map(str, homes))
+                self.problems.append(f"{self.folder / file} has no image of its name (looked in {places})")
+        if not records:
+            first = (self.problems or ["the folder holds no .png"])[0]
+            raise DataError(f"{name}: nothing usable in {self.folder}: {first}")
+        self.records = PackedRecords(records)
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def regions(self, index: int) -> Regions:
+        file, home, image_file = self.records[index]
+        labels = read_label_image(self.folder / file)
+        image = read_image(self.homes[home] / image_file)
+        check_size(f"{self.name}/{image_file}", image, *labels.shape)
+        values = np.flatnonzero(np.bincount(labels.ravel(), minlength=256)).tolist()
+        strange = [value for value in values if value not in self.labels.names and value not in self.labels.ignored]
+        if strange:
+            raise DataError(f"{self.folder / file} holds the values {strange[:5]}, which are no classes of {self.name}")
+        seen = dict.fromkeys(self.labels.names[value] for value in values if value not in self.labels.ignored)
+        return Regions(
+            source=f"{self.name}/{image_file}",
+            image=image,
+            present=[name for name in seen if name not in self.labels.silent],
+            absent=lambda: unrelated(self.askable, seen),
+            mask=lambda name: self.mask(labels, name),
+        )
+
+    def mask(self, labels: np.ndarray, name: str) -> np.ndarray:
+        """[H, W] uint8: 1 where the label image shows the class, 255 where it shows none."""
+        table = np.zeros(256, dtype=np.uint8)
+        table[list(self.labels.ignored)] = IGNORE_PIXEL
+        table[[value for value, other in self.labels.names.items() if other == name]] = 1
+        return table[labels]
+
+    def describe(self) -> dict[str, int]:
+        return {"images": len(self.records)}
+
+
+def _files(folder: Path, suffixes: tuple[str, ...]) -> list[str]:
+    return sorted(file for file in os.listdir(folder) if file.lower().endswith(suffixes))
+
+
+# -- annotations -------------------------------------------------------------------------------------------------------
+
+
+class AnnotationReader:
+    """A COCO-style file whose categories are ``object`` or ``object:part``.
+
+    PACO is annotated like LVIS: an image says which categories were looked for and not found (``neg_category_ids``).
+    Where a file has no such list, all categories count as looked for.
+
+    Args:
+        name: the data set.
+        row: ``path`` is the file, ``images`` the folders that its file names are relative to.
+        dataset_dir: the root of all data.
+    """
+
+    def __init__(self, name: str, row: Row, dataset_dir: Path) -> None:
+        self.name = name
+        (self.path,) = find_paths(name, {"annotations": [dataset_dir / row.path]})
+        self.folders = [dataset_dir / folder for folder in row.images]
+        content = read_json(self.path)
+        images, categories = (by_id(content, key, self.path) for key in ("images", "categories"))
+        names = {category_id: class_name(row, self.path) for category_id, row in categories.items()}
+        records: dict[Any, dict[str, Any]] = {}
+        self.problems: list[str] = []
+        self.count = 0
+        for annotation in by_id(content, "annotations", self.path).values():
+            try:
+                image = row_of(images, annotation.get("image_id"), "image", self.path)
+                category = row_of(categories, annotation.get("category_id"), "category", self.path)
+                segmentation = segmentation_of(annotation, image["id"])
+                if image["id"] not in records:
+                    records[image["id"]] = {**image_record(image), "regions": {}, "looked_for": _negatives(image)}
+            except DataError as error:
+                self.problems.append(f"{name}, annotation {annotation['id']}: {error}")
+                continue
+            regions = records[image["id"]]["regions"]
+            regions.setdefault(names[category["id"]], []).append([annotation["id"], segmentation])
+            self.count += 1
+        if not records:
+            first = (self.problems or ["it has no annotations"])[0]
+            raise DataError(f"{name}: nothing usable in {self.path}: {first}")
+        self.names = {str(category_id): name for category_id, name in names.items()}
+        self.records = PackedRecords(records.values())
+        find_image(name, self.records[0]["file_name"], self.folders)  # a wrong folder shows now, not at the first step
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def regions(self, index: int) -> Regions:
+        record = self.records[index]
+        source = f"{self.name}/{record['file_name']}"
+        image = read_image(find_image(self.name, record["file_name"], self.folders))
+        check_size(source, image, record["height"], record["width"])
+        return Regions(
+            source=source,
+            image=image,
+            present=list(record["regions"]),
+            absent=lambda: self.absent(record),
+            mask=lambda name: self.mask(record, name),
+        )
+
+    def absent(self, record: dict[str, Any]) -> list[str]:
+        """Classes that are not in the image, as far as the file says."""
+        looked_for = record["looked_for"]
+        candidates = self.names.values() if looked_for is None else filter(None, map(self.names.get, looked_for))
+        return unrelated(dict.fromkeys(candidates), record["regions"])
+
+    def mask(self, record: dict[str, Any], name: str) -> np.ndarray:
+        """[H, W] uint8 with 0 and 1: the union of the annotations of a class."""
+        union = np.zeros((record["height"], record["width"]), dtype=np.uint8)
+        for annotation_id, segmentation in record["regions"][name]:
+            try:
+                union |= decode_segmentation(segmentation, *union.shape)
+            except DataError as error:
+                raise DataError(f"{self.name}/{record['file_name']}, annotation {annotation_id}: {error}") from error
+        return union
+
+    def describe(self) -> dict[str, int]:
+        return {"images": len(self.records), "masks": self.count}
+
+
+def class_name(category: dict[str, Any], path: Path) -> str:
+    """``"telephone_(cellular):back_cover"`` -> ``"telephone:back cover"``.
+
+    Raises:
+        DataError: if the category has no name, or the name has more than one colon.
+    """
+    name = category.get("name")
+    parts = name.split(":") if isinstance(name, str) else []
+    plain = [" ".join(re.sub(r"\([^)]*\)", " ", part).replace("_", " ").split()) for part in parts]
+    if not 1 <= len(plain) <= 2 or not all(plain):
+        raise DataError(f"{path}: category {category['id']} has name {name!r}; expected 'object' or 'object:part'")
+    return ":".join(plain)
+
+
+def _negatives(image: dict[str, Any]) -> list[str] | None:
+    ids = image.get("neg_category_ids")
+    return [str(category_id) for category_id in ids] if isinstance(ids, list) else None
