@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import base64
-import importlib.util
 import io
 import json
-import sys
 from pathlib import Path
 
 import cv2
@@ -14,16 +12,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from scripts import convert_data
 from utils import cli
 from utils.datasets import get_eval_dataset, get_train_dataset
 from utils.metrics import encode_mask
 
-ROOT = Path(__file__).resolve().parents[1]
-REALDATA = ROOT.parent / "shared/realdata"
-spec = importlib.util.spec_from_file_location("convert_data", ROOT / "scripts/convert_data.py")
-convert_data = sys.modules["convert_data"] = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(convert_data)
-
+REALDATA = Path(__file__).resolve().parents[2] / "shared/realdata"
 H, W = 40, 60
 SQUARE = [[5, 5], [15, 5], [15, 15], [5, 15]]
 
