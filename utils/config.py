@@ -118,6 +118,9 @@ class DataSettings:
     )
     vqa_data: tuple[str, ...] = setting((), "question-answering data sets; empty = llava_instruct_150k")
     reason_seg_data: tuple[str, ...] = setting((), "reasoning data sets, NAME|split; empty = ReasonSeg|train")
+    reason_seg_plus_data: tuple[str, ...] = setting(
+        (), "LISA++'s data sets; empty = instance_seg, cot, conversations, caption"
+    )
     custom_data: tuple[str, ...] = setting((), "files of one's own data, A.jsonl||B.jsonl (docs/your_own_data.md)")
     weighting: str = setting(
         "size", "within a type, draw a data set by its size or uniformly", choices=("size", "uniform")

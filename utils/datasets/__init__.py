@@ -10,6 +10,7 @@ from utils.datasets.base import DataError, DataOptions, EvalDataset, Row, TrainD
 from utils.datasets.custom import CustomEval, CustomTrain
 from utils.datasets.fp_refer_seg import FpReferSegTrain
 from utils.datasets.reason_seg import ReasonSegEval, ReasonSegTrain
+from utils.datasets.reason_seg_plus import ReasonSegPlusTrain
 from utils.datasets.refer_seg import ReferSegEval, ReferSegTrain
 from utils.datasets.sem_seg import SemSegTrain
 from utils.datasets.vqa import VqaTrain
@@ -39,6 +40,7 @@ TYPES = {
     "correct_refer_seg": Type(FpReferSegTrain, ReferSegEval, "fprefcoco||fprefcoco+||fprefcocog"),
     "vqa": Type(VqaTrain, None, "llava_instruct_150k"),
     "reason_seg": Type(ReasonSegTrain, ReasonSegEval, "ReasonSeg|train"),
+    "reason_seg_plus": Type(ReasonSegPlusTrain, None, "instance_seg||cot||conversations||caption"),
     "custom": Type(CustomTrain, CustomEval, ""),
 }
 
@@ -50,6 +52,10 @@ _ZOM_IMAGES = tuple(f"refer_seg/refzom/{folder}" for folder in ("trainval2014", 
 def _false_premises(kind: str, name: str, split_by: str) -> Row:
     splits = split_by, f"{split_by}_exclude_unified"
     return Row(kind, f"refer_seg/{name}", coco("train2014"), _REFS, *splits, false_premises=True)
+
+
+def _lisa_plus(part: str) -> Row:
+    return Row("reason_seg_plus", f"reason_seg_plus/LISA_Plus_{part}.json", coco("train2017"))
 
 
 DATASETS = {
@@ -76,6 +82,10 @@ DATASETS = {
     "fprefcocog": _false_premises("correct_refer_seg", "fprefcocog", "berkeley"),
     "llava_instruct_150k": Row("vqa", "llava_dataset/llava_instruct_150k.json", coco("train2017")),
     "ReasonSeg": Row("reason_seg", "reason_seg/ReasonSeg"),
+    "instance_seg": _lisa_plus("Instance_Seg"),
+    "cot": _lisa_plus("COT"),
+    "conversations": _lisa_plus("Conversations"),
+    "caption": _lisa_plus("Caption"),
     "custom": Row("custom", ""),
 }
 

@@ -147,7 +147,9 @@ def find_image(name: str, file_name: str, folders: Sequence[Path]) -> Path:
 
 def check_file_name(value: Any, what: str) -> str:
     """``value``, if it is a relative path that stays within its folder; ``what`` begins the message ("'image' is")."""
-    if not isinstance(value, str) or not value or Path(value).is_absolute() or ".." in Path(value).parts:
+    if not isinstance(value, str) or not 0 < len(value) < 256 or "\0" in value:
+        raise DataError(f"{what} {str(value)[:80]!r}, which is no file name")
+    if Path(value).is_absolute() or ".." in Path(value).parts:
         raise DataError(f"{what} {value!r}, which is no file name within its folder")
     return value
 

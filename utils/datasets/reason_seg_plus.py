@@ -1,0 +1,258 @@
+"""reason_seg_plus: LISA++'s instances, reasoning in steps, conversations and captions (formats.md, G)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from utils.conversation import escape
+from utils.datasets.base import (
+    DataError,
+    DataOptions,
+    PackedRecords,
+    Row,
+    check_file_name,
+    check_sample,
+    decode_segmentation,
+    draw,
+    find_image,
+    find_paths,
+    parse_items,
+    pick,
+    read_image,
+    stack_masks,
+)
+from utils.datasets.templates import ANSWERS, QUESTIONS, enumerate_words, fill
+from utils.tokens import SEG
+from utils.types import Conversation, Sample, Turn
+
+# -- references in the text --------------------------------------------------------------------------------------------
+
+_SINGLE = r"[<《]\s*(?P<id1>\d+)\s*[|｜](?P<name1>[^<>《》\[\]]*)[>》]|<\s*(?P<id2>\d+)\s*>"
+_ITEM = re.compile(
+    r"[<《]\s*(?P<id1>\d+)\s*[|｜](?P<name1>[^<>《》]*)[>》]"  # <380| remote> and 《380|remote》
+    r"|(?P<name2>[^,，、<>|]*)<\s*(?P<id2>\d+)\s*>"  # pizza <1072129>
+    r"|(?P<id3>\d+)\s*[|｜](?P<name3>[^,，、<>|]*)"  # 380| remote
+)
+_REFERENCE = re.compile(rf"\[(?P<list>[^\[\]]*)\]|{_SINGLE}")
+
+
+def replace_references(text: str, render: Callable[[list[tuple[str, str]]], str]) -> str:
+    """``text`` with each reference to masks, or list of them, replaced by what ``render([(id, name), ...])`` says.
+
+    The forms are ``<380| remote>``, ``《380|remote》``, and lists of these, of ``380| remote`` or of ``pizza <107>`` in
+    square brackets. What else such brackets hold is text.
+    """
+
+    def replace(match: re.Match[str]) -> str:
+        if match["list"] is None:
+            return render([_read(match)])
+        found = [_read(item) for item in _ITEM.finditer(match["list"])]
+        rest = re.sub(r"[\s,，、]|\band\b", "", _ITEM.sub("", match["list"]))
+        if not found or not rest:
+            return render(found) if found else match[0]
+        return f"[{_ITEM.sub(lambda item: render([_read(item)]), match['list'])}]"
+
+    text = re.sub(r"[ \t]+", " ", _REFERENCE.sub(replace, text))
+    return re.sub(r" +([,.;:!?])", r"\1", text).strip()  # what a dropped reference leaves behind
+
+
+def _read(match: re.Match[str]) -> tuple[str, str]:
+    groups = match.groupdict()
+    number = next(groups[key] for key in ("id1", "id2", "id3") if groups.get(key))
+    name = next((groups[key] for key in ("name1", "name2", "name3") if groups.get(key)), "")
+    return number, name.strip()
+
+
+def _names(references: list[tuple[str, str]]) -> str:
+    """How a question speaks of masks: by their names."""
+    return enumerate_words([name for _, name in references if name]) or "it"
+
+
+# -- records -----------------------------------------------------------------------------------------------------------
+
+
+def _instances(item: dict[str, Any]) -> dict[str, Any]:
+    ids, masks = item.get("ID"), _masks(item, "points")
+    if not isinstance(ids, list):
+        raise DataError(f"'ID' must be a list of mask ids, not {str(ids)[:60]}")
+    usable = {str(number): masks[str(number)] for number in ids if str(number) in masks}
+    if not usable:
+        raise DataError("no id in 'ID' has a polygon in 'points'")
+    return {"turns": [[_text(item, "English Question"), ""]], "masks": usable}
+
+
+def _written(item: dict[str, Any]) -> dict[str, Any]:
+    return _with_masks([[_text(item, "English Question"), _text(item, "English Answer")]], item)
+
+
+def _conversation(item: dict[str, Any]) -> dict[str, Any]:
+    before, *said = re.split(r"<\s*(person|robot)\s*>\s*:?", _text(item, "output"), flags=re.IGNORECASE)
+    speakers, texts = [who.lower() for who in said[::2]], [text.strip() for text in said[1::2]]
+    pairs = len(speakers) // 2
+    if before.strip() or not pairs or speakers != ["person", "robot"] * pairs or not all(texts):
+        raise DataError("'output' must hold turns '<person>: ... <robot>: ...', each with a text")
+    return _with_masks([list(pair) for pair in zip(texts[::2], texts[1::2])], item)
+
+
+def _with_masks(turns: list[list[str]], item: dict[str, Any]) -> dict[str, Any]:
+    """Keeps the masks that the answers refer to; there must be one."""
+    masks = _masks(item, "info")
+    mentioned: list[str] = []
+
+    def note(references: list[tuple[str, str]]) -> str:
+        mentioned.extend(number for number, _ in references)
+        return ""
+
+    for _, answer in turns:
+        replace_references(answer, note)
+    usable = {number: polygons for number, polygons in masks.items() if number in mentioned}
+    if not usable:
+        raise DataError(f"none of the masks {mentioned[:5]} that the answer refers to has a polygon in 'info'")
+    return {"turns": turns, "masks": usable}
+
+
+PARSERS = {"instance_seg": _instances, "cot": _written, "conversations": _conversation, "caption": _written}
+
+
+def _text(item: dict[str, Any], key: str) -> str:
+    value = item.get(key)
+    if not isinstance(value, str) or not value.strip():
+        raise DataError(f"{key!r} must be a text, not {str(value)[:60]}")
+    return value.strip()
+
+
+def _masks(item: dict[str, Any], key: str) -> dict[str, Any]:
+    """Mask id -> polygons or RLE, of those that have any."""
+    content = item.get(key)
+    if not isinstance(content, dict):
+        raise DataError(f"{key!r} must map mask ids to polygons, not {str(content)[:60]}")
+    masks = {str(number): _segmentation(value) for number, value in content.items()}
+    return {number: value for number, value in masks.items() if value}
+
+
+def _segmentation(value: Any) -> Any:
+    """The polygons of 3 points or more (or the RLE) in one value of ``points`` or ``info``; empty if there are none."""
+    if isinstance(value, dict) and "counts" not in value:
+        value = next((value[key] for key in ("points", "polygon", "segmentation") if value.get(key)), None)
+    return value if isinstance(value, dict) else _polygons(value)
+
+
+def _polygons(value: Any, levels: int = 3) -> list[list]:
+    """Polygons as [[x, y], ...] or [x, y, x, y, ...], however deep they are nested (formats.md: one or two levels)."""
+    if not isinstance(value, list) or not value or levels < 0:
+        return []
+    if not any(isinstance(part, list) for part in value):
+        return [value] if len(value) >= 6 else []
+    if all(isinstance(part, list) and len(part) == 2 and not any(isinstance(x, list) for x in part) for part in value):
+        return [value] if len(value) >= 3 else []
+    return [polygon for part in value for polygon in _polygons(part, levels - 1)]
+
+
+def _parse(kind: str, item: Any) -> dict[str, Any]:
+    if not isinstance(item, dict):
+        raise DataError(f"expected a dict, not a {type(item).__name__}")
+    path = next((item[key] for key in ("img_path", "image_path", "img_pth") if item.get(key)), None)
+    if not isinstance(path, str):
+        raise DataError(f"no path of an image in 'img_path', 'image_path' or 'img_pth': {path!r}")
+    name = check_file_name(Path(path.replace("\\", "/")).name, f"the image's path {path!r} ends in")
+    return {"image": name, **PARSERS[kind](item)}
+
+
+# -- the data set ------------------------------------------------------------------------------------------------------
+
+
+class ReasonSegPlusTrain:
+    """One of LISA++'s four sets to train on; an item is an image with some of its questions or conversations.
+
+    In an answer each reference to a mask becomes one [SEG] (lists joined by commas and "and"); one whose mask has no
+    usable polygon is dropped.
+
+    Args:
+        name: ``instance_seg``, ``cot``, ``conversations`` or ``caption``.
+        row: its row; ``path`` is the JSON file.
+        parts: nothing follows the name.
+        dataset_dir: the root of all data.
+        options: ``questions_per_image``.
+    """
+
+    def __init__(self, name: str, row: Row, parts: list[str], dataset_dir: Path, options: DataOptions) -> None:
+        if parts:
+            raise DataError(f"{'|'.join([name, *parts])!r}: {name!r} has no splits")
+        self.name, self.options = name, options
+        (path,) = find_paths(name, {"annotations": [dataset_dir / row.path]})
+        self.folders = [dataset_dir / images for images in row.images]
+        items, self.problems = parse_items(name, path, lambda item: _parse(name, item))
+        by_image: dict[str, list[dict]] = {}
+        for item in items:
+            by_image.setdefault(item.pop("image"), []).append(item)
+        self.counts = {
+            "images": len(by_image),
+            "expressions": sum(len(item["turns"]) for item in items),
+            "masks": sum(len(item["masks"]) for item in items),
+        }
+        self.records = PackedRecords({"image": image, "items": items} for image, items in by_image.items())
+        find_image(name, self.records[0]["image"], self.folders)  # a wrong folder shows now, not at the first step
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def sample(self, index: int, rng: np.random.Generator) -> Sample:
+        record = self.records[index]
+        source = f"{self.name}/{record['image']}"
+        image = read_image(find_image(self.name, record["image"], self.folders))
+        conversations, masks, problem = [], [], ""
+        for i in draw(self.options.questions_per_image, len(record["items"]), rng):
+            try:
+                talk, its_masks = _build(record["items"][i], image.shape[0], image.shape[1], rng)
+            except DataError as error:
+                problem = str(error)
+                continue
+            conversations.append(talk)
+            masks += its_masks
+        if not conversations:
+            raise DataError(f"{source}: {problem}")
+        return check_sample(Sample(source, image, conversations, stack_masks(masks, *image.shape[:2])))
+
+    def describe(self) -> dict[str, int]:
+        return {**self.counts, "unusable": len(self.problems)}
+
+
+def _build(item: dict, height: int, width: int, rng: np.random.Generator) -> tuple[Conversation, list[np.ndarray]]:
+    """The conversation and the mask, uint8 [H, W], of each [SEG]; ``DataError`` if no mask is left."""
+    decoded, problem = {}, ""
+    for number, segmentation in item["masks"].items():
+        try:
+            decoded[number] = decode_segmentation(segmentation, height, width)
+        except DataError as error:
+            problem = f"mask {number}: {error}"
+    if not decoded:
+        raise DataError(problem)
+    if not item["turns"][0][1]:
+        return (_instance_turn(item["turns"][0][0], len(decoded), rng),), list(decoded.values())
+    used: list[np.ndarray] = []
+
+    def tokens(references: list[tuple[str, str]]) -> str:
+        found = [decoded[number] for number, _ in references if number in decoded]
+        used.extend(found)
+        return enumerate_words([SEG] * len(found))
+
+    talk = []
+    for question, answer in item["turns"]:
+        rendered = replace_references(escape(answer), tokens)
+        if not rendered:
+            raise DataError(f"nothing is left of the answer {answer!r} without the masks that cannot be used")
+        talk.append(Turn(replace_references(question, _names), rendered))
+    return tuple(talk), used
+
+
+def _instance_turn(question: str, count: int, rng: np.random.Generator) -> Turn:
+    """A question about ``count`` instances, one [SEG] for each."""
+    if count == 1:
+        return Turn(fill(pick(QUESTIONS["sentence"], rng), query=question), pick(ANSWERS["target"], rng))
+    answer = fill(pick(ANSWERS["instances"], rng), list=enumerate_words([SEG] * count))
+    return Turn(fill(pick(QUESTIONS["instances"], rng), query=question), answer)
