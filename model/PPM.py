@@ -12,11 +12,13 @@ import torch
 from torch import distributed, nn
 from torch.nn import functional as F
 
+from model.sam import resized_size
+
 EPSILON = 1e-6
 
 
-def parse_layer_policy(policy: str, num_layers: int) -> tuple[str, int | None]:
-    """``"fixed:3"`` -> ("fixed", 3), ``"mc:16"`` -> ("mc", 16), ``"last"`` -> ("last", None).
+def parse_layer_policy(policy: str, num_layers: int) -> tuple[str, int]:
+    """``"fixed:3"`` -> ("fixed", 3), ``"mc:16"`` -> ("mc", 16), ``"last"`` -> ("last", 0): it has no number.
 
     Raises:
         ValueError: for an unknown policy, a layer outside [0, num_layers), or fewer than one Monte-Carlo sample.
@@ -24,7 +26,7 @@ def parse_layer_policy(policy: str, num_layers: int) -> tuple[str, int | None]:
     kind, _, number = policy.partition(":")
     plain, counted = ("policy", "argmax", "sample", "last", "uniform"), ("fixed", "mc")
     if kind in plain and not number:
-        return kind, None
+        return kind, 0
     if kind in counted and number.lstrip("-").isdigit():
         value = int(number)
         if kind == "fixed" and not 0 <= value < num_layers:
@@ -43,14 +45,22 @@ class PolicyPromptedMasking(nn.Module):
         hidden_size: D.
         first_candidate: lowest hidden state that can be chosen. The paper's layers are 1..L; 0 adds the embeddings.
         baseline_decay: alpha of the moving average in Algorithm 1, line 9.
+        critic_width: hidden units of a critic that predicts the reward instead; 0 = no critic.
     """
 
-    def __init__(self, num_layers: int, hidden_size: int, first_candidate: int, baseline_decay: float) -> None:
+    baseline: torch.Tensor
+
+    def __init__(
+        self, num_layers: int, hidden_size: int, first_candidate: int, baseline_decay: float, critic_width: int = 0
+    ) -> None:
         super().__init__()
         self.gate = nn.Parameter(torch.zeros(num_layers, hidden_size))  # zeros: the policy starts uniform
         self.register_buffer("baseline", torch.zeros((), dtype=torch.float32))
         self.first_candidate = first_candidate
         self.baseline_decay = baseline_decay
+        self.critic: nn.Sequential | None = None
+        if critic_width:
+            self.critic = nn.Sequential(nn.Linear(num_layers, critic_width), nn.ReLU(), nn.Linear(critic_width, 1))
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
@@ -77,14 +87,14 @@ class PolicyPromptedMasking(nn.Module):
             )
         return scores.log_softmax(-1)
 
-    def choose(self, log_policy: torch.Tensor, how: str, noise: torch.Tensor | None = None) -> torch.Tensor:
+    def choose(self, log_policy: torch.Tensor, how: str, noise: torch.Tensor) -> torch.Tensor:
         """One layer per [SEG].
 
         Args:
             log_policy: [N, L].
-            how: ``policy`` and ``sample`` draw from the policy, ``uniform`` from all candidates, ``argmax`` takes the
-                mode, ``last`` the last layer, ``fixed:K`` layer K.
-            noise: [N, L] standard Gumbel noise, needed for the first three (argmax of log pi + noise is a sample).
+            how: ``policy``, ``sample`` and ``mc:T`` draw once from the policy, ``uniform`` from all candidates,
+                ``argmax`` takes the mode, ``last`` the last layer, ``fixed:K`` layer K.
+            noise: [N, L] standard Gumbel noise to draw with (argmax of log pi + noise is a sample).
 
         Returns:
             [N] int64.
@@ -92,7 +102,7 @@ class PolicyPromptedMasking(nn.Module):
         kind, value = parse_layer_policy(how, self.num_layers)
         if kind == "argmax":
             return log_policy.argmax(-1)
-        if kind in ("policy", "sample"):
+        if kind in ("policy", "sample", "mc"):
             return (log_policy + noise).argmax(-1)
         if kind == "uniform":
             return torch.where(log_policy.isfinite(), noise, -torch.inf).argmax(-1)
@@ -114,6 +124,16 @@ class PolicyPromptedMasking(nn.Module):
         updated = self.baseline_decay * self.baseline + (1 - self.baseline_decay) * mean
         self.baseline.copy_(torch.where(total[1] > 0, updated, self.baseline))
         return rewards - self.baseline
+
+    def expected_reward(self, log_policy: torch.Tensor) -> torch.Tensor:
+        """The critic's guess, a scalar, from the batch's mean policy; only the critic learns from its error.
+
+        Args:
+            log_policy: [N, L]; without [SEG] the guess is worth nothing, but has a gradient.
+        """
+        policy = log_policy.detach().exp().sum(0) / max(1, len(log_policy))
+        assert self.critic is not None
+        return self.critic(policy.to(self.gate.dtype)).float()[0]
 
 
 def gumbel_noise(numbers: list[int], rows: list[int], num_layers: int, seed: int = 0) -> torch.Tensor:
@@ -176,12 +196,12 @@ def normalise_maps(scores: torch.Tensor, valid: torch.Tensor | None) -> torch.Te
     return ((scores - low) / (high - low).clamp(min=EPSILON)).masked_fill(~valid, 0.0)
 
 
-def maps_at(maps: torch.Tensor, side: int, resized: tuple[int, int], size: tuple[int, int]) -> torch.Tensor:
-    """Similarity maps of one image at a given size: grid -> CLIP's input -> crop the padding -> ``size``.
+def maps_at(maps: torch.Tensor, side: int, size: tuple[int, int]) -> torch.Tensor:
+    """Similarity maps of one image at its own size: grid -> padded square -> crop the padding -> ``size``.
 
     Args:
         maps: [n, P] in [0, 1].
-        side: CLIP's input side; resized: the image's (height, width) inside it; size: (H, W) wanted.
+        side: of the square, CLIP's input side; size: the image's (H, W).
 
     Returns:
         [n, H, W] float32.
@@ -189,13 +209,12 @@ def maps_at(maps: torch.Tensor, side: int, resized: tuple[int, int], size: tuple
     grid = round(maps.shape[1] ** 0.5)
     square = maps.view(-1, 1, grid, grid)
     full = F.interpolate(square, (side, side), mode="bilinear", align_corners=False)
-    return F.interpolate(full[..., : resized[0], : resized[1]], size, mode="bilinear", align_corners=False)[:, 0]
+    height, width = resized_size(*size, side)
+    return F.interpolate(full[..., :height, :width], size, mode="bilinear", align_corners=False)[:, 0]
 
 
 def mask_prompts(maps: torch.Tensor, side: int) -> torch.Tensor:
     """[n, H, W] maps -> [n, 1, side, side] SAM mask prompts: longest side scaled (antialiased), padded with zeros."""
-    height, width = maps.shape[-2:]
-    scale = side / max(height, width)
-    size = max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
+    size = resized_size(maps.shape[-2], maps.shape[-1], side)
     small = F.interpolate(maps[:, None], size, mode="bilinear", align_corners=False, antialias=True)
     return F.pad(small, (0, side - size[1], 0, side - size[0]))

@@ -28,6 +28,22 @@ from model.sam import SamShape, SegmentAnything
 from utils.types import Batch, Prediction
 
 EPSILON = 1e-6
+CHOICES = {
+    "map_normalization": ("valid", "all"),
+    "phi_layer": ("chosen", "last"),
+    "reward": ("seg", "batch"),
+    "baseline": ("average", "critic"),
+    "positive_weight": ("mask", "image"),
+}
+RELEASED = {  # how the paper's published checkpoints were trained and are evaluated, where that is not the paper
+    "first_candidate_layer": 0,
+    "eval_layer_policy": "last",
+    "reward": "batch",
+    "map_normalization": "all",
+    "map_side": 336,
+    "positive_weight": "image",
+    "policy_loss_weight": 0.4,
+}
 
 
 class UGroundConfig(LlavaLlamaConfig):
@@ -39,11 +55,18 @@ class UGroundConfig(LlavaLlamaConfig):
         layer_selection: the layer a [SEG] connects from in training: ``policy`` (SSC), ``last``, ``uniform``,
             ``fixed:K``.
         first_candidate_layer: 1 = the paper's layers, 0 = the embeddings too (released weights).
+        phi_layer: ``chosen`` = phi reads the layer that the map is taken from, ``last`` = always the last one.
+        eval_layer_policy: which layer ``predict`` takes unless told otherwise.
         seg_prompt, mask_prompt: phi([SEG]) and the similarity map as SAM prompts (Table 6).
-        baseline_decay: alpha of the reward's moving average (Algorithm 1).
+        reward: ``seg`` = one per [SEG] (Algorithm 1), ``batch`` = one sum for all of a batch (released).
+        baseline: what the reward is compared with, its moving ``average`` (Algorithm 1) or a ``critic``'s guess.
+        baseline_decay: alpha of the moving average; critic_width: hidden units of the critic.
         map_normalization: ``valid`` = min-max over patches that show the image, ``all`` = padded ones too (released).
+        map_side: side of the padded square on which a map is enlarged first; 0 = CLIP's input side.
         gaussian_kernel, gaussian_sigma: softening of the ground truth, in pixels.
-        *_loss_weight: lambda of Eq. 8 and 9.
+        positive_weight: of the map's loss, background over foreground of each ``mask``, or of all masks of an
+            ``image`` together (released).
+        *_loss_weight: lambda of Eq. 8 and 9; the critic's is a share of the policy's.
         policy_seed: seeds the sampled layers, together with the sample's number.
     """
 
@@ -56,16 +79,24 @@ class UGroundConfig(LlavaLlamaConfig):
         rej_token_id: int | None = None,
         layer_selection: str = "policy",
         first_candidate_layer: int = 1,
+        phi_layer: str = "chosen",
+        eval_layer_policy: str = "argmax",
         seg_prompt: bool = True,
         mask_prompt: bool = True,
+        reward: str = "seg",
+        baseline: str = "average",
         baseline_decay: float = 0.9,
+        critic_width: int = 128,
         map_normalization: str = "valid",
+        map_side: int = 0,
         gaussian_kernel: int = 31,
         gaussian_sigma: float = 7.0,
+        positive_weight: str = "mask",
         text_loss_weight: float = 1.0,
         mask_loss_weight: float = 1.0,
         map_loss_weight: float = 1.0,
         policy_loss_weight: float = 0.1,
+        critic_loss_weight: float = 1.0,
         bce_loss_weight: float = 2.0,
         dice_loss_weight: float = 4.0,
         policy_seed: int = 0,
@@ -74,11 +105,15 @@ class UGroundConfig(LlavaLlamaConfig):
         self.sam_config = sam_config or SamShape().to_dict()
         self.seg_token_id, self.rej_token_id = seg_token_id, rej_token_id
         self.layer_selection, self.first_candidate_layer = layer_selection, first_candidate_layer
+        self.phi_layer, self.eval_layer_policy = phi_layer, eval_layer_policy
         self.seg_prompt, self.mask_prompt = seg_prompt, mask_prompt
-        self.baseline_decay, self.map_normalization = baseline_decay, map_normalization
+        self.reward, self.map_normalization = reward, map_normalization
+        self.baseline, self.baseline_decay, self.critic_width = baseline, baseline_decay, critic_width
         self.gaussian_kernel, self.gaussian_sigma = gaussian_kernel, gaussian_sigma
+        self.map_side, self.positive_weight = map_side, positive_weight
         self.text_loss_weight, self.mask_loss_weight = text_loss_weight, mask_loss_weight
         self.map_loss_weight, self.policy_loss_weight = map_loss_weight, policy_loss_weight
+        self.critic_loss_weight = critic_loss_weight
         self.bce_loss_weight, self.dice_loss_weight = bce_loss_weight, dice_loss_weight
         self.policy_seed = policy_seed
         super().__init__(**kwargs)
@@ -87,10 +122,12 @@ class UGroundConfig(LlavaLlamaConfig):
     def check_settings(self) -> None:
         """Raises ValueError if a setting has no meaning."""
         parse_layer_policy(self.layer_selection, self.num_hidden_layers + 1)
+        parse_layer_policy(self.eval_layer_policy, self.num_hidden_layers + 1)
         if not (self.seg_prompt or self.mask_prompt):
             raise ValueError("seg_prompt and mask_prompt are both off: SAM would have no prompt; switch one on")
-        if self.map_normalization not in ("valid", "all"):
-            raise ValueError(f"map_normalization is {self.map_normalization!r}; use 'valid' or 'all'")
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; use {' or '.join(map(repr, choices))}")
 
 
 AutoConfig.register(UGroundConfig.model_type, UGroundConfig, exist_ok=True)  # AutoTokenizer asks for it
@@ -102,7 +139,7 @@ class UGroundOutput:
 
     Attributes:
         loss: the weighted sum of Eq. 9.
-        terms: named, unweighted terms (text, mask_bce, mask_dice, map_bce, map_dice, policy) and figures to log
+        terms: named, unweighted terms (text, mask_bce, mask_dice, map_bce, map_dice, policy, critic) and figures to log
             (reward, baseline, entropy), 0-d and detached. Normalised by GLOBAL counts: the mean over
             ranks is the value.
         mask_logits, maps: per row [N_b, H, W], SAM's logits and the similarity maps in [0, 1] at the original size.
@@ -147,7 +184,11 @@ class UGroundForCausalLM(LlavaLlamaForCausalLM):
         phi = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, sam.prompt_width))
         self.text_hidden_fcs = nn.ModuleList([phi])
         self.ppm = PolicyPromptedMasking(
-            config.num_hidden_layers + 1, width, config.first_candidate_layer, config.baseline_decay
+            config.num_hidden_layers + 1,
+            width,
+            config.first_candidate_layer,
+            config.baseline_decay,
+            config.critic_width if config.baseline == "critic" else 0,
         )
         self.post_init()
 
@@ -208,14 +249,12 @@ class UGroundForCausalLM(LlavaLlamaForCausalLM):
         each = torch.arange(len(layers), device=layers.device)
         keep = valid[grounding.rows] if self.config.map_normalization == "valid" else None
         maps = normalise_maps(grounding.scores[each, layers], keep)
-        clip_side, sam = self.vision_tower.config.image_size, self.visual_model
-        full_maps = [
-            maps_at(rows, clip_side, tuple(resized), size)
-            for rows, resized, size in zip(maps.split(grounding.counts), batch.clip_sizes.tolist(), batch.sizes)
-        ]
+        side, sam = self.config.map_side or self.config.clip_side, self.visual_model
+        full_maps = [maps_at(rows, side, size) for rows, size in zip(maps.split(grounding.counts), batch.sizes)]
         tokens = prompts = None
         if self.config.seg_prompt:
-            tokens = self.text_hidden_fcs[0](grounding.states[each, layers])[:, None]
+            read = layers if self.config.phi_layer == "chosen" else self.config.num_hidden_layers
+            tokens = self.text_hidden_fcs[0](grounding.states[each, read])[:, None]
         if self.config.mask_prompt:
             prompts = torch.cat([mask_prompts(rows, sam.mask_side) for rows in full_maps])
         low_res = sam.decode(embeddings[grounding.rows], tokens, prompts)
@@ -239,7 +278,14 @@ class UGroundForCausalLM(LlavaLlamaForCausalLM):
         config = self.config
         per_mask, present = self._mask_terms(batch.masks, mask_logits, maps)
         rewards = -(per_mask["map_bce"] + per_mask["map_dice"]).detach()
-        advantage = self.ppm.advantage(rewards)  # also without [SEG]: it communicates
+        if config.reward == "batch":
+            rewards = (rewards * present).sum().expand(len(rewards))
+        if config.baseline == "critic":
+            expected = self.ppm.expected_reward(log_policy)
+            per_mask["critic"] = (expected - rewards).square()
+            advantage = rewards - expected.detach()
+        else:
+            advantage = self.ppm.advantage(rewards)  # also without [SEG]: it communicates
         if config.layer_selection == "policy":
             chosen = log_policy[torch.arange(len(layers), device=layers.device), layers]
             per_mask["policy"] = -advantage * chosen
@@ -253,6 +299,8 @@ class UGroundForCausalLM(LlavaLlamaForCausalLM):
         loss = config.text_loss_weight * text + config.mask_loss_weight * mask + config.map_loss_weight * maps_term
         if "policy" in terms:
             loss = loss + config.policy_loss_weight * terms["policy"]
+        if "critic" in terms:
+            loss = loss + config.policy_loss_weight * config.critic_loss_weight * terms["critic"]
 
         policy = log_policy.detach().exp()
         entropy = -(policy * log_policy.detach().clamp(min=-1e4)).sum(-1)
@@ -266,12 +314,13 @@ class UGroundForCausalLM(LlavaLlamaForCausalLM):
     ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """Per-mask losses [N] by name, and [N] 1.0 for targets that are not empty (others take no loss)."""
         config = self.config
-        collected = {name: [] for name in ("mask_bce", "mask_dice", "map_bce", "map_dice")}
+        names = ("mask_bce", "mask_dice", "map_bce", "map_dice")
+        collected: dict[str, list[torch.Tensor]] = {name: [] for name in names}
         present = []
         for target, predicted, similarity in zip(targets, mask_logits, maps):
             keep = target != losses.IGNORE
             soft = losses.soften(target, config.gaussian_kernel, config.gaussian_sigma)
-            weight = losses.positive_weight(soft)
+            weight = losses.positive_weight(soft, shared=config.positive_weight == "image")
             collected["mask_bce"].append(losses.mask_bce(predicted, target))
             collected["mask_dice"].append(losses.mask_dice(predicted, target))
             collected["map_bce"].append(losses.map_bce(similarity, soft, weight, keep))
@@ -285,7 +334,7 @@ class UGroundForCausalLM(LlavaLlamaForCausalLM):
     def predict(
         self,
         batch: Batch,
-        layer_policy: str = "argmax",
+        layer_policy: str | None = None,
         max_new_tokens: int = 64,
         seed: int = 0,
         on_token: Callable[[list[int]], None] | None = None,
@@ -298,7 +347,7 @@ class UGroundForCausalLM(LlavaLlamaForCausalLM):
         Args:
             batch: from ``UGroundProcessor.prompts``.
             layer_policy: ``argmax`` (the policy's mode), ``last``, ``sample``, ``uniform``, ``fixed:K``, or ``mc:T``:
-                the mean mask of T sampled layers.
+                the mean mask of T sampled layers. None = the configuration's ``eval_layer_policy``.
             max_new_tokens: longest answer.
             seed: of sampled layers, together with the sample numbers of the batch.
             on_token: called after each step with the newest token of every question (flat, image by image).
@@ -306,6 +355,7 @@ class UGroundForCausalLM(LlavaLlamaForCausalLM):
         Returns:
             [image][question] predictions; ``text`` is left empty (the processor decodes it).
         """
+        layer_policy = layer_policy or self.config.eval_layer_policy
         parse_layer_policy(layer_policy, self.ppm.num_layers)
         given = len(batch.label_ids) > 0
         output, valid = self.read_batch(batch, use_cache=not given)
@@ -344,7 +394,7 @@ class UGroundForCausalLM(LlavaLlamaForCausalLM):
 
         def layers_of(draw: int) -> torch.Tensor:
             noise = gumbel_noise(batch.numbers, repeated, self.ppm.num_layers, seed + 104_729 * draw)
-            return self.ppm.choose(grounding.log_policy, how if kind != "mc" else "sample", noise.to(self.device))
+            return self.ppm.choose(grounding.log_policy, how, noise.to(self.device))
 
         def draw(layers: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
             logits, maps = self.draw(grounding, layers, embeddings, valid, batch)
@@ -354,7 +404,8 @@ class UGroundForCausalLM(LlavaLlamaForCausalLM):
             layers = layers_of(0)
             return *draw(layers), layers.tolist()
         drawn = torch.stack([layers_of(t) for t in range(samples)])  # [samples, N]
-        probability, similarity = [0.0] * len(repeated), [0.0] * len(repeated)
+        nothing = torch.zeros((), device=self.device)
+        probability, similarity = [nothing] * len(repeated), [nothing] * len(repeated)
         for layer in drawn.unique().tolist():  # a layer is decoded once, however often it was drawn
             share = (drawn == layer).float().mean(0).tolist()
             for n, (mask, similar) in enumerate(zip(*draw(torch.full_like(drawn[0], layer)))):

@@ -20,15 +20,20 @@ class LlavaLlamaConfig(LlamaConfig):
     Args:
         vision_config: CLIPVisionConfig or its dictionary.
         mm_vision_select_layer: which CLIP hidden state feeds the projector (LLaVA-1.5: -2, no final norm).
+        padded_patches_attend: whether padded patches, as queries, attend to what stands before them, as SDPA and eager
+            attention have it; flash attention leaves them out and adds nothing to them. Nothing looks at them, but the
+            min-max over all patches (``map_normalization`` all) does.
     """
 
     model_type = "uground_llava"
 
-    def __init__(self, vision_config=None, mm_vision_select_layer: int = -2, **kwargs) -> None:
+    def __init__(
+        self, vision_config=None, mm_vision_select_layer: int = -2, padded_patches_attend: bool = True, **kwargs
+    ) -> None:
         if isinstance(vision_config, CLIPVisionConfig):
             vision_config = vision_config.to_dict()
         self.vision_config = vision_config or CLIPVisionConfig().to_dict()
-        self.mm_vision_select_layer = mm_vision_select_layer
+        self.mm_vision_select_layer, self.padded_patches_attend = mm_vision_select_layer, padded_patches_attend
         super().__init__(**kwargs)
 
     @property
@@ -36,9 +41,19 @@ class LlavaLlamaConfig(LlamaConfig):
         return CLIPVisionConfig(**{k: v for k, v in self.vision_config.items() if k != "model_type"})
 
     @property
+    def clip_side(self) -> int:
+        """Side of CLIP's square input in pixels."""
+        return self.vision_config["image_size"]
+
+    @property
+    def clip_patch(self) -> int:
+        """Side of its patches in pixels."""
+        return self.vision_config["patch_size"]
+
+    @property
     def num_image_tokens(self) -> int:
         """P."""
-        return (self.vision_config["image_size"] // self.vision_config["patch_size"]) ** 2
+        return (self.clip_side // self.clip_patch) ** 2
 
 
 @dataclass
@@ -61,15 +76,18 @@ class KeySpace:
         return KeySpace(torch.cat([self.segments, segments], 1), torch.cat([self.usable, usable], 1))
 
 
-def packed_mask(queries: torch.Tensor, keys: KeySpace, dtype: torch.dtype) -> torch.Tensor:
+def packed_mask(
+    queries: torch.Tensor, keys: KeySpace, dtype: torch.dtype, padded_patches_attend: bool = True
+) -> torch.Tensor:
     """Additive attention mask of packed rows.
 
-    A token sees earlier usable tokens of the prefix (segment 0) and of its own conversation, and always itself, so that
-    no row of the softmax is empty.
+    A token sees usable tokens of the prefix (segment 0) and of its own conversation up to itself. A padded patch is no
+    key, not even its own; padding, of which nothing is used, sees itself too, so that no row of the softmax is empty.
 
     Args:
         queries: [B, Q] int64 segments of the newest Q tokens, which are the last Q of ``keys``.
         keys: K >= Q keys.
+        padded_patches_attend: False: their rows are -inf throughout, for which SDPA gives zeros.
 
     Returns:
         [B, 1, Q, K] with 0 where attention is allowed and the dtype's minimum elsewhere.
@@ -79,9 +97,13 @@ def packed_mask(queries: torch.Tensor, keys: KeySpace, dtype: torch.dtype) -> to
     order = place[None, :] <= place[k_len - q_len :, None]
     itself = place[None, :] == place[k_len - q_len :, None]
     related = (keys.segments[:, None, :] == 0) | (keys.segments[:, None, :] == queries[:, :, None])
-    allowed = (order & related & keys.usable[:, None, :]) | itself
+    allowed = (order & related & keys.usable[:, None, :]) | (itself & (queries < 0)[:, :, None])
     mask = torch.zeros(allowed.shape, dtype=dtype, device=queries.device)
-    return mask.masked_fill_(~allowed, torch.finfo(dtype).min)[:, None]
+    mask.masked_fill_(~allowed, torch.finfo(dtype).min)
+    if not padded_patches_attend:
+        padded = (queries >= 0) & ~keys.usable[:, k_len - q_len :]
+        mask.masked_fill_(padded[:, :, None], -torch.inf)
+    return mask[:, None]
 
 
 def valid_patches(clip_sizes: torch.Tensor, side: int, patch: int) -> torch.Tensor:
@@ -98,7 +120,7 @@ def valid_patches(clip_sizes: torch.Tensor, side: int, patch: int) -> torch.Tens
 class LlavaLlamaForCausalLM(LlamaForCausalLM):
     """LLaMA that sees: the image's projected CLIP features stand in for the image placeholders."""
 
-    config_class = LlavaLlamaConfig
+    config_class: type[LlavaLlamaConfig] = LlavaLlamaConfig
 
     def __init__(self, config: LlavaLlamaConfig) -> None:
         super().__init__(config)
@@ -122,8 +144,7 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
         Returns:
             [B, P, D] features and [B, P] bool, which of them show the image.
         """
-        config = self.vision_tower.config
-        valid = valid_patches(clip_sizes, config.image_size, config.patch_size)
+        valid = valid_patches(clip_sizes, self.config.clip_side, self.config.clip_patch)
         mask = None
         if not valid.all():
             keys = torch.cat([torch.ones(len(valid), 1, dtype=torch.bool), valid], 1)  # the class token always counts
@@ -170,7 +191,7 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
         keys = KeySpace(segments, usable) if past is None else past.keys.extend(segments, usable)
         outputs = self.model(
             inputs_embeds=embeddings,
-            attention_mask=packed_mask(segments, keys, embeddings.dtype),
+            attention_mask=packed_mask(segments, keys, embeddings.dtype, self.config.padded_patches_attend),
             position_ids=position_ids,
             past_key_values=past.cache if past is not None else None,
             use_cache=use_cache,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import pickle
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,8 +15,9 @@ from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 from transformers.initialization import no_init_weights
 
+from model import formats
 from model.sam import SamShape
-from model.UGround import UGroundConfig, UGroundForCausalLM
+from model.UGround import RELEASED, UGroundConfig, UGroundForCausalLM
 
 LLAVA_TYPES = ("llava", "llava_llama")
 WEIGHT_FILES = (
@@ -112,25 +113,18 @@ def read_json(folder: Path, what: str) -> dict:
         raise ValueError(f"{what}: {path} is no valid JSON ({error})") from error
 
 
-def llava_keys(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """LLaVA-1.5's own key names -> this project's: the projector is no part of ``model`` here."""
-    ignored = ("model.vision_tower.", "model.out_mm_projector.")
-    renamed = {}
-    for key, value in state.items():
-        if key.startswith(ignored) or key.endswith("rotary_emb.inv_freq"):
-            continue
-        renamed[key.replace("model.mm_projector.", "mm_projector.")] = value
-    return renamed
-
-
-def load_strictly(module: nn.Module, state: dict[str, torch.Tensor], source: str) -> None:
+def load_strictly(module: nn.Module, state: dict[str, torch.Tensor], source: str, new: tuple[str, ...] = ()) -> None:
     """Loads ``state`` into ``module``; every key must find its place and every parameter its key.
 
+    Args:
+        new: prefixes of what ``state`` need not hold.
+
     Raises:
-        ValueError: naming missing, unexpected and mis-shaped keys.
+        ValueError: naming missing, unexpected and mis-shaped keys, with a guess at the cause.
     """
     own = module.state_dict()
-    missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    missing = sorted(key for key in own.keys() - state.keys() if not key.startswith(new))
+    unexpected = sorted(state.keys() - own.keys())
     shapes = [
         f"{key}: file {tuple(state[key].shape)}, model {tuple(own[key].shape)}"
         for key in sorted(own.keys() & state.keys())
@@ -139,8 +133,22 @@ def load_strictly(module: nn.Module, state: dict[str, torch.Tensor], source: str
     problems = [("missing", missing), ("unexpected", unexpected), ("of another shape", shapes)]
     lines = [f"  {len(keys)} {kind}: {_some(keys)}" for kind, keys in problems if keys]
     if lines:
-        raise ValueError(f"the weights of {source} do not fit {type(module).__name__}:\n" + "\n".join(lines))
-    module.load_state_dict(state)
+        cause = _cause(own.keys(), missing, unexpected, shapes)
+        raise ValueError(f"the weights of {source} do not fit {type(module).__name__} ({cause}):\n" + "\n".join(lines))
+    module.load_state_dict(state, strict=False)
+
+
+def _cause(own: Collection[str], missing: list[str], unexpected: list[str], shapes: list[str]) -> str:
+    """What most likely went wrong, from which kinds of keys do not fit."""
+    if len(missing) == len(own):
+        return "no key fits: another kind of model, or its keys carry another prefix"
+    if any("lora_" in key for key in unexpected):
+        return "an adapter that was not merged"
+    if shapes and not missing and not unexpected:
+        return "the same architecture in another size: its configuration does not belong to these weights"
+    if missing and not unexpected and not shapes:
+        return "an incomplete file: a shard is missing, or only trained parts were saved"
+    return "another architecture or version"
 
 
 def _some(names: Iterable[str], most: int = 6) -> str:
@@ -177,6 +185,19 @@ def format_report(rows: list[Loaded]) -> str:
     return "\n".join(lines)
 
 
+def read_sam(path: str) -> tuple[dict[str, torch.Tensor], SamShape]:
+    """A segment-anything checkpoint and its size.
+
+    Raises:
+        ValueError: if the file is none.
+    """
+    state = read_torch_file(Path(path))
+    try:
+        return state, SamShape.from_state_dict(state)
+    except KeyError as error:
+        raise ValueError(f"--vision_pretrained: {path} is no segment-anything checkpoint (no {error})") from error
+
+
 def base_config(version: Path, tower: Path, sam: SamShape, settings: dict) -> UGroundConfig:
     """The configuration that a LLaVA folder, a CLIP folder and a SAM make together.
 
@@ -206,6 +227,29 @@ def base_config(version: Path, tower: Path, sam: SamShape, settings: dict) -> UG
     )
 
 
+def build(config: UGroundConfig, dtype: torch.dtype) -> UGroundForCausalLM:
+    """The model with new phi and gate; all else has no values yet."""
+    default = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(dtype)
+        with no_init_weights():
+            model = UGroundForCausalLM(config)
+        for part in (model.text_hidden_fcs, model.ppm):
+            for module in part.modules():
+                if isinstance(module, nn.Linear):
+                    module.reset_parameters()
+        nn.init.zeros_(model.ppm.gate)
+    finally:
+        torch.set_default_dtype(default)
+    return model
+
+
+def read_tower(folder: str | Path) -> dict[str, torch.Tensor]:
+    """CLIP's vision tower as this project names it."""
+    tower = CLIPVisionModel.from_pretrained(folder, dtype="auto")
+    return {f"vision_tower.{key}": value for key, value in tower.state_dict().items()}
+
+
 def load_base(
     version: str, vision_tower: str, vision_pretrained: str, dtype: torch.dtype, settings: dict
 ) -> tuple[UGroundForCausalLM, list[Loaded]]:
@@ -217,41 +261,39 @@ def load_base(
     Raises:
         ValueError: if a file is missing, or a key does not find its place.
     """
-    sam_state = read_torch_file(Path(vision_pretrained))
-    try:
-        shape = SamShape.from_state_dict(sam_state)
-    except KeyError as error:
-        raise ValueError(
-            f"--vision_pretrained: {vision_pretrained} is no segment-anything checkpoint (no {error})"
-        ) from error
-    config = base_config(Path(version), Path(vision_tower), shape, settings)
-    default = torch.get_default_dtype()
-    try:
-        torch.set_default_dtype(dtype)
-        with no_init_weights():
-            model = UGroundForCausalLM(config)
-        for module in model.text_hidden_fcs.modules():
-            if isinstance(module, nn.Linear):
-                module.reset_parameters()
-        nn.init.zeros_(model.ppm.gate)
-    finally:
-        torch.set_default_dtype(default)
-    load_strictly(model.visual_model, sam_state, vision_pretrained)
-    tower = CLIPVisionModel.from_pretrained(vision_tower, dtype=dtype)
-    load_strictly(model.vision_tower, tower.state_dict(), vision_tower)
-    llava = llava_keys(read_folder(Path(version)))
-    others = ("vision_tower.", "visual_model.", *NEW_PARTS)
-    own = {key: value for key, value in model.state_dict().items() if not key.startswith(others)}
-    missing, unexpected = own.keys() - llava.keys(), llava.keys() - own.keys()
-    if missing or unexpected:
-        raise ValueError(
-            f"the weights of {version} do not fit: missing {_some(sorted(missing)) or 'none'}; "
-            f"unexpected {_some(sorted(unexpected)) or 'none'}"
-        )
-    model.load_state_dict(llava, strict=False)
+    sam, shape = read_sam(vision_pretrained)
+    model = build(base_config(Path(version), Path(vision_tower), shape, settings), dtype)
+    load_strictly(model.visual_model, sam, vision_pretrained)
+    state = read_tower(vision_tower) | formats.renamed(read_folder(Path(version)), formats.LLAVA)
+    load_strictly(model, state, version, new=("visual_model.", *NEW_PARTS))
     sources = dict.fromkeys(("model", "lm_head", "mm_projector"), version)
     sources |= {"vision_tower": vision_tower, "visual_model": vision_pretrained}
     return model.eval(), report(model, sources)
+
+
+def load_released(
+    folder: str | Path, vision_tower: str | Path, dtype: torch.dtype, settings: dict
+) -> tuple[UGroundForCausalLM, list[Loaded]]:
+    """UGround from a checkpoint of the paper's release (parity.md): its own keys, SAM inside, CLIP in its own folder.
+
+    Args:
+        settings: of ``UGroundConfig``, over those that reproduce the release (``RELEASED`` and the folder's ``mode``).
+
+    Raises:
+        ValueError: if a file is missing, or a key does not find its place.
+    """
+    folder = Path(folder)
+    state = formats.renamed(read_folder(folder), formats.LLAVA)
+    try:
+        shape = SamShape.from_state_dict(formats.below(state, "visual_model."))
+    except KeyError as error:
+        raise ValueError(f"--version: {folder} holds no SAM (no {error})") from error
+    method = RELEASED | formats.released_mode(read_json(folder, "--version")) | settings
+    model = build(base_config(folder, Path(vision_tower), shape, method), dtype)
+    state = read_tower(vision_tower) | state
+    load_strictly(model, state, str(folder), new=("ppm.baseline",))  # the released code does not save it
+    sources = dict.fromkeys((name for name, _ in model.named_children()), str(folder))
+    return model.eval(), report(model, sources | {"vision_tower": str(vision_tower)})
 
 
 def grow_vocabulary(model: UGroundForCausalLM, size: int) -> None:
@@ -261,5 +303,5 @@ def grow_vocabulary(model: UGroundForCausalLM, size: int) -> None:
         return
     model.resize_token_embeddings(size, mean_resizing=False)
     with torch.no_grad():
-        for table in (model.get_input_embeddings().weight, model.get_output_embeddings().weight):
+        for table in (model.model.embed_tokens.weight, model.lm_head.weight):
             table[old:] = table[:old].float().mean(0).to(table.dtype)

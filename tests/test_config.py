@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from model.UGround import UGroundConfig
+from model.UGround import RELEASED, UGroundConfig
 from utils.config import FIELDS, SECTIONS, Config, ConfigError, config_from, load_config, make_parser, plain
 from utils.datasets import TYPES
 
@@ -65,6 +65,12 @@ def test_tiny_lisa_differs_from_tiny_in_the_method_alone():
     )
     changed = {name for name in tiny if tiny[name] != lisa[name]}
     assert changed == {"layer_selection", "mask_prompt", "map_loss_weight", "policy_loss_weight", "exp_name"}
+
+
+def test_released_settings_are_those_of_the_loader():
+    config = load_config(["--config", str(ROOT / "configs/released.yaml")])
+    written = config.method | {"eval_layer_policy": config.eval.val_layer_policy}
+    assert {name: written[name] for name in RELEASED} == RELEASED
 
 
 def test_flags_override_file_overrides_base_overrides_defaults(tmp_path):

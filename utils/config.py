@@ -77,11 +77,30 @@ class PpmSettings:
     first_candidate_layer: int = setting(
         1, "lowest layer that can be chosen; 0 adds the embeddings (as released weights have it)", low=0, high=1
     )
+    phi_layer: str = setting(
+        "chosen",
+        "layer that phi([SEG]) reads: the one chosen for the map, or always the last",
+        choices=("chosen", "last"),
+    )
     seg_prompt: bool = setting(True, "prompt SAM with the [SEG] token (Table 6)")
     mask_prompt: bool = setting(True, "prompt SAM with the similarity map (MasP, Table 6)")
+    reward: str = setting(
+        "seg",
+        "one reward per [SEG] (Algorithm 1), or one sum per batch (as released weights)",
+        choices=("seg", "batch"),
+    )
+    baseline: str = setting(
+        "average",
+        "what rewards are compared with: their moving average, or a critic's guess (section 4.1)",
+        choices=("average", "critic"),
+    )
     baseline_decay: float = setting(0.9, "alpha of the reward's moving average (Algorithm 1)", low=0.0, high=1.0)
+    critic_width: int = setting(128, "hidden units of the critic", low=1)
     map_normalization: str = setting(
         "valid", "min-max of a map over the patches that show the image, or over all", choices=("valid", "all")
+    )
+    map_side: int = setting(
+        0, "side of the square on which a map is enlarged first, in pixels; 0 = CLIP's input (released: 336)", low=0
     )
 
 
@@ -93,10 +112,14 @@ class LossSettings:
     mask_loss_weight: float = setting(1.0, "lambda_mask, BCE and dice of SAM's masks", low=0.0)
     map_loss_weight: float = setting(1.0, "BCE and dice of the similarity maps, beside the masks' (Eq. 8)", low=0.0)
     policy_loss_weight: float = setting(0.1, "lambda_policy, REINFORCE (Eq. 5)", low=0.0)
+    critic_loss_weight: float = setting(1.0, "the critic's squared error, within lambda_policy", low=0.0)
     bce_loss_weight: float = setting(2.0, "lambda_bce, within masks and maps", low=0.0)
     dice_loss_weight: float = setting(4.0, "lambda_dice, within masks and maps", low=0.0)
     gaussian_kernel: int = setting(31, "side of the Gaussian that softens a map's target, in pixels; odd", low=1)
     gaussian_sigma: float = setting(7.0, "standard deviation of that Gaussian, in pixels", above=0.0)
+    positive_weight: str = setting(
+        "mask", "map BCE: weight of positives per mask, or one per image (released)", choices=("mask", "image")
+    )
 
 
 @dataclass

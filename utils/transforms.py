@@ -10,14 +10,10 @@ import numpy as np
 import torch
 from PIL import Image
 
+from model.sam import resized_size
+
 PIXEL_MEAN = torch.tensor([123.675, 116.28, 103.53]).view(3, 1, 1)
 PIXEL_STD = torch.tensor([58.395, 57.12, 57.375]).view(3, 1, 1)
-
-
-def resized_size(height: int, width: int, side: int) -> tuple[int, int]:
-    """(height, width) after scaling the longest side to ``side``; at least one pixel each."""
-    scale = side / max(height, width)
-    return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
 
 
 def resize_and_pad(image: np.ndarray, side: int) -> tuple[torch.Tensor, tuple[int, int]]:
