@@ -144,6 +144,9 @@ class DataSettings:
     reason_seg_plus_data: tuple[str, ...] = setting(
         (), "LISA++'s data sets; empty = instance_seg, cot, conversations, caption"
     )
+    multi_reason_seg_data: tuple[str, ...] = setting(
+        (), "multi-target reasoning data sets, NAME|split; empty = MultiReasonSeg|train"
+    )
     custom_data: tuple[str, ...] = setting((), "files of one's own data, A.jsonl||B.jsonl (docs/your_own_data.md)")
     weighting: str = setting(
         "size", "within a type, draw a data set by its size or uniformly", choices=("size", "uniform")

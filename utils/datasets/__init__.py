@@ -9,6 +9,7 @@ from pathlib import Path
 from utils.datasets.base import DataError, DataOptions, EvalDataset, Row, TrainDataset, coco, unknown
 from utils.datasets.custom import CustomEval, CustomTrain
 from utils.datasets.fp_refer_seg import FpReferSegTrain
+from utils.datasets.multi_reason_seg import MultiReasonSegEval, MultiReasonSegTrain
 from utils.datasets.reason_seg import ReasonSegEval, ReasonSegTrain
 from utils.datasets.reason_seg_plus import ReasonSegPlusTrain
 from utils.datasets.refer_seg import ReferSegEval, ReferSegTrain
@@ -41,6 +42,7 @@ TYPES = {
     "vqa": Type(VqaTrain, None, "llava_instruct_150k"),
     "reason_seg": Type(ReasonSegTrain, ReasonSegEval, "ReasonSeg|train"),
     "reason_seg_plus": Type(ReasonSegPlusTrain, None, "instance_seg||cot||conversations||caption"),
+    "multi_reason_seg": Type(MultiReasonSegTrain, MultiReasonSegEval, "MultiReasonSeg|train"),
     "custom": Type(CustomTrain, CustomEval, ""),
 }
 
@@ -86,6 +88,7 @@ DATASETS = {
     "cot": _lisa_plus("COT"),
     "conversations": _lisa_plus("Conversations"),
     "caption": _lisa_plus("Caption"),
+    "MultiReasonSeg": Row("multi_reason_seg", "multi_reason_seg/MultiReasonSeg"),
     "custom": Row("custom", ""),
 }
 

@@ -200,6 +200,24 @@ def warn_of(name: str, problems: Sequence[str]) -> None:
         logger.warning("%s: %d records cannot be used, the first: %s", name, len(problems), problems[0])
 
 
+def check_complete(
+    spec: str, problems: Sequence[str], find: Callable[[Any], Path], records: Iterable[dict[str, Any]]
+) -> None:
+    """Refuses to evaluate a split with ``problems``, or with a record whose image ``find`` does not find."""
+    problems = list(problems)
+    for record in records:
+        try:
+            find(record)
+        except DataError as error:
+            problems.append(str(error))
+    if problems:
+        shown = "\n  ".join(problems[:5])
+        raise DataError(
+            f"{spec}: {len(problems)} records cannot be evaluated, which would change the benchmark; "
+            f"complete the download. The first:\n  {shown}"
+        )
+
+
 # -- images ------------------------------------------------------------------------------------------------------------
 
 DECODE_ERRORS = (OSError, SyntaxError, ValueError, struct.error, EOFError, Image.DecompressionBombError)

@@ -22,11 +22,10 @@ from utils.datasets.base import (
     find_image,
     find_paths,
     parse_items,
-    pick,
     read_image,
     stack_masks,
 )
-from utils.datasets.templates import ANSWERS, QUESTIONS, enumerate_words, fill
+from utils.datasets.templates import enumerate_words, instance_turn
 from utils.tokens import SEG
 from utils.types import Conversation, Sample, Turn
 
@@ -233,7 +232,7 @@ def _build(item: dict, height: int, width: int, rng: np.random.Generator) -> tup
     if not decoded:
         raise DataError(problem)
     if not item["turns"][0][1]:
-        return (_instance_turn(item["turns"][0][0], len(decoded), rng),), list(decoded.values())
+        return (instance_turn(item["turns"][0][0], len(decoded), rng),), list(decoded.values())
     used: list[np.ndarray] = []
 
     def tokens(references: list[tuple[str, str]]) -> str:
@@ -248,11 +247,3 @@ def _build(item: dict, height: int, width: int, rng: np.random.Generator) -> tup
             raise DataError(f"nothing is left of the answer {answer!r} without the masks that cannot be used")
         talk.append(Turn(replace_references(question, _names), rendered))
     return tuple(talk), used
-
-
-def _instance_turn(question: str, count: int, rng: np.random.Generator) -> Turn:
-    """A question about ``count`` instances, one [SEG] for each."""
-    if count == 1:
-        return Turn(fill(pick(QUESTIONS["sentence"], rng), query=question), pick(ANSWERS["target"], rng))
-    answer = fill(pick(ANSWERS["instances"], rng), list=enumerate_words([SEG] * count))
-    return Turn(fill(pick(QUESTIONS["instances"], rng), query=question), answer)

@@ -11,6 +11,7 @@ from utils.datasets.base import (
     DataError,
     DataOptions,
     Row,
+    check_complete,
     check_sample,
     check_size,
     draw,
@@ -126,18 +127,7 @@ class ReferSegEval:
         split_by = parts[0] if len(parts) == 2 else row.split_by
         self.split = ReferSplit(self.benchmark, row, split_by, parts[-1], dataset_dir)
         self.skipped: list[str] = []
-        problems = self.split.index.problems.copy()
-        for record in self.split.index.images:
-            try:
-                self.split.image_path(record)
-            except DataError as error:
-                problems.append(str(error))
-        if problems:
-            shown = "\n  ".join(problems[:5])
-            raise DataError(
-                f"{spec}: {len(problems)} records cannot be evaluated, which would change the benchmark; "
-                f"complete the download. The first:\n  {shown}"
-            )
+        check_complete(spec, self.split.index.problems, self.split.image_path, self.split.index.images)
 
     def __len__(self) -> int:
         return len(self.split.index.images)

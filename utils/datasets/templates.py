@@ -12,6 +12,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from utils.conversation import escape
+from utils.datasets.base import pick
+from utils.tokens import SEG
 from utils.types import EvalQuery, Turn
 
 # {query} is the data set's expression, inserted as it is.
@@ -100,8 +102,16 @@ def question(kind: str, query: str, which: int = 0) -> str:
 
 def denial(query: str, correction: str, rng: np.random.Generator) -> str:
     """An answer about what is not in the image; it offers ``correction`` unless that is empty."""
-    templates = ANSWERS["correction" if correction else "denial"]
-    return fill(templates[rng.integers(len(templates))], query=escape(query), correction=escape(correction))
+    template = pick(ANSWERS["correction" if correction else "denial"], rng)
+    return fill(template, query=escape(query), correction=escape(correction))
+
+
+def instance_turn(query: str, count: int, rng: np.random.Generator) -> Turn:
+    """A whole question about ``count`` things, answered by one [SEG] for each."""
+    if count == 1:
+        return Turn(fill(pick(QUESTIONS["sentence"], rng), query=query), pick(ANSWERS["target"], rng))
+    answer = fill(pick(ANSWERS["instances"], rng), list=enumerate_words([SEG] * count))
+    return Turn(fill(pick(QUESTIONS["instances"], rng), query=query), answer)
 
 
 def joint_turn(queries: Sequence[str], tokens: Sequence[str]) -> Turn:

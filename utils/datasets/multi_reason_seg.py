@@ -1,0 +1,238 @@
+"""multi_reason_seg: MUSE, questions that each mean several objects, one [SEG] for each (formats.md, H)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from utils.conversation import escape
+from utils.datasets.base import (
+    DataError,
+    DataOptions,
+    PackedRecords,
+    Row,
+    check_complete,
+    check_file_name,
+    check_sample,
+    check_size,
+    coco,
+    decode_segmentation,
+    draw,
+    find_paths,
+    parse_items,
+    read_image,
+    stack_masks,
+    unknown,
+    warn_of,
+)
+from utils.datasets.coco_file import check_extent
+from utils.datasets.templates import instance_turn
+from utils.tokens import SEG
+from utils.types import Conversation, EvalQuery, EvalSample, Sample, Turn
+
+SPLITS = {
+    "train": ("train",),
+    "val": ("val",),
+    "test_few": ("test_less",),  # the tables' name
+    "test_less": ("test_less",),
+    "test_many": ("test_many",),
+    "test": ("test_less", "test_many"),
+}
+COCO_FOLDERS = ("train2014", "val2014", "train2017", "val2017")
+
+
+class MuseSplit:
+    """The records of one split.
+
+    Attributes:
+        records: per item ``{"images", "height", "width", "questions"}``: the places of its image to be tried in turn,
+            and per question ``{"number", "text", "answer", "targets"}``; a target is a segmentation, undecoded.
+        problems: items and questions that cannot be used, and why.
+        counts: images, expressions, masks, multi.
+    """
+
+    def __init__(self, name: str, row: Row, split: str, dataset_dir: Path) -> None:
+        self.name, self.dataset_dir = f"{name}|{split}", dataset_dir
+        if split not in SPLITS:
+            raise DataError(f"{self.name}: {unknown('split', split, SPLITS)}")
+        files: dict[str, Sequence[Path]] = {
+            f"MUSE_{part}.json": [dataset_dir / row.path / f"MUSE_{part}.json"] for part in SPLITS[split]
+        }
+        records: list[dict[str, Any]] = []
+        self.problems: list[str] = []
+        for path in find_paths(self.name, files):
+            found, problems = parse_items(self.name, path, _parse)
+            records += found
+            self.problems += problems
+            broken = [f"{path}, {text}" for record in found for text in record.pop("problems")]
+            warn_of(self.name, broken)
+            self.problems += broken
+        questions = [question for record in records for question in record["questions"]]
+        self.counts = {
+            "images": len(records),
+            "expressions": len(questions),
+            "masks": sum(len(question["targets"]) for question in questions),
+            "multi": sum(len(question["targets"]) > 1 for question in questions),
+        }
+        self.records = PackedRecords(records)
+
+    def image_path(self, record: dict[str, Any]) -> Path:
+        name = Path(record["images"][0]).name
+        return find_paths(self.name, {f"image {name}": [self.dataset_dir / place for place in record["images"]]})[0]
+
+    def image(self, record: dict[str, Any]) -> np.ndarray:
+        path = self.image_path(record)
+        image = read_image(path)
+        check_size(f"{self.name}, {path.name}", image, record["height"], record["width"])
+        return image
+
+    def masks(self, record: dict[str, Any], question: dict[str, Any]) -> list[np.ndarray]:
+        """One [H, W] uint8 mask with 0 and 1 per target of the question."""
+        masks = []
+        for number, segmentation in enumerate(question["targets"]):
+            try:
+                masks.append(decode_segmentation(segmentation, record["height"], record["width"]))
+            except DataError as error:
+                place = f"{self.name}, {Path(record['images'][0]).name}, {question['text']!r}, target {number}"
+                raise DataError(f"{place}: {error}") from error
+        return masks
+
+
+def _parse(item: Any) -> dict[str, Any]:
+    """One item; a question that cannot be used is named in ``problems``, and costs no other."""
+    if not isinstance(item, dict):
+        raise DataError(f"expected a dict, not a {type(item).__name__}")
+    images = _image_places(item)
+    height, width = check_extent(item.get("height"), item.get("width"), f"{Path(images[0]).name} has")
+    asked, answers = item.get("questions"), item.get("answers")
+    texts = item.get("text_answers") or [None] * (len(asked) if isinstance(asked, list) else 0)
+    if not (isinstance(asked, list) and isinstance(answers, list) and isinstance(texts, list)):
+        raise DataError("'questions', 'answers' and 'text_answers' must be lists")
+    if not len(asked) == len(answers) == len(texts):
+        raise DataError(
+            f"{len(asked)} questions, {len(answers)} answers and {len(texts)} text answers; one each is due"
+        )
+    questions, problems = [], []
+    for number, (question, targets, text) in enumerate(zip(asked, answers, texts)):
+        try:
+            questions.append({"number": number, **_question(question, targets, text)})
+        except DataError as error:
+            problems.append(f"{Path(images[0]).name}, question {number}: {error}")
+    if not questions:
+        raise DataError((problems or ["it holds no question"])[0])
+    return {"images": images, "height": height, "width": width, "questions": questions, "problems": problems}
+
+
+def _question(question: Any, targets: Any, text: Any) -> dict[str, Any]:
+    if not isinstance(question, str) or not question.strip():
+        raise DataError(f"it must be a text, not {str(question)[:60]!r}")
+    if not isinstance(targets, list) or not targets or not all(isinstance(target, dict) for target in targets):
+        raise DataError(f"its answer must be a list of annotations, not {str(targets)[:60]}")
+    if not all(target.get("segmentation") for target in targets):
+        raise DataError("a target has no segmentation")
+    if text is not None and (not isinstance(text, str) or text.count("{seg}") != len(targets)):
+        raise DataError(f"its text answer must hold {{seg}} {len(targets)} times: {str(text)[:80]!r}")
+    segmentations = [target["segmentation"] for target in targets]
+    return {"text": question.strip(), "answer": text or "", "targets": segmentations}
+
+
+def _image_places(item: dict[str, Any]) -> list[str]:
+    """Where an item's image may lie: ``coco_url`` names its folder, a bare ``file_name`` is of train2014."""
+    url, name, places = item.get("coco_url"), item.get("file_name"), []
+    if isinstance(url, str) and url:
+        folder, _, file = url.rpartition("/")
+        if folder.rpartition("/")[2] not in COCO_FOLDERS:
+            raise DataError(f"'coco_url' is {url!r}; expected one that ends in FOLDER/NAME, one of {COCO_FOLDERS}")
+        file = check_file_name(file, "'coco_url' ends in")
+        places += [f"{home}/{file}" for home in coco(folder.rpartition("/")[2])]
+    if name or not places:
+        name = Path(check_file_name(name, "'file_name' is")).name
+        places += [f"{home}/{name}" for home in coco("train2014")]
+    return places
+
+
+class MultiReasonSegTrain:
+    """MUSE to train on; an item is an image with some of its questions.
+
+    A question is answered by its own text where it has one, else by a template; its [SEG] stand in the order of its
+    targets.
+
+    Args:
+        name: the data set, a key of ``DATASETS``.
+        row: its row.
+        parts: the split, ``train``.
+        dataset_dir: the root of all data.
+        options: ``questions_per_image``.
+    """
+
+    def __init__(self, name: str, row: Row, parts: list[str], dataset_dir: Path, options: DataOptions) -> None:
+        if len(parts) > 1:
+            raise DataError(f"{'|'.join([name, *parts])!r}: for training write '{name}|train'")
+        self.options = options
+        self.split = MuseSplit(name, row, parts[0] if parts else "train", dataset_dir)
+        self.name = self.split.name
+        self.split.image_path(self.split.records[0])  # a wrong folder shows now, not at the first step
+
+    def __len__(self) -> int:
+        return len(self.split.records)
+
+    def sample(self, index: int, rng: np.random.Generator) -> Sample:
+        record = self.split.records[index]
+        image = self.split.image(record)
+        conversations: list[Conversation] = []
+        masks: list[np.ndarray] = []
+        for i in draw(self.options.questions_per_image, len(record["questions"]), rng):
+            question = record["questions"][i]
+            conversations.append((_turn(question, rng),))
+            masks += self.split.masks(record, question)
+        source = f"{self.name}/{Path(record['images'][0]).name}"
+        return check_sample(Sample(source, image, conversations, stack_masks(masks, *image.shape[:2])))
+
+    def describe(self) -> dict[str, int]:
+        return {**self.split.counts, "unusable": len(self.split.problems)}
+
+
+def _turn(question: dict[str, Any], rng: np.random.Generator) -> Turn:
+    turn = instance_turn(question["text"], len(question["targets"]), rng)
+    if not question["answer"]:
+        return turn
+    return Turn(turn.question, SEG.join(escape(part) for part in question["answer"].split("{seg}")))
+
+
+class MultiReasonSegEval:
+    """A split of MUSE: per question the masks of its targets, to be matched with what is predicted.
+
+    Args:
+        spec: ``MultiReasonSeg|val``, ``|test_few``, ``|test_many`` or ``|test`` (both).
+        row: the data set's row.
+        parts: the split.
+        dataset_dir: the root of all data.
+    """
+
+    def __init__(self, spec: str, row: Row, parts: list[str], dataset_dir: Path) -> None:
+        self.spec, self.benchmark = spec, spec.split("|")[0]
+        if len(parts) != 1:
+            raise DataError(f"{spec!r}: write '{self.benchmark}|SPLIT', for example '{self.benchmark}|val'")
+        self.split = MuseSplit(self.benchmark, row, parts[0], dataset_dir)
+        self.skipped: list[str] = []
+        check_complete(spec, self.split.problems, self.split.image_path, self.split.records)
+
+    def __len__(self) -> int:
+        return len(self.split.records)
+
+    @property
+    def num_queries(self) -> int:
+        return self.split.counts["expressions"]
+
+    def __getitem__(self, index: int) -> EvalSample:
+        record = self.split.records[index]
+        name = Path(record["images"][0]).name
+        queries = []
+        for question in record["questions"]:
+            masks = stack_masks(self.split.masks(record, question), record["height"], record["width"])
+            meta = {"targets": len(masks)}
+            queries.append(EvalQuery(f"{index}_{question['number']}", question["text"], masks, True, meta))
+        return EvalSample(f"{self.spec}/{name}", Path(name).stem, self.split.image(record), queries)
