@@ -40,7 +40,7 @@ def read_given(model, batch: Batch, output: LanguageOutput) -> Answers:
     """Teacher forced: reads the [SEG] states of the answers in the batch."""
     config, device = model.config, model.device
     segments = batch.segments.flatten()
-    token_ids = [[[] for _ in range(count)] for count in batch.questions]
+    token_ids: list[list[list[int]]] = [[[] for _ in range(count)] for count in batch.questions]
     rows = (batch.label_positions // batch.segments.shape[1]).tolist()
     for row, segment, token in zip(rows, segments[batch.label_positions].tolist(), batch.label_ids.tolist()):
         token_ids[row][segment - 1].append(token)
@@ -71,7 +71,7 @@ def write_answers(
     last, position = _last_tokens(batch, segments)
     row = torch.arange(b_size, device=device)[:, None]
     states = torch.stack([layer[row, last] for layer in output.hidden], dim=2)  # [B, K, L, D]
-    token_ids = [[[] for _ in range(count)] for count in batch.questions]
+    token_ids: list[list[list[int]]] = [[[] for _ in range(count)] for count in batch.questions]
     found: list[tuple[Place, int, torch.Tensor]] = []
     for step in range(max_new_tokens):
         tokens = model.lm_head(states[:, :, -1]).argmax(-1)  # [B, K]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
+from transformers import PreTrainedModel
 
 LORA_TARGETS = r"model\.layers\.\d+\.self_attn\.({names})"  # the language model only, never CLIP's q_proj and v_proj
 
@@ -43,8 +44,8 @@ def trains_in_full(name: str, config) -> bool:
 
 
 def add_lora(
-    model: nn.Module, r: int, alpha: int = 16, dropout: float = 0.05, targets: str = "q_proj,v_proj"
-) -> PeftModel:
+    model: PreTrainedModel, r: int, alpha: int = 16, dropout: float = 0.05, targets: str = "q_proj,v_proj"
+) -> PreTrainedModel | PeftModel:
     """Wraps the model with LoRA on the language model's projections and sets what trains.
 
     Args:
@@ -58,12 +59,13 @@ def add_lora(
     known = {"q_proj", "k_proj", "v_proj", "o_proj"}
     if unknown := set(names) - known:
         raise ValueError(f"lora_target_modules: {sorted(unknown)} unknown; choose from {sorted(known)}")
+    adapted: PreTrainedModel | PeftModel = model
     if r > 0:
         pattern = LORA_TARGETS.format(names="|".join(names))
         config = LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=pattern, bias="none")
-        model = get_peft_model(model, config)
-    set_trainable(model)
-    return model
+        adapted = get_peft_model(model, config)
+    set_trainable(adapted)
+    return adapted
 
 
 def set_trainable(model: nn.Module) -> None:

@@ -46,7 +46,7 @@ def identity(loaded: Iterable[Loaded]) -> dict[str, str]:
 def trained_shapes(model: nn.Module) -> dict[str, list[int]]:
     """Shape of everything that a checkpoint must hold: trainable parameters and persistent buffers."""
     state = model.state_dict().keys()
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    named: list[tuple[str, torch.Tensor]] = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     named += [(name, buffer) for name, buffer in model.named_buffers() if name in state]
     return {name: list(tensor.shape) for name, tensor in named}
 

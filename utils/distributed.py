@@ -73,7 +73,7 @@ def fail_together(problem: str | None, error: type[Exception] = ValueError) -> N
     problems = list(dict.fromkeys(found for found in all_gather(problem) if found))
     if problems:
         raised = error("\n".join(problems))
-        raised.shared = True  # type: ignore[attr-defined]  # any error type may carry the mark
+        raised.shared = True  # type: ignore[attr-defined]  # a mark on an error of any type
         raise raised
 
 

@@ -29,7 +29,7 @@ def build_model(config: Config) -> tuple[nn.Module, UGroundProcessor, list[Loade
     transformers_logging.disable_progress_bar()
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")  # peft asks for it by its old name
     torch.manual_seed(config.train.seed)
-    model, processor, loaded = load_for_training(
+    base, processor, loaded = load_for_training(
         config.model.version,
         config.model.vision_tower,
         config.model.vision_pretrained,
@@ -38,9 +38,9 @@ def build_model(config: Config) -> tuple[nn.Module, UGroundProcessor, list[Loade
         config.model.model_max_length,
     )
     targets = config.model.lora_target_modules
-    model = add_lora(model, config.model.lora_r, config.model.lora_alpha, config.model.lora_dropout, targets)
+    model = add_lora(base, config.model.lora_r, config.model.lora_alpha, config.model.lora_dropout, targets)
     if config.model.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     empty = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
     if empty:
         raise ValueError(

@@ -84,7 +84,7 @@ class Answer:
     @property
     def merged(self) -> np.ndarray:
         """[H, W] bool: what is scored where one mask is expected, the union of all [SEG]; none = empty."""
-        return self.masks.any(axis=0)
+        return np.any(self.masks, axis=0)
 
 
 @dataclass
@@ -409,7 +409,7 @@ def text_blind_scores(dataset_dir: Path, spec: str) -> dict[str, dict[str, float
     if not path.is_file():
         return {}
     name, *_, split = spec.split("|")
-    kinds = ("all", "short", "long")
+    kinds: tuple[str, ...] = ("all", "short", "long")
     if split.endswith(("_short", "_long")):
         split, kind = split.rsplit("_", 1)
         kinds = (kind,)

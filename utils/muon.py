@@ -16,14 +16,14 @@ class Muon(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
-    def step(self) -> None:  # type: ignore[override]  # no closure: nothing here would pass one
+    def step(self) -> None:  # type: ignore[override]  # takes no closure
         for group in self.param_groups:
             shapes: dict[tuple, list[nn.Parameter]] = {}
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     shapes.setdefault(tuple(parameter.shape), []).append(parameter)
             for shape, parameters in shapes.items():
-                gradient = torch.stack([p.grad for p in parameters if p.grad is not None])
+                gradient = torch.stack([p.grad for p in parameters])  # type: ignore[misc]  # all have one
                 state = self.state[parameters[0]]
                 buffer = state.setdefault("momentum", torch.zeros_like(gradient))
                 buffer.lerp_(gradient, 1 - group["momentum"])

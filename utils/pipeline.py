@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,12 +45,12 @@ def load_for_training(
     tokenizer = AutoTokenizer.from_pretrained(version)
     add_special_tokens(tokenizer)
     grow_vocabulary(model, len(tokenizer))
-    clip, sam = model.vision_tower.config, model.visual_model.shape
+    config, sam_side = model.config, model.visual_model.shape.image_size
     system_prompt = read_json(Path(version), "--version").get("system_prompt", SYSTEM_PROMPT)
-    processor = UGroundProcessor(tokenizer, clip.image_size, clip.patch_size, sam.image_size, system_prompt, max_tokens)
+    processor = UGroundProcessor(tokenizer, config.clip_side, config.clip_patch, sam_side, system_prompt, max_tokens)
     ids = processor.tokens
-    model.config.seg_token_id, model.config.rej_token_id = ids.seg, ids.rej
-    model.config.eos_token_id, model.config.pad_token_id = ids.eos, ids.pad
+    config.seg_token_id, config.rej_token_id = ids.seg, ids.rej
+    config.eos_token_id, config.pad_token_id = ids.eos, ids.pad
     return model, processor, rows
 
 
@@ -68,9 +69,10 @@ def load_pretrained(
             "merge a trained run with scripts/merge_lora.py first"
         )
     processor = UGroundProcessor.from_pretrained(folder)
-    model, info = UGroundForCausalLM.from_pretrained(
+    loaded: Any = UGroundForCausalLM.from_pretrained(
         folder, dtype=PRECISIONS[precision], output_loading_info=True, local_files_only=True
     )
+    model, info = loaded  # a pair, which transformers' annotation does not say
     problems = {
         kind: sorted(info[kind]) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[kind]
     }

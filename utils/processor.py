@@ -124,7 +124,8 @@ class UGroundProcessor:
     def decode(self, ids: Sequence[int]) -> str:
         """Text of answer tokens; ``[SEG]`` and ``[REJ]`` are kept, end and padding tokens are not."""
         hidden = {self.tokens.eos, self.tokens.pad}
-        return self.tokenizer.decode([i for i in ids if i not in hidden], skip_special_tokens=False).strip()
+        text = self.tokenizer.decode([i for i in ids if i not in hidden], skip_special_tokens=False)
+        return text.strip()  # type: ignore[union-attr]  # a list only for a batch of ids
 
     def _collate(self, rows: list[Row]) -> Batch:
         return collate_rows(

@@ -43,7 +43,7 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, where: str = "the tokenizer") 
     unknown = [token for token in names.values() if token not in vocabulary]
     if unknown:
         raise ValueError(f"{where} does not know {', '.join(unknown)}; add them with utils.tokens.add_special_tokens")
-    ids = {name: tokenizer.convert_tokens_to_ids(token) for name, token in names.items()}
+    ids = {name: vocabulary[token] for name, token in names.items()}
     if len(set(ids.values())) != len(ids):
         raise ValueError(f"{where} gives one id to several special tokens: {ids}")
     for name, token in names.items():

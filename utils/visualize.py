@@ -59,7 +59,8 @@ class Panel:
 
 def color(number: int) -> tuple[int, int, int]:
     """The color of the ``number``-th [SEG]."""
-    return tuple(int(value) for value in PALETTE[number % len(PALETTE)])
+    red, green, blue = PALETTE[number % len(PALETTE)].tolist()
+    return red, green, blue
 
 
 def overlay(image: np.ndarray, masks: np.ndarray, opacity: float = 0.55) -> np.ndarray:
@@ -211,10 +212,10 @@ def _pictures(panel: Panel) -> list[np.ndarray | None]:
     """The four pictures of a row; None where there is nothing to show. Masks lie on a pale grey image, where no color
     of the scene competes with theirs."""
     pale = np.repeat(cv2.cvtColor(panel.image, cv2.COLOR_RGB2GRAY)[..., None] // 2 + 110, 3, axis=2)
-    has_map = panel.similarities is not None and len(panel.similarities) > 0
+    maps = panel.similarities
     return [
         panel.image,
-        heat_map(panel.image, panel.similarities.max(axis=0)) if has_map else None,
+        None if maps is None or len(maps) == 0 else heat_map(panel.image, maps.max(axis=0)),
         overlay(pale, panel.masks),
         None if panel.truth is None else truth_overlay(pale, panel.truth),
     ]

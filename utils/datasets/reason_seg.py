@@ -67,10 +67,10 @@ def draw_mask(shapes: list[dict[str, Any]], height: int, width: int) -> np.ndarr
     """
     vertices = [check_polygon(shape["points"], height, width).astype(np.int32) for shape in shapes]
     values = [IGNORE_PIXEL if "ignore" in shape["label"].lower() else 1 for shape in shapes]
-    order = range(len(shapes))
+    order = list(range(len(shapes)))
     if len(set(values)) > 1:  # else the order cannot be seen
         areas = [int(_paint(np.zeros((height, width), np.uint8), points, 1).sum()) for points in vertices]
-        order = np.argsort(areas, kind="stable")[::-1]
+        order = np.argsort(areas, kind="stable")[::-1].tolist()
     mask = np.zeros((height, width), np.uint8)
     for number in order:
         _paint(mask, vertices[number], values[number])
@@ -219,12 +219,12 @@ class ReasonSegTrain:
 def _read_explanations(name: str, path: Path) -> dict[str, list[str]]:
     """Image stem -> text answers."""
     find_paths(name, {"explanations": [path]}, "check --dataset_dir, or set explanatory to -1 to train without them")
-    explanations = defaultdict(list)
+    explanations: defaultdict[str, list[str]] = defaultdict(list)
     for number, item in enumerate(read_json(path, list)):
-        fields = [item.get(key) for key in ("image", "outputs")] if isinstance(item, dict) else [None]
-        if not all(isinstance(value, str) and value.strip() for value in fields):
+        image, text = (item.get("image"), item.get("outputs")) if isinstance(item, dict) else (None, None)
+        if not (isinstance(image, str) and image.strip() and isinstance(text, str) and text.strip()):
             raise DataError(f"{path}, item {number}: expected a dict with texts in 'image' and 'outputs'")
-        explanations[Path(fields[0]).stem].append(fields[1])
+        explanations[Path(image).stem].append(text)
     return dict(explanations)
 
 
