@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from utils.datasets import DataError
 from utils.datasets.mixture import MAX_TRIES, Mixture, MixtureSampler
-from utils.types import Sample
+from utils.types import Sample, Turn
 
 
 @pytest.fixture
@@ -57,6 +57,18 @@ def test_sample_depends_on_seed_and_number_only(root: Path) -> None:
     assert forward == backward
     assert [row[0] for row in forward] == list(range(30))
     assert forward != [key(Mixture(root, "reason_seg||vqa", "3,1", seed=1)[i]) for i in range(30)]
+
+
+def test_what_a_number_draws_stays(root: Path) -> None:
+    """Published results depend on it: new types, data sets and templates must leave these draws alone."""
+    mixture = Mixture(root, "reason_seg||vqa", "3,1")
+    drawn = [(sample.source, sample.conversations[0][0]) for sample in (mixture[i] for i in range(4))]
+    assert drawn == [
+        ("ReasonSeg|train/06.jpg", Turn("Can you find thing 6 here?", "It is [SEG].")),
+        ("llava_instruct_150k/1.jpg", Turn("What?", "A thing.")),
+        ("ReasonSeg|train/03.jpg", Turn("Where is thing 3? Show the mask.", "It is [SEG].")),
+        ("llava_instruct_150k/1.jpg", Turn("What?", "A thing.")),
+    ]
 
 
 def test_workers_and_ranks_draw_the_same_numbers(root: Path) -> None:
