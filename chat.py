@@ -50,6 +50,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--version", required=True, metavar="DIR", help="merged model, as scripts/merge_lora.py writes it")
+    add("--vision_tower", default="", metavar="DIR", help="CLIP's folder, for a checkpoint of the paper's release")
     add("--image", metavar="FILE", help="image to talk about")
     add("--prompt", metavar="TEXT", help="one question; needs --image")
     add(
@@ -60,9 +61,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     add(
         "--layer_policy",
-        default="argmax",
         metavar="HOW",
-        help="hidden state a [SEG] connects from: argmax (default), last, sample, mc:T, fixed:K",
+        help="hidden state a [SEG] connects from: argmax, last, sample, mc:T, fixed:K. Default: the model's "
+        "own, argmax, or last for a released checkpoint",
     )
     add("--max_new_tokens", type=int, default=64, metavar="N", help="longest answer (default: 64)")
     add("--seed", type=int, default=0, metavar="S", help="of sampled layers (default: 0)")
@@ -82,7 +83,9 @@ def main(arguments: list[str] | None = None) -> int:
     if args.prompt is not None and not args.prompt.strip():
         raise ValueError("--prompt is empty: say what to look for, for example 'the red star'")
     device = cli.pick_device(args.device)
-    model, processor = load_pretrained(args.version, cli.pick_precision(args.precision, device), device)
+    precision = cli.pick_precision(args.precision, device)
+    model, processor = load_pretrained(args.version, precision, device, args.vision_tower)
+    args.layer_policy = args.layer_policy or model.config.eval_layer_policy
     options = {"layer_policy": args.layer_policy, "max_new_tokens": args.max_new_tokens, "seed": args.seed}
 
     def answer(photo: Photo, prompt: str, folder: Path | None, stem: str) -> None:

@@ -36,6 +36,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--version", required=True, metavar="DIR", help="merged model, as scripts/merge_lora.py writes it")
+    add("--vision_tower", default="", metavar="DIR", help="CLIP's folder, for a checkpoint of the paper's release")
     add("--dataset_dir", required=True, metavar="DIR", help="folder that holds reason_seg/, refer_seg/, coco/, ...")
     add(
         "--val_dataset",
@@ -52,10 +53,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     add(
         "--layer_policy",
-        default="argmax",
         metavar="HOW",
-        help="hidden state a [SEG] connects from: argmax (the policy's mode, default), last, sample, mc:T (mean of T "
-        "samples), fixed:K",
+        help="hidden state a [SEG] connects from: argmax (the policy's mode), last, sample, mc:T (mean of T "
+        "samples), fixed:K. Default: the model's own, argmax, or last for a released checkpoint",
     )
     add("--output", type=Path, metavar="DIR", help="folder for the results (default: eval/ in the --version folder)")
     add("--save_overlays", type=_count, default=0, metavar="N", help="also draw N samples, from worst to best IoU")
@@ -93,7 +93,8 @@ def main(arguments: list[str] | None = None) -> int:
         raise ValueError('--val_dataset names nothing; give for example "ReasonSeg|val_short"')
     datasets = [get_eval_dataset(spec, args.dataset_dir) for spec in specs]  # a typing error shows before the loading
     precision = cli.pick_precision(args.precision, device)
-    model, processor = load_pretrained(args.version, precision, device)
+    model, processor = load_pretrained(args.version, precision, device, args.vision_tower)
+    args.layer_policy = args.layer_policy or model.config.eval_layer_policy
     output = args.output or Path(args.version) / "eval"
     output.mkdir(parents=True, exist_ok=True)  # if that fails, then before hours of work
     origin = describe_origin(args, model, precision, device)

@@ -6,7 +6,10 @@ What is known about each kind, and from where, is in docs/weights.md.
 
 from __future__ import annotations
 
+import re
+
 import torch
+from transformers import CLIPVisionConfig, LlamaConfig
 
 Rules = tuple[tuple[str, str | None], ...]
 
@@ -20,6 +23,50 @@ LLAVA: Rules = (
     ("model.visual_model.", "visual_model."),
     ("model.text_hidden_fcs.", "text_hidden_fcs."),
     ("ppm._layer_gate_W_similarity", "ppm.gate"),
+)
+# LlavaForConditionalGeneration: files written before transformers 4.52, and since
+LLAVA_TRANSFORMERS: Rules = (
+    ("language_model.model.", "model."),
+    ("language_model.lm_head.", "lm_head."),
+    ("vision_tower.vision_model.", "vision_tower."),
+    ("multi_modal_projector.linear_1.", "mm_projector.0."),
+    ("multi_modal_projector.linear_2.", "mm_projector.2."),
+    ("image_newline", None),
+    ("model.language_model.", "model."),
+    ("model.vision_tower.vision_model.", "vision_tower."),
+    ("model.vision_tower.", "vision_tower."),
+    ("model.multi_modal_projector.linear_1.", "mm_projector.0."),
+    ("model.multi_modal_projector.linear_2.", "mm_projector.2."),
+    ("model.image_newline", None),
+)
+# transformers' SamModel -> segment-anything, as regular expressions, applied one after the other
+SAM_TRANSFORMERS = (
+    (r"^vision_encoder\.layers\.(\d+)\.layer_norm", r"image_encoder.blocks.\1.norm"),
+    (r"^vision_encoder\.layers\.", "image_encoder.blocks."),
+    (r"^vision_encoder\.patch_embed\.projection\.", "image_encoder.patch_embed.proj."),
+    (r"^vision_encoder\.neck\.conv1\.", "image_encoder.neck.0."),
+    (r"^vision_encoder\.neck\.layer_norm1\.", "image_encoder.neck.1."),
+    (r"^vision_encoder\.neck\.conv2\.", "image_encoder.neck.2."),
+    (r"^vision_encoder\.neck\.layer_norm2\.", "image_encoder.neck.3."),
+    (r"^vision_encoder\.", "image_encoder."),
+    (
+        r"^(prompt_encoder\.shared_embedding|shared_image_embedding)\.positional_embedding$",  # one matrix, two places
+        "prompt_encoder.pe_layer.positional_encoding_gaussian_matrix",
+    ),
+    (r"\.point_embed\.", ".point_embeddings."),
+    (r"\.mask_embed\.conv1\.", ".mask_downscaling.0."),
+    (r"\.mask_embed\.layer_norm1\.", ".mask_downscaling.1."),
+    (r"\.mask_embed\.conv2\.", ".mask_downscaling.3."),
+    (r"\.mask_embed\.layer_norm2\.", ".mask_downscaling.4."),
+    (r"\.mask_embed\.conv3\.", ".mask_downscaling.6."),
+    (r"\.layer_norm_final_attn\.", ".norm_final_attn."),
+    (r"\.layer_norm([1-4])\.", r".norm\1."),
+    (r"\.upscale_conv1\.", ".output_upscaling.0."),
+    (r"\.upscale_layer_norm\.", ".output_upscaling.1."),
+    (r"\.upscale_conv2\.", ".output_upscaling.3."),
+    (r"(_mlps\.\d+|_head)\.layers\.0\.", r"\1.layers.1."),
+    (r"(_mlps\.\d+|_head)\.proj_in\.", r"\1.layers.0."),
+    (r"(_mlps\.\d+|_head)\.proj_out\.", r"\1.layers.2."),
 )
 MODES = {  # UGround's published configurations: where the map and phi take their layer from
     1: {"layer_selection": "last"},
@@ -43,6 +90,37 @@ def renamed(state: dict[str, torch.Tensor], rules: Rules) -> dict[str, torch.Ten
 def below(state: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
     """The tensors of one part, without its prefix."""
     return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+
+
+def sam_renamed(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A transformers SamModel's tensors under segment-anything's names."""
+    result = {}
+    for key, value in state.items():
+        for pattern, ours in SAM_TRANSFORMERS:
+            key = re.sub(pattern, ours, key)
+        result[key] = value
+    return result
+
+
+def llava_config(config: dict) -> dict:
+    """A LLaVA's ``config.json`` in the flat form of LLaVA's own code; transformers' form nests it."""
+    if "text_config" not in config:
+        return config
+    vision = CLIPVisionConfig(**config["vision_config"])
+    return LlamaConfig(**config["text_config"]).to_dict() | {
+        "model_type": config["model_type"],
+        "mm_hidden_size": vision.hidden_size,
+        "mm_vision_select_layer": config.get("vision_feature_layer", -2),
+        "mm_image_size": vision.image_size,
+    }
+
+
+def tower_side(config: dict) -> int | None:
+    """The image side in pixels that a LLaVA was trained with, if its flat configuration tells."""
+    if "mm_image_size" in config:
+        return config["mm_image_size"]
+    name = re.search(r"clip-vit-(?:base|large)-patch\d+(?:-(\d+))?/?$", str(config.get("mm_vision_tower", "")))
+    return int(name[1] or 224) if name else None
 
 
 def is_released(config: dict) -> bool:

@@ -19,7 +19,7 @@ from model import formats
 from model.sam import SamShape
 from model.UGround import RELEASED, UGroundConfig, UGroundForCausalLM
 
-LLAVA_TYPES = ("llava", "llava_llama")
+LLAVA_TYPES = ("llava", "llava_llama", "llava_next")
 WEIGHT_FILES = (
     ("model*.safetensors", "model.safetensors.index.json"),
     ("pytorch_model*.bin", "pytorch_model.bin.index.json"),
@@ -186,15 +186,16 @@ def format_report(rows: list[Loaded]) -> str:
 
 
 def read_sam(path: str) -> tuple[dict[str, torch.Tensor], SamShape]:
-    """A segment-anything checkpoint and its size.
+    """A SAM and its size: segment-anything's ``.pth``, or a folder of transformers' SamModel.
 
     Raises:
-        ValueError: if the file is none.
+        ValueError: if it is none.
     """
-    state = read_torch_file(Path(path))
+    folder = Path(path)
+    state = formats.sam_renamed(read_folder(folder)) if folder.is_dir() else read_torch_file(folder)
     try:
         return state, SamShape.from_state_dict(state)
-    except KeyError as error:
+    except (KeyError, StopIteration, IndexError) as error:
         raise ValueError(f"--vision_pretrained: {path} is no segment-anything checkpoint (no {error})") from error
 
 
@@ -204,7 +205,7 @@ def base_config(version: Path, tower: Path, sam: SamShape, settings: dict) -> UG
     Raises:
         ValueError: if the folder is no LLaVA, or the tower is not the one its projector was trained for.
     """
-    raw = read_json(version, "--version")
+    raw = formats.llava_config(read_json(version, "--version"))
     if raw.get("model_type") not in LLAVA_TYPES:
         raise ValueError(
             f"--version: {version} is of type {raw.get('model_type')!r}, not a LLaVA-1.5 base "
@@ -217,13 +218,16 @@ def base_config(version: Path, tower: Path, sam: SamShape, settings: dict) -> UG
         raise ValueError(
             f"--vision_tower: {tower} has width {clip.hidden_size}, the projector of {version} expects {wanted}"
         )
+    if (side := formats.tower_side(raw)) not in (None, clip.image_size):
+        raise ValueError(
+            f"--vision_tower: {tower} reads images of {clip.image_size} pixels, {version} was trained with {side}"
+        )
     llama = {key: raw[key] for key in LLAMA_KEYS if raw.get(key) is not None}
     return UGroundConfig(
         vision_config=clip,
         mm_vision_select_layer=raw.get("mm_vision_select_layer", -2),
         sam_config=sam.to_dict(),
-        **llama,
-        **settings,
+        **(llama | settings),
     )
 
 
@@ -264,10 +268,13 @@ def load_base(
     sam, shape = read_sam(vision_pretrained)
     model = build(base_config(Path(version), Path(vision_tower), shape, settings), dtype)
     load_strictly(model.visual_model, sam, vision_pretrained)
-    state = read_tower(vision_tower) | formats.renamed(read_folder(Path(version)), formats.LLAVA)
-    load_strictly(model, state, version, new=("visual_model.", *NEW_PARTS))
+    nested = "text_config" in read_json(Path(version), "--version")
+    rules = formats.LLAVA_TRANSFORMERS if nested else formats.LLAVA
+    llava = formats.renamed(read_folder(Path(version)), rules)
+    has_tower = any(key.startswith("vision_tower.") for key in llava)  # then it may have been trained along
+    load_strictly(model, read_tower(vision_tower) | llava, version, new=("visual_model.", *NEW_PARTS))
     sources = dict.fromkeys(("model", "lm_head", "mm_projector"), version)
-    sources |= {"vision_tower": vision_tower, "visual_model": vision_pretrained}
+    sources |= {"vision_tower": version if has_tower else vision_tower, "visual_model": vision_pretrained}
     return model.eval(), report(model, sources)
 
 
@@ -296,12 +303,16 @@ def load_released(
     return model.eval(), report(model, sources | {"vision_tower": str(vision_tower)})
 
 
-def grow_vocabulary(model: UGroundForCausalLM, size: int) -> None:
-    """Makes room for added tokens; new rows start at the mean of the old ones, as in LLaVA."""
-    old = model.config.vocab_size
-    if size <= old:
+def grow_vocabulary(model: UGroundForCausalLM, known: int, size: int) -> None:
+    """Makes room for added tokens; their rows start at the mean of the others, as in LLaVA.
+
+    Args:
+        known: tokens before they were added; size: and after. Some LLaVAs have more rows than tokens.
+    """
+    if size == known:
         return
-    model.resize_token_embeddings(size, mean_resizing=False)
+    if size > model.config.vocab_size:
+        model.resize_token_embeddings(size, mean_resizing=False)
     with torch.no_grad():
         for table in (model.model.embed_tokens.weight, model.lm_head.weight):
-            table[old:] = table[:old].float().mean(0).to(table.dtype)
+            table[known:size] = table[:known].float().mean(0).to(table.dtype)

@@ -55,7 +55,9 @@ class ModelSettings:
     # the paths may change: a checkpoint knows the weights by their fingerprints
     version: str = setting("", "folder of the base LLaVA-1.5 weights", required=True, may_change=True)
     vision_tower: str = setting("", "folder of the CLIP vision tower", required=True, may_change=True)
-    vision_pretrained: str = setting("", "SAM checkpoint (.pth); its size is detected", required=True, may_change=True)
+    vision_pretrained: str = setting(
+        "", "SAM: .pth, or folder of transformers' SamModel; its size is detected", required=True, may_change=True
+    )
     model_max_length: int = setting(2048, "longest row in tokens: image, prompt and one conversation", low=16)
     precision: str = setting("bf16", "arithmetic of training", choices=("fp32", "bf16", "fp16"))
     lora_r: int = setting(8, "rank of LoRA on the language model (paper: 8 for 7B, 64 for 13B); 0 = no LoRA", low=0)
@@ -508,7 +510,7 @@ def missing_paths(config: Config) -> list[str]:
         "deepspeed_config": config.train.deepspeed_config,
     }
     missing = [f"--{name} {path}: no such folder" for name, path in folders.items() if not Path(path).is_dir()]
-    missing += [f"--{name} {path}: no such file" for name, path in files.items() if not Path(path).is_file()]
+    missing += [f"--{name} {path}: no such file" for name, path in files.items() if not Path(path).exists()]
     if config.train.resume and not Path(config.train.resume).is_dir():
         missing.append(f"--resume {config.train.resume}: no such folder")
     return missing

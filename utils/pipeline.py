@@ -9,12 +9,14 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import AutoTokenizer
+from transformers.utils import logging as transformers_logging
 
+from model.formats import is_released
 from model.UGround import UGroundForCausalLM
-from model.weights import Loaded, format_report, grow_vocabulary, load_base, read_json, report
+from model.weights import Loaded, format_report, grow_vocabulary, load_base, load_released, read_json, report
 from utils.conversation import SYSTEM_PROMPT
 from utils.processor import UGroundProcessor
-from utils.tokens import add_special_tokens
+from utils.tokens import IMAGE, add_special_tokens, token_ids
 from utils.types import Prediction
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -43,8 +45,9 @@ def load_for_training(
     """
     model, rows = load_base(version, vision_tower, vision_pretrained, PRECISIONS[precision], settings or {})
     tokenizer = AutoTokenizer.from_pretrained(version)
+    known = len(tokenizer)
     add_special_tokens(tokenizer)
-    grow_vocabulary(model, len(tokenizer))
+    grow_vocabulary(model, known, len(tokenizer))
     config, sam_side = model.config, model.visual_model.shape.image_size
     system_prompt = read_json(Path(version), "--version").get("system_prompt", SYSTEM_PROMPT)
     processor = UGroundProcessor(tokenizer, config.clip_side, config.clip_patch, sam_side, system_prompt, max_tokens)
@@ -55,20 +58,28 @@ def load_for_training(
 
 
 def load_pretrained(
-    folder: str, precision: str = "fp32", device: str = "cpu"
+    folder: str, precision: str = "fp32", device: str = "cpu", vision_tower: str = ""
 ) -> tuple[UGroundForCausalLM, UGroundProcessor]:
-    """A folder that ``scripts/merge_lora.py`` (or ``save_pretrained``) wrote.
+    """A folder that ``scripts/merge_lora.py`` (or ``save_pretrained``) wrote, or a checkpoint of the paper's release.
+
+    Args:
+        vision_tower: folder of CLIP for a released checkpoint, which holds none; others need it not.
 
     Raises:
         ValueError: if the folder is none of these, or its weights are not complete.
     """
     raw = read_json(Path(folder), "--version")
+    if is_released(raw):
+        released: Any
+        released, processor = _load_released(folder, vision_tower or raw.get("mm_vision_tower", ""), precision)
+        return released.to(device), processor
     if raw.get("model_type") != "uground":
         raise ValueError(
             f"--version: {folder} is of type {raw.get('model_type')!r}, not a UGround model; "
             "merge a trained run with scripts/merge_lora.py first"
         )
     processor = UGroundProcessor.from_pretrained(folder)
+    transformers_logging.disable_progress_bar()  # noise where the output is a file
     loaded: Any = UGroundForCausalLM.from_pretrained(
         folder, dtype=PRECISIONS[precision], output_loading_info=True, local_files_only=True
     )
@@ -84,6 +95,27 @@ def load_pretrained(
             f"the tokenizer's {processor.tokens.seg}"
         )
     return model.to(device).eval(), processor
+
+
+def _load_released(folder: str, vision_tower: str, precision: str) -> tuple[UGroundForCausalLM, UGroundProcessor]:
+    if not vision_tower or not Path(vision_tower).is_dir():
+        raise ValueError(
+            f"--version: {folder} is a checkpoint of the paper's release, which holds no CLIP; give --vision_tower, "
+            f"the folder of the tower that it was trained with ({vision_tower or 'its configuration has no name'})"
+        )
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens([IMAGE], special_tokens=True)  # stands where features are put in; has no embedding
+    ids = token_ids(tokenizer, f"--version: the tokenizer of {folder}")
+    settings = {"seg_token_id": ids.seg, "rej_token_id": ids.rej, "eos_token_id": ids.eos, "pad_token_id": ids.pad}
+    model, _ = load_released(folder, vision_tower, PRECISIONS[precision], settings)
+    config = model.config
+    if (largest := max(ids.seg, ids.rej, ids.im_start, ids.im_end)) >= config.vocab_size:
+        raise ValueError(
+            f"--version: {folder}: the tokenizer has a token {largest}, the model embeds {config.vocab_size}; they are "
+            "of different checkpoints"
+        )
+    sam_side = model.visual_model.shape.image_size
+    return model, UGroundProcessor(tokenizer, config.clip_side, config.clip_patch, sam_side)
 
 
 def describe(model: UGroundForCausalLM, source: str) -> str:

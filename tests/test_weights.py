@@ -1,0 +1,344 @@
+"""Weights as users have them: every published format finds its place, and what does not fit is refused by name."""
+
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from segment_anything import sam_model_registry
+from tiny_run import write_base
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    SamConfig,
+    SamModel,
+)
+
+from model import formats
+from model.lora import add_lora
+from model.sam import SamShape
+from model.UGround import RELEASED, UGroundConfig, UGroundForCausalLM
+from model.weights import load_base, load_strictly, read_folder, read_sam, read_torch_file
+from utils.pipeline import load_for_training, load_pretrained, predict
+
+EXACT = {"rtol": 0, "atol": 0}
+
+
+@pytest.fixture
+def base(tmp_path, tiny_model, tiny_tokenizer) -> Path:
+    write_base(tmp_path / "base", tiny_model, tiny_tokenizer)
+    return tmp_path / "base"
+
+
+def open_base(base: Path, **changed):
+    paths = {"version": base / "llava", "vision_tower": base / "clip", "vision_pretrained": base / "sam.pth"} | changed
+    return load_base(*map(str, paths.values()), torch.float32, {})[0]
+
+
+def edit(path: Path, **changed) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changed))
+
+
+def reshard(folder: Path, kind: str, parts: int) -> None:
+    """Writes model.safetensors again as ``parts`` files of another kind, with an index if there are several."""
+    state = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    stem, end = ("model", "safetensors") if kind == "safetensors" else ("pytorch_model", "bin")
+    names = [f"{stem}-{i + 1:05d}-of-{parts:05d}.{end}" for i in range(parts)] if parts > 1 else [f"{stem}.{end}"]
+    where = {key: names[i % parts] for i, key in enumerate(state)}
+    for name in names:
+        own = {key: value for key, value in state.items() if where[key] == name}
+        save_file(own, folder / name) if kind == "safetensors" else torch.save(own, folder / name)
+    if parts > 1:
+        (folder / f"{stem}.{end}.index.json").write_text(json.dumps({"weight_map": where}))
+
+
+# -- LLaVA -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("kind", "parts"), [("safetensors", 1), ("safetensors", 3), ("bin", 1), ("bin", 2)])
+def test_llava_in_its_own_format(base, tiny_model, kind, parts):
+    reshard(base / "llava", kind, parts)
+    loaded = open_base(base).state_dict()
+    for key, value in tiny_model.state_dict().items():
+        if not key.startswith(("text_hidden_fcs.", "ppm.")):
+            torch.testing.assert_close(loaded[key], value, **EXACT)
+
+
+LAYOUTS = {
+    "as transformers 5 writes it": [],
+    "before transformers 4.52": [("vision_tower.", "vision_tower.vision_model.")],
+    "as modules are nested since": [
+        ("language_model.lm_head.", "lm_head."),
+        ("language_model.model.", "model.language_model."),
+        ("vision_tower.", "model.vision_tower."),
+        ("multi_modal_projector.", "model.multi_modal_projector."),
+    ],
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_llava_in_transformers_format(base, tiny_model, tiny_tokenizer, layout):
+    clip = {k: v for k, v in tiny_model.config.vision_config.items() if k != "model_type"}
+    text = {k: getattr(tiny_model.config, k) for k in ("vocab_size", "hidden_size", "intermediate_size")}
+    text = LlamaConfig(num_hidden_layers=2, num_attention_heads=2, **text)
+    theirs = LlavaForConditionalGeneration(LlavaConfig(vision_config=CLIPVisionConfig(**clip), text_config=text)).eval()
+    theirs.save_pretrained(base / "hf")
+    state = load_file(base / "hf/model.safetensors")
+    for old, new in LAYOUTS[layout]:
+        state = {new + key.removeprefix(old) if key.startswith(old) else key: value for key, value in state.items()}
+    save_file(state, base / "hf/model.safetensors")
+    model = open_base(base, version=base / "hf")
+    image, ids = torch.randn(1, 3, 40, 40), torch.tensor([[1, 5, 9, 30]])
+    with torch.inference_mode():
+        mine = model.encode_images(image, torch.tensor([[40, 40]]))[0][0]
+        features = theirs.get_image_features(pixel_values=image)
+        features = getattr(features, "pooler_output", features)[0]
+        torch.testing.assert_close(mine, features.reshape(mine.shape), rtol=1e-5, atol=1e-6)
+        logits = theirs(input_ids=ids).logits
+        torch.testing.assert_close(model(input_ids=ids).logits, logits, rtol=1e-5, atol=1e-6)
+
+
+def test_added_tokens_start_at_the_mean_also_where_rows_are_to_spare(base, tiny_model, tiny_tokenizer):
+    """transformers' LLaVA-1.5 has 32064 rows for 32002 tokens."""
+    known = len(tiny_tokenizer) - 5
+    path = base / "llava/tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    tokenizer["added_tokens"] = [t for t in tokenizer["added_tokens"] if t["id"] < known]
+    path.write_text(json.dumps(tokenizer))
+    config = base / "llava/tokenizer_config.json"
+    settings = json.loads(config.read_text())
+    settings.pop("added_tokens_decoder", None)
+    settings.pop("additional_special_tokens", None)
+    settings.pop("extra_special_tokens", None)
+    config.write_text(json.dumps(settings))
+    paths = (str(base / "llava"), str(base / "clip"), str(base / "sam.pth"))
+    model, processor, _ = load_for_training(*paths, precision="fp32")
+    table = model.get_input_embeddings().weight
+    assert len(table) == tiny_model.config.vocab_size == len(processor.tokenizer)
+    assert processor.tokens.seg >= known
+    torch.testing.assert_close(table[processor.tokens.seg], table[:known].mean(0))
+
+
+# -- SAM ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "width", "depth", "heads", "whole"),
+    [
+        ("vit_b", 768, 12, 12, (2, 5, 8, 11)),
+        ("vit_l", 1024, 24, 16, (5, 11, 17, 23)),
+        ("vit_h", 1280, 32, 16, (7, 15, 23, 31)),
+    ],
+)
+def test_sam_sizes_are_read_off_the_file(name, width, depth, heads, whole):
+    with torch.device("meta"):
+        state = sam_model_registry[name]().state_dict()
+    shape = SamShape.from_state_dict(state)
+    assert shape == SamShape(encoder_width=width, encoder_depth=depth, encoder_heads=heads, global_attention=whole)
+
+
+def test_sam_of_transformers(base, tmp_path):
+    vision = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 64, "patch_size": 8}
+    vision |= {"output_channels": 32, "global_attn_indexes": [1], "window_size": 5, "mlp_dim": 64, "num_pos_feats": 16}
+    prompt = {"hidden_size": 32, "image_size": 64, "patch_size": 8}
+    decoder = {"hidden_size": 32, "mlp_dim": 64, "iou_head_hidden_dim": 32}
+    config = SamConfig(vision_config=vision, prompt_encoder_config=prompt, mask_decoder_config=decoder)
+    theirs = SamModel(config).eval()
+    theirs.save_pretrained(tmp_path / "sam")
+    assert read_sam(str(tmp_path / "sam"))[1].window_size == 5
+    mine = open_base(base, vision_pretrained=tmp_path / "sam").visual_model
+    image, prompts = torch.randn(1, 3, 64, 64), torch.rand(1, 1, 32, 32)
+    with torch.inference_mode():
+        embeddings = theirs.get_image_embeddings(image)
+        torch.testing.assert_close(mine.encode(image), embeddings, rtol=1e-4, atol=1e-5)
+        expected = theirs(image_embeddings=embeddings, input_masks=prompts, multimask_output=False).pred_masks
+        torch.testing.assert_close(mine.decode(embeddings, None, prompts), expected[0, 0], rtol=1e-4, atol=1e-5)
+
+
+# -- the paper's release -----------------------------------------------------------------------------------------------
+
+
+def write_released(folder: Path, model: UGroundForCausalLM, tokenizer) -> None:
+    """The model under the names of the paper's release, without CLIP."""
+    state = {}
+    for key, value in model.state_dict().items():
+        if key.startswith(("mm_projector.", "visual_model.", "text_hidden_fcs.")):
+            state[f"model.{key}"] = value
+        elif not key.startswith(("vision_tower.", "ppm.")):
+            state[key] = value
+    state |= {"ppm._layer_gate_W_similarity": model.ppm.gate.detach()}
+    state |= {key.replace("mm_", "out_mm_"): v for key, v in state.items() if "mm_projector" in key}
+    folder.mkdir(exist_ok=True)
+    torch.save(state, folder / "pytorch_model.bin")
+    config = model.config.to_dict()
+    kept = {k: v for k, v in config.items() if k in ("vocab_size", "hidden_size", "intermediate_size", "rms_norm_eps")}
+    kept |= {"num_hidden_layers": 4, "num_attention_heads": 2, "num_key_value_heads": 2, "tie_word_embeddings": False}
+    kept |= {"model_type": "llava", "architectures": ["UGroundForCausalLM"], "mode": 3, "mm_hidden_size": 32}
+    (folder / "config.json").write_text(json.dumps(kept))
+    tokenizer.save_pretrained(folder)
+
+
+def test_a_released_folder_opens_as_any_other(base, tmp_path, tiny_model, tiny_tokenizer, tiny_samples):
+    folder = tmp_path / "released"
+    write_released(folder, tiny_model, tiny_tokenizer)
+    with pytest.raises(ValueError, match="give --vision_tower"):
+        load_pretrained(str(folder))
+    model, processor = load_pretrained(str(folder), vision_tower=str(base / "clip"))
+    assert {name: getattr(model.config, name) for name in RELEASED} == RELEASED
+    torch.testing.assert_close(model.ppm.gate, tiny_model.ppm.gate, **EXACT)
+    ask = ([tiny_samples[0].image], [["star"]], [["it is [SEG]."]])
+    assert predict(model, processor, *ask)[0][0].layers == [4]  # the last, without being told
+
+    model.save_pretrained(tmp_path / "own")  # from now on a folder of this project, with CLIP inside
+    processor.save_pretrained(tmp_path / "own")
+    again, processor = load_pretrained(str(tmp_path / "own"))
+    torch.testing.assert_close(again.state_dict(), model.state_dict(), **EXACT)
+    assert predict(again, processor, *ask)[0][0].layers == [4]
+
+
+def test_released_folders_that_do_not_fit(base, tmp_path, tiny_model, tiny_tokenizer):
+    folder, tower = tmp_path / "released", str(base / "clip")
+    write_released(folder, tiny_model, tiny_tokenizer)
+    edit(folder / "config.json", mode=7)
+    with pytest.raises(ValueError, match="mode 7"):
+        load_pretrained(str(folder), vision_tower=tower)
+    edit(folder / "config.json", mode=3)
+    state = torch.load(folder / "pytorch_model.bin", weights_only=True)
+    for key in ("lm_head.weight", "model.embed_tokens.weight"):
+        state[key] = state[key][:300]
+    torch.save(state, folder / "pytorch_model.bin")
+    edit(folder / "config.json", vocab_size=300)
+    with pytest.raises(ValueError, match="of different checkpoints"):
+        load_pretrained(str(folder), vision_tower=tower)
+    torch.save({k: v for k, v in state.items() if "visual_model" not in k}, folder / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="holds no SAM"):
+        load_pretrained(str(folder), vision_tower=tower)
+
+
+# -- what is refused ---------------------------------------------------------------------------------------------------
+
+
+def test_keys_that_do_not_fit_are_named(base):
+    path = base / "llava/model.safetensors"
+    whole = load_file(path)
+
+    def refused(state: dict, *words: str) -> None:
+        save_file(state, path)
+        with pytest.raises(ValueError, match="do not fit") as error:
+            open_base(base)
+        assert all(word in str(error.value) for word in words), error.value
+
+    norm = "model.norm.weight"
+    refused({k: v for k, v in whole.items() if k != norm}, "1 missing", norm, "incomplete")
+    refused(whole | {"model.extra": whole[norm].clone()}, "1 unexpected", "model.extra")
+    refused(whole | {norm: whole[norm][:8].clone()}, norm, "(8,)", "(32,)", "another size")
+    lora = "model.layers.0.self_attn.q_proj.lora_A.weight"
+    refused(whole | {lora: whole[norm].clone()}, "adapter that was not merged")
+    with pytest.raises(ValueError, match="no key fits"):
+        load_strictly(torch.nn.Linear(2, 2), {"a": torch.zeros(1)}, "a file")
+
+
+def test_a_missing_shard_is_named(base):
+    reshard(base / "llava", "bin", 2)
+    (base / "llava/pytorch_model-00002-of-00002.bin").unlink()
+    with pytest.raises(ValueError, match="00002-of-00002"):
+        open_base(base)
+
+
+def test_wrong_pairs(base):
+    config, sam = base / "llava/config.json", str(base / "sam.pth")
+    edit(config, mm_hidden_size=64)
+    with pytest.raises(ValueError, match=r"has width 32, .* expects 64"):
+        open_base(base)
+    edit(config, mm_hidden_size=32, mm_vision_tower="openai/clip-vit-large-patch14-336")
+    with pytest.raises(ValueError, match=r"reads images of 40 pixels, .* trained with 336"):
+        open_base(base)
+    edit(config, mm_vision_tower="openai/clip-vit-large-patch14")
+    with pytest.raises(ValueError, match="trained with 224"):
+        open_base(base)
+    with pytest.raises(ValueError, match="no segment-anything checkpoint"):
+        read_sam(str(base / "llava"))
+    assert read_sam(sam)[1].image_size == 64
+
+
+class Code:
+    def __reduce__(self):
+        return Path.touch, (Path("ran"),)
+
+
+@pytest.mark.parametrize("name", ["sam.pth", "llava/pytorch_model.bin"])
+def test_files_that_carry_code_are_refused(base, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    (base / "llava/model.safetensors").unlink()
+    torch.save({"weight": Code()}, base / name)
+    with pytest.raises(ValueError, match="no checkpoint of plain tensors"):
+        read_torch_file(base / name)
+    (base / name).write_bytes(pickle.dumps({"weight": Code()}))
+    with pytest.raises(ValueError, match="no checkpoint of plain tensors"):
+        read_sam(str(base / name)) if name == "sam.pth" else read_folder(base / "llava")
+    assert not Path("ran").exists()
+
+
+# -- full size, without weights ----------------------------------------------------------------------------------------
+
+CLIP_L = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+CLIP_L |= {"image_size": 336, "patch_size": 14, "projection_dim": 768}
+SIZES = {  # hidden, intermediate, layers, LoRA's rank
+    "7b": (4096, 11008, 32, 8),
+    "13b": (5120, 13824, 40, 64),
+}
+
+
+def skeleton(size: str) -> tuple[UGroundForCausalLM, int]:
+    """The model as it is released, 32004 tokens, on the meta device; and LoRA's rank."""
+    width, inner, layers, rank = SIZES[size]
+    llama = {"hidden_size": width, "intermediate_size": inner, "num_hidden_layers": layers, "vocab_size": 32004}
+    heads = {"num_attention_heads": width // 128, "num_key_value_heads": width // 128, "tie_word_embeddings": False}
+    with torch.device("meta"):
+        return UGroundForCausalLM(UGroundConfig(vision_config=CLIP_L, **llama, **heads)), rank
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_full_size(size):
+    """Table 10: 7.75B parameters of which 288.40M train. The total counts a second projector that nothing uses."""
+    model, rank = skeleton(size)
+    width, _, layers, _ = SIZES[size]
+    projector = sum(p.numel() for p in model.mm_projector.parameters())
+    with torch.device("meta"):
+        model = add_lora(model, r=rank)
+    total = projector + sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    adapters = rank * 2 * 2 * width * layers
+    gate, phi = (layers + 1) * width, width * width + width + 256 * width + 256
+    tables, mask_decoder, mask_downscaling = 2 * 32004 * width, 4_058_340, 4_684
+    assert trained == adapters + gate + phi + tables + mask_decoder + mask_downscaling
+    if size == "7b":
+        assert total == pytest.approx(7.75e9, rel=1e-3)
+        assert trained == pytest.approx(288.40e6, rel=1e-4)
+    adapted = {name.split(".lora_")[0] for name, _ in model.named_parameters() if "lora_" in name}
+    places = {f"model.layers.{i}.self_attn.{part}_proj" for i in range(layers) for part in "qv"}
+    assert adapted == {f"base_model.model.{place}" for place in places}
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_published_keys_find_their_place_at_full_size(size):
+    """LLaMA's, LLaVA's and SAM's names and shapes by the libraries that define them, not by this project."""
+    model, _ = skeleton(size)
+    with torch.device("meta"):
+        llama = LlamaForCausalLM(LlamaConfig(**{k: getattr(model.config, k) for k in LlamaConfig().to_dict() if k in (
+            "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+            "num_key_value_heads")})).state_dict()  # fmt: skip
+        sam = sam_model_registry["vit_h"]().state_dict()
+    own = model.state_dict()
+    rest = ("mm_projector.", "text_hidden_fcs.")
+    published = {f"model.{key}": value for key, value in own.items() if key.startswith(rest)}
+    published |= {f"model.visual_model.{key}": value for key, value in sam.items()} | llama
+    published |= {"ppm._layer_gate_W_similarity": own["ppm.gate"], "model.out_mm_projector.0.weight": own["ppm.gate"]}
+    state = formats.renamed(published, formats.LLAVA)
+    load_strictly(model, state, "the release", new=("vision_tower.", "ppm.baseline"))
