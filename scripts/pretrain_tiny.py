@@ -14,7 +14,7 @@ Four stages, each a seeded function of its settings. Tokenizer and vision are sk
 The real LLaVA-1.5 never saw [SEG]; ours has, because minutes of fine-tuning cannot teach a random language model what
 "the shape farthest from the green square" means. The parts that UGround adds (phi, gate) are not touched here.
 
-    python scripts/pretrain_tiny.py --output assets/tiny            # about two hours on 2 cores
+    python scripts/pretrain_tiny.py --output assets/tiny            # under two hours on 2 cores
     python scripts/pretrain_tiny.py --output /tmp/tiny --steps 0.01 # a quick look at every stage
 """
 
@@ -452,7 +452,7 @@ class Progress:
 
     def __init__(self, stage: str, steps: int) -> None:
         self.stage, self.steps, self.every = stage, steps, max(1, steps // 30)
-        self.start, self.done, self.sums = time.time(), 0, {}
+        self.start, self.done, self.told, self.sums = time.time(), 0, 0, {}
 
     def tick(self, loss: torch.Tensor, **figures) -> None:
         self.done += 1
@@ -460,12 +460,12 @@ class Progress:
             value = torch.nan_to_num(value.detach())
             self.sums[name] = self.sums.get(name, 0.0) + value
         if self.done % self.every == 0 or self.done == self.steps:
-            means = {name: float(value) / self.every for name, value in self.sums.items()}
+            means = {name: float(value) / (self.done - self.told) for name, value in self.sums.items()}
             seconds = time.time() - self.start
             left = seconds / self.done * (self.steps - self.done)
             text = "  ".join(f"{name} {value:.3f}" for name, value in means.items())
             print(f"{self.stage} {self.done}/{self.steps}  {text}  {seconds:.0f} s, {left:.0f} s left", flush=True)
-            self.sums = {}
+            self.told, self.sums = self.done, {}
 
     def is_time_to_check(self, steps: int) -> bool:
         return self.done % max(1, steps // 10) == 0 or self.done == steps
