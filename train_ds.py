@@ -130,16 +130,22 @@ def images_per_step(config: Config) -> int:
     return config.train.batch_size * config.train.grad_accumulation_steps * distributed.world_size()
 
 
-def open_data(config: Config) -> tuple[Mixture, list[EvalDataset]]:
-    """The mixture and the benchmarks; all that is missing on disk at once."""
-    problems, opened = missing_paths(config), []
-    data, benchmarks = config.data, () if config.eval.no_eval else config.eval.val_dataset
+def make_mixture(config: Config) -> Mixture:
+    """What the data settings describe; ``DataError`` naming all that is missing."""
+    data = config.data
     sets = {kind: getattr(data, f"{kind}_data") for kind in TYPES}
     options = DataOptions(
         data.questions_per_image, data.explanatory, data.joint_probability, data.negative_sampling_weight
     )
-    rates, seed = data.sample_rates or None, config.train.seed
-    makers = [lambda: Mixture(data.dataset_dir, data.dataset, rates, sets, options, seed, data.weighting)]
+    rates = data.sample_rates or None
+    return Mixture(data.dataset_dir, data.dataset, rates, sets, options, config.train.seed, data.weighting)
+
+
+def open_data(config: Config) -> tuple[Mixture, list[EvalDataset]]:
+    """The mixture and the benchmarks; all that is missing on disk at once."""
+    problems, opened = missing_paths(config), []
+    data, benchmarks = config.data, () if config.eval.no_eval else config.eval.val_dataset
+    makers = [lambda: make_mixture(config)]
     makers += [lambda spec=spec: get_eval_dataset(spec, data.dataset_dir) for spec in benchmarks]
     for make in makers if Path(data.dataset_dir).is_dir() else ():
         try:

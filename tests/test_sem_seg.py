@@ -13,7 +13,7 @@ from disk import H, W, box, write_image, write_json
 from PIL import Image
 
 from utils.datasets import DataError, DataOptions, get_train_dataset
-from utils.datasets.class_names import ADE20K, COCO_STUFF, COCO_STUFF_NEVER_ANNOTATED
+from utils.datasets.class_names import ADE20K, COCO_STUFF, COCO_STUFF_NOT_DENIED
 from utils.datasets.sem_seg import phrase, unrelated
 from utils.datasets.templates import QUESTIONS
 from utils.types import Sample
@@ -100,7 +100,7 @@ def test_class_lists() -> None:
     assert {number: ADE20K[number - 1] for number in known} == known
     known = {1: "person", 17: "cat", 91: "hair brush", 92: "banner", 93: "blanket", 178: "water-other", 182: "wood"}
     assert {number: COCO_STUFF[number - 1] for number in known} == known
-    assert set(COCO_STUFF) > COCO_STUFF_NEVER_ANNOTATED
+    assert set(COCO_STUFF) > COCO_STUFF_NOT_DENIED
 
 
 @pytest.mark.parametrize(
@@ -160,7 +160,7 @@ def test_classes_that_are_not_there(root: Path) -> None:
         ]
         assert len(subjects) == 1
         assert not {"cat", "plant", "wall", "brick", "potted"} & set(subjects[0].replace("-", " ").split())
-        assert subjects[0] not in COCO_STUFF_NEVER_ANNOTATED
+        assert subjects[0] not in COCO_STUFF_NOT_DENIED
         assert "-" not in subjects[0]
     assert not any("[REJ]" in t.answer for s in draws(root, "cocostuff") for (t,) in s.conversations)
 

@@ -48,7 +48,13 @@ COCO_STUFF = _names(
     """
 )
 
-# on the list, but COCO left them out of its annotations: that no pixel has them says nothing about an image
-COCO_STUFF_NEVER_ANNOTATED = frozenset(
-    _names("street sign, hat, shoe, eye glasses, plate, mirror, window, desk, door, blender, hair brush")
+# That no pixel has them says nothing about an image: COCO left the first eleven out of its annotations, the others are
+# materials and parts of what has a label of its own (the plastic of a remote, the clothes of a person).
+COCO_STUFF_NOT_DENIED = frozenset(
+    _names(
+        """
+    street sign, hat, shoe, eye glasses, plate, mirror, window, desk, door, blender, hair brush,
+    branch, cardboard, cloth, clothes, leaves, metal, paper, plastic, stone, straw, wood
+    """
+    )
 )

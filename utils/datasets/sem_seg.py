@@ -32,7 +32,7 @@ from utils.datasets.base import (
     stack_masks,
     warn_of,
 )
-from utils.datasets.class_names import ADE20K, COCO_STUFF, COCO_STUFF_NEVER_ANNOTATED
+from utils.datasets.class_names import ADE20K, COCO_STUFF, COCO_STUFF_NOT_DENIED
 from utils.datasets.coco_file import by_id, image_record, row_of, segmentation_of
 from utils.datasets.templates import ANSWERS, QUESTIONS, denial, fill
 from utils.types import IGNORE_PIXEL, Conversation, Sample, Turn
@@ -163,7 +163,7 @@ SHIPPED = {
         dict(enumerate(COCO_STUFF)),
         frozenset({IGNORE_PIXEL}),
         silent=frozenset(name for name in COCO_STUFF if "-" in name),  # the catch-all ones ("water-other")
-        unsure=COCO_STUFF_NEVER_ANNOTATED,
+        unsure=COCO_STUFF_NOT_DENIED,
     ),
 }
 

@@ -1,0 +1,75 @@
+"""Shows what a configuration trains on, without a model:
+
+    python scripts/inspect_data.py --config configs/tiny.yaml --pictures 6
+
+Prints a line per data set (type, share of the samples, images, expressions, masks, absent and multiple targets, records
+that cannot be used, epochs of the run), or all that is missing on disk and where it was looked for. ``--pictures N``
+also writes a sheet of N drawn samples per data set: image, question and answer, the mask of each [SEG], and the first
+mask with its ignored pixels. All settings of train_ds.py can be given; those of the model do not matter.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from train_ds import make_mixture
+from utils import cli
+from utils.config import load_config
+from utils.datasets.base import TrainDataset
+from utils.types import Sample
+from utils.visualize import Panel, save_picture, sheet
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pictures", type=int, default=0, metavar="N", help="samples per data set to draw")
+    parser.add_argument("--output", type=Path, default=Path("data_sheets"), help="folder of the sheets")
+    args, rest = parser.parse_known_args(arguments)
+    models = [part for name in ("version", "vision_tower", "vision_pretrained") for part in (f"--{name}", "unused")]
+    config = load_config([*models, *rest])
+    mixture = make_mixture(config)
+    images = config.total_steps * config.train.batch_size * config.train.grad_accumulation_steps
+    print(mixture.table(images))
+    print(f"epochs: of {images:,} samples, those of one process in the whole run")
+    for dataset in mixture.datasets if args.pictures > 0 else ():
+        path = args.output / f"{dataset.name.replace('|', '_')}.png"
+        save_picture(path, draw_sheet(dataset, args.pictures, config.train.seed))
+        print(f"wrote {path}")
+    return 0
+
+
+def draw_sheet(dataset: TrainDataset, number: int, seed: int) -> np.ndarray:
+    """``number`` samples spread over the data set, a row per conversation."""
+    panels = []
+    for index in np.linspace(0, len(dataset) - 1, min(number, len(dataset))).round().astype(int).tolist():
+        panels += panels_of(dataset.sample(index, np.random.default_rng((seed, index))))
+    return sheet(panels, f"{dataset.name}: {len(dataset):,} images")
+
+
+def panels_of(sample: Sample) -> list[Panel]:
+    """A row per conversation, with the masks of its own [SEG]."""
+    panels, start = [], 0
+    for talk in sample.conversations:
+        end = start + sum(turn.answer.count("[SEG]") for turn in talk)
+        own, start = sample.masks[start:end], end
+        panels.append(
+            Panel(
+                image=sample.image,
+                query=" / ".join(turn.question for turn in talk),
+                masks=own == 1,
+                truth=own[0] if len(own) else None,
+                answer=" / ".join(turn.answer for turn in talk),
+                notes=[Path(sample.source).name],
+            )
+        )
+    return panels
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))
