@@ -85,7 +85,7 @@ def main(arguments: list[str] | None = None) -> int:
     device = cli.pick_device(args.device)
     precision = cli.pick_precision(args.precision, device)
     model, processor = load_pretrained(args.version, precision, device, args.vision_tower)
-    args.layer_policy = args.layer_policy or model.config.eval_layer_policy
+    args.layer_policy = args.layer_policy or model.config.layer_policy
     options = {"layer_policy": args.layer_policy, "max_new_tokens": args.max_new_tokens, "seed": args.seed}
 
     def answer(photo: Photo, prompt: str, folder: Path | None, stem: str) -> None:

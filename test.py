@@ -55,7 +55,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--layer_policy",
         metavar="HOW",
         help="hidden state a [SEG] connects from: argmax (the policy's mode), last, sample, mc:T (mean of T "
-        "samples), fixed:K. Default: the model's own, argmax, or last for a released checkpoint",
+        "samples), fixed:K. Default: as the model was trained, argmax with a policy",
     )
     add("--output", type=Path, metavar="DIR", help="folder for the results (default: eval/ in the --version folder)")
     add("--save_overlays", type=_count, default=0, metavar="N", help="also draw N samples, from worst to best IoU")
@@ -94,7 +94,7 @@ def main(arguments: list[str] | None = None) -> int:
     datasets = [get_eval_dataset(spec, args.dataset_dir) for spec in specs]  # a typing error shows before the loading
     precision = cli.pick_precision(args.precision, device)
     model, processor = load_pretrained(args.version, precision, device, args.vision_tower)
-    args.layer_policy = args.layer_policy or model.config.eval_layer_policy
+    args.layer_policy = args.layer_policy or model.config.layer_policy
     output = args.output or Path(args.version) / "eval"
     output.mkdir(parents=True, exist_ok=True)  # if that fails, then before hours of work
     origin = describe_origin(args, model, precision, device)

@@ -262,20 +262,21 @@ def one_thread(_worker: int) -> None:
 def validate(run: Run, limit: int | None = None) -> dict[str, dict[str, float]]:
     """Metrics per benchmark; with ``limit``, a try on so many images that is not logged."""
     settings, results = run.config.eval, {}
+    layer_policy = settings.val_layer_policy or run.model.config.layer_policy
     for dataset in run.benchmarks:
         result = evaluate(
             run.model,
             run.processor,
             dataset,
             settings.val_mode,
-            settings.val_layer_policy,
+            layer_policy,
             settings.val_batch_size,
             limit=limit or settings.val_limit or None,
             seed=run.config.train.seed,
         )
         results[dataset.spec] = result.metrics
         if limit is None and settings.val_pictures and distributed.is_main():
-            asking = Asking(settings.val_mode, settings.val_layer_policy, seed=run.config.train.seed)
+            asking = Asking(settings.val_mode, layer_policy, seed=run.config.train.seed)
             picture = validation_sheet(run.model, run.processor, dataset, asking, settings.val_pictures)
             run.log.picture(run.step, f"val/{dataset.spec.replace('|', '_')}", picture)
     return results

@@ -56,7 +56,8 @@ class UGroundConfig(LlavaLlamaConfig):
             ``fixed:K``.
         first_candidate_layer: 1 = the paper's layers, 0 = the embeddings too (released weights).
         phi_layer: ``chosen`` = phi reads the layer that the map is taken from, ``last`` = always the last one.
-        eval_layer_policy: which layer ``predict`` takes unless told otherwise.
+        eval_layer_policy: which layer ``predict`` takes unless told otherwise; None = the one that training taught
+            (``layer_policy``).
         seg_prompt, mask_prompt: phi([SEG]) and the similarity map as SAM prompts (Table 6).
         reward: ``seg`` = one per [SEG] (Algorithm 1), ``batch`` = one sum for all of a batch (released).
         baseline: what the reward is compared with, its moving ``average`` (Algorithm 1) or a ``critic``'s guess.
@@ -80,7 +81,7 @@ class UGroundConfig(LlavaLlamaConfig):
         layer_selection: str = "policy",
         first_candidate_layer: int = 1,
         phi_layer: str = "chosen",
-        eval_layer_policy: str = "argmax",
+        eval_layer_policy: str | None = None,
         seg_prompt: bool = True,
         mask_prompt: bool = True,
         reward: str = "seg",
@@ -119,10 +120,16 @@ class UGroundConfig(LlavaLlamaConfig):
         super().__init__(**kwargs)
         self.check_settings()
 
+    @property
+    def layer_policy(self) -> str:
+        """How ``predict`` chooses layers: the mode of a trained policy, or as in training where that had none."""
+        taught = "argmax" if self.layer_selection == "policy" else self.layer_selection
+        return self.eval_layer_policy or taught
+
     def check_settings(self) -> None:
         """Raises ValueError if a setting has no meaning."""
         parse_layer_policy(self.layer_selection, self.num_hidden_layers + 1)
-        parse_layer_policy(self.eval_layer_policy, self.num_hidden_layers + 1)
+        parse_layer_policy(self.layer_policy, self.num_hidden_layers + 1)
         if not (self.seg_prompt or self.mask_prompt):
             raise ValueError("seg_prompt and mask_prompt are both off: SAM would have no prompt; switch one on")
         for name, choices in CHOICES.items():
@@ -347,7 +354,7 @@ class UGroundForCausalLM(LlavaLlamaForCausalLM):
         Args:
             batch: from ``UGroundProcessor.prompts``.
             layer_policy: ``argmax`` (the policy's mode), ``last``, ``sample``, ``uniform``, ``fixed:K``, or ``mc:T``:
-                the mean mask of T sampled layers. None = the configuration's ``eval_layer_policy``.
+                the mean mask of T sampled layers. None = the configuration's ``layer_policy``.
             max_new_tokens: longest answer.
             seed: of sampled layers, together with the sample numbers of the batch.
             on_token: called after each step with the newest token of every question (flat, image by image).
@@ -355,7 +362,7 @@ class UGroundForCausalLM(LlavaLlamaForCausalLM):
         Returns:
             [image][question] predictions; ``text`` is left empty (the processor decodes it).
         """
-        layer_policy = layer_policy or self.config.eval_layer_policy
+        layer_policy = layer_policy or self.config.layer_policy
         parse_layer_policy(layer_policy, self.ppm.num_layers)
         given = len(batch.label_ids) > 0
         output, valid = self.read_batch(batch, use_cache=not given)

@@ -6,6 +6,7 @@ import torch
 from conftest import drawn_sample
 
 from model.lora import add_lora, trainable_report
+from model.UGround import UGroundConfig
 from utils.pipeline import predict
 from utils.types import Sample
 
@@ -204,6 +205,24 @@ def test_monte_carlo_of_one_sample_equals_sample(tiny_model, tiny_processor, tin
 def test_unknown_layer_policies_are_refused(tiny_model, tiny_processor, tiny_samples, policy):
     with pytest.raises(ValueError, match=r"layer|policy|sample"):
         predict(tiny_model, tiny_processor, [tiny_samples[0].image], [["star"]], layer_policy=policy)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, "argmax"),
+        ({"layer_selection": "last"}, "last"),  # its policy was never trained: the mode means nothing
+        ({"layer_selection": "fixed:2"}, "fixed:2"),
+        ({"layer_selection": "last", "eval_layer_policy": "argmax"}, "argmax"),
+    ],
+)
+def test_prediction_takes_the_layer_that_was_trained(make_model, tiny_processor, tmp_path, settings, expected):
+    make_model(**settings).config.save_pretrained(tmp_path)
+    assert UGroundConfig.from_pretrained(tmp_path).layer_policy == expected
+    if expected in ("last", "fixed:2"):
+        model, image = make_model(**settings), np.zeros((40, 40, 3), np.uint8)
+        [[prediction]] = predict(model, tiny_processor, [image], [["star"]], [["it is [SEG]."]])
+        assert prediction.layers == [{"last": 4, "fixed:2": 2}[expected]]
 
 
 def test_save_and_load(tiny_model, tiny_processor, tiny_samples, tmp_path):

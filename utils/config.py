@@ -214,7 +214,7 @@ class EvalSettings:
         may_change=True,
     )
     val_layer_policy: str = setting(
-        "argmax", "layer in validation: argmax, last, sample, mc:T, fixed:K", may_change=True
+        "", "layer in validation: argmax, last, sample, mc:T, fixed:K; empty = as layer_selection has it", may_change=True
     )
     val_batch_size: int = setting(4, "images per validation batch", low=1, may_change=True)
     val_limit: int = setting(0, "validate on the first N images only; 0 = all", low=0, may_change=True)
@@ -472,7 +472,7 @@ def _contradictions(config: Config) -> Iterable[tuple[str, str]]:
     ppm, data, train = config.ppm, config.data, config.train
     if not re.fullmatch(r"policy|last|uniform|fixed:\d+", ppm.layer_selection):
         yield "layer_selection", f"{ppm.layer_selection!r} is not one of policy, last, uniform, fixed:K (K = 0, 1, ...)"
-    if not re.fullmatch(r"argmax|last|sample|uniform|fixed:\d+|mc:[1-9]\d*", config.eval.val_layer_policy):
+    if not re.fullmatch(r"|argmax|last|sample|uniform|fixed:\d+|mc:[1-9]\d*", config.eval.val_layer_policy):
         yield "val_layer_policy", f"{config.eval.val_layer_policy!r} is not one of argmax, last, sample, mc:T, fixed:K"
     if not (ppm.seg_prompt or ppm.mask_prompt):
         yield "seg_prompt", "off together with mask_prompt: SAM would have no prompt; switch one on"
