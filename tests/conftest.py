@@ -13,11 +13,20 @@ import pytest
 import torch
 
 from model.UGround import UGroundConfig, UGroundForCausalLM
+from utils import distributed
 from utils.processor import UGroundProcessor
 from utils.tiny import clip_config, llama_settings, sam_shape, train_tokenizer
 from utils.types import Sample, Turn
 
 torch.set_num_threads(1)
+
+@pytest.fixture(scope="session", autouse=True)
+def process_group_stays():
+    """DeepSpeed remembers the first process group for good: a program called in this process must not end it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distributed, "shutdown", lambda: None)
+        yield
+
 
 WORDS = (
     "where is the red green blue star circle square please segment it sure , it is . there is no such thing here , so "

@@ -13,7 +13,6 @@ from tiny_run import arguments, write_base
 import train_ds
 from scripts import make_demo_data, merge_lora
 from utils import checkpoint as checkpoints
-from utils import distributed
 from utils.config import SECTION_OF, load_config
 from utils.engine import build_model
 from utils.pipeline import load_pretrained, predict
@@ -28,10 +27,7 @@ def trained(request, tmp_path_factory, tiny_tokenizer, make_model):
     write_base(root / "base", make_model(), tiny_tokenizer)
     assert make_demo_data.main(["--out", str(root / "data"), "--train", "6", "--val", "2", "--test", "1"]) == 0
     flags = arguments(root / "base", root / "data", root, precision=request.param, grad_accumulation_steps=2)
-    patch = pytest.MonkeyPatch()
-    patch.setattr(distributed, "shutdown", lambda: None)
     assert train_ds.main(flags) == 0
-    patch.undo()
     return root / "run", root / "base", flags
 
 

@@ -20,7 +20,6 @@ from transformers import modeling_utils
 import train_ds
 from scripts import make_demo_data
 from utils import checkpoint as checkpoints
-from utils import distributed
 from utils.config import load_config
 from utils.datasets import DataOptions
 from utils.datasets.mixture import Mixture
@@ -45,10 +44,8 @@ def data(tmp_path_factory):
 
 
 @pytest.fixture
-def run_here(monkeypatch, base, data, tmp_path, capsys):
+def run_here(base, data, tmp_path, capsys):
     """run(code=0, **settings) -> (folder, what was printed): train_ds.main in this process, again and again."""
-    monkeypatch.setattr(distributed, "shutdown", lambda: None)
-
     def run(code: int = 0, **settings):
         settings = {"log_base_dir": tmp_path} | settings
         assert train_ds.main(arguments(base, data, tmp_path, **settings)) == code

@@ -214,7 +214,9 @@ class EvalSettings:
         may_change=True,
     )
     val_layer_policy: str = setting(
-        "", "layer in validation: argmax, last, sample, mc:T, fixed:K; empty = as layer_selection has it", may_change=True
+        "",
+        "layer in validation: argmax, last, sample, mc:T, fixed:K; empty = as layer_selection has it",
+        may_change=True,
     )
     val_batch_size: int = setting(4, "images per validation batch", low=1, may_change=True)
     val_limit: int = setting(0, "validate on the first N images only; 0 = all", low=0, may_change=True)
