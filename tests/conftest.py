@@ -20,6 +20,7 @@ from utils.types import Sample, Turn
 
 torch.set_num_threads(1)
 
+
 @pytest.fixture(scope="session", autouse=True)
 def process_group_stays():
     """DeepSpeed remembers the first process group for good: a program called in this process must not end it."""
