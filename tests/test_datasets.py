@@ -15,7 +15,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from utils.datasets import DATASETS, DataError, DataOptions, get_eval_dataset, get_train_dataset
-from utils.datasets.base import PackedRecords, check_sample, decode_segmentation, read_image, read_json
+from utils.datasets.base import check_sample, decode_segmentation, read_image, read_json
 from utils.datasets.reason_seg import draw_mask
 from utils.datasets.refer_api import read_pickle
 from utils.datasets.templates import (
@@ -442,15 +442,6 @@ def test_python_2_pickles_are_read(tmp_path: Path) -> None:
     path = tmp_path / "x.p"
     path.write_bytes(b"(lp0\n(dp1\nS'sent'\np2\nS'caf\\xc3\\xa9'\np3\nsS'ref_id'\np4\nI5\nsa.")
     assert read_pickle(path) == [{"sent": "café", "ref_id": 5}]
-
-
-def test_packed_records() -> None:
-    records = [{"a": [1, 2.5, "é"]}, [], {"b": b"abc", "c": np.int32(4)}]
-    packed = PackedRecords(records)
-    assert list(packed) == [records[0], [], {"b": "abc", "c": 4}]
-    assert len(PackedRecords([])) == 0
-    with pytest.raises(IndexError):
-        packed[3]
 
 
 def test_json_errors_are_named(tmp_path: Path) -> None:

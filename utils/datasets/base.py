@@ -1,4 +1,4 @@
-"""What every dataset reader shares: errors, files, images, masks, a compact index, the check of a sample."""
+"""What every dataset reader shares: errors, files, images, masks, the check of a sample."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import difflib
 import json
 import logging
 import struct
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -190,7 +190,6 @@ def parse_items(name: str, path: Path, parse: Callable[[Any], dict]) -> tuple[li
             problems.append(f"{path}, item {number}: {error}")
     if not records:
         raise DataError(f"{name}: nothing usable in {path}: {(problems or ['the list is empty'])[0]}")
-    warn_of(name, problems)
     return records, problems
 
 
@@ -370,41 +369,7 @@ def _unpack_counts(packed: bytes) -> list[int]:
     return runs
 
 
-# -- index and samples -------------------------------------------------------------------------------------------------
-
-
-class PackedRecords:
-    """Many small JSON-able records in two numpy arrays.
-
-    Worker processes share the arrays' memory; lists of Python objects would be copied page by page, because reading an
-    object writes its reference count.
-    """
-
-    def __init__(self, records: Iterable[Any]) -> None:
-        chunks = [json.dumps(record, separators=(",", ":"), default=_plain).encode() for record in records]
-        self._ends = np.cumsum([len(chunk) for chunk in chunks], dtype=np.int64)
-        self._bytes = np.frombuffer(b"".join(chunks), dtype=np.uint8)
-
-    def __len__(self) -> int:
-        return len(self._ends)
-
-    def __getitem__(self, index: int) -> Any:
-        if not 0 <= index < len(self):
-            raise IndexError(f"record {index} of {len(self)}")
-        start = self._ends[index - 1] if index else 0
-        return json.loads(self._bytes[start : self._ends[index]].tobytes())
-
-    def __iter__(self) -> Iterator[Any]:
-        return (self[i] for i in range(len(self)))
-
-
-def _plain(value: Any) -> Any:
-    """For ``json.dumps``: RLE counts as bytes, and numpy scalars."""
-    if isinstance(value, bytes):
-        return value.decode("ascii", "replace")
-    if isinstance(value, np.generic):
-        return value.item()
-    raise DataError(f"an annotation holds a {type(value).__name__}; expected lists, dicts, numbers and strings")
+# -- samples -----------------------------------------------------------------------------------------------------------
 
 
 def draw(number: int, size: int, rng: np.random.Generator) -> list[int]:

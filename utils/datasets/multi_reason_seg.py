@@ -12,7 +12,6 @@ from utils.conversation import escape
 from utils.datasets.base import (
     DataError,
     DataOptions,
-    PackedRecords,
     Row,
     check_complete,
     check_file_name,
@@ -29,6 +28,7 @@ from utils.datasets.base import (
     warn_of,
 )
 from utils.datasets.coco_file import check_extent
+from utils.datasets.records import Notes, load_records
 from utils.datasets.templates import instance_turn
 from utils.tokens import SEG
 from utils.types import Conversation, EvalQuery, EvalSample, Sample, Turn
@@ -61,23 +61,10 @@ class MuseSplit:
         files: dict[str, Sequence[Path]] = {
             f"MUSE_{part}.json": [dataset_dir / row.path / f"MUSE_{part}.json"] for part in SPLITS[split]
         }
-        records: list[dict[str, Any]] = []
-        self.problems: list[str] = []
-        for path in find_paths(self.name, files):
-            found, problems = parse_items(self.name, path, _parse)
-            records += found
-            self.problems += problems
-            broken = [f"{path}, {text}" for record in found for text in record.pop("problems")]
-            warn_of(self.name, broken)
-            self.problems += broken
-        questions = [question for record in records for question in record["questions"]]
-        self.counts = {
-            "images": len(records),
-            "expressions": len(questions),
-            "masks": sum(len(question["targets"]) for question in questions),
-            "multi": sum(len(question["targets"]) > 1 for question in questions),
-        }
-        self.records = PackedRecords(records)
+        paths = find_paths(self.name, files)
+        self.records, notes = load_records(self.name, paths, None, lambda: _read(self.name, paths))
+        self.problems, self.counts = notes["problems"], notes["counts"]
+        warn_of(self.name, self.problems)
 
     def image_path(self, record: dict[str, Any]) -> Path:
         name = Path(record["images"][0]).name
@@ -99,6 +86,23 @@ class MuseSplit:
                 place = f"{self.name}, {Path(record['images'][0]).name}, {question['text']!r}, target {number}"
                 raise DataError(f"{place}: {error}") from error
         return masks
+
+
+def _read(name: str, paths: Sequence[Path]) -> tuple[list[dict[str, Any]], Notes]:
+    records: list[dict[str, Any]] = []
+    problems: list[str] = []
+    for path in paths:
+        found, refused = parse_items(name, path, _parse)
+        records += found
+        problems += refused + [f"{path}, {text}" for record in found for text in record.pop("problems")]
+    questions = [question for record in records for question in record["questions"]]
+    counts = {
+        "images": len(records),
+        "expressions": len(questions),
+        "masks": sum(len(question["targets"]) for question in questions),
+        "multi": sum(len(question["targets"]) > 1 for question in questions),
+    }
+    return records, {"problems": problems, "counts": counts}
 
 
 def _parse(item: Any) -> dict[str, Any]:

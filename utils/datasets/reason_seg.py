@@ -14,7 +14,6 @@ from utils.conversation import escape
 from utils.datasets.base import (
     DataError,
     DataOptions,
-    PackedRecords,
     Row,
     check_polygon,
     check_sample,
@@ -25,6 +24,7 @@ from utils.datasets.base import (
     read_json,
     unknown,
 )
+from utils.datasets.records import PackedRecords
 from utils.datasets.templates import ANSWERS, QUESTIONS
 from utils.types import IGNORE_PIXEL, EvalQuery, EvalSample, Sample, Turn
 

@@ -13,7 +13,6 @@ from utils.conversation import escape
 from utils.datasets.base import (
     DataError,
     DataOptions,
-    PackedRecords,
     Row,
     check_file_name,
     check_sample,
@@ -24,7 +23,9 @@ from utils.datasets.base import (
     parse_items,
     read_image,
     stack_masks,
+    warn_of,
 )
+from utils.datasets.records import Notes, load_records
 from utils.datasets.templates import enumerate_words, instance_turn
 from utils.tokens import SEG
 from utils.types import Conversation, Sample, Turn
@@ -185,16 +186,8 @@ class ReasonSegPlusTrain:
         self.name, self.options = name, options
         (path,) = find_paths(name, {"annotations": [dataset_dir / row.path]})
         self.folders = [dataset_dir / images for images in row.images]
-        items, self.problems = parse_items(name, path, lambda item: _parse(name, item))
-        by_image: dict[str, list[dict]] = {}
-        for item in items:
-            by_image.setdefault(item.pop("image"), []).append(item)
-        self.counts = {
-            "images": len(by_image),
-            "expressions": sum(len(item["turns"]) for item in items),
-            "masks": sum(len(item["masks"]) for item in items),
-        }
-        self.records = PackedRecords({"image": image, "items": items} for image, items in by_image.items())
+        self.records, self.notes = load_records(name, [path], None, lambda: _read_items(name, path))
+        warn_of(name, self.notes["problems"])
         find_image(name, self.records[0]["image"], self.folders)  # a wrong folder shows now, not at the first step
 
     def __len__(self) -> int:
@@ -218,7 +211,22 @@ class ReasonSegPlusTrain:
         return check_sample(Sample(source, image, conversations, stack_masks(masks, *image.shape[:2])))
 
     def describe(self) -> dict[str, int]:
-        return {**self.counts, "unusable": len(self.problems)}
+        return {**self.notes["counts"], "unusable": len(self.notes["problems"])}
+
+
+def _read_items(name: str, path: Path) -> tuple[list[dict[str, Any]], Notes]:
+    """A record per image, with its items."""
+    items, problems = parse_items(name, path, lambda item: _parse(name, item))
+    by_image: dict[str, list[dict]] = {}
+    for item in items:
+        by_image.setdefault(item.pop("image"), []).append(item)
+    counts = {
+        "images": len(by_image),
+        "expressions": sum(len(item["turns"]) for item in items),
+        "masks": sum(len(item["masks"]) for item in items),
+    }
+    records = [{"image": image, "items": its} for image, its in by_image.items()]
+    return records, {"problems": problems, "counts": counts}
 
 
 def _build(item: dict, height: int, width: int, rng: np.random.Generator) -> tuple[Conversation, list[np.ndarray]]:

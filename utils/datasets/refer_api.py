@@ -9,14 +9,16 @@ from __future__ import annotations
 import io
 import pickle
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from utils.datasets.base import DataError, PackedRecords, decode_segmentation, read_json
+from utils.datasets.base import DataError, decode_segmentation, read_json
 from utils.datasets.coco_file import by_id, image_record, is_id, row_of, segmentation_of
+from utils.datasets.records import Notes, PackedRecords, load_records
 
 # -- pickles without code ----------------------------------------------------------------------------------------------
 
@@ -165,7 +167,7 @@ class ReferIndex:
 def build_index(
     name: str, refs_path: Path, instances_path: Path, split: str, false_premises: bool = False
 ) -> ReferIndex:
-    """Reads both files and keeps what the split needs. Unusable records are listed, not fatal.
+    """What the split needs of both files, from the cache or read. Unusable records are listed, not fatal.
 
     Args:
         name: for messages.
@@ -174,6 +176,19 @@ def build_index(
         split: which refs.
         false_premises: whether sentences say themselves if they are true of the image.
     """
+    settings = {"split": split, "false_premises": false_premises}
+    images, notes = load_records(
+        name,
+        [refs_path, instances_path],
+        settings,
+        lambda: _read_refs(name, refs_path, instances_path, split, false_premises),
+    )
+    return ReferIndex(name, images, notes["problems"], notes["counts"])
+
+
+def _read_refs(
+    name: str, refs_path: Path, instances_path: Path, split: str, false_premises: bool
+) -> tuple[Iterable[dict[str, Any]], Notes]:
     refs = read_pickle(refs_path) if refs_path.suffix == ".p" else read_json(refs_path, list)
     if not isinstance(refs, list) or not all(isinstance(ref, dict) for ref in refs):
         raise DataError(f"{refs_path} is not a list of dicts as a refs file must be")
@@ -209,7 +224,7 @@ def build_index(
     counts["images"] = len(records)
     if not records:
         raise DataError(f"{name}: no usable ref among {len(chosen)}; the first problem: {problems[0]}")
-    return ReferIndex(name, PackedRecords(records.values()), problems, counts)
+    return records.values(), {"problems": problems, "counts": counts}
 
 
 def _parse_ref(ref: dict[str, Any], false_premises: bool) -> Ref:

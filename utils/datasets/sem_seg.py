@@ -17,7 +17,6 @@ import numpy as np
 from utils.datasets.base import (
     DataError,
     DataOptions,
-    PackedRecords,
     Row,
     check_sample,
     check_size,
@@ -34,6 +33,7 @@ from utils.datasets.base import (
 )
 from utils.datasets.class_names import ADE20K, COCO_STUFF, COCO_STUFF_NOT_DENIED
 from utils.datasets.coco_file import by_id, image_record, row_of, segmentation_of
+from utils.datasets.records import Notes, PackedRecords, load_records
 from utils.datasets.templates import ANSWERS, QUESTIONS, denial, fill
 from utils.types import IGNORE_PIXEL, Conversation, Sample, Turn
 
@@ -271,30 +271,8 @@ class AnnotationReader:
         self.name = name
         (self.path,) = find_paths(name, {"annotations": [dataset_dir / row.path]})
         self.folders = [dataset_dir / folder for folder in row.images]
-        content = read_json(self.path)
-        images, categories = (by_id(content, key, self.path) for key in ("images", "categories"))
-        names = {category_id: class_name(row, self.path) for category_id, row in categories.items()}
-        records: dict[Any, dict[str, Any]] = {}
-        self.problems: list[str] = []
-        self.count = 0
-        for annotation in by_id(content, "annotations", self.path).values():
-            try:
-                image = row_of(images, annotation.get("image_id"), "image", self.path)
-                category = row_of(categories, annotation.get("category_id"), "category", self.path)
-                segmentation = segmentation_of(annotation, image["id"])
-                if image["id"] not in records:
-                    records[image["id"]] = {**image_record(image), "regions": {}, "looked_for": _negatives(image)}
-            except DataError as error:
-                self.problems.append(f"{name}, annotation {annotation['id']}: {error}")
-                continue
-            regions = records[image["id"]]["regions"]
-            regions.setdefault(names[category["id"]], []).append([annotation["id"], segmentation])
-            self.count += 1
-        if not records:
-            first = (self.problems or ["it has no annotations"])[0]
-            raise DataError(f"{name}: nothing usable in {self.path}: {first}")
-        self.names = {str(category_id): name for category_id, name in names.items()}
-        self.records = PackedRecords(records.values())
+        self.records, notes = load_records(name, [self.path], None, lambda: _read_annotations(name, self.path))
+        self.problems, self.count, self.names = notes["problems"], notes["count"], notes["names"]
         find_image(name, self.records[0]["file_name"], self.folders)  # a wrong folder shows now, not at the first step
 
     def __len__(self) -> int:
@@ -331,6 +309,33 @@ class AnnotationReader:
 
     def describe(self) -> dict[str, int]:
         return {"images": len(self.records), "masks": self.count}
+
+
+def _read_annotations(name: str, path: Path) -> tuple[Iterable[dict[str, Any]], Notes]:
+    """A record per image: ``{..., "regions": {class: [[annotation id, segmentation], ...]}, "looked_for"}``."""
+    content = read_json(path)
+    images, categories = (by_id(content, key, path) for key in ("images", "categories"))
+    names = {category_id: class_name(row, path) for category_id, row in categories.items()}
+    records: dict[Any, dict[str, Any]] = {}
+    problems = []
+    count = 0
+    for annotation in by_id(content, "annotations", path).values():
+        try:
+            image = row_of(images, annotation.get("image_id"), "image", path)
+            category = row_of(categories, annotation.get("category_id"), "category", path)
+            segmentation = segmentation_of(annotation, image["id"])
+            if image["id"] not in records:
+                records[image["id"]] = {**image_record(image), "regions": {}, "looked_for": _negatives(image)}
+        except DataError as error:
+            problems.append(f"{name}, annotation {annotation['id']}: {error}")
+            continue
+        regions = records[image["id"]]["regions"]
+        regions.setdefault(names[category["id"]], []).append([annotation["id"], segmentation])
+        count += 1
+    if not records:
+        raise DataError(f"{name}: nothing usable in {path}: {(problems or ['it has no annotations'])[0]}")
+    by_number = {str(category_id): class_ for category_id, class_ in names.items()}
+    return records.values(), {"problems": problems, "count": count, "names": by_number}
 
 
 def class_name(category: dict[str, Any], path: Path) -> str:

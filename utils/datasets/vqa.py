@@ -11,7 +11,6 @@ from utils.conversation import escape
 from utils.datasets.base import (
     DataError,
     DataOptions,
-    PackedRecords,
     Row,
     check_file_name,
     check_sample,
@@ -20,7 +19,9 @@ from utils.datasets.base import (
     parse_items,
     read_image,
     stack_masks,
+    warn_of,
 )
+from utils.datasets.records import Notes, load_records
 from utils.tokens import IMAGE
 from utils.types import Sample, Turn
 
@@ -42,10 +43,9 @@ class VqaTrain:
         self.name = name
         path = find_paths(name, {"conversations": [dataset_dir / row.path]})[0]
         self.folders = [dataset_dir / images for images in row.images]
-        records, self.problems = parse_items(name, path, _parse)
-        self.turns = sum(len(record["turns"]) for record in records)
-        self.records = PackedRecords(records)
-        find_image(name, records[0]["image"], self.folders)  # a wrong folder shows now, not at the first step
+        self.records, self.notes = load_records(name, [path], None, lambda: _read(name, path))
+        warn_of(name, self.notes["problems"])
+        find_image(name, self.records[0]["image"], self.folders)  # a wrong folder shows now, not at the first step
 
     def __len__(self) -> int:
         return len(self.records)
@@ -53,20 +53,24 @@ class VqaTrain:
     def sample(self, index: int, rng: np.random.Generator) -> Sample:
         record = self.records[index]
         image = read_image(find_image(self.name, record["image"], self.folders))
-        talk = tuple(Turn(question, answer) for question, answer in record["turns"])
+        talk = tuple(Turn(question, escape(answer)) for question, answer in record["turns"])
         return check_sample(Sample(f"{self.name}/{record['image']}", image, [talk], stack_masks([], *image.shape[:2])))
 
     def describe(self) -> dict[str, int]:
-        return {"images": len(self), "expressions": self.turns, "unusable": len(self.problems)}
+        return {"images": len(self), "expressions": self.notes["turns"], "unusable": len(self.notes["problems"])}
+
+
+def _read(name: str, path: Path) -> tuple[list[dict], Notes]:
+    records, problems = parse_items(name, path, _parse)
+    return records, {"problems": problems, "turns": sum(len(record["turns"]) for record in records)}
 
 
 def _parse(item: Any) -> dict[str, Any]:
-    """``{"image", "turns": [[question, answer], ...]}``; special tokens in the text are defused."""
+    """``{"image", "turns": [[question, answer], ...]}``."""
     if not isinstance(item, dict):
         raise DataError("expected a dict with 'image' and 'conversations'")
     image = check_file_name(item.get("image"), "'image' is")
-    turns = [(question, escape(answer)) for question, answer in read_turns(item.get("conversations"))]
-    return {"image": image, "turns": turns}
+    return {"image": image, "turns": read_turns(item.get("conversations"))}
 
 
 def read_turns(said: Any) -> list[tuple[str, str]]:
