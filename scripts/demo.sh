@@ -13,9 +13,8 @@ DATA=data/demo
 RUN=runs/tiny
 LISA=runs/tiny_lisa
 DONE=runs/demo
-REASON='ReasonSeg|val_short||ReasonSeg|val_long'
-BENCHMARKS="$REASON||ReasonSeg|heldout||refcoco|unc|val||grefcoco|unc|val"
-TOTAL=9
+SHARED='ReasonSeg|val_short||ReasonSeg|val_long||grefcoco|unc|val'
+TOTAL=10
 
 # Results of other code or weights must not pass for today's: they are put aside.
 fingerprint=$(cat requirements.txt configs/*.yaml configs/deepspeed/*.json ./*.py model/*.py utils/*.py \
@@ -66,12 +65,15 @@ step "merging LoRA into UGround" \
     python scripts/merge_lora.py --checkpoint "$RUN" --output "$RUN/merged"
 step "merging LoRA into LISA's way" \
     python scripts/merge_lora.py --checkpoint "$LISA" --output "$LISA/merged"
-step "evaluating the model before fine-tuning" \
-    evaluate "$RUN/untrained" "$REASON||grefcoco|unc|val" "$RUN/untrained-eval"
+step "evaluating the model before fine-tuning, layers sampled from its policy, which is still uniform" \
+    evaluate "$RUN/untrained" "$SHARED" "$RUN/untrained-eval" --layer_policy sample
+step "evaluating the model before fine-tuning, reading the layer that its pre-training taught, the last" \
+    evaluate "$RUN/untrained" "$SHARED" "$RUN/untrained-last-eval" --layer_policy last
 step "evaluating LISA's way" \
-    evaluate "$LISA/merged" "$REASON||grefcoco|unc|val" "$LISA/eval"
+    evaluate "$LISA/merged" "$SHARED" "$LISA/eval"
 step "evaluating UGround, with the prompts shuffled, too" \
-    evaluate "$RUN/merged" "$BENCHMARKS" "$RUN/eval" --control shuffled_prompts --save_overlays 12
+    evaluate "$RUN/merged" "$SHARED||ReasonSeg|heldout||refcoco|unc|val" "$RUN/eval" \
+    --control shuffled_prompts --save_overlays 12
 
 cp "$RUN/eval/ReasonSeg_val_long.generate.overlays.png" "$RUN/overlays.png"
 photo=$(find "$DATA/reason_seg/ReasonSeg/val" -name '*.jpg' | sort | head -n 1)
@@ -79,10 +81,12 @@ printf '\nthe model is asked about %s\n' "$photo"
 python chat.py --version "$RUN/merged" --image "$photo" --prompt "Which shape is the largest?" --output "$RUN/answers"
 
 printf '\n'
-python scripts/compare.py untrained="$RUN/untrained-eval" "LISA's way=$LISA/eval" UGround="$RUN/eval" | tee "$RUN/table.txt"
+python scripts/compare.py untrained="$RUN/untrained-eval" "untrained, last=$RUN/untrained-last-eval" \
+    "LISA's way=$LISA/eval" UGround="$RUN/eval" | tee "$RUN/table.txt"
 cat <<END
 
-Shuffled prompts, "all objects" and "random object" are what a model scores that does not read the text.
+Untrained: before fine-tuning, with layers sampled from the policy as it starts, or always the last.
+Prompts shuffled, "all objects" and "random object": what a model scores that does not read the text.
 Time: $(($(cat "$DONE"/*.seconds | paste -sd+))) s for all steps.
 Pictures: $RUN/overlays.png (from the worst to the best), $RUN/answers/
 Curves:   tensorboard --logdir runs
