@@ -118,7 +118,7 @@ class FakeModel:
         named = [1] * len(named) if self.blind else named
         text = given or (self.wordings.get(named[0], "it is [SEG]") if named[0] != 9 else "no: [REJ]")
         count = text.count("[SEG]")
-        targets = named if len(named) == count else named[:1] * count
+        targets = named if len(named) == count else named[:1] * count  # one question may name several
         masks = np.stack([self.find(image, k, number) for k in targets]) if targets else np.zeros((0, *image.shape[:2]))
         logits = torch.from_numpy(np.where(masks > 0, 1.5, -1.5)).float()
         rejected = [bool(mask.sum() < self.reject_below) for mask in masks]
@@ -253,6 +253,74 @@ def test_joint_question_reads_rejections_from_the_logits():
     assert (result.metrics["N-acc"], result.metrics["T-acc"], result.metrics["gIoU"]) == (1, 1, 1)
     assert len({record.question for record in result.records}) == 3  # one question per image
     assert all("object 9" in record.question for record in result.records)
+
+
+@dataclass
+class FakeMuse(FakeDataset):
+    """One question per image, "objects 1 2 3", with a target for each."""
+
+    spec: str = "MultiReasonSeg|val"
+    benchmark: str = "MultiReasonSeg"
+
+    @property
+    def num_queries(self):
+        return self.size
+
+    def __getitem__(self, index):
+        sample = super().__getitem__(index)
+        masks = np.stack([draw_objects(index) == k for k in (1, 2, 3)]).astype(np.uint8)
+        sample.queries = [EvalQuery(str(index), "objects 1 2 3", masks, True, {"targets": 3})]
+        return sample
+
+
+class InOrder(FakeModel):
+    """Finds the objects whose numbers are given, in that order, whatever was asked."""
+
+    def __init__(self, *order):
+        said = " and ".join(["[SEG]"] * len(order)) or "none"
+        super().__init__(missing=0, wordings=dict.fromkeys((1, 2, 3), said))
+        self.order = order
+
+    def answer(self, image, question, given, number):
+        return super().answer(image, " ".join(map(str, self.order or (1,))), given, number)
+
+
+def test_several_targets_are_matched():
+    result = run(InOrder(3, 1, 2), FakeMuse())
+    assert result.metrics == {"gIoU": 1.0, "cIoU": 1.0}
+    assert (result.summary["counts"]["masks"], result.summary["counts"]["queries"]) == (21, 7)
+    sizes = [int((draw_objects(0) == k).sum()) for k in (1, 2, 3)]
+    record = run(InOrder(2, 2), FakeMuse(size=1)).records[0]  # twice the same, 1 and 3 not at all
+    assert sorted(map(tuple, record.pairs)) == sorted([(sizes[1], sizes[1]), (0, sizes[0] + sizes[1]), (0, sizes[2])])
+    record = run(InOrder(1, 2, 3, 3), FakeMuse(size=1)).records[0]  # one too many
+    assert record.pairs == [[size, size] for size in sizes] + [[0, sizes[2]]]
+    record = run(InOrder(), FakeMuse(size=1)).records[0]
+    assert record.pairs == [[0, size] for size in sizes]
+    assert (record.I, record.P) == (0, 0)
+    assert record.U == record.G == sum(sizes)
+
+
+def test_a_given_answer_to_muse_has_a_seg_for_each_target():
+    result = run(FakeModel(missing=0, reject_below=10**6), FakeMuse(), mode="teacher_forced")
+    assert {record.answer for record in result.records} == {"Sure, they are [SEG], [SEG] and [SEG]."}
+    assert result.metrics == {"gIoU": 1.0, "cIoU": 1.0}
+
+
+def test_only_muse_has_several_targets():
+    with pytest.raises(ValueError, match=r"fake/0\.jpg, 'objects 1 2 3' has 3 targets; fake expects one"):
+        run(dataset=FakeMuse(benchmark="fake"))
+
+
+@pytest.mark.parametrize(("benchmark", "mode"), [("R-refcoco", "generate"), ("fprefcocog", "teacher_forced")])
+def test_false_premises(benchmark, mode):
+    """Object 9 is false; object 2 is not seen although it is there."""
+    model = FakeModel(missing=0, wordings={2: "no such thing"}, reject_below=1)
+    result = run(model, FakeDataset(size=2, absent=True, benchmark=benchmark), mode=mode)
+    seen = mode == "teacher_forced"  # the given answer asks about the mask, and the logits say that 2 is there
+    assert [record.rejected for record in result.records] == [False, True, False, not seen, True]
+    total = sum(record.G for record in result.records)
+    expected = {"See": 1.0 if seen else 0.8, "Segment": 1.0 if seen else 1 - int((draw_objects(1) == 2).sum()) / total}
+    assert result.metrics == pytest.approx(expected | ({"RR": 1.0} if benchmark == "R-refcoco" else {}))
 
 
 def test_special_tokens_in_a_query_add_no_mask(monkeypatch):

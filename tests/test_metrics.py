@@ -129,6 +129,31 @@ def test_refzom_averages_over_targets_only(grefcoco_records):
     assert found == {"oIoU": 20 / 120, "mIoU": pytest.approx(0.5 / 3), "Acc": 2 / 3}
 
 
+@pytest.mark.parametrize(
+    "benchmark", ["fprefcoco", "fprefcoco+", "fprefcocog", "R-refcoco", "R-refcoco+", "R-refcocog"]
+)
+def test_false_premises(grefcoco_records, benchmark):
+    """See: half found, rightly rejected and right by an empty mask are right of six; Segment is cIoU over all six."""
+    found = metrics.compute(list(grefcoco_records.values()), benchmark)
+    expected = {"See": 3 / 6, "Segment": 20 / (40 + 40 + 40 + 20)}
+    assert found == expected | ({"RR": 2 / 3} if benchmark.startswith("R-") else {})
+
+
+def test_matched_pairs_each_count_as_a_mask():
+    """Two questions: I / U of 6/8 and of a target that nobody found, 0/4; and of one found, with one too many."""
+    base = make_record(np.zeros(SHAPE, bool), np.zeros(SHAPE, np.uint8))
+    records = [
+        dataclasses.replace(base, I=6, U=12, pairs=[[6, 8], [0, 4]]),
+        dataclasses.replace(base, I=5, U=10, index=1, pairs=[[5, 5], [0, 5], [0, 0]]),
+    ]
+    found = metrics.compute(records, "MultiReasonSeg")
+    assert found == {"gIoU": (0.75 + 0 + 1 + 0 + 1) / 5, "cIoU": 11 / 22}
+    assert [metrics.iou(record) for record in records] == [0.375, 2 / 3]
+    counts = metrics.count_records(records)
+    assert (counts["masks"], counts["queries"], counts["images"]) == (5, 2, 2)
+    assert metrics.intervals(records, "MultiReasonSeg")["gIoU"] == [0.375, 2 / 3]
+
+
 def test_a_metric_without_samples_is_absent(grefcoco_records):
     only_targets = [record for record in grefcoco_records.values() if not record.expected_empty]
     assert set(metrics.compute(only_targets, "grefcoco")) == {"gIoU", "cIoU", "T-acc"}
@@ -200,7 +225,7 @@ def test_masks_survive_rle():
     assert np.array_equal(metrics.decode_mask(rle), mask)
 
 
-def test_several_targets_need_matching():
-    assert metrics.merge_targets(np.zeros((0, 2, 3), np.uint8), 2, 3).shape == (2, 3)
-    with pytest.raises(ValueError, match="2 targets"):
-        metrics.merge_targets(np.ones((2, 2, 3), np.uint8), 2, 3)
+def test_targets_merge():
+    assert metrics.merge_targets(np.zeros((0, 2, 3), np.uint8), 2, 3).tolist() == [[0, 0, 0], [0, 0, 0]]
+    two = np.array([[[1, 0, 255]], [[255, 0, 0]]], np.uint8)
+    assert metrics.merge_targets(two, 1, 3).tolist() == [[1, 0, 255]]

@@ -25,8 +25,10 @@ from utils import distributed, metrics
 from utils.conversation import escape
 from utils.datasets.base import EvalDataset
 from utils.datasets.templates import eval_answer, eval_joint_turn, eval_question
+from utils.matching import match_masks
 from utils.metrics import Record
 from utils.pipeline import predict
+from utils.tokens import SEG
 from utils.types import EvalQuery, EvalSample, Turn
 
 MODES = ("generate", "teacher_forced")
@@ -34,6 +36,7 @@ CONTROLS = ("shuffled_prompts",)
 # Teacher forced, these list all sentences of an image in one answer, and the logits decide between [SEG] and [REJ].
 JOINT = ("grefcoco", "refzom")
 # The paper lets the model answer these freely; with one's own data that is what a user gets.
+MATCHED = ("MultiReasonSeg",)  # each target of a question is one mask
 GENERATED = ("fprefcoco", "R-refcoco", "MultiReasonSeg", "custom")
 
 
@@ -69,17 +72,22 @@ class Answer:
 
     Attributes:
         question, text: what was asked and said.
-        masks: [N, H, W] bool, one per [SEG]; similarities: [N, H, W] float32 in [0, 1], their maps.
+        logits: [N, H, W] float32, one per [SEG]; similarities: [N, H, W] float32 in [0, 1], their maps.
         layers: the hidden state of each.
         rejected: it says that nothing is there.
     """
 
     question: str
     text: str
-    masks: np.ndarray
+    logits: np.ndarray
     similarities: np.ndarray
     layers: list[int]
     rejected: bool
+
+    @property
+    def masks(self) -> np.ndarray:
+        """[N, H, W] bool."""
+        return self.logits > 0
 
     @property
     def merged(self) -> np.ndarray:
@@ -216,7 +224,8 @@ def gather_records(
                 places = mine[number * batch_size :][: len(items)]
                 answers = ask(model, processor, items, places, dataset.benchmark, asking)
                 for place, sample, given in zip(places, items, answers, strict=True):
-                    records += [score(place, sample, *both) for both in zip(sample.queries, given, strict=True)]
+                    for query, answer in zip(sample.queries, given, strict=True):
+                        records.append(score(place, sample, query, answer, dataset.benchmark))
             bar.update(len(items))
     distributed.fail_together(_unreadable(dataset.spec, errors))
     records = [record for part in distributed.all_gather(records) for record in part]
@@ -251,15 +260,22 @@ def ask(
         seed=asking.seed,
     )
     return [
-        _joint_answers(sample, row[0], said[0]) if joint else _answers(sample, row, said, asking.mode)
+        _joint_answers(sample, row[0], said[0]) if joint else _answers(sample, row, said, benchmark, asking.mode)
         for sample, row, said in zip(samples, turns, predictions, strict=True)
     ]
 
 
-def score(index: int, sample: EvalSample, query: EvalQuery, answer: Answer) -> Record:
-    """Counts the pixels of one answer."""
-    target = metrics.merge_targets(query.masks, *sample.image.shape[:2])
-    both, either, predicted, true = metrics.count_pixels(answer.merged, target)
+def score(index: int, sample: EvalSample, query: EvalQuery, answer: Answer, benchmark: str) -> Record:
+    """Counts the pixels of one answer.
+
+    Raises:
+        ValueError: if the query has several targets although the benchmark expects one (merged) mask.
+    """
+    matched = benchmark in MATCHED
+    if len(query.masks) > 1 and not matched:
+        raise ValueError(f"{sample.source}, {query.text!r} has {len(query.masks)} targets; {benchmark} expects one")
+    counts = _count_pairs(query, answer) if matched else [_count_merged(sample, query, answer)]
+    both, either, predicted, true = (sum(column) for column in zip(*counts, strict=True))
     return Record(
         index=index,
         image=sample.source,
@@ -277,22 +293,44 @@ def score(index: int, sample: EvalSample, query: EvalQuery, answer: Answer) -> R
         G=true,
         masks=[metrics.encode_mask(mask) for mask in answer.masks],
         meta=query.meta,
+        pairs=[list(count[:2]) for count in counts] if matched else [],
     )
+
+
+def _count_merged(sample: EvalSample, query: EvalQuery, answer: Answer) -> tuple[int, int, int, int]:
+    return metrics.count_pixels(answer.merged, metrics.merge_targets(query.masks, *sample.image.shape[:2]))
+
+
+def _count_pairs(query: EvalQuery, answer: Answer) -> list[tuple[int, int, int, int]]:
+    """I, U, P and G of each matched pair; what has no partner is paired with an empty mask (MUSE)."""
+    empty, masks = np.zeros(query.masks.shape[1:], np.uint8), answer.masks
+    return [
+        metrics.count_pixels(
+            empty.astype(bool) if predicted is None else masks[predicted],
+            empty if target is None else query.masks[target],
+        )
+        for predicted, target in match_masks(answer.logits, query.masks)
+    ]
 
 
 def _turn(query: EvalQuery, benchmark: str) -> Turn:
     return Turn(eval_question(query, benchmark), eval_answer(query, benchmark))
 
 
-def _answers(sample: EvalSample, turns: Sequence[Turn], predictions: Sequence, mode: str) -> list[Answer]:
-    """A question per query. An answer without [SEG] rejects; a given one never does."""
+def _answers(
+    sample: EvalSample, turns: Sequence[Turn], predictions: Sequence, benchmark: str, mode: str
+) -> list[Answer]:
+    """A question per query. A written answer without [SEG] rejects; a given one if [REJ] was more likely, where that
+    is a possible answer."""
     answers = []
     for query, turn, prediction in zip(sample.queries, turns, predictions, strict=True):
+        rejected = not prediction.layers
         if mode == "teacher_forced":
-            _check_fits(sample, query.text, len(prediction.layers), 1)
-        masks, similarities = (prediction.mask_logits > 0).numpy(), prediction.maps.numpy()
-        said = (turn.question, prediction.text, masks, similarities, list(prediction.layers))
-        answers.append(Answer(*said, rejected=not prediction.layers))
+            _check_fits(sample, query.text, len(prediction.layers), turn.answer.count(SEG))
+            rejected = benchmark.startswith(metrics.REJECTING) and all(prediction.rejected)
+        logits, similarities = prediction.mask_logits.numpy(), prediction.maps.numpy()
+        said = (turn.question, prediction.text, logits, similarities, list(prediction.layers))
+        answers.append(Answer(*said, rejected=rejected))
     return answers
 
 
@@ -300,12 +338,12 @@ def _joint_answers(sample: EvalSample, turn: Turn, prediction) -> list[Answer]:
     """One question for all queries; the logits before the k-th [SEG] say whether the k-th target is there."""
     count = len(sample.queries)
     _check_fits(sample, turn.question, len(prediction.layers), count)
-    masks, similarities = (prediction.mask_logits > 0).numpy(), prediction.maps.numpy()
+    logits, similarities = prediction.mask_logits.numpy(), prediction.maps.numpy()
     return [
         Answer(
             turn.question,
             prediction.text,
-            masks[k : k + 1],
+            logits[k : k + 1],
             similarities[k : k + 1],
             [prediction.layers[k]],
             prediction.rejected[k],

@@ -1,4 +1,4 @@
-"""What the numbers mean: counts of pixels per mask, and gIoU, cIoU, N-acc, T-acc from records alone.
+"""What the numbers mean: counts of pixels per mask, and the benchmarks' metrics from records alone.
 
 A ``Record`` is one scored answer and one line of a result's JSONL. Every metric is a ratio of two sums over records;
 integers are summed exactly and IoUs with ``math.fsum``, so that neither order, batch size nor the number of processes
@@ -38,9 +38,11 @@ class Record:
         layers: the hidden state that each [SEG] connected from.
         rejected: the answer says that nothing is there.
         expected_empty: nothing is there.
-        I, U, P, G: pixels of the drawn mask against the truth, also where the answer rejects (see ``pair``).
-        masks: COCO RLE of each [SEG]; their union is what was scored.
+        I, U, P, G: pixels of the drawn mask against the truth, also where the answer rejects (see ``pair``); where
+            several targets are matched (MUSE), their sums over the pairs.
+        masks: COCO RLE of each [SEG]; their union is what was scored, unless they were matched.
         meta: the query's, for breakdowns.
+        pairs: I and U of each matched pair; empty where one mask is expected.
     """
 
     index: int
@@ -59,6 +61,7 @@ class Record:
     G: int
     masks: list[dict[str, Any]]
     meta: dict[str, Any] = field(default_factory=dict)
+    pairs: list[list[int]] = field(default_factory=list)
 
     @property
     def predicted_empty(self) -> bool:
@@ -84,14 +87,11 @@ def count_pixels(predicted: np.ndarray, target: np.ndarray) -> tuple[int, int, i
 
 
 def merge_targets(masks: np.ndarray, height: int, width: int) -> np.ndarray:
-    """The one target [H, W] of a query: nothing where there is no mask ([0, H, W]).
-
-    Raises:
-        ValueError: for several masks; they need matching (MUSE), not merging.
-    """
-    if len(masks) > 1:
-        raise ValueError(f"the query has {len(masks)} targets of its own; only one (merged) mask can be scored")
-    return masks[0] if len(masks) else np.zeros((height, width), dtype=np.uint8)
+    """All targets [N, H, W] of a query as one [H, W]; a pixel is ignored if no target has it and one ignores it."""
+    merged = np.zeros((height, width), dtype=np.uint8)
+    merged[(masks == IGNORE_PIXEL).any(axis=0)] = IGNORE_PIXEL
+    merged[(masks == 1).any(axis=0)] = 1
+    return merged
 
 
 def encode_mask(mask: np.ndarray) -> dict[str, Any]:
@@ -119,10 +119,16 @@ def pair(record: Record, protocol: str = "grefcoco") -> tuple[int, int]:
     return record.I, record.U
 
 
+def ious(record: Record, protocol: str = "grefcoco") -> list[float]:
+    """I / U of each mask of an answer; an empty one for an empty target is right."""
+    pairs: Sequence[Sequence[int]] = record.pairs or [pair(record, protocol)]
+    return [both / either if either else 1.0 for both, either in pairs]
+
+
 def iou(record: Record, protocol: str = "grefcoco") -> float:
-    """I / U; an empty answer to an empty target is right."""
-    both, either = pair(record, protocol)
-    return both / either if either else 1.0
+    """An answer's IoU, the mean over its masks."""
+    values = ious(record, protocol)
+    return math.fsum(values) / len(values)
 
 
 Parts = Callable[[Record, str], tuple[float, int]]  # what a record adds to a metric's numerator and denominator
@@ -133,7 +139,8 @@ def _of_targets(parts: Parts) -> Parts:
 
 
 def _giou(record: Record, protocol: str) -> tuple[float, int]:
-    return iou(record, protocol), 1
+    values = ious(record, protocol)
+    return math.fsum(values), len(values)
 
 
 def _n_acc(record: Record, protocol: str) -> tuple[float, int]:
@@ -144,16 +151,28 @@ def _t_acc(record: Record, protocol: str) -> tuple[float, int]:
     return int(not record.expected_empty and not record.predicted_empty), int(not record.expected_empty)
 
 
+def _see(record: Record, protocol: str) -> tuple[float, int]:
+    return int(record.expected_empty == record.predicted_empty), 1
+
+
 DEFAULT: dict[str, Parts] = {"gIoU": _giou, "cIoU": pair}
-METRICS: dict[str, dict[str, Parts]] = {
+FALSE_PREMISES: dict[str, Parts] = {"See": _see, "Segment": pair}
+METRICS: dict[str, dict[str, Parts]] = {  # by the beginning of a benchmark's name
     "grefcoco": DEFAULT | {"N-acc": _n_acc, "T-acc": _t_acc},
     "custom": DEFAULT | {"N-acc": _n_acc, "T-acc": _t_acc},
     "refzom": {"oIoU": _of_targets(pair), "mIoU": _of_targets(_giou), "Acc": _n_acc},
+    "fprefcoco": FALSE_PREMISES,
+    "R-refcoco": FALSE_PREMISES | {"RR": _n_acc},
 }
+REJECTING = tuple(METRICS)  # an answer may say that nothing is there
+
+
+def _parts_of(benchmark: str) -> dict[str, Parts]:
+    return next((table for name, table in METRICS.items() if benchmark.startswith(name)), DEFAULT)
 
 
 def _sums(records: Iterable[Record], benchmark: str, protocol: str) -> dict[str, tuple[list[float], list[int]]]:
-    table = METRICS.get(benchmark, DEFAULT)
+    table = _parts_of(benchmark)
     pairs = {name: [parts(record, protocol) for record in records] for name, parts in table.items()}
     return {name: ([n for n, _ in values], [d for _, d in values]) for name, values in pairs.items()}
 
@@ -201,15 +220,21 @@ def breakdown(
             continue
         groups = {name: [r for r in records if str(r.meta.get(key)) == name] for name in names}
         result[key] = {
-            name: compute(group, benchmark, protocol) | {"masks": len(group)} for name, group in groups.items()
+            name: compute(group, benchmark, protocol) | {"masks": count_masks(group)} for name, group in groups.items()
         }
     return result
+
+
+def count_masks(records: Iterable[Record]) -> int:
+    """What gIoU is a mean over: one per answer, and one per pair where targets are matched."""
+    return sum(len(record.pairs) or 1 for record in records)
 
 
 def count_records(records: Sequence[Record]) -> dict[str, int]:
     """The numbers behind the metrics."""
     return {
-        "masks": len(records),
+        "masks": count_masks(records),
+        "queries": len(records),
         "images": len({record.index for record in records}),
         "expected_empty": sum(record.expected_empty for record in records),
         "predicted_empty": sum(record.predicted_empty for record in records),
