@@ -76,7 +76,8 @@ step "evaluating UGround, with the prompts shuffled, too" \
     --control shuffled_prompts --save_overlays 12
 
 cp "$RUN/eval/ReasonSeg_val_long.generate.overlays.png" "$RUN/overlays.png"
-photo=$(find "$DATA/reason_seg/ReasonSeg/val" -name '*.jpg' | sort | head -n 1)
+photos=("$DATA"/reason_seg/ReasonSeg/val/*.jpg)
+photo=${photos[0]}
 printf '\nthe model is asked about %s\n' "$photo"
 python chat.py --version "$RUN/merged" --image "$photo" --prompt "Which shape is the largest?" --output "$RUN/answers"
 
