@@ -16,8 +16,8 @@ import json
 import logging
 import mmap
 import os
-import tempfile
 import time
+import uuid
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
@@ -203,12 +203,11 @@ def _write(path: Path, identity: dict[str, Any], records: PackedRecords, notes: 
     """
     header = json.dumps({"identity": identity, "count": len(records), "notes": notes}).encode()
     header += b" " * (-len(header) % 8)
-    parts = [MAGIC, np.int64(len(header)).tobytes(), header, records._ends, records._bytes]
+    parts: list[bytes | np.ndarray] = [MAGIC, np.int64(len(header)).tobytes(), header, records._ends, records._bytes]
     checksum = 0
-    temporary = None
+    temporary = path.with_suffix(f".{uuid.uuid4().hex}.tmp")
     try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f"{path.stem}.", suffix=".tmp", delete=False) as file:
-            temporary = Path(file.name)
+        with temporary.open("xb") as file:
             for part in parts:
                 file.write(memoryview(part))
                 checksum = zlib.crc32(part, checksum)
@@ -225,8 +224,8 @@ def _write(path: Path, identity: dict[str, Any], records: PackedRecords, notes: 
         )
         return False
     finally:
-        if temporary:
-            temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def _read(path: Path, identity: dict[str, Any]) -> tuple[MappedRecords, Notes] | None:
