@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The whole path on a bare machine: draws a data set, trains the tiny UGround on it, evaluates it and asks it a question.
-# Two CPU cores, no GPU, about a quarter of an hour after the packages are installed. Run it again to go on where it was
+# Two CPU cores, no GPU, about ten minutes after the packages are installed. Run it again to go on where it was
 # interrupted; finished steps are skipped until code, configuration or weights change.
 #
 #     bash scripts/demo.sh
