@@ -9,12 +9,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import distributed, nn
-from transformers import AutoConfig
+from torch import nn
 
-from model import losses
+from model.config import RELEASED, UGroundConfig
 from model.generation import read_given, write_answers
-from model.llava import LlavaLlamaConfig, LlavaLlamaForCausalLM
+from model.llava import LlavaLlamaForCausalLM
+from model.objective import EPSILON, Objective, UGroundOutput
 from model.PPM import (
     PolicyPromptedMasking,
     gumbel_noise,
@@ -27,139 +27,7 @@ from model.PPM import (
 from model.sam import SamShape, SegmentAnything
 from utils.types import Batch, Prediction
 
-EPSILON = 1e-6
-CHOICES = {
-    "map_normalization": ("valid", "all"),
-    "phi_layer": ("chosen", "last"),
-    "reward": ("seg", "batch"),
-    "baseline": ("average", "critic"),
-    "positive_weight": ("mask", "image"),
-}
-RELEASED = {  # how the paper's published checkpoints were trained and are evaluated, where that is not the paper
-    "first_candidate_layer": 0,
-    "eval_layer_policy": "last",
-    "reward": "batch",
-    "map_normalization": "all",
-    "map_side": 336,
-    "positive_weight": "image",
-    "policy_loss_weight": 0.4,
-}
-
-
-class UGroundConfig(LlavaLlamaConfig):
-    """Sizes of the three parts, ids of the special tokens, and the method's settings (paper's values as defaults).
-
-    Args:
-        sam_config: ``SamShape`` as a dictionary.
-        seg_token_id, rej_token_id: ids of ``[SEG]`` and ``[REJ]``.
-        layer_selection: the layer a [SEG] connects from in training: ``policy`` (SSC), ``last``, ``uniform``,
-            ``fixed:K``.
-        first_candidate_layer: 1 = the paper's layers, 0 = the embeddings too (released weights).
-        phi_layer: ``chosen`` = phi reads the layer that the map is taken from, ``last`` = always the last one.
-        eval_layer_policy: which layer ``predict`` takes unless told otherwise; None = the one that training taught
-            (``layer_policy``).
-        seg_prompt, mask_prompt: phi([SEG]) and the similarity map as SAM prompts (Table 6).
-        reward: ``seg`` = one per [SEG] (Algorithm 1), ``batch`` = one sum for all of a batch (released).
-        baseline: what the reward is compared with, its moving ``average`` (Algorithm 1) or a ``critic``'s guess.
-        baseline_decay: alpha of the moving average; critic_width: hidden units of the critic.
-        map_normalization: ``valid`` = min-max over patches that show the image, ``all`` = padded ones too (released).
-        map_side: side of the padded square on which a map is enlarged first; 0 = CLIP's input side.
-        gaussian_kernel, gaussian_sigma: softening of the ground truth, in pixels.
-        positive_weight: of the map's loss, background over foreground of each ``mask``, or of all masks of an
-            ``image`` together (released).
-        *_loss_weight: lambda of Eq. 8 and 9; the critic's is a share of the policy's.
-        policy_seed: seeds the sampled layers, together with the sample's number.
-    """
-
-    model_type = "uground"
-
-    def __init__(
-        self,
-        sam_config: dict | None = None,
-        seg_token_id: int | None = None,
-        rej_token_id: int | None = None,
-        layer_selection: str = "policy",
-        first_candidate_layer: int = 1,
-        phi_layer: str = "chosen",
-        eval_layer_policy: str | None = None,
-        seg_prompt: bool = True,
-        mask_prompt: bool = True,
-        reward: str = "seg",
-        baseline: str = "average",
-        baseline_decay: float = 0.9,
-        critic_width: int = 128,
-        map_normalization: str = "valid",
-        map_side: int = 0,
-        gaussian_kernel: int = 31,
-        gaussian_sigma: float = 7.0,
-        positive_weight: str = "mask",
-        text_loss_weight: float = 1.0,
-        mask_loss_weight: float = 1.0,
-        map_loss_weight: float = 1.0,
-        policy_loss_weight: float = 0.1,
-        critic_loss_weight: float = 1.0,
-        bce_loss_weight: float = 2.0,
-        dice_loss_weight: float = 4.0,
-        policy_seed: int = 0,
-        **kwargs,
-    ) -> None:
-        self.sam_config = sam_config or SamShape().to_dict()
-        self.seg_token_id, self.rej_token_id = seg_token_id, rej_token_id
-        self.layer_selection, self.first_candidate_layer = layer_selection, first_candidate_layer
-        self.phi_layer, self.eval_layer_policy = phi_layer, eval_layer_policy
-        self.seg_prompt, self.mask_prompt = seg_prompt, mask_prompt
-        self.reward, self.map_normalization = reward, map_normalization
-        self.baseline, self.baseline_decay, self.critic_width = baseline, baseline_decay, critic_width
-        self.gaussian_kernel, self.gaussian_sigma = gaussian_kernel, gaussian_sigma
-        self.map_side, self.positive_weight = map_side, positive_weight
-        self.text_loss_weight, self.mask_loss_weight = text_loss_weight, mask_loss_weight
-        self.map_loss_weight, self.policy_loss_weight = map_loss_weight, policy_loss_weight
-        self.critic_loss_weight = critic_loss_weight
-        self.bce_loss_weight, self.dice_loss_weight = bce_loss_weight, dice_loss_weight
-        self.policy_seed = policy_seed
-        super().__init__(**kwargs)
-        self.check_settings()
-
-    @property
-    def layer_policy(self) -> str:
-        """How ``predict`` chooses layers: the mode of a trained policy, or as in training where that had none."""
-        taught = "argmax" if self.layer_selection == "policy" else self.layer_selection
-        return self.eval_layer_policy or taught
-
-    def check_settings(self) -> None:
-        """Raises ValueError if a setting has no meaning."""
-        parse_layer_policy(self.layer_selection, self.num_hidden_layers + 1)
-        parse_layer_policy(self.layer_policy, self.num_hidden_layers + 1)
-        if not (self.seg_prompt or self.mask_prompt):
-            raise ValueError("seg_prompt and mask_prompt are both off: SAM would have no prompt; switch one on")
-        for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; use {' or '.join(map(repr, choices))}")
-
-
-AutoConfig.register(UGroundConfig.model_type, UGroundConfig, exist_ok=True)  # AutoTokenizer asks for it
-
-
-@dataclass
-class UGroundOutput:
-    """What a training step computes.
-
-    Attributes:
-        loss: the weighted sum of Eq. 9.
-        terms: named, unweighted terms (text, mask_bce, mask_dice, map_bce, map_dice, policy, critic) and figures to log
-            (reward, baseline, entropy), 0-d and detached. Normalised by GLOBAL counts: the mean over
-            ranks is the value.
-        mask_logits, maps: per row [N_b, H, W], SAM's logits and the similarity maps in [0, 1] at the original size.
-        layers: [N] chosen hidden state; policy: [N, L] distribution; rewards: [N].
-    """
-
-    loss: torch.Tensor
-    terms: dict[str, torch.Tensor]
-    mask_logits: list[torch.Tensor]
-    maps: list[torch.Tensor]
-    layers: torch.Tensor
-    policy: torch.Tensor
-    rewards: torch.Tensor
+__all__ = ["RELEASED", "Grounding", "UGroundConfig", "UGroundForCausalLM", "UGroundOutput"]
 
 
 @dataclass
@@ -178,7 +46,7 @@ class Grounding:
     counts: list[int]
 
 
-class UGroundForCausalLM(LlavaLlamaForCausalLM):
+class UGroundForCausalLM(Objective, LlavaLlamaForCausalLM):
     """LLaVA with Policy-Prompted Masking in front of SAM's decoder."""
 
     config_class = UGroundConfig
@@ -271,70 +139,6 @@ class UGroundForCausalLM(LlavaLlamaForCausalLM):
         ]
         return logits, full_maps
 
-    def objective(
-        self,
-        batch: Batch,
-        logits: torch.Tensor,
-        mask_logits: list[torch.Tensor],
-        maps: list[torch.Tensor],
-        layers: torch.Tensor,
-        log_policy: torch.Tensor,
-    ) -> UGroundOutput:
-        """Eq. 9 with every term normalised by its global count, so that averaging over ranks gives the same gradient
-        as one process with all samples."""
-        config = self.config
-        per_mask, present = self._mask_terms(batch.masks, mask_logits, maps)
-        rewards = -(per_mask["map_bce"] + per_mask["map_dice"]).detach()
-        if config.reward == "batch":
-            rewards = (rewards * present).sum().expand(len(rewards))
-        if config.baseline == "critic":
-            expected = self.ppm.expected_reward(log_policy)
-            per_mask["critic"] = (expected - rewards).square()
-            advantage = rewards - expected.detach()
-        else:
-            advantage = self.ppm.advantage(rewards)  # also without [SEG]: it communicates
-        if config.layer_selection == "policy":
-            chosen = log_policy[torch.arange(len(layers), device=layers.device), layers]
-            per_mask["policy"] = -advantage * chosen
-
-        counts = torch.stack([batch.label_weights.sum(), present.sum()]).float()
-        counts = _mean_over_ranks(counts).clamp(min=EPSILON)
-        text = losses.text_loss(logits, batch.label_ids, batch.label_weights) / counts[0]
-        terms = {name: (value * present).sum() / counts[1] for name, value in per_mask.items()}
-        mask = config.bce_loss_weight * terms["mask_bce"] + config.dice_loss_weight * terms["mask_dice"]
-        maps_term = config.bce_loss_weight * terms["map_bce"] + config.dice_loss_weight * terms["map_dice"]
-        loss = config.text_loss_weight * text + config.mask_loss_weight * mask + config.map_loss_weight * maps_term
-        if "policy" in terms:
-            loss = loss + config.policy_loss_weight * terms["policy"]
-        if "critic" in terms:
-            loss = loss + config.policy_loss_weight * config.critic_loss_weight * terms["critic"]
-
-        policy = log_policy.detach().exp()
-        entropy = -(policy * log_policy.detach().clamp(min=-1e4)).sum(-1)
-        figures = {"reward": (rewards * present).sum() / counts[1], "entropy": (entropy * present).sum() / counts[1]}
-        terms = {"text": text, **terms, **figures, "baseline": self.ppm.baseline.clone()}
-        terms = {name: value.detach() for name, value in terms.items()}
-        return UGroundOutput(loss, terms, mask_logits, maps, layers, policy, rewards)
-
-    def _mask_terms(
-        self, targets: list[torch.Tensor], mask_logits: list[torch.Tensor], maps: list[torch.Tensor]
-    ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        """Per-mask losses [N] by name, and [N] 1.0 for targets that are not empty (others take no loss)."""
-        config = self.config
-        names = ("mask_bce", "mask_dice", "map_bce", "map_dice")
-        collected: dict[str, list[torch.Tensor]] = {name: [] for name in names}
-        present = []
-        for target, predicted, similarity in zip(targets, mask_logits, maps):
-            keep = target != losses.IGNORE
-            soft = losses.soften(target, config.gaussian_kernel, config.gaussian_sigma)
-            weight = losses.positive_weight(soft, shared=config.positive_weight == "image")
-            collected["mask_bce"].append(losses.mask_bce(predicted, target))
-            collected["mask_dice"].append(losses.mask_dice(predicted, target))
-            collected["map_bce"].append(losses.map_bce(similarity, soft, weight, keep))
-            collected["map_dice"].append(losses.map_dice(similarity, soft, weight, keep))
-            present.append((target == 1).flatten(1).any(1).float())
-        return {name: torch.cat(values) for name, values in collected.items()}, torch.cat(present)
-
     # ------------------------------------------------------------------ inference
 
     @torch.inference_mode()
@@ -424,10 +228,3 @@ class UGroundForCausalLM(LlavaLlamaForCausalLM):
 def _repeat(counts: list[int]) -> list[int]:
     """[2, 0, 1] -> [0, 0, 2]: the row of each [SEG]."""
     return [row for row, count in enumerate(counts) for _ in range(count)]
-
-
-def _mean_over_ranks(values: torch.Tensor) -> torch.Tensor:
-    if distributed.is_available() and distributed.is_initialized():
-        distributed.all_reduce(values)
-        values = values / distributed.get_world_size()
-    return values

@@ -1,0 +1,120 @@
+"""UGroundConfig: the sizes of the three parts, the special tokens' ids, and the method's settings."""
+
+from __future__ import annotations
+
+from transformers import AutoConfig
+
+from model.llava import LlavaLlamaConfig
+from model.PPM import parse_layer_policy
+from model.sam import SamShape
+
+CHOICES = {
+    "map_normalization": ("valid", "all"),
+    "phi_layer": ("chosen", "last"),
+    "reward": ("seg", "batch"),
+    "baseline": ("average", "critic"),
+    "positive_weight": ("mask", "image"),
+}
+RELEASED = {  # how the paper's published checkpoints were trained and are evaluated, where that is not the paper
+    "first_candidate_layer": 0,
+    "eval_layer_policy": "last",
+    "reward": "batch",
+    "map_normalization": "all",
+    "map_side": 336,
+    "positive_weight": "image",
+    "policy_loss_weight": 0.4,
+}
+
+
+class UGroundConfig(LlavaLlamaConfig):
+    """Sizes of the three parts, ids of the special tokens, and the method's settings (paper's values as defaults).
+
+    Args:
+        sam_config: ``SamShape`` as a dictionary.
+        seg_token_id, rej_token_id: ids of ``[SEG]`` and ``[REJ]``.
+        layer_selection: the layer a [SEG] connects from in training: ``policy`` (SSC), ``last``, ``uniform``,
+            ``fixed:K``.
+        first_candidate_layer: 1 = the paper's layers, 0 = the embeddings too (released weights).
+        phi_layer: ``chosen`` = phi reads the layer that the map is taken from, ``last`` = always the last one.
+        eval_layer_policy: which layer ``predict`` takes unless told otherwise; None = the one that training taught
+            (``layer_policy``).
+        seg_prompt, mask_prompt: phi([SEG]) and the similarity map as SAM prompts (Table 6).
+        reward: ``seg`` = one per [SEG] (Algorithm 1), ``batch`` = one sum for all of a batch (released).
+        baseline: what the reward is compared with, its moving ``average`` (Algorithm 1) or a ``critic``'s guess.
+        baseline_decay: alpha of the moving average; critic_width: hidden units of the critic.
+        map_normalization: ``valid`` = min-max over patches that show the image, ``all`` = padded ones too (released).
+        map_side: side of the padded square on which a map is enlarged first; 0 = CLIP's input side.
+        gaussian_kernel, gaussian_sigma: softening of the ground truth, in pixels.
+        positive_weight: of the map's loss, background over foreground of each ``mask``, or of all masks of an
+            ``image`` together (released).
+        *_loss_weight: lambda of Eq. 8 and 9; the critic's is a share of the policy's.
+        policy_seed: seeds the sampled layers, together with the sample's number.
+    """
+
+    model_type = "uground"
+
+    def __init__(
+        self,
+        sam_config: dict | None = None,
+        seg_token_id: int | None = None,
+        rej_token_id: int | None = None,
+        layer_selection: str = "policy",
+        first_candidate_layer: int = 1,
+        phi_layer: str = "chosen",
+        eval_layer_policy: str | None = None,
+        seg_prompt: bool = True,
+        mask_prompt: bool = True,
+        reward: str = "seg",
+        baseline: str = "average",
+        baseline_decay: float = 0.9,
+        critic_width: int = 128,
+        map_normalization: str = "valid",
+        map_side: int = 0,
+        gaussian_kernel: int = 31,
+        gaussian_sigma: float = 7.0,
+        positive_weight: str = "mask",
+        text_loss_weight: float = 1.0,
+        mask_loss_weight: float = 1.0,
+        map_loss_weight: float = 1.0,
+        policy_loss_weight: float = 0.1,
+        critic_loss_weight: float = 1.0,
+        bce_loss_weight: float = 2.0,
+        dice_loss_weight: float = 4.0,
+        policy_seed: int = 0,
+        **kwargs,
+    ) -> None:
+        self.sam_config = sam_config or SamShape().to_dict()
+        self.seg_token_id, self.rej_token_id = seg_token_id, rej_token_id
+        self.layer_selection, self.first_candidate_layer = layer_selection, first_candidate_layer
+        self.phi_layer, self.eval_layer_policy = phi_layer, eval_layer_policy
+        self.seg_prompt, self.mask_prompt = seg_prompt, mask_prompt
+        self.reward, self.map_normalization = reward, map_normalization
+        self.baseline, self.baseline_decay, self.critic_width = baseline, baseline_decay, critic_width
+        self.gaussian_kernel, self.gaussian_sigma = gaussian_kernel, gaussian_sigma
+        self.map_side, self.positive_weight = map_side, positive_weight
+        self.text_loss_weight, self.mask_loss_weight = text_loss_weight, mask_loss_weight
+        self.map_loss_weight, self.policy_loss_weight = map_loss_weight, policy_loss_weight
+        self.critic_loss_weight = critic_loss_weight
+        self.bce_loss_weight, self.dice_loss_weight = bce_loss_weight, dice_loss_weight
+        self.policy_seed = policy_seed
+        super().__init__(**kwargs)
+        self.check_settings()
+
+    @property
+    def layer_policy(self) -> str:
+        """How ``predict`` chooses layers: the mode of a trained policy, or as in training where that had none."""
+        taught = "argmax" if self.layer_selection == "policy" else self.layer_selection
+        return self.eval_layer_policy or taught
+
+    def check_settings(self) -> None:
+        """Raises ValueError if a setting has no meaning."""
+        parse_layer_policy(self.layer_selection, self.num_hidden_layers + 1)
+        parse_layer_policy(self.layer_policy, self.num_hidden_layers + 1)
+        if not (self.seg_prompt or self.mask_prompt):
+            raise ValueError("seg_prompt and mask_prompt are both off: SAM would have no prompt; switch one on")
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; use {' or '.join(map(repr, choices))}")
+
+
+AutoConfig.register(UGroundConfig.model_type, UGroundConfig, exist_ok=True)  # AutoTokenizer asks for it
