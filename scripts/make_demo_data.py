@@ -10,184 +10,44 @@ The scenes and texts come from ``utils/scenes.py``. What is written:
 - ``refer_seg/refcoco`` and ``refer_seg/grefcoco``: COCO-style, the latter with several, one and no targets.
 - ``llava_dataset/llava_instruct_150k.json``: captions and question answering in several turns.
 
+``--all_types`` adds small versions of the other 20 data sets, for all eight types (``utils/demo_refer.py`` and
+``utils/demo_sets.py``); what is listed above stays the same to the byte.
+
 Every scene has its own random stream (seed, set and split, index), so no two splits share one. Stream numbers stay
 below 1000; the pre-training uses others.
-
-ReasonSeg has polygons alone, which are drawn outline and interior: the pixels on a region's border are its vertices, a
-polygon for each connected part, and a target with a hole (which polygons cannot say) is not asked about. Drawn again
-they are the visible region (IoU 0.99999 on average, at least 0.98: parts of one or two pixels are lost). COCO polygons
-run along the outer edge of the pixels (IoU 1); every eighth COCO mask, and any with a hole, is RLE.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
-import math
-import pickle
 import shutil
 import sys
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
-from pycocotools import mask as coco_mask
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from utils import scenes  # noqa: E402
-from utils.scenes import KINDS, Query, Scene  # noqa: E402
+from utils.demo_files import Ledger, Sizes, labelme_polygons, streams, write_jpeg, write_json  # noqa: E402
+from utils.demo_refer import REFER_SETS, write_refer_set  # noqa: E402
+from utils.demo_sets import WRITERS, write_set  # noqa: E402
+from utils.scenes import Query, Scene  # noqa: E402
 
+# What is drawn, without and with --all_types: the start of a hash of it, which tests/test_make_demo_data.py computes.
+# Who changes what is drawn changes these, so that data of an older version are not taken for the new ones.
+VERSION = {False: "4527a8ebdff7", True: "fc0648e7a14f"}
 SUMMARY = "demo_data.json"
-STREAMS = {
-    ("ReasonSeg", "train"): 1,
-    ("ReasonSeg", "val"): 2,
-    ("ReasonSeg", "test"): 3,
-    ("ReasonSeg", "heldout"): 4,
-    ("refcoco", "train"): 11,
-    ("refcoco", "val"): 12,
-    ("refcoco", "testA"): 13,
-    ("refcoco", "testB"): 14,
-    ("grefcoco", "train"): 21,
-    ("grefcoco", "val"): 22,
-    ("grefcoco", "testA"): 23,
-    ("grefcoco", "testB"): 24,
-    ("llava_instruct_150k", "train"): 31,
-}
-FIRST_IMAGE = {"refcoco": 100_001, "grefcoco": 300_001, "llava_instruct_150k": 500_001}
+REASON_STREAMS = {"train": 1, "val": 2, "test": 3, "heldout": 4}
+LLAVA_STREAM, LLAVA_FIRST_IMAGE = 31, 500_001
 LONG_FAMILIES = ("relation", "superlative", "commonsense")
 MAX_IMAGES = 100_000
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """What decides the content, with the seed: images per training set, and queries per evaluation split."""
-
-    seed: int
-    train: int
-    val: int
-    test: int
-
-
-# ------------------------------------------------------------------------------------------------- text-blind scores
-
-
-@dataclass
-class Blind:
-    """What answers that ignore the text would score on one kind of query of one split.
-
-    "all" answers with every shape; "random" with one shape, as an expectation over the shapes. Absent targets count as
-    in gRefCOCO: an answer that is not empty has IoU 0 and adds its pixels to the union.
-    """
-
-    queries: int = 0
-    iou: dict[str, float] = field(default_factory=lambda: {"all": 0.0, "random": 0.0})
-    inter: dict[str, float] = field(default_factory=lambda: {"all": 0.0, "random": 0.0})
-    union: dict[str, float] = field(default_factory=lambda: {"all": 0.0, "random": 0.0})
-
-    def add(self, scene: Scene, targets: tuple[int, ...]) -> None:
-        # The visible regions are disjoint: areas say it all.
-        areas = scene.masks.sum(axis=(1, 2)).astype(np.float64)
-        wanted = np.isin(np.arange(len(areas)), targets)
-        goal = areas[wanted].sum()
-        inter = np.where(wanted, areas, 0.0)
-        union = areas + goal - inter
-        self.queries += 1
-        self.iou["all"] += goal / areas.sum()
-        self.inter["all"] += goal
-        self.union["all"] += areas.sum()
-        self.iou["random"] += float((inter / union).mean())
-        self.inter["random"] += float(inter.mean())
-        self.union["random"] += float(union.mean())
-
-    def scores(self) -> dict[str, dict[str, float]]:
-        return {
-            answer: {
-                "gIoU": round(self.iou[answer] / self.queries, 4),
-                "cIoU": round(self.inter[answer] / self.union[answer], 4),
-            }
-            for answer in ("all", "random")
-        }
-
-
-class Ledger:
-    """Counts and text-blind scores of everything that is written."""
-
-    def __init__(self) -> None:
-        self.counts: dict[str, dict[str, dict[str, int]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(int)))
-        self.blind: dict[tuple[str, str, str], Blind] = defaultdict(Blind)
-
-    def count(self, dataset: str, split: str, **numbers: int) -> None:
-        for name, number in numbers.items():
-            self.counts[dataset][split][name] += number
-
-    def query(self, dataset: str, split: str, kinds: tuple[str, ...], scene: Scene, targets: tuple[int, ...]) -> None:
-        for kind in kinds:
-            self.blind[dataset, split, kind].add(scene, targets)
-
-    def rows(self) -> list[dict[str, Any]]:
-        return [
-            {"set": key[0], "split": key[1], "kind": key[2], "queries": blind.queries, **blind.scores()}
-            for key, blind in self.blind.items()
-        ]
-
-
-# -------------------------------------------------------------------------------------------------- masks as polygons
-
-
-def _contours(mask: np.ndarray) -> tuple[list[np.ndarray], bool]:
-    """Outer border pixels (x, y) [K, 2] of each connected part of a mask [H, W], and whether the mask has a hole."""
-    found, tree = cv2.findContours(mask.astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
-    outer = [points[:, 0] for points, node in zip(found, tree[0]) if node[3] < 0]
-    return outer, len(outer) < len(found)
-
-
-def labelme_polygons(mask: np.ndarray) -> list[list[list[int]]] | None:
-    """Polygons for ReasonSeg's rule (outline and interior are drawn), or None where they cannot say the mask."""
-    outer, has_hole = _contours(mask)
-    polygons = [points.tolist() for points in outer if len(points) >= 3]
-    return None if has_hole or not polygons else polygons
-
-
-def coco_segmentation(mask: np.ndarray, as_rle: bool) -> list[list[float]] | dict[str, Any]:
-    """Polygons along the outer edge of the pixels, in COCO's continuous coordinates, or compressed RLE."""
-    fine = 4
-    x, y, width, height = cv2.boundingRect(mask.astype(np.uint8))
-    window = mask[y : y + height, x : x + width]
-    outer, has_hole = _contours(window.repeat(fine, axis=0).repeat(fine, axis=1))
-    simple = [cv2.approxPolyDP(points[:, None], fine / 3, closed=True)[:, 0] for points in outer]
-    polygons = [((p + 0.5) / fine + (x, y)).round(2).ravel().tolist() for p in simple if len(p) >= 3]
-    if as_rle or has_hole or not polygons:
-        rle = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
-        return {"size": list(rle["size"]), "counts": rle["counts"].decode("ascii")}
-    return polygons
-
-
-# ------------------------------------------------------------------------------------------------------ writing files
-
-
-def write_json(path: Path, value: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value, separators=(",", ":")), encoding="utf-8")
-
-
-def write_jpeg(path: Path, image: np.ndarray) -> None:
-    """Quality 95 with full color resolution: coarser color would blur shapes of 20 pixels."""
-    options = [cv2.IMWRITE_JPEG_QUALITY, 95, cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444]
-    _, data = cv2.imencode(".jpg", image[:, :, ::-1], options)
-    path.write_bytes(data.tobytes())
-
-
-def streams(dataset: str, split: str, seed: int, count: int) -> Iterator[tuple[int, np.random.Generator]]:
-    """(index, its generator) for each image of a split."""
-    for index in range(count):
-        yield index, np.random.default_rng([seed, STREAMS[dataset, split], index])
 
 
 # ---------------------------------------------------------------------------------------------------------- ReasonSeg
@@ -227,8 +87,7 @@ def write_reason_seg(root: Path, sizes: Sizes, ledger: Ledger) -> None:
     counts = {"train": sizes.train, "val": 2 * sizes.val, "test": 2 * sizes.test, "heldout": sizes.test}
     explanations = []
     for split, count in counts.items():
-        (folder / split).mkdir(parents=True)
-        for index, rng in streams("ReasonSeg", split, sizes.seed, count):
+        for index, rng in streams(sizes.seed, REASON_STREAMS[split], count):
             is_long = split != "heldout" and index % 2 == 1
             family = LONG_FAMILIES[index // 2 % 3] if is_long else "attribute"
             scene, queries, polygons = _reason_scene(rng, family, split == "heldout")
@@ -253,128 +112,6 @@ def write_reason_seg(root: Path, sizes: Sizes, ledger: Ledger) -> None:
     ledger.count("ReasonSeg", "train", explanations=len(explanations))
 
 
-# ------------------------------------------------------------------------------------------------- RefCOCO, gRefCOCO
-
-Drawn = tuple[Scene, list[list[Query]]]
-
-
-def _group(queries: list[Query], refs: int, sentences: int) -> list[list[Query]]:
-    """Up to ``refs`` groups of up to ``sentences`` queries that mean the same shapes."""
-    groups: dict[tuple[int, ...], list[Query]] = {}
-    for query in queries:
-        groups.setdefault(query.targets, []).append(query)
-    return [group[:sentences] for group in list(groups.values())[:refs]]
-
-
-def draw_refcoco(rng: np.random.Generator, training: bool) -> Drawn:
-    """One target per ref: 3 refs of 2 sentences for training, else 2 of 2 (so that all splits can say their size)."""
-    refs = 3 if training else 2
-    while True:
-        scene = scenes.draw_scene(rng)
-        groups = [g for g in _group(scenes.attribute_queries(scene, rng), refs=6, sentences=2) if len(g) == 2]
-        if len(groups) >= 2:
-            return scene, groups[:refs]
-
-
-def draw_grefcoco(rng: np.random.Generator, training: bool) -> Drawn:
-    """As many refs with several targets as with one and with none: 2 each for training, else 1 each."""
-    each = 2 if training else 1
-    while True:
-        scene = scenes.draw_scene(rng)
-        multi = _group(scenes.multi_queries(scene, rng), refs=each, sentences=1)
-        single = _group(scenes.attribute_queries(scene, rng), refs=each, sentences=1)
-        absent = [[query] for query in scenes.absent_queries(scene, rng)[:each]]
-        if len(multi) == len(single) == len(absent) == each:
-            return scene, multi + single + absent
-
-
-class ReferWriter:
-    """Collects the images, annotations and refs of one COCO-style set."""
-
-    def __init__(self, root: Path, dataset: str, ledger: Ledger) -> None:
-        self.root, self.dataset, self.ledger = root, dataset, ledger
-        self.images_folder = root / "refer_seg" / "images" / "mscoco" / "images" / "train2014"
-        self.images_folder.mkdir(parents=True, exist_ok=True)
-        self.images: list[dict[str, Any]] = []
-        self.annotations: list[dict[str, Any]] = []
-        self.refs: list[dict[str, Any]] = []
-        self.sentences = 0
-
-    def add(self, split: str, scene: Scene, groups: list[list[Query]]) -> None:
-        """Writes the image and records all of its shapes, then a ref for each group of queries."""
-        height, width = scene.image.shape[:2]
-        image_id = FIRST_IMAGE[self.dataset] + len(self.images)
-        file_name = f"COCO_train2014_{image_id:012d}.jpg"
-        write_jpeg(self.images_folder / file_name, scene.image)
-        self.images.append({"id": image_id, "file_name": file_name, "height": height, "width": width})
-        first = len(self.annotations) + 1
-        for mask, shape in zip(scene.masks, scene.shapes):
-            self._annotate(image_id, mask, KINDS.index(shape.kind) + 1)
-        for group in groups:
-            self._refer(split, image_id, [first + target for target in group[0].targets], group)
-            for query in group:
-                kind = {"attribute": "one target", "multi": "several targets", "absent": "no target"}[query.family]
-                kinds = ("all", kind) if self.dataset == "grefcoco" else ("all",)
-                self.ledger.query(self.dataset, split, kinds, scene, query.targets)
-                self.ledger.count(self.dataset, split, expressions=1, **{kind.replace(" ", "_"): 1})
-        self.ledger.count(self.dataset, split, images=1, refs=len(groups))
-
-    def _annotate(self, image_id: int, mask: np.ndarray, category_id: int) -> None:
-        number = len(self.annotations) + 1
-        self.annotations.append(
-            {
-                "id": number,
-                "image_id": image_id,
-                "category_id": category_id,
-                "bbox": [float(value) for value in cv2.boundingRect(mask.astype(np.uint8))],
-                "area": int(mask.sum()),
-                "iscrowd": 0,
-                "segmentation": coco_segmentation(mask, as_rle=number % 8 == 0),
-            }
-        )
-
-    def _refer(self, split: str, image_id: int, ann_ids: list[int], group: list[Query]) -> None:
-        sentences = []
-        for query in group:
-            self.sentences += 1
-            tokens = query.text.split()
-            sentences.append({"sent_id": self.sentences, "sent": query.text, "raw": query.text, "tokens": tokens})
-        categories = [self.annotations[i - 1]["category_id"] for i in ann_ids]
-        ref = {"ref_id": len(self.refs) + 1, "image_id": image_id, "split": split, "sentences": sentences}
-        ref["sent_ids"] = [sentence["sent_id"] for sentence in sentences]
-        ref["file_name"] = f"COCO_train2014_{image_id:012d}_{ann_ids[0] if ann_ids else 0}.jpg"
-        if self.dataset == "refcoco":
-            ref |= {"ann_id": ann_ids[0], "category_id": categories[0]}
-        else:
-            ref |= {"ann_id": ann_ids or [-1], "category_id": categories or [-1], "no_target": not ann_ids}
-            for sentence in sentences:
-                sentence["exist"] = bool(ann_ids)
-        self.refs.append(ref)
-
-    def save(self) -> None:
-        folder = self.root / "refer_seg" / self.dataset
-        categories = [{"id": i + 1, "name": kind, "supercategory": "shape"} for i, kind in enumerate(KINDS)]
-        info = {"description": "drawn by scripts/make_demo_data.py"}
-        instances = {"info": info, "images": self.images, "annotations": self.annotations, "categories": categories}
-        write_json(folder / "instances.json", instances)
-        if self.dataset == "refcoco":
-            (folder / "refs(unc).p").write_bytes(pickle.dumps(self.refs, protocol=2))
-        else:
-            write_json(folder / "grefs(unc).json", self.refs)
-
-
-def write_refer_seg(
-    root: Path, sizes: Sizes, ledger: Ledger, dataset: str, draw: Callable[..., Drawn], per_image: float
-) -> None:
-    """Train, val, testA, testB; an image answers for ``per_image`` of the queries that ``sizes`` asks for."""
-    writer = ReferWriter(root, dataset, ledger)
-    val, test = math.ceil(sizes.val / per_image), math.ceil(sizes.test / per_image)
-    for split, count in {"train": sizes.train, "val": val, "testA": test, "testB": test}.items():
-        for _, rng in streams(dataset, split, sizes.seed, count):
-            writer.add(split, *draw(rng, split == "train"))
-    writer.save()
-
-
 # -------------------------------------------------------------------------------------------------------------- LLaVA
 
 
@@ -388,11 +125,10 @@ def _conversation(rng: np.random.Generator, scene: Scene) -> list[tuple[str, str
 
 def write_llava(root: Path, sizes: Sizes, ledger: Ledger) -> None:
     dataset, folder = "llava_instruct_150k", root / "coco" / "train2017"
-    folder.mkdir(parents=True)
     records = []
-    for index, rng in streams(dataset, "train", sizes.seed, max(1, sizes.train * 4 // 15)):
+    for index, rng in streams(sizes.seed, LLAVA_STREAM, max(1, sizes.train * 4 // 15)):
         scene = scenes.draw_scene(rng)
-        stem = f"{FIRST_IMAGE[dataset] + index:012d}"
+        stem = f"{LLAVA_FIRST_IMAGE + index:012d}"
         write_jpeg(folder / f"{stem}.jpg", scene.image)
         turns = _conversation(rng, scene)
         first = turns[0][0]
@@ -406,11 +142,6 @@ def write_llava(root: Path, sizes: Sizes, ledger: Ledger) -> None:
 
 
 # --------------------------------------------------------------------------------------------------------------- main
-
-
-def source_hash() -> str:
-    """Of the two files that decide what is drawn, so that data of an older version are not taken for these."""
-    return hashlib.sha256(Path(__file__).read_bytes() + Path(scenes.__file__).read_bytes()).hexdigest()[:12]
 
 
 def existing_summary(out: Path, sizes: Sizes) -> dict[str, Any] | None:
@@ -427,10 +158,10 @@ def existing_summary(out: Path, sizes: Sizes) -> dict[str, Any] | None:
         raise ValueError(f"--out {out} exists and was not written by this script; give another folder")
     try:
         summary = json.loads((out / SUMMARY).read_text(encoding="utf-8"))
-        found = {**summary["arguments"], "source": summary["source"]}
+        found = {**summary["arguments"], "version": summary.get("version")}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{out / SUMMARY} cannot be read ({error!r}); remove {out} and run again") from error
-    wanted = {**asdict(sizes), "source": source_hash()}
+    wanted = {**asdict(sizes), "version": VERSION[sizes.all_types]}
     if found != wanted:
         differing = ", ".join(f"{k} {found.get(k)} (now {wanted[k]})" for k in wanted if found.get(k) != wanted[k])
         raise ValueError(f"{out} holds data made with other settings: {differing}; remove it or give another --out")
@@ -449,10 +180,14 @@ def build(out: Path, sizes: Sizes) -> dict[str, Any]:
     ledger = Ledger()
     parts: dict[str, Callable[[], None]] = {
         "ReasonSeg": lambda: write_reason_seg(partial, sizes, ledger),
-        "refcoco": lambda: write_refer_seg(partial, sizes, ledger, "refcoco", draw_refcoco, 4),
-        "grefcoco": lambda: write_refer_seg(partial, sizes, ledger, "grefcoco", draw_grefcoco, 2.5),
+        "refcoco": lambda: write_refer_set(partial, "refcoco", sizes, ledger),
+        "grefcoco": lambda: write_refer_set(partial, "grefcoco", sizes, ledger),
         "llava_instruct_150k": lambda: write_llava(partial, sizes, ledger),
     }
+    if sizes.all_types:
+        others = {name: write_refer_set for name in REFER_SETS if name not in parts}
+        others |= dict.fromkeys(WRITERS, write_set)
+        parts |= {name: lambda n=name, w=write: w(partial, n, sizes, ledger) for name, write in others.items()}
     for name, write in parts.items():
         start = time.perf_counter()
         write()
@@ -461,7 +196,7 @@ def build(out: Path, sizes: Sizes) -> dict[str, Any]:
     summary = {
         "complete": True,
         "arguments": asdict(sizes),
-        "source": source_hash(),
+        "version": VERSION[sizes.all_types],
         "counts": ledger.counts,
         "text_blind": ledger.rows(),
     }
@@ -502,8 +237,9 @@ def _number(low: int, high: int) -> Callable[[str], int]:
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Draws small scenes with exact masks and writes them as a --dataset_dir in the layouts of "
-        "ReasonSeg, RefCOCO, gRefCOCO and LLaVA-Instruct. The same seed and sizes give the same files. Data that are "
-        "already there with the same settings are left alone; an interrupted run leaves nothing half done in --out.",
+        "ReasonSeg, RefCOCO, gRefCOCO and LLaVA-Instruct, or of all 24 data sets. The same seed and sizes give the "
+        "same files. Data that are already there with the same settings are left alone; an interrupted run leaves "
+        "nothing half done in --out.",
         epilog="Then: python train_ds.py --config configs/tiny.yaml --dataset_dir DIR",
     )
     size = _number(1, MAX_IMAGES)
@@ -537,12 +273,18 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         help="the same for ReasonSeg's test, testA and testB; and short queries of ReasonSeg's heldout split, about "
         "pairs of color and kind that occur nowhere else (default: %(default)s)",
     )
+    parser.add_argument(
+        "--all_types",
+        action="store_true",
+        help="also small versions of the other 20 data sets, N / 15 training images each (N of --train; at least 6), "
+        "for configs/tiny_mixed.yaml",
+    )
     return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> int:
     args = parse_arguments(arguments)
-    sizes = Sizes(args.seed, args.train, args.val, args.test)
+    sizes = Sizes(args.seed, args.train, args.val, args.test, args.all_types)
     out = args.out.absolute()
     try:
         summary = existing_summary(out, sizes)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import pickle
 import re
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import cv2
@@ -13,10 +15,12 @@ import numpy as np
 import pytest
 
 from scripts import make_demo_data as demo
-from utils import scenes
-from utils.datasets import get_eval_dataset, get_train_dataset
+from utils import demo_sets, scenes
+from utils.datasets import DATASETS, TYPES, DataOptions, get_eval_dataset, get_train_dataset
 from utils.datasets.base import decode_segmentation
 from utils.datasets.reason_seg import draw_mask
+from utils.demo_files import Sizes, coco_segmentation, labelme_polygons
+from utils.demo_refer import REFER_SETS
 
 SMALL = ["--seed", "7", "--train", "30", "--val", "20", "--test", "10"]
 
@@ -25,6 +29,14 @@ SMALL = ["--seed", "7", "--train", "30", "--val", "20", "--test", "10"]
 def root(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("demo") / "data"
     assert demo.main(["--out", str(out), *SMALL]) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory) -> Path:
+    """All 24 data sets."""
+    out = tmp_path_factory.mktemp("mixed") / "data"
+    assert demo.main(["--out", str(out), *SMALL, "--all_types"]) == 0
     return out
 
 
@@ -46,6 +58,33 @@ def test_the_same_seed_writes_the_same_bytes_and_another_seed_others(root, tmp_p
     assert demo.main(["--out", str(tmp_path / "other"), *SMALL, "--seed", "8"]) == 0
     image = "reason_seg/ReasonSeg/val/val_00000.jpg"
     assert (tmp_path / "other" / image).read_bytes() != (root / image).read_bytes()
+
+
+def _digest(folder: Path) -> str:
+    """Of all annotations: JSON and pickles as bytes, label images as pixels (not as one zlib packs them)."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*.*")):
+        if path.suffix in (".json", ".p", ".png") and path.name != demo.SUMMARY:
+            digest.update(path.relative_to(folder).as_posix().encode())
+            digest.update(cv2.imread(str(path), cv2.IMREAD_UNCHANGED) if path.suffix == ".png" else path.read_bytes())
+    return digest.hexdigest()
+
+
+def test_what_is_drawn_stays_what_it_was(root, mixed):
+    """Trained models depend on it: who changes it on purpose changes ``VERSION`` and trains them again."""
+    for folder, all_types in ((root, False), (mixed, True)):
+        assert _digest(folder)[:12] == demo.VERSION[all_types]
+    kept, more = _files(root), _files(mixed)
+    assert all(more[path] == content for path, content in kept.items() if path != demo.SUMMARY)
+    means = {
+        "val_00000": (98.3, 101.3, 112.3),
+        "train_00007": (127.4, 83.6, 90.7),
+        "COCO_train2014_000000100001": (84.8, 84.0, 102.9),
+        "000000500001": (110.4, 130.9, 102.0),
+    }
+    for stem, mean in means.items():
+        (path,) = root.rglob(f"{stem}.jpg")
+        assert cv2.imread(str(path))[:, :, ::-1].mean(axis=(0, 1)) == pytest.approx(mean, abs=0.5)
 
 
 def test_a_larger_set_begins_with_the_smaller_one(root, tmp_path):
@@ -101,13 +140,13 @@ def test_polygons_give_the_exact_masks_back():
         scene = scenes.draw_scene(np.random.default_rng([3, index]))
         for mask in scene.masks:
             height, width = mask.shape
-            polygons = demo.labelme_polygons(mask)
+            polygons = labelme_polygons(mask)
             if polygons:
                 drawn = draw_mask([{"label": "target", "points": points} for points in polygons], height, width)
                 reason.append(_iou(drawn == 1, mask))
-            segmentation = demo.coco_segmentation(mask, as_rle=False)
+            segmentation = coco_segmentation(mask, as_rle=False)
             coco.append(_iou(decode_segmentation(segmentation, height, width) == 1, mask))
-            exact = decode_segmentation(demo.coco_segmentation(mask, as_rle=True), height, width)
+            exact = decode_segmentation(coco_segmentation(mask, as_rle=True), height, width)
             assert np.array_equal(exact == 1, mask)
     assert len(reason) > 0.98 * len(coco)
     assert np.mean(reason) > 0.999
@@ -119,11 +158,11 @@ def test_polygons_give_the_exact_masks_back():
 def test_masks_in_parts_and_with_holes():
     mask = np.zeros((40, 50), bool)
     mask[5:15, 5:15] = mask[20:35, 20:45] = True
-    assert len(demo.labelme_polygons(mask)) == 2
-    assert len(demo.coco_segmentation(mask, as_rle=False)) == 2
+    assert len(labelme_polygons(mask)) == 2
+    assert len(coco_segmentation(mask, as_rle=False)) == 2
     mask[25:30, 25:30] = False
-    assert demo.labelme_polygons(mask) is None
-    segmentation = demo.coco_segmentation(mask, as_rle=False)
+    assert labelme_polygons(mask) is None
+    segmentation = coco_segmentation(mask, as_rle=False)
     assert np.array_equal(decode_segmentation(segmentation, 40, 50) == 1, mask)
 
 
@@ -191,17 +230,36 @@ def test_llava_layout(root):
     assert max(len(record["conversations"]) for record in records) > 2
 
 
-def test_splits_share_no_image_and_only_heldout_names_held_out_pairs(root):
-    images = Counter(path.read_bytes() for path in root.rglob("*.jpg"))
+def test_splits_share_no_image_and_only_heldout_names_held_out_pairs(mixed):
+    images = Counter(path.read_bytes() for path in mixed.rglob("*.jpg"))
     assert images.most_common(1)[0][1] == 1
-    assert len(set(demo.STREAMS.values())) == len(demo.STREAMS)
-    assert max(demo.STREAMS.values()) < 1000
-    pairs = re.compile("|".join(f"{color} {kind}" for color, kind in sorted(scenes.HELD_OUT)))
+    numbers = [*demo.REASON_STREAMS.values(), demo.LLAVA_STREAM]
+    numbers += [layout.stream + i for layout in REFER_SETS.values() for i in range(len(layout.files))]
+    numbers += [number for splits in demo_sets.STREAMS.values() for number in splits.values()]
+    assert len(set(numbers)) == len(numbers)
+    assert max(numbers) < 1000
+    pairs = re.compile("|".join(f"{color} {kind}" for color, kind in sorted(scenes.HELD_OUT)), re.IGNORECASE)
     held_out, others = [], []
-    for path in [*root.rglob("*.json"), root / "refer_seg/refcoco/refs(unc).p"]:
+    for path in [*mixed.rglob("*.json"), *mixed.rglob("*.p")]:
         (held_out if path.parent.name == "heldout" else others).append(path.read_bytes().decode("latin-1"))
     assert not any(pairs.search(text) for text in others)
     assert all(pairs.search(text) for text in held_out)
+
+
+def test_image_ids_have_room_for_the_largest_sets():
+    """COCO's sets share folders: no name may be given twice, however many images are asked for."""
+    most = Sizes(0, demo.MAX_IMAGES, demo.MAX_IMAGES, demo.MAX_IMAGES, all_types=True)
+    ranges = []
+    for layout in REFER_SETS.values():
+        if layout.image_name.startswith("COCO"):
+            count = sum(layout.count(split, most) for split in layout.files)
+            ranges.append((layout.images, layout.first_image, layout.first_image + count))
+    ranges.append(("train2017", demo.LLAVA_FIRST_IMAGE, demo.LLAVA_FIRST_IMAGE + demo.MAX_IMAGES * 4 // 15))
+    for dataset in demo_sets.FIRST_IMAGE:
+        for split in demo_sets.STREAMS[dataset]:
+            first = int(demo_sets.coco_name(dataset, split, 0).removesuffix(".jpg"))
+            ranges.append(("train2017", first, first + most.small_split(split)))
+    assert all(a[0] != b[0] or a[2] <= b[1] for a, b in pairwise(sorted(ranges)))
 
 
 def test_the_readers_of_the_real_sets_read_them(root):
@@ -224,6 +282,73 @@ def test_the_readers_of_the_real_sets_read_them(root):
         sample = dataset.sample(0, np.random.default_rng(0))
         assert sample.conversations
         assert max(sample.image.shape) == 120
+
+
+SPECS = [spec for kind in TYPES.values() for spec in kind.default.split("||") if spec] + ["grefcoco", "refzom"]
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_every_reader_reads_its_set(spec, mixed):
+    """Every record of every one of the 24 data sets makes a sample."""
+    dataset = get_train_dataset(spec, mixed, DataOptions(negative_sampling_weight=0.3, joint_probability=0.3))
+    assert len(dataset) == {"ReasonSeg|train": 30, "refcoco": 30, "grefcoco": 30, "llava_instruct_150k": 8}.get(spec, 6)
+    described = dataset.describe()
+    assert described.get("unusable", 0) == 0
+    found = 0
+    for index in range(len(dataset)):
+        sample = dataset.sample(index, np.random.default_rng(index))
+        assert max(sample.image.shape) == 120
+        found += len(sample.masks)
+    assert found > 0 or spec == "llava_instruct_150k"
+
+
+def test_all_24_sets_are_written_and_no_reader_is_left_out():
+    names = {spec.split("|")[0] for spec in SPECS}
+    assert names == set(DATASETS) - {"custom"}
+    assert len(names) == 24
+
+
+EVALUATED = {
+    "refclef|testA": 8,
+    "refcoco+|val": 8,
+    "refcocog|umd|test": 8,
+    "refzom|test": 6,
+    "R-refcoco|val": 8,
+    "R-refcoco+|testB": 8,
+    "R-refcocog|test": 8,
+    "fprefcoco|val": 8,
+    "fprefcoco+|test": 8,
+    "fprefcocog|test": 8,
+}
+
+
+@pytest.mark.parametrize("spec", EVALUATED)
+def test_every_benchmark_reads_its_set(spec, mixed):
+    dataset = get_eval_dataset(spec, mixed)
+    queries = [query for i in range(len(dataset)) for query in dataset[i].queries]
+    assert len(queries) == dataset.num_queries == EVALUATED[spec]
+    absent = sum(len(query.masks) == 0 for query in queries)
+    assert absent == len(queries) * (1 / 3 if "zom" in spec else 1 / 2 if spec.startswith(("R-", "fp")) else 0)
+
+
+@pytest.mark.parametrize(("split", "fewest"), [("val", 2), ("test_few", 2), ("test_many", 3), ("test", 2)])
+def test_muse_asks_for_several(split, fewest, mixed):
+    dataset = get_eval_dataset(f"MultiReasonSeg|{split}", mixed)
+    counts = [len(query.masks) for i in range(len(dataset)) for query in dataset[i].queries]
+    assert len(dataset) == (4 if split == "test" else 2)
+    assert min(counts) >= fewest
+
+
+def test_a_correction_names_what_is_there(mixed):
+    """FP-RefCOCO: the false sentence differs from the true one in its color, which nothing in the image has."""
+    refs = pickle.loads((mixed / "refer_seg/fprefcoco/refs(berkeley_exclude_unified).p").read_bytes())
+    for ref in refs:
+        true, false = ref["sentences"]
+        assert (true["is_false_premise"], false["is_false_premise"]) == (False, True)
+        assert false["gt_sent"] == true["sent"] != false["sent"]
+        changed = [pair for pair in zip(true["tokens"], false["tokens"]) if pair[0] != pair[1]]
+        assert changed
+        assert all(word in scenes.COLORS for pair in changed for word in pair)
 
 
 def test_text_blind_scores_are_those_of_the_written_masks(root):
