@@ -19,11 +19,15 @@ from typing import Any
 
 from model.weights import fingerprint
 from utils import cli, distributed
-from utils.datasets import get_eval_dataset
-from utils.datasets.base import EvalDataset
-from utils.evaluate import CONTROLS, MODES, Asking, Result, default_mode, evaluate, file_name, text_blind_scores
+from utils.datasets import DataError, get_eval_dataset
+from utils.datasets.base import EvalDataset, check_complete
+from utils.evaluate import CONTROLS, MODES, Asking, default_mode, evaluate, origin_of, text_blind_scores
+from utils.metrics import PROTOCOLS
 from utils.pipeline import PRECISIONS, load_pretrained
 from utils.report import format_table, panels
+from utils.results import Journal, Result, result_path
+from utils.tables import SUITES, fill
+from utils.tables import write as write_tables
 from utils.visualize import save_picture, sheet
 
 
@@ -38,11 +42,14 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--version", required=True, metavar="DIR", help="merged model, as scripts/merge_lora.py writes it")
     add("--vision_tower", default="", metavar="DIR", help="CLIP's folder, for a checkpoint of the paper's release")
     add("--dataset_dir", required=True, metavar="DIR", help="folder that holds reason_seg/, refer_seg/, coco/, ...")
-    add(
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument(
         "--val_dataset",
-        required=True,
         metavar="SPEC",
         help='what to evaluate: "ReasonSeg|val_short", "refcoco|unc|val", "grefcoco|unc|val"; several joined by "||"',
+    )
+    what.add_argument(
+        "--suite", choices=tuple(SUITES), help="all benchmarks of the paper's tables whose data are there"
     )
     add(
         "--mode",
@@ -52,10 +59,20 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "template is given and [SEG] is read off. paper: as the paper reports the benchmark (default)",
     )
     add(
+        "--protocol",
+        choices=PROTOCOLS,
+        help="of gRefCOCO, for a target that was rejected: grefcoco scores I = 0, gsva the mask that is drawn anyway "
+        "(default: gsva, as the paper reports it)",
+    )
+    layer = parser.add_mutually_exclusive_group()
+    layer.add_argument(
         "--layer_policy",
         metavar="HOW",
         help="hidden state a [SEG] connects from: argmax (the policy's mode), last, sample, mc:T (mean of T "
         "samples), fixed:K. Default: as the model was trained, argmax with a policy",
+    )
+    layer.add_argument(
+        "--layer", type=_count, metavar="K", help="force hidden state K; short for --layer_policy fixed:K"
     )
     add("--output", type=Path, metavar="DIR", help="folder for the results (default: eval/ in the --version folder)")
     add("--save_overlays", type=_count, default=0, metavar="N", help="also draw N samples, from worst to best IoU")
@@ -66,6 +83,13 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         default=[],
         help="shuffled_prompts: evaluate again with the queries exchanged among the images; a model that ignores the "
         "text scores the same. Doubles the time",
+    )
+    add("--resume", action="store_true", help="go on from the answers that a killed evaluation left in --output")
+    add(
+        "--allow_missing",
+        action="store_true",
+        help="leave out images that cannot be read (without it they stop the evaluation); their number then stands "
+        "beside every result",
     )
     add("--limit", type=_positive, metavar="N", help="only the first N images of each benchmark")
     add(
@@ -88,34 +112,83 @@ def main(arguments: list[str] | None = None) -> int:
     args = parse_arguments(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     device = join_processes(args.device)
-    specs = [spec.strip() for spec in args.val_dataset.split("||") if spec.strip()]
-    if not specs:
-        raise ValueError('--val_dataset names nothing; give for example "ReasonSeg|val_short"')
-    datasets = [get_eval_dataset(spec, args.dataset_dir) for spec in specs]  # a typing error shows before the loading
+    datasets, lacking = open_datasets(args)  # a typing error shows before the loading
     precision = cli.pick_precision(args.precision, device)
     model, processor = load_pretrained(args.version, precision, device, args.vision_tower)
+    if args.layer is not None:
+        args.layer_policy = f"fixed:{args.layer}"
     args.layer_policy = args.layer_policy or model.config.layer_policy
     output = args.output or Path(args.version) / "eval"
     output.mkdir(parents=True, exist_ok=True)  # if that fails, then before hours of work
-    origin = describe_origin(args, model, precision, device)
+    about = describe_run(args, model, precision, device)
+    jobs = [(dataset, mode) for dataset in datasets for mode in modes_of(args.mode, dataset.benchmark)]
+    if args.resume:
+        check_resumable(args, model, jobs, output, about["checkpoint"]["fingerprint"])
 
     results, files = [], []
-    for dataset in datasets:
-        for mode in modes_of(args.mode, dataset.benchmark):
-            result = evaluate_one(args, model, processor, dataset, mode)
-            result.summary |= origin
-            results.append(result)
-            if distributed.is_main():
-                files += write(args, model, processor, dataset, result, output)
+    for dataset, mode in jobs:
+        result = evaluate_one(args, model, processor, dataset, mode, output, about["checkpoint"]["fingerprint"])
+        result.summary |= about
+        results.append(result)
+        if distributed.is_main():
+            files += write(args, model, processor, dataset, result, output)
     if distributed.is_main():
-        print(f"{args.version} (fingerprint {origin['checkpoint']['fingerprint']}), {precision} on {device}\n")
-        print(format_table([result.summary for result in results]))
+        summaries = [result.summary for result in results]
+        tables = fill(args.version, summaries) if args.suite or len(summaries) > 1 else []
+        notes = [f"Not evaluated, the data are not there: {', '.join(lacking)}"] if lacking else []
+        files += write_tables(output, tables, notes) if tables else []
+        print(f"{args.version} (fingerprint {about['checkpoint']['fingerprint']}), {precision} on {device}\n")
+        print("\n\n".join([format_table(summaries), *(table.markdown() for table in tables), *notes]))
         print("\n" + "\n".join(f"wrote {path}" for path in files))
     distributed.shutdown()
     return 0
 
 
-def evaluate_one(args: argparse.Namespace, model, processor, dataset: EvalDataset, mode: str) -> Result:
+def open_datasets(args: argparse.Namespace) -> tuple[list[EvalDataset], list[str]]:
+    """What is to be evaluated; and what of a suite is not there.
+
+    Raises:
+        ValueError: if a benchmark that was named is not there, if nothing of a suite is, or if data are incomplete.
+    """
+    if args.suite is None:
+        specs = [spec.strip() for spec in args.val_dataset.split("||") if spec.strip()]
+        if not specs:
+            raise ValueError('--val_dataset names nothing; give for example "ReasonSeg|val_short"')
+        return [get_eval_dataset(spec, args.dataset_dir, args.allow_missing) for spec in specs], []
+    datasets: list[EvalDataset] = []
+    lacking: dict[str, str] = {}
+    for spec in SUITES[args.suite]:
+        try:
+            datasets.append(get_eval_dataset(spec, args.dataset_dir, allow_missing=True))
+        except DataError as error:
+            lacking[spec] = str(error)
+    if not datasets:
+        raise ValueError(
+            "--suite {}: {} holds none of its benchmarks\n  {}".format(
+                args.suite, args.dataset_dir, "\n  ".join(lacking.values())
+            )
+        )
+    for dataset in datasets:
+        if not args.allow_missing:
+            check_complete(dataset)
+    if distributed.is_main():
+        print(*(f"not evaluated: {reason}" for reason in lacking.values()), sep="\n", file=sys.stderr)
+    return datasets, list(lacking)
+
+
+def check_resumable(
+    args: argparse.Namespace, model, jobs: list[tuple[EvalDataset, str]], output: Path, checkpoint: str
+) -> None:
+    """Results of another evaluation are refused before the first one starts, not hours later."""
+    for dataset, mode in jobs:
+        asking = Asking(mode, args.layer_policy, args.max_new_tokens, args.seed)
+        origin = origin_of(dataset, asking, args.protocol, checkpoint, model)
+        Journal(result_path(output, dataset.spec, mode)).read(origin)
+
+
+def evaluate_one(
+    args: argparse.Namespace, model, processor, dataset: EvalDataset, mode: str, output: Path, checkpoint: str
+) -> Result:
     """One benchmark in one mode, with its controls."""
     result = evaluate(
         model,
@@ -124,11 +197,16 @@ def evaluate_one(args: argparse.Namespace, model, processor, dataset: EvalDatase
         mode,
         args.layer_policy,
         args.batch_size,
+        protocol=args.protocol,
         limit=args.limit,
         max_new_tokens=args.max_new_tokens,
         seed=args.seed,
         workers=args.workers,
         controls=args.control,
+        checkpoint=checkpoint,
+        journal=Journal(result_path(output, dataset.spec, mode)),
+        resume=args.resume,
+        allow_missing=args.allow_missing,
         progress=True,
     )
     for answer, scores in text_blind_scores(Path(args.dataset_dir), dataset.spec).items():
@@ -141,10 +219,10 @@ def write(args: argparse.Namespace, model, processor, dataset: EvalDataset, resu
     files = [result.save(output)]
     if not args.save_overlays:
         return files
-    mode = result.summary["mode"]
+    mode = result.origin.mode
     asking = Asking(mode, args.layer_policy, args.max_new_tokens, args.seed)
-    drawn = panels(model, processor, dataset, result.records, args.save_overlays, asking)
-    name = file_name(dataset.spec, mode)
+    drawn = panels(model, processor, dataset, result.records, args.save_overlays, asking, result.origin.protocol)
+    name = result_path(output, dataset.spec, mode).stem
     for old in (output / f"{name}.overlays").glob("*.png"):
         old.unlink()  # of an earlier run, maybe of another checkpoint
     for record, panel in drawn:
@@ -172,7 +250,7 @@ def join_processes(wanted: str) -> str:
     return cli.pick_device(wanted)
 
 
-def describe_origin(args: argparse.Namespace, model, precision: str, device: str) -> dict[str, Any]:
+def describe_run(args: argparse.Namespace, model, precision: str, device: str) -> dict[str, Any]:
     """Where the numbers come from: checkpoint, command, versions."""
     packages = ("torch", "transformers", "segment-anything", "numpy", "pycocotools")
     return {

@@ -237,4 +237,6 @@ def test_answers_without_seg_are_scored_as_empty(capsys, mute_version, data, tmp
 def test_missing_flags_are_named(capsys):
     code, _, err = run(capsys, test_script)
     assert code == 2
-    assert "--version, --dataset_dir, --val_dataset" in err
+    assert "--version, --dataset_dir" in err
+    _, _, err = run(capsys, test_script, "--version", "x", "--dataset_dir", "x")
+    assert "one of the arguments --val_dataset --suite is required" in err

@@ -17,6 +17,7 @@ from PIL import Image
 
 from utils import cli, metrics
 from utils.datasets.base import read_image
+from utils.results import read_results
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "realdata"
@@ -219,7 +220,7 @@ def test_evaluation_writes_what_it_prints(capsys, version, data, tmp_path):
             assert set(summary["controls"]) == {"shuffled_prompts"}
             assert len(summary["checkpoint"]["fingerprint"]) == 16
             assert {"command", "versions", "precision", "settings", "intervals", "seconds"} <= set(summary)
-            records = metrics.read_records(out_dir / f"{name}.jsonl")
+            _, records = read_results(out_dir / f"{name}.jsonl")
             assert metrics.compute(records, "ReasonSeg") == summary["metrics"]
             assert f"{summary['metrics']['gIoU']:.3f} [" in out
             assert len(list((out_dir / f"{name}.overlays").iterdir())) == count
@@ -251,7 +252,7 @@ def test_batch_size_alters_nothing_but_noise(capsys, version, data, tmp_path, mo
     for size in (1, 3, 8):
         more = ("--mode", mode, "--batch_size", size)
         assert evaluate(capsys, version, data, tmp_path / str(size), "ReasonSeg|val", *more)[0] == 0
-        results.append(metrics.read_records(tmp_path / str(size) / f"ReasonSeg_val.{mode}.jsonl"))
+        results.append(read_results(tmp_path / str(size) / f"ReasonSeg_val.{mode}.jsonl")[1])
     for one, *others in zip(*results, strict=True):
         for other in others:
             assert (one.query_id, one.answer, one.layers, one.G) == (

@@ -3,6 +3,7 @@
 import json
 import os
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from utils import metrics
 from utils.datasets.base import DataError
 from utils.evaluate import Asking, ShuffledPrompts, evaluate, text_blind_scores
 from utils.report import format_table, panels
+from utils.results import Journal, read_results, summarize
 from utils.types import EvalQuery, EvalSample, Prediction
 
 SHAPE = (20, 30)
@@ -36,11 +38,16 @@ class FakeDataset:
     """``size`` images; image i has i % 3 + 1 queries "object K", and with ``absent`` one more for an object 9."""
 
     size: int = 7
-    spec: str = "fake|val"
     benchmark: str = "fake"
     absent: bool = False
     broken: tuple[int, ...] = ()
     skipped: list[str] = field(default_factory=list)
+    unusable: list[str] = field(default_factory=list)
+    not_found: list[str] = field(default_factory=list)
+
+    @property
+    def spec(self):
+        return f"{self.benchmark}|val"
 
     def __len__(self):
         return self.size
@@ -259,7 +266,6 @@ def test_joint_question_reads_rejections_from_the_logits():
 class FakeMuse(FakeDataset):
     """One question per image, "objects 1 2 3", with a target for each."""
 
-    spec: str = "MultiReasonSeg|val"
     benchmark: str = "MultiReasonSeg"
 
     @property
@@ -355,10 +361,11 @@ def test_a_given_answer_that_was_cut_is_an_error():
 
 def test_shuffled_prompts_are_a_derangement_scored_against_the_own_truth():
     dataset = FakeDataset(size=7)
-    shuffled = ShuffledPrompts(dataset, 7)
+    shuffled = ShuffledPrompts(dataset, range(7))
     assert all(donor != image for image, donor in shuffled.donor.items())
     assert sorted(shuffled.donor.values()) == list(range(7))
-    assert ShuffledPrompts(dataset, 7).donor == shuffled.donor
+    assert ShuffledPrompts(dataset, range(7)).donor == shuffled.donor
+    assert sorted(ShuffledPrompts(dataset, [1, 4, 6]).donor) == [1, 4, 6]
     for index in range(7):
         own, mixed = dataset[index], shuffled[index]
         theirs = [query.text for query in dataset[shuffled.donor[index]].queries]
@@ -436,24 +443,156 @@ def test_records_that_are_missing_or_there_twice_are_an_error(monkeypatch):
 
 
 def test_saved_results_can_be_recomputed(tmp_path):
-    dataset = FakeDataset(
-        spec="grefcoco|unc|val", benchmark="grefcoco", absent=True, skipped=["fake/x.jpg: no polygon"]
-    )
-    result = run(FakeModel(noisy=True), dataset, controls=["shuffled_prompts"])
+    dataset = FakeDataset(benchmark="grefcoco", absent=True, skipped=["fake/x.jpg: no polygon"])
+    result = run(FakeModel(noisy=True), dataset, controls=["shuffled_prompts"], checkpoint="abc")
     path = result.save(tmp_path / "new" / "folder")
-    assert path.name == "grefcoco_unc_val.generate.json"
+    assert path.name == "grefcoco_val.generate.json"
     summary = json.loads(path.read_text())
-    records = metrics.read_records(path.with_suffix(".jsonl"))
-    assert metrics.compute(records, "grefcoco") == summary["metrics"] == result.metrics
-    assert metrics.intervals(records, "grefcoco") == summary["intervals"]
-    assert summary["counts"]["skipped"] == 1
-    assert summary["benchmark"] == "grefcoco|unc|val"
-    assert summary["mode"] == "generate"
+    origin, records = read_results(path.with_suffix(".jsonl"))
+    assert (origin, records) == (result.origin, result.records)
+    assert (origin.checkpoint, origin.protocol, origin.images, origin.queries) == ("abc", "gsva", 7, len(records))
+    again = json.loads(json.dumps(summarize(origin, records)))
+    assert again.pop("controls") == {}
+    assert again.pop("counts").items() <= summary["counts"].items()
+    assert again.items() <= summary.items()  # to the last bit
+    assert summary["metrics"] == result.metrics
+    assert (summary["counts"]["skipped"], summary["counts"]["missing"]) == (1, 0)
+    assert (summary["benchmark"], summary["mode"]) == ("grefcoco|val", "generate")
     assert set(summary["controls"]) == {"shuffled_prompts"}
     target = {q.query_id: q for q in dataset[4].queries}["2"].masks[0]
     record = next(record for record in records if (record.index, record.query_id) == (4, "2"))
     mask = metrics.decode_mask(record.masks[0])
     assert ((mask & (target == 1)).sum(), (mask | (target == 1)).sum()) == (record.I, record.U)
+
+
+def test_both_protocols_of_grefcoco():
+    """Teacher forced, every target is rejected, although its mask is right."""
+    dataset = FakeDataset(size=3, absent=True, benchmark="grefcoco")
+    found = {
+        name: run(FakeModel(missing=0, reject_below=10**6), dataset, mode="teacher_forced", protocol=name)
+        for name in (None, "gsva", "grefcoco")
+    }
+    assert found[None].summary["protocol"] == found["gsva"].summary["protocol"] == "gsva"
+    assert found[None].metrics == found["gsva"].metrics == {"gIoU": 1, "cIoU": 1, "N-acc": 1, "T-acc": 0}
+    assert found["grefcoco"].metrics == {"gIoU": 3 / 9, "cIoU": 0, "N-acc": 1, "T-acc": 0}
+    assert found["grefcoco"].records == found["gsva"].records
+    assert "teacher_forced, grefcoco" in format_table([found["grefcoco"].summary])
+    assert "protocol" not in run(protocol="gsva").summary  # other benchmarks have one only
+    with pytest.raises(ValueError, match=r"unknown protocol 'voc'; use grefcoco or gsva"):
+        run(protocol="voc")
+
+
+# -- interruptions -----------------------------------------------------------------------------------------------------
+
+
+class Killed(Exception):
+    pass
+
+
+class Mortal(FakeModel):
+    """Dies in its ``life``-th call."""
+
+    def __init__(self, life, **options):
+        super().__init__(**options)
+        self.life = life
+
+    def predict(self, batch, **options):
+        if len(self.calls) == self.life:
+            raise Killed
+        return super().predict(batch, **options)
+
+
+def killed_run(path, life, **options):
+    with pytest.raises(Killed):
+        run(Mortal(life, noisy=True), journal=Journal(path), **options)
+
+
+@pytest.mark.parametrize("cut", [0, 1, 40, 700])
+def test_a_killed_evaluation_goes_on(tmp_path, cut):
+    """Batches of 2 images; killed in the third of four, with the last lines cut anywhere."""
+    path = tmp_path / "fake_val.generate.jsonl"
+    whole = run(FakeModel(noisy=True), batch_size=2)
+    killed_run(path, 2, batch_size=2)
+    assert not path.with_suffix(".json").exists()
+    path.write_bytes(path.read_bytes()[: -cut or None])
+    model = FakeModel(noisy=True)
+    again = run(model, batch_size=2, journal=Journal(path), resume=True)
+    assert [count for count, *_ in model.calls] == [2, 2, 1]  # the last image's batch is asked again, the first is not
+    assert again.records == whole.records
+    for key in whole.summary.keys() - {"seconds"}:
+        assert again.summary[key] == whole.summary[key], key
+    again.save(tmp_path)
+    whole.save(tmp_path / "whole")
+    assert path.read_bytes() == (tmp_path / "whole" / path.name).read_bytes()
+
+
+def test_a_finished_evaluation_is_not_asked_again(tmp_path):
+    run(FakeModel(noisy=True), journal=Journal(tmp_path / "a.jsonl"))
+    model = FakeModel(noisy=True)
+    run(model, journal=Journal(tmp_path / "a.jsonl"), resume=True)
+    assert model.calls == []
+
+
+def test_without_resume_it_starts_anew(tmp_path):
+    path = tmp_path / "fake_val.generate.jsonl"
+    killed_run(path, 1, batch_size=2)
+    result = run(FakeModel(missing=0), batch_size=2, journal=Journal(path))
+    assert {record.I for record in read_results(path)[1]} == {record.I for record in result.records}
+    assert len(read_results(path)[1]) == len(result.records)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"checkpoint": "new"}, "checkpoint: 'old' there, 'new' now"),
+        ({"layer_policy": "last"}, "layer_policy: 'argmax' there, 'last' now"),
+        ({"dataset": FakeDataset(size=8)}, "images: 7 there, 8 now; queries: 13 there, 15 now"),
+    ],
+)
+def test_other_results_are_refused_and_left_alone(tmp_path, changed, message):
+    path = tmp_path / "fake_val.generate.jsonl"
+    killed_run(path, 1, batch_size=2, checkpoint="old")
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=f"{message}.*give another --output, or leave --resume out"):
+        run(**{"batch_size": 2, "checkpoint": "old", "journal": Journal(path), "resume": True} | changed)
+    assert path.read_bytes() == before
+
+
+def test_another_protocol_goes_on_from_the_same_answers(tmp_path):
+    dataset = FakeDataset(absent=True, benchmark="grefcoco")
+    options = {"dataset": dataset, "mode": "teacher_forced", "journal": Journal(tmp_path / "a.jsonl")}
+    run(FakeModel(reject_below=40), protocol="gsva", **options)
+    again = run(None, protocol="grefcoco", resume=True, **options)
+    assert again.metrics == run(FakeModel(reject_below=40), protocol="grefcoco", **options).metrics
+
+
+# -- missing images ----------------------------------------------------------------------------------------------------
+
+
+def test_missing_images_are_counted_beside_every_number(tmp_path):
+    dataset = FakeDataset(broken=(1, 5), unusable=["fake/9.json is damaged"])
+    result = run(
+        FakeModel(noisy=True), dataset, allow_missing=True, batch_size=2, controls=["shuffled_prompts"],
+        journal=Journal(tmp_path / "a.jsonl"),
+    )  # fmt: skip
+    whole = run(FakeModel(noisy=True), batch_size=2)
+    assert result.records == [record for record in whole.records if record.index not in (1, 5)]
+    assert [text.split()[0] for text in result.summary["missing"]] == ["fake/9.json", "image", "image"]
+    assert result.summary["counts"] | {"missing": 3, "images": 5, "split_images": 7} == result.summary["counts"]
+    lines = format_table([result.summary]).splitlines()
+    assert " 5/7 " in lines[2]
+    for line in lines[2:-2]:  # the result, its control and groups
+        assert line.count("(3 missing)") == line.count("0.") - 2 * line.count("[")
+    again = run(None, dataset, allow_missing=True, batch_size=2, journal=Journal(tmp_path / "a.jsonl"), resume=True)
+    assert len(again.records) == len(result.records)
+
+
+def test_nothing_but_missing_images():
+    with pytest.raises(ValueError, match="2 images cannot be evaluated"):
+        run(dataset=FakeDataset(size=2, broken=(0, 1)), allow_missing=True)
+
+
+# -- tables and pictures -----------------------------------------------------------------------------------------------
 
 
 def test_the_table_names_everything():
@@ -507,11 +646,20 @@ def _evaluate_in_process(rank: int, world: int, store: str, out: str) -> None:
         assert "1.jpg" in str(error)  # noqa: PT017
         with open(f"{out}/{rank}.failed", "w"):
             pass
+    journal = Journal(Path(out) / "fake_val.generate.jsonl")
+    with pytest.raises(Killed):  # after images 0 and 1, 2 and 3
+        run(Mortal(2, noisy=True), batch_size=1, journal=journal)
+    torch.distributed.barrier()
+    assert len(journal.parts()) == 1
+    torch.distributed.barrier()
+    result = run(FakeModel(noisy=True), batch_size=2, journal=journal, resume=True)
+    if rank == 0:
+        result.save(Path(out))
     torch.distributed.destroy_process_group()
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_same_result_and_fail_together(tmp_path):
+def test_two_processes_give_the_same_result_and_fail_and_go_on_together(tmp_path):
     torch.multiprocessing.spawn(_evaluate_in_process, (2, str(tmp_path / "store"), str(tmp_path)), nprocs=2)
     alone = run(FakeModel(noisy=True), batch_size=2, controls=["shuffled_prompts"])
     expected = json.loads(json.dumps({**alone.summary, "records": [vars(record) for record in alone.records]}))
@@ -523,3 +671,5 @@ def test_two_processes_give_the_same_result_and_fail_together(tmp_path):
         expected["settings"].pop("processes", None)
         assert found == expected
         assert (tmp_path / f"{rank}.failed").exists()
+    assert read_results(tmp_path / "fake_val.generate.jsonl")[1] == alone.records
+    assert [path.name for path in tmp_path.glob("*rank*")] == []

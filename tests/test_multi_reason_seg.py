@@ -84,6 +84,8 @@ def test_evaluation(root: Path) -> None:
     queries = samples[0].queries
     assert [len(query.masks) for query in queries] == [2, 1, 2]
     assert [query.meta["targets"] for query in queries] == [2, 1, 2]
+    assert [sample.queries[0].meta["part"] for sample in samples] == ["few", "many", "many"]
+    assert "part" not in get_eval_dataset("MultiReasonSeg|val", root)[0].queries[0].meta
     assert queries[0].masks[:, 8, 8].tolist() == [0, 1]
     assert eval_question(queries[0], both.benchmark) == "Which can be eaten? Please segment each of them."
 

@@ -28,6 +28,7 @@ from utils.datasets.templates import eval_answer, eval_joint_turn, eval_question
 from utils.matching import match_masks
 from utils.metrics import Record
 from utils.pipeline import predict
+from utils.results import Journal, Origin, Result, summarize
 from utils.tokens import SEG
 from utils.types import EvalQuery, EvalSample, Turn
 
@@ -95,32 +96,6 @@ class Answer:
         return np.any(self.masks, axis=0)
 
 
-@dataclass
-class Result:
-    """One benchmark's numbers: ``summary`` goes into the JSON (evaluation.md, output), ``records`` into the JSONL."""
-
-    summary: dict[str, Any]
-    records: list[Record]
-
-    @property
-    def metrics(self) -> dict[str, float]:
-        return self.summary["metrics"]
-
-    def save(self, folder: Path) -> Path:
-        """Writes ``BENCHMARK.MODE.json`` and ``.jsonl``; returns the former's path."""
-        folder.mkdir(parents=True, exist_ok=True)
-        name = file_name(self.summary["benchmark"], self.summary["mode"])
-        metrics.write_records(folder / f"{name}.jsonl", self.records)
-        path = folder / f"{name}.json"
-        path.write_text(json.dumps(self.summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        return path
-
-
-def file_name(spec: str, mode: str) -> str:
-    """``ReasonSeg|val``, ``generate`` -> ``ReasonSeg_val.generate``."""
-    return f"{spec.replace('|', '_').replace('/', '_')}.{mode}"
-
-
 def evaluate(
     model,
     processor,
@@ -129,11 +104,16 @@ def evaluate(
     layer_policy: str = "argmax",
     batch_size: int = 4,
     *,
+    protocol: str | None = None,
     limit: int | None = None,
     max_new_tokens: int = 64,
     seed: int = 0,
     workers: int = 0,
     controls: Sequence[str] = (),
+    checkpoint: str = "",
+    journal: Journal | None = None,
+    resume: bool = False,
+    allow_missing: bool = False,
     progress: bool = False,
 ) -> Result:
     """Asks every query of a split and scores the answers. All ranks must call it; all get the whole result.
@@ -141,13 +121,19 @@ def evaluate(
     Args:
         model, processor: from ``utils.pipeline``.
         batch_size: images per call of the model.
+        protocol: of gRefCOCO: ``grefcoco`` or ``gsva``; None = as the paper reports it.
         limit: only the first so many images.
         workers: processes that load images in the background; 0 = none.
         controls: ``shuffled_prompts`` asks each image the queries of another one, scored against its own truth.
+        checkpoint: the fingerprint of the weights, to know their results by.
+        journal: where answers are kept while it runs; None = nowhere.
+        resume: go on from the journal's answers.
+        allow_missing: leave out images that cannot be read, and say how many.
         progress: show a bar (on rank 0).
 
     Raises:
-        ValueError: listing the images that cannot be read, or for an unknown mode, layer policy or control.
+        ValueError: listing the images that cannot be read; for an unknown mode, layer policy, protocol or control; for
+            a journal of another evaluation.
     """
     asking = Asking(mode, layer_policy, max_new_tokens, seed)
     unknown = sorted(set(controls) - set(CONTROLS))
@@ -156,14 +142,19 @@ def evaluate(
     if batch_size < 1 or (limit is not None and limit < 1):
         raise ValueError(f"batch_size is {batch_size} and limit {limit}; both must be at least 1")
     size = min(len(dataset), limit or len(dataset))
-    shuffled = ShuffledPrompts(dataset, size, seed) if "shuffled_prompts" in controls else None
+    if "shuffled_prompts" in controls:
+        ShuffledPrompts(dataset, range(size), seed)  # raises, if it has to, before hours of work
+    origin = origin_of(dataset, asking, protocol, checkpoint, model)
+    asker = Asker(model, processor, asking, batch_size, workers, allow_missing, progress)
     started = time.perf_counter()
-    run = (model, processor, asking, size, batch_size, workers, progress)
-    records = gather_records(dataset, *run)
-    seconds = time.perf_counter() - started
-    summary = summarize(dataset, asking, records) | {
+    kept = journal.read(origin) if journal and resume else []
+    records, unread = gather_records(dataset, asker, range(size), kept, origin, journal)
+    missing = [*dataset.unusable, *unread]
+    summary = summarize(origin, records) | {
+        "skipped": list(dataset.skipped),
+        "missing": missing,
         "limit": limit,
-        "seconds": round(seconds, 2),
+        "seconds": round(time.perf_counter() - started, 2),
         "settings": {
             "batch_size": batch_size,
             "max_new_tokens": max_new_tokens,
@@ -171,67 +162,120 @@ def evaluate(
             "processes": distributed.world_size(),
         },
     }
-    if shuffled is not None:
-        control = gather_records(shuffled, *run)
-        summary["controls"]["shuffled_prompts"] = metrics.compute(control, dataset.benchmark)
-    return Result(summary, records)
+    summary["counts"] |= {"skipped": len(dataset.skipped), "missing": len(missing)}
+    if "shuffled_prompts" in controls:
+        places = sorted({record.index for record in records})
+        answers, _ = gather_records(ShuffledPrompts(dataset, places, seed), asker, places)
+        summary["controls"]["shuffled_prompts"] = metrics.compute(answers, dataset.benchmark, origin.protocol)
+    return Result(summary, records, origin)
 
 
-def summarize(dataset: EvalDataset, asking: Asking, records: Sequence[Record]) -> dict[str, Any]:
-    """What is known from the records, under the names of evaluation.md."""
-    return {
-        "benchmark": dataset.spec,
-        "mode": asking.mode,
-        "layer_policy": asking.layer_policy,
-        "metrics": metrics.compute(records, dataset.benchmark),
-        "intervals": metrics.intervals(records, dataset.benchmark),
-        "controls": {},
-        "breakdown": metrics.breakdown(records, dataset.benchmark),
-        "counts": metrics.count_records(records) | {"skipped": len(dataset.skipped)},
-        "skipped": list(dataset.skipped),
-        "layers": dict(sorted(Counter(layer for record in records for layer in record.layers).items())),
-    }
+def origin_of(dataset: EvalDataset, asking: Asking, protocol: str | None, checkpoint: str, model) -> Origin:
+    """What the answers depend on."""
+    return Origin(
+        benchmark=dataset.spec,
+        mode=asking.mode,
+        layer_policy=asking.layer_policy,
+        max_new_tokens=asking.max_new_tokens,
+        seed=asking.seed,
+        protocol=metrics.protocol_of(dataset.benchmark, protocol),
+        checkpoint=checkpoint,
+        precision=str(model.dtype).removeprefix("torch."),
+        images=len(dataset),
+        queries=dataset.num_queries,
+    )
 
 
 # -- images and answers ------------------------------------------------------------------------------------------------
 
 
+@dataclass
+class Asker:
+    """Who is asked, and how: everything about an evaluation but the data. See ``evaluate``."""
+
+    model: Any
+    processor: Any
+    asking: Asking
+    batch_size: int
+    workers: int
+    allow_missing: bool
+    progress: bool
+
+    def batches(self, places: Sequence[int]) -> list[list[list[int]]]:
+        """The places of every batch of every rank."""
+        world, size = distributed.world_size(), self.batch_size
+        shares = [places[rank::world] for rank in range(world)]
+        return [[list(share[k : k + size]) for k in range(0, len(share), size)] for share in shares]
+
+    def answer(self, dataset: EvalDataset, places: Sequence[int], samples: Sequence[EvalSample]) -> list[Record]:
+        """The records of a batch."""
+        if not samples:
+            return []
+        answers = ask(self.model, self.processor, samples, places, dataset.benchmark, self.asking)
+        return [
+            score(place, sample, query, answer, dataset.benchmark)
+            for place, sample, given in zip(places, samples, answers, strict=True)
+            for query, answer in zip(sample.queries, given, strict=True)
+        ]
+
+
 def gather_records(
     dataset: EvalDataset,
-    model,
-    processor,
-    asking: Asking,
-    size: int,
-    batch_size: int,
-    workers: int,
-    progress: bool,
-) -> list[Record]:
-    """The records of the first ``size`` images, from all ranks, in the split's order."""
-    rank = distributed.rank()
-    mine = range(rank, size, distributed.world_size())
-    own = (
-        torch.Generator()
-    )  # a loader draws a number when it starts: not from the state that a training run goes on with
-    loader = DataLoader(_Reader(dataset, mine), batch_size, collate_fn=list, num_workers=workers, generator=own)
-    records: list[Record] = []
-    errors: list[str] = []
-    pace = 0.1 if sys.stderr.isatty() else 15  # a log file wants few lines
-    name, hide = f"{dataset.spec} ({asking.mode})", bool(rank) or not progress
-    with tqdm(total=len(mine), desc=name, unit="image", mininterval=pace, disable=hide) as bar:
-        for number, items in enumerate(loader):
-            errors += [str(item) for item in items if isinstance(item, ValueError)]
-            if not errors:  # from the first image that cannot be read, the others are only looked at
-                places = mine[number * batch_size :][: len(items)]
-                answers = ask(model, processor, items, places, dataset.benchmark, asking)
-                for place, sample, given in zip(places, items, answers, strict=True):
-                    for query, answer in zip(sample.queries, given, strict=True):
-                        records.append(score(place, sample, query, answer, dataset.benchmark))
-            bar.update(len(items))
-    distributed.fail_together(_unreadable(dataset.spec, errors))
-    records = [record for part in distributed.all_gather(records) for record in part]
+    asker: Asker,
+    places: Sequence[int],
+    kept: Sequence[Record] = (),
+    origin: Origin | None = None,
+    journal: Journal | None = None,
+) -> tuple[list[Record], list[str]]:
+    """The records of the images at ``places``, from all ranks, in the split's order; and the images without any.
+
+    Args:
+        kept: answers that are there already. A batch of which any image lacks one is asked as a whole, so that the
+            model computes exactly what it would have without the interruption.
+        origin, journal: keep the answers on disk meanwhile.
+    """
+    batches = asker.batches(places)
+    done = {record.index for record in kept}
+    todo = [[batch for batch in own if not done.issuperset(batch)] for own in batches]
+    wanted = set(places) - {place for own in todo for batch in own for place in batch}
+    kept = [record for record in kept if record.index in wanted]
+    if journal is not None and origin is not None:
+        journal.start(origin, kept)
+    records, errors = _ask_batches(dataset, asker, todo[distributed.rank()], journal)
+    if journal is not None:
+        journal.close()
+    unread = dict(sorted((place, text) for part in distributed.all_gather(errors) for place, text in part.items()))
+    stop = unread and (not asker.allow_missing or len(unread) == len(places))
+    distributed.fail_together(_unreadable(dataset.spec, list(unread.values())) if stop else None)
+    records = [*kept, *(record for part in distributed.all_gather(records) for record in part)]
     records.sort(key=lambda record: record.index)  # stable: an image's queries keep their order
-    _check_complete(dataset, records, size)
-    return records
+    _check_complete(dataset, records, set(places) - set(unread))
+    return records, list(unread.values())
+
+
+def _ask_batches(
+    dataset: EvalDataset, asker: Asker, batches: Sequence[list[int]], journal: Journal | None
+) -> tuple[list[Record], dict[int, str]]:
+    """This rank's records, and what is wrong with the images that cannot be read, by their places."""
+    own = torch.Generator()  # a loader draws a number at its start: not from the state that a training run goes on with
+    loader = DataLoader(
+        _Reader(dataset), batch_sampler=batches, collate_fn=list, num_workers=asker.workers, generator=own
+    )
+    records: list[Record] = []
+    errors: dict[int, str] = {}
+    pace = 0.1 if sys.stderr.isatty() else 15  # a log file wants few lines
+    name, hide = f"{dataset.spec} ({asker.asking.mode})", not distributed.is_main() or not asker.progress
+    with tqdm(total=sum(map(len, batches)), desc=name, unit="image", mininterval=pace, disable=hide) as bar:
+        for batch, items in zip(batches, loader, strict=True):
+            errors |= {place: str(item) for place, item in zip(batch, items) if isinstance(item, ValueError)}
+            if not errors or asker.allow_missing:  # else the others are only looked at, to list all that are missing
+                found = [place for place in batch if place not in errors]
+                fresh = asker.answer(dataset, found, [item for item in items if not isinstance(item, ValueError)])
+                records += fresh
+                if journal is not None:
+                    journal.add(fresh)
+            bar.update(len(items))
+    return records, errors
 
 
 def ask(
@@ -364,41 +408,42 @@ def _check_fits(sample: EvalSample, question: str, found: int, wanted: int) -> N
 
 
 class _Reader(Dataset):
-    """Reads chosen images; what cannot be read comes back as its error, so that all of them can be listed."""
+    """Reads images; what cannot be read comes back as its error, so that all of them can be listed."""
 
-    def __init__(self, dataset: EvalDataset, places: Sequence[int]) -> None:
-        self.dataset, self.places = dataset, places
+    def __init__(self, dataset: EvalDataset) -> None:
+        self.dataset = dataset
 
     def __len__(self) -> int:
-        return len(self.places)
+        return len(self.dataset)
 
     def __getitem__(self, index: int) -> EvalSample | ValueError:
         try:
-            return self.dataset[self.places[index]]
+            return self.dataset[index]
         except ValueError as error:
             return error
 
 
-def _unreadable(spec: str, errors: Sequence[str], most: int = 10) -> str | None:
-    """The list of images that stops an evaluation, if there are any."""
-    if not errors:
-        return None
+def _unreadable(spec: str, errors: Sequence[str], most: int = 10) -> str:
+    """The list of images that stops an evaluation."""
     shown = "".join(f"\n  {error}" for error in errors[:most])
     more = f"\n  and {len(errors) - most} more" if len(errors) > most else ""
-    return f"{spec}: {len(errors)} images cannot be evaluated, which would change the result:{shown}{more}"
+    return (
+        f"{spec}: {len(errors)} images cannot be evaluated, which would change the result (test.py --allow_missing "
+        f"leaves them out and says how many):{shown}{more}"
+    )
 
 
-def _check_complete(dataset: EvalDataset, records: Sequence[Record], size: int) -> None:
+def _check_complete(dataset: EvalDataset, records: Sequence[Record], places: set[int]) -> None:
     """A sample that is missing or there twice would silently change the result."""
     seen = Counter((record.index, record.query_id) for record in records)
     twice = [key for key, count in seen.items() if count > 1]
-    missing = set(range(size)) - {record.index for record in records}
+    missing = places - {record.index for record in records}
     if twice or missing:
         raise ValueError(
             f"{dataset.spec}: images without a record: {sorted(missing)[:5]}; (image, query) with several: "
             f"{twice[:5]}. Query ids must be unique within an image"
         )
-    if size == len(dataset) and len(records) != dataset.num_queries:
+    if len(places) == len(dataset) and len(records) != dataset.num_queries:
         raise ValueError(f"{dataset.spec}: {len(records)} records for {dataset.num_queries} queries")
 
 
@@ -412,14 +457,15 @@ class ShuffledPrompts:
     nobody keeps its own; an image with fewer queries than needed repeats them.
     """
 
-    def __init__(self, dataset: EvalDataset, size: int, seed: int = 0) -> None:
-        if size < 2:
+    def __init__(self, dataset: EvalDataset, places: Sequence[int], seed: int = 0) -> None:
+        if len(places) < 2:
             raise ValueError(
-                f"{dataset.spec}: shuffled_prompts needs at least 2 images to exchange queries; there is {size}"
+                f"{dataset.spec}: shuffled_prompts needs at least 2 images to exchange queries; there is {len(places)}"
             )
         self.dataset, self.benchmark = dataset, dataset.benchmark
         self.spec, self.skipped = f"{dataset.spec}, shuffled prompts", dataset.skipped
-        cycle = np.random.default_rng(seed).permutation(size)
+        self.unusable, self.not_found = dataset.unusable, dataset.not_found
+        cycle = np.random.default_rng(seed).permutation(np.array(places))
         self.donor = dict(zip(cycle.tolist(), np.roll(cycle, -1).tolist()))
 
     def __len__(self) -> int:

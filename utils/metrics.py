@@ -9,11 +9,9 @@ Legend: H, W the image's size; P predicted, G true pixels; I = |P and G|, U = |P
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -22,7 +20,7 @@ from pycocotools import mask as coco_mask
 from utils.types import IGNORE_PIXEL
 
 PROTOCOLS = ("grefcoco", "gsva")
-GROUP_KEYS = ("length", "family", "targets")  # of a query's meta: what a result is broken down by
+GROUP_KEYS = ("length", "part", "family", "targets")  # of a query's meta: what a result is broken down by
 RESAMPLES = 1000
 
 
@@ -108,24 +106,35 @@ def decode_mask(rle: dict[str, Any]) -> np.ndarray:
 # -- all masks ---------------------------------------------------------------------------------------------------------
 
 
-def pair(record: Record, protocol: str = "grefcoco") -> tuple[int, int]:
+def protocol_of(benchmark: str, wanted: str | None = None) -> str:
+    """The protocol that applies: gRefCOCO has two, the default is the one the paper reports; others have none ("").
+
+    Raises:
+        ValueError: for an unknown one.
+    """
+    if wanted and wanted not in PROTOCOLS:
+        raise ValueError(f"unknown protocol {wanted!r}; use {' or '.join(PROTOCOLS)}")
+    return (wanted or "gsva") if benchmark == "grefcoco" else ""
+
+
+def pair(record: Record, protocol: str = "") -> tuple[int, int]:
     """I and U as they enter the metrics: a rejecting answer is an empty mask.
 
     So a rejected absent target is a perfect 0 / 0, a missed one adds its pixels to U, and a target that was rejected
     adds |G| to U with I = 0 (gRefCOCO's rule). ``gsva`` differs in the last: it scores the mask that was drawn anyway.
     """
-    if record.rejected and (record.expected_empty or protocol == "grefcoco"):
+    if record.rejected and (record.expected_empty or protocol != "gsva"):
         return 0, record.G
     return record.I, record.U
 
 
-def ious(record: Record, protocol: str = "grefcoco") -> list[float]:
+def ious(record: Record, protocol: str = "") -> list[float]:
     """I / U of each mask of an answer; an empty one for an empty target is right."""
     pairs: Sequence[Sequence[int]] = record.pairs or [pair(record, protocol)]
     return [both / either if either else 1.0 for both, either in pairs]
 
 
-def iou(record: Record, protocol: str = "grefcoco") -> float:
+def iou(record: Record, protocol: str = "") -> float:
     """An answer's IoU, the mean over its masks."""
     values = ious(record, protocol)
     return math.fsum(values) / len(values)
@@ -171,29 +180,31 @@ def _parts_of(benchmark: str) -> dict[str, Parts]:
     return next((table for name, table in METRICS.items() if benchmark.startswith(name)), DEFAULT)
 
 
-def _sums(records: Iterable[Record], benchmark: str, protocol: str) -> dict[str, tuple[list[float], list[int]]]:
-    table = _parts_of(benchmark)
+def _sums(records: Iterable[Record], benchmark: str, protocol: str | None) -> dict[str, tuple[list[float], list[int]]]:
+    table, protocol = _parts_of(benchmark), protocol_of(benchmark, protocol)
     pairs = {name: [parts(record, protocol) for record in records] for name, parts in table.items()}
     return {name: ([n for n, _ in values], [d for _, d in values]) for name, values in pairs.items()}
 
 
-def compute(records: Sequence[Record], benchmark: str, protocol: str = "grefcoco") -> dict[str, float]:
+def compute(records: Sequence[Record], benchmark: str, protocol: str | None = None) -> dict[str, float]:
     """The benchmark's metrics as fractions; one without any sample to be measured on is absent.
 
     Args:
         benchmark: the data set's name (``ReasonSeg``, ``grefcoco``); it decides which metrics apply.
-        protocol: ``grefcoco`` or ``gsva``, see ``pair``.
+        protocol: ``grefcoco`` or ``gsva``, see ``pair``; None = as the paper reports it.
     """
-    if protocol not in PROTOCOLS:
-        raise ValueError(f"unknown protocol {protocol!r}; use {' or '.join(PROTOCOLS)}")
     sums = _sums(records, benchmark, protocol)
     return {name: math.fsum(above) / sum(below) for name, (above, below) in sums.items() if sum(below)}
 
 
-def intervals(
-    records: Sequence[Record], benchmark: str, protocol: str = "grefcoco", seed: int = 0
-) -> dict[str, list[float]]:
-    """95% percentile bootstrap over images (queries of one image are not independent): metric -> [low, high]."""
+def resample(
+    records: Sequence[Record], benchmark: str, protocol: str | None = None, seed: int = 0
+) -> dict[str, np.ndarray]:
+    """Bootstrap over images (queries of one image are not independent): metric -> its value in each of 1000 draws.
+
+    A draw without anything to measure on gives NaN. The same images and seed give the same draws, so two models'
+    values can be subtracted draw by draw (``difference``).
+    """
     images = sorted({record.index for record in records})
     if len(images) < 2:
         return {}
@@ -203,14 +214,50 @@ def intervals(
     result = {}
     for name, sums in _sums(records, benchmark, protocol).items():
         above, below = (drawn @ np.bincount(place, weights=values, minlength=len(images)) for values in sums)
-        if (below > 0).any():
-            values = above[below > 0] / below[below > 0]
-            result[name] = [float(value) for value in np.percentile(values, [2.5, 97.5])]
+        result[name] = np.divide(above, below, out=np.full(RESAMPLES, np.nan), where=below > 0)
     return result
 
 
+def _percentiles(values: np.ndarray) -> list[float]:
+    return [float(value) for value in np.percentile(values[~np.isnan(values)], [2.5, 97.5])]
+
+
+def intervals(
+    records: Sequence[Record], benchmark: str, protocol: str | None = None, seed: int = 0
+) -> dict[str, list[float]]:
+    """95% percentile bootstrap over images: metric -> [low, high]."""
+    drawn = resample(records, benchmark, protocol, seed)
+    return {name: _percentiles(values) for name, values in drawn.items() if not np.isnan(values).all()}
+
+
+def difference(
+    before: Sequence[Record], after: Sequence[Record], benchmark: str, protocol: str | None = None, seed: int = 0
+) -> dict[str, tuple[float, list[float]]]:
+    """What a metric gains from one model to another, with its 95% interval: paired, both models on the same images.
+
+    Raises:
+        ValueError: if the two did not answer the same queries.
+    """
+    asked = [
+        {(record.index, record.query_id, record.query): record.image for record in part} for part in (before, after)
+    ]
+    if asked[0] != asked[1]:
+        only = sorted(asked[0].items() ^ asked[1].items())
+        raise ValueError(
+            f"the two answer different queries, {len(only)} of which only one has, the first: {only[0][0][2]!r} about "
+            f"{only[0][1]}; compare results of the same split"
+        )
+    values = [compute(part, benchmark, protocol) for part in (before, after)]
+    drawn = [resample(part, benchmark, protocol, seed) for part in (before, after)]
+    return {
+        name: (values[1][name] - values[0][name], _percentiles(drawn[1][name] - drawn[0][name]))
+        for name in drawn[0]
+        if name in values[0]
+    }
+
+
 def breakdown(
-    records: Sequence[Record], benchmark: str, protocol: str = "grefcoco"
+    records: Sequence[Record], benchmark: str, protocol: str | None = None
 ) -> dict[str, dict[str, dict[str, float]]]:
     """Metrics per group: ``{"family": {"relation": {"gIoU": ..., "masks": 40}}}``; keys with one value are left out."""
     result = {}
@@ -241,32 +288,3 @@ def count_records(records: Sequence[Record]) -> dict[str, int]:
         "answers_without_seg": sum(not record.layers for record in records),
         "answers_with_several_seg": sum(len(record.masks) > 1 for record in records),
     }
-
-
-# -- files -------------------------------------------------------------------------------------------------------------
-
-
-def write_records(path: Path, records: Iterable[Record]) -> None:
-    """One JSON object per line."""
-    with path.open("w", encoding="utf-8") as file:
-        for record in records:
-            line = asdict(record) | {"predicted_empty": record.predicted_empty, "IoU": iou(record)}
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
-
-
-def read_records(path: Path) -> list[Record]:
-    """What ``write_records`` wrote.
-
-    Raises:
-        ValueError: naming the line that is no record.
-    """
-    names = {field.name for field in fields(Record)}
-    records = []
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                values = json.loads(line)
-                records.append(Record(**{name: value for name, value in values.items() if name in names}))
-            except (json.JSONDecodeError, TypeError, AttributeError) as error:
-                raise ValueError(f"{path}, line {number} is not a result ({error}); evaluate again") from error
-    return records

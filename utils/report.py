@@ -11,17 +11,24 @@ from utils import metrics
 from utils.datasets.base import EvalDataset
 from utils.evaluate import Asking, ask
 from utils.metrics import Record
+from utils.tables import missing_note
 from utils.visualize import Panel
 
 
 def panels(
-    model, processor, dataset: EvalDataset, records: Sequence[Record], count: int, asking: Asking
+    model,
+    processor,
+    dataset: EvalDataset,
+    records: Sequence[Record],
+    count: int,
+    asking: Asking,
+    protocol: str = "",
 ) -> list[tuple[Record, Panel]]:
     """Pictures of ``count`` samples evenly spaced from the worst to the best IoU, failures in their true share.
 
     The model is asked once more about these images: keeping every similarity map would take too much memory.
     """
-    ranked = sorted(records, key=lambda record: (metrics.iou(record), record.index, record.query_id))
+    ranked = sorted(records, key=lambda record: (metrics.iou(record, protocol), record.index, record.query_id))
     places = np.linspace(0, len(ranked) - 1, min(count, len(ranked))).round().astype(int)
     result = []
     for record in (ranked[place] for place in places):
@@ -39,19 +46,20 @@ def panels(
                     similarities=answer.similarities,
                     truth=metrics.merge_targets(query.masks, *sample.image.shape[:2]),
                     answer=answer.text,
-                    notes=_notes(record),
+                    notes=notes(record, protocol),
                 ),
             )
         )
     return result
 
 
-def _notes(record: Record) -> list[str]:
+def notes(record: Record, protocol: str = "") -> list[str]:
+    """What a panel says about an answer: IoU, layers, groups."""
     expected = ", nothing to find" if record.expected_empty else ""
     rejected = ", rejected" if record.rejected else ""
     layers = f"layer {', '.join(map(str, record.layers))}" if record.layers else "no [SEG]"
     groups = [f"{key}: {record.meta[key]}" for key in metrics.GROUP_KEYS if key in record.meta]
-    return [f"IoU {metrics.iou(record):.2f}{expected}{rejected}", layers, *groups]
+    return [f"IoU {metrics.iou(record, protocol):.2f}{expected}{rejected}", layers, *groups]
 
 
 def format_table(summaries: Sequence[dict[str, Any]]) -> str:
@@ -59,14 +67,7 @@ def format_table(summaries: Sequence[dict[str, Any]]) -> str:
     names = list(dict.fromkeys(name for summary in summaries for name in summary["metrics"]))
     rows = [["benchmark", "mode", "layers", "images", "masks", *names]]
     for summary in summaries:
-        counts, bounds = summary["counts"], summary["intervals"]
-        asked = [summary["benchmark"], summary["mode"], summary["layer_policy"], counts["images"], counts["masks"]]
-        rows.append([*map(str, asked), *_cells(summary["metrics"], names, bounds)])
-        for control, scores in summary["controls"].items():
-            rows.append([f"  control: {control.replace('_', ' ')}", "", "", "", "", *_cells(scores, names)])
-        for key, groups in summary["breakdown"].items():
-            for group, scores in groups.items():
-                rows.append([f"  {key}: {group}", "", "", "", str(scores["masks"]), *_cells(scores, names)])
+        rows += _rows(summary, names)
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = []
     for row in rows:
@@ -76,16 +77,32 @@ def format_table(summaries: Sequence[dict[str, Any]]) -> str:
         lines.append("  ".join(cells).rstrip())
     rule = "-" * max(map(len, lines))
     skipped = [
-        f"{s['benchmark']}: {s['counts']['skipped']} images skipped" for s in summaries if s["counts"]["skipped"]
+        f"{s['benchmark']}: {s['counts']['skipped']} images skipped" for s in summaries if s["counts"].get("skipped")
     ]
     return "\n".join([lines[0], rule, *lines[1:], rule, *skipped, "[low, high]: 95% bootstrap interval over images"])
 
 
-def _cells(scores: dict[str, float], names: Sequence[str], bounds: dict[str, list[float]] | None = None) -> list[str]:
+def _rows(summary: dict[str, Any], names: Sequence[str]) -> list[list[str]]:
+    """A result's own line, and those of its controls and groups."""
+    counts, note = summary["counts"], missing_note(summary)
+    mode = ", ".join(filter(None, [summary["mode"], summary.get("protocol")]))
+    images = str(counts["images"]) if counts["images"] == counts["split_images"] else "{images}/{split_images}"
+    asked = [summary["benchmark"], mode, summary["layer_policy"], images.format(**counts), str(counts["masks"])]
+    rows = [[*asked, *_cells(summary["metrics"], names, note, summary["intervals"])]]
+    for control, scores in summary["controls"].items():
+        rows.append([f"  control: {control.replace('_', ' ')}", "", "", "", "", *_cells(scores, names, note)])
+    for key, groups in summary["breakdown"].items():
+        for group, scores in groups.items():
+            rows.append([f"  {key}: {group}", "", "", "", str(scores["masks"]), *_cells(scores, names, note)])
+    return rows
+
+
+def _cells(
+    scores: dict[str, float], names: Sequence[str], note: str, bounds: dict[str, list[float]] | None = None
+) -> list[str]:
+    """``0.653 [0.601, 0.702] (3 missing)`` for each metric."""
     cells = []
     for name in names:
-        text = f"{scores[name]:.3f}" if name in scores else "-"
-        if bounds and name in bounds:
-            text += " [{:.3f}, {:.3f}]".format(*bounds[name])
-        cells.append(text)
+        interval = " [{:.3f}, {:.3f}]".format(*bounds[name]) if bounds and name in bounds else ""
+        cells.append(f"{scores[name]:.3f}{interval}{note}" if name in scores else "-")
     return cells

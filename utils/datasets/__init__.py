@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from utils.datasets.base import DataError, DataOptions, EvalDataset, Row, TrainDataset, coco, unknown
+from utils.datasets.base import DataError, DataOptions, EvalDataset, Row, TrainDataset, check_complete, coco, unknown
 from utils.datasets.custom import CustomEval, CustomTrain
 from utils.datasets.fp_refer_seg import FpReferSegTrain
 from utils.datasets.multi_reason_seg import MultiReasonSegEval, MultiReasonSegTrain
@@ -99,14 +99,21 @@ def get_train_dataset(spec: str, dataset_dir: str | Path, options: DataOptions |
     return TYPES[row.type].train(name, row, parts, root, options or DataOptions())
 
 
-def get_eval_dataset(spec: str, dataset_dir: str | Path) -> EvalDataset:
-    """``"ReasonSeg|val_short"``, ``"refcoco|unc|val"`` -> the benchmark's split."""
+def get_eval_dataset(spec: str, dataset_dir: str | Path, allow_missing: bool = False) -> EvalDataset:
+    """``"ReasonSeg|val_short"``, ``"refcoco|unc|val"`` -> the benchmark's split.
+
+    Raises:
+        DataError: if there is no such split; if a record of it cannot be read, unless ``allow_missing``.
+    """
     name, row, parts, root = _look_up(spec, dataset_dir)
     evaluate = TYPES[row.type].evaluate
     if evaluate is None:
         known = [other for other, its in DATASETS.items() if TYPES[its.type].evaluate]
         raise DataError(f"{name!r} has no evaluation. These have: {', '.join(known)}")
-    return evaluate(spec, row, parts, root)
+    dataset = evaluate(spec, row, parts, root)
+    if not allow_missing:
+        check_complete(dataset)
+    return dataset
 
 
 def _look_up(spec: str, dataset_dir: str | Path) -> tuple[str, Row, list[str], Path]:

@@ -42,12 +42,17 @@ class TrainDataset(Protocol):
 class EvalDataset(Protocol):
     """A benchmark's split: one ``EvalSample`` per image, always in the same order.
 
-    ``skipped`` names the records that the split holds but that cannot be evaluated (and why), for the result's counts.
+    Attributes:
+        skipped: records that the split itself leaves without a target, and that nobody can evaluate.
+        unusable: records that this copy of the data cannot give (damaged, or without their image); left out.
+        not_found: images of the others that are not there; reading them fails.
     """
 
     spec: str
     benchmark: str
     skipped: list[str]
+    unusable: list[str]
+    not_found: list[str]
 
     def __len__(self) -> int: ...
 
@@ -199,21 +204,25 @@ def warn_of(name: str, problems: Sequence[str]) -> None:
         logger.warning("%s: %d records cannot be used, the first: %s", name, len(problems), problems[0])
 
 
-def check_complete(
-    spec: str, problems: Sequence[str], find: Callable[[Any], Path], records: Iterable[dict[str, Any]]
-) -> None:
-    """Refuses to evaluate a split with ``problems``, or with a record whose image ``find`` does not find."""
-    problems = list(problems)
+def images_not_found(find: Callable[[Any], Path], records: Iterable[dict[str, Any]]) -> list[str]:
+    """A message for every record whose image ``find`` does not find."""
+    messages = []
     for record in records:
         try:
             find(record)
         except DataError as error:
-            problems.append(str(error))
+            messages.append(str(error))
+    return messages
+
+
+def check_complete(dataset: EvalDataset) -> None:
+    """Refuses to evaluate a split of which this copy of the data lacks anything."""
+    problems = [*dataset.unusable, *dataset.not_found]
     if problems:
         shown = "\n  ".join(problems[:5])
         raise DataError(
-            f"{spec}: {len(problems)} records cannot be evaluated, which would change the benchmark; "
-            f"complete the download. The first:\n  {shown}"
+            f"{dataset.spec}: {len(problems)} records cannot be evaluated, which would change the benchmark; complete "
+            f"the download (test.py --allow_missing leaves them out and says how many). The first:\n  {shown}"
         )
 
 

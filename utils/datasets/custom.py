@@ -151,6 +151,8 @@ class CustomEval:
         self.spec, self.benchmark = spec, spec.split("|")[0]
         self.file = LineFile(spec, parts, dataset_dir, None)
         self.skipped = self.file.drop_conversations()
+        self.unusable: list[str] = []  # opening the file has checked it
+        self.not_found: list[str] = []
         if not len(self.file):
             raise DataError(f"{spec}: no query to score in {self.file.path}, conversations only")
 

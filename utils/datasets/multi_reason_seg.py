@@ -13,7 +13,6 @@ from utils.datasets.base import (
     DataError,
     DataOptions,
     Row,
-    check_complete,
     check_file_name,
     check_sample,
     check_size,
@@ -21,6 +20,7 @@ from utils.datasets.base import (
     decode_segmentation,
     draw,
     find_paths,
+    images_not_found,
     parse_items,
     read_image,
     stack_masks,
@@ -41,6 +41,7 @@ SPLITS = {
     "test_many": ("test_many",),
     "test": ("test_less", "test_many"),
 }
+TEST_PARTS = {"MUSE_test_less": "few", "MUSE_test_many": "many"}  # what the tables tell apart
 COCO_FOLDERS = ("train2014", "val2014", "train2017", "val2017")
 
 
@@ -48,8 +49,9 @@ class MuseSplit:
     """The records of one split.
 
     Attributes:
-        records: per item ``{"images", "height", "width", "questions"}``: the places of its image to be tried in turn,
-            and per question ``{"number", "text", "answer", "targets"}``; a target is a segmentation, undecoded.
+        records: per item ``{"images", "height", "width", "part", "questions"}``: the places of its image to be tried
+            in turn, ``few`` or ``many`` in the test split, and per question ``{"number", "text", "answer",
+            "targets"}``; a target is a segmentation, undecoded.
         problems: items and questions that cannot be used, and why.
         counts: images, expressions, masks, multi.
     """
@@ -93,8 +95,8 @@ def _read(name: str, paths: Sequence[Path]) -> tuple[list[dict[str, Any]], Notes
     problems: list[str] = []
     for path in paths:
         found, refused = parse_items(name, path, _parse)
-        records += found
         problems += refused + [f"{path}, {text}" for record in found for text in record.pop("problems")]
+        records += [record | {"part": TEST_PARTS.get(path.stem, "")} for record in found]
     questions = [question for record in records for question in record["questions"]]
     counts = {
         "images": len(records),
@@ -222,7 +224,8 @@ class MultiReasonSegEval:
             raise DataError(f"{spec!r}: write '{self.benchmark}|SPLIT', for example '{self.benchmark}|val'")
         self.split = MuseSplit(self.benchmark, row, parts[0], dataset_dir)
         self.skipped: list[str] = []
-        check_complete(spec, self.split.problems, self.split.image_path, self.split.records)
+        self.unusable = self.split.problems
+        self.not_found = images_not_found(self.split.image_path, self.split.records)
 
     def __len__(self) -> int:
         return len(self.split.records)
@@ -237,6 +240,6 @@ class MultiReasonSegEval:
         queries = []
         for question in record["questions"]:
             masks = stack_masks(self.split.masks(record, question), record["height"], record["width"])
-            meta = {"targets": len(masks)}
+            meta = {"targets": len(masks)} | ({"part": record["part"]} if record["part"] else {})
             queries.append(EvalQuery(f"{index}_{question['number']}", question["text"], masks, True, meta))
         return EvalSample(f"{self.spec}/{name}", Path(name).stem, self.split.image(record), queries)

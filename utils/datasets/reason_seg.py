@@ -251,13 +251,8 @@ class ReasonSegEval:
         if len(folders) > 1:
             raise DataError(f"{spec}: an evaluation reads one folder, not {', '.join(map(str, folders))}")
         self.part = ReasonSegSplit(f"{self.benchmark}|{split}", folders[0])
-        if self.part.problems:
-            shown = "\n  ".join(self.part.problems[:5])
-            raise DataError(
-                f"{spec}: {len(self.part.problems)} files cannot be evaluated, which would change the benchmark; "
-                f"complete the download. The first:\n  {shown}"
-            )
-        self.skipped = self.part.without_polygon
+        self.skipped, self.unusable = self.part.without_polygon, self.part.problems
+        self.not_found: list[str] = []  # a JSON without its image is unusable
         wanted = {"": (True, False), "short": (False,), "long": (True,)}[length]
         self.chosen = [i for i, record in enumerate(self.part.records) if record["is_sentence"] in wanted]
         if not self.chosen:

@@ -11,12 +11,12 @@ from utils.datasets.base import (
     DataError,
     DataOptions,
     Row,
-    check_complete,
     check_sample,
     check_size,
     draw,
     find_image,
     find_paths,
+    images_not_found,
     pick,
     read_image,
     stack_masks,
@@ -127,7 +127,8 @@ class ReferSegEval:
         split_by = parts[0] if len(parts) == 2 else row.split_by
         self.split = ReferSplit(self.benchmark, row, split_by, parts[-1], dataset_dir)
         self.skipped: list[str] = []
-        check_complete(spec, self.split.index.problems, self.split.image_path, self.split.index.images)
+        self.unusable = self.split.index.problems
+        self.not_found = images_not_found(self.split.image_path, self.split.index.images)
 
     def __len__(self) -> int:
         return len(self.split.index.images)
