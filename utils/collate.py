@@ -90,8 +90,8 @@ def collate_rows(
             start = end
     label_positions, seg_positions = before_labels(labels), before_labels(labels, seg_id)
     label_ids = labels.flatten()[label_positions + 1]
-    clip_images, clip_sizes = zip(*(resize_and_pad(row.image, clip_side) for row in rows))
-    sam_images, sam_sizes = zip(*(resize_and_pad(row.image, sam_side) for row in rows))
+    clip_images, clip_sizes = _squares(rows, clip_side)
+    sam_images, sam_sizes = _squares(rows, sam_side)
     return Batch(
         input_ids=input_ids,
         segments=segments,
@@ -101,10 +101,10 @@ def collate_rows(
         label_weights=torch.ones(len(label_ids)),
         seg_positions=seg_positions,
         seg_rows=seg_positions // width,
-        clip_images=torch.stack(clip_images),
-        clip_sizes=torch.tensor(clip_sizes),
-        sam_images=torch.stack(sam_images),
-        sam_sizes=torch.tensor(sam_sizes),
+        clip_images=clip_images,
+        clip_sizes=clip_sizes,
+        sam_images=sam_images,
+        sam_sizes=sam_sizes,
         sizes=[row.image.shape[:2] for row in rows],
         masks=[torch.from_numpy(np.ascontiguousarray(row.masks)) for row in rows],
         numbers=[row.number for row in rows],
@@ -112,3 +112,10 @@ def collate_rows(
         questions=[len(row.conversations) for row in rows],
         image_start=image_start,
     )
+
+
+def _squares(rows: Sequence[Row], side: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The rows' images as [B, 3, side, side] float32, and their (height, width) inside as [B, 2]."""
+    images = torch.zeros(len(rows), 3, side, side)
+    sizes = [resize_and_pad(row.image, side, out)[1] for row, out in zip(rows, images)]
+    return images, torch.tensor(sizes)
