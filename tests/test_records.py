@@ -70,6 +70,8 @@ def test_packed_records() -> None:
     packed = PackedRecords(content)
     assert list(packed) == [content[0], [], {"b": "abc", "c": 4}]
     assert len(PackedRecords([])) == 0
+    long = [{"segmentation": [list(range(size))], "text": "x é"} for size in (1, 100, 1000)]
+    assert list(PackedRecords(long)) == long, "whether deflated or not"
     with pytest.raises(IndexError):
         packed[3]
     with pytest.raises(DataError, match="holds a set"):
