@@ -13,15 +13,20 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from transformers import AutoTokenizer
 
 from scripts import make_demo_data as demo
+from train_ds import make_mixture
 from utils import demo_sets, scenes
+from utils.config import load_config
 from utils.datasets import DATASETS, TYPES, DataOptions, get_eval_dataset, get_train_dataset
 from utils.datasets.base import decode_segmentation
 from utils.datasets.reason_seg import draw_mask
 from utils.demo_files import Sizes, coco_segmentation, labelme_polygons
 from utils.demo_refer import REFER_SETS
+from utils.processor import UGroundProcessor
 
+ROOT = Path(__file__).resolve().parents[1]
 SMALL = ["--seed", "7", "--train", "30", "--val", "20", "--test", "10"]
 
 
@@ -349,6 +354,25 @@ def test_a_correction_names_what_is_there(mixed):
         changed = [pair for pair in zip(true["tokens"], false["tokens"]) if pair[0] != pair[1]]
         assert changed
         assert all(word in scenes.COLORS for pair in changed for word in pair)
+
+
+def test_the_mixed_configuration_draws_from_all_sets(mixed):
+    """configs/tiny_mixed.yaml: all 24 sets, every draw usable, no answer cut off."""
+    config = load_config(["--config", str(ROOT / "configs/tiny_mixed.yaml"), "--dataset_dir", str(mixed)])
+    mixture = make_mixture(config)
+    assert len(mixture.datasets) == 24
+    assert set(mixture.types) == set(TYPES) - {"custom"}
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "assets/tiny/llava")
+    processor = UGroundProcessor(tokenizer, 120, 10, 64, "", config.model.model_max_length)
+    longest = 0
+    for number in range(150):
+        sample = mixture[number]
+        batch = processor.collate([sample])
+        assert len(batch.seg_positions) == len(sample.masks), "no [SEG] is lost"
+        ends = [processor.builder.encode(talk).ids for talk in sample.conversations]
+        longest = max(longest, len(processor.builder.prefix_ids) + max(map(len, ends)))
+    assert longest < config.model.model_max_length
+    assert int(mixture.skipped.sum()) == 0
 
 
 def test_text_blind_scores_are_those_of_the_written_masks(root):

@@ -1,0 +1,348 @@
+"""Measures what the data cost, and prints a table for docs/benchmarks.md:
+
+    python scripts/bench.py data                                       start-up and memory of large annotation files
+    python scripts/bench.py loader --config C [--any_setting value]    samples per second, and where their time goes
+
+``data`` writes annotation files of real size (drawn polygons, no images) into a temporary folder and opens them as
+training does: without the cache, for the first time, and again; each in a fresh process, with DataLoader workers that
+read every record. ``loader`` draws the samples of a configuration (``--dataset_dir``, ``--dataset``, ... as for
+train_ds.py) and makes batches of them, without a model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import cProfile
+import json
+import multiprocessing
+import os
+import pickle
+import platform
+import pstats
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from utils import cli  # noqa: E402
+from utils.datasets import get_train_dataset  # noqa: E402
+from utils.datasets.mixture import Mixture, MixtureSampler  # noqa: E402
+from utils.datasets.records import SETTING  # noqa: E402
+
+if TYPE_CHECKING:
+    from utils.processor import UGroundProcessor
+
+MB = 2**20
+CHUNK = 500  # records that a worker reads between two looks at its memory
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    data = commands.add_parser("data", help="start-up and memory of large annotation files")
+    data.add_argument("--refs", type=int, default=150_000, help="refs in the generated file (default: %(default)s)")
+    data.add_argument("--annotations", type=int, default=200_000, help="annotations in it (default: %(default)s)")
+    data.add_argument("--workers", type=int, default=2, help="worker processes (default: %(default)s)")
+    loader = commands.add_parser("loader", help="samples per second of a configuration, and where their time goes")
+    loader.add_argument("--clip_side", type=int, default=336, help="CLIP's input in pixels (default: %(default)s)")
+    loader.add_argument("--clip_patch", type=int, default=14, help="its patch (default: %(default)s)")
+    loader.add_argument("--sam_side", type=int, default=1024, help="SAM's input in pixels (default: %(default)s)")
+    loader.add_argument("--batches", type=int, default=40, help="batches to time (default: %(default)s)")
+    loader.add_argument("--tokenizer", default=str(ROOT / "assets/tiny/llava"), help="folder of a LLaVA tokenizer")
+    args, rest = parser.parse_known_args(arguments)
+    if args.command == "data" and rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    print("\n".join(bench_data(args) if args.command == "data" else bench_loader(args, rest)))
+    return 0
+
+
+def header() -> str:
+    """What the figures depend on besides the code."""
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False
+    ).stdout.strip()
+    busy = os.getloadavg()[0]
+    return (
+        f"commit {commit or 'unknown'}, Python {platform.python_version()}, torch {torch.__version__}, "
+        f"{os.cpu_count()} cores, load {busy:.1f} at the start"
+    )
+
+
+def table(rows: Sequence[Sequence[Any]]) -> list[str]:
+    """Markdown; the first row is the head."""
+    cells = [[f"{cell:,.1f}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
+    lines = [
+        "| " + " | ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths))) + " |"
+        for row in cells
+    ]
+    rule = "|" + "|".join("-" * (width + 1) + (":" if i else "-") for i, width in enumerate(widths)) + "|"
+    return [lines[0], rule, *lines[1:]]
+
+
+# -- data: files of real size ------------------------------------------------------------------------------------------
+
+
+def write_refs(root: Path, refs: int, annotations: int, rng: np.random.Generator) -> None:
+    """``refcoco`` with 2.5 refs per image and 2.8 sentences per ref, as RefCOCO has."""
+    folder = root / "refer_seg/refcoco"
+    instances = _instances(annotations, max(1, round(refs / 2.5)), "COCO_train2014_{:012d}.jpg", rng)
+    words = [f"word{i}" for i in range(400)]
+    rows = []
+    for number in range(refs):
+        annotation = instances["annotations"][number % annotations]
+        sentences = []
+        for k in range(2 + (rng.random() < 0.8)):
+            text = " ".join(rng.choice(words, size=4))
+            sentences.append({"sent_id": 3 * number + k, "sent": text, "raw": text, "tokens": text.split()})
+        row = {"ref_id": number, "ann_id": annotation["id"], "category_id": 1, "image_id": annotation["image_id"]}
+        rows.append({**row, "split": "train", "file_name": "x_1.jpg", "sentences": sentences, "sent_ids": []})
+    _save(folder / "instances.json", instances)
+    (folder / "refs(unc).p").write_bytes(pickle.dumps(rows, protocol=2))
+    _touch_first(root / "refer_seg/images/mscoco/images/train2014", instances)
+
+
+def write_parts(root: Path, annotations: int, rng: np.random.Generator) -> None:
+    """``paco_lvis`` with 10 annotations per image."""
+    instances = _instances(annotations, max(1, annotations // 10), "train2017/{:012d}.jpg", rng)
+    instances["categories"] = [{"id": i + 1, "name": f"object{i // 6}:part{i % 6}"} for i in range(500)]
+    _save(root / "vlpart/paco/annotations/paco_lvis_v1_train.json", instances)
+    _touch_first(root / "coco", instances)
+
+
+def _instances(annotations: int, images: int, name: str, rng: np.random.Generator) -> dict[str, Any]:
+    """Wobbly polygons with two decimals, of about as many points as COCO's (740 bytes per annotation)."""
+    rows = []
+    for number in range(annotations):
+        turn = np.linspace(0, 2 * np.pi, int(rng.integers(16, 65)), endpoint=False)
+        reach = 60 * (1 + 0.3 * rng.standard_normal(len(turn)).clip(-2, 2))
+        points = np.stack([320 + reach * np.cos(turn), 240 + reach * np.sin(turn)], axis=1)
+        row = {"id": number + 1, "image_id": 1 + number % images, "category_id": 1 + number % 500, "iscrowd": 0}
+        rows.append({**row, "bbox": [200.5, 120.25, 240.0, 240.0], "segmentation": [points.round(2).ravel().tolist()]})
+    pictures = [{"id": i + 1, "file_name": name.format(i + 1), "height": 480, "width": 640} for i in range(images)]
+    return {"images": pictures, "annotations": rows, "categories": [{"id": 1, "name": "thing"}]}
+
+
+def _save(path: Path, value: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps(value))
+
+
+def _touch_first(folder: Path, instances: dict[str, Any]) -> None:
+    """A reader looks for its first image when it is opened."""
+    path = folder / instances["images"][0]["file_name"]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+
+
+# -- data: starts and memory -------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Memory:
+    """Of a process, in bytes: resident, and the part of it that no other process shares."""
+
+    resident: int
+    private: int
+
+    @classmethod
+    def now(cls) -> Memory:
+        sizes = _kilobytes("smaps_rollup")
+        return cls(1024 * sizes["Rss"], 1024 * (sizes["Private_Clean"] + sizes["Private_Dirty"]))
+
+
+def _kilobytes(file: str) -> dict[str, int]:
+    """What Linux says of this process."""
+    lines = (line.split() for line in Path("/proc/self", file).read_text().splitlines())
+    return {line[0].removesuffix(":"): int(line[1]) for line in lines if line[-1] == "kB"}
+
+
+class Reads(Dataset):
+    """Item i reads chunk i of the records, as samples do, and looks at the memory before and after."""
+
+    def __init__(self, records: Any) -> None:
+        self.records = records
+
+    def __len__(self) -> int:
+        return -(-len(self.records) // CHUNK)
+
+    def __getitem__(self, chunk: int) -> tuple[int, Memory, Memory]:
+        before = Memory.now()
+        for i in range(chunk * CHUNK, min((chunk + 1) * CHUNK, len(self.records))):
+            dict(self.records[i])
+        return os.getpid(), before, Memory.now()
+
+
+def measure(name: str, folder: str, setting: str, workers: int, as_objects: bool, results: Any) -> None:
+    """In a fresh process: opens the data set, then has workers read all of it."""
+    os.environ[SETTING] = setting
+    start = time.perf_counter()
+    dataset: Any = get_train_dataset(name, folder)
+    seconds = time.perf_counter() - start
+    peak = (
+        1024 * _kilobytes("status")["VmHWM"]
+    )  # getrusage's maximum is inherited from the process that started this one
+    records = dataset.split.index.images if hasattr(dataset, "split") else dataset.reader.records
+    if as_objects:
+        records = list(records)
+    first: dict[int, Memory] = {}
+    last: dict[int, Memory] = {}
+    # this process was spawned, and would spawn its workers too; training forks them
+    loader = DataLoader(Reads(records), batch_size=None, num_workers=workers, multiprocessing_context="fork")
+    for process, before, after in loader:
+        first.setdefault(process, before)
+        last[process] = after
+    worst = max(last, key=lambda process: last[process].private - first[process].private)
+    results.put((seconds, peak, first[worst], last[worst]))
+
+
+STARTS = ("no cache", "first start", "next start", "next start, from disk", "no cache, Python objects")
+
+
+def bench_data(args: argparse.Namespace) -> list[str]:
+    lines = [header(), ""]
+    head = ["", "seconds", "of first", "peak MB", "worker RSS MB", "its own MB", "+ RSS MB", "+ own MB"]
+    with tempfile.TemporaryDirectory(prefix="uground-bench-") as folder:
+        rng = np.random.default_rng(0)
+        write_refs(Path(folder), args.refs, args.annotations, rng)
+        write_parts(Path(folder), args.annotations, rng)
+        time.sleep(2.5)  # what was written just now is not kept
+        for name, what in (("refcoco", f"{args.refs:,} refs, "), ("paco_lvis", "")):
+            found = {start: _in_fresh_process(name, Path(folder), start, args.workers) for start in STARTS}
+            rows = [head]
+            for start, (seconds, peak, before, after) in found.items():
+                share = f"1/{found['first start'][0] / seconds:.0f}" if seconds < found["first start"][0] / 2 else ""
+                growth = after.resident - before.resident, after.private - before.private
+                sizes = [value / MB for value in (peak, after.resident, after.private, *growth)]
+                rows.append([start, f"{seconds:.2f}", share, *(f"{size:,.0f}" for size in sizes)])
+            files = sum(path.stat().st_size for path in _sources(Path(folder), name)) / MB
+            entries = sum(path.stat().st_size for path in (Path(folder) / f"cache-{name}").glob("*.index")) / MB
+            lines += [f"{name}: {what}{args.annotations:,} annotations, {files:.0f} MB; its index {entries:.0f} MB", ""]
+            lines += [*table(rows), ""]
+    return lines
+
+
+def _sources(root: Path, name: str) -> list[Path]:
+    folder = root / ("refer_seg/refcoco" if name == "refcoco" else "vlpart")
+    return [path for path in folder.rglob("*") if path.is_file()]
+
+
+def _in_fresh_process(name: str, folder: Path, start: str, workers: int) -> tuple[float, int, Memory, Memory]:
+    cache = folder / f"cache-{name}"
+    if "disk" in start:
+        for path in cache.glob("*.index"):
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    context = multiprocessing.get_context("spawn")
+    results = context.Queue()
+    setting = "off" if start.startswith("no cache") else str(cache)
+    arguments = (name, str(folder), setting, workers, "objects" in start, results)
+    process = context.Process(target=measure, args=arguments)
+    process.start()
+    found = results.get()
+    process.join()
+    return found
+
+
+# -- loader ------------------------------------------------------------------------------------------------------------
+
+# Stage -> functions (file, name) whose time, with all that they call, is the stage's; none calls another one.
+STAGES = {
+    "decode the photograph": (("base.py", "read_image"),),
+    "read the label image": (("base.py", "read_label_image"),),
+    "annotations (JSON)": (("base.py", "read_json"), ("records.py", "__getitem__")),
+    "masks": (
+        ("base.py", "decode_segmentation"),
+        ("reason_seg.py", "draw_mask"),
+        ("sem_seg.py", "mask"),
+        ("base.py", "stack_masks"),
+    ),
+    "check the sample": (("base.py", "check_sample"),),
+    "tokenise": (("conversation.py", "encode"),),
+    "resize, normalise, pad": (("transforms.py", "resize_and_pad"),),
+}
+
+
+def bench_loader(args: argparse.Namespace, settings: list[str]) -> list[str]:
+    # here, because the processes that ``data`` measures would carry these libraries too
+    from transformers import AutoTokenizer
+
+    from train_ds import make_mixture, one_thread
+    from utils.config import load_config
+    from utils.processor import UGroundProcessor
+
+    models = [part for name in ("version", "vision_tower", "vision_pretrained") for part in (f"--{name}", "unused")]
+    config = load_config([*models, *settings])
+    mixture = make_mixture(config)
+    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
+    processor = UGroundProcessor(tokenizer, args.clip_side, args.clip_patch, args.sam_side)
+    batch = config.train.batch_size
+    one_thread(0)
+    lines = [
+        header(),
+        f"CLIP {args.clip_side} px, SAM {args.sam_side} px, batches of {batch}",
+        "",
+        *mixture.table().splitlines(),
+        "",
+    ]
+    rows: list[list[Any]] = [["workers", "samples/s"]]
+    for workers in (0, config.data.workers):
+        rows.append([str(workers), throughput(mixture, processor, batch, args.batches, workers, one_thread)])
+    profile = cProfile.Profile(time.process_time)  # not the time that other programs take
+    profile.runcall(
+        lambda: [processor.collate([mixture[i * batch + j] for j in range(batch)]) for i in range(args.batches)]
+    )
+    return [*lines, *table(rows), "", *table(stages(pstats.Stats(profile), args.batches * batch))]
+
+
+def throughput(
+    mixture: Mixture, processor: UGroundProcessor, batch: int, batches: int, workers: int, init: Callable[[int], None]
+) -> float:
+    """Samples per second once the workers run."""
+    warm = 2 * workers + 1
+    loader = DataLoader(
+        mixture,
+        batch_sampler=MixtureSampler(batch, 0, warm + batches),
+        collate_fn=processor.collate,
+        num_workers=workers,
+        worker_init_fn=init,
+    )
+    start = 0.0
+    for number, _ in enumerate(loader, start=1):
+        if number == warm:
+            start = time.perf_counter()
+    return batch * batches / (time.perf_counter() - start)
+
+
+def stages(stats: pstats.Stats, samples: int) -> list[list[Any]]:
+    """Milliseconds of processor time per sample in each stage, in one process."""
+    total: float = stats.total_tt  # type: ignore[attr-defined]
+    times = {}
+    for stage, functions in STAGES.items():
+        found = [
+            row[3]
+            for (file, _, name), row in stats.stats.items()  # type: ignore[attr-defined]
+            if (Path(file).name, name) in functions
+        ]
+        times[stage] = sum(found)
+    times["the rest"] = total - sum(times.values())
+    rows: list[list[Any]] = [["stage", "CPU ms per sample", "share"]]
+    for stage, seconds in sorted(times.items(), key=lambda item: -item[1]):
+        rows.append([stage, 1000 * seconds / samples, f"{seconds / total:.0%}"])
+    return [*rows, ["all", 1000 * total / samples, ""]]
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))
