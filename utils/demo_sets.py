@@ -283,7 +283,7 @@ def _write_muse(root: Path, dataset: str, split: str, rngs: list[np.random.Gener
         answers = [[rows[target] for target in query.targets] for query in queries]
         texts = [f"they are {enumerate_words(['{seg}'] * len(query.targets))}." for query in queries]
         write_jpeg(root / COCO_2017 / name, scene.image)
-        item = {"file_name": name, "coco_url": f"http://images.cocodataset.org/train2017/{name}"}
+        item: dict[str, Any] = {"file_name": name, "coco_url": f"http://images.cocodataset.org/train2017/{name}"}
         item |= {"height": height, "width": width, "ann_list": rows, "answers": answers}
         item["questions"] = [f"which shapes are meant by {query.text}?" for query in queries]
         items.append({**item, "text_answers": [text if (index + k) % 2 else None for k, text in enumerate(texts)]})
