@@ -1,0 +1,167 @@
+"""Trains and evaluates the rows of one of the paper's ablation tables, over seeds, and prints them beside the paper's.
+
+    python scripts/ablate.py --table 6 --config configs/tiny.yaml --seeds 3
+    python scripts/ablate.py --table layers --config configs/tiny.yaml --seeds 3 --steps_per_epoch 30
+
+A row is a few settings of train_ds.py. Every row and seed is a run of its own (``OUTPUT/TABLE/ROW-SEED``): trained,
+merged and evaluated by the programs that users call. What is done is skipped, what was interrupted goes on. Other flags
+are settings of train_ds.py for all rows. The paper's figures are of UGround-7B on ReasonSeg val; a tiny model's are of
+drawn scenes, so that only the order of the rows can be compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from utils import cli
+from utils.config import load_config
+from utils.results import result_path
+
+ROOT = Path(__file__).resolve().parents[1]
+METRICS = ("gIoU", "cIoU")
+
+
+@dataclass(frozen=True)
+class Row:
+    """name: for the table; settings: of train_ds.py; paper: its gIoU and cIoU in per cent, where it has the row."""
+
+    name: str
+    settings: dict[str, str]
+    paper: tuple[float, float] | None = None
+
+
+def ppm(layers: str, seg: bool, mask: bool) -> dict[str, str]:
+    """Table 6's three switches; without a policy there is no term for it, without a mask prompt none for the map."""
+    off = {} if mask else {"map_loss_weight": "0"}
+    return {"layer_selection": layers, "seg_prompt": str(seg).lower(), "mask_prompt": str(mask).lower(), **off}
+
+
+TABLES: dict[str, tuple[Row, ...]] = {
+    "6": (
+        Row("[SEG] prompt", ppm("last", True, False), (19.13, 15.62)),
+        Row("mask prompt", ppm("last", False, True), (60.30, 53.86)),
+        Row("both", ppm("last", True, True), (64.06, 67.05)),
+        Row("SSC, [SEG] prompt", ppm("policy", True, False) | {"map_loss_weight": "1"}, (31.76, 34.08)),
+        Row("SSC, mask prompt", ppm("policy", False, True), (52.14, 52.42)),
+        Row("SSC, both", ppm("policy", True, True), (66.13, 72.07)),
+    ),
+    "layers": (
+        Row("policy", {"layer_selection": "policy"}, (66.13, 72.07)),
+        Row("last", {"layer_selection": "last"}, (64.06, 67.05)),
+        Row("uniform", {"layer_selection": "uniform"}),
+    ),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    args, settings = parse_arguments(argv)
+    config = load_config(["--config", str(args.config), *settings])  # mistakes show before the first run
+    rows, specs = TABLES[args.table], config.eval.val_dataset
+    results: dict[str, list[Path]] = {}
+    for row in rows:
+        for seed in range(args.seeds):
+            folder = args.output / args.table / f"{slug(row.name)}-{seed}"
+            print(f"{row.name}, seed {seed}: {folder}", flush=True)
+            results.setdefault(row.name, []).append(run(row, seed, folder, args, settings, specs))
+    table = markdown(rows, results, specs, args)
+    path = args.output / args.table / "table.md"
+    path.write_text(table)
+    print(f"\n{table}\nwrote {path}")
+    return 0
+
+
+def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--table", required=True, choices=sorted(TABLES), help="the paper's number, or what is compared"
+    )
+    parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="YAML of train_ds.py")
+    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="runs per row, of seeds 0 to N-1 (default 3)")
+    parser.add_argument("--output", type=Path, default=Path("runs/ablate"), metavar="DIR", help="default: runs/ablate")
+    args, settings = parser.parse_known_args(argv)
+    if args.seeds < 1:
+        parser.error("--seeds must be at least 1")
+    return args, settings
+
+
+def slug(name: str) -> str:
+    return "-".join("".join(c if c.isalnum() else " " for c in name.lower()).split())
+
+
+def run(
+    row: Row, seed: int, folder: Path, args: argparse.Namespace, settings: list[str], specs: tuple[str, ...]
+) -> Path:
+    """Trains, merges and evaluates one row with one seed; returns the folder of its results."""
+    results = folder / "eval"
+    wanted = [*settings, *(part for key, value in row.settings.items() for part in (f"--{key}", value))]
+    train = ["train_ds.py", "--config", str(args.config), *wanted, "--seed", str(seed), "--auto_resume", "true"]
+    train += ["--log_base_dir", str(folder.parent), "--exp_name", folder.name]
+    if all(summary_path(results, spec).is_file() for spec in specs):
+        return results
+    call(folder, train)
+    call(folder, ["scripts/merge_lora.py", "--checkpoint", str(folder), "--output", str(folder / "merged")])
+    dataset_dir = load_config(["--config", str(args.config), *wanted]).data.dataset_dir
+    test = ["test.py", "--version", str(folder / "merged"), "--dataset_dir", dataset_dir, "--mode", "generate"]
+    call(folder, [*test, "--val_dataset", "||".join(specs), "--batch_size", "16", "--output", str(results)])
+    return results
+
+
+def summary_path(results: Path, spec: str) -> Path:
+    return result_path(results, spec, "generate").with_suffix(".json")
+
+
+def call(folder: Path, command: list[str]) -> None:
+    """Runs a program of this project; its output goes to ``FOLDER/ablate.log``.
+
+    Raises:
+        ValueError: if it fails, with its last lines.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    log = folder / "ablate.log"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    with log.open("a") as file:
+        done = subprocess.run(
+            [sys.executable, str(ROOT / command[0]), *command[1:]], stdout=file, stderr=file, env=environment
+        )
+    if done.returncode:
+        last = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
+        raise ValueError(f"{command[0]} failed ({log}):\n{last}")
+
+
+def markdown(
+    rows: tuple[Row, ...], results: dict[str, list[Path]], specs: tuple[str, ...], args: argparse.Namespace
+) -> str:
+    """A line per row: mean ± standard deviation over seeds in per cent, then the layers chosen, then the paper's."""
+    head = ["row", *(f"{spec} {metric}" for spec in specs for metric in METRICS), "layers", "paper gIoU", "paper cIoU"]
+    lines = [head, ["---"] * len(head)]
+    for row in rows:
+        loaded = [
+            [json.loads(summary_path(folder, spec).read_text()) for spec in specs] for folder in results[row.name]
+        ]
+        cells = [
+            spread([100 * seed[n]["metrics"][metric] for seed in loaded])
+            for n in range(len(specs))
+            for metric in METRICS
+        ]
+        layers = sorted({int(layer) for seed in loaded for summary in seed for layer in summary["layers"]})
+        paper = [f"{value:.2f}" for value in row.paper] if row.paper else ["-", "-"]
+        lines.append([row.name, *cells, ", ".join(map(str, layers)), *paper])
+    text = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+    return f"Table {args.table}, {args.config}, {args.seeds} seed(s), mean ± standard deviation in per cent\n\n{text}\n"
+
+
+def spread(values: list[float]) -> str:
+    return f"{mean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))
