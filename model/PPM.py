@@ -1,12 +1,15 @@
 """Policy-Prompted Masking (paper section 4.1, Algorithm 1).
 
 Stochastic Skip Connection (SSC): a policy over layers, one action per [SEG] token. Mask as Prompt (MasP): the chosen
-layer's similarity map between the token and the image, which prompts SAM, takes a loss and gives the reward.
+layer's similarity map between the token and the image, which prompts SAM, takes a loss and gives the reward. Soft
+gating (Table 9, appendix B.1) weights all layers with the same gate instead of choosing one.
 
 Legend: N [SEG] tokens, L hidden states (embeddings first, the last one normed), P image tokens, D hidden size.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import distributed, nn
@@ -24,7 +27,7 @@ def parse_layer_policy(policy: str, num_layers: int) -> tuple[str, int]:
         ValueError: for an unknown policy, a layer outside [0, num_layers), or fewer than one Monte-Carlo sample.
     """
     kind, _, number = policy.partition(":")
-    plain, counted = ("policy", "argmax", "sample", "last", "uniform"), ("fixed", "mc")
+    plain, counted = ("policy", "argmax", "sample", "last", "uniform", "soft", "ce_soft"), ("fixed", "mc")
     if kind in plain and not number:
         return kind, 0
     if kind in counted and number.lstrip("-").isdigit():
@@ -46,17 +49,25 @@ class PolicyPromptedMasking(nn.Module):
         first_candidate: lowest hidden state that can be chosen. The paper's layers are 1..L; 0 adds the embeddings.
         baseline_decay: alpha of the moving average in Algorithm 1, line 9.
         critic_width: hidden units of a critic that predicts the reward instead; 0 = no critic.
+        last_candidate: highest hidden state that can be chosen; -1 = the last.
     """
 
     baseline: torch.Tensor
 
     def __init__(
-        self, num_layers: int, hidden_size: int, first_candidate: int, baseline_decay: float, critic_width: int = 0
+        self,
+        num_layers: int,
+        hidden_size: int,
+        first_candidate: int,
+        baseline_decay: float,
+        critic_width: int = 0,
+        last_candidate: int = -1,
     ) -> None:
         super().__init__()
         self.gate = nn.Parameter(torch.zeros(num_layers, hidden_size))  # zeros: the policy starts uniform
         self.register_buffer("baseline", torch.zeros((), dtype=torch.float32))
         self.first_candidate = first_candidate
+        self.last_candidate = last_candidate % num_layers
         self.baseline_decay = baseline_decay
         self.critic: nn.Sequential | None = None
         if critic_width:
@@ -81,11 +92,9 @@ class PolicyPromptedMasking(nn.Module):
             [N, L] float32 log-probabilities, -inf for layers that are no candidates.
         """
         scores = torch.einsum("nld,ld->nl", seg_states.detach().float(), self.gate.float())
-        if self.first_candidate:
-            scores = torch.cat(
-                [scores.new_full((len(scores), self.first_candidate), -torch.inf), scores[:, self.first_candidate :]], 1
-            )
-        return scores.log_softmax(-1)
+        layers = torch.arange(self.num_layers, device=scores.device)
+        outside = (layers < self.first_candidate) | (layers > self.last_candidate)
+        return scores.masked_fill(outside, -torch.inf).log_softmax(-1)
 
     def choose(self, log_policy: torch.Tensor, how: str, noise: torch.Tensor) -> torch.Tensor:
         """One layer per [SEG].
@@ -93,14 +102,15 @@ class PolicyPromptedMasking(nn.Module):
         Args:
             log_policy: [N, L].
             how: ``policy``, ``sample`` and ``mc:T`` draw once from the policy, ``uniform`` from all candidates,
-                ``argmax`` takes the mode, ``last`` the last layer, ``fixed:K`` layer K.
+                ``argmax`` takes the mode, ``last`` the last layer, ``fixed:K`` layer K. ``soft`` and ``ce_soft``
+                connect from all layers; theirs is the one of the largest weight, to be reported.
             noise: [N, L] standard Gumbel noise to draw with (argmax of log pi + noise is a sample).
 
         Returns:
             [N] int64.
         """
         kind, value = parse_layer_policy(how, self.num_layers)
-        if kind == "argmax":
+        if kind in ("argmax", "soft", "ce_soft"):
             return log_policy.argmax(-1)
         if kind in ("policy", "sample", "mc"):
             return (log_policy + noise).argmax(-1)
@@ -124,6 +134,18 @@ class PolicyPromptedMasking(nn.Module):
         updated = self.baseline_decay * self.baseline + (1 - self.baseline_decay) * mean
         self.baseline.copy_(torch.where(total[1] > 0, updated, self.baseline))
         return rewards - self.baseline
+
+    def scaled(self, advantage: torch.Tensor) -> torch.Tensor:
+        """Advantages over their root mean square among the [SEG] tokens of all ranks: the gate's steps then do not
+        depend on the reward's scale. Every rank must call this.
+
+        Args:
+            advantage: [N] float32, detached.
+        """
+        total = torch.stack([advantage.square().sum(), advantage.new_tensor(float(len(advantage)))])
+        if distributed.is_available() and distributed.is_initialized():
+            distributed.all_reduce(total)
+        return advantage / (total[0] / total[1].clamp(min=1)).sqrt().clamp(min=EPSILON)
 
     def expected_reward(self, log_policy: torch.Tensor) -> torch.Tensor:
         """The critic's guess, a scalar, from the batch's mean policy; only the critic learns from its error.
@@ -177,6 +199,62 @@ def similarity_of_all_layers(
     return torch.stack(maps, 1).float()
 
 
+@dataclass
+class Grounding:
+    """[SEG] tokens of a batch, ready for masking.
+
+    Attributes:
+        states: [N, L, D]; scores: [N, L, P] similarities (Eq. 6); log_policy: [N, L].
+        rows: [N] on the model's device; counts: [SEG] per row, on the host.
+        fused: with soft gating, the weighted average of all layers: its [SEG] states [N, D] and similarities [N, P].
+    """
+
+    states: torch.Tensor
+    scores: torch.Tensor
+    log_policy: torch.Tensor
+    rows: torch.Tensor
+    counts: list[int]
+    fused: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def taken(self, layers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """[SEG] states [N, D] and similarities [N, P] of the chosen layers [N], or the fused ones."""
+        if self.fused is not None:
+            return self.fused
+        each = torch.arange(len(layers), device=layers.device)
+        return self.states[each, layers], self.scores[each, layers]
+
+    def repeated(self, which: list[int]) -> Grounding:
+        """The [SEG] tokens ``which`` (ascending numbers, some of them more than once) as a batch of their own."""
+        index = torch.tensor(which, dtype=torch.int64, device=self.rows.device)
+        row_of = [row for row, count in enumerate(self.counts) for _ in range(count)]
+        rows = [row_of[n] for n in which]
+        counts = [rows.count(row) for row in range(len(self.counts))]
+        return Grounding(self.states[index], self.scores[index], self.log_policy[index], self.rows[index], counts)
+
+
+def fuse_layers(
+    hidden: tuple[torch.Tensor, ...],
+    seg_states: torch.Tensor,
+    weights: torch.Tensor,
+    seg_rows: torch.Tensor,
+    image: slice,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Soft gating: h = sum_l w_l h_l for the [SEG] and for every image token, and the similarities between the two.
+
+    A product with a sum is the sum of the products: no fused copy of the image states is made, which would hold
+    P x D numbers for each [SEG].
+
+    Args:
+        weights: [N, L], rows sum up to 1; the others as in ``similarity_of_all_layers``.
+
+    Returns:
+        the fused [SEG] states [N, D] and their similarities [N, P], float32.
+    """
+    fused = torch.einsum("nl,nld->nd", weights.to(seg_states.dtype), seg_states)
+    every = similarity_of_all_layers(hidden, fused[:, None].expand_as(seg_states), seg_rows, image)
+    return fused, torch.einsum("nl,nlp->np", weights, every)
+
+
 def normalise_maps(scores: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
     """Min-max to [0, 1] per map.
 
@@ -211,6 +289,37 @@ def maps_at(maps: torch.Tensor, side: int, size: tuple[int, int]) -> torch.Tenso
     full = F.interpolate(square, (side, side), mode="bilinear", align_corners=False)
     height, width = resized_size(*size, side)
     return F.interpolate(full[..., :height, :width], size, mode="bilinear", align_corners=False)[:, 0]
+
+
+def map_points(scores: torch.Tensor, valid: torch.Tensor, count: int, side: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Similarity as points (READ): the ``count`` highest patches are foreground, as many of the lowest background.
+
+    A point is the centre of mass of its patch and the neighbours, weighted by the softmax of their scores (for the
+    background: of the negated scores), so that the masks' losses reach the map through the place of its points.
+
+    Args:
+        scores: [N, P] in [0, 1]; valid: [N, P] patches that show the image, others are never taken.
+        count: of each kind; where an image has fewer patches, some are taken more than once.
+        side: of SAM's input, in whose pixels points are given.
+
+    Returns:
+        [N, 2 count, 2] float32 (x, y), and [N, 2 count] labels, 1 = foreground and 0 = background.
+    """
+    grid = round(scores.shape[1] ** 0.5)
+    centres = (torch.arange(grid, device=scores.device) + 0.5) * (side / grid)
+    place = torch.stack(torch.meshgrid(centres, centres, indexing="xy"), -1).view(-1, 2)  # [P, 2]
+    near = torch.cdist(place, place, p=torch.inf) < 1.5 * side / grid  # [P, P] a patch and its eight neighbours
+    found = []
+    for sign in (1.0, -1.0):
+        signed = (sign * scores).masked_fill(~valid, -torch.inf)
+        best = signed.detach().topk(min(count, scores.shape[1])).indices
+        usable = torch.gather(valid, 1, best)
+        best = torch.where(usable, best, best[:, :1])
+        best = best[:, torch.arange(count, device=scores.device) % best.shape[1]]
+        weights = torch.where(near[best], signed[:, None, :], -torch.inf).softmax(-1)  # [N, count, P]
+        found.append(weights @ place)
+    labels = torch.cat([torch.ones_like(found[0][..., 0]), torch.zeros_like(found[1][..., 0])], 1)
+    return torch.cat(found, 1), labels
 
 
 def mask_prompts(maps: torch.Tensor, side: int) -> torch.Tensor:

@@ -5,7 +5,7 @@ Legend: B images (rows), T tokens, N [SEG] tokens, L hidden states, P image toke
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -14,10 +14,13 @@ from torch import nn
 from model.config import RELEASED, UGroundConfig
 from model.generation import read_given, write_answers
 from model.llava import LlavaLlamaForCausalLM
-from model.objective import EPSILON, Objective, UGroundOutput
+from model.objective import Objective, UGroundOutput
 from model.PPM import (
+    Grounding,
     PolicyPromptedMasking,
+    fuse_layers,
     gumbel_noise,
+    map_points,
     maps_at,
     mask_prompts,
     normalise_maps,
@@ -25,25 +28,21 @@ from model.PPM import (
     similarity_of_all_layers,
 )
 from model.sam import SamShape, SegmentAnything
-from utils.types import Batch, Prediction
+from model.uncertainty import MonteCarlo
+from utils.types import Batch, MaskUncertainty, Prediction
 
+MASKS_AT_ONCE = 32  # that SAM decodes for mc:T
 __all__ = ["RELEASED", "Grounding", "UGroundConfig", "UGroundForCausalLM", "UGroundOutput"]
 
 
 @dataclass
-class Grounding:
-    """[SEG] tokens of a batch, ready for masking.
+class DrawnMask:
+    """A [SEG] token's mask: [H, W] logits, [H, W] similarity map, the layer, and with ``mc:T`` what the draws say."""
 
-    Attributes:
-        states: [N, L, D]; scores: [N, L, P] similarities (Eq. 6); log_policy: [N, L].
-        rows: [N] on the model's device; counts: [SEG] per row, on the host.
-    """
-
-    states: torch.Tensor
-    scores: torch.Tensor
-    log_policy: torch.Tensor
-    rows: torch.Tensor
-    counts: list[int]
+    logits: torch.Tensor
+    similarity: torch.Tensor
+    layer: int
+    uncertainty: MaskUncertainty | None = None
 
 
 class UGroundForCausalLM(Objective, LlavaLlamaForCausalLM):
@@ -64,6 +63,7 @@ class UGroundForCausalLM(Objective, LlavaLlamaForCausalLM):
             config.first_candidate_layer,
             config.baseline_decay,
             config.critic_width if config.baseline == "critic" else 0,
+            config.last_candidate_layer,
         )
         self.post_init()
 
@@ -83,12 +83,16 @@ class UGroundForCausalLM(Objective, LlavaLlamaForCausalLM):
         output, valid = self.read_batch(batch)
         counts = [len(masks) for masks in batch.masks]
         states = torch.stack([layer.flatten(0, 1)[batch.seg_positions] for layer in output.hidden], dim=1)
-        grounding = self.ground(output.hidden, states, batch.seg_rows, counts, batch.image_start)
+        how = self.config.layer_selection
+        grounding = self.ground(output.hidden, states, batch.seg_rows, counts, batch.image_start, how)
         noise = gumbel_noise(batch.numbers, _repeat(counts), self.ppm.num_layers, self.config.policy_seed)
-        layers = self.ppm.choose(grounding.log_policy, self.config.layer_selection, noise.to(self.device))
+        layers = self.ppm.choose(grounding.log_policy, how, noise.to(self.device))
         mask_logits, maps = self.draw(grounding, layers, self.visual_model.encode(batch.sam_images), valid, batch)
         logits = self.lm_head(output.hidden[-1].flatten(0, 1)[batch.label_positions])
-        result = self.objective(batch, logits, mask_logits, maps, layers, grounding.log_policy)
+        layer_maps = None
+        if self.config.rewards_all_layers:
+            layer_maps = self._normalised(grounding.scores.detach(), valid[grounding.rows][:, None])
+        result = self.objective(batch, logits, mask_logits, maps, layers, grounding.log_policy, layer_maps)
         result.loss = result.loss + 0.0 * anchor
         return result
 
@@ -99,11 +103,21 @@ class UGroundForCausalLM(Objective, LlavaLlamaForCausalLM):
         seg_rows: torch.Tensor,
         counts: list[int],
         image_start: int,
+        how: str,
     ) -> Grounding:
-        """Everything that PPM derives from the [SEG] states [N, L, D] before a layer is chosen."""
+        """Everything that PPM derives from the [SEG] states [N, L, D] before a layer is chosen (``how``)."""
         image = slice(image_start, image_start + self.config.num_image_tokens)
         scores = similarity_of_all_layers(hidden, states, seg_rows, image)
-        return Grounding(states, scores, self.ppm.log_policy(states), seg_rows, counts)
+        log_policy, fused = self.ppm.log_policy(states), None
+        if how in ("soft", "ce_soft"):
+            weights = log_policy.exp()
+            if how == "ce_soft":  # the classifier's scores: its cross-entropy alone trains them
+                weights = weights.detach()
+            fused = fuse_layers(hidden, states, weights, seg_rows, image)
+        return Grounding(states, scores, log_policy, seg_rows, counts, fused)
+
+    def _normalised(self, scores: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+        return normalise_maps(scores, valid if self.config.map_normalization == "valid" else None)
 
     def draw(
         self,
@@ -121,18 +135,21 @@ class UGroundForCausalLM(Objective, LlavaLlamaForCausalLM):
         Returns:
             Per row, [N_b, H, W] mask logits and [N_b, H, W] similarity maps, float32.
         """
-        each = torch.arange(len(layers), device=layers.device)
-        keep = valid[grounding.rows] if self.config.map_normalization == "valid" else None
-        maps = normalise_maps(grounding.scores[each, layers], keep)
-        side, sam = self.config.map_side or self.config.clip_side, self.visual_model
+        config, sam = self.config, self.visual_model
+        states, scores = grounding.taken(layers)
+        keep = valid[grounding.rows]
+        maps = self._normalised(scores, keep)
+        side = config.map_side or config.clip_side
         full_maps = [maps_at(rows, side, size) for rows, size in zip(maps.split(grounding.counts), batch.sizes)]
-        tokens = prompts = None
-        if self.config.seg_prompt:
-            read = layers if self.config.phi_layer == "chosen" else self.config.num_hidden_layers
-            tokens = self.text_hidden_fcs[0](grounding.states[each, read])[:, None]
-        if self.config.mask_prompt:
+        tokens, prompts = [], None
+        if config.point_prompts:
+            tokens.append(sam.embed_points(*map_points(maps, keep, config.point_prompts, sam.shape.image_size)))
+        if config.seg_prompt:
+            read = states if config.phi_layer == "chosen" else grounding.states[:, -1]
+            tokens.append(self.text_hidden_fcs[0](read)[:, None])
+        if config.mask_prompt:
             prompts = torch.cat([mask_prompts(rows, sam.mask_side) for rows in full_maps])
-        low_res = sam.decode(embeddings[grounding.rows], tokens, prompts)
+        low_res = sam.decode(embeddings[grounding.rows], torch.cat(tokens, 1) if tokens else None, prompts)
         logits = [
             sam.upscale(rows, tuple(resized), size)
             for rows, resized, size in zip(low_res.split(grounding.counts), batch.sam_sizes.tolist(), batch.sizes)
@@ -157,8 +174,9 @@ class UGroundForCausalLM(Objective, LlavaLlamaForCausalLM):
 
         Args:
             batch: from ``UGroundProcessor.prompts``.
-            layer_policy: ``argmax`` (the policy's mode), ``last``, ``sample``, ``uniform``, ``fixed:K``, or ``mc:T``:
-                the mean mask of T sampled layers. None = the configuration's ``layer_policy``.
+            layer_policy: ``argmax`` (the policy's mode), ``last``, ``sample``, ``uniform``, ``fixed:K``, ``soft`` (all,
+                weighted by the policy), or ``mc:T``: the mean mask of T sampled layers, with its uncertainty. None =
+                the configuration's ``layer_policy``.
             max_new_tokens: longest answer.
             seed: of sampled layers, together with the sample numbers of the batch.
             on_token: called after each step with the newest token of every question (flat, image by image).
@@ -176,9 +194,9 @@ class UGroundForCausalLM(Objective, LlavaLlamaForCausalLM):
             answers = write_answers(self, batch, output, max_new_tokens, on_token)
         counts = [sum(row == b for row, _ in answers.places) for b in range(len(batch.sizes))]
         rows = torch.tensor(_repeat(counts), dtype=torch.int64, device=self.device)
-        grounding = self.ground(output.hidden, answers.states, rows, counts, batch.image_start)
+        grounding = self.ground(output.hidden, answers.states, rows, counts, batch.image_start, layer_policy)
         embeddings = self.visual_model.encode(batch.sam_images)
-        masks, maps, layers = self.draw_by_policy(grounding, embeddings, valid, batch, layer_policy, seed)
+        drawn = self.draw_by_policy(grounding, embeddings, valid, batch, layer_policy, seed)
         policy = grounding.log_policy.exp().cpu()
 
         def prediction(row: int, question: int) -> Prediction:
@@ -187,19 +205,20 @@ class UGroundForCausalLM(Objective, LlavaLlamaForCausalLM):
             return Prediction(
                 text="",
                 token_ids=answers.token_ids[row][question],
-                mask_logits=torch.stack([masks[n] for n in mine]).cpu() if mine else nothing,
-                maps=torch.stack([maps[n] for n in mine]).cpu() if mine else nothing,
-                layers=[layers[n] for n in mine],
+                mask_logits=torch.stack([drawn[n].logits for n in mine]).cpu() if mine else nothing,
+                maps=torch.stack([drawn[n].similarity for n in mine]).cpu() if mine else nothing,
+                layers=[drawn[n].layer for n in mine],
                 policy=policy[mine],
                 rejected=[answers.rejected[n] for n in mine],
+                uncertainty=[found for n in mine if (found := drawn[n].uncertainty) is not None],
             )
 
         return [[prediction(b, k) for k in range(count)] for b, count in enumerate(batch.questions)]
 
     def draw_by_policy(
         self, grounding: Grounding, embeddings: torch.Tensor, valid: torch.Tensor, batch: Batch, how: str, seed: int
-    ) -> tuple[list[torch.Tensor], list[torch.Tensor], list[int]]:
-        """N mask logits [H, W], N similarity maps [H, W] and N layers (``mc:T``: means, and the layer drawn most)."""
+    ) -> list[DrawnMask]:
+        """The N masks (``mc:T``: means over T draws, and the layer drawn most)."""
         kind, samples = parse_layer_policy(how, self.ppm.num_layers)
         repeated = _repeat(grounding.counts)
 
@@ -207,22 +226,23 @@ class UGroundForCausalLM(Objective, LlavaLlamaForCausalLM):
             noise = gumbel_noise(batch.numbers, repeated, self.ppm.num_layers, seed + 104_729 * draw)
             return self.ppm.choose(grounding.log_policy, how, noise.to(self.device))
 
-        def draw(layers: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        def draw(grounding: Grounding, layers: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
             logits, maps = self.draw(grounding, layers, embeddings, valid, batch)
-            return [mask for row in logits for mask in row], [mask for row in maps for mask in row]
+            return zip((mask for row in logits for mask in row), (mask for row in maps for mask in row))
 
         if kind != "mc" or not repeated:
             layers = layers_of(0)
-            return *draw(layers), layers.tolist()
-        drawn = torch.stack([layers_of(t) for t in range(samples)])  # [samples, N]
-        nothing = torch.zeros((), device=self.device)
-        probability, similarity = [nothing] * len(repeated), [nothing] * len(repeated)
-        for layer in drawn.unique().tolist():  # a layer is decoded once, however often it was drawn
-            share = (drawn == layer).float().mean(0).tolist()
-            for n, (mask, similar) in enumerate(zip(*draw(torch.full_like(drawn[0], layer)))):
-                probability[n] = probability[n] + share[n] * mask.sigmoid()
-                similarity[n] = similarity[n] + share[n] * similar
-        return [torch.logit(p, eps=EPSILON) for p in probability], similarity, drawn.mode(0).values.tolist()
+            return [DrawnMask(*both, layer) for both, layer in zip(draw(grounding, layers), layers.tolist())]
+        drawn = torch.stack([layers_of(t) for t in range(samples)], 1)  # [N, T]
+        shares = nn.functional.one_hot(drawn, self.ppm.num_layers).float().mean(1).cpu()  # [N, L]
+        means = [MonteCarlo(share) for share in shares]
+        pairs = shares.nonzero()  # a layer is decoded once for a [SEG], however often it was drawn
+        for part in pairs.split(MASKS_AT_ONCE):
+            which, layers = part[:, 0].tolist(), part[:, 1]
+            for n, layer, both in zip(which, layers.tolist(), draw(grounding.repeated(which), layers.to(self.device))):
+                means[n].add(layer, *both)
+        most = drawn.mode(1).values.tolist()
+        return [DrawnMask(mean.logits, mean.similarity, layer, mean.uncertainty()) for mean, layer in zip(means, most)]
 
 
 def _repeat(counts: list[int]) -> list[int]:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from transformers import AutoConfig
 
 from model.llava import LlavaLlamaConfig
 from model.PPM import parse_layer_policy
 from model.sam import SamShape
 
+MAP_TERMS = ("gaussian_bce", "gaussian_dice", "bce", "dice")
 CHOICES = {
     "map_normalization": ("valid", "all"),
     "phi_layer": ("chosen", "last"),
     "reward": ("seg", "batch"),
+    "reward_terms": ("both", "bce", "dice", "iou"),
+    "policy_gradient": ("reinforce", "exact"),
     "baseline": ("average", "critic"),
     "positive_weight": ("mask", "image"),
 }
@@ -33,17 +38,26 @@ class UGroundConfig(LlavaLlamaConfig):
         sam_config: ``SamShape`` as a dictionary.
         seg_token_id, rej_token_id: ids of ``[SEG]`` and ``[REJ]``.
         layer_selection: the layer a [SEG] connects from in training: ``policy`` (SSC), ``last``, ``uniform``,
-            ``fixed:K``.
+            ``fixed:K``; or all of them by soft gating, the gate trained through SAM (``soft``, Table 9) or as a
+            classifier of the layer whose map overlaps most (``ce_soft``, appendix B.1).
+        policy_gradient: ``reinforce`` = from the sampled layer's reward (Eq. 5), ``exact`` = of the expected reward,
+            from the rewards of all layers at the map's own resolution; it has no variance and takes no baseline.
         first_candidate_layer: 1 = the paper's layers, 0 = the embeddings too (released weights).
+        last_candidate_layer: highest layer that can be chosen; -1 = the last.
         phi_layer: ``chosen`` = phi reads the layer that the map is taken from, ``last`` = always the last one.
         eval_layer_policy: which layer ``predict`` takes unless told otherwise; None = the one that training taught
             (``layer_policy``).
         seg_prompt, mask_prompt: phi([SEG]) and the similarity map as SAM prompts (Table 6).
+        point_prompts: so many foreground and as many background points from the similarity map as SAM prompts (READ);
+            0 = none.
         reward: ``seg`` = one per [SEG] (Algorithm 1), ``batch`` = one sum for all of a batch (released).
+        reward_terms: the map's negative Gaussian BCE, dice, or ``both`` (Table 8), or its ``iou`` with the mask.
         baseline: what the reward is compared with, its moving ``average`` (Algorithm 1) or a ``critic``'s guess.
         baseline_decay: alpha of the moving average; critic_width: hidden units of the critic.
+        entropy_bonus: reward per nat of the policy's entropy; scale_advantage: advantages over their root mean square.
         map_normalization: ``valid`` = min-max over patches that show the image, ``all`` = padded ones too (released).
         map_side: side of the padded square on which a map is enlarged first; 0 = CLIP's input side.
+        map_terms: what constrains the map, any of ``MAP_TERMS`` (Table 7); the Gaussian ones take the soft mask.
         gaussian_kernel, gaussian_sigma: softening of the ground truth, in pixels.
         positive_weight: of the map's loss, background over foreground of each ``mask``, or of all masks of an
             ``image`` together (released).
@@ -59,17 +73,24 @@ class UGroundConfig(LlavaLlamaConfig):
         seg_token_id: int | None = None,
         rej_token_id: int | None = None,
         layer_selection: str = "policy",
+        policy_gradient: str = "reinforce",
         first_candidate_layer: int = 1,
+        last_candidate_layer: int = -1,
         phi_layer: str = "chosen",
         eval_layer_policy: str | None = None,
         seg_prompt: bool = True,
         mask_prompt: bool = True,
+        point_prompts: int = 0,
         reward: str = "seg",
+        reward_terms: str = "both",
         baseline: str = "average",
         baseline_decay: float = 0.9,
         critic_width: int = 128,
+        entropy_bonus: float = 0.0,
+        scale_advantage: bool = False,
         map_normalization: str = "valid",
         map_side: int = 0,
+        map_terms: Sequence[str] = ("gaussian_bce", "gaussian_dice"),
         gaussian_kernel: int = 31,
         gaussian_sigma: float = 7.0,
         positive_weight: str = "mask",
@@ -85,11 +106,14 @@ class UGroundConfig(LlavaLlamaConfig):
     ) -> None:
         self.sam_config = sam_config or SamShape().to_dict()
         self.seg_token_id, self.rej_token_id = seg_token_id, rej_token_id
-        self.layer_selection, self.first_candidate_layer = layer_selection, first_candidate_layer
+        self.layer_selection, self.policy_gradient = layer_selection, policy_gradient
+        self.first_candidate_layer, self.last_candidate_layer = first_candidate_layer, last_candidate_layer
         self.phi_layer, self.eval_layer_policy = phi_layer, eval_layer_policy
-        self.seg_prompt, self.mask_prompt = seg_prompt, mask_prompt
-        self.reward, self.map_normalization = reward, map_normalization
+        self.seg_prompt, self.mask_prompt, self.point_prompts = seg_prompt, mask_prompt, point_prompts
+        self.reward, self.reward_terms, self.map_normalization = reward, reward_terms, map_normalization
         self.baseline, self.baseline_decay, self.critic_width = baseline, baseline_decay, critic_width
+        self.entropy_bonus, self.scale_advantage = entropy_bonus, scale_advantage
+        self.map_terms = tuple(map_terms)
         self.gaussian_kernel, self.gaussian_sigma = gaussian_kernel, gaussian_sigma
         self.map_side, self.positive_weight = map_side, positive_weight
         self.text_loss_weight, self.mask_loss_weight = text_loss_weight, mask_loss_weight
@@ -103,18 +127,35 @@ class UGroundConfig(LlavaLlamaConfig):
     @property
     def layer_policy(self) -> str:
         """How ``predict`` chooses layers: the mode of a trained policy, or as in training where that had none."""
-        taught = "argmax" if self.layer_selection == "policy" else self.layer_selection
+        taught = {"policy": "argmax", "ce_soft": "soft"}.get(self.layer_selection, self.layer_selection)
         return self.eval_layer_policy or taught
+
+    @property
+    def rewards_all_layers(self) -> bool:
+        """Whether the gate learns from the maps of all layers, not from the chosen one's alone."""
+        exact = self.layer_selection == "policy" and self.policy_gradient == "exact"
+        return exact or self.layer_selection == "ce_soft"
 
     def check_settings(self) -> None:
         """Raises ValueError if a setting has no meaning."""
-        parse_layer_policy(self.layer_selection, self.num_hidden_layers + 1)
-        parse_layer_policy(self.layer_policy, self.num_hidden_layers + 1)
-        if not (self.seg_prompt or self.mask_prompt):
+        num_layers = self.num_hidden_layers + 1
+        parse_layer_policy(self.layer_selection, num_layers)
+        parse_layer_policy(self.layer_policy, num_layers)
+        first, last = self.first_candidate_layer, self.last_candidate_layer
+        if not (0 <= first <= last % num_layers and -1 <= last < num_layers):
+            raise ValueError(
+                f"first_candidate_layer {first} to last_candidate_layer {last} is no range of the layers 0 (the "
+                f"embeddings) to {num_layers - 1} (the last, also -1)"
+            )
+        if not (self.seg_prompt or self.mask_prompt or self.point_prompts):
             raise ValueError("seg_prompt and mask_prompt are both off: SAM would have no prompt; switch one on")
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; use {' or '.join(map(repr, choices))}")
+        if unknown := sorted(set(self.map_terms) - set(MAP_TERMS)):
+            raise ValueError(f"map_terms: {', '.join(unknown)} unknown; choose from {', '.join(MAP_TERMS)}")
+        if self.policy_gradient == "exact" and (self.reward, self.baseline) != ("seg", "average"):
+            raise ValueError("policy_gradient exact knows each layer's reward per [SEG]: no batch reward, no critic")
 
 
 AutoConfig.register(UGroundConfig.model_type, UGroundConfig, exist_ok=True)  # AutoTokenizer asks for it

@@ -36,10 +36,12 @@ def trains_in_full(name: str, config) -> bool:
     if part == "phi":
         return config.seg_prompt
     if part == "gate":
-        return config.layer_selection == "policy"
+        return config.layer_selection in ("policy", "soft", "ce_soft")
     if part == "sam_prompt_encoder":
-        used = "mask_downscaling" if config.mask_prompt else "no_mask_embed"
-        return used in name
+        used = ["mask_downscaling" if config.mask_prompt else "no_mask_embed"]
+        if config.point_prompts:
+            used += ["point_embeddings.0", "point_embeddings.1", "not_a_point_embed"]
+        return any(key in name for key in used)
     return part in ("sam_mask_decoder", "embed_tokens", "lm_head")
 
 

@@ -9,6 +9,8 @@ import torch
 from torch.nn import functional as F
 from torchvision.transforms.functional import gaussian_blur
 
+from model.sam import resized_size
+
 IGNORE = 255
 EPSILON = 1e-6
 DICE_SCALE = 1000.0
@@ -75,6 +77,31 @@ def map_bce(maps: torch.Tensor, soft: torch.Tensor, weight: torch.Tensor, keep: 
 def map_dice(maps: torch.Tensor, soft: torch.Tensor, weight: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
     """L_dice(M, M_sigma) of the map's sigmoid against the weighted soft mask: [n, H, W] x 2, [n], [n, H, W] -> [n]."""
     return dice(maps.sigmoid() * keep, soft * weight[:, None, None] * keep)
+
+
+def map_iou(maps: torch.Tensor, targets: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+    """sum min / sum max of the [0, 1] map and the hard mask, which is the IoU of binary maps without a threshold:
+    [n, H, W] x 3 -> [n]."""
+    overlap = (torch.minimum(maps, targets) * keep).flatten(1).sum(1)
+    union = (torch.maximum(maps, targets) * keep).flatten(1).sum(1)
+    return overlap / union.clamp(min=EPSILON)
+
+
+def on_grid(values: torch.Tensor, keep: torch.Tensor, side: int, grid: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Masks as the similarity map's patches see them: scaled into the padded square, averaged per patch.
+
+    Args:
+        values, keep: [n, H, W], a mask and which of its pixels count.
+        side: of the square in pixels; grid: patches along it.
+
+    Returns:
+        [n, grid, grid] means over the pixels that count, and the share of a patch that these are (0 in the padding).
+    """
+    height, width = resized_size(values.shape[-2], values.shape[-1], side)
+    both = torch.stack([values * keep, keep.expand_as(values).to(values.dtype)], 1)
+    small = F.interpolate(both, (height, width), mode="area")
+    pooled = F.adaptive_avg_pool2d(F.pad(small, (0, side - width, 0, side - height)), grid)
+    return pooled[:, 0] / pooled[:, 1].clamp(min=EPSILON), pooled[:, 1]
 
 
 def text_loss(logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

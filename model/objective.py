@@ -6,16 +6,22 @@ Legend: N [SEG] tokens, L hidden states, P image tokens, M learned tokens, N_b m
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import distributed
 
 from model import losses
-from model.config import UGroundConfig
 from model.PPM import PolicyPromptedMasking
 from utils.types import Batch
 
 EPSILON = 1e-6
+MAP_LOSSES = {  # a constraint of Table 7 -> its term
+    "gaussian_bce": "map_bce",
+    "gaussian_dice": "map_dice",
+    "bce": "map_hard_bce",
+    "dice": "map_hard_dice",
+}
 
 
 @dataclass
@@ -24,9 +30,9 @@ class UGroundOutput:
 
     Attributes:
         loss: the weighted sum of Eq. 9.
-        terms: named, unweighted terms (text, mask_bce, mask_dice, map_bce, map_dice, policy, critic) and figures to log
-            (reward, baseline, entropy), 0-d and detached. Normalised by GLOBAL counts: the mean over
-            ranks is the value.
+        terms: named, unweighted terms (text, mask_bce, mask_dice, map_bce, map_dice; map_hard_bce, map_hard_dice,
+            policy, classifier, critic where the settings have them) and figures to log (reward, baseline, entropy,
+            map_iou), 0-d and detached. Normalised by GLOBAL counts: the mean over ranks is the value.
         mask_logits, maps: per row [N_b, H, W], SAM's logits and the similarity maps in [0, 1] at the original size.
         layers: [N] chosen hidden state; policy: [N, L] distribution; rewards: [N].
     """
@@ -43,7 +49,7 @@ class UGroundOutput:
 class Objective:
     """What ``UGroundForCausalLM`` minimises; it has the parts."""
 
-    config: UGroundConfig
+    config: Any  # UGroundConfig, which the class that follows declares less narrowly
     ppm: PolicyPromptedMasking
 
     def objective(
@@ -54,61 +60,148 @@ class Objective:
         maps: list[torch.Tensor],
         layers: torch.Tensor,
         log_policy: torch.Tensor,
+        layer_maps: torch.Tensor | None = None,
     ) -> UGroundOutput:
         """Eq. 9 with every term normalised by its global count, so that averaging over ranks gives the same gradient
-        as one process with all samples."""
+        as one process with all samples.
+
+        Args:
+            logits: [M, V]; layers: [N]; log_policy: [N, L].
+            layer_maps: [N, L, P] in [0, 1], detached; where the gate learns from all layers.
+        """
         config = self.config
         per_mask, present = self._mask_terms(batch.masks, mask_logits, maps)
-        rewards = -(per_mask["map_bce"] + per_mask["map_dice"]).detach()
+        rewards = _reward(per_mask, config.reward_terms).detach()
         if config.reward == "batch":
             rewards = (rewards * present).sum().expand(len(rewards))
-        if config.baseline == "critic":
-            expected = self.ppm.expected_reward(log_policy)
-            per_mask["critic"] = (expected - rewards).square()
-            advantage = rewards - expected.detach()
-        else:
-            advantage = self.ppm.advantage(rewards)  # also without [SEG]: it communicates
-        if config.layer_selection == "policy":
-            chosen = log_policy[torch.arange(len(layers), device=layers.device), layers]
-            per_mask["policy"] = -advantage * chosen
+        layer_rewards = None if layer_maps is None else self._layer_rewards(batch.masks, layer_maps)
+        per_mask |= self._gate_terms(rewards, layers, log_policy, layer_rewards)
+        per_mask["entropy"] = -(log_policy.exp() * log_policy.clamp(min=-1e4)).sum(-1)
 
         counts = torch.stack([batch.label_weights.sum(), present.sum()]).float()
         counts = _mean_over_ranks(counts).clamp(min=EPSILON)
         text = losses.text_loss(logits, batch.label_ids, batch.label_weights) / counts[0]
         terms = {name: (value * present).sum() / counts[1] for name, value in per_mask.items()}
-        mask = config.bce_loss_weight * terms["mask_bce"] + config.dice_loss_weight * terms["mask_dice"]
-        maps_term = config.bce_loss_weight * terms["map_bce"] + config.dice_loss_weight * terms["map_dice"]
-        loss = config.text_loss_weight * text + config.mask_loss_weight * mask + config.map_loss_weight * maps_term
-        if "policy" in terms:
-            loss = loss + config.policy_loss_weight * terms["policy"]
+        loss = self._weighted(text, terms)
+
+        figures = {"reward": (rewards * present).sum() / counts[1], "baseline": self.ppm.baseline.clone()}
+        terms = {name: value.detach() for name, value in {"text": text, **terms, **figures}.items()}
+        return UGroundOutput(loss, terms, mask_logits, maps, layers, log_policy.detach().exp(), rewards)
+
+    def _weighted(self, text: torch.Tensor, terms: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The sum of Eq. 9."""
+        config = self.config
+        weights = {"bce": config.bce_loss_weight, "dice": config.dice_loss_weight}
+        mask = weights["bce"] * terms["mask_bce"] + weights["dice"] * terms["mask_dice"]
+        loss = config.text_loss_weight * text + config.mask_loss_weight * mask
+        if config.map_terms:
+            chosen = [name for name in MAP_LOSSES if name in config.map_terms]
+            maps = sum(weights[name.rpartition("_")[-1]] * terms[MAP_LOSSES[name]] for name in chosen)
+            loss = loss + config.map_loss_weight * maps
+        for name in ("policy", "classifier"):
+            if name in terms:
+                loss = loss + config.policy_loss_weight * terms[name]
         if "critic" in terms:
             loss = loss + config.policy_loss_weight * config.critic_loss_weight * terms["critic"]
+        if config.entropy_bonus and "policy" in terms:
+            loss = loss - config.policy_loss_weight * config.entropy_bonus * terms["entropy"]
+        return loss
 
-        policy = log_policy.detach().exp()
-        entropy = -(policy * log_policy.detach().clamp(min=-1e4)).sum(-1)
-        figures = {"reward": (rewards * present).sum() / counts[1], "entropy": (entropy * present).sum() / counts[1]}
-        terms = {"text": text, **terms, **figures, "baseline": self.ppm.baseline.clone()}
-        terms = {name: value.detach() for name, value in terms.items()}
-        return UGroundOutput(loss, terms, mask_logits, maps, layers, policy, rewards)
+    def _gate_terms(
+        self,
+        rewards: torch.Tensor,
+        layers: torch.Tensor,
+        log_policy: torch.Tensor,
+        layer_rewards: torch.Tensor | None,
+    ) -> dict[str, torch.Tensor]:
+        """What the gate and the critic learn from, [N] each by name. Every rank must call this: it communicates."""
+        config, terms = self.config, {}
+        if config.baseline == "critic":
+            expected = self.ppm.expected_reward(log_policy)
+            terms["critic"] = (expected - rewards).square()
+            advantage = rewards - expected.detach()
+        else:
+            advantage = self.ppm.advantage(rewards)
+        if config.scale_advantage:
+            advantage = self.ppm.scaled(advantage)
+        each = torch.arange(len(layers), device=layers.device)
+        if layer_rewards is None:
+            if config.layer_selection == "policy":
+                terms["policy"] = -advantage * log_policy[each, layers]
+        elif config.layer_selection == "ce_soft":
+            best = layer_rewards.masked_fill(log_policy.isinf(), -torch.inf).argmax(-1)
+            terms["classifier"] = -log_policy[each, best]
+        else:
+            terms["policy"] = -(log_policy.exp() * layer_rewards).sum(-1)
+        return terms
 
     def _mask_terms(
         self, targets: list[torch.Tensor], mask_logits: list[torch.Tensor], maps: list[torch.Tensor]
     ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """Per-mask losses [N] by name, and [N] 1.0 for targets that are not empty (others take no loss)."""
         config = self.config
-        names = ("mask_bce", "mask_dice", "map_bce", "map_dice")
-        collected: dict[str, list[torch.Tensor]] = {name: [] for name in names}
+        collected: dict[str, list[torch.Tensor]] = {}
         present = []
         for target, predicted, similarity in zip(targets, mask_logits, maps):
             keep = target != losses.IGNORE
-            soft = losses.soften(target, config.gaussian_kernel, config.gaussian_sigma)
-            weight = losses.positive_weight(soft, shared=config.positive_weight == "image")
-            collected["mask_bce"].append(losses.mask_bce(predicted, target))
-            collected["mask_dice"].append(losses.mask_dice(predicted, target))
-            collected["map_bce"].append(losses.map_bce(similarity, soft, weight, keep))
-            collected["map_dice"].append(losses.map_dice(similarity, soft, weight, keep))
+            soft, weight = self._soft_target(target)
+            found = {
+                "mask_bce": losses.mask_bce(predicted, target),
+                "mask_dice": losses.mask_dice(predicted, target),
+                "map_bce": losses.map_bce(similarity, soft, weight, keep),
+                "map_dice": losses.map_dice(similarity, soft, weight, keep),
+            }
+            hard = (target == 1).float()
+            if {"bce", "dice"} & set(config.map_terms):
+                weight = losses.positive_weight(hard, shared=config.positive_weight == "image")
+                found["map_hard_bce"] = losses.map_bce(similarity, hard, weight, keep)
+                found["map_hard_dice"] = losses.map_dice(similarity, hard, weight, keep)
+            if config.reward_terms == "iou":
+                found["map_iou"] = losses.map_iou(similarity.detach(), hard, keep)
+            for name, values in found.items():
+                collected.setdefault(name, []).append(values)
             present.append((target == 1).flatten(1).any(1).float())
         return {name: torch.cat(values) for name, values in collected.items()}, torch.cat(present)
+
+    def _soft_target(self, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """M_sigma [n, H, W] of one image's masks, and the weight [n] of its positives."""
+        soft = losses.soften(target, self.config.gaussian_kernel, self.config.gaussian_sigma)
+        return soft, losses.positive_weight(soft, shared=self.config.positive_weight == "image")
+
+    @torch.no_grad()
+    def _layer_rewards(self, targets: list[torch.Tensor], layer_maps: torch.Tensor) -> torch.Tensor:
+        """Rewards of all layers' maps [N, L, P] at the map's own resolution -> [N, L].
+
+        The targets are brought to P patches instead of L x N maps to the image's size: a few thousand numbers per
+        [SEG], where one map at its image's size has hundreds of thousands.
+        """
+        config, grid = self.config, round(layer_maps.shape[-1] ** 0.5)
+        side, num_layers = config.map_side or config.clip_side, layer_maps.shape[1]
+        kind = "iou" if config.layer_selection == "ce_soft" else config.reward_terms
+        found = []
+        for target, maps in zip(targets, layer_maps.split([len(masks) for masks in targets])):
+            keep, hard = target != losses.IGNORE, (target == 1).float()
+            soft, weight = self._soft_target(target)
+            soft, share = losses.on_grid(soft, keep, side, grid)
+            hard, _ = losses.on_grid(hard, keep, side, grid)
+            soft, hard, share, weight = (v.repeat_interleave(num_layers, 0) for v in (soft, hard, share, weight))
+            flat = maps.reshape(-1, grid, grid)
+            terms = {
+                "map_bce": losses.map_bce(flat, soft, weight, share),
+                "map_dice": losses.map_dice(flat, soft, weight, share),
+                "map_iou": losses.map_iou(flat, hard, share),
+            }
+            found.append(_reward(terms, kind).view(-1, num_layers))
+        return torch.cat(found)
+
+
+def _reward(terms: dict[str, torch.Tensor], kind: str) -> torch.Tensor:
+    """What maps are rewarded for (Table 8)."""
+    if kind == "iou":
+        return terms["map_iou"]
+    if kind == "both":
+        return -(terms["map_bce"] + terms["map_dice"])
+    return -terms[f"map_{kind}"]
 
 
 def _mean_over_ranks(values: torch.Tensor) -> torch.Tensor:

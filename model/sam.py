@@ -154,6 +154,12 @@ class SegmentAnything(nn.Module):
         with torch.no_grad():
             return self.image_encoder(images)
 
+    def embed_points(self, points: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """[N, K, 2] points (x, y) in pixels of the input, [N, K] labels (1 = foreground, 0 = background) ->
+        [N, K + 1, E] sparse prompts; the last is SAM's padding for prompts without a box."""
+        # the package counts pixels from their corner and adds half a pixel
+        return self.prompt_encoder._embed_points(points - 0.5, labels, pad=True)
+
     def decode(
         self, embeddings: torch.Tensor, tokens: torch.Tensor | None, mask_prompts: torch.Tensor | None
     ) -> torch.Tensor:

@@ -74,11 +74,19 @@ class PpmSettings:
     """ppm: Policy-Prompted Masking (section 4)"""
 
     layer_selection: str = setting(
-        "policy", "layer that a [SEG] connects from: policy (SSC), last, uniform, fixed:K (Tables 6 and 9)"
+        "policy",
+        "layer that a [SEG] connects from: policy (SSC), last, uniform, fixed:K (Tables 6 and 9), or all, weighted by "
+        "a gate that learns through SAM (soft) or as a classifier of the best layer (ce_soft)",
+    )
+    policy_gradient: str = setting(
+        "reinforce",
+        "from the sampled layer's reward (Eq. 5), or exact: from every layer's, at the map's own resolution",
+        choices=("reinforce", "exact"),
     )
     first_candidate_layer: int = setting(
-        1, "lowest layer that can be chosen; 0 adds the embeddings (as released weights have it)", low=0, high=1
+        1, "lowest layer that can be chosen; 0 adds the embeddings (as released weights have it)", low=0
     )
+    last_candidate_layer: int = setting(-1, "highest layer that can be chosen; -1 = the last", low=-1)
     phi_layer: str = setting(
         "chosen",
         "layer that phi([SEG]) reads: the one chosen for the map, or always the last",
@@ -86,10 +94,18 @@ class PpmSettings:
     )
     seg_prompt: bool = setting(True, "prompt SAM with the [SEG] token (Table 6)")
     mask_prompt: bool = setting(True, "prompt SAM with the similarity map (MasP, Table 6)")
+    point_prompts: int = setting(
+        0, "prompt SAM with so many points on and as many off the target, read off the similarity map (READ)", low=0
+    )
     reward: str = setting(
         "seg",
         "one reward per [SEG] (Algorithm 1), or one sum per batch (as released weights)",
         choices=("seg", "batch"),
+    )
+    reward_terms: str = setting(
+        "both",
+        "what a map is rewarded for: small Gaussian BCE, dice, or both (Table 8), or its IoU with the mask",
+        choices=("both", "bce", "dice", "iou"),
     )
     baseline: str = setting(
         "average",
@@ -98,6 +114,8 @@ class PpmSettings:
     )
     baseline_decay: float = setting(0.9, "alpha of the reward's moving average (Algorithm 1)", low=0.0, high=1.0)
     critic_width: int = setting(128, "hidden units of the critic", low=1)
+    entropy_bonus: float = setting(0.0, "reward per nat of the policy's entropy; 0 = none (paper)", low=0.0)
+    scale_advantage: bool = setting(False, "divide advantages by their root mean square in the batch, over all ranks")
     map_normalization: str = setting(
         "valid", "min-max of a map over the patches that show the image, or over all", choices=("valid", "all")
     )
@@ -113,10 +131,18 @@ class LossSettings:
     text_loss_weight: float = setting(1.0, "lambda_txt, cross-entropy of the answer's tokens", low=0.0)
     mask_loss_weight: float = setting(1.0, "lambda_mask, BCE and dice of SAM's masks", low=0.0)
     map_loss_weight: float = setting(1.0, "BCE and dice of the similarity maps, beside the masks' (Eq. 8)", low=0.0)
-    policy_loss_weight: float = setting(0.1, "lambda_policy, REINFORCE (Eq. 5)", low=0.0)
+    policy_loss_weight: float = setting(
+        0.1, "lambda_policy, the gate's: REINFORCE (Eq. 5), or the classifier of ce_soft", low=0.0
+    )
     critic_loss_weight: float = setting(1.0, "the critic's squared error, within lambda_policy", low=0.0)
     bce_loss_weight: float = setting(2.0, "lambda_bce, within masks and maps", low=0.0)
     dice_loss_weight: float = setting(4.0, "lambda_dice, within masks and maps", low=0.0)
+    map_terms: tuple[str, ...] = setting(
+        ("gaussian_bce", "gaussian_dice"),
+        "what constrains the similarity maps, any of gaussian_bce, gaussian_dice (soft mask), bce, dice (hard mask); "
+        "empty = no constraint (Table 7)",
+        choices=("gaussian_bce", "gaussian_dice", "bce", "dice"),
+    )
     gaussian_kernel: int = setting(31, "side of the Gaussian that softens a map's target, in pixels; odd", low=1)
     gaussian_sigma: float = setting(7.0, "standard deviation of that Gaussian, in pixels", above=0.0)
     positive_weight: str = setting(
@@ -215,7 +241,7 @@ class EvalSettings:
     )
     val_layer_policy: str = setting(
         "",
-        "layer in validation: argmax, last, sample, mc:T, fixed:K; empty = as layer_selection has it",
+        "layer in validation: argmax, last, sample, mc:T, fixed:K, soft; empty = as layer_selection has it",
         may_change=True,
     )
     val_batch_size: int = setting(4, "images per validation batch", low=1, may_change=True)
@@ -454,8 +480,9 @@ def check(config: Config, origins: Mapping[str, str]) -> list[tuple[str, str]]:
         limits = FIELDS[name].metadata
         if limits["required"] and not value:
             problem(name, f"is missing ({limits['help']})")
-        if limits["choices"] and value not in limits["choices"]:
-            problem(name, f"{value!r} is not one of {', '.join(limits['choices'])}")
+        for choice in value if isinstance(value, tuple) else (value,):
+            if limits["choices"] and choice not in limits["choices"]:
+                problem(name, f"{choice!r} is not one of {', '.join(limits['choices'])}")
         if limits["low"] is not None and not value >= limits["low"]:
             problem(name, f"{value} is too small; at least {limits['low']:g}")
         if limits["high"] is not None and not value <= limits["high"]:
@@ -472,12 +499,18 @@ def check(config: Config, origins: Mapping[str, str]) -> list[tuple[str, str]]:
 def _contradictions(config: Config) -> Iterable[tuple[str, str]]:
     """What single values cannot show."""
     ppm, data, train = config.ppm, config.data, config.train
-    if not re.fullmatch(r"policy|last|uniform|fixed:\d+", ppm.layer_selection):
-        yield "layer_selection", f"{ppm.layer_selection!r} is not one of policy, last, uniform, fixed:K (K = 0, 1, ...)"
-    if not re.fullmatch(r"|argmax|last|sample|uniform|fixed:\d+|mc:[1-9]\d*", config.eval.val_layer_policy):
-        yield "val_layer_policy", f"{config.eval.val_layer_policy!r} is not one of argmax, last, sample, mc:T, fixed:K"
-    if not (ppm.seg_prompt or ppm.mask_prompt):
+    if not re.fullmatch(r"policy|last|uniform|soft|ce_soft|fixed:\d+", ppm.layer_selection):
+        known = "policy, last, uniform, fixed:K (K = 0, 1, ...), soft, ce_soft"
+        yield "layer_selection", f"{ppm.layer_selection!r} is not one of {known}"
+    if not re.fullmatch(r"|argmax|last|sample|uniform|soft|fixed:\d+|mc:[1-9]\d*", config.eval.val_layer_policy):
+        known = "argmax, last, sample, soft, mc:T, fixed:K"
+        yield "val_layer_policy", f"{config.eval.val_layer_policy!r} is not one of {known}"
+    if not (ppm.seg_prompt or ppm.mask_prompt or ppm.point_prompts):
         yield "seg_prompt", "off together with mask_prompt: SAM would have no prompt; switch one on"
+    if -1 < ppm.last_candidate_layer < ppm.first_candidate_layer:
+        yield "last_candidate_layer", f"{ppm.last_candidate_layer} is below first_candidate_layer"
+    if ppm.policy_gradient == "exact" and (ppm.reward != "seg" or ppm.baseline != "average"):
+        yield "policy_gradient", "exact knows each layer's reward per [SEG]: it takes reward seg and baseline average"
     if config.loss.gaussian_kernel % 2 == 0:
         yield "gaussian_kernel", f"{config.loss.gaussian_kernel} is even; it must be odd"
     if not data.dataset:
@@ -541,11 +574,11 @@ def make_parser() -> argparse.ArgumentParser:
     for section in SECTIONS.values():
         group = parser.add_argument_group(section.__doc__)
         for item in fields(section):
-            choices = item.metadata["choices"]
-            options: dict[str, Any] = {"nargs": "?", "const": "true"} if KINDS[item.name] is bool else {}
+            choices, kind = item.metadata["choices"], KINDS[item.name]
+            options: dict[str, Any] = {"nargs": "?", "const": "true"} if kind is bool else {}
             group.add_argument(
                 f"--{item.name}",
-                metavar="{" + ",".join(choices) + "}" if choices else names[KINDS[item.name]],
+                metavar="{" + ",".join(choices) + "}" if choices and kind is str else names[kind],
                 help=f"{item.metadata['help']} [{_shown(item)}]".replace("%", "%%"),
                 **options,
             )

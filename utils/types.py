@@ -128,6 +128,23 @@ class Batch:
 
 
 @dataclass
+class MaskUncertainty:
+    """What the masks of T sampled layers say together about one ``[SEG]`` (``mc:T``).
+
+    Attributes:
+        probability: [H, W] float32, the mean of the T probability maps.
+        variance: [H, W] float32, their variance per pixel (at most 0.25).
+        layers: [L] float32, the share of the draws that each layer got.
+        score: 0 = all masks are the same one, 1 = they have nothing in common with the mean's: 1 - mean IoU with it.
+    """
+
+    probability: torch.Tensor
+    variance: torch.Tensor
+    layers: torch.Tensor
+    score: float
+
+
+@dataclass
 class Prediction:
     """The model's answer to one question about one image.
 
@@ -138,6 +155,7 @@ class Prediction:
         maps: [N, H, W] float32 in [0, 1], the similarity maps at the same size.
         layers: the chosen hidden state per ``[SEG]`` (0 = embeddings, L-1 = last).
         policy: [N, L] float32, the policy's distribution over layers.
+        uncertainty: per ``[SEG]`` of ``mc:T``; empty otherwise.
         rejected: per ``[SEG]``, whether ``[REJ]`` was more likely at its place (read from the logits there).
     """
 
@@ -148,6 +166,7 @@ class Prediction:
     layers: list[int]
     policy: torch.Tensor
     rejected: list[bool]
+    uncertainty: list[MaskUncertainty] = field(default_factory=list)
 
     @property
     def says_rejected(self) -> bool:

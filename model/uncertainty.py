@@ -1,0 +1,48 @@
+"""Monte-Carlo uncertainty (sections 4.1, B.3): what the masks of several sampled layers say about one [SEG] token."""
+
+from __future__ import annotations
+
+import torch
+
+from utils.types import MaskUncertainty
+
+EPSILON = 1e-6
+
+
+class MonteCarlo:
+    """Mean and spread of one mask over the layers that T draws gave; a layer counts as often as it was drawn.
+
+    Args:
+        shares: [L] of the draws.
+    """
+
+    def __init__(self, shares: torch.Tensor) -> None:
+        self.shares = shares
+        self.mean = self.square = self.similarity = torch.zeros(())
+        self.masks: list[tuple[float, torch.Tensor]] = []
+
+    def add(self, layer: int, logits: torch.Tensor, similarity: torch.Tensor) -> None:
+        """One drawn layer's [H, W] logits and similarity map; once for each layer whose share is not 0."""
+        share, probability = float(self.shares[layer]), logits.sigmoid()
+        self.mean = self.mean.to(logits.device) + share * probability
+        self.square = self.square.to(logits.device) + share * probability.square()
+        self.similarity = self.similarity.to(logits.device) + share * similarity
+        self.masks.append((share, probability > 0.5))
+
+    @property
+    def logits(self) -> torch.Tensor:
+        """[H, W] of the mean probability."""
+        return torch.logit(self.mean, eps=EPSILON)
+
+    def uncertainty(self) -> MaskUncertainty:
+        """The score is the disagreement about the mask: 1 minus the mean IoU of a draw's mask with the mean's."""
+        whole = self.mean > 0.5
+        agreement = sum(share * _iou(mask, whole) for share, mask in self.masks)
+        variance = (self.square - self.mean.square()).clamp(min=0)
+        return MaskUncertainty(self.mean.cpu(), variance.cpu(), self.shares, max(0.0, 1.0 - agreement))
+
+
+def _iou(mask: torch.Tensor, other: torch.Tensor) -> float:
+    """Two empty masks agree."""
+    union = int((mask | other).sum())
+    return int((mask & other).sum()) / union if union else 1.0
