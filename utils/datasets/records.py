@@ -207,7 +207,13 @@ def _write(path: Path, identity: dict[str, Any], records: PackedRecords, notes: 
     """
     header = json.dumps({"identity": identity, "count": len(records), "notes": notes}).encode()
     header += b" " * (-len(header) % 8)
-    parts: list[bytes | memoryview] = [MAGIC, np.int64(len(header)).tobytes(), header, records._ends.data, records._bytes.data]
+    parts: list[bytes | memoryview] = [
+        MAGIC,
+        np.int64(len(header)).tobytes(),
+        header,
+        records._ends.data,
+        records._bytes.data,
+    ]
     checksum = 0
     temporary = path.with_suffix(f".{uuid.uuid4().hex}.tmp")
     try:
