@@ -3,7 +3,12 @@
     python scripts/compare.py before=runs/tiny/untrained/eval after=runs/tiny/eval
 
 Each folder holds what test.py wrote (``BENCHMARK.MODE.json``). Controls (shuffled prompts, answers that ignore the
-text) are shown as the last folder has them.
+text) are shown as the last folder has them. Two files of answers are compared sample by sample:
+
+    python scripts/compare.py A.jsonl B.jsonl --dataset_dir data/demo --sheet changed.png
+
+gives the difference of every metric with its paired 95% interval (bootstrap over images, the same ones drawn for
+both), and the samples that changed most.
 """
 
 from __future__ import annotations
@@ -11,12 +16,21 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils import cli
+from utils import cli, metrics
+from utils.datasets import get_eval_dataset
+from utils.datasets.base import EvalDataset
+from utils.metrics import Record
+from utils.report import notes
+from utils.results import Origin, read_results
+from utils.visualize import Panel, save_picture, sheet
 
 CONTROLS = {
     "shuffled_prompts": "prompts shuffled",
@@ -27,15 +41,26 @@ CONTROLS = {
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", nargs="+", type=named_folder, metavar="NAME=DIR", help="a column and its folder")
-    columns = dict(parser.parse_args(argv).results)
-    print(table({name: read_summaries(folder) for name, folder in columns.items()}))
+    parser.add_argument("results", nargs="+", type=named_path, metavar="NAME=PATH", help="folders, or two JSONL files")
+    parser.add_argument("--most", type=int, default=10, metavar="N", help="so many samples that changed (default: 10)")
+    parser.add_argument("--sheet", type=Path, metavar="PNG", help="draw these samples; needs --dataset_dir")
+    parser.add_argument("--dataset_dir", metavar="DIR", help="the data that were evaluated")
+    args = parser.parse_args(argv)
+    files = [path for _, path in args.results if path.suffix == ".jsonl"]
+    if files and (len(files) != 2 or len(args.results) != 2):
+        raise ValueError("give two JSONL files to compare them sample by sample, or folders")
+    if args.sheet and not (files and args.dataset_dir):
+        raise ValueError("--sheet draws the samples of two JSONL files; it needs these and --dataset_dir")
+    if files:
+        print(paired(args.results, args.most, args.sheet, args.dataset_dir))
+    else:
+        print(table({name: read_summaries(folder) for name, folder in args.results}))
     return 0
 
 
-def named_folder(text: str) -> tuple[str, Path]:
-    name, equals, folder = text.partition("=")
-    return (name, Path(folder)) if equals else (Path(text).name, Path(text))
+def named_path(text: str) -> tuple[str, Path]:
+    name, equals, path = text.partition("=")
+    return (name, Path(path)) if equals else (Path(text).name, Path(text))
 
 
 def read_summaries(folder: Path) -> dict[tuple[str, str], dict[str, Any]]:
@@ -65,6 +90,10 @@ def table(columns: dict[str, dict[tuple[str, str], dict[str, Any]]]) -> str:
             values += [last.get(key, {}).get("controls", {}).get(name, {}).get(metric) for name in controls]
             cells = ["-" if value is None else f"{value:.3f}" for value in values]
             rows.append([f"{key[0]} ({key[1]})", masks, metric, *cells])
+    return aligned_table(rows)
+
+
+def aligned_table(rows: list[list[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = ["  ".join(aligned(cell, width, n) for n, (cell, width) in enumerate(zip(row, widths))) for row in rows]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
@@ -72,6 +101,77 @@ def table(columns: dict[str, dict[tuple[str, str], dict[str, Any]]]) -> str:
 
 def aligned(cell: str, width: int, column: int) -> str:
     return cell.ljust(width) if column in (0, 2) else cell.rjust(width)  # names left, numbers right
+
+
+# -- sample by sample --------------------------------------------------------------------------------------------------
+
+
+def paired(named: Sequence[tuple[str, Path]], most: int, picture: Path | None, dataset_dir: str | None) -> str:
+    """Metrics of two files of answers, their differences, and the samples that changed most.
+
+    Raises:
+        ValueError: if they are not answers to the same queries.
+    """
+    (before_name, before_path), (after_name, after_path) = named
+    (other, before), (origin, after) = read_results(before_path), read_results(after_path)
+    if other.benchmark != origin.benchmark:
+        raise ValueError(
+            f"{before_path} is of {other.benchmark}, {after_path} of {origin.benchmark}; compare one split"
+        )
+    benchmark, protocol = origin.benchmark.split("|")[0], origin.protocol
+    gains = metrics.difference(before, after, benchmark, protocol)
+    old, new = (metrics.compute(records, benchmark, protocol) for records in (before, after))
+    rows = [["metric", before_name, "", after_name, "difference", "95% interval"]]
+    for name, (gain, (low, high)) in gains.items():
+        rows.append([name, f"{old[name]:.4f}", "", f"{new[name]:.4f}", f"{gain:+.4f}", f"[{low:+.4f}, {high:+.4f}]"])
+    changed = most_changed(before, after, protocol, most)
+    samples = [["image", before_name, "", after_name, "query"]]
+    for one, two in changed:
+        scores = [f"{metrics.iou(record, protocol):.3f}" for record in (one, two)]
+        samples.append([two.image, scores[0], "", scores[1], two.query[:80]])
+    counts = metrics.count_records(after)
+    asked = ", ".join(filter(None, [origin.benchmark, origin.mode, origin.protocol]))
+    lines = [f"{asked}: {counts['masks']} masks on {counts['images']} images", "", aligned_table(rows), ""]
+    lines.append(aligned_table(samples) if changed else "no sample changed")
+    if picture and dataset_dir and changed:
+        dataset = get_eval_dataset(origin.benchmark, dataset_dir, allow_missing=True)
+        title = f"{asked}: the samples that changed most from {before_name} to {after_name}"
+        panels = [panel for pair in changed for panel in panels_of(dataset, pair, (before_name, after_name), origin)]
+        save_picture(picture, sheet(panels, title))
+        lines += ["", f"wrote {picture}"]
+    return "\n".join(lines)
+
+
+def most_changed(
+    before: Sequence[Record], after: Sequence[Record], protocol: str, most: int
+) -> list[tuple[Record, Record]]:
+    """The pairs of answers whose IoU differs, the largest change first."""
+    others = {(record.index, record.query_id): record for record in before}
+    pairs = [(others[record.index, record.query_id], record) for record in after]
+    changes = [abs(metrics.iou(two, protocol) - metrics.iou(one, protocol)) for one, two in pairs]
+    ranked = sorted(range(len(pairs)), key=lambda k: (-changes[k], pairs[k][1].index, pairs[k][1].query_id))
+    return [pairs[k] for k in ranked[:most] if changes[k] > 0]
+
+
+def panels_of(dataset: EvalDataset, pair: tuple[Record, Record], names: tuple[str, str], origin: Origin) -> list[Panel]:
+    """A row of the sheet for each of the two answers."""
+    sample = dataset[pair[0].index]
+    query = next((query for query in sample.queries if query.query_id == pair[0].query_id), None)
+    if query is None or query.text != pair[0].query:
+        raise ValueError(f"--dataset_dir: {sample.source} has no query {pair[0].query!r}; give the data of the results")
+    truth = metrics.merge_targets(query.masks, *sample.image.shape[:2])
+    none = np.zeros((0, *sample.image.shape[:2]), bool)
+    return [
+        Panel(
+            image=sample.image,
+            query=query.text,
+            masks=np.stack([metrics.decode_mask(mask) for mask in record.masks]) if record.masks else none,
+            truth=truth,
+            answer=record.answer,
+            notes=[name, *notes(record, origin.protocol)],
+        )
+        for name, record in zip(names, pair, strict=True)
+    ]
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import cv2
@@ -25,7 +26,7 @@ SHARED = ROOT.parent / "shared" / "realdata"
 
 def load_script(name):
     """The standard library has a package called test, so test.py is loaded by its path."""
-    spec = importlib.util.spec_from_file_location(f"{name}_script", ROOT / f"{name}.py")
+    spec = importlib.util.spec_from_file_location(f"{Path(name).name}_script", ROOT / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
@@ -33,6 +34,7 @@ def load_script(name):
 
 
 chat, evaluation = load_script("chat"), load_script("test")
+score, compare = load_script("scripts/score"), load_script("scripts/compare")
 
 
 def save_model(folder: Path, processor, talks: bool) -> str:
@@ -201,8 +203,8 @@ def test_chat_is_a_unix_tool(version, photo, tmp_path):
 
 
 def evaluate(capsys, version, data, output, spec="ReasonSeg|val", *more):
-    paths = ("--version", version, "--dataset_dir", data, "--output", output)
-    return run(capsys, evaluation, *paths, "--val_dataset", spec, "--max_new_tokens", 2, *more)
+    paths = ("--version", version, "--dataset_dir", data, "--output", output, "--max_new_tokens", 2)
+    return run(capsys, evaluation, *paths, *(("--val_dataset", spec) if spec else ()), *more)
 
 
 def test_evaluation_writes_what_it_prints(capsys, version, data, tmp_path):
@@ -264,6 +266,127 @@ def test_batch_size_alters_nothing_but_noise(capsys, version, data, tmp_path, mo
             for mask, again in zip(one.masks, other.masks, strict=True):
                 differing = metrics.decode_mask(mask) ^ metrics.decode_mask(again)
                 assert differing.sum() <= 3  # logits that are zero up to the noise of float32
+
+
+# -- test.py, several benchmarks, and what becomes of its files --------------------------------------------------------
+
+
+def answers(folder: Path, mode="teacher_forced") -> Path:
+    return folder / f"ReasonSeg_val.{mode}.jsonl"
+
+
+def test_the_suite_is_printed_as_the_papers_tables(capsys, version, data, tmp_path):
+    code, out, err = evaluate(capsys, version, data, tmp_path / "out", None, "--suite", "paper")
+    assert code == 0, err
+    summary = json.loads(answers(tmp_path / "out").with_suffix(".json").read_text())
+    row = f"| {100 * summary['metrics']['gIoU']:.1f} | {100 * summary['metrics']['cIoU']:.1f} | - | - | - | - | - | - |"
+    assert row in out
+    assert row in (tmp_path / "out" / "tables.md").read_text()
+    assert (tmp_path / "out" / "table_3.csv").read_text().startswith("Method,asked,val overall gIoU")
+    assert "Not evaluated, the data are not there: ReasonSeg|test, refcoco|unc|val" in out
+    assert "not evaluated: refcoco|unc|val: no refs (looked in" in err  # why
+    (data / "reason_seg" / "ReasonSeg" / "val" / "2.jpg").unlink()
+    code, _, err = evaluate(capsys, version, data, tmp_path / "out", None, "--suite", "paper")
+    assert (code, "2.json has no image" in err) == (2, True)  # data that are there must be whole
+    code, _, err = evaluate(capsys, version, tmp_path / "out", tmp_path / "out", None, "--suite", "paper")
+    assert (code, "holds none of its benchmarks" in err) == (2, True)
+
+
+def test_missing_images_can_be_allowed(capsys, version, data, tmp_path):
+    folder = data / "reason_seg" / "ReasonSeg" / "val"
+    (folder / "2.jpg").unlink()
+    (folder / "3.jpg").write_bytes(b"no image")
+    code, out, err = evaluate(capsys, version, data, tmp_path / "out", "ReasonSeg|val", "--allow_missing")
+    assert code == 0, err
+    summary = json.loads(answers(tmp_path / "out").with_suffix(".json").read_text())
+    assert (summary["counts"]["images"], summary["counts"]["missing"]) == (3, 2)
+    assert all(name in " ".join(summary["missing"]) for name in ("2.json", "3.jpg"))
+    assert "] (2 missing)" in out
+
+
+def test_results_of_another_checkpoint_are_not_gone_on_from(capsys, version, mute_version, data, tmp_path):
+    assert evaluate(capsys, version, data, tmp_path / "out")[0] == 0
+    before = answers(tmp_path / "out").read_bytes()
+    code, _, err = evaluate(capsys, mute_version, data, tmp_path / "out", "ReasonSeg|val", "--resume")
+    assert code == 2
+    assert re.search(r"holds results of another evaluation \(checkpoint: '\w{16}' there, '\w{16}' now\)", err)
+    assert answers(tmp_path / "out").read_bytes() == before
+
+
+@pytest.mark.slow
+def test_kill_and_resume(capsys, version, data, tmp_path):
+    """kill -9 as soon as two batches are on disk, the last line cut; the files are as if nothing had happened."""
+    more = ("--batch_size", 1, "--mode", "generate")
+    assert evaluate(capsys, version, data, tmp_path / "whole", "ReasonSeg|val", *more)[0] == 0
+    path = answers(tmp_path / "out", "generate")
+    command = [sys.executable, ROOT / "test.py", "--version", version, "--dataset_dir", data, "--max_new_tokens", 2]
+    command += ["--val_dataset", "ReasonSeg|val", "--output", tmp_path / "out", *more]
+    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not (path.is_file() and path.read_bytes().count(b"\n") >= 2):
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    path.write_bytes(path.read_bytes()[:-30])
+    with pytest.raises(ValueError, match=r"it is cut: test\.py --resume goes on"):
+        read_results(path)
+    assert evaluate(capsys, version, data, tmp_path / "out", "ReasonSeg|val", *more, "--resume")[0] == 0
+    assert path.read_bytes() == answers(tmp_path / "whole", "generate").read_bytes()
+    found, expected = (
+        json.loads(answers(tmp_path / name, "generate").with_suffix(".json").read_text()) for name in ("out", "whole")
+    )
+    for key in expected.keys() - {"seconds", "command"}:
+        assert found[key] == expected[key]
+
+
+def test_scores_follow_from_the_answers_alone(capsys, version, data, tmp_path):
+    assert evaluate(capsys, version, data, tmp_path / "out")[0] == 0
+    beside = answers(tmp_path / "out").with_suffix(".json")
+    summary = json.loads(beside.read_text())
+    code, out, _ = run(capsys, score, answers(tmp_path / "out"), "--json")
+    assert code == 0
+    [again] = json.loads(out)
+    for key in ("benchmark", "mode", "metrics", "intervals", "breakdown", "counts", "layers"):
+        assert again[key] == summary[key]
+    assert again["checkpoint"] == summary["checkpoint"]["fingerprint"]
+    summary["metrics"]["gIoU"] += 1e-15
+    beside.write_text(json.dumps(summary))
+    code, _, err = run(capsys, score, answers(tmp_path / "out"))
+    assert (code, "has other metrics than follow from ReasonSeg_val" in err) == (2, True)
+    beside.unlink()
+    code, out, _ = run(capsys, score, answers(tmp_path / "out"))
+    assert (code, f"{again['metrics']['gIoU']:.3f} [" in out) == (0, True)
+
+
+def test_two_results_are_compared_sample_by_sample(capsys, version, data, tmp_path):
+    for layer in (0, 3):
+        assert evaluate(capsys, version, data, tmp_path / str(layer), "ReasonSeg|val", "--layer", layer)[0] == 0
+    files = [f"{layer}={answers(tmp_path / str(layer))}" for layer in (0, 3)]
+    picture = tmp_path / "changed.png"
+    code, out, err = run(capsys, compare, *files, "--most", 2, "--sheet", picture, "--dataset_dir", data)
+    assert code == 0, err
+    records = [read_results(answers(tmp_path / str(layer)))[1] for layer in (0, 3)]
+    gain, (low, high) = metrics.difference(*records, "ReasonSeg")["gIoU"]
+    assert re.search(rf"^gIoU .*{re.escape(f'{gain:+.4f}')} +\[{re.escape(f'{low:+.4f}, {high:+.4f}')}\]$", out, re.M)
+    changes = sorted(abs(metrics.iou(b) - metrics.iou(a)) for a, b in zip(*records, strict=True))
+    worst = [record for pair in compare.most_changed(*records, "", 2) for record in pair]
+    assert [abs(metrics.iou(b) - metrics.iou(a)) for a, b in zip(worst[::2], worst[1::2])] == changes[:-3:-1]
+    assert out.count("ReasonSeg|val/") == 2
+    assert read_image(picture).shape[0] > 4 * 220  # two rows for each of two samples
+    code, out, _ = run(capsys, compare, files[0], files[0])
+    assert (code, "no sample changed" in out) == (0, True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{}"], "give two JSONL files"),
+        (["{}", "."], "give two JSONL files"),
+        (["{}", "{}", "--sheet", "a.png"], "needs these and --dataset_dir"),
+    ],
+)
+def test_wrong_comparisons(capsys, tmp_path, arguments, message):
+    code, _, err = run(capsys, compare, *(text.format(tmp_path / "a.jsonl") for text in arguments))
+    assert (code, message in err) == (2, True)
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the shared real photographs are not here")

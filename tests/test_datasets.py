@@ -256,6 +256,7 @@ def test_refer_eval_refuses_a_missing_image_and_training_a_missing_folder(root: 
         DataError, match=r"1 records cannot be evaluated(.|\n)*mscoco/images/train2014(.|\n)*coco/train2014"
     ):
         get_eval_dataset("refcoco|unc|val", root)
+    assert len(get_eval_dataset("refcoco|unc|val", root, allow_missing=True).not_found) == 1
 
 
 def test_refs_that_point_nowhere_are_counted(root: Path) -> None:

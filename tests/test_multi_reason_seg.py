@@ -170,6 +170,10 @@ def test_bad_files_are_named(root: Path) -> None:
         get_train_dataset("MultiReasonSeg", root)
     with pytest.raises(DataError, match=r"1 records cannot be evaluated(.|\n)*no image 000000000001\.jpg"):
         get_eval_dataset("MultiReasonSeg|val", root)
+    incomplete = get_eval_dataset("MultiReasonSeg|val", root, allow_missing=True)
+    assert (len(incomplete), len(incomplete.not_found), incomplete.unusable) == (1, 1, [])
+    with pytest.raises(DataError, match=r"no image 000000000001\.jpg"):
+        incomplete[0]
     (root / FOLDER / "MUSE_test_many.json").unlink()
     with pytest.raises(DataError, match=r"no MUSE_test_many\.json \(looked in"):
         get_eval_dataset("MultiReasonSeg|test", root)

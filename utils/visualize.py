@@ -105,36 +105,39 @@ def heat_map(image: np.ndarray, similarity: np.ndarray, opacity: float = 0.75) -
 
 
 def sheet(panels: Sequence[Panel], title: str = "", cell: int = 220) -> np.ndarray:
-    """A row per sample: image, query and answer, similarity map, mask, ground truth.
+    """A row per sample: image, query and answer, similarity map (unless no sample has one), mask, ground truth.
 
     Args:
         title: printed on top, wrapped.
         cell: height of the pictures in pixels.
     """
     columns = ["image", "query and answer", "similarity map", "mask", "ground truth"]
+    if all(panel.similarities is None for panel in panels):
+        columns.remove("similarity map")
     width = max([cell, *(round(cell * min(MAX_CELL_RATIO, _ratio(panel.image))) for panel in panels)])
     text_width, gap = max(240, cell + 40), 12
-    widths = [width, text_width, width, width, width]
-    lefts = np.cumsum([gap, *(w + gap for w in widths)])
-    head = wrap(title, font(15), int(lefts[-1]) - 2 * gap) if title else []
+    widths = [text_width if name == "query and answer" else width for name in columns]
+    *lefts, right = np.cumsum([gap, *(w + gap for w in widths)]).tolist()
+    places = dict(zip(columns, lefts, strict=True))
+    head = wrap(title, font(15), right - 2 * gap) if title else []
     texts = [_lines(panel, text_width) for panel in panels]
     heights = [max(cell, 20 * len(lines)) for lines in texts]
     top = gap + 22 * len(head) + 26
-    canvas = Image.new("RGB", (int(lefts[-1]), top + sum(h + gap for h in heights)), PAPER)
+    canvas = Image.new("RGB", (right, top + sum(h + gap for h in heights)), PAPER)
     pen = ImageDraw.Draw(canvas)
     for number, line in enumerate(head):
         pen.text((gap, gap + 22 * number), line, INK, font(15))
-    for left, name in zip(lefts, columns):
-        pen.text((int(left), top - 24), name, PALE, font(13))
+    for name, left in places.items():
+        pen.text((left, top - 24), name, PALE, font(13))
     y = top
     for panel, lines, height in zip(panels, texts, heights):
         for number, (line, ink) in enumerate(lines):
-            pen.text((int(lefts[1]), y + 20 * number), line, ink, font(14))
-        for column, picture in zip((0, 2, 3, 4), _pictures(fit(panel, width, cell))):
-            if picture is None:
-                pen.text((int(lefts[column]), y), "none", PALE, font(13))
-            else:
-                canvas.paste(Image.fromarray(picture), (int(lefts[column]), y))
+            pen.text((places["query and answer"], y + 20 * number), line, ink, font(14))
+        for name, picture in _pictures(fit(panel, width, cell)).items():
+            if picture is not None:
+                canvas.paste(Image.fromarray(picture), (places[name], y))
+            elif name in places:
+                pen.text((places[name], y), "none", PALE, font(13))
         y += height + gap
     return np.array(canvas)
 
@@ -208,14 +211,16 @@ def _lines(panel: Panel, width: int, most: int = 6) -> list[tuple[str, tuple[int
     return lines
 
 
-def _pictures(panel: Panel) -> list[np.ndarray | None]:
-    """The four pictures of a row; None where there is nothing to show. Masks lie on a pale grey image, where no color
-    of the scene competes with theirs."""
+def _pictures(panel: Panel) -> dict[str, np.ndarray | None]:
+    """The pictures of a row by their columns; None where there is nothing to show.
+
+    Masks lie on a pale grey image, where no color of the scene competes with theirs.
+    """
     pale = np.repeat(cv2.cvtColor(panel.image, cv2.COLOR_RGB2GRAY)[..., None] // 2 + 110, 3, axis=2)
     maps = panel.similarities
-    return [
-        panel.image,
-        None if maps is None or len(maps) == 0 else heat_map(panel.image, maps.max(axis=0)),
-        overlay(pale, panel.masks),
-        None if panel.truth is None else truth_overlay(pale, panel.truth),
-    ]
+    return {
+        "image": panel.image,
+        "similarity map": None if maps is None or len(maps) == 0 else heat_map(panel.image, maps.max(axis=0)),
+        "mask": overlay(pale, panel.masks),
+        "ground truth": None if panel.truth is None else truth_overlay(pale, panel.truth),
+    }

@@ -1,0 +1,64 @@
+"""Recomputes results from their answers alone, without the model or the data.
+
+    python scripts/score.py runs/tiny/merged/eval/*.jsonl
+
+The numbers are the same to the last bit as those of test.py; where its JSON lies beside, that is checked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from utils import cli
+from utils.metrics import PROTOCOLS, protocol_of
+from utils.report import format_table
+from utils.results import read_results, summarize
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", nargs="+", type=Path, metavar="JSONL", help="what test.py wrote")
+    parser.add_argument("--protocol", choices=PROTOCOLS, help="of gRefCOCO (default: as it was evaluated)")
+    parser.add_argument("--json", action="store_true", help="print all digits, intervals and counts as JSON")
+    args = parser.parse_args(argv)
+    summaries = [score(path, args.protocol) for path in args.results]
+    if args.json:
+        print(json.dumps(summaries, indent=2, ensure_ascii=False))
+        return 0
+    print(format_table(summaries))
+    return 0
+
+
+def score(path: Path, protocol: str | None = None) -> dict[str, Any]:
+    """The summary of a result file.
+
+    Raises:
+        ValueError: if a line is no answer, or if the JSON beside the file has other numbers.
+    """
+    origin, records = read_results(path)
+    wanted = protocol or origin.protocol
+    origin = replace(origin, protocol=protocol_of(origin.benchmark.split("|")[0], wanted))
+    summary = json.loads(json.dumps(summarize(origin, records)))
+    beside = path.with_suffix(".json")
+    if beside.is_file():
+        theirs = json.loads(beside.read_text(encoding="utf-8"))
+        summary["counts"] |= {key: theirs["counts"][key] for key in ("skipped", "missing")}
+        if theirs.get("protocol") == summary.get("protocol"):
+            for key in ("metrics", "intervals", "breakdown", "counts", "layers"):
+                if theirs[key] != summary[key]:
+                    raise ValueError(
+                        f"{beside} has other {key} than follow from {path.name}: {theirs[key]} there, {summary[key]} "
+                        "recomputed; one of the two was changed"
+                    )
+    return summary | {"checkpoint": origin.checkpoint}
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))
