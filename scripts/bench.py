@@ -272,6 +272,7 @@ STAGES = {
     "check the sample": (("base.py", "check_sample"),),
     "tokenise": (("conversation.py", "encode"),),
     "resize, normalise, pad": (("transforms.py", "resize_and_pad"),),
+    "fresh memory for the batch": (("~", "<built-in method torch.zeros>"),),
 }
 
 

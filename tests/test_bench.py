@@ -61,7 +61,7 @@ def test_loader_tells_where_the_time_goes(tmp_path: Path, capsys: pytest.Capture
     rows = dict(re.findall(r"^\| (.+?) +\| +([\d.,]+) \|", printed, re.MULTILINE))
     assert float(rows["0"]) > 0
     assert float(rows["1"]) > 0
-    for stage in ("decode the photograph", "masks", "tokenise", "resize, normalise, pad"):
+    for stage in ("decode the photograph", "masks", "tokenise", "resize, normalise, pad", "fresh memory for the batch"):
         assert float(rows[stage]) > 0, stage
     assert sum(float(rows[stage]) for stage in [*bench.STAGES, "the rest"]) == pytest.approx(
         float(rows["all"]), abs=0.6
@@ -71,5 +71,7 @@ def test_loader_tells_where_the_time_goes(tmp_path: Path, capsys: pytest.Capture
 def test_stages_name_functions_that_exist() -> None:
     for functions in bench.STAGES.values():
         for file, function in functions:
+            if file == "~":  # a profile's name for what is not Python
+                continue
             (path,) = [*ROOT.glob(f"utils/datasets/{file}"), *ROOT.glob(f"utils/{file}")]
             assert f"def {function}(" in path.read_text(), (file, function)
