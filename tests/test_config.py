@@ -67,6 +67,30 @@ def test_tiny_lisa_differs_from_tiny_in_the_method_alone():
     assert changed == {"layer_selection", "mask_prompt", "map_loss_weight", "policy_loss_weight", "exp_name"}
 
 
+def test_the_relatives_differ_in_what_they_are_known_for():
+    """The files of configs/methods: what their papers have of layers, prompts and constraints."""
+    expected = {  # layer, [SEG] prompt, mask prompt, points, constraints of the map
+        "lisa": ("last", True, False, False, 0),
+        "sesame": ("last", True, False, False, 0),
+        "gsva": ("last", True, False, False, 0),
+        "read": ("last", True, False, True, 0),
+        "uground": ("policy", True, True, False, 2),
+    }
+    folder = ROOT / "configs/methods"
+    assert {path.stem for path in folder.glob("*.yaml")} == set(expected)
+    for name, method in expected.items():
+        config = load_config(["--config", str(folder / f"{name}.yaml")])
+        ppm, terms = config.ppm, config.loss.map_terms
+        found = ppm.layer_selection, ppm.seg_prompt, ppm.mask_prompt, ppm.point_prompts > 0, len(terms)
+        assert found == method, name
+        UGroundConfig(**config.method)
+        comment = (folder / f"{name}.yaml").read_text().partition("base:")[0]
+        assert "Taken from its paper" in comment
+        assert "Not taken" in comment
+    ours = load_config(["--config", str(folder / "uground.yaml")]).method
+    assert ours == load_config(["--config", str(ROOT / "configs/7b_reason_seg.yaml")]).method
+
+
 def test_released_settings_are_those_of_the_loader():
     config = load_config(["--config", str(ROOT / "configs/released.yaml")])
     written = config.method | {"eval_layer_policy": config.eval.val_layer_policy}
@@ -88,6 +112,12 @@ def test_flag_values_are_converted():
     assert config.ppm.mask_prompt is False
     assert config.data.sample_rates == (9.0, 3.0)
     assert config.data.dataset == ("vqa", "reason_seg")
+    assert load_config([*NEEDED, "--map_terms", ""]).loss.map_terms == ()
+    assert load_config([*NEEDED, "--map_terms", "bce||gaussian_dice"]).loss.map_terms == ("bce", "gaussian_dice")
+    assert (
+        load_config([*NEEDED, "--seg_prompt", "no", "--mask_prompt", "no", "--point_prompts", "4"]).ppm.point_prompts
+        == 4
+    )
     assert config.train.lr == 1e-4
 
 
@@ -142,6 +172,10 @@ def test_names_of_other_trainers_are_understood():
         ("train: {exp_name: ../up}", "'../up' is not a folder name"),
         ("ppm: {layer_selection: fixed:x}", "'fixed:x' is not one of policy, last, uniform, fixed:K"),
         ("ppm: {seg_prompt: off, mask_prompt: off}", "SAM would have no prompt"),
+        ("ppm: {first_candidate_layer: 9, last_candidate_layer: 3}", "3 is below first_candidate_layer"),
+        ("ppm: {policy_gradient: exact, baseline: critic}", "takes reward seg and baseline average"),
+        ("loss: {map_terms: [gaussian_bce, iou]}", "'iou' is not one of gaussian_bce, gaussian_dice, bce, dice"),
+        ("eval: {val_layer_policy: softly}", "'softly' is not one of argmax, last, sample, soft"),
         ("data: {sample_rates: [1, 2, 3]}", "3 rates for 2 types (refer_seg||reason_seg)"),
         ("train: {epochs: 1, steps_per_epoch: 50}", "do not fit into a run of 50"),
         ("train: {resume: x, auto_resume: true}", "ambiguous"),
