@@ -54,6 +54,33 @@ TABLES: dict[str, tuple[Row, ...]] = {
         Row("SSC, mask prompt", ppm("policy", False, True), (52.14, 52.42)),
         Row("SSC, both", ppm("policy", True, True), (66.13, 72.07)),
     ),
+    "7": tuple(
+        Row(terms.replace("||", " and "), {"map_terms": terms}, paper)
+        for terms, paper in (
+            ("bce", (64.56, 71.44)),
+            ("dice", (64.57, 68.63)),
+            ("gaussian_bce", (63.16, 65.74)),
+            ("gaussian_dice", (65.80, 73.49)),
+            ("bce||dice", (63.92, 68.55)),
+            ("gaussian_bce||gaussian_dice", (66.13, 72.07)),
+        )
+    ),
+    "8": (
+        Row("BCE", {"reward_terms": "bce"}, (65.37, 69.53)),
+        Row("dice", {"reward_terms": "dice"}, (63.34, 68.33)),
+        Row("both", {"reward_terms": "both"}, (66.13, 72.07)),
+        Row("IoU", {"reward_terms": "iou"}),
+    ),
+    "9": (
+        Row("soft gating", {"layer_selection": "soft"}, (61.19, 65.52)),
+        Row("policy", {"layer_selection": "policy"}, (66.13, 72.07)),
+        Row("classifier, soft gating", {"layer_selection": "ce_soft"}),
+    ),
+    "baselines": (
+        Row("moving average", {"baseline": "average"}, (66.13, 72.07)),
+        Row("critic", {"baseline": "critic"}),
+        Row("exact gradient", {"policy_gradient": "exact"}),
+    ),
     "layers": (
         Row("policy", {"layer_selection": "policy"}, (66.13, 72.07)),
         Row("last", {"layer_selection": "last"}, (64.06, 67.05)),
