@@ -61,7 +61,7 @@ def test_loader_tells_where_the_time_goes(tmp_path: Path, capsys: pytest.Capture
     rows = dict(re.findall(r"^\| (.+?) +\| +([\d.,]+) \|", printed, re.MULTILINE))
     assert float(rows["0"]) > 0
     assert float(rows["1"]) > 0
-    for stage in ("decode the photograph", "masks", "tokenise", "resize, normalise, pad", "fresh memory for the batch"):
+    for stage in ("decode the photograph", "masks", "tokenise", "resize, normalise, pad"):
         assert float(rows[stage]) > 0, stage
     assert sum(float(rows[stage]) for stage in [*bench.STAGES, "the rest"]) == pytest.approx(
         float(rows["all"]), abs=0.6
