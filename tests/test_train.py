@@ -46,6 +46,7 @@ def data(tmp_path_factory):
 @pytest.fixture
 def run_here(base, data, tmp_path, capsys):
     """run(code=0, **settings) -> (folder, what was printed): train_ds.main in this process, again and again."""
+
     def run(code: int = 0, **settings):
         settings = {"log_base_dir": tmp_path} | settings
         assert train_ds.main(arguments(base, data, tmp_path, **settings)) == code
@@ -272,6 +273,34 @@ def test_other_layer_selections_train(run_here, method):
     assert "gate" not in lines[0]["gradients"]
     if method != "uniform":
         assert lines[0]["layers"][{"last": 4, "fixed:2": 2}[method]] == sum(lines[0]["layers"])
+
+
+@pytest.mark.parametrize(
+    ("term", "settings"),
+    [
+        ("mask_bce", {"layer_selection": "soft"}),
+        ("classifier", {"layer_selection": "ce_soft"}),
+        ("policy", {"policy_gradient": "exact", "entropy_bonus": 0.1}),
+        ("critic", {"baseline": "critic", "scale_advantage": "true", "map_terms": "bce||dice"}),
+        ("map_iou", {"reward_terms": "iou", "point_prompts": 2, "mask_prompt": "false", "seg_prompt": "false"}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_variants_train_validate_and_go_on(run_here, term, settings):
+    """The gate learns, validation chooses layers as the settings have it, and a resumed run has the state it saved."""
+    run, _ = run_here(epochs=1, steps_per_epoch=4, **settings)
+    lines = log_lines(run, "train")
+    assert term in lines[0]
+    assert lines[0]["gradients"]["gate"] > 0
+    assert log_lines(run, "val")[0]["metrics"]["ReasonSeg|val_short"]
+    before = checkpoints.trained_weights(checkpoints.find_checkpoint(run))
+    run_here(epochs=2, steps_per_epoch=4, auto_resume=True, **settings)
+    after = log_lines(run, "train")
+    assert [line["step"] for line in after] == list(range(1, 9))
+    if "baseline" not in settings:
+        mean = float(before["base_model.model.ppm.baseline"])
+        assert mean == pytest.approx(after[3]["baseline"])
+        assert abs(after[4]["baseline"] - mean) < 0.2 * abs(after[4]["reward"] - mean) + 1e-6  # it moved on from there
 
 
 # -- two processes -----------------------------------------------------------------------------------------------------
