@@ -16,6 +16,7 @@ from model.PPM import PolicyPromptedMasking
 from utils.types import Batch
 
 EPSILON = 1e-6
+SoftTarget = tuple[torch.Tensor, torch.Tensor]  # one image's M_sigma [n, H, W], and the weight [n] of its positives
 MAP_LOSSES = {  # a constraint of Table 7 -> its term
     "gaussian_bce": "map_bce",
     "gaussian_dice": "map_dice",
@@ -70,11 +71,12 @@ class Objective:
             layer_maps: [N, L, P] in [0, 1], detached; where the gate learns from all layers.
         """
         config = self.config
-        per_mask, present = self._mask_terms(batch.masks, mask_logits, maps)
+        soft = [self._soft_target(masks) for masks in batch.masks]
+        per_mask, present = self._mask_terms(batch.masks, mask_logits, maps, soft)
         rewards = _reward(per_mask, config.reward_terms).detach()
         if config.reward == "batch":
             rewards = (rewards * present).sum().expand(len(rewards))
-        layer_rewards = None if layer_maps is None else self._layer_rewards(batch.masks, layer_maps)
+        layer_rewards = None if layer_maps is None else self._layer_rewards(batch.masks, soft, layer_maps)
         per_mask |= self._gate_terms(rewards, layers, log_policy, layer_rewards)
         per_mask["entropy"] = -(log_policy.exp() * log_policy.clamp(min=-1e4)).sum(-1)
 
@@ -136,15 +138,19 @@ class Objective:
         return terms
 
     def _mask_terms(
-        self, targets: list[torch.Tensor], mask_logits: list[torch.Tensor], maps: list[torch.Tensor]
+        self,
+        targets: list[torch.Tensor],
+        mask_logits: list[torch.Tensor],
+        maps: list[torch.Tensor],
+        soft_targets: list[SoftTarget] | None = None,
     ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """Per-mask losses [N] by name, and [N] 1.0 for targets that are not empty (others take no loss)."""
         config = self.config
+        soft_targets = soft_targets or [self._soft_target(target) for target in targets]
         collected: dict[str, list[torch.Tensor]] = {}
         present = []
-        for target, predicted, similarity in zip(targets, mask_logits, maps):
+        for target, predicted, similarity, (soft, weight) in zip(targets, mask_logits, maps, soft_targets):
             keep = target != losses.IGNORE
-            soft, weight = self._soft_target(target)
             found = {
                 "mask_bce": losses.mask_bce(predicted, target),
                 "mask_dice": losses.mask_dice(predicted, target),
@@ -163,13 +169,15 @@ class Objective:
             present.append((target == 1).flatten(1).any(1).float())
         return {name: torch.cat(values) for name, values in collected.items()}, torch.cat(present)
 
-    def _soft_target(self, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _soft_target(self, target: torch.Tensor) -> SoftTarget:
         """M_sigma [n, H, W] of one image's masks, and the weight [n] of its positives."""
         soft = losses.soften(target, self.config.gaussian_kernel, self.config.gaussian_sigma)
         return soft, losses.positive_weight(soft, shared=self.config.positive_weight == "image")
 
     @torch.no_grad()
-    def _layer_rewards(self, targets: list[torch.Tensor], layer_maps: torch.Tensor) -> torch.Tensor:
+    def _layer_rewards(
+        self, targets: list[torch.Tensor], soft_targets: list[SoftTarget], layer_maps: torch.Tensor
+    ) -> torch.Tensor:
         """Rewards of all layers' maps [N, L, P] at the map's own resolution -> [N, L].
 
         The targets are brought to P patches instead of L x N maps to the image's size: a few thousand numbers per
@@ -179,9 +187,9 @@ class Objective:
         side, num_layers = config.map_side or config.clip_side, layer_maps.shape[1]
         kind = "iou" if config.layer_selection == "ce_soft" else config.reward_terms
         found = []
-        for target, maps in zip(targets, layer_maps.split([len(masks) for masks in targets])):
+        rows = layer_maps.split([len(masks) for masks in targets])
+        for target, (soft, weight), maps in zip(targets, soft_targets, rows):
             keep, hard = target != losses.IGNORE, (target == 1).float()
-            soft, weight = self._soft_target(target)
             soft, share = losses.on_grid(soft, keep, side, grid)
             hard, _ = losses.on_grid(hard, keep, side, grid)
             soft, hard, share, weight = (v.repeat_interleave(num_layers, 0) for v in (soft, hard, share, weight))

@@ -9,6 +9,7 @@ from conftest import drawn_sample
 from model import losses
 from model.lora import add_lora
 from model.PPM import fuse_layers, map_points
+from model.UGround import UGroundConfig
 from utils.pipeline import predict
 
 NEAR = {"rtol": 2e-4, "atol": 2e-5}
@@ -74,10 +75,14 @@ def test_all_layers_are_rewarded_as_the_chosen_one_is(make_model, tiny_processor
     model.objective = lambda *given: seen.append(given) or objective(*given)
     model(batch)
     fine = torch.stack([model_with(make_model, f"fixed:{k}")(batch).rewards for k in range(5)], 1)
-    coarse = model._layer_rewards(batch.masks, seen[0][-1])
+    coarse = rewards_of_all_layers(model, batch, seen[0][-1])
     assert coarse.shape == (3, 5)
     torch.testing.assert_close(coarse, fine, rtol=0.1, atol=0.02)
     assert torch.corrcoef(torch.stack([coarse.flatten(), fine.flatten()]))[0, 1] > 0.85  # 4 x 4 patches are coarse
+
+
+def rewards_of_all_layers(model, batch, maps: torch.Tensor) -> torch.Tensor:
+    return model._layer_rewards(batch.masks, [model._soft_target(masks) for masks in batch.masks], maps)
 
 
 def model_with(make_model, selection: str):
@@ -93,7 +98,7 @@ def test_the_classifiers_label_is_the_layer_that_overlaps_most(make_model, tiny_
     target, share = losses.on_grid((batch.masks[0] == 1).float(), torch.ones(2, 64, 64), 40, 4)
     assert (share == 1).all()
     maps[0, 3], maps[1, 0], maps[1, 2] = target[0].flatten(), target[1].flatten(), 0.5 * target[1].flatten()
-    overlap = model._layer_rewards(batch.masks, maps)
+    overlap = rewards_of_all_layers(model, batch, maps)
     assert float(overlap[0, 3]) == pytest.approx(1.0)
     log_policy = torch.log_softmax(torch.randn(2, 5), -1)
     log_policy[:, 0] = -torch.inf  # no candidate, however well it fits
@@ -173,6 +178,11 @@ def test_entropy_bonus_and_scaled_advantages_are_off_by_default(make_model, tiny
     scaled = make_model(scale_advantage=True)(batch)
     assert abs(scaled.terms["policy"]) != abs(plain.terms["policy"])
     torch.testing.assert_close(scaled.rewards, plain.rewards)
+
+
+def test_constraints_survive_saving(make_model, tmp_path):
+    make_model(map_terms=("dice",)).config.save_pretrained(tmp_path)
+    assert UGroundConfig.from_pretrained(tmp_path).map_terms == ("dice",)
 
 
 def test_a_gradient_over_all_layers_takes_no_batch_reward_and_no_critic(make_model):
