@@ -20,7 +20,7 @@ from utils import cli
 from utils.datasets.base import read_image
 from utils.pipeline import PRECISIONS, load_pretrained, predict
 from utils.types import Prediction
-from utils.visualize import overlay, save_picture
+from utils.visualize import heat_map, overlay, save_picture
 
 HELP = """Type what to look for, for example: Please segment the red star in this image.
   /image PATH   talk about another image
@@ -62,8 +62,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add(
         "--layer_policy",
         metavar="HOW",
-        help="hidden state a [SEG] connects from: argmax, last, sample, mc:T, fixed:K. Default: the model's "
-        "own, argmax, or last for a released checkpoint",
+        help="hidden state a [SEG] connects from: argmax, last, sample, soft (all, weighted), fixed:K, or mc:T, "
+        "the mean of T samples with a map of its uncertainty. Default: the model's own, argmax, or last for a released "
+        "checkpoint",
     )
     add("--max_new_tokens", type=int, default=64, metavar="N", help="longest answer (default: 64)")
     add("--seed", type=int, default=0, metavar="S", help="of sampled layers (default: 0)")
@@ -141,7 +142,10 @@ def ask_user(prompt: str) -> str | None:
 
 
 def save(folder: Path, stem: str, photo: Photo, prompt: str, prediction: Prediction, layer_policy: str) -> list[str]:
-    """Writes STEM_overlay.png, STEM_mask_K.png per [SEG] and STEM.json; returns the masks' paths."""
+    """Writes STEM_overlay.png, STEM_mask_K.png per [SEG] and STEM.json; returns the masks' paths.
+
+    With ``mc:T`` also STEM_deviation_K.png: the standard deviation of the T probabilities, yellow where it is 0.5.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     record = folder / f"{stem}.json"
     remove_old_masks(record)
@@ -151,6 +155,11 @@ def save(folder: Path, stem: str, photo: Photo, prompt: str, prediction: Predict
         name = f"{stem}_mask_{number}.png"
         save_picture(folder / name, mask.astype(np.uint8) * 255)
         described.append({"file": name, "layer": layer, "pixels": int(mask.sum()), "box_xywh": bounding_box(mask)})
+    for number, (entry, found) in enumerate(zip(described, prediction.uncertainty), start=1):
+        name = f"{stem}_deviation_{number}.png"
+        save_picture(folder / name, heat_map(photo.pixels, 2 * found.variance.sqrt().numpy()))
+        shares = {layer: round(share, 4) for layer, share in enumerate(found.layers.tolist()) if share}
+        entry["uncertainty"] = {"file": name, "score": found.score, "layers": shares}
     save_picture(folder / f"{stem}_overlay.png", overlay(photo.pixels, masks))
     values = {
         "image": str(photo.path),
@@ -179,7 +188,9 @@ def remove_old_masks(record: Path) -> None:
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return
     for mask in old:
-        (record.parent / Path(mask["file"]).name).unlink(missing_ok=True)
+        for written in (mask, mask.get("uncertainty")):
+            if written:
+                (record.parent / Path(written["file"]).name).unlink(missing_ok=True)
 
 
 def bounding_box(mask: np.ndarray) -> list[int] | None:
@@ -197,7 +208,8 @@ def report(prediction: Prediction, files: list[str]) -> None:
     for number, layer in enumerate(prediction.layers, start=1):
         pixels = int((prediction.mask_logits[number - 1] > 0).sum())
         written = f" -> {files[number - 1]}" if files else ""
-        say(f"[SEG] {number}: layer {layer}, {pixels} pixels{written}")
+        doubt = f", uncertainty {prediction.uncertainty[number - 1].score:.2f}" if prediction.uncertainty else ""
+        say(f"[SEG] {number}: layer {layer}, {pixels} pixels{doubt}{written}")
 
 
 def say(text: str) -> None:

@@ -132,6 +132,21 @@ def test_layer_policy_is_obeyed(capsys, version, photo, tmp_path):
     assert "best" in err
 
 
+def test_sampled_layers_come_with_a_map_of_their_uncertainty(capsys, version, photo, tmp_path):
+    code, _, err = ask(capsys, version, photo, tmp_path, "where is it", "--layer_policy", "mc:8")
+    assert code == 0
+    masks = json.loads((tmp_path / "photo.json").read_text())["masks"]
+    assert masks
+    for entry in masks:
+        found = entry["uncertainty"]
+        assert sum(found["layers"].values()) == pytest.approx(1)
+        assert f"uncertainty {found['score']:.2f}" in err
+        assert read_image(tmp_path / found["file"]).shape == (48, 64, 3)
+    assert ask(capsys, version, photo, tmp_path, "where is it")[0] == 0  # one layer: the maps of before are gone
+    assert not list(tmp_path.glob("*_deviation_*"))
+    assert "uncertainty" not in json.loads((tmp_path / "photo.json").read_text())["masks"][0]
+
+
 def test_without_output_nothing_is_written(capsys, version, photo, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code, out, _ = run(capsys, chat, "--version", version, "--image", photo, "--prompt", "a", "--max_new_tokens", 1)
