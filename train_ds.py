@@ -110,11 +110,13 @@ def build(config: Config, device: torch.device) -> Run:
     meta |= checkpoints.describe_model(model, processor, loaded)
     saved = checkpoints.resume(engine, start, meta) if start else {"step": 0, "best": None}
     log = open_log(config, saved["step"])
+    best = saved["best"] if saved.get("best_of") == best_of(config) else None  # others cannot be compared
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    run = Run(config, device, engine, inner, processor, mixture, benchmarks, log, meta, saved["step"], saved["best"])
+    run = Run(config, device, engine, inner, processor, mixture, benchmarks, log, meta, saved["step"], best)
 
     images = (run.total_steps - run.step) * images_per_step(config)
     log.say(f"{format_report(loaded)}\n\n{trainable_report(model)}\n\n{mixture.table(images)}\n")
+    log.say(where_and_how_much(config, device))
     log.event("start", run.step, command=shlex.join(sys.argv), resumed=str(start or ""), **meta)
     if start:
         log.say(f"going on from {start} (step {run.step} of {run.total_steps})")
@@ -123,6 +125,17 @@ def build(config: Config, device: torch.device) -> Run:
         if tried:
             deciding_metric(run, tried)
     return run
+
+
+def where_and_how_much(config: Config, device: torch.device) -> str:
+    """Device and images per step; a run that is on the CPU, or eight times as large as meant, should not look usual."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    if device.type == "cpu" and Path("/dev/nvidia0").exists():
+        name += " (there is an NVIDIA GPU, but this torch cannot use it: is the driver too old for it?)"
+    train, world = config.train, distributed.world_size()
+    product = f"batch_size {train.batch_size} x grad_accumulation_steps {train.grad_accumulation_steps} x {world}"
+    processes = f"{world} process{'es' if world > 1 else ''} on {name}, {config.model.precision}"
+    return f"{processes}; {images_per_step(config)} images per step = {product}\n"
 
 
 def images_per_step(config: Config) -> int:
@@ -195,9 +208,11 @@ def train(run: Run) -> None:
     first = run.step + 1
     run.engine.train()  # LoRA's dropout; evaluation switches it off and on again
     while run.step < run.total_steps:
-        logged = run.step + 1 in (first, run.total_steps) or (run.step + 1) % run.config.train.log_every == 0
+        number = run.step + 1
+        epoch_ends = number % run.config.train.steps_per_epoch == 0  # logged, so that no checkpoint follows a bad loss
+        logged = number == first or epoch_ends or number % run.config.train.log_every == 0
         train_step(run, batches, meter, logged)
-        if run.step % run.config.train.steps_per_epoch == 0:
+        if epoch_ends:
             results = validate(run)
             save(run, results)
             meter.restart()
@@ -211,7 +226,7 @@ def train_step(run: Run, batches: Iterator[Batch], meter: Meter, logged: bool) -
     for micro in range(run.step * accumulation, last + 1):
         batch = next(batches).to(run.device, dtype)
         # dropout is a function of (seed, micro step, rank), so that a resumed run is the uninterrupted one
-        torch.manual_seed((seed * 1_000_003 + micro) * 65_536 + distributed.rank())
+        torch.manual_seed(((seed * 1_000_003 + micro) * 65_536 + distributed.rank()) % 2**63)
         output = run.engine(batch)
         run.engine.backward(output.loss)
         meter.add(output, len(batch.sizes))
@@ -294,9 +309,17 @@ def save(run: Run, results: dict[str, dict[str, float]]) -> None:
         "step": run.step,
         "position": run.step * images_per_step(run.config),
         "best": run.best,
+        "best_of": best_of(run.config),
         "metrics": results,
     }
     checkpoints.save_checkpoint(run.engine, run.config.run_folder, meta, is_best)
+
+
+def best_of(config: Config) -> list[Any]:
+    """What ``best`` is the best of; JSON."""
+    settings = config.eval
+    specs = list(settings.val_dataset[:1])
+    return [*specs, settings.val_metric, settings.val_mode, settings.val_limit, settings.val_layer_policy]
 
 
 def deciding_metric(run: Run, results: dict[str, dict[str, float]]) -> float | None:

@@ -194,9 +194,10 @@ def similarity_of_all_layers(
     """
     maps = []
     for layer, states in enumerate(hidden):
-        every_row = torch.einsum("bpd,nd->nbp", states[:, image], seg_states[:, layer])
+        # in float32: the states of an image have much in common, and what the min-max leaves of bf16's 8 bits is little
+        every_row = torch.einsum("bpd,nd->nbp", states[:, image].float(), seg_states[:, layer].float())
         maps.append(every_row[torch.arange(len(seg_rows), device=seg_rows.device), seg_rows])
-    return torch.stack(maps, 1).float()
+    return torch.stack(maps, 1)
 
 
 @dataclass

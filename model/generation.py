@@ -73,20 +73,22 @@ def write_answers(
     states = torch.stack([layer[row, last] for layer in output.hidden], dim=2)  # [B, K, L, D]
     token_ids: list[list[list[int]]] = [[[] for _ in range(count)] for count in batch.questions]
     found: list[tuple[Place, int, torch.Tensor]] = []
+    alive = (segments >= 0).tolist()  # read once per step: each look at the device waits for it
     for step in range(max_new_tokens):
         tokens = model.lm_head(states[:, :, -1]).argmax(-1)  # [B, K]
         tokens = tokens.masked_fill(segments < 0, config.eos_token_id)
         rows = tokens.tolist()
         for b, said in enumerate(token_ids):
             for k, answer in enumerate(said):
-                if segments[b, k] >= 0:
+                if alive[b][k]:
                     answer.append(rows[b][k])
                     if rows[b][k] == config.seg_token_id:
                         found.append(((b, k), step, states[b, k]))
         if on_token is not None:
             on_token([rows[b][k] for b, count in enumerate(batch.questions) for k in range(count)])
         segments = segments.masked_fill(tokens == config.eos_token_id, -1)
-        if step + 1 == max_new_tokens or not (segments >= 0).any():
+        alive = (segments >= 0).tolist()
+        if step + 1 == max_new_tokens or not any(map(any, alive)):
             break
         position = position + 1
         embeddings = model.get_input_embeddings()(tokens)

@@ -136,7 +136,7 @@ def test_all_problems_at_once():
         "--seed: -1 is too small; at least 0",
         "unknown flag --epoch; did you mean --epochs?",
         "--gaussian_kernel: 4 is even",
-        "'half' is not one of fp32, bf16, fp16",
+        "'half' is not one of fp32, bf16",
         "--version: is missing",
         "--dataset_dir: is missing",
     ):

@@ -59,7 +59,7 @@ class ModelSettings:
         "", "SAM: .pth, or folder of transformers' SamModel; its size is detected", required=True, may_change=True
     )
     model_max_length: int = setting(2048, "longest row in tokens: image, prompt and one conversation", low=16)
-    precision: str = setting("bf16", "arithmetic of training", choices=("fp32", "bf16", "fp16"))
+    precision: str = setting("bf16", "arithmetic of training", choices=("fp32", "bf16"))
     lora_r: int = setting(8, "rank of LoRA on the language model (paper: 8 for 7B, 64 for 13B); 0 = no LoRA", low=0)
     lora_alpha: int = setting(16, "scale of LoRA: alpha / r multiplies the adapters", low=1)
     lora_dropout: float = setting(0.05, "dropout in front of the adapters", low=0.0, high=0.99)
