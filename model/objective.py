@@ -36,6 +36,7 @@ class UGroundOutput:
             map_iou), 0-d and detached. Normalised by GLOBAL counts: the mean over ranks is the value.
         mask_logits, maps: per row [N_b, H, W], SAM's logits and the similarity maps in [0, 1] at the original size.
         layers: [N] chosen hidden state; policy: [N, L] distribution; rewards: [N].
+        has_masks: 0-d, 1.0 if any rank has a mask; without one, all terms but text are 0 and mean nothing.
     """
 
     loss: torch.Tensor
@@ -45,6 +46,7 @@ class UGroundOutput:
     layers: torch.Tensor
     policy: torch.Tensor
     rewards: torch.Tensor
+    has_masks: torch.Tensor
 
 
 class Objective:
@@ -81,14 +83,16 @@ class Objective:
         per_mask["entropy"] = -(log_policy.exp() * log_policy.clamp(min=-1e4)).sum(-1)
 
         counts = torch.stack([batch.label_weights.sum(), present.sum()]).float()
-        counts = _mean_over_ranks(counts).clamp(min=EPSILON)
+        counts = _mean_over_ranks(counts)
+        has_masks = (counts[1] > 0).float()
+        counts = counts.clamp(min=EPSILON)
         text = losses.text_loss(logits, batch.label_ids, batch.label_weights) / counts[0]
         terms = {name: (value * present).sum() / counts[1] for name, value in per_mask.items()}
         loss = self._weighted(text, terms)
 
         figures = {"reward": (rewards * present).sum() / counts[1], "baseline": self.ppm.baseline.clone()}
         terms = {name: value.detach() for name, value in {"text": text, **terms, **figures}.items()}
-        return UGroundOutput(loss, terms, mask_logits, maps, layers, log_policy.detach().exp(), rewards)
+        return UGroundOutput(loss, terms, mask_logits, maps, layers, log_policy.detach().exp(), rewards, has_masks)
 
     def _weighted(self, text: torch.Tensor, terms: dict[str, torch.Tensor]) -> torch.Tensor:
         """The sum of Eq. 9."""

@@ -30,9 +30,10 @@ VALUES = {
 
 
 def output(loss: float, baseline: float, layers: list[int]) -> UGroundOutput:
-    terms = {"text": torch.tensor(2 * loss), "baseline": torch.tensor(baseline)}
-    chosen = torch.tensor(layers, dtype=torch.int64)
-    return UGroundOutput(torch.tensor(loss), terms, [], [], chosen, torch.zeros(0, 4), torch.zeros(0))
+    terms = {"text": torch.tensor(2 * loss), "baseline": torch.tensor(baseline), "entropy": torch.zeros(())}
+    terms["entropy"] += 1.5 * bool(layers)
+    chosen, has_masks = torch.tensor(layers, dtype=torch.int64), torch.tensor(float(bool(layers)))
+    return UGroundOutput(torch.tensor(loss), terms, [], [], chosen, torch.zeros(0, 4), torch.zeros(0), has_masks)
 
 
 def test_meter_gives_means_and_the_last_baseline():
@@ -41,6 +42,7 @@ def test_meter_gives_means_and_the_last_baseline():
     meter.add(output(2.0, -0.4, []), images=2)
     values = meter.collect()
     assert (values["loss"], values["text"], values["baseline"]) == pytest.approx((1.5, 3.0, -0.4))
+    assert values["entropy"] == pytest.approx(1.5)  # a micro step without masks has none to tell of
     assert values["layers"] == [0, 1, 0, 2]
     assert values["images_per_s"] > 0
     meter.add(output(5.0, -0.5, [0]), images=1)
@@ -54,7 +56,8 @@ def test_meter_does_not_wait_for_the_device():
     terms = {"text": torch.empty((), device="meta"), "baseline": torch.empty((), device="meta")}
     layers = torch.empty(3, dtype=torch.int64, device="meta")
     for _ in range(2):
-        meter.add(UGroundOutput(torch.empty((), device="meta"), terms, [], [], layers, layers, layers), images=2)
+        number = torch.empty((), device="meta")
+        meter.add(UGroundOutput(number, terms, [], [], layers, layers, layers, number), images=2)
     assert meter.images == 4
 
 

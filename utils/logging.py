@@ -37,6 +37,7 @@ class Meter:
         self.sums: dict[str, torch.Tensor] = {}
         self.layers = torch.zeros(self.num_layers, device=self.device)
         self.images = self.micro_steps = 0
+        self.with_masks = torch.zeros((), device=self.device)
         self.started = time.perf_counter()
 
     def add(self, output: UGroundOutput, images: int) -> None:
@@ -45,13 +46,16 @@ class Meter:
             new = value.float()
             self.sums[name] = new if name == "baseline" or name not in self.sums else self.sums[name] + new
         self.layers.index_add_(0, output.layers, torch.ones_like(output.layers, dtype=torch.float32))
+        self.with_masks += output.has_masks
         self.images += images
         self.micro_steps += 1
 
     def collect(self) -> dict[str, Any]:
-        """Means of loss and terms (the baseline: its last value), chosen layers, images per second. All processes must
-        call it."""
-        means = [value / (1 if name == "baseline" else self.micro_steps) for name, value in self.sums.items()]
+        """Means of loss and text over micro steps, of other terms over those with a mask, the last baseline, chosen
+        layers, images per second. All processes must call it."""
+        over = {"baseline": 1, "loss": self.micro_steps, "text": self.micro_steps}
+        with_masks = self.with_masks.clamp(min=1)
+        means = [value / over.get(name, with_masks) for name, value in self.sums.items()]
         world = distributed.world_size()
         figures = distributed.mean(torch.cat([torch.stack(means), self.layers])).tolist()
         seconds = time.perf_counter() - self.started
