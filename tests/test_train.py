@@ -122,6 +122,19 @@ def test_figures_are_logged_only_when_asked(run_here):
     assert [line["step"] for line in log_lines(run, "train")] == [1, 4, 8]
 
 
+def test_best_is_compared_with_its_like(run_here):
+    """A resumed run that is judged by another metric forgets the best value of the old one."""
+    run, printed = run_here(epochs=1, steps_per_epoch=3, val_metric="gIoU", lr=1e-6)
+    assert "1 process on CPU" in printed
+    assert "2 images per step = batch_size 2 x grad_accumulation_steps 1 x 1" in printed
+    first = checkpoints.read_meta(checkpoints.find_checkpoint(run))
+    assert first["best_of"][:2] == ["ReasonSeg|val_short", "gIoU"]
+    run_here(epochs=2, steps_per_epoch=3, val_metric="cIoU", lr=1e-6, auto_resume=True)
+    second = checkpoints.read_meta(checkpoints.find_checkpoint(run))
+    assert second["best"] == second["metrics"]["ReasonSeg|val_short"]["cIoU"]
+    assert checkpoints.read_index(run)["best"] == checkpoints.read_index(run)["latest"]
+
+
 def test_resumed_run_is_the_uninterrupted_one(run_here, monkeypatch):
     whole, _ = run_here(exp_name="whole", grad_accumulation_steps=2)
     saved = train_ds.save
