@@ -205,16 +205,16 @@ def train(run: Run) -> None:
     """Epochs of steps, each followed by validation and a checkpoint."""
     batches = iter(batches_from(run))
     meter = Meter(run.device, run.model.ppm.num_layers)
-    first = run.step + 1
+    first, settings = run.step + 1, run.config.train
     run.engine.train()  # LoRA's dropout; evaluation switches it off and on again
     while run.step < run.total_steps:
         number = run.step + 1
-        epoch_ends = number % run.config.train.steps_per_epoch == 0  # logged, so that no checkpoint follows a bad loss
-        logged = number == first or epoch_ends or number % run.config.train.log_every == 0
+        epoch_ends = number % settings.steps_per_epoch == 0
+        saves = epoch_ends or (settings.save_every and number % settings.save_every == 0)
+        logged = number == first or saves or number % settings.log_every == 0  # a bad loss is seen before it is saved
         train_step(run, batches, meter, logged)
-        if epoch_ends:
-            results = validate(run)
-            save(run, results)
+        if saves:
+            save(run, validate(run) if epoch_ends else {})
             meter.restart()
 
 
@@ -230,6 +230,7 @@ def train_step(run: Run, batches: Iterator[Batch], meter: Meter, logged: bool) -
         output = run.engine(batch)
         run.engine.backward(output.loss)
         meter.add(output, len(batch.sizes))
+        del output  # full-size masks and maps, which the next forward pass needs no room beside
         if logged and micro == last:
             gradients = gradient_norms(run.engine)
         run.engine.step()  # the optimizer's at the last micro step only

@@ -122,6 +122,19 @@ def test_figures_are_logged_only_when_asked(run_here):
     assert [line["step"] for line in log_lines(run, "train")] == [1, 4, 8]
 
 
+def test_checkpoints_between_epochs(run_here, monkeypatch):
+    saved, save = [], checkpoints.save_checkpoint
+
+    def remember(engine, folder, meta, best):
+        saved.append((meta["step"], bool(meta["metrics"]), best))
+        return save(engine, folder, meta, best)
+
+    monkeypatch.setattr(checkpoints, "save_checkpoint", remember)
+    run, _ = run_here(epochs=1, steps_per_epoch=5, save_every=2)
+    assert saved == [(2, False, False), (4, False, False), (5, True, True)]
+    assert [line["step"] for line in log_lines(run, "val")] == [5]
+
+
 def test_best_is_compared_with_its_like(run_here):
     """A resumed run that is judged by another metric forgets the best value of the old one."""
     run, printed = run_here(epochs=1, steps_per_epoch=3, val_metric="gIoU", lr=1e-6)

@@ -222,6 +222,9 @@ class TrainSettings:
         "DeepSpeed's JSON; batch sizes and precision are filled in from these settings",
         may_change=True,
     )
+    save_every: int = setting(
+        0, "a checkpoint also every so many optimizer steps; 0 = after each epoch alone", low=0, may_change=True
+    )
     log_every: int = setting(10, "optimizer steps per log line", low=1, may_change=True)
 
 
