@@ -8,6 +8,7 @@ from conftest import drawn_sample
 from model.lora import add_lora, trainable_report
 from model.UGround import UGroundConfig
 from utils.pipeline import predict
+from utils.processor import UGroundProcessor
 from utils.types import Sample
 
 NEAR = {"rtol": 2e-4, "atol": 2e-5}
@@ -267,3 +268,14 @@ def test_images_of_one_row_of_pixels(tiny_model, tiny_processor):
     prediction = predict(tiny_model, tiny_processor, [image], [["star"]], [["it is [SEG]."]])[0][0]
     assert prediction.mask_logits.shape == (1, 1, 5000)
     assert torch.isfinite(prediction.mask_logits).all()
+
+
+def test_an_answer_that_is_cut_loses_masks_with_their_tokens(tiny_tokenizer):
+    """``model_max_length``: [SEG] and masks go together, whatever is left of an answer."""
+    kept = []
+    for longest in range(28, 60):
+        processor = UGroundProcessor(tiny_tokenizer, 40, 10, 64, "", max_tokens=longest)
+        batch = processor.collate([drawn_sample(0, segs=(2, 1, 0))])
+        kept.append(len(batch.seg_positions))
+        assert len(batch.masks[0]) == kept[-1] == int((batch.label_ids == processor.tokens.seg).sum())
+    assert set(kept) == {0, 2, 3}  # the first [SEG] of both answers, and the second one
