@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from model.config import RELEASED, UGroundConfig
-from model.generation import read_given, write_answers
+from model.generation import Answers, read_given, write_answers
 from model.llava import LlavaLlamaForCausalLM
 from model.objective import Objective, UGroundOutput
 from model.PPM import (
@@ -33,6 +33,23 @@ from utils.types import Batch, MaskUncertainty, Prediction
 
 MASKS_AT_ONCE = 32  # that SAM decodes for mc:T
 __all__ = ["RELEASED", "Grounding", "UGroundConfig", "UGroundForCausalLM", "UGroundOutput"]
+
+
+@dataclass
+class Answered:
+    """What LLaVA said about a batch, with all that masks need: they can be drawn again and again, by other layers.
+
+    Attributes:
+        hidden: L tensors [B, T, D], of which the image tokens are read.
+        valid: [B, P] patches that show the image.
+        embeddings: [B, E, G, G] of SAM; None if no answer has a [SEG].
+    """
+
+    batch: Batch
+    answers: Answers
+    hidden: tuple[torch.Tensor, ...]
+    valid: torch.Tensor
+    embeddings: torch.Tensor | None
 
 
 @dataclass
@@ -158,7 +175,6 @@ class UGroundForCausalLM(Objective, LlavaLlamaForCausalLM):
 
     # ------------------------------------------------------------------ inference
 
-    @torch.inference_mode()
     def predict(
         self,
         batch: Batch,
@@ -167,37 +183,56 @@ class UGroundForCausalLM(Objective, LlavaLlamaForCausalLM):
         seed: int = 0,
         on_token: Callable[[list[int]], None] | None = None,
     ) -> list[list[Prediction]]:
-        """Answers every question of every image; a mask per [SEG].
+        """Answers every question of every image; a mask per [SEG]. See ``answer`` and ``draw_masks``."""
+        parse_layer_policy(layer_policy or self.config.layer_policy, self.ppm.num_layers)  # before minutes of writing
+        return self.draw_masks(self.answer(batch, max_new_tokens, on_token), layer_policy, seed)
+
+    @torch.inference_mode()
+    def answer(
+        self, batch: Batch, max_new_tokens: int = 64, on_token: Callable[[list[int]], None] | None = None
+    ) -> Answered:
+        """LLaVA's part of ``predict``, and SAM's encoder.
 
         Rows with answers are read in one pass (teacher forced); rows without are continued greedily, all questions of
         an image on one cache in which the image stands once.
 
         Args:
             batch: from ``UGroundProcessor.prompts``.
-            layer_policy: ``argmax`` (the policy's mode), ``last``, ``sample``, ``uniform``, ``fixed:K``, ``soft`` (all,
-                weighted by the policy), or ``mc:T``: the mean mask of T sampled layers, with its uncertainty. None =
-                the configuration's ``layer_policy``.
             max_new_tokens: longest answer.
-            seed: of sampled layers, together with the sample numbers of the batch.
             on_token: called after each step with the newest token of every question (flat, image by image).
-
-        Returns:
-            [image][question] predictions; ``text`` is left empty (the processor decodes it).
         """
-        layer_policy = layer_policy or self.config.layer_policy
-        parse_layer_policy(layer_policy, self.ppm.num_layers)
         given = len(batch.label_ids) > 0
         output, valid = self.read_batch(batch, use_cache=not given)
         if given:
             answers = read_given(self, batch, output)
         else:
             answers = write_answers(self, batch, output, max_new_tokens, on_token)
+        embeddings = self.visual_model.encode(batch.sam_images) if answers.places else None
+        return Answered(batch, answers, output.hidden, valid, embeddings)
+
+    @torch.inference_mode()
+    def draw_masks(self, answered: Answered, layer_policy: str | None = None, seed: int = 0) -> list[list[Prediction]]:
+        """PPM's and SAM's part of ``predict``.
+
+        Args:
+            layer_policy: ``argmax`` (the policy's mode), ``last``, ``sample``, ``uniform``, ``fixed:K``, ``soft`` (all,
+                weighted by the policy), or ``mc:T``: the mean mask of T sampled layers, with its uncertainty. None =
+                the configuration's ``layer_policy``.
+            seed: of sampled layers, together with the sample numbers of the batch.
+
+        Returns:
+            [image][question] predictions; ``text`` is left empty (the processor decodes it).
+        """
+        layer_policy = layer_policy or self.config.layer_policy
+        batch, answers = answered.batch, answered.answers
         counts = [sum(row == b for row, _ in answers.places) for b in range(len(batch.sizes))]
         rows = torch.tensor(_repeat(counts), dtype=torch.int64, device=self.device)
-        grounding = self.ground(output.hidden, answers.states, rows, counts, batch.image_start, layer_policy)
-        embeddings = self.visual_model.encode(batch.sam_images)
-        drawn = self.draw_by_policy(grounding, embeddings, valid, batch, layer_policy, seed)
+        grounding = self.ground(answered.hidden, answers.states, rows, counts, batch.image_start, layer_policy)
+        drawn: list[DrawnMask] = []
+        if answered.embeddings is not None:
+            drawn = self.draw_by_policy(grounding, answered.embeddings, answered.valid, batch, layer_policy, seed)
         policy = grounding.log_policy.exp().cpu()
+        layer_maps = self._normalised(grounding.scores, answered.valid[rows][:, None]).cpu()
 
         def prediction(row: int, question: int) -> Prediction:
             mine = [n for n, place in enumerate(answers.places) if place == (row, question)]
@@ -209,6 +244,7 @@ class UGroundForCausalLM(Objective, LlavaLlamaForCausalLM):
                 maps=torch.stack([drawn[n].similarity for n in mine]).cpu() if mine else nothing,
                 layers=[drawn[n].layer for n in mine],
                 policy=policy[mine],
+                layer_maps=layer_maps[mine],
                 rejected=[answers.rejected[n] for n in mine],
                 uncertainty=[found for n in mine if (found := drawn[n].uncertainty) is not None],
             )
@@ -230,7 +266,7 @@ class UGroundForCausalLM(Objective, LlavaLlamaForCausalLM):
             logits, maps = self.draw(grounding, layers, embeddings, valid, batch)
             return zip((mask for row in logits for mask in row), (mask for row in maps for mask in row))
 
-        if kind != "mc" or not repeated:
+        if kind != "mc":
             layers = layers_of(0)
             return [DrawnMask(*both, layer) for both, layer in zip(draw(grounding, layers), layers.tolist())]
         drawn = torch.stack([layers_of(t) for t in range(samples)], 1)  # [N, T]

@@ -136,6 +136,7 @@ class FakeModel:
             logits.sigmoid(),
             [k % 5 for k in targets],
             torch.ones(count, 5),
+            torch.zeros(count, 5, 4),
             rejected,
         )
 

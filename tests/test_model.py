@@ -6,6 +6,7 @@ import torch
 from conftest import drawn_sample
 
 from model.lora import add_lora, trainable_report
+from model.PPM import maps_at
 from model.UGround import UGroundConfig
 from utils.pipeline import predict
 from utils.processor import UGroundProcessor
@@ -200,6 +201,28 @@ def test_monte_carlo_of_one_sample_equals_sample(tiny_model, tiny_processor, tin
         torch.testing.assert_close(a.mask_logits.sigmoid(), b.mask_logits.sigmoid(), **NEAR)
     many = predict(tiny_model, tiny_processor, *ask, layer_policy="mc:8", seed=5)[0]
     assert all(torch.isfinite(p.mask_logits).all() for p in many)
+
+
+def test_masks_are_drawn_again_by_other_layers_from_one_answer(make_model, tiny_processor, tiny_samples):
+    model = make_model()
+    batch = tiny_processor.prompts([tiny_samples[1].image], [["where is the red star"]], [["it is [SEG] and [SEG]."]])
+    answered = model.answer(batch)
+    for how in ("fixed:1", "fixed:3", "soft", "mc:4"):
+        [[again]], [[anew]] = model.draw_masks(answered, how), model.predict(batch, how)
+        assert again.layers == anew.layers
+        assert torch.equal(again.mask_logits, anew.mask_logits)
+    [[fixed]] = model.draw_masks(answered, "fixed:3")
+    enlarged = maps_at(fixed.layer_maps[:, 3], model.config.clip_side, batch.sizes[0])
+    torch.testing.assert_close(enlarged, fixed.maps)
+
+
+def test_an_answer_without_seg_needs_no_sam(make_model, tiny_processor, tiny_samples, monkeypatch):
+    model = make_model()
+    monkeypatch.setattr(model.visual_model, "encode", lambda images: pytest.fail("encoded for nothing"))
+    batch = tiny_processor.prompts([tiny_samples[0].image], [["where is the red star"]], [["there is no such thing"]])
+    [[prediction]] = model.predict(batch)
+    assert prediction.mask_logits.shape == (0, *tiny_samples[0].image.shape[:2])
+    assert prediction.layers == []
 
 
 @pytest.mark.parametrize("policy", ["best", "fixed:9", "mc:0", "fixed", "last:1"])

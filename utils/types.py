@@ -155,6 +155,8 @@ class Prediction:
         maps: [N, H, W] float32 in [0, 1], the similarity maps at the same size.
         layers: the chosen hidden state per ``[SEG]`` (0 = embeddings, L-1 = last).
         policy: [N, L] float32, the policy's distribution over layers.
+        layer_maps: [N, L, P] float32 in [0, 1], the maps of all layers on the grid of image tokens (``PPM.maps_at``
+            enlarges them).
         uncertainty: per ``[SEG]`` of ``mc:T``; empty otherwise.
         rejected: per ``[SEG]``, whether ``[REJ]`` was more likely at its place (read from the logits there).
     """
@@ -165,6 +167,7 @@ class Prediction:
     maps: torch.Tensor
     layers: list[int]
     policy: torch.Tensor
+    layer_maps: torch.Tensor
     rejected: list[bool]
     uncertainty: list[MaskUncertainty] = field(default_factory=list)
 
