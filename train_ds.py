@@ -11,7 +11,8 @@ import os
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -219,12 +220,14 @@ def train(run: Run) -> None:
 
 
 def train_step(run: Run, batches: Iterator[Batch], meter: Meter, logged: bool) -> None:
-    """Micro steps that add up to one step of the optimizer."""
+    """Micro steps that add up to one step of the optimizer, and that learn what one large batch would."""
     accumulation, seed = run.config.train.grad_accumulation_steps, run.config.train.seed
     dtype, lr, gradients = PRECISIONS[run.config.model.precision], run.engine.get_lr()[0], {}
+    window = list(islice(batches, accumulation))
+    counts = distributed.mean(torch.stack([batch.counts for batch in window]).mean(0).to(run.device))
     last = (run.step + 1) * accumulation - 1
-    for micro in range(run.step * accumulation, last + 1):
-        batch = next(batches).to(run.device, dtype)
+    for micro, part in enumerate(window, start=run.step * accumulation):
+        batch = replace(part, counts=counts).to(run.device, dtype)
         # dropout is a function of (seed, micro step, rank), so that a resumed run is the uninterrupted one
         torch.manual_seed(((seed * 1_000_003 + micro) * 65_536 + distributed.rank()) % 2**63)
         output = run.engine(batch)
@@ -250,6 +253,7 @@ def train_step(run: Run, batches: Iterator[Batch], meter: Meter, logged: bool) -
 def batches_from(run: Run) -> DataLoader:
     """All batches that are left, from the run's position in the mixture on."""
     train_settings, accumulation = run.config.train, run.config.train.grad_accumulation_steps
+    workers = run.config.data.workers
     sampler = MixtureSampler(
         train_settings.batch_size,
         run.step * accumulation,
@@ -261,7 +265,8 @@ def batches_from(run: Run) -> DataLoader:
         run.mixture,
         batch_sampler=sampler,
         collate_fn=run.processor.collate,
-        num_workers=run.config.data.workers,
+        num_workers=workers,
+        prefetch_factor=1 + -(-accumulation // workers) if workers else None,  # a whole step is taken at once
         worker_init_fn=one_thread,
     )
 

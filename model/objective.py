@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import distributed
 
 from model import losses
 from model.PPM import PolicyPromptedMasking
@@ -33,10 +32,11 @@ class UGroundOutput:
         loss: the weighted sum of Eq. 9.
         terms: named, unweighted terms (text, mask_bce, mask_dice, map_bce, map_dice; map_hard_bce, map_hard_dice,
             policy, classifier, critic where the settings have them) and figures to log (reward, baseline, entropy,
-            map_iou), 0-d and detached. Normalised by GLOBAL counts: the mean over ranks is the value.
+            map_iou), 0-d and detached. Divided by ``Batch.counts``: the mean over the micro steps and ranks of an
+            optimizer step is the value.
         mask_logits, maps: per row [N_b, H, W], SAM's logits and the similarity maps in [0, 1] at the original size.
         layers: [N] chosen hidden state; policy: [N, L] distribution; rewards: [N].
-        has_masks: 0-d, 1.0 if any rank has a mask; without one, all terms but text are 0 and mean nothing.
+        has_masks: 0-d, 1.0 if the optimizer step has a mask; without one, all terms but text are 0 and mean nothing.
     """
 
     loss: torch.Tensor
@@ -65,8 +65,8 @@ class Objective:
         log_policy: torch.Tensor,
         layer_maps: torch.Tensor | None = None,
     ) -> UGroundOutput:
-        """Eq. 9 with every term normalised by its global count, so that averaging over ranks gives the same gradient
-        as one process with all samples.
+        """Eq. 9 with every term divided by its count in the whole optimizer step (``Batch.counts``), so that averaging
+        over ranks and micro steps gives the same gradient as one process with all samples at once.
 
         Args:
             logits: [M, V]; layers: [N]; log_policy: [N, L].
@@ -82,10 +82,8 @@ class Objective:
         per_mask |= self._gate_terms(rewards, layers, log_policy, layer_rewards)
         per_mask["entropy"] = -(log_policy.exp() * log_policy.clamp(min=-1e4)).sum(-1)
 
-        counts = torch.stack([batch.label_weights.sum(), present.sum()]).float()
-        counts = _mean_over_ranks(counts)
-        has_masks = (counts[1] > 0).float()
-        counts = counts.clamp(min=EPSILON)
+        has_masks = (batch.counts[1] > 0).float()
+        counts = batch.counts.clamp(min=EPSILON)
         text = losses.text_loss(logits, batch.label_ids, batch.label_weights) / counts[0]
         terms = {name: (value * present).sum() / counts[1] for name, value in per_mask.items()}
         loss = self._weighted(text, terms)
@@ -214,10 +212,3 @@ def _reward(terms: dict[str, torch.Tensor], kind: str) -> torch.Tensor:
     if kind == "both":
         return -(terms["map_bce"] + terms["map_dice"])
     return -terms[f"map_{kind}"]
-
-
-def _mean_over_ranks(values: torch.Tensor) -> torch.Tensor:
-    if distributed.is_available() and distributed.is_initialized():
-        distributed.all_reduce(values)
-        values = values / distributed.get_world_size()
-    return values

@@ -161,7 +161,11 @@ def gate_gradients(rank: int | None) -> dict[tuple[str, str], torch.Tensor]:
     for name, settings in RANKED.items():
         for which, samples in ROWS.items():
             model = build_tiny_model(processor, **settings)
-            model(processor.collate(list(samples) if rank is None else [samples[rank]])).loss.backward()
+            batch = processor.collate(list(samples) if rank is None else [samples[rank]])
+            if rank is not None:
+                distributed.all_reduce(batch.counts)
+                batch.counts /= 2
+            model(batch).loss.backward()
             gradients = torch.cat([p.grad.flatten() for p in model.ppm.parameters()])
             if rank is not None:
                 distributed.all_reduce(gradients)

@@ -387,6 +387,23 @@ def test_two_processes_are_one(two, run_here, data):
         assert (ours[name] - weights).abs().max() <= 0.02 * weights.abs().max() + 1e-3, name
 
 
+def test_micro_steps_are_one_batch(run_here, data):
+    """Losses are divided by the counts of the whole optimizer step, not of each micro step: the same curve.
+
+    Without a policy: REINFORCE's moving average goes on per micro step, so that the gate would differ.
+    """
+    settings = {**SAME, "layer_selection": "last"}
+    one, _ = run_here(exp_name="one", batch_size=4, **settings)
+    parts, _ = run_here(exp_name="parts", batch_size=1, grad_accumulation_steps=4, **settings)
+    mixture = Mixture(data, "reason_seg||refer_seg||vqa", None, {"refer_seg": "grefcoco"}, DataOptions())
+    assert len({len(mixture[number].masks) for number in range(4)}) > 1  # or dividing by either count is the same
+    for line, other in zip(log_lines(one, "train"), log_lines(parts, "train"), strict=True):
+        for name in ("loss", "text", "mask_bce", "mask_dice", "map_bce", "map_dice", "reward", "gradient"):
+            assert line[name] == pytest.approx(other[name], rel=2e-4, abs=2e-4), (line["step"], name)
+        for part, norm in line["gradients"].items():
+            assert norm == pytest.approx(other["gradients"][part], rel=2e-3, abs=2e-4), (line["step"], part)
+
+
 def test_two_killed_processes_go_on(two, base, data, tmp_path):
     """kill -9 after the first checkpoint; the rest of the curve is that of the run that nobody killed."""
     flags = arguments(base, data, tmp_path, exp_name="killed", batch_size=1, **SAME)

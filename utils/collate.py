@@ -90,6 +90,7 @@ def collate_rows(
             start = end
     label_positions, seg_positions = before_labels(labels), before_labels(labels, seg_id)
     label_ids = labels.flatten()[label_positions + 1]
+    targets = sum(int((row.masks == 1).any((1, 2)).sum()) for row in rows)
     clip_images, clip_sizes = _squares(rows, clip_side)
     sam_images, sam_sizes = _squares(rows, sam_side)
     return Batch(
@@ -99,6 +100,7 @@ def collate_rows(
         label_positions=label_positions,
         label_ids=label_ids,
         label_weights=torch.ones(len(label_ids)),
+        counts=torch.tensor([len(label_ids), targets], dtype=torch.float32),
         seg_positions=seg_positions,
         seg_rows=seg_positions // width,
         clip_images=clip_images,

@@ -85,6 +85,8 @@ class Batch:
         position_ids: [B, T] int64; each conversation goes on from the prefix.
         label_positions: [M] int64, flat position before each learned token; label_ids: [M] that token.
         label_weights: [M] float32, the token's weight in the text loss.
+        counts: [2] float32, the sum of label_weights and the number of masks that are not empty: what the losses are
+            divided by. Training puts the mean over all micro steps and processes of an optimizer step here.
         seg_positions: [N] int64, flat position before each ``[SEG]`` of the answers, in the order of the masks.
         seg_rows: [N] int64, the row of each.
         clip_images: [B, 3, S, S]; clip_sizes: [B, 2] resized (height, width) inside the padded square.
@@ -103,6 +105,7 @@ class Batch:
     label_positions: torch.Tensor
     label_ids: torch.Tensor
     label_weights: torch.Tensor
+    counts: torch.Tensor
     seg_positions: torch.Tensor
     seg_rows: torch.Tensor
     clip_images: torch.Tensor
