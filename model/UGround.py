@@ -25,6 +25,7 @@ from model.PPM import (
     mask_prompts,
     normalise_maps,
     parse_layer_policy,
+    read_points,
     similarity_of_all_layers,
 )
 from model.sam import SamShape, SegmentAnything
@@ -157,10 +158,11 @@ class UGroundForCausalLM(Objective, LlavaLlamaForCausalLM):
         keep = valid[grounding.rows]
         maps = self._normalised(scores, keep)
         side = config.map_side or config.clip_side
-        full_maps = [maps_at(rows, side, size) for rows, size in zip(maps.split(grounding.counts), batch.sizes)]
+        per_image = zip(maps.split(grounding.counts), batch.sizes)
+        full_maps = [maps_at(rows, side, size, config.clip_fit) for rows, size in per_image]
         tokens, prompts = [], None
         if config.point_prompts:
-            tokens.append(sam.embed_points(*map_points(maps, keep, config.point_prompts, sam.shape.image_size)))
+            tokens.append(sam.embed_points(*self.points(maps, keep, grounding.counts, batch.sizes)))
         if config.seg_prompt:
             read = states if config.phi_layer == "chosen" else grounding.states[:, -1]
             tokens.append(self.text_hidden_fcs[0](read)[:, None])
@@ -172,6 +174,15 @@ class UGroundForCausalLM(Objective, LlavaLlamaForCausalLM):
             for rows, resized, size in zip(low_res.split(grounding.counts), batch.sam_sizes.tolist(), batch.sizes)
         ]
         return logits, full_maps
+
+    def points(
+        self, maps: torch.Tensor, keep: torch.Tensor, counts: list[int], sizes: list[tuple[int, int]]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Similarity as points, by the configuration's rule; see ``map_points`` and ``read_points``."""
+        count, rule, side = self.config.point_prompts, self.config.point_rule, self.visual_model.shape.image_size
+        if rule == "extremes":
+            return map_points(maps, keep, count, side)
+        return read_points(maps, [sizes[row] for row in _repeat(counts)], count, side, rule)
 
     # ------------------------------------------------------------------ inference
 

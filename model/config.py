@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from transformers import AutoConfig
 
 from model.llava import LlavaLlamaConfig
-from model.PPM import parse_layer_policy
+from model.PPM import READ_POINTS, parse_layer_policy
 from model.sam import SamShape
 
 MAP_TERMS = ("gaussian_bce", "gaussian_dice", "bce", "dice")
@@ -19,6 +19,9 @@ CHOICES = {
     "policy_gradient": ("reinforce", "exact"),
     "baseline": ("average", "critic"),
     "positive_weight": ("mask", "image"),
+    "point_rule": ("extremes", *READ_POINTS),
+    "clip_fit": ("pad", "crop"),
+    "mm_projector_type": ("mlp2x_gelu", "linear"),
 }
 RELEASED = {  # how the paper's published checkpoints were trained and are evaluated, where that is not the paper
     "first_candidate_layer": 0,
@@ -50,6 +53,8 @@ class UGroundConfig(LlavaLlamaConfig):
         seg_prompt, mask_prompt: phi([SEG]) and the similarity map as SAM prompts (Table 6).
         point_prompts: so many foreground and as many background points from the similarity map as SAM prompts (READ);
             0 = none.
+        point_rule: ``extremes`` = the ``point_prompts`` highest and as many of the lowest patches; ``read_7b`` and
+            ``read_13b`` = ``point_prompts`` points in all, by the thresholds of READ's two published checkpoints.
         reward: ``seg`` = one per [SEG] (Algorithm 1), ``batch`` = one sum for all of a batch (released).
         reward_terms: the map's negative Gaussian BCE, dice, or ``both`` (Table 8), or its ``iou`` with the mask.
         baseline: what the reward is compared with, its moving ``average`` (Algorithm 1) or a ``critic``'s guess.
@@ -81,6 +86,7 @@ class UGroundConfig(LlavaLlamaConfig):
         seg_prompt: bool = True,
         mask_prompt: bool = True,
         point_prompts: int = 0,
+        point_rule: str = "extremes",
         reward: str = "seg",
         reward_terms: str = "both",
         baseline: str = "average",
@@ -109,7 +115,8 @@ class UGroundConfig(LlavaLlamaConfig):
         self.layer_selection, self.policy_gradient = layer_selection, policy_gradient
         self.first_candidate_layer, self.last_candidate_layer = first_candidate_layer, last_candidate_layer
         self.phi_layer, self.eval_layer_policy = phi_layer, eval_layer_policy
-        self.seg_prompt, self.mask_prompt, self.point_prompts = seg_prompt, mask_prompt, point_prompts
+        self.seg_prompt, self.mask_prompt = seg_prompt, mask_prompt
+        self.point_prompts, self.point_rule = point_prompts, point_rule
         self.reward, self.reward_terms, self.map_normalization = reward, reward_terms, map_normalization
         self.baseline, self.baseline_decay, self.critic_width = baseline, baseline_decay, critic_width
         self.entropy_bonus, self.scale_advantage = entropy_bonus, scale_advantage
@@ -154,6 +161,8 @@ class UGroundConfig(LlavaLlamaConfig):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; use {' or '.join(map(repr, choices))}")
         if unknown := sorted(set(self.map_terms) - set(MAP_TERMS)):
             raise ValueError(f"map_terms: {', '.join(unknown)} unknown; choose from {', '.join(MAP_TERMS)}")
+        if self.point_rule != "extremes" and self.clip_fit != "crop":
+            raise ValueError(f"point_rule {self.point_rule} needs clip_fit crop: points lie in what a crop shows")
         if self.policy_gradient == "exact" and (self.reward, self.baseline) != ("seg", "average"):
             raise ValueError("policy_gradient exact knows each layer's reward per [SEG]: no batch reward, no critic")
 

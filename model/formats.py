@@ -7,13 +7,17 @@ What is known about each kind, and from where, is in docs/weights.md.
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from transformers import CLIPVisionConfig, LlamaConfig
 
+from model.config import RELEASED
+
 Rules = tuple[tuple[str, str | None], ...]
 
-# LLaVA's own code, and UGround's released checkpoints, which are built on it
+# LLaVA's own code, and the released checkpoints of UGround and its relatives, which are built on it
 LLAVA: Rules = (
     ("model.vision_tower.vision_tower.vision_model.", "vision_tower."),  # in LLaVA-1.6 and in unmerged checkpoints
     ("model.mm_projector.", "mm_projector."),
@@ -68,6 +72,40 @@ SAM_TRANSFORMERS = (
     (r"(_mlps\.\d+|_head)\.proj_in\.", r"\1.layers.0."),
     (r"(_mlps\.\d+|_head)\.proj_out\.", r"\1.layers.2."),
 )
+USER, HUMAN = (  # the system prompt of LLaVA's conversations "vicuna_v1" and "llava_v1"
+    f"A chat between a curious {who} and an artificial intelligence assistant. "
+    f"The assistant gives helpful, detailed, and polite answers to the {who}'s questions."
+    for who in ("user", "human")
+)
+COMPUTED = ("rotary_emb.inv_freq", "vision_model.embeddings.position_ids")  # older files hold them
+
+
+@dataclass(frozen=True)
+class Release:
+    """A method whose published checkpoints are read.
+
+    Attributes:
+        name: of the method.
+        settings: of ``UGroundConfig`` that reproduce it.
+        system_prompt: what its conversations begin with.
+        absent: prefixes of what its files need not hold.
+    """
+
+    name: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    system_prompt: str = HUMAN
+    absent: tuple[str, ...] = ("ppm.",)
+
+
+LISA = {"layer_selection": "last", "mask_prompt": False, "clip_fit": "crop"}  # the [SEG] token alone prompts SAM
+READ = LISA | {"point_prompts": 30, "point_rule": "read_7b"}
+RELEASES = {  # by the architecture that config.json names; docs/weights.md says where each line comes from
+    "UGroundForCausalLM": Release("UGround", RELEASED, absent=("ppm.baseline",)),
+    "LISAForCausalLM": Release("LISA", LISA),
+    "LisaGSVAForCausalLM": Release("GSVA", LISA),
+    "SESAMEForCausalLM": Release("SESAME", LISA, USER),
+    "READForCausalLM": Release("READ", READ, USER),
+}
 MODES = {  # UGround's published configurations: where the map and phi take their layer from
     1: {"layer_selection": "last"},
     2: {"phi_layer": "last"},
@@ -76,10 +114,10 @@ MODES = {  # UGround's published configurations: where the map and phi take thei
 
 
 def renamed(state: dict[str, torch.Tensor], rules: Rules) -> dict[str, torch.Tensor]:
-    """The tensors under this project's names; rotary frequencies, which are computed, are left out."""
+    """The tensors under this project's names; what is computed, such as rotary frequencies, is left out."""
     result = {}
     for key, value in state.items():
-        if key.endswith("rotary_emb.inv_freq"):
+        if key.endswith(COMPUTED):
             continue
         theirs, ours = next((rule for rule in rules if key.startswith(rule[0])), ("", ""))
         if ours is not None:
@@ -123,18 +161,31 @@ def tower_side(config: dict) -> int | None:
     return int(name[1] or 224) if name else None
 
 
-def is_released(config: dict) -> bool:
-    """Whether a ``config.json`` is that of a UGround checkpoint as the paper's authors publish it."""
-    return config.get("model_type") != "uground" and "UGroundForCausalLM" in (config.get("architectures") or [])
+def release_of(config: dict) -> Release | None:
+    """Whose published checkpoint a ``config.json`` belongs to; None for a base model, or a folder of this project."""
+    if config.get("model_type") == "uground":
+        return None
+    return next((RELEASES[name] for name in config.get("architectures") or [] if name in RELEASES), None)
 
 
-def released_mode(config: dict) -> dict:
-    """The settings that a published configuration's ``mode`` and ``eval_legacy`` stand for.
+def released_settings(release: Release, config: dict) -> dict[str, Any]:
+    """Settings of ``UGroundConfig`` that reproduce the published checkpoint with this ``config.json``.
 
     Raises:
-        ValueError: for a mode that is not known.
+        ValueError: for a prompt template or a mode of UGround's that is not known.
     """
-    mode = config.get("mode", 3)
-    if mode not in MODES:
-        raise ValueError(f"mode {mode!r} of the published configuration is unknown; known: {sorted(MODES)}")
-    return MODES[mode] | ({} if config.get("eval_legacy", True) else {"eval_layer_policy": "sample"})
+    found = dict(release.settings)
+    if release.name == "READ" and config.get("num_hidden_layers") == 40:
+        found |= {"point_prompts": 60, "point_rule": "read_13b"}
+    on_llava_1 = config.get("mm_projector_type", "linear") == "linear"
+    if on_llava_1 and config.get("max_position_embeddings", 2048) > 2048:
+        raise ValueError(
+            f"{release.name} on LLaMA-2 (max_position_embeddings {config['max_position_embeddings']}) was trained with "
+            "LLaMA-2's prompt template, which this project does not have; the checkpoints on Vicuna can be read"
+        )
+    if release.name == "UGround":
+        mode = config.get("mode", 3)
+        if mode not in MODES:
+            raise ValueError(f"mode {mode!r} of the published configuration is unknown; known: {sorted(MODES)}")
+        found |= MODES[mode] | ({} if config.get("eval_legacy", True) else {"eval_layer_policy": "sample"})
+    return found

@@ -45,9 +45,11 @@ def read_given(model, batch: Batch, output: LanguageOutput) -> Answers:
     for row, segment, token in zip(rows, segments[batch.label_positions].tolist(), batch.label_ids.tolist()):
         token_ids[row][segment - 1].append(token)
     states = torch.stack([layer.flatten(0, 1)[batch.seg_positions] for layer in output.hidden], dim=1)
+    places = list(zip(batch.seg_rows.tolist(), (segments[batch.seg_positions] - 1).tolist()))
+    if config.rej_token_id is None:  # a model that knows no [REJ]
+        return Answers(token_ids, states, places, [False] * len(places))
     pair = torch.tensor([config.seg_token_id, config.rej_token_id], device=device)
     scores = torch.nn.functional.linear(states[:, -1], model.lm_head.weight[pair]).float()
-    places = list(zip(batch.seg_rows.tolist(), (segments[batch.seg_positions] - 1).tolist()))
     return Answers(token_ids, states, places, (scores[:, 1] > scores[:, 0]).tolist())
 
 

@@ -20,6 +20,8 @@ class LlavaLlamaConfig(LlamaConfig):
     Args:
         vision_config: CLIPVisionConfig or its dictionary.
         mm_vision_select_layer: which CLIP hidden state feeds the projector (LLaVA-1.5: -2, no final norm).
+        mm_projector_type: ``mlp2x_gelu`` (LLaVA-1.5) or ``linear`` (LLaVA-1).
+        clip_fit: how images are made square for CLIP (``UGroundProcessor``), ``pad`` or ``crop``; tells where maps lie.
         padded_patches_attend: whether padded patches, as queries, attend to what stands before them, as SDPA and eager
             attention have it; flash attention leaves them out and adds nothing to them. Nothing looks at them, but the
             min-max over all patches (``map_normalization`` all) does.
@@ -28,12 +30,19 @@ class LlavaLlamaConfig(LlamaConfig):
     model_type = "uground_llava"
 
     def __init__(
-        self, vision_config=None, mm_vision_select_layer: int = -2, padded_patches_attend: bool = True, **kwargs
+        self,
+        vision_config=None,
+        mm_vision_select_layer: int = -2,
+        mm_projector_type: str = "mlp2x_gelu",
+        clip_fit: str = "pad",
+        padded_patches_attend: bool = True,
+        **kwargs,
     ) -> None:
         if isinstance(vision_config, CLIPVisionConfig):
             vision_config = vision_config.to_dict()
         self.vision_config = vision_config or CLIPVisionConfig().to_dict()
         self.mm_vision_select_layer, self.padded_patches_attend = mm_vision_select_layer, padded_patches_attend
+        self.mm_projector_type, self.clip_fit = mm_projector_type, clip_fit
         super().__init__(**kwargs)
 
     @property
@@ -106,6 +115,12 @@ def packed_mask(
     return mask[:, None]
 
 
+def cropped_size(height: int, width: int, side: int) -> tuple[int, int]:
+    """CLIP's rule: (height, width) after scaling the shortest side to ``side``; the middle of it is cut out."""
+    shortest = min(height, width)
+    return (side, int(side * width / shortest)) if height == shortest else (int(side * height / shortest), side)
+
+
 def valid_patches(clip_sizes: torch.Tensor, side: int, patch: int) -> torch.Tensor:
     """Which patches show the image: those whose top-left pixel lies inside it, [B, P] bool, row-major.
 
@@ -127,10 +142,11 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
         clip = config.clip_config
         clip._attn_implementation = config._attn_implementation
         self.vision_tower = CLIPVisionModel(clip)
-        self.mm_projector = nn.Sequential(
-            nn.Linear(clip.hidden_size, config.hidden_size),
-            nn.GELU(),
-            nn.Linear(config.hidden_size, config.hidden_size),
+        first = nn.Linear(clip.hidden_size, config.hidden_size)
+        self.mm_projector = (
+            first
+            if config.mm_projector_type == "linear"
+            else nn.Sequential(first, nn.GELU(), nn.Linear(config.hidden_size, config.hidden_size))
         )
         self.post_init()
 

@@ -17,7 +17,7 @@ from transformers.initialization import no_init_weights
 
 from model import formats
 from model.sam import SamShape
-from model.UGround import RELEASED, UGroundConfig, UGroundForCausalLM
+from model.UGround import UGroundConfig, UGroundForCausalLM
 
 LLAVA_TYPES = ("llava", "llava_llama", "llava_next")
 WEIGHT_FILES = (
@@ -93,7 +93,7 @@ def read_folder(folder: Path) -> dict[str, torch.Tensor]:
         if missing := [str(path) for path in files if not path.is_file()]:
             raise ValueError(f"{index} names files that are not there: {', '.join(missing)}")
         if files:
-            state: dict[str, torch.Tensor] = {}
+            state: dict[str, torch.Tensor] = {}  # mapped into memory, and read when they are used
             for path in files:
                 state |= load_file(path) if path.suffix == ".safetensors" else read_torch_file(path)
             return state
@@ -114,9 +114,13 @@ def read_json(folder: Path, what: str) -> dict:
 
 
 def load_strictly(module: nn.Module, state: dict[str, torch.Tensor], source: str, new: tuple[str, ...] = ()) -> None:
-    """Loads ``state`` into ``module``; every key must find its place and every parameter its key.
+    """Moves ``state`` into ``module``; every key must find its place and every parameter its key.
+
+    A tensor of the right type becomes the parameter itself, so that nothing is copied; the others are converted one by
+    one, and a file is let go with the last of its tensors.
 
     Args:
+        state: in the end it holds what ``module`` holds.
         new: prefixes of what ``state`` need not hold.
 
     Raises:
@@ -135,7 +139,9 @@ def load_strictly(module: nn.Module, state: dict[str, torch.Tensor], source: str
     if lines:
         cause = _cause(own.keys(), missing, unexpected, shapes)
         raise ValueError(f"the weights of {source} do not fit {type(module).__name__} ({cause}):\n" + "\n".join(lines))
-    module.load_state_dict(state, strict=False)
+    for key in state:
+        state[key] = state[key].to(own[key].dtype)
+    module.load_state_dict(state, strict=False, assign=True)
 
 
 def _cause(own: Collection[str], missing: list[str], unexpected: list[str], shapes: list[str]) -> str:
@@ -199,8 +205,11 @@ def read_sam(path: str) -> tuple[dict[str, torch.Tensor], SamShape]:
         raise ValueError(f"--vision_pretrained: {path} is no segment-anything checkpoint (no {error})") from error
 
 
-def base_config(version: Path, tower: Path, sam: SamShape, settings: dict) -> UGroundConfig:
+def base_config(version: Path, tower: Path, sam: SamShape, keys: Collection[str], settings: dict) -> UGroundConfig:
     """The configuration that a LLaVA folder, a CLIP folder and a SAM make together.
+
+    Args:
+        keys: of the LLaVA's tensors, by this project's names; they tell the kind of projector.
 
     Raises:
         ValueError: if the folder is no LLaVA, or the tower is not the one its projector was trained for.
@@ -226,6 +235,7 @@ def base_config(version: Path, tower: Path, sam: SamShape, settings: dict) -> UG
     return UGroundConfig(
         vision_config=clip,
         mm_vision_select_layer=raw.get("mm_vision_select_layer", -2),
+        mm_projector_type="linear" if "mm_projector.weight" in keys else "mlp2x_gelu",
         sam_config=sam.to_dict(),
         **(llama | settings),
     )
@@ -266,13 +276,14 @@ def load_base(
         ValueError: if a file is missing, or a key does not find its place.
     """
     sam, shape = read_sam(vision_pretrained)
-    model = build(base_config(Path(version), Path(vision_tower), shape, settings), dtype)
-    load_strictly(model.visual_model, sam, vision_pretrained)
     nested = "text_config" in read_json(Path(version), "--version")
     rules = formats.LLAVA_TRANSFORMERS if nested else formats.LLAVA
     llava = formats.renamed(read_folder(Path(version)), rules)
+    model = build(base_config(Path(version), Path(vision_tower), shape, llava.keys(), settings), dtype)
+    load_strictly(model.visual_model, sam, vision_pretrained)
     has_tower = any(key.startswith("vision_tower.") for key in llava)  # then it may have been trained along
-    load_strictly(model, read_tower(vision_tower) | llava, version, new=("visual_model.", *NEW_PARTS))
+    llava = read_tower(vision_tower) | llava
+    load_strictly(model, llava, version, new=("visual_model.", *NEW_PARTS))
     sources = dict.fromkeys(("model", "lm_head", "mm_projector"), version)
     sources |= {"vision_tower": version if has_tower else vision_tower, "visual_model": vision_pretrained}
     return model.eval(), report(model, sources)
@@ -281,26 +292,36 @@ def load_base(
 def load_released(
     folder: str | Path, vision_tower: str | Path, dtype: torch.dtype, settings: dict
 ) -> tuple[UGroundForCausalLM, list[Loaded]]:
-    """UGround from a checkpoint of the paper's release (parity.md): its own keys, SAM inside, CLIP in its own folder.
+    """A checkpoint that UGround's authors or those of a relative published (``formats.RELEASES``).
+
+    It has its own keys, SAM inside, and CLIP in a folder of its own.
 
     Args:
-        settings: of ``UGroundConfig``, over those that reproduce the release (``RELEASED`` and the folder's ``mode``).
+        settings: of ``UGroundConfig``, over those that reproduce the release.
 
     Raises:
-        ValueError: if a file is missing, or a key does not find its place.
+        ValueError: if the folder is of no known kind, a file is missing, or a key does not find its place.
     """
     folder = Path(folder)
+    raw = read_json(folder, "--version")
+    release = formats.release_of(raw)
+    if release is None:
+        raise ValueError(f"--version: {folder} names no known architecture ({', '.join(formats.RELEASES)})")
     state = formats.renamed(read_folder(folder), formats.LLAVA)
     try:
         shape = SamShape.from_state_dict(formats.below(state, "visual_model."))
     except KeyError as error:
-        raise ValueError(f"--version: {folder} holds no SAM (no {error})") from error
-    method = RELEASED | formats.released_mode(read_json(folder, "--version")) | settings
-    model = build(base_config(folder, Path(vision_tower), shape, method), dtype)
-    state = read_tower(vision_tower) | state
-    load_strictly(model, state, str(folder), new=("ppm.baseline",))  # the released code does not save it
+        wrapped = any(key.startswith("base_model.") for key in state)
+        hint = ": an adapter that was not merged; merge it with its own code" if wrapped else ""
+        raise ValueError(f"--version: {folder} holds no SAM (no {error}){hint}") from error
+    method = formats.released_settings(release, raw) | settings
+    model = build(base_config(folder, Path(vision_tower), shape, state.keys(), method), dtype)
     sources = dict.fromkeys((name for name, _ in model.named_children()), str(folder))
-    return model.eval(), report(model, sources | {"vision_tower": str(vision_tower)})
+    if not any(key.startswith("vision_tower.") for key in state):
+        sources["vision_tower"] = str(vision_tower)
+    state = read_tower(vision_tower) | state
+    load_strictly(model, state, str(folder), new=release.absent)
+    return model.eval(), report(model, sources)
 
 
 def grow_vocabulary(model: UGroundForCausalLM, known: int, size: int) -> None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from utils.conversation import EncodedConversation
-from utils.transforms import resize_and_pad
+from utils.transforms import CLIP_FITS, resize_and_pad
 from utils.types import IGNORE_LABEL, Batch
 
 
@@ -62,8 +62,12 @@ def collate_rows(
     seg_id: int,
     clip_side: int,
     sam_side: int,
+    clip_fit: str = "pad",
 ) -> Batch:
     """Builds the packed batch, padded on the right.
+
+    Args:
+        clip_fit: how an image is made square for CLIP, of ``CLIP_FITS``; for SAM it is padded.
 
     Raises:
         ValueError: if a row's number of ``[SEG]`` labels differs from its number of masks (teacher-forced prompts
@@ -91,8 +95,8 @@ def collate_rows(
     label_positions, seg_positions = before_labels(labels), before_labels(labels, seg_id)
     label_ids = labels.flatten()[label_positions + 1]
     targets = sum(int((row.masks == 1).any((1, 2)).sum()) for row in rows)
-    clip_images, clip_sizes = _squares(rows, clip_side)
-    sam_images, sam_sizes = _squares(rows, sam_side)
+    clip_images, clip_sizes = _squares(rows, clip_side, CLIP_FITS[clip_fit])
+    sam_images, sam_sizes = _squares(rows, sam_side, resize_and_pad)
     return Batch(
         input_ids=input_ids,
         segments=segments,
@@ -116,8 +120,8 @@ def collate_rows(
     )
 
 
-def _squares(rows: Sequence[Row], side: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _squares(rows: Sequence[Row], side: int, fit: Callable) -> tuple[torch.Tensor, torch.Tensor]:
     """The rows' images as [B, 3, side, side] float32, and their (height, width) inside as [B, 2]."""
     images = torch.zeros(len(rows), 3, side, side)
-    sizes = [resize_and_pad(row.image, side, out)[1] for row, out in zip(rows, images)]
+    sizes = [fit(row.image, side, out)[1] for row, out in zip(rows, images)]
     return images, torch.tensor(sizes)

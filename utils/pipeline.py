@@ -11,7 +11,7 @@ import torch
 from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from model.formats import is_released
+from model.formats import Release, release_of
 from model.UGround import UGroundForCausalLM
 from model.weights import Loaded, format_report, grow_vocabulary, load_base, load_released, read_json, report
 from utils.conversation import SYSTEM_PROMPT
@@ -60,18 +60,19 @@ def load_for_training(
 def load_pretrained(
     folder: str, precision: str = "fp32", device: str = "cpu", vision_tower: str = ""
 ) -> tuple[UGroundForCausalLM, UGroundProcessor]:
-    """A folder that ``scripts/merge_lora.py`` (or ``save_pretrained``) wrote, or a checkpoint of the paper's release.
+    """A folder that ``scripts/merge_lora.py`` (or ``save_pretrained``) wrote, or a published checkpoint.
 
     Args:
-        vision_tower: folder of CLIP for a released checkpoint, which holds none; others need it not.
+        vision_tower: folder of CLIP for a published checkpoint, which holds none; others need it not.
 
     Raises:
         ValueError: if the folder is none of these, or its weights are not complete.
     """
     raw = read_json(Path(folder), "--version")
-    if is_released(raw):
+    if release := release_of(raw):
         released: Any
-        released, processor = _load_released(folder, vision_tower or raw.get("mm_vision_tower", ""), precision)
+        tower = vision_tower or raw.get("mm_vision_tower", "")
+        released, processor = _load_released(folder, release, tower, precision)
         return released.to(device), processor
     if raw.get("model_type") != "uground":
         raise ValueError(
@@ -89,18 +90,22 @@ def load_pretrained(
     }
     if problems:
         raise ValueError(f"--version: the weights in {folder} do not fit: {problems}")
-    if model.config.seg_token_id != processor.tokens.seg:
-        raise ValueError(
-            f"--version: {folder}: the model's [SEG] is token {model.config.seg_token_id}, "
-            f"the tokenizer's {processor.tokens.seg}"
-        )
+    for what, ours, theirs in (
+        ("[SEG]", model.config.seg_token_id, processor.tokens.seg),
+        ("[REJ]", model.config.rej_token_id, processor.tokens.rej),
+        ("clip_fit", model.config.clip_fit, processor.clip_fit),
+    ):
+        if ours != theirs:
+            raise ValueError(f"--version: {folder}: {what} is {ours} in config.json, {theirs} in the processor's files")
     return model.to(device).eval(), processor
 
 
-def _load_released(folder: str, vision_tower: str, precision: str) -> tuple[UGroundForCausalLM, UGroundProcessor]:
+def _load_released(
+    folder: str, release: Release, vision_tower: str, precision: str
+) -> tuple[UGroundForCausalLM, UGroundProcessor]:
     if not vision_tower or not Path(vision_tower).is_dir():
         raise ValueError(
-            f"--version: {folder} is a checkpoint of the paper's release, which holds no CLIP; give --vision_tower, "
+            f"--version: {folder} is a published checkpoint, which holds no CLIP; give --vision_tower, "
             f"the folder of the tower that it was trained with ({vision_tower or 'its configuration has no name'})"
         )
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -109,13 +114,13 @@ def _load_released(folder: str, vision_tower: str, precision: str) -> tuple[UGro
     settings = {"seg_token_id": ids.seg, "rej_token_id": ids.rej, "eos_token_id": ids.eos, "pad_token_id": ids.pad}
     model, _ = load_released(folder, vision_tower, PRECISIONS[precision], settings)
     config = model.config
-    if (largest := max(ids.seg, ids.rej, ids.im_start, ids.im_end)) >= config.vocab_size:
+    if (largest := max(ids.seg, ids.rej or 0, ids.im_start, ids.im_end)) >= config.vocab_size:
         raise ValueError(
             f"--version: {folder}: the tokenizer has a token {largest}, the model embeds {config.vocab_size}; they are "
             "of different checkpoints"
         )
-    sam_side = model.visual_model.shape.image_size
-    return model, UGroundProcessor(tokenizer, config.clip_side, config.clip_patch, sam_side)
+    sides = config.clip_side, config.clip_patch, model.visual_model.shape.image_size
+    return model, UGroundProcessor(tokenizer, *sides, release.system_prompt, clip_fit=config.clip_fit)
 
 
 def describe(model: UGroundForCausalLM, source: str) -> str:

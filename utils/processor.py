@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from utils.collate import Row, collate_rows, cut
 from utils.conversation import SYSTEM_PROMPT, PromptBuilder
 from utils.tokens import token_ids
+from utils.transforms import CLIP_FITS
 from utils.types import Batch, Sample, Turn
 
 FILE_NAME = "uground_processor.json"
@@ -27,6 +28,8 @@ class UGroundProcessor:
         sam_side: side of SAM's padded square input in pixels.
         system_prompt: text in front of every conversation.
         max_tokens: the longest row that one conversation with its prefix may make (``--model_max_length``).
+        clip_fit: ``pad`` = CLIP sees the whole image, as the paper has it; ``crop`` = its middle, as CLIP's own
+            processor cuts it out, for checkpoints that were trained so (LISA and its descendants).
     """
 
     def __init__(
@@ -37,14 +40,17 @@ class UGroundProcessor:
         sam_side: int,
         system_prompt: str = SYSTEM_PROMPT,
         max_tokens: int = 2048,
+        clip_fit: str = "pad",
     ) -> None:
         if clip_side % clip_patch:
             raise ValueError(f"CLIP's side {clip_side} is not a multiple of its patch {clip_patch}")
+        if clip_fit not in CLIP_FITS:
+            raise ValueError(f"clip_fit {clip_fit!r} is unknown; use {' or '.join(CLIP_FITS)}")
         self.tokenizer = tokenizer
         self.clip_side, self.clip_patch, self.sam_side = clip_side, clip_patch, sam_side
         self.tokens = token_ids(tokenizer)
         self.builder = PromptBuilder(tokenizer, (clip_side // clip_patch) ** 2, system_prompt)
-        self.max_tokens = max_tokens
+        self.max_tokens, self.clip_fit = max_tokens, clip_fit
 
     @property
     def num_image_tokens(self) -> int:
@@ -71,6 +77,7 @@ class UGroundProcessor:
             "sam_side": self.sam_side,
             "system_prompt": self.builder.system_prompt,
             "max_tokens": self.max_tokens,
+            "clip_fit": self.clip_fit,
         }
         self.tokenizer.save_pretrained(folder)
         (Path(folder) / FILE_NAME).write_text(json.dumps(settings, indent=2) + "\n")
@@ -136,4 +143,5 @@ class UGroundProcessor:
             seg_id=self.tokens.seg,
             clip_side=self.clip_side,
             sam_side=self.sam_side,
+            clip_fit=self.clip_fit,
         )

@@ -12,10 +12,10 @@ SPECIAL_TOKENS = (SEG, REJ, IM_START, IM_END, IMAGE)
 
 @dataclass(frozen=True)
 class TokenIds:
-    """Ids of the special tokens in one tokenizer."""
+    """Ids of the special tokens in one tokenizer; no ``rej`` where a model was never taught to reject (LISA)."""
 
     seg: int
-    rej: int
+    rej: int | None
     image: int
     im_start: int
     im_end: int
@@ -36,10 +36,13 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, where: str = "the tokenizer") 
     """Looks the special tokens up.
 
     Raises:
-        ValueError: if one is unknown, two share an id, or one does not survive encode and decode as a single token.
+        ValueError: if one but [REJ] is unknown, two share an id, or one does not survive encode and decode as a single
+            token.
     """
     names = {"seg": SEG, "rej": REJ, "image": IMAGE, "im_start": IM_START, "im_end": IM_END}
     vocabulary = tokenizer.get_vocab()
+    if REJ not in vocabulary:
+        del names["rej"]
     unknown = [token for token in names.values() if token not in vocabulary]
     if unknown:
         raise ValueError(f"{where} does not know {', '.join(unknown)}; add them with utils.tokens.add_special_tokens")
@@ -52,4 +55,5 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, where: str = "the tokenizer") 
     if tokenizer.eos_token_id is None:
         raise ValueError(f"{where} has no end-of-sequence token")
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    return TokenIds(**ids, eos=tokenizer.eos_token_id, pad=pad)
+    rej = ids.pop("rej", None)
+    return TokenIds(**ids, rej=rej, eos=tokenizer.eos_token_id, pad=pad)

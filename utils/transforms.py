@@ -1,7 +1,7 @@
 """Image transforms: SAM's rule (longest side to S, zero padding right and bottom) for both CLIP and SAM.
 
 Source: paper section 5.1 (CLIP's center crop may cut off the target); the released weights use SAM's mean and
-deviation for both.
+deviation for both. LISA and its descendants give CLIP what CLIP's own processor makes: shortest side to S, the middle.
 """
 
 from __future__ import annotations
@@ -10,10 +10,13 @@ import numpy as np
 import torch
 from PIL import Image
 
+from model.llava import cropped_size
 from model.sam import resized_size
 
 PIXEL_MEAN = torch.tensor([123.675, 116.28, 103.53]).view(3, 1, 1)
 PIXEL_STD = torch.tensor([58.395, 57.12, 57.375]).view(3, 1, 1)
+CLIP_MEAN = 255 * torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
+CLIP_STD = 255 * torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
 
 
 def resize_and_pad(
@@ -37,3 +40,19 @@ def resize_and_pad(
     pixels = out[:, :height, :width].copy_(torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1))
     pixels.sub_(PIXEL_MEAN).div_(PIXEL_STD)
     return out, (height, width)
+
+
+def resize_and_crop(
+    image: np.ndarray, side: int, out: torch.Tensor | None = None
+) -> tuple[torch.Tensor, tuple[int, int]]:
+    """Shortest side to S, the middle of it, CLIP's normalisation; arguments and results as of ``resize_and_pad``."""
+    height, width = cropped_size(image.shape[0], image.shape[1], side)
+    scaled = Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC)
+    top, left = (height - side) // 2, (width - side) // 2
+    middle = np.asarray(scaled)[top : top + side, left : left + side]
+    out = torch.zeros(3, side, side) if out is None else out
+    out.copy_(torch.from_numpy(middle.copy()).permute(2, 0, 1)).sub_(CLIP_MEAN).div_(CLIP_STD)
+    return out, (side, side)
+
+
+CLIP_FITS = {"pad": resize_and_pad, "crop": resize_and_crop}
