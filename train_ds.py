@@ -230,7 +230,7 @@ def train_step(run: Run, batches: Iterator[Batch], meter: Meter, logged: bool) -
         batch = replace(part, counts=counts).to(run.device, dtype)
         # dropout is a function of (seed, micro step, rank), so that a resumed run is the uninterrupted one
         torch.manual_seed(((seed * 1_000_003 + micro) * 65_536 + distributed.rank()) % 2**63)
-        output = run.engine(batch)
+        output = run.engine(batch, all_layers=logged)
         run.engine.backward(output.loss)
         meter.add(output, len(batch.sizes))
         del output  # full-size masks and maps, which the next forward pass needs no room beside

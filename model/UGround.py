@@ -87,11 +87,12 @@ class UGroundForCausalLM(Objective, LlavaLlamaForCausalLM):
 
     # ------------------------------------------------------------------ training
 
-    def forward(self, batch: Batch | None = None, **kwargs) -> UGroundOutput:
+    def forward(self, batch: Batch | None = None, all_layers: bool = False, **kwargs) -> UGroundOutput:
         """One training step's forward pass; without a batch, LLaMA's own forward.
 
         Args:
             batch: packed rows with ground truth; see ``Batch``.
+            all_layers: also say how good the maps of all layers are (``layer_losses``).
         """
         if batch is None:
             return super().forward(**kwargs)
@@ -108,7 +109,7 @@ class UGroundForCausalLM(Objective, LlavaLlamaForCausalLM):
         mask_logits, maps = self.draw(grounding, layers, self.visual_model.encode(batch.sam_images), valid, batch)
         logits = self.lm_head(output.hidden[-1].flatten(0, 1)[batch.label_positions])
         layer_maps = None
-        if self.config.rewards_all_layers:
+        if all_layers or self.config.rewards_all_layers:
             layer_maps = self._normalised(grounding.scores.detach(), valid[grounding.rows][:, None])
         result = self.objective(batch, logits, mask_logits, maps, layers, grounding.log_policy, layer_maps)
         result.loss = result.loss + 0.0 * anchor

@@ -37,6 +37,8 @@ class UGroundOutput:
         mask_logits, maps: per row [N_b, H, W], SAM's logits and the similarity maps in [0, 1] at the original size.
         layers: [N] chosen hidden state; policy: [N, L] distribution; rewards: [N].
         has_masks: 0-d, 1.0 if the optimizer step has a mask; without one, all terms but text are 0 and mean nothing.
+        layer_losses: [L] map_bce + map_dice of every layer's map at its own resolution, normalised like the terms;
+            where it was asked for, or the gate learns from all layers.
     """
 
     loss: torch.Tensor
@@ -47,6 +49,7 @@ class UGroundOutput:
     policy: torch.Tensor
     rewards: torch.Tensor
     has_masks: torch.Tensor
+    layer_losses: torch.Tensor | None = None
 
 
 class Objective:
@@ -70,7 +73,7 @@ class Objective:
 
         Args:
             logits: [M, V]; layers: [N]; log_policy: [N, L].
-            layer_maps: [N, L, P] in [0, 1], detached; where the gate learns from all layers.
+            layer_maps: [N, L, P] in [0, 1], detached; where all layers are looked at.
         """
         config = self.config
         soft = [self._soft_target(masks) for masks in batch.masks]
@@ -78,7 +81,10 @@ class Objective:
         rewards = _reward(per_mask, config.reward_terms).detach()
         if config.reward == "batch":
             rewards = (rewards * present).sum().expand(len(rewards))
-        layer_rewards = None if layer_maps is None else self._layer_rewards(batch.masks, soft, layer_maps)
+        of_layers = None if layer_maps is None else self._layer_terms(batch.masks, soft, layer_maps)
+        layer_rewards = None
+        if config.rewards_all_layers and of_layers is not None:
+            layer_rewards = _reward(of_layers, "iou" if config.layer_selection == "ce_soft" else config.reward_terms)
         per_mask |= self._gate_terms(rewards, layers, log_policy, layer_rewards)
         per_mask["entropy"] = -(log_policy.exp() * log_policy.clamp(min=-1e4)).sum(-1)
 
@@ -87,10 +93,14 @@ class Objective:
         text = losses.text_loss(logits, batch.label_ids, batch.label_weights) / counts[0]
         terms = {name: (value * present).sum() / counts[1] for name, value in per_mask.items()}
         loss = self._weighted(text, terms)
+        layer_losses = None
+        if of_layers is not None:
+            layer_losses = -(_reward(of_layers, "both") * present[:, None]).sum(0) / counts[1]
 
         figures = {"reward": (rewards * present).sum() / counts[1], "baseline": self.ppm.baseline.clone()}
         terms = {name: value.detach() for name, value in {"text": text, **terms, **figures}.items()}
-        return UGroundOutput(loss, terms, mask_logits, maps, layers, log_policy.detach().exp(), rewards, has_masks)
+        policy = log_policy.detach().exp()
+        return UGroundOutput(loss, terms, mask_logits, maps, layers, policy, rewards, has_masks, layer_losses)
 
     def _weighted(self, text: torch.Tensor, terms: dict[str, torch.Tensor]) -> torch.Tensor:
         """The sum of Eq. 9."""
@@ -177,18 +187,17 @@ class Objective:
         return soft, losses.positive_weight(soft, shared=self.config.positive_weight == "image")
 
     @torch.no_grad()
-    def _layer_rewards(
+    def _layer_terms(
         self, targets: list[torch.Tensor], soft_targets: list[SoftTarget], layer_maps: torch.Tensor
-    ) -> torch.Tensor:
-        """Rewards of all layers' maps [N, L, P] at the map's own resolution -> [N, L].
+    ) -> dict[str, torch.Tensor]:
+        """What rewards are made of, for all layers' maps [N, L, P] at the map's own resolution -> [N, L] by name.
 
         The targets are brought to P patches instead of L x N maps to the image's size: a few thousand numbers per
         [SEG], where one map at its image's size has hundreds of thousands.
         """
         config, grid = self.config, round(layer_maps.shape[-1] ** 0.5)
         side, num_layers = config.map_side or config.clip_side, layer_maps.shape[1]
-        kind = "iou" if config.layer_selection == "ce_soft" else config.reward_terms
-        found = []
+        found: dict[str, list[torch.Tensor]] = {}
         rows = layer_maps.split([len(masks) for masks in targets])
         for target, (soft, weight), maps in zip(targets, soft_targets, rows):
             keep, hard = target != losses.IGNORE, (target == 1).float()
@@ -201,8 +210,9 @@ class Objective:
                 "map_dice": losses.map_dice(flat, soft, weight, share),
                 "map_iou": losses.map_iou(flat, hard, share),
             }
-            found.append(_reward(terms, kind).view(-1, num_layers))
-        return torch.cat(found)
+            for name, values in terms.items():
+                found.setdefault(name, []).append(values.view(-1, num_layers))
+        return {name: torch.cat(values) for name, values in found.items()}
 
 
 def _reward(terms: dict[str, torch.Tensor], kind: str) -> torch.Tensor:

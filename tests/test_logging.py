@@ -50,6 +50,22 @@ def test_meter_gives_means_and_the_last_baseline():
     assert (again["loss"], again["layers"]) == (5.0, [1, 0, 0, 0])
 
 
+def test_meter_gives_the_map_losses_of_all_layers_where_they_are_told():
+    meter, told = Meter(torch.device("cpu"), num_layers=4), output(1.0, -0.1, [3])
+    told.layer_losses = torch.tensor([4.0, 3.0, 2.0, 1.0])
+    half = output(1.0, -0.1, [3])
+    half.layer_losses = told.layer_losses / 2
+    for figures in (output(1.0, -0.1, [3]), told, half):
+        meter.add(figures, images=1)
+    values = meter.collect()
+    assert values["map_loss_by_layer"] == [3.0, 2.25, 1.5, 0.75]
+    assert values["layers"] == [0, 0, 0, 3]
+    nothing = output(1.0, -0.1, [])  # a batch without masks has no map to judge
+    nothing.layer_losses = torch.zeros(4)
+    meter.add(nothing, images=1)
+    assert "map_loss_by_layer" not in meter.collect()
+
+
 def test_meter_does_not_wait_for_the_device():
     """Nothing of ``add`` reads a value: on the meta device there is none to be read."""
     meter = Meter(torch.device("meta"), num_layers=4)

@@ -86,6 +86,9 @@ def test_a_run_learns_logs_and_saves(run_here):
     assert sum(norm**2 for norm in first["gradients"].values()) ** 0.5 == pytest.approx(first["gradient"], rel=1e-4)
     assert sum(first["layers"]) > 0
     assert first["layers"][0] == 0  # the embeddings are no candidate
+    with_masks = [line for line in lines if "map_loss_by_layer" in line]
+    assert with_masks
+    assert all(len(line["map_loss_by_layer"]) == 5 for line in with_masks)
     validations = log_lines(run, "val")
     assert [line["step"] for line in validations] == [6, 12]
     assert set(validations[0]["metrics"]) == {"ReasonSeg|val_short", "grefcoco|unc|val"}
@@ -109,7 +112,15 @@ def assert_tensorboard(run) -> None:
     events = EventAccumulator(str(run / "tensorboard"), size_guidance={"images": 0}).Reload()
     tags = events.Tags()
     wanted = {f"loss/{name}" for name in ("loss", "text", "mask_bce", "mask_dice", "map_bce", "map_dice", "policy")}
-    wanted |= {"policy/reward", "policy/baseline", "policy/entropy", "train/lr", "train/images_per_s"}
+    wanted |= {
+        "map_loss_by_layer/0",
+        "map_loss_by_layer/4",
+        "policy/reward",
+        "policy/baseline",
+        "policy/entropy",
+        "train/lr",
+        "train/images_per_s",
+    }
     wanted |= {"gradient/all", "gradient/gate", "gradient/lora", "gradient/phi", "val/ReasonSeg_val_short/gIoU"}
     assert wanted <= set(tags["scalars"])
     assert "policy/layers" in tags["histograms"]

@@ -42,14 +42,32 @@ def test_mean_variance_and_histogram_are_those_of_the_draws(make_model, tiny_pro
     assert different > 1
 
 
+def test_one_draw_is_a_sample(make_model, tiny_processor):
+    model = make_model()
+    torch.nn.init.zeros_(model.ppm.gate)  # uniform
+    chosen = set()
+    for seed in range(4):
+        for drawn, sample in zip(ask(model, tiny_processor, "mc:1", seed), ask(model, tiny_processor, "sample", seed)):
+            assert drawn.layers == sample.layers
+            torch.testing.assert_close(drawn.mask_logits.sigmoid(), sample.mask_logits.sigmoid(), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(drawn.maps, sample.maps)
+            assert all(uncertainty.score == 0 for uncertainty in drawn.uncertainty)
+            chosen |= set(drawn.layers)
+    assert len(chosen) > 1
+
+
 def test_a_layer_is_decoded_once_however_often_it_is_drawn(make_model, tiny_processor, monkeypatch):
-    model, decoded, encoded = make_model(), [], []
+    """And LLaVA and SAM's encoder work once, whatever the number of draws."""
+    model, decoded, encoded, read = make_model(), [], [], []
+    model.model.layers[0].register_forward_hook(lambda *_: read.append("language"))
+    model.vision_tower.register_forward_hook(lambda *_: read.append("vision"))
     decode, encode = model.visual_model.decode, model.visual_model.encode
     monkeypatch.setattr(model.visual_model, "decode", lambda e, *rest: decoded.append(len(e)) or decode(e, *rest))
     monkeypatch.setattr(model.visual_model, "encode", lambda images: encoded.append(len(images)) or encode(images))
     found = ask(model, tiny_processor, "mc:64")
     assert sum(decoded) == sum(int((u.layers > 0).sum()) for p in found for u in p.uncertainty) <= 4 * 4
     assert encoded == [2]
+    assert sorted(read) == ["language", "vision"]
 
 
 def test_one_layer_leaves_nothing_uncertain(make_model, tiny_processor):

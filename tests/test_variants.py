@@ -75,14 +75,29 @@ def test_all_layers_are_rewarded_as_the_chosen_one_is(make_model, tiny_processor
     model.objective = lambda *given: seen.append(given) or objective(*given)
     model(batch)
     fine = torch.stack([model_with(make_model, f"fixed:{k}")(batch).rewards for k in range(5)], 1)
-    coarse = rewards_of_all_layers(model, batch, seen[0][-1])
+    terms = terms_of_all_layers(model, batch, seen[0][-1])
+    coarse = -(terms["map_bce"] + terms["map_dice"])
     assert coarse.shape == (3, 5)
     torch.testing.assert_close(coarse, fine, rtol=0.1, atol=0.02)
     assert torch.corrcoef(torch.stack([coarse.flatten(), fine.flatten()]))[0, 1] > 0.85  # 4 x 4 patches are coarse
 
 
-def rewards_of_all_layers(model, batch, maps: torch.Tensor) -> torch.Tensor:
-    return model._layer_rewards(batch.masks, [model._soft_target(masks) for masks in batch.masks], maps)
+@pytest.mark.parametrize("settings", [{}, {"layer_selection": "last"}, {"policy_gradient": "exact"}])
+def test_the_map_loss_of_every_layer_is_told_on_demand(make_model, tiny_processor, tiny_samples, settings):
+    """It changes nothing else, and a layer's is that of a model which always connects from it."""
+    batch = tiny_processor.collate(tiny_samples)
+    plain, told = (make_model(**settings)(batch, all_layers=every) for every in (False, True))
+    assert (plain.layer_losses is None) == ("policy_gradient" not in settings)
+    assert told.terms == plain.terms
+    torch.testing.assert_close(told.loss, plain.loss)
+    assert told.layer_losses.shape == (5,)
+    for layer, loss in enumerate(told.layer_losses):
+        terms = model_with(make_model, f"fixed:{layer}")(batch).terms
+        assert float(loss) == pytest.approx(float(terms["map_bce"] + terms["map_dice"]), rel=0.1)
+
+
+def terms_of_all_layers(model, batch, maps: torch.Tensor) -> dict[str, torch.Tensor]:
+    return model._layer_terms(batch.masks, [model._soft_target(masks) for masks in batch.masks], maps)
 
 
 def model_with(make_model, selection: str):
@@ -98,7 +113,7 @@ def test_the_classifiers_label_is_the_layer_that_overlaps_most(make_model, tiny_
     target, share = losses.on_grid((batch.masks[0] == 1).float(), torch.ones(2, 64, 64), 40, 4)
     assert (share == 1).all()
     maps[0, 3], maps[1, 0], maps[1, 2] = target[0].flatten(), target[1].flatten(), 0.5 * target[1].flatten()
-    overlap = rewards_of_all_layers(model, batch, maps)
+    overlap = terms_of_all_layers(model, batch, maps)["map_iou"]
     assert float(overlap[0, 3]) == pytest.approx(1.0)
     log_policy = torch.log_softmax(torch.randn(2, 5), -1)
     log_policy[:, 0] = -torch.inf  # no candidate, however well it fits

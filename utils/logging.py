@@ -36,8 +36,9 @@ class Meter:
         """Forgets everything; also call it after a pause (validation), so that images/s leaves it out."""
         self.sums: dict[str, torch.Tensor] = {}
         self.layers = torch.zeros(self.num_layers, device=self.device)
+        self.layer_losses = torch.zeros(self.num_layers, device=self.device)
         self.images = self.micro_steps = 0
-        self.with_masks = torch.zeros((), device=self.device)
+        self.with_masks, self.of_all_layers = torch.zeros(2, device=self.device)
         self.started = time.perf_counter()
 
     def add(self, output: UGroundOutput, images: int) -> None:
@@ -46,21 +47,28 @@ class Meter:
             new = value.float()
             self.sums[name] = new if name == "baseline" or name not in self.sums else self.sums[name] + new
         self.layers.index_add_(0, output.layers, torch.ones_like(output.layers, dtype=torch.float32))
+        if output.layer_losses is not None:
+            self.layer_losses += output.layer_losses
+            self.of_all_layers += output.has_masks
         self.with_masks += output.has_masks
         self.images += images
         self.micro_steps += 1
 
     def collect(self) -> dict[str, Any]:
         """Means of loss and text over micro steps, of other terms over those with a mask, the last baseline, chosen
-        layers, images per second. All processes must call it."""
+        layers, every layer's map loss where it was told, images per second. All processes must call it."""
         over = {"baseline": 1, "loss": self.micro_steps, "text": self.micro_steps}
         with_masks = self.with_masks.clamp(min=1)
         means = [value / over.get(name, with_masks) for name, value in self.sums.items()]
         world = distributed.world_size()
-        figures = distributed.mean(torch.cat([torch.stack(means), self.layers])).tolist()
+        by_layer = self.layer_losses / self.of_all_layers  # not a number if no micro step told of it
+        figures = distributed.mean(torch.cat([torch.stack(means), self.layers, by_layer])).tolist()
         seconds = time.perf_counter() - self.started
         values: dict[str, Any] = dict(zip(self.sums, figures))
-        values["layers"] = [round(count * world) for count in figures[len(means) :]]
+        figures = figures[len(means) :]
+        values["layers"] = [round(count * world) for count in figures[: self.num_layers]]
+        if not math.isnan(figures[-1]):
+            values["map_loss_by_layer"] = figures[self.num_layers :]
         values["images_per_s"] = self.images * world / seconds
         self.restart()
         return values
@@ -126,7 +134,10 @@ class RunLog:
         line = {"kind": "train", "step": step, "epoch": round(epoch, 3), **values, "gradients": gradients}
         self._write(line)
         for name, value in values.items():
-            if name != "layers":
+            if name == "map_loss_by_layer":
+                for layer, loss in enumerate(value):
+                    self.board.add_scalar(f"map_loss_by_layer/{layer}", loss, step)
+            elif name != "layers":
                 self.board.add_scalar(f"{GROUPS.get(name, 'loss')}/{name}", value, step)
         for part, norm in {"all": values["gradient"], **gradients}.items():
             self.board.add_scalar(f"gradient/{part}", norm, step)
@@ -216,6 +227,8 @@ def _step_of(line: str) -> float:
 def _rounded(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _rounded(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_rounded(item) for item in value]
     return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
