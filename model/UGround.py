@@ -171,8 +171,8 @@ class UGroundForCausalLM(Objective, LlavaLlamaForCausalLM):
             prompts = torch.cat([mask_prompts(rows, sam.mask_side) for rows in full_maps])
         low_res = sam.decode(embeddings[grounding.rows], torch.cat(tokens, 1) if tokens else None, prompts)
         logits = [
-            sam.upscale(rows, tuple(resized), size)
-            for rows, resized, size in zip(low_res.split(grounding.counts), batch.sam_sizes.tolist(), batch.sizes)
+            sam.upscale(rows, resized, size)
+            for rows, resized, size in zip(low_res.split(grounding.counts), batch.sam_sizes, batch.sizes)
         ]
         return logits, full_maps
 

@@ -5,6 +5,7 @@ Legend: B rows, T tokens, P image tokens, D hidden size, L hidden states (decode
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -121,14 +122,15 @@ def cropped_size(height: int, width: int, side: int) -> tuple[int, int]:
     return (side, int(side * width / shortest)) if height == shortest else (int(side * height / shortest), side)
 
 
-def valid_patches(clip_sizes: torch.Tensor, side: int, patch: int) -> torch.Tensor:
+def valid_patches(clip_sizes: Sequence[tuple[int, int]], side: int, patch: int) -> torch.Tensor:
     """Which patches show the image: those whose top-left pixel lies inside it, [B, P] bool, row-major.
 
     Args:
-        clip_sizes: [B, 2] resized (height, width) inside the padded square.
+        clip_sizes: per row, the resized (height, width) inside the padded square.
     """
     start = torch.arange(0, side, patch)
-    rows, columns = start[None] < clip_sizes[:, :1], start[None] < clip_sizes[:, 1:]
+    sizes = torch.tensor(clip_sizes)
+    rows, columns = start[None] < sizes[:, :1], start[None] < sizes[:, 1:]
     return (rows[:, :, None] & columns[:, None, :]).flatten(1)
 
 
@@ -150,19 +152,21 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
         )
         self.post_init()
 
-    def encode_images(self, clip_images: torch.Tensor, clip_sizes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def encode_images(
+        self, clip_images: torch.Tensor, clip_sizes: Sequence[tuple[int, int]]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """CLIP features after the projector; padded patches are masked as keys in CLIP.
 
         Args:
             clip_images: [B, 3, S, S], normalised and padded.
-            clip_sizes: [B, 2] on the CPU.
+            clip_sizes: per row, the (height, width) that shows the image.
 
         Returns:
             [B, P, D] features and [B, P] bool, which of them show the image.
         """
-        valid = valid_patches(clip_sizes, self.config.clip_side, self.config.clip_patch)
-        mask = None
-        if not valid.all():
+        side, mask = self.config.clip_side, None
+        valid = valid_patches(clip_sizes, side, self.config.clip_patch)
+        if any(size != (side, side) for size in clip_sizes):
             keys = torch.cat([torch.ones(len(valid), 1, dtype=torch.bool), valid], 1)  # the class token always counts
             mask = torch.zeros(keys.shape).masked_fill_(~keys, torch.finfo(clip_images.dtype).min)
             mask = mask.to(clip_images)[:, None, None, :].expand(-1, 1, keys.shape[1], -1)

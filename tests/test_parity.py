@@ -104,7 +104,7 @@ def batch_of(inputs: dict, seg: int, prefix: int) -> Batch:
     batch = collate_rows(rows, first, start, pad_id=0, seg_id=seg, clip_side=112, sam_side=1024)
     same(batch.clip_images, inputs["images_clip"], "CLIP's input")
     same(batch.sam_images, inputs["images"], "SAM's input")
-    assert [tuple(size) for size in batch.clip_sizes.tolist()] == [tuple(s) for s in inputs["clip_resize_list"]]
+    assert batch.clip_sizes == [tuple(s) for s in inputs["clip_resize_list"]]
     return batch
 
 

@@ -120,8 +120,7 @@ def collate_rows(
     )
 
 
-def _squares(rows: Sequence[Row], side: int, fit: Callable) -> tuple[torch.Tensor, torch.Tensor]:
-    """The rows' images as [B, 3, side, side] float32, and their (height, width) inside as [B, 2]."""
+def _squares(rows: Sequence[Row], side: int, fit: Callable) -> tuple[torch.Tensor, list[tuple[int, int]]]:
+    """The rows' images as [B, 3, side, side] float32, and the (height, width) of each inside."""
     images = torch.zeros(len(rows), 3, side, side)
-    sizes = [fit(row.image, side, out)[1] for row, out in zip(rows, images)]
-    return images, torch.tensor(sizes)
+    return images, [fit(row.image, side, out)[1] for row, out in zip(rows, images)]

@@ -89,8 +89,8 @@ class Batch:
             divided by. Training puts the mean over all micro steps and processes of an optimizer step here.
         seg_positions: [N] int64, flat position before each ``[SEG]`` of the answers, in the order of the masks.
         seg_rows: [N] int64, the row of each.
-        clip_images: [B, 3, S, S]; clip_sizes: [B, 2] resized (height, width) inside the padded square.
-        sam_images: [B, 3, R, R]; sam_sizes: [B, 2] likewise. Both sizes stay on the CPU.
+        clip_images: [B, 3, S, S]; clip_sizes: per row, the resized (height, width) in the padded square.
+        sam_images: [B, 3, R, R]; sam_sizes: likewise.
         sizes: original (height, width) per row.
         masks: per row [N_b, H, W] uint8 with 0, 1, 255.
         numbers: the global sample number per row; it seeds the sampling of layers.
@@ -109,9 +109,9 @@ class Batch:
     seg_positions: torch.Tensor
     seg_rows: torch.Tensor
     clip_images: torch.Tensor
-    clip_sizes: torch.Tensor
+    clip_sizes: list[tuple[int, int]]
     sam_images: torch.Tensor
-    sam_sizes: torch.Tensor
+    sam_sizes: list[tuple[int, int]]
     sizes: list[tuple[int, int]]
     masks: list[torch.Tensor]
     numbers: list[int]
@@ -120,10 +120,10 @@ class Batch:
     image_start: int
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Batch:
-        """Moves the tensors to ``device`` (sizes stay: they steer Python code); images also to ``dtype``."""
+        """Moves the tensors to ``device``, images also to ``dtype``."""
         moved = dict(vars(self))
         for name, value in moved.items():
-            if isinstance(value, torch.Tensor) and not name.endswith("_sizes"):
+            if isinstance(value, torch.Tensor):
                 image_dtype = dtype if name in ("clip_images", "sam_images") else None
                 moved[name] = value.to(device, image_dtype, non_blocking=True)
         moved["masks"] = [mask.to(device, non_blocking=True) for mask in self.masks]

@@ -1,0 +1,75 @@
+"""The training step's forward pass on a GPU, without one: fake CUDA tensors, which know shape and device but no values.
+
+Where two devices meet, or Python asks for a value and would make the host wait for the device, they raise. The backward
+pass needs a real device; so do points as prompts, which segment-anything embeds by boolean indices.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+
+import model.UGround as uground
+from model.lora import add_lora
+
+SETTINGS = {
+    "policy": {},
+    "exact": {"policy_gradient": "exact"},
+    "critic": {"baseline": "critic", "scale_advantage": True},
+    "soft": {"layer_selection": "soft"},
+    "ce_soft": {"layer_selection": "ce_soft"},
+    "lisa": {"layer_selection": "last", "mask_prompt": False, "map_terms": ()},
+    "released": uground.RELEASED,
+    "all terms": {"map_terms": ("bce", "dice", "gaussian_bce", "gaussian_dice"), "reward_terms": "iou"},
+}
+
+
+def to_fake_gpu(module: torch.nn.Module, mode: FakeTensorMode) -> torch.nn.Module:
+    def fake(tensor: torch.Tensor) -> torch.Tensor:
+        with mode:
+            return mode.from_tensor(tensor.detach()).to("cuda")
+
+    for part in module.modules():
+        for name, parameter in part._parameters.items():
+            if parameter is not None:
+                part._parameters[name] = torch.nn.Parameter(fake(parameter), parameter.requires_grad)
+        for name, buffer in part._buffers.items():
+            if buffer is not None:
+                part._buffers[name] = fake(buffer)
+    return module
+
+
+@pytest.fixture
+def forward(make_model, tiny_processor, tiny_samples):
+    """forward(**settings) -> the loss's device."""
+
+    def run(**settings) -> str:
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        model = to_fake_gpu(add_lora(make_model(**settings), r=2), mode).train()
+        batch = tiny_processor.collate(tiny_samples)
+        with mode:
+            return str(model(batch.to("cuda")).loss.device)
+
+    return run
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_a_step_stays_on_the_gpu_and_never_waits_for_it(forward, settings):
+    assert forward(**settings) == "cuda:0"
+
+
+def test_the_fake_gpu_sees_a_tensor_on_the_wrong_device(forward, monkeypatch):
+    choose = uground.PolicyPromptedMasking.choose
+    monkeypatch.setattr(
+        uground.PolicyPromptedMasking, "choose", lambda self, log, how, noise: choose(self, log, how, noise.cpu())
+    )
+    with pytest.raises(RuntimeError, match="cuda"):
+        forward()
+
+
+def test_the_fake_gpu_sees_a_value_that_python_waits_for(forward, monkeypatch):
+    normalise = uground.normalise_maps
+    monkeypatch.setattr(uground, "normalise_maps", lambda scores, valid: normalise(scores, valid) * scores.max().item())
+    with pytest.raises(DataDependentOutputException):
+        forward()
