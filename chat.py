@@ -18,7 +18,7 @@ import numpy as np
 
 from utils import cli
 from utils.datasets.base import read_image
-from utils.pipeline import PRECISIONS, load_pretrained, predict
+from utils.pipeline import predict
 from utils.types import Prediction
 from utils.visualize import heat_map, overlay, save_picture
 
@@ -49,8 +49,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         epilog="Exit codes: 0 answered (also when nothing was found), 2 wrong input, 130 interrupted.",
     )
     add = parser.add_argument
-    add("--version", required=True, metavar="DIR", help="merged model, as scripts/merge_lora.py writes it")
-    add("--vision_tower", default="", metavar="DIR", help="CLIP's folder, for a checkpoint of the paper's release")
+    cli.add_model_flags(parser)
     add("--image", metavar="FILE", help="image to talk about")
     add("--prompt", metavar="TEXT", help="one question; needs --image")
     add(
@@ -68,8 +67,6 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     add("--max_new_tokens", type=int, default=64, metavar="N", help="longest answer (default: 64)")
     add("--seed", type=int, default=0, metavar="S", help="of sampled layers (default: 0)")
-    add("--precision", choices=("auto", *PRECISIONS), default="auto", help="default: bf16 on a GPU, fp32 on the CPU")
-    add("--device", default="auto", help="cpu, cuda, cuda:1 (default: the GPU if there is one)")
     args = parser.parse_args(arguments)
     if args.prompt is not None and args.image is None:
         parser.error("--prompt needs --image")
@@ -83,9 +80,8 @@ def main(arguments: list[str] | None = None) -> int:
     photo = Photo.open(args.image) if args.image is not None else None
     if args.prompt is not None and not args.prompt.strip():
         raise ValueError("--prompt is empty: say what to look for, for example 'the red star'")
-    device = cli.pick_device(args.device)
-    precision = cli.pick_precision(args.precision, device)
-    model, processor = load_pretrained(args.version, precision, device, args.vision_tower)
+    opened = cli.open_model(args)
+    model, processor = opened.model, opened.processor
     args.layer_policy = args.layer_policy or model.config.layer_policy
     options = {"layer_policy": args.layer_policy, "max_new_tokens": args.max_new_tokens, "seed": args.seed}
 

@@ -17,13 +17,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from model.weights import fingerprint
 from utils import cli, distributed
 from utils.datasets import DataError, get_eval_dataset
 from utils.datasets.base import EvalDataset, check_complete
 from utils.evaluate import CONTROLS, MODES, Asking, default_mode, evaluate, origin_of, text_blind_scores
 from utils.metrics import PROTOCOLS
-from utils.pipeline import PRECISIONS, load_pretrained
 from utils.report import format_table, panels
 from utils.results import Journal, Result, result_path
 from utils.tables import SUITES, fill
@@ -39,8 +37,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "without padding or repeats, so the numbers are the same.",
     )
     add = parser.add_argument
-    add("--version", required=True, metavar="DIR", help="merged model, as scripts/merge_lora.py writes it")
-    add("--vision_tower", default="", metavar="DIR", help="CLIP's folder, for a checkpoint of the paper's release")
+    cli.add_model_flags(parser)
     add("--dataset_dir", required=True, metavar="DIR", help="folder that holds reason_seg/, refer_seg/, coco/, ...")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument(
@@ -102,8 +99,6 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--workers", type=_count, default=0, metavar="N", help="processes that load images ahead (default: 0)")
     add("--max_new_tokens", type=_positive, default=64, metavar="N", help="longest written answer (default: 64)")
     add("--seed", type=int, default=0, metavar="S", help="of sampled layers, shuffling and intervals (default: 0)")
-    add("--precision", choices=("auto", *PRECISIONS), default="auto", help="default: bf16 on a GPU, fp32 on the CPU")
-    add("--device", default="auto", help="cpu, cuda, cuda:1 (default: the GPU if there is one)")
     add("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # passed by the deepspeed launcher
     return parser.parse_args(arguments)
 
@@ -113,14 +108,14 @@ def main(arguments: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     device = join_processes(args.device)
     datasets, lacking = open_datasets(args)  # a typing error shows before the loading
-    precision = cli.pick_precision(args.precision, device)
-    model, processor = load_pretrained(args.version, precision, device, args.vision_tower)
+    opened = cli.open_model(args, device)
+    model, processor = opened.model, opened.processor
     if args.layer is not None:
         args.layer_policy = f"fixed:{args.layer}"
     args.layer_policy = args.layer_policy or model.config.layer_policy
     output = args.output or Path(args.version) / "eval"
     output.mkdir(parents=True, exist_ok=True)  # if that fails, then before hours of work
-    about = describe_run(args, model, precision, device)
+    about = describe_run(args, opened)
     jobs = [(dataset, mode) for dataset in datasets for mode in modes_of(args.mode, dataset.benchmark)]
     if args.resume:
         check_resumable(args, model, jobs, output, about["checkpoint"]["fingerprint"])
@@ -137,7 +132,7 @@ def main(arguments: list[str] | None = None) -> int:
         tables = fill(args.version, summaries) if args.suite or len(summaries) > 1 else []
         notes = [f"Not evaluated, the data are not there: {', '.join(lacking)}"] if lacking else []
         files += write_tables(output, tables, notes) if tables else []
-        print(f"{args.version} (fingerprint {about['checkpoint']['fingerprint']}), {precision} on {device}\n")
+        print(f"{args.version} (fingerprint {about['checkpoint']['fingerprint']}), {opened.precision} on {device}\n")
         print("\n\n".join([format_table(summaries), *(table.markdown() for table in tables), *notes]))
         print("\n" + "\n".join(f"wrote {path}" for path in files))
     distributed.shutdown()
@@ -250,14 +245,14 @@ def join_processes(wanted: str) -> str:
     return cli.pick_device(wanted)
 
 
-def describe_run(args: argparse.Namespace, model, precision: str, device: str) -> dict[str, Any]:
+def describe_run(args: argparse.Namespace, opened: cli.Opened) -> dict[str, Any]:
     """Where the numbers come from: checkpoint, command, versions."""
     packages = ("torch", "transformers", "segment-anything", "numpy", "pycocotools")
     return {
-        "checkpoint": {"folder": str(args.version), "fingerprint": fingerprint(model.state_dict().values())},
+        "checkpoint": {"folder": str(args.version), "fingerprint": opened.fingerprint},
         "command": shlex.join(sys.argv),
-        "precision": precision,
-        "device": device,
+        "precision": opened.precision,
+        "device": opened.device,
         "versions": {"python": platform.python_version()}
         | {name: importlib.metadata.version(name) for name in packages},
     }

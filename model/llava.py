@@ -138,6 +138,8 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
     """LLaMA that sees: the image's projected CLIP features stand in for the image placeholders."""
 
     config_class: type[LlavaLlamaConfig] = LlavaLlamaConfig
+    _supports_flash_attn = False  # it takes no mask that lets conversations share a prefix; SDPA does
+    _supports_flex_attn = False
 
     def __init__(self, config: LlavaLlamaConfig) -> None:
         super().__init__(config)
@@ -217,4 +219,5 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
             use_cache=use_cache,
             output_hidden_states=True,
         )
-        return LanguageOutput(outputs.hidden_states, keys, outputs.past_key_values)
+        hidden = tuple(layer.to(embeddings.device) for layer in outputs.hidden_states)  # layers may be spread over GPUs
+        return LanguageOutput(hidden, keys, outputs.past_key_values)

@@ -1,0 +1,128 @@
+"""Where a loaded model computes, and in how many bits: one device, quantized, or spread over several.
+
+Only the decoder layers of the language model are quantized or spread; they are nine tenths of a 7B model. CLIP, the
+projector, embeddings, lm_head, phi, the gate and SAM stay together on one device in the precision that was asked for.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import torch
+from torch import nn
+from transformers import LlamaForCausalLM
+
+QUANTIZATIONS = ("8bit", "4bit")
+USABLE = 0.8  # of a device's free memory is for weights, the rest for what is computed (SAM at 1024 px, the cache)
+
+
+def place(model: LlamaForCausalLM, device: str, quantize: str | None = None, device_map: str | None = None) -> None:
+    """Moves a model from main memory to where it shall compute.
+
+    Args:
+        device: for all of it, or for all but the layers that are spread.
+        quantize: of ``QUANTIZATIONS``; None = as loaded.
+        device_map: ``auto`` = spread decoder layers over all GPUs, and main memory if these are too small.
+
+    Raises:
+        ValueError: if bitsandbytes is missing, or the device cannot do it.
+    """
+    if quantize and device_map:
+        raise ValueError("--quantize and --device_map exclude each other: quantized layers stay on one device")
+    if quantize:
+        quantize_layers(model, quantize, device)
+    if not device_map:
+        model.to(device)  # type: ignore[arg-type]  # transformers' annotation wants itself
+        return
+    if torch.device(device).type != "cuda":
+        raise ValueError(f"--device_map {device_map} spreads layers over GPUs; on {device} there is nothing to spread")
+    from accelerate.utils import get_max_memory
+
+    places = plan(model, torch.device(device).index or 0, get_max_memory())
+    spread(model, device, places)
+
+
+# -- quantization ------------------------------------------------------------------------------------------------------
+
+
+def quantize_layers(model: LlamaForCausalLM, kind: str, device: str) -> None:
+    """Replaces the decoder layers' projections by bitsandbytes' 8-bit (LLM.int8) or 4-bit (NF4) ones, one by one.
+
+    Raises:
+        ValueError: if bitsandbytes is not installed, or has no code for the device.
+    """
+    if find_spec("bitsandbytes") is None:
+        raise ValueError("--quantize needs bitsandbytes, which is not installed: pip install 'uground[quantize]'")
+    if torch.device(device).type not in ("cuda", "cpu"):
+        raise ValueError(f"--quantize: bitsandbytes has no code for {device}; use cuda or cpu, or leave --quantize out")
+    from bitsandbytes import nn as bnb
+
+    for layer in model.model.layers:
+        for parent in layer.modules():
+            for name, linear in parent.named_children():
+                if type(linear) is not nn.Linear:
+                    continue
+                sizes, bias = (linear.in_features, linear.out_features), linear.bias is not None
+                if kind == "4bit":
+                    dtype = linear.weight.dtype
+                    small = bnb.Linear4bit(*sizes, bias, compute_dtype=dtype, quant_type="nf4", device="meta")
+                    small.weight = bnb.Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4")
+                else:
+                    small = bnb.Linear8bitLt(*sizes, bias, has_fp16_weights=False, device="meta")
+                    small.weight = bnb.Int8Params(linear.weight.data, requires_grad=False, has_fp16_weights=False)
+                small.bias = linear.bias
+                setattr(parent, name, small.to(device))  # this move quantizes
+
+
+# -- several devices ---------------------------------------------------------------------------------------------------
+
+
+def plan(model: LlamaForCausalLM, main: int, memory: dict[int | str, int]) -> list[int | str]:
+    """A device for each decoder layer, in order: the main GPU (which also holds all else), the others, main memory.
+
+    Args:
+        main: number of the main GPU; memory: free bytes per GPU, and of ``"cpu"``.
+
+    Raises:
+        ValueError: if all of these together are too small.
+    """
+    layers = list(model.model.layers)
+    needed = [sum(tensor.nbytes for tensor in layer.state_dict().values()) for layer in layers]
+    rest = sum(tensor.nbytes for tensor in model.state_dict().values()) - sum(needed)
+    free: dict[int | str, float] = {main: USABLE * memory[main] - rest}
+    free |= {gpu: USABLE * size for gpu, size in memory.items() if gpu not in (main, "cpu")}
+    free |= {"cpu": USABLE * memory["cpu"]}
+    if free[main] < 0:
+        raise ValueError(
+            f"--device_map: GPU {main} has {memory[main] / 1e9:.1f} GB free, and what cannot be spread (SAM, CLIP, "
+            f"embeddings) takes {rest / 1e9:.1f} GB plus room to compute; use --precision bf16, or another GPU"
+        )
+    places: list[int | str] = []
+    devices = list(free)
+    for size in needed:
+        while devices and free[devices[0]] < size:
+            devices.pop(0)
+        if not devices:
+            raise ValueError(f"--device_map: {sum(needed) / 1e9:.1f} GB of layers fit into no GPU and main memory here")
+        free[devices[0]] -= size
+        places.append(devices[0])
+    return places
+
+
+def spread(model: LlamaForCausalLM, device: str, places: list[int | str]) -> None:
+    """Puts each decoder layer where the plan says. What a layer returns goes back to the main device.
+
+    Layers in main memory travel to the main device for each pass.
+    """
+    from accelerate import cpu_offload
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+
+    layers, model.model.layers = model.model.layers, nn.ModuleList()
+    model.to(device)  # type: ignore[arg-type]
+    model.model.layers = layers
+    for layer, where in zip(layers, places):
+        if where == "cpu":
+            cpu_offload(layer, torch.device(device), offload_buffers=True)
+        else:
+            hook = AlignDevicesHook(where, io_same_device=True, place_submodules=True, skip_keys="past_key_values")
+            add_hook_to_module(layer, hook)
