@@ -66,7 +66,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--layer_policy",
         metavar="HOW",
         help="hidden state a [SEG] connects from: argmax (the policy's mode), last, sample, mc:T (mean of T "
-        "samples), fixed:K. Default: as the model was trained, argmax with a policy",
+        "samples, and how well their uncertainty ranks errors), fixed:K. Default: as the model was trained, argmax "
+        "with a policy",
     )
     layer.add_argument(
         "--layer", type=_count, metavar="K", help="force hidden state K; short for --layer_policy fixed:K"

@@ -15,7 +15,7 @@ from utils.datasets.base import DataError
 from utils.evaluate import Asking, ShuffledPrompts, evaluate, text_blind_scores
 from utils.report import format_table, panels
 from utils.results import Journal, read_results, summarize
-from utils.types import EvalQuery, EvalSample, Prediction
+from utils.types import EvalQuery, EvalSample, MaskUncertainty, Prediction
 
 SHAPE = (20, 30)
 
@@ -112,13 +112,18 @@ class FakeModel:
 
     def predict(self, batch, layer_policy="argmax", max_new_tokens=64, seed=0, on_token=None):
         self.calls.append((len(batch.images), layer_policy, seed))
-        return [
+        predictions = [
             [
                 self.answer(batch.images[i], question, batch.answers and batch.answers[i][j], batch.numbers[i] + seed)
                 for j, question in enumerate(asked)
             ]
             for i, asked in enumerate(batch.questions)
         ]
+        for prediction in (p for row in predictions for p in row if layer_policy.startswith("mc")):
+            for k, mask in enumerate(prediction.mask_logits.sigmoid()):
+                score = 0.1 * k + 0.01 * prediction.layers[k]
+                prediction.uncertainty.append(MaskUncertainty(mask, mask * (1 - mask), torch.ones(5) / 5, score))
+        return predictions
 
     def answer(self, image, question, given, number):
         named = [int(word.strip(",.?")) for word in question.split() if word.strip(",.?").isdigit()]
@@ -221,6 +226,19 @@ def test_several_seg_are_united():
     assert ((canvas == 1) | (canvas == 2)).sum() == record.P
     assert len(record.masks) == 2
     assert record.I == record.G == (canvas == 1).sum()
+
+
+def test_an_answer_is_as_uncertain_as_its_most_uncertain_mask():
+    united = run(FakeModel(wordings={2: "[SEG] and [SEG]"}), layer_policy="mc:4").records
+    assert {len(record.uncertainty) for record in united} == {1, 2}
+    assert all(record.doubt == max(record.uncertainty) for record in united)
+    for mode in ("generate", "teacher_forced"):
+        rejecting = run(FakeModel(reject_below=1000), FakeDataset(benchmark="grefcoco", absent=True), mode=mode,
+                        layer_policy="mc:4")  # fmt: skip
+        assert all(record.doubt == 0 for record in rejecting.records if record.rejected)
+        assert any(record.rejected for record in rejecting.records)
+    assert run().records[0].uncertainty == []
+    assert "AUSE" not in run().metrics
 
 
 def test_no_seg_is_an_empty_mask():
@@ -443,9 +461,11 @@ def test_records_that_are_missing_or_there_twice_are_an_error(monkeypatch):
 # -- output ------------------------------------------------------------------------------------------------------------
 
 
-def test_saved_results_can_be_recomputed(tmp_path):
+@pytest.mark.parametrize("layer_policy", ["argmax", "mc:4"])
+def test_saved_results_can_be_recomputed(tmp_path, layer_policy):
     dataset = FakeDataset(benchmark="grefcoco", absent=True, skipped=["fake/x.jpg: no polygon"])
-    result = run(FakeModel(noisy=True), dataset, controls=["shuffled_prompts"], checkpoint="abc")
+    asked = {"controls": ["shuffled_prompts"], "checkpoint": "abc", "layer_policy": layer_policy}
+    result = run(FakeModel(noisy=True), dataset, **asked)
     path = result.save(tmp_path / "new" / "folder")
     assert path.name == "grefcoco_val.generate.json"
     summary = json.loads(path.read_text())
@@ -456,6 +476,7 @@ def test_saved_results_can_be_recomputed(tmp_path):
     assert again.pop("controls") == {}
     assert again.pop("counts").items() <= summary["counts"].items()
     assert again.items() <= summary.items()  # to the last bit
+    assert ({"AURC", "AUSE"} <= set(summary["intervals"])) == (layer_policy == "mc:4")
     assert summary["metrics"] == result.metrics
     assert (summary["counts"]["skipped"], summary["counts"]["missing"]) == (1, 0)
     assert (summary["benchmark"], summary["mode"]) == ("grefcoco|val", "generate")
@@ -600,7 +621,8 @@ def test_the_table_names_everything():
     result = run(dataset=FakeDataset(size=5), controls=["shuffled_prompts"], layer_policy="mc:4")
     table = format_table([result.summary, run(dataset=FakeDataset(benchmark="grefcoco", absent=True)).summary])
     lines = table.splitlines()
-    assert lines[0].split() == ["benchmark", "mode", "layers", "images", "masks", "gIoU", "cIoU", "N-acc", "T-acc"]
+    assert lines[0].split() == ["benchmark", "mode", "layers", "images", "masks", "gIoU", "cIoU", "AURC", "AUSE",
+                                "N-acc", "T-acc"]  # fmt: skip
     assert lines[2].split()[:5] == ["fake|val", "generate", "mc:4", "5", "9"]
     assert f"{result.metrics['gIoU']:.3f} [" in lines[2]
     assert "control: shuffled prompts" in lines[3]

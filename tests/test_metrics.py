@@ -242,3 +242,24 @@ def test_targets_merge():
     assert metrics.merge_targets(np.zeros((0, 2, 3), np.uint8), 2, 3).tolist() == [[0, 0, 0], [0, 0, 0]]
     two = np.array([[[1, 0, 255]], [[255, 0, 0]]], np.uint8)
     assert metrics.merge_targets(two, 1, 3).tolist() == [[1, 0, 255]]
+
+
+def test_uncertainty_ranks_answers():
+    """Errors that are uncertain rank well; a bootstrap and a paired difference come with it."""
+    rng, records = np.random.default_rng(0), []
+    for index in range(30):
+        true = blob(rng)
+        noise = rng.random(SHAPE) < index / 60
+        records.append(make_record(true ^ noise, true.astype(np.uint8), index))
+    good = [dataclasses.replace(r, uncertainty=[0.0, 1 - metrics.iou(r)]) for r in records]
+    bad = [dataclasses.replace(r, uncertainty=[metrics.iou(r)]) for r in records]
+    found = [metrics.compute(part, "ReasonSeg") for part in (good, bad)]
+    assert found[0]["AUSE"] == 0 < found[1]["AUSE"]
+    assert found[0]["AURC"] < 1 - found[0]["gIoU"] < found[1]["AURC"]
+    random.Random(0).shuffle(shuffled := list(bad))
+    assert metrics.compute(shuffled, "ReasonSeg") == found[1]
+    low, high = metrics.intervals(bad, "ReasonSeg")["AUSE"]
+    assert low < found[1]["AUSE"] < high
+    assert metrics.difference(bad, good, "ReasonSeg")["AUSE"][0] == -found[1]["AUSE"]
+    assert set(metrics.difference(records, good, "ReasonSeg")) == {"gIoU", "cIoU"}
+    assert set(metrics.difference(good, records, "ReasonSeg")) == {"gIoU", "cIoU"}

@@ -79,6 +79,16 @@ def test_sheet_without_truth_and_maps_says_none():
     assert sheet([bare]).shape[1] < full.shape[1] - 200  # no sample has a map: no column for it
 
 
+def test_deviations_have_a_column_where_there_are_any():
+    plain, uncertain = make_panel(), make_panel()
+    uncertain.deviations = 0.5 * uncertain.similarities
+    wide = sheet([plain, uncertain])
+    assert wide.shape[1] > sheet([plain]).shape[1] + 200
+    certain = make_panel()
+    certain.deviations = 0 * uncertain.deviations
+    assert not np.array_equal(wide, sheet([plain, certain]))
+
+
 def test_sheet_shows_ignored_pixels():
     panel, ignoring = make_panel(), make_panel()
     ignoring.truth[30:] = 255

@@ -30,7 +30,7 @@ from utils.metrics import Record
 from utils.pipeline import predict
 from utils.results import Journal, Origin, Result, summarize
 from utils.tokens import SEG
-from utils.types import EvalQuery, EvalSample, Turn
+from utils.types import EvalQuery, EvalSample, MaskUncertainty, Turn
 
 MODES = ("generate", "teacher_forced")
 CONTROLS = ("shuffled_prompts",)
@@ -76,6 +76,7 @@ class Answer:
         logits: [N, H, W] float32, one per [SEG]; similarities: [N, H, W] float32 in [0, 1], their maps.
         layers: the hidden state of each.
         rejected: it says that nothing is there.
+        uncertainty: with ``mc:T``, of each [SEG].
     """
 
     question: str
@@ -84,6 +85,7 @@ class Answer:
     similarities: np.ndarray
     layers: list[int]
     rejected: bool
+    uncertainty: Sequence[MaskUncertainty] = ()
 
     @property
     def masks(self) -> np.ndarray:
@@ -94,6 +96,13 @@ class Answer:
     def merged(self) -> np.ndarray:
         """[H, W] bool: what is scored where one mask is expected, the union of all [SEG]; none = empty."""
         return np.any(self.masks, axis=0)
+
+    @property
+    def deviations(self) -> np.ndarray | None:
+        """[N, H, W] standard deviation of each mask's probability over the layers drawn by ``mc:T``, at most 0.5."""
+        if not self.uncertainty:
+            return None
+        return np.stack([found.variance.sqrt().numpy() for found in self.uncertainty])
 
 
 def evaluate(
@@ -338,6 +347,7 @@ def score(index: int, sample: EvalSample, query: EvalQuery, answer: Answer, benc
         masks=[metrics.encode_mask(mask) for mask in answer.masks],
         meta=query.meta,
         pairs=[list(count[:2]) for count in counts] if matched else [],
+        uncertainty=[found.score for found in answer.uncertainty],
     )
 
 
@@ -374,7 +384,7 @@ def _answers(
             rejected = benchmark.startswith(metrics.REJECTING) and all(prediction.rejected)
         logits, similarities = prediction.mask_logits.numpy(), prediction.maps.numpy()
         said = (turn.question, prediction.text, logits, similarities, list(prediction.layers))
-        answers.append(Answer(*said, rejected=rejected))
+        answers.append(Answer(*said, rejected=rejected, uncertainty=prediction.uncertainty))
     return answers
 
 
@@ -391,6 +401,7 @@ def _joint_answers(sample: EvalSample, turn: Turn, prediction) -> list[Answer]:
             similarities[k : k + 1],
             [prediction.layers[k]],
             prediction.rejected[k],
+            prediction.uncertainty[k : k + 1],
         )
         for k in range(count)
     ]

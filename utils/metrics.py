@@ -1,8 +1,8 @@
 """What the numbers mean: counts of pixels per mask, and the benchmarks' metrics from records alone.
 
-A ``Record`` is one scored answer and one line of a result's JSONL. Every metric is a ratio of two sums over records;
-integers are summed exactly and IoUs with ``math.fsum``, so that neither order, batch size nor the number of processes
-can change the last bit.
+A ``Record`` is one scored answer and one line of a result's JSONL. Metrics are ratios of two sums over records
+(all but the ranking by uncertainty); integers are summed exactly and IoUs with ``math.fsum``, so that neither order,
+batch size nor the number of processes can change the last bit.
 
 Legend: H, W the image's size; P predicted, G true pixels; I = |P and G|, U = |P or G|, ignored pixels (255) left out.
 """
@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as coco_mask
 
+from utils.ranking import ranking
 from utils.types import IGNORE_PIXEL
 
 PROTOCOLS = ("grefcoco", "gsva")
@@ -41,6 +42,7 @@ class Record:
         masks: COCO RLE of each [SEG]; their union is what was scored, unless they were matched.
         meta: the query's, for breakdowns.
         pairs: I and U of each matched pair; empty where one mask is expected.
+        uncertainty: the score of each [SEG] (``MaskUncertainty``) with ``mc:T``; else empty.
     """
 
     index: int
@@ -60,6 +62,12 @@ class Record:
     masks: list[dict[str, Any]]
     meta: dict[str, Any] = field(default_factory=dict)
     pairs: list[list[int]] = field(default_factory=list)
+    uncertainty: list[float] = field(default_factory=list)
+
+    @property
+    def doubt(self) -> float:
+        """The answer's uncertainty: its most uncertain mask's; none where it rejects, whatever the layer."""
+        return 0.0 if self.rejected else max(self.uncertainty, default=0.0)
 
     @property
     def predicted_empty(self) -> bool:
@@ -186,15 +194,29 @@ def _sums(records: Iterable[Record], benchmark: str, protocol: str | None) -> di
     return {name: ([n for n, _ in values], [d for _, d in values]) for name, values in pairs.items()}
 
 
+def _doubts_and_risks(
+    records: Sequence[Record], benchmark: str, protocol: str | None
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """[n] each of n answers: its uncertainty and 1 - IoU; None if no answer has an uncertainty (it was no ``mc:T``)."""
+    if not any(record.uncertainty for record in records):
+        return None
+    protocol = protocol_of(benchmark, protocol)
+    return np.array([r.doubt for r in records]), np.array([1 - iou(r, protocol) for r in records])
+
+
 def compute(records: Sequence[Record], benchmark: str, protocol: str | None = None) -> dict[str, float]:
     """The benchmark's metrics as fractions; one without any sample to be measured on is absent.
+
+    After ``mc:T`` also how well the uncertainty ranks errors (``utils.ranking``), AURC and AUSE.
 
     Args:
         benchmark: the data set's name (``ReasonSeg``, ``grefcoco``); it decides which metrics apply.
         protocol: ``grefcoco`` or ``gsva``, see ``pair``; None = as the paper reports it.
     """
     sums = _sums(records, benchmark, protocol)
-    return {name: math.fsum(above) / sum(below) for name, (above, below) in sums.items() if sum(below)}
+    ratios = {name: math.fsum(above) / sum(below) for name, (above, below) in sums.items() if sum(below)}
+    ranked = _doubts_and_risks(records, benchmark, protocol)
+    return ratios | (ranking(*ranked) if ranked else {})
 
 
 def resample(
@@ -215,6 +237,9 @@ def resample(
     for name, sums in _sums(records, benchmark, protocol).items():
         above, below = (drawn @ np.bincount(place, weights=values, minlength=len(images)) for values in sums)
         result[name] = np.divide(above, below, out=np.full(RESAMPLES, np.nan), where=below > 0)
+    if ranked := _doubts_and_risks(records, benchmark, protocol):
+        draws = [ranking(*ranked, counts[place]) for counts in drawn]
+        result |= {name: np.array([draw[name] for draw in draws]) for name in draws[0]}
     return result
 
 
@@ -252,7 +277,7 @@ def difference(
     return {
         name: (values[1][name] - values[0][name], _percentiles(drawn[1][name] - drawn[0][name]))
         for name in drawn[0]
-        if name in values[0]
+        if name in values[0] and name in values[1]
     }
 
 

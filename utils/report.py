@@ -47,6 +47,7 @@ def panels(
                     truth=metrics.merge_targets(query.masks, *sample.image.shape[:2]),
                     answer=answer.text,
                     notes=notes(record, protocol),
+                    deviations=answer.deviations,
                 ),
             )
         )
@@ -54,12 +55,13 @@ def panels(
 
 
 def notes(record: Record, protocol: str = "") -> list[str]:
-    """What a panel says about an answer: IoU, layers, groups."""
+    """What a panel says about an answer: IoU, layers, uncertainty, groups."""
     expected = ", nothing to find" if record.expected_empty else ""
     rejected = ", rejected" if record.rejected else ""
     layers = f"layer {', '.join(map(str, record.layers))}" if record.layers else "no [SEG]"
+    doubt = [f"uncertainty {record.doubt:.2f}"] if record.uncertainty else []
     groups = [f"{key}: {record.meta[key]}" for key in metrics.GROUP_KEYS if key in record.meta]
-    return [f"IoU {metrics.iou(record, protocol):.2f}{expected}{rejected}", layers, *groups]
+    return [f"IoU {metrics.iou(record, protocol):.2f}{expected}{rejected}", layers, *doubt, *groups]
 
 
 def format_table(summaries: Sequence[dict[str, Any]]) -> str:

@@ -46,6 +46,7 @@ class Panel:
         truth: [H, W] uint8 with 0, 1 and 255, or None if unknown.
         answer: what the model said.
         notes: short lines such as "IoU 0.83".
+        deviations: [N, H, W] in [0, 0.5], how much the probability of each mask varies over layers (``mc:T``), or None.
     """
 
     image: np.ndarray
@@ -55,6 +56,7 @@ class Panel:
     truth: np.ndarray | None = None
     answer: str = ""
     notes: Sequence[str] = ()
+    deviations: np.ndarray | None = None
 
 
 def color(number: int) -> tuple[int, int, int]:
@@ -105,15 +107,17 @@ def heat_map(image: np.ndarray, similarity: np.ndarray, opacity: float = 0.75) -
 
 
 def sheet(panels: Sequence[Panel], title: str = "", cell: int = 220) -> np.ndarray:
-    """A row per sample: image, query and answer, similarity map (unless no sample has one), mask, ground truth.
+    """A row per sample: image, query and answer, mask, ground truth; similarity map and deviation if a sample has one.
 
     Args:
         title: printed on top, wrapped.
         cell: height of the pictures in pixels.
     """
-    columns = ["image", "query and answer", "similarity map", "mask", "ground truth"]
+    columns = ["image", "query and answer", "similarity map", "mask", "deviation", "ground truth"]
     if all(panel.similarities is None for panel in panels):
         columns.remove("similarity map")
+    if all(panel.deviations is None for panel in panels):
+        columns.remove("deviation")
     width = max([cell, *(round(cell * min(MAX_CELL_RATIO, _ratio(panel.image))) for panel in panels)])
     text_width, gap = max(240, cell + 40), 12
     widths = [text_width if name == "query and answer" else width for name in columns]
@@ -169,6 +173,7 @@ def fit(panel: Panel, width: int, height: int) -> Panel:
         image=np.array(Image.fromarray(panel.image).resize(size, Image.Resampling.LANCZOS)),
         masks=stack(panel.masks) > 0.5,
         similarities=None if panel.similarities is None else stack(panel.similarities),
+        deviations=None if panel.deviations is None else stack(panel.deviations),
         truth=truth,
     )
 
@@ -217,10 +222,14 @@ def _pictures(panel: Panel) -> dict[str, np.ndarray | None]:
     Masks lie on a pale grey image, where no color of the scene competes with theirs.
     """
     pale = np.repeat(cv2.cvtColor(panel.image, cv2.COLOR_RGB2GRAY)[..., None] // 2 + 110, 3, axis=2)
-    maps = panel.similarities
+
+    def heat(maps: np.ndarray | None) -> np.ndarray | None:
+        return None if maps is None or len(maps) == 0 else heat_map(panel.image, maps.max(axis=0))
+
     return {
         "image": panel.image,
-        "similarity map": None if maps is None or len(maps) == 0 else heat_map(panel.image, maps.max(axis=0)),
+        "similarity map": heat(panel.similarities),
         "mask": overlay(pale, panel.masks),
+        "deviation": heat(None if panel.deviations is None else 2 * panel.deviations),  # yellow = 0.5, the largest
         "ground truth": None if panel.truth is None else truth_overlay(pale, panel.truth),
     }

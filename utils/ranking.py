@@ -1,0 +1,37 @@
+"""How well an uncertainty ranks errors: the area under the risk-coverage curve, and what it has above the ideal one.
+
+Answers are taken from the most certain to the least; the curve is the mean risk (1 - IoU) of the first k of them,
+AURC its mean over k = 1 .. n. The ideal order goes by the risk itself. AUSE (area under the sparsification error) is
+AURC minus the ideal's: 0 = errors are ranked perfectly. An uncertainty that says nothing has the mean risk as AURC.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def area_under_risk(uncertainty: np.ndarray, risk: np.ndarray, counts: np.ndarray | None = None) -> float:
+    """AURC. Answers of equal uncertainty stand in no order: it is the mean over all their orders.
+
+    Args:
+        uncertainty, risk: [n] each, n > 0.
+        counts: [n] how often each answer is there (in a draw of the bootstrap), not all 0; None = once.
+    """
+    counts = np.ones(len(risk), np.int64) if counts is None else counts
+    order = np.lexsort((risk, uncertainty))  # by the risk too, so that sums do not depend on the answers' order
+    uncertainty, risk, counts = uncertainty[order], risk[order], counts[order]
+    starts = np.flatnonzero(np.diff(uncertainty, prepend=-np.inf))
+    size = np.add.reduceat(counts, starts)
+    total = np.add.reduceat(counts * risk, starts)
+    before, total_before = np.cumsum(size) - size, np.cumsum(total) - total
+    mean = np.divide(total, size, out=np.zeros(len(size)), where=size > 0)
+    # The sum over j = 1 .. size of (total_before + j mean) / (before + j), with harmonic numbers in place of the sum
+    harmonic = np.concatenate([[0.0], np.cumsum(1 / np.arange(1, counts.sum() + 1))])
+    area = total + (total_before - before * mean) * (harmonic[before + size] - harmonic[before])
+    return float(area.sum() / counts.sum())
+
+
+def ranking(uncertainty: np.ndarray, risk: np.ndarray, counts: np.ndarray | None = None) -> dict[str, float]:
+    """AURC and AUSE; arguments as in ``area_under_risk``."""
+    area = area_under_risk(uncertainty, risk, counts)
+    return {"AURC": area, "AUSE": max(0.0, area - area_under_risk(risk, risk, counts))}
