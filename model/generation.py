@@ -2,6 +2,7 @@
 
 Generation stays packed: each row keeps ONE cache in which the image stands once, and a step feeds one new token per
 question of the row; the mask of ``packed_mask`` keeps the questions apart. Padded patches stay masked in every step.
+Where a conversation goes on (``OpenRow``), the cache stays, and a question costs its own tokens.
 
 Legend: B rows, K questions per row at most, Q questions in all, N [SEG] tokens, L hidden states, D hidden size.
 """
@@ -66,40 +67,143 @@ def write_answers(
         output: of ``read_batch(batch, use_cache=True)``.
         on_token: gets the newest token of each question (the end token again once a question has ended).
     """
-    config, device = model.config, model.device
     b_size, k_size = len(batch.questions), max(batch.questions)
-    slots = torch.arange(1, k_size + 1, device=device).expand(b_size, -1)
-    segments = torch.where(slots <= torch.tensor(batch.questions, device=device)[:, None], slots, -1)  # [B, K]
+    slots = torch.arange(1, k_size + 1, device=model.device).expand(b_size, -1)
+    segments = torch.where(slots <= torch.tensor(batch.questions, device=model.device)[:, None], slots, -1)  # [B, K]
     last, position = _last_tokens(batch, segments)
-    row = torch.arange(b_size, device=device)[:, None]
-    states = torch.stack([layer[row, last] for layer in output.hidden], dim=2)  # [B, K, L, D]
-    token_ids: list[list[list[int]]] = [[[] for _ in range(count)] for count in batch.questions]
+    row = torch.arange(b_size, device=model.device)[:, None]
+    ends = Ends(tuple(layer[row, last] for layer in output.hidden), segments, position)
+    return write_on(model, batch.questions, output, ends, max_new_tokens, on_token)
+
+
+@dataclass
+class Ends:
+    """The newest token of every question.
+
+    Attributes:
+        hidden: L tensors [B, K, D].
+        segments: [B, K] int64; -1 where a row has fewer questions.
+        position: [B, K] int64 position ids.
+    """
+
+    hidden: tuple[torch.Tensor, ...]
+    segments: torch.Tensor
+    position: torch.Tensor
+
+
+def write_on(
+    model,
+    questions: list[int],
+    past: LanguageOutput,
+    ends: Ends,
+    max_new_tokens: int,
+    on_token: Callable[[list[int]], None] | None = None,
+) -> Answers:
+    """``write_answers`` from any state of the cache.
+
+    Args:
+        questions: per row.
+        past: what was read so far; its cache is extended in place by all tokens written but the last.
+    """
+    config = model.config
+    hidden, segments, position = ends.hidden, ends.segments, ends.position
+    token_ids: list[list[list[int]]] = [[[] for _ in range(count)] for count in questions]
+    columns = [[k if k < count else None for k in range(max(questions))] for count in questions]  # None = has ended
     found: list[tuple[Place, int, torch.Tensor]] = []
-    alive = (segments >= 0).tolist()  # read once per step: each look at the device waits for it
     for step in range(max_new_tokens):
-        tokens = model.lm_head(states[:, :, -1]).argmax(-1)  # [B, K]
-        tokens = tokens.masked_fill(segments < 0, config.eos_token_id)
-        rows = tokens.tolist()
-        for b, said in enumerate(token_ids):
-            for k, answer in enumerate(said):
-                if alive[b][k]:
-                    answer.append(rows[b][k])
-                    if rows[b][k] == config.seg_token_id:
-                        found.append(((b, k), step, states[b, k]))
+        tokens = model.lm_head(hidden[-1]).argmax(-1)  # [B, K]
+        written = tokens.tolist()  # the one look at the device in a step: it waits for it
+        for b, row in enumerate(columns):
+            for k, question in enumerate(row):
+                if question is None:
+                    continue
+                token_ids[b][question].append(token := written[b][k])
+                if token == config.seg_token_id:
+                    found.append(((b, question), step, torch.stack([layer[b, k] for layer in hidden])))
+                if token == config.eos_token_id:
+                    row[k] = None
         if on_token is not None:
-            on_token([rows[b][k] for b, count in enumerate(batch.questions) for k in range(count)])
-        segments = segments.masked_fill(tokens == config.eos_token_id, -1)
-        alive = (segments >= 0).tolist()
-        if step + 1 == max_new_tokens or not any(map(any, alive)):
+            on_token([answer[-1] for answers in token_ids for answer in answers])
+        alive = max(len(row) - row.count(None) for row in columns)
+        if step + 1 == max_new_tokens or not alive:
             break
-        position = position + 1
+        segments, position = segments.masked_fill(tokens == config.eos_token_id, -1), position + 1
+        if alive < len(columns[0]):  # questions that have ended cost nothing more
+            kept = [_alive_first(row)[:alive] for row in columns]
+            columns = [[row[k] for k in places] for row, places in zip(columns, kept)]
+            index = torch.tensor(kept, device=tokens.device)
+            tokens, segments, position = (torch.gather(values, 1, index) for values in (tokens, segments, position))
         embeddings = model.get_input_embeddings()(tokens)
-        output = model.read(embeddings, segments, position, segments >= 0, past=output, use_cache=True)
-        states = torch.stack(output.hidden, dim=2)
+        past = model.read(embeddings, segments, position, segments >= 0, past=past, use_cache=True)
+        hidden = past.hidden
     found.sort(key=lambda item: item[:2])
     width = config.num_hidden_layers + 1, config.hidden_size
-    seg_states = torch.stack([state for *_, state in found]) if found else states.new_zeros(0, *width)
+    seg_states = torch.stack([state for *_, state in found]) if found else hidden[-1].new_zeros(0, *width)
     return Answers(token_ids, seg_states, [place for place, *_ in found], [False] * len(found))
+
+
+def _alive_first(row: list[int | None]) -> list[int]:
+    """[None, 1, None, 3] -> [1, 3, 0, 2]: places of questions, then of those that have ended."""
+    return sorted(range(len(row)), key=lambda place: row[place] is None)
+
+
+class OpenRow:
+    """An image that is read once, and a conversation about it that grows, or is taken back and goes on differently.
+
+    Args:
+        batch: one row of the prefix alone (``UGroundProcessor.prefix``).
+
+    Attributes:
+        hidden: L tensors [1, T, D] of the prefix; valid: [1, P] patches that show the image.
+        ids: the tokens behind the prefix that the cache holds.
+    """
+
+    @torch.inference_mode()
+    def __init__(self, model, batch: Batch) -> None:
+        self.model = model
+        output, self.valid = model.read_batch(batch, use_cache=True)
+        self.hidden, self.keys, self.cache = output.hidden, output.keys, output.cache
+        self.ids: list[int] = []
+
+    @torch.inference_mode()
+    def answer(
+        self, ids: list[int], max_new_tokens: int, on_token: Callable[[list[int]], None] | None = None
+    ) -> Answers:
+        """Writes the answer to the conversation ``ids``, the tokens behind the prefix.
+
+        Tokens that it begins with in common with the conversation before are not read again.
+        """
+        output = self._read(ids)
+        last = torch.tensor([[self.keys.segments.shape[1] + len(ids) - 1]], device=self.model.device)
+        ends = Ends(tuple(layer[:, -1:] for layer in output.hidden), torch.ones_like(last), last)
+        answers = write_on(self.model, [1], output, ends, max_new_tokens, on_token)
+        self.ids = ids + answers.token_ids[0][0][:-1]
+        return answers
+
+    def _read(self, ids: list[int]) -> LanguageOutput:
+        same = (i for i, (old, new) in enumerate(zip(self.ids, ids)) if old != new)
+        kept = min(next(same, min(len(self.ids), len(ids))), len(ids) - 1)  # the last token's states are needed
+        self._keep(kept)
+        prefix = self.keys.segments.shape[1]
+        tokens = torch.tensor([ids[kept:]], device=self.model.device)
+        position = torch.arange(prefix + kept, prefix + len(ids), device=self.model.device)[None]
+        segments, before = torch.ones_like(tokens), tokens.new_ones(1, kept)
+        past = LanguageOutput((), self.keys.extend(before, before.bool()), self.cache)
+        embeddings = self.model.get_input_embeddings()(tokens)
+        output = self.model.read(embeddings, segments, position, segments.bool(), past=past, use_cache=True)
+        self.ids = ids
+        return output
+
+    def _keep(self, count: int) -> None:
+        """Cuts the cache to the prefix and ``count`` tokens.
+
+        Not with ``Cache.crop``, which takes the same number from all layers and from keys and values: where a question
+        was interrupted, they differ.
+        """
+        self.ids = self.ids[:count]
+        length = self.keys.segments.shape[1] + count
+        for layer in self.cache.layers:
+            layer.keys, layer.values = layer.keys[..., :length, :], layer.values[..., :length, :]
 
 
 def _last_tokens(batch: Batch, segments: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -93,3 +93,11 @@ def drawn_sample(number: int, size: tuple[int, int] = (48, 64), segs: tuple[int,
 def tiny_samples() -> list[Sample]:
     """Three images of different shape with 0, 1 and 2 [SEG] per conversation."""
     return [drawn_sample(0), drawn_sample(1, (64, 40), (2,)), drawn_sample(2, (50, 50), (0,))]
+
+
+def assert_same_masks(found: torch.Tensor, expected: torch.Tensor, tolerance: float = 2e-3) -> None:
+    """Mask logits of a random SAM are about 1e-5, so they are compared on their own scale, all masks on one."""
+    assert found.shape == expected.shape
+    if len(expected):
+        scale = expected.abs().max()
+        torch.testing.assert_close(found / scale, expected / scale, rtol=0, atol=tolerance)

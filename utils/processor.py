@@ -128,6 +128,10 @@ class UGroundProcessor:
             rows.append(cut(row, self.max_tokens - len(self.builder.prefix_ids), self.tokens.seg))
         return self._collate(rows)
 
+    def prefix(self, image: np.ndarray) -> Batch:
+        """The row of an image [H, W, 3] about which nothing was asked yet."""
+        return self._collate([Row(image, [], np.zeros((0, *image.shape[:2]), dtype=np.uint8), 0, "image")])
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of answer tokens; ``[SEG]`` and ``[REJ]`` are kept, end and padding tokens are not."""
         hidden = {self.tokens.eos, self.tokens.pad}
