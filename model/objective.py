@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from model import losses
 from model.PPM import PolicyPromptedMasking
@@ -157,34 +158,58 @@ class Objective:
         soft_targets: list[SoftTarget] | None = None,
     ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """Per-mask losses [N] by name, and [N] 1.0 for targets that are not empty (others take no loss)."""
-        config = self.config
         soft_targets = soft_targets or [self._soft_target(target) for target in targets]
         collected: dict[str, list[torch.Tensor]] = {}
         present = []
         for target, predicted, similarity, (soft, weight) in zip(targets, mask_logits, maps, soft_targets):
-            keep = target != losses.IGNORE
-            found = {
-                "mask_bce": losses.mask_bce(predicted, target),
-                "mask_dice": losses.mask_dice(predicted, target),
-                "map_bce": losses.map_bce(similarity, soft, weight, keep),
-                "map_dice": losses.map_dice(similarity, soft, weight, keep),
-            }
-            hard = (target == 1).float()
-            if {"bce", "dice"} & set(config.map_terms):
-                weight = losses.positive_weight(hard, shared=config.positive_weight == "image")
-                found["map_hard_bce"] = losses.map_bce(similarity, hard, weight, keep)
-                found["map_hard_dice"] = losses.map_dice(similarity, hard, weight, keep)
-            if config.reward_terms == "iou":
-                found["map_iou"] = losses.map_iou(similarity.detach(), hard, keep)
-            for name, values in found.items():
-                collected.setdefault(name, []).append(values)
+            hard_weight = weight
+            if {"bce", "dice"} & set(self.config.map_terms):
+                hard_weight = self._positive_weight((target == 1).float())
+            inputs = (predicted, similarity, target, soft, weight, hard_weight)
+            parts = list(zip(*(each.split(losses.masks_at_once(target)) for each in inputs), strict=True))
+            for part in parts:
+                if len(parts) == 1:
+                    found = self._terms_of(*part)
+                else:  # large photographs: the backward pass computes a part's values anew
+                    found = checkpoint(self._terms_of, *part, use_reentrant=False, preserve_rng_state=False)
+                for name, values in found.items():
+                    collected.setdefault(name, []).append(values)
             present.append((target == 1).flatten(1).any(1).float())
         return {name: torch.cat(values) for name, values in collected.items()}, torch.cat(present)
+
+    def _terms_of(
+        self,
+        predicted: torch.Tensor,
+        similarity: torch.Tensor,
+        target: torch.Tensor,
+        soft: torch.Tensor,
+        weight: torch.Tensor,
+        hard_weight: torch.Tensor,
+    ) -> dict[str, torch.Tensor]:
+        """The losses [n] of one image's masks: logits, maps, targets and soft targets [n, H, W], and the weights [n] of
+        the positives of soft and hard targets."""
+        config, keep = self.config, target != losses.IGNORE
+        found = {
+            "mask_bce": losses.mask_bce(predicted, target),
+            "mask_dice": losses.mask_dice(predicted, target),
+            "map_bce": losses.map_bce(similarity, soft, weight, keep),
+            "map_dice": losses.map_dice(similarity, soft, weight, keep),
+        }
+        if {"bce", "dice"} & set(config.map_terms):
+            hard = (target == 1).float()
+            found["map_hard_bce"] = losses.map_bce(similarity, hard, hard_weight, keep)
+            found["map_hard_dice"] = losses.map_dice(similarity, hard, hard_weight, keep)
+        if config.reward_terms == "iou":
+            found["map_iou"] = losses.map_iou(similarity.detach(), (target == 1).float(), keep)
+        return found
 
     def _soft_target(self, target: torch.Tensor) -> SoftTarget:
         """M_sigma [n, H, W] of one image's masks, and the weight [n] of its positives."""
         soft = losses.soften(target, self.config.gaussian_kernel, self.config.gaussian_sigma)
-        return soft, losses.positive_weight(soft, shared=self.config.positive_weight == "image")
+        return soft, self._positive_weight(soft)
+
+    def _positive_weight(self, soft: torch.Tensor) -> torch.Tensor:
+        return losses.positive_weight(soft, shared=self.config.positive_weight == "image")
 
     @torch.no_grad()
     def _layer_terms(

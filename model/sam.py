@@ -10,6 +10,7 @@ from functools import partial
 
 import torch
 from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, TwoWayTransformer
+from segment_anything.modeling.image_encoder import Attention
 from torch import nn
 from torch.nn import functional as F
 
@@ -70,6 +71,39 @@ def resized_size(height: int, width: int, side: int) -> tuple[int, int]:
     return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
 
 
+class FusedAttention(nn.Module):
+    """The attention of SAM's encoder in one fused operation, with the relative positions as an additive bias.
+
+    Takes over the weights of the package's module, under the same key names; the numbers differ by rounding. The
+    package computes scores, sum, softmax and product one after the other, each over 4096 x 4096 numbers per head.
+    """
+
+    def __init__(self, attention: Attention) -> None:
+        super().__init__()
+        self.num_heads = attention.num_heads
+        self.rel_pos_h, self.rel_pos_w = attention.rel_pos_h, attention.rel_pos_w
+        self.qkv, self.proj = attention.qkv, attention.proj
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        """[B, H, W, C] -> [B, H, W, C]; of a window, or of the whole grid."""
+        b, height, width, _ = states.shape
+        qkv = self.qkv(states).view(b, height * width, 3, self.num_heads, -1)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # [B, heads, H * W, c]
+        placed = query.unflatten(2, (height, width))
+        rows = torch.einsum("bnhwc,hkc->bnhwk", placed, _relative(self.rel_pos_h, height))
+        columns = torch.einsum("bnhwc,wkc->bnhwk", placed, _relative(self.rel_pos_w, width))
+        bias = (rows[..., :, None] + columns[..., None, :]).reshape(b, self.num_heads, height * width, -1)
+        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+        return self.proj(mixed.transpose(1, 2).reshape(states.shape))
+
+
+def _relative(table: torch.Tensor, size: int) -> torch.Tensor:
+    """[2 size - 1, c] vectors of distances -> [size, size, c] of (query, key). Indexed on the device: the package's
+    index comes from the host, which waits for the device twice per layer."""
+    place = torch.arange(size, device=table.device)
+    return table[place[:, None] - place + size - 1]
+
+
 class PerPromptMaskDecoder(MaskDecoder):
     """SAM's mask decoder for prompts of SEVERAL images: image embeddings come already expanded, one per prompt.
 
@@ -117,6 +151,8 @@ class SegmentAnything(nn.Module):
             window_size=shape.window_size,
             global_attn_indexes=shape.global_attention,
         )
+        for block in self.image_encoder.blocks:
+            block.attn = FusedAttention(block.attn)
         self.prompt_encoder = PromptEncoder(
             embed_dim=shape.prompt_width,
             image_embedding_size=(grid, grid),
@@ -151,8 +187,11 @@ class SegmentAnything(nn.Module):
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:
         """[B, 3, R, R] normalised images -> [B, E, G, G]. SAM's encoder is never trained here."""
-        with torch.no_grad():
-            return self.image_encoder(images)
+        with torch.inference_mode():
+            embeddings = self.image_encoder(images)
+        return (
+            embeddings.clone()
+        )  # autograd may save it for the decoder's backward pass, an inference tensor it may not
 
     def embed_points(self, points: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """[N, K, 2] points (x, y) in pixels of the input, [N, K] labels (1 = foreground, 0 = background) ->

@@ -1,0 +1,113 @@
+"""What was made faster computes what it computed before, and the training step never waits for the device."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from conftest import drawn_sample
+from segment_anything.modeling import ImageEncoderViT
+from torch import nn
+from torchvision.transforms.functional import gaussian_blur
+
+from model import losses
+from model.sam import SamShape, SegmentAnything
+
+
+@pytest.fixture(scope="module")
+def sams() -> tuple[ImageEncoderViT, SegmentAnything]:
+    """The package's encoder and ours with the same weights: padded windows, relative positions that matter."""
+    torch.manual_seed(0)
+    shape = SamShape(
+        image_size=128, patch_size=8, encoder_width=48, encoder_depth=3, encoder_heads=3, global_attention=(1,),
+        window_size=6, prompt_width=32,
+    )  # fmt: skip
+    package = ImageEncoderViT(
+        img_size=128, patch_size=8, embed_dim=48, depth=3, num_heads=3, out_chans=32, use_rel_pos=True, window_size=6,
+        norm_layer=partial(nn.LayerNorm, eps=1e-6), global_attn_indexes=(1,),
+    )  # fmt: skip
+    for name, parameter in package.named_parameters():
+        nn.init.normal_(parameter, 1.0 if "norm" in name else 0.0, 0.3 if "rel_pos" in name else 0.1)
+    ours = SegmentAnything(shape)
+    ours.image_encoder.load_state_dict(package.state_dict())
+    return package, ours
+
+
+def test_fused_attention_has_the_packages_keys_and_numbers(sams):
+    package, ours = sams
+    assert list(ours.image_encoder.state_dict()) == list(package.state_dict())
+    images = torch.randn(2, 3, 128, 128)
+    with torch.no_grad():
+        exact = package(images)
+    torch.testing.assert_close(ours.encode(images), exact, rtol=1e-4, atol=1e-5)
+    assert float((exact - exact.mean()).abs().mean()) > 0.1
+
+
+def test_fused_attention_in_bf16_is_as_close_to_float32_as_the_package(sams):
+    package, ours = sams
+    images = torch.randn(2, 3, 128, 128, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        exact, low = package(images), package.to(torch.bfloat16)(images.bfloat16()).float()
+    package.float()
+    mine = ours.to(torch.bfloat16).encode(images.bfloat16()).float()
+    ours.float()
+    assert float((mine - exact).square().mean()) < 1.1 * float((low - exact).square().mean())
+
+
+def test_an_encoded_image_can_be_part_of_a_graph(sams):
+    """Encoded in inference mode, which autograd does not know."""
+    embeddings = sams[1].encode(torch.randn(1, 3, 128, 128))
+    weight = torch.ones((), requires_grad=True)
+    (embeddings * weight).sum().backward()
+    torch.testing.assert_close(weight.grad, embeddings.sum())
+
+
+@pytest.mark.parametrize(("size", "side", "sigma"), [((40, 60), 31, 7.0), ((9, 33), 9, 2.0), ((1, 7), 1, 7.0)])
+def test_blur_is_torchvisions(size, side, sigma):
+    masks = (torch.rand(2, *size, generator=torch.Generator().manual_seed(0)) > 0.8).float()
+    torch.testing.assert_close(losses.blur(masks, side, sigma), gaussian_blur(masks, [side, side], [sigma, sigma]))
+
+
+@pytest.mark.parametrize("positive_weight", ["mask", "image"])
+def test_masks_in_parts_have_the_same_losses_and_gradients(make_model, tiny_processor, monkeypatch, positive_weight):
+    """Large photographs: one mask at a time, its losses computed anew in the backward pass."""
+    settings = {"positive_weight": positive_weight, "map_terms": ("gaussian_bce", "dice"), "reward_terms": "iou"}
+    batch = tiny_processor.collate([drawn_sample(0, segs=(2, 1, 0)), drawn_sample(1, segs=(0,)), drawn_sample(2)])
+    found = []
+    for pixels in (10**9, 48 * 64 * 2, 1):
+        monkeypatch.setattr(losses, "PIXELS_AT_ONCE", pixels)
+        model = make_model(**settings)
+        output = model(batch)
+        output.loss.backward()
+        found.append((output, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}))
+    (whole, gradients), *others = found
+    for output, again in others:
+        torch.testing.assert_close(output.terms, whole.terms, rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(output.rewards, whole.rewards, rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(again, gradients, rtol=1e-4, atol=1e-6)
+
+
+def saved_bytes(compute) -> int:
+    """Bytes that autograd keeps for the backward pass of ``compute()``, without what went into it twice."""
+    kept: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        compute()
+    return sum(kept.values())
+
+
+def test_masks_in_parts_keep_less_for_the_backward_pass(make_model, monkeypatch):
+    model = make_model()
+    target = (torch.rand(4, 100, 100) > 0.5).to(torch.uint8)
+    logits, maps = torch.randn(4, 100, 100, requires_grad=True), torch.rand(4, 100, 100, requires_grad=True)
+    kept = {}
+    for pixels in (10**9, 10_000):
+        monkeypatch.setattr(losses, "PIXELS_AT_ONCE", pixels)
+        kept[pixels] = saved_bytes(lambda: model._mask_terms([target], [logits], [maps])) / target.numel()
+    assert kept[10_000] < 14  # logits, map and soft target in float32, and the target: what there is anyway
+    assert kept[10**9] > 25
