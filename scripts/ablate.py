@@ -3,6 +3,9 @@
     python scripts/ablate.py --table 6 --config configs/tiny.yaml --seeds 3
     python scripts/ablate.py --table layers --config configs/tiny.yaml --seeds 3 --steps_per_epoch 30
 
+``layers`` compares ways to choose the layer, ``baselines`` ways to learn the policy, ``methods`` UGround and its
+relatives (the ppm and loss sections of configs/methods/*.yaml, on --config's base and data).
+
 A row is a few settings of train_ds.py. Every row and seed is a run of its own (``OUTPUT/TABLE/ROW-SEED``): trained,
 merged and evaluated by the programs that users call. What is done is skipped, what was interrupted goes on. Other flags
 are settings of train_ds.py for all rows. The paper's figures are of UGround-7B on ReasonSeg val; a tiny model's are of
@@ -22,9 +25,10 @@ from statistics import mean, stdev
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils import cli
+from utils import cli, metrics
 from utils.config import load_config
-from utils.results import result_path
+from utils.metrics import Record
+from utils.results import read_results, result_path
 
 ROOT = Path(__file__).resolve().parents[1]
 METRICS = ("gIoU", "cIoU")
@@ -43,6 +47,24 @@ def ppm(layers: str, seg: bool, mask: bool) -> dict[str, str]:
     """Table 6's three switches; without a policy there is no term for it, without a mask prompt none for the map."""
     off = {} if mask else {"map_loss_weight": "0"}
     return {"layer_selection": layers, "seg_prompt": str(seg).lower(), "mask_prompt": str(mask).lower(), **off}
+
+
+def as_flag(value: object) -> str:
+    """A setting's value as the command line takes it."""
+    if isinstance(value, tuple):
+        return "||".join(value)
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def method_rows() -> tuple[Row, ...]:
+    """What configs/methods say of ppm and loss; methods that differ in their data alone are one row."""
+    paper = {"uground": (66.1, 72.1), "read": (59.8, 67.6), "lisa": (61.3, 62.9)}  # Table 3, ReasonSeg val, fine-tuned
+    names: dict[tuple[tuple[str, str], ...], list[str]] = {}
+    for name in ("uground", "read", "lisa", "gsva", "sesame"):
+        config = load_config(["--config", str(ROOT / f"configs/methods/{name}.yaml")])
+        settings = {key: as_flag(value) for part in (config.ppm, config.loss) for key, value in vars(part).items()}
+        names.setdefault(tuple(settings.items()), []).append(name)
+    return tuple(Row(", ".join(same), dict(settings), paper.get(same[0])) for settings, same in names.items())
 
 
 TABLES: dict[str, tuple[Row, ...]] = {
@@ -85,7 +107,16 @@ TABLES: dict[str, tuple[Row, ...]] = {
         Row("policy", {"layer_selection": "policy"}, (66.13, 72.07)),
         Row("last", {"layer_selection": "last"}, (64.06, 67.05)),
         Row("uniform", {"layer_selection": "uniform"}),
+        Row("policy, exact gradient", {"policy_gradient": "exact"}),
+        Row("soft gating", {"layer_selection": "soft"}, (61.19, 65.52)),
+        Row("layer 7", {"layer_selection": "fixed:7"}),
+        Row("layer 6", {"layer_selection": "fixed:6"}),
+        Row("policy, 10 x the gate's rate", {"gate_lr_factor": "10"}),
+        Row("policy, critic", {"baseline": "critic"}),
+        Row("policy, entropy bonus", {"entropy_bonus": "0.02"}),
+        Row("classifier, soft gating", {"layer_selection": "ce_soft"}),
     ),
+    "methods": method_rows(),
 }
 
 
@@ -94,12 +125,12 @@ def main(argv: list[str] | None = None) -> int:
     config = load_config(["--config", str(args.config), *settings])  # mistakes show before the first run
     rows, specs = TABLES[args.table], config.eval.val_dataset
     results: dict[str, list[Path]] = {}
-    for row in rows:
-        for seed in range(args.seeds):
+    for seed in range(args.seeds):  # the whole table once, before the next seed
+        for row in rows:
             folder = args.output / args.table / f"{slug(row.name)}-{seed}"
             print(f"{row.name}, seed {seed}: {folder}", flush=True)
             results.setdefault(row.name, []).append(run(row, seed, folder, args, settings, specs))
-    table = markdown(rows, results, specs, args)
+    table = f"{markdown(rows, results, specs, args)}\n{differences(rows, results, specs)}"
     path = args.output / args.table / "table.md"
     path.write_text(table)
     print(f"\n{table}\nwrote {path}")
@@ -167,9 +198,11 @@ def call(folder: Path, command: list[str]) -> None:
 def markdown(
     rows: tuple[Row, ...], results: dict[str, list[Path]], specs: tuple[str, ...], args: argparse.Namespace
 ) -> str:
-    """A line per row: mean ± standard deviation over seeds in per cent, then the layers chosen, then the paper's."""
-    head = ["row", *(f"{spec} {metric}" for spec in specs for metric in METRICS), "layers", "paper gIoU", "paper cIoU"]
-    lines = [head, ["---"] * len(head)]
+    """A line per row: mean ± standard deviation over seeds in per cent, the layers chosen, the entropy that the policy
+    ended with, then the paper's."""
+    head = ["row", *(f"{spec} {metric}" for spec in specs for metric in METRICS)]
+    head += ["layers", "entropy", "paper gIoU", "paper cIoU"]
+    lines = [head]
     for row in rows:
         loaded = [
             [json.loads(summary_path(folder, spec).read_text()) for spec in specs] for folder in results[row.name]
@@ -181,13 +214,48 @@ def markdown(
         ]
         layers = sorted({int(layer) for seed in loaded for summary in seed for layer in summary["layers"]})
         paper = [f"{value:.2f}" for value in row.paper] if row.paper else ["-", "-"]
-        lines.append([row.name, *cells, ", ".join(map(str, layers)), *paper])
-    text = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
-    return f"Table {args.table}, {args.config}, {args.seeds} seed(s), mean ± standard deviation in per cent\n\n{text}\n"
+        entropies = [value for folder in results[row.name] for value in final_entropy(folder.parent)]
+        entropy = spread(entropies, digits=2) if entropies else "-"
+        lines.append([row.name, *cells, ", ".join(map(str, layers)), entropy, *paper])
+    title = f"Table {args.table}, {args.config}, {args.seeds} seed(s), mean ± standard deviation in per cent"
+    return f"{title}; entropy of the policy at the end in nats\n\n{as_table(lines)}"
 
 
-def spread(values: list[float]) -> str:
-    return f"{mean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
+def final_entropy(run: Path) -> list[float]:
+    """What the log of a run's last step says, in a list; empty if no gate was trained."""
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    last = [line for line in lines if line["kind"] == "train"][-1]
+    return [last["entropy"]] if "gate" in last["gradients"] else []
+
+
+def differences(rows: tuple[Row, ...], results: dict[str, list[Path]], specs: tuple[str, ...]) -> str:
+    """What every row has above the first one, all seeds together, with paired intervals over images."""
+
+    def records(row: Row, spec: str) -> list[Record]:
+        paths = [result_path(folder, spec, "generate") for folder in results[row.name]]
+        return [record for path in paths for record in read_results(path)[1]]
+
+    lines = [["row", *(f"{spec} {metric}" for spec in specs for metric in METRICS)]]
+    for row in rows[1:]:
+        cells = []
+        for spec in specs:
+            found = metrics.difference(records(rows[0], spec), records(row, spec), spec.partition("|")[0])
+            for name in METRICS:
+                gain, bounds = found[name]
+                cells.append("{:+.1f} [{:+.1f}, {:+.1f}]".format(100 * gain, *(100 * bound for bound in bounds)))
+        lines.append([row.name, *cells])
+    title = f"Difference to {rows[0].name}, points, 95% interval (paired, over images; not over seeds)"
+    return f"{title}\n\n{as_table(lines)}"
+
+
+def as_table(lines: list[list[str]]) -> str:
+    """Markdown; the first line is the head."""
+    lines = [lines[0], ["---"] * len(lines[0]), *lines[1:]]
+    return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
+
+
+def spread(values: list[float], digits: int = 1) -> str:
+    return f"{mean(values):.{digits}f}" + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
 
 
 if __name__ == "__main__":

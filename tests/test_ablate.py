@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+from test_metrics import SHAPE, make_record
 
 from scripts import ablate
 from utils.config import load_config
+from utils.results import Origin, Result, summarize
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = str(ROOT / "configs/tiny.yaml")
@@ -31,20 +34,48 @@ def test_rows_of_a_table_differ(table):
     assert len({ablate.slug(row.name) for row in rows}) == len(rows)
 
 
+def test_methods_are_those_of_their_files():
+    """Each of the five is in one row, with that file's prompts and constraints."""
+    rows = {name: row.settings for row in ablate.TABLES["methods"] for name in row.name.split(", ")}
+    assert set(rows) == {path.stem for path in (ROOT / "configs/methods").glob("*.yaml")}
+    for name, settings in rows.items():
+        flags = [part for key, value in settings.items() for part in (f"--{key}", value)]
+        ours, theirs = (
+            load_config(["--config", TINY, *flags]),
+            load_config(["--config", str(ROOT / f"configs/methods/{name}.yaml")]),
+        )
+        assert (ours.ppm, ours.loss) == (theirs.ppm, theirs.loss)
+        assert ours.data == load_config(["--config", TINY]).data
+
+
+def write_results(folder: Path, hit: int) -> None:
+    """Of two images, whose ten true pixels are found but for ten minus ``hit``."""
+    target, records = np.zeros(SHAPE, np.uint8), []
+    target[0, :10] = 1
+    for index in range(2):
+        predicted = np.zeros(SHAPE, bool)
+        predicted[0, : hit - index] = True
+        records.append(make_record(predicted, target, index))
+    for split in ("val_short", "val_long"):
+        origin = Origin(f"ReasonSeg|{split}", "generate", "argmax", 64, 0, "", "abc", "float32", 2, 2)
+        Result(summarize(origin, records), records, origin).save(folder)
+
+
 @pytest.fixture
 def commands(monkeypatch):
-    """What would have been run; evaluation writes a result that depends on the seed."""
+    """What would have been run; results depend on the seed, and the first row's are better."""
     seen = []
 
     def call(folder: Path, command: list[str]) -> None:
         seen.append(command)
+        name, seed = folder.name.rsplit("-", 1)
+        if command[0] == "train_ds.py":
+            gradients = {"gate": 0.1} if name == "policy" else {}
+            line = {"kind": "train", "step": 9, "entropy": 1 + 0.5 * int(seed), "gradients": gradients}
+            (folder / "log.jsonl").parent.mkdir(parents=True)
+            (folder / "log.jsonl").write_text(json.dumps(line) + "\n")
         if command[0] == "test.py":
-            output = Path(command[command.index("--output") + 1])
-            output.mkdir(parents=True)
-            value = 0.5 + 0.1 * int(folder.name[-1])
-            result = {"metrics": {"gIoU": value, "cIoU": value / 2}, "layers": {"4": 3, "2": 1}}
-            for split in ("val_short", "val_long"):
-                (output / f"ReasonSeg_{split}.generate.json").write_text(json.dumps(result))
+            write_results(Path(command[command.index("--output") + 1]), 6 + int(seed) + (name == "policy"))
 
     monkeypatch.setattr(ablate, "call", call)
     return seen
@@ -53,14 +84,17 @@ def commands(monkeypatch):
 def test_a_table_is_trained_evaluated_and_printed(commands, tmp_path, capsys):
     arguments = ["--table", "layers", "--config", TINY, "--seeds", "2", "--output", str(tmp_path), "--lr", "1e-4"]
     assert ablate.main(arguments) == 0
-    assert [command[0] for command in commands] == ["train_ds.py", "scripts/merge_lora.py", "test.py"] * 6
-    train = commands[3]
+    assert [command[0] for command in commands] == ["train_ds.py", "scripts/merge_lora.py", "test.py"] * 22
+    train = commands[33]
     assert train[train.index("--seed") + 1] == "1"
     assert train[train.index("--lr") + 1] == "1e-4"
     assert train[train.index("--layer_selection") + 1] == "policy"
-    assert (
-        "| last | 55.0 ± 7.1 | 27.5 ± 3.5 | 55.0 ± 7.1 | 27.5 ± 3.5 | 2, 4 | 64.06 | 67.05 |" in capsys.readouterr().out
-    )
+    printed = capsys.readouterr().out
+    assert "| policy | 70.0 ± 7.1 | 70.0 ± 7.1 | 70.0 ± 7.1 | 70.0 ± 7.1 | 3 | 1.25 ± 0.35 | 66.13 | 72.07 |" in printed
+    assert "| last | 60.0 ± 7.1 | 60.0 ± 7.1 | 60.0 ± 7.1 | 60.0 ± 7.1 | 3 | - | 64.06 | 67.05 |" in printed
+    assert "Difference to policy" in printed
+    assert "| last | -10.0 [-10.0, -10.0] | -10.0 [-10.0, -10.0] |" in printed
+    assert printed.split("\nwrote ")[0].endswith((tmp_path / "layers/table.md").read_text())
     done = len(commands)
     assert ablate.main(arguments) == 0  # nothing is done twice
     assert len(commands) == done
