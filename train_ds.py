@@ -118,7 +118,8 @@ def build(config: Config, device: torch.device) -> Run:
     images = (run.total_steps - run.step) * images_per_step(config)
     log.say(f"{format_report(loaded)}\n\n{trainable_report(model)}\n\n{mixture.table(images)}\n")
     log.say(where_and_how_much(config, device))
-    log.event("start", run.step, command=shlex.join(sys.argv), resumed=str(start or ""), **meta)
+    weights = [vars(row) for row in loaded]
+    log.event("start", run.step, command=shlex.join(sys.argv), resumed=str(start or ""), weights=weights, **meta)
     if start:
         log.say(f"going on from {start} (step {run.step} of {run.total_steps})")
     if run.step < run.total_steps:

@@ -2,8 +2,10 @@
 
     python scripts/merge_lora.py --checkpoint runs/tiny --output runs/tiny/merged
     python scripts/merge_lora.py --config configs/tiny.yaml --output runs/tiny/untrained    # to compare with
+    python scripts/merge_lora.py --checkpoint runs/tiny --adapter_only --output runs/tiny/adapter    # without its base
 
-The folder loads with ``UGroundForCausalLM.from_pretrained`` and in test.py and chat.py (``--version``).
+The folder loads with ``UGroundForCausalLM.from_pretrained`` and in test.py and chat.py (``--version``); an adapter in
+the latter two, on top of its base. A model card (README.md) is in it: ``hf upload NAME FOLDER`` shares it.
 """
 
 from __future__ import annotations
@@ -13,6 +15,8 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +27,19 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch import nn
+from transformers import PreTrainedModel
 
 from model.weights import read_folder
+from utils import adapter
 from utils import checkpoint as checkpoints
+from utils.adapter import META
+from utils.card import model_card
 from utils.checkpoint import CheckpointError
 from utils.config import Config, config_from, load_config
 from utils.engine import build_model
 from utils.pipeline import PRECISIONS
 from utils.processor import UGroundProcessor
 
-META = "uground_run.json"
 MOVABLE = ("version", "vision_tower", "vision_pretrained")
 TOLERANCE = 1e-4  # of the largest value; float32 noise of a merge is about 1e-6
 
@@ -42,10 +49,15 @@ def main(argv: list[str] | None = None) -> int:
     try:
         check_output(args.output)
         model, processor, config, meta = start_of_run(args) if args.config else end_of_run(args)
-        merged, difference = merge(model, processor)
-        print(f"merged and unmerged agree: largest difference {difference:.1e} of the largest value")
-        round_as_trained(merged, config)
-        write(merged, processor, args.output, meta | {"merge_difference": difference})
+        if args.adapter_only:
+            save = partial(adapter.save, model, dtype=PRECISIONS[config.model.precision])
+        else:
+            merged, difference = merge(model, processor)
+            print(f"merged and unmerged agree: largest difference {difference:.1e} of the largest value")
+            round_as_trained(merged, config)
+            save, meta = partial(save_merged, merged), meta | {"merge_difference": difference}
+        card = model_card(args.name or config.train.exp_name, meta, args.adapter_only, args.license)
+        write(save, processor, args.output, meta, card)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -69,6 +81,15 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--which", choices=("best", "latest"), help="of a run (default: best, or latest without validation)"
+    )
+    parser.add_argument(
+        "--adapter_only",
+        action="store_true",
+        help="write LoRA and the parts that trained in full, without the base: hundreds of megabytes instead of 15 GB",
+    )
+    parser.add_argument("--name", help="of the model in its card (default: the run's exp_name)")
+    parser.add_argument(
+        "--license", default="other", metavar="ID", help="of the weights, as the hub names it (default: other)"
     )
     parser.add_argument("--version", metavar="DIR", help="base LLaVA-1.5 folder, if it has moved")
     parser.add_argument("--vision_tower", metavar="DIR", help="CLIP folder, if it has moved")
@@ -189,30 +210,40 @@ def round_as_trained(model: nn.Module, config: Config) -> None:
         parameter.data = parameter.data.to(dtype)
 
 
-def write(model: nn.Module, processor: UGroundProcessor, output: Path, meta: dict[str, Any]) -> None:
-    """Writes model, processor and ``uground_run.json`` beside ``output``, reads the weights back, puts all in place."""
-    partial, old = output.with_name(f".{output.name}.partial"), output.with_name(f".{output.name}.old")
-    for left_over in (partial, old):
+def save_merged(model: PreTrainedModel, folder: Path) -> None:
+    """Writes the model and reads it back.
+
+    Raises:
+        ValueError: if the files do not hold the model.
+    """
+    model.save_pretrained(folder)
+    saved, own = read_folder(folder), model.state_dict()
+    wrong = [name for name in own.keys() | saved.keys() if name not in saved or not torch.equal(saved[name], own[name])]
+    if wrong:
+        raise ValueError(f"{folder} does not hold what was written: {', '.join(sorted(wrong)[:5])}")
+
+
+def write(
+    save: Callable[[Path], None], processor: UGroundProcessor, output: Path, meta: dict[str, Any], card: str
+) -> None:
+    """Writes weights, processor, ``uground_run.json`` and README.md beside ``output``, then puts all in place."""
+    unfinished, old = output.with_name(f".{output.name}.partial"), output.with_name(f".{output.name}.old")
+    for left_over in (unfinished, old):
         shutil.rmtree(left_over, ignore_errors=True)
-    partial.mkdir(parents=True)
+    unfinished.mkdir(parents=True)
     try:
-        model.save_pretrained(partial)
-        processor.save_pretrained(partial)
-        (partial / META).write_text(json.dumps(meta, indent=1) + "\n")
-        saved, own = read_folder(partial), model.state_dict()
-        wrong = [
-            name for name in own.keys() | saved.keys() if name not in saved or not torch.equal(saved[name], own[name])
-        ]
-        if wrong:
-            raise ValueError(f"{partial} does not hold what was written: {', '.join(sorted(wrong)[:5])}")
+        save(unfinished)
+        processor.save_pretrained(unfinished)
+        (unfinished / META).write_text(json.dumps(meta, indent=1) + "\n")
+        (unfinished / "README.md").write_text(card)
         if output.exists():
             output.rename(old)
-        partial.rename(output)
+        unfinished.rename(output)
         shutil.rmtree(old, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{output} could not be written ({error}); is the disk full?") from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 if __name__ == "__main__":

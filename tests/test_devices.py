@@ -68,6 +68,9 @@ def test_quantized_layers(wider_model, tiny_processor, tiny_samples, kind, toler
 def test_quantization_that_cannot_be(make_model, monkeypatch):
     with pytest.raises(ValueError, match="exclude each other"):
         devices.place(make_model(), "cpu", quantize="4bit", device_map="auto")
+    if devices.find_spec("bitsandbytes"):
+        with pytest.raises(ValueError, match=r"q_proj is 32 to 32\. Use 8bit"):
+            devices.place(make_model(), "cpu", quantize="4bit")
     monkeypatch.setattr(devices, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"pip install 'uground\[quantize\]'"):
         devices.place(make_model(), "cpu", quantize="8bit")

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from huggingface_hub import ModelCard
 from tiny_run import arguments, write_base
 
 import train_ds
@@ -160,3 +161,58 @@ def test_full_disk_leaves_the_earlier_folder(trained, tmp_path, capsys, monkeypa
     assert "is the disk full?" in capsys.readouterr().err
     assert (folder / merge_lora.META).read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["merged"]
+
+
+def adapter_of(trained, tmp_path, *flags: str):
+    folder = tmp_path / "adapter"
+    arguments = ["--checkpoint", str(trained[0]), "--adapter_only", "--output", str(folder), *flags]
+    assert merge_lora.main(arguments) == 0
+    return folder
+
+
+def test_adapter_answers_as_the_merged_folder(trained, tmp_path, tiny_samples):
+    whole, small = merged(trained, tmp_path), adapter_of(trained, tmp_path)
+    ask = ([tiny_samples[0].image], [["where is the star"]], [["it is [SEG] and [SEG]."]])
+    (model, processor), (other, own) = load_pretrained(str(whole)), load_pretrained(str(small))
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, other.state_dict()[name]), name
+    [[left]], [[right]] = predict(model, processor, *ask), predict(other, own, *ask)
+    assert torch.equal(left.mask_logits, right.mask_logits)
+    assert (processor.tokens, processor.max_tokens) == (own.tokens, own.max_tokens)
+    names = {path.name for path in small.iterdir()}
+    assert {"adapter_model.safetensors", "adapter_config.json", "trained_parts.safetensors", "README.md"} <= names
+    assert "model.safetensors" not in names
+
+
+def test_adapter_of_another_base_is_refused(trained, tmp_path):
+    folder, base = adapter_of(trained, tmp_path), trained[1]
+    moved = tmp_path / "moved"
+    base.rename(moved)
+    try:
+        with pytest.raises(ValueError, match=r"the base of the adapter .* is not here: .*llava.* --base \(LLaVA\)"):
+            load_pretrained(str(folder))
+        paths = {"base": str(moved / "llava"), "vision_tower": str(moved / "clip")}
+        sam = moved / "sam.pth"
+        load_pretrained(str(folder), vision_pretrained=str(sam), **paths)
+        state = torch.load(sam, weights_only=True)
+        torch.save({name: value + 0.1 for name, value in state.items()}, tmp_path / "other.pth")
+        with pytest.raises(ValueError, match=r"visual_model: .*other.pth has \w{16}, .*base/sam.pth had \w{16}"):
+            load_pretrained(str(folder), vision_pretrained=str(tmp_path / "other.pth"), **paths)
+    finally:
+        moved.rename(base)
+
+
+def test_model_card(trained, tmp_path):
+    folder = merged(trained, tmp_path, "--license", "apache-2.0", "--name", "My UGround")
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.license == "apache-2.0"
+    meta = json.loads((folder / merge_lora.META).read_text())
+    assert meta["commit"] in card.text
+    assert all(value in card.text for value in meta["base"].values())
+    results = {(r.dataset_name, r.metric_type): r.metric_value for r in card.data.eval_results}
+    for spec, values in meta["metrics"].items():
+        for name, value in values.items():
+            assert results[spec, name] == pytest.approx(value, abs=1e-4)
+    assert results
+    settings = yaml.safe_load(card.text.split("```yaml\n")[1].split("```")[0])
+    assert settings["model"]["lora_r"] == 2

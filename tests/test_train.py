@@ -76,6 +76,9 @@ def assert_same_curve(run, other, tolerance: float) -> None:
 
 def test_a_run_learns_logs_and_saves(run_here):
     run, printed = run_here(val_dataset="ReasonSeg|val_short||grefcoco|unc|val", steps_per_epoch=6)
+    weights = {row["module"]: row for row in log_lines(run, "start")[0]["weights"]}
+    assert weights["visual_model"]["source"].endswith("sam.pth")
+    assert all(row["fingerprint"] in printed for row in weights.values())
     lines = log_lines(run, "train")
     assert [line["step"] for line in lines] == list(range(1, 13))
     assert lines[-1]["text"] < 0.85 * lines[0]["text"]

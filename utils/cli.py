@@ -73,9 +73,11 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         help="merged model, as scripts/merge_lora.py writes it, or a published checkpoint of UGround, LISA, GSVA, "
         "SESAME or READ",
     )
-    add("--vision_tower", default="", metavar="DIR", help="CLIP's folder, for a published checkpoint, which holds none")
+    add("--vision_tower", default="", metavar="DIR", help="CLIP's folder, for a published checkpoint or an adapter")
     add("--precision", choices=("auto", *PRECISIONS), default="auto", help="default: bf16 on a GPU, fp32 elsewhere")
     add("--device", default="auto", help="cpu, cuda, cuda:1, mps (default: the NVIDIA GPU if there is one, else cpu)")
+    add("--base", default="", metavar="DIR", help="LLaVA's folder for an adapter (--adapter_only), if it has moved")
+    add("--vision_pretrained", default="", metavar="FILE", help="SAM for an adapter, if it has moved")
     several = parser.add_mutually_exclusive_group()
     several.add_argument(
         "--quantize",
@@ -113,7 +115,9 @@ def open_model(args: argparse.Namespace, device: str | None = None) -> Opened:
         raise ValueError("--device_map is for one process that uses all GPUs; start it without a launcher")
     device = device or pick_device(args.device)
     precision = pick_precision(args.precision, device)
-    model, processor = load_pretrained(args.version, precision, "cpu", args.vision_tower)
+    model, processor = load_pretrained(
+        args.version, precision, "cpu", args.vision_tower, args.base, args.vision_pretrained
+    )
     known = fingerprint(model.state_dict().values())  # before layers are quantized, or leave their place
     place(model, device, args.quantize, args.device_map)
     return Opened(model, processor, device, ", ".join(filter(None, (precision, args.quantize))), known)

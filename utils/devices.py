@@ -63,6 +63,11 @@ def quantize_layers(model: LlamaForCausalLM, kind: str, device: str) -> None:
                 if type(linear) is not nn.Linear:
                     continue
                 sizes, bias = (linear.in_features, linear.out_features), linear.bias is not None
+                if kind == "4bit" and device == "cpu" and (sizes[0] % 64 or sizes[1] % 32):
+                    raise ValueError(
+                        "--quantize 4bit: on a CPU, bitsandbytes takes projections from a multiple of 64 to one of "
+                        f"32; {name} is {sizes[0]} to {sizes[1]}. Use 8bit"
+                    )
                 if kind == "4bit":
                     dtype = linear.weight.dtype
                     small = bnb.Linear4bit(*sizes, bias, compute_dtype=dtype, quant_type="nf4", device="meta")

@@ -14,6 +14,8 @@ from transformers.utils import logging as transformers_logging
 from model.formats import Release, release_of
 from model.UGround import UGroundForCausalLM
 from model.weights import Loaded, format_report, grow_vocabulary, load_base, load_released, read_json, report
+from utils import adapter
+from utils.config import config_from
 from utils.conversation import SYSTEM_PROMPT
 from utils.processor import UGroundProcessor
 from utils.tokens import IMAGE, add_special_tokens, token_ids
@@ -58,16 +60,27 @@ def load_for_training(
 
 
 def load_pretrained(
-    folder: str, precision: str = "fp32", device: str = "cpu", vision_tower: str = ""
+    folder: str,
+    precision: str = "fp32",
+    device: str = "cpu",
+    vision_tower: str = "",
+    base: str = "",
+    vision_pretrained: str = "",
 ) -> tuple[UGroundForCausalLM, UGroundProcessor]:
-    """A folder that ``scripts/merge_lora.py`` (or ``save_pretrained``) wrote, or a published checkpoint.
+    """A folder that ``scripts/merge_lora.py`` (or ``save_pretrained``) wrote, an adapter, or a published checkpoint.
 
     Args:
         vision_tower: folder of CLIP for a published checkpoint, which holds none; others need it not.
+        base, vision_tower, vision_pretrained: LLaVA, CLIP and SAM for an adapter whose base has moved.
 
     Raises:
         ValueError: if the folder is none of these, or its weights are not complete.
     """
+    transformers_logging.disable_progress_bar()  # noise where the output is a file
+    if adapter.is_adapter(folder):
+        moved = {"version": base, "vision_tower": vision_tower, "vision_pretrained": vision_pretrained}
+        model, processor = _load_adapter(Path(folder), {name: path for name, path in moved.items() if path})
+        return model.to(device, PRECISIONS[precision]), processor  # type: ignore[arg-type]
     raw = read_json(Path(folder), "--version")
     if release := release_of(raw):
         released: Any
@@ -80,7 +93,6 @@ def load_pretrained(
             "merge a trained run with scripts/merge_lora.py first"
         )
     processor = UGroundProcessor.from_pretrained(folder)
-    transformers_logging.disable_progress_bar()  # noise where the output is a file
     loaded: Any = UGroundForCausalLM.from_pretrained(
         folder, dtype=PRECISIONS[precision], output_loading_info=True, local_files_only=True
     )
@@ -98,6 +110,20 @@ def load_pretrained(
         if ours != theirs:
             raise ValueError(f"--version: {folder}: {what} is {ours} in config.json, {theirs} in the processor's files")
     return model.to(device).eval(), processor
+
+
+def _load_adapter(folder: Path, moved: dict[str, str]) -> tuple[UGroundForCausalLM, UGroundProcessor]:
+    meta = adapter.read_meta(folder)
+    config = config_from(meta["config"] | {"model": meta["config"]["model"] | moved}, str(folder / adapter.META))
+    paths = (config.model.version, config.model.vision_tower, config.model.vision_pretrained)
+    if absent := [path for path in paths if not Path(path).exists()]:
+        raise ValueError(
+            f"--version: the base of the adapter {folder} is not here: {', '.join(absent)}. {adapter.WHERE}"
+        )
+    model, _, rows = load_for_training(*paths, config.model.precision, config.method)
+    adapter.check_base(folder, meta, rows)
+    adapter.apply(model, folder, meta)
+    return model.eval(), UGroundProcessor.from_pretrained(folder)
 
 
 def _load_released(

@@ -1,0 +1,91 @@
+"""The README.md of a model folder: a model card for the Hugging Face hub, from what the run knows about itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import EvalResult, ModelCardData
+
+LICENCES = """The code is Apache-2.0. Weights carry the licences of what they were made from: LLaVA-1.5 on Vicuna the
+LLaMA 2 Community License, CLIP the MIT licence, SAM Apache-2.0; LLaVA's instruction data are CC BY 4.0, and the
+segmentation data sets have terms of their own, some for research only. Whoever publishes this folder states which apply
+(`license` above)."""
+
+
+def model_card(name: str, meta: dict[str, Any], adapter: bool, license: str = "other") -> str:
+    """Front matter and text.
+
+    Args:
+        name: of the model; meta: as in ``uground_run.json``; adapter: the folder needs its base.
+        license: the hub's identifier.
+    """
+    model = meta["config"]["model"]
+    bases = {part: Path(model[part]).name for part in ("version", "vision_tower", "vision_pretrained")}
+    data = ModelCardData(
+        model_name=name,
+        license=license,
+        library_name="uground",
+        pipeline_tag="image-segmentation",
+        tags=["uground", "referring-expression-segmentation", "reasoning-segmentation", "llava", "sam"],
+        eval_results=_results(meta["metrics"]),
+    )
+    chosen = {section: meta["config"][section] for section in ("model", "ppm", "loss", "data", "train")}
+    use = "python chat.py --version THIS_FOLDER --image photo.jpg"
+    if adapter:
+        use += " --base LLAVA_FOLDER --vision_tower CLIP_FOLDER --vision_pretrained SAM_FILE"
+    parts = [
+        f"---\n{data.to_yaml()}\n---",
+        f"# {name}",
+        "UGround: an image and a sentence go in, text and masks come out. LLaVA writes an answer with `[SEG]` tokens; "
+        "for each of them a policy picks a transformer layer, whose similarity map prompts SAM.",
+        f"This folder is {'an adapter: it loads on top of its base' if adapter else 'complete'}.",
+        f"```bash\n{use}\n```",
+        "## Base\n\n" + _table(["part", "file", "fingerprint"], _bases(bases, meta["base"])),
+        "## Data\n\n" + (_table(["data set", "type", "images", "share"], _data(meta["data"])) or "None: not trained."),
+        f"Optimizer steps: {meta['step']}; processes: {meta['processes']}; seed: {meta['config']['train']['seed']}.",
+        "## Results\n\n" + (_table(["benchmark", "metric", "value"], _metrics(meta["metrics"])) or "Not validated."),
+        "On the validation data of the run, which chose the checkpoint; `test.py` gives results to report.",
+        f"## Reproduce\n\nCode: commit `{meta['commit']}`; "
+        + ", ".join(f"{package} {version}" for package, version in meta["versions"].items())
+        + ".\n\n```yaml\n"
+        + yaml.safe_dump(chosen, sort_keys=False).rstrip()
+        + "\n```",
+        f"## Licences\n\n{LICENCES}",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _bases(files: dict[str, str], fingerprints: dict[str, str]) -> list[list[str]]:
+    where = {"vision_tower": files["vision_tower"], "visual_model": files["vision_pretrained"]}
+    return [[module, where.get(module, files["version"]), f"`{value}`"] for module, value in fingerprints.items()]
+
+
+def _data(rows: list[dict[str, Any]]) -> list[list[str]]:
+    return [[row["name"], row["type"], f"{row['images']:,}", f"{row['share']:.1%}"] for row in rows]
+
+
+def _metrics(metrics: dict[str, dict[str, float]]) -> list[list[str]]:
+    return [[spec, name, f"{value:.3f}"] for spec, values in metrics.items() for name, value in values.items()]
+
+
+def _results(metrics: dict[str, dict[str, float]]) -> list[EvalResult]:
+    return [
+        EvalResult(
+            task_type="image-segmentation",
+            dataset_type=spec.split("|")[0].lower(),
+            dataset_name=spec,
+            dataset_split=spec.split("|")[-1],
+            metric_type=name,
+            metric_value=round(value, 4),
+        )
+        for spec, values in metrics.items()
+        for name, value in values.items()
+    ]
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    """A table in Markdown; a vertical bar in a cell is part of its text. Empty without rows."""
+    lines = [head, ["---"] * len(head), *rows] if rows else []
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
