@@ -22,6 +22,7 @@ from utils.datasets import DataError, get_eval_dataset
 from utils.datasets.base import EvalDataset, check_complete
 from utils.evaluate import CONTROLS, MODES, Asking, default_mode, evaluate, origin_of, text_blind_scores
 from utils.metrics import PROTOCOLS
+from utils.pipeline import cache_sam_features
 from utils.report import format_table, panels
 from utils.results import Journal, Result, result_path
 from utils.tables import SUITES, fill
@@ -98,6 +99,19 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="images per step (default: 4)",
     )
     add("--workers", type=_count, default=0, metavar="N", help="processes that load images ahead (default: 0)")
+    add(
+        "--sam_feature_cache",
+        default="",
+        metavar="DIR",
+        help="keep SAM's image embeddings here, for other benchmarks, modes and checkpoints on the same images",
+    )
+    add(
+        "--sam_feature_cache_gb",
+        type=float,
+        default=100.0,
+        metavar="GB",
+        help="size of that folder; the least recently used embeddings go first (default: 100)",
+    )
     add("--max_new_tokens", type=_positive, default=64, metavar="N", help="longest written answer (default: 64)")
     add("--seed", type=int, default=0, metavar="S", help="of sampled layers, shuffling and intervals (default: 0)")
     add("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # passed by the deepspeed launcher
@@ -111,6 +125,8 @@ def main(arguments: list[str] | None = None) -> int:
     datasets, lacking = open_datasets(args)  # a typing error shows before the loading
     opened = cli.open_model(args, device)
     model, processor = opened.model, opened.processor
+    if args.sam_feature_cache:
+        cache_sam_features(model, processor, args.sam_feature_cache, args.sam_feature_cache_gb)
     if args.layer is not None:
         args.layer_policy = f"fixed:{args.layer}"
     args.layer_policy = args.layer_policy or model.config.layer_policy

@@ -32,7 +32,7 @@ from utils.datasets.mixture import Mixture, MixtureSampler
 from utils.engine import build_engine, build_model, deepspeed_settings, gradient_norms
 from utils.evaluate import Asking, evaluate
 from utils.logging import DivergedError, Meter, RunLog, check_finite, validation_sheet
-from utils.pipeline import PRECISIONS
+from utils.pipeline import PRECISIONS, cache_sam_features
 from utils.processor import UGroundProcessor
 from utils.types import Batch
 
@@ -107,12 +107,14 @@ def build(config: Config, device: torch.device) -> Run:
         checkpoints.check_same_run(start, meta)  # before minutes of loading
     settings = deepspeed_settings(config, distributed.world_size())
     model, processor, loaded = build_model(config)
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if config.data.sam_feature_cache:
+        cache_sam_features(inner, processor, config.data.sam_feature_cache, config.data.sam_feature_cache_gb)
     engine = build_engine(model, config, settings)
     meta |= checkpoints.describe_model(model, processor, loaded)
     saved = checkpoints.resume(engine, start, meta) if start else {"step": 0, "best": None}
     log = open_log(config, saved["step"])
     best = saved["best"] if saved.get("best_of") == best_of(config) else None  # others cannot be compared
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     run = Run(config, device, engine, inner, processor, mixture, benchmarks, log, meta, saved["step"], best)
 
     images = (run.total_steps - run.step) * images_per_step(config)
@@ -269,6 +271,7 @@ def batches_from(run: Run) -> DataLoader:
         num_workers=workers,
         prefetch_factor=1 + -(-accumulation // workers) if workers else None,  # a whole step is taken at once
         worker_init_fn=one_thread,
+        pin_memory=run.device.type == "cuda",
     )
 
 

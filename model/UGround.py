@@ -106,7 +106,8 @@ class UGroundForCausalLM(Objective, LlavaLlamaForCausalLM):
         grounding = self.ground(output.hidden, states, batch.seg_rows, counts, batch.image_start, how)
         noise = gumbel_noise(batch.numbers, _repeat(counts), self.ppm.num_layers, self.config.policy_seed)
         layers = self.ppm.choose(grounding.log_policy, how, noise.to(self.device))
-        mask_logits, maps = self.draw(grounding, layers, self.visual_model.encode(batch.sam_images), valid, batch)
+        embeddings = self.visual_model.encode(batch.sam_images, batch.image_keys)
+        mask_logits, maps = self.draw(grounding, layers, embeddings, valid, batch)
         logits = self.lm_head(output.hidden[-1].flatten(0, 1)[batch.label_positions])
         layer_maps = None
         if all_layers or self.config.rewards_all_layers:
@@ -219,7 +220,7 @@ class UGroundForCausalLM(Objective, LlavaLlamaForCausalLM):
             answers = read_given(self, batch, output)
         else:
             answers = write_answers(self, batch, output, max_new_tokens, on_token)
-        embeddings = self.visual_model.encode(batch.sam_images) if answers.places else None
+        embeddings = self.visual_model.encode(batch.sam_images, batch.image_keys) if answers.places else None
         return Answered(batch, answers, output.hidden, valid, embeddings)
 
     @torch.inference_mode()

@@ -5,6 +5,8 @@ Legend: n masks of one image, H x W its original size.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch.nn import functional as F
 
@@ -74,13 +76,13 @@ def blur(masks: torch.Tensor, side: int, sigma: float) -> torch.Tensor:
     pixel instead of side x side, and as sums of shifted images they run at the memory's speed.
     """
     half = side // 2
-    weights = torch.softmax(-0.5 * (torch.arange(-half, half + 1) / sigma).square(), 0).tolist()
+    weights = [math.exp(-0.5 * (place / sigma) ** 2) for place in range(-half, half + 1)]
     blurred = F.pad(masks[:, None], [half] * 4, mode="reflect")[:, 0]
     for axis in (2, 1):
         shifts = (blurred.narrow(axis, start, blurred.shape[axis] - 2 * half) for start in range(side))
-        total = next(shifts) * weights[0]
+        total = next(shifts) * (weights[0] / sum(weights))
         for shifted, weight in zip(shifts, weights[1:], strict=True):
-            total.add_(shifted, alpha=weight)
+            total.add_(shifted, alpha=weight / sum(weights))
         blurred = total
     return blurred
 

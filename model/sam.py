@@ -5,6 +5,7 @@ Legend: B images, N prompts, E prompt width (256), R input side (1024), G grid s
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 
@@ -13,6 +14,8 @@ from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncode
 from segment_anything.modeling.image_encoder import Attention
 from torch import nn
 from torch.nn import functional as F
+
+from model.sam_cache import FeatureCache
 
 
 @dataclass
@@ -138,6 +141,7 @@ class SegmentAnything(nn.Module):
     def __init__(self, shape: SamShape) -> None:
         super().__init__()
         self.shape = shape
+        self.cache: FeatureCache | None = None
         grid = shape.image_size // shape.patch_size
         self.image_encoder = ImageEncoderViT(
             img_size=shape.image_size,
@@ -185,8 +189,17 @@ class SegmentAnything(nn.Module):
         """4G, the side of mask prompts and of low-resolution masks (256 for the published SAMs)."""
         return self.prompt_encoder.mask_input_size[0]
 
-    def encode(self, images: torch.Tensor) -> torch.Tensor:
-        """[B, 3, R, R] normalised images -> [B, E, G, G]. SAM's encoder is never trained here."""
+    def encode(self, images: torch.Tensor, keys: Sequence[str] = ()) -> torch.Tensor:
+        """[B, 3, R, R] normalised images -> [B, E, G, G]. SAM's encoder is never trained here.
+
+        Args:
+            keys: names of the images for the cache, if there is one.
+        """
+        if self.cache is not None and keys:
+            return self.cache.get(keys, images, self._encode)
+        return self._encode(images)
+
+    def _encode(self, images: torch.Tensor) -> torch.Tensor:
         with torch.inference_mode():
             embeddings = self.image_encoder(images)
         return (

@@ -192,6 +192,12 @@ class DataSettings:
         low=0.0,
         high=1.0,
     )
+    sam_feature_cache: str = setting(
+        "", "folder for SAM's image embeddings, which a later epoch or run reads instead; empty = none", may_change=True
+    )
+    sam_feature_cache_gb: float = setting(
+        100.0, "size of that folder; the least recently used embeddings go first", above=0.0, may_change=True
+    )
     workers: int = setting(4, "data loading processes per training process; 0 = none", low=0, may_change=True)
 
 

@@ -12,8 +12,18 @@ from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from model.formats import Release, release_of
+from model.sam_cache import FeatureCache
 from model.UGround import UGroundForCausalLM
-from model.weights import Loaded, format_report, grow_vocabulary, load_base, load_released, read_json, report
+from model.weights import (
+    Loaded,
+    fingerprint,
+    format_report,
+    grow_vocabulary,
+    load_base,
+    load_released,
+    read_json,
+    report,
+)
 from utils import adapter
 from utils.config import config_from
 from utils.conversation import SYSTEM_PROMPT
@@ -147,6 +157,13 @@ def _load_released(
         )
     sides = config.clip_side, config.clip_patch, model.visual_model.shape.image_size
     return model, UGroundProcessor(tokenizer, *sides, release.system_prompt, clip_fit=config.clip_fit)
+
+
+def cache_sam_features(model: UGroundForCausalLM, processor: UGroundProcessor, folder: str, gigabytes: float) -> None:
+    """From now on SAM's image embeddings are kept in a folder (``--sam_feature_cache``)."""
+    encoder = model.visual_model.image_encoder
+    model.visual_model.cache = FeatureCache(folder, gigabytes, fingerprint(encoder.state_dict().values()))
+    processor.hash_images = True
 
 
 def describe(model: UGroundForCausalLM, source: str) -> str:

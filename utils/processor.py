@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from model.sam_cache import image_key
 from utils.collate import Row, collate_rows, cut
 from utils.conversation import SYSTEM_PROMPT, PromptBuilder
 from utils.tokens import token_ids
@@ -30,6 +31,9 @@ class UGroundProcessor:
         max_tokens: the longest row that one conversation with its prefix may make (``--model_max_length``).
         clip_fit: ``pad`` = CLIP sees the whole image, as the paper has it; ``crop`` = its middle, as CLIP's own
             processor cuts it out, for checkpoints that were trained so (LISA and its descendants).
+
+    Attributes:
+        hash_images: whether batches name their images, for a cache of SAM's features.
     """
 
     def __init__(
@@ -51,6 +55,7 @@ class UGroundProcessor:
         self.tokens = token_ids(tokenizer)
         self.builder = PromptBuilder(tokenizer, (clip_side // clip_patch) ** 2, system_prompt)
         self.max_tokens, self.clip_fit = max_tokens, clip_fit
+        self.hash_images = False
 
     @property
     def num_image_tokens(self) -> int:
@@ -139,7 +144,7 @@ class UGroundProcessor:
         return text.strip()  # type: ignore[union-attr]  # a list only for a batch of ids
 
     def _collate(self, rows: list[Row]) -> Batch:
-        return collate_rows(
+        batch = collate_rows(
             rows,
             prefix_ids=self.builder.prefix_ids,
             image_start=self.builder.image_start,
@@ -149,3 +154,6 @@ class UGroundProcessor:
             sam_side=self.sam_side,
             clip_fit=self.clip_fit,
         )
+        if self.hash_images:
+            batch.image_keys = [image_key(row.image) for row in rows]
+        return batch

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -97,6 +97,7 @@ class Batch:
         sources: per row, for messages.
         questions: conversations per row.
         image_start: the first image token's place, the same in every row.
+        image_keys: per row, the name of its pixels, where SAM's features are cached on disk; else empty.
     """
 
     input_ids: torch.Tensor
@@ -118,6 +119,14 @@ class Batch:
     sources: list[str]
     questions: list[int]
     image_start: int
+    image_keys: list[str] = field(default_factory=list)
+
+    def pin_memory(self) -> Batch:
+        """What a ``DataLoader`` with ``pin_memory`` calls: from pinned memory, ``to`` does not wait for its copies."""
+        pinned: dict[str, Any] = {
+            name: value.pin_memory() for name, value in vars(self).items() if isinstance(value, torch.Tensor)
+        }
+        return replace(self, **pinned, masks=[mask.pin_memory() for mask in self.masks])
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Batch:
         """Moves the tensors to ``device``, images also to ``dtype``."""
