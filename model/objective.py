@@ -211,6 +211,15 @@ class Objective:
     def _positive_weight(self, soft: torch.Tensor) -> torch.Tensor:
         return losses.positive_weight(soft, shared=self.config.positive_weight == "image")
 
+    def map_losses(self, targets: list[torch.Tensor], layer_maps: torch.Tensor) -> torch.Tensor:
+        """map_bce + map_dice of every layer's map, which ``layer_losses`` are means of: [N, L] (Fig. 2b).
+
+        Args:
+            targets: per image [n, H, W] uint8; layer_maps: [N, L, P] in [0, 1].
+        """
+        soft = [self._soft_target(masks) for masks in targets]
+        return -_reward(self._layer_terms(targets, soft, layer_maps), "both")
+
     @torch.no_grad()
     def _layer_terms(
         self, targets: list[torch.Tensor], soft_targets: list[SoftTarget], layer_maps: torch.Tensor

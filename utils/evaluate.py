@@ -30,7 +30,7 @@ from utils.metrics import Record
 from utils.pipeline import predict
 from utils.results import Journal, Origin, Result, summarize
 from utils.tokens import SEG
-from utils.types import EvalQuery, EvalSample, MaskUncertainty, Turn
+from utils.types import EvalQuery, EvalSample, MaskUncertainty, Prediction, Turn
 
 MODES = ("generate", "teacher_forced")
 CONTROLS = ("shuffled_prompts",)
@@ -295,12 +295,7 @@ def ask(
     Args:
         numbers: each image's place in the split; it seeds sampled layers, whatever the batch.
     """
-    joint = asking.mode == "teacher_forced" and benchmark in JOINT
-    if joint:
-        plain = [[replace(query, text=escape(query.text)) for query in sample.queries] for sample in samples]
-        turns = [[eval_joint_turn(queries)] for queries in plain]  # the answer repeats the queries: no [SEG] of theirs
-    else:
-        turns = [[_turn(query, benchmark) for query in sample.queries] for sample in samples]
+    turns = turns_of(samples, benchmark, asking.mode)
     predictions = predict(
         model,
         processor,
@@ -312,8 +307,34 @@ def ask(
         max_new_tokens=asking.max_new_tokens,
         seed=asking.seed,
     )
+    return answers_of(samples, turns, predictions, benchmark, asking.mode)
+
+
+def is_joint(benchmark: str, mode: str) -> bool:
+    """One question and one answer are about all queries of an image."""
+    return mode == "teacher_forced" and benchmark in JOINT
+
+
+def turns_of(samples: Sequence[EvalSample], benchmark: str, mode: str) -> list[list[Turn]]:
+    """What each image is asked, with the answer that may be given: a turn per query, or a joint one."""
+    if is_joint(benchmark, mode):
+        plain = [[replace(query, text=escape(query.text)) for query in sample.queries] for sample in samples]
+        return [[eval_joint_turn(queries)] for queries in plain]  # the answer repeats the queries: no [SEG] of theirs
+    return [[_turn(query, benchmark) for query in sample.queries] for sample in samples]
+
+
+def answers_of(
+    samples: Sequence[EvalSample],
+    turns: Sequence[Sequence[Turn]],
+    predictions: Sequence[Sequence[Prediction]],
+    benchmark: str,
+    mode: str,
+) -> list[list[Answer]]:
+    """The model's predictions for ``turns`` as an answer per query."""
     return [
-        _joint_answers(sample, row[0], said[0]) if joint else _answers(sample, row, said, benchmark, asking.mode)
+        _joint_answers(sample, row[0], said[0])
+        if is_joint(benchmark, mode)
+        else _answers(sample, row, said, benchmark, mode)
         for sample, row, said in zip(samples, turns, predictions, strict=True)
     ]
 

@@ -190,8 +190,13 @@ def predict(
     was_training = model.training
     model.eval()
     batch = processor.prompts(images, questions, answers, numbers).to(model.device, model.dtype)
-    predictions = model.predict(batch, **options)
+    predictions = with_text(model.predict(batch, **options), processor)
     model.train(was_training)
+    return predictions
+
+
+def with_text(predictions: list[list[Prediction]], processor: UGroundProcessor) -> list[list[Prediction]]:
+    """Decodes what was said into each prediction's ``text``."""
     for row in predictions:
         for prediction in row:
             prediction.text = processor.decode(prediction.token_ids)

@@ -1,0 +1,118 @@
+"""Charts at the size of a paper's column: 7 point letters, colors and dashes that color-blind readers tell apart.
+
+Figures are matplotlib's, without pyplot and its global state.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from utils.visualize import PALETTE
+
+COLUMN = 3.3  # inches
+STYLE = {
+    "font.size": 7,
+    "figure.titlesize": 7,
+    "axes.titlesize": 7,
+    "axes.labelsize": 7,
+    "xtick.labelsize": 7,
+    "ytick.labelsize": 7,
+    "legend.fontsize": 7,
+    "axes.linewidth": 0.6,
+    "lines.linewidth": 1.1,
+    "lines.markersize": 3,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+    "image.interpolation": "nearest",
+    "text.parse_math": False,  # a query may hold a dollar sign
+}
+LINES = [  # blue, vermilion, green, orange, pink: told apart by dashes, too
+    {"color": PALETTE[n] / 255, "linestyle": dash, "marker": marker}
+    for n, dash, marker in ((5, "-", "o"), (6, "--", "s"), (3, "-.", "^"), (0, ":", "D"), (2, (0, (5, 1)), "v"))
+]
+
+
+@contextmanager
+def figure(width: float, height: float) -> Iterator[Figure]:
+    """A figure of so many inches in the project's style, which holds for what is drawn inside."""
+    with matplotlib.rc_context(STYLE):  # type: ignore[arg-type]  # its keys are annotated as literals
+        yield Figure(figsize=(width, height), layout="constrained")
+
+
+def png(picture: np.ndarray, caption: str = "") -> bytes:
+    """RGB [H, W, 3] as a PNG file of 256 colors, half as large, with its caption among the metadata."""
+    about, data = PngInfo(), io.BytesIO()
+    about.add_itxt("Description", caption)
+    Image.fromarray(picture).quantize(256).save(data, format="PNG", optimize=True, pnginfo=about)
+    return data.getvalue()
+
+
+def pixels(drawn: Figure, dpi: int = 250) -> np.ndarray:
+    """The figure as uint8 RGB [H, W, 3]."""
+    drawn.set_dpi(dpi)
+    canvas = FigureCanvasAgg(drawn)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def save_picture(path: Path, picture: np.ndarray | Figure, caption: str) -> None:
+    """Writes a chart, or RGB [H, W, 3], as ``png`` does."""
+    path.write_bytes(png(pixels(picture) if isinstance(picture, Figure) else picture, caption))
+
+
+def curves(axes: Axes, lines: Mapping[str, tuple[Sequence[float], Sequence[float]]], marked: bool = True) -> None:
+    """A line per name of (x, y), and a legend if there are several."""
+    for number, (name, (x, y)) in enumerate(lines.items()):
+        look = dict(LINES[number % len(LINES)])
+        if not marked or len(x) > 40:
+            look.pop("marker")
+        axes.plot(x, y, label=name, **look)
+    if len(lines) > 1:
+        axes.legend(loc="best", handlelength=2.6)
+    axes.grid(axis="y", linewidth=0.3, alpha=0.6)
+
+
+def layer_curves(ciou: Mapping[str, Sequence[float]], loss: Mapping[str, Sequence[float]]) -> Figure:
+    """Fig. 2: cIoU of every forced layer, and the loss of its similarity maps, a line per checkpoint."""
+    with figure(COLUMN, 3.7) as drawn:
+        above, below = drawn.subplots(2, 1, sharex=True)
+        for axes, values, label in ((above, ciou, "cIoU, layer forced"), (below, loss, "loss of similarity maps")):
+            curves(axes, {name: (range(len(line)), line) for name, line in values.items()})
+            axes.set_ylabel(label)
+        below.set_xlabel("layer (0 = embeddings)")
+        below.xaxis.set_major_locator(MaxNLocator(integer=True))
+        for axes, letter in ((above, "(a)"), (below, "(b)")):
+            axes.set_title(letter, loc="left")
+        return drawn
+
+
+def policy_strips(tables: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
+    """By title, a row per group of queries and a column per layer: the darker, the more of the group's [SEG].
+
+    Args:
+        tables: title -> group -> shares of the layers.
+    """
+    rows = sum(len(groups) for groups in tables.values())
+    with figure(COLUMN, 0.16 * rows + 0.35 * len(tables) + 0.3) as drawn:
+        every = drawn.subplots(len(tables), 1, sharex=True, squeeze=False)[:, 0]
+        for axes, (title, groups) in zip(every, tables.items()):
+            shown = axes.imshow(np.array(list(groups.values())) * 100, cmap="Blues", vmin=0, vmax=100, aspect="auto")
+            axes.set_yticks(range(len(groups)), list(groups))
+            axes.set_title(title, loc="left")
+        every[-1].set_xlabel("layer")
+        every[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
+        drawn.colorbar(shown, ax=list(every), label="% of [SEG]", pad=0.02, aspect=30)
+        return drawn
