@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from transformers import CLIPVisionConfig, CLIPVisionModel
+from transformers import CLIPVisionConfig, CLIPVisionModel, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from model import formats
@@ -127,7 +127,10 @@ def load_strictly(module: nn.Module, state: dict[str, torch.Tensor], source: str
         ValueError: naming missing, unexpected and mis-shaped keys, with a guess at the cause.
     """
     own = module.state_dict()
-    missing = sorted(key for key in own.keys() - state.keys() if not key.startswith(new))
+    shared = (
+        module.all_tied_weights_keys if isinstance(module, PreTrainedModel) else {}
+    )  # lm_head.weight, where it is the embeddings' (SmolLM)
+    missing = sorted(key for key in own.keys() - state.keys() - shared.keys() if not key.startswith(new))
     unexpected = sorted(state.keys() - own.keys())
     shapes = [
         f"{key}: file {tuple(state[key].shape)}, model {tuple(own[key].shape)}"
@@ -142,6 +145,8 @@ def load_strictly(module: nn.Module, state: dict[str, torch.Tensor], source: str
     for key in state:
         state[key] = state[key].to(own[key].dtype)
     module.load_state_dict(state, strict=False, assign=True)
+    if isinstance(module, PreTrainedModel):
+        module.tie_weights()
 
 
 def _cause(own: Collection[str], missing: list[str], unexpected: list[str], shapes: list[str]) -> str:

@@ -23,7 +23,8 @@ from model import formats
 from model.lora import add_lora
 from model.sam import SamShape
 from model.UGround import RELEASED, UGroundConfig, UGroundForCausalLM
-from model.weights import load_base, load_strictly, read_folder, read_sam, read_torch_file
+from model.weights import fingerprint, grow_vocabulary, load_base, load_strictly, read_folder, read_sam, read_torch_file
+from scripts.merge_lora import save_merged
 from utils.pipeline import load_for_training, load_pretrained, predict
 
 EXACT = {"rtol": 0, "atol": 0}
@@ -123,6 +124,46 @@ def test_added_tokens_start_at_the_mean_also_where_rows_are_to_spare(base, tiny_
     assert len(table) == tiny_model.config.vocab_size == len(processor.tokenizer)
     assert processor.tokens.seg >= known
     torch.testing.assert_close(table[processor.tokens.seg], table[:known].mean(0))
+
+
+@pytest.mark.parametrize("written", ["once", "twice"])
+def test_a_base_whose_head_is_its_embeddings(base, make_model, tmp_path, tiny_samples, written):
+    """As SmolLM's: tied, and fewer key-value heads; it stays tied through loading, growing, training and saving."""
+    path = base / "llava/model.safetensors"
+    state = load_file(path)
+    for key in (key for key in list(state) if key.endswith(("k_proj.weight", "v_proj.weight"))):
+        state[key] = state[key][:16].clone()
+    state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()
+    if written == "once":
+        del state["lm_head.weight"]
+    save_file(state, path)
+    edit(base / "llava/config.json", tie_word_embeddings=True, num_key_value_heads=1)
+    paths = (str(base / "llava"), str(base / "clip"), str(base / "sam.pth"))
+    model, processor, rows = load_for_training(*paths, precision="fp32")
+    embeddings = model.get_input_embeddings()
+    assert model.lm_head.weight is embeddings.weight
+    assert {row.module: row.fingerprint for row in rows}["lm_head"] == fingerprint([embeddings.weight])
+    grow_vocabulary(model, len(processor.tokenizer), len(processor.tokenizer) + 3)
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+
+    adapted = add_lora(model, r=2)
+    trained = {
+        name for name, p in adapted.named_parameters() if p.requires_grad and ("embed" in name or "lm_head" in name)
+    }
+    assert trained == {"base_model.model.model.embed_tokens.weight"}
+    before = model.lm_head.weight.clone()
+    adapted.get_base_model()(processor.collate(tiny_samples)).loss.backward()
+    with torch.no_grad():
+        model.lm_head.weight -= model.get_input_embeddings().weight.grad
+    assert not torch.equal(before, model.get_input_embeddings().weight)
+
+    merged = adapted.merge_and_unload()
+    (tmp_path / "own").mkdir()
+    save_merged(merged, tmp_path / "own")
+    processor.save_pretrained(tmp_path / "own")
+    again, _ = load_pretrained(str(tmp_path / "own"))
+    assert again.lm_head.weight is again.get_input_embeddings().weight
+    torch.testing.assert_close(again.lm_head.weight, merged.lm_head.weight, **EXACT)
 
 
 # -- SAM ---------------------------------------------------------------------------------------------------------------
