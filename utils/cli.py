@@ -63,15 +63,19 @@ def pick_precision(wanted: str, device: str) -> str:
     return wanted
 
 
-def add_model_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags that ``open_model`` reads."""
+def add_model_flags(parser: argparse.ArgumentParser, default: str = "") -> None:
+    """The flags that ``open_model`` reads.
+
+    Args:
+        default: what is loaded without --version, in words; "" = --version must be given.
+    """
     add = parser.add_argument
     add(
         "--version",
-        required=True,
+        required=not default,
         metavar="DIR",
         help="merged model, as scripts/merge_lora.py writes it, or a published checkpoint of UGround, LISA, GSVA, "
-        "SESAME or READ",
+        "SESAME or READ" + (f" (default: {default})" if default else ""),
     )
     add("--vision_tower", default="", metavar="DIR", help="CLIP's folder, for a published checkpoint or an adapter")
     add("--precision", choices=("auto", *PRECISIONS), default="auto", help="default: bf16 on a GPU, fp32 elsewhere")

@@ -82,15 +82,17 @@ def truth_overlay(image: np.ndarray, truth: np.ndarray) -> np.ndarray:
     return paint(image, layers, opacity=0.55)
 
 
-def paint(image: np.ndarray, layers: Sequence[tuple[np.ndarray, tuple[int, int, int]]], opacity: float) -> np.ndarray:
-    """Fills masks [H, W] with colors, then draws all outlines, so that none is hidden."""
+def paint(
+    image: np.ndarray, layers: Sequence[tuple[np.ndarray, tuple[int, int, int]]], opacity: float, outline: bool = True
+) -> np.ndarray:
+    """Fills masks [H, W] with colors, then draws all outlines (unless none are wanted), so that none is hidden."""
     picture = image.copy()
     for mask, rgb in layers:
         mask = mask.astype(bool)
         picture[mask] = (picture[mask] * (1 - opacity) + np.array(rgb) * opacity + 0.5).astype(np.uint8)
     thickness = max(1, round(min(picture.shape[:2]) / 250))
     halo = thickness + 2 if min(picture.shape[:2]) > 150 else 0
-    for mask, rgb in layers:
+    for mask, rgb in layers if outline else ():
         contours, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
         if halo:
             cv2.drawContours(picture, contours, -1, (255, 255, 255), halo)

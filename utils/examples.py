@@ -1,0 +1,39 @@
+"""Drawn scenes with questions for the dashboard's examples: something to ask before one has a photograph at hand."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from utils import scenes
+from utils.visualize import save_picture
+
+SEEDS = (5, 1, 13, 15)  # the last with a question that the tiny model gets wrong
+LONG_SIDE = 480
+
+
+@dataclass(frozen=True)
+class Example:
+    """A picture's file and questions about it: an attribute, two thoughts, several targets, and a false premise."""
+
+    path: str
+    title: str
+    questions: tuple[str, ...]
+
+
+def draw_example(seed: int, folder: Path) -> Example:
+    """The same picture and questions for the same seed."""
+    rng = np.random.default_rng(seed)
+    scene = scenes.draw_scene(rng, long_side=LONG_SIDE)
+    asked = [
+        *scenes.attribute_queries(scene, rng)[:1],
+        *scenes.reasoning_queries(scene, rng)[:2],
+        *scenes.multi_queries(scene, rng)[:1],
+        *scenes.absent_queries(scene, rng)[:1],
+    ]
+    path = folder / f"scene_{seed}.png"
+    save_picture(path, scene.image)
+    title = ", ".join(f"{shape.color} {shape.kind}" for shape in scene.shapes)
+    return Example(str(path), title, tuple(query.text for query in asked))
