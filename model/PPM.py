@@ -53,6 +53,7 @@ class PolicyPromptedMasking(nn.Module):
         baseline_decay: alpha of the moving average in Algorithm 1, line 9.
         critic_width: hidden units of a critic that predicts the reward instead; 0 = no critic.
         last_candidate: highest hidden state that can be chosen; -1 = the last.
+        baseline_start: of the moving average: ``zero``, or ``first`` = the first mean reward.
     """
 
     baseline: torch.Tensor
@@ -65,13 +66,14 @@ class PolicyPromptedMasking(nn.Module):
         baseline_decay: float,
         critic_width: int = 0,
         last_candidate: int = -1,
+        baseline_start: str = "zero",
     ) -> None:
         super().__init__()
         self.gate = nn.Parameter(torch.zeros(num_layers, hidden_size))  # zeros: the policy starts uniform
         self.register_buffer("baseline", torch.zeros((), dtype=torch.float32))
         self.first_candidate = first_candidate
         self.last_candidate = last_candidate % num_layers
-        self.baseline_decay = baseline_decay
+        self.baseline_decay, self.baseline_start = baseline_decay, baseline_start
         self.critic: nn.Sequential | None = None
         if critic_width:
             self.critic = nn.Sequential(nn.Linear(num_layers, critic_width), nn.ReLU(), nn.Linear(critic_width, 1))
@@ -135,6 +137,8 @@ class PolicyPromptedMasking(nn.Module):
             distributed.all_reduce(total)
         mean = total[0] / total[1].clamp(min=1)
         updated = self.baseline_decay * self.baseline + (1 - self.baseline_decay) * mean
+        if self.baseline_start == "first":
+            updated = torch.where(self.baseline == 0, mean, updated)  # 0 until there was a reward
         self.baseline.copy_(torch.where(total[1] > 0, updated, self.baseline))
         return rewards - self.baseline
 

@@ -82,6 +82,7 @@ class UGroundForCausalLM(Objective, LlavaLlamaForCausalLM):
             config.baseline_decay,
             config.critic_width if config.baseline == "critic" else 0,
             config.last_candidate_layer,
+            config.baseline_start,
         )
         self.post_init()
 

@@ -18,6 +18,7 @@ CHOICES = {
     "reward_terms": ("both", "bce", "dice", "iou"),
     "policy_gradient": ("reinforce", "exact"),
     "baseline": ("average", "critic"),
+    "baseline_start": ("zero", "first"),
     "positive_weight": ("mask", "image"),
     "point_rule": ("extremes", *READ_POINTS),
     "clip_fit": ("pad", "crop"),
@@ -58,6 +59,8 @@ class UGroundConfig(LlavaLlamaConfig):
         reward: ``seg`` = one per [SEG] (Algorithm 1), ``batch`` = one sum for all of a batch (released).
         reward_terms: the map's negative Gaussian BCE, dice, or ``both`` (Table 8), or its ``iou`` with the mask.
         baseline: what the reward is compared with, its moving ``average`` (Algorithm 1) or a ``critic``'s guess.
+        baseline_start: of the moving average (Algorithm 1 leaves it open), ``zero`` or the ``first`` mean reward.
+            Rewards are far from zero, so that from there the gate's first steps are little but noise.
         baseline_decay: alpha of the moving average; critic_width: hidden units of the critic.
         entropy_bonus: reward per nat of the policy's entropy; scale_advantage: advantages over their root mean square.
         map_normalization: ``valid`` = min-max over patches that show the image, ``all`` = padded ones too (released).
@@ -90,6 +93,7 @@ class UGroundConfig(LlavaLlamaConfig):
         reward: str = "seg",
         reward_terms: str = "both",
         baseline: str = "average",
+        baseline_start: str = "zero",
         baseline_decay: float = 0.9,
         critic_width: int = 128,
         entropy_bonus: float = 0.0,
@@ -118,6 +122,7 @@ class UGroundConfig(LlavaLlamaConfig):
         self.seg_prompt, self.mask_prompt = seg_prompt, mask_prompt
         self.point_prompts, self.point_rule = point_prompts, point_rule
         self.reward, self.reward_terms, self.map_normalization = reward, reward_terms, map_normalization
+        self.baseline_start = baseline_start
         self.baseline, self.baseline_decay, self.critic_width = baseline, baseline_decay, critic_width
         self.entropy_bonus, self.scale_advantage = entropy_bonus, scale_advantage
         self.map_terms = tuple(map_terms)

@@ -91,7 +91,14 @@ def test_the_policys_loss_reaches_the_gate_and_the_critic_alone(
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"baseline": "critic"}, {"scale_advantage": True}, {"policy_gradient": "exact"}]
+    "settings",
+    [
+        {},
+        {"baseline": "critic"},
+        {"scale_advantage": True},
+        {"baseline_start": "first"},
+        {"policy_gradient": "exact"},
+    ],
 )
 def test_a_bandit_finds_its_best_arm(make_model, settings):
     """One layer pays more than the others, with noise; the states differ from [SEG] to [SEG]."""
@@ -115,6 +122,16 @@ def test_a_bandit_finds_its_best_arm(make_model, settings):
     fresh = model.ppm.log_policy(centres + 0.5 * torch.randn(50, 5, 32, generator=generator))
     assert (fresh.argmax(-1) == BEST).all()
     assert fresh[:, BEST].exp().mean() > 0.8
+
+
+def test_the_baseline_starts_at_zero_or_at_the_first_reward(make_model):
+    rewards, nothing = torch.tensor([-1.0, -2.0]), torch.zeros(0)
+    zero, first = make_model().ppm, make_model(baseline_start="first").ppm
+    torch.testing.assert_close(zero.advantage(rewards), rewards + 0.15)
+    assert len(first.advantage(nothing)) == 0
+    assert first.baseline == 0  # no reward yet
+    torch.testing.assert_close(first.advantage(rewards), torch.tensor([0.5, -0.5]))
+    torch.testing.assert_close(first.advantage(rewards + 1), rewards + 1 - (0.9 * -1.5 + 0.1 * -0.5))
 
 
 def test_advantages_are_scaled_to_one(tiny_model):
@@ -142,6 +159,7 @@ def test_argmax_is_deterministic_and_sampling_is_not(make_model, tiny_processor)
 
 RANKED = {
     "average": {},
+    "first": {"baseline_start": "first"},
     "scaled": {"scale_advantage": True},
     "exact": {"policy_gradient": "exact"},
     "ce_soft": {"layer_selection": "ce_soft"},

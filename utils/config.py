@@ -112,6 +112,11 @@ class PpmSettings:
         "what rewards are compared with: their moving average, or a critic's guess (section 4.1)",
         choices=("average", "critic"),
     )
+    baseline_start: str = setting(
+        "zero",
+        "where the moving average starts: at zero, or at the first mean reward (the gate learns faster)",
+        choices=("zero", "first"),
+    )
     baseline_decay: float = setting(0.9, "alpha of the reward's moving average (Algorithm 1)", low=0.0, high=1.0)
     critic_width: int = setting(128, "hidden units of the critic", low=1)
     entropy_bonus: float = setting(0.0, "reward per nat of the policy's entropy; 0 = none (paper)", low=0.0)
