@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
@@ -65,7 +67,9 @@ def add_lora(
     if r > 0:
         pattern = LORA_TARGETS.format(names="|".join(names))
         config = LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=pattern, bias="none")
-        adapted = get_peft_model(model, config)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")  # peft asks for it by its old name
+            adapted = get_peft_model(model, config)
     set_trainable(adapted)
     return adapted
 

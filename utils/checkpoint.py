@@ -151,10 +151,15 @@ def save_checkpoint(engine, run_folder: Path, meta: dict[str, Any], best: bool) 
     return folder / name
 
 
+def checkpoint_bytes(trained: int, itemsize: int) -> int:
+    """Size of a checkpoint: of each parameter that trains master weight and two moments, and the weight itself."""
+    return trained * (12 + itemsize)
+
+
 def _prepare(folder: Path, partial: Path, engine) -> str | None:
     """Makes room for a new checkpoint; returns what is in the way."""
     trained = sum(p.numel() for p in engine.module.parameters() if p.requires_grad)
-    needed = trained * (12 + next(engine.module.parameters()).itemsize)  # master weights, two moments; and the weights
+    needed = checkpoint_bytes(trained, next(engine.module.parameters()).itemsize)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for left_over in folder.glob("partial_*"):

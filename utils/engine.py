@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,6 @@ def build_model(config: Config) -> tuple[nn.Module, UGroundProcessor, list[Loade
         the model (a ``PeftModel`` unless lora_r is 0), its processor, and the rows of the loading report.
     """
     transformers_logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")  # peft asks for it by its old name
     torch.manual_seed(config.train.seed)
     base, processor, loaded = load_for_training(
         config.model.version,

@@ -1,0 +1,289 @@
+"""Checks an installation, weights and data, and says what is wrong and how to mend it:
+
+    python scripts/doctor.py                                                  the installation
+    python scripts/doctor.py --config configs/tiny.yaml [--any_setting value]   and all that training with it needs
+    python scripts/doctor.py --version runs/tiny/merged                       and a finished model
+    python scripts/doctor.py --memory [--config FILE] [--gpus 8] [--offload]  what training takes, from arithmetic alone
+
+One line per finding: ok, skipped, warning, or problem -> way out. A check that fails hides no other. With --config
+(settings as for train_ds.py): files, weights, tokens, memory and disk, data sets, a forward and a backward pass, a
+gradient for every part that trains, and 8 samples that must be learned by heart. Exit code: 0 = no problem, 1 = some,
+2 = wrong flags.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+# Only the standard library here: libraries that are missing or broken are what this is for.
+from utils.findings import Finding, Page, ok, problem, skipped, warning  # noqa: E402
+
+INSTALL = "pip install -r requirements.txt (or bash scripts/setup.sh)"
+IMPORTS = ("torch", "torchvision", "transformers", "peft", "deepspeed", "segment_anything", "cv2", "pycocotools.mask")
+SHARED_MEMORY = 1e9  # bytes that a few data workers need for their batches
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--config", metavar="FILE", help="YAML file of train_ds.py; every setting of it can be given as a flag, too")
+    add("--version", metavar="DIR", help="a merged model to check; of another folder, the setting of train_ds.py")
+    add("--vision_tower", metavar="DIR", help="CLIP, for --version of a released checkpoint; else the setting")
+    add(
+        "--overfit",
+        choices=("auto", "on", "off"),
+        default="auto",
+        help="learn 8 samples by heart (auto: if it is cheap)",
+    )
+    add("--memory", action="store_true", help="only print the expected memory per GPU")
+    add("--gpus", type=int, default=0, metavar="N", help="with --memory: GPUs that share the optimizer (default: 1, 8)")
+    add("--offload", action="store_true", help="with --memory: the optimizer lives in the host's memory")
+    add("--measure", action="store_true", help="with --memory: train a random model of medium size, and compare")
+    args, settings = parser.parse_known_args(arguments)
+    merged = args.version if args.version and (not args.config or is_finished(args.version)) else None
+    if args.config:
+        settings = ["--config", args.config, *settings]
+        settings += ["--version", args.version] if args.version and not merged else []
+        settings += ["--vision_tower", args.vision_tower] if args.vision_tower else []
+    elif settings:
+        parser.error(f"unrecognized arguments: {' '.join(settings)} (settings of train_ds.py need --config)")
+    if args.memory:
+        return print_memory(args, settings)
+    page = Page()
+    page.heading("Installation")
+    works = check_installation(page)
+    if not works:
+        page.add(skipped("everything else", "mend the installation first"))
+    else:
+        if args.config:
+            check_configuration(page, settings, args.overfit)
+        if merged:
+            page.heading("Model")
+            from utils.checkup import check_merged
+            from utils.cli import pick_device, pick_precision
+
+            device = pick_device("auto")
+            page.run(check_merged, merged, device, pick_precision("auto", device), args.vision_tower or "")
+    print(f"\n{page.summary()}")
+    return 1 if page.count("problem") else 0
+
+
+def is_finished(folder: str) -> bool:
+    """Whether a folder is a merged model, not a base to train."""
+    try:
+        return json.loads((Path(folder) / "config.json").read_text()).get("model_type") == "uground"
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+# -- installation ------------------------------------------------------------------------------------------------------
+
+
+def check_installation(page: Page) -> bool:
+    """Whether the rest can be looked at at all."""
+    if not page.run(check_python):
+        return False
+    page.run(check_packages)
+    works = page.run(check_imports)
+    if works:
+        page.run(check_devices)
+    page.run(check_system)
+    return works
+
+
+def check_python() -> Iterator[Finding]:
+    wanted = re.search(r'requires-python = ">=(\d+)\.(\d+)"', (ROOT / "pyproject.toml").read_text())
+    low = tuple(map(int, wanted.groups())) if wanted else (0, 0)
+    text = f"Python {platform.python_version()} on {platform.platform()}"
+    if sys.version_info[:2] < low:
+        yield problem(text, f"Python {low[0]}.{low[1]} or newer is needed; make a new environment (scripts/setup.sh)")
+    else:
+        yield ok(text)
+
+
+def check_packages() -> Iterator[Finding]:
+    """Versions against the ranges of pyproject.toml."""
+    import tomllib  # not in Python 3.10, which the check before this one refuses
+
+    from packaging.requirements import Requirement
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    found = {}
+    for text in project["dependencies"]:
+        wanted = Requirement(text)
+        try:
+            found[wanted.name] = importlib.metadata.version(wanted.name)
+        except importlib.metadata.PackageNotFoundError:
+            yield problem(f"{wanted.name} is not installed ({text} is needed)", INSTALL)
+            continue
+        if not wanted.specifier.contains(found[wanted.name], prereleases=True):
+            yield problem(f"{wanted.name} is {found[wanted.name]}, {text} is needed", f"pip install '{text}'")
+    shown = ", ".join(f"{name} {found[name]}" for name in ("torch", "transformers", "deepspeed") if name in found)
+    yield ok(f"{len(found)} of {len(project['dependencies'])} packages are there ({shown})")
+
+
+def check_imports() -> Iterator[Finding]:
+    """Whether the libraries load: a torchvision of another torch, or a system library that is missing, show here."""
+    for name in IMPORTS:
+        try:
+            module = importlib.import_module(name)
+            if name == "torch" and not module.cuda.is_available():
+                os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it had to find out
+        except Exception as error:  # anything can come out of a broken library
+            reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            way_out = "torch and torchvision must be of one release; " if name.startswith("torch") else ""
+            yield problem(f"import {name} fails: {reason}", f"{way_out}{INSTALL}")
+    yield ok(f"imported {', '.join(IMPORTS)}")
+
+
+def check_devices() -> Iterator[Finding]:
+    """GPUs that torch can use, and those that are there but it cannot."""
+    import torch
+
+    driver = Path("/proc/driver/nvidia/version")
+    there = driver.exists() or Path("/dev/nvidia0").exists() or shutil.which("nvidia-smi")
+    build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU"
+    if not torch.cuda.is_available():
+        if there:
+            number = re.search(r"\d+\.\d+(\.\d+)?", driver.read_text()) if driver.exists() else None
+            text = f"an NVIDIA GPU is there (driver {number.group() if number else 'unknown'}), but torch cannot use it"
+            way_out = f"this torch is a {build} build: update the driver, or install a torch that fits it (pytorch.org)"
+            yield problem(text, way_out)
+        else:
+            yield ok(f"no GPU; the CPU trains and answers (torch {torch.__version__}, {build} build)")
+        return
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        text = f"cuda:{index} {properties.name}, {properties.total_memory / 1e9:.0f} GB"
+        try:
+            ones = torch.ones(64, 64, device=f"cuda:{index}", dtype=torch.bfloat16)
+            value = float((ones @ ones).float().sum())
+        except RuntimeError as error:
+            arch = ", ".join(torch.cuda.get_arch_list())
+            yield problem(f"{text} cannot multiply: {str(error).splitlines()[0]}", f"this torch has kernels for {arch}")
+            continue
+        if value != 64**3:
+            yield problem(f"{text} multiplies wrongly ({value} instead of {64**3})", "a damaged driver or GPU")
+        elif not torch.cuda.is_bf16_supported(including_emulation=False):
+            yield warning(f"{text}: no bf16 in hardware", "train and answer with --precision fp32")
+        else:
+            yield ok(f"{text}, bf16")
+
+
+def check_system() -> Iterator[Finding]:
+    """Cores, memory, and shared memory, in which data workers hand their batches over."""
+    yield ok(f"{os.cpu_count()} cores, {available_memory() / 1e9:.1f} GB of memory free")
+    shared = Path("/dev/shm")
+    if shared.is_dir() and (free := shutil.disk_usage(shared).free) < SHARED_MEMORY:
+        text = f"/dev/shm has {free / 1e6:.0f} MB: data workers die when it is full"
+        yield warning(text, "start the container with --shm-size 8g, or train with --workers 0")
+
+
+def available_memory() -> float:
+    """Bytes that can be taken without swapping."""
+    file = Path("/proc/meminfo")
+    if not file.exists():
+        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    line = next(line for line in file.read_text().splitlines() if line.startswith("MemAvailable"))
+    return 1024.0 * int(line.split()[1])
+
+
+# -- memory ------------------------------------------------------------------------------------------------------------
+
+
+def print_memory(args: argparse.Namespace, settings: list[str]) -> int:
+    """Tables of the expected memory; of the configuration, or of the paper's 7B and 13B."""
+    from utils import memory
+    from utils.config import load_config
+
+    unused = [part for name in memory.PATHS for part in (f"--{name}", "unused")]
+    if args.measure:
+        from utils.measure import compare
+
+        plan = memory.plan_of_preset("medium", load_config([*unused, *memory.MEDIUM_SETTINGS]))
+        print(compare(plan, load_config([*unused, *memory.MEDIUM_SETTINGS])))
+        return 0
+    if args.config:
+        plans = {"this configuration": memory.plan_of(load_config(settings))}
+    else:
+        ranks = {"7b": "8", "13b": "64"}
+        configs = {name: load_config([*unused, "--lora_r", rank]) for name, rank in ranks.items()}
+        plans = {name.upper(): (memory.plan_of_preset(name, config), "") for name, config in configs.items()}
+    for name, (plan, source) in plans.items():
+        print("\n".join(memory.tables(name, plan, source, [args.gpus] if args.gpus else [1, 8], args.offload)))
+    return 0
+
+
+# -- a configuration ---------------------------------------------------------------------------------------------------
+
+
+def check_configuration(page: Page, settings: list[str], overfit: str) -> None:
+    """All that training with these settings needs."""
+    import torch
+
+    from train_ds import make_mixture
+    from utils import checkup
+    from utils.config import load_config
+    from utils.engine import build_model
+    from utils.memory import plan_of
+
+    page.heading("Settings")
+    config = page.attempt(load_config, settings)
+    if config is None:
+        return
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    paths = page.run(checkup.check_paths, config)
+    fits = paths and page.run(checkup.check_deepspeed, config)
+    found = page.attempt(plan_of, config) if fits else None
+    if found:
+        page.run(checkup.check_disk, config, found[0].trainable)
+        room = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
+        fits = page.run(checkup.check_memory, found[0], device.type, room)
+
+    page.heading("Weights")
+    built = page.attempt(build_model, config) if found and fits else None
+    if built is None:
+        page.add(skipped("weights, tokens", "they are looked at once the problems above are mended"))
+    else:
+        page.run(checkup.describe_weights, built[2])
+        page.run(checkup.check_tokens, built[0].get_base_model() if config.model.lora_r else built[0], built[1])
+
+    page.heading("Data")
+    mixture = page.attempt(make_mixture, config) if Path(config.data.dataset_dir).is_dir() else None
+    if mixture is not None:
+        page.run(checkup.describe_data, mixture, config)
+        page.run(checkup.read_samples, mixture, config.train.seed)
+    for spec in () if config.eval.no_eval or not Path(config.data.dataset_dir).is_dir() else config.eval.val_dataset:
+        page.run(checkup.check_benchmark, spec, config)
+
+    page.heading("Learning")
+    batches = page.attempt(checkup.collate, config, built[1], mixture, device) if built and mixture else None
+    if built is None or batches is None:
+        page.add(skipped("forward and backward pass, learning by heart", "they need the weights and the data"))
+        return
+    model = built[0].to(device)
+    if page.run(checkup.check_gradients, model, batches[0]):
+        if overfit == "on" or (overfit == "auto" and checkup.is_cheap(model, device)):
+            page.run(checkup.check_overfit, model, config, batches)
+        else:
+            page.add(skipped("learning 8 samples by heart", f"give --overfit on; {checkup.STEPS} steps at most"))
+
+
+if __name__ == "__main__":
+    from utils.cli import run
+
+    sys.exit(run(main))
