@@ -2,13 +2,15 @@
 
 import json
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from segment_anything import sam_model_registry
-from tiny_run import write_base
+from tiny_run import ROOT, environment, write_base
 from transformers import (
     CLIPVisionConfig,
     LlamaConfig,
@@ -18,14 +20,16 @@ from transformers import (
     SamConfig,
     SamModel,
 )
+from transformers.initialization import no_init_weights
 
-from model import formats
+from model import formats, weights
 from model.lora import add_lora
 from model.sam import SamShape
 from model.UGround import RELEASED, UGroundConfig, UGroundForCausalLM
 from model.weights import fingerprint, grow_vocabulary, load_base, load_strictly, read_folder, read_sam, read_torch_file
 from scripts.merge_lora import save_merged
 from utils.pipeline import load_for_training, load_pretrained, predict
+from utils.tiny import clip_config, llama_settings, sam_shape
 
 EXACT = {"rtol": 0, "atol": 0}
 
@@ -324,6 +328,64 @@ def test_files_that_carry_code_are_refused(base, tmp_path, monkeypatch, name):
     with pytest.raises(ValueError, match="no checkpoint of plain tensors"):
         read_sam(str(base / name)) if name == "sam.pth" else read_folder(base / "llava")
     assert not Path("ran").exists()
+
+
+# -- memory ------------------------------------------------------------------------------------------------------------
+
+MEASURE = """
+import sys
+from pathlib import Path
+
+from utils.pipeline import load_for_training
+
+def memory(name):
+    lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
+    return 1024 * next(int(line[1]) for line in lines if line[0] == f"{name}:")
+
+import transformers.models.llama.modeling_llama  # what loading imports is not what it loads
+for precision in ("bf16", "fp32"):
+    model = None
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    before = memory("VmRSS")
+    model, _, _ = load_for_training(*sys.argv[1:4], precision=precision)
+    print((memory("VmHWM") - before) / sum(p.nbytes for p in model.parameters()))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
+def test_loading_takes_the_memory_of_one_model(tmp_path, tiny_tokenizer):
+    """194 MB in bfloat16, in four shards; where types differ, a shard at a time is there twice."""
+    llama = llama_settings(len(tiny_tokenizer), width=1024, layers=8, heads=8)
+    clip, sam = clip_config(40, 10, 32, 3), sam_shape(64, 8, 16, 2, 32).to_dict()
+    with no_init_weights():
+        model = UGroundForCausalLM(UGroundConfig(vision_config=clip, sam_config=sam, **llama)).bfloat16()
+    write_base(tmp_path / "base", model, tiny_tokenizer)
+    reshard(tmp_path / "base/llava", "safetensors", 4)
+    edit(tmp_path / "base/llava/config.json", **llama)
+    paths = [str(tmp_path / "base" / name) for name in ("llava", "clip", "sam.pth")]
+    command = [sys.executable, "-c", MEASURE, *paths]
+    done = subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True, check=True)
+    same, converted = map(float, done.stdout.split()[-2:])
+    assert 0.9 < same < 1.1
+    assert 0.9 < converted < 1.3
+
+
+def test_nothing_is_left_as_it_happened_to_be(base, monkeypatch):
+    """What memory holds when a model is built is not what a load may leave in it."""
+    build = weights.build
+
+    def poisoned(*arguments):
+        model = build(*arguments)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if not name.startswith(weights.NEW_PARTS):
+                    parameter.fill_(torch.nan)
+        return model
+
+    monkeypatch.setattr(weights, "build", poisoned)
+    state = open_base(base).state_dict()
+    assert all(value.isfinite().all() and not value.is_meta for value in state.values())
 
 
 # -- full size, without weights ----------------------------------------------------------------------------------------
