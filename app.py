@@ -146,7 +146,7 @@ def serve(dashboard: Dashboard, args: argparse.Namespace, folder: Path) -> tuple
         share=args.share,
         max_file_size=dashboard.limits.upload_bytes,
         app_kwargs={"routes": [Route("/health", health)], "middleware": [Middleware(Headers)]},
-        theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
+        theme=theme(),
         css=f"{CSS.read_text()}\n{view.style_sheet()}",
         footer_links=["api"],
         ssr_mode=False,
@@ -155,6 +155,21 @@ def serve(dashboard: Dashboard, args: argparse.Namespace, folder: Path) -> tuple
         prevent_thread_lock=True,
     )
     return page, application, shared or address
+
+
+def theme() -> gr.themes.Base:
+    """Fonts of the visitor's own system, and colors whose contrast is 4.5 or more."""
+    fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
+    return gr.themes.Default(primary_hue="blue", **fonts).set(
+        button_primary_background_fill="*primary_700",
+        button_primary_background_fill_dark="*primary_700",
+        button_primary_background_fill_hover="*primary_800",
+        button_primary_background_fill_hover_dark="*primary_800",
+        input_placeholder_color="*neutral_500",
+        input_placeholder_color_dark="*neutral_400",
+        body_text_color_subdued="*neutral_600",
+        body_text_color_subdued_dark="*neutral_300",
+    )
 
 
 class Headers:
@@ -210,7 +225,7 @@ def upload_box(**options) -> gr.Image:
 
 
 def question_column(dashboard: Dashboard, examples: list[Example]) -> SimpleNamespace:
-    image = upload_box(label="Picture", height=300, elem_id="ug-image")
+    image = upload_box(label="Picture", alt_text="the uploaded picture", height=300, elem_id="ug-image")
     pictures = gr.Dataset(
         components=[gr.HTML(visible=False)],
         samples=[[view.thumbnail_html(example)] for example in examples],

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Runs all tests, and the style checks. Sets everything up by itself. Needs no GPU, and no network after set-up.
+# Tests of the dashboard in a browser run where Chromium is installed (Debian: apt-get install chromium), else they skip.
 #
 #     bash scripts/run_tests.sh                       # everything
 #     bash scripts/run_tests.sh -m "not slow" -k ppm  # arguments go to pytest
