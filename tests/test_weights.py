@@ -75,6 +75,16 @@ def test_llava_in_its_own_format(base, tiny_model, kind, parts):
             torch.testing.assert_close(loaded[key], value, **EXACT)
 
 
+def test_llava_1_with_its_linear_projector(base):
+    path = base / "llava/model.safetensors"
+    state = {key: value for key, value in load_file(path).items() if ".mm_projector.2." not in key}
+    state = {key.replace("mm_projector.0.", "mm_projector."): value for key, value in state.items()}
+    save_file(state, path)
+    projector = open_base(base).mm_projector
+    assert isinstance(projector, torch.nn.Linear)
+    torch.testing.assert_close(projector.weight.detach(), state["model.mm_projector.weight"], **EXACT)
+
+
 LAYOUTS = {
     "as transformers 5 writes it": [],
     "before transformers 4.52": [("vision_tower.", "vision_tower.vision_model.")],
