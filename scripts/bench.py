@@ -1,12 +1,16 @@
-"""Measures what the data cost, and prints a table for docs/benchmarks.md:
+"""Measures what model and data cost, and prints tables for docs/benchmarks.md:
 
+    python scripts/bench.py --preset medium [--json FILE]              training steps, generation, evaluation
+    python scripts/bench.py growth --preset medium                     ... against questions, [SEG], image size, layers
     python scripts/bench.py data                                       start-up and memory of large annotation files
     python scripts/bench.py loader --config C [--any_setting value]    samples per second, and where their time goes
 
-``data`` writes annotation files of real size (drawn polygons, no images) into a temporary folder and opens them as
-training does: without the cache, for the first time, and again; each in a fresh process, with DataLoader workers that
-read every record. ``loader`` draws the samples of a configuration (``--dataset_dir``, ``--dataset``, ... as for
-train_ds.py) and makes batches of them, without a model.
+A preset is a random model of full shape: ``tiny`` and ``medium`` on a CPU, ``7b`` and ``13b`` on a GPU. Baselines (the
+fixed last layer, a row per question, no KV cache) run in turns with what is compared. ``data`` writes annotation files
+of real size (drawn polygons, no images) into a temporary folder and opens them as training does: without the cache, for
+the first time, and again; each in a fresh process, with DataLoader workers that read every record. ``loader`` draws the
+samples of a configuration (``--dataset_dir``, ``--dataset``, ... as for train_ds.py) and makes batches of them, without
+a model.
 """
 
 from __future__ import annotations
@@ -49,7 +53,9 @@ CHUNK = 500  # records that a worker reads between two looks at its memory
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
+    _add_preset(parser, required=False)
+    commands = parser.add_subparsers(dest="command")
+    _add_preset(commands.add_parser("growth", help="how a training step grows"), required=True)
     data = commands.add_parser("data", help="start-up and memory of large annotation files")
     data.add_argument("--refs", type=int, default=150_000, help="refs in the generated file (default: %(default)s)")
     data.add_argument("--annotations", type=int, default=200_000, help="annotations in it (default: %(default)s)")
@@ -61,20 +67,38 @@ def main(arguments: list[str] | None = None) -> int:
     loader.add_argument("--batches", type=int, default=40, help="batches to time (default: %(default)s)")
     loader.add_argument("--tokenizer", default=str(ROOT / "assets/tiny/llava"), help="folder of a LLaVA tokenizer")
     args, rest = parser.parse_known_args(arguments)
-    if args.command == "data" and rest:
+    if args.command != "loader" and rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    print("\n".join(bench_data(args) if args.command == "data" else bench_loader(args, rest)))
+    if args.command is None and args.preset is None:
+        parser.error("nothing to measure: give --preset, growth, data or loader (--help says more)")
+    if args.command == "loader":
+        lines = bench_loader(args, rest)
+    elif args.command == "data":
+        lines = bench_data(args)
+    else:
+        lines = bench_growth(args) if args.command == "growth" else bench_model(args)
+    print("\n".join(lines))
     return 0
+
+
+def _add_preset(parser: argparse.ArgumentParser, required: bool) -> None:
+    add = parser.add_argument
+    add("--preset", choices=("tiny", "medium", "7b", "13b"), required=required, help="the model's size")
+    add("--repeats", type=int, default=5, metavar="N", help="turns after the warm-up (default: %(default)s)")
+    add("--device", default="auto", help="cpu, cuda, cuda:1 (default: the GPU if there is one)")
+    add("--json", type=Path, metavar="FILE", help="write all figures here, too")
+
+
+def commit() -> str:
+    command = ["git", "describe", "--always", "--dirty"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
 
 
 def header() -> str:
     """What the figures depend on besides the code."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False
-    ).stdout.strip()
     busy = os.getloadavg()[0]
     return (
-        f"commit {commit or 'unknown'}, Python {platform.python_version()}, torch {torch.__version__}, "
+        f"commit {commit()}, Python {platform.python_version()}, torch {torch.__version__}, "
         f"{os.cpu_count()} cores, load {busy:.1f} at the start"
     )
 
@@ -89,6 +113,99 @@ def table(rows: Sequence[Sequence[Any]]) -> list[str]:
     ]
     rule = "|" + "|".join("-" * (width + 1) + (":" if i else "-") for i, width in enumerate(widths)) + "|"
     return [lines[0], rule, *lines[1:]]
+
+
+# -- the model ---------------------------------------------------------------------------------------------------------
+
+
+def _preset(args: argparse.Namespace) -> tuple[Any, str]:
+    """The preset and the device to run it on.
+
+    Raises:
+        ValueError: if the preset takes a GPU and there is none.
+    """
+    from utils.benchmark import PRESETS  # here, because the processes that ``data`` measures would carry it too
+
+    if args.repeats < 1:
+        raise ValueError(f"--repeats {args.repeats}: at least 1 turn can be measured")
+    device, preset = cli.pick_device(args.device), PRESETS[args.preset]
+    if preset.gpu and not device.startswith("cuda"):
+        raise ValueError(f"--preset {args.preset} takes a GPU, and runs on {device} here; use tiny or medium")
+    return preset, device
+
+
+def bench_model(args: argparse.Namespace) -> list[str]:
+    from utils import benchmark
+
+    preset, device = _preset(args)
+    with tempfile.TemporaryDirectory(prefix="uground-bench-") as folder:
+        bench = benchmark.Bench(preset, device, folder)
+        samples = bench.samples(preset.questions)
+        batch = bench.batch(samples)
+        parts = bench.parts(batch, samples, args.repeats)
+        rows, times = benchmark.compare(bench, args.repeats)
+    parts["SAM encoder, an image"] = times["SAM encoder"]["median"]
+    step, tokens = times["UGround"]["median"], int((batch.segments >= 0).sum())
+    figures = {
+        "preset": args.preset,
+        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else "CPU",
+        "commit": commit(),
+        "ratios": {row.name: row.summary() for row in rows},
+        "parts": parts,
+        "seconds": times,
+        "images_per_second": preset.batch / step,
+        "tokens_per_second": tokens / step,
+        "utilisation": benchmark.utilisation(bench, step),
+    }
+    if args.json:
+        args.json.write_text(json.dumps(figures, indent=2) + "\n")
+    return [header(), *_model_tables(args, figures, tokens)]
+
+
+def _model_tables(args: argparse.Namespace, figures: dict[str, Any], tokens: int) -> list[str]:
+    whole = figures["parts"]["whole step without data"]
+    parts = [[name, f"{1000 * value:,.0f}", f"{value / whole:.0%}"] for name, value in figures["parts"].items()]
+    ratios = [
+        [
+            name,
+            f"{row['median']:.2f}",
+            f"{row['min']:.2f} to {row['max']:.2f}",
+            f"{row['bar']:.2f}" if row["bar"] else "",
+        ]
+        for name, row in figures["ratios"].items()
+    ]
+    seconds = [
+        [name, *(f"{row[key]:.3f}" for key in ("median", "min", "max")), f"{row.get('peak_bytes', 0) / MB:,.0f}"]
+        for name, row in figures["seconds"].items()
+    ]
+    clock = "wall time" if figures["device"] != "CPU" else "processor time"
+    speed = f"{figures['images_per_second']:.2f} images/s and {figures['tokens_per_second']:,.0f} tokens/s"
+    used = f", {figures['utilisation']:.0%} of the device's peak" if figures["utilisation"] else ""
+    return [
+        f"preset {args.preset} on {figures['device']}, {args.repeats} turns, {clock}",
+        f"UGround's step with cached SAM features: {tokens} tokens, {speed}{used}",
+        "",
+        *table([["ratio", "median", "spread", "at most"], *ratios]),
+        "",
+        *table([["part of a step", "ms", "share"], *parts]),
+        "",
+        *table([["case", "seconds", "min", "max", "peak MB"], *seconds]),
+    ]
+
+
+def bench_growth(args: argparse.Namespace) -> list[str]:
+    from utils import benchmark
+
+    preset, device = _preset(args)
+    with tempfile.TemporaryDirectory(prefix="uground-bench-") as folder:
+        rows = benchmark.growth(preset, device, folder, args.repeats)
+    if args.json:
+        figures = [dict(zip(("what", "value", "seconds", "peak_mb"), row, strict=True)) for row in rows]
+        args.json.write_text(
+            json.dumps({"preset": args.preset, "commit": commit(), "growth": figures}, indent=2) + "\n"
+        )
+    cells = [[what, str(value), f"{seconds:.2f}", f"{peak:,.0f}"] for what, value, seconds, peak in rows]
+    return [header(), "", *table([["training step against", "", "seconds", "peak MB"], *cells])]
 
 
 # -- data: files of real size ------------------------------------------------------------------------------------------

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import queue
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from scripts import bench, make_demo_data
+from utils import benchmark, cli
 from utils.datasets import get_train_dataset, records
 from utils.datasets.records import SETTING, MappedRecords
 
@@ -75,3 +79,74 @@ def test_stages_name_functions_that_exist() -> None:
                 continue
             (path,) = [*ROOT.glob(f"utils/datasets/{file}"), *ROOT.glob(f"utils/{file}")]
             assert f"def {function}(" in path.read_text(), (file, function)
+
+
+SMALL = replace(benchmark.PRESETS["tiny"], llama={"width": 32, "layers": 3, "heads": 2}, size=(48, 64), batch=1)
+
+
+@pytest.mark.slow
+def test_the_model_benchmark_writes_all_that_it_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(benchmark.PRESETS, "tiny", SMALL)
+    file = tmp_path / "figures.json"
+    assert bench.main(["--preset", "tiny", "--repeats", "1", "--device", "cpu", "--json", str(file)]) == 0
+    found, printed = json.loads(file.read_text()), capsys.readouterr().out
+    assert {"preset", "device", "commit", "ratios", "parts", "images_per_second", "tokens_per_second"} <= set(found)
+    assert {row.name: row.bar for row in benchmark.ratios()}.items() <= {
+        name: row["bar"] for name, row in found["ratios"].items()
+    }.items()
+    for name, row in found["ratios"].items():
+        assert 0 < row["min"] <= row["median"] <= row["max"], name
+        assert f"| {name} " in printed
+    parts = found["parts"]
+    whole = parts.pop("whole step without data")
+    assert parts.pop("SAM encoder, an image") > 0
+    assert sum(parts.values()) - parts["data"] == pytest.approx(whole, rel=0.2)
+
+
+def test_large_presets_say_that_they_take_a_gpu(capsys: pytest.CaptureFixture) -> None:
+    assert cli.run(bench.main, ["--preset", "7b", "--device", "cpu"]) == 2
+    assert "takes a GPU" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        bench.main([])
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> benchmark.Bench:
+    return benchmark.Bench(SMALL, "cpu", str(tmp_path_factory.mktemp("features")))
+
+
+def test_baselines_are_the_same_work(small: benchmark.Bench) -> None:
+    """Unpacked rows have the same loss; LISA's way has neither maps nor a policy."""
+    samples = small.samples(3)
+    small.wrapped.eval()
+    small.configure(benchmark.UGROUND | {"layer_selection": "fixed:2"})
+    packed, unpacked = (small.model(small.batch(samples, packed=how)).loss for how in (True, False))
+    torch.testing.assert_close(packed, unpacked, rtol=1e-4, atol=1e-4)
+    assert small.batch(samples).input_ids.shape[0] * 3 == small.batch(samples, packed=False).input_ids.shape[0]
+    small.configure(benchmark.LISA)
+    assert "policy" not in small.model(small.batch(samples)).terms
+    assert not small.model.ppm.gate.requires_grad
+    small.configure(benchmark.UGROUND)
+    small.wrapped.train()
+
+
+def test_answers_have_the_length_and_the_masks_that_are_timed(small: benchmark.Bench) -> None:
+    sample = small.samples(2, images=1)[0]
+    batch = small.processor.prompts([sample.image], [["where is it", "and this"]])
+    small.wrapped.eval()
+    for _ in range(2):
+        with small.says(segs=2):
+            answers = small.model.answer(batch, max_new_tokens=12).answers
+        assert [len(answer) for answer in answers.token_ids[0]] == [12, 12]
+        assert len(answers.places) == 4
+    small.wrapped.train()
+
+
+@pytest.mark.slow
+def test_growth_measures_every_axis(small: benchmark.Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benchmark, "GROWTH", dict.fromkeys(benchmark.GROWTH, (1,)) | {"megapixels on disk": (0.01,)})
+    rows = benchmark.growth(small.preset, "cpu", str(tmp_path), 1)
+    assert {what for what, *_ in rows} == set(benchmark.GROWTH)
+    assert all(seconds > 0 for *_, seconds, _ in rows)
