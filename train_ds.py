@@ -34,6 +34,7 @@ from utils.evaluate import Asking, evaluate
 from utils.logging import DivergedError, Meter, RunLog, check_finite, validation_sheet
 from utils.pipeline import PRECISIONS, cache_sam_features
 from utils.processor import UGroundProcessor
+from utils.run_report import write_report
 from utils.types import Batch
 
 
@@ -44,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = load_config(argv)
         run = build(config, distributed.init())
         train(run)
+        report(run)
         merge = f"python scripts/merge_lora.py --checkpoint {config.run_folder} --output {config.run_folder / 'merged'}"
         run.log.say(f"done; next: {merge}")
         return 0
@@ -58,6 +60,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             run.log.close()
         distributed.shutdown()
     return 2
+
+
+def report(run: Run) -> None:
+    """Writes report.html; if that fails, the run has still been trained."""
+    if not distributed.is_main():
+        return
+    folder = run.config.run_folder
+    try:
+        run.log.say(f"wrote {write_report(folder)}")
+    except Exception as error:  # whatever it is, it must not make a finished training fail
+        run.log.say(f"warning: no report ({error!r}); try again with python scripts/report.py {folder}")
 
 
 def complain(error: ValueError) -> None:
@@ -303,7 +316,7 @@ def validate(run: Run, limit: int | None = None) -> dict[str, dict[str, float]]:
         if limit is None and settings.val_pictures and distributed.is_main():
             asking = Asking(settings.val_mode, layer_policy, seed=run.config.train.seed)
             picture = validation_sheet(run.model, run.processor, dataset, asking, settings.val_pictures)
-            run.log.picture(run.step, f"val/{dataset.spec.replace('|', '_')}", picture)
+            run.log.picture(run.step, dataset.spec.replace("|", "_").replace("/", "_"), picture)
     return results
 
 

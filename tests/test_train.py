@@ -107,6 +107,9 @@ def test_a_run_learns_logs_and_saves(run_here):
     assert (meta["step"], meta["position"]) == (12, 24)
     assert meta["tokens"]["seg"] != meta["tokens"]["rej"]
     assert_tensorboard(run)
+    assert "Step 12 of 12 (finished)" in (run / "report.html").read_text()
+    kept_pictures = {path.name for path in (run / "pictures/ReasonSeg_val_short").iterdir()}
+    assert kept_pictures == {"step_00000006.png", "step_00000012.png"}
 
 
 def assert_tensorboard(run) -> None:

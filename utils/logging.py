@@ -17,7 +17,9 @@ from tqdm import tqdm
 
 from model.UGround import UGroundOutput
 from utils import distributed
+from utils.charts import png
 
+PICTURES = "pictures"  # in a run's folder: the validation samples, BENCHMARK/step_00000060.png
 GROUPS = {"reward": "policy", "baseline": "policy", "entropy": "policy", "lr": "train", "images_per_s": "train"}
 
 
@@ -107,6 +109,10 @@ class RunLog:
 
         self.lines = folder / "log.jsonl"
         keep_until(self.lines, start_step)
+        self.pictures = folder / PICTURES
+        for old in self.pictures.glob("*/step_*.png"):
+            if int(old.stem.removeprefix("step_")) > start_step:
+                old.unlink()
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
         self.bar = tqdm(total=total_steps, initial=start_step, unit="step", dynamic_ncols=True, disable=None)
         self.started = time.perf_counter()
@@ -159,9 +165,12 @@ class RunLog:
             best = False  # the first benchmark decides
 
     def picture(self, step: int, name: str, image: np.ndarray) -> None:
-        """An RGB picture [H, W, 3]."""
+        """An RGB picture [H, W, 3] of a benchmark; also kept as a file, for the report."""
         if self.main:
-            self.board.add_image(name, image, step, dataformats="HWC")
+            self.board.add_image(f"val/{name}", image, step, dataformats="HWC")
+            path = self.pictures / name / f"step_{step:08d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(png(image, f"{name}, step {step}"))
 
     def close(self) -> None:
         if self.main:

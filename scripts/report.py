@@ -1,0 +1,29 @@
+"""Writes a training run's report.html: curves, tables, validation pictures, settings and versions in one file to mail.
+
+    python scripts/report.py runs/tiny
+
+train_ds.py does so at the end of a run; this works for one that is still going, was resumed, or was stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from utils import cli
+from utils.run_report import write_report
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, metavar="RUN_DIR", help="a folder that train_ds.py wrote, runs/NAME")
+    print(f"wrote {write_report(parser.parse_args(arguments).run)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))
