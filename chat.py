@@ -1,32 +1,43 @@
 """Ask a model about an image: answers as text, masks as pictures.
 
-python chat.py --version DIR                                                  a conversation in the terminal
-python chat.py --version DIR --image F --prompt "the red star" --output OUT   one answer; stdout holds its text alone
+python chat.py --version DIR                                                     a conversation in the terminal
+python chat.py --version DIR --image F --prompt "the red star" --output OUT      one answer; stdout holds its text alone
+python chat.py --version DIR --image FOLDER --prompts FILE --output OUT          all prompts about all images, as JSONL
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import count
 from pathlib import Path
 
 import numpy as np
+import torch
 
+from model.PPM import parse_layer_policy
 from utils import cli
+from utils.answers import describe, free_stem, save_answer
+from utils.batch import answer_all, find_images, read_prompts
 from utils.datasets.base import read_image
-from utils.pipeline import predict
+from utils.session import ImageSession
+from utils.terminal import AnswerPrinter, picture_codes, picture_protocol
 from utils.types import Prediction
-from utils.visualize import heat_map, overlay, save_picture
+from utils.visualize import overlay
 
 HELP = """Type what to look for, for example: Please segment the red star in this image.
-  /image PATH   talk about another image
-  /help         this text
-  /quit         leave (so does Ctrl-D)
-Every question is answered by itself: the model does not see earlier ones."""
+  /image PATH        talk about another image
+  /layer [HOW]       draw the last masks again, and all that follow, from another layer: argmax (the policy's choice),
+                     last, sample, uniform, soft, fixed:K, mc:T
+  /mc [T]            the same as /layer mc:T: the mean mask of T sampled layers (16), and where their masks differ
+  /history [on|off]  whether the model sees earlier questions and answers about the image
+  /reset             forget them
+  /save PATH         the last answer once more: PATH_overlay.png, PATH_mask_1.png, PATH.json
+  /help              this text
+  /quit              leave (so does Ctrl-D); Ctrl-C breaks an answer off"""
+MC_SAMPLES = "16"
 
 
 @dataclass
@@ -45,18 +56,30 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Asks a UGround model about an image. With --prompt it answers once: the text goes to stdout, an "
         "overlay, a lossless mask (0/255, the image's size) per [SEG] and a JSON with the layers chosen to --output. "
-        "Without --prompt it is interactive.",
-        epilog="Exit codes: 0 answered (also when nothing was found), 2 wrong input, 130 interrupted.",
+        "With --prompts, or a folder as --image, it answers all prompts about all images: a JSON line for each in "
+        "--output/answers.jsonl, and the same pictures; started again, it goes on where it was. Without either it is "
+        "interactive.",
+        epilog="Exit codes: 0 answered (also when nothing was found), 1 some images of many could not be read, 2 wrong "
+        "input, 130 interrupted.",
     )
     add = parser.add_argument
     cli.add_model_flags(parser)
-    add("--image", metavar="FILE", help="image to talk about")
+    add("--image", metavar="PATH", help="image to talk about, or a folder of images")
     add("--prompt", metavar="TEXT", help="one question; needs --image")
+    add("--prompts", metavar="FILE", help="a question per line, each asked by itself; - reads stdin; needs --image")
     add(
         "--output",
         type=Path,
         metavar="DIR",
-        help="folder for pictures (default: answers/ when interactive, otherwise none are written)",
+        help="folder for pictures (default: answers/ when interactive, none are written for one --prompt)",
+    )
+    add("--no_pictures", action="store_true", help="many answers: answers.jsonl alone, which holds the masks too")
+    add(
+        "--history",
+        choices=("on", "off"),
+        default="off",
+        help="interactive: whether the model sees earlier questions and answers about the image (default: off, as "
+        "models that were trained on single questions answer worse with it)",
     )
     add(
         "--layer_policy",
@@ -68,8 +91,16 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--max_new_tokens", type=int, default=64, metavar="N", help="longest answer (default: 64)")
     add("--seed", type=int, default=0, metavar="S", help="of sampled layers (default: 0)")
     args = parser.parse_args(arguments)
-    if args.prompt is not None and args.image is None:
-        parser.error("--prompt needs --image")
+    asked = [flag for flag in ("prompt", "prompts") if getattr(args, flag) is not None]
+    if len(asked) == 2:
+        parser.error("give --prompt or --prompts, not both")
+    if asked and args.image is None:
+        parser.error(f"--{asked[0]} needs --image")
+    args.many = args.prompts is not None or (args.image is not None and Path(args.image).is_dir())
+    if args.many and not asked:
+        parser.error(f"--image {args.image} is a folder: give --prompt or --prompts")
+    if args.many and args.output is None:
+        parser.error("many answers need --output")
     if args.max_new_tokens < 1:
         parser.error("--max_new_tokens must be at least 1")
     return args
@@ -77,52 +108,189 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     args = parse_arguments(arguments)
-    photo = Photo.open(args.image) if args.image is not None else None
     if args.prompt is not None and not args.prompt.strip():
         raise ValueError("--prompt is empty: say what to look for, for example 'the red star'")
+    images = find_images(Path(args.image)) if args.many else []
+    prompts = _prompts(args) if args.many else []
+    photo = Photo.open(args.image) if args.image is not None and not args.many else None
     opened = cli.open_model(args)
     model, processor = opened.model, opened.processor
     args.layer_policy = args.layer_policy or model.config.layer_policy
-    options = {"layer_policy": args.layer_policy, "max_new_tokens": args.max_new_tokens, "seed": args.seed}
-
-    def answer(photo: Photo, prompt: str, folder: Path | None, stem: str) -> None:
-        prompt = prompt.encode("utf-8", "replace").decode()  # stray bytes of a terminal are no text
-        prediction = predict(model, processor, [photo.pixels], [[prompt]], **options)[0][0]
-        print(prediction.text, flush=True)
-        report(prediction, save(folder, stem, photo, prompt, prediction, args.layer_policy) if folder else [])
-
-    if args.prompt is not None:
-        answer(photo, args.prompt, args.output, photo.path.stem)
-        return 0
-    folder = args.output or Path("answers")
-    for shown, prompt in questions(photo):
-        try:
-            answer(shown, prompt, folder, free_stem(folder, shown.path.stem))
-        except ValueError as error:
-            say(f"error: {error}")
+    parse_layer_policy(args.layer_policy, model.ppm.num_layers)
+    if args.many:
+        settings = {"checkpoint": opened.fingerprint, "precision": opened.precision}
+        settings |= {name: getattr(args, name) for name in ("layer_policy", "max_new_tokens", "seed")}
+        unread = answer_all(model, processor, images, prompts, args.output, settings, say, not args.no_pictures)
+        return int(unread > 0)
+    chat = Chat(model, processor, args)
+    if photo is not None:
+        chat.look_at(photo)
+    if args.prompt is None:
+        return talk(chat, args.output or Path("answers"))
+    chat.ask(args.prompt)
+    if args.output:
+        chat.keep(args.output, photo.path.stem)
+    chat.report()
     return 0
 
 
-def questions(photo: Photo | None) -> Iterator[tuple[Photo, str]]:
-    """Reads images and prompts from the terminal until its end."""
+def _prompts(args: argparse.Namespace) -> list[str]:
+    if args.prompts is None:
+        return [args.prompt]
+    if args.prompts == "-":
+        return read_prompts(sys.stdin)
+    with open(args.prompts, encoding="utf-8", errors="replace") as file:
+        return read_prompts(file)
+
+
+class Chat:
+    """The image under discussion, the last answer about it, and the settings that commands change."""
+
+    def __init__(self, model, processor, args: argparse.Namespace) -> None:
+        self.model, self.processor = model, processor
+        self.layer_policy, self.max_new_tokens, self.seed = args.layer_policy, args.max_new_tokens, args.seed
+        self.remember = args.history == "on"
+        self.photo: Photo | None = None
+        self.session: ImageSession | None = None
+        self.prompt = ""
+        self.last: Prediction | None = None
+        self.files: list[str] = []
+
+    def look_at(self, photo: Photo) -> None:
+        self.session = ImageSession(self.model, self.processor, photo.pixels)
+        self.photo, self.last = photo, None
+
+    def ask(self, prompt: str) -> None:
+        """Prints the answer to stdout."""
+        assert self.session is not None
+        self.prompt = prompt.encode("utf-8", "replace").decode()  # stray bytes of a terminal are no text
+        printer = AnswerPrinter(sys.stdout, os.environ)
+        self.last = None
+        self.last = self.session.ask(
+            self.prompt,
+            layer_policy=self.layer_policy,
+            max_new_tokens=self.max_new_tokens,
+            seed=self.seed,
+            on_text=printer.update,
+            remember=self.remember,
+        )
+        printer.finish(self.last.text)
+
+    def keep(self, folder: Path, stem: str) -> None:
+        """Writes the last answer's files."""
+        assert self.photo is not None
+        assert self.last is not None
+        values = describe(str(self.photo.path), self.photo.pixels, self.prompt, self.last, self.layer_policy)
+        save_answer(folder, stem, self.photo.pixels, values, self.last)
+        self.files = [str(folder / mask["file"]) for mask in values["masks"]]
+
+    def report(self) -> None:
+        """Layers and files, on stderr."""
+        assert self.last is not None
+        if not self.last.layers:
+            say("the answer holds no [SEG], so there is no mask")
+        for number, layer in enumerate(self.last.layers):
+            pixels = int((self.last.mask_logits[number] > 0).sum())
+            written = f" -> {self.files[number]}" if self.files else ""
+            doubt = f", uncertainty {self.last.uncertainty[number].score:.2f}" if self.last.uncertainty else ""
+            say(f"[SEG] {number + 1}: layer {layer}, {pixels} pixels{doubt}{written}")
+
+    def show(self) -> None:
+        """The masks over the image, in a terminal that shows pictures."""
+        assert self.photo is not None
+        assert self.last is not None
+        if (protocol := picture_protocol(sys.stdout, os.environ)) and self.last.layers:
+            picture = overlay(self.photo.pixels, (self.last.mask_logits > 0).numpy())
+            print(picture_codes(picture, protocol), end="", flush=True)
+
+    # what a line that begins with / does
+
+    def image(self, path: str) -> None:
+        quoted = len(path) > 1 and path[0] == path[-1] and path[0] in "'\""  # as files come that are dragged in
+        self.look_at(Photo.open(path[1:-1] if quoted else path))
+
+    def layer(self, how: str) -> None:
+        if how:
+            parse_layer_policy(how, self.model.ppm.num_layers)
+            self.layer_policy = how
+            if self.session is not None and self.last is not None and self.last.layers:
+                self.last = self.session.redraw(how, self.seed)
+        say(f"layer: {self.layer_policy}")
+
+    def history(self, wanted: str) -> None:
+        if wanted not in ("", "on", "off"):
+            raise ValueError("/history takes on or off")
+        self.remember = wanted == "on" if wanted else self.remember
+        turns = len(self.session.history) if self.session else 0
+        seen = f"the model sees {turns} earlier questions" if self.remember else "each question stands by itself"
+        say(f"history: {'on' if self.remember else 'off'}, {seen}")
+
+    def reset(self) -> None:
+        if self.session is not None:
+            self.session.reset()
+        self.last = None
+        say("the conversation starts anew")
+
+    def save(self, path: str) -> None:
+        if self.last is None:
+            raise ValueError("there is no answer to save yet")
+        if not path:
+            raise ValueError("/save needs a path: /save star writes star_overlay.png, star_mask_1.png, star.json")
+        self.keep(Path(path).expanduser().parent, Path(path).name)
+        say(f"saved {path}_overlay.png, {len(self.files)} masks, {path}.json")
+
+
+def talk(chat: Chat, folder: Path) -> int:
+    """Reads questions and commands until the input's end."""
     if sys.stdin.isatty():
-        import readline  # noqa: F401  (input() then edits lines and remembers them)
+        import readline  # input() then edits lines and remembers them
+
+        readline.parse_and_bind("tab: complete")
+        readline.set_completer_delims(" ")
     say(HELP)
     while True:
-        line = ask_user("image file: " if photo is None else f"{photo.path.name}> ")
-        if line is None or line in ("/quit", "/exit"):
-            return
-        if line == "/help":
-            say(HELP)
-        elif photo is None or line.split(maxsplit=1)[:1] == ["/image"]:
-            try:
-                photo = Photo.open(line.removeprefix("/image").strip())
-            except ValueError as error:
-                say(f"error: {error}")
-        elif line.startswith("/"):
-            say(f"unknown command {line.split()[0]}; /help lists them")
-        elif line:
-            yield photo, line
+        try:
+            line = ask_user("image file: " if chat.photo is None else f"{chat.photo.path.name}> ")
+            if line is None or line in ("/quit", "/exit"):
+                return 0
+            if line:
+                take(chat, line, folder)
+        except BrokenPipeError:
+            raise
+        except (ValueError, OSError, torch.OutOfMemoryError) as error:
+            say(f"error: {error}")
+        except KeyboardInterrupt:
+            if not sys.stdin.isatty():
+                raise
+            say("")
+
+
+def take(chat: Chat, line: str, folder: Path) -> None:
+    """Does what one line asks for."""
+    commands: dict[str, Callable[[str], None]] = {
+        "/image": chat.image,
+        "/layer": chat.layer,
+        "/mc": lambda samples: chat.layer(f"mc:{samples or MC_SAMPLES}"),
+        "/history": chat.history,
+        "/reset": lambda _: chat.reset(),
+        "/save": chat.save,
+        "/help": lambda _: say(HELP),
+    }
+    word, _, rest = line.partition(" ")
+    before = chat.last
+    if word in commands:
+        commands[word](rest.strip())
+    elif chat.photo is None:
+        chat.image(line)
+    elif word.startswith("/"):
+        raise ValueError(f"unknown command {word}; /help lists them")
+    else:
+        chat.ask(line)
+    if chat.last is not None and chat.last is not before:  # an answer, or new masks of the last one
+        assert chat.photo is not None
+        chat.keep(folder, free_stem(folder, chat.photo.path.stem))
+        chat.report()
+        chat.show()
 
 
 def ask_user(prompt: str) -> str | None:
@@ -135,77 +303,6 @@ def ask_user(prompt: str) -> str | None:
     except EOFError:
         say("")
         return None
-
-
-def save(folder: Path, stem: str, photo: Photo, prompt: str, prediction: Prediction, layer_policy: str) -> list[str]:
-    """Writes STEM_overlay.png, STEM_mask_K.png per [SEG] and STEM.json; returns the masks' paths.
-
-    With ``mc:T`` also STEM_deviation_K.png: the standard deviation of the T probabilities, yellow where it is 0.5.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    record = folder / f"{stem}.json"
-    remove_old_masks(record)
-    masks = (prediction.mask_logits > 0).numpy()
-    described = []
-    for number, (mask, layer) in enumerate(zip(masks, prediction.layers), start=1):
-        name = f"{stem}_mask_{number}.png"
-        save_picture(folder / name, mask.astype(np.uint8) * 255)
-        described.append({"file": name, "layer": layer, "pixels": int(mask.sum()), "box_xywh": bounding_box(mask)})
-    for number, (entry, found) in enumerate(zip(described, prediction.uncertainty), start=1):
-        name = f"{stem}_deviation_{number}.png"
-        save_picture(folder / name, heat_map(photo.pixels, 2 * found.variance.sqrt().numpy()))
-        shares = {layer: round(share, 4) for layer, share in enumerate(found.layers.tolist()) if share}
-        entry["uncertainty"] = {"file": name, "score": found.score, "layers": shares}
-    save_picture(folder / f"{stem}_overlay.png", overlay(photo.pixels, masks))
-    values = {
-        "image": str(photo.path),
-        "width": photo.pixels.shape[1],
-        "height": photo.pixels.shape[0],
-        "prompt": prompt,
-        "answer": prediction.text,
-        "layer_policy": layer_policy,
-        "overlay": f"{stem}_overlay.png",
-        "masks": described,
-    }
-    text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
-    record.write_text(text, encoding="utf-8", errors="backslashreplace")  # bytes in a file name become \udc.. escapes
-    return [str(folder / mask["file"]) for mask in described]
-
-
-def free_stem(folder: Path, stem: str) -> str:
-    """``STEM_001``, or the first number after it that no earlier answer has."""
-    return next(name for name in (f"{stem}_{n:03d}" for n in count(1)) if not (folder / f"{name}.json").exists())
-
-
-def remove_old_masks(record: Path) -> None:
-    """An earlier answer of the same name may have had more masks; those it lists would now be wrong."""
-    try:
-        old = json.loads(record.read_text(encoding="utf-8"))["masks"]
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
-        return
-    for mask in old:
-        for written in (mask, mask.get("uncertainty")):
-            if written:
-                (record.parent / Path(written["file"]).name).unlink(missing_ok=True)
-
-
-def bounding_box(mask: np.ndarray) -> list[int] | None:
-    """x, y, width, height in pixels; None for an empty mask."""
-    ys, xs = np.nonzero(mask)
-    if not len(xs):
-        return None
-    return [int(xs.min()), int(ys.min()), int(np.ptp(xs)) + 1, int(np.ptp(ys)) + 1]
-
-
-def report(prediction: Prediction, files: list[str]) -> None:
-    """Layers and files, on stderr."""
-    if not prediction.layers:
-        say("the answer holds no [SEG], so there is no mask")
-    for number, layer in enumerate(prediction.layers, start=1):
-        pixels = int((prediction.mask_logits[number - 1] > 0).sum())
-        written = f" -> {files[number - 1]}" if files else ""
-        doubt = f", uncertainty {prediction.uncertainty[number - 1].score:.2f}" if prediction.uncertainty else ""
-        say(f"[SEG] {number}: layer {layer}, {pixels} pixels{doubt}{written}")
 
 
 def say(text: str) -> None:

@@ -108,7 +108,7 @@ def test_undecodable_images(capsys, version, photo, tmp_path, content):  # noqa:
 
 def test_missing_images_and_folders(capsys, version, tmp_path):  # noqa: F811
     assert_error(ask(capsys, version, tmp_path / "none.jpg", tmp_path), "none.jpg does not exist")
-    assert_error(ask(capsys, version, tmp_path, tmp_path), "is not a file")
+    assert_error(ask(capsys, version, tmp_path, tmp_path), "holds no image")
 
 
 def test_output_that_cannot_be_written(capsys, version, photo, data, tmp_path):  # noqa: F811

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -37,6 +36,8 @@ def save(model: nn.Module, folder: Path, dtype: torch.dtype) -> None:
     Args:
         model: as trained, in float32, with LoRA unless its rank is 0; dtype: of training, for all but LoRA.
     """
+    from peft import PeftModel  # here, as chat.py and test.py load folders without LoRA, and it takes its time
+
     base = model
     if isinstance(model, PeftModel):
         base = model.get_base_model()

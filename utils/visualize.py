@@ -5,13 +5,13 @@ Everything takes and returns uint8 RGB [H, W, 3]. Colors are Okabe and Ito's, wh
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
 import cv2
-import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
@@ -200,7 +200,10 @@ def wrap(text: str, face: ImageFont.FreeTypeFont, width: int) -> list[str]:
 @cache
 def font(size: int) -> ImageFont.FreeTypeFont:
     """DejaVu Sans, which comes with matplotlib: Latin, Greek, Cyrillic."""
-    return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"), size)
+    package = importlib.util.find_spec("matplotlib")  # found, not imported, which takes a second
+    assert package is not None
+    assert package.origin is not None
+    return ImageFont.truetype(str(Path(package.origin).parent / "mpl-data/fonts/ttf/DejaVuSans.ttf"), size)
 
 
 def _ratio(image: np.ndarray) -> float:
