@@ -1,7 +1,7 @@
 """Trains and evaluates the rows of one of the paper's ablation tables, over seeds, and prints them beside the paper's.
 
     python scripts/ablate.py --table 6 --config configs/tiny.yaml --seeds 3
-    python scripts/ablate.py --table layers --config configs/tiny.yaml --seeds 3 --steps_per_epoch 30
+    python scripts/ablate.py --table layers --config configs/tiny.yaml --seeds 3 --curves "policy||last||uniform"
 
 ``layers`` compares ways to choose the layer, ``baselines`` ways to learn the policy, ``methods`` UGround and its
 relatives (the ppm and loss sections of configs/methods/*.yaml, on --config's base and data).
@@ -15,6 +15,7 @@ drawn scenes, so that only the order of the rows can be compared.
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import os
 import subprocess
@@ -22,10 +23,14 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
+from typing import Any
+
+import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils import cli, metrics
+from utils.charts import LINES, layer_curves, save_picture, training_curves
 from utils.config import load_config
 from utils.metrics import Record
 from utils.results import read_results, result_path
@@ -134,6 +139,10 @@ def main(argv: list[str] | None = None) -> int:
     path = args.output / args.table / "table.md"
     path.write_text(table)
     print(f"\n{table}\nwrote {path}")
+    if args.curves:
+        chosen = [row for row in rows if row.name in args.curves]
+        pictures = draw_curves(chosen, results, specs, config.data.dataset_dir, args.output / args.table)
+        print("".join(f"wrote {path}\n" for path in pictures), end="")
     return 0
 
 
@@ -145,9 +154,22 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list[st
     parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="YAML of train_ds.py")
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="runs per row, of seeds 0 to N-1 (default 3)")
     parser.add_argument("--output", type=Path, default=Path("runs/ablate"), metavar="DIR", help="default: runs/ablate")
+    parser.add_argument(
+        "--curves",
+        type=lambda text: text.split("||"),
+        default=[],
+        metavar="ROW||ROW",
+        help=f"also draw Fig. 2 for these rows, {len(LINES)} at most: cIoU of each layer (every layer of every run is "
+        "evaluated), and the loss of its similarity maps, at the end and over training",
+    )
     args, settings = parser.parse_known_args(argv)
     if args.seeds < 1:
         parser.error("--seeds must be at least 1")
+    names = [row.name for row in TABLES[args.table]]
+    if unknown := [name for name in args.curves if name not in names]:
+        parser.error(f"--curves: table {args.table} has no row {unknown[0]!r}; it has {'||'.join(names)}")
+    if len(args.curves) > len(LINES):
+        parser.error(f"--curves: {len(args.curves)} rows; {len(LINES)} can be told apart")
     return args, settings
 
 
@@ -223,8 +245,7 @@ def markdown(
 
 def final_entropy(run: Path) -> list[float]:
     """What the log of a run's last step says, in a list; empty if no gate was trained."""
-    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    last = [line for line in lines if line["kind"] == "train"][-1]
+    last = train_lines(run)[-1]
     return [last["entropy"]] if "gate" in last["gradients"] else []
 
 
@@ -246,6 +267,56 @@ def differences(rows: tuple[Row, ...], results: dict[str, list[Path]], specs: tu
         lines.append([row.name, *cells])
     title = f"Difference to {rows[0].name}, points, 95% interval (paired, over images; not over seeds)"
     return f"{title}\n\n{as_table(lines)}"
+
+
+def draw_curves(
+    rows: list[Row], results: dict[str, list[Path]], specs: tuple[str, ...], dataset_dir: str, output: Path
+) -> list[Path]:
+    """Fig. 2 of every split, and the same losses over training; means over seeds."""
+    runs = {row.name: [folder.parent for folder in results[row.name]] for row in rows}
+    for run in (run for some in runs.values() for run in some):
+        if not (run / "analysis" / "index.md").is_file():
+            command = ["scripts/analyze.py", "--version", str(run / "merged"), "--dataset_dir", dataset_dir]
+            command += ["--val_dataset", "||".join(specs), "--mode", "generate", "--samples", "0", "--batch_size", "16"]
+            call(run, [*command, "--output", str(run / "analysis")])
+    seeds = f"Means over {len(results[rows[0].name])} seed(s)."
+    paths = []
+    for spec in specs:
+        ciou, loss = ({name: of_layers(some, spec, key) for name, some in runs.items()} for key in ("cIoU", "map_loss"))
+        paths.append(output / f"{result_path(output, spec, 'fig2').stem}.png")
+        save_picture(paths[-1], layer_curves(ciou, loss), f"Fig. 2 on {spec}: forced layer, loss of its maps. {seeds}")
+    logs = {name: [train_lines(run) for run in some] for name, some in runs.items()}
+    told = {
+        name: [[line for line in log if "map_loss_by_layer" in line] for log in some] for name, some in logs.items()
+    }
+    losses = {
+        name: np.mean([[line["map_loss_by_layer"] for line in log] for log in some], 0) for name, some in told.items()
+    }
+    entropies = {
+        name: np.mean([[line["entropy"] for line in log] for log in some], 0)
+        for name, some in told.items()
+        if "gate" in some[0][-1]["gradients"]
+    }
+    paths.append(output / "training.png")
+    steps = [line["step"] for line in told[rows[0].name][0]]
+    save_picture(paths[-1], training_curves(losses, entropies, steps), f"Loss of each layer's maps, training. {seeds}")
+    return paths
+
+
+def of_layers(runs: list[Path], spec: str, column: str) -> list[float]:
+    """Means over runs of a column of analyze.py's table, a value per layer."""
+    tables = []
+    for run in runs:
+        name = result_path(run, spec, "layers").with_suffix(".csv").name
+        with (run / "analysis" / name).open(encoding="utf-8", newline="") as file:
+            tables.append([float(row[column]) for row in csv.DictReader(file)])
+    return np.mean(tables, 0).tolist()
+
+
+def train_lines(run: Path) -> list[dict[str, Any]]:
+    """The logged steps of a run."""
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["kind"] == "train"]
 
 
 def as_table(lines: list[list[str]]) -> str:

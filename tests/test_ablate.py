@@ -10,6 +10,7 @@ import pytest
 from test_metrics import SHAPE, make_record
 
 from scripts import ablate
+from utils.charts import layer_curves, running_mean, training_curves
 from utils.config import load_config
 from utils.results import Origin, Result, summarize
 
@@ -71,11 +72,20 @@ def commands(monkeypatch):
         name, seed = folder.name.rsplit("-", 1)
         if command[0] == "train_ds.py":
             gradients = {"gate": 0.1} if name == "policy" else {}
-            line = {"kind": "train", "step": 9, "entropy": 1 + 0.5 * int(seed), "gradients": gradients}
-            (folder / "log.jsonl").parent.mkdir(parents=True)
-            (folder / "log.jsonl").write_text(json.dumps(line) + "\n")
+            line = {"kind": "train", "entropy": 1 + 0.5 * int(seed), "gradients": gradients}
+            line["map_loss_by_layer"] = [1.4, 1.3, 1.2]
+            folder.mkdir(parents=True)
+            (folder / "log.jsonl").write_text("".join(json.dumps(line | {"step": step}) + "\n" for step in (1, 9)))
         if command[0] == "test.py":
             write_results(Path(command[command.index("--output") + 1]), 6 + int(seed) + (name == "policy"))
+        if command[0] == "scripts/analyze.py":
+            output = Path(command[command.index("--output") + 1])
+            output.mkdir()
+            for split in ("val_short", "val_long"):
+                lines = [f"x,{layer},0.{5 + int(seed)},{1.4 - 0.1 * layer}" for layer in range(3)]
+                head = "checkpoint,layer,cIoU,map_loss"
+                (output / f"ReasonSeg_{split}.layers.csv").write_text("\n".join([head, *lines]) + "\n")
+            (output / "index.md").write_text("")
 
     monkeypatch.setattr(ablate, "call", call)
     return seen
@@ -98,6 +108,39 @@ def test_a_table_is_trained_evaluated_and_printed(commands, tmp_path, capsys):
     done = len(commands)
     assert ablate.main(arguments) == 0  # nothing is done twice
     assert len(commands) == done
+
+
+def test_curves_are_drawn_from_logs_and_forced_layers(commands, tmp_path, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(ablate, "layer_curves", lambda *lines: drawn.setdefault("fig2", lines) and layer_curves(*lines))
+    arguments = ["--table", "baselines", "--config", TINY, "--seeds", "2", "--output", str(tmp_path)]
+    names = [row.name for row in ablate.TABLES["baselines"]]
+    for _ in range(2):
+        assert ablate.main([*arguments, "--curves", "||".join(names[:2])]) == 0
+        assert [command[0] for command in commands].count("scripts/analyze.py") == 4  # nothing is done twice
+    ciou, loss = drawn["fig2"]
+    assert ciou == {name: pytest.approx([0.55] * 3) for name in names[:2]}
+    assert loss[names[0]] == pytest.approx([1.4, 1.3, 1.2])
+    written = {path.name for path in (tmp_path / "baselines").glob("*.png")}
+    assert written == {"ReasonSeg_val_short.fig2.png", "ReasonSeg_val_long.fig2.png", "training.png"}
+
+
+@pytest.mark.parametrize("rows", ["polisy", "||".join(row.name for row in ablate.TABLES["layers"])])
+def test_curves_of_rows_that_cannot_be_drawn(commands, tmp_path, rows):
+    arguments = ["--table", "layers", "--config", TINY, "--output", str(tmp_path), "--curves", rows]
+    with pytest.raises(SystemExit) as stop:
+        ablate.main(arguments)
+    assert stop.value.code == 2
+    assert not commands
+
+
+def test_training_curves_have_a_line_per_layer():
+    tables = {name: np.linspace(1.4, 1.2, 21)[:, None] + np.arange(4) / 100 for name in ("policy", "last")}
+    chart = training_curves(tables, {"policy": np.linspace(2, 0, 21)}, range(0, 210, 10))
+    first, second, colors, entropy = chart.axes[0], chart.axes[1], chart.axes[3], chart.axes[2]
+    assert [len(axes.lines) for axes in (first, second, entropy)] == [4, 4, 1]
+    assert colors.get_ylabel() == "layer"
+    assert running_mean(np.array([1.0, 2.0, 3.0, 4.0, 10.0]), 3) == pytest.approx([1.5, 2, 3, 17 / 3, 7])
 
 
 def test_a_wrong_setting_ends_before_the_first_run(commands, tmp_path):

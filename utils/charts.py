@@ -12,8 +12,11 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
@@ -116,3 +119,42 @@ def policy_strips(tables: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure
         every[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
         drawn.colorbar(shown, ax=list(every), label="% of [SEG]", pad=0.02, aspect=30)
         return drawn
+
+
+def training_curves(
+    losses: Mapping[str, np.ndarray], entropies: Mapping[str, np.ndarray], steps: Sequence[int]
+) -> Figure:
+    """The loss of each layer's maps over training, a panel per run, and the entropy of their policies.
+
+    Args:
+        losses: name -> [S, L] at the S steps; the darker a line, the lower the layer. A running mean over 5 of them.
+        entropies: name -> [S] in nats, of those that have a policy; the names are among those of ``losses``.
+    """
+    panels = len(losses) + bool(entropies)
+    with figure(2 * COLUMN, 1.9) as drawn:
+        every = drawn.subplots(1, panels, squeeze=False)[0]
+        for axes, (name, table) in zip(every, losses.items()):
+            axes.sharey(every[0])
+            layers = table.shape[1]
+            for layer, line in enumerate(table.T):
+                axes.plot(steps, running_mean(line, 5), color=colormaps["viridis"](layer / max(1, layers - 1) * 0.92))
+            axes.set_title(name, loc="left")
+            axes.set_xlabel("step")
+        every[0].set_ylabel("loss of similarity maps")
+        scale = ScalarMappable(Normalize(0, layers - 1), ListedColormap(colormaps["viridis"](np.linspace(0, 0.92, 64))))
+        drawn.colorbar(scale, ax=every[len(losses) - 1], label="layer", ticks=MaxNLocator(integer=True))
+        if entropies:
+            looks = dict(zip(losses, LINES))
+            for name, line in entropies.items():
+                every[-1].plot(steps, line, label=name, **(looks[name] | {"marker": ""}))
+            every[-1].set_title("entropy of the policy, nats", loc="left")
+            every[-1].set_xlabel("step")
+            every[-1].set_ylim(bottom=0)
+            every[-1].legend(loc="best", handlelength=2.6)
+        return drawn
+
+
+def running_mean(line: np.ndarray, width: int) -> np.ndarray:
+    """Centred, over fewer values at the ends."""
+    weights = np.ones(min(width, len(line)))
+    return np.convolve(line, weights, "same") / np.convolve(np.ones(len(line)), weights, "same")
