@@ -8,9 +8,11 @@ from conftest import assert_same_masks, drawn_sample
 from model.lora import add_lora, trainable_report
 from model.PPM import maps_at
 from model.UGround import UGroundConfig
+from utils.collate import Row
+from utils.conversation import EncodedConversation
 from utils.pipeline import predict
 from utils.processor import UGroundProcessor
-from utils.types import Sample
+from utils.types import IGNORE_LABEL, Sample, Turn
 
 NEAR = {"rtol": 2e-4, "atol": 2e-5}
 
@@ -22,6 +24,18 @@ def says_seg_often(model, processor):
         model.lm_head.weight[processor.tokens.seg] = direction
         model.lm_head.weight[5] = -direction
     return model
+
+
+def read_anew(model, processor, image, history, question, said):
+    """Uncached, in one pass: the tokens that the model would write at each place of the answer, and its masks."""
+    ids = processor.builder.encode((*history, Turn(question, ""))).ids
+    conversation = EncodedConversation(ids + said, [IGNORE_LABEL] * len(ids) + said)
+    no_masks = drawn_sample(0, image.shape[:2], ()).masks
+    batch = processor._collate([Row(image, [conversation], no_masks, 0, "image")])
+    with torch.no_grad():
+        hidden = model.read_batch(batch)[0].hidden[-1].flatten(0, 1)
+        written = model.lm_head(hidden[batch.label_positions]).argmax(-1).tolist()
+    return written, model.predict(batch)[0][0]
 
 
 def separate_rows(sample: Sample) -> list[Sample]:
@@ -86,6 +100,39 @@ def test_cached_generation_equals_reading_the_answer_anew(make_model, tiny_proce
         assert a.token_ids == b.token_ids
         assert a.layers == b.layers
         assert_same_masks(a.mask_logits, b.mask_logits)
+
+
+def test_batches_of_images_and_questions_equal_single_ones_read_anew(make_model, tiny_processor, monkeypatch):
+    """Square and padded images together, 1 to 4 questions each, answers of 1 to 8 tokens with 0 to 5 [SEG]."""
+    images = [drawn_sample(n, size).image for n, size in ((6, (50, 50)), (7, (40, 64)), (8, (64, 24)))]
+    questions = [
+        ["where is the red star", "circle", "please segment all of the blue shapes in this image", "a square"],
+        ["star"],
+        ["what can you see in this image ?", "the green one and the red one, please"],
+    ]
+    counts, lengths = set(), set()
+    for seed in (4, 11):
+        model = says_seg_often(make_model(seed=7), tiny_processor)
+        with torch.no_grad():  # its answers end, some sooner than others
+            end = torch.randn(model.config.hidden_size, generator=torch.Generator().manual_seed(seed))
+            model.lm_head.weight[tiny_processor.tokens.eos] = 0.9 * end
+        widths, read = [], model.read
+        with monkeypatch.context() as patch:
+            patch.setattr(model, "read", lambda e, *a, w=widths, r=read, **k: w.append(e.shape[1]) or r(e, *a, **k))
+            together = predict(model, tiny_processor, images, questions, max_new_tokens=8)
+        for image, asked, row in zip(images, questions, together):
+            for question, found in zip(asked, row):
+                written, anew = read_anew(model, tiny_processor, image, (), question, found.token_ids)
+                assert written == found.token_ids
+                torch.testing.assert_close(found.layer_maps, anew.layer_maps, **NEAR)
+                assert found.layers == anew.layers
+                assert_same_masks(found.mask_logits, anew.mask_logits)
+                counts.add(len(found.layers))
+                lengths.add(len(found.token_ids))
+        going = [max(sum(len(a.token_ids) > step for a in row) for row in together) for step in range(1, len(widths))]
+        assert widths[1:] == going  # questions that have ended take no place
+    assert counts == {0, 1, 2, 3, 4, 5}
+    assert {1, 3, 5, 8} <= lengths
 
 
 def test_generated_masks_equal_teacher_forced_ones(make_model, tiny_processor):

@@ -3,14 +3,12 @@
 import pytest
 import torch
 from conftest import assert_same_masks, drawn_sample
-from test_model import NEAR, says_seg_often
+from test_model import NEAR, read_anew, says_seg_often
 
-from utils.collate import Row
-from utils.conversation import EncodedConversation
 from utils.pipeline import predict
 from utils.processor import UGroundProcessor
 from utils.session import ImageSession
-from utils.types import IGNORE_LABEL, Turn
+from utils.types import Turn
 
 QUESTIONS = ["where is the red star", "and the blue circle?", "please segment all of the shapes", "a square"]
 
@@ -18,18 +16,6 @@ QUESTIONS = ["where is the red star", "and the blue circle?", "please segment al
 @pytest.fixture
 def model(make_model, tiny_processor):
     return says_seg_often(make_model(seed=1), tiny_processor)
-
-
-def read_anew(model, processor, image, history, question, said):
-    """Uncached, in one pass: the tokens that the model would write at each place of the answer, and its masks."""
-    ids = processor.builder.encode((*history, Turn(question, ""))).ids
-    conversation = EncodedConversation(ids + said, [IGNORE_LABEL] * len(ids) + said)
-    no_masks = drawn_sample(0, image.shape[:2], ()).masks
-    batch = processor._collate([Row(image, [conversation], no_masks, 0, "image")])
-    with torch.no_grad():
-        hidden = model.read_batch(batch)[0].hidden[-1].flatten(0, 1)
-        written = model.lm_head(hidden[batch.label_positions]).argmax(-1).tolist()
-    return written, model.predict(batch)[0][0]
 
 
 @pytest.mark.parametrize("size", [(50, 50), (40, 64), (64, 24)])
