@@ -47,7 +47,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help='what to evaluate: "ReasonSeg|val_short", "refcoco|unc|val", "grefcoco|unc|val"; several joined by "||"',
     )
     what.add_argument(
-        "--suite", choices=tuple(SUITES), help="all benchmarks of the paper's tables whose data are there"
+        "--suite", choices=tuple(SUITES), help="benchmarks whose data are there: of the paper's tables, or all"
     )
     add(
         "--mode",

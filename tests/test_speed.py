@@ -8,11 +8,13 @@ import pytest
 import torch
 from conftest import drawn_sample
 from segment_anything.modeling import ImageEncoderViT
+from test_model import says_seg_often
 from torch import nn
 from torchvision.transforms.functional import gaussian_blur
 
 from model import losses
 from model.sam import SamShape, SegmentAnything
+from utils.pipeline import predict
 
 
 @pytest.fixture(scope="module")
@@ -111,3 +113,28 @@ def test_masks_in_parts_keep_less_for_the_backward_pass(make_model, monkeypatch)
         kept[pixels] = saved_bytes(lambda: model._mask_terms([target], [logits], [maps])) / target.numel()
     assert kept[10_000] < 14  # logits, map and soft target in float32, and the target: what there is anyway
     assert kept[10**9] > 25
+
+
+@pytest.mark.parametrize("mode", ["generate", "teacher_forced"])
+def test_eight_questions_read_the_image_once(make_model, tiny_processor, monkeypatch, mode):
+    """Why eight expressions cost little more than one: CLIP, SAM's encoder and the image's tokens are run once."""
+    model = says_seg_often(make_model(seed=1), tiny_processor)
+    images, widths, read = [], [], model.read
+    for encoder in (model.vision_tower, model.visual_model.image_encoder):
+        encoder.register_forward_pre_hook(lambda module, inputs: images.append(len(inputs[0])))
+
+    def counted(embeddings, *rest, **more):
+        widths.append(embeddings.shape[0] * embeddings.shape[1])
+        return read(embeddings, *rest, **more)
+
+    monkeypatch.setattr(model, "read", counted)
+    asked = [f"where is the {word} star" for word in ("red", "green", "blue", "a", "so", "such", "it", "one")]
+    given = [["Sure, it is [SEG]."] * 8] if mode == "teacher_forced" else None
+    said = predict(model, tiny_processor, [drawn_sample(3).image], [asked], given, max_new_tokens=4)[0]
+    assert sum(len(answer.mask_logits) for answer in said) > 1
+    assert images == [1, 1]
+    prefix = len(tiny_processor.builder.prefix_ids)
+    assert prefix > tiny_processor.num_image_tokens
+    alone = [tiny_processor.prompts([drawn_sample(3).image], [[q]], given and [given[0][:1]]) for q in asked]
+    assert widths[0] == prefix + sum(batch.input_ids.shape[1] - prefix for batch in alone)
+    assert len(widths) == 1 if given else max(widths[1:]) < prefix

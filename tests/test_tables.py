@@ -3,6 +3,7 @@
 import csv
 
 from utils import tables
+from utils.datasets import DATASETS, TYPES
 
 
 def make_summary(benchmark, metrics, breakdown=None, missing=0, **values):
@@ -25,6 +26,15 @@ def test_columns_are_the_papers():
     assert [len(found[number]) for number in found] == [8, 8, 9, 8, 6]
     assert len(tables.SUITES["paper"]) == 2 + 8 + 3 + 2 + 3
     assert not set(tables.PARTS) & set(tables.SUITES["paper"])  # a test split is not evaluated twice
+
+
+def test_all_benchmarks_are_in_a_suite():
+    """Every data set that can be evaluated, but one's own, which needs a file."""
+    suite = tables.SUITES["all"]
+    assert len(set(suite)) == len(suite)
+    known = {name for name, row in DATASETS.items() if TYPES[row.type].evaluate} - {"custom", "refclef"}
+    assert {spec.split("|")[0] for spec in suite} == known
+    assert "R-refcocog|umd|test" in suite
 
 
 def test_parts_come_from_the_whole_split_unless_they_were_evaluated():

@@ -437,3 +437,35 @@ def test_two_killed_processes_go_on(two, base, data, tmp_path):
     assert [process.returncode for process in started] == [0, 0], printed[-3000:]
     assert "step 3 of 6" in printed
     assert_same_curve(tmp_path / "killed", two, 1e-5)
+
+
+# -- several machines, and the optimizer in the host's memory ----------------------------------------------------------
+
+OFFLOAD = ROOT / "configs/deepspeed/zero2_offload.json"
+
+
+def test_an_offloaded_optimizer_changes_no_number(run_here):
+    """Losses, and the gradient of every part, over accumulated micro steps; and it goes on from its checkpoint."""
+    settings = {"no_eval": True, "grad_accumulation_steps": 2, "epochs": 1}
+    plain, _ = run_here(exp_name="plain", **settings)
+    offloaded, _ = run_here(exp_name="offloaded", deepspeed_config=OFFLOAD, **settings)
+    assert_same_curve(offloaded, plain, 1e-5)
+    more = settings | {"epochs": 2, "auto_resume": True}
+    run_here(exp_name="offloaded", deepspeed_config=OFFLOAD, **more)
+    assert len(log_lines(offloaded, "train")) == 6
+
+
+def test_two_machines_are_one(two, base, data, tmp_path):
+    """A launcher per "machine", which meet on loopback as they would over a network, each with one process and an
+    offloaded optimizer: the losses and gradients of two processes on one machine without it."""
+    flags = arguments(base, data, tmp_path, exp_name="nodes", batch_size=1, deepspeed_config=OFFLOAD, **SAME)
+    port, started = free_port(), []
+    for node in range(2):
+        where = ["--nnodes", "2", "--node_rank", str(node), "--nproc_per_node", "1"]
+        meet = ["--master_addr", "127.0.0.1", "--master_port", port]
+        command = [sys.executable, "-m", "torch.distributed.run", *where, *meet, str(ROOT / "train_ds.py"), *flags]
+        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        started.append(subprocess.Popen(command, env=environment(), cwd=ROOT, **streams))
+    printed = "\n".join(process.communicate(timeout=300)[0] for process in started)
+    assert [process.returncode for process in started] == [0, 0], printed[-3000:]
+    assert_same_curve(tmp_path / "nodes", two, 1e-5)

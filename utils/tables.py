@@ -100,9 +100,13 @@ PARTS = {
     "MultiReasonSeg|test_many": ("MultiReasonSeg|test", "part", "many"),
 }
 
-SUITES = {
-    "paper": tuple(dict.fromkeys(spec for layout in LAYOUTS for _, spec, _ in layout.columns if spec not in PARTS)),
-}
+_PAPER = tuple(dict.fromkeys(spec for layout in LAYOUTS for _, spec, _ in layout.columns if spec not in PARTS))
+_IN_NO_TABLE = (
+    "refzom|test",
+    *(f"R-refcoco{plus}|unc|{split}" for plus in ("", "+") for split in ("val", "testA", "testB")),
+    *(f"R-refcocog|umd|{split}" for split in ("val", "test")),
+)
+SUITES = {"paper": _PAPER, "all": _PAPER + _IN_NO_TABLE}
 
 
 @dataclass
