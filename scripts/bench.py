@@ -175,7 +175,7 @@ def _model_tables(args: argparse.Namespace, figures: dict[str, Any], tokens: int
         for name, row in figures["ratios"].items()
     ]
     seconds = [
-        [name, *(f"{row[key]:.3f}" for key in ("median", "min", "max")), f"{row.get('peak_bytes', 0) / MB:,.0f}"]
+        [name, *(f"{row[key]:.3f}" for key in ("median", "min", "max")), _megabytes(row.get("peak_bytes"))]
         for name, row in figures["seconds"].items()
     ]
     clock = "wall time" if figures["device"] != "CPU" else "processor time"
@@ -191,6 +191,10 @@ def _model_tables(args: argparse.Namespace, figures: dict[str, Any], tokens: int
         "",
         *table([["case", "seconds", "min", "max", "peak MB"], *seconds]),
     ]
+
+
+def _megabytes(size: float | None) -> str:
+    return "" if size is None else f"{size / MB:,.0f}"
 
 
 def bench_growth(args: argparse.Namespace) -> list[str]:
