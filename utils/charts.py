@@ -56,10 +56,11 @@ def figure(width: float, height: float) -> Iterator[Figure]:
 
 
 def png(picture: np.ndarray, caption: str = "") -> bytes:
-    """RGB [H, W, 3] as a PNG file of 256 colors, half as large, with its caption among the metadata."""
+    """RGB [H, W, 3] as a PNG file with its caption among the metadata. (256 colors would be half as large, but turn a
+    yellow thing green.)"""
     about, data = PngInfo(), io.BytesIO()
     about.add_itxt("Description", caption)
-    Image.fromarray(picture).quantize(256).save(data, format="PNG", optimize=True, pnginfo=about)
+    Image.fromarray(picture).save(data, format="PNG", optimize=True, pnginfo=about)
     return data.getvalue()
 
 
