@@ -104,7 +104,7 @@ def build_dashboard(args: argparse.Namespace, folder: Path) -> Dashboard:
         opened.processor,
         name,
         opened.fingerprint,
-        folder / "answers",
+        folder / "files" / "answers",
         layer_policy=args.layer_policy,
         remember=asked_for is not None,  # the tiny model was trained on single questions
         limits=Limits(round(args.max_upload_mb * 1e6), round(args.max_megapixels * 1e6)),
@@ -132,7 +132,7 @@ def untrained_tiny(args: argparse.Namespace) -> cli.Opened:
 
 def serve(dashboard: Dashboard, args: argparse.Namespace, folder: Path) -> tuple[gr.Blocks, Any, str]:
     """Starts the page in threads of its own: the page, its web application, and its address."""
-    os.environ["GRADIO_TEMP_DIR"] = str(folder)  # uploads and downloads go when the program ends
+    os.environ["GRADIO_TEMP_DIR"] = str(folder / "files")  # gradio clears it of what is old; examples are not in it
     examples = [draw_example(seed, folder / "examples") for seed in SEEDS]
     page = build_page(dashboard, examples)
     page.queue(max_size=args.queue, default_concurrency_limit=8)
@@ -252,7 +252,7 @@ def question_column(dashboard: Dashboard, examples: list[Example]) -> SimpleName
     with gr.Row():
         ask = gr.Button("Ask", variant="primary", min_width=80, elem_id="ug-ask")
         stop = gr.Button("Stop", min_width=80, elem_id="ug-stop")
-        clear = gr.Button("Start over", min_width=110, elem_id="ug-clear")
+        clear = gr.Button("Start over", min_width=80, elem_id="ug-clear")
     with gr.Accordion("Settings", open=False):
         layers = dashboard.num_layers
         own = f"the model's own ({dashboard.layer_policy})"

@@ -62,7 +62,7 @@ def served(tiny_processor, tmp_path_factory):
     limits = Limits(upload_bytes=100_000, pixels=1_000_000)
     model = says_seg_often(build_tiny_model(tiny_processor, seed=1), tiny_processor)
     board = Dashboard(
-        model, tiny_processor, "tiny", "f00", folder / "answers", limits=limits, capacity=4, remember=False
+        model, tiny_processor, "tiny", "f00", folder / "files" / "answers", limits=limits, capacity=4, remember=False
     )
     args = app.parse_arguments(["--queue", str(QUEUE)])
     page, _, address = app.serve(board, args, folder)
@@ -308,3 +308,12 @@ def test_without_flags_a_good_tiny_model_answers(tmp_path, monkeypatch):
     assert "[REJ]" in visit.prediction.text
     assert len(visit.masks) == 0
     board.close()
+
+
+def test_old_files_go_and_examples_stay(served, tmp_path):
+    examples = sorted((served.folder / "examples").iterdir())
+    assert len(examples) == len(app.SEEDS)
+    sent = served.upload(upload(tmp_path))
+    cleared = served.folder / "files"  # what gradio clears
+    assert cleared in Path(sent["path"]).parents
+    assert all(cleared not in example.parents for example in examples)

@@ -200,8 +200,10 @@ def policy_html(visit: Visit, seg: int) -> str:
         f"{SEG} {seg + 1} was read at layer {chosen} of 0 to {len(chances) - 1} (layer policy "
         f"“{escape(visit.policy)}”), to which the policy gives {chances[chosen]:.1%}. "
     )
-    even = highest - min(c for c in chances if c) < 1e-3
-    caption += "The policy is untrained: all layers are equally likely." if even else f"Highest bar: {highest:.1%}."
+    if highest - min(chance for chance in chances if chance) < 1e-3:
+        caption += "The policy is untrained: all layers are equally likely."
+    elif chances[chosen] < highest:
+        caption += f"The likeliest is layer {chances.index(highest)} ({highest:.1%})."
     return (
         f'<figure><svg class="ug-chart" viewBox="0 0 {width} {height}" role="img" aria-label="{caption}">'
         f"{''.join(bars)}</svg><figcaption>{caption}</figcaption></figure>"
