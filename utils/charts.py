@@ -133,7 +133,8 @@ def training_curves(
     """
     panels = len(losses) + bool(entropies)
     with figure(2 * COLUMN, 1.9) as drawn:
-        every = drawn.subplots(1, panels, squeeze=False)[0]
+        shares = [1.0] * len(losses) + [1.5] * bool(entropies)
+        every = drawn.subplots(1, panels, squeeze=False, width_ratios=shares)[0]
         for axes, (name, table) in zip(every, losses.items()):
             axes.sharey(every[0])
             layers = table.shape[1]
@@ -141,6 +142,7 @@ def training_curves(
                 axes.plot(steps, running_mean(line, 5), color=colormaps["viridis"](layer / max(1, layers - 1) * 0.92))
             axes.set_title(name, loc="left")
             axes.set_xlabel("step")
+            axes.tick_params(labelleft=axes is every[0])
         every[0].set_ylabel("loss of similarity maps")
         scale = ScalarMappable(Normalize(0, layers - 1), ListedColormap(colormaps["viridis"](np.linspace(0, 0.92, 64))))
         drawn.colorbar(scale, ax=every[len(losses) - 1], label="layer", ticks=MaxNLocator(integer=True))
@@ -148,10 +150,10 @@ def training_curves(
             looks = dict(zip(losses, LINES))
             for name, line in entropies.items():
                 every[-1].plot(steps, line, label=name, **(looks[name] | {"marker": ""}))
-            every[-1].set_title("entropy of the policy, nats", loc="left")
+            every[-1].set_title("policy's entropy, nats", loc="left")
             every[-1].set_xlabel("step")
-            every[-1].set_ylim(bottom=0)
-            every[-1].legend(loc="best", handlelength=2.6)
+            every[-1].set_ylim(0, 1.45 * max(line.max() for line in entropies.values()))  # room for the legend
+            every[-1].legend(loc="upper right", handlelength=1.8)
         return drawn
 
 
