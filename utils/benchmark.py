@@ -517,7 +517,10 @@ def growth(preset: Preset, device: str, folder: str, repeats: int) -> list[list[
                 layers = bench.model.config.num_hidden_layers
                 settings["first_candidate_layer"] = max(1, layers + 1 - value)
             else:
+                resting = bench.resting  # memory is counted from before the first model
+                del bench
                 bench = Bench(replace(preset, llama=preset.llama | {"layers": value}), device, folder)
+                bench.resting = resting
                 samples = bench.samples(1)
             bench.configure(settings)
             bench.model.ppm.first_candidate = settings["first_candidate_layer"]
