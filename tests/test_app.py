@@ -90,10 +90,10 @@ def test_a_client_asks_follows_up_and_starts_over(served, tmp_path, monkeypatch)
     answer = job.result()
     visit = next(p for p in predictions if isinstance(p, Visit))
     assert answer["answer"] == visit.prediction.text
-    assert (answer["question"], answer["layer_policy"], answer["model"]) == ("the red star", "last", "tiny")
+    assert (answer["prompt"], answer["layer_policy"], answer["model"]) == ("the red star", "last", "tiny")
     assert (answer["width"], answer["height"]) == (64, 48)
     assert len(job.outputs()) > 1  # it was written piece by piece
-    assert client.predict(None, "the circle", api_name="/ask")["question"] == "the circle"
+    assert client.predict(None, "the circle", api_name="/ask")["prompt"] == "the circle"
     client.predict(api_name="/reset")
     with pytest.raises(Exception, match="no image to ask about"):
         client.predict(None, "the circle", api_name="/ask")
@@ -213,7 +213,7 @@ def test_twenty_clients_at_once_lose_nothing(served, tmp_path):
 
     with ThreadPoolExecutor(20) as clients:
         answers = list(clients.map(ask, range(20)))
-    assert [answer["question"] for answer in answers] == [f"question {n}" for n in range(20)]
+    assert [answer["prompt"] for answer in answers] == [f"question {n}" for n in range(20)]
     assert [answer["height"] for answer in answers] == [40 + n for n in range(20)]
     assert all(decode_mask(m["rle"]).shape == (a["height"], 64) for a in answers for m in a["masks"])
     assert len(served.dashboard.visits) <= 4
@@ -271,7 +271,7 @@ def test_a_client_that_leaves_frees_its_place(served, tmp_path, slow_words):
         while not next(lines).startswith("data:"):
             pass
     kind, data = served.result(served.post(image, "a short one"))
-    assert (kind, data[0]["question"]) == ("complete", "a short one")
+    assert (kind, data[0]["prompt"]) == ("complete", "a short one")
     assert time.monotonic() - start < 12
     assert served.dashboard.answered == before + 1
 

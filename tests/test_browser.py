@@ -182,7 +182,7 @@ def test_two_visitors_do_not_see_each_other(visit, scene):
     assert "yellow diamond" not in one.inner_text("#ug-conversation")
     assert "red square" not in two.inner_text("#ug-conversation")
     json_of = [json.loads(download(page, "#ug-record").read_text()) for page in (one, two)]
-    assert [record["question"] for record in json_of] == ["the red square", "the yellow diamond"]
+    assert [record["prompt"] for record in json_of] == ["the red square", "the yellow diamond"]
 
 
 def test_bad_input_is_told_and_nothing_runs(visit, scene, tmp_path):

@@ -367,7 +367,8 @@ def test_record_holds_masks_boxes_layers_and_scores(answered):
     first, second = record["masks"]
     assert np.array_equal(decode_mask(first["rle"]), answered.masks[0])
     assert (first["layer"], second["layer"]) == (4, 2)
-    assert second["layer_probability"] == 0.2
+    assert second["policy"][2] == 0.2
+    assert (first["number"], first["color"]) == (1, view.css_color(0))
     assert first["box_xywh"] == [10, 5, 20, 15]
     assert first["score"] == pytest.approx(torch.tensor(3.0).sigmoid().item(), abs=1e-4)
     assert "rle" not in view.describe(answered, "tiny", "png")["masks"][0]

@@ -11,6 +11,7 @@ import json
 import re
 import zipfile
 from collections.abc import Sequence
+from dataclasses import replace
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,9 @@ import numpy as np
 import torch
 from PIL import Image
 
+from utils import answers
 from utils.dashboard import Dashboard, Visit
 from utils.examples import Example
-from utils.metrics import encode_mask
 from utils.tokens import REJ, SEG
 from utils.types import Turn
 from utils.visualize import PALETTE, color, heat_map, paint
@@ -222,34 +223,17 @@ def describe(visit: Visit, model: str, pictures: str = "rle") -> dict[str, Any]:
     """
     prediction = visit.prediction
     assert prediction is not None
-    described = []
-    for n, (logits, mask) in enumerate(zip(prediction.mask_logits, visit.masks)):
-        layer = prediction.layers[n]
+    drawn = prediction if visit.doubt is None else replace(prediction, uncertainty=visit.doubt.uncertainty)
+    values = answers.describe("", visit.image, visit.turns[-1].question, drawn, visit.policy)
+    del values["image"]  # uploads have names that mean nothing to anybody
+    for n, (logits, mask, entry) in enumerate(zip(prediction.mask_logits, visit.masks, values["masks"])):
         inside = logits.sigmoid()[torch.from_numpy(mask)]
-        entry: dict[str, Any] = {
-            "number": n + 1,
-            "color": css_color(n),
-            "layer": layer,
-            "layer_probability": round(float(prediction.policy[n, layer]), 4),
-            "score": round(float(inside.mean()), 4) if len(inside) else 0.0,
-            "pixels": len(inside),
-            "box_xywh": list(cv2.boundingRect(mask.astype(np.uint8))) if len(inside) else None,
-        }
-        drawn = visit.doubt or prediction
-        if drawn.uncertainty:
-            entry["uncertainty"] = round(drawn.uncertainty[n].score, 4)
-        entry[pictures] = encode_mask(mask) if pictures == "rle" else base64.b64encode(png(mask)).decode()
-        described.append(entry)
-    height, width = visit.image.shape[:2]
-    return {
-        "question": visit.turns[-1].question,
-        "answer": prediction.text,
-        "model": model,
-        "layer_policy": visit.policy,
-        "width": width,
-        "height": height,
-        "masks": described,
-    }
+        score = round(float(inside.mean()), 4) if len(inside) else 0.0
+        entry |= {"number": n + 1, "color": css_color(n), "score": score}
+        if pictures == "png":
+            del entry["rle"]
+            entry["png"] = base64.b64encode(png(mask)).decode()
+    return values | {"model": model}
 
 
 def check_pictures(kind: str) -> None:
