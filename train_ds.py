@@ -165,7 +165,11 @@ def make_mixture(config: Config) -> Mixture:
     data = config.data
     sets = {kind: getattr(data, f"{kind}_data") for kind in TYPES}
     options = DataOptions(
-        data.questions_per_image, data.explanatory, data.joint_probability, data.negative_sampling_weight
+        data.questions_per_image,
+        data.explanatory,
+        data.joint_probability,
+        data.negative_sampling_weight,
+        data.dialogue_probability,
     )
     rates = data.sample_rates or None
     return Mixture(data.dataset_dir, data.dataset, rates, sets, options, config.train.seed, data.weighting)

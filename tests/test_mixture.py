@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from utils.datasets import DataError
+from utils.datasets import DataError, DataOptions
 from utils.datasets.mixture import MAX_TRIES, Mixture, MixtureSampler
 from utils.types import Sample, Turn
 
@@ -69,6 +69,17 @@ def test_what_a_number_draws_stays(root: Path) -> None:
         ("ReasonSeg|train/03.jpg", Turn("Where is thing 3? Show the mask.", "It is [SEG].")),
         ("llava_instruct_150k/1.jpg", Turn("What?", "A thing.")),
     ]
+
+
+def test_questions_may_follow_each_other(root: Path) -> None:
+    """In one conversation, with the same turns and masks in the same order."""
+    apart = Mixture(root, "reason_seg")
+    sometimes, always = (Mixture(root, "reason_seg", options=DataOptions(dialogue_probability=p)) for p in (0.5, 1.0))
+    for number in range(20):
+        separate, joined = apart[number], always[number]
+        assert joined.conversations == [tuple(turn for turns in separate.conversations for turn in turns)]
+        assert np.array_equal(joined.masks, separate.masks)
+    assert {len(sometimes[number].conversations) for number in range(20)} == {1, 2}
 
 
 def test_workers_and_ranks_draw_the_same_numbers(root: Path) -> None:

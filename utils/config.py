@@ -197,6 +197,13 @@ class DataSettings:
         low=0.0,
         high=1.0,
     )
+    dialogue_probability: float = setting(
+        0.0,
+        "probability that an image's questions follow each other in one conversation, for a model that will be chatted "
+        "with (chat.py --history on)",
+        low=0.0,
+        high=1.0,
+    )
     sam_feature_cache: str = setting(
         "", "folder for SAM's image embeddings, which a later epoch or run reads instead; empty = none", may_change=True
     )

@@ -73,19 +73,22 @@ class DataOptions:
         joint_probability: gRefCOCO, Ref-ZOM: probability that the image's expressions are asked about in ONE question
             whose answer lists them ("Sure, A:[SEG], B:[REJ]."), as the teacher-forced protocol does.
         negative_sampling_weight: sem_seg: probability that a class which is NOT in the image is asked about instead.
+        dialogue_probability: that the questions about an image follow each other in one conversation, each seen by the
+            next, as in a chat; otherwise each stands by itself.
     """
 
     questions_per_image: int = 3
     explanatory: float = -1.0
     joint_probability: float = 0.0
     negative_sampling_weight: float = 0.0
+    dialogue_probability: float = 0.0
 
     def __post_init__(self) -> None:
         if self.questions_per_image < 1:
             raise ValueError(f"questions_per_image is {self.questions_per_image}; it must be at least 1")
         if self.explanatory != -1 and not 0 <= self.explanatory <= 1:
             raise ValueError(f"explanatory is {self.explanatory}; it must be a probability, or -1 to turn it off")
-        for name in ("joint_probability", "negative_sampling_weight"):
+        for name in ("joint_probability", "negative_sampling_weight", "dialogue_probability"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must lie in [0, 1]")
 

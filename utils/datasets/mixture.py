@@ -54,6 +54,7 @@ class Mixture(Dataset):
         if weighting not in ("size", "uniform"):
             problems.append(unknown("weighting", weighting, ("size", "uniform")))
         rate_of = _rates(names, rates, problems)
+        self.options = options or DataOptions()
         self.datasets: list[TrainDataset] = []
         self.types: list[str] = []
         for name in names:
@@ -93,6 +94,8 @@ class Mixture(Dataset):
                 self._log(dataset.name, problem)
                 continue
             sample.number = number
+            if rng.random() < self.options.dialogue_probability:
+                sample.conversations = [tuple(turn for turns in sample.conversations for turn in turns)]
             return sample
         raise DataError(
             f"sample {number}: {MAX_TRIES} records in a row could not be used; the last: {problem}; "
