@@ -11,8 +11,10 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from tiny_run import write_base
 
 from model.UGround import UGroundConfig, UGroundForCausalLM
+from scripts import make_demo_data
 from utils import distributed
 from utils.processor import UGroundProcessor
 from utils.tiny import clip_config, llama_settings, sam_shape, train_tokenizer
@@ -101,3 +103,19 @@ def assert_same_masks(found: torch.Tensor, expected: torch.Tensor, tolerance: fl
     if len(expected):
         scale = expected.abs().max()
         torch.testing.assert_close(found / scale, expected / scale, rtol=0, atol=tolerance)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory, tiny_tokenizer, make_model):
+    """Base weights on disk: a random LLaVA, CLIP and SAM."""
+    folder = tmp_path_factory.mktemp("base")
+    write_base(folder, make_model(), tiny_tokenizer)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Drawn data of all sets that a run needs, a few images each."""
+    folder = tmp_path_factory.mktemp("data")
+    assert make_demo_data.main(["--out", str(folder), "--train", "8", "--val", "4", "--test", "2"]) == 0
+    return folder

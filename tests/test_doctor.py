@@ -10,27 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_run import ROOT, arguments, write_base
+from tiny_run import ROOT, arguments
 
-from scripts import doctor, make_demo_data
+from scripts import doctor
 from utils import checkup
 from utils.config import load_config
 from utils.engine import build_model
 from utils.findings import Page, ok, problem
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory, tiny_tokenizer, make_model):
-    folder = tmp_path_factory.mktemp("base")
-    write_base(folder, make_model(), tiny_tokenizer)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    assert make_demo_data.main(["--out", str(folder), "--train", "8", "--val", "4", "--test", "2"]) == 0
-    return folder
 
 
 @pytest.fixture

@@ -333,6 +333,16 @@ def test_a_folder_loads_in_bfloat16(tiny_model, tiny_processor, tiny_samples, tm
     torch.testing.assert_close(low, full, rtol=0.1, atol=0.02)
 
 
+def test_a_question_that_is_too_long_is_refused_not_cut(tiny_tokenizer):
+    """Cut, it would lose the end of its prompt, and the model would go on with the question."""
+    processor = UGroundProcessor(tiny_tokenizer, 40, 10, 64, system_prompt="", max_tokens=60)
+    image = drawn_sample(0).image
+    processor.prompts([image], [["where is the red star"]])
+    for answers in (None, [["it is [SEG]."]]):
+        with pytest.raises(ValueError, match="'where is the red star where is.*fit beside the image"):
+            processor.prompts([image], [["where is the red star " * 20]], answers)
+
+
 def test_images_of_one_row_of_pixels(tiny_model, tiny_processor):
     image = np.zeros((1, 5000, 3), np.uint8)
     prediction = predict(tiny_model, tiny_processor, [image], [["star"]], [["it is [SEG]."]])[0][0]

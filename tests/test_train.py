@@ -14,11 +14,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny_run import ROOT, arguments, environment, log_lines, write_base
+from tiny_run import ROOT, arguments, environment, log_lines
 from transformers import modeling_utils
 
 import train_ds
-from scripts import make_demo_data
 from utils import checkpoint as checkpoints
 from utils.config import load_config
 from utils.datasets import DataOptions
@@ -27,20 +26,6 @@ from utils.engine import deepspeed_settings
 
 pytestmark = pytest.mark.slow
 SAME = {"lora_dropout": 0.0}  # dropout depends on the rank
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory, tiny_tokenizer, make_model):
-    folder = tmp_path_factory.mktemp("base")
-    write_base(folder, make_model(), tiny_tokenizer)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    assert make_demo_data.main(["--out", str(folder), "--train", "8", "--val", "4", "--test", "2"]) == 0
-    return folder
 
 
 @pytest.fixture

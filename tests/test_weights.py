@@ -111,7 +111,7 @@ def test_llava_in_transformers_format(base, tiny_model, tiny_tokenizer, layout):
     model = open_base(base, version=base / "hf")
     image, ids = torch.randn(1, 3, 40, 40), torch.tensor([[1, 5, 9, 30]])
     with torch.inference_mode():
-        mine = model.encode_images(image, torch.tensor([[40, 40]]))[0][0]
+        mine = model.encode_images(image, [(40, 40)])[0][0]
         features = theirs.get_image_features(pixel_values=image)
         features = getattr(features, "pooler_output", features)[0]
         torch.testing.assert_close(mine, features.reshape(mine.shape), rtol=1e-5, atol=1e-6)

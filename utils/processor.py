@@ -119,18 +119,23 @@ class UGroundProcessor:
             numbers: seeds for sampled layers, one per image (default 0, 1, ...).
 
         Raises:
-            ValueError: if a question is empty or an image has none.
+            ValueError: if a question is empty, or longer (with its answer) than the model reads; if an image has none.
         """
-        rows = []
+        rows, room = [], self.max_tokens - len(self.builder.prefix_ids)
         for i, (image, asked) in enumerate(zip(images, questions, strict=True)):
             if not asked:
                 raise ValueError(f"image {i} has no question")
             replies = answers[i] if answers is not None else [""] * len(asked)
             conversations = [self.builder.encode((Turn(q, a),)) for q, a in zip(asked, replies, strict=True)]
+            for question, conversation in zip(asked, conversations):
+                if len(conversation.ids) > room:
+                    raise ValueError(
+                        f"the question {question[:60]!r} takes {len(conversation.ids)} tokens with its answer, {room} "
+                        "fit beside the image; ask for less at a time, or raise max_tokens in uground_processor.json"
+                    )
             no_masks = np.zeros((0, *image.shape[:2]), dtype=np.uint8)
             number = numbers[i] if numbers is not None else i
-            row = Row(image, conversations, no_masks, number, f"image {i}")
-            rows.append(cut(row, self.max_tokens - len(self.builder.prefix_ids), self.tokens.seg))
+            rows.append(Row(image, conversations, no_masks, number, f"image {i}"))
         return self._collate(rows)
 
     def prefix(self, image: np.ndarray) -> Batch:
