@@ -106,7 +106,6 @@ def build_dashboard(args: argparse.Namespace, folder: Path) -> Dashboard:
         opened.fingerprint,
         folder / "files" / "answers",
         layer_policy=args.layer_policy,
-        remember=asked_for is not None,  # the tiny model was trained on single questions
         limits=Limits(round(args.max_upload_mb * 1e6), round(args.max_megapixels * 1e6)),
         capacity=args.visitors,
     )

@@ -339,7 +339,7 @@ def test_a_question_that_is_too_long_is_refused_not_cut(tiny_tokenizer):
     image = drawn_sample(0).image
     processor.prompts([image], [["where is the red star"]])
     for answers in (None, [["it is [SEG]."]]):
-        with pytest.raises(ValueError, match="'where is the red star where is.*fit beside the image"):
+        with pytest.raises(ValueError, match=r"'where is the red star where is.*fit beside the image"):
             processor.prompts([image], [["where is the red star " * 20]], answers)
 
 

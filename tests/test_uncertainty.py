@@ -63,7 +63,9 @@ def test_a_layer_is_decoded_once_however_often_it_is_drawn(make_model, tiny_proc
     model.vision_tower.register_forward_hook(lambda *_: read.append("vision"))
     decode, encode = model.visual_model.decode, model.visual_model.encode
     monkeypatch.setattr(model.visual_model, "decode", lambda e, *rest: decoded.append(len(e)) or decode(e, *rest))
-    monkeypatch.setattr(model.visual_model, "encode", lambda images: encoded.append(len(images)) or encode(images))
+    monkeypatch.setattr(
+        model.visual_model, "encode", lambda images, *keys: encoded.append(len(images)) or encode(images, *keys)
+    )
     found = ask(model, tiny_processor, "mc:64")
     assert sum(decoded) == sum(int((u.layers > 0).sum()) for p in found for u in p.uncertainty) <= 4 * 4
     assert encoded == [2]

@@ -167,7 +167,7 @@ class Dashboard:
         folder: Path,
         *,
         layer_policy: str | None = None,
-        remember: bool = True,
+        remember: bool = False,
         limits: Limits | None = None,
         capacity: int = 16,
     ) -> None:
