@@ -6,7 +6,7 @@ import json
 import os
 import pty
 import select
-import signal
+import subprocess
 import sys
 import time
 
@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 from test_cli import chat, run, save_model, write_jpg
+from tiny_run import ROOT
 
-from utils import cli
 from utils.batch import read_prompts
 from utils.datasets.base import read_image
 from utils.metrics import decode_mask
@@ -35,22 +35,25 @@ def mute_version(tmp_path_factory, tiny_processor):
 # -- a person ----------------------------------------------------------------------------------------------------------
 
 
+# A shell does this for a program: a session whose terminal is stdin, from which Ctrl-C then comes.
+LOGIN = "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.executable, sys.argv[1:])"
+
+
 class Terminal:
-    """chat.py in a process of its own (a fork of this one, which has all imported) behind a pseudo-terminal."""
+    """chat.py in a process of its own behind a pseudo-terminal."""
 
     def __init__(self, *arguments, **environment: str) -> None:
-        self.process, self.screen = pty.fork()
-        if self.process == 0:
-            code = 99
-            try:
-                os.environ.update(
-                    {"TERM": "xterm", "TMUX": "", "TERM_PROGRAM": "", "KITTY_WINDOW_ID": ""} | environment
-                )
-                signal.signal(signal.SIGINT, signal.default_int_handler)
-                sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w")  # noqa: SIM115
-                code = cli.run(chat.main, [str(argument) for argument in arguments])
-            finally:
-                os._exit(code)
+        self.screen, inside = pty.openpty()
+        program = [sys.executable, ROOT / "chat.py", *arguments]
+        self.process = subprocess.Popen(
+            [sys.executable, "-S", "-c", LOGIN, *map(str, program)],
+            stdin=inside,
+            stdout=inside,
+            stderr=inside,
+            start_new_session=True,
+            env=os.environ | {"TERM": "xterm", "TMUX": "", "TERM_PROGRAM": "", "KITTY_WINDOW_ID": ""} | environment,
+        )
+        os.close(inside)
         self.unread = ""
 
     def until(self, text: str, seconds: float = 60) -> str:
@@ -74,11 +77,12 @@ class Terminal:
 
     def leave(self) -> int:
         self.type("\x04")  # Ctrl-D
-        _, status = os.waitpid(self.process, 0)
+        code = self.process.wait(60)
         os.close(self.screen)
-        return os.waitstatus_to_exitcode(status)
+        return code
 
 
+@pytest.mark.slow
 def test_a_conversation_at_a_terminal(version, tmp_path):
     for number in (0, 1):
         write_jpg(tmp_path / f"photo{number}.png", number)
@@ -126,6 +130,7 @@ def mask_of(folder, stem) -> np.ndarray:
     return read_image(folder / f"{stem}_mask_1.png")[..., 0] > 0
 
 
+@pytest.mark.slow
 def test_ctrl_c_breaks_an_answer_off(mute_version, tmp_path):
     write_jpg(tmp_path / "photo.png", 0)
     words = ("--version", mute_version, "--image", tmp_path / "photo.png", "--output", tmp_path / "out")
@@ -142,6 +147,7 @@ def test_ctrl_c_breaks_an_answer_off(mute_version, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_pictures_in_terminals_that_show_them(version, tmp_path):
     write_jpg(tmp_path / "photo.png", 0)
     words = ("--version", version, "--image", tmp_path / "photo.png", "--output", tmp_path / "out")
