@@ -52,7 +52,7 @@ def quantize_layers(model: LlamaForCausalLM, kind: str, device: str) -> None:
         ValueError: if bitsandbytes is not installed, or has no code for the device.
     """
     if find_spec("bitsandbytes") is None:
-        raise ValueError("--quantize needs bitsandbytes, which is not installed: pip install 'uground[quantize]'")
+        raise ValueError("--quantize needs bitsandbytes, which is not installed: pip install bitsandbytes")
     if torch.device(device).type not in ("cuda", "cpu"):
         raise ValueError(f"--quantize: bitsandbytes has no code for {device}; use cuda or cpu, or leave --quantize out")
     from bitsandbytes import nn as bnb
