@@ -73,6 +73,13 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     layer.add_argument(
         "--layer", type=_count, metavar="K", help="force hidden state K; short for --layer_policy fixed:K"
     )
+    add_running_flags(parser)
+    return parser.parse_args(arguments)
+
+
+def add_running_flags(parser: argparse.ArgumentParser) -> None:
+    """How an evaluation runs, and what it writes."""
+    add = parser.add_argument
     add("--output", type=Path, metavar="DIR", help="folder for the results (default: eval/ in the --version folder)")
     add("--save_overlays", type=_count, default=0, metavar="N", help="also draw N samples, from worst to best IoU")
     add(
@@ -91,13 +98,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "beside every result",
     )
     add("--limit", type=_positive, metavar="N", help="only the first N images of each benchmark")
-    add(
-        "--batch_size",
-        type=_positive,
-        default=4,
-        metavar="N",
-        help="images per step (default: 4)",
-    )
+    add("--batch_size", type=_positive, default=4, metavar="N", help="images per step (default: 4)")
     add("--workers", type=_count, default=0, metavar="N", help="processes that load images ahead (default: 0)")
     add(
         "--sam_feature_cache",
@@ -115,7 +116,6 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--max_new_tokens", type=_positive, default=64, metavar="N", help="longest written answer (default: 64)")
     add("--seed", type=int, default=0, metavar="S", help="of sampled layers, shuffling and intervals (default: 0)")
     add("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # passed by the deepspeed launcher
-    return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> int:
