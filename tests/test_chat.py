@@ -1,6 +1,7 @@
 """chat.py in a terminal, as a person uses it, and for many images at once, as a script does."""
 
 import base64
+import contextlib
 import io
 import json
 import os
@@ -75,9 +76,13 @@ class Terminal:
         self.until("\n")  # the terminal's echo
         return self.until(prompt)
 
-    def leave(self) -> int:
-        self.type("\x04")  # Ctrl-D
-        code = self.process.wait(60)
+    def leave(self) -> int | None:
+        code = None
+        for _ in range(60):  # Ctrl-D is lost while the line editor takes the terminal over; a person presses it again
+            self.type("\x04")
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                code = self.process.wait(1)
+                break
         os.close(self.screen)
         return code
 
