@@ -290,4 +290,4 @@ def _whole(text: str, low: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(main))
+    distributed.leave(cli.run(main))

@@ -358,4 +358,4 @@ def deciding_metric(run: Run, results: dict[str, dict[str, float]]) -> float | N
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    distributed.leave(main())

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import sys
 from datetime import timedelta
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import distributed
@@ -80,3 +82,17 @@ def fail_together(problem: str | None, error: type[Exception] = ValueError) -> N
 def shutdown() -> None:
     if distributed.is_initialized():
         distributed.destroy_process_group()
+
+
+def leave(code: int) -> NoReturn:
+    """Ends the process with an exit code; call it last.
+
+    One of several processes goes without Python's clean-up. In it, threads of the process group that still want the
+    interpreter abort the process, now and then, and launchers take a finished run for a failed one.
+    """
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        os._exit(code)
+    sys.exit(code)
