@@ -105,6 +105,7 @@ TABLES: dict[str, tuple[Row, ...]] = {
     ),
     "baselines": (
         Row("moving average", {"baseline": "average"}, (66.13, 72.07)),
+        Row("moving average from the first reward", {"baseline_start": "first"}),
         Row("critic", {"baseline": "critic"}),
         Row("exact gradient", {"policy_gradient": "exact"}),
     ),
@@ -117,6 +118,7 @@ TABLES: dict[str, tuple[Row, ...]] = {
         Row("layer 7", {"layer_selection": "fixed:7"}),
         Row("layer 6", {"layer_selection": "fixed:6"}),
         Row("policy, 10 x the gate's rate", {"gate_lr_factor": "10"}),
+        Row("policy, baseline from the first reward", {"baseline_start": "first"}),
         Row("policy, critic", {"baseline": "critic"}),
         Row("policy, entropy bonus", {"entropy_bonus": "0.02"}),
         Row("classifier, soft gating", {"layer_selection": "ce_soft"}),
