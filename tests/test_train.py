@@ -10,11 +10,15 @@ import socket
 import subprocess
 import sys
 import time
+import traceback
+from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from tiny_run import ROOT, arguments, environment, log_lines
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import modeling_utils
 
 import train_ds
@@ -122,6 +126,51 @@ def assert_tensorboard(run) -> None:
 def test_figures_are_logged_only_when_asked(run_here):
     run, _ = run_here(log_every=4, steps_per_epoch=4, no_eval=True, workers=1)
     assert [line["step"] for line in log_lines(run, "train")] == [1, 4, 8]
+
+
+class Waits(TorchDispatchMode):
+    """Notes who asks for a tensor's value, for which the host of a GPU waits; preparing data on the CPU is left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        asks = name in ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "equal")
+        if name.startswith("index") and isinstance(args[1], (list, tuple)):
+            asks |= any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
+        if asks:
+            self.note()
+        return function(*args, **kwargs or {})
+
+    def note(self) -> None:
+        files = [Path(frame.filename) for frame in traceback.extract_stack()]
+        own = [file.name for file in files if file.parent in (ROOT, ROOT / "model", ROOT / "utils")]
+        if "collate.py" not in own:
+            self.found.append("DeepSpeed" if any("deepspeed" in file.parts for file in files) else own[-1])
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_step_waits_for_no_value(run_here, monkeypatch, accumulation):
+    """Forward, backward, clipping, AdamW, on the CPU; tests/test_device.py has the forward pass on a fake GPU."""
+    waits, step, active = [], train_ds.train_step, []
+    for name in ("tolist", "numpy", "cpu"):  # no operations for PyTorch
+        call = getattr(torch.Tensor, name)
+        monkeypatch.setattr(torch.Tensor, name, lambda *a, call=call: (active and active[-1].note(), call(*a))[1])
+
+    def watched(run, *rest):
+        with Waits() as mode:
+            active.append(mode)
+            step(run, *rest)
+            active.pop()
+        waits.append(Counter(mode.found))
+
+    monkeypatch.setattr(train_ds, "train_step", watched)
+    run_here(log_every=100, epochs=1, steps_per_epoch=4, no_eval=True, grad_accumulation_steps=accumulation)
+    for counted in waits[1:-1]:
+        assert counted == {"DeepSpeed": 3}  # its clipping, once per step of the optimizer
+    assert waits[0]["logging.py"]  # the first step is logged, and so is the last
 
 
 def test_checkpoints_between_epochs(run_here, monkeypatch):
