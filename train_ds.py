@@ -123,6 +123,8 @@ def build(config: Config, device: torch.device) -> Run:
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     if config.data.sam_feature_cache:
         cache_sam_features(inner, processor, config.data.sam_feature_cache, config.data.sam_feature_cache_gb)
+    if config.model.compile_sam:
+        inner.visual_model.compile_encoder()
     engine = build_engine(model, config, settings)
     meta |= checkpoints.describe_model(model, processor, loaded)
     saved = checkpoints.resume(engine, start, meta) if start else {"step": 0, "best": None}

@@ -54,6 +54,7 @@ CHUNK = 500  # records that a worker reads between two looks at its memory
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     _add_preset(parser, required=False)
+    parser.add_argument("--compile", action="store_true", help="also time SAM's encoder compiled (torch.compile)")
     commands = parser.add_subparsers(dest="command")
     _add_preset(commands.add_parser("growth", help="how a training step grows"), required=True)
     data = commands.add_parser("data", help="start-up and memory of large annotation files")
@@ -143,7 +144,7 @@ def bench_model(args: argparse.Namespace) -> list[str]:
         samples = bench.samples(preset.questions)
         batch = bench.batch(samples)
         parts = bench.parts(batch, samples, args.repeats)
-        rows, times = benchmark.compare(bench, args.repeats)
+        rows, times = benchmark.compare(bench, args.repeats, args.compile)
     parts["SAM encoder, an image"] = times["SAM encoder"]["median"]
     step, tokens = times["UGround"]["median"], int((batch.segments >= 0).sum())
     figures = {

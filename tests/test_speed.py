@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from functools import partial
 
 import pytest
@@ -13,7 +14,7 @@ from torch import nn
 from torchvision.transforms.functional import gaussian_blur
 
 from model import losses
-from model.sam import SamShape, SegmentAnything
+from model.sam import FusedAttention, SamShape, SegmentAnything
 from utils.pipeline import predict
 
 
@@ -55,6 +56,27 @@ def test_fused_attention_in_bf16_is_as_close_to_float32_as_the_package(sams):
     mine = ours.to(torch.bfloat16).encode(images.bfloat16()).float()
     ours.float()
     assert float((mine - exact).square().mean()) < 1.1 * float((low - exact).square().mean())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+def test_a_compiled_encoder_has_the_same_keys_and_numbers():
+    torch.manual_seed(0)
+    sam = SegmentAnything(SamShape(64, 8, encoder_width=16, encoder_depth=1, encoder_heads=2, global_attention=(0,)))
+    images, keys = torch.randn(3, 3, 64, 64), list(sam.state_dict())
+    plain = sam.encode(images)
+    sam.compile_encoder()
+    assert list(sam.state_dict()) == keys
+    torch.testing.assert_close(sam.encode(images), plain, rtol=1e-4, atol=1e-5)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FusedAttention, "forward", None)  # traced before, and not run any more
+        torch.testing.assert_close(sam.encode(images[:2]), plain[:2], rtol=1e-4, atol=1e-5)
+
+
+def test_images_are_encoded_one_by_one(sams):
+    _, ours = sams
+    images = torch.randn(3, 3, 128, 128)
+    assert torch.equal(ours.encode(images)[1:2], ours.encode(images[1:2]))
 
 
 def test_an_encoded_image_can_be_part_of_a_graph(sams):

@@ -6,6 +6,7 @@ process, after a warm-up; a ratio is the median over the turns.
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import gc
 import math
@@ -395,14 +396,15 @@ def ratios() -> list[Ratio]:
         Ratio("8 questions / 1, written, cached features", "8 questions", "1 question"),
         Ratio("8 expressions / 1, answers given, cached features", "8 given", "1 given"),
         Ratio("mc:16 / argmax, written, cached features", "mc:16", "1 question"),
+        Ratio("SAM's encoder compiled / as it is", "SAM encoder compiled", "SAM encoder"),
     ]
 
 
-WARM_UP = ("packed 3", "UGround", "1 question", "1 given")
+WARM_UP = ("packed 3", "UGround", "1 question", "1 given", "SAM encoder compiled")
 
 
-def cases(bench: Bench) -> dict[str, Callable[[], Any]]:
-    """Everything that ratios compare, as calls that do it once."""
+def cases(bench: Bench, compiled: bool) -> dict[str, Callable[[], Any]]:
+    """Everything that ratios compare, as calls that do it once; ``compiled``: SAM's encoder in that form, too."""
     three, six = bench.samples(3), bench.samples(6)
     usual = bench.samples(bench.preset.questions)
 
@@ -433,15 +435,23 @@ def cases(bench: Bench) -> dict[str, Callable[[], Any]]:
     found |= {"1 question": bench.ask(1), "8 questions": bench.ask(8), "mc:16": bench.ask(1, layer_policy="mc:16")}
     found |= {"1 given": bench.ask(1, answers=True), "8 given": bench.ask(8, answers=True)}
     image = bench.batch(bench.samples(1, images=1)).sam_images
-    return found | {"SAM encoder": lambda: bench.model.visual_model.encode(image)}
+    sam = bench.model.visual_model
+    found["SAM encoder"] = partial(sam.encode, image)
+    if compiled:
+        twin = copy.deepcopy(sam)
+        twin.compile_encoder()
+        found["SAM encoder compiled"] = partial(twin.encode, image)
+    return found
 
 
-def compare(bench: Bench, repeats: int) -> tuple[list[Ratio], dict[str, dict[str, float]]]:
+def compare(bench: Bench, repeats: int, compiled: bool = False) -> tuple[list[Ratio], dict[str, dict[str, float]]]:
     """All ratios, and seconds and peak bytes of every case."""
-    calls, rows = cases(bench), ratios()
+    calls = cases(bench, compiled)
+    rows = [row for row in ratios() if row.a in calls]
     times: dict[str, list[float]] = {name: [] for name in calls}
     for name in WARM_UP:
-        calls[name]()
+        if name in calls:
+            calls[name]()
     for _ in range(repeats):
         for name, call in calls.items():
             times[name].append(bench.seconds(call))

@@ -49,6 +49,9 @@ class ModelSettings:
     gradient_checkpointing: bool = setting(
         False, "recompute the language model's layers in the backward pass: less memory, more time", may_change=True
     )
+    compile_sam: bool = setting(
+        False, "torch.compile SAM's image encoder: faster, after half a minute in the first step", may_change=True
+    )
 
 
 @dataclass
