@@ -2,7 +2,7 @@
 
     python scripts/make_demo_data.py --out data/demo --seed 0
 
-The scenes and texts come from ``utils/scenes.py``. What is written:
+The scenes and texts come from ``utils/scenes.py`` and ``scene_texts.py``. What is written:
 
 - ``reason_seg/ReasonSeg/{train,val,test,heldout}``: one image, one target, one to three queries per file; half of the
   files hold short phrases, half whole questions; ``explanatory/train.json`` has text answers for some. ``heldout`` has
@@ -34,11 +34,12 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from utils import scenes  # noqa: E402
+from utils import scene_texts, scenes  # noqa: E402
 from utils.demo_files import Ledger, Sizes, labelme_polygons, streams, write_jpeg, write_json  # noqa: E402
 from utils.demo_refer import REFER_SETS, write_refer_set  # noqa: E402
 from utils.demo_sets import WRITERS, write_set  # noqa: E402
-from utils.scenes import Query, Scene  # noqa: E402
+from utils.scene_texts import Query  # noqa: E402
+from utils.scenes import Scene  # noqa: E402
 
 # What is drawn, without and with --all_types: the start of a hash of it, which tests/test_make_demo_data.py computes.
 # Who changes what is drawn changes these, so that data of an older version are not taken for the new ones.
@@ -55,7 +56,7 @@ MAX_IMAGES = 100_000
 
 def _reason_scene(rng: np.random.Generator, family: str, held_out: bool) -> tuple[Scene, list[Query], list]:
     """A scene, up to three queries of which the first is of ``family`` and all mean one shape, and its polygons."""
-    generate = scenes.attribute_queries if family == "attribute" else scenes.reasoning_queries
+    generate = scene_texts.attribute_queries if family == "attribute" else scene_texts.reasoning_queries
     while True:
         scene = scenes.draw_scene(rng, held_out)
         queries = generate(scene, rng)
@@ -100,7 +101,7 @@ def write_reason_seg(root: Path, sizes: Sizes, ledger: Ledger) -> None:
             kinds = (kind, f"long: {family}") if is_long else (kind,)
             ledger.query("ReasonSeg", split, kinds, scene, queries[0].targets)
             if split == "train" and index % 4 == 3:
-                outputs = scenes.explanation(scene, queries[0])
+                outputs = scene_texts.explanation(scene, queries[0])
                 explained = {
                     "query": queries[0].text,
                     "outputs": outputs,
@@ -118,9 +119,9 @@ def write_reason_seg(root: Path, sizes: Sizes, ledger: Ledger) -> None:
 def _conversation(rng: np.random.Generator, scene: Scene) -> list[tuple[str, str]]:
     """Question and answer per turn: a caption in four of ten, otherwise two to four short answers."""
     if rng.random() < 0.4:
-        request = scenes.CAPTION_REQUESTS[int(rng.integers(len(scenes.CAPTION_REQUESTS)))]
-        return [(request, scenes.caption(scene, rng))]
-    return scenes.questions(scene, rng)[: int(rng.integers(2, 5))]
+        request = scene_texts.CAPTION_REQUESTS[int(rng.integers(len(scene_texts.CAPTION_REQUESTS)))]
+        return [(request, scene_texts.caption(scene, rng))]
+    return scene_texts.questions(scene, rng)[: int(rng.integers(2, 5))]
 
 
 def write_llava(root: Path, sizes: Sizes, ledger: Ledger) -> None:

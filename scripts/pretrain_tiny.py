@@ -41,7 +41,7 @@ from transformers import PreTrainedTokenizerFast
 from model.llava import LlavaLlamaConfig, LlavaLlamaForCausalLM
 from model.losses import dice
 from model.sam import SegmentAnything
-from utils import scenes, tiny
+from utils import scene_texts, tiny
 from utils.datasets.templates import template_corpus
 from utils.muon import Muon
 from utils.processor import UGroundProcessor
@@ -295,7 +295,7 @@ def make_tokenizer(folder: Path, seed: int) -> PreTrainedTokenizerFast:
     if (folder / "tokenizer.json").is_file():
         return PreTrainedTokenizerFast.from_pretrained(folder)
     rng = np.random.default_rng([seed, STREAM["tokenizer"]])
-    texts = [*scenes.corpus(rng, 1000), *list(template_corpus()) * 500, "USER: ASSISTANT:" * 5000]
+    texts = [*scene_texts.corpus(rng, 1000), *list(template_corpus()) * 500, "USER: ASSISTANT:" * 5000]
     texts += [f" {text}" for text in texts]  # a word is another token at the start of a line than after a space
     texts += [f" {word}" for values in ATTRIBUTES.values() for word in values] * 5000
     tokenizer = tiny.train_tokenizer(texts)

@@ -9,10 +9,11 @@ import cv2
 import numpy as np
 import pytest
 
+from utils import scene_texts as T
 from utils import scenes as S
 
 COUNT = 120
-GENERATORS = (S.attribute_queries, S.reasoning_queries, S.multi_queries, S.absent_queries)
+GENERATORS = (T.attribute_queries, T.reasoning_queries, T.multi_queries, T.absent_queries)
 
 
 def _draw(index: int, held_out: bool = False) -> tuple[S.Scene, np.random.Generator]:
@@ -40,7 +41,7 @@ def _fitting(shapes: tuple[S.Shape, ...], phrase: str) -> list[int]:
 
 def _texts(scene: S.Scene, rng: np.random.Generator) -> list[str]:
     queries = [query.text for generate in GENERATORS for query in generate(scene, rng)]
-    return [S.caption(scene, rng), *queries, *(text for pair in S.questions(scene, rng) for text in pair)]
+    return [T.caption(scene, rng), *queries, *(text for pair in T.questions(scene, rng) for text in pair)]
 
 
 def test_the_same_generator_gives_the_same_scene_and_texts():
@@ -108,7 +109,7 @@ def test_a_larger_canvas_draws_larger_shapes():
 def test_attribute_phrases_fit_exactly_one_shape(drawn):
     helpful = total = 0
     for scene, rng in drawn:
-        for query in S.attribute_queries(scene, rng):
+        for query in T.attribute_queries(scene, rng):
             assert _fitting(scene.shapes, query.text) == list(query.targets), query
             assert (query.family, query.is_sentence) == ("attribute", False)
             words = set(query.text.split())
@@ -121,7 +122,7 @@ def test_attribute_phrases_fit_exactly_one_shape(drawn):
 def test_absent_phrases_fit_nothing(drawn):
     near = total = 0
     for scene, rng in drawn:
-        for query in S.absent_queries(scene, rng):
+        for query in T.absent_queries(scene, rng):
             assert query.targets == ()
             assert _fitting(scene.shapes, query.text) == [], query
             words = set(query.text.split()) & {*S.SIZES, *S.TEXTURES, *S.COLORS, *S.KINDS}
@@ -133,7 +134,7 @@ def test_absent_phrases_fit_nothing(drawn):
 
 def test_multi_phrases_fit_what_they_name(drawn):
     for scene, rng in drawn:
-        for query in S.multi_queries(scene, rng):
+        for query in T.multi_queries(scene, rng):
             assert len(query.targets) >= 2
             parts = query.text.split(" and ")
             found = [_fitting(scene.shapes, part) for part in parts]
@@ -142,10 +143,10 @@ def test_multi_phrases_fit_what_they_name(drawn):
             assert [i for f in found for i in f] == list(query.targets), query
             number = re.match(r"the (two|three|four|five|six) ", query.text)
             if number:
-                assert S._NUMBERS.index(number[1]) == len(query.targets)
+                assert T._NUMBERS.index(number[1]) == len(query.targets)
 
 
-def _check_relation(scene: S.Scene, query: S.Query) -> None:
+def _check_relation(scene: S.Scene, query: T.Query) -> None:
     shapes, target = scene.shapes, query.targets[0]
     (reference,) = _fitting(shapes, query.text.split(" the ")[-1].rstrip("?"))
     x, y = shapes[reference].center
@@ -161,7 +162,7 @@ def _check_relation(scene: S.Scene, query: S.Query) -> None:
         assert [i for i in others if (shapes[i].center[axis] - (x, y)[axis]) * sign > 0] == [target]
 
 
-def _check_superlative(scene: S.Scene, query: S.Query) -> None:
+def _check_superlative(scene: S.Scene, query: T.Query) -> None:
     areas = scene.masks.sum(axis=(1, 2))
     centers = np.array([shape.center for shape in scene.shapes])
     tests = (
@@ -178,9 +179,9 @@ def _check_superlative(scene: S.Scene, query: S.Query) -> None:
 
 def test_questions_of_all_families_have_the_one_right_answer(drawn):
     families = {"relation": 0, "superlative": 0, "commonsense": 0}
-    answers = {text: words for words, wordings in S._COMMONSENSE for text in wordings}
+    answers = {text: words for words, wordings in T._COMMONSENSE for text in wordings}
     for scene, rng in drawn:
-        for query in S.reasoning_queries(scene, rng):
+        for query in T.reasoning_queries(scene, rng):
             assert query.is_sentence
             assert len(query.targets) == 1
             families[query.family] += 1
@@ -196,12 +197,12 @@ def test_questions_of_all_families_have_the_one_right_answer(drawn):
 
 def test_visual_questions_have_the_right_answer(drawn):
     for scene, rng in drawn:
-        for question, answer in S.questions(scene, rng):
+        for question, answer in T.questions(scene, rng):
             body = question.rstrip("?")
             if body.startswith("how many"):
-                named = {*S.SIZES, *S.TEXTURES, *S.COLORS, *S.KINDS, *map(S._plural, S.KINDS)} & set(body.split())
+                named = {*S.SIZES, *S.TEXTURES, *S.COLORS, *S.KINDS, *map(T._plural, S.KINDS)} & set(body.split())
                 count = len(_fitting(scene.shapes, body)) if named else len(scene.shapes)
-                assert answer == S._NUMBERS[count], question
+                assert answer == T._NUMBERS[count], question
             elif body.startswith("is there"):
                 assert answer == ("yes" if _fitting(scene.shapes, body) else "no"), question
             elif body.endswith(("small or large", "plain, striped or dotted")) or body.startswith("what"):
@@ -217,7 +218,7 @@ def test_visual_questions_have_the_right_answer(drawn):
 
 def test_captions_name_every_shape(drawn):
     for scene, rng in drawn:
-        text = S.caption(scene, rng)
+        text = T.caption(scene, rng)
         for shape in scene.shapes:
             assert f"{shape.color} {shape.kind}" in text
         assert text.count(",") + 2 == len(scene.shapes)
@@ -237,18 +238,18 @@ def test_a_held_out_scene_is_about_its_pair(drawn_held_out):
         special = [i for i, shape in enumerate(scene.shapes) if (shape.color, shape.kind) in S.HELD_OUT]
         assert len(special) == 1
         shape = scene.shapes[special[0]]
-        queries = S.attribute_queries(scene, rng)
+        queries = T.attribute_queries(scene, rng)
         assert queries
         for query in queries:
             assert list(query.targets) == special
             assert f"{shape.color} {shape.kind}" in query.text
-        assert all(list(query.targets) == special for query in S.reasoning_queries(scene, rng))
-        assert all(special[0] in query.targets for query in S.multi_queries(scene, rng))
+        assert all(list(query.targets) == special for query in T.reasoning_queries(scene, rng))
+        assert all(special[0] in query.targets for query in T.multi_queries(scene, rng))
 
 
 def test_texts_come_from_a_small_closed_vocabulary():
     def words(seed: int, count: int) -> set[str]:
-        return set(re.findall(r"[^\s?.,]+", " ".join(S.corpus(np.random.default_rng(seed), count))))
+        return set(re.findall(r"[^\s?.,]+", " ".join(T.corpus(np.random.default_rng(seed), count))))
 
     large = words(0, 500)
     assert large == {word.lower() for word in large}
@@ -258,5 +259,5 @@ def test_texts_come_from_a_small_closed_vocabulary():
 
 def test_an_explanation_describes_its_target():
     scene, rng = _draw(0)
-    for query in S.attribute_queries(scene, rng):
-        assert query.targets[0] in _fitting(scene.shapes, S.explanation(scene, query).rstrip("."))
+    for query in T.attribute_queries(scene, rng):
+        assert query.targets[0] in _fitting(scene.shapes, T.explanation(scene, query).rstrip("."))

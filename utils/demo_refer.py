@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from utils import scenes
+from utils import scene_texts, scenes
 from utils.demo_files import Ledger, Sizes, coco_annotation, streams, write_jpeg, write_json
-from utils.scenes import COLORS, HELD_OUT, KINDS, Query, Scene
+from utils.scene_texts import Query
+from utils.scenes import COLORS, HELD_OUT, KINDS, Scene
 
 Said = tuple[Query, dict[str, Any]]  # a sentence, and what its data set adds to it
 Drawn = tuple[Scene, list[list[Said]]]  # a scene and its refs
@@ -36,7 +37,7 @@ def draw_refcoco(rng: np.random.Generator, training: bool) -> Drawn:
     refs = 3 if training else 2
     while True:
         scene = scenes.draw_scene(rng)
-        groups = [g for g in _group(scenes.attribute_queries(scene, rng), refs=6, sentences=2) if len(g) == 2]
+        groups = [g for g in _group(scene_texts.attribute_queries(scene, rng), refs=6, sentences=2) if len(g) == 2]
         if len(groups) >= 2:
             return scene, _plain(groups[:refs])
 
@@ -46,9 +47,9 @@ def draw_grefcoco(rng: np.random.Generator, training: bool) -> Drawn:
     each = 2 if training else 1
     while True:
         scene = scenes.draw_scene(rng)
-        multi = _group(scenes.multi_queries(scene, rng), refs=each, sentences=1)
-        single = _group(scenes.attribute_queries(scene, rng), refs=each, sentences=1)
-        absent = [[query] for query in scenes.absent_queries(scene, rng)[:each]]
+        multi = _group(scene_texts.multi_queries(scene, rng), refs=each, sentences=1)
+        single = _group(scene_texts.attribute_queries(scene, rng), refs=each, sentences=1)
+        absent = [[query] for query in scene_texts.absent_queries(scene, rng)[:each]]
         if len(multi) == len(single) == len(absent) == each:
             return scene, _plain(multi + single + absent)
 
@@ -57,8 +58,8 @@ def draw_negatives(rng: np.random.Generator, training: bool) -> Drawn:
     """Two refs of a true sentence and one of which nothing fits, which says so."""
     while True:
         scene = scenes.draw_scene(rng)
-        true = _group(scenes.attribute_queries(scene, rng), refs=2, sentences=1)
-        false = scenes.absent_queries(scene, rng)
+        true = _group(scene_texts.attribute_queries(scene, rng), refs=2, sentences=1)
+        false = scene_texts.absent_queries(scene, rng)
         if len(true) == 2 and len(false) >= 2:
             return scene, [[(t, {"exist": True}), (f, {"exist": False})] for (t,), f in zip(true, false)]
 
@@ -68,7 +69,7 @@ def draw_corrections(rng: np.random.Generator, training: bool) -> Drawn:
     while True:
         scene = scenes.draw_scene(rng)
         refs: list[list[Said]] = []
-        for (true,) in _group(scenes.attribute_queries(scene, rng), refs=6, sentences=1):
+        for (true,) in _group(scene_texts.attribute_queries(scene, rng), refs=6, sentences=1):
             if text := _recolored(scene, true, rng):
                 false = Query(text, (), "absent", False)
                 said = {"is_false_premise": True, "gt_sent": true.text}

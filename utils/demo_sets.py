@@ -12,11 +12,12 @@ from typing import Any
 import cv2
 import numpy as np
 
-from utils import scenes
+from utils import scene_texts, scenes
 from utils.datasets.class_names import ADE20K, COCO_STUFF
 from utils.datasets.templates import enumerate_words
 from utils.demo_files import Ledger, Sizes, coco_annotation, coco_segmentation, streams, write_jpeg, write_json
-from utils.scenes import COLORS, HELD_OUT, KINDS, Query, Scene
+from utils.scene_texts import Query
+from utils.scenes import COLORS, HELD_OUT, KINDS, Scene
 
 STREAMS = {
     "ade20k": {"train": 201},
@@ -206,7 +207,7 @@ def _scene_with(
 
 
 def _instance_item(rng: np.random.Generator, ids: list[int]) -> tuple[Scene, dict[str, Any]]:
-    scene, query = _scene_with(rng, scenes.multi_queries)
+    scene, query = _scene_with(rng, scene_texts.multi_queries)
     points: dict[str, Any] = {}
     for index, number in enumerate(ids[: len(scene.shapes)]):
         key = ("points", "polygon")[index % 2]  # both occur
@@ -221,16 +222,16 @@ def _info(scene: Scene, ids: list[int]) -> dict[str, Any]:
 
 
 def _cot_item(rng: np.random.Generator, ids: list[int]) -> tuple[Scene, dict[str, Any]]:
-    scene, query = _scene_with(rng, scenes.reasoning_queries)
+    scene, query = _scene_with(rng, scene_texts.reasoning_queries)
     (target,) = query.targets
-    answer = f"{scenes.explanation(scene, query)} here it is: <{ids[target]}| {_name(scene, target)}>."
+    answer = f"{scene_texts.explanation(scene, query)} here it is: <{ids[target]}| {_name(scene, target)}>."
     return scene, {"English Question": query.text, "English Answer": answer, "info": _info(scene, ids)}
 
 
 def _conversation_item(rng: np.random.Generator, ids: list[int]) -> tuple[Scene, dict[str, Any]]:
     """A question in words, then one for several shapes, whose masks are referred to as a list."""
-    scene, query = _scene_with(rng, scenes.multi_queries)
-    question, answer = scenes.questions(scene, rng)[0]
+    scene, query = _scene_with(rng, scene_texts.multi_queries)
+    question, answer = scene_texts.questions(scene, rng)[0]
     listed = ", ".join(f"{_name(scene, target)} <{ids[target]}>" for target in query.targets)
     turns = f"<person>: {question} <robot>: {answer} <person>: where is {query.text}? <robot>: they are [{listed}]."
     return scene, {"output": turns, "info": _info(scene, ids)}
@@ -239,7 +240,7 @@ def _conversation_item(rng: np.random.Generator, ids: list[int]) -> tuple[Scene,
 def _caption_item(rng: np.random.Generator, ids: list[int]) -> tuple[Scene, dict[str, Any]]:
     scene = scenes.draw_scene(rng)
     parts = [f"a 《{ids[index]}|{_name(scene, index)}》" for index in range(len(scene.shapes))]
-    request = scenes.CAPTION_REQUESTS[int(rng.integers(len(scenes.CAPTION_REQUESTS)))]
+    request = scene_texts.CAPTION_REQUESTS[int(rng.integers(len(scene_texts.CAPTION_REQUESTS)))]
     answer = f"there is {enumerate_words(parts)}."
     return scene, {"English Question": request, "English Answer": answer, "info": _info(scene, ids)}
 
@@ -272,8 +273,8 @@ def _write_muse(root: Path, dataset: str, split: str, rngs: list[np.random.Gener
     fewest = 3 if split == "test_many" else 2
     items = []
     for index, rng in enumerate(rngs):
-        scene, first = _scene_with(rng, scenes.multi_queries, fewest)
-        others = [query for query in scenes.multi_queries(scene, rng) if len(query.targets) >= fewest]
+        scene, first = _scene_with(rng, scene_texts.multi_queries, fewest)
+        others = [query for query in scene_texts.multi_queries(scene, rng) if len(query.targets) >= fewest]
         queries = [first, *(query for query in others if query.targets != first.targets)][:2]
         name, (height, width) = coco_name(dataset, split, index), scene.image.shape[:2]
         rows = []

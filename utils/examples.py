@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from utils import scenes
+from utils import scene_texts, scenes
 from utils.visualize import save_picture
 
 SEEDS = (5, 1, 13, 15)  # the last with a question that the tiny model gets wrong
@@ -28,10 +28,10 @@ def draw_example(seed: int, folder: Path) -> Example:
     rng = np.random.default_rng(seed)
     scene = scenes.draw_scene(rng, long_side=LONG_SIDE)
     asked = [
-        *scenes.attribute_queries(scene, rng)[:1],
-        *scenes.reasoning_queries(scene, rng)[:2],
-        *scenes.multi_queries(scene, rng)[:1],
-        *scenes.absent_queries(scene, rng)[:1],
+        *scene_texts.attribute_queries(scene, rng)[:1],
+        *scene_texts.reasoning_queries(scene, rng)[:2],
+        *scene_texts.multi_queries(scene, rng)[:1],
+        *scene_texts.absent_queries(scene, rng)[:1],
     ]
     path = folder / f"scene_{seed}.png"
     save_picture(path, scene.image)

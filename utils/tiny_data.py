@@ -13,6 +13,15 @@ from torch.utils.data import DataLoader, Dataset
 from utils import scenes
 from utils.datasets.templates import ANSWERS, QUESTIONS
 from utils.processor import UGroundProcessor
+from utils.scene_texts import (
+    CAPTION_REQUESTS,
+    absent_queries,
+    attribute_queries,
+    caption,
+    multi_queries,
+    questions,
+    reasoning_queries,
+)
 from utils.transforms import resize_and_pad
 from utils.types import Batch, Sample, Turn
 
@@ -83,19 +92,19 @@ def conversation(scene: scenes.Scene, rng: np.random.Generator) -> tuple[Turn, t
     """One question about a scene: its turn and the shapes it means (() = none is there, None = no mask asked for)."""
     kind = str(rng.choice(list(CONVERSATIONS), p=list(CONVERSATIONS.values())))
     makers = {
-        "attribute": scenes.attribute_queries,
-        "reasoning": scenes.reasoning_queries,
-        "multi": scenes.multi_queries,
-        "absent": scenes.absent_queries,
+        "attribute": attribute_queries,
+        "reasoning": reasoning_queries,
+        "multi": multi_queries,
+        "absent": absent_queries,
     }
     queries = makers[kind](scene, rng) if kind in makers else []
     if not queries and kind != "caption":
-        pairs = scenes.questions(scene, rng)
+        pairs = questions(scene, rng)
         if pairs:
             return Turn(*pairs[0]), None
     if not queries:
-        requests = scenes.CAPTION_REQUESTS
-        return Turn(requests[rng.integers(len(requests))], scenes.caption(scene, rng)), None
+        requests = CAPTION_REQUESTS
+        return Turn(requests[rng.integers(len(requests))], caption(scene, rng)), None
     query = queries[0]
     asked = (*QUESTIONS["sentence" if query.is_sentence else "phrase"], "{query}")  # people type the bare query, too
     said = ANSWERS["absent" if not query.targets else "merged" if len(query.targets) > 1 else "target"]
@@ -183,10 +192,8 @@ def language_check_batch(drawn: list, processor: UGroundProcessor) -> dict:
     samples, kinds, seg_of = [], [], []
     coverage: list[torch.Tensor] = []
     for number, (scene, rng) in enumerate(drawn):
-        queries = {
-            q.family: q for q in scenes.attribute_queries(scene, rng)[:1] + scenes.absent_queries(scene, rng)[:1]
-        }
-        queries |= {q.family: q for q in scenes.reasoning_queries(scene, rng) + scenes.multi_queries(scene, rng)[:1]}
+        queries = {q.family: q for q in attribute_queries(scene, rng)[:1] + absent_queries(scene, rng)[:1]}
+        queries |= {q.family: q for q in reasoning_queries(scene, rng) + multi_queries(scene, rng)[:1]}
         talks: list[tuple[Turn, ...]] = []
         masks = []
         for family, query in queries.items():
