@@ -156,6 +156,10 @@ def bench_model(args: argparse.Namespace) -> list[str]:
         "seconds": times,
         "images_per_second": preset.batch / step,
         "tokens_per_second": tokens / step,
+        "answered_images_per_second": {
+            images: images / (times[case]["median"] + images * times["SAM encoder"]["median"])
+            for images, case in ((1, "1 question"), (8, "8 images"))
+        },
         "utilisation": benchmark.utilisation(bench, step),
     }
     if args.json:
@@ -181,10 +185,12 @@ def _model_tables(args: argparse.Namespace, figures: dict[str, Any], tokens: int
     ]
     clock = "wall time" if figures["device"] != "CPU" else "processor time"
     speed = f"{figures['images_per_second']:.2f} images/s and {figures['tokens_per_second']:,.0f} tokens/s"
+    answered = ", ".join(f"{v:.2f} images/s at batch {k}" for k, v in figures["answered_images_per_second"].items())
     used = f", {figures['utilisation']:.0%} of the device's peak" if figures["utilisation"] else ""
     return [
         f"preset {args.preset} on {figures['device']}, {args.repeats} turns, {clock}",
         f"UGround's step with cached SAM features: {tokens} tokens, {speed}{used}",
+        f"a question per image, 12 tokens, a mask, with SAM's encoder: {answered}",
         "",
         *table([["ratio", "median", "spread", "at most"], *ratios]),
         "",

@@ -93,9 +93,9 @@ def test_the_model_benchmark_writes_all_that_it_measured(
     assert bench.main(["--preset", "tiny", "--repeats", "1", "--device", "cpu", "--json", str(file)]) == 0
     found, printed = json.loads(file.read_text()), capsys.readouterr().out
     assert {"preset", "device", "commit", "ratios", "parts", "images_per_second", "tokens_per_second"} <= set(found)
-    assert {row.name: row.bar for row in benchmark.ratios()}.items() <= {
-        name: row["bar"] for name, row in found["ratios"].items()
-    }.items()
+    wanted = {row.name: row.bar for row in benchmark.ratios() if "compiled" not in row.name}  # a minute, with --compile
+    assert wanted.items() <= {name: row["bar"] for name, row in found["ratios"].items()}.items()
+    assert all(found["answered_images_per_second"][images] > 0 for images in ("1", "8"))
     for name, row in found["ratios"].items():
         assert 0 < row["min"] <= row["median"] <= row["max"], name
         assert f"| {name} " in printed

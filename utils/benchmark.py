@@ -188,10 +188,10 @@ class Bench:
         finally:
             hook.remove()
 
-    def ask(self, questions: int = 1, answers: bool = False, **options) -> Callable[[], None]:
-        """A call that answers questions about an image with masks: written in 12 tokens, or given. SAM's features are
+    def ask(self, questions: int = 1, answers: bool = False, images: int = 1, **options) -> Callable[[], None]:
+        """A call that answers questions about each image with masks: written in 12 tokens, or given. SAM's features are
         read from the disk."""
-        samples = self.samples(questions, images=1)
+        samples = self.samples(questions, images=images)
         asked = [[turns[0].question for turns in sample.conversations] for sample in samples]
         given = [[turns[0].answer for turns in sample.conversations] for sample in samples] if answers else None
         batch = self.processor.prompts([sample.image for sample in samples], asked, given)
@@ -396,6 +396,7 @@ def ratios() -> list[Ratio]:
         Ratio("8 questions / 1, written, cached features", "8 questions", "1 question"),
         Ratio("8 expressions / 1, answers given, cached features", "8 given", "1 given"),
         Ratio("mc:16 / argmax, written, cached features", "mc:16", "1 question"),
+        Ratio("8 images / 1, written, cached features", "8 images", "1 question"),
         Ratio("SAM's encoder compiled / as it is", "SAM encoder compiled", "SAM encoder"),
     ]
 
@@ -432,7 +433,8 @@ def cases(bench: Bench, compiled: bool) -> dict[str, Callable[[], Any]]:
         "written": bench.write_with_cache,
         "written without cache": bench.write_without_cache,
     }
-    found |= {"1 question": bench.ask(1), "8 questions": bench.ask(8), "mc:16": bench.ask(1, layer_policy="mc:16")}
+    found |= {"1 question": bench.ask(1), "8 questions": bench.ask(8), "8 images": bench.ask(images=8)}
+    found |= {"mc:16": bench.ask(1, layer_policy="mc:16")}
     found |= {"1 given": bench.ask(1, answers=True), "8 given": bench.ask(8, answers=True)}
     image = bench.batch(bench.samples(1, images=1)).sam_images
     sam = bench.model.visual_model
