@@ -8,12 +8,14 @@ import pickle
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, PreTrainedModel
 from transformers.initialization import no_init_weights
+from transformers.utils import logging as transformers_logging
 
 from model import formats
 from model.sam import SamShape
@@ -25,6 +27,7 @@ WEIGHT_FILES = (
     ("pytorch_model*.bin", "pytorch_model.bin.index.json"),
 )
 NEW_PARTS = ("text_hidden_fcs.", "ppm.")  # what training starts from scratch
+OTHER_HALF = ("text_model.", "text_projection.", "visual_projection.", "logit_scale")  # of CLIP, which reads texts
 LLAMA_KEYS = [
     "vocab_size",
     "hidden_size",
@@ -264,8 +267,30 @@ def build(config: UGroundConfig, dtype: torch.dtype) -> UGroundForCausalLM:
 
 
 def read_tower(folder: str | Path) -> dict[str, torch.Tensor]:
-    """CLIP's vision tower as this project names it."""
-    tower = CLIPVisionModel.from_pretrained(folder, dtype="auto")
+    """CLIP's vision tower as this project names it; a whole CLIP's other half is left out.
+
+    Raises:
+        ValueError: naming what is missing, unexpected or of another shape: transformers would fill it with noise.
+    """
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # it warns of every weight of the other half
+    try:
+        loaded: Any = CLIPVisionModel.from_pretrained(
+            folder, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True
+        )  # these are named below
+    except OSError as error:
+        raise ValueError(f"--vision_tower: {folder} cannot be loaded: {error}") from error
+    finally:
+        transformers_logging.set_verbosity(level)
+    tower, info = loaded  # a pair, which transformers' annotation does not say
+    strange = [key for key in info["unexpected_keys"] if not key.startswith(OTHER_HALF)]
+    found = {"missing": info["missing_keys"], "unexpected": strange, "of another shape": info["mismatched_keys"]}
+    problems = [f"{len(keys)} {what} ({', '.join(map(str, sorted(keys)[:5]))})" for what, keys in found.items() if keys]
+    if problems:
+        raise ValueError(
+            f"--vision_tower: the weights in {folder} are not those of its config.json: {'; '.join(problems)}. "
+            "Is the download complete, and is it a CLIP?"
+        )
     return {f"vision_tower.{key}": value for key, value in tower.state_dict().items()}
 
 

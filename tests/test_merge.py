@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 from huggingface_hub import ModelCard
+from safetensors.torch import load_file, save_file
 from tiny_run import arguments, write_base
 
 import train_ds
@@ -182,6 +183,24 @@ def test_adapter_answers_as_the_merged_folder(trained, tmp_path, tiny_samples):
     names = {path.name for path in small.iterdir()}
     assert {"adapter_model.safetensors", "adapter_config.json", "trained_parts.safetensors", "README.md"} <= names
     assert "model.safetensors" not in names
+
+
+def test_incomplete_adapters_are_refused(trained, tmp_path):
+    folder = adapter_of(trained, tmp_path)
+    for name, part in (
+        ("adapter_model", "lora_B"),
+        ("trained_parts", "text_hidden_fcs"),
+        ("trained_parts", "ppm.gate"),
+    ):
+        path = folder / f"{name}.safetensors"
+        whole = path.read_bytes()
+        save_file({key: value for key, value in load_file(path).items() if part not in key}, path)
+        with pytest.raises(ValueError, match=rf"incomplete: .* lack \d+ of \d+ .*{part}"):
+            load_pretrained(str(folder))
+        path.write_bytes(whole)
+    (folder / "adapter_model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"incomplete: .*lora_A"):
+        load_pretrained(str(folder))
 
 
 def test_adapter_of_another_base_is_refused(trained, tmp_path):

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import sentencepiece as spm
 import torch
 from safetensors.torch import load_file, save_file
 from segment_anything import sam_model_registry
@@ -30,6 +31,7 @@ from model.weights import fingerprint, grow_vocabulary, load_base, load_strictly
 from scripts.merge_lora import save_merged
 from utils.pipeline import load_for_training, load_pretrained, predict
 from utils.tiny import clip_config, llama_settings, sam_shape
+from utils.tokens import add_special_tokens, load_tokenizer
 
 EXACT = {"rtol": 0, "atol": 0}
 
@@ -297,6 +299,51 @@ def test_keys_that_do_not_fit_are_named(base):
     refused(whole | {lora: whole[norm].clone()}, "adapter that was not merged")
     with pytest.raises(ValueError, match="no key fits"):
         load_strictly(torch.nn.Linear(2, 2), {"a": torch.zeros(1)}, "a file")
+
+
+def test_a_tower_that_does_not_fit_is_named(base):
+    """transformers would fill what is missing with noise."""
+    path = base / "clip/model.safetensors"
+    state = load_file(path)
+    half = {"text_model.embeddings.token_embedding.weight": torch.zeros(3, 2), "logit_scale": torch.zeros(())}
+    save_file(state | half, path, metadata={"format": "pt"})  # a whole CLIP
+    open_base(base)
+    layer = next(key for key in state if "layers.1.mlp.fc1.weight" in key)
+    damaged = {
+        r"1 missing \(.*layers.1.mlp.fc1.weight": {key: value for key, value in state.items() if key != layer},
+        "1 unexpected .*strange.weight": state | {"strange.weight": torch.zeros(2)},
+        "1 of another shape .*fc1.weight": state | {layer: torch.zeros(2, 2)},
+    }
+    for message, content in damaged.items():
+        save_file(content, path, metadata={"format": "pt"})
+        with pytest.raises(ValueError, match=f"--vision_tower: (?s:.*){message}"):
+            open_base(base)
+
+
+def test_sentencepiece_alone_is_read_as_llama_reads_it(base):
+    """As LLaVA-1.5 is published: tokenizer.model, no tokenizer.json, and a type for which AutoTokenizer errs."""
+    folder = base / "llava"
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+    text = folder / "text.txt"
+    text.write_text((ROOT / "README.md").read_text())
+    spm.SentencePieceTrainer.train(
+        input=str(text), model_prefix=str(folder / "tokenizer"), vocab_size=450, model_type="bpe", byte_fallback=True,
+        unk_id=0, bos_id=1, eos_id=2, pad_id=-1, normalization_rule_name="identity", remove_extra_whitespaces=False,
+        allow_whitespace_only_pieces=True, minloglevel=2,
+    )  # fmt: skip
+    settings = {"tokenizer_class": "LlamaTokenizer", "legacy": False, "add_bos_token": True, "pad_token": "<unk>"}
+    tokens = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | tokens))
+    expected = spm.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    tokenizer = load_tokenizer(folder)
+    for words in ("A chat between a user and a model.", "one\nline", "layer 7"):
+        assert tokenizer(words).input_ids == [1, *expected.encode(words)], words
+    add_special_tokens(tokenizer)
+    said = tokenizer("it is [SEG].", add_special_tokens=False).input_ids
+    assert said.count(tokenizer.convert_tokens_to_ids("[SEG]")) == 1
+    tokenizer.save_pretrained(folder / "again")
+    assert load_tokenizer(folder / "again")("A chat [SEG].").input_ids == tokenizer("A chat [SEG].").input_ids
 
 
 def test_a_missing_shard_is_named(base):

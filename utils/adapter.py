@@ -75,22 +75,32 @@ def apply(model: nn.Module, folder: Path, meta: dict[str, Any]) -> None:
     Raises:
         ValueError: if the adapter has another shape than the model.
     """
-    parts = load_file(folder / PARTS)
+    parts, settings = load_file(folder / PARTS), meta["config"]["model"]
+    lora = load_file(folder / LORA) if (folder / LORA).is_file() else {}
     own = model.state_dict()
     wrong = [name for name, value in parts.items() if name not in own or own[name].shape != value.shape]
     if wrong:
         raise ValueError(f"--version: {folder} does not fit its base: {', '.join(wrong[:5])}")
+    wanted = {plain_name(name) for name in meta["trained"]} | {name for name in own if name.startswith(NEW_PARTS)}
+    if missing := sorted(wanted - parts.keys() - {plain_name(name) for name in lora}):
+        raise ValueError(
+            f"--version: {folder} is incomplete: {PARTS} and {LORA} lack {len(missing)} of {len(wanted)} trained "
+            f"weights: {', '.join(missing[:5])}; copy it again, or write it anew with merge_lora.py --adapter_only"
+        )
     model.load_state_dict(parts, strict=False)
-    if not (folder / LORA).is_file():
+    if not lora:
         return
-    lora = load_file(folder / LORA)
-    settings = meta["config"]["model"]
     scale = settings["lora_alpha"] / settings["lora_r"]
     for key in (key for key in lora if key.endswith(".lora_A.weight")):
         name = key.removeprefix("base_model.model.").replace(".lora_A", "")
         weight = model.get_parameter(name)
         product = lora[key.replace("lora_A", "lora_B")] @ lora[key]
         weight.data = (weight.float() + product * scale).to(weight.dtype)
+
+
+def plain_name(name: str) -> str:
+    """A weight's name, without what peft puts around it."""
+    return name.removeprefix("base_model.model.").replace(".default.", ".")
 
 
 def read_meta(folder: Path) -> dict[str, Any]:

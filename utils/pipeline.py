@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from model.formats import Release, release_of
@@ -28,7 +27,7 @@ from utils import adapter
 from utils.config import config_from
 from utils.conversation import SYSTEM_PROMPT
 from utils.processor import UGroundProcessor
-from utils.tokens import IMAGE, add_special_tokens, token_ids
+from utils.tokens import IMAGE, add_special_tokens, load_tokenizer, token_ids
 from utils.types import Prediction
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -56,7 +55,7 @@ def load_for_training(
         ValueError: for wrong paths, weights that do not fit, or a tokenizer without the special tokens.
     """
     model, rows = load_base(version, vision_tower, vision_pretrained, PRECISIONS[precision], settings or {})
-    tokenizer = AutoTokenizer.from_pretrained(version)
+    tokenizer = load_tokenizer(version)
     known = len(tokenizer)
     add_special_tokens(tokenizer)
     grow_vocabulary(model, known, len(tokenizer))
@@ -104,7 +103,11 @@ def load_pretrained(
         )
     processor = UGroundProcessor.from_pretrained(folder)
     loaded: Any = UGroundForCausalLM.from_pretrained(
-        folder, dtype=PRECISIONS[precision], output_loading_info=True, local_files_only=True
+        folder,
+        dtype=PRECISIONS[precision],
+        output_loading_info=True,
+        local_files_only=True,
+        ignore_mismatched_sizes=True,  # they are named below
     )
     model, info = loaded  # a pair, which transformers' annotation does not say
     problems = {
@@ -144,7 +147,7 @@ def _load_released(
             f"--version: {folder} is a published checkpoint, which holds no CLIP; give --vision_tower, "
             f"the folder of the tower that it was trained with ({vision_tower or 'its configuration has no name'})"
         )
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = load_tokenizer(folder)
     tokenizer.add_tokens([IMAGE], special_tokens=True)  # stands where features are put in; has no embedding
     ids = token_ids(tokenizer, f"--version: the tokenizer of {folder}")
     settings = {"seg_token_id": ids.seg, "rej_token_id": ids.rej, "eos_token_id": ids.eos, "pad_token_id": ids.pad}

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from model.sam_cache import image_key
 from utils.collate import Row, collate_rows, cut
 from utils.conversation import SYSTEM_PROMPT, PromptBuilder
-from utils.tokens import token_ids
+from utils.tokens import load_tokenizer, token_ids
 from utils.transforms import CLIP_FITS
 from utils.types import Batch, Sample, Turn
 
@@ -72,7 +72,7 @@ class UGroundProcessor:
         if not path.is_file():
             raise ValueError(f"{folder} is no UGround folder: it has no {FILE_NAME} (scripts/merge_lora.py writes one)")
         settings = json.loads(path.read_text()) | overrides
-        return cls(AutoTokenizer.from_pretrained(folder), **settings)
+        return cls(load_tokenizer(folder), **settings)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes the tokenizer's files and ``uground_processor.json``."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerBase
 
 SEG, REJ, IMAGE, IM_START, IM_END = "[SEG]", "[REJ]", "<image>", "<im_start>", "<im_end>"
 SPECIAL_TOKENS = (SEG, REJ, IM_START, IM_END, IMAGE)
@@ -21,6 +22,17 @@ class TokenIds:
     im_end: int
     eos: int
     pad: int
+
+
+def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
+    """A checkpoint's tokenizer.
+
+    LLaVA-1.5 is published with SentencePiece's file alone. For its ``model_type``, AutoTokenizer takes a class that
+    leaves out the space before the first word, so that prompts would begin with a token the model was not trained on.
+    """
+    if (Path(folder) / "tokenizer.model").is_file() and not (Path(folder) / "tokenizer.json").is_file():
+        return LlamaTokenizer.from_pretrained(folder)
+    return AutoTokenizer.from_pretrained(folder)
 
 
 def add_special_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
