@@ -32,6 +32,7 @@ from utils.datasets.mixture import Mixture, MixtureSampler
 from utils.engine import build_engine, build_model, deepspeed_settings, gradient_norms
 from utils.evaluate import Asking, evaluate
 from utils.logging import DivergedError, Meter, RunLog, check_finite, validation_sheet
+from utils.metrics import metric_names
 from utils.pipeline import PRECISIONS, cache_sam_features
 from utils.processor import UGroundProcessor
 from utils.run_report import write_report
@@ -117,7 +118,8 @@ def build(config: Config, device: torch.device) -> Run:
     start = where_to_start(config)
     meta = checkpoints.describe_settings(config, mixture.describe())
     if start:
-        checkpoints.check_same_run(start, meta)  # before minutes of loading
+        before = checkpoints.check_same_run(start, meta)  # before minutes of loading
+        check_steps_left(config, start, before["step"])
     settings = deepspeed_settings(config, distributed.world_size())
     model, processor, loaded = build_model(config)
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -139,6 +141,11 @@ def build(config: Config, device: torch.device) -> Run:
     log.event("start", run.step, command=shlex.join(sys.argv), resumed=str(start or ""), weights=weights, **meta)
     if start:
         log.say(f"going on from {start} (step {run.step} of {run.total_steps})")
+        if (planned := planned_steps(saved)) != run.total_steps:
+            log.say(
+                f"warning: the run had {planned} steps, and now has {run.total_steps}: from here on the learning rate "
+                "is that of the new schedule, and may rise"
+            )
     if run.step < run.total_steps:
         tried = validate(run, limit=1)  # a benchmark that fails must not end the run after its first epoch
         if tried:
@@ -188,6 +195,9 @@ def open_data(config: Config) -> tuple[Mixture, list[EvalDataset]]:
             opened.append(make())
         except DataError as error:
             problems.append(str(error))
+    metric = config.eval.val_metric
+    if not problems and opened[1:] and metric not in (known := metric_names(opened[1].benchmark)):
+        problems.append(f"--val_metric {metric}: {opened[1].spec} reports {', '.join(known)}")
     if problems:
         raise ConfigError(problems)
     return opened[0], opened[1:]
@@ -210,6 +220,21 @@ def where_to_start(config: Config) -> Path | None:
             f"another one with --exp_name {name}-2, or remove the folder"
         )
     return checkpoints.find_checkpoint(folder) if there else None
+
+
+def check_steps_left(config: Config, start: Path, step: int) -> None:
+    """Refuses a checkpoint behind the run's end, or at the end of another run: nothing would be trained or written."""
+    train, other = config.train, start.resolve().parents[1] != config.run_folder.resolve()
+    if step > config.total_steps or (step == config.total_steps and other):
+        raise checkpoints.CheckpointError(
+            f"{start} is at step {step}, and --epochs {train.epochs} x --steps_per_epoch {train.steps_per_epoch} end "
+            f"at {config.total_steps}: nothing is left to train. Raise --epochs, or merge this checkpoint"
+        )
+
+
+def planned_steps(saved: dict[str, Any]) -> int:
+    """What the run of a checkpoint was to have."""
+    return saved["config"]["train"]["epochs"] * saved["config"]["train"]["steps_per_epoch"]
 
 
 def open_log(config: Config, step: int) -> RunLog:

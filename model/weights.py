@@ -109,6 +109,12 @@ def read_json(folder: Path, what: str) -> dict:
     if not folder.is_dir():
         raise ValueError(f"{what}: {folder} is no folder; download it first and give its path")
     if not path.is_file():
+        for run in (folder, *folder.absolute().parents[:2]):
+            if (run / "checkpoints/index.json").is_file():
+                raise ValueError(
+                    f"{what}: {folder} is of a training run, not a model. Write the model first, with "
+                    f"python scripts/merge_lora.py --checkpoint {run} --output {run / 'merged'}, and give that folder"
+                )
         raise ValueError(f"{what}: {folder} has no config.json")
     try:
         return json.loads(path.read_text())

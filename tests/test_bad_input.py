@@ -154,7 +154,12 @@ def test_wrong_model_folders(capsys, version, photo, data, tmp_path):  # noqa: F
     empty.mkdir()
     other.mkdir()
     (other / "config.json").write_text('{"model_type": "llava"}')
+    run = tmp_path / "run"
+    (run / "checkpoints/step_00000006").mkdir(parents=True)
+    (run / "checkpoints/index.json").write_text("{}")
     for folder, words in (
+        (run, ["is of a training run", f"merge_lora.py --checkpoint {run}"]),
+        (run / "checkpoints/step_00000006", ["is of a training run", f"merge_lora.py --checkpoint {run}"]),
         (tmp_path / "nowhere", ["nowhere is no folder"]),
         (empty, ["empty has no config.json"]),
         (other, ["'llava'", "merge_lora"]),

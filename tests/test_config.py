@@ -146,6 +146,7 @@ def test_all_problems_at_once():
 
 def test_names_of_other_trainers_are_understood():
     assert "did you mean --lr?" in problems(*NEEDED, "--learning_rate", "1")[0]
+    assert problems(*NEEDED, "--eval_only", "true")[0].endswith("unknown flag --eval_only: evaluate with test.py")
 
 
 @pytest.mark.parametrize(
@@ -176,7 +177,7 @@ def test_names_of_other_trainers_are_understood():
         ("ppm: {policy_gradient: exact, baseline: critic}", "takes reward seg and baseline average"),
         ("loss: {map_terms: [gaussian_bce, iou]}", "'iou' is not one of gaussian_bce, gaussian_dice, bce, dice"),
         ("eval: {val_layer_policy: softly}", "'softly' is not one of argmax, last, sample, soft"),
-        ("data: {sample_rates: [1, 2, 3]}", "3 rates for 2 types (refer_seg||reason_seg)"),
+        ("data: {sample_rates: [1, 2, 3]}", "3 rates, but --dataset names 2 (refer_seg||reason_seg)"),
         ("train: {epochs: 1, steps_per_epoch: 50}", "do not fit into a run of 50"),
         ("train: {resume: x, auto_resume: true}", "ambiguous"),
         ("eval: {val_dataset: []}", "name a benchmark, or give --no_eval"),

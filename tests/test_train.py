@@ -247,12 +247,32 @@ def test_resuming_another_run_is_refused(run_here, base, data):
     assert log_lines(run.parent / "longer", "train")[0]["step"] == 4
 
 
+def test_a_run_of_another_length_says_so(run_here):
+    run, _ = run_here(no_eval=True, epochs=2)
+    _, printed = run_here(code=2, no_eval=True, epochs=1, auto_resume=True)
+    assert "is at step 6, and --epochs 1 x --steps_per_epoch 3 end at 3" in printed
+    _, printed = run_here(code=2, no_eval=True, epochs=2, resume=run, exp_name="other")
+    assert "nothing is left to train" in printed
+    assert not (run.parent / "other").exists()
+    _, printed = run_here(no_eval=True, epochs=2, auto_resume=True)  # finished, and still there
+    assert "warning" not in printed
+    _, printed = run_here(no_eval=True, epochs=3, auto_resume=True)
+    assert "the run had 6 steps, and now has 9" in printed
+
+
+def test_a_metric_that_is_not_reported_ends_the_run_before_it_begins(run_here):
+    _, printed = run_here(code=2, val_metric="giou")
+    assert "--val_metric giou: ReasonSeg|val_short reports gIoU, cIoU" in printed
+
+
 def test_bad_input_is_named_all_at_once(run_here, tmp_path):
     _, printed = run_here(
         code=2, version=tmp_path / "no_llava", vision_pretrained=tmp_path / "no.pth", dataset="reasonseg"
     )
     for expected in ("no_llava: no such folder", "no.pth: no such file", "Did you mean 'reason_seg'"):
         assert expected in printed
+    _, printed = run_here(code=2, dataset="reasonseg", sample_rates="2,1")  # not that there is a rate too many
+    assert "Did you mean 'reason_seg'" in printed
     _, printed = run_here(code=2, val_dataset="ReasonSeg|vall")
     assert "val" in printed
     assert not (tmp_path / "run").exists()

@@ -103,7 +103,8 @@ def find_checkpoint(path: str | Path, which: str = "latest") -> Path:
     index = read_index(path)
     if which not in index:
         raise CheckpointError(
-            f"{path} holds no checkpoint: neither {META} nor {FOLDER}/{INDEX} with {which!r} is there"
+            f"{path} holds no checkpoint: neither {META} nor {FOLDER}/{INDEX} with {which!r} is there; give the folder "
+            "of a run (runs/NAME)"
         )
     found = path / FOLDER / index[which]
     if not (found / META).is_file():

@@ -73,6 +73,19 @@ ELSEWHERE = {  # what other trainers call a setting
     "num_classes_per_sample": "questions_per_image",
     "print_freq": "log_every",
 }
+GONE = {  # what other trainers set, and what became of it
+    "eval_only": "evaluate with test.py",
+    "start_epoch": "--auto_resume true goes on where the run was",
+    "image_size": "the input's size is read off SAM's weights",
+    "out_dim": "phi's width is read off SAM's weights",
+    "use_mm_start_end": "images always stand between their two tokens",
+    "train_mask_decoder": "SAM's mask decoder always trains",
+    "conv_type": "the template is always LLaVA-1.5's",
+    "exclude_val": 'name the splits to train on, as in --reason_seg_data "ReasonSeg|train"',
+    "vis_save_path": "chat.py writes to its --output",
+    "load_in_8bit": "test.py, chat.py and app.py take --quantize 8bit",
+    "load_in_4bit": "test.py, chat.py and app.py take --quantize 4bit",
+}
 EXPECTED = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 
 
@@ -231,6 +244,8 @@ def _flatten(content: Mapping[str, Any], origin: str, problems: list[str]) -> di
 
 
 def _nearest(name: Any, known: Sequence[str]) -> str:
+    if name in GONE:
+        return f": {GONE[name]}"
     found = [ELSEWHERE[name]] if name in ELSEWHERE else difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
     return f"; did you mean {found[0]}?" if found else ""
 
@@ -292,9 +307,10 @@ def _contradictions(config: Config) -> Iterable[tuple[str, str]]:
         yield "gaussian_kernel", f"{config.loss.gaussian_kernel} is even; it must be odd"
     if not data.dataset:
         yield "dataset", "is empty; name at least one type"
-    if data.sample_rates and len(data.sample_rates) != len(data.dataset):
-        rates, types = len(data.sample_rates), len(data.dataset)
-        yield "sample_rates", f"{rates} rates for {types} types ({'||'.join(data.dataset)}); give one for each"
+    types = {name.removesuffix("_data") for name in FIELDS if name.endswith("_data")}  # a wrong one is named later
+    if data.sample_rates and len(data.sample_rates) != len(data.dataset) and types.issuperset(data.dataset):
+        named = f"--dataset names {len(data.dataset)} ({'||'.join(data.dataset)})"
+        yield "sample_rates", f"{len(data.sample_rates)} rates, but {named}; give --sample_rates one for each"
     if data.sample_rates and not (min(data.sample_rates) >= 0 and sum(data.sample_rates) > 0):
         yield "sample_rates", f"{list(data.sample_rates)} must be at least 0, and not all 0"
     if -1 < data.explanatory < 0:

@@ -184,6 +184,11 @@ METRICS: dict[str, dict[str, Parts]] = {  # by the beginning of a benchmark's na
 REJECTING = tuple(METRICS)  # an answer may say that nothing is there
 
 
+def metric_names(benchmark: str) -> list[str]:
+    """What is reported of a benchmark; ``mc:T`` adds AURC and AUSE."""
+    return list(_parts_of(benchmark))
+
+
 def _parts_of(benchmark: str) -> dict[str, Parts]:
     return next((table for name, table in METRICS.items() if benchmark.startswith(name)), DEFAULT)
 

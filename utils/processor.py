@@ -122,6 +122,11 @@ class UGroundProcessor:
             ValueError: if a question is empty, or longer (with its answer) than the model reads; if an image has none.
         """
         rows, room = [], self.max_tokens - len(self.builder.prefix_ids)
+        if room < 1:
+            raise ValueError(
+                f"the image and the beginning of the prompt take {len(self.builder.prefix_ids)} tokens, and rows have "
+                f"at most {self.max_tokens}; raise --model_max_length (training) or max_tokens in {FILE_NAME}"
+            )
         for i, (image, asked) in enumerate(zip(images, questions, strict=True)):
             if not asked:
                 raise ValueError(f"image {i} has no question")
