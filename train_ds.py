@@ -47,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         run = build(config, distributed.init())
         train(run)
         report(run)
+        warn_of_skipped(run)
         merge = f"python scripts/merge_lora.py --checkpoint {config.run_folder} --output {config.run_folder / 'merged'}"
         run.log.say(f"done; next: {merge}")
         return 0
@@ -72,6 +73,15 @@ def report(run: Run) -> None:
         run.log.say(f"wrote {write_report(folder)}")
     except Exception as error:  # whatever it is, it must not make a finished training fail
         run.log.say(f"warning: no report ({error!r}); try again with python scripts/report.py {folder}")
+
+
+def warn_of_skipped(run: Run) -> None:
+    """A data set that is half there must not pass for a whole one."""
+    if skipped := int(run.mixture.skipped.sum()):
+        run.log.say(
+            f"warning: {skipped} times a record that was drawn could not be read, and another one took its place "
+            "(named above); are the data complete?"
+        )
 
 
 def complain(error: ValueError) -> None:

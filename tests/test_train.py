@@ -260,6 +260,18 @@ def test_a_run_of_another_length_says_so(run_here):
     assert "the run had 6 steps, and now has 9" in printed
 
 
+def test_a_data_set_that_is_half_there_does_not_pass_for_a_whole_one(run_here, data, tmp_path):
+    copy = tmp_path / "half"
+    shutil.copytree(data, copy)
+    for path in sorted((copy / "refer_seg/images/mscoco/images/train2014").glob("*.jpg"))[::2]:
+        path.write_bytes(b"")
+    flags = {"dataset": "refer_seg", "epochs": 1, "no_eval": True, "dataset_dir": copy}
+    _, printed = run_here(**flags)
+    assert re.search(r"warning: \d+ times a record that was drawn could not be read", printed)
+    _, printed = run_here(**flags | {"dataset_dir": data, "exp_name": "whole"})
+    assert "could not be read" not in printed
+
+
 def test_a_metric_that_is_not_reported_ends_the_run_before_it_begins(run_here):
     _, printed = run_here(code=2, val_metric="giou")
     assert "--val_metric giou: ReasonSeg|val_short reports gIoU, cIoU" in printed

@@ -18,6 +18,7 @@ from utils.types import Sample
 logger = logging.getLogger(__name__)
 
 MAX_TRIES = 100
+MAX_LOGGED = 10  # records that cannot be read, per process
 
 
 class Mixture(Dataset):
@@ -103,9 +104,12 @@ class Mixture(Dataset):
         )
 
     def _log(self, name: str, message: str) -> None:
-        if message not in self._logged:
-            self._logged.add(message)
-            logger.warning("%s: a record is skipped: %s", name, message)
+        if message in self._logged or len(self._logged) > MAX_LOGGED:
+            return
+        self._logged.add(message)
+        if len(self._logged) > MAX_LOGGED:
+            message = f"{MAX_LOGGED} are named above; from here on they are only counted (skipped)"
+        logger.warning("%s: a record is skipped: %s", name, message)
 
     def describe(self, num_samples: int | None = None) -> list[dict[str, Any]]:
         """Per data set: type, name, share of the samples, its counts, and the draws skipped so far.
