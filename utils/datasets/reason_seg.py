@@ -143,7 +143,10 @@ def split_folders(name: str, row: Row, split: str, dataset_dir: Path) -> list[Pa
     folders = [root / part for part in split.split("_")]
     if not all(folder.is_dir() for folder in folders):
         known = sorted(path.name for path in root.iterdir() if path.is_dir() and path.name != "explanatory")
-        raise DataError(f"{name}: {unknown('split', split, known)} (folders of {root})")
+        known += [f"{part}_{length}" for part in known for length in ("short", "long")]
+        raise DataError(
+            f"{name}: {unknown('split', split, known)} (in {root})"
+        )
     return folders
 
 

@@ -40,7 +40,7 @@ class ReferSplit:
                 "refs": [folder / file.replace("{split_by}", split_by) for file in row.annotations],
                 "instances": [folder / "instances.json"],
             },
-            "check --dataset_dir, and the split_by part of the name",
+            f"check --dataset_dir, and the name: {name}|WHO MADE THE SPLITS|SPLIT, for example refcoco|unc|val",
         )
         self.folders = [dataset_dir / images for images in row.images]
         self.index: ReferIndex = build_index(self.name, refs, instances, split, row.false_premises)
