@@ -15,7 +15,9 @@ from model.sam import resized_size
 IGNORE = 255
 EPSILON = 1e-6
 DICE_SCALE = 1000.0
-PIXELS_AT_ONCE = 2**22  # of masks that are worked on together; a loss keeps 35 bytes of each for its backward pass
+# Of masks that are worked on together. The losses keep 35 bytes of each for the backward pass; 13 where the masks of an
+# image have more and go in parts, of which one at a time is computed anew.
+PIXELS_AT_ONCE = 2**22
 
 
 def masks_at_once(masks: torch.Tensor) -> int:

@@ -86,7 +86,7 @@ def test_dense_line():
         "mask 0.100+0.300",
         "map 0.700+0.900",
         "policy -0.010 H 2.10",
-        "reward -1.60 (mean -1.70)",
+        "reward -1.60 (baseline -1.70)",
         "layer 2.0±1.0",
         "lr 3.0e-04",
         "|g| 0.80",

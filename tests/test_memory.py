@@ -83,6 +83,12 @@ def test_activations_are_what_autograd_keeps(checkpointing):
     assert measured / expected == pytest.approx(1, abs=0.15), (measured, parts)
 
 
+def test_a_tenth_of_a_card_stays_free():
+    assert memory.fits(21.6e9, 24)
+    assert not memory.fits(21.7e9, 24)
+    assert memory.fits(72e9, 80)
+
+
 def test_tables(capsys):
     assert doctor.main(["--memory"]) == 0
     out = capsys.readouterr().out
@@ -90,6 +96,10 @@ def test_tables(capsys):
         assert expected in out
     lines = {line[:51].strip(): line for line in out.splitlines()[: len(out.splitlines()) // 2]}
     assert lines["1 GPU, as configured"].rstrip().endswith(" 40, 80")
+    tight = lines["1 GPU, checkpointing, 1 image"].split()  # 23.1 GB: less than 24, but by less than 10%
+    assert tight[-3:] == ["23.1", "40,", "80"]
+    assert "1 GPU, gradient checkpointing, offload" in lines
+    assert " 24, 40, 80 (host: 4.6 per GPU)" in lines["1 GPU, gradient checkpointing, offload"]
     assert "are assumptions" in out
 
 

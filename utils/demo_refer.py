@@ -1,4 +1,4 @@
-"""The demo's referring sets: drawn scenes in the layouts of formats.md, B to D."""
+"""The demo's referring sets: drawn scenes in the layouts of docs/data.md."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The demo's sem_seg, reason_seg_plus and multi_reason_seg sets: drawn scenes in the layouts of formats.md, A, G and H.
+"""The demo's sem_seg, reason_seg_plus and multi_reason_seg sets: drawn scenes in the layouts of docs/data.md.
 
 ADE20K and COCO-Stuff have fixed lists of classes, so a kind of shape is called by a name of theirs that looks like it.
 """

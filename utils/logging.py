@@ -206,7 +206,7 @@ def dense_line(step: int, total: int, epoch: float, values: dict[str, Any], seco
     parts += [f"{kind} {values[f'{kind}_bce']:.3f}+{values[f'{kind}_dice']:.3f}" for kind in ("mask", "map")]
     if "policy" in values:
         parts.append(f"policy {values['policy']:+.3f} H {values['entropy']:.2f}")
-    parts.append(f"reward {values['reward']:.2f} (mean {values['baseline']:.2f})")
+    parts.append(f"reward {values['reward']:.2f} (baseline {values['baseline']:.2f})")
     if counts.sum():
         layers = np.arange(len(counts))
         mean = (layers * counts).sum() / counts.sum()

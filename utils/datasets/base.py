@@ -104,7 +104,7 @@ class Row:
         annotations: names of its annotation file in ``path``, tried in turn; ``{split_by}`` is filled in.
         split_by: who made the splits ("unc", "umd"), where the name does not say.
         train_split_by: the same for training, where it is another one.
-        false_premises: whether its sentences say themselves if they are true (formats.md, C and D).
+        false_premises: whether its sentences say themselves if they are true (docs/data.md).
     """
 
     type: str

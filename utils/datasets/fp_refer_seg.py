@@ -1,4 +1,4 @@
-"""neg_refer_seg and correct_refer_seg: expressions of which some are false of the image (formats.md, C and D).
+"""neg_refer_seg and correct_refer_seg: expressions of which some are false of the image (docs/data.md).
 
 Files, index and evaluation are those of refer_seg; sentences say themselves whether they are true.
 """

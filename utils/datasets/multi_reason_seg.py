@@ -1,4 +1,4 @@
-"""multi_reason_seg: MUSE, questions that each mean several objects, one [SEG] for each (formats.md, H)."""
+"""multi_reason_seg: MUSE, questions that each mean several objects, one [SEG] for each (docs/data.md)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""reason_seg: ReasonSeg, one target (region) per image with short or long queries (formats.md, F; evaluation.md)."""
+"""reason_seg: ReasonSeg, one target (region) per image with short or long queries (docs/data.md)."""
 
 from __future__ import annotations
 

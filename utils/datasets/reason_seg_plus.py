@@ -1,4 +1,4 @@
-"""reason_seg_plus: LISA++'s instances, reasoning in steps, conversations and captions (formats.md, G)."""
+"""reason_seg_plus: LISA++'s instances, reasoning in steps, conversations and captions (docs/data.md)."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ def _segmentation(value: Any) -> Any:
 
 
 def _polygons(value: Any, levels: int = 3) -> list[list]:
-    """Polygons as [[x, y], ...] or [x, y, x, y, ...], however deep they are nested (formats.md: one or two levels)."""
+    """Polygons as [[x, y], ...] or [x, y, x, y, ...], however deep they are nested (docs/data.md)."""
     if not isinstance(value, list) or not value or levels < 0:
         return []
     if not any(isinstance(part, list) for part in value):

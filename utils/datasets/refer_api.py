@@ -1,4 +1,4 @@
-"""Referring expressions on disk: ``refs(...).p`` or ``.json`` with ``instances.json`` (formats.md, B to D).
+"""Referring expressions on disk: ``refs(...).p`` or ``.json`` with ``instances.json`` (docs/data.md).
 
 One reader for refclef, refcoco(+/g), grefcoco and refzom, and for the false-premise sets, whose sentences carry more
 keys (they are kept). The index holds one compact record per image; masks are decoded when they are asked for.

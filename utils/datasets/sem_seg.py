@@ -1,6 +1,6 @@
 """sem_seg: classes of label images (ADE20K, COCO-Stuff, Mapillary), objects and parts (PACO, PASCAL-Part).
 
-The files are those of formats.md, A. A class is named as it will be asked about ("dog"), a part as "dog:ear".
+The files are those of docs/data.md. A class is named as it will be asked about ("dog"), a part as "dog:ear".
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""vqa: questions and answers in words, without masks (formats.md, E)."""
+"""vqa: questions and answers in words, without masks (docs/data.md)."""
 
 from __future__ import annotations
 
