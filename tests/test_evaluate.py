@@ -228,6 +228,20 @@ def test_several_seg_are_united():
     assert record.I == record.G == (canvas == 1).sum()
 
 
+@pytest.mark.parametrize("benchmark", ["grefcoco", "MultiReasonSeg"])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_broken_logits_are_no_empty_mask(benchmark, value):
+    class Broken(FakeModel):
+        def answer(self, *what):
+            prediction = super().answer(*what)
+            prediction.mask_logits[..., 3, 4] = value
+            return prediction
+
+    dataset = FakeMuse() if benchmark == "MultiReasonSeg" else FakeDataset(benchmark=benchmark, absent=True)
+    with pytest.raises(ValueError, match=r"fake/0.jpg, 'objects? 1.*': the mask's logits are NaN.*--precision"):
+        run(Broken(), dataset)
+
+
 def test_an_answer_is_as_uncertain_as_its_most_uncertain_mask():
     united = run(FakeModel(wordings={2: "[SEG] and [SEG]"}), layer_policy="mc:4").records
     assert {len(record.uncertainty) for record in united} == {1, 2}

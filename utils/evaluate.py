@@ -343,9 +343,15 @@ def score(index: int, sample: EvalSample, query: EvalQuery, answer: Answer, benc
     """Counts the pixels of one answer.
 
     Raises:
-        ValueError: if the query has several targets although the benchmark expects one (merged) mask.
+        ValueError: if the query has several targets although the benchmark expects one (merged) mask; for logits that
+            are NaN or infinite, which would count as an empty mask.
     """
     matched = benchmark in MATCHED
+    if not np.isfinite(answer.logits).all():
+        raise ValueError(
+            f"{sample.source}, {query.text!r}: the mask's logits are NaN or infinite; the numbers overflow "
+            "(use --precision fp32 or bf16), or the weights are broken (convert or train them again)"
+        )
     if len(query.masks) > 1 and not matched:
         raise ValueError(f"{sample.source}, {query.text!r} has {len(query.masks)} targets; {benchmark} expects one")
     counts = _count_pairs(query, answer) if matched else [_count_merged(sample, query, answer)]
