@@ -197,7 +197,7 @@ def check_resumable(
     """Results of another evaluation are refused before the first one starts, not hours later."""
     for dataset, mode in jobs:
         asking = Asking(mode, args.layer_policy, args.max_new_tokens, args.seed)
-        origin = origin_of(dataset, asking, args.protocol, checkpoint, model)
+        origin = origin_of(dataset, asking, args.protocol, checkpoint, model, args.quantize or "")
         Journal(result_path(output, dataset.spec, mode)).read(origin)
 
 
@@ -219,6 +219,7 @@ def evaluate_one(
         workers=args.workers,
         controls=args.control,
         checkpoint=checkpoint,
+        quantize=args.quantize or "",
         journal=Journal(result_path(output, dataset.spec, mode)),
         resume=args.resume,
         allow_missing=args.allow_missing,

@@ -331,6 +331,15 @@ def test_results_of_another_checkpoint_are_not_gone_on_from(capsys, version, mut
 
 
 @pytest.mark.slow
+def test_answers_of_quantized_layers_are_not_gone_on_from(capsys, version, data, tmp_path, monkeypatch):
+    assert evaluate(capsys, version, data, tmp_path / "out")[0] == 0
+    monkeypatch.setattr(cli, "place", lambda *_: None)  # needs bitsandbytes
+    code, _, err = evaluate(capsys, version, data, tmp_path / "out", "ReasonSeg|val", "--resume", "--quantize", "8bit")
+    assert (code, "precision: 'float32' there, 'float32, 8bit' now" in err) == (2, True)
+    assert evaluate(capsys, version, data, tmp_path / "out", "ReasonSeg|val", "--quantize", "8bit")[0] == 0
+    assert read_results(answers(tmp_path / "out"))[0].precision == "float32, 8bit"
+
+
 def test_kill_and_resume(capsys, version, data, tmp_path):
     """kill -9 as soon as two batches are on disk, the last line cut; the files are as if nothing had happened."""
     more = ("--batch_size", 1, "--mode", "generate")

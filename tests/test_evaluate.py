@@ -581,6 +581,7 @@ def test_without_resume_it_starts_anew(tmp_path):
     ("changed", "message"),
     [
         ({"checkpoint": "new"}, "checkpoint: 'old' there, 'new' now"),
+        ({"quantize": "8bit"}, "precision: 'float32' there, 'float32, 8bit' now"),
         ({"layer_policy": "last"}, "layer_policy: 'argmax' there, 'last' now"),
         ({"dataset": FakeDataset(size=8)}, "images: 7 there, 8 now; queries: 13 there, 15 now"),
     ],

@@ -120,6 +120,7 @@ def evaluate(
     workers: int = 0,
     controls: Sequence[str] = (),
     checkpoint: str = "",
+    quantize: str = "",
     journal: Journal | None = None,
     resume: bool = False,
     allow_missing: bool = False,
@@ -135,6 +136,8 @@ def evaluate(
         workers: processes that load images in the background; 0 = none.
         controls: ``shuffled_prompts`` asks each image the queries of another one, scored against its own truth.
         checkpoint: the fingerprint of the weights, to know their results by.
+        quantize: how the layers were quantized, ``8bit``; empty = not. Results of the one are not gone on from as the
+            other.
         journal: where answers are kept while it runs; None = nowhere.
         resume: go on from the journal's answers.
         allow_missing: leave out images that cannot be read, and say how many.
@@ -153,7 +156,7 @@ def evaluate(
     size = min(len(dataset), limit or len(dataset))
     if "shuffled_prompts" in controls:
         ShuffledPrompts(dataset, range(size), seed)  # raises, if it has to, before hours of work
-    origin = origin_of(dataset, asking, protocol, checkpoint, model)
+    origin = origin_of(dataset, asking, protocol, checkpoint, model, quantize)
     asker = Asker(model, processor, asking, batch_size, workers, allow_missing, progress)
     started = time.perf_counter()
     kept = journal.read(origin) if journal and resume else []
@@ -179,8 +182,11 @@ def evaluate(
     return Result(summary, records, origin)
 
 
-def origin_of(dataset: EvalDataset, asking: Asking, protocol: str | None, checkpoint: str, model) -> Origin:
+def origin_of(
+    dataset: EvalDataset, asking: Asking, protocol: str | None, checkpoint: str, model, quantize: str = ""
+) -> Origin:
     """What the answers depend on."""
+    precision = str(model.dtype).removeprefix("torch.")
     return Origin(
         benchmark=dataset.spec,
         mode=asking.mode,
@@ -189,7 +195,7 @@ def origin_of(dataset: EvalDataset, asking: Asking, protocol: str | None, checkp
         seed=asking.seed,
         protocol=metrics.protocol_of(dataset.benchmark, protocol),
         checkpoint=checkpoint,
-        precision=str(model.dtype).removeprefix("torch."),
+        precision=f"{precision}, {quantize}" if quantize else precision,
         images=len(dataset),
         queries=dataset.num_queries,
     )
