@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from utils import cli, distributed
-from utils.datasets import DataError, get_eval_dataset
-from utils.datasets.base import EvalDataset, check_complete
+from utils.datasets import get_eval_dataset
+from utils.datasets.base import EvalDataset, NotThere, check_complete
 from utils.evaluate import CONTROLS, MODES, Asking, default_mode, evaluate, origin_of, text_blind_scores
 from utils.metrics import PROTOCOLS
 from utils.pipeline import cache_sam_features
@@ -163,7 +163,8 @@ def open_datasets(args: argparse.Namespace) -> tuple[list[EvalDataset], list[str
     """What is to be evaluated; and what of a suite is not there.
 
     Raises:
-        ValueError: if a benchmark that was named is not there, if nothing of a suite is, or if data are incomplete.
+        ValueError: if a benchmark that was named is not there, if nothing of a suite is, or if data are incomplete or
+            damaged.
     """
     if args.suite is None:
         specs = [spec.strip() for spec in args.val_dataset.split("||") if spec.strip()]
@@ -175,7 +176,7 @@ def open_datasets(args: argparse.Namespace) -> tuple[list[EvalDataset], list[str
     for spec in SUITES[args.suite]:
         try:
             datasets.append(get_eval_dataset(spec, args.dataset_dir, allow_missing=True))
-        except DataError as error:
+        except NotThere as error:
             lacking[spec] = str(error)
     if not datasets:
         raise ValueError(

@@ -302,6 +302,12 @@ def test_the_suite_is_printed_as_the_papers_tables(capsys, version, data, tmp_pa
     assert (tmp_path / "out" / "table_3.csv").read_text().startswith("Method,asked,val overall gIoU")
     assert "Not evaluated, the data are not there: ReasonSeg|test, refcoco|unc|val" in out
     assert "not evaluated: refcoco|unc|val: no refs (looked in" in err  # why
+    muse = data / "multi_reason_seg" / "MultiReasonSeg" / "MUSE_val.json"
+    muse.parent.mkdir(parents=True)
+    muse.write_text("[{")
+    code, _, err = evaluate(capsys, version, data, tmp_path / "out", None, "--suite", "paper")
+    assert (code, "MUSE_val.json is not valid JSON" in err) == (2, True)  # damaged is not absent
+    muse.unlink()
     (data / "reason_seg" / "ReasonSeg" / "val" / "2.jpg").unlink()
     code, _, err = evaluate(capsys, version, data, tmp_path / "out", None, "--suite", "paper")
     assert (code, "2.json has no image" in err) == (2, True)  # data that are there must be whole

@@ -14,6 +14,7 @@ from utils.conversation import escape
 from utils.datasets.base import (
     DataError,
     DataOptions,
+    NotThere,
     Row,
     check_polygon,
     check_sample,
@@ -143,7 +144,7 @@ def split_folders(name: str, row: Row, split: str, dataset_dir: Path) -> list[Pa
     folders = [root / part for part in split.split("_")]
     if not all(folder.is_dir() for folder in folders):
         known = sorted(path.name for path in root.iterdir() if path.is_dir() and path.name != "explanatory")
-        raise DataError(f"{name}: {unknown('split', split, known)} (folders of {root})")
+        raise NotThere(f"{name}: {unknown('split', split, known)} (folders of {root})")
     return folders
 
 
