@@ -60,7 +60,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--protocol",
         choices=PROTOCOLS,
         help="of gRefCOCO, for a target that was rejected: grefcoco scores I = 0, gsva the mask that is drawn anyway "
-        "(default: gsva, as the paper reports it)",
+        "(default: gsva, as the paper reports it). A written rejection draws none: --mode generate is always grefcoco",
     )
     layer = parser.add_mutually_exclusive_group()
     layer.add_argument(

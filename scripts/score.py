@@ -44,13 +44,13 @@ def score(path: Path, protocol: str | None = None) -> dict[str, Any]:
     """
     origin, records = read_results(path)
     wanted = protocol or origin.protocol
-    origin = replace(origin, protocol=protocol_of(origin.benchmark.split("|")[0], wanted))
+    origin = replace(origin, protocol=protocol_of(origin.benchmark.split("|")[0], wanted, origin.mode))
     summary = json.loads(json.dumps(summarize(origin, records)))
     beside = path.with_suffix(".json")
     if beside.is_file():
         theirs = json.loads(beside.read_text(encoding="utf-8"))
         summary["counts"] |= {key: theirs["counts"][key] for key in ("skipped", "missing")}
-        if theirs.get("protocol") == summary.get("protocol"):
+        if origin.mode == "generate" or theirs.get("protocol") == summary.get("protocol"):
             for key in ("metrics", "intervals", "breakdown", "counts", "layers"):
                 if theirs[key] != summary[key]:
                     raise ValueError(

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -18,7 +19,8 @@ from PIL import Image
 
 from utils import cli, metrics
 from utils.datasets.base import read_image
-from utils.results import read_results
+from utils.metrics import Record
+from utils.results import Origin, Result, read_results, summarize
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "realdata"
@@ -387,6 +389,25 @@ def test_scores_follow_from_the_answers_alone(capsys, version, data, tmp_path):
     beside.unlink()
     code, out, _ = run(capsys, score, answers(tmp_path / "out"))
     assert (code, f"{again['metrics']['gIoU']:.3f} [" in out) == (0, True)
+
+
+def make_result(protocol="gsva", mode="generate", **values) -> Result:
+    """gRefCOCO with one image and a target of 5 pixels that was rejected, although 4 of them were found."""
+    origin = replace(Origin("grefcoco|unc|val", mode, "argmax", 64, 0, protocol, "abc", "float32", 1, 1), **values)
+    found = 0 if mode == "generate" else 4
+    record = Record(0, "a.jpg", "a", "1", "x", "x?", "no", [], True, False, I=found, U=5, P=found, G=5, masks=[])
+    summary = summarize(origin, [record]) | {"limit": None}
+    summary["counts"] |= {"skipped": 0, "missing": 0}
+    return Result(summary, [record], origin)
+
+
+def test_written_rejections_that_an_older_version_labelled_gsva_are_read(capsys, tmp_path):
+    path = make_result().save(tmp_path)
+    again = score.score(path.with_suffix(".jsonl"))
+    assert (again["protocol"], again["metrics"]["gIoU"]) == ("grefcoco", 0)
+    path.write_text(path.read_text().replace('"gIoU": 0.0', '"gIoU": 1.0'))
+    with pytest.raises(ValueError, match="has other metrics than follow"):  # it is still checked
+        score.score(path.with_suffix(".jsonl"))
 
 
 def test_two_results_are_compared_sample_by_sample(capsys, version, data, tmp_path):

@@ -485,7 +485,7 @@ def test_saved_results_can_be_recomputed(tmp_path, layer_policy):
     summary = json.loads(path.read_text())
     origin, records = read_results(path.with_suffix(".jsonl"))
     assert (origin, records) == (result.origin, result.records)
-    assert (origin.checkpoint, origin.protocol, origin.images, origin.queries) == ("abc", "gsva", 7, len(records))
+    assert (origin.checkpoint, origin.protocol, origin.images, origin.queries) == ("abc", "grefcoco", 7, len(records))
     again = json.loads(json.dumps(summarize(origin, records)))
     assert again.pop("controls") == {}
     assert again.pop("counts").items() <= summary["counts"].items()
@@ -513,6 +513,9 @@ def test_both_protocols_of_grefcoco():
     assert found["grefcoco"].metrics == {"gIoU": 3 / 9, "cIoU": 0, "N-acc": 1, "T-acc": 0}
     assert found["grefcoco"].records == found["gsva"].records
     assert "teacher_forced, grefcoco" in format_table([found["grefcoco"].summary])
+    said = run(FakeModel(wordings={2: "[REJ]"}), dataset, protocol="gsva")  # a written rejection has no mask
+    assert said.summary["protocol"] == "grefcoco"
+    assert metrics.compute(said.records, "grefcoco", "gsva") == said.metrics
     assert "protocol" not in run(protocol="gsva").summary  # other benchmarks have one only
     with pytest.raises(ValueError, match=r"unknown protocol 'voc'; use grefcoco or gsva"):
         run(protocol="voc")

@@ -131,7 +131,7 @@ def evaluate(
     Args:
         model, processor: from ``utils.pipeline``.
         batch_size: images per call of the model.
-        protocol: of gRefCOCO: ``grefcoco`` or ``gsva``; None = as the paper reports it.
+        protocol: of gRefCOCO, teacher forced: ``grefcoco`` or ``gsva``; None = as the paper reports it.
         limit: only the first so many images.
         workers: processes that load images in the background; 0 = none.
         controls: ``shuffled_prompts`` asks each image the queries of another one, scored against its own truth.
@@ -193,7 +193,7 @@ def origin_of(
         layer_policy=asking.layer_policy,
         max_new_tokens=asking.max_new_tokens,
         seed=asking.seed,
-        protocol=metrics.protocol_of(dataset.benchmark, protocol),
+        protocol=metrics.protocol_of(dataset.benchmark, protocol, asking.mode),
         checkpoint=checkpoint,
         precision=f"{precision}, {quantize}" if quantize else precision,
         images=len(dataset),
