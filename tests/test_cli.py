@@ -392,13 +392,16 @@ def test_scores_follow_from_the_answers_alone(capsys, version, data, tmp_path):
 
 
 def make_result(protocol="gsva", mode="generate", **values) -> Result:
-    """gRefCOCO with one image and a target of 5 pixels that was rejected, although 4 of them were found."""
-    origin = replace(Origin("grefcoco|unc|val", mode, "argmax", 64, 0, protocol, "abc", "float32", 1, 1), **values)
+    """gRefCOCO, two images, each with a target of 5 pixels that was rejected although 4 of them were found."""
+    origin = replace(Origin("grefcoco|unc|val", mode, "argmax", 64, 0, protocol, "abc", "float32", 2, 2), **values)
     found = 0 if mode == "generate" else 4
-    record = Record(0, "a.jpg", "a", "1", "x", "x?", "no", [], True, False, I=found, U=5, P=found, G=5, masks=[])
-    summary = summarize(origin, [record]) | {"limit": None}
+    records = [
+        Record(k, f"{k}.jpg", f"{k}", "1", "x", "x?", "no", [], True, False, I=found, U=5, P=found, G=5, masks=[])
+        for k in range(2)
+    ]
+    summary = summarize(origin, records) | {"limit": None}
     summary["counts"] |= {"skipped": 0, "missing": 0}
-    return Result(summary, [record], origin)
+    return Result(summary, records, origin)
 
 
 def test_written_rejections_that_an_older_version_labelled_gsva_are_read(capsys, tmp_path):
@@ -427,6 +430,36 @@ def test_two_results_are_compared_sample_by_sample(capsys, version, data, tmp_pa
     assert read_image(picture).shape[0] > 4 * 220  # two rows for each of two samples
     code, out, _ = run(capsys, compare, files[0], files[0])
     assert (code, "no sample changed" in out) == (0, True)
+
+
+def test_results_that_were_asked_differently_are_compared_with_a_word(capsys, tmp_path):
+    asked = {
+        "a": {"protocol": "gsva", "layer_policy": "last", "precision": "bfloat16"},
+        "b": {"protocol": "grefcoco"},
+        "c": {"mode": "generate"},
+    }
+    files = {}
+    for name, values in asked.items():
+        path = make_result(**{"mode": "teacher_forced"} | values).save(tmp_path / name)
+        files[name] = f"{name}={path.with_suffix('.jsonl')}"
+    code, out, err = run(capsys, compare, files["a"], files["b"])
+    assert code == 0, err
+    assert "a: layer last, bfloat16\nb: layer argmax, float32\n" in out
+    assert "a was evaluated by gsva, b by grefcoco; both are scored by grefcoco" in out
+    assert re.search(r"^gIoU +0\.0000 +0\.0000", out, re.M)
+    code, _, err = run(capsys, compare, files["a"], files["c"])
+    assert (code, "was asked by teacher_forced" in err, "by generate; compare one mode" in err) == (2, True, True)
+
+
+def test_folders_are_compared_with_what_was_asked_and_what_is_missing(capsys, tmp_path):
+    for name, missing, limit in (("a", 3, None), ("b", 0, 8)):
+        result = make_result(mode="teacher_forced", layer_policy="argmax" if name == "a" else "last")
+        result.summary["counts"]["missing"], result.summary["limit"] = missing, limit
+        result.save(tmp_path / name)
+    code, out, err = run(capsys, compare, tmp_path / "a", tmp_path / "b")
+    assert code == 0, err
+    assert "grefcoco|unc|val (teacher_forced, gsva, layer argmax/teacher_forced, gsva, layer last)" in out
+    assert re.search(r"gIoU +0\.800 \(3 missing\) +0\.800 \(first 8 images\)", out)
 
 
 @pytest.mark.parametrize(
