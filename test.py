@@ -35,7 +35,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         description="Evaluates a trained UGround model. Prints a table; writes BENCHMARK.MODE.json (numbers, "
         "intervals, counts, versions) and BENCHMARK.MODE.jsonl (one line per sample, masks as COCO RLE) to --output.",
         epilog="Several GPUs: deepspeed test.py ... or torchrun --nproc_per_node N test.py ...; images are shared out "
-        "without padding or repeats, so the numbers are the same.",
+        "without padding or repeats. The counting is exact; the model's arithmetic depends a little on the batches.",
     )
     add = parser.add_argument
     cli.add_model_flags(parser)
@@ -115,7 +115,7 @@ def add_running_flags(parser: argparse.ArgumentParser) -> None:
     )
     add("--compile_sam", action="store_true", help="torch.compile SAM's image encoder: faster, after half a minute")
     add("--max_new_tokens", type=_positive, default=64, metavar="N", help="longest written answer (default: 64)")
-    add("--seed", type=int, default=0, metavar="S", help="of sampled layers, shuffling and intervals (default: 0)")
+    add("--seed", type=int, default=0, metavar="S", help="of sampled layers and shuffling (default: 0)")
     add("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # passed by the deepspeed launcher
 
 

@@ -1,6 +1,6 @@
 """Puts evaluations side by side: a row per benchmark and metric, a column per model.
 
-    python scripts/compare.py before=runs/tiny/untrained/eval after=runs/tiny/eval
+    python scripts/compare.py before=runs/tiny/untrained-eval after=runs/tiny/eval
 
 Each folder holds what test.py wrote (``BENCHMARK.MODE.json``). Controls (shuffled prompts, answers that ignore the
 text) are shown as the last folder has them. Two files of answers are compared sample by sample:

@@ -391,6 +391,11 @@ def test_scores_follow_from_the_answers_alone(capsys, version, data, tmp_path):
     assert (code, f"{again['metrics']['gIoU']:.3f} [" in out) == (0, True)
 
 
+def test_a_pattern_that_matches_nothing_is_named(capsys, tmp_path):
+    code, _, err = run(capsys, score, tmp_path / "*.jsonl")
+    assert (code, f"no file matches {tmp_path}/*.jsonl" in err) == (2, True)
+
+
 def make_result(protocol="gsva", mode="generate", **values) -> Result:
     """gRefCOCO, two images, each with a target of 5 pixels that was rejected although 4 of them were found."""
     origin = replace(Origin("grefcoco|unc|val", mode, "argmax", 64, 0, protocol, "abc", "float32", 2, 2), **values)

@@ -1,8 +1,8 @@
 """One engine for every benchmark, shared by validation during training and by test.py.
 
 Each image is encoded once for all its questions. Ranks take images r, r + world, ... of the split, without padding or
-repeats; their records are gathered and every metric is computed from records alone (``utils.metrics``), so the result
-depends neither on the batch size nor on the number of processes.
+repeats; their records are gathered and every metric is computed from records alone (``utils.metrics``), so the counting
+depends neither on the batch size nor on the number of processes (the model's arithmetic does, a little).
 """
 
 from __future__ import annotations
