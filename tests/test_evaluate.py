@@ -598,6 +598,22 @@ def test_other_results_are_refused_and_left_alone(tmp_path, changed, message):
     assert path.read_bytes() == before
 
 
+def test_answers_to_other_annotations_are_refused(tmp_path, monkeypatch):
+    path = tmp_path / "fake_val.generate.jsonl"
+    run(journal=Journal(path))
+    before, read = path.read_bytes(), FakeDataset.__getitem__
+
+    def changed(self, index):
+        sample = read(self, index)
+        sample.queries[-1].text += ", the red one" if index == 6 else ""
+        return sample
+
+    monkeypatch.setattr(FakeDataset, "__getitem__", changed)
+    with pytest.raises(ValueError, match=r"fake/6.jpg has other queries now.*leave --resume out"):
+        run(journal=Journal(path), resume=True)
+    assert path.read_bytes() == before
+
+
 def test_another_protocol_goes_on_from_the_same_answers(tmp_path):
     dataset = FakeDataset(absent=True, benchmark="grefcoco")
     options = {"dataset": dataset, "mode": "teacher_forced", "journal": Journal(tmp_path / "a.jsonl")}

@@ -145,7 +145,7 @@ def evaluate(
 
     Raises:
         ValueError: listing the images that cannot be read; for an unknown mode, layer policy, protocol or control; for
-            a journal of another evaluation.
+            a journal of another evaluation, or of other annotations.
     """
     asking = Asking(mode, layer_policy, max_new_tokens, seed)
     unknown = sorted(set(controls) - set(CONTROLS))
@@ -160,6 +160,7 @@ def evaluate(
     asker = Asker(model, processor, asking, batch_size, workers, allow_missing, progress)
     started = time.perf_counter()
     kept = journal.read(origin) if journal and resume else []
+    distributed.fail_together(_changed(dataset, kept))
     records, unread = gather_records(dataset, asker, range(size), kept, origin, journal)
     missing = [*dataset.unusable, *unread]
     summary = summarize(origin, records) | {
@@ -475,6 +476,25 @@ def _unreadable(spec: str, errors: Sequence[str], most: int = 10) -> str:
         f"{spec}: {len(errors)} images cannot be evaluated, which would change the result (test.py --allow_missing "
         f"leaves them out and says how many):{shown}{more}"
     )
+
+
+def _changed(dataset: EvalDataset, kept: Sequence[Record], most: int = 20) -> str | None:
+    """What is wrong with kept answers, if annotations were changed meanwhile; looks at about ``most`` of the images."""
+    found: dict[int, list[tuple[str, str, bool]]] = {}
+    for record in kept:
+        found.setdefault(record.index, []).append((record.query_id, record.query, record.expected_empty))
+    places = sorted(found)
+    for place in places[:: max(1, len(places) // most)]:
+        try:
+            sample = dataset[place]
+        except ValueError:  # it could be read then
+            continue
+        if found[place] != [(query.query_id, query.text, len(query.masks) == 0) for query in sample.queries]:
+            return (
+                f"{sample.source} has other queries now than those that were answered; the annotations were changed: "
+                "leave --resume out"
+            )
+    return None
 
 
 def _check_complete(dataset: EvalDataset, records: Sequence[Record], places: set[int]) -> None:
