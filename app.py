@@ -322,7 +322,9 @@ def wire(on: Handlers, parts: SimpleNamespace, examples: list[Example]) -> None:
     p.stop.click(on.stopped, None, p.chat, cancels=asked, **at_once)
     p.clear.click(on.cleared, [p.image], shown, cancels=asked, **quiet, **MODEL_QUEUE)
     for event in (p.masks.input, p.opacity.release, p.outline.input):
-        event(on.look, [p.masks, p.opacity, p.outline], [p.picture, p.overlay], **at_once)
+        event(
+            on.look, [p.masks, p.opacity, p.outline], [p.picture, p.overlay], trigger_mode="always_last", **at_once
+        )  # a click while the last one is drawn counts
     p.opacity.input(on.preview, [p.masks, p.opacity, p.outline], p.picture, trigger_mode="always_last", **at_once)
     p.seg.input(on.chosen_layer, p.seg, p.layer, **at_once)
     for event in (p.layer.change, p.seg.input):

@@ -23,7 +23,7 @@ from utils.answers import describe, free_stem, save_answer
 from utils.batch import answer_all, find_images, read_prompts
 from utils.datasets.base import read_image
 from utils.session import ImageSession
-from utils.terminal import AnswerPrinter, picture_codes, picture_protocol
+from utils.terminal import AnswerPrinter, picture_codes, picture_protocol, printable
 from utils.types import Prediction
 from utils.visualize import overlay
 
@@ -250,7 +250,7 @@ def talk(chat: Chat, folder: Path) -> int:
     say(HELP)
     while True:
         try:
-            line = ask_user("image file: " if chat.photo is None else f"{chat.photo.path.name}> ")
+            line = ask_user("image file: " if chat.photo is None else f"{printable(chat.photo.path.name)}> ")
             if line is None or line in ("/quit", "/exit"):
                 return 0
             if line:

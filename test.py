@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from utils import cli, distributed
-from utils.datasets import DataError, get_eval_dataset
-from utils.datasets.base import EvalDataset, check_complete
+from utils.datasets import get_eval_dataset
+from utils.datasets.base import EvalDataset, NotThere, check_complete
 from utils.evaluate import CONTROLS, MODES, Asking, default_mode, evaluate, origin_of, text_blind_scores
 from utils.metrics import PROTOCOLS
 from utils.pipeline import cache_sam_features
@@ -35,7 +35,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         description="Evaluates a trained UGround model. Prints a table; writes BENCHMARK.MODE.json (numbers, "
         "intervals, counts, versions) and BENCHMARK.MODE.jsonl (one line per sample, masks as COCO RLE) to --output.",
         epilog="Several GPUs: deepspeed test.py ... or torchrun --nproc_per_node N test.py ...; images are shared out "
-        "without padding or repeats, so the numbers are the same.",
+        "without padding or repeats. The counting is exact; the model's arithmetic depends a little on the batches.",
     )
     add = parser.add_argument
     cli.add_model_flags(parser)
@@ -60,7 +60,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--protocol",
         choices=PROTOCOLS,
         help="of gRefCOCO, for a target that was rejected: grefcoco scores I = 0, gsva the mask that is drawn anyway "
-        "(default: gsva, as the paper reports it)",
+        "(default: gsva, as the paper reports it). A written rejection draws none: --mode generate is always grefcoco",
     )
     layer = parser.add_mutually_exclusive_group()
     layer.add_argument(
@@ -115,7 +115,7 @@ def add_running_flags(parser: argparse.ArgumentParser) -> None:
     )
     add("--compile_sam", action="store_true", help="torch.compile SAM's image encoder: faster, after half a minute")
     add("--max_new_tokens", type=_positive, default=64, metavar="N", help="longest written answer (default: 64)")
-    add("--seed", type=int, default=0, metavar="S", help="of sampled layers, shuffling and intervals (default: 0)")
+    add("--seed", type=int, default=0, metavar="S", help="of sampled layers and shuffling (default: 0)")
     add("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # passed by the deepspeed launcher
 
 
@@ -163,7 +163,8 @@ def open_datasets(args: argparse.Namespace) -> tuple[list[EvalDataset], list[str
     """What is to be evaluated; and what of a suite is not there.
 
     Raises:
-        ValueError: if a benchmark that was named is not there, if nothing of a suite is, or if data are incomplete.
+        ValueError: if a benchmark that was named is not there, if nothing of a suite is, or if data are incomplete or
+            damaged.
     """
     if args.suite is None:
         specs = [spec.strip() for spec in args.val_dataset.split("||") if spec.strip()]
@@ -175,7 +176,7 @@ def open_datasets(args: argparse.Namespace) -> tuple[list[EvalDataset], list[str
     for spec in SUITES[args.suite]:
         try:
             datasets.append(get_eval_dataset(spec, args.dataset_dir, allow_missing=True))
-        except DataError as error:
+        except NotThere as error:
             lacking[spec] = str(error)
     if not datasets:
         raise ValueError(
@@ -197,7 +198,7 @@ def check_resumable(
     """Results of another evaluation are refused before the first one starts, not hours later."""
     for dataset, mode in jobs:
         asking = Asking(mode, args.layer_policy, args.max_new_tokens, args.seed)
-        origin = origin_of(dataset, asking, args.protocol, checkpoint, model)
+        origin = origin_of(dataset, asking, args.protocol, checkpoint, model, args.quantize or "")
         Journal(result_path(output, dataset.spec, mode)).read(origin)
 
 
@@ -219,6 +220,7 @@ def evaluate_one(
         workers=args.workers,
         controls=args.control,
         checkpoint=checkpoint,
+        quantize=args.quantize or "",
         journal=Journal(result_path(output, dataset.spec, mode)),
         resume=args.resume,
         allow_missing=args.allow_missing,

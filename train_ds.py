@@ -285,6 +285,8 @@ def train_step(run: Run, batches: Iterator[Batch], meter: Meter, logged: bool) -
     last = (run.step + 1) * accumulation - 1
     for micro, part in enumerate(window, start=run.step * accumulation):
         batch = replace(part, counts=counts).to(run.device, dtype)
+        # ZeRO's offload reads it while gradients arrive; by itself DeepSpeed says it too late for outputs like ours
+        run.engine.set_gradient_accumulation_boundary(micro == last)
         # dropout is a function of (seed, micro step, rank), so that a resumed run is the uninterrupted one
         torch.manual_seed(((seed * 1_000_003 + micro) * 65_536 + distributed.rank()) % 2**63)
         output = run.engine(batch, all_layers=logged)

@@ -33,7 +33,7 @@ def parse_layer_policy(policy: str, num_layers: int) -> tuple[str, int]:
     plain, counted = ("policy", "argmax", "sample", "last", "uniform", "soft", "ce_soft"), ("fixed", "mc")
     if kind in plain and not number:
         return kind, 0
-    if kind in counted and number.lstrip("-").isdigit():
+    if kind in counted and number.removeprefix("-").isdecimal():
         value = int(number)
         if kind == "fixed" and not 0 <= value < num_layers:
             raise ValueError(f"layer {value} does not exist: choose 0 (embeddings) to {num_layers - 1} (last)")
@@ -132,7 +132,7 @@ class PolicyPromptedMasking(nn.Module):
         Args:
             rewards: [N] float32, detached.
         """
-        total = torch.stack([rewards.sum(), rewards.new_tensor(float(len(rewards)))])
+        total = torch.stack([rewards.sum(), rewards.new_full((), len(rewards))])
         if distributed.is_available() and distributed.is_initialized():
             distributed.all_reduce(total)
         mean = total[0] / total[1].clamp(min=1)
@@ -149,7 +149,7 @@ class PolicyPromptedMasking(nn.Module):
         Args:
             advantage: [N] float32, detached.
         """
-        total = torch.stack([advantage.square().sum(), advantage.new_tensor(float(len(advantage)))])
+        total = torch.stack([advantage.square().sum(), advantage.new_full((), len(advantage))])
         if distributed.is_available() and distributed.is_initialized():
             distributed.all_reduce(total)
         return advantage / (total[0] / total[1].clamp(min=1)).sqrt().clamp(min=EPSILON)

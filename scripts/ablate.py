@@ -149,7 +149,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )  # --seed is a setting of train_ds.py, not short for another flag
     parser.add_argument(
         "--table", required=True, choices=sorted(TABLES), help="the paper's number, or what is compared"
     )

@@ -1,6 +1,6 @@
 """Puts evaluations side by side: a row per benchmark and metric, a column per model.
 
-    python scripts/compare.py before=runs/tiny/untrained/eval after=runs/tiny/eval
+    python scripts/compare.py before=runs/tiny/untrained-eval after=runs/tiny/eval
 
 Each folder holds what test.py wrote (``BENCHMARK.MODE.json``). Controls (shuffled prompts, answers that ignore the
 text) are shown as the last folder has them. Two files of answers are compared sample by sample:
@@ -29,7 +29,8 @@ from utils.datasets import get_eval_dataset
 from utils.datasets.base import EvalDataset
 from utils.metrics import Record
 from utils.report import notes
-from utils.results import Origin, read_results
+from utils.results import read_results
+from utils.tables import how_asked, missing_note
 from utils.visualize import Panel, save_picture, sheet
 
 CONTROLS = {
@@ -85,12 +86,23 @@ def table(columns: dict[str, dict[tuple[str, str], dict[str, Any]]]) -> str:
         summaries = [found[key] for found in columns.values() if key in found]
         counts = {summary["counts"]["masks"] for summary in summaries}
         masks = "/".join(map(str, sorted(counts)))  # more than one: evaluated on different samples
+        asked = "/".join(dict.fromkeys(how_asked(summary | {"limit": None}) for summary in summaries))
         for metric in summaries[0]["metrics"]:
-            values = [found.get(key, {}).get("metrics", {}).get(metric) for found in columns.values()]
-            values += [last.get(key, {}).get("controls", {}).get(name, {}).get(metric) for name in controls]
-            cells = ["-" if value is None else f"{value:.3f}" for value in values]
-            rows.append([f"{key[0]} ({key[1]})", masks, metric, *cells])
+            cells = [_cell(found.get(key), "metrics", metric) for found in columns.values()]
+            cells += [_cell(last.get(key), "controls", name, metric) for name in controls]
+            rows.append([f"{key[0]} ({asked})", masks, metric, *cells])
     return aligned_table(rows)
+
+
+def _cell(summary: dict[str, Any] | None, *keys: str) -> str:
+    """``0.653 (3 missing) (first 8 images)``; a dash for what is not there."""
+    value: Any = summary
+    for key in keys:
+        value = (value or {}).get(key)
+    if summary is None or value is None:
+        return "-"
+    limit = f" (first {summary['limit']} images)" if summary.get("limit") else ""
+    return f"{value:.3f}{missing_note(summary)}{limit}"
 
 
 def aligned_table(rows: list[list[str]]) -> str:
@@ -110,7 +122,7 @@ def paired(named: Sequence[tuple[str, Path]], most: int, picture: Path | None, d
     """Metrics of two files of answers, their differences, and the samples that changed most.
 
     Raises:
-        ValueError: if they are not answers to the same queries.
+        ValueError: if they are not answers to the same queries, asked in the same mode.
     """
     (before_name, before_path), (after_name, after_path) = named
     (other, before), (origin, after) = read_results(before_path), read_results(after_path)
@@ -118,7 +130,11 @@ def paired(named: Sequence[tuple[str, Path]], most: int, picture: Path | None, d
         raise ValueError(
             f"{before_path} is of {other.benchmark}, {after_path} of {origin.benchmark}; compare one split"
         )
-    benchmark, protocol = origin.benchmark.split("|")[0], origin.protocol
+    if other.mode != origin.mode:
+        raise ValueError(f"{before_path} was asked by {other.mode}, {after_path} by {origin.mode}; compare one mode")
+    benchmark = origin.benchmark.split("|")[0]
+    known = [metrics.protocol_of(benchmark, each.protocol, each.mode) for each in (other, origin)]
+    protocol = known[1]
     gains = metrics.difference(before, after, benchmark, protocol)
     old, new = (metrics.compute(records, benchmark, protocol) for records in (before, after))
     rows = [["metric", before_name, "", after_name, "difference", "95% interval"]]
@@ -130,13 +146,21 @@ def paired(named: Sequence[tuple[str, Path]], most: int, picture: Path | None, d
         scores = [f"{metrics.iou(record, protocol):.3f}" for record in (one, two)]
         samples.append([two.image, scores[0], "", scores[1], two.query[:80]])
     counts = metrics.count_records(after)
-    asked = ", ".join(filter(None, [origin.benchmark, origin.mode, origin.protocol]))
-    lines = [f"{asked}: {counts['masks']} masks on {counts['images']} images", "", aligned_table(rows), ""]
+    asked = ", ".join(filter(None, [origin.benchmark, origin.mode, protocol]))
+    lines = [f"{asked}: {counts['masks']} masks on {counts['images']} images"]
+    for name, each in ((before_name, other), (after_name, origin)):
+        lines.append(f"{name}: layer {each.layer_policy}, {each.precision}")
+    if known[0] != protocol:
+        lines.append(
+            f"{before_name} was evaluated by {known[0]}, {after_name} by {protocol}; both are scored by {protocol}"
+        )
+    lines += ["", aligned_table(rows), ""]
     lines.append(aligned_table(samples) if changed else "no sample changed")
     if picture and dataset_dir and changed:
         dataset = get_eval_dataset(origin.benchmark, dataset_dir, allow_missing=True)
         title = f"{asked}: the samples that changed most from {before_name} to {after_name}"
-        panels = [panel for pair in changed for panel in panels_of(dataset, pair, (before_name, after_name), origin)]
+        names = (before_name, after_name)
+        panels = [panel for pair in changed for panel in panels_of(dataset, pair, names, protocol)]
         save_picture(picture, sheet(panels, title))
         lines += ["", f"wrote {picture}"]
     return "\n".join(lines)
@@ -153,7 +177,7 @@ def most_changed(
     return [pairs[k] for k in ranked[:most] if changes[k] > 0]
 
 
-def panels_of(dataset: EvalDataset, pair: tuple[Record, Record], names: tuple[str, str], origin: Origin) -> list[Panel]:
+def panels_of(dataset: EvalDataset, pair: tuple[Record, Record], names: tuple[str, str], protocol: str) -> list[Panel]:
     """A row of the sheet for each of the two answers."""
     sample = dataset[pair[0].index]
     query = next((query for query in sample.queries if query.query_id == pair[0].query_id), None)
@@ -168,7 +192,7 @@ def panels_of(dataset: EvalDataset, pair: tuple[Record, Record], names: tuple[st
             masks=np.stack([metrics.decode_mask(mask) for mask in record.masks]) if record.masks else none,
             truth=truth,
             answer=record.answer,
-            notes=[name, *notes(record, origin.protocol)],
+            notes=[name, *notes(record, protocol)],
         )
         for name, record in zip(names, pair, strict=True)
     ]

@@ -27,7 +27,9 @@ from utils.visualize import Panel, save_picture, sheet
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )  # --seed is a setting of train_ds.py, not short for another flag
     parser.add_argument("--pictures", type=int, default=0, metavar="N", help="samples per data set to draw")
     parser.add_argument("--output", type=Path, default=Path("data_sheets"), help="folder of the sheets")
     args, rest = parser.parse_known_args(arguments)

@@ -1,6 +1,6 @@
 """Recomputes results from their answers alone, without the model or the data.
 
-    python scripts/score.py runs/tiny/merged/eval/*.jsonl
+    python scripts/score.py runs/tiny/eval/*.jsonl
 
 The numbers are the same to the last bit as those of test.py; where its JSON lies beside, that is checked.
 """
@@ -40,17 +40,19 @@ def score(path: Path, protocol: str | None = None) -> dict[str, Any]:
     """The summary of a result file.
 
     Raises:
-        ValueError: if a line is no answer, or if the JSON beside the file has other numbers.
+        ValueError: if there is no such file; if a line is no answer, or if the JSON beside the file has other numbers.
     """
+    if not path.is_file():
+        raise ValueError(f"no file matches {path}; give the JSONL that test.py wrote")
     origin, records = read_results(path)
     wanted = protocol or origin.protocol
-    origin = replace(origin, protocol=protocol_of(origin.benchmark.split("|")[0], wanted))
+    origin = replace(origin, protocol=protocol_of(origin.benchmark.split("|")[0], wanted, origin.mode))
     summary = json.loads(json.dumps(summarize(origin, records)))
     beside = path.with_suffix(".json")
     if beside.is_file():
         theirs = json.loads(beside.read_text(encoding="utf-8"))
         summary["counts"] |= {key: theirs["counts"][key] for key in ("skipped", "missing")}
-        if theirs.get("protocol") == summary.get("protocol"):
+        if origin.mode == "generate" or theirs.get("protocol") == summary.get("protocol"):
             for key in ("metrics", "intervals", "breakdown", "counts", "layers"):
                 if theirs[key] != summary[key]:
                     raise ValueError(

@@ -69,7 +69,9 @@ class Rewarded:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )  # --seed is a setting of train_ds.py, not short for another flag
     add = parser.add_argument
     add("--version", required=True, metavar="DIR", help="merged model, as scripts/merge_lora.py writes it")
     add("--config", required=True, metavar="FILE", help="YAML of train_ds.py: data, batch size, rates")

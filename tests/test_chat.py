@@ -261,6 +261,31 @@ def test_a_stopped_run_goes_on(capsys, version, album):
     assert "line 1 is no answer" in ask_many(capsys, version, album, *more)[2]
 
 
+def test_no_answer_takes_anothers_pictures(capsys, version, album):
+    one, two = album.parent / "one.txt", album.parent / "two.txt"
+    one.write_text("the red star\n")
+    two.write_text("the blue circle\nthe red star\n")
+    lines = ask_many(capsys, version, album, "--prompts", one)[3]
+    before = {path.name: path.read_bytes() for path in (album.parent / "out").glob("*.png")}
+    code, _, err, more = ask_many(capsys, version, album, "--prompts", two)
+    assert (code, more[:3], len(more)) == (0, lines, 6), err
+    files = [entry["file"] for line in more for entry in json.loads(line)["masks"]]
+    assert len(set(files)) == len(files)
+    assert all((album.parent / "out" / name).read_bytes() == content for name, content in before.items())
+
+
+def test_files_of_others_stay(capsys, version, album):
+    """Images and their annotations often lie side by side, under one name."""
+    words = ("--version", version, "--image", album, "--output", album, "--max_new_tokens", 1, "--prompt", "a star")
+    code, _, err = run(capsys, chat, *words)
+    assert (code, "is where 0.png lies" in err) == (2, True)
+    (album / "0.json").write_text('{"shapes": []}')
+    code, _, err = run(capsys, chat, *words[:2], "--image", album / "0.png", *words[4:])
+    assert (code, "0.json is there, and no answer" in err) == (2, True)
+    assert (album / "0.json").read_text() == '{"shapes": []}'
+    assert not list(album.glob("*_mask_*"))
+
+
 def test_images_that_cannot_be_read_are_named(capsys, version, album):
     (album / "1.png").write_bytes(b"no picture")
     code, _, err, lines = ask_many(capsys, version, album, "--prompt", "the red star")

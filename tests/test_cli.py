@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -18,7 +19,8 @@ from PIL import Image
 
 from utils import cli, metrics
 from utils.datasets.base import read_image
-from utils.results import read_results
+from utils.metrics import Record
+from utils.results import Origin, Result, read_results, summarize
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "realdata"
@@ -302,6 +304,12 @@ def test_the_suite_is_printed_as_the_papers_tables(capsys, version, data, tmp_pa
     assert (tmp_path / "out" / "table_3.csv").read_text().startswith("Method,asked,val overall gIoU")
     assert "Not evaluated, the data are not there: ReasonSeg|test, refcoco|unc|val" in out
     assert "not evaluated: refcoco|unc|val: no refs (looked in" in err  # why
+    muse = data / "multi_reason_seg" / "MultiReasonSeg" / "MUSE_val.json"
+    muse.parent.mkdir(parents=True)
+    muse.write_text("[{")
+    code, _, err = evaluate(capsys, version, data, tmp_path / "out", None, "--suite", "paper")
+    assert (code, "MUSE_val.json is not valid JSON" in err) == (2, True)  # damaged is not absent
+    muse.unlink()
     (data / "reason_seg" / "ReasonSeg" / "val" / "2.jpg").unlink()
     code, _, err = evaluate(capsys, version, data, tmp_path / "out", None, "--suite", "paper")
     assert (code, "2.json has no image" in err) == (2, True)  # data that are there must be whole
@@ -331,6 +339,15 @@ def test_results_of_another_checkpoint_are_not_gone_on_from(capsys, version, mut
 
 
 @pytest.mark.slow
+def test_answers_of_quantized_layers_are_not_gone_on_from(capsys, version, data, tmp_path, monkeypatch):
+    assert evaluate(capsys, version, data, tmp_path / "out")[0] == 0
+    monkeypatch.setattr(cli, "place", lambda *_: None)  # needs bitsandbytes
+    code, _, err = evaluate(capsys, version, data, tmp_path / "out", "ReasonSeg|val", "--resume", "--quantize", "8bit")
+    assert (code, "precision: 'float32' there, 'float32, 8bit' now" in err) == (2, True)
+    assert evaluate(capsys, version, data, tmp_path / "out", "ReasonSeg|val", "--quantize", "8bit")[0] == 0
+    assert read_results(answers(tmp_path / "out"))[0].precision == "float32, 8bit"
+
+
 def test_kill_and_resume(capsys, version, data, tmp_path):
     """kill -9 as soon as two batches are on disk, the last line cut; the files are as if nothing had happened."""
     more = ("--batch_size", 1, "--mode", "generate")
@@ -374,6 +391,33 @@ def test_scores_follow_from_the_answers_alone(capsys, version, data, tmp_path):
     assert (code, f"{again['metrics']['gIoU']:.3f} [" in out) == (0, True)
 
 
+def test_a_pattern_that_matches_nothing_is_named(capsys, tmp_path):
+    code, _, err = run(capsys, score, tmp_path / "*.jsonl")
+    assert (code, f"no file matches {tmp_path}/*.jsonl" in err) == (2, True)
+
+
+def make_result(protocol="gsva", mode="generate", **values) -> Result:
+    """gRefCOCO, two images, each with a target of 5 pixels that was rejected although 4 of them were found."""
+    origin = replace(Origin("grefcoco|unc|val", mode, "argmax", 64, 0, protocol, "abc", "float32", 2, 2), **values)
+    found = 0 if mode == "generate" else 4
+    records = [
+        Record(k, f"{k}.jpg", f"{k}", "1", "x", "x?", "no", [], True, False, I=found, U=5, P=found, G=5, masks=[])
+        for k in range(2)
+    ]
+    summary = summarize(origin, records) | {"limit": None}
+    summary["counts"] |= {"skipped": 0, "missing": 0}
+    return Result(summary, records, origin)
+
+
+def test_written_rejections_that_an_older_version_labelled_gsva_are_read(capsys, tmp_path):
+    path = make_result().save(tmp_path)
+    again = score.score(path.with_suffix(".jsonl"))
+    assert (again["protocol"], again["metrics"]["gIoU"]) == ("grefcoco", 0)
+    path.write_text(path.read_text().replace('"gIoU": 0.0', '"gIoU": 1.0'))
+    with pytest.raises(ValueError, match="has other metrics than follow"):  # it is still checked
+        score.score(path.with_suffix(".jsonl"))
+
+
 def test_two_results_are_compared_sample_by_sample(capsys, version, data, tmp_path):
     for layer in (0, 3):
         assert evaluate(capsys, version, data, tmp_path / str(layer), "ReasonSeg|val", "--layer", layer)[0] == 0
@@ -391,6 +435,36 @@ def test_two_results_are_compared_sample_by_sample(capsys, version, data, tmp_pa
     assert read_image(picture).shape[0] > 4 * 220  # two rows for each of two samples
     code, out, _ = run(capsys, compare, files[0], files[0])
     assert (code, "no sample changed" in out) == (0, True)
+
+
+def test_results_that_were_asked_differently_are_compared_with_a_word(capsys, tmp_path):
+    asked = {
+        "a": {"protocol": "gsva", "layer_policy": "last", "precision": "bfloat16"},
+        "b": {"protocol": "grefcoco"},
+        "c": {"mode": "generate"},
+    }
+    files = {}
+    for name, values in asked.items():
+        path = make_result(**{"mode": "teacher_forced"} | values).save(tmp_path / name)
+        files[name] = f"{name}={path.with_suffix('.jsonl')}"
+    code, out, err = run(capsys, compare, files["a"], files["b"])
+    assert code == 0, err
+    assert "a: layer last, bfloat16\nb: layer argmax, float32\n" in out
+    assert "a was evaluated by gsva, b by grefcoco; both are scored by grefcoco" in out
+    assert re.search(r"^gIoU +0\.0000 +0\.0000", out, re.M)
+    code, _, err = run(capsys, compare, files["a"], files["c"])
+    assert (code, "was asked by teacher_forced" in err, "by generate; compare one mode" in err) == (2, True, True)
+
+
+def test_folders_are_compared_with_what_was_asked_and_what_is_missing(capsys, tmp_path):
+    for name, missing, limit in (("a", 3, None), ("b", 0, 8)):
+        result = make_result(mode="teacher_forced", layer_policy="argmax" if name == "a" else "last")
+        result.summary["counts"]["missing"], result.summary["limit"] = missing, limit
+        result.save(tmp_path / name)
+    code, out, err = run(capsys, compare, tmp_path / "a", tmp_path / "b")
+    assert code == 0, err
+    assert "grefcoco|unc|val (teacher_forced, gsva, layer argmax/teacher_forced, gsva, layer last)" in out
+    assert re.search(r"gIoU +0\.800 \(3 missing\) +0\.800 \(first 8 images\)", out)
 
 
 @pytest.mark.parametrize(

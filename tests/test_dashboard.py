@@ -125,6 +125,13 @@ def test_damaged_and_missing_files_are_said(tmp_path):
         open_upload(tmp_path / "gone.png", Limits())
 
 
+def test_nobody_draws_without_end(dashboard, tmp_path):
+    with pytest.raises(ValueError, match="mc:600000 draws 600000 samples; at most 64"):
+        next(dashboard.ask("v", upload(tmp_path), "the red star", layer_policy="mc:600000"))
+    with pytest.raises(ValueError, match="unknown layer policy"):
+        next(dashboard.ask("v", upload(tmp_path), "the red star", layer_policy="mc:\u00b2"))
+
+
 # ------------------------------------------------------------------------------------------------------------ visitors
 
 

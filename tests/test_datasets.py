@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 from pathlib import Path
 
 import cv2
@@ -270,6 +271,17 @@ def test_refs_that_point_nowhere_are_counted(root: Path) -> None:
     write_json(root / "refer_seg/grefcoco/instances.json", size)
     with pytest.raises(DataError, match=r"(RLE|annotation)"):
         get_train_dataset("grefcoco", root).sample(0, np.random.default_rng(0))
+
+
+@pytest.mark.parametrize("sentence", [{"sent": " ", "sent_id": 70}, {"sent": 3, "sent_id": 70}, {"sent_id": 70}])
+def test_sentences_without_a_text_are_counted(root: Path, sentence: dict) -> None:
+    sentences = [{"sent": "x", "sent_id": 69}, sentence]
+    path = root / "refer_seg/grefcoco/grefs(unc).json"
+    write_json(path, [{**GOOD_REF, "split": "val", "sentences": sentences}])
+    message = "grefcoco|unc|val, ref 1: sentence 70 must have a text in 'sent', not "
+    with pytest.raises(DataError, match=f"1 records cannot be evaluated(.|\n)*{re.escape(message)}"):
+        get_eval_dataset("grefcoco|unc|val", root)
+    assert get_eval_dataset("grefcoco|unc|val", root, allow_missing=True).num_queries == 1
 
 
 GOOD_REF = {"ref_id": 1, "ann_id": [10], "image_id": 1, "split": "train", "sentences": [{"sent": "x"}]}

@@ -228,6 +228,20 @@ def test_several_seg_are_united():
     assert record.I == record.G == (canvas == 1).sum()
 
 
+@pytest.mark.parametrize("benchmark", ["grefcoco", "MultiReasonSeg"])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_broken_logits_are_no_empty_mask(benchmark, value):
+    class Broken(FakeModel):
+        def answer(self, *what):
+            prediction = super().answer(*what)
+            prediction.mask_logits[..., 3, 4] = value
+            return prediction
+
+    dataset = FakeMuse() if benchmark == "MultiReasonSeg" else FakeDataset(benchmark=benchmark, absent=True)
+    with pytest.raises(ValueError, match=r"fake/0.jpg, 'objects? 1.*': the mask's logits are NaN.*--precision"):
+        run(Broken(), dataset)
+
+
 def test_an_answer_is_as_uncertain_as_its_most_uncertain_mask():
     united = run(FakeModel(wordings={2: "[SEG] and [SEG]"}), layer_policy="mc:4").records
     assert {len(record.uncertainty) for record in united} == {1, 2}
@@ -471,7 +485,7 @@ def test_saved_results_can_be_recomputed(tmp_path, layer_policy):
     summary = json.loads(path.read_text())
     origin, records = read_results(path.with_suffix(".jsonl"))
     assert (origin, records) == (result.origin, result.records)
-    assert (origin.checkpoint, origin.protocol, origin.images, origin.queries) == ("abc", "gsva", 7, len(records))
+    assert (origin.checkpoint, origin.protocol, origin.images, origin.queries) == ("abc", "grefcoco", 7, len(records))
     again = json.loads(json.dumps(summarize(origin, records)))
     assert again.pop("controls") == {}
     assert again.pop("counts").items() <= summary["counts"].items()
@@ -499,6 +513,9 @@ def test_both_protocols_of_grefcoco():
     assert found["grefcoco"].metrics == {"gIoU": 3 / 9, "cIoU": 0, "N-acc": 1, "T-acc": 0}
     assert found["grefcoco"].records == found["gsva"].records
     assert "teacher_forced, grefcoco" in format_table([found["grefcoco"].summary])
+    said = run(FakeModel(wordings={2: "[REJ]"}), dataset, protocol="gsva")  # a written rejection has no mask
+    assert said.summary["protocol"] == "grefcoco"
+    assert metrics.compute(said.records, "grefcoco", "gsva") == said.metrics
     assert "protocol" not in run(protocol="gsva").summary  # other benchmarks have one only
     with pytest.raises(ValueError, match=r"unknown protocol 'voc'; use grefcoco or gsva"):
         run(protocol="voc")
@@ -567,6 +584,7 @@ def test_without_resume_it_starts_anew(tmp_path):
     ("changed", "message"),
     [
         ({"checkpoint": "new"}, "checkpoint: 'old' there, 'new' now"),
+        ({"quantize": "8bit"}, "precision: 'float32' there, 'float32, 8bit' now"),
         ({"layer_policy": "last"}, "layer_policy: 'argmax' there, 'last' now"),
         ({"dataset": FakeDataset(size=8)}, "images: 7 there, 8 now; queries: 13 there, 15 now"),
     ],
@@ -577,6 +595,22 @@ def test_other_results_are_refused_and_left_alone(tmp_path, changed, message):
     before = path.read_bytes()
     with pytest.raises(ValueError, match=f"{message}.*give another --output, or leave --resume out"):
         run(**{"batch_size": 2, "checkpoint": "old", "journal": Journal(path), "resume": True} | changed)
+    assert path.read_bytes() == before
+
+
+def test_answers_to_other_annotations_are_refused(tmp_path, monkeypatch):
+    path = tmp_path / "fake_val.generate.jsonl"
+    run(journal=Journal(path))
+    before, read = path.read_bytes(), FakeDataset.__getitem__
+
+    def changed(self, index):
+        sample = read(self, index)
+        sample.queries[-1].text += ", the red one" if index == 6 else ""
+        return sample
+
+    monkeypatch.setattr(FakeDataset, "__getitem__", changed)
+    with pytest.raises(ValueError, match=r"fake/6.jpg has other queries now.*leave --resume out"):
+        run(journal=Journal(path), resume=True)
     assert path.read_bytes() == before
 
 

@@ -109,7 +109,6 @@ def test_evaluation(root: Path) -> None:
         ({"questions": [" ", 3, None]}, "question 0: it must be a text, not ' '"),
         ({"answers": [[], {}, [3]]}, r"question 0: its answer must be a list of annotations, not \[\]"),
         ({"answers": [[{}], [{}], [{"segmentation": []}]]}, "question 0: a target has no segmentation"),
-        ({"text_answers": ["{seg}", 3, "{}"]}, r"question 0: its text answer must hold \{seg\} 2 times: '\{seg\}'"),
     ],
 )
 def test_bad_items_are_named(root: Path, change: dict, message: str) -> None:
@@ -122,6 +121,16 @@ def test_bad_items_are_named(root: Path, change: dict, message: str) -> None:
     write_json(root / FOLDER / "MUSE_val.json", [{**GOOD, **change}, BARE])
     with pytest.raises(DataError, match="1 records cannot be evaluated, which would change the benchmark"):
         get_eval_dataset("MultiReasonSeg|val", root)
+
+
+@pytest.mark.parametrize("answers", [["{seg}", 3, "{}"], ["{seg} {seg}"], "x"])
+def test_text_answers_matter_to_training_only(root: Path, answers: object) -> None:
+    for part in ("train", "val"):
+        write_json(root / FOLDER / f"MUSE_{part}.json", [{**GOOD, "text_answers": answers}])
+    message = r"question 0: its text answer must hold \{seg\} 2 times: '\{seg\}'|1 text answers|must be lists"
+    with pytest.raises(DataError, match=rf"nothing usable in .*MUSE_train\.json: .*item 0: .*({message})"):
+        get_train_dataset("MultiReasonSeg", root)
+    assert get_eval_dataset("MultiReasonSeg|val", root).num_queries == 3
 
 
 def test_one_bad_question_costs_no_other(root: Path) -> None:

@@ -510,12 +510,17 @@ def test_two_killed_processes_go_on(two, base, data, tmp_path):
 OFFLOAD = ROOT / "configs/deepspeed/zero2_offload.json"
 
 
-def test_an_offloaded_optimizer_changes_no_number(run_here):
+def test_an_offloaded_optimizer_changes_no_number(run_here, tmp_path):
     """Losses, and the gradient of every part, over accumulated micro steps; and it goes on from its checkpoint."""
     settings = {"no_eval": True, "grad_accumulation_steps": 2, "epochs": 1}
     plain, _ = run_here(exp_name="plain", **settings)
     offloaded, _ = run_here(exp_name="offloaded", deepspeed_config=OFFLOAD, **settings)
     assert_same_curve(offloaded, plain, 1e-5)
+    small = json.loads(OFFLOAD.read_text())
+    small["zero_optimization"] |= {"reduce_bucket_size": 20_000, "allgather_bucket_size": 20_000}
+    (tmp_path / "small.json").write_text(json.dumps(small))
+    buckets, _ = run_here(exp_name="buckets", deepspeed_config=tmp_path / "small.json", **settings)
+    assert_same_curve(buckets, plain, 1e-5)  # also where gradients leave the device before the backward pass is over
     more = settings | {"epochs": 2, "auto_resume": True}
     run_here(exp_name="offloaded", deepspeed_config=OFFLOAD, **more)
     assert len(log_lines(offloaded, "train")) == 6

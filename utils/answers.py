@@ -67,7 +67,11 @@ def save_pictures(folder: Path, stem: str, pixels: np.ndarray, values: dict[str,
 
 
 def save_answer(folder: Path, stem: str, pixels: np.ndarray, values: dict[str, Any], prediction: Prediction) -> None:
-    """``save_pictures``, then STEM.json, in place of an earlier answer of that name."""
+    """``save_pictures``, then STEM.json, in place of an earlier answer of that name; any other file stays.
+
+    Raises:
+        ValueError: if STEM.json is no answer.
+    """
     record = folder / f"{stem}.json"
     remove_old(record)
     save_pictures(folder, stem, pixels, values, prediction)
@@ -75,9 +79,9 @@ def save_answer(folder: Path, stem: str, pixels: np.ndarray, values: dict[str, A
     record.write_text(text, encoding="utf-8", errors="backslashreplace")  # bytes in a file name become \udc.. escapes
 
 
-def free_stem(folder: Path, stem: str) -> str:
-    """``STEM_001``, or the first number after it that no earlier answer has."""
-    return next(name for name in (f"{stem}_{n:03d}" for n in count(1)) if not (folder / f"{name}.json").exists())
+def free_stem(folder: Path, stem: str, ending: str = ".json") -> str:
+    """``STEM_001``, or the first number after it that no earlier answer has; each has a file with that ending."""
+    return next(name for name in (f"{stem}_{n:03d}" for n in count(1)) if not (folder / f"{name}{ending}").exists())
 
 
 def remove_old(record: Path) -> None:
@@ -85,8 +89,10 @@ def remove_old(record: Path) -> None:
     try:
         old = json.loads(record.read_text(encoding="utf-8"))["masks"]
         pictures = [written["file"] for mask in old for written in (mask, mask.get("uncertainty")) if written]
-    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+    except FileNotFoundError:
         return
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{record} is there, and no answer of this program; give another --output") from error
     record.unlink()
     for name in pictures:
         (record.parent / Path(name).name).unlink(missing_ok=True)

@@ -9,9 +9,10 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from utils.answers import describe, save_pictures
+from utils.answers import describe, free_stem, save_pictures
 from utils.datasets.base import read_image
 from utils.pipeline import predict
+from utils.terminal import printable
 
 FILE_NAME = "answers.jsonl"
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
@@ -66,6 +67,8 @@ def answer_all(
     Raises:
         ValueError: if the file holds answers of other settings.
     """
+    if inside := [image for image in images if image.resolve().parent == folder.resolve()]:
+        raise ValueError(f"--output {folder} is where {inside[0].name} lies; pictures of answers need another folder")
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / FILE_NAME
     done = _read_done(path, settings)
@@ -74,7 +77,7 @@ def answer_all(
     unread = 0
     with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
         for place, image in enumerate(images, start=1):
-            left = [(n, prompt) for n, prompt in enumerate(prompts, start=1) if (str(image), prompt) not in done]
+            left = [prompt for prompt in prompts if (str(image), prompt) not in done]
             if not left:
                 continue
             try:
@@ -86,14 +89,14 @@ def answer_all(
             stem = image.stem if same_stem[image.stem] == 1 else image.name
             for start in range(0, len(left), PROMPTS_AT_ONCE):
                 part = left[start : start + PROMPTS_AT_ONCE]
-                [answers] = predict(model, processor, [pixels], [[prompt for _, prompt in part]], **options)
-                for (number, prompt), prediction in zip(part, answers):
+                [answers] = predict(model, processor, [pixels], [part], **options)
+                for prompt, prediction in zip(part, answers):
                     values = describe(str(image), pixels, prompt, prediction, settings["layer_policy"])
                     if pictures:
-                        save_pictures(folder, f"{stem}_{number:03d}", pixels, values, prediction)
+                        save_pictures(folder, free_stem(folder, stem, "_overlay.png"), pixels, values, prediction)
                     file.write(json.dumps(values | {"settings": settings}, ensure_ascii=False) + "\n")
                 file.flush()
-            say(f"{place}/{len(images)} {image}: {len(left)} answers")
+            say(printable(f"{place}/{len(images)} {image}: {len(left)} answers"))
     return unread
 
 

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import numpy as np
 from PIL import Image
 
-from model.PPM import maps_at
+from model.PPM import maps_at, parse_layer_policy
 from model.UGround import UGroundForCausalLM
 from utils.datasets.base import DECODE_ERRORS, read_image
 from utils.processor import UGroundProcessor
@@ -42,6 +42,7 @@ class Limits:
     pixels: int = 30_000_000
     prompt_characters: int = 2000
     new_tokens: int = 512
+    samples: int = 64  # of mc:T
 
 
 def open_upload(path: str | Path, limits: Limits) -> np.ndarray:
@@ -247,12 +248,15 @@ class Dashboard:
             )
         if not 1 <= max_new_tokens <= self.limits.new_tokens:
             raise ValueError(f"max_new_tokens {max_new_tokens} is not between 1 and {self.limits.new_tokens}")
+        policy = layer_policy or self.layer_policy
+        kind, number = parse_layer_policy(policy, self.num_layers)
+        if kind == "mc" and number > self.limits.samples:
+            raise ValueError(f"{policy} draws {number} samples; at most {self.limits.samples} are drawn here")
         if source is None and self.visits.get(visitor) is None:
             raise ValueError("there is no image to ask about: upload one, or pick an example")
         prompt = prompt.strip().encode("utf-8", "replace").decode()  # lone surrogates are no text
         visit = self.open(visitor, source) if source is not None else self.visits.get(visitor)
         assert visit is not None
-        policy = layer_policy or self.layer_policy
         options: dict[str, Any] = {"layer_policy": policy, "max_new_tokens": max_new_tokens}
         options["remember"] = self.remember if remember is None else remember
         prediction: Prediction | None = None

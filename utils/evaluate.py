@@ -1,8 +1,8 @@
 """One engine for every benchmark, shared by validation during training and by test.py.
 
 Each image is encoded once for all its questions. Ranks take images r, r + world, ... of the split, without padding or
-repeats; their records are gathered and every metric is computed from records alone (``utils.metrics``), so the result
-depends neither on the batch size nor on the number of processes.
+repeats; their records are gathered and every metric is computed from records alone (``utils.metrics``), so the counting
+depends neither on the batch size nor on the number of processes (the model's arithmetic does, a little).
 """
 
 from __future__ import annotations
@@ -120,6 +120,7 @@ def evaluate(
     workers: int = 0,
     controls: Sequence[str] = (),
     checkpoint: str = "",
+    quantize: str = "",
     journal: Journal | None = None,
     resume: bool = False,
     allow_missing: bool = False,
@@ -130,11 +131,13 @@ def evaluate(
     Args:
         model, processor: from ``utils.pipeline``.
         batch_size: images per call of the model.
-        protocol: of gRefCOCO: ``grefcoco`` or ``gsva``; None = as the paper reports it.
+        protocol: of gRefCOCO, teacher forced: ``grefcoco`` or ``gsva``; None = as the paper reports it.
         limit: only the first so many images.
         workers: processes that load images in the background; 0 = none.
         controls: ``shuffled_prompts`` asks each image the queries of another one, scored against its own truth.
         checkpoint: the fingerprint of the weights, to know their results by.
+        quantize: how the layers were quantized, ``8bit``; empty = not. Results of the one are not gone on from as the
+            other.
         journal: where answers are kept while it runs; None = nowhere.
         resume: go on from the journal's answers.
         allow_missing: leave out images that cannot be read, and say how many.
@@ -142,7 +145,7 @@ def evaluate(
 
     Raises:
         ValueError: listing the images that cannot be read; for an unknown mode, layer policy, protocol or control; for
-            a journal of another evaluation.
+            a journal of another evaluation, or of other annotations.
     """
     asking = Asking(mode, layer_policy, max_new_tokens, seed)
     unknown = sorted(set(controls) - set(CONTROLS))
@@ -153,10 +156,11 @@ def evaluate(
     size = min(len(dataset), limit or len(dataset))
     if "shuffled_prompts" in controls:
         ShuffledPrompts(dataset, range(size), seed)  # raises, if it has to, before hours of work
-    origin = origin_of(dataset, asking, protocol, checkpoint, model)
+    origin = origin_of(dataset, asking, protocol, checkpoint, model, quantize)
     asker = Asker(model, processor, asking, batch_size, workers, allow_missing, progress)
     started = time.perf_counter()
     kept = journal.read(origin) if journal and resume else []
+    distributed.fail_together(_changed(dataset, kept))
     records, unread = gather_records(dataset, asker, range(size), kept, origin, journal)
     missing = [*dataset.unusable, *unread]
     summary = summarize(origin, records) | {
@@ -179,17 +183,20 @@ def evaluate(
     return Result(summary, records, origin)
 
 
-def origin_of(dataset: EvalDataset, asking: Asking, protocol: str | None, checkpoint: str, model) -> Origin:
+def origin_of(
+    dataset: EvalDataset, asking: Asking, protocol: str | None, checkpoint: str, model, quantize: str = ""
+) -> Origin:
     """What the answers depend on."""
+    precision = str(model.dtype).removeprefix("torch.")
     return Origin(
         benchmark=dataset.spec,
         mode=asking.mode,
         layer_policy=asking.layer_policy,
         max_new_tokens=asking.max_new_tokens,
         seed=asking.seed,
-        protocol=metrics.protocol_of(dataset.benchmark, protocol),
+        protocol=metrics.protocol_of(dataset.benchmark, protocol, asking.mode),
         checkpoint=checkpoint,
-        precision=str(model.dtype).removeprefix("torch."),
+        precision=f"{precision}, {quantize}" if quantize else precision,
         images=len(dataset),
         queries=dataset.num_queries,
     )
@@ -343,9 +350,15 @@ def score(index: int, sample: EvalSample, query: EvalQuery, answer: Answer, benc
     """Counts the pixels of one answer.
 
     Raises:
-        ValueError: if the query has several targets although the benchmark expects one (merged) mask.
+        ValueError: if the query has several targets although the benchmark expects one (merged) mask; for logits that
+            are NaN or infinite, which would count as an empty mask.
     """
     matched = benchmark in MATCHED
+    if not np.isfinite(answer.logits).all():
+        raise ValueError(
+            f"{sample.source}, {query.text!r}: the mask's logits are NaN or infinite; the numbers overflow "
+            "(use --precision fp32 or bf16), or the weights are broken (convert or train them again)"
+        )
     if len(query.masks) > 1 and not matched:
         raise ValueError(f"{sample.source}, {query.text!r} has {len(query.masks)} targets; {benchmark} expects one")
     counts = _count_pairs(query, answer) if matched else [_count_merged(sample, query, answer)]
@@ -463,6 +476,25 @@ def _unreadable(spec: str, errors: Sequence[str], most: int = 10) -> str:
         f"{spec}: {len(errors)} images cannot be evaluated, which would change the result (test.py --allow_missing "
         f"leaves them out and says how many):{shown}{more}"
     )
+
+
+def _changed(dataset: EvalDataset, kept: Sequence[Record], most: int = 20) -> str | None:
+    """What is wrong with kept answers, if annotations were changed meanwhile; looks at about ``most`` of the images."""
+    found: dict[int, list[tuple[str, str, bool]]] = {}
+    for record in kept:
+        found.setdefault(record.index, []).append((record.query_id, record.query, record.expected_empty))
+    places = sorted(found)
+    for place in places[:: max(1, len(places) // most)]:
+        try:
+            sample = dataset[place]
+        except ValueError:  # it could be read then
+            continue
+        if found[place] != [(query.query_id, query.text, len(query.masks) == 0) for query in sample.queries]:
+            return (
+                f"{sample.source} has other queries now than those that were answered; the annotations were changed: "
+                "leave --resume out"
+            )
+    return None
 
 
 def _check_complete(dataset: EvalDataset, records: Sequence[Record], places: set[int]) -> None:

@@ -114,14 +114,18 @@ def decode_mask(rle: dict[str, Any]) -> np.ndarray:
 # -- all masks ---------------------------------------------------------------------------------------------------------
 
 
-def protocol_of(benchmark: str, wanted: str | None = None) -> str:
+def protocol_of(benchmark: str, wanted: str | None = None, mode: str = "") -> str:
     """The protocol that applies: gRefCOCO has two, the default is the one the paper reports; others have none ("").
+
+    A written rejection holds no [SEG] whose mask could be scored anyway: ``generate`` has ``grefcoco`` only.
 
     Raises:
         ValueError: for an unknown one.
     """
     if wanted and wanted not in PROTOCOLS:
         raise ValueError(f"unknown protocol {wanted!r}; use {' or '.join(PROTOCOLS)}")
+    if mode == "generate":
+        wanted = "grefcoco"
     return (wanted or "gsva") if benchmark == "grefcoco" else ""
 
 

@@ -89,7 +89,9 @@ def load_pretrained(
     if adapter.is_adapter(folder):
         moved = {"version": base, "vision_tower": vision_tower, "vision_pretrained": vision_pretrained}
         model, processor = _load_adapter(Path(folder), {name: path for name, path in moved.items() if path})
-        return model.to(device, PRECISIONS[precision]), processor  # type: ignore[arg-type]
+        for parameter in model.parameters():  # buffers such as the rotary frequencies stay in float32
+            parameter.data = parameter.data.to(PRECISIONS[precision])
+        return model.to(device), processor  # type: ignore[arg-type]
     raw = read_json(Path(folder), "--version")
     if release := release_of(raw):
         released: Any

@@ -26,7 +26,7 @@ class Origin:
     Attributes:
         benchmark: ``grefcoco|unc|val``; mode, layer_policy, max_new_tokens, seed: how it was asked (``Asking``).
         protocol: of gRefCOCO, else empty. The answers do not depend on it, only the metrics.
-        checkpoint: fingerprint of the weights; precision: ``float32``.
+        checkpoint: fingerprint of the weights; precision: ``float32``, ``bfloat16, 8bit``.
         images, queries: of the whole split, read or not.
     """
 

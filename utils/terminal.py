@@ -43,7 +43,7 @@ class AnswerPrinter:
 
     def _write(self, text: str) -> None:
         if self.live:  # a model's bytes must not steer the terminal
-            text = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
+            text = printable(text)
         if self.colored:
             first, *others = text.split(SEG)
             for rest in others:
@@ -53,6 +53,11 @@ class AnswerPrinter:
             text = first
         self.stream.write(text)
         self.stream.flush()
+
+
+def printable(text: str) -> str:
+    """Text without what steers a terminal, or cannot be written to it (bytes in a file's name)."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
 
 
 def picture_protocol(stream: TextIO, environment: Mapping[str, str]) -> str:

@@ -27,6 +27,10 @@ class DataError(ValueError):
     """Something about the data on disk is missing or wrong; the message names it and the way out."""
 
 
+class NotThere(DataError):
+    """A file, a folder or a split is not there at all; what is damaged is a plain ``DataError``."""
+
+
 class TrainDataset(Protocol):
     """Images to train on. ``sample(index, rng)`` depends on nothing but its arguments and the files."""
 
@@ -137,14 +141,14 @@ def find_paths(name: str, wanted: dict[str, Sequence[Path]], way_out: str = "che
     """For each thing wanted the first of its places that exists.
 
     Raises:
-        DataError: naming everything that is missing and every place looked in.
+        NotThere: naming everything that is missing and every place looked in.
     """
     found = {what: next((place for place in places if place.exists()), None) for what, places in wanted.items()}
     missing = [
         f"no {what} (looked in {', '.join(map(str, wanted[what]))})" for what, path in found.items() if path is None
     ]
     if missing:
-        raise DataError(f"{name}: {'; '.join(missing)}; {way_out}")
+        raise NotThere(f"{name}: {'; '.join(missing)}; {way_out}")
     return [path for path in found.values() if path is not None]
 
 

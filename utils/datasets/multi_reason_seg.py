@@ -48,6 +48,10 @@ COCO_FOLDERS = ("train2014", "val2014", "train2017", "val2017")
 class MuseSplit:
     """The records of one split.
 
+    Args:
+        answered: questions whose own answer is wrong cannot be used. It is what training teaches; evaluation never
+            looks at it.
+
     Attributes:
         records: per item ``{"images", "height", "width", "part", "questions"}``: the places of its image to be tried
             in turn, ``few`` or ``many`` in the test split, and per question ``{"number", "text", "answer",
@@ -56,7 +60,7 @@ class MuseSplit:
         counts: images, expressions, masks, multi.
     """
 
-    def __init__(self, name: str, row: Row, split: str, dataset_dir: Path) -> None:
+    def __init__(self, name: str, row: Row, split: str, dataset_dir: Path, answered: bool) -> None:
         self.name, self.dataset_dir = f"{name}|{split}", dataset_dir
         if split not in SPLITS:
             raise DataError(f"{self.name}: {unknown('split', split, SPLITS)}")
@@ -64,7 +68,7 @@ class MuseSplit:
             f"MUSE_{part}.json": [dataset_dir / row.path / f"MUSE_{part}.json"] for part in SPLITS[split]
         }
         paths = find_paths(self.name, files)
-        self.records, notes = load_records(self.name, paths, None, lambda: _read(self.name, paths))
+        self.records, notes = load_records(self.name, paths, answered, lambda: _read(self.name, paths, answered))
         self.problems, self.counts = notes["problems"], notes["counts"]
         warn_of(self.name, self.problems)
 
@@ -90,11 +94,11 @@ class MuseSplit:
         return masks
 
 
-def _read(name: str, paths: Sequence[Path]) -> tuple[list[dict[str, Any]], Notes]:
+def _read(name: str, paths: Sequence[Path], answered: bool) -> tuple[list[dict[str, Any]], Notes]:
     records: list[dict[str, Any]] = []
     problems: list[str] = []
     for path in paths:
-        found, refused = parse_items(name, path, _parse)
+        found, refused = parse_items(name, path, lambda item: _parse(item, answered))
         problems += refused + [f"{path}, {text}" for record in found for text in record.pop("problems")]
         records += [record | {"part": TEST_PARTS.get(path.stem, "")} for record in found]
     questions = [question for record in records for question in record["questions"]]
@@ -107,14 +111,15 @@ def _read(name: str, paths: Sequence[Path]) -> tuple[list[dict[str, Any]], Notes
     return records, {"problems": problems, "counts": counts}
 
 
-def _parse(item: Any) -> dict[str, Any]:
+def _parse(item: Any, answered: bool) -> dict[str, Any]:
     """One item; a question that cannot be used is named in ``problems``, and costs no other."""
     if not isinstance(item, dict):
         raise DataError(f"expected a dict, not a {type(item).__name__}")
     images = _image_places(item)
     height, width = check_extent(item.get("height"), item.get("width"), f"{Path(images[0]).name} has")
     asked, answers = item.get("questions"), item.get("answers")
-    texts = item.get("text_answers") or [None] * (len(asked) if isinstance(asked, list) else 0)
+    texts = item.get("text_answers") if answered else None
+    texts = texts or [None] * (len(asked) if isinstance(asked, list) else 0)
     if not (isinstance(asked, list) and isinstance(answers, list) and isinstance(texts, list)):
         raise DataError("'questions', 'answers' and 'text_answers' must be lists")
     if not len(asked) == len(answers) == len(texts):
@@ -178,7 +183,7 @@ class MultiReasonSegTrain:
         if len(parts) > 1:
             raise DataError(f"{'|'.join([name, *parts])!r}: for training write '{name}|train'")
         self.options = options
-        self.split = MuseSplit(name, row, parts[0] if parts else "train", dataset_dir)
+        self.split = MuseSplit(name, row, parts[0] if parts else "train", dataset_dir, answered=True)
         self.name = self.split.name
         self.split.image_path(self.split.records[0])  # a wrong folder shows now, not at the first step
 
@@ -222,7 +227,7 @@ class MultiReasonSegEval:
         self.spec, self.benchmark = spec, spec.split("|")[0]
         if len(parts) != 1:
             raise DataError(f"{spec!r}: write '{self.benchmark}|SPLIT', for example '{self.benchmark}|val'")
-        self.split = MuseSplit(self.benchmark, row, parts[0], dataset_dir)
+        self.split = MuseSplit(self.benchmark, row, parts[0], dataset_dir, answered=False)
         self.skipped: list[str] = []
         self.unusable = self.split.problems
         self.not_found = images_not_found(self.split.image_path, self.split.records)

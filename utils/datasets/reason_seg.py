@@ -14,6 +14,7 @@ from utils.conversation import escape
 from utils.datasets.base import (
     DataError,
     DataOptions,
+    NotThere,
     Row,
     check_polygon,
     check_sample,
@@ -144,9 +145,7 @@ def split_folders(name: str, row: Row, split: str, dataset_dir: Path) -> list[Pa
     if not all(folder.is_dir() for folder in folders):
         known = sorted(path.name for path in root.iterdir() if path.is_dir() and path.name != "explanatory")
         known += [f"{part}_{length}" for part in known for length in ("short", "long")]
-        raise DataError(
-            f"{name}: {unknown('split', split, known)} (in {root})"
-        )
+        raise NotThere(f"{name}: {unknown('split', split, known)} (in {root})")
     return folders
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from utils.datasets.base import DataError, decode_segmentation, read_json
+from utils.datasets.base import DataError, NotThere, decode_segmentation, read_json
 from utils.datasets.coco_file import by_id, image_record, is_id, row_of, segmentation_of
 from utils.datasets.records import Notes, PackedRecords, load_records
 
@@ -195,7 +195,7 @@ def _read_refs(
     chosen = [ref for ref in refs if ref.get("split") == split]
     if not chosen:
         known = sorted({str(ref.get("split")) for ref in refs})
-        raise DataError(f"{name}: {refs_path} has no split {split!r}; it has: {', '.join(known) or 'no refs at all'}")
+        raise NotThere(f"{name}: {refs_path} has no split {split!r}; it has: {', '.join(known) or 'no refs at all'}")
     instances = read_json(instances_path)
     images, annotations = by_id(instances, "images", instances_path), by_id(instances, "annotations", instances_path)
 
@@ -205,7 +205,7 @@ def _read_refs(
     for ref in chosen:
         label = f"{name}, ref {ref.get('ref_id')}"
         try:
-            parsed = _parse_ref(ref, false_premises)
+            parsed, dropped = _parse_ref(ref, false_premises)
             image = row_of(images, ref.get("image_id"), "image", instances_path)
             rows = [row_of(annotations, ann_id, "annotation", instances_path) for ann_id in parsed.ann_ids]
             segmentations = {str(row["id"]): segmentation_of(row, image["id"]) for row in rows}
@@ -214,6 +214,7 @@ def _read_refs(
         except DataError as error:
             problems.append(f"{label}: {error}")
             continue
+        problems += [f"{label}: {problem}" for problem in dropped]
         record = records[image["id"]]
         record["refs"].append(vars(parsed))
         record["segmentations"].update(segmentations)
@@ -227,7 +228,8 @@ def _read_refs(
     return records.values(), {"problems": problems, "counts": counts}
 
 
-def _parse_ref(ref: dict[str, Any], false_premises: bool) -> Ref:
+def _parse_ref(ref: dict[str, Any], false_premises: bool) -> tuple[Ref, list[str]]:
+    """A ref with the sentences that can be used, and a message for each other one; ``DataError`` if there is none."""
     ref_id, ann_ids = ref.get("ref_id"), ref.get("ann_id")
     if not is_id(ref_id):
         raise DataError(f"ref_id is {ref_id!r}; expected an id")
@@ -238,11 +240,14 @@ def _parse_ref(ref: dict[str, Any], false_premises: bool) -> Ref:
     sentences = ref.get("sentences")
     if not isinstance(sentences, list) or not all(isinstance(sentence, dict) for sentence in sentences):
         raise DataError("'sentences' is not a list of dicts")
-    kept = []
+    kept, dropped = [], []
     for number, sentence in enumerate(sentences):
         if isinstance(sentence.get("sent"), str) and sentence["sent"].strip():
             extra = {key: value for key, value in sentence.items() if key not in ("tokens", "raw")}
             kept.append({"sent_id": number, **extra})
+        else:
+            said = str(sentence.get("sent"))[:60]
+            dropped.append(f"sentence {sentence.get('sent_id', number)} must have a text in 'sent', not {said!r}")
     if not kept:
         raise DataError("no sentence with a text in 'sent'")
     if len({str(sentence["sent_id"]) for sentence in kept}) < len(kept):  # results are told apart by it
@@ -251,7 +256,7 @@ def _parse_ref(ref: dict[str, Any], false_premises: bool) -> Ref:
         kept = [{**sentence, "false_premise": _is_false(sentence)} for sentence in kept]
         if all(sentence["false_premise"] for sentence in kept):
             ann_ids = []  # what they were derived from does not matter
-    return Ref(ref_id, ann_ids, kept)
+    return Ref(ref_id, ann_ids, kept), dropped
 
 
 def _is_false(sentence: dict[str, Any]) -> bool:
