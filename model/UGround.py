@@ -106,7 +106,7 @@ class UGroundForCausalLM(Objective, LlavaLlamaForCausalLM):
         how = self.config.layer_selection
         grounding = self.ground(output.hidden, states, batch.seg_rows, counts, batch.image_start, how)
         noise = gumbel_noise(batch.numbers, _repeat(counts), self.ppm.num_layers, self.config.policy_seed)
-        layers = self.ppm.choose(grounding.log_policy, how, noise.to(self.device))
+        layers = self.ppm.choose(grounding.log_policy, how, noise.to(self.device, non_blocking=True))
         embeddings = self.visual_model.encode(batch.sam_images, batch.image_keys)
         mask_logits, maps = self.draw(grounding, layers, embeddings, valid, batch)
         logits = self.lm_head(output.hidden[-1].flatten(0, 1)[batch.label_positions])
@@ -274,7 +274,7 @@ class UGroundForCausalLM(Objective, LlavaLlamaForCausalLM):
 
         def layers_of(draw: int) -> torch.Tensor:
             noise = gumbel_noise(batch.numbers, repeated, self.ppm.num_layers, seed + 104_729 * draw)
-            return self.ppm.choose(grounding.log_policy, how, noise.to(self.device))
+            return self.ppm.choose(grounding.log_policy, how, noise.to(self.device, non_blocking=True))
 
         def draw(grounding: Grounding, layers: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
             logits, maps = self.draw(grounding, layers, embeddings, valid, batch)

@@ -171,10 +171,10 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
         if any(size != (side, side) for size in clip_sizes):
             keys = torch.cat([torch.ones(len(valid), 1, dtype=torch.bool), valid], 1)  # the class token always counts
             mask = torch.zeros(keys.shape).masked_fill_(~keys, torch.finfo(clip_images.dtype).min)
-            mask = mask.to(clip_images)[:, None, None, :].expand(-1, 1, keys.shape[1], -1)
+            mask = mask.to(clip_images, non_blocking=True)[:, None, None, :].expand(-1, 1, keys.shape[1], -1)
         states = self.vision_tower(clip_images, attention_mask=mask, output_hidden_states=True).hidden_states
         features = states[self.config.mm_vision_select_layer][:, 1:]
-        return self.mm_projector(features), valid.to(clip_images.device)
+        return self.mm_projector(features), valid.to(clip_images.device, non_blocking=True)
 
     def embed(self, input_ids: torch.Tensor, features: torch.Tensor, image_start: int) -> torch.Tensor:
         """Token embeddings [B, T, D] with image features [B, P, D] in the place of the P placeholders."""

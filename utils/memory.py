@@ -140,11 +140,11 @@ def mask_losses(plan: Plan) -> float:
 
 
 def image_encoder(plan: Plan) -> float:
-    """The peak of SAM's encoder, which keeps nothing: a global layer's relative positions, G^2 x G^2 per head, for all
-    images of the batch (its attention is fused, and has no scores)."""
+    """The peak of SAM's encoder, which keeps nothing: a global layer's relative positions, G^2 x G^2 per head, of one
+    image at a time (its attention is fused, and has no scores)."""
     sam = SamShape(**plan.shape.sam_config)
     grid = (sam.image_size // sam.patch_size) ** 2
-    return 1.0 * sam.encoder_heads * grid**2 * plan.precision * plan.images
+    return 1.0 * sam.encoder_heads * grid**2 * plan.precision
 
 
 def optimizer(plan: Plan) -> tuple[float, float]:
@@ -155,9 +155,8 @@ def optimizer(plan: Plan) -> tuple[float, float]:
 
 
 def gradients(plan: Plan) -> float:
-    """Gradients that wait for their message: at most all (b each), or two buckets; the buckets are float32."""
-    waiting = plan.precision * plan.trainable
-    return waiting + 2 * 4.0 * min(plan.bucket, plan.trainable)
+    """Gradients that wait for their message, at most all of them, and the bucket that they are sent in."""
+    return 1.0 * plan.precision * (plan.trainable + min(plan.bucket, plan.trainable))
 
 
 # -- the sum -----------------------------------------------------------------------------------------------------------
