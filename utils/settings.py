@@ -215,9 +215,7 @@ class TrainSettings:
     lr: float = setting(3e-4, "peak learning rate of AdamW", above=0.0)
     gate_lr_factor: float = setting(1.0, "the policy gate's learning rate, times lr", above=0.0)
     warmup_steps: int = setting(
-        100,
-        "steps of linear warm-up, then linear decay to 0 (DeepSpeed's WarmupDecayLR: the first two steps have rate 0)",
-        low=2,
+        100, "steps of linear warm-up (the first two have rate 0), then linear decay to 0: WarmupDecayLR", low=2
     )
     beta1: float = setting(0.9, "AdamW's first decay", low=0.0, high=0.9999)
     beta2: float = setting(0.95, "AdamW's second decay", low=0.0, high=0.99999)
