@@ -18,6 +18,7 @@ import argparse
 import csv
 import json
 import os
+import shlex
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -31,8 +32,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils import cli, metrics
 from utils.charts import LINES, layer_curves, save_picture, training_curves
+from utils.checkpoint import git_commit
 from utils.config import load_config
-from utils.metrics import Record
+from utils.metrics import Record, metric_names
 from utils.results import read_results, result_path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -131,6 +133,8 @@ def main(argv: list[str] | None = None) -> int:
     args, settings = parse_arguments(argv)
     config = load_config(["--config", str(args.config), *settings])  # mistakes show before the first run
     rows, specs = TABLES[args.table], config.eval.val_dataset
+    if other := [spec for spec in specs if not set(METRICS) <= set(metric_names(spec.split("|")[0]))]:
+        raise ValueError(f"--val_dataset {other[0]} has no {' and '.join(METRICS)}, of which the tables are made")
     results: dict[str, list[Path]] = {}
     for seed in range(args.seeds):  # the whole table once, before the next seed
         for row in rows:
@@ -189,6 +193,7 @@ def run(
     wanted = [*settings, *(part for key, value in row.settings.items() for part in (f"--{key}", value))]
     train = ["train_ds.py", "--config", str(args.config), *wanted, "--seed", str(seed), "--auto_resume", "true"]
     train += ["--log_base_dir", str(folder.parent), "--exp_name", folder.name]
+    check_same_settings(folder / "ablate.json", train)
     if all(summary_path(results, spec).is_file() for spec in specs):
         return results
     call(folder, train)
@@ -197,6 +202,19 @@ def run(
     test = ["test.py", "--version", str(folder / "merged"), "--dataset_dir", dataset_dir, "--mode", "generate"]
     call(folder, [*test, "--val_dataset", "||".join(specs), "--batch_size", "16", "--output", str(results)])
     return results
+
+
+def check_same_settings(path: Path, train: list[str]) -> None:
+    """Results of other settings must not pass for these.
+
+    Raises:
+        ValueError: if the run in this folder was started in another way.
+    """
+    if path.is_file() and (before := json.loads(path.read_text())) != train:
+        raise ValueError(f"{path.parent} holds a run of other settings; give another --output\n  there: "
+                         f"{' '.join(before)}\n  now:   {' '.join(train)}")  # fmt: skip
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(train) + "\n")
 
 
 def summary_path(results: Path, spec: str) -> Path:
@@ -243,7 +261,8 @@ def markdown(
         entropies = [value for folder in results[row.name] for value in final_entropy(folder.parent)]
         entropy = spread(entropies, digits=2) if entropies else "-"
         lines.append([row.name, *cells, ", ".join(map(str, layers)), entropy, *paper])
-    title = f"Table {args.table}, {args.config}, {args.seeds} seed(s), mean ± standard deviation in per cent"
+    title = f"`{shlex.join(['python', *sys.argv])}`, commit {git_commit()}\n\n"
+    title += f"Table {args.table}, {args.config}, {args.seeds} seed(s), mean ± standard deviation in per cent"
     return f"{title}; entropy of the policy at the end in nats\n\n{as_table(lines)}"
 
 

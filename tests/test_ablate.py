@@ -74,7 +74,7 @@ def commands(monkeypatch):
             gradients = {"gate": 0.1} if name == "policy" else {}
             line = {"kind": "train", "entropy": 1 + 0.5 * int(seed), "gradients": gradients}
             line["map_loss_by_layer"] = [1.4, 1.3, 1.2]
-            folder.mkdir(parents=True)
+            folder.mkdir(parents=True, exist_ok=True)
             (folder / "log.jsonl").write_text("".join(json.dumps(line | {"step": step}) + "\n" for step in (1, 9)))
         if command[0] == "test.py":
             write_results(Path(command[command.index("--output") + 1]), 6 + int(seed) + (name == "policy"))
@@ -147,6 +147,16 @@ def test_a_wrong_setting_ends_before_the_first_run(commands, tmp_path):
     with pytest.raises(ValueError, match="--lrr"):
         ablate.main(["--table", "6", "--config", TINY, "--output", str(tmp_path), "--lrr", "1"])
     assert not commands
+
+
+def test_results_of_other_settings_are_refused(commands, tmp_path):
+    arguments = ["--table", "8", "--config", TINY, "--seeds", "1", "--output", str(tmp_path)]
+    assert ablate.main(arguments) == 0
+    assert ablate.main(arguments) == 0  # done, and the same
+    with pytest.raises(ValueError, match=r"bce-0 holds a run of other settings(?s:.*)now: .*--lr 0.5"):
+        ablate.main([*arguments, "--lr", "0.5"])
+    with pytest.raises(ValueError, match=r"refzom\|test has no gIoU and cIoU"):
+        ablate.main([*arguments, "--val_dataset", "refzom|test"])
 
 
 def test_a_program_that_fails_is_quoted(tmp_path):
