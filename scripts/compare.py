@@ -30,7 +30,7 @@ from utils.datasets.base import EvalDataset
 from utils.metrics import Record
 from utils.report import notes
 from utils.results import read_results
-from utils.tables import how_asked, missing_note
+from utils.tables import missing_note
 from utils.visualize import Panel, save_picture, sheet
 
 CONTROLS = {
@@ -86,12 +86,17 @@ def table(columns: dict[str, dict[tuple[str, str], dict[str, Any]]]) -> str:
         summaries = [found[key] for found in columns.values() if key in found]
         counts = {summary["counts"]["masks"] for summary in summaries}
         masks = "/".join(map(str, sorted(counts)))  # more than one: evaluated on different samples
-        asked = "/".join(dict.fromkeys(how_asked(summary | {"limit": None}) for summary in summaries))
+        protocols = dict.fromkeys(summary["protocol"] for summary in summaries if summary.get("protocol"))
+        asked = ", ".join([key[1], *protocols])
         for metric in summaries[0]["metrics"]:
             cells = [_cell(found.get(key), "metrics", metric) for found in columns.values()]
             cells += [_cell(last.get(key), "controls", name, metric) for name in controls]
             rows.append([f"{key[0]} ({asked})", masks, metric, *cells])
-    return aligned_table(rows)
+    layers = {
+        name: "/".join(dict.fromkeys(summary["layer_policy"] for summary in found.values()))
+        for name, found in columns.items()
+    }
+    return f"{aligned_table(rows)}\nLayers: {', '.join(f'{name}: {how}' for name, how in layers.items())}"
 
 
 def _cell(summary: dict[str, Any] | None, *keys: str) -> str:
