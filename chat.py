@@ -19,7 +19,7 @@ import torch
 
 from model.PPM import parse_layer_policy
 from utils import cli
-from utils.answers import describe, free_stem, save_answer
+from utils.answers import describe, free_stem, layer_words, save_answer
 from utils.batch import answer_all, find_images, read_prompts
 from utils.datasets.base import read_image
 from utils.session import ImageSession
@@ -193,7 +193,7 @@ class Chat:
             pixels = int((self.last.mask_logits[number] > 0).sum())
             written = f" -> {self.files[number]}" if self.files else ""
             doubt = f", uncertainty {self.last.uncertainty[number].score:.2f}" if self.last.uncertainty else ""
-            say(f"[SEG] {number + 1}: layer {layer}, {pixels} pixels{doubt}{written}")
+            say(f"[SEG] {number + 1}: {layer_words(self.layer_policy, layer)}, {pixels} pixels{doubt}{written}")
 
     def show(self) -> None:
         """The masks over the image, in a terminal that shows pictures."""

@@ -84,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = load_config(["--config", args.config, *settings])
     model, processor = load_pretrained(args.version, "fp32", cli.pick_device(args.device))
     batches = [batch for batch in read(model, processor, config, args.steps) if len(batch.states)]
-    print(what_there_is(batches, model.config.first_candidate_layer))
+    print(what_there_is(batches, candidates(model.config)))
     print("\nway to learn | probability of the best layer after steps " + ", ".join(map(str, steps_told(args.steps))))
     for name, way in WAYS.items():
         runs = [learn(model.config, config, batches, way, args.steps, seed) for seed in range(args.seeds)]
@@ -108,17 +108,22 @@ def read(model, processor, config: Config, steps: int) -> list[Rewarded]:
     return found
 
 
-def what_there_is(batches: Sequence[Rewarded], first: int) -> str:
-    """Rewards, their noise, and the scale of states, in words; layers before ``first`` are no candidates."""
+def candidates(config: UGroundConfig) -> slice:
+    """The layers that can be chosen."""
+    return slice(config.first_candidate_layer, config.last_candidate_layer % (config.num_hidden_layers + 1) + 1)
+
+
+def what_there_is(batches: Sequence[Rewarded], layers: slice) -> str:
+    """Rewards of the candidate layers, their noise, and the scale of states, in words."""
     states = torch.cat([batch.states for batch in batches])
-    rewards = torch.cat([batch.rewards for batch in batches])[:, first:]
+    rewards = torch.cat([batch.rewards for batch in batches])[:, layers]
     by_layer, by_seg = rewards.mean(0), rewards.mean(1)
     rest = rewards - by_layer - by_seg[:, None] + rewards.mean()
     best = torch.bincount(rewards.argmax(1), minlength=rewards.shape[1]) / len(rewards)
-    ratio = signal_to_noise(batches, first)
+    ratio = signal_to_noise(batches, layers)
     return "\n".join(
         [
-            f"{len(rewards)} [SEG], layers {first} to {states.shape[1] - 1}",
+            f"{len(rewards)} [SEG], layers {layers.start} to {layers.stop - 1}",
             f"mean reward per layer: {numbers(by_layer, 4)}",
             f"the best layer of a [SEG], in per cent: {numbers(100 * best, 1)}",
             f"reward of the best layer {by_layer.max():.4f}, of each [SEG]'s own best {rewards.amax(1).mean():.4f}",
@@ -131,13 +136,13 @@ def what_there_is(batches: Sequence[Rewarded], first: int) -> str:
     )
 
 
-def signal_to_noise(batches: Sequence[Rewarded], first: int) -> dict[str, float]:
+def signal_to_noise(batches: Sequence[Rewarded], layers: slice) -> dict[str, float]:
     """Norm of the gate's expected gradient over the root mean square of a step's deviation from it, policy uniform."""
     generator = torch.Generator().manual_seed(0)
-    average = torch.cat([batch.rewards for batch in batches])[:, first:].mean()
+    average = torch.cat([batch.rewards for batch in batches])[:, layers].mean()
     steps: dict[str, list[torch.Tensor]] = {}
     for batch in batches:
-        states, rewards = batch.states[:, first:], batch.rewards[:, first:]
+        states, rewards = batch.states[:, layers], batch.rewards[:, layers]
         policy = torch.full_like(rewards, 1 / rewards.shape[1])
         drawn = torch.multinomial(policy, 1, generator=generator)
         score = torch.zeros_like(policy).scatter_(1, drawn, 1.0) - policy
@@ -167,7 +172,7 @@ def learn(
         settings.last_candidate_layer, settings.baseline_start,
     )  # fmt: skip
     everything = torch.cat([batch.rewards for batch in batches]).mean(0)
-    best = settings.first_candidate_layer + int(everything[settings.first_candidate_layer :].argmax())
+    best = settings.first_candidate_layer + int(everything[candidates(settings)].argmax())
     optimizer = torch.optim.AdamW(
         [
             {"params": [learner.ppm.gate], "lr": train.lr * way.rate},

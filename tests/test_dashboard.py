@@ -22,6 +22,7 @@ from utils.dashboard import Dashboard, Limits, open_upload
 from utils.examples import SEEDS, draw_example
 from utils.metrics import decode_mask
 from utils.types import Prediction, Turn
+from utils.visualize import color
 
 HOSTILE = '<script>alert(1)</script><img src=x onerror="alert(2)">&amp;'
 
@@ -314,6 +315,31 @@ def test_segs_have_the_colors_of_their_masks():
 def test_words_that_a_seg_belongs_to(answer, words):
     end = answer.rindex("[SEG]")
     assert answer[view.words_before(answer, end) : end].strip() == words
+
+
+@pytest.mark.parametrize("number", range(7))
+def test_a_mark_can_be_read_on_its_color(number):
+    def luminance(rgb):
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in (value / 255 for value in rgb)]
+        return sum(weight * value for weight, value in zip((0.2126, 0.7152, 0.0722), linear))
+
+    ink = luminance([0, 0, 0] if view.ink(number) == "#000" else [255, 255, 255])
+    low, high = sorted([ink, luminance(color(number))])
+    assert (high + 0.05) / (low + 0.05) >= 4.5
+
+
+@pytest.mark.parametrize(
+    ("policy", "words"),
+    [
+        ("argmax", "layer 3 of 0"),
+        ("fixed:3", "layer 3 of 0"),
+        ("soft", "all layers, most weight on 3 of 0"),
+        ("mc:16", "sampled layers, most often 3 of 0"),
+    ],
+)
+def test_the_panel_says_where_a_mask_comes_from(answered, policy, words):
+    answered.policy, answered.prediction.layers[0] = policy, 3
+    assert f"[SEG] 1 was read at {words}" in view.policy_html(answered, 0)
 
 
 def test_only_the_newest_answer_is_colored():

@@ -43,12 +43,23 @@ def test_a_gate_finds_the_best_layer_each_in_its_own_time(make_model, batches, c
 
 
 def test_the_noise_of_a_step(batches):
-    ratio = study_policy.signal_to_noise(batches, first=1)
+    ratio = study_policy.signal_to_noise(batches, slice(1, 5))
     assert ratio["exact"] > ratio["mean"] > ratio["zero"] > 0
-    told = study_policy.what_there_is(batches, first=1)
+    told = study_policy.what_there_is(batches, slice(1, 5))
     assert "360 [SEG], layers 1 to 4" in told
     assert re.search(r"the best layer of a \[SEG\], in per cent: 0.0, 100.0, 0.0, 0.0", told)
     assert "what neither explains 0.0000" in told
+
+
+def test_layers_that_cannot_be_chosen_are_left_out(make_model, batches, config):
+    made = make_model(first_candidate_layer=0, last_candidate_layer=1).config
+    assert study_policy.candidates(made) == slice(0, 2)
+    assert study_policy.candidates(make_model().config) == slice(1, 5)
+    assert "per cent: 100.0, 0.0\n" in study_policy.what_there_is(
+        batches, study_policy.candidates(made)
+    )  # equal: the first
+    learned = study_policy.learn(made, config, batches, WAYS["exact gradient"], STEPS, seed=0)
+    assert learned[STEPS] == pytest.approx(0.5, abs=0.1)  # nothing to choose; layer 2, the best of all, is no candidate
 
 
 def test_a_model_is_read(make_model, tiny_processor, monkeypatch, capsys):

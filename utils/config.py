@@ -229,7 +229,7 @@ def _flatten(content: Mapping[str, Any], origin: str, problems: list[str]) -> di
             if section in FIELDS:
                 problems.append(f"{origin}: {section} belongs into section {SECTION_OF[section]}")
             else:
-                problems.append(f"{origin}: unknown section {section!r}{_nearest(section, (*SECTIONS, 'base'))}")
+                problems.append(f"{origin}: unknown section {section!r}{_hint(section, (*SECTIONS, 'base'))}")
         elif entries is not None and not isinstance(entries, Mapping):
             problems.append(f"{origin}: {section}: {entries!r} is not a mapping of settings")
         else:
@@ -239,11 +239,11 @@ def _flatten(content: Mapping[str, Any], origin: str, problems: list[str]) -> di
                 elif name in FIELDS:
                     problems.append(f"{origin}: {section}.{name} belongs into section {SECTION_OF[name]}")
                 else:
-                    problems.append(f"{origin}: unknown setting {section}.{name}{_nearest(name, tuple(FIELDS))}")
+                    problems.append(f"{origin}: unknown setting {section}.{name}{_hint(name, tuple(FIELDS))}")
     return values
 
 
-def _nearest(name: Any, known: Sequence[str]) -> str:
+def _hint(name: Any, known: Sequence[str]) -> str:
     if name in GONE:
         return f": {GONE[name]}"
     found = [ELSEWHERE[name]] if name in ELSEWHERE else difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
@@ -254,7 +254,7 @@ def _unknown_argument(text: str) -> str:
     if not text.startswith("-"):
         return f"unexpected argument {text!r}; settings are given as --name value"
     flag = text.partition("=")[0]
-    close = _nearest(flag.lstrip("-").replace("-", "_"), (*FIELDS, "config"))
+    close = _hint(flag.lstrip("-").replace("-", "_"), (*FIELDS, "config"))
     return f"unknown flag {flag}{close.replace('mean ', 'mean --') or '; see --help'}"
 
 

@@ -43,6 +43,13 @@ def css_color(number: int) -> str:
     return "#{:02x}{:02x}{:02x}".format(*color(number))
 
 
+def ink(number: int) -> str:
+    """Black or white, whichever is easier to read on the color of the ``number``-th [SEG] (WCAG's luminance)."""
+    linear = [((c / 255 + 0.055) / 1.055) ** 2.4 if c > 10 else c / 255 / 12.92 for c in color(number)]
+    luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+    return "#000" if (luminance + 0.05) / 0.05 > 1.05 / (luminance + 0.05) else "#fff"
+
+
 def style_sheet() -> str:
     """CSS that depends on the palette: the chips of the mask switches, the marks in answers."""
     chips = [
@@ -70,7 +77,7 @@ def answer_html(text: str, colored: bool = True) -> str:
     pieces, done = [], 0
     for number, match in enumerate(re.finditer(re.escape(SEG), text)):
         begin = max(done, words_before(text, match.start()))
-        style = f' style="--ug: {css_color(number)}"' if colored else ""
+        style = f' style="--ug: {css_color(number)}; --ink: {ink(number)}"' if colored else ""
         pieces.append(escape(text[done:begin]))
         if begin < match.start():
             pieces.append(f'<span class="ug-words"{style}>{escape(text[begin : match.start()].rstrip())}</span> ')
@@ -177,7 +184,7 @@ def doubt_html(visit: Visit, seg: int) -> str:
 
 
 def policy_html(visit: Visit, seg: int) -> str:
-    """The policy's distribution over layers as bars, the layer that was read in the mask's color."""
+    """The policy's distribution over layers as bars, the chosen layer in the mask's color."""
     assert visit.prediction is not None
     chances = visit.prediction.policy[seg].tolist()
     chosen, highest = visit.prediction.layers[seg], max(chances)
@@ -198,8 +205,8 @@ def policy_html(visit: Visit, seg: int) -> str:
                 f'<text x="{(layer + 0.5) * step:.1f}" y="{base + 18}" text-anchor="middle"{bold}>{layer}</text>'
             )
     caption = (
-        f"{SEG} {seg + 1} was read at layer {chosen} of 0 to {len(chances) - 1} (layer policy "
-        f"“{escape(visit.policy)}”), to which the policy gives {chances[chosen]:.1%}. "
+        f"{SEG} {seg + 1} was read at {answers.layer_words(visit.policy, chosen)} of 0 to {len(chances) - 1} (layer policy "
+        f"“{escape(visit.policy)}”). The policy gives layer {chosen} {chances[chosen]:.1%}. "
     )
     if highest - min(chance for chance in chances if chance) < 1e-3:
         caption += "The policy is untrained: all layers are equally likely."
