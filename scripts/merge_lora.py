@@ -37,7 +37,7 @@ from utils.card import model_card
 from utils.checkpoint import CheckpointError
 from utils.config import Config, config_from, load_config
 from utils.engine import build_model
-from utils.pipeline import PRECISIONS
+from utils.pipeline import PRECISIONS, cast_parameters
 from utils.processor import UGroundProcessor
 
 MOVABLE = ("version", "vision_tower", "vision_pretrained")
@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
         else:
             merged, difference = merge(model, processor)
             print(f"merged and unmerged agree: largest difference {difference:.1e} of the largest value")
-            round_as_trained(merged, config)
+            cast_parameters(merged, config.model.precision)
             save, meta = partial(save_merged, merged), meta | {"merge_difference": difference}
         card = model_card(args.name or config.train.exp_name, meta, args.adapter_only, args.license)
         write(save, processor, args.output, meta, card)
@@ -201,13 +201,6 @@ def probe(model: nn.Module, processor: UGroundProcessor) -> dict[str, torch.Tens
     [[prediction]] = model.predict(batch, layer_policy="last")
     logits = model.lm_head(output.hidden[-1])
     return {"logits": logits, "masks": prediction.mask_logits, "maps": prediction.maps, "policy": prediction.policy}
-
-
-def round_as_trained(model: nn.Module, config: Config) -> None:
-    """Parameters in the precision of training; buffers (the baseline) stay in float32."""
-    dtype = PRECISIONS[config.model.precision]
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
 
 
 def save_merged(model: PreTrainedModel, folder: Path) -> None:

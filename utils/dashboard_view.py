@@ -204,9 +204,10 @@ def policy_html(visit: Visit, seg: int) -> str:
             bars.append(
                 f'<text x="{(layer + 0.5) * step:.1f}" y="{base + 18}" text-anchor="middle"{bold}>{layer}</text>'
             )
+    where = answers.layer_words(visit.policy, chosen)
     caption = (
-        f"{SEG} {seg + 1} was read at {answers.layer_words(visit.policy, chosen)} of 0 to {len(chances) - 1} (layer policy "
-        f"“{escape(visit.policy)}”). The policy gives layer {chosen} {chances[chosen]:.1%}. "
+        f"{SEG} {seg + 1} was read at {where} of 0 to {len(chances) - 1} (layer policy “{escape(visit.policy)}”). "
+        f"The policy gives layer {chosen} {chances[chosen]:.1%}. "
     )
     if highest - min(chance for chance in chances if chance) < 1e-3:
         caption += "The policy is untrained: all layers are equally likely."

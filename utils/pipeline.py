@@ -89,8 +89,7 @@ def load_pretrained(
     if adapter.is_adapter(folder):
         moved = {"version": base, "vision_tower": vision_tower, "vision_pretrained": vision_pretrained}
         model, processor = _load_adapter(Path(folder), {name: path for name, path in moved.items() if path})
-        for parameter in model.parameters():  # buffers such as the rotary frequencies stay in float32
-            parameter.data = parameter.data.to(PRECISIONS[precision])
+        cast_parameters(model, precision)
         return model.to(device), processor  # type: ignore[arg-type]
     raw = read_json(Path(folder), "--version")
     if release := release_of(raw):
@@ -162,6 +161,12 @@ def _load_released(
         )
     sides = config.clip_side, config.clip_patch, model.visual_model.shape.image_size
     return model, UGroundProcessor(tokenizer, *sides, release.system_prompt, clip_fit=config.clip_fit)
+
+
+def cast_parameters(model: torch.nn.Module, precision: str) -> None:
+    """Parameters alone: buffers (the policy's baseline, rotary frequencies) stay in float32."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(PRECISIONS[precision])
 
 
 def cache_sam_features(model: UGroundForCausalLM, processor: UGroundProcessor, folder: str, gigabytes: float) -> None:
