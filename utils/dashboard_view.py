@@ -207,7 +207,7 @@ def policy_html(visit: Visit, seg: int) -> str:
     where = answers.layer_words(visit.policy, chosen)
     caption = (
         f"{SEG} {seg + 1} was read at {where} of 0 to {len(chances) - 1} (layer policy “{escape(visit.policy)}”). "
-        f"The policy gives layer {chosen} {chances[chosen]:.1%}. "
+        f"The policy's probability of layer {chosen} is {chances[chosen]:.1%}. "
     )
     if highest - min(chance for chance in chances if chance) < 1e-3:
         caption += "The policy is untrained: all layers are equally likely."
