@@ -96,7 +96,7 @@ def table(columns: dict[str, dict[tuple[str, str], dict[str, Any]]]) -> str:
         name: "/".join(dict.fromkeys(summary["layer_policy"] for summary in found.values()))
         for name, found in columns.items()
     }
-    return f"{aligned_table(rows)}\nLayers: {', '.join(f'{name}: {how}' for name, how in layers.items())}"
+    return f"{aligned_table(rows)}\nLayers: {'; '.join(f'{name}: {how}' for name, how in layers.items())}"
 
 
 def _cell(summary: dict[str, Any] | None, *keys: str) -> str:

@@ -464,7 +464,7 @@ def test_folders_are_compared_with_what_was_asked_and_what_is_missing(capsys, tm
     code, out, err = run(capsys, compare, tmp_path / "a", tmp_path / "b")
     assert code == 0, err
     assert "grefcoco|unc|val (teacher_forced, gsva) " in out
-    assert "Layers: a: argmax, b: last" in out
+    assert "Layers: a: argmax; b: last" in out
     assert re.search(r"gIoU +0\.800 \(3 missing\) +0\.800 \(first 8 images\)", out)
 
 
