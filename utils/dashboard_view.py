@@ -56,7 +56,8 @@ def style_sheet() -> str:
         f"#ug-masks label:nth-of-type({len(PALETTE)}n+{n + 1}) {{ border-left: 10px solid {css_color(n)}; }}"
         for n in range(len(PALETTE))
     ]
-    return "\n".join(chips)
+    marks = [f'.ug-seg[style="--ug: {css_color(n)}"] {{ color: {ink(n)}; }}' for n in range(len(PALETTE))]
+    return "\n".join(chips + marks)
 
 
 def words_before(text: str, end: int) -> int:
@@ -77,7 +78,7 @@ def answer_html(text: str, colored: bool = True) -> str:
     pieces, done = [], 0
     for number, match in enumerate(re.finditer(re.escape(SEG), text)):
         begin = max(done, words_before(text, match.start()))
-        style = f' style="--ug: {css_color(number)}; --ink: {ink(number)}"' if colored else ""
+        style = f' style="--ug: {css_color(number)}"' if colored else ""
         pieces.append(escape(text[done:begin]))
         if begin < match.start():
             pieces.append(f'<span class="ug-words"{style}>{escape(text[begin : match.start()].rstrip())}</span> ')
