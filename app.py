@@ -29,19 +29,19 @@ from starlette.responses import JSONResponse
 from starlette.routing import Route
 from transformers.utils import logging as transformers_logging
 
+from model.loading.weights import fingerprint
 from model.PPM import parse_layer_policy
-from model.weights import fingerprint
-from utils import cli
-from utils import dashboard_view as view
+from model.structures import Turn
 from utils.config import load_config
-from utils.dashboard import Dashboard, Limits, Visit
-from utils.examples import SEEDS, Example, draw_example
-from utils.pipeline import load_for_training
-from utils.types import Turn
+from utils.dashboard import view
+from utils.dashboard.examples import SEEDS, Example, draw_example
+from utils.dashboard.service import Dashboard, Limits, Visit
+from utils.inference import cli
+from utils.inference.loading import load_for_training
 
 ROOT = Path(__file__).resolve().parent
 TRAINED = "runs/tiny/merged"
-CSS = ROOT / "utils" / "dashboard.css"
+CSS = ROOT / "utils" / "dashboard" / "style.css"
 MODEL_QUEUE = {"concurrency_id": "model", "concurrency_limit": 1}  # one answer at a time, in order of arrival
 POLICY = (
     "default-src 'self' data: blob:; script-src 'self' 'unsafe-inline' 'unsafe-eval'; "

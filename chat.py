@@ -18,14 +18,14 @@ import numpy as np
 import torch
 
 from model.PPM import parse_layer_policy
-from utils import cli
-from utils.answers import describe, free_stem, layer_words, save_answer
-from utils.batch import answer_all, find_images, read_prompts
+from model.structures import Prediction
 from utils.datasets.base import read_image
-from utils.session import ImageSession
-from utils.terminal import AnswerPrinter, picture_codes, picture_protocol, printable
-from utils.types import Prediction
-from utils.visualize import overlay
+from utils.inference import cli
+from utils.inference.answer_files import describe, free_stem, layer_words, save_answer
+from utils.inference.folder import answer_all, find_images, read_prompts
+from utils.inference.session import ImageSession
+from utils.inference.terminal import AnswerPrinter, picture_codes, picture_protocol, printable
+from utils.plotting.overlays import overlay
 
 HELP = """Type what to look for, for example: Please segment the red star in this image.
   /image PATH        talk about another image

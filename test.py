@@ -17,17 +17,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from utils import cli, distributed
+from utils import distributed
 from utils.datasets import get_eval_dataset
 from utils.datasets.base import EvalDataset, NotThere, check_complete
-from utils.evaluate import CONTROLS, MODES, Asking, default_mode, evaluate, origin_of, text_blind_scores
-from utils.metrics import PROTOCOLS
-from utils.pipeline import cache_sam_features
-from utils.report import format_table, panels
-from utils.results import Journal, Result, result_path
-from utils.tables import SUITES, fill
-from utils.tables import write as write_tables
-from utils.visualize import save_picture, sheet
+from utils.evaluation.evaluate import CONTROLS, MODES, Asking, default_mode, evaluate, origin_of, text_blind_scores
+from utils.evaluation.metrics import PROTOCOLS
+from utils.evaluation.panels import format_table, panels
+from utils.evaluation.paper_tables import SUITES, fill
+from utils.evaluation.paper_tables import write as write_tables
+from utils.evaluation.results import Journal, Result, result_path
+from utils.inference import cli
+from utils.inference.loading import cache_sam_features
+from utils.plotting.overlays import save_picture, sheet
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:

@@ -22,21 +22,21 @@ import cv2
 import torch
 from torch.utils.data import DataLoader
 
+from model.loading.weights import format_report
 from model.lora import trainable_report
-from model.weights import format_report
-from utils import checkpoint as checkpoints
+from model.processing.processor import UGroundProcessor
+from model.structures import Batch
 from utils import distributed
 from utils.config import Config, ConfigError, load_config, missing_paths
 from utils.datasets import TYPES, DataError, DataOptions, EvalDataset, get_eval_dataset
 from utils.datasets.mixture import Mixture, MixtureSampler
-from utils.engine import build_engine, build_model, deepspeed_settings, gradient_norms
-from utils.evaluate import Asking, evaluate
-from utils.logging import DivergedError, Meter, RunLog, check_finite, validation_sheet
-from utils.metrics import metric_names
-from utils.pipeline import PRECISIONS, cache_sam_features
-from utils.processor import UGroundProcessor
-from utils.run_report import write_report
-from utils.types import Batch
+from utils.evaluation.evaluate import Asking, evaluate
+from utils.evaluation.metrics import metric_names
+from utils.inference.loading import PRECISIONS, cache_sam_features
+from utils.training import checkpoint as checkpoints
+from utils.training.engine import build_engine, build_model, deepspeed_settings, gradient_norms
+from utils.training.run_log import DivergedError, Meter, RunLog, check_finite, validation_sheet
+from utils.training.run_report import write_report
 
 
 def main(argv: Sequence[str] | None = None) -> int:

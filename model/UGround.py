@@ -29,8 +29,8 @@ from model.PPM import (
     similarity_of_all_layers,
 )
 from model.sam import SamShape, SegmentAnything
+from model.structures import Batch, MaskUncertainty, Prediction
 from model.uncertainty import MonteCarlo
-from utils.types import Batch, MaskUncertainty, Prediction
 
 MASKS_AT_ONCE = 32  # that SAM decodes for mc:T
 __all__ = ["RELEASED", "Grounding", "UGroundConfig", "UGroundForCausalLM", "UGroundOutput"]

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import torch
 
 from model.llava import LanguageOutput
-from utils.types import Batch
+from model.structures import Batch
 
 Place = tuple[int, int]  # (row, question)
 

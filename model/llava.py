@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import Cache, CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
-from utils.types import Batch
+from model.structures import Batch
 
 
 class LlavaLlamaConfig(LlamaConfig):

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from model import losses
 from model.PPM import PolicyPromptedMasking
-from utils.types import Batch
+from model.structures import Batch
 
 EPSILON = 1e-6
 SoftTarget = tuple[torch.Tensor, torch.Tensor]  # one image's M_sigma [n, H, W], and the weight [n] of its positives

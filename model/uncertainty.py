@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from utils.types import MaskUncertainty
+from model.structures import MaskUncertainty
 
 EPSILON = 1e-6
 

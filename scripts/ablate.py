@@ -30,12 +30,13 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils import cli, metrics
-from utils.charts import LINES, layer_curves, save_picture, training_curves
-from utils.checkpoint import git_commit
 from utils.config import load_config
-from utils.metrics import Record, metric_names
-from utils.results import read_results, result_path
+from utils.evaluation import metrics
+from utils.evaluation.metrics import Record, metric_names
+from utils.evaluation.results import read_results, result_path
+from utils.inference import cli
+from utils.plotting.charts import LINES, layer_curves, save_picture, training_curves
+from utils.training.checkpoint import git_commit
 
 ROOT = Path(__file__).resolve().parents[1]
 METRICS = ("gIoU", "cIoU")

@@ -24,16 +24,17 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils import cli, metrics
-from utils.analysis import COLUMNS, ROWS, Analyst, Look, Study, original_sam
-from utils.charts import layer_curves, policy_strips, save_picture
 from utils.datasets import get_eval_dataset
 from utils.datasets.base import EvalDataset
-from utils.evaluate import MODES, Asking
-from utils.layer_pictures import animate, layer_maps
-from utils.metrics import Record
-from utils.report import notes
-from utils.visualize import Panel, sheet
+from utils.evaluation import metrics
+from utils.evaluation.evaluate import MODES, Asking
+from utils.evaluation.layer_analysis import COLUMNS, ROWS, Analyst, Look, Study, original_sam
+from utils.evaluation.layer_figures import animate, layer_maps
+from utils.evaluation.metrics import Record
+from utils.evaluation.panels import notes
+from utils.inference import cli
+from utils.plotting.charts import layer_curves, policy_strips, save_picture
+from utils.plotting.overlays import Panel, sheet
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:

@@ -39,13 +39,13 @@ from torch.utils.data import DataLoader, Dataset
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from utils import cli  # noqa: E402
 from utils.datasets import get_train_dataset  # noqa: E402
 from utils.datasets.mixture import Mixture, MixtureSampler  # noqa: E402
 from utils.datasets.records import SETTING  # noqa: E402
+from utils.inference import cli  # noqa: E402
 
 if TYPE_CHECKING:
-    from utils.processor import UGroundProcessor
+    from model.processing.processor import UGroundProcessor
 
 MB = 2**20
 CHUNK = 500  # records that a worker reads between two looks at its memory
@@ -125,7 +125,9 @@ def _preset(args: argparse.Namespace) -> tuple[Any, str]:
     Raises:
         ValueError: if the preset takes a GPU and there is none.
     """
-    from utils.benchmark import PRESETS  # here, because the processes that ``data`` measures would carry it too
+    from utils.diagnostics.benchmark import (
+        PRESETS,  # here, because the processes that ``data`` measures would carry it too
+    )
 
     if args.repeats < 1:
         raise ValueError(f"--repeats {args.repeats}: at least 1 turn can be measured")
@@ -136,7 +138,7 @@ def _preset(args: argparse.Namespace) -> tuple[Any, str]:
 
 
 def bench_model(args: argparse.Namespace) -> list[str]:
-    from utils import benchmark
+    from utils.diagnostics import benchmark
 
     preset, device = _preset(args)
     with tempfile.TemporaryDirectory(prefix="uground-bench-") as folder:
@@ -205,7 +207,7 @@ def _megabytes(size: float | None) -> str:
 
 
 def bench_growth(args: argparse.Namespace) -> list[str]:
-    from utils import benchmark
+    from utils.diagnostics import benchmark
 
     preset, device = _preset(args)
     with tempfile.TemporaryDirectory(prefix="uground-bench-") as folder:
@@ -408,9 +410,9 @@ def bench_loader(args: argparse.Namespace, settings: list[str]) -> list[str]:
     # here, because the processes that ``data`` measures would carry these libraries too
     from transformers import AutoTokenizer
 
+    from model.processing.processor import UGroundProcessor
     from train_ds import make_mixture, one_thread
     from utils.config import load_config
-    from utils.processor import UGroundProcessor
 
     models = [part for name in ("version", "vision_tower", "vision_pretrained") for part in (f"--{name}", "unused")]
     config = load_config([*models, *settings])

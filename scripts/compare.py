@@ -24,14 +24,15 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils import cli, metrics
 from utils.datasets import get_eval_dataset
 from utils.datasets.base import EvalDataset
-from utils.metrics import Record
-from utils.report import notes
-from utils.results import read_results
-from utils.tables import missing_note
-from utils.visualize import Panel, save_picture, sheet
+from utils.evaluation import metrics
+from utils.evaluation.metrics import Record
+from utils.evaluation.panels import notes
+from utils.evaluation.paper_tables import missing_note
+from utils.evaluation.results import read_results
+from utils.inference import cli
+from utils.plotting.overlays import Panel, save_picture, sheet
 
 CONTROLS = {
     "shuffled_prompts": "prompts shuffled",

@@ -17,8 +17,8 @@ SHARED='ReasonSeg|val_short||ReasonSeg|val_long||grefcoco|unc|val'
 TOTAL=10
 
 # Results of other code or weights must not pass for today's: they are put aside.
-fingerprint=$(cat requirements.txt configs/*.yaml configs/deepspeed/*.json ./*.py model/*.py utils/*.py \
-    utils/datasets/*.py scripts/*.py scripts/demo.sh assets/tiny/*/* assets/tiny/sam.pth 2>/dev/null | sha256sum | cut -c1-16)
+fingerprint=$( (cat requirements.txt configs/*.yaml configs/deepspeed/*.json ./*.py scripts/*.py scripts/demo.sh \
+    assets/tiny/*/* assets/tiny/sam.pth && find model utils -name '*.py' -print0 | sort -z | xargs -0 cat) | sha256sum | cut -c1-16)
 if [ -d "$DONE" ] && [ "$(cat "$DONE/fingerprint" 2>/dev/null)" != "$fingerprint" ]; then
     old="runs/before-$(date +%Y%m%d-%H%M%S)"
     echo "the code has changed since the last demo; its results go to $old"

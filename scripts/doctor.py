@@ -30,7 +30,7 @@ sys.path.insert(0, str(ROOT))
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 # Only the standard library here: libraries that are missing or broken are what this is for.
-from utils.findings import Finding, Page, ok, problem, skipped, warning  # noqa: E402
+from utils.diagnostics.findings import Finding, Page, ok, problem, skipped, warning  # noqa: E402
 
 INSTALL = "pip install -r requirements.txt (or bash scripts/setup.sh)"
 IMPORTS = ("torch", "torchvision", "transformers", "peft", "deepspeed", "segment_anything", "cv2", "pycocotools.mask")
@@ -73,8 +73,8 @@ def main(arguments: list[str] | None = None) -> int:
             check_configuration(page, settings, args.overfit)
         if merged:
             page.heading("Model")
-            from utils.checkup import check_merged
-            from utils.cli import pick_device, pick_precision
+            from utils.diagnostics.checks import check_merged
+            from utils.inference.cli import pick_device, pick_precision
 
             device = pick_device("auto")
             page.run(check_merged, merged, device, pick_precision("auto", device), args.vision_tower or "")
@@ -207,24 +207,24 @@ def available_memory() -> float:
 
 def print_memory(args: argparse.Namespace, settings: list[str]) -> int:
     """Tables of the expected memory; of the configuration, or of the paper's 7B and 13B."""
-    from utils import memory
     from utils.config import load_config
+    from utils.diagnostics import memory_model
 
-    unused = [part for name in memory.PATHS for part in (f"--{name}", "unused")]
+    unused = [part for name in memory_model.PATHS for part in (f"--{name}", "unused")]
     if args.measure:
-        from utils.measure import compare
+        from utils.diagnostics.memory_probe import compare
 
-        plan = memory.plan_of_preset("medium", load_config([*unused, *memory.MEDIUM_SETTINGS]))
-        print(compare(plan, load_config([*unused, *memory.MEDIUM_SETTINGS])))
+        plan = memory_model.plan_of_preset("medium", load_config([*unused, *memory_model.MEDIUM_SETTINGS]))
+        print(compare(plan, load_config([*unused, *memory_model.MEDIUM_SETTINGS])))
         return 0
     if args.config:
-        plans = {"this configuration": memory.plan_of(load_config(settings))}
+        plans = {"this configuration": memory_model.plan_of(load_config(settings))}
     else:
         ranks = {"7b": "8", "13b": "64"}
         configs = {name: load_config([*unused, "--lora_r", rank]) for name, rank in ranks.items()}
-        plans = {name.upper(): (memory.plan_of_preset(name, config), "") for name, config in configs.items()}
+        plans = {name.upper(): (memory_model.plan_of_preset(name, config), "") for name, config in configs.items()}
     for name, (plan, source) in plans.items():
-        print("\n".join(memory.tables(name, plan, source, [args.gpus] if args.gpus else [1, 8], args.offload)))
+        print("\n".join(memory_model.tables(name, plan, source, [args.gpus] if args.gpus else [1, 8], args.offload)))
     return 0
 
 
@@ -236,54 +236,54 @@ def check_configuration(page: Page, settings: list[str], overfit: str) -> None:
     import torch
 
     from train_ds import make_mixture
-    from utils import checkup
     from utils.config import load_config
-    from utils.engine import build_model
-    from utils.memory import plan_of
+    from utils.diagnostics import checks
+    from utils.diagnostics.memory_model import plan_of
+    from utils.training.engine import build_model
 
     page.heading("Settings")
     config = page.attempt(load_config, settings)
     if config is None:
         return
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    paths = page.run(checkup.check_paths, config)
-    fits = paths and page.run(checkup.check_deepspeed, config)
+    paths = page.run(checks.check_paths, config)
+    fits = paths and page.run(checks.check_deepspeed, config)
     found = page.attempt(plan_of, config) if fits else None
     if found:
-        page.run(checkup.check_disk, config, found[0].trainable)
+        page.run(checks.check_disk, config, found[0].trainable)
         room = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
-        fits = page.run(checkup.check_memory, found[0], device.type, room)
+        fits = page.run(checks.check_memory, found[0], device.type, room)
 
     page.heading("Weights")
     built = page.attempt(build_model, config) if found and fits else None
     if built is None:
         page.add(skipped("weights, tokens", "they are looked at once the problems above are mended"))
     else:
-        page.run(checkup.describe_weights, built[2])
-        page.run(checkup.check_tokens, built[0].get_base_model() if config.model.lora_r else built[0], built[1])
+        page.run(checks.describe_weights, built[2])
+        page.run(checks.check_tokens, built[0].get_base_model() if config.model.lora_r else built[0], built[1])
 
     page.heading("Data")
     mixture = page.attempt(make_mixture, config) if Path(config.data.dataset_dir).is_dir() else None
     if mixture is not None:
-        page.run(checkup.describe_data, mixture, config)
-        page.run(checkup.read_samples, mixture, config.train.seed)
+        page.run(checks.describe_data, mixture, config)
+        page.run(checks.read_samples, mixture, config.train.seed)
     for spec in () if config.eval.no_eval or not Path(config.data.dataset_dir).is_dir() else config.eval.val_dataset:
-        page.run(checkup.check_benchmark, spec, config)
+        page.run(checks.check_benchmark, spec, config)
 
     page.heading("Learning")
-    batches = page.attempt(checkup.collate, config, built[1], mixture, device) if built and mixture else None
+    batches = page.attempt(checks.collate, config, built[1], mixture, device) if built and mixture else None
     if built is None or batches is None:
         page.add(skipped("forward and backward pass, learning by heart", "they need the weights and the data"))
         return
     model = built[0].to(device)
-    if page.run(checkup.check_gradients, model, batches[0]):
-        if overfit == "on" or (overfit == "auto" and checkup.is_cheap(model, device)):
-            page.run(checkup.check_overfit, model, config, batches)
+    if page.run(checks.check_gradients, model, batches[0]):
+        if overfit == "on" or (overfit == "auto" and checks.is_cheap(model, device)):
+            page.run(checks.check_overfit, model, config, batches)
         else:
-            page.add(skipped("learning 8 samples by heart", f"give --overfit on; {checkup.STEPS} steps at most"))
+            page.add(skipped("learning 8 samples by heart", f"give --overfit on; {checks.STEPS} steps at most"))
 
 
 if __name__ == "__main__":
-    from utils.cli import run
+    from utils.inference.cli import run
 
     sys.exit(run(main))

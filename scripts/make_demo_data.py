@@ -2,7 +2,7 @@
 
     python scripts/make_demo_data.py --out data/demo --seed 0
 
-The scenes and texts come from ``utils/scenes.py`` and ``scene_texts.py``. What is written:
+The scenes and texts come from ``utils/demo/scenes.py`` and ``scene_texts.py``. What is written:
 
 - ``reason_seg/ReasonSeg/{train,val,test,heldout}``: one image, one target, one to three queries per file; half of the
   files hold short phrases, half whole questions; ``explanatory/train.json`` has text answers for some. ``heldout`` has
@@ -10,8 +10,8 @@ The scenes and texts come from ``utils/scenes.py`` and ``scene_texts.py``. What 
 - ``refer_seg/refcoco`` and ``refer_seg/grefcoco``: COCO-style, the latter with several, one and no targets.
 - ``llava_dataset/llava_instruct_150k.json``: captions and question answering in several turns.
 
-``--all_types`` adds small versions of the other 20 data sets, for all eight types (``utils/demo_refer.py`` and
-``utils/demo_sets.py``); what is listed above stays the same to the byte.
+``--all_types`` adds small versions of the other 20 data sets, for all eight types (``utils/demo/refer_sets.py`` and
+``utils/demo/other_sets.py``); what is listed above stays the same to the byte.
 
 Every scene has its own random stream (seed, set and split, index), so no two splits share one. Stream numbers stay
 below 1000; the pre-training uses others.
@@ -34,14 +34,14 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from utils import scene_texts, scenes  # noqa: E402
-from utils.demo_files import Ledger, Sizes, labelme_polygons, streams, write_jpeg, write_json  # noqa: E402
-from utils.demo_refer import REFER_SETS, write_refer_set  # noqa: E402
-from utils.demo_sets import WRITERS, write_set  # noqa: E402
-from utils.scene_texts import Query  # noqa: E402
-from utils.scenes import Scene  # noqa: E402
+from utils.demo import scene_texts, scenes  # noqa: E402
+from utils.demo.files import Ledger, Sizes, labelme_polygons, streams, write_jpeg, write_json  # noqa: E402
+from utils.demo.other_sets import WRITERS, write_set  # noqa: E402
+from utils.demo.refer_sets import REFER_SETS, write_refer_set  # noqa: E402
+from utils.demo.scene_texts import Query  # noqa: E402
+from utils.demo.scenes import Scene  # noqa: E402
 
-# What is drawn, without and with --all_types: the start of a hash of it, which tests/test_make_demo_data.py computes.
+# What is drawn, without and with --all_types: the start of a hash of it (tests/demo/test_make_demo_data.py).
 # Who changes what is drawn changes these, so that data of an older version are not taken for the new ones.
 VERSION = {False: "4527a8ebdff7", True: "fc0648e7a14f"}
 SUMMARY = "demo_data.json"

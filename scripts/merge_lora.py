@@ -29,16 +29,16 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
 
-from model.weights import read_folder
-from utils import adapter
-from utils import checkpoint as checkpoints
-from utils.adapter import META
-from utils.card import model_card
-from utils.checkpoint import CheckpointError
+from model.loading.weights import read_folder
+from model.processing.processor import UGroundProcessor
 from utils.config import Config, config_from, load_config
-from utils.engine import build_model
-from utils.pipeline import PRECISIONS, cast_parameters
-from utils.processor import UGroundProcessor
+from utils.inference import adapter
+from utils.inference.adapter import META
+from utils.inference.loading import PRECISIONS, cast_parameters
+from utils.training import checkpoint as checkpoints
+from utils.training.checkpoint import CheckpointError
+from utils.training.engine import build_model
+from utils.training.model_card import model_card
 
 MOVABLE = ("version", "vision_tower", "vision_pretrained")
 TOLERANCE = 1e-4  # of the largest value; float32 noise of a merge is about 1e-6

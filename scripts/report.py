@@ -14,8 +14,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils import cli
-from utils.run_report import write_report
+from utils.inference import cli
+from utils.training.run_report import write_report
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -16,10 +16,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils import cli
-from utils.metrics import PROTOCOLS, protocol_of
-from utils.report import format_table
-from utils.results import read_results, summarize
+from utils.evaluation.metrics import PROTOCOLS, protocol_of
+from utils.evaluation.panels import format_table
+from utils.evaluation.results import read_results, summarize
+from utils.inference import cli
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -11,14 +13,15 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tiny_run import write_base
 
+from model.processing.processor import UGroundProcessor
+from model.structures import Sample, Turn
 from model.UGround import UGroundConfig, UGroundForCausalLM
 from scripts import make_demo_data
 from utils import distributed
-from utils.processor import UGroundProcessor
-from utils.tiny import clip_config, llama_settings, sam_shape, train_tokenizer
-from utils.types import Sample, Turn
+from utils.demo.tiny_model import clip_config, llama_settings, sam_shape, train_tokenizer
 
 torch.set_num_threads(1)
 
@@ -119,3 +122,54 @@ def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     assert make_demo_data.main(["--out", str(folder), "--train", "8", "--val", "4", "--test", "2"]) == 0
     return folder
+
+
+def save_model(folder: Path, processor, talks: bool) -> str:
+    """A random model on disk; one that talks begins every answer with [SEG]."""
+    model = build_tiny_model(processor)
+    if talks:
+        image = np.full((48, 64, 3), 90, np.uint8)
+        batch = processor.prompts([image], [["where is the red star"]])
+        with torch.no_grad():
+            state = model.read_batch(batch)[0].hidden[-1][0, -1]
+            model.lm_head.weight.zero_()
+            model.lm_head.weight[processor.tokens.seg] = state
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return str(folder)
+
+
+def write_jpg(path: Path, seed: int, size=(48, 64)) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.random.default_rng(seed).integers(0, 255, (*size, 3), dtype=np.uint8)).save(path)
+
+
+@pytest.fixture(scope="module")
+def version(tmp_path_factory, tiny_processor):
+    return save_model(tmp_path_factory.mktemp("model"), tiny_processor, talks=True)
+
+
+@pytest.fixture(scope="module")
+def mute_version(tmp_path_factory, tiny_processor):
+    """Writes something, never [SEG]."""
+    return save_model(tmp_path_factory.mktemp("mute"), tiny_processor, talks=False)
+
+
+@pytest.fixture
+def photo(tmp_path):
+    path = tmp_path / "photo.jpg"
+    write_jpg(path, 0)
+    return path
+
+
+@pytest.fixture
+def val_data(tmp_path):
+    """A dataset directory: ReasonSeg|val with 5 images (3 short, 2 long queries)."""
+    folder = tmp_path / "data" / "reason_seg" / "ReasonSeg" / "val"
+    for number in range(5):
+        write_jpg(folder / f"{number}.jpg", number, (48 + number, 64))
+        shape = {"label": "target", "points": [[10, 10], [40, 10], [40, 30], [10, 30]]}
+        values = {"text": ["the red star"], "is_sentence": number % 2 == 1, "shapes": [shape]}
+        values["meta"] = {"family": "attribute" if number < 2 else "relation"}  # as in scripts/make_demo_data.py
+        (folder / f"{number}.json").write_text(json.dumps(values))
+    return tmp_path / "data"

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from utils.tiny import clip_config, llama_settings
+from utils.demo.tiny_model import clip_config, llama_settings
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -15,8 +15,8 @@ import numpy as np
 from PIL import Image, ImageOps
 from pycocotools import mask as coco_mask
 
-from utils.tokens import SEG
-from utils.types import EvalSample, Sample
+from model.processing.tokens import SEG
+from model.structures import EvalSample, Sample
 
 logger = logging.getLogger(__name__)
 

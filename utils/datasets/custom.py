@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from model.structures import EvalQuery, EvalSample, Sample, Turn
 from utils.datasets.base import (
     DECODE_ERRORS,
     DataError,
@@ -24,7 +25,6 @@ from utils.datasets.base import (
 )
 from utils.datasets.jsonl import TRAIN, Line, LineFile
 from utils.datasets.templates import ANSWERS, QUESTIONS
-from utils.types import EvalQuery, EvalSample, Sample, Turn
 
 
 def read_mask(mask: Any, folder: Path, height: int, width: int) -> np.ndarray:

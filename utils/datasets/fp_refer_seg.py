@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from model.structures import Turn
 from utils.datasets.base import pick
 from utils.datasets.refer_seg import ReferSegTrain
 from utils.datasets.templates import QUESTIONS, denial, fill
-from utils.types import Turn
 
 
 class FpReferSegTrain(ReferSegTrain):

@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from model.processing.tokens import IM_END, IM_START, IMAGE, SEG
+from model.structures import Turn
 from utils.datasets.base import DataError, find_paths, unknown
 from utils.datasets.vqa import read_turns
-from utils.tokens import IM_END, IM_START, IMAGE, SEG
-from utils.types import Turn
 
 KEYS = ("image", "query", "conversations", "masks", "split", "size", "meta")
 TRAIN = "train"  # the split of a line that names none

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 
+from model.structures import Sample
 from utils.datasets import DATASETS, TYPES, get_train_dataset
 from utils.datasets.base import DataError, DataOptions, TrainDataset, unknown
-from utils.types import Sample
 
 logger = logging.getLogger(__name__)
 

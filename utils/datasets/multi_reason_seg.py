@@ -8,7 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from utils.conversation import escape
+from model.processing.conversation import escape
+from model.processing.tokens import SEG
+from model.structures import Conversation, EvalQuery, EvalSample, Sample, Turn
 from utils.datasets.base import (
     DataError,
     DataOptions,
@@ -30,8 +32,6 @@ from utils.datasets.base import (
 from utils.datasets.coco_file import check_extent
 from utils.datasets.records import Notes, load_records
 from utils.datasets.templates import instance_turn
-from utils.tokens import SEG
-from utils.types import Conversation, EvalQuery, EvalSample, Sample, Turn
 
 SPLITS = {
     "train": ("train",),

@@ -10,7 +10,8 @@ from typing import Any
 import cv2
 import numpy as np
 
-from utils.conversation import escape
+from model.processing.conversation import escape
+from model.structures import IGNORE_PIXEL, EvalQuery, EvalSample, Sample, Turn
 from utils.datasets.base import (
     DataError,
     DataOptions,
@@ -27,7 +28,6 @@ from utils.datasets.base import (
 )
 from utils.datasets.records import PackedRecords
 from utils.datasets.templates import ANSWERS, QUESTIONS
-from utils.types import IGNORE_PIXEL, EvalQuery, EvalSample, Sample, Turn
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from utils.conversation import escape
+from model.processing.conversation import escape
+from model.processing.tokens import SEG
+from model.structures import Conversation, Sample, Turn
 from utils.datasets.base import (
     DataError,
     DataOptions,
@@ -27,8 +29,6 @@ from utils.datasets.base import (
 )
 from utils.datasets.records import Notes, load_records
 from utils.datasets.templates import enumerate_words, instance_turn
-from utils.tokens import SEG
-from utils.types import Conversation, Sample, Turn
 
 # -- references in the text --------------------------------------------------------------------------------------------
 

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from model.processing.tokens import REJ, SEG
+from model.structures import Conversation, EvalQuery, EvalSample, Sample, Turn
 from utils.datasets.base import (
     DataError,
     DataOptions,
@@ -24,8 +26,6 @@ from utils.datasets.base import (
 )
 from utils.datasets.refer_api import ReferIndex, build_index
 from utils.datasets.templates import ANSWERS, QUESTIONS, fill, joint_turn
-from utils.tokens import REJ, SEG
-from utils.types import Conversation, EvalQuery, EvalSample, Sample, Turn
 
 
 class ReferSplit:

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from model.structures import IGNORE_PIXEL, Conversation, Sample, Turn
 from utils.datasets.base import (
     DataError,
     DataOptions,
@@ -35,7 +36,6 @@ from utils.datasets.class_names import ADE20K, COCO_STUFF, COCO_STUFF_NOT_DENIED
 from utils.datasets.coco_file import by_id, image_record, row_of, segmentation_of
 from utils.datasets.records import Notes, PackedRecords, load_records
 from utils.datasets.templates import ANSWERS, QUESTIONS, denial, fill
-from utils.types import IGNORE_PIXEL, Conversation, Sample, Turn
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from utils.conversation import escape
+from model.processing.conversation import escape
+from model.processing.tokens import SEG
+from model.structures import EvalQuery, Turn
 from utils.datasets.base import pick
-from utils.tokens import SEG
-from utils.types import EvalQuery, Turn
 
 # {query} is the data set's expression, inserted as it is.
 QUESTIONS: dict[str, tuple[str, ...]] = {

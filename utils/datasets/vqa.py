@@ -7,7 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from utils.conversation import escape
+from model.processing.conversation import escape
+from model.processing.tokens import IMAGE
+from model.structures import Sample, Turn
 from utils.datasets.base import (
     DataError,
     DataOptions,
@@ -22,8 +24,6 @@ from utils.datasets.base import (
     warn_of,
 )
 from utils.datasets.records import Notes, load_records
-from utils.tokens import IMAGE
-from utils.types import Sample, Turn
 
 
 class VqaTrain:

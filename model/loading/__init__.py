@@ -1,0 +1,1 @@
+"""Strict loading of LLaVA, CLIP and SAM files, and of published checkpoints under their own key names."""

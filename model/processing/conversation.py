@@ -1,0 +1,87 @@
+"""From questions and answers to token ids, with the answers' spans known while the text is built.
+
+The template is LLaVA-1.5's ("v1"):
+``SYSTEM USER: <im_start><image><im_end>\\nQUESTION ASSISTANT: ANSWER</s>USER: ...``.
+The part up to the first question is the prefix that all conversations of an image share.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from model.processing.tokens import IM_END, IM_START, IMAGE, SPECIAL_TOKENS
+from model.structures import IGNORE_LABEL, Turn
+
+SYSTEM_PROMPT = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+
+
+@dataclass
+class EncodedConversation:
+    """ids: the conversation's tokens after the prefix; labels: the same ids on answers, ``IGNORE_LABEL`` elsewhere."""
+
+    ids: list[int]
+    labels: list[int]
+
+
+def escape(text: str) -> str:
+    """Defuses special tokens that a user typed literally: ``[SEG]`` becomes ``[ SEG ]`` and is plain text."""
+    for token in SPECIAL_TOKENS:
+        text = text.replace(token, f"{token[0]} {token[1:-1]} {token[-1]}")
+    return text
+
+
+class PromptBuilder:
+    """Tokenises conversations behind one image prefix.
+
+    Args:
+        tokenizer: a fast tokenizer (offsets are needed) that knows the special tokens.
+        num_image_tokens: P, how many placeholders stand for the image.
+        system_prompt: text before the first ``USER:``; may be empty.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, num_image_tokens: int, system_prompt: str) -> None:
+        if not tokenizer.is_fast:
+            raise ValueError(f"{type(tokenizer).__name__} gives no character offsets; load the fast tokenizer")
+        self.tokenizer = tokenizer
+        self.num_image_tokens = num_image_tokens
+        self.system_prompt = system_prompt
+        self.prefix_text = f"{system_prompt} " * bool(system_prompt) + f"USER: {IM_START}{IMAGE}{IM_END}\n"
+        self._prefix_once = tokenizer(self.prefix_text)["input_ids"]
+        if self._prefix_once[-1] == tokenizer.eos_token_id:
+            raise ValueError("the tokenizer appends an end-of-sequence token to every text; set add_eos_token=False")
+        image_id = tokenizer.convert_tokens_to_ids(IMAGE)
+        self.image_start = self._prefix_once.index(image_id)
+        before, after = self._prefix_once[: self.image_start], self._prefix_once[self.image_start + 1 :]
+        self.prefix_ids = before + [image_id] * num_image_tokens + after
+
+    def encode(self, turns: tuple[Turn, ...]) -> EncodedConversation:
+        """Token ids and labels of one conversation. An empty answer in the last turn leaves it open for generation.
+
+        Raises:
+            ValueError: if a question is empty, or the tokenizer merges across the end of the prefix.
+        """
+        eos = self.tokenizer.eos_token
+        text, spans = self.prefix_text, []
+        for number, turn in enumerate(turns):
+            if not turn.question.strip():
+                raise ValueError("a question is empty: say what to look for, for example 'the red star'")
+            text += ("" if number == 0 else "USER: ") + f"{escape(turn.question.strip())} ASSISTANT:"
+            if turn.answer:
+                start = len(text)
+                text += f" {turn.answer.strip()}{eos}"
+                spans.append((start, len(text)))
+        encoded = self.tokenizer(text, return_offsets_mapping=True)
+        ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
+        split = len(self._prefix_once)
+        if ids[:split] != self._prefix_once:
+            raise ValueError(f"the tokenizer merges the prompt's prefix with the question {turns[0].question!r}")
+        labels = [
+            token if any(start <= left and right <= end for start, end in spans) else IGNORE_LABEL
+            for token, (left, right) in zip(ids[split:], offsets[split:])
+        ]
+        return EncodedConversation(ids[split:], labels)

@@ -1,0 +1,381 @@
+"""Pre-trains the tiny family in assets/tiny: stand-ins for LLaVA-1.5 and SAM on a machine without weights.
+
+Four stages, each a seeded function of its settings. Tokenizer and vision are skipped where their result is found:
+
+    tokenizer  byte-level BPE over the texts of drawn scenes and the prompt templates
+    vision     CLIP and projector: patch features name color, kind, size and texture of the shape they lie on, by dot
+               product with the language model's word embeddings, and point to its center
+    language   everything together: captions, questions with short answers, and finding what a text means. The last
+               layer's similarity map between [SEG] (and the last prompt token) and the patches is trained to cover the
+               target, to be empty when nothing fits. Only the LAST layer's, so that map quality rises with depth, as it
+               does in a real LLaVA
+    sam        segment-anything's classes, small: masks of one shape from a point, a box, a coarse noisy map, or both
+
+The real LLaVA-1.5 never saw [SEG]; ours has, because minutes of fine-tuning cannot teach a random language model what
+"the shape farthest from the green square" means. The parts that UGround adds (phi, gate) are not touched here.
+
+    python scripts/dev/pretrain_tiny.py --output assets/tiny            # under two hours on 2 cores
+    python scripts/dev/pretrain_tiny.py --output /tmp/tiny --steps 0.01 # a quick look at every stage
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn import functional as F
+from transformers import PreTrainedTokenizerFast
+
+from model.llava import LlavaLlamaConfig, LlavaLlamaForCausalLM
+from model.losses import dice
+from model.processing.processor import UGroundProcessor
+from model.sam import SegmentAnything
+from model.structures import Batch
+from utils.datasets.templates import template_corpus
+from utils.demo import scene_texts, tiny_model
+from utils.demo.muon import Muon
+from utils.demo.pretrain_batches import (
+    ATTRIBUTES,
+    STREAM,
+    language_batch,
+    language_check_batch,
+    sam_batch,
+    stream,
+    vision_batch,
+)
+
+STEPS = {"vision": 2800, "language": 3000, "sam": 4000}
+
+
+class Optimizer:
+    """Muon on matrices inside the networks, AdamW on the rest; linear warm-up, then down to zero."""
+
+    def __init__(self, module: nn.Module, steps: int, muon_lr: float, adam_lr: float) -> None:
+        matrices, others = [], []
+        for name, parameter in module.named_parameters():
+            if parameter.requires_grad:
+                inner = parameter.ndim == 2 and not any(key in name for key in ("embed", "lm_head", "token", "rel_pos"))
+                (matrices if inner else others).append(parameter)
+        self.optimizers = [
+            Muon(matrices, muon_lr),
+            torch.optim.AdamW(others, adam_lr, betas=(0.9, 0.98), weight_decay=0),
+        ]
+        self.base = [muon_lr, adam_lr]
+        self.parameters, self.steps, self.step_number = matrices + others, steps, 0
+
+    def step(self, loss: torch.Tensor) -> None:
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        warm = min(1.0, (self.step_number + 1) / max(1, min(200, self.steps // 10)))
+        scale = warm * min(1.0, 1.5 * (1 - self.step_number / self.steps))
+        for optimizer, base in zip(self.optimizers, self.base):
+            optimizer.param_groups[0]["lr"] = base * scale
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        self.step_number += 1
+
+
+def to_device(data: dict, device: str) -> dict:
+    """Moves tensors and batches; sizes steer Python code and stay, as do lists."""
+    moves = {key: isinstance(item, (torch.Tensor, Batch)) and key != "sizes" for key, item in data.items()}
+    return {key: item.to(device) if moves[key] else item for key, item in data.items()}
+
+
+# -------------------------------------------------------------------------------------------------------------- stages
+
+
+class VisionHeads(nn.Module):
+    """What the vision stage trains beside CLIP and projector, and throws away: a background word, a center."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(1.0))
+        self.background_embed = nn.Parameter(torch.randn(len(ATTRIBUTES), width) * 0.1)
+        self.center = nn.Linear(width, 2)
+
+    def forward(
+        self, features: torch.Tensor, words: dict[str, torch.Tensor], data: dict[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, dict[str, float]]:
+        """features [B, P, D], words per attribute [n, D] -> loss, accuracy per attribute on covered patches."""
+        size = features.pow(2).mean(-1).sqrt()
+        loss = 0.1 * (size - 1).pow(2).mean()  # of any size they would name shapes, but drown in the residual stream
+        features, accuracy = F.normalize(features, dim=-1), {"size_of_features": size.mean()}
+        for a, (name, embeddings) in enumerate(words.items()):
+            table = torch.cat([embeddings, self.background_embed[a : a + 1]])
+            logits = 20 * self.scale * features @ F.normalize(table, dim=-1).mT
+            labels = data["labels"][..., a]
+            target = torch.where(labels == -1, len(embeddings), labels)
+            known = target >= 0
+            loss = loss + F.cross_entropy(logits[known], target[known])
+            shape = labels >= 0
+            accuracy[name] = (logits[shape].argmax(-1) == labels[shape]).float().mean()
+        shape = data["labels"][..., 0] >= 0
+        loss = loss + 10 * F.mse_loss(self.center(features)[shape], data["centers"][shape])
+        return loss, accuracy
+
+
+class MapLoss(nn.Module):
+    """Dense loss on similarity maps: which patches does a state mean? Its scale and bias are thrown away."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(1.0))
+        self.bias = nn.Parameter(torch.tensor(-2.0))
+
+    def forward(
+        self, states: torch.Tensor, patches: torch.Tensor, coverage: torch.Tensor, valid: torch.Tensor
+    ) -> torch.Tensor:
+        """states [n, D], patches [n, P, D], coverage and valid [n, P] -> scalar."""
+        scores = torch.einsum("nd,npd->np", states, patches) / states.shape[-1] ** 0.5 * self.scale
+        scores = scores.masked_fill(~valid, -30.0)
+        found = coverage.sum(1) > 0
+        bce = F.binary_cross_entropy_with_logits(scores + self.bias, coverage, reduction="none")
+        loss = 4 * (bce * valid).sum(1).div(valid.sum(1)).mean()
+        if found.any():
+            share = coverage[found] / coverage[found].sum(1, keepdim=True)
+            loss = loss - (share * scores[found].log_softmax(-1)).sum(1).mean()
+            probability = (scores[found] + self.bias).sigmoid()[:, None]
+            loss = loss + dice(probability, coverage[found][:, None]).mean()
+        return loss
+
+
+def train_vision(model: LlavaLlamaForCausalLM, processor: UGroundProcessor, steps: int, options) -> None:
+    """Stage "vision": CLIP, projector and word embeddings."""
+    device = options.device
+    words = {
+        name: torch.tensor([processor.tokenizer.encode(f" {v}", add_special_tokens=False)[0] for v in values])
+        for name, values in ATTRIBUTES.items()
+    }
+    heads = VisionHeads(model.config.hidden_size).to(device)
+    embed = model.get_input_embeddings()
+    trained = nn.ModuleDict(
+        {"tower": model.vision_tower, "projector": model.mm_projector, "embed": embed, "heads": heads}
+    )
+    optimizer = Optimizer(trained, steps, 0.02, 2e-3)
+    make = partial(vision_batch, side=processor.clip_side, patch=processor.clip_patch)
+    clock = Progress("vision", steps)
+    for data in stream("vision", options.seed, steps, make, options.workers):
+        data = to_device(data, device)
+        features, _ = model.encode_images(data["images"], data["sizes"])
+        loss, accuracy = heads(features, {name: embed(ids.to(device)) for name, ids in words.items()}, data)
+        optimizer.step(loss)
+        clock.tick(loss, **accuracy)
+
+
+def train_language(model: LlavaLlamaForCausalLM, processor: UGroundProcessor, steps: int, options) -> None:
+    """Stage "language": the whole LLaVA on captions, questions and finding."""
+    device = options.device
+    map_loss = MapLoss().to(device)
+    trained = nn.ModuleDict({"model": model, "map_loss": map_loss})
+    optimizer = Optimizer(trained, steps, 0.003, 2e-3)  # at Muon's usual 0.02 attention saturates and learning stops
+    make = partial(language_batch, processor=processor)
+    clock = Progress("language", steps)
+    for data in stream("language", options.seed, steps, make, options.workers):
+        data = to_device(data, device)
+        batch = data["batch"]
+        output, valid = model.read_batch(batch)
+        last = output.hidden[-1]
+        flat = last.flatten(0, 1)
+        logits = model.lm_head(flat[batch.label_positions])
+        losses = F.cross_entropy(logits, batch.label_ids, reduction="none")
+        text = (losses * batch.label_weights).sum() / batch.label_weights.sum()
+        patches = last[:, batch.image_start : batch.image_start + valid.shape[1]]
+        found = map_loss(flat[data["positions"]], patches[data["rows"]], data["coverage"], valid[data["rows"]])
+        optimizer.step(text + found)
+        clock.tick(text + found, text=text, map=found)
+        if clock.is_time_to_check(steps):
+            clock.say(check_language(model, processor, options))
+            save_llava(model, options.output)
+
+
+@torch.no_grad()
+def check_language(model: LlavaLlamaForCausalLM, processor: UGroundProcessor, options) -> str:
+    """On scenes that training never draws: share of maps whose peak lies on the target, by kind; refusals."""
+    model.eval()
+    hits: dict[str, list[float]] = {}
+    make = partial(language_check_batch, processor=processor)
+    positive = {processor.tokenizer.encode(f" {w}", add_special_tokens=False)[0] for w in ("Sure", "It", "Yes", "They")}
+    for data in stream("check", options.seed, 2, make, 0):
+        data = to_device(data, options.device)
+        batch = data["batch"]
+        output, valid = model.read_batch(batch)
+        last = output.hidden[-1]
+        flat = last.flatten(0, 1)
+        patches = last[:, batch.image_start : batch.image_start + valid.shape[1]][data["rows"]]
+        scores = torch.einsum("nd,npd->np", flat[data["positions"]], patches).masked_fill(~valid[data["rows"]], -1e9)
+        peak = data["coverage"].gather(1, scores.argmax(1, keepdim=True))[:, 0] > 0.25
+        said = model.lm_head(flat[data["ends"]]).argmax(-1).tolist()
+        for n, (kind, token) in enumerate(zip(data["kinds"], said)):
+            accepted = token in positive
+            if kind == "absent":
+                hits.setdefault("N-acc", []).append(not accepted)
+            else:
+                hits.setdefault("T-acc", []).append(accepted)
+                hits.setdefault(kind, []).append(bool(peak[data["seg_of"][n]]))
+    model.train()
+    return "  ".join(f"{kind} {np.mean(values):.2f}" for kind, values in sorted(hits.items()))
+
+
+def train_sam(sam: SegmentAnything, steps: int, options) -> None:
+    """Stage "sam": image encoder, prompt encoder and mask decoder on prompts for one shape."""
+    device, side = options.device, sam.shape.image_size
+    optimizer = Optimizer(sam, steps, 0.02, 2e-3)
+    make = partial(sam_batch, side=side, grid=12, mask_side=sam.mask_side)
+    clock = Progress("sam", steps)
+    encoder = sam.prompt_encoder
+    for data in stream("sam", options.seed, steps, make, options.workers):
+        data = to_device(data, device)
+        embeddings = sam.image_encoder(data["images"]).repeat_interleave(2, 0)
+        uses_map, uses_point, uses_box = ((data["which"] == 0) | (data["which"] == 3), data["which"] % 2 == 1,
+                                          data["which"] == 2)  # fmt: skip
+        ones = torch.ones(len(data["points"]), 1, device=device)
+        points = encoder(points=(data["points"], ones), boxes=None, masks=None)[0]  # a point and SAM's padding point
+        boxes = encoder(points=None, boxes=data["boxes"], masks=None)[0]
+        phantom = encoder.not_a_point_embed.weight.expand_as(points)
+        sparse = torch.where(uses_point[:, None, None], points, torch.where(uses_box[:, None, None], boxes, phantom))
+        dense = encoder.mask_downscaling(data["maps"])
+        none = encoder.no_mask_embed.weight.view(1, -1, 1, 1).expand_as(dense)
+        dense = torch.where(uses_map[:, None, None, None], dense, none)
+        position = encoder.get_dense_pe()
+        low_res, _ = sam.mask_decoder(embeddings, position, sparse, dense, multimask_output=False)
+        logits = F.interpolate(low_res, (side, side), mode="bilinear", align_corners=False)[:, 0]
+        bce = F.binary_cross_entropy_with_logits(logits, data["masks"])
+        loss = 5 * bce + dice(logits.sigmoid(), data["masks"]).mean()
+        optimizer.step(loss)
+        with torch.no_grad():
+            inside, target = logits > 0, data["masks"] > 0
+            iou = (inside & target).sum((1, 2)) / (inside | target).sum((1, 2)).clamp(min=1)
+        clock.tick(loss, iou_map=iou[data["which"] == 0].mean(), iou_point=iou[data["which"] == 1].mean())
+
+
+class Progress:
+    """Prints means of what it is told, about thirty times a stage."""
+
+    def __init__(self, stage: str, steps: int) -> None:
+        self.stage, self.steps, self.every = stage, steps, max(1, steps // 30)
+        self.start, self.done, self.told, self.sums = time.time(), 0, 0, {}
+
+    def tick(self, loss: torch.Tensor, **figures) -> None:
+        self.done += 1
+        for name, value in {"loss": loss, **figures}.items():
+            value = torch.nan_to_num(value.detach())
+            self.sums[name] = self.sums.get(name, 0.0) + value
+        if self.done % self.every == 0 or self.done == self.steps:
+            means = {name: float(value) / (self.done - self.told) for name, value in self.sums.items()}
+            seconds = time.time() - self.start
+            left = seconds / self.done * (self.steps - self.done)
+            text = "  ".join(f"{name} {value:.3f}" for name, value in means.items())
+            print(f"{self.stage} {self.done}/{self.steps}  {text}  {seconds:.0f} s, {left:.0f} s left", flush=True)
+            self.told, self.sums = self.done, {}
+
+    def is_time_to_check(self, steps: int) -> bool:
+        return self.done % max(1, steps // 10) == 0 or self.done == steps
+
+    def say(self, text: str) -> None:
+        print(f"{self.stage} {self.done}/{self.steps}  check: {text}", flush=True)
+
+
+# --------------------------------------------------------------------------------------------------------------- files
+
+
+def make_tokenizer(folder: Path, seed: int) -> PreTrainedTokenizerFast:
+    """Trains the tokenizer, or loads the one that is there."""
+    if (folder / "tokenizer.json").is_file():
+        return PreTrainedTokenizerFast.from_pretrained(folder)
+    rng = np.random.default_rng([seed, STREAM["tokenizer"]])
+    texts = [*scene_texts.corpus(rng, 1000), *list(template_corpus()) * 500, "USER: ASSISTANT:" * 5000]
+    texts += [f" {text}" for text in texts]  # a word is another token at the start of a line than after a space
+    texts += [f" {word}" for values in ATTRIBUTES.values() for word in values] * 5000
+    tokenizer = tiny_model.train_tokenizer(texts)
+    tokenizer.save_pretrained(folder)
+    needed = [" Sure", " It", " Yes", " They", " No", " There", " Nothing", *ATTRIBUTES["color"], *ATTRIBUTES["kind"]]
+    split = [word for word in needed if len(tokenizer.encode(f" {word.strip()}", add_special_tokens=False)) > 1]
+    if split:
+        raise ValueError(f"the vocabulary is too small: it splits {split}")
+    return tokenizer
+
+
+def save_llava(model: LlavaLlamaForCausalLM, output: Path) -> None:
+    """Writes llava/ (language model and projector, LLaVA-1.5's own layout) and clip/ (the vision tower)."""
+    state = {}
+    for key, value in model.state_dict().items():
+        if not key.startswith("vision_tower."):
+            key = key.replace("mm_projector.", "model.mm_projector.") if key.startswith("mm_projector.") else key
+            state[key] = value.cpu().contiguous()
+    save_file(state, output / "llava" / "model.safetensors", metadata={"format": "pt"})
+    settings = tiny_model.llama_settings(model.config.vocab_size)
+    config = {
+        "architectures": ["LlavaLlamaForCausalLM"],
+        "model_type": "llava",
+        "mm_hidden_size": model.vision_tower.config.hidden_size,
+        "mm_projector_type": "mlp2x_gelu",
+        "mm_vision_select_layer": model.config.mm_vision_select_layer,
+        "hidden_act": "silu",
+        "rms_norm_eps": model.config.rms_norm_eps,
+        "system_prompt": tiny_model.SYSTEM_PROMPT,
+        "torch_dtype": "float32",
+        **settings,
+    }
+    (output / "llava" / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    model.vision_tower.save_pretrained(output / "clip")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("assets/tiny"), help="folder for llava/, clip/ and sam.pth")
+    parser.add_argument("--seed", type=int, default=0, help="seeds weights and scenes (default 0)")
+    parser.add_argument(
+        "--steps", type=float, default=1.0, help="scales the number of steps of every stage (default 1)"
+    )
+    parser.add_argument("--stages", default="vision,language,sam", help="which stages to run (default all)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    parser.add_argument("--workers", type=int, default=1, help="processes that draw scenes (default 1)")
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parse_arguments()
+    folders = {name: options.output / name for name in ("llava", "clip", "work")}
+    for folder in folders.values():
+        folder.mkdir(parents=True, exist_ok=True)
+    stages = options.stages.split(",")
+    steps = {stage: max(2, int(count * options.steps)) for stage, count in STEPS.items()}
+    torch.manual_seed(options.seed)
+    if "vision" in stages or "language" in stages:
+        tokenizer = make_tokenizer(folders["llava"], options.seed)
+        clip, sam = tiny_model.clip_config(), tiny_model.sam_shape()
+        config = LlavaLlamaConfig(vision_config=clip, **tiny_model.llama_settings(len(tokenizer)))
+        model = LlavaLlamaForCausalLM(config).to(options.device).train()
+        nn.init.normal_(model.get_input_embeddings().weight, std=0.5)
+        processor = UGroundProcessor(
+            tokenizer, clip.image_size, clip.patch_size, sam.image_size, tiny_model.SYSTEM_PROMPT
+        )
+        snapshot = folders["work"] / "vision.safetensors"
+        if snapshot.is_file():
+            model.load_state_dict(load_file(snapshot))
+        elif "vision" in stages:
+            train_vision(model, processor, steps["vision"], options)
+            save_file({k: v.cpu().contiguous() for k, v in model.state_dict().items()}, snapshot)
+        if "language" in stages:
+            train_language(model, processor, steps["language"], options)
+    if "sam" in stages:
+        torch.manual_seed(options.seed)
+        sam = SegmentAnything(tiny_model.sam_shape()).to(options.device).train()
+        train_sam(sam, steps["sam"], options)
+        torch.save({key: value.cpu() for key, value in sam.state_dict().items()}, options.output / "sam.pth")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""Measures what it does to a model's answers that it sees the earlier questions of a conversation.
+
+    python scripts/dev/study_history.py --version runs/tiny/merged --dataset_dir data/demo \
+        --val_dataset "grefcoco|unc|val"
+
+Every image's questions are asked twice, one after the other (chat.py --history on) and each by itself. The first ones,
+which have nothing before them, are left out. Prints the benchmark's metrics and their paired differences.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from tqdm import tqdm
+
+from model.structures import EvalSample
+from utils.datasets import get_eval_dataset
+from utils.evaluation import metrics
+from utils.evaluation.evaluate import answers_of, score, turns_of
+from utils.evaluation.metrics import Record
+from utils.inference import cli
+from utils.inference.session import ImageSession
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_arguments(argv)
+    specs = [spec.strip() for spec in args.val_dataset.split("||") if spec.strip()]
+    datasets = [get_eval_dataset(spec, args.dataset_dir) for spec in specs]  # a typing error shows before the loading
+    opened = cli.open_model(args)
+    for dataset in datasets:
+        apart: list[Record] = []
+        together: list[Record] = []
+        places = range(min(args.limit, len(dataset)))
+        for place in tqdm(places, desc=dataset.spec, unit="image", disable=None):
+            for remember, records in ((False, apart), (True, together)):
+                records += later_answers(opened, place, dataset[place], dataset.benchmark, args.questions, remember)
+        if not apart:
+            raise ValueError(f"{dataset.spec} has one question per image: none has an earlier one")
+        print("\n".join(lines(dataset.spec, dataset.benchmark, apart, together)))
+    return 0
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    cli.add_model_flags(parser)
+    add("--dataset_dir", required=True, metavar="DIR", help="folder that holds refer_seg/, reason_seg/, ...")
+    add("--val_dataset", required=True, metavar="SPEC", help='"grefcoco|unc|val"; several joined by "||"')
+    add("--limit", type=int, default=100, metavar="N", help="the first N images (default: 100)")
+    add("--questions", type=int, default=4, metavar="K", help="the first K of each image (default: 4)")
+    args = parser.parse_args(argv)
+    if args.limit < 1 or args.questions < 2:
+        parser.error("--limit must be at least 1, --questions at least 2")
+    return args
+
+
+def later_answers(
+    opened: cli.Opened, place: int, sample: EvalSample, benchmark: str, most: int, remember: bool
+) -> list[Record]:
+    """The scored answers to all but the first of an image's questions."""
+    [turns] = turns_of([sample], benchmark, "generate")
+    session = ImageSession(opened.model, opened.processor, sample.image)
+    predictions = [session.ask(turn.question, remember=remember) for turn in turns[:most]]
+    queries, turns = sample.queries[:most], turns[:most]
+    sample.queries = queries
+    [answers] = answers_of([sample], [turns], [predictions], benchmark, "generate")
+    scored = [score(place, sample, query, answer, benchmark) for query, answer in zip(queries, answers, strict=True)]
+    return scored[1:]
+
+
+def lines(spec: str, benchmark: str, apart: list[Record], together: list[Record]) -> list[str]:
+    """A line per metric: by itself, after the others, and the difference with its 95% interval."""
+    alone, after = metrics.compute(apart, benchmark), metrics.compute(together, benchmark)
+    differences = metrics.difference(apart, together, benchmark)
+    rows = [f"{spec}, {len(apart)} answers", f"  {'metric':<10}{'by itself':>10}{'after others':>14}  difference"]
+    for name, (change, (low, high)) in differences.items():
+        rows.append(f"  {name:<10}{alone[name]:>10.3f}{after[name]:>14.3f}  {change:+.3f} [{low:+.3f}, {high:+.3f}]")
+    return rows
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))

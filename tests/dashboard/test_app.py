@@ -1,0 +1,319 @@
+"""The dashboard's server: its API, its limits, many clients at once, and what must not be reached through it."""
+
+import base64
+import io
+import json
+import re
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+from answering import says_seg_often
+from conftest import build_tiny_model
+from pictures import upload
+from PIL import Image
+
+import app
+from utils.dashboard.service import Dashboard, Limits, Visit
+from utils.demo import scenes
+from utils.evaluation.metrics import decode_mask
+
+gradio_client = pytest.importorskip("gradio_client")
+QUEUE = 24
+
+
+class Served:
+    """A page that is being served, and requests to it as a program makes them that knows nothing of gradio."""
+
+    def __init__(self, dashboard, address, folder):
+        self.dashboard, self.folder = dashboard, folder
+        self.address = address.rstrip("/")
+        self.http = httpx.Client(base_url=self.address, timeout=60)
+
+    def client(self):
+        return gradio_client.Client(self.address, verbose=False)
+
+    def upload(self, path, name=None):
+        response = self.http.post(
+            "/gradio_api/upload", files={"files": (name or Path(path).name, Path(path).read_bytes())}
+        )
+        response.raise_for_status()
+        return {"path": response.json()[0], "meta": {"_type": "gradio.FileData"}}
+
+    def post(self, image, prompt, tokens=2):
+        response = self.http.post("/gradio_api/call/ask", json={"data": [image, prompt, "", "rle", tokens]})
+        response.raise_for_status()
+        return response.json()["event_id"]
+
+    def result(self, event):
+        """The last event of the stream and its data."""
+        with httpx.stream("GET", f"{self.address}/gradio_api/call/ask/{event}", timeout=60) as stream:
+            events = [line for line in stream.iter_lines() if line]
+        return events[-2].removeprefix("event: "), json.loads(events[-1].removeprefix("data: "))
+
+
+@pytest.fixture(scope="module")
+def served(tiny_processor, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("dashboard")
+    limits = Limits(upload_bytes=100_000, pixels=1_000_000)
+    model = says_seg_often(build_tiny_model(tiny_processor, seed=1), tiny_processor)
+    board = Dashboard(
+        model, tiny_processor, "tiny", "f00", folder / "files" / "answers", limits=limits, capacity=4, remember=False
+    )
+    args = app.parse_arguments(["--queue", str(QUEUE)])
+    page, _, address = app.serve(board, args, folder)
+    yield Served(board, address, folder)
+    page.close()
+    board.close()
+
+
+@pytest.fixture
+def slow_words(served, monkeypatch):
+    """Every token takes 50 ms, so that there is time to do something meanwhile."""
+    read = served.dashboard.processor.decode
+    monkeypatch.setattr(served.dashboard.processor, "decode", lambda ids: time.sleep(0.05) or read(ids))
+
+
+# ----------------------------------------------------------------------------------------------------------------- API
+
+
+def test_a_client_asks_follows_up_and_starts_over(served, tmp_path, monkeypatch):
+    predictions = []
+    ask = served.dashboard.ask
+    monkeypatch.setattr(served.dashboard, "ask", lambda *a, **k: (predictions.append(n) or n for n in ask(*a, **k)))
+    client, image = served.client(), gradio_client.handle_file(upload(tmp_path))
+    job = client.submit(image, "the red star", "last", "rle", 6, api_name="/ask")
+    answer = job.result()
+    visit = next(p for p in predictions if isinstance(p, Visit))
+    assert answer["answer"] == visit.prediction.text
+    assert (answer["prompt"], answer["layer_policy"], answer["model"]) == ("the red star", "last", "tiny")
+    assert (answer["width"], answer["height"]) == (64, 48)
+    assert len(job.outputs()) > 1  # it was written piece by piece
+    assert client.predict(None, "the circle", api_name="/ask")["prompt"] == "the circle"
+    client.predict(api_name="/reset")
+    with pytest.raises(Exception, match="no image to ask about"):
+        client.predict(None, "the circle", api_name="/ask")
+
+
+def test_the_api_says_why(served, tmp_path):
+    client, image = served.client(), gradio_client.handle_file(upload(tmp_path))
+    answer = client.predict(image, "the red star", "fixed:2", "png", 8, api_name="/ask")
+    assert answer["masks"]
+    assert {mask["layer"] for mask in answer["masks"]} == {2}
+    mask = np.array(Image.open(io.BytesIO(base64.b64decode(answer["masks"][0]["png"]))))
+    assert mask.shape == (48, 64)
+    assert int((mask == 255).sum()) == answer["masks"][0]["pixels"]
+    why = client.predict(1, 3, True, api_name="/why")
+    assert (why["layer"], why["similarity_layer"], len(why["policy"])) == (2, 3, served.dashboard.num_layers)
+    assert sum(why["policy"]) == pytest.approx(1, abs=1e-3)
+    for name in ("similarity_png", "deviation_png"):
+        assert Image.open(io.BytesIO(base64.b64decode(why[name]))).size == (64, 48)
+    assert 0 <= why["uncertainty"] <= 1
+    for number, layer, message in ((99, -1, "no .SEG. number 99"), (1, 9, "layer 9 does not exist")):
+        with pytest.raises(Exception, match=message):
+            client.predict(number, layer, False, api_name="/why")
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ([None, "the red star"], "no image to ask about"),
+        ([True, "  "], "question is empty"),
+        ([True, "x" * 2001], "2001 characters"),
+        ([True, "the red star", "best"], "unknown layer policy"),
+        ([True, "the red star", "last", "gif"], "use rle or png"),
+        ([True, "the red star", "last", "rle", 10**6], "not between"),
+    ],
+)
+def test_wrong_requests_are_told_why(served, tmp_path, data, message):
+    image = gradio_client.handle_file(upload(tmp_path)) if data[0] else None
+    with pytest.raises(Exception, match=message):
+        served.client().predict(image, *data[1:], api_name="/ask")
+
+
+def test_markup_in_messages_is_escaped(served, tmp_path):
+    with pytest.raises(Exception, match="&lt;b&gt;"):
+        served.client().predict(gradio_client.handle_file(upload(tmp_path)), "a star", "<b>", api_name="/ask")
+
+
+def test_health_is_json(served):
+    health = served.http.get("/health").json()
+    assert health["status"] == "ok"
+    assert {"model", "fingerprint", "queue", "visitors", "answered", "uptime_seconds"} <= health.keys()
+
+
+# ------------------------------------------------------------------------------------------------------------- uploads
+
+
+def refusal(served, image):
+    kind, message = served.result(served.post(image, "the red star"))
+    assert kind == "error"
+    return message["error"] if isinstance(message, dict) else str(message)
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_bad_uploads_are_refused_with_words(served, tmp_path):
+    text, huge = tmp_path / "note.png", tmp_path / "huge.png"
+    text.write_text("this is a text file")
+    Image.new("1", (10_000, 10_000)).save(huge)
+    assert "no picture that can be read" in refusal(served, served.upload(text))
+    assert "10000 x 10000 pixels; at most 1 million" in refusal(served, served.upload(huge))
+
+
+def test_too_many_bytes_are_refused_while_they_arrive(served):
+    response = served.http.post("/gradio_api/upload", files={"files": ("big.png", b"x" * 200_000)})
+    assert response.status_code == 413
+
+
+def test_a_hostile_file_name_is_only_a_name(served, tmp_path):
+    sent = served.upload(upload(tmp_path), name="../../<img src=x onerror=alert(1)>.png")
+    assert str(served.folder) in sent["path"]
+    assert ".." not in sent["path"]
+    assert "<" not in sent["path"]
+    kind, _ = served.result(served.post(sent, "the red star"))
+    assert kind == "complete"
+
+
+@pytest.mark.parametrize("path", ["/etc/passwd", str(Path(app.__file__)), "../../etc/passwd", "file:///etc/passwd"])
+def test_other_files_are_neither_read_nor_given_out(served, path):
+    message = refusal(served, {"path": path, "meta": {"_type": "gradio.FileData"}})
+    assert "root:" not in message
+    for place in (f"/gradio_api/file={path}", f"/gradio_api/file=%2e%2e/{path}", f"/static/../../{path}"):
+        assert served.http.get(place).status_code in (400, 403, 404)
+
+
+def test_the_server_fetches_nothing_for_a_visitor(served, monkeypatch):
+    message = refusal(served, {"path": f"{served.address}/health", "meta": {"_type": "gradio.FileData"}})
+    assert "no upload" in message
+
+
+def test_pages_load_nothing_from_elsewhere(served):
+    page = served.http.get("/")
+    policy = page.headers["content-security-policy"]
+    assert "default-src 'self'" in policy
+    assert not re.search(r"https?://", policy)
+    loaded = re.findall(r"""<(?:script|link|img)[^>]*(?:src|href)=["'](https?://[^"']+)""", page.text)
+    assert [place for place in loaded if not place.startswith(served.address)] == []
+
+
+# -------------------------------------------------------------------------------------------------------- many at once
+
+
+def test_twenty_clients_at_once_lose_nothing(served, tmp_path):
+    images = [upload(tmp_path, f"{n}.png", n, (40 + n, 64)) for n in range(20)]
+
+    def ask(number):
+        kind, data = served.result(served.post(served.upload(images[number]), f"question {number}"))
+        assert kind == "complete"
+        return data[0]
+
+    with ThreadPoolExecutor(20) as clients:
+        answers = list(clients.map(ask, range(20)))
+    assert [answer["prompt"] for answer in answers] == [f"question {n}" for n in range(20)]
+    assert [answer["height"] for answer in answers] == [40 + n for n in range(20)]
+    assert all(decode_mask(m["rle"]).shape == (a["height"], 64) for a in answers for m in a["masks"])
+    assert len(served.dashboard.visits) <= 4
+
+
+def test_answers_come_in_the_order_of_the_questions(served, tmp_path, monkeypatch):
+    order, ask = [], served.dashboard.ask
+
+    def noted(visitor, source, prompt, *arguments, **options):
+        yield from ask(visitor, source, prompt, *arguments, **options)
+        order.append(prompt)
+
+    monkeypatch.setattr(served.dashboard, "ask", noted)
+    image = served.upload(upload(tmp_path))
+    events = [served.post(image, f"question {n}") for n in range(10)]
+    with ThreadPoolExecutor(20) as clients:
+        assert {kind for kind, _ in clients.map(served.result, events)} == {"complete"}
+    assert order == [f"question {n}" for n in range(10)]
+
+
+def test_two_clients_do_not_see_each_other(served, tmp_path):
+    one, two = served.client(), served.client()
+    one.predict(gradio_client.handle_file(upload(tmp_path)), "the red star", api_name="/ask")
+    with pytest.raises(Exception, match="no image to ask about"):
+        two.predict(None, "the circle", api_name="/ask")
+    bare = [served.result(served.post(None, "the circle")) for _ in range(2)]  # nor do requests without a session
+    assert {kind for kind, _ in bare} == {"error"}
+
+
+def test_the_queue_is_bounded(served, tmp_path, monkeypatch):
+    go, read = threading.Event(), served.dashboard.processor.decode
+    monkeypatch.setattr(served.dashboard.processor, "decode", lambda ids: go.wait(30) and read(ids))
+    image = served.upload(upload(tmp_path))
+    events, refused = [], None
+    for _ in range(QUEUE + 5):
+        response = served.http.post("/gradio_api/call/ask", json={"data": [image, "a star", "", "rle", 1]})
+        if response.status_code != 200:
+            refused = response
+            break
+        events.append(response.json()["event_id"])
+    assert refused is not None
+    assert refused.status_code == 503
+    assert served.http.get("/health").json()["queue"] >= QUEUE
+    go.set()
+    with ThreadPoolExecutor(len(events)) as clients:
+        assert {kind for kind, _ in clients.map(served.result, events)} == {"complete"}
+
+
+def test_a_client_that_leaves_frees_its_place(served, tmp_path, slow_words):
+    image = served.upload(upload(tmp_path))
+    before, start = served.dashboard.answered, time.monotonic()
+    event = served.post(image, "a long story", tokens=400)  # 20 s
+    with httpx.stream("GET", f"{served.address}/gradio_api/call/ask/{event}", timeout=60) as stream:
+        lines = stream.iter_lines()
+        while not next(lines).startswith("data:"):
+            pass
+    kind, data = served.result(served.post(image, "a short one"))
+    assert (kind, data[0]["prompt"]) == ("complete", "a short one")
+    assert time.monotonic() - start < 12
+    assert served.dashboard.answered == before + 1
+
+
+# ------------------------------------------------------------------------------------------------------------- command
+
+
+def test_flags_are_checked(capsys, tmp_path):
+    for flags, word in (
+        (["--queue", "0"], "--queue"),
+        (["--max_megapixels", "-1"], "--max_megapixels"),
+        (["--quantize", "8bit"], "--version"),
+    ):
+        with pytest.raises(SystemExit) as caught:
+            app.parse_arguments(flags)
+        assert caught.value.code == 2
+        assert word in capsys.readouterr().err
+    assert app.cli.run(app.main, ["--version", str(tmp_path / "nothing")]) == 2
+    assert "nothing" in capsys.readouterr().err
+
+
+def test_without_flags_a_good_tiny_model_answers(tmp_path, monkeypatch):
+    monkeypatch.setattr(app, "TRAINED", "runs/no/such/run")
+    board = app.build_dashboard(app.parse_arguments([]), tmp_path)
+    rng = np.random.default_rng(1)
+    scene = scenes.draw_scene(rng)
+    (number,) = [n for n, shape in enumerate(scene.shapes) if (shape.color, shape.kind) == ("red", "square")]
+    Image.fromarray(scene.image).save(tmp_path / "scene.png")
+    *_, visit = board.ask("v", str(tmp_path / "scene.png"), "the red square")
+    assert "before fine-tuning" in board.name
+    [found], truth = visit.masks, scene.masks[number]
+    assert (found & truth).sum() / (found | truth).sum() > 0.8
+    *_, visit = board.ask("v", None, "the cyan cross")
+    assert "[REJ]" in visit.prediction.text
+    assert len(visit.masks) == 0
+    board.close()
+
+
+def test_old_files_go_and_examples_stay(served, tmp_path):
+    examples = sorted((served.folder / "examples").iterdir())
+    assert len(examples) == len(app.SEEDS)
+    sent = served.upload(upload(tmp_path))
+    cleared = served.folder / "files"  # what gradio clears
+    assert cleared in Path(sent["path"]).parents
+    assert all(cleared not in example.parents for example in examples)

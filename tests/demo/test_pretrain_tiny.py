@@ -1,0 +1,25 @@
+"""The recipe of assets/tiny runs from end to end, and what it writes is what users' weights look like."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+
+from scripts.dev import pretrain_tiny
+from utils.inference.loading import load_for_training
+
+pytestmark = pytest.mark.slow
+
+
+def test_every_stage_runs_and_the_result_loads(tmp_path, monkeypatch):
+    command = ["pretrain_tiny.py", "--output", str(tmp_path), "--steps", "0.0006", "--device", "cpu", "--workers", "0"]
+    monkeypatch.setattr(sys, "argv", command)
+    pretrain_tiny.main()
+    model, processor, _ = load_for_training(
+        str(tmp_path / "llava"), str(tmp_path / "clip"), str(tmp_path / "sam.pth"), "fp32"
+    )
+    assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
+    tokens = processor.tokenizer.tokenize(" red star")
+    assert tokens == ["Ġred", "Ġstar"]  # words are single tokens

@@ -1,0 +1,124 @@
+"""The memory calculator: parameters against the paper's, activations against what autograd keeps, and the tables."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny_run import ROOT
+
+from model.lora import add_lora
+from model.UGround import UGroundForCausalLM
+from scripts import doctor
+from utils.config import load_config
+from utils.diagnostics import memory_model
+from utils.diagnostics.memory_probe import random_batch
+
+PATHS = [part for name in memory_model.PATHS for part in (f"--{name}", "unused")]
+
+
+@pytest.fixture(scope="module")
+def plan() -> memory_model.Plan:
+    """The paper's 7B."""
+    return memory_model.plan_of_preset("7b", load_config(PATHS))
+
+
+def test_parameters_are_the_papers(plan):
+    assert plan.trainable == pytest.approx(288.40e6, rel=1e-3)  # Table 10
+    assert plan.parameters == pytest.approx(7.75e9, rel=5e-3)
+    assert memory_model.expected(plan)["weights"] == 2 * plan.parameters
+
+
+def test_what_changes_what(plan):
+    def parts(**changes):
+        return memory_model.expected(replace(plan, **changes))
+
+    before = parts()
+    assert parts(gpus=8)["optimizer"] == before["optimizer"] / 8
+    assert parts(gpus=8)["weights"] == before["weights"]  # ZeRO-2 shares no weights
+    offloaded = parts(offload=True)
+    assert (offloaded["optimizer"], offloaded["host"]) == (0, before["optimizer"])
+    assert parts(checkpointing=True)["language model"] < 0.2 * before["language model"]
+    one = memory_model.image_encoder(plan)
+    assert memory_model.image_encoder(replace(plan, images=8)) == one  # they are encoded one by one
+    assert parts(images=8)["SAM"] > one  # masks at the images' size do grow
+    assert parts(pixels=12_000_000)["total"] < before["total"] + 3e9  # the losses of a large photograph go in parts
+    for values in (before, offloaded):
+        assert values["total"] == pytest.approx(sum(values[part] for part in memory_model.PARTS))
+    assert memory_model.on_cuda(before) > before["total"] + memory_model.CUDA_CONTEXT
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_activations_are_what_autograd_keeps(checkpointing):
+    """Bytes that a forward pass really keeps, of a shape that has all parts; a CPU keeps dropout's mask as floats."""
+    shape = memory_model.preset("medium")
+    shape.num_hidden_layers, shape.sam_config["image_size"] = 4, 512
+    flags = [*PATHS, *memory_model.MEDIUM_SETTINGS, "--batch_size", "1", "--lora_dropout", "0"]
+    plan = replace(
+        memory_model.plan_of_preset("medium", load_config(flags)),
+        shape=shape,
+        pixels=160_000,
+        checkpointing=checkpointing,
+    )
+    base = UGroundForCausalLM(shape)
+    model = add_lora(base, 8, dropout=0.0).train()
+    if checkpointing:
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    batch = random_batch(plan)
+    plan = replace(plan, tokens=batch.input_ids.shape[1], labels=len(batch.label_ids))
+    held = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in held:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = model(batch)
+    assert output.loss.isfinite()
+    measured = sum(storage.nbytes() for storage in kept.values())
+    parts = (
+        memory_model.language_model(plan),
+        memory_model.text_loss(plan),
+        memory_model.mask_decoder(plan),
+        memory_model.mask_losses(plan),
+    )
+    expected = sum(parts)
+    if checkpointing:  # the layer that the backward pass computes again is not there yet
+        layer = memory_model.language_model(replace(plan, checkpointing=False)) - memory_model.language_model(plan)
+        expected -= layer / 3 - 4 * plan.rows * shape.hidden_size / 3
+    assert measured / expected == pytest.approx(1, abs=0.15), (measured, parts)
+
+
+def test_a_tenth_of_a_card_stays_free():
+    assert memory_model.fits(21.6e9, 24)
+    assert not memory_model.fits(21.7e9, 24)
+    assert memory_model.fits(72e9, 80)
+
+
+def test_tables(capsys):
+    assert doctor.main(["--memory"]) == 0
+    out = capsys.readouterr().out
+    for expected in ("7B: 7,7", "13B: 14,0", "1 GPU, as configured ", "8 GPUs, gradient checkpointing, offload"):
+        assert expected in out
+    lines = {line[:51].strip(): line for line in out.splitlines()[: len(out.splitlines()) // 2]}
+    assert lines["1 GPU, as configured"].rstrip().endswith(" 40, 80")
+    tight = lines["1 GPU, checkpointing, 1 image"].split()  # 22.8 GB: less than 24, but by less than 10%
+    assert tight[-3:] == ["22.8", "40,", "80"]
+    assert "1 GPU, gradient checkpointing, offload" in lines
+    assert " 24, 40, 80 (host: 4.6 per GPU)" in lines["1 GPU, gradient checkpointing, offload"]
+    assert "are assumptions" in out
+
+
+def test_a_configuration_whose_weights_are_not_there(capsys):
+    config = ["--config", str(ROOT / "configs/7b_reason_seg.yaml")]
+    assert doctor.main(["--memory", *config, "--gpus", "4", "--batch_size", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "1 images of 736 tokens" in out
+    assert "LLaVA-1.5 7B with SAM ViT-H, assumed" in out
+    assert "4 GPUs, as configured" in out
+    with pytest.raises(ValueError, match="neither 7b nor 13b"):
+        doctor.main(["--memory", *config, "--version", "weights/other"])

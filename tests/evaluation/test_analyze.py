@@ -1,0 +1,216 @@
+"""analyze.py: its numbers against the evaluation engine and brute force, its files, and how it says what is wrong."""
+
+import csv
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from model.structures import EvalQuery, EvalSample
+from utils.evaluation import metrics
+from utils.evaluation.evaluate import Asking, ask, evaluate
+from utils.evaluation.layer_analysis import THRESHOLDS, Analyst, best_threshold, original_sam, prompted_by
+from utils.inference import cli
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class Drawn:
+    """Images with a circle, and with ``absent`` a query for what is not there."""
+
+    skipped, unusable, not_found = [], [], []
+
+    def __init__(self, benchmark="ReasonSeg", absent=False, size=3):
+        self.benchmark, self.absent, self.size = benchmark, absent, size
+        self.spec, self.num_queries = f"{benchmark}|val", size * (1 + absent)
+
+    def __len__(self):
+        return self.size
+
+    def __getitem__(self, index):
+        rng = np.random.default_rng(index)
+        image = rng.integers(0, 255, (40 + 4 * index, 52, 3), dtype=np.uint8)
+        mask = np.zeros(image.shape[:2], np.uint8)
+        mask[5 : 20 + index, 8:30], mask[0] = 1, 255
+        queries = [EvalQuery("0", "where is the red star", mask[None], meta={"family": "odd" if index % 2 else "even"})]
+        if self.absent:
+            queries.append(EvalQuery("1", "the blue square", np.zeros((0, *mask.shape), np.uint8)))
+        return EvalSample(f"drawn/{index}", f"{index}", image, queries)
+
+
+def analyst(model, processor, **settings):
+    return Analyst(model, processor, Asking("teacher_forced"), batch_size=2, **settings)
+
+
+@pytest.mark.parametrize(("benchmark", "absent"), [("ReasonSeg", False), ("grefcoco", True)])
+def test_a_forced_layer_scores_what_the_evaluation_says(tiny_model, tiny_processor, benchmark, absent):
+    dataset = Drawn(benchmark, absent)
+    study = analyst(tiny_model, tiny_processor).study(dataset)
+    assert study.num_layers == tiny_model.ppm.num_layers
+    for layer in range(study.num_layers):
+        result = evaluate(tiny_model, tiny_processor, dataset, "teacher_forced", f"fixed:{layer}", batch_size=2)
+        assert study.by_layer[layer] == result.records
+        assert study.scores(study.by_layer[layer])["cIoU"] == result.metrics["cIoU"]
+    own = evaluate(tiny_model, tiny_processor, dataset, "teacher_forced", "argmax", batch_size=2)
+    assert study.chosen == own.records
+    assert len({record.P for records in study.by_layer for record in records}) > 3  # layers differ at all
+
+
+def test_table_2_is_made_of_the_evaluations_with_other_prompts(make_model, tiny_processor):
+    model, dataset = make_model(), Drawn("grefcoco", absent=True)
+    study = analyst(model, tiny_processor).study(dataset)
+    for column, settings in (("M_prompt", (False, True)), ("SEG_prompt", (True, False))):
+        model.config.seg_prompt, model.config.mask_prompt = settings
+        for row, policy in (("chosen", "argmax"), ("last", "last")):
+            records = evaluate(model, tiny_processor, dataset, "teacher_forced", policy, batch_size=2).records
+            there = [record for record in records if not record.expected_empty]
+            assert [(r.I, r.U) for r in study.table[column, row]] == [(r.I, r.U) for r in there]
+        model.config.seg_prompt = model.config.mask_prompt = True
+
+
+def test_the_best_cut_is_the_brute_force_one():
+    rng = np.random.default_rng(0)
+    for _ in range(5):
+        similarity = rng.random((12, 15)).astype(np.float32).round(2)  # many pixels lie ON thresholds
+        truth = rng.choice([0, 1, 255], (12, 15), p=[0.5, 0.4, 0.1]).astype(np.uint8)
+        ious = []
+        for threshold in THRESHOLDS:
+            both, either, *_ = metrics.count_pixels(similarity > threshold, truth)
+            ious.append(both / either if either else 1.0)
+        assert best_threshold(similarity, truth) == THRESHOLDS[int(np.argmax(ious))]
+
+
+def test_m_iou_of_a_split_is_the_best_cut_of_each_map(tiny_model, tiny_processor):
+    dataset = Drawn()
+    study = analyst(tiny_model, tiny_processor).study(dataset)
+    for policy, records in (("argmax", study.table["M_IoU", "chosen"]), ("fixed:2", study.maps_by_layer[2])):
+        for place, record in enumerate(records):
+            sample = dataset[place]
+            [[answer]] = ask(
+                tiny_model, tiny_processor, [sample], [place], "ReasonSeg", Asking("teacher_forced", policy)
+            )
+            [truth] = sample.queries[0].masks
+            cuts = [metrics.count_pixels(answer.similarities[0] > threshold, truth) for threshold in THRESHOLDS]
+            assert (
+                pytest.approx(max(both / either for both, either, *_ in cuts if either), abs=0.01)
+                == record.I / record.U
+            )
+
+
+def test_map_losses_are_what_training_logs(tiny_model, tiny_processor, tiny_samples):
+    """Batch of one image with one [SEG]: ``layer_losses`` of the training step are this [SEG]'s."""
+    sample = tiny_samples[1]
+    batch = tiny_processor.collate([sample])
+    logged = tiny_model(batch, all_layers=True).layer_losses
+    turns = [[turn for (turn,) in sample.conversations]]
+    given = [[turn.answer for turn in row] for row in turns]
+    prompts = tiny_processor.prompts([sample.image], [[turn.question for turn in row] for row in turns], given)
+    maps = torch.cat([said.layer_maps for said in tiny_model.predict(prompts)[0]])
+    found = tiny_model.map_losses([torch.from_numpy(sample.masks)], maps)
+    torch.testing.assert_close(found.mean(0), logged.detach())
+
+
+def test_the_policy_by_group(tiny_model, tiny_processor):
+    study = analyst(tiny_model, tiny_processor).study(Drawn())
+    groups = study.groups()
+    assert list(groups) == [("all", "ReasonSeg"), ("family", "even"), ("family", "odd")]
+    everything = study.policy(groups["all", "ReasonSeg"])
+    assert everything["segs"] == 3
+    assert everything["shares"].sum() == pytest.approx(1)
+    assert everything["probability"].sum() == pytest.approx(1)
+    assert everything["candidates"] == 4
+    token = study.tokens[0][0]
+    assert token.entropy == pytest.approx(-sum(p * np.log(p) for p in token.policy if p > 0), rel=1e-5)
+    assert study.policy(groups["family", "odd"])["segs"] == 1
+
+
+def test_prompts_come_back_after_an_error(tiny_model, make_model):
+    trained = tiny_model.visual_model
+    with pytest.raises(RuntimeError), prompted_by(tiny_model, mask=True, sam=make_model(1).visual_model):
+        raise RuntimeError
+    assert tiny_model.visual_model is trained
+    assert tiny_model.config.seg_prompt
+    assert tiny_model.config.mask_prompt
+
+
+def test_the_original_sam_must_be_the_checkpoints(make_model, tmp_path):
+    model, other = make_model(), make_model(seed=1)
+    torch.save(model.visual_model.state_dict(), tmp_path / "own.pth")
+    torch.save(other.visual_model.state_dict(), tmp_path / "other.pth")
+    original = original_sam(str(tmp_path / "own.pth"), model)
+    assert all(torch.equal(*pair) for pair in zip(original.parameters(), model.visual_model.parameters()))
+    with pytest.raises(ValueError, match="not the checkpoint's"):
+        original_sam(str(tmp_path / "other.pth"), model)
+
+
+# -- the program -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def program(monkeypatch, make_model, tiny_processor):
+    """analyze.py's module, with random models instead of folders: their seed is the folder's name."""
+    spec = importlib.util.spec_from_file_location("analyze", ROOT / "scripts/analyze.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(__import__("sys").modules, "analyze", module)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(cli, "load_pretrained", lambda folder, *_: (make_model(int(folder)), tiny_processor))
+    monkeypatch.setattr(module, "get_eval_dataset", lambda spec, _: Drawn(spec.split("|")[0], absent="ref" in spec))
+    return module
+
+
+def run(program, output, *more, data="ReasonSeg|val"):
+    flags = ["--version", "0", "--dataset_dir", "x", "--val_dataset", data, "--output", str(output), "--device", "cpu"]
+    return cli.run(program.main, [*flags, *more])
+
+
+@pytest.mark.slow
+def test_two_checkpoints_side_by_side(program, tmp_path):
+    more = ("--against", "1", "--names", "ours,<b>", "--samples", "1", "--animate", "--limit", "2")
+    assert run(program, tmp_path, *more) == 0
+    index = (tmp_path / "index.md").read_text()
+    for picture in tmp_path.glob("*.png"):
+        assert picture.name in index
+        with Image.open(picture) as opened:
+            caption = opened.info["Description"]
+            assert "ours (" in caption
+            assert "Split:" in caption
+            assert "Command:" in caption
+            assert opened.width < 1700
+    with Image.open(tmp_path / "ReasonSeg_val.maps_1.gif") as moving:
+        assert moving.n_frames == 4  # candidates: layer 0 is none
+    with (tmp_path / "table_2.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["split"], row["checkpoint"], row["layer"]) for row in rows][:3] == [
+        ("ReasonSeg|val", "ours", "chosen"),
+        ("ReasonSeg|val", "ours", "last"),
+        ("ReasonSeg|val", "<b>", "chosen"),
+    ]
+    assert "TRAINED" in index
+    with (tmp_path / "ReasonSeg_val.layers.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == 10
+
+
+def test_named_queries_and_wrong_names(program, tmp_path, capsys):
+    assert run(program, tmp_path, "--ids", "2/0", "--limit", "3") == 0
+    assert len(list(tmp_path.glob("*.maps_*.png"))) == 1
+    assert run(program, tmp_path, "--ids", "nothing") == 2
+    assert "no query 'nothing'" in capsys.readouterr().err
+    assert run(program, tmp_path, "--names", "a,b") == 2
+    with pytest.raises(SystemExit):
+        run(program, tmp_path, "--batch_size", "0")
+
+
+def test_an_answer_without_seg_is_drawn_too(make_model, tiny_processor):
+    """Generated answers of a random model have no [SEG]."""
+    model, dataset = make_model(), Drawn(size=1)
+    found = Analyst(model, tiny_processor, Asking("generate", max_new_tokens=2))
+    study = found.study(dataset)
+    assert study.tokens == [[]]
+    assert not study.chosen[0].layers
+    look = found.look(dataset, study.chosen[0])
+    assert not look.mask.any()
+    assert look.maps.shape == (5, *look.truth.shape)
+    assert np.isnan(study.map_loss()).all()

@@ -1,0 +1,732 @@
+"""The evaluation engine against a fake model whose answers are known pixel by pixel."""
+
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from model.structures import EvalQuery, EvalSample, MaskUncertainty, Prediction
+from utils.datasets.base import DataError
+from utils.evaluation import evaluate as engine
+from utils.evaluation import metrics
+from utils.evaluation.evaluate import Asking, ShuffledPrompts, evaluate, text_blind_scores
+from utils.evaluation.panels import format_table, panels
+from utils.evaluation.results import Journal, read_results, summarize
+
+SHAPE = (20, 30)
+
+
+# -- a data set whose pixels say what is where: object k is painted with gray value k ---------------------------------
+
+
+def draw_objects(number: int) -> np.ndarray:
+    """[H, W] with 0 for background and objects 1 to 3."""
+    rng = np.random.default_rng(number)
+    canvas = np.zeros(SHAPE, np.uint8)
+    for k in (1, 2, 3):
+        y, x = rng.integers(0, 10, 2)
+        canvas[y : y + 6 + k, 9 * (k - 1) + x // 3 : 9 * k] = k
+    return canvas
+
+
+@dataclass
+class FakeDataset:
+    """``size`` images; image i has i % 3 + 1 queries "object K", and with ``absent`` one more for an object 9."""
+
+    size: int = 7
+    benchmark: str = "fake"
+    absent: bool = False
+    broken: tuple[int, ...] = ()
+    skipped: list[str] = field(default_factory=list)
+    unusable: list[str] = field(default_factory=list)
+    not_found: list[str] = field(default_factory=list)
+
+    @property
+    def spec(self):
+        return f"{self.benchmark}|val"
+
+    def __len__(self):
+        return self.size
+
+    @property
+    def num_queries(self):
+        return sum(i % 3 + 1 + self.absent for i in range(self.size))
+
+    def __getitem__(self, index):
+        if index in self.broken:
+            raise DataError(f"image {index}.jpg cannot be decoded")
+        canvas = draw_objects(index)
+        queries = [
+            EvalQuery(
+                f"{k}", f"object {k}", (canvas == k)[None].astype(np.uint8), meta={"family": "odd" if k % 2 else "even"}
+            )
+            for k in range(1, index % 3 + 2)
+        ]
+        if self.absent:
+            queries.append(EvalQuery("9", "object 9", np.zeros((0, *SHAPE), np.uint8)))
+        return EvalSample(f"fake/{index}.jpg", str(index), np.repeat(canvas[..., None], 3, 2), queries)
+
+
+class FakeBatch:
+    def __init__(self, images, questions, answers, numbers):
+        self.images, self.questions, self.answers, self.numbers = images, questions, answers, numbers
+
+    def to(self, device, dtype):
+        return self
+
+
+class FakeProcessor:
+    """Keeps prompts as they are; "tokens" are the answer's characters."""
+
+    def prompts(self, images, questions, answers=None, numbers=None):
+        return FakeBatch(images, questions, answers, numbers)
+
+    def decode(self, ids):
+        return "".join(map(chr, ids))
+
+
+class FakeModel:
+    """Finds the object that is named, less ``missing`` rows from its top; remembers how it was called.
+
+    Args:
+        wordings: what it writes for object k ("[SEG]" by default); object 9 is always answered by "[REJ]".
+        blind: it answers with object 1 whatever was asked.
+        noisy: pixels flip, depending on the image's number alone (a stand-in for sampled layers).
+    """
+
+    device, dtype, training = "cpu", torch.float32, False
+
+    def __init__(self, missing=2, wordings=None, blind=False, noisy=False, reject_below=0):
+        self.missing, self.wordings, self.blind, self.noisy = missing, wordings or {}, blind, noisy
+        self.reject_below, self.calls = reject_below, []
+
+    def eval(self):
+        return self
+
+    def train(self, mode):
+        return self
+
+    def predict(self, batch, layer_policy="argmax", max_new_tokens=64, seed=0, on_token=None):
+        self.calls.append((len(batch.images), layer_policy, seed))
+        predictions = [
+            [
+                self.answer(batch.images[i], question, batch.answers and batch.answers[i][j], batch.numbers[i] + seed)
+                for j, question in enumerate(asked)
+            ]
+            for i, asked in enumerate(batch.questions)
+        ]
+        for prediction in (p for row in predictions for p in row if layer_policy.startswith("mc")):
+            for k, mask in enumerate(prediction.mask_logits.sigmoid()):
+                score = 0.1 * k + 0.01 * prediction.layers[k]
+                prediction.uncertainty.append(MaskUncertainty(mask, mask * (1 - mask), torch.ones(5) / 5, score))
+        return predictions
+
+    def answer(self, image, question, given, number):
+        named = [int(word.strip(",.?")) for word in question.split() if word.strip(",.?").isdigit()]
+        named = [1] * len(named) if self.blind else named
+        text = given or (self.wordings.get(named[0], "it is [SEG]") if named[0] != 9 else "no: [REJ]")
+        count = text.count("[SEG]")
+        targets = named if len(named) == count else named[:1] * count  # one question may name several
+        masks = np.stack([self.find(image, k, number) for k in targets]) if targets else np.zeros((0, *image.shape[:2]))
+        logits = torch.from_numpy(np.where(masks > 0, 1.5, -1.5)).float()
+        rejected = [bool(mask.sum() < self.reject_below) for mask in masks]
+        return Prediction(
+            "",
+            [ord(c) for c in text],
+            logits,
+            logits.sigmoid(),
+            [k % 5 for k in targets],
+            torch.ones(count, 5),
+            torch.zeros(count, 5, 4),
+            rejected,
+        )
+
+    def find(self, image, k, number):
+        mask = image[..., 0] == k
+        rows = np.flatnonzero(mask.any(1))[: self.missing]
+        mask[rows] = False
+        if self.noisy:
+            mask ^= np.random.default_rng(number).random(mask.shape) < 0.1
+        return mask
+
+
+def run(model=None, dataset=None, **options):
+    return evaluate(model or FakeModel(), FakeProcessor(), dataset or FakeDataset(), **options)
+
+
+def expected_counts(dataset, missing):
+    """I and U by plain numpy, image by image."""
+    pairs = []
+    for index in range(len(dataset)):
+        canvas = draw_objects(index)
+        for k in range(1, index % 3 + 2):
+            found = canvas == k
+            found[np.flatnonzero(found.any(1))[:missing]] = False
+            pairs.append((int(found.sum()), int((canvas == k).sum())))
+    return pairs
+
+
+# -- numbers -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["generate", "teacher_forced"])
+def test_numbers_are_exact(mode):
+    result = run(mode=mode)
+    pairs = expected_counts(FakeDataset(), 2)
+    assert [(record.I, record.U) for record in result.records] == pairs
+    assert result.metrics["gIoU"] == pytest.approx(np.mean([i / u for i, u in pairs]))
+    assert result.metrics["cIoU"] == sum(i for i, _ in pairs) / sum(u for _, u in pairs)
+    assert result.summary["counts"]["masks"] == len(pairs)
+    assert result.summary["counts"]["images"] == 7
+
+
+@pytest.mark.parametrize(("mode", "absent"), [("generate", False), ("generate", True), ("teacher_forced", True)])
+def test_the_batch_size_and_the_workers_alter_nothing(mode, absent):
+    dataset = FakeDataset(absent=absent, benchmark="grefcoco" if absent else "fake")
+    results = [
+        run(FakeModel(noisy=True, reject_below=40), dataset, mode=mode, batch_size=size, workers=workers, seed=3)
+        for size, workers in ((1, 0), (3, 0), (8, 0), (3, 2))
+    ]
+    for other in results[1:]:
+        assert other.records == results[0].records
+        for key in ("metrics", "intervals", "breakdown", "counts", "layers"):
+            assert other.summary[key] == results[0].summary[key]
+
+
+def test_an_image_is_handed_over_once_with_all_its_queries():
+    model = FakeModel()
+    run(model, batch_size=3)
+    assert [count for count, *_ in model.calls] == [3, 3, 1]
+
+
+def test_global_random_state_is_left_alone():
+    torch.manual_seed(5)
+    run(workers=1)
+    after = torch.rand(3)
+    torch.manual_seed(5)
+    assert torch.equal(after, torch.rand(3))
+
+
+def test_limit_takes_the_first_images():
+    result = run(limit=2)
+    assert [record.index for record in result.records] == [0, 1, 1]
+    assert result.summary["limit"] == 2
+
+
+def test_several_seg_are_united():
+    model = FakeModel(missing=0)
+    model.find = lambda image, k, number: image[..., 0] == next(model.turns)
+    model.wordings, model.turns = {1: "[SEG] and [SEG]"}, iter((1, 2))
+    record = run(model, limit=1).records[0]
+    canvas = draw_objects(0)
+    assert ((canvas == 1) | (canvas == 2)).sum() == record.P
+    assert len(record.masks) == 2
+    assert record.I == record.G == (canvas == 1).sum()
+
+
+@pytest.mark.parametrize("benchmark", ["grefcoco", "MultiReasonSeg"])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_broken_logits_are_no_empty_mask(benchmark, value):
+    class Broken(FakeModel):
+        def answer(self, *what):
+            prediction = super().answer(*what)
+            prediction.mask_logits[..., 3, 4] = value
+            return prediction
+
+    dataset = FakeMuse() if benchmark == "MultiReasonSeg" else FakeDataset(benchmark=benchmark, absent=True)
+    with pytest.raises(ValueError, match=r"fake/0.jpg, 'objects? 1.*': the mask's logits are NaN.*--precision"):
+        run(Broken(), dataset)
+
+
+def test_an_answer_is_as_uncertain_as_its_most_uncertain_mask():
+    united = run(FakeModel(wordings={2: "[SEG] and [SEG]"}), layer_policy="mc:4").records
+    assert {len(record.uncertainty) for record in united} == {1, 2}
+    assert all(record.doubt == max(record.uncertainty) for record in united)
+    for mode in ("generate", "teacher_forced"):
+        rejecting = run(FakeModel(reject_below=1000), FakeDataset(benchmark="grefcoco", absent=True), mode=mode,
+                        layer_policy="mc:4")  # fmt: skip
+        assert all(record.doubt == 0 for record in rejecting.records if record.rejected)
+        assert any(record.rejected for record in rejecting.records)
+    assert run().records[0].uncertainty == []
+    assert "AUSE" not in run().metrics
+
+
+def test_no_seg_is_an_empty_mask():
+    result = run(FakeModel(wordings={1: "I cannot say"}), limit=1)
+    record = result.records[0]
+    assert (record.I, record.P, record.masks, record.layers) == (0, 0, [], [])
+    assert record.U == record.G
+    assert record.answer == "I cannot say"
+    assert result.metrics["gIoU"] == 0
+    assert result.summary["counts"]["answers_without_seg"] == 1
+
+
+def test_generated_rejections():
+    """[REJ] for the absent object (right) and for object 2 (wrong)."""
+    dataset = FakeDataset(size=2, absent=True, benchmark="grefcoco")
+    result = run(FakeModel(missing=0, wordings={2: "[REJ]"}), dataset)
+    assert [record.rejected for record in result.records] == [False, True, False, True, True]
+    assert result.metrics["N-acc"] == 1.0
+    assert result.metrics["T-acc"] == 2 / 3
+    assert result.metrics["gIoU"] == 4 / 5
+    lost = int((draw_objects(1) == 2).sum())
+    total = sum(record.G for record in result.records)
+    assert result.metrics["cIoU"] == (total - lost) / total
+
+
+def test_a_rejecting_word_beside_a_mask_does_not_reject():
+    dataset = FakeDataset(size=1, absent=True, benchmark="grefcoco")
+    record = run(FakeModel(wordings={1: "[REJ] or [SEG]"}), dataset).records[0]
+    assert not record.rejected
+    assert record.P > 0
+
+
+def test_joint_question_reads_rejections_from_the_logits():
+    dataset = FakeDataset(size=3, absent=True, benchmark="grefcoco")
+    model = FakeModel(missing=0, reject_below=1)  # object 9 has no pixel
+    result = run(model, dataset, mode="teacher_forced")
+    assert [record.rejected for record in result.records] == [r.query_id == "9" for r in result.records]
+    assert (result.metrics["N-acc"], result.metrics["T-acc"], result.metrics["gIoU"]) == (1, 1, 1)
+    assert len({record.question for record in result.records}) == 3  # one question per image
+    assert all("object 9" in record.question for record in result.records)
+
+
+@dataclass
+class FakeMuse(FakeDataset):
+    """One question per image, "objects 1 2 3", with a target for each."""
+
+    benchmark: str = "MultiReasonSeg"
+
+    @property
+    def num_queries(self):
+        return self.size
+
+    def __getitem__(self, index):
+        sample = super().__getitem__(index)
+        masks = np.stack([draw_objects(index) == k for k in (1, 2, 3)]).astype(np.uint8)
+        sample.queries = [EvalQuery(str(index), "objects 1 2 3", masks, True, {"targets": 3})]
+        return sample
+
+
+class InOrder(FakeModel):
+    """Finds the objects whose numbers are given, in that order, whatever was asked."""
+
+    def __init__(self, *order):
+        said = " and ".join(["[SEG]"] * len(order)) or "none"
+        super().__init__(missing=0, wordings=dict.fromkeys((1, 2, 3), said))
+        self.order = order
+
+    def answer(self, image, question, given, number):
+        return super().answer(image, " ".join(map(str, self.order or (1,))), given, number)
+
+
+def test_several_targets_are_matched():
+    result = run(InOrder(3, 1, 2), FakeMuse())
+    assert result.metrics == {"gIoU": 1.0, "cIoU": 1.0}
+    assert (result.summary["counts"]["masks"], result.summary["counts"]["queries"]) == (21, 7)
+    sizes = [int((draw_objects(0) == k).sum()) for k in (1, 2, 3)]
+    record = run(InOrder(2, 2), FakeMuse(size=1)).records[0]  # twice the same, 1 and 3 not at all
+    assert sorted(map(tuple, record.pairs)) == sorted([(sizes[1], sizes[1]), (0, sizes[0] + sizes[1]), (0, sizes[2])])
+    record = run(InOrder(1, 2, 3, 3), FakeMuse(size=1)).records[0]  # one too many
+    assert record.pairs == [[size, size] for size in sizes] + [[0, sizes[2]]]
+    record = run(InOrder(), FakeMuse(size=1)).records[0]
+    assert record.pairs == [[0, size] for size in sizes]
+    assert (record.I, record.P) == (0, 0)
+    assert record.U == record.G == sum(sizes)
+
+
+def test_a_given_answer_to_muse_has_a_seg_for_each_target():
+    result = run(FakeModel(missing=0, reject_below=10**6), FakeMuse(), mode="teacher_forced")
+    assert {record.answer for record in result.records} == {"Sure, they are [SEG], [SEG] and [SEG]."}
+    assert result.metrics == {"gIoU": 1.0, "cIoU": 1.0}
+
+
+def test_only_muse_has_several_targets():
+    with pytest.raises(ValueError, match=r"fake/0\.jpg, 'objects 1 2 3' has 3 targets; fake expects one"):
+        run(dataset=FakeMuse(benchmark="fake"))
+
+
+@pytest.mark.parametrize(("benchmark", "mode"), [("R-refcoco", "generate"), ("fprefcocog", "teacher_forced")])
+def test_false_premises(benchmark, mode):
+    """Object 9 is false; object 2 is not seen although it is there."""
+    model = FakeModel(missing=0, wordings={2: "no such thing"}, reject_below=1)
+    result = run(model, FakeDataset(size=2, absent=True, benchmark=benchmark), mode=mode)
+    seen = mode == "teacher_forced"  # the given answer asks about the mask, and the logits say that 2 is there
+    assert [record.rejected for record in result.records] == [False, True, False, not seen, True]
+    total = sum(record.G for record in result.records)
+    expected = {"See": 1.0 if seen else 0.8, "Segment": 1.0 if seen else 1 - int((draw_objects(1) == 2).sum()) / total}
+    assert result.metrics == pytest.approx(expected | ({"RR": 1.0} if benchmark == "R-refcoco" else {}))
+
+
+def test_special_tokens_in_a_query_add_no_mask(monkeypatch):
+    def literal(self, index):
+        sample = original(self, index)
+        sample.queries[0].text = "[SEG] object 1 <image>"
+        return sample
+
+    original = FakeDataset.__getitem__
+    monkeypatch.setattr(FakeDataset, "__getitem__", literal)
+    dataset = FakeDataset(size=3, absent=True, benchmark="grefcoco")
+    result = run(FakeModel(missing=0, reject_below=1), dataset, mode="teacher_forced")
+    assert result.metrics["gIoU"] == 1
+    assert result.records[0].query == "[SEG] object 1 <image>"
+
+
+def test_a_given_answer_never_rejects_where_the_protocol_has_no_rejection():
+    result = run(FakeModel(missing=0, reject_below=10**6), mode="teacher_forced")
+    assert result.metrics["gIoU"] == 1.0
+
+
+def test_a_given_answer_that_was_cut_is_an_error():
+    model = FakeModel()
+    whole = model.answer
+    model.answer = lambda image, question, given, number: whole(image, question, "cut off", number)
+    with pytest.raises(ValueError, match=r"fake/0\.jpg: 0 \[SEG\] instead of 1.*max_tokens"):
+        run(model, mode="teacher_forced")
+
+
+# -- controls ----------------------------------------------------------------------------------------------------------
+
+
+def test_shuffled_prompts_are_a_derangement_scored_against_the_own_truth():
+    dataset = FakeDataset(size=7)
+    shuffled = ShuffledPrompts(dataset, range(7))
+    assert all(donor != image for image, donor in shuffled.donor.items())
+    assert sorted(shuffled.donor.values()) == list(range(7))
+    assert ShuffledPrompts(dataset, range(7)).donor == shuffled.donor
+    assert sorted(ShuffledPrompts(dataset, [1, 4, 6]).donor) == [1, 4, 6]
+    for index in range(7):
+        own, mixed = dataset[index], shuffled[index]
+        theirs = [query.text for query in dataset[shuffled.donor[index]].queries]
+        assert np.array_equal(mixed.image, own.image)
+        assert all(np.array_equal(a.masks, b.masks) for a, b in zip(mixed.queries, own.queries, strict=True))
+        assert [query.text for query in mixed.queries] == [theirs[k % len(theirs)] for k in range(len(own.queries))]
+
+
+def test_the_control_tells_a_blind_model_from_one_that_reads():
+    reads = run(FakeModel(missing=0), FakeDataset(size=30), controls=["shuffled_prompts"])
+    blind = run(FakeModel(missing=0, blind=True), FakeDataset(size=30), controls=["shuffled_prompts"])
+    assert reads.metrics["gIoU"] == 1.0
+    assert reads.summary["controls"]["shuffled_prompts"]["gIoU"] < 0.9
+    assert blind.summary["controls"]["shuffled_prompts"] == blind.metrics
+
+
+def test_text_blind_scores_come_from_the_data(tmp_path):
+    scores = {"all": {"gIoU": 0.25, "cIoU": 0.2}, "random": {"gIoU": 0.3, "cIoU": 0.4}}
+    other = {"all": {"gIoU": 0.5, "cIoU": 0.2}, "random": {"gIoU": 0.6, "cIoU": 0.4}}
+    rows = [
+        {"set": "ReasonSeg", "split": "val", "kind": "short", "queries": 30, **scores},
+        {"set": "ReasonSeg", "split": "val", "kind": "long", "queries": 10, **other},
+        {"set": "ReasonSeg", "split": "val", "kind": "long: relation", "queries": 10, **other},
+        {"set": "grefcoco", "split": "val", "kind": "all", "queries": 5, **scores},
+        {"set": "grefcoco", "split": "val", "kind": "no target", "queries": 5, **other},
+    ]
+    assert text_blind_scores(tmp_path, "ReasonSeg|val") == {}
+    (tmp_path / "demo_data.json").write_text(json.dumps({"text_blind": rows}))
+    named = {"all_objects": scores["all"], "random_object": scores["random"]}
+    assert text_blind_scores(tmp_path, "ReasonSeg|val_short") == named
+    assert text_blind_scores(tmp_path, "grefcoco|unc|val") == named
+    both = text_blind_scores(tmp_path, "ReasonSeg|val")
+    assert both["all_objects"] == {"gIoU": pytest.approx((30 * 0.25 + 10 * 0.5) / 40)}
+    assert text_blind_scores(tmp_path, "refcoco|unc|val") == {}
+
+
+# -- errors ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_all_unreadable_images_are_listed_and_nothing_is_reported(workers):
+    with pytest.raises(ValueError, match=r"fake\|val: 2 images.*\n.*1\.jpg.*\n.*5\.jpg"):
+        run(dataset=FakeDataset(broken=(1, 5)), batch_size=2, workers=workers)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mode": "guess"}, "unknown mode 'guess'; use generate or teacher_forced"),
+        ({"controls": ["upside_down"]}, "unknown control 'upside_down'; use shuffled_prompts"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"limit": 0}, "limit 0"),
+        ({"limit": 1, "controls": ["shuffled_prompts"]}, "at least 2 images"),
+    ],
+)
+def test_wrong_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        run(**options)
+
+
+def test_records_that_are_missing_or_there_twice_are_an_error(monkeypatch):
+    repeats = FakeDataset(size=2)
+    twice = repeats[1]
+    twice.queries[1].query_id = "1"
+    monkeypatch.setattr(FakeDataset, "__getitem__", lambda self, index: twice)
+    with pytest.raises(ValueError, match=r"with several: \[\(0, '1'\), \(1, '1'\)\]"):
+        run(dataset=repeats)
+    monkeypatch.undo()
+    monkeypatch.setattr(FakeDataset, "num_queries", 99)
+    with pytest.raises(ValueError, match="13 records for 99 queries"):
+        run()
+
+
+# -- output ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layer_policy", ["argmax", "mc:4"])
+def test_saved_results_can_be_recomputed(tmp_path, layer_policy):
+    dataset = FakeDataset(benchmark="grefcoco", absent=True, skipped=["fake/x.jpg: no polygon"])
+    asked = {"controls": ["shuffled_prompts"], "checkpoint": "abc", "layer_policy": layer_policy}
+    result = run(FakeModel(noisy=True), dataset, **asked)
+    path = result.save(tmp_path / "new" / "folder")
+    assert path.name == "grefcoco_val.generate.json"
+    summary = json.loads(path.read_text())
+    origin, records = read_results(path.with_suffix(".jsonl"))
+    assert (origin, records) == (result.origin, result.records)
+    assert (origin.checkpoint, origin.protocol, origin.images, origin.queries) == ("abc", "grefcoco", 7, len(records))
+    again = json.loads(json.dumps(summarize(origin, records)))
+    assert again.pop("controls") == {}
+    assert again.pop("counts").items() <= summary["counts"].items()
+    assert again.items() <= summary.items()  # to the last bit
+    assert ({"AURC", "AUSE"} <= set(summary["intervals"])) == (layer_policy == "mc:4")
+    assert summary["metrics"] == result.metrics
+    assert (summary["counts"]["skipped"], summary["counts"]["missing"]) == (1, 0)
+    assert (summary["benchmark"], summary["mode"]) == ("grefcoco|val", "generate")
+    assert set(summary["controls"]) == {"shuffled_prompts"}
+    target = {q.query_id: q for q in dataset[4].queries}["2"].masks[0]
+    record = next(record for record in records if (record.index, record.query_id) == (4, "2"))
+    mask = metrics.decode_mask(record.masks[0])
+    assert ((mask & (target == 1)).sum(), (mask | (target == 1)).sum()) == (record.I, record.U)
+
+
+def test_both_protocols_of_grefcoco():
+    """Teacher forced, every target is rejected, although its mask is right."""
+    dataset = FakeDataset(size=3, absent=True, benchmark="grefcoco")
+    found = {
+        name: run(FakeModel(missing=0, reject_below=10**6), dataset, mode="teacher_forced", protocol=name)
+        for name in (None, "gsva", "grefcoco")
+    }
+    assert found[None].summary["protocol"] == found["gsva"].summary["protocol"] == "gsva"
+    assert found[None].metrics == found["gsva"].metrics == {"gIoU": 1, "cIoU": 1, "N-acc": 1, "T-acc": 0}
+    assert found["grefcoco"].metrics == {"gIoU": 3 / 9, "cIoU": 0, "N-acc": 1, "T-acc": 0}
+    assert found["grefcoco"].records == found["gsva"].records
+    assert "teacher_forced, grefcoco" in format_table([found["grefcoco"].summary])
+    said = run(FakeModel(wordings={2: "[REJ]"}), dataset, protocol="gsva")  # a written rejection has no mask
+    assert said.summary["protocol"] == "grefcoco"
+    assert metrics.compute(said.records, "grefcoco", "gsva") == said.metrics
+    assert "protocol" not in run(protocol="gsva").summary  # other benchmarks have one only
+    with pytest.raises(ValueError, match=r"unknown protocol 'voc'; use grefcoco or gsva"):
+        run(protocol="voc")
+
+
+# -- interruptions -----------------------------------------------------------------------------------------------------
+
+
+class Killed(Exception):
+    pass
+
+
+class Mortal(FakeModel):
+    """Dies in its ``life``-th call."""
+
+    def __init__(self, life, **options):
+        super().__init__(**options)
+        self.life = life
+
+    def predict(self, batch, **options):
+        if len(self.calls) == self.life:
+            raise Killed
+        return super().predict(batch, **options)
+
+
+def killed_run(path, life, **options):
+    with pytest.raises(Killed):
+        run(Mortal(life, noisy=True), journal=Journal(path), **options)
+
+
+@pytest.mark.parametrize("cut", [0, 1, 40, 700])
+def test_a_killed_evaluation_goes_on(tmp_path, cut):
+    """Batches of 2 images; killed in the third of four, with the last lines cut anywhere."""
+    path = tmp_path / "fake_val.generate.jsonl"
+    whole = run(FakeModel(noisy=True), batch_size=2)
+    killed_run(path, 2, batch_size=2)
+    assert not path.with_suffix(".json").exists()
+    path.write_bytes(path.read_bytes()[: -cut or None])
+    model = FakeModel(noisy=True)
+    again = run(model, batch_size=2, journal=Journal(path), resume=True)
+    assert [count for count, *_ in model.calls] == [2, 2, 1]  # the last image's batch is asked again, the first is not
+    assert again.records == whole.records
+    for key in whole.summary.keys() - {"seconds"}:
+        assert again.summary[key] == whole.summary[key], key
+    again.save(tmp_path)
+    whole.save(tmp_path / "whole")
+    assert path.read_bytes() == (tmp_path / "whole" / path.name).read_bytes()
+
+
+def test_a_finished_evaluation_is_not_asked_again(tmp_path):
+    run(FakeModel(noisy=True), journal=Journal(tmp_path / "a.jsonl"))
+    model = FakeModel(noisy=True)
+    run(model, journal=Journal(tmp_path / "a.jsonl"), resume=True)
+    assert model.calls == []
+
+
+def test_without_resume_it_starts_anew(tmp_path):
+    path = tmp_path / "fake_val.generate.jsonl"
+    killed_run(path, 1, batch_size=2)
+    result = run(FakeModel(missing=0), batch_size=2, journal=Journal(path))
+    assert {record.I for record in read_results(path)[1]} == {record.I for record in result.records}
+    assert len(read_results(path)[1]) == len(result.records)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"checkpoint": "new"}, "checkpoint: 'old' there, 'new' now"),
+        ({"quantize": "8bit"}, "precision: 'float32' there, 'float32, 8bit' now"),
+        ({"layer_policy": "last"}, "layer_policy: 'argmax' there, 'last' now"),
+        ({"dataset": FakeDataset(size=8)}, "images: 7 there, 8 now; queries: 13 there, 15 now"),
+    ],
+)
+def test_other_results_are_refused_and_left_alone(tmp_path, changed, message):
+    path = tmp_path / "fake_val.generate.jsonl"
+    killed_run(path, 1, batch_size=2, checkpoint="old")
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=f"{message}.*give another --output, or leave --resume out"):
+        run(**{"batch_size": 2, "checkpoint": "old", "journal": Journal(path), "resume": True} | changed)
+    assert path.read_bytes() == before
+
+
+def test_answers_to_other_annotations_are_refused(tmp_path, monkeypatch):
+    path = tmp_path / "fake_val.generate.jsonl"
+    run(journal=Journal(path))
+    before, read = path.read_bytes(), FakeDataset.__getitem__
+
+    def changed(self, index):
+        sample = read(self, index)
+        sample.queries[-1].text += ", the red one" if index == 6 else ""
+        return sample
+
+    monkeypatch.setattr(FakeDataset, "__getitem__", changed)
+    with pytest.raises(ValueError, match=r"fake/6.jpg has other queries now.*leave --resume out"):
+        run(journal=Journal(path), resume=True)
+    assert path.read_bytes() == before
+
+
+def test_another_protocol_goes_on_from_the_same_answers(tmp_path):
+    dataset = FakeDataset(absent=True, benchmark="grefcoco")
+    options = {"dataset": dataset, "mode": "teacher_forced", "journal": Journal(tmp_path / "a.jsonl")}
+    run(FakeModel(reject_below=40), protocol="gsva", **options)
+    again = run(None, protocol="grefcoco", resume=True, **options)
+    assert again.metrics == run(FakeModel(reject_below=40), protocol="grefcoco", **options).metrics
+
+
+# -- missing images ----------------------------------------------------------------------------------------------------
+
+
+def test_missing_images_are_counted_beside_every_number(tmp_path):
+    dataset = FakeDataset(broken=(1, 5), unusable=["fake/9.json is damaged"])
+    result = run(
+        FakeModel(noisy=True), dataset, allow_missing=True, batch_size=2, controls=["shuffled_prompts"],
+        journal=Journal(tmp_path / "a.jsonl"),
+    )  # fmt: skip
+    whole = run(FakeModel(noisy=True), batch_size=2)
+    assert result.records == [record for record in whole.records if record.index not in (1, 5)]
+    assert [text.split()[0] for text in result.summary["missing"]] == ["fake/9.json", "image", "image"]
+    assert result.summary["counts"] | {"missing": 3, "images": 5, "split_images": 7} == result.summary["counts"]
+    lines = format_table([result.summary]).splitlines()
+    assert " 5/7 " in lines[2]
+    for line in lines[2:-2]:  # the result, its control and groups
+        assert line.count("(3 missing)") == line.count("0.") - 2 * line.count("[")
+    again = run(None, dataset, allow_missing=True, batch_size=2, journal=Journal(tmp_path / "a.jsonl"), resume=True)
+    assert len(again.records) == len(result.records)
+
+
+def test_nothing_but_missing_images():
+    with pytest.raises(ValueError, match="2 images cannot be evaluated"):
+        run(dataset=FakeDataset(size=2, broken=(0, 1)), allow_missing=True)
+
+
+# -- tables and pictures -----------------------------------------------------------------------------------------------
+
+
+def test_the_table_names_everything():
+    result = run(dataset=FakeDataset(size=5), controls=["shuffled_prompts"], layer_policy="mc:4")
+    table = format_table([result.summary, run(dataset=FakeDataset(benchmark="grefcoco", absent=True)).summary])
+    lines = table.splitlines()
+    assert lines[0].split() == ["benchmark", "mode", "layers", "images", "masks", "gIoU", "cIoU", "AURC", "AUSE",
+                                "N-acc", "T-acc"]  # fmt: skip
+    assert lines[2].split()[:5] == ["fake|val", "generate", "mc:4", "5", "9"]
+    assert f"{result.metrics['gIoU']:.3f} [" in lines[2]
+    assert "control: shuffled prompts" in lines[3]
+    assert "family: even" in lines[4]
+    assert "1.000" in lines[6]  # N-acc of the second
+
+
+def test_panels_run_from_the_worst_to_the_best():
+    dataset, model = FakeDataset(size=9), FakeModel(noisy=True)
+    result = run(model, dataset)
+    drawn = panels(model, FakeProcessor(), dataset, result.records, 4, Asking())
+    ious = [metrics.iou(record) for record, _ in drawn]
+    everything = sorted(map(metrics.iou, result.records))
+    assert ious == sorted(ious)
+    assert (ious[0], ious[-1], len(ious)) == (everything[0], everything[-1], 4)
+    for record, panel in drawn:
+        assert panel.masks.sum() == record.P  # the same answer as the one that was scored
+        assert panel.notes[0] == f"IoU {metrics.iou(record):.2f}"
+    assert len(panels(model, FakeProcessor(), dataset, result.records, 99, Asking())) == len(result.records)
+
+
+def test_default_modes_are_the_papers():
+    modes = {
+        name: engine.default_mode(name) for name in ("ReasonSeg", "refcoco", "grefcoco", "fprefcoco+", "MultiReasonSeg")
+    }
+    assert list(modes.values()) == ["teacher_forced"] * 3 + ["generate"] * 2
+
+
+# -- processes ---------------------------------------------------------------------------------------------------------
+
+
+def _evaluate_in_process(rank: int, world: int, store: str, out: str) -> None:
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world))
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    model = FakeModel(noisy=True)
+    result = run(model, FakeDataset(), batch_size=2, controls=["shuffled_prompts"])
+    assert len(model.calls) == 2 * 2  # 4 and 3 images, twice
+    with open(f"{out}/{rank}.json", "w") as file:
+        json.dump({**result.summary, "records": [vars(record) for record in result.records]}, file)
+    try:
+        run(dataset=FakeDataset(broken=(1,)), batch_size=2)  # of rank 1 alone
+    except ValueError as error:
+        assert "1.jpg" in str(error)  # noqa: PT017
+        with open(f"{out}/{rank}.failed", "w"):
+            pass
+    journal = Journal(Path(out) / "fake_val.generate.jsonl")
+    with pytest.raises(Killed):  # after images 0 and 1, 2 and 3
+        run(Mortal(2, noisy=True), batch_size=1, journal=journal)
+    torch.distributed.barrier()
+    assert len(journal.parts()) == 1
+    torch.distributed.barrier()
+    result = run(FakeModel(noisy=True), batch_size=2, journal=journal, resume=True)
+    if rank == 0:
+        result.save(Path(out))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_same_result_and_fail_and_go_on_together(tmp_path):
+    torch.multiprocessing.spawn(_evaluate_in_process, (2, str(tmp_path / "store"), str(tmp_path)), nprocs=2)
+    alone = run(FakeModel(noisy=True), batch_size=2, controls=["shuffled_prompts"])
+    expected = json.loads(json.dumps({**alone.summary, "records": [vars(record) for record in alone.records]}))
+    for rank in (0, 1):
+        found = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert found["settings"].pop("processes") == 2
+        for values in (found, expected):
+            values.pop("seconds", None)
+        expected["settings"].pop("processes", None)
+        assert found == expected
+        assert (tmp_path / f"{rank}.failed").exists()
+    assert read_results(tmp_path / "fake_val.generate.jsonl")[1] == alone.records
+    assert [path.name for path in tmp_path.glob("*rank*")] == []

@@ -1,0 +1,77 @@
+"""The paper's tables: its columns, filled from whatever was evaluated."""
+
+import csv
+
+from utils.datasets import DATASETS, TYPES
+from utils.evaluation import paper_tables
+
+
+def make_summary(benchmark, metrics, breakdown=None, missing=0, **values):
+    counts = {"missing": missing}
+    base = {"mode": "teacher_forced", "layer_policy": "argmax", "breakdown": breakdown or {}, "counts": counts}
+    return base | {"benchmark": benchmark, "metrics": metrics} | values
+
+
+def test_columns_are_the_papers():
+    found = {layout.number: [heading for heading, _, _ in layout.columns] for layout in paper_tables.LAYOUTS}
+    assert list(found) == [3, 4, 5, 12, 13]
+    assert found[3][:3] == ["val overall gIoU", "val overall cIoU", "test short query gIoU"]
+    assert found[4] == [
+        "refCOCO val", "refCOCO testA", "refCOCO testB", "refCOCO+ val", "refCOCO+ testA", "refCOCO+ testB",
+        "refCOCOg val(U)", "refCOCOg test(U)",
+    ]  # fmt: skip
+    assert found[5][2:4] == ["Validation Set N-acc", "Test Set A gIoU"]
+    assert found[12][2] == "Test few targets gIoU"
+    assert found[13][2:4] == ["FP-RefCOCO+ See", "FP-RefCOCO+ Segment"]
+    assert [len(found[number]) for number in found] == [8, 8, 9, 8, 6]
+    assert len(paper_tables.SUITES["paper"]) == 2 + 8 + 3 + 2 + 3
+    assert not set(paper_tables.PARTS) & set(paper_tables.SUITES["paper"])  # a test split is not evaluated twice
+
+
+def test_all_benchmarks_are_in_a_suite():
+    """Every data set that can be evaluated, but one's own, which needs a file."""
+    suite = paper_tables.SUITES["all"]
+    assert len(set(suite)) == len(suite)
+    known = {name for name, row in DATASETS.items() if TYPES[row.type].evaluate} - {"custom", "refclef"}
+    assert {spec.split("|")[0] for spec in suite} == known
+    assert "R-refcocog|umd|test" in suite
+
+
+def test_parts_come_from_the_whole_split_unless_they_were_evaluated():
+    groups = {"length": {"short": {"gIoU": 0.55149, "cIoU": 0.4, "masks": 3}, "long": {"gIoU": 0.7, "cIoU": 0.6}}}
+    whole = make_summary("ReasonSeg|test", {"gIoU": 0.6, "cIoU": 0.5}, groups)
+    [table] = paper_tables.fill("ours", [whole])
+    assert table.rows[1:] == [
+        ["ours", "teacher_forced, layer argmax", "-", "-", "55.1", "40.0", "70.0", "60.0", "60.0", "50.0"]
+    ]
+    [table] = paper_tables.fill("ours", [make_summary("ReasonSeg|test_short", {"gIoU": 0.1, "cIoU": 0.2})])
+    assert table.rows[1][2:] == ["-", "-", "10.0", "20.0", "-", "-", "-", "-"]
+
+
+def test_each_way_of_asking_has_its_row(tmp_path):
+    scores = {"gIoU": 0.72461, "cIoU": 0.6, "N-acc": 0.5, "T-acc": 0.9}
+    summaries = [
+        make_summary("grefcoco|unc|val", scores, protocol="gsva"),
+        make_summary("grefcoco|unc|val", scores | {"gIoU": 0.5}, protocol="gsva", mode="generate", limit=8),
+        make_summary("fprefcoco|berkeley|val", {"See": 0.85, "Segment": 0.6}, missing=2, mode="generate"),
+    ]
+    five, thirteen = paper_tables.fill("a|b", summaries)
+    assert [row[1] for row in five.rows[1:]] == [
+        "teacher_forced, gsva, layer argmax",
+        "generate, gsva, layer argmax, first 8 images",
+    ]
+    assert [row[2] for row in five.rows[1:]] == ["72.46", "50.00"]
+    assert thirteen.rows[1][2:4] == ["85.00 (2 missing)", "60.00 (2 missing)"]
+    lines = five.markdown().splitlines()
+    assert lines[0] == "**Table 5: gRefCOCO (percent)**"
+    assert lines[4].startswith("| a\\|b | teacher_forced, gsva, layer argmax | 72.46 | 60.00 | 50.00 | - |")
+    assert {line.replace("\\|", "").count("|") for line in lines[2:]} == {12}
+    paths = paper_tables.write(tmp_path, [five, thirteen], ["Not evaluated: x"])
+    assert [path.name for path in paths] == ["tables.md", "table_5.csv", "table_13.csv"]
+    with paths[1].open(newline="") as file:
+        assert list(csv.reader(file)) == five.rows
+    assert paths[0].read_text().endswith("\n\nNot evaluated: x\n")
+
+
+def test_what_is_in_no_table_makes_none():
+    assert paper_tables.fill("ours", [make_summary("refzom|test", {"oIoU": 0.5})]) == []

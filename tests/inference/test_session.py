@@ -1,0 +1,153 @@
+"""A conversation about an image on one cache: what it says and masks is what the whole conversation read anew gives."""
+
+import pytest
+import torch
+from answering import NEAR, read_anew, says_seg_often
+from conftest import assert_same_masks, drawn_sample
+
+from model.processing.processor import UGroundProcessor
+from model.structures import Turn
+from utils.inference.loading import predict
+from utils.inference.session import ImageSession
+
+QUESTIONS = ["where is the red star", "and the blue circle?", "please segment all of the shapes", "a square"]
+
+
+@pytest.fixture
+def model(make_model, tiny_processor):
+    return says_seg_often(make_model(seed=1), tiny_processor)
+
+
+@pytest.mark.parametrize("size", [(50, 50), (40, 64), (64, 24)])
+def test_follow_ups_equal_the_whole_conversation_read_anew(model, tiny_processor, size):
+    image = drawn_sample(6, size).image
+    session, masks = ImageSession(model, tiny_processor, image), 0
+    for number, question in enumerate(QUESTIONS):
+        history = list(session.history)
+        assert [turn.question for turn in history] == QUESTIONS[:number]
+        found = session.ask(question, max_new_tokens=6)
+        written, anew = read_anew(model, tiny_processor, image, history, question, found.token_ids)
+        assert written == found.token_ids
+        assert found.layers == anew.layers
+        assert_same_masks(found.mask_logits, anew.mask_logits)
+        torch.testing.assert_close(found.layer_maps, anew.layer_maps, **NEAR)
+        assert found.text == tiny_processor.decode(found.token_ids) == session.history[-1].answer
+        masks += len(found.mask_logits)
+    assert masks > 2
+
+
+def test_the_image_is_encoded_once_and_a_follow_up_reads_its_own_tokens(model, tiny_processor, monkeypatch):
+    calls = {"clip": 0, "sam": 0}
+    read, lengths = model.read, []
+
+    def count(name, encode):
+        def counted(*arguments):
+            calls[name] += 1
+            return encode(*arguments)
+
+        return counted
+
+    def recorded(embeddings, *rest, **more):
+        lengths.append(embeddings.shape[1])
+        return read(embeddings, *rest, **more)
+
+    monkeypatch.setattr(model, "encode_images", count("clip", model.encode_images))
+    monkeypatch.setattr(model.visual_model, "encode", count("sam", model.visual_model.encode))
+    monkeypatch.setattr(model, "read", recorded)
+    session = ImageSession(model, tiny_processor, drawn_sample(6).image)
+    assert (calls, lengths) == ({"clip": 1, "sam": 0}, [len(tiny_processor.builder.prefix_ids)])
+    before = 0
+    for question in QUESTIONS:
+        lengths.clear()
+        said = session.ask(question, max_new_tokens=4).token_ids
+        whole = len(session.row.ids) - len(said) + 1
+        assert lengths[1:] == [1] * (len(said) - 1)
+        assert lengths[0] <= whole - before
+        before = whole
+    session.redraw("mc:4")
+    assert calls == {"clip": 1, "sam": 1}
+
+
+def test_text_comes_as_it_is_written(model, tiny_processor):
+    seen = []
+    prediction = ImageSession(model, tiny_processor, drawn_sample(6).image).ask(
+        "circle", max_new_tokens=5, on_text=seen.append
+    )
+    assert seen == [tiny_processor.decode(prediction.token_ids[: n + 1]) for n in range(len(prediction.token_ids))]
+    assert "[SEG]" in seen[-1]
+
+
+@pytest.mark.parametrize("where", ["text", "layer", "sam"])
+def test_a_question_that_was_broken_off_leaves_no_trace(model, tiny_processor, monkeypatch, where):
+    image = drawn_sample(6).image
+    session, undisturbed = (ImageSession(model, tiny_processor, image) for _ in range(2))
+    first, _ = (s.ask(QUESTIONS[0], max_new_tokens=6) for s in (session, undisturbed))
+    assert len(first.layers) > 0
+    with monkeypatch.context() as patch:
+
+        def stop(*_, **__):
+            raise KeyboardInterrupt
+
+        if where == "layer":  # some layers have read the question, others have not
+            patch.setattr(model.model.layers[2], "forward", stop)
+        if where == "sam":
+            patch.setattr(model.visual_model, "decode", stop)
+        with pytest.raises(KeyboardInterrupt):
+            session.ask("what can you see", max_new_tokens=6, on_text=stop if where == "text" else None)
+    assert session.history == undisturbed.history
+    assert_same_masks(session.redraw().mask_logits, first.mask_logits)
+    found, expected = (s.ask(QUESTIONS[2], max_new_tokens=6) for s in (session, undisturbed))
+    assert found.token_ids == expected.token_ids
+    assert_same_masks(found.mask_logits, expected.mask_logits)
+
+
+def test_reset_and_questions_that_stand_alone(model, tiny_processor):
+    image = drawn_sample(6).image
+    session = ImageSession(model, tiny_processor, image)
+    alone = predict(model, tiny_processor, [image], [["a square"]], max_new_tokens=6)[0][0]
+    session.ask(QUESTIONS[0], max_new_tokens=6)
+    found = [session.ask("a square", max_new_tokens=6, remember=False)]
+    assert [turn.question for turn in session.history] == QUESTIONS[:1]
+    session.reset()
+    assert session.history == []
+    found.append(session.ask("a square", max_new_tokens=6))
+    for prediction in found:
+        assert prediction.token_ids == alone.token_ids
+        assert_same_masks(prediction.mask_logits, alone.mask_logits)
+
+
+def test_masks_are_drawn_again_without_the_language_model(model, tiny_processor, monkeypatch):
+    session = ImageSession(model, tiny_processor, drawn_sample(6).image)
+    with pytest.raises(ValueError, match="nothing was asked"):
+        session.redraw("last")
+    asked = {how: session.ask("circle", layer_policy=how, seed=3, remember=False) for how in ("fixed:2", "mc:4")}
+    monkeypatch.setattr(model, "read", lambda *_, **__: pytest.fail("read again"))
+    for how, expected in asked.items():
+        again = session.redraw(how, seed=3)
+        assert (again.text, again.layers) == (expected.text, expected.layers)
+        assert_same_masks(again.mask_logits, expected.mask_logits)
+    for refused in (session.redraw, lambda how: session.ask("circle", layer_policy=how)):
+        with pytest.raises(ValueError, match="unknown layer policy 'best'"):
+            refused("best")
+
+
+def test_what_the_model_cannot_read_any_more_is_forgotten(model, tiny_tokenizer):
+    processor = UGroundProcessor(tiny_tokenizer, 40, 10, 64, "", max_tokens=90)
+    image = drawn_sample(6).image
+    session = ImageSession(model, processor, image)
+    seen = []
+    for question in QUESTIONS * 2:
+        found = session.ask(question, max_new_tokens=6)
+        seen.append(len(session.history))
+        assert session.history[-1] == Turn(question, found.text)
+        assert len(processor.builder.prefix_ids) + len(session.row.ids) <= 90
+        written, _ = read_anew(model, processor, image, session.history[:-1], question, found.token_ids)
+        assert written == found.token_ids
+    assert max(seen) > 1
+    assert min(seen[1:]) < len(seen)
+    history = list(session.history)
+    with pytest.raises(ValueError, match=r"the question has \d+ tokens, \d+ fit beside the image"):
+        session.ask("star " * 100)
+    with pytest.raises(ValueError, match="a question is empty"):
+        session.ask("  ")
+    assert session.history == history

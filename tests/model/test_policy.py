@@ -1,0 +1,214 @@
+"""The layer policy's gradient: unbiased, less noisy with a baseline, on the gate alone, equal on all ranks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import WORDS, build_tiny_model, drawn_sample
+from torch import distributed, multiprocessing
+
+from model.PPM import gumbel_noise
+from model.processing.processor import UGroundProcessor
+from utils.demo.tiny_model import train_tokenizer
+from utils.inference.loading import predict
+
+BEST = 3
+
+
+@pytest.fixture
+def states():
+    """[3, 5, 32] states of three [SEG] tokens."""
+    return torch.randn(3, 5, 32, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def rewards():
+    """[3, 5] of every layer: far from zero, as -(BCE + dice) is."""
+    return -2 + 0.5 * torch.randn(3, 5, generator=torch.Generator().manual_seed(1))
+
+
+def gradient(model, states, sampled, log_policy, layers, layer_rewards=None) -> torch.Tensor:
+    """Of the mean of the policy's term, in the direction that raises the reward."""
+    model.ppm.gate.grad = None
+    model._gate_terms(sampled, layers, log_policy, layer_rewards)["policy"].mean().backward()
+    return -model.ppm.gate.grad
+
+
+def estimates(model, states, rewards, draws: int = 40, copies: int = 200) -> torch.Tensor:
+    """[draws, L, D] REINFORCE estimates, each the mean over ``copies`` of the states."""
+    found = []
+    for draw in range(draws):
+        many, table = states.repeat(copies, 1, 1), rewards.repeat(copies, 1)
+        log_policy = model.ppm.log_policy(many)
+        layers = model.ppm.choose(log_policy, "policy", gumbel_noise([draw], [0] * len(many), 5))
+        sampled = table[torch.arange(len(many)), layers]
+        found.append(gradient(model, many, sampled, log_policy, layers))
+    return torch.stack(found)
+
+
+def test_reinforce_estimates_the_gradient_of_the_expected_reward(make_model, states, rewards):
+    """The analytic gradient by enumerating all layers; baselines move no expectation but the variance."""
+    exact = make_model(policy_gradient="exact")
+    whole = gradient(exact, states, rewards[:, 0], exact.ppm.log_policy(states), torch.zeros(3).long(), rewards)
+    expected_reward = (exact.ppm.log_policy(states).exp() * rewards).sum(-1).mean()
+    (analytic,) = torch.autograd.grad(expected_reward, exact.ppm.gate)
+    torch.testing.assert_close(whole, analytic)
+
+    model, variance = make_model(baseline_decay=1.0), {}  # a decay of 1 keeps the baseline where it is
+    for name, baseline in (("without", 0.0), ("with", float(rewards.mean()))):
+        model.ppm.baseline.fill_(baseline)
+        found = estimates(model, states, rewards)
+        assert float(model.ppm.baseline) == pytest.approx(baseline)
+        error = found.std(0) / len(found) ** 0.5
+        used = error > 0  # the embeddings are no candidate
+        assert used[1:].all()
+        assert not whole[0].any()
+        deviation = ((found.mean(0) - whole)[used] / error[used]).square().mean().sqrt()
+        assert deviation < 1.5, name  # 1 in expectation, over 128 numbers
+        variance[name] = float(found.var(0).sum())
+    assert variance["with"] < 0.3 * variance["without"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "trained"),
+    [
+        ({}, {"ppm.gate"}),
+        ({"baseline": "critic"}, {"ppm.gate", "ppm.critic"}),
+        ({"policy_gradient": "exact"}, {"ppm.gate"}),
+        ({"entropy_bonus": 1.0, "scale_advantage": True}, {"ppm.gate"}),
+        ({"layer_selection": "ce_soft"}, {"ppm.gate"}),
+    ],
+)
+def test_the_policys_loss_reaches_the_gate_and_the_critic_alone(
+    make_model, tiny_processor, tiny_samples, settings, trained
+):
+    model = make_model(text_loss_weight=0.0, mask_loss_weight=0.0, map_terms=(), **settings)
+    output = model(tiny_processor.collate(tiny_samples))
+    assert not output.rewards.requires_grad
+    output.loss.backward()
+    touched = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+    assert {".".join(name.split(".")[:2]) for name in touched} == trained
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"baseline": "critic"},
+        {"scale_advantage": True},
+        {"baseline_start": "first"},
+        {"policy_gradient": "exact"},
+    ],
+)
+def test_a_bandit_finds_its_best_arm(make_model, settings):
+    """One layer pays more than the others, with noise; the states differ from [SEG] to [SEG]."""
+    model, generator = make_model(**settings), torch.Generator().manual_seed(2)
+    torch.nn.init.zeros_(model.ppm.gate)
+    optimizer = torch.optim.Adam(model.ppm.parameters(), lr=0.05)
+    centres = torch.randn(5, 32, generator=generator)
+    pays = -1 - 0.5 * (torch.arange(5) != BEST).float()
+    for step in range(120):
+        states = centres + 0.5 * torch.randn(16, 5, 32, generator=generator)
+        log_policy = model.ppm.log_policy(states)
+        if step == 0:
+            torch.testing.assert_close(log_policy.exp()[0], torch.tensor([0, 0.25, 0.25, 0.25, 0.25]))
+        layers = model.ppm.choose(log_policy, "policy", gumbel_noise([step], [0] * 16, 5))
+        rewards = pays[layers] + 0.2 * torch.randn(16, generator=generator)
+        table = pays.expand(16, 5) if "policy_gradient" in settings else None
+        terms = model._gate_terms(rewards, layers, log_policy, table)
+        optimizer.zero_grad()
+        sum(term.mean() for term in terms.values()).backward()
+        optimizer.step()
+    fresh = model.ppm.log_policy(centres + 0.5 * torch.randn(50, 5, 32, generator=generator))
+    assert (fresh.argmax(-1) == BEST).all()
+    assert fresh[:, BEST].exp().mean() > 0.8
+
+
+def test_the_baseline_starts_at_zero_or_at_the_first_reward(make_model):
+    rewards, nothing = torch.tensor([-1.0, -2.0]), torch.zeros(0)
+    zero, first = make_model().ppm, make_model(baseline_start="first").ppm
+    torch.testing.assert_close(zero.advantage(rewards), rewards + 0.15)
+    assert len(first.advantage(nothing)) == 0
+    assert first.baseline == 0  # no reward yet
+    torch.testing.assert_close(first.advantage(rewards), torch.tensor([0.5, -0.5]))
+    torch.testing.assert_close(first.advantage(rewards + 1), rewards + 1 - (0.9 * -1.5 + 0.1 * -0.5))
+
+
+def test_advantages_are_scaled_to_one(tiny_model):
+    advantage = torch.tensor([-3.0, 1.0, 0.5])
+    scaled = tiny_model.ppm.scaled(advantage)
+    assert float(scaled.square().mean()) == pytest.approx(1.0)
+    torch.testing.assert_close(tiny_model.ppm.scaled(100 * advantage), scaled)
+    assert len(tiny_model.ppm.scaled(torch.zeros(0))) == 0
+    assert not tiny_model.ppm.scaled(torch.zeros(2)).any()
+
+
+def test_argmax_is_deterministic_and_sampling_is_not(make_model, tiny_processor):
+    model = make_model()
+    torch.nn.init.zeros_(model.ppm.gate)  # uniform
+    ask = ([drawn_sample(3).image], [["star"]], [["[SEG] and [SEG] and [SEG]"]])
+
+    def layers(policy: str) -> list[list[int]]:
+        return [predict(model, tiny_processor, *ask, layer_policy=policy, seed=seed)[0][0].layers for seed in range(8)]
+
+    assert len({tuple(found) for found in layers("argmax")}) == 1
+    assert len({tuple(found) for found in layers("sample")}) > 4
+
+
+# -- two processes -----------------------------------------------------------------------------------------------------
+
+RANKED = {
+    "average": {},
+    "first": {"baseline_start": "first"},
+    "scaled": {"scale_advantage": True},
+    "exact": {"policy_gradient": "exact"},
+    "ce_soft": {"layer_selection": "ce_soft"},
+    "critic": {"baseline": "critic"},
+}
+ROWS = {
+    "both": (drawn_sample(0), drawn_sample(1, (64, 40), (2,))),
+    "one": (drawn_sample(0), drawn_sample(2, segs=(0,))),
+}
+
+
+def gate_gradients(rank: int | None) -> dict[tuple[str, str], torch.Tensor]:
+    """(setting, rows) -> gradients of gate and critic, baseline last; of one rank's row, or of both in one batch."""
+    tokenizer = train_tokenizer([WORDS] * 4, vocab_size=340)
+    processor = UGroundProcessor(tokenizer, clip_side=40, clip_patch=10, sam_side=64, system_prompt="")
+    found = {}
+    for name, settings in RANKED.items():
+        for which, samples in ROWS.items():
+            model = build_tiny_model(processor, **settings)
+            batch = processor.collate(list(samples) if rank is None else [samples[rank]])
+            if rank is not None:
+                distributed.all_reduce(batch.counts)
+                batch.counts /= 2
+            model(batch).loss.backward()
+            gradients = torch.cat([p.grad.flatten() for p in model.ppm.parameters()])
+            if rank is not None:
+                distributed.all_reduce(gradients)
+                gradients /= 2
+            found[name, which] = torch.cat([gradients, model.ppm.baseline[None]])
+    return found
+
+
+def run_rank(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    torch.save(gate_gradients(rank), f"{folder}/{rank}.pt")
+    distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_gate_one_gradient(tmp_path):
+    """Also where a rank has no [SEG]. The critic looks at its own rank's policies: there, ranks only have to agree."""
+    multiprocessing.spawn(run_rank, (str(tmp_path),), nprocs=2)
+    ranks, alone = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)], gate_gradients(None)
+    for case, expected in alone.items():
+        torch.testing.assert_close(ranks[0][case], ranks[1][case], msg=lambda m, c=case: f"{c}: {m}")
+        assert ranks[0][case].isfinite().all()
+        if case[0] != "critic" or case[1] == "one":
+            torch.testing.assert_close(
+                ranks[0][case], expected, rtol=1e-3, atol=1e-6, msg=lambda m, c=case: f"{c}: {m}"
+            )
+    assert alone["average", "both"][-1] != 0

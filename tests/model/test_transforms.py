@@ -1,0 +1,25 @@
+"""The images' transform: exact values, and written straight into a batch."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from model.processing.transforms import PIXEL_MEAN, PIXEL_STD, resize_and_pad
+
+
+@pytest.mark.parametrize(("height", "width", "inside"), [(30, 40, (48, 64)), (100, 50, (64, 32)), (64, 64, (64, 64))])
+def test_values(height: int, width: int, inside: tuple[int, int]) -> None:
+    image = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    resized = np.asarray(Image.fromarray(image).resize(inside[::-1], Image.Resampling.BILINEAR))
+    expected = torch.zeros(3, 64, 64)
+    expected[:, : inside[0], : inside[1]] = (torch.tensor(resized).permute(2, 0, 1) - PIXEL_MEAN) / PIXEL_STD
+    pixels, size = resize_and_pad(image, 64)
+    assert size == inside
+    assert torch.equal(pixels, expected)
+    batch = torch.zeros(2, 3, 64, 64)
+    assert resize_and_pad(image, 64, batch[1])[1] == inside
+    assert torch.equal(batch[1], expected)
+    assert not batch[0].any()

@@ -1,0 +1,269 @@
+"""The paper's ablations as settings: gating, candidate layers, rewards, constraint terms, prompts (Tables 6 to 9)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import assert_same_masks, drawn_sample
+
+from model import losses
+from model.lora import add_lora
+from model.PPM import fuse_layers, map_points
+from model.UGround import UGroundConfig
+from utils.inference.loading import predict
+
+NEAR = {"rtol": 2e-4, "atol": 2e-5}
+ANSWERS = [["it is [SEG].", "[SEG] and [SEG]"]]
+
+
+def ask(model, processor, **options):
+    return predict(model, processor, [drawn_sample(0).image], [["star", "circle"]], ANSWERS, **options)[0]
+
+
+# -- gating ------------------------------------------------------------------------------------------------------------
+
+
+def test_fused_similarity_is_that_of_the_fused_states():
+    generator = torch.Generator().manual_seed(0)
+    hidden = tuple(torch.randn(2, 9, 6, generator=generator) for _ in range(4))
+    states, rows = torch.randn(3, 4, 6, generator=generator), torch.tensor([0, 1, 1])
+    weights = torch.rand(3, 4, generator=generator)
+    fused, similarity = fuse_layers(hidden, states, weights, rows, slice(2, 6))
+    images = torch.stack([layer[rows, 2:6] for layer in hidden], 1)  # [N, L, P, D]
+    torch.testing.assert_close(fused, (weights[:, :, None] * states).sum(1))
+    image = (weights[:, :, None, None] * images).sum(1)
+    torch.testing.assert_close(similarity, (image * fused[:, None]).sum(-1), **NEAR)
+
+
+def test_soft_gating_with_all_weight_on_one_layer_is_that_layer(make_model, tiny_processor):
+    soft = make_model(layer_selection="soft", first_candidate_layer=2, last_candidate_layer=2)
+    assert soft.config.layer_policy == "soft"
+    for ours, theirs in zip(ask(soft, tiny_processor), ask(soft, tiny_processor, layer_policy="fixed:2")):
+        assert ours.layers == theirs.layers
+        assert_same_masks(ours.mask_logits, theirs.mask_logits)
+        torch.testing.assert_close(ours.maps, theirs.maps, **NEAR)
+    spread = make_model(layer_selection="soft")
+    gated, fixed = (ask(spread, tiny_processor, layer_policy=how)[0].maps for how in ("soft", "fixed:2"))
+    assert (gated - fixed).abs().max() > 0.01
+
+
+def test_what_trains_the_gate(make_model, tiny_processor, tiny_samples):
+    """Soft gating: SAM's masks and the map's constraint. The classifier: its cross-entropy, and no mask."""
+    batch = tiny_processor.collate(tiny_samples)
+    gates = {}
+    for selection in ("soft", "ce_soft"):
+        for weight in (0.0, 1.0):
+            model = add_lora(make_model(layer_selection=selection, policy_loss_weight=weight), r=2)
+            output = model(batch)
+            output.loss.backward()
+            gates[selection, weight] = model.ppm.gate.grad
+            assert ("classifier" in output.terms) == (selection == "ce_soft")
+            assert "policy" not in output.terms
+            assert output.layers.tolist() == output.policy.argmax(-1).tolist()
+    assert gates["soft", 0.0].any()
+    torch.testing.assert_close(gates["soft", 0.0], gates["soft", 1.0])
+    assert not gates["ce_soft", 0.0].any()
+    assert gates["ce_soft", 1.0].any()
+
+
+@pytest.mark.parametrize("size", [(64, 64), (40, 64), (64, 30)])
+def test_all_layers_are_rewarded_as_the_chosen_one_is(make_model, tiny_processor, size):
+    """The reward at the map's own resolution is close to that at the image's, for every layer, and ranks them alike."""
+    sample, model = drawn_sample(3, size, (2, 1)), make_model(policy_gradient="exact")
+    batch, seen = tiny_processor.collate([sample]), []
+    objective = model.objective
+    model.objective = lambda *given: seen.append(given) or objective(*given)
+    model(batch)
+    fine = torch.stack([model_with(make_model, f"fixed:{k}")(batch).rewards for k in range(5)], 1)
+    terms = terms_of_all_layers(model, batch, seen[0][-1])
+    coarse = -(terms["map_bce"] + terms["map_dice"])
+    assert coarse.shape == (3, 5)
+    torch.testing.assert_close(coarse, fine, rtol=0.1, atol=0.02)
+    assert torch.corrcoef(torch.stack([coarse.flatten(), fine.flatten()]))[0, 1] > 0.85  # 4 x 4 patches are coarse
+
+
+@pytest.mark.parametrize("settings", [{}, {"layer_selection": "last"}, {"policy_gradient": "exact"}])
+def test_the_map_loss_of_every_layer_is_told_on_demand(make_model, tiny_processor, tiny_samples, settings):
+    """It changes nothing else, and a layer's is that of a model which always connects from it."""
+    batch = tiny_processor.collate(tiny_samples)
+    plain, told = (make_model(**settings)(batch, all_layers=every) for every in (False, True))
+    assert (plain.layer_losses is None) == ("policy_gradient" not in settings)
+    assert told.terms == plain.terms
+    torch.testing.assert_close(told.loss, plain.loss)
+    assert told.layer_losses.shape == (5,)
+    for layer, loss in enumerate(told.layer_losses):
+        terms = model_with(make_model, f"fixed:{layer}")(batch).terms
+        assert float(loss) == pytest.approx(float(terms["map_bce"] + terms["map_dice"]), rel=0.1)
+
+
+def terms_of_all_layers(model, batch, maps: torch.Tensor) -> dict[str, torch.Tensor]:
+    return model._layer_terms(batch.masks, [model._soft_target(masks) for masks in batch.masks], maps)
+
+
+def model_with(make_model, selection: str):
+    model = make_model(layer_selection=selection)
+    model.requires_grad_(False)
+    return model
+
+
+def test_the_classifiers_label_is_the_layer_that_overlaps_most(make_model, tiny_processor):
+    model = make_model(layer_selection="ce_soft")
+    batch = tiny_processor.collate([drawn_sample(5, (64, 64), (1, 1))])
+    maps = torch.rand(2, 5, 16, generator=torch.Generator().manual_seed(0))
+    target, share = losses.on_grid((batch.masks[0] == 1).float(), torch.ones(2, 64, 64), 40, 4)
+    assert (share == 1).all()
+    maps[0, 3], maps[1, 0], maps[1, 2] = target[0].flatten(), target[1].flatten(), 0.5 * target[1].flatten()
+    overlap = terms_of_all_layers(model, batch, maps)["map_iou"]
+    assert float(overlap[0, 3]) == pytest.approx(1.0)
+    log_policy = torch.log_softmax(torch.randn(2, 5), -1)
+    log_policy[:, 0] = -torch.inf  # no candidate, however well it fits
+    terms = model._gate_terms(torch.zeros(2), torch.zeros(2).long(), log_policy, overlap)
+    second = int(overlap[1, 1:].argmax()) + 1
+    torch.testing.assert_close(terms["classifier"], -log_policy[torch.arange(2), torch.tensor([3, second])])
+
+
+def test_masks_on_the_grid_leave_padding_and_ignored_pixels_out():
+    mask, keep = torch.zeros(1, 20, 40), torch.ones(1, 20, 40)
+    mask[:, :, :20], keep[:, :10, :20] = 1.0, 0.0
+    values, share = losses.on_grid(mask, keep, side=40, grid=4)
+    assert values[0].tolist() == [[0, 0, 0, 0], [1, 1, 0, 0], [0] * 4, [0] * 4]
+    assert share[0].tolist() == [[0, 0, 1, 1], [1, 1, 1, 1], [0] * 4, [0] * 4]
+
+
+def test_candidates_are_a_range(make_model, tiny_processor, tiny_samples):
+    for selection in ("policy", "uniform"):
+        model = make_model(layer_selection=selection, first_candidate_layer=2, last_candidate_layer=3)
+        output = model(tiny_processor.collate(tiny_samples))
+        assert set(output.layers.tolist()) <= {2, 3}
+        assert not output.policy[:, [0, 1, 4]].any()
+    for first, last in ((3, 2), (0, 5), (5, -1), (-1, 2)):
+        with pytest.raises(ValueError, match="no range"):
+            make_model(first_candidate_layer=first, last_candidate_layer=last)
+
+
+# -- rewards and constraints -------------------------------------------------------------------------------------------
+
+
+def test_rewards_are_made_of_the_chosen_terms(make_model, tiny_processor, tiny_samples):
+    batch, rewards = tiny_processor.collate(tiny_samples), {}
+    for kind in ("both", "bce", "dice", "iou"):
+        output = make_model(reward_terms=kind)(batch)
+        rewards[kind] = output.rewards
+    torch.testing.assert_close(rewards["bce"] + rewards["dice"], rewards["both"])
+    assert (rewards["bce"] < 0).all()
+    assert ((rewards["iou"] > 0) & (rewards["iou"] < 1)).all()
+    map_iou = losses.map_iou(output.maps[0], (batch.masks[0] == 1).float(), batch.masks[0] != 255)
+    torch.testing.assert_close(rewards["iou"][: len(map_iou)], map_iou)
+
+
+def test_iou_of_binary_maps():
+    maps, targets = torch.zeros(1, 4, 4), torch.zeros(1, 4, 4)
+    maps[:, :2], targets[:, 1:3] = 1.0, 1.0
+    assert float(losses.map_iou(maps, targets, torch.ones(1, 4, 4))) == pytest.approx(1 / 3)
+    assert float(losses.map_iou(maps, targets, 1 - maps)) == 0
+
+
+def test_any_subset_of_constraints(make_model, tiny_processor, tiny_samples):
+    batch = tiny_processor.collate(tiny_samples)
+
+    def found(*names: str, **settings):
+        output = make_model(map_terms=names, **settings)(batch)
+        return output.loss.detach(), output.terms
+
+    nothing, _ = found()
+    torch.testing.assert_close(nothing, found(map_loss_weight=0.0)[0])
+    terms = {"gaussian_bce": "map_bce", "gaussian_dice": "map_dice", "bce": "map_hard_bce", "dice": "map_hard_dice"}
+    added = {}
+    for name, term in terms.items():
+        loss, values = found(name)
+        added[name] = loss - nothing
+        torch.testing.assert_close(added[name], (2 if "bce" in name else 4) * values[term], **NEAR)
+    assert abs(added["bce"] - added["gaussian_bce"]) > 1e-3
+    torch.testing.assert_close(found(*terms)[0] - nothing, sum(added.values()), **NEAR)
+    with pytest.raises(ValueError, match="gaussian_iou"):
+        make_model(map_terms=("gaussian_iou",))
+
+
+def test_entropy_bonus_and_scaled_advantages_are_off_by_default(make_model, tiny_processor, tiny_samples):
+    batch = tiny_processor.collate(tiny_samples)
+    plain = make_model()(batch)
+    bonus = make_model(entropy_bonus=0.5)(batch)
+    expected = plain.loss - 0.1 * 0.5 * plain.terms["entropy"]
+    torch.testing.assert_close(bonus.loss, expected)
+    scaled = make_model(scale_advantage=True)(batch)
+    assert abs(scaled.terms["policy"]) != abs(plain.terms["policy"])
+    torch.testing.assert_close(scaled.rewards, plain.rewards)
+
+
+def test_constraints_survive_saving(make_model, tmp_path):
+    make_model(map_terms=("dice",)).config.save_pretrained(tmp_path)
+    assert UGroundConfig.from_pretrained(tmp_path).map_terms == ("dice",)
+
+
+def test_a_gradient_over_all_layers_takes_no_batch_reward_and_no_critic(make_model):
+    for settings in ({"reward": "batch"}, {"baseline": "critic"}):
+        with pytest.raises(ValueError, match="exact"):
+            make_model(policy_gradient="exact", **settings)
+
+
+# -- prompts -----------------------------------------------------------------------------------------------------------
+
+
+def test_points_lie_on_the_maps_peaks_and_valleys():
+    scores, valid = torch.full((2, 16), 0.5), torch.ones(2, 16, dtype=torch.bool)
+    scores[0, 5], scores[0, 15] = 1.0, 0.0
+    valid[1, 8:], scores[1, 8:] = False, 0.0  # the lower half is padding
+    scores[1, 3] = 0.1
+    scores = (40 * scores).requires_grad_()  # so steep that the neighbours weigh nothing
+    points, labels = map_points(scores, valid, 1, side=64)
+    assert labels.tolist() == [[1, 0]] * 2
+    torch.testing.assert_close(points[0], torch.tensor([[24.0, 24.0], [56.0, 56.0]]), rtol=0, atol=0.1)
+    torch.testing.assert_close(points[1, 1], torch.tensor([56.0, 8.0]), rtol=0, atol=0.1)
+    many, _ = map_points(scores, valid, 20, side=64)
+    assert many.shape == (2, 40, 2)
+    assert (many[1, :, 1] < 32).all()
+    points.sum().backward()
+    assert scores.grad.isfinite().all()
+    assert not scores.grad[1, 8:].any()
+    empty, _ = map_points(torch.zeros(0, 16), torch.zeros(0, 16, dtype=torch.bool), 3, side=64)
+    assert empty.shape == (0, 6, 2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "prompted"),
+    [
+        ({"mask_prompt": False}, {"phi"}),
+        ({"seg_prompt": False}, {"mask"}),
+        ({"seg_prompt": False, "mask_prompt": False, "point_prompts": 2}, {"points"}),
+        ({"mask_prompt": False, "point_prompts": 3}, {"phi", "points"}),
+        ({"point_prompts": 1}, {"phi", "mask", "points"}),
+    ],
+    ids=lambda value: "+".join(sorted(value)) if isinstance(value, set) else "",
+)
+def test_every_choice_of_prompts_trains_and_draws(make_model, tiny_processor, tiny_samples, settings, prompted):
+    model = add_lora(make_model(**settings), r=2)
+    model(tiny_processor.collate(tiny_samples)).loss.backward()
+    keys = {
+        "phi": "text_hidden_fcs.0.0.weight",
+        "mask": "prompt_encoder.mask_downscaling.0.weight",
+        "points": "prompt_encoder.point_embeddings.1.weight",
+    }
+    parameters = dict(model.named_parameters())
+    for kind, key in keys.items():
+        (parameter,) = [p for name, p in parameters.items() if name.endswith(key)]
+        assert parameter.requires_grad == (kind in prompted), key
+        assert (parameter.grad is not None and bool(parameter.grad.any())) == (kind in prompted), key
+    for prediction in ask(model.get_base_model(), tiny_processor):
+        assert prediction.mask_logits.isfinite().all()
+        assert prediction.mask_logits.std() > 0
+    text_only = model(tiny_processor.collate([drawn_sample(8, segs=(0, 0))]))
+    text_only.loss.backward()
+    assert torch.isfinite(text_only.loss)
+
+
+def test_points_work_in_bfloat16(make_model, tiny_processor, tiny_samples):
+    model = make_model(point_prompts=2).to(torch.bfloat16)
+    output = model(tiny_processor.collate(tiny_samples).to("cpu", torch.bfloat16))
+    assert torch.isfinite(output.loss)
+    soft = make_model(layer_selection="soft").to(torch.bfloat16)
+    assert torch.isfinite(soft(tiny_processor.collate(tiny_samples).to("cpu", torch.bfloat16)).loss)

@@ -1,0 +1,159 @@
+"""Checkpoint folders: complete or absent, found by name, compared before a run goes on from them."""
+
+from __future__ import annotations
+
+import copy
+import errno
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from model.lora import add_lora
+from utils.config import Config, config_from, plain
+from utils.training import checkpoint as checkpoints
+from utils.training.checkpoint import CheckpointError, differences, find_checkpoint, read_index, save_checkpoint
+
+
+class Engine:
+    """Writes a file where DeepSpeed would write its own."""
+
+    def __init__(self, fails: Exception | None = None) -> None:
+        self.module, self.fails = torch.nn.Linear(2, 2), fails
+
+    def save_checkpoint(self, folder: str, tag: str, save_latest: bool, exclude_frozen_parameters: bool) -> None:
+        assert exclude_frozen_parameters
+        assert not save_latest
+        (Path(folder) / tag).mkdir()
+        (Path(folder) / tag / "states.pt").write_text("half")
+        if self.fails:
+            raise self.fails
+        (Path(folder) / tag / "states.pt").write_text("whole")
+
+
+def names(run: Path) -> set[str]:
+    return {path.name for path in (run / "checkpoints").iterdir()}
+
+
+def test_latest_and_best_stay_and_others_go(tmp_path):
+    for step, best in ((1, True), (2, False), (3, True), (4, False), (5, False)):
+        save_checkpoint(Engine(), tmp_path, {"step": step}, best)
+    assert read_index(tmp_path) == {"latest": "step_00000005", "best": "step_00000003"}
+    assert names(tmp_path) == {"index.json", "step_00000003", "step_00000005"}
+    assert checkpoints.read_meta(find_checkpoint(tmp_path, "best")) == {"step": 3}
+    assert find_checkpoint(tmp_path / "checkpoints/step_00000005").name == "step_00000005"
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("PytorchStreamWriter failed writing file")],
+)
+def test_a_failed_save_changes_nothing(tmp_path, failure):
+    save_checkpoint(Engine(), tmp_path, {"step": 1}, True)
+    with pytest.raises(
+        CheckpointError, match=r"could not be written .*(No space|failed writing).*Earlier checkpoints are"
+    ):
+        save_checkpoint(Engine(failure), tmp_path, {"step": 2}, True)
+    assert names(tmp_path) == {"index.json", "step_00000001"}
+    assert read_index(tmp_path) == {"latest": "step_00000001", "best": "step_00000001"}
+    assert (find_checkpoint(tmp_path) / "states.pt").read_text() == "whole"
+
+
+def test_a_failure_while_publishing_keeps_the_old_index(tmp_path, monkeypatch):
+    save_checkpoint(Engine(), tmp_path, {"step": 1}, True)
+    monkeypatch.setattr(checkpoints, "write_atomically", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
+    with pytest.raises(CheckpointError, match="No space left"):
+        save_checkpoint(Engine(), tmp_path, {"step": 2}, True)
+    assert read_index(tmp_path)["latest"] == "step_00000001"
+    assert (find_checkpoint(tmp_path) / "states.pt").read_text() == "whole"
+    monkeypatch.undo()
+    save_checkpoint(Engine(), tmp_path, {"step": 2}, True)  # what was left of step 2 is in nobody's way
+    assert names(tmp_path) == {"index.json", "step_00000002"}
+
+
+def test_left_overs_of_a_killed_process_go(tmp_path):
+    left = tmp_path / "checkpoints/partial_step_00000007"
+    left.mkdir(parents=True)
+    save_checkpoint(Engine(), tmp_path, {"step": 1}, False)
+    assert names(tmp_path) == {"index.json", "step_00000001"}
+    assert read_index(tmp_path) == {"latest": "step_00000001"}
+
+
+def test_what_cannot_be_found_is_said(tmp_path):
+    with pytest.raises(CheckpointError, match="holds no checkpoint"):
+        find_checkpoint(tmp_path)
+    save_checkpoint(Engine(), tmp_path, {"step": 1}, False)
+    with pytest.raises(CheckpointError, match="'best'"):
+        find_checkpoint(tmp_path, "best")
+    (find_checkpoint(tmp_path) / "meta.json").unlink()
+    with pytest.raises(CheckpointError, match="is not complete"):
+        find_checkpoint(tmp_path)
+    (tmp_path / "checkpoints/index.json").write_text("{")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        find_checkpoint(tmp_path)
+
+
+@pytest.fixture
+def meta():
+    config = Config()
+    config.model.version = config.model.vision_tower = config.model.vision_pretrained = config.data.dataset_dir = "x"
+    return {
+        "config": plain(config),
+        "base": {"model": "aa", "visual_model": "bb"},
+        "data": [{"name": "ReasonSeg|train", "images": 239}],
+        "trained": {"a": [2, 3], "b": [1]},
+        "processes": 1,
+    }
+
+
+def test_the_same_run_has_no_differences(meta):
+    assert differences(meta, json.loads(json.dumps(meta))) == []
+
+
+def test_settings_that_do_not_matter_may_change(meta):
+    other = copy.deepcopy(meta)
+    other["config"]["train"] |= {"epochs": 99, "log_every": 3, "exp_name": "b", "auto_resume": True}
+    other["config"]["data"] |= {"workers": 0, "dataset_dir": "moved"}
+    other["config"]["model"] |= {"version": "moved"}
+    assert differences(other, meta) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda m: m["config"]["model"].update(lora_r=64), "lora_r: 8 in the checkpoint, now 64"),
+        (lambda m: m["config"]["train"].update(batch_size=3), "batch_size: 2 in the checkpoint, now 3"),
+        (
+            lambda m: m["config"]["loss"].update(dice_loss_weight=1.0),
+            "dice_loss_weight: 4.0 in the checkpoint, now 1.0",
+        ),
+        (lambda m: m["base"].update(model="cc"), "--version: the base weights of model are not the same"),
+        (lambda m: m["data"][0].update(images=240), "data set ReasonSeg|train"),
+        (lambda m: m.update(processes=8), "processes: 1 in the checkpoint, now 8"),
+        (lambda m: m["trained"].update(b=[2]), "what trains: b"),
+    ],
+)
+def test_what_makes_it_another_run(meta, change, expected):
+    other = copy.deepcopy(meta)
+    change(other)
+    found = differences(other, meta)
+    assert len(found) == 1
+    assert found[0].startswith(expected)
+
+
+def test_a_configuration_of_a_newer_version_is_refused(meta):
+    meta["config"]["train"]["from_the_future"] = 1
+    with pytest.raises(ValueError, match=r"unknown setting train\.from_the_future"):
+        config_from(meta["config"], "meta.json")
+
+
+def test_trained_shapes_are_parameters_that_train_and_buffers(tiny_model):
+    model = add_lora(tiny_model, r=2)
+    shapes = checkpoints.trained_shapes(model)
+    assert shapes["base_model.model.ppm.baseline"] == []
+    assert shapes["base_model.model.lm_head.weight"] == list(tiny_model.lm_head.weight.shape)
+    assert any("lora_A" in name for name in shapes)
+    assert not any("vision_tower" in name for name in shapes)
+    frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
+    assert not set(frozen) & set(shapes)

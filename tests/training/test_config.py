@@ -1,0 +1,232 @@
+"""Settings: files, inheritance, flags, help, and errors that say what to do."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import yaml
+
+from model.UGround import RELEASED, UGroundConfig
+from utils.config import FIELDS, SECTIONS, Config, ConfigError, config_from, load_config, make_parser, plain
+from utils.datasets import TYPES
+
+ROOT = Path(__file__).resolve().parents[2]
+SHIPPED = sorted(path for path in (ROOT / "configs").glob("**/*.yaml") if path.name != "base.yaml")
+NEEDED = ["--version", "v", "--vision_tower", "t", "--vision_pretrained", "p", "--dataset_dir", "d"]
+
+
+def problems(*argv: str) -> list[str]:
+    with pytest.raises(ConfigError) as error:
+        load_config(list(argv))
+    return error.value.problems
+
+
+def written(folder: Path, text: str, name: str = "run.yaml") -> str:
+    path = folder / name
+    path.write_text(text)
+    return str(path)
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_files_parse(path):
+    config = load_config(["--config", str(path)])
+    assert config.total_steps > config.train.warmup_steps
+    assert (ROOT / config.train.deepspeed_config).is_file()
+
+
+def test_base_holds_the_defaults():
+    """base.yaml documents the paper's settings; were it to differ, a run without a file would be another one."""
+    base = yaml.safe_load((ROOT / "configs/base.yaml").read_text())
+    default = Config().flat()
+    for section in base.values():
+        for name, value in section.items():
+            assert float(value) == default[name] if isinstance(default[name], float) else value == default[name], name
+
+
+def test_paper_settings():
+    """Section 5.1 of the paper."""
+    small, large = (load_config(["--config", str(ROOT / f"configs/{size}_reason_seg.yaml")]) for size in ("7b", "13b"))
+    assert (small.model.lora_r, large.model.lora_r) == (8, 64)
+    for config in (small, large):
+        loss, train = config.loss, config.train
+        assert (train.lr, train.warmup_steps) == (3e-4, 100)
+        assert (loss.text_loss_weight, loss.mask_loss_weight, loss.policy_loss_weight) == (1.0, 1.0, 0.1)
+        assert (loss.bce_loss_weight, loss.dice_loss_weight) == (2.0, 4.0)
+        assert (train.batch_size, train.grad_accumulation_steps, config.model.precision) == (2, 10, "bf16")
+
+
+def test_tiny_lisa_differs_from_tiny_in_the_method_alone():
+    tiny, lisa = (
+        load_config(["--config", str(ROOT / f"configs/{name}.yaml")]).flat() for name in ("tiny", "tiny_lisa")
+    )
+    changed = {name for name in tiny if tiny[name] != lisa[name]}
+    assert changed == {"layer_selection", "mask_prompt", "map_loss_weight", "policy_loss_weight", "exp_name"}
+
+
+def test_the_relatives_differ_in_what_they_are_known_for():
+    """The files of configs/methods: what their papers have of layers, prompts and constraints."""
+    expected = {  # layer, [SEG] prompt, mask prompt, points, constraints of the map
+        "lisa": ("last", True, False, False, 0),
+        "sesame": ("last", True, False, False, 0),
+        "gsva": ("last", True, False, False, 0),
+        "read": ("last", True, False, True, 0),
+        "uground": ("policy", True, True, False, 2),
+    }
+    folder = ROOT / "configs/methods"
+    assert {path.stem for path in folder.glob("*.yaml")} == set(expected)
+    for name, method in expected.items():
+        config = load_config(["--config", str(folder / f"{name}.yaml")])
+        ppm, terms = config.ppm, config.loss.map_terms
+        found = ppm.layer_selection, ppm.seg_prompt, ppm.mask_prompt, ppm.point_prompts > 0, len(terms)
+        assert found == method, name
+        UGroundConfig(**config.method)
+        comment = (folder / f"{name}.yaml").read_text().partition("base:")[0]
+        assert "Taken from its paper" in comment
+        assert "Not taken" in comment
+    ours = load_config(["--config", str(folder / "uground.yaml")]).method
+    assert ours == load_config(["--config", str(ROOT / "configs/7b_reason_seg.yaml")]).method
+
+
+def test_released_settings_are_those_of_the_loader():
+    config = load_config(["--config", str(ROOT / "configs/released.yaml")])
+    written = config.method | {"eval_layer_policy": config.eval.val_layer_policy}
+    assert {name: written[name] for name in RELEASED} == RELEASED
+
+
+def test_flags_override_file_overrides_base_overrides_defaults(tmp_path):
+    written(tmp_path, "train: {lr: 1e-2, seed: 5, epochs: 7}\n", "base.yaml")
+    path = written(tmp_path, "base: base.yaml\ntrain: {seed: 6, epochs: 8}\n")
+    config = load_config(["--config", path, *NEEDED, "--epochs", "9"])
+    assert (config.train.lr, config.train.seed, config.train.epochs, config.train.beta1) == (1e-2, 6, 9, 0.9)
+
+
+def test_flag_values_are_converted():
+    flags = ["--no_eval", "--auto_resume", "false", "--mask_prompt", "no", "--sample_rates", "9,3", "--lr=1e-4"]
+    config = load_config([*NEEDED, *flags, "--dataset", "vqa||reason_seg", "--explanatory", "-1"])
+    assert config.eval.no_eval is True
+    assert config.train.auto_resume is False
+    assert config.ppm.mask_prompt is False
+    assert config.data.sample_rates == (9.0, 3.0)
+    assert config.data.dataset == ("vqa", "reason_seg")
+    assert load_config([*NEEDED, "--map_terms", ""]).loss.map_terms == ()
+    assert load_config([*NEEDED, "--map_terms", "bce||gaussian_dice"]).loss.map_terms == ("bce", "gaussian_dice")
+    assert (
+        load_config([*NEEDED, "--seg_prompt", "no", "--mask_prompt", "no", "--point_prompts", "4"]).ppm.point_prompts
+        == 4
+    )
+    assert config.train.lr == 1e-4
+
+
+def test_saved_configuration_reads_back(tmp_path):
+    config = load_config(["--config", str(ROOT / "configs/tiny.yaml"), "--lr", "2e-4", "--val_limit", "3"])
+    config.save(tmp_path / "config.yaml")
+    assert load_config(["--config", str(tmp_path / "config.yaml")]) == config
+    assert config_from(plain(config), "test") == config
+
+
+def test_all_problems_at_once():
+    found = problems("--lr", "fast", "--seed", "-1", "--epoch", "3", "--gaussian_kernel", "4", "--precision", "half")
+    text = "\n".join(found)
+    for expected in (
+        "--lr: 'fast' is not a number",
+        "--seed: -1 is too small; at least 0",
+        "unknown flag --epoch; did you mean --epochs?",
+        "--gaussian_kernel: 4 is even",
+        "'half' is not one of fp32, bf16",
+        "--version: is missing",
+        "--dataset_dir: is missing",
+    ):
+        assert expected in text
+    assert len(found) == 9  # and nothing twice
+
+
+def test_names_of_other_trainers_are_understood():
+    assert "did you mean --lr?" in problems(*NEEDED, "--learning_rate", "1")[0]
+    assert problems(*NEEDED, "--eval_only", "true")[0].endswith("unknown flag --eval_only: evaluate with test.py")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("trian: {lr: 1}", "unknown section 'trian'; did you mean train?"),
+        ("train: {learn_rate: 1}", "unknown setting train.learn_rate"),
+        ("train: {stepsperepoch: 1}", "did you mean steps_per_epoch?"),
+        ("train: {lora_r: 1}", "train.lora_r belongs into section model"),
+        ("lora_r: 1", "lora_r belongs into section model"),
+        ("train: {epochs: 2.5}", "train.epochs: 2.5 is not a whole number"),
+        ("train: {epochs: true}", "train.epochs: True is not a whole number"),
+        ("train: {exp_name: 7}", "train.exp_name: 7 is not text (put it in quotes)"),
+        ("train: {auto_resume: maybe}", "train.auto_resume: 'maybe' is not true or false"),
+        ("data: {sample_rates: [1, x]}", "is not numbers such as 9,3,1"),
+        ("data: {dataset: {a: 1}}", "is not a list or text such as A||B"),
+        ("train: 3", "train: 3 is not a mapping of settings"),
+        ("train: {lr: .nan}", "nan must be larger than 0"),
+        ("train: {lr: 1, lr: 2}", "lr given twice"),
+        ("train: {lr: 1", "is not valid YAML"),
+        ("- a\n- b", "holds a list"),
+        ("base: nowhere.yaml", "nowhere.yaml: cannot be read: No such file or directory (base of"),
+        ("base: run.yaml", "base: run.yaml leads back to itself"),
+        ("train: {exp_name: ../up}", "'../up' is not a folder name"),
+        ("ppm: {layer_selection: fixed:x}", "'fixed:x' is not one of policy, last, uniform, fixed:K"),
+        ("ppm: {seg_prompt: off, mask_prompt: off}", "SAM would have no prompt"),
+        ("ppm: {first_candidate_layer: 9, last_candidate_layer: 3}", "3 is below first_candidate_layer"),
+        ("ppm: {policy_gradient: exact, baseline: critic}", "takes reward seg and baseline average"),
+        ("loss: {map_terms: [gaussian_bce, iou]}", "'iou' is not one of gaussian_bce, gaussian_dice, bce, dice"),
+        ("eval: {val_layer_policy: softly}", "'softly' is not one of argmax, last, sample, soft"),
+        ("data: {sample_rates: [1, 2, 3]}", "3 rates, but --dataset names 2 (refer_seg||reason_seg)"),
+        ("train: {epochs: 1, steps_per_epoch: 50}", "do not fit into a run of 50"),
+        ("train: {resume: x, auto_resume: true}", "ambiguous"),
+        ("eval: {val_dataset: []}", "name a benchmark, or give --no_eval"),
+    ],
+)
+def test_a_bad_file_is_named_with_key_and_way_out(tmp_path, text, expected):
+    path = written(tmp_path, text)
+    found = problems("--config", path, *NEEDED)
+    assert len(found) == 1
+    assert expected in found[0]
+    assert str(tmp_path) in found[0] or found[0].startswith("--warmup_steps")
+
+
+def test_missing_file():
+    assert "nowhere.yaml: cannot be read" in problems("--config", "nowhere.yaml", *NEEDED)[0]
+
+
+def test_names_are_unique_and_every_setting_has_help():
+    assert sum(len(fields(section)) for section in SECTIONS.values()) == len(FIELDS)
+    text = make_parser().format_help()
+    for name, item in FIELDS.items():
+        assert len(item.metadata["help"]) > 10, name
+        assert f"--{name} " in text, name
+    for section in SECTIONS.values():
+        assert section.__doc__ in text
+
+
+def test_every_type_has_its_setting():
+    assert all(f"{kind}_data" in FIELDS for kind in TYPES)
+
+
+def attributes(tree: ast.AST) -> set[str]:
+    return {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+
+
+def test_every_setting_is_read_somewhere():
+    """A flag that does nothing is a bug. Reading it in order to check it does not count."""
+    own = ast.parse((ROOT / "utils/config/config.py").read_text())
+    read = attributes(next(node for node in own.body if getattr(node, "name", "") == "Config"))
+    for path in (ROOT / "train_ds.py", ROOT / "utils/training/engine.py"):
+        read |= attributes(ast.parse(path.read_text()))
+    method = Config().method  # handed over as a whole, see the next test
+    unread = [name for name in FIELDS if name not in read and name not in method and not name.endswith("_data")]
+    assert unread == []
+    assert 'getattr(data, f"{kind}_data")' in (ROOT / "train_ds.py").read_text()
+
+
+def test_the_method_settings_are_those_of_the_model():
+    method = Config().method
+    config = UGroundConfig(**method)
+    assert all(getattr(config, name) == value for name, value in method.items())
+    assert set(method) <= set(inspect.signature(UGroundConfig.__init__).parameters)

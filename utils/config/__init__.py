@@ -1,0 +1,27 @@
+"""The settings of a run: ``settings`` declares them, ``config`` reads, checks and saves them."""
+
+from utils.config.config import (
+    FIELDS,
+    SECTION_OF,
+    SECTIONS,
+    Config,
+    ConfigError,
+    config_from,
+    load_config,
+    make_parser,
+    missing_paths,
+    plain,
+)
+
+__all__ = [
+    "FIELDS",
+    "SECTIONS",
+    "SECTION_OF",
+    "Config",
+    "ConfigError",
+    "config_from",
+    "load_config",
+    "make_parser",
+    "missing_paths",
+    "plain",
+]

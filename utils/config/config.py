@@ -1,0 +1,387 @@
+"""One tree of validated settings: defaults < base YAML < run YAML < flags. ``--help`` is generated from it."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import Field, asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, NoReturn, get_args, get_origin, get_type_hints
+
+import yaml
+
+from utils.config.settings import DataSettings, EvalSettings, LossSettings, ModelSettings, PpmSettings, TrainSettings
+
+
+class ConfigError(ValueError):
+    """Every problem of a configuration, one per line."""
+
+    shared = True  # every process has the same
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        self.problems = list(problems)
+        count = f"{len(self.problems)} problem{'s' if len(self.problems) > 1 else ''}"
+        super().__init__(f"{count} in the configuration:\n" + "\n".join(f"  - {line}" for line in self.problems))
+
+
+@dataclass
+class Config:
+    """All settings. A leaf's name is unique, so that flags are flat: ``config.train.lr`` is ``--lr``."""
+
+    model: ModelSettings = field(default_factory=ModelSettings)
+    ppm: PpmSettings = field(default_factory=PpmSettings)
+    loss: LossSettings = field(default_factory=LossSettings)
+    data: DataSettings = field(default_factory=DataSettings)
+    train: TrainSettings = field(default_factory=TrainSettings)
+    eval: EvalSettings = field(default_factory=EvalSettings)
+
+    @property
+    def run_folder(self) -> Path:
+        return Path(self.train.log_base_dir) / self.train.exp_name
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self.train.epochs * self.train.steps_per_epoch
+
+    @property
+    def method(self) -> dict[str, Any]:
+        """What ``UGroundConfig`` calls settings: PPM, loss weights, and the seed of sampled layers."""
+        return {**vars(self.ppm), **vars(self.loss), "policy_seed": self.train.seed}
+
+    def flat(self) -> dict[str, Any]:
+        """Leaf name -> value."""
+        return {name: value for section in vars(self).values() for name, value in vars(section).items()}
+
+    def save(self, path: str | Path) -> None:
+        """Writes a YAML file that gives this configuration back."""
+        Path(path).write_text(yaml.safe_dump(plain(self), sort_keys=False, allow_unicode=True))
+
+
+SECTIONS: dict[str, type] = get_type_hints(Config)
+FIELDS: dict[str, Field] = {f.name: f for section in SECTIONS.values() for f in fields(section)}
+SECTION_OF: dict[str, str] = {f.name: name for name, section in SECTIONS.items() for f in fields(section)}
+KINDS: dict[str, Any] = {name: kind for s in SECTIONS.values() for name, kind in get_type_hints(s).items()}
+ELSEWHERE = {  # what other trainers call a setting
+    "learning_rate": "lr",
+    "num_workers": "workers",
+    "gradient_accumulation_steps": "grad_accumulation_steps",
+    "ce_loss_weight": "text_loss_weight",
+    "num_classes_per_sample": "questions_per_image",
+    "print_freq": "log_every",
+}
+GONE = {  # what other trainers set, and what became of it
+    "eval_only": "evaluate with test.py",
+    "start_epoch": "--auto_resume true goes on where the run was",
+    "image_size": "the input's size is read off SAM's weights",
+    "out_dim": "phi's width is read off SAM's weights",
+    "use_mm_start_end": "images always stand between their two tokens",
+    "train_mask_decoder": "SAM's mask decoder always trains",
+    "conv_type": "the template is always LLaVA-1.5's",
+    "exclude_val": 'name the splits to train on, as in --reason_seg_data "ReasonSeg|train"',
+    "vis_save_path": "chat.py writes to its --output",
+    "load_in_8bit": "test.py, chat.py and app.py take --quantize 8bit",
+    "load_in_4bit": "test.py, chat.py and app.py take --quantize 4bit",
+}
+EXPECTED = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+
+
+def plain(config: Config) -> dict[str, dict[str, Any]]:
+    """Nested dictionaries of numbers, text and lists, for YAML and JSON."""
+    sections = asdict(config)
+    return {
+        name: {key: list(value) if isinstance(value, tuple) else value for key, value in section.items()}
+        for name, section in sections.items()
+    }
+
+
+# -- reading -----------------------------------------------------------------------------------------------------------
+
+
+def load_config(argv: Sequence[str] | None = None) -> Config:
+    """The configuration of a command line: ``--config FILE`` and ``--any_setting value``.
+
+    Raises:
+        ConfigError: with every unknown key, wrong type and impossible value at once.
+    """
+    flags, unknown = make_parser().parse_known_args(argv)
+    if flags.local_rank is not None:  # the launcher passes it
+        os.environ.setdefault("LOCAL_RANK", str(flags.local_rank))
+    problems = [
+        _unknown_argument(text)
+        for before, text in zip(["", *unknown], unknown)
+        if text.startswith("-") or not before.startswith("-")  # a value after an unknown flag is no second problem
+    ]
+    values: dict[str, tuple[Any, str]] = {}
+    if flags.config:
+        values |= read_yaml(Path(flags.config), problems)
+        if problems and not values:  # the file could not be read: what it lacks is no news
+            raise ConfigError(problems)
+    for name in FIELDS:
+        if (value := getattr(flags, name)) is not None:
+            values[name] = (value, f"--{name}")
+    return build(values, problems)
+
+
+def config_from(sections: Mapping[str, Mapping[str, Any]], origin: str) -> Config:
+    """The configuration that ``plain`` gave (a checkpoint holds it)."""
+    problems: list[str] = []
+    return build(_flatten(sections, origin, problems), problems)
+
+
+def build(values: Mapping[str, tuple[Any, str]], problems: list[str]) -> Config:
+    """Converts and checks values, given with where each comes from; raises ``ConfigError`` for all ``problems``."""
+    config = Config()
+    bad = set()
+    for name, (value, origin) in values.items():
+        try:
+            setattr(getattr(config, SECTION_OF[name]), name, convert(value, KINDS[name]))
+        except ValueError as error:
+            bad.add(name)
+            problems.append(f"{origin}: {value!r} is not {error}")
+    origins = {name: values[name][1] if name in values else f"--{name}" for name in FIELDS}
+    problems += [line for name, line in check(config, origins) if name not in bad]
+    if problems:
+        raise ConfigError(problems)
+    return config
+
+
+def convert(value: Any, kind: Any) -> Any:
+    """``value`` as ``kind``; ValueError with what was expected."""
+    if get_origin(kind) is tuple:
+        return _convert_list(value, get_args(kind)[0])
+    words = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+    if kind is bool and isinstance(value, str) and value.lower() in words:
+        return words[value.lower()]
+    if isinstance(value, kind) and isinstance(value, bool) == (kind is bool):
+        return value
+    try:
+        if kind is int and isinstance(value, str):
+            return int(value)
+        if kind is float and isinstance(value, (str, int)) and not isinstance(value, bool):  # YAML reads 3e-4 as text
+            return float(value)
+    except ValueError:
+        pass
+    hint = " (put it in quotes)" if kind is str and isinstance(value, (int, float)) else ""
+    raise ValueError(f"{EXPECTED[kind]}{hint}")
+
+
+def _convert_list(value: Any, kind: type) -> tuple:
+    separator, example = ("||", "a list or text such as A||B") if kind is str else (",", "numbers such as 9,3,1")
+    if isinstance(value, str):
+        value = [part.strip() for part in value.split(separator) if part.strip()]
+    elif isinstance(value, (int, float)) and kind is float:
+        value = [value]
+    if not isinstance(value, (list, tuple)):
+        raise ValueError(example)
+    try:
+        return tuple(convert(item, kind) for item in value)
+    except ValueError:
+        raise ValueError(example) from None
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML that refuses a key written twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = sorted({str(key) for key in keys if keys.count(key) > 1})
+        if twice:
+            raise yaml.MarkedYAMLError(problem=f"{', '.join(twice)} given twice", problem_mark=node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: Path, problems: list[str], above: tuple[Path, ...] = ()) -> dict[str, tuple[Any, str]]:
+    """Leaf name -> (value, origin) of a file and what it is based on; ``base`` is relative to the file."""
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
+    except OSError as error:
+        problems.append(f"{path}: cannot be read: {error.strerror}" + (f" (base of {above[-1]})" if above else ""))
+        return {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        place, reason = "", " ".join(str(error).split())
+        if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
+            place, reason = f" (line {error.problem_mark.line + 1})", str(error.problem)
+        problems.append(f"{path}{place}: is not valid YAML: {reason}")
+        return {}
+    content = {} if content is None else content
+    if not isinstance(content, dict):
+        problems.append(f"{path}: holds a {type(content).__name__}; expected sections: {', '.join(SECTIONS)}")
+        return {}
+    base, values = content.pop("base", None), {}
+    if base is not None:
+        parent = path.parent / str(base)
+        chain = (*above, path)
+        if parent.resolve() in {p.resolve() for p in chain}:
+            problems.append(f"{path}: base: {base} leads back to itself")
+        else:
+            values = read_yaml(parent, problems, chain)
+    return values | _flatten(content, str(path), problems)
+
+
+def _flatten(content: Mapping[str, Any], origin: str, problems: list[str]) -> dict[str, tuple[Any, str]]:
+    values = {}
+    for section, entries in content.items():
+        if section not in SECTIONS:
+            if section in FIELDS:
+                problems.append(f"{origin}: {section} belongs into section {SECTION_OF[section]}")
+            else:
+                problems.append(f"{origin}: unknown section {section!r}{_hint(section, (*SECTIONS, 'base'))}")
+        elif entries is not None and not isinstance(entries, Mapping):
+            problems.append(f"{origin}: {section}: {entries!r} is not a mapping of settings")
+        else:
+            for name, value in (entries or {}).items():
+                if SECTION_OF.get(name) == section:
+                    values[name] = (value, f"{origin}: {section}.{name}")
+                elif name in FIELDS:
+                    problems.append(f"{origin}: {section}.{name} belongs into section {SECTION_OF[name]}")
+                else:
+                    problems.append(f"{origin}: unknown setting {section}.{name}{_hint(name, tuple(FIELDS))}")
+    return values
+
+
+def _hint(name: Any, known: Sequence[str]) -> str:
+    if name in GONE:
+        return f": {GONE[name]}"
+    found = [ELSEWHERE[name]] if name in ELSEWHERE else difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
+    return f"; did you mean {found[0]}?" if found else ""
+
+
+def _unknown_argument(text: str) -> str:
+    if not text.startswith("-"):
+        return f"unexpected argument {text!r}; settings are given as --name value"
+    flag = text.partition("=")[0]
+    close = _hint(flag.lstrip("-").replace("-", "_"), (*FIELDS, "config"))
+    return f"unknown flag {flag}{close.replace('mean ', 'mean --') or '; see --help'}"
+
+
+# -- checking ----------------------------------------------------------------------------------------------------------
+
+
+def check(config: Config, origins: Mapping[str, str]) -> list[tuple[str, str]]:
+    """(setting, problem) of every value that cannot be."""
+    found = []
+
+    def problem(name: str, message: str) -> None:
+        found.append((name, f"{origins[name]}: {message}"))
+
+    for name, value in config.flat().items():
+        limits = FIELDS[name].metadata
+        if limits["required"] and not value:
+            problem(name, f"is missing ({limits['help']})")
+        for choice in value if isinstance(value, tuple) else (value,):
+            if limits["choices"] and choice not in limits["choices"]:
+                problem(name, f"{choice!r} is not one of {', '.join(limits['choices'])}")
+        if limits["low"] is not None and not value >= limits["low"]:
+            problem(name, f"{value} is too small; at least {limits['low']:g}")
+        if limits["high"] is not None and not value <= limits["high"]:
+            problem(name, f"{value} is too large; at most {limits['high']:g}")
+        if limits["above"] is not None and not value > limits["above"]:
+            problem(name, f"{value} must be larger than {limits['above']:g}")
+        if isinstance(value, float) and value in (float("inf"), float("-inf")):
+            problem(name, f"{value} is not finite")
+    for name, message in _contradictions(config):
+        problem(name, message)
+    return found
+
+
+def _contradictions(config: Config) -> Iterable[tuple[str, str]]:
+    """What single values cannot show."""
+    ppm, data, train = config.ppm, config.data, config.train
+    if not re.fullmatch(r"policy|last|uniform|soft|ce_soft|fixed:\d+", ppm.layer_selection):
+        known = "policy, last, uniform, fixed:K (K = 0, 1, ...), soft, ce_soft"
+        yield "layer_selection", f"{ppm.layer_selection!r} is not one of {known}"
+    if not re.fullmatch(r"|argmax|last|sample|uniform|soft|fixed:\d+|mc:[1-9]\d*", config.eval.val_layer_policy):
+        known = "argmax, last, sample, soft, mc:T, fixed:K"
+        yield "val_layer_policy", f"{config.eval.val_layer_policy!r} is not one of {known}"
+    if not (ppm.seg_prompt or ppm.mask_prompt or ppm.point_prompts):
+        yield "seg_prompt", "off together with mask_prompt: SAM would have no prompt; switch one on"
+    if -1 < ppm.last_candidate_layer < ppm.first_candidate_layer:
+        yield "last_candidate_layer", f"{ppm.last_candidate_layer} is below first_candidate_layer"
+    if ppm.policy_gradient == "exact" and (ppm.reward != "seg" or ppm.baseline != "average"):
+        yield "policy_gradient", "exact knows each layer's reward per [SEG]: it takes reward seg and baseline average"
+    if config.loss.gaussian_kernel % 2 == 0:
+        yield "gaussian_kernel", f"{config.loss.gaussian_kernel} is even; it must be odd"
+    if not data.dataset:
+        yield "dataset", "is empty; name at least one type"
+    types = {name.removesuffix("_data") for name in FIELDS if name.endswith("_data")}  # a wrong one is named later
+    if data.sample_rates and len(data.sample_rates) != len(data.dataset) and types.issuperset(data.dataset):
+        named = f"--dataset names {len(data.dataset)} ({'||'.join(data.dataset)})"
+        yield "sample_rates", f"{len(data.sample_rates)} rates, but {named}; give --sample_rates one for each"
+    if data.sample_rates and not (min(data.sample_rates) >= 0 and sum(data.sample_rates) > 0):
+        yield "sample_rates", f"{list(data.sample_rates)} must be at least 0, and not all 0"
+    if -1 < data.explanatory < 0:
+        yield "explanatory", f"{data.explanatory} is neither -1 (off) nor a probability"
+    if train.warmup_steps >= config.total_steps:
+        yield (
+            "warmup_steps",
+            f"{train.warmup_steps} steps of warm-up do not fit into a run of {config.total_steps} "
+            f"({train.epochs} epochs of {train.steps_per_epoch}); lower it, or train longer",
+        )
+    if train.resume and train.auto_resume:
+        yield "resume", "together with auto_resume is ambiguous; give one of them"
+    if not re.fullmatch(r"[\w][\w.+=-]*", train.exp_name):
+        yield "exp_name", f"{train.exp_name!r} is not a folder name (letters, digits, . _ + = -)"
+    if not config.eval.no_eval and not config.eval.val_dataset:
+        yield "val_dataset", "is empty; name a benchmark, or give --no_eval"
+
+
+def missing_paths(config: Config) -> list[str]:
+    """Which files and folders of the settings do not exist."""
+    folders = {"version": config.model.version, "vision_tower": config.model.vision_tower}
+    folders["dataset_dir"] = config.data.dataset_dir
+    files = {
+        "vision_pretrained": config.model.vision_pretrained,
+        "deepspeed_config": config.train.deepspeed_config,
+    }
+    missing = [f"--{name} {path}: no such folder" for name, path in folders.items() if not Path(path).is_dir()]
+    missing += [f"--{name} {path}: no such file" for name, path in files.items() if not Path(path).exists()]
+    if config.train.resume and not Path(config.train.resume).is_dir():
+        missing.append(f"--resume {config.train.resume}: no such folder")
+    return missing
+
+
+# -- flags -------------------------------------------------------------------------------------------------------------
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError([message])
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line; every value stays text until ``build`` converts it."""
+    parser = _Parser(
+        usage="%(prog)s --config FILE [--setting value ...]",
+        description="Train UGround: LoRA on LLaVA, Policy-Prompted Masking, SAM's decoder.",
+        epilog="Values: A||B for several names, 9,3,1 for several numbers, true or false for switches "
+        "(a switch without a value is true). Flags override the YAML file, which overrides the defaults shown here.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", metavar="FILE", help="YAML file with settings (sections as below); see configs/")
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    names = {bool: "BOOL", int: "INT", float: "FLOAT", str: "TEXT", tuple[str, ...]: "A||B", tuple[float, ...]: "X,Y"}
+    for section in SECTIONS.values():
+        group = parser.add_argument_group(section.__doc__)
+        for item in fields(section):
+            choices, kind = item.metadata["choices"], KINDS[item.name]
+            options: dict[str, Any] = {"nargs": "?", "const": "true"} if kind is bool else {}
+            group.add_argument(
+                f"--{item.name}",
+                metavar="{" + ",".join(choices) + "}" if choices and kind is str else names[kind],
+                help=f"{item.metadata['help']} [{_shown(item)}]".replace("%", "%%"),
+                **options,
+            )
+    return parser
+
+
+def _shown(item: Field) -> str:
+    default = "||".join(map(str, item.default)) if isinstance(item.default, tuple) else item.default
+    if item.metadata["required"]:
+        return "required"
+    if isinstance(default, bool):
+        return str(default).lower()
+    return f"{default:g}" if isinstance(default, float) else str(default) if default != "" else "empty"

@@ -1,0 +1,328 @@
+"""What the dashboard does without its page: uploads, visitors with their conversations, answers as they are written.
+
+All model work runs on one thread, in the order of the questions. A visitor's image stays encoded while they are among
+the latest few; after that their next question opens it anew.
+"""
+
+from __future__ import annotations
+
+import secrets
+import shutil
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from pathlib import Path
+from queue import SimpleQueue
+from time import monotonic
+from typing import Any, TypeVar
+
+import numpy as np
+from PIL import Image
+
+from model.PPM import maps_at, parse_layer_policy
+from model.processing.processor import UGroundProcessor
+from model.structures import Prediction, Turn
+from model.UGround import UGroundForCausalLM
+from utils.datasets.base import DECODE_ERRORS, read_image
+from utils.inference.session import ImageSession
+
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
+MAX_TURNS = 20  # that a page shows
+MC_SAMPLES = 16
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a visitor may send."""
+
+    upload_bytes: int = 20_000_000
+    pixels: int = 30_000_000
+    prompt_characters: int = 2000
+    new_tokens: int = 512
+    samples: int = 64  # of mc:T
+
+
+def open_upload(path: str | Path, limits: Limits) -> np.ndarray:
+    """An uploaded picture as uint8 [H, W, 3], upright. Its size is read from its header before anything is decoded.
+
+    Raises:
+        ValueError: if it is no picture, or a larger one than the limits allow.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError("the picture is not on the server any more; upload it again")
+    if (size := path.stat().st_size) > limits.upload_bytes:
+        raise ValueError(
+            f"the file has {size / 1e6:.0f} MB; at most {limits.upload_bytes / 1e6:.0f} MB are taken: save it smaller"
+        )
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            width, height = image.size
+    except Image.DecompressionBombError:
+        width = height = 0
+    except DECODE_ERRORS as error:
+        raise ValueError("the file is no picture that can be read; use PNG, JPEG or WebP") from error
+    if not 0 < width * height <= limits.pixels:
+        shown = f"{width} x {height} pixels" if width else "hundreds of millions of pixels"
+        raise ValueError(
+            f"the picture has {shown}; at most {limits.pixels / 1e6:.0f} million are taken: make it smaller"
+        )
+    try:
+        return read_image(path, apply_exif=True)
+    except ValueError as error:
+        raise ValueError("the picture is damaged and cannot be decoded; save it again as PNG or JPEG") from error
+
+
+@dataclass
+class Visit:
+    """One visitor's image and conversation.
+
+    Attributes:
+        source: the uploaded file that the image is from.
+        turns: what the page shows; the model sees ``session.history``.
+        prediction: the latest answer; policy: the layer policy that its masks were drawn with.
+        doubt: the latest answer by ``mc:T``, if it was asked for.
+        folder: holds the files to download.
+    """
+
+    source: str
+    image: np.ndarray
+    session: ImageSession
+    folder: Path
+    turns: list[Turn] = field(default_factory=list)
+    prediction: Prediction | None = None
+    policy: str = ""
+    doubt: Prediction | None = None
+
+    @property
+    def masks(self) -> np.ndarray:
+        """[N, H, W] bool of the latest answer."""
+        if self.prediction is None:
+            return np.zeros((0, *self.image.shape[:2]), bool)
+        return (self.prediction.mask_logits > 0).numpy()
+
+
+class Visits:
+    """The latest visitors: at most ``capacity``, the one not seen for longest goes first.
+
+    Args:
+        folder: each visit gets one of its own in it, under a name that cannot be guessed.
+    """
+
+    def __init__(self, capacity: int, folder: Path) -> None:
+        self.capacity, self.folder = capacity, folder
+        self._visits: OrderedDict[str, Visit] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._visits)
+
+    def get(self, visitor: str) -> Visit | None:
+        with self._lock:
+            if visitor in self._visits:
+                self._visits.move_to_end(visitor)
+            return self._visits.get(visitor)
+
+    def put(self, visitor: str, visit: Visit) -> None:
+        self.drop(visitor)
+        with self._lock:
+            self._visits[visitor] = visit
+            gone = [self._visits.popitem(last=False)[1] for _ in range(len(self._visits) - self.capacity)]
+        for old in gone:
+            shutil.rmtree(old.folder, ignore_errors=True)
+
+    def drop(self, visitor: str) -> None:
+        with self._lock:
+            visit = self._visits.pop(visitor, None)
+        if visit is not None:
+            shutil.rmtree(visit.folder, ignore_errors=True)
+
+    def new_folder(self) -> Path:
+        return self.folder / secrets.token_urlsafe(16)
+
+
+class Gone(Exception):
+    """The visitor left while their answer was being written."""
+
+
+class Dashboard:
+    """A model, its visitors and what they may send.
+
+    Args:
+        name: which model it is, in words for people; fingerprint: of its weights.
+        layer_policy: of answers unless a visitor chooses another; None = the model's own.
+        remember: whether the model sees earlier questions unless a visitor says otherwise.
+        folder: for files to download.
+        capacity: visitors whose images stay encoded.
+    """
+
+    def __init__(
+        self,
+        model: UGroundForCausalLM,
+        processor: UGroundProcessor,
+        name: str,
+        fingerprint: str,
+        folder: Path,
+        *,
+        layer_policy: str | None = None,
+        remember: bool = False,
+        limits: Limits | None = None,
+        capacity: int = 16,
+    ) -> None:
+        self.model, self.processor, self.name = model, processor, name
+        self.layer_policy = layer_policy or model.config.layer_policy
+        self.remember = remember
+        self.limits = limits or Limits()
+        self.visits = Visits(capacity, folder)
+        self.fingerprint = fingerprint
+        self.started = monotonic()
+        self.answered = 0
+        self._worker = ThreadPoolExecutor(1, "model")
+
+    @property
+    def num_layers(self) -> int:
+        return self.model.ppm.num_layers
+
+    def health(self, waiting: int) -> dict[str, Any]:
+        """What ``/health`` says."""
+        return {
+            "status": "ok",
+            "model": self.name,
+            "fingerprint": self.fingerprint,
+            "device": str(self.model.device),
+            "queue": waiting,
+            "visitors": len(self.visits),
+            "answered": self.answered,
+            "uptime_seconds": round(monotonic() - self.started, 1),
+        }
+
+    def warm_up(self) -> None:
+        """Asks something for nobody, so that the first visitor does not wait for what is made once."""
+        gray = np.full((64, 64, 3), 127, np.uint8)
+        self._run(lambda: ImageSession(self.model, self.processor, gray).ask("the red star", max_new_tokens=8))
+
+    def close(self) -> None:
+        self._worker.shutdown(cancel_futures=True)
+
+    def open(self, visitor: str, source: str) -> Visit:
+        """The visitor's conversation about an uploaded file: the one under way if it is about the same.
+
+        Raises:
+            ValueError: if the file cannot be used.
+        """
+        visit = self.visits.get(visitor)
+        if visit is None or visit.source != source:
+            image = open_upload(source, self.limits)
+            session = self._run(lambda: ImageSession(self.model, self.processor, image))
+            visit = Visit(source, image, session, self.visits.new_folder())
+            self.visits.put(visitor, visit)
+        return visit
+
+    def ask(
+        self,
+        visitor: str,
+        source: str | None,
+        prompt: str,
+        layer_policy: str | None = None,
+        remember: bool | None = None,
+        max_new_tokens: int = 64,
+    ) -> Iterator[str | Visit]:
+        """The answer so far, again and again, and at last the visit that holds all of it.
+
+        Closing the generator ends the answer: its place is free at the model's next token.
+
+        Args:
+            source: the uploaded file; None = the image of the visitor's question before.
+
+        Raises:
+            ValueError: if there is no image, or the question cannot be asked.
+        """
+        if not prompt.strip():
+            raise ValueError("the question is empty: say what to look for, for example 'the red star'")
+        if len(prompt) > self.limits.prompt_characters:
+            raise ValueError(
+                f"the question has {len(prompt)} characters; at most {self.limits.prompt_characters} are read"
+            )
+        if not 1 <= max_new_tokens <= self.limits.new_tokens:
+            raise ValueError(f"max_new_tokens {max_new_tokens} is not between 1 and {self.limits.new_tokens}")
+        policy = layer_policy or self.layer_policy
+        kind, number = parse_layer_policy(policy, self.num_layers)
+        if kind == "mc" and number > self.limits.samples:
+            raise ValueError(f"{policy} draws {number} samples; at most {self.limits.samples} are drawn here")
+        if source is None and self.visits.get(visitor) is None:
+            raise ValueError("there is no image to ask about: upload one, or pick an example")
+        prompt = prompt.strip().encode("utf-8", "replace").decode()  # lone surrogates are no text
+        visit = self.open(visitor, source) if source is not None else self.visits.get(visitor)
+        assert visit is not None
+        options: dict[str, Any] = {"layer_policy": policy, "max_new_tokens": max_new_tokens}
+        options["remember"] = self.remember if remember is None else remember
+        prediction: Prediction | None = None
+        for news in self._stream(lambda on_text: visit.session.ask(prompt, on_text=on_text, **options)):
+            if isinstance(news, str):
+                yield news
+            else:
+                prediction = news
+        assert prediction is not None
+        visit.prediction, visit.policy, visit.doubt = prediction, policy, None
+        visit.turns = [*visit.turns, Turn(prompt, prediction.text)][-MAX_TURNS:]
+        self.answered += 1
+        yield visit
+
+    def doubt(self, visitor: str) -> Visit:
+        """Draws the latest answer's masks ``MC_SAMPLES`` times by layers that the policy gives, for their spread.
+
+        Raises:
+            ValueError: if there is no answer with a mask.
+        """
+        visit = self.visits.get(visitor)
+        if visit is None or visit.prediction is None or not visit.prediction.layers:
+            raise ValueError("there is no mask yet whose uncertainty could be measured; ask for something first")
+        session = visit.session
+        visit.doubt = self._run(lambda: session.redraw(f"mc:{MC_SAMPLES}"))
+        return visit
+
+    def layer_map(self, visit: Visit, seg: int, layer: int) -> np.ndarray:
+        """[H, W] in [0, 1]: the similarity map of any layer for one [SEG] of the latest answer."""
+        assert visit.prediction is not None
+        config, grid = self.model.config, visit.prediction.layer_maps[seg : seg + 1, layer]
+        side = config.map_side or config.clip_side
+        return maps_at(grid, side, visit.image.shape[:2], config.clip_fit)[0].numpy()
+
+    def reset(self, visitor: str) -> None:
+        """Forgets the visitor's conversation; the image stays encoded."""
+        visit = self.visits.get(visitor)
+        if visit is not None:
+            visit.session.reset()
+            visit.turns, visit.prediction, visit.doubt = [], None, None
+
+    def _run(self, work: Callable[[], T]) -> T:
+        return self._worker.submit(work).result()
+
+    def _stream(self, work: Callable[[Callable[[str], None]], Prediction]) -> Iterator[str | Prediction]:
+        """Runs ``work`` on the model's thread and passes on what it says; stops it when nobody listens any more."""
+        news: SimpleQueue[str | Prediction | None] = SimpleQueue()
+        gone = threading.Event()
+
+        def on_text(text: str) -> None:
+            if gone.is_set():
+                raise Gone
+            news.put(text)
+
+        def answer() -> None:
+            try:
+                if not gone.is_set():
+                    news.put(work(on_text))
+            finally:
+                news.put(None)
+
+        future = self._worker.submit(answer)
+        try:
+            while (item := news.get()) is not None:
+                yield item
+            future.result()
+        finally:
+            gone.set()
+            wait([future])

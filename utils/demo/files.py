@@ -1,0 +1,167 @@
+"""What the demo's data sets are written with: masks as polygons and RLE, images, counts of what was written.
+
+Polygons come in two conventions. ReasonSeg's are drawn outline and interior, so the pixels on a region's border are its
+vertices: one polygon for each connected part, and none for a region with a hole, which polygons cannot say. Drawn again
+they are the region (IoU 0.99999 on average, at least 0.98: parts of one or two pixels are lost). COCO's run along the
+outer edge of the pixels (IoU 1); a region with a hole is RLE.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from pycocotools import mask as coco_mask
+
+from utils.demo.scenes import Scene
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What decides the content: the seed, images per training set, queries per evaluation split, which sets."""
+
+    seed: int
+    train: int
+    val: int
+    test: int
+    all_types: bool = False
+
+    def small_split(self, split: str) -> int:
+        """Images in a split of the sets that only ``all_types`` adds."""
+        train = max(6, self.train // 15)
+        return train if split == "train" else max(2, train // 3)
+
+
+# -- text-blind scores -------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Blind:
+    """What answers that ignore the text would score on one kind of query of one split.
+
+    "all" answers with every shape; "random" with one shape, as an expectation over the shapes. Absent targets count as
+    in gRefCOCO: an answer that is not empty has IoU 0 and adds its pixels to the union.
+    """
+
+    queries: int = 0
+    iou: dict[str, float] = field(default_factory=lambda: {"all": 0.0, "random": 0.0})
+    inter: dict[str, float] = field(default_factory=lambda: {"all": 0.0, "random": 0.0})
+    union: dict[str, float] = field(default_factory=lambda: {"all": 0.0, "random": 0.0})
+
+    def add(self, scene: Scene, targets: tuple[int, ...]) -> None:
+        # The visible regions are disjoint: areas say it all.
+        areas = scene.masks.sum(axis=(1, 2)).astype(np.float64)
+        wanted = np.isin(np.arange(len(areas)), targets)
+        goal = areas[wanted].sum()
+        inter = np.where(wanted, areas, 0.0)
+        union = areas + goal - inter
+        self.queries += 1
+        self.iou["all"] += goal / areas.sum()
+        self.inter["all"] += goal
+        self.union["all"] += areas.sum()
+        self.iou["random"] += float((inter / union).mean())
+        self.inter["random"] += float(inter.mean())
+        self.union["random"] += float(union.mean())
+
+    def scores(self) -> dict[str, dict[str, float]]:
+        return {
+            answer: {
+                "gIoU": round(self.iou[answer] / self.queries, 4),
+                "cIoU": round(self.inter[answer] / self.union[answer], 4),
+            }
+            for answer in ("all", "random")
+        }
+
+
+class Ledger:
+    """Counts and text-blind scores of everything that is written."""
+
+    def __init__(self) -> None:
+        self.counts: dict[str, dict[str, dict[str, int]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(int)))
+        self.blind: dict[tuple[str, str, str], Blind] = defaultdict(Blind)
+
+    def count(self, dataset: str, split: str, **numbers: int) -> None:
+        for name, number in numbers.items():
+            self.counts[dataset][split][name] += number
+
+    def query(self, dataset: str, split: str, kinds: tuple[str, ...], scene: Scene, targets: tuple[int, ...]) -> None:
+        for kind in kinds:
+            self.blind[dataset, split, kind].add(scene, targets)
+
+    def rows(self) -> list[dict[str, Any]]:
+        return [
+            {"set": key[0], "split": key[1], "kind": key[2], "queries": blind.queries, **blind.scores()}
+            for key, blind in self.blind.items()
+        ]
+
+
+# -- masks -------------------------------------------------------------------------------------------------------------
+
+
+def _contours(mask: np.ndarray) -> tuple[list[np.ndarray], bool]:
+    """Outer border pixels (x, y) [K, 2] of each connected part of a mask [H, W], and whether the mask has a hole."""
+    found, tree = cv2.findContours(mask.astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
+    outer = [points[:, 0] for points, node in zip(found, tree[0]) if node[3] < 0]
+    return outer, len(outer) < len(found)
+
+
+def labelme_polygons(mask: np.ndarray) -> list[list[list[int]]] | None:
+    """Polygons for ReasonSeg's rule (outline and interior are drawn), or None where they cannot say the mask."""
+    outer, has_hole = _contours(mask)
+    polygons = [points.tolist() for points in outer if len(points) >= 3]
+    return None if has_hole or not polygons else polygons
+
+
+def coco_segmentation(mask: np.ndarray, as_rle: bool) -> list[list[float]] | dict[str, Any]:
+    """Polygons along the outer edge of the pixels, in COCO's continuous coordinates, or compressed RLE."""
+    fine = 4
+    x, y, width, height = cv2.boundingRect(mask.astype(np.uint8))
+    window = mask[y : y + height, x : x + width]
+    outer, has_hole = _contours(window.repeat(fine, axis=0).repeat(fine, axis=1))
+    simple = [cv2.approxPolyDP(points[:, None], fine / 3, closed=True)[:, 0] for points in outer]
+    polygons = [((p + 0.5) / fine + (x, y)).round(2).ravel().tolist() for p in simple if len(p) >= 3]
+    if as_rle or has_hole or not polygons:
+        rle = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
+        return {"size": list(rle["size"]), "counts": rle["counts"].decode("ascii")}
+    return polygons
+
+
+def coco_annotation(number: int, image_id: int, category_id: int, mask: np.ndarray) -> dict[str, Any]:
+    """A row of ``annotations``; every eighth is RLE."""
+    return {
+        "id": number,
+        "image_id": image_id,
+        "category_id": category_id,
+        "bbox": [float(value) for value in cv2.boundingRect(mask.astype(np.uint8))],
+        "area": int(mask.sum()),
+        "iscrowd": 0,
+        "segmentation": coco_segmentation(mask, as_rle=number % 8 == 0),
+    }
+
+
+# -- files -------------------------------------------------------------------------------------------------------------
+
+
+def write_json(path: Path, value: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, separators=(",", ":")), encoding="utf-8")
+
+
+def write_jpeg(path: Path, image: np.ndarray) -> None:
+    """Quality 95 with full color resolution: coarser color would blur shapes of 20 pixels."""
+    options = [cv2.IMWRITE_JPEG_QUALITY, 95, cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444]
+    _, data = cv2.imencode(".jpg", image[:, :, ::-1], options)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data.tobytes())
+
+
+def streams(seed: int, stream: int, count: int) -> Iterator[tuple[int, np.random.Generator]]:
+    """(index, its generator) for each image of a split; every split has a stream of its own."""
+    for index in range(count):
+        yield index, np.random.default_rng([seed, stream, index])

@@ -1,0 +1,219 @@
+"""Batches of drawn scenes for pre-training the tiny family, stage by stage (scripts/dev/pretrain_tiny.py).
+
+Legend: n masks, P patches of CLIP's grid.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
+
+from model.processing.processor import UGroundProcessor
+from model.processing.transforms import resize_and_pad
+from model.structures import Batch, Sample, Turn
+from utils.datasets.templates import ANSWERS, QUESTIONS
+from utils.demo import scenes
+from utils.demo.scene_texts import (
+    CAPTION_REQUESTS,
+    absent_queries,
+    attribute_queries,
+    caption,
+    multi_queries,
+    questions,
+    reasoning_queries,
+)
+
+STREAM = {"tokenizer": 1000, "vision": 1001, "language": 1002, "sam": 1003, "check": 1004}
+BATCH = {"vision": 32, "language": 12, "sam": 16, "check": 32}
+QUESTIONS_PER_SCENE = 6
+CONVERSATIONS = {"absent": 0.34, "attribute": 0.24, "reasoning": 0.24, "multi": 0.08, "vqa": 0.07, "caption": 0.03}
+FIRST_TOKEN_WEIGHT = 4.0  # the first word of an answer decides between pointing and refusing
+ATTRIBUTES = {"color": tuple(scenes.COLORS), "kind": scenes.KINDS, "size": scenes.SIZES, "texture": scenes.TEXTURES}
+
+
+class DrawnScenes(Dataset):
+    """Batch ``i`` of a stage, drawn on the fly: a function of (seed, stage, i) alone."""
+
+    def __init__(self, stage: str, seed: int, batches: int, make) -> None:
+        self.key, self.batches, self.make, self.size = [seed, STREAM[stage]], batches, make, BATCH[stage]
+
+    def __len__(self) -> int:
+        return self.batches
+
+    def __getitem__(self, index: int):
+        rngs = [np.random.default_rng([*self.key, index, j]) for j in range(self.size)]
+        return self.make([(scenes.draw_scene(rng), rng) for rng in rngs])
+
+
+def stream(stage: str, seed: int, batches: int, make, workers: int) -> DataLoader:
+    return DataLoader(
+        DrawnScenes(stage, seed, batches, make),
+        batch_size=None,
+        num_workers=workers,
+        prefetch_factor=8 if workers else None,
+        worker_init_fn=lambda _: torch.set_num_threads(1),
+    )
+
+
+def grid_coverage(masks: np.ndarray, side: int, patch: int) -> torch.Tensor:
+    """[n, H, W] masks of a scene that needs no scaling -> [n, P] covered share of every patch."""
+    padded = torch.zeros(len(masks), side, side)
+    padded[:, : masks.shape[1], : masks.shape[2]] = torch.from_numpy(np.ascontiguousarray(masks)).float()
+    return F.avg_pool2d(padded[:, None], patch).flatten(1)
+
+
+def vision_batch(drawn: list, side: int, patch: int) -> dict[str, torch.Tensor]:
+    """Images and, per patch, the attributes and center of the shape that covers it most (-1 background, -2 mixed)."""
+    images, sizes, labels, centers = [], [], [], []
+    for scene, _ in drawn:
+        image, size = resize_and_pad(scene.image, side)
+        coverage = grid_coverage(scene.masks, side, patch)
+        share, owner = coverage.max(0)
+        background = coverage.sum(0) < 0.05
+        table = torch.tensor(
+            [[values.index(getattr(s, name)) for name, values in ATTRIBUTES.items()] for s in scene.shapes]
+        )
+        label = torch.where((share >= 0.4)[:, None], table[owner], -2)
+        labels.append(torch.where(background[:, None], -1, label))
+        centers.append(torch.tensor([s.center for s in scene.shapes], dtype=torch.float32)[owner] / side)
+        images.append(image)
+        sizes.append(size)
+    return {
+        "images": torch.stack(images),
+        "sizes": torch.tensor(sizes),
+        "labels": torch.stack(labels),
+        "centers": torch.stack(centers),
+    }
+
+
+def conversation(scene: scenes.Scene, rng: np.random.Generator) -> tuple[Turn, tuple[int, ...] | None]:
+    """One question about a scene: its turn and the shapes it means (() = none is there, None = no mask asked for)."""
+    kind = str(rng.choice(list(CONVERSATIONS), p=list(CONVERSATIONS.values())))
+    makers = {
+        "attribute": attribute_queries,
+        "reasoning": reasoning_queries,
+        "multi": multi_queries,
+        "absent": absent_queries,
+    }
+    queries = makers[kind](scene, rng) if kind in makers else []
+    if not queries and kind != "caption":
+        pairs = questions(scene, rng)
+        if pairs:
+            return Turn(*pairs[0]), None
+    if not queries:
+        requests = CAPTION_REQUESTS
+        return Turn(requests[rng.integers(len(requests))], caption(scene, rng)), None
+    query = queries[0]
+    asked = (*QUESTIONS["sentence" if query.is_sentence else "phrase"], "{query}")  # people type the bare query, too
+    said = ANSWERS["absent" if not query.targets else "merged" if len(query.targets) > 1 else "target"]
+    question = asked[rng.integers(len(asked))].replace("{query}", query.text)
+    return Turn(question, said[rng.integers(len(said))]), query.targets
+
+
+def language_batch(drawn: list, processor: UGroundProcessor) -> dict:
+    """Packed rows with the map targets at each [SEG] and at each question's last prompt token."""
+    samples, wanted, asks_for_map = [], [], []
+    for number, (scene, rng) in enumerate(drawn):
+        talks = [conversation(scene, rng) for _ in range(QUESTIONS_PER_SCENE)]
+        masks = []
+        for _, targets in talks:
+            union = scene.masks[list(targets)].any(0) if targets else np.zeros(scene.image.shape[:2], bool)
+            wanted.append(union)
+            asks_for_map.append(targets is not None)
+            if targets:
+                masks.append(union)
+        stacked = np.stack(masks).astype(np.uint8) if masks else np.zeros((0, *scene.image.shape[:2]), np.uint8)
+        turns: list[tuple[Turn, ...]] = [(turn,) for turn, _ in talks]
+        samples.append(Sample(f"scene {number}", scene.image, turns, stacked, number))
+    batch = processor.collate(samples)
+    width = batch.segments.shape[1]
+    first = first_labels(batch)
+    batch.label_weights[first] = FIRST_TOKEN_WEIGHT
+    coverage = torch.cat([grid_coverage(mask[None], processor.clip_side, processor.clip_patch) for mask in wanted])
+    has_map = torch.tensor(asks_for_map)
+    found = coverage.sum(1) > 0
+    ends = batch.label_positions[first]  # one per conversation, in order
+    return {
+        "batch": batch,
+        "positions": torch.cat([batch.seg_positions, ends[has_map]]),
+        "rows": torch.cat([batch.seg_rows, ends[has_map] // width]),
+        "coverage": torch.cat([coverage[found & has_map], coverage[has_map]]),
+    }
+
+
+def first_labels(batch: Batch) -> torch.Tensor:
+    """Which labels [M] are the first token of an answer, which decides between pointing and refusing."""
+    row = batch.label_positions // batch.segments.shape[1]
+    owner = row * (max(batch.questions) + 1) + batch.segments.flatten()[batch.label_positions + 1]
+    return torch.cat([torch.ones(1, dtype=torch.bool), owner[1:] != owner[:-1]])
+
+
+def sam_batch(drawn: list, side: int, grid: int, mask_side: int) -> dict[str, torch.Tensor]:
+    """Two prompts per scene: the mask of one shape, a coarse noisy map of it, a point and a box in SAM's frame."""
+    images, sizes, masks, maps, points, boxes, which = [], [], [], [], [], [], []
+    for scene, rng in drawn:
+        image, size = resize_and_pad(scene.image, side)
+        height, width = scene.image.shape[:2]
+        for target in rng.choice(len(scene.shapes), 2, replace=False):
+            mask = np.zeros((side, side), np.float32)
+            mask[:height, :width] = scene.masks[target]
+            coverage = F.avg_pool2d(torch.from_numpy(mask)[None, None], side // grid)
+            noise = torch.from_numpy(rng.normal(size=(1, 1, grid, grid)).astype(np.float32))
+            coarse = coverage * rng.uniform(0.5, 1.5) + noise * rng.uniform(0.02, 0.2) + rng.uniform(-0.2, 0.4)
+            coarse = (coarse - coarse.amin()) / (coarse.amax() - coarse.amin())
+            fine = F.interpolate(coarse, (side, side), mode="bilinear", align_corners=False)
+            fine[..., height:, :] = 0
+            fine[..., width:] = 0
+            ys, xs = np.nonzero(mask)
+            pick = rng.integers(len(xs))
+            jitter = rng.uniform(-2, 2, 4)
+            masks.append(torch.from_numpy(mask))
+            maps.append(F.interpolate(fine, (mask_side, mask_side), mode="bilinear", antialias=True)[0])
+            points.append(torch.tensor([[float(xs[pick]), float(ys[pick])]]))
+            boxes.append(torch.tensor([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]) + torch.from_numpy(jitter))
+            which.append(int(rng.choice(4, p=[0.6, 0.15, 0.15, 0.1])))  # map, point, box, map and point
+        images.append(image)
+        sizes.append(size)
+    return {
+        "images": torch.stack(images),
+        "sizes": torch.tensor(sizes),
+        "masks": torch.stack(masks),
+        "maps": torch.stack(maps),
+        "points": torch.stack(points),
+        "boxes": torch.stack(boxes).float(),
+        "which": torch.tensor(which),
+    }
+
+
+def language_check_batch(drawn: list, processor: UGroundProcessor) -> dict:
+    """One query of every family per scene, with the evaluation's templates; teacher forced."""
+    samples, kinds, seg_of = [], [], []
+    coverage: list[torch.Tensor] = []
+    for number, (scene, rng) in enumerate(drawn):
+        queries = {q.family: q for q in attribute_queries(scene, rng)[:1] + absent_queries(scene, rng)[:1]}
+        queries |= {q.family: q for q in reasoning_queries(scene, rng) + multi_queries(scene, rng)[:1]}
+        talks: list[tuple[Turn, ...]] = []
+        masks = []
+        for family, query in queries.items():
+            template = QUESTIONS["sentence" if query.is_sentence else "phrase"][0]
+            answer = ANSWERS["target" if query.targets else "absent"][0]
+            talks.append((Turn(template.replace("{query}", query.text), answer),))
+            kinds.append(family)
+            seg_of.append(len(coverage))
+            if query.targets:
+                masks.append(scene.masks[list(query.targets)].any(0))
+                coverage.append(grid_coverage(masks[-1][None], processor.clip_side, processor.clip_patch))
+        samples.append(Sample(f"check {number}", scene.image, talks, np.stack(masks).astype(np.uint8), number))
+    batch = processor.collate(samples)
+    first = first_labels(batch)
+    return {
+        "batch": batch,
+        "positions": batch.seg_positions,
+        "rows": batch.seg_rows,
+        "coverage": torch.cat(coverage),
+        "ends": batch.label_positions[first],
+        "kinds": kinds,
+        "seg_of": seg_of,
+    }

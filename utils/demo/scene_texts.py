@@ -1,0 +1,413 @@
+"""Texts about drawn scenes, whose answers are known.
+
+From a scene's shapes alone follow short phrases that fit exactly one of them, questions that take a thought, phrases
+that fit several or none, captions, and questions with short answers. Everything is a function of the generator that is
+passed in.
+
+Margins keep the texts true to the eye: "largest", "leftmost" or "farthest" is asked only where the runner-up is clearly
+behind. The pairs of ``HELD_OUT`` are never named unless the scene is a held-out one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import combinations
+
+import numpy as np
+
+from utils.demo.scenes import COLORS, HELD_OUT, KINDS, SIZES, TEXTURES, Scene, Shape, draw_scene, pick, shuffled
+
+MAX_TEXTS = 8
+
+
+@dataclass(frozen=True)
+class Query:
+    """A text and the indices of the shapes that it means (none: absent)."""
+
+    text: str
+    targets: tuple[int, ...]
+    family: str
+    is_sentence: bool
+
+
+# ------------------------------------------------------------------------------------------------------------ words
+
+_NOUNS = ("shape", "object", "thing")
+_NUMBERS = ("zero", "one", "two", "three", "four", "five", "six")
+_SUBSETS = tuple(s for k in range(1, 5) for s in combinations(range(4), k))
+# How often a phrase names which attributes (positions in size, texture, color, kind): color and kind come first.
+_SUBSET_ODDS = {
+    (2, 3): 6.0,
+    (0, 2, 3): 3.0,
+    (0, 3): 2.5,
+    (1, 3): 2.5,
+    (1, 2, 3): 2.5,
+    (0, 2): 2.0,
+    (1, 2): 1.5,
+    (3,): 1.5,
+    (2,): 1.5,
+}
+
+
+def _bits(shapes: tuple[Shape, ...]) -> dict[str, int]:
+    """For each attribute word, the shapes that have it, as the bits of a number."""
+    table: dict[str, int] = {}
+    for index, shape in enumerate(shapes):
+        for word in shape.attributes:
+            table[word] = table.get(word, 0) | 1 << index
+    return table
+
+
+def _matches(bits: dict[str, int], words: tuple[str, ...]) -> int:
+    found = -1
+    for word in words:
+        found &= bits.get(word, 0)
+    return found
+
+
+def _members(found: int) -> tuple[int, ...]:
+    return tuple(i for i in range(found.bit_length()) if found >> i & 1)
+
+
+def _noun_phrase(rng: np.random.Generator, words: tuple[str, ...]) -> str:
+    """The words in order, closed by a general noun when no kind is among them."""
+    text = " ".join(words)
+    return text if words[-1] in KINDS else f"{text} {pick(rng, _NOUNS)}"
+
+
+def _plural(noun: str) -> str:
+    return noun + ("es" if noun.endswith("s") else "s")
+
+
+def _with_article(text: str) -> str:
+    return ("an " if text[0] in "aeiou" else "a ") + text
+
+
+def _names(shapes: tuple[Shape, ...], bits: dict[str, int]) -> dict[int, list[tuple[str, ...]]]:
+    """Per shape, the sets of its words that no other shape has all of."""
+    names: dict[int, list[tuple[str, ...]]] = {}
+    for index, shape in enumerate(shapes):
+        words = shape.attributes
+        found = [tuple(words[p] for p in subset) for subset in _SUBSETS]
+        names[index] = [name for name in found if _matches(bits, name) == 1 << index]
+    return names
+
+
+def _short_names(rng: np.random.Generator, shapes: tuple[Shape, ...], bits: dict[str, int]) -> dict[int, str]:
+    """For each shape that can be named, a unique phrase: color and kind where they do, else the shortest."""
+    names = {}
+    for index, found in _names(shapes, bits).items():
+        shape = shapes[index]
+        if not found:
+            continue
+        pair = (shape.color, shape.kind)
+        names[index] = "the " + _noun_phrase(rng, pair if pair in found else found[0])
+    return names
+
+
+# ---------------------------------------------------------------------------------------------------------- queries
+
+
+def attribute_queries(scene: Scene, rng: np.random.Generator) -> list[Query]:
+    """Noun phrases that fit exactly one shape ("the small striped circle"), mostly such that others fit in part."""
+    bits = _bits(scene.shapes)
+    ranked = []
+    for index, shape in enumerate(scene.shapes):
+        if scene.held_out and not shape.held_out:
+            continue
+        words = shape.attributes
+        for subset in _SUBSETS:
+            if scene.held_out and not {2, 3} <= set(subset):
+                continue  # the held-out pair is what such a scene is about
+            name = tuple(words[p] for p in subset)
+            if _matches(bits, name) != 1 << index:
+                continue
+            shared = sum(bits[word] != 1 << index for word in name)
+            minimal = shared == len(name)
+            odds = _SUBSET_ODDS.get(subset, 1.0) * (0.3 + shared) * (1.0 if minimal else 0.5)
+            ranked.append((rng.random() ** (1 / odds), index, name))
+    ranked.sort(reverse=True)
+    queries = []
+    for _, index, name in ranked[:MAX_TEXTS]:
+        text = _noun_phrase(rng, name)
+        queries.append(Query(text if rng.random() < 0.2 else f"the {text}", (index,), "attribute", False))
+    return queries
+
+
+_ABSENT_SUBSETS = ((2, 3),) * 5 + ((0, 2, 3), (1, 2, 3), (0, 3), (1, 3), (0, 2))
+
+
+def absent_queries(scene: Scene, rng: np.random.Generator) -> list[Query]:
+    """Phrases like those of ``attribute_queries`` that fit no shape; most words of most of them fit some shape."""
+    bits = _bits(scene.shapes)
+    texts: dict[str, Query] = {}
+    for _ in range(3 * MAX_TEXTS):
+        near = rng.random() < 0.8
+        words = [pick(rng, scene.shapes).attributes[p] for p in range(4)]
+        if not near:
+            words = [pick(rng, options) for options in (SIZES, TEXTURES, tuple(COLORS), KINDS)]
+        if (words[2], words[3]) in HELD_OUT:
+            continue
+        name = tuple(words[p] for p in pick(rng, _ABSENT_SUBSETS))
+        if _matches(bits, name):
+            continue
+        text = _noun_phrase(rng, name)
+        text = text if rng.random() < 0.2 else f"the {text}"
+        texts[text] = Query(text, (), "absent", False)
+        if len(texts) == MAX_TEXTS:
+            break
+    return list(texts.values())
+
+
+def multi_queries(scene: Scene, rng: np.random.Generator) -> list[Query]:
+    """Phrases for two or more shapes, though not for all: one kind of them, or two named ones."""
+    shapes, bits = scene.shapes, _bits(scene.shapes)
+    everything = (1 << len(shapes)) - 1
+    groups: dict[str, tuple[str, ...]] = {word: (word,) for word in bits if word != "plain"}
+    groups |= {f"{s.size} {s.kind}": (s.size, s.kind) for s in shapes}
+    groups |= {f"{s.size} {s.color}": (s.size, s.color) for s in shapes}
+    groups |= {f"{s.color} {s.kind}": (s.color, s.kind) for s in shapes}
+    queries = []
+    for words in groups.values():
+        found = _matches(bits, words)
+        if found == everything or found.bit_count() < 2:
+            continue
+        one, number = _noun_phrase(rng, words), _NUMBERS[found.bit_count()]
+        forms = [f"all the {_plural(one)}", f"every {one}", f"the {number} {_plural(one)}", f"all {_plural(one)}"]
+        queries.append(Query(pick(rng, forms), _members(found), "multi", False))
+    names = _short_names(rng, shapes, bits)
+    pairs = [(i, j) for i in names for j in names if i != j]
+    for i, j in shuffled(rng, pairs)[: MAX_TEXTS // 2]:
+        queries.append(Query(f"{names[i]} and {names[j]}", (i, j), "multi", False))
+    if scene.held_out:
+        queries = [q for q in queries if any(shapes[i].held_out for i in q.targets)]
+    return shuffled(rng, queries)[:MAX_TEXTS]
+
+
+def reasoning_queries(scene: Scene, rng: np.random.Generator) -> list[Query]:
+    """Whole questions with exactly one answer: relations to a named shape, superlatives, common sense."""
+    queries = []
+    for family in (_relations, _superlatives, _commonsense):
+        found = family(scene, rng)
+        if scene.held_out:
+            found = [q for q in found if scene.shapes[q.targets[0]].held_out]
+        queries += shuffled(rng, found)[:3]
+    return shuffled(rng, queries)[:MAX_TEXTS]
+
+
+_FARTHEST = (
+    "which {noun} is farthest from {name}?",
+    "which {noun} is the farthest away from {name}?",
+    "what is farthest from {name}?",
+)
+_NEAREST = (
+    "which {noun} is nearest to {name}?",
+    "which {noun} is closest to {name}?",
+    "what is nearest to {name}?",
+)
+_SIDES = (  # axis, direction, wordings: the target is the only shape on that side of the named one
+    (0, -1, ("what is to the left of {name}?", "which {noun} is left of {name}?")),
+    (0, 1, ("what is to the right of {name}?", "which {noun} is right of {name}?")),
+    (1, -1, ("what is above {name}?", "which {noun} is above {name}?")),
+    (1, 1, ("what is below {name}?", "which {noun} is below {name}?")),
+)
+
+
+def _relations(scene: Scene, rng: np.random.Generator) -> list[Query]:
+    shapes, unit = scene.shapes, max(scene.image.shape) / 120
+    queries = []
+
+    def ask(wordings, name: str, target: int) -> None:
+        text = pick(rng, wordings).format(noun=pick(rng, _NOUNS), name=name)
+        queries.append(Query(text, (target,), "relation", True))
+
+    for index, name in _short_names(rng, shapes, _bits(shapes)).items():
+        x, y = shapes[index].center
+        others = [(math.hypot(s.center[0] - x, s.center[1] - y), i) for i, s in enumerate(shapes) if i != index]
+        others.sort()
+        if others[-1][0] - others[-2][0] > 12 * unit:
+            ask(_FARTHEST, name, others[-1][1])
+        if others[1][0] - others[0][0] > 12 * unit:
+            ask(_NEAREST, name, others[0][1])
+        for axis, direction, wordings in _SIDES:
+            steps = sorted(((shapes[i].center[axis] - (x, y)[axis]) * direction, i) for _, i in others)
+            if steps[-1][0] > 12 * unit and steps[-2][0] < 0:
+                ask(wordings, name, steps[-1][1])
+    return queries
+
+
+_LARGEST = (
+    "which {noun} is the largest?",
+    "what is the biggest {noun}?",
+    "which {noun} is bigger than all the others?",
+)
+_SMALLEST = ("which {noun} is the smallest?", "what is the smallest {noun}?", "what is smaller than all the others?")
+_EXTREMES = (
+    (0, -1, ("which {noun} is farthest to the left?", "what is the leftmost {noun}?")),
+    (0, 1, ("which {noun} is farthest to the right?", "what is the rightmost {noun}?")),
+    (1, -1, ("which {noun} is at the very top?", "what is the topmost {noun}?", "what is the highest {noun}?")),
+    (1, 1, ("which {noun} is at the very bottom?", "what is the lowest {noun}?")),
+)
+
+
+def _superlatives(scene: Scene, rng: np.random.Generator) -> list[Query]:
+    shapes, unit = scene.shapes, max(scene.image.shape) / 120
+    queries = []
+
+    def ask(wordings, target: int) -> None:
+        queries.append(Query(pick(rng, wordings).format(noun=pick(rng, _NOUNS)), (target,), "superlative", True))
+
+    visible = scene.masks.sum(axis=(1, 2)).tolist()
+    # Radius, whole area and visible area must agree, so that no reading of "large" gives another answer.
+    order = sorted(range(len(shapes)), key=lambda i: shapes[i].radius)
+    first, second, before_last, last = order[0], order[1], order[-2], order[-1]
+    if shapes[last].radius > 1.2 * shapes[before_last].radius and all(
+        shapes[last].area > 1.3 * shapes[i].area and visible[last] > 1.15 * visible[i] for i in order[:-1]
+    ):
+        ask(_LARGEST, last)
+    if shapes[second].radius > 1.2 * shapes[first].radius and all(
+        shapes[i].area > 1.3 * shapes[first].area and visible[i] > 1.15 * visible[first] for i in order[1:]
+    ):
+        ask(_SMALLEST, first)
+    for axis, direction, wordings in _EXTREMES:
+        places = sorted((s.center[axis] * direction, i) for i, s in enumerate(shapes))
+        edges = [s.center[axis] * direction + s.reach for s in shapes]
+        (runner_up, _), (place, index) = places[-2:]
+        # Its center and its edge must both be the outermost.
+        if place - runner_up > 8 * unit and edges[index] >= max(edges) - 0.5:
+            ask(wordings, index)
+    return queries
+
+
+_COMMONSENSE = (  # attribute words, any of which answers the questions beside them
+    (("circle",), ("which object could roll down a hill?", "which shape has no corners?", "what looks like a wheel?")),
+    (("triangle",), ("which shape has exactly three corners?", "what looks like a mountain?")),
+    (("star",), ("which shape shines in the night sky?", "what could sit on top of a christmas tree?")),
+    (("cross",), ("which shape looks like a plus sign?", "which shape could mark a hospital?")),
+    (("square",), ("which shape looks like a box?", "what could be a window?")),
+    (("diamond",), ("which shape looks like a kite?", "what looks like a precious gem?")),
+    (("square", "diamond"), ("which shape has exactly four corners?",)),
+    (("green",), ("which object has the color of grass?", "what has the color of a leaf?")),
+    (("yellow",), ("which object has the color of a ripe banana?", "what has the color of a lemon?")),
+    (("red",), ("which object has the color of a tomato?", "what has the color of a fire truck?")),
+    (("white",), ("which object has the color of snow?", "what has the color of milk?")),
+    (("orange",), ("which object has the color of a carrot?", "what has the color of a pumpkin?")),
+    (("purple",), ("which object has the color of a plum?", "what has the color of grapes?")),
+    (("striped",), ("which object has stripes like a zebra?",)),
+    (("dotted",), ("which object has spots like a leopard?",)),
+)
+
+
+def _commonsense(scene: Scene, rng: np.random.Generator) -> list[Query]:
+    bits = _bits(scene.shapes)
+    queries = []
+    for words, wordings in _COMMONSENSE:
+        found = 0
+        for word in words:
+            found |= bits.get(word, 0)
+        if found.bit_count() == 1:
+            queries.append(Query(pick(rng, wordings), _members(found), "commonsense", True))
+    return queries
+
+
+# ----------------------------------------------------------------------------------------------- captions, questions
+
+_CAPTIONS = (
+    "there is {}.",
+    "the picture shows {}.",
+    "an image of {}.",
+    "here you can see {}.",
+    "a scene with {}.",
+)
+CAPTION_REQUESTS = (
+    "describe the picture.",
+    "what can you see in this image?",
+    "what is in the picture?",
+    "describe this scene.",
+)
+
+
+def explanation(scene: Scene, query: Query) -> str:
+    """A text answer to a query with one target: that shape in full."""
+    shape = scene.shapes[query.targets[0]]
+    return "it is the " + " ".join(word for word in shape.attributes if word != "plain") + "."
+
+
+def caption(scene: Scene, rng: np.random.Generator) -> str:
+    """One sentence that lists the shapes in reading order, with color and kind, sometimes size and texture too."""
+    band = scene.image.shape[0] / 3
+    order = sorted(scene.shapes, key=lambda s: (int(s.center[1] / band), s.center[0]))
+    with_size, with_texture = rng.random() < 0.4, rng.random() < 0.5
+    parts = []
+    for shape in order:
+        words = [shape.size] if with_size else []
+        words += [shape.texture] if with_texture and shape.texture != "plain" else []
+        parts.append(_with_article(" ".join([*words, shape.color, shape.kind])))
+    return pick(rng, _CAPTIONS).format(", ".join(parts[:-1]) + " and " + parts[-1])
+
+
+def questions(scene: Scene, rng: np.random.Generator) -> list[tuple[str, str]]:
+    """Questions with an answer of one word: counts, what a named shape is like, what there is, what is where."""
+    shapes, bits = scene.shapes, _bits(scene.shapes)
+    pairs = [_counting(scene, rng, bits) for _ in range(2)] + _yes_or_no(scene, rng, bits)
+    for index, found in _names(shapes, bits).items():
+        found = [name for name in found if len(name) < 4]
+        if found:
+            pairs.append(_attribute_question(rng, shapes[index], pick(rng, found)))
+    names = _short_names(rng, shapes, bits)
+    couples = shuffled(rng, [(i, j) for i in names for j in names if i != j])[:2]
+    unit = max(scene.image.shape) / 120
+    for i, j in couples:
+        dx, dy = (a - b for a, b in zip(shapes[i].center, shapes[j].center))
+        if abs(dx) > max(12 * unit, abs(dy)):
+            pairs.append((f"is {names[i]} left or right of {names[j]}?", "left" if dx < 0 else "right"))
+        elif abs(dy) > max(12 * unit, abs(dx)):
+            pairs.append((f"is {names[i]} above or below {names[j]}?", "above" if dy < 0 else "below"))
+    return shuffled(rng, list(dict(pairs).items()))[:MAX_TEXTS]
+
+
+def _counting(scene: Scene, rng: np.random.Generator, bits: dict[str, int]) -> tuple[str, str]:
+    word = pick(rng, [*KINDS, *COLORS, "striped", "dotted", *bits, *bits, ""])
+    if not word or word == "plain":
+        return f"how many {_plural(pick(rng, _NOUNS))} are there?", _NUMBERS[len(scene.shapes)]
+    noun = _plural(_noun_phrase(rng, (word,)))
+    return f"how many {noun} are there?", _NUMBERS[_matches(bits, (word,)).bit_count()]
+
+
+def _yes_or_no(scene: Scene, rng: np.random.Generator, bits: dict[str, int]) -> list[tuple[str, str]]:
+    """ "is there a red star?": one that is there and one whose color and kind are there, but not together."""
+    shape = pick(rng, scene.shapes)
+    pairs = [(f"is there {_with_article(f'{shape.color} {shape.kind}')}?", "yes")]
+    for _ in range(4):
+        name = (pick(rng, scene.shapes).color, pick(rng, KINDS))
+        if not _matches(bits, name) and name not in HELD_OUT:
+            return [*pairs, (f"is there {_with_article(' '.join(name))}?", "no")]
+    return pairs
+
+
+def _attribute_question(rng: np.random.Generator, shape: Shape, name: tuple[str, ...]) -> tuple[str, str]:
+    """Asks for an attribute of a shape that its name does not give away."""
+    text = "the " + _noun_phrase(rng, name)
+    asked = [
+        (shape.color, f"what color is {text}?"),
+        (shape.kind, f"what shape is {text}?"),
+        (shape.size, f"is {text} small or large?"),
+        (shape.texture, f"is {text} plain, striped or dotted?"),
+    ]
+    return pick(rng, [(question, word) for word, question in asked if word not in name])
+
+
+def corpus(rng: np.random.Generator, n: int) -> Iterator[str]:
+    """All texts about ``n`` scenes: what a tokenizer has to know. 500 scenes hold every word that there is."""
+    for _ in range(n):
+        scene = draw_scene(rng)
+        yield pick(rng, CAPTION_REQUESTS)
+        yield caption(scene, rng)
+        for generate in (attribute_queries, reasoning_queries, multi_queries, absent_queries):
+            yield from (query.text for query in generate(scene, rng))
+        yield from (explanation(scene, query) for query in attribute_queries(scene, rng)[:1])
+        for question, answer in questions(scene, rng):
+            yield question
+            yield answer

@@ -1,0 +1,82 @@
+"""The tiny family's shape: a LLaVA and a SAM of about 2M parameters with the anatomy of the real ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import CLIPVisionConfig, PreTrainedTokenizerFast
+
+from model.processing.tokens import add_special_tokens
+from model.sam import SamShape
+
+SYSTEM_PROMPT = ""  # 30 tokens in front of every prompt would cost a tiny model more than they tell it
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int = 800) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer in which the words of ``texts`` become single tokens and any other text still fits."""
+    tokenizer = Tokenizer(models.BPE(unk_token=None))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Punctuation("isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<unk>", "<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<unk>"
+    )
+    add_special_tokens(wrapped)
+    return wrapped
+
+
+def clip_config(side: int = 120, patch: int = 10, width: int = 96, layers: int = 5) -> CLIPVisionConfig:
+    """The vision tower; LLaVA reads hidden state -2, so the last layer is never used."""
+    return CLIPVisionConfig(
+        image_size=side,
+        patch_size=patch,
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=max(2, width // 32),
+        projection_dim=width,
+    )
+
+
+def llama_settings(vocab_size: int, width: int = 128, layers: int = 8, heads: int = 4) -> dict:
+    """LLaMA's part of the configuration."""
+    return {
+        "vocab_size": vocab_size,
+        "hidden_size": width,
+        "intermediate_size": 8 * width // 3 // 16 * 16,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads,
+        "max_position_embeddings": 2048,
+        "tie_word_embeddings": False,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    }
+
+
+def sam_shape(side: int = 120, patch: int = 8, encoder_width: int = 64, depth: int = 2, width: int = 64) -> SamShape:
+    """SAM with a small encoder and a narrow decoder."""
+    return SamShape(
+        image_size=side,
+        patch_size=patch,
+        encoder_width=encoder_width,
+        encoder_depth=depth,
+        encoder_heads=2,
+        global_attention=tuple(range(1, depth, 2)),
+        window_size=5,
+        prompt_width=width,
+        mask_channels=16,
+        decoder_mlp=4 * width,
+        iou_hidden=width,
+    )

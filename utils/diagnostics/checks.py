@@ -1,0 +1,310 @@
+"""What scripts/doctor.py looks at once the libraries work: settings, weights, tokens, data, gradients, learning."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+from model.loading.weights import Loaded
+from model.lora import part_of
+from model.processing.processor import UGroundProcessor
+from model.structures import Batch, Sample
+from utils.config import Config, missing_paths
+from utils.datasets import get_eval_dataset
+from utils.datasets.base import check_complete
+from utils.datasets.mixture import Mixture
+from utils.diagnostics.findings import Finding, ok, problem, warning
+from utils.diagnostics.memory_model import Plan, expected, on_cuda
+from utils.inference.loading import PRECISIONS, load_pretrained, predict
+from utils.training.checkpoint import checkpoint_bytes
+from utils.training.engine import deepspeed_settings, parameter_groups
+
+SAMPLES = 8  # that a working configuration learns by heart
+GOAL = 0.8  # mean IoU of their masks, at which it has
+STEPS = 150  # of the optimizer, at most
+MUST_FALL = 0.3  # times its first value: a base that segments well from the start has to learn, too
+EMBEDDED = ("seg", "rej", "im_start", "im_end", "eos")  # <image> is replaced before it is embedded
+CHEAP = 100e6  # parameters up to which a CPU does so in a minute or two
+
+
+# -- settings ----------------------------------------------------------------------------------------------------------
+
+
+def check_paths(config: Config) -> Iterator[Finding]:
+    """Whether all files are where the settings say."""
+    missing = missing_paths(config)
+    way_out = "download it (README, Train the 7B model on A100s), or correct the path"
+    yield from (problem(text, way_out) for text in missing)
+    if not missing:
+        yield ok("all files and folders of the settings exist")
+
+
+def check_deepspeed(config: Config) -> Iterator[Finding]:
+    """Whether DeepSpeed's JSON fits."""
+    deepspeed_settings(config, world_size=1)
+    yield ok(f"{config.train.deepspeed_config} agrees with the settings")
+
+
+def check_disk(config: Config, trainable: int) -> Iterator[Finding]:
+    """Room for checkpoints: the latest, the best and the one that is being written."""
+    folder = config.run_folder
+    while not folder.exists():
+        folder = folder.parent
+    needed = 3 * checkpoint_bytes(trainable, PRECISIONS[config.model.precision].itemsize)
+    free = shutil.disk_usage(folder).free
+    text = f"checkpoints take {needed / 1e9:.2f} GB (three of them, for a moment); {config.run_folder} has "
+    if not os.access(folder, os.W_OK):
+        yield problem(f"{folder} cannot be written to", "give --log_base_dir a folder of your own")
+    elif free < needed:
+        yield problem(f"{text}{free / 1e9:.2f} GB", "make room, or give --log_base_dir on another disk")
+    else:
+        yield ok(f"{text}{free / 1e9:,.0f} GB")
+
+
+def check_memory(plan: Plan, device: str, room: float) -> Iterator[Finding]:
+    """The expected memory of a step on one GPU (or of the one process on the CPU) against what is free there."""
+    parts = expected(plan)
+    needed = on_cuda(parts) if device == "cuda" else parts["total"] + parts["host"]
+    text = f"a step of {plan.images} images takes about {needed / 1e9:.1f} GB; {device} has {room / 1e9:.1f} GB free"
+    if needed > room:
+        way_out = "--gradient_checkpointing true, a smaller --batch_size, more GPUs or offloading: doctor.py --memory"
+        yield problem(text, way_out)
+    else:
+        yield ok(text)
+
+
+# -- weights and tokens ------------------------------------------------------------------------------------------------
+
+
+def describe_weights(loaded: list[Loaded]) -> Iterator[Finding]:
+    """What was loaded from where."""
+    for row in loaded:
+        text = (
+            f"{row.module}: {row.parameters:,} parameters in {row.dtype}, fingerprint {row.fingerprint}, {row.source}"
+        )
+        yield ok(text)
+
+
+def check_tokens(model: Any, processor: UGroundProcessor) -> Iterator[Finding]:
+    """Whether the special tokens are single, known, embedded, and the same for model and tokenizer."""
+    ids, settings = processor.tokens, model.config
+    rows = model.get_input_embeddings().weight.shape[0]
+    listed = ", ".join(f"{name} {value}" for name, value in vars(ids).items())
+    largest = max(getattr(ids, name) for name in EMBEDDED)
+    if largest >= rows:
+        yield problem(f"token {largest} of the tokenizer has no embedding ({rows} rows)", "take both from one folder")
+    elif (settings.seg_token_id, settings.rej_token_id) != (ids.seg, ids.rej):
+        mine = f"[SEG] {settings.seg_token_id}, [REJ] {settings.rej_token_id}"
+        yield problem(f"the model has {mine}; the tokenizer: {listed}", "take both from one folder")
+    else:
+        yield ok(f"tokens: {listed}; {rows:,} embeddings")
+
+
+# -- data --------------------------------------------------------------------------------------------------------------
+
+
+def describe_data(mixture: Mixture, config: Config) -> Iterator[Finding]:
+    """What is trained on, and how much of it cannot be used."""
+    for row in mixture.describe(config.total_steps * config.train.batch_size * config.train.grad_accumulation_steps):
+        bad = row.get("unusable", 0)
+        text = f"{row['name']}: {row['images']:,} images, {row['share']:.1%} of the samples, {row['epochs']:.2f} epochs"
+        mend = "scripts/inspect_data.py names them; complete or repair the data set"
+        yield warning(f"{text}; {bad:,} records cannot be used", mend) if bad else ok(text)
+
+
+def read_samples(mixture: Mixture, seed: int) -> Iterator[Finding]:
+    """Reads three samples of every data set, the first and the last among them."""
+    for dataset in mixture.datasets:
+        places = sorted({0, len(dataset) // 2, len(dataset) - 1})
+        errors = []
+        for place in places:
+            try:
+                dataset.sample(place, np.random.default_rng((seed, place)))
+            except ValueError as error:
+                errors.append(str(error))
+        if errors:
+            text = f"{dataset.name}: {len(errors)} of {len(places)} samples cannot be read: {errors[0]}"
+            yield problem(text, "complete the data set; training would skip such records and warn")
+        else:
+            yield ok(f"{dataset.name}: {len(places)} samples read")
+
+
+def check_benchmark(spec: str, config: Config) -> Iterator[Finding]:
+    """Whether a benchmark of the validation is complete."""
+    dataset = get_eval_dataset(spec, config.data.dataset_dir)
+    check_complete(dataset)
+    sample = dataset[0]
+    yield ok(f"{spec}: {len(dataset):,} images, {dataset.num_queries:,} queries; the first was read ({sample.source})")
+
+
+def samples_with_masks(mixture: Mixture) -> list[Sample]:
+    """The first samples of the mixture that have a mask, as many as are learned by heart."""
+    found = []
+    for number in range(20 * SAMPLES):
+        sample = mixture[number]
+        if (sample.masks == 1).any():
+            found.append(sample)
+        if len(found) == SAMPLES:
+            break
+    return found
+
+
+def collate(config: Config, processor: UGroundProcessor, mixture: Mixture, device: torch.device) -> list[Batch]:
+    """Samples with masks as batches of the size that training has."""
+    samples = samples_with_masks(mixture)
+    if not samples:
+        raise ValueError(f"none of the first {20 * SAMPLES} samples has a mask; choose data that have (--dataset)")
+    size, dtype = config.train.batch_size, PRECISIONS[config.model.precision]
+    parts = [samples[start : start + size] for start in range(0, len(samples), size)]
+    return [processor.collate(part).to(device, dtype) for part in parts]
+
+
+# -- learning ----------------------------------------------------------------------------------------------------------
+
+
+def check_gradients(model: torch.nn.Module, batch: Batch) -> Iterator[Finding]:
+    """One forward and backward pass: a finite loss, and a gradient for every part that trains."""
+    model.train()
+    model.zero_grad(set_to_none=True)
+    started = time.perf_counter()
+    output = model(batch)
+    output.loss.backward()
+    loss, seconds = float(output.loss.detach()), time.perf_counter() - started
+    terms = ", ".join(f"{name} {float(value):.3g}" for name, value in output.terms.items())
+    if not np.isfinite(loss):
+        yield problem(f"the loss is {loss} ({terms})", "damaged weights, or a precision that overflows?")
+    else:
+        yield ok(
+            f"forward and backward pass of {len(batch.sizes)} images in {seconds:.1f} s: loss {loss:.3f} ({terms})"
+        )
+    norms = norms_per_part(model)
+    listed = ", ".join(f"{part} {norm:.2g}" for part, norm in norms.items())
+    silent = [part for part, norm in norms.items() if not (norm > 0 and np.isfinite(norm))]
+    if silent:
+        way_out = "a loss weight of 0, or a part that the settings never reach? Its parameters would not learn"
+        yield problem(f"no usable gradient for {', '.join(silent)} (norms: {listed})", way_out)
+    elif not norms:
+        yield problem("nothing trains", "no parameter requires a gradient; see model/lora.py")
+    else:
+        yield ok(f"every part that trains receives a gradient (norms: {listed})")
+
+
+def norms_per_part(model: torch.nn.Module) -> dict[str, float]:
+    """Norm of the gradient per part that trains."""
+    squares: dict[str, float] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            square = 0.0 if parameter.grad is None else float(parameter.grad.float().square().sum())
+            squares[part_of(name)] = squares.get(part_of(name), 0.0) + square
+    return {part: square**0.5 for part, square in squares.items()}
+
+
+def is_cheap(model: torch.nn.Module, device: torch.device) -> bool:
+    """Whether learning by heart is a matter of a minute or two."""
+    return device.type == "cuda" or sum(parameter.numel() for parameter in model.parameters()) < CHEAP
+
+
+def check_overfit(model: torch.nn.Module, config: Config, batches: list[Batch]) -> Iterator[Finding]:
+    """Learns a few samples by heart at the configuration's learning rate; what cannot do that, learns nothing else."""
+    started = time.perf_counter()
+    images = sum(len(batch.sizes) for batch in batches)
+    course: list[tuple[float, float]] = []
+    for now in overfit(model, config, batches):
+        course.append(now)
+        if now[1] >= GOAL and now[0] <= MUST_FALL * course[0][0]:
+            break
+    (before, iou_before), (loss, iou) = course[0], course[-1]
+    seconds = time.perf_counter() - started
+    text = (
+        f"{images} samples by heart in {len(course) - 1} steps ({seconds:.0f} s): IoU {iou_before:.2f} -> {iou:.2f}, "
+        f"loss of text and masks {before:.3f} -> {loss:.3f}"
+    )
+    if iou >= GOAL and loss <= MUST_FALL * before:
+        yield ok(f"learned {text}")
+        return
+    wanted = f"(IoU {GOAL} and {MUST_FALL:.0%} of the first loss are expected)"
+    way_out = f"try another --lr (now {config.train.lr:g}); then look at the samples with scripts/inspect_data.py"
+    yield problem(f"did not learn {text} {wanted}", way_out)
+
+
+def overfit(model: torch.nn.Module, config: Config, batches: list[Batch]) -> Iterator[tuple[float, float]]:
+    """Loss and mask IoU on the same batches before each step, and after the last one of ``STEPS``.
+
+    The loss is that of text and masks, which can become 0; a map on a coarse grid cannot. As in training, the optimizer
+    keeps its weights in float32, and the learning rate warms up.
+    """
+    groups = parameter_groups(model, config)
+    exact = [[p.detach().float().clone().requires_grad_() for p in group["params"]] for group in groups]
+    betas = config.train.beta1, config.train.beta2
+    optimizer = torch.optim.AdamW(
+        [{"params": copies, "lr": group["lr"]} for copies, group in zip(exact, groups)], betas=betas, weight_decay=0.0
+    )
+    pairs = [pair for copies, group in zip(exact, groups) for pair in zip(copies, group["params"])]
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=0.1, total_iters=10)
+    torch.manual_seed(config.train.seed)
+    model.train()
+    for _ in range(STEPS + 1):
+        model.zero_grad(set_to_none=True)
+        losses, overlaps = [], []
+        for batch in batches:
+            output = model(batch)
+            (output.loss / len(batches)).backward()
+            losses.append(_text_and_masks(output.terms, config))
+            overlaps += [iou for masks, truth in zip(output.mask_logits, batch.masks) for iou in _ious(masks, truth)]
+        yield float(np.mean(losses)), float(np.mean(overlaps))
+        for copy, parameter in pairs:
+            copy.grad = None if parameter.grad is None else parameter.grad.float()
+        if config.train.gradient_clipping:
+            torch.nn.utils.clip_grad_norm_([copy for copy, _ in pairs], config.train.gradient_clipping)
+        optimizer.step()
+        schedule.step()
+        with torch.no_grad():
+            for copy, parameter in pairs:
+                parameter.copy_(copy)
+
+
+def _text_and_masks(terms: dict[str, torch.Tensor], config: Config) -> float:
+    weights = config.loss
+    masks = weights.bce_loss_weight * terms["mask_bce"] + weights.dice_loss_weight * terms["mask_dice"]
+    return float(weights.text_loss_weight * terms["text"] + weights.mask_loss_weight * masks)
+
+
+def _ious(logits: torch.Tensor, masks: torch.Tensor) -> list[float]:
+    """IoU of each mask over the pixels that count: [n, H, W] logits, [n, H, W] uint8."""
+    found, true = (logits > 0) & (masks != 255), masks == 1
+    both, either = (found & true).flatten(1).sum(1), (found | true).flatten(1).sum(1)
+    return torch.where(either > 0, both / either.clamp(min=1), 1.0).tolist()
+
+
+# -- a finished model --------------------------------------------------------------------------------------------------
+
+
+def check_merged(folder: str, device: str, precision: str, vision_tower: str) -> Iterator[Finding]:
+    """A folder of scripts/merge_lora.py: loads, has its tokens, and answers a question about a drawn image."""
+    model, processor = load_pretrained(folder, precision, device, vision_tower)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    yield ok(f"{folder}: {count:,} parameters, {precision} on {device}; every key found its place")
+    yield from check_tokens(model, processor)
+    broken = [name for name, parameter in model.named_parameters() if not parameter.isfinite().all()]
+    if broken:
+        names = ", ".join(broken[:3])
+        yield problem(f"{folder}: {len(broken)} parameters hold NaN or infinity: {names}", "merge it again")
+    image = np.full((96, 128, 3), 230, np.uint8)
+    image[30:70, 40:90] = (200, 30, 30)
+    question = "Where is the red square?"
+    (given,), (written,) = (
+        predict(model, processor, [image], [[question]], answers, max_new_tokens=24)
+        for answers in ([["Sure, it is [SEG]."]], None)
+    )
+    if len(given[0].mask_logits) != 1 or not given[0].mask_logits.isfinite().all():
+        yield problem(f"{folder}: a given [SEG] has no finite mask", "the weights are damaged; merge it again")
+    else:
+        yield ok(f"{folder}: a given [SEG] has a mask of {tuple(given[0].mask_logits.shape[1:])}")
+    text = f"{folder}: asked {question!r} about a drawn square, it wrote {written[0].text!r}"
+    yield ok(text) if len(written[0].mask_logits) else warning(text, "no [SEG]: is it trained? See test.py")

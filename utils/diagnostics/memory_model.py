@@ -1,0 +1,292 @@
+"""How much memory a training step takes, from shapes alone: arithmetic that a person can follow and check.
+
+Legend: b bytes per number (2 in bf16), B images per GPU, T tokens per row, D hidden size, F width of LLaMA's MLP, N
+[SEG] per image, P image tokens, G side of SAM's grid, E its width in the decoder, G x G x E = "image" of the decoder.
+What autograd keeps was counted in PyTorch's own backward formulas and compared with measured runs (docs/scaling.md).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import CLIPVisionConfig
+
+from model.loading.weights import base_config, read_sam
+from model.lora import add_lora
+from model.losses import PIXELS_AT_ONCE
+from model.sam import SamShape
+from model.UGround import UGroundConfig, UGroundForCausalLM
+from utils.config import Config
+from utils.inference.loading import PRECISIONS
+
+GB = 1e9
+PARTS = ("weights", "optimizer", "gradients", "language model", "SAM")
+PREFIX, PER_QUESTION, LABELS = 40, 40, 12  # tokens: in front of the questions; of one question with its answer; learned
+PIXELS = 640 * 480  # of an image of COCO
+PIXEL_BYTES = 35  # per pixel of a mask: what the losses at the image's size keep (measured, docs/scaling.md)
+CUDA_CONTEXT = 0.8 * GB  # assumed: kernels, cuBLAS, NCCL
+FRAGMENTATION = 0.1  # assumed: share of the activations that the allocator loses
+SHAPES: dict[str, dict[str, Any]] = {  # LLaVA-1.5 (Vicuna) with CLIP ViT-L/14 of 336 px and SAM ViT-H
+    "7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
+    "13b": {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40},
+    "medium": {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 12, "num_attention_heads": 8},
+}
+CLIPS: dict[str, dict[str, Any]] = {
+    "large": {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16},
+    "small": {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 4},
+}
+SAM_SMALL = SamShape(encoder_width=192, encoder_depth=2, encoder_heads=2, global_attention=(1,))  # its decoder is whole
+PATHS = ("version", "vision_tower", "vision_pretrained", "dataset_dir")
+MEDIUM_SETTINGS = ("--precision", "fp32", "--grad_accumulation_steps", "1")
+CARDS = (24, 40, 80)  # GB
+MARGIN = 0.1  # of a card that is left free: what is assumed here was not measured on a GPU
+VOCABULARY = 32_000 + 5  # Vicuna's, and this project's tokens
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A training step.
+
+    Attributes:
+        shape: sizes of the model. parameters, trainable: numbers of them.
+        precision: bytes per number, b.
+        images: per GPU and micro step, B. tokens: per row, T. labels: learned tokens per image. masks: per image, N.
+        pixels: per image. checkpointing: of LLaMA's layers. dropout: whether the adapters have one.
+        gpus: processes that share the optimizer (ZeRO-2). offload: keep it in the host's memory.
+        bucket: numbers per message of gradients (DeepSpeed's reduce_bucket_size).
+    """
+
+    shape: UGroundConfig
+    parameters: int
+    trainable: int
+    precision: int = 2
+    images: int = 2
+    tokens: int = 576 + PREFIX + 3 * PER_QUESTION
+    labels: int = 3 * LABELS
+    masks: int = 3
+    pixels: int = PIXELS
+    checkpointing: bool = False
+    dropout: bool = True
+    gpus: int = 1
+    offload: bool = False
+    bucket: int = 50_000_000
+
+    @property
+    def rows(self) -> int:
+        """Tokens of a micro step, B x T."""
+        return self.images * self.tokens
+
+
+# -- the parts ---------------------------------------------------------------------------------------------------------
+
+
+def language_model(plan: Plan) -> float:
+    """What LLaMA keeps for its backward pass, in bytes.
+
+    A frozen linear layer keeps nothing (its gradient needs the weight alone), so of a decoder layer there remain, per
+    token: the inputs of both norms in float32 (4D each); the layer's output, which PPM reads (bD; in float32 it is the
+    next norm's input); q, k, v and the attention's output (4bD); the inputs of LoRA's two A matrices, each its own copy
+    behind a dropout with its mask of a byte (2(b + 1)D; without dropout both read the same bD); and of the MLP the
+    inputs of SiLU and of the product (3bF). With checkpointing a layer keeps its input (bD), and one layer at a time is
+    computed again.
+
+    PPM keeps the image's states of all layers in float32 (4PD per image and layer). The additive mask of attention is
+    b x T x T per image.
+    """
+    c, b = plan.shape, plan.precision
+    d, mlp, layers = c.hidden_size, c.intermediate_size, c.num_hidden_layers
+    attention = (2 * d + 2 * d * (c.num_key_value_heads or c.num_attention_heads) / c.num_attention_heads) * b
+    adapters = 2 * (b + 1) * d if plan.dropout else b * d
+    layer = 8 * d + (b * d if b < 4 else 0) + attention + adapters + 3 * b * mlp
+    kept = b * d * layers + layer if plan.checkpointing else layer * layers
+    similarity = 4.0 * c.num_image_tokens * d * (layers + 1) * plan.images
+    mask = b * plan.images * plan.tokens**2
+    return plan.rows * kept + similarity + mask
+
+
+def text_loss(plan: Plan) -> float:
+    """Logits at the learned tokens alone: as computed (b), in float32, their log-softmax and its gradient (4 each)."""
+    return plan.images * plan.labels * plan.shape.vocab_size * (plan.precision + 12.0)
+
+
+def mask_decoder(plan: Plan) -> float:
+    """What SAM's decoder keeps, in bytes: about 26 "images" (G x G x E numbers) per mask.
+
+    The two-way transformer keeps 12 (inputs of the projections, their outputs at half the width, the inputs of the
+    norms, of two blocks and the last attention), the upscaling 11 (its norm is written out, at four times the pixels
+    and a quarter of the channels; two convolutions, two GELUs, the product with the mask tokens), the prompt's
+    downscaling and the sum 3: counted in a run (docs/scaling.md).
+    """
+    sam = SamShape(**plan.shape.sam_config)
+    image = (sam.image_size // sam.patch_size) ** 2 * sam.prompt_width
+    return 26.0 * image * plan.precision * plan.masks * plan.images
+
+
+def mask_losses(plan: Plan) -> float:
+    """Masks and maps at the image's size, float32, and what their losses keep: ``PIXEL_BYTES`` per mask pixel.
+
+    Of a photograph too large for that (``model.losses.PIXELS_AT_ONCE``), logits, map, soft target and mask stay (13),
+    and one part of the masks at a time is worked on.
+    """
+    image = plan.pixels * plan.masks
+    if image <= PIXELS_AT_ONCE:
+        return float(PIXEL_BYTES) * image * plan.images
+    return 13.0 * image * plan.images + PIXEL_BYTES * PIXELS_AT_ONCE
+
+
+def image_encoder(plan: Plan) -> float:
+    """The peak of SAM's encoder, which keeps nothing: a global layer's relative positions, G^2 x G^2 per head, of one
+    image at a time (its attention is fused, and has no scores)."""
+    sam = SamShape(**plan.shape.sam_config)
+    grid = (sam.image_size // sam.patch_size) ** 2
+    return 1.0 * sam.encoder_heads * grid**2 * plan.precision
+
+
+def optimizer(plan: Plan) -> tuple[float, float]:
+    """(GPU, host) bytes of master weights, AdamW's two moments and the summed gradient: 16 per trainable parameter,
+    shared among the GPUs (ZeRO-2). Offloaded, they are the host's."""
+    share = 16.0 * plan.trainable / plan.gpus
+    return (0.0, share) if plan.offload else (share, 0.0)
+
+
+def gradients(plan: Plan) -> float:
+    """Gradients that wait for their message, at most all of them, and the bucket that they are sent in."""
+    return 1.0 * plan.precision * (plan.trainable + min(plan.bucket, plan.trainable))
+
+
+# -- the sum -----------------------------------------------------------------------------------------------------------
+
+
+def expected(plan: Plan) -> dict[str, float]:
+    """Bytes per GPU by part, and their sum as ``total``; ``host`` is what offloading puts elsewhere.
+
+    The language model's states are alive while SAM's encoder runs, whose scratch memory is free again when the decoder
+    and the losses need theirs: the larger of the two counts.
+    """
+    on_gpu, host = optimizer(plan)
+    parts = {
+        "weights": float(plan.parameters * plan.precision),
+        "optimizer": on_gpu,
+        "gradients": gradients(plan),
+        "language model": language_model(plan) + text_loss(plan),
+        "SAM": max(image_encoder(plan), mask_decoder(plan) + mask_losses(plan)),
+    }
+    return parts | {"total": sum(parts.values()), "host": host}
+
+
+def on_cuda(parts: dict[str, float]) -> float:
+    """The total with what CUDA adds, as this file assumes it."""
+    activations = parts["language model"] + parts["SAM"]
+    return parts["total"] + CUDA_CONTEXT + FRAGMENTATION * activations
+
+
+def fits(total: float, card: int) -> bool:
+    """Whether so many bytes leave ``MARGIN`` of a card of ``card`` GB free."""
+    return total <= (1 - MARGIN) * card * GB
+
+
+# -- shapes ------------------------------------------------------------------------------------------------------------
+
+
+def preset(name: str, **settings: Any) -> UGroundConfig:
+    """The shape of UGround on LLaVA-1.5 ``7b`` or ``13b``; ``medium`` is one that a CPU can train, to measure with."""
+    shape, small = SHAPES[name], name == "medium"
+    clip = CLIPVisionConfig(image_size=336, patch_size=14, **CLIPS["small" if small else "large"])
+    settings = {"sam_config": (SAM_SMALL if small else SamShape()).to_dict()} | settings
+    heads = shape["num_attention_heads"]
+    return UGroundConfig(
+        vision_config=clip, vocab_size=VOCABULARY, num_key_value_heads=heads, rms_norm_eps=1e-5, **shape, **settings
+    )
+
+
+def shape_of(config: Config) -> tuple[UGroundConfig, str]:
+    """The model that a configuration trains, and where its sizes are from.
+
+    Weights that are not there yet are taken for LLaVA-1.5 of the size in their name.
+
+    Raises:
+        ValueError: if neither the files nor the name say the size.
+    """
+    paths = config.model
+    if all(Path(path).exists() for path in (paths.version, paths.vision_tower, paths.vision_pretrained)):
+        sam = read_sam(paths.vision_pretrained)[1]
+        keys = ["mm_projector.2.weight"]  # LLaVA-1.5's; another one weighs as little
+        return base_config(Path(paths.version), Path(paths.vision_tower), sam, keys, config.method), paths.version
+    name = next((size for size in ("13b", "7b") if size in Path(paths.version).name.lower()), None)
+    if name is None:
+        raise ValueError(f"--version {paths.version}: the weights are not there, and the name says neither 7b nor 13b")
+    return preset(name, **config.method), f"LLaVA-1.5 {name.upper()} with SAM ViT-H, assumed: the files are not there"
+
+
+def count_parameters(shape: UGroundConfig, lora_r: int, targets: str = "q_proj,v_proj") -> tuple[int, int]:
+    """(all, trainable) parameters of the model with LoRA, on the meta device: no memory is taken."""
+    with torch.device("meta"):
+        model = add_lora(UGroundForCausalLM(shape), lora_r, targets=targets)
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    return sum(size for size, _ in sizes), sum(size for size, trains in sizes if trains)
+
+
+def plan_of(config: Config) -> tuple[Plan, str]:
+    """The step that a configuration describes, and where the model's sizes are from."""
+    shape, source = shape_of(config)
+    return _plan(shape, config), source
+
+
+def plan_of_preset(name: str, config: Config) -> Plan:
+    """The same with the shape of ``preset``; the paths of the configuration do not matter."""
+    return _plan(preset(name, **config.method), config)
+
+
+def _plan(shape: UGroundConfig, config: Config) -> Plan:
+    total, trainable = count_parameters(shape, config.model.lora_r, config.model.lora_target_modules)
+    zero = json.loads(Path(config.train.deepspeed_config).read_text()).get("zero_optimization", {})
+    questions = config.data.questions_per_image
+    return Plan(
+        shape=shape,
+        parameters=total,
+        trainable=trainable,
+        precision=PRECISIONS[config.model.precision].itemsize,
+        images=config.train.batch_size,
+        tokens=shape.num_image_tokens + PREFIX + questions * PER_QUESTION,
+        labels=questions * LABELS,
+        masks=questions,
+        checkpointing=config.model.gradient_checkpointing,
+        dropout=config.model.lora_dropout > 0,
+        offload="offload_optimizer" in zero,
+        bucket=int(zero.get("reduce_bucket_size", 500_000_000)),
+    )
+
+
+# -- tables ------------------------------------------------------------------------------------------------------------
+
+
+def tables(name: str, plan: Plan, source: str, gpus: Sequence[int], offload: bool) -> list[str]:
+    """The plan by parts, then as it is, with checkpointing, with one image, and offloaded, on so many GPUs."""
+    of = f"{plan.images} images of {plan.tokens} tokens and {plan.masks} masks per GPU, {8 * plan.precision} bits"
+    lines = [f"{name}: {plan.parameters:,} parameters, {plan.trainable:,} of them train; {of}"]
+    lines += [f"sizes: {source}"] if source else []
+    lines += ["", "GB per GPU" + " " * 41 + "".join(f"{part:>16}" for part in PARTS) + "     all  fits on"]
+    variants: dict[str, dict[str, Any]] = {"as configured": {}, "gradient checkpointing": {"checkpointing": True}}
+    variants["checkpointing, 1 image"] = {"checkpointing": True, "images": 1}
+    for count in gpus:
+        for offloaded in (True,) if offload or plan.offload else (False, True):
+            for title, changes in variants.items():
+                parts = expected(replace(plan, gpus=count, offload=offloaded, **changes))
+                total = on_cuda(parts)
+                cards = ", ".join(str(card) for card in CARDS if fits(total, card)) or "none"
+                where = f"{count} GPU{'s' if count > 1 else ''}, {title}{', offload' if offloaded else ''}"
+                values = "".join(f"{parts[part] / GB:>16.1f}" for part in PARTS)
+                host = f" (host: {parts['host'] / GB:.1f} per GPU)" if offloaded else ""
+                lines.append(f"{where:<51}{values}{total / GB:>8.1f}  {cards}{host}")
+    note = f"{CUDA_CONTEXT / GB:.1f} GB for CUDA and NCCL and {FRAGMENTATION:.0%} of the activations"
+    return [
+        *lines,
+        f"all: with {note}, which are assumptions, not measurements; docs/scaling.md",
+        f"fits on: cards (GB) of which {MARGIN:.0%} stay free",
+        "",
+    ]

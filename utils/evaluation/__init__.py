@@ -1,0 +1,1 @@
+"""Evaluation: asking a benchmark, scoring, results on disk, tables and figures."""

@@ -1,0 +1,110 @@
+"""Results for people: the table that test.py prints, and pictures of samples from the worst to the best."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from utils.datasets.base import EvalDataset
+from utils.evaluation import metrics
+from utils.evaluation.evaluate import Asking, ask
+from utils.evaluation.metrics import Record
+from utils.evaluation.paper_tables import missing_note
+from utils.plotting.overlays import Panel
+
+
+def panels(
+    model,
+    processor,
+    dataset: EvalDataset,
+    records: Sequence[Record],
+    count: int,
+    asking: Asking,
+    protocol: str = "",
+) -> list[tuple[Record, Panel]]:
+    """Pictures of ``count`` samples evenly spaced from the worst to the best IoU, failures in their true share.
+
+    The model is asked once more about these images: keeping every similarity map would take too much memory.
+    """
+    ranked = sorted(records, key=lambda record: (metrics.iou(record, protocol), record.index, record.query_id))
+    places = np.linspace(0, len(ranked) - 1, min(count, len(ranked))).round().astype(int)
+    result = []
+    for record in (ranked[place] for place in places):
+        sample = dataset[record.index]
+        answers = ask(model, processor, [sample], [record.index], dataset.benchmark, asking)[0]
+        number = next(n for n, query in enumerate(sample.queries) if query.query_id == record.query_id)
+        answer, query = answers[number], sample.queries[number]
+        result.append(
+            (
+                record,
+                Panel(
+                    image=sample.image,
+                    query=query.text,
+                    masks=answer.masks,
+                    similarities=answer.similarities,
+                    truth=metrics.merge_targets(query.masks, *sample.image.shape[:2]),
+                    answer=answer.text,
+                    notes=notes(record, protocol),
+                    deviations=answer.deviations,
+                ),
+            )
+        )
+    return result
+
+
+def notes(record: Record, protocol: str = "") -> list[str]:
+    """What a panel says about an answer: IoU, layers, uncertainty, groups."""
+    expected = ", nothing to find" if record.expected_empty else ""
+    rejected = ", rejected" if record.rejected else ""
+    layers = f"layer {', '.join(map(str, record.layers))}" if record.layers else "no [SEG]"
+    doubt = [f"uncertainty {record.doubt:.2f}"] if record.uncertainty else []
+    groups = [f"{key}: {record.meta[key]}" for key in metrics.GROUP_KEYS if key in record.meta]
+    return [f"IoU {metrics.iou(record, protocol):.2f}{expected}{rejected}", layers, *doubt, *groups]
+
+
+def format_table(summaries: Sequence[dict[str, Any]]) -> str:
+    """Results as an aligned table: a line per benchmark and mode, its controls and groups indented below."""
+    names = list(dict.fromkeys(name for summary in summaries for name in summary["metrics"]))
+    rows = [["benchmark", "mode", "layers", "images", "masks", *names]]
+    for summary in summaries:
+        rows += _rows(summary, names)
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [
+            cell.rjust(width) if 3 <= n <= 4 else cell.ljust(width) for n, (cell, width) in enumerate(zip(row, widths))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    rule = "-" * max(map(len, lines))
+    skipped = [
+        f"{s['benchmark']}: {s['counts']['skipped']} images skipped" for s in summaries if s["counts"].get("skipped")
+    ]
+    return "\n".join([lines[0], rule, *lines[1:], rule, *skipped, "[low, high]: 95% bootstrap interval over images"])
+
+
+def _rows(summary: dict[str, Any], names: Sequence[str]) -> list[list[str]]:
+    """A result's own line, and those of its controls and groups."""
+    counts, note = summary["counts"], missing_note(summary)
+    mode = ", ".join(filter(None, [summary["mode"], summary.get("protocol")]))
+    images = str(counts["images"]) if counts["images"] == counts["split_images"] else "{images}/{split_images}"
+    asked = [summary["benchmark"], mode, summary["layer_policy"], images.format(**counts), str(counts["masks"])]
+    rows = [[*asked, *_cells(summary["metrics"], names, note, summary["intervals"])]]
+    for control, scores in summary["controls"].items():
+        rows.append([f"  control: {control.replace('_', ' ')}", "", "", "", "", *_cells(scores, names, note)])
+    for key, groups in summary["breakdown"].items():
+        for group, scores in groups.items():
+            rows.append([f"  {key}: {group}", "", "", "", str(scores["masks"]), *_cells(scores, names, note)])
+    return rows
+
+
+def _cells(
+    scores: dict[str, float], names: Sequence[str], note: str, bounds: dict[str, list[float]] | None = None
+) -> list[str]:
+    """``0.653 [0.601, 0.702] (3 missing)`` for each metric."""
+    cells = []
+    for name in names:
+        interval = " [{:.3f}, {:.3f}]".format(*bounds[name]) if bounds and name in bounds else ""
+        cells.append(f"{scores[name]:.3f}{interval}{note}" if name in scores else "-")
+    return cells

@@ -1,0 +1,111 @@
+"""What a run trained, without its base: a folder of a few hundred megabytes that loads on top of the base again.
+
+adapter_config.json, adapter_model.safetensors    LoRA, as peft writes it (float32)
+trained_parts.safetensors                         all else that trained, under the model's own names
+uground_run.json                                  settings, fingerprints of the base, where it was
+tokenizer files, uground_processor.json, README.md
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from model.loading.weights import NEW_PARTS, Loaded
+from utils.training.checkpoint import identity
+
+META = "uground_run.json"
+PARTS, LORA = "trained_parts.safetensors", "adapter_model.safetensors"
+BASES = {"vision_tower": "vision_tower", "visual_model": "vision_pretrained"}  # a module's setting; others: version
+WHERE = "Say where its base is with --base (LLaVA), --vision_tower (CLIP), --vision_pretrained (SAM)"
+
+
+def is_adapter(folder: str | Path) -> bool:
+    """Whether a folder is one of ``merge_lora.py --adapter_only``."""
+    return (Path(folder) / PARTS).is_file()
+
+
+def save(model: nn.Module, folder: Path, dtype: torch.dtype) -> None:
+    """Writes LoRA and everything else that a base does not have.
+
+    Args:
+        model: as trained, in float32, with LoRA unless its rank is 0; dtype: of training, for all but LoRA.
+    """
+    from peft import PeftModel  # here, as chat.py and test.py load folders without LoRA, and it takes its time
+
+    base = model
+    if isinstance(model, PeftModel):
+        base = model.get_base_model()
+        model.save_pretrained(str(folder), save_embedding_layers=False)
+    state, parts = base.state_dict(), {}
+    trained = {name for name, p in base.named_parameters() if p.requires_grad and "lora_" not in name}
+    for name in sorted(trained | {name for name in state if name.startswith(NEW_PARTS)}):
+        parts[name] = state[name].to(dtype).contiguous()
+    parts |= {name: value for name, value in base.named_buffers() if name in state}
+    save_file(parts, folder / PARTS)
+
+
+def check_base(folder: Path, meta: dict[str, Any], loaded: list[Loaded]) -> None:
+    """Refuses a base that is not the adapter's.
+
+    Raises:
+        ValueError: naming each module that differs, with both sources and fingerprints.
+    """
+    now, paths = identity(loaded), meta["config"]["model"]
+    sources = {row.module: row.source for row in loaded}
+    wrong = [name for name, before in meta["base"].items() if now.get(name) != before]
+    if wrong:
+        lines = [
+            f"\n  {name}: {sources.get(name)} has {now.get(name)}, {paths[BASES.get(name, 'version')]} had "
+            f"{meta['base'][name]}"
+            for name in wrong
+        ]
+        raise ValueError(f"--version: the adapter {folder} was trained on another base:{''.join(lines)}\n{WHERE}")
+
+
+@torch.no_grad()
+def apply(model: nn.Module, folder: Path, meta: dict[str, Any]) -> None:
+    """Puts an adapter's values into its base; LoRA's products are added in float32 and rounded once.
+
+    Raises:
+        ValueError: if the adapter has another shape than the model.
+    """
+    parts, settings = load_file(folder / PARTS), meta["config"]["model"]
+    lora = load_file(folder / LORA) if (folder / LORA).is_file() else {}
+    own = model.state_dict()
+    wrong = [name for name, value in parts.items() if name not in own or own[name].shape != value.shape]
+    if wrong:
+        raise ValueError(f"--version: {folder} does not fit its base: {', '.join(wrong[:5])}")
+    wanted = {plain_name(name) for name in meta["trained"]} | {name for name in own if name.startswith(NEW_PARTS)}
+    if missing := sorted(wanted - parts.keys() - {plain_name(name) for name in lora}):
+        raise ValueError(
+            f"--version: {folder} is incomplete: {PARTS} and {LORA} lack {len(missing)} of {len(wanted)} trained "
+            f"weights: {', '.join(missing[:5])}; copy it again, or write it anew with merge_lora.py --adapter_only"
+        )
+    model.load_state_dict(parts, strict=False)
+    if not lora:
+        return
+    scale = settings["lora_alpha"] / settings["lora_r"]
+    for key in (key for key in lora if key.endswith(".lora_A.weight")):
+        name = key.removeprefix("base_model.model.").replace(".lora_A", "")
+        weight = model.get_parameter(name)
+        product = lora[key.replace("lora_A", "lora_B")] @ lora[key]
+        weight.data = (weight.float() + product * scale).to(weight.dtype)
+
+
+def plain_name(name: str) -> str:
+    """A weight's name, without what peft puts around it."""
+    return name.removeprefix("base_model.model.").replace(".default.", ".")
+
+
+def read_meta(folder: Path) -> dict[str, Any]:
+    """``uground_run.json`` of a folder that merge_lora.py wrote."""
+    try:
+        return json.loads((folder / META).read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"--version: {folder / META} cannot be read: {error}") from error

@@ -1,0 +1,114 @@
+"""What is kept of an answer: a lossless mask per [SEG], an overlay, a record for JSON. Chat and dashboard share it."""
+
+from __future__ import annotations
+
+import json
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from model.structures import Prediction
+from utils.evaluation.metrics import encode_mask
+from utils.plotting.overlays import heat_map, overlay, save_picture
+
+
+def describe(image: str, pixels: np.ndarray, prompt: str, prediction: Prediction, layer_policy: str) -> dict[str, Any]:
+    """An answer as a JSON object; a mask has its box (x, y, width, height; None if it is empty) and COCO's run lengths.
+
+    Args:
+        image: its name; pixels: [H, W, 3].
+    """
+    masks = []
+    for number, mask in enumerate((prediction.mask_logits > 0).numpy()):
+        entry = {
+            "layer": prediction.layers[number],
+            "policy": [round(share, 4) for share in prediction.policy[number].tolist()],
+            "pixels": int(mask.sum()),
+            "box_xywh": bounding_box(mask),
+            "rle": encode_mask(mask),
+        }
+        if prediction.uncertainty:
+            found = prediction.uncertainty[number]
+            shares = {str(layer): round(share, 4) for layer, share in enumerate(found.layers.tolist()) if share}
+            entry["uncertainty"] = {"score": found.score, "layers": shares}
+        masks.append(entry)
+    return {
+        "image": image,
+        "width": pixels.shape[1],
+        "height": pixels.shape[0],
+        "prompt": prompt,
+        "answer": prediction.text,
+        "layer_policy": layer_policy,
+        "masks": masks,
+    }
+
+
+def save_pictures(folder: Path, stem: str, pixels: np.ndarray, values: dict[str, Any], prediction: Prediction) -> None:
+    """Writes STEM_overlay.png and STEM_mask_K.png per [SEG] (0 and 255), and enters their names into ``values``.
+
+    With ``mc:T`` also STEM_deviation_K.png: the standard deviation of the T probabilities, yellow where it is 0.5.
+
+    Args:
+        values: of ``describe``.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    masks = (prediction.mask_logits > 0).numpy()
+    for number, (mask, entry) in enumerate(zip(masks, values["masks"]), start=1):
+        entry["file"] = f"{stem}_mask_{number}.png"
+        save_picture(folder / entry["file"], mask.astype(np.uint8) * 255)
+    for number, (found, entry) in enumerate(zip(prediction.uncertainty, values["masks"]), start=1):
+        entry["uncertainty"]["file"] = f"{stem}_deviation_{number}.png"
+        spread = heat_map(pixels, 2 * found.variance.sqrt().numpy())
+        save_picture(folder / entry["uncertainty"]["file"], spread)
+    values["overlay"] = f"{stem}_overlay.png"
+    save_picture(folder / values["overlay"], overlay(pixels, masks))
+
+
+def save_answer(folder: Path, stem: str, pixels: np.ndarray, values: dict[str, Any], prediction: Prediction) -> None:
+    """``save_pictures``, then STEM.json, in place of an earlier answer of that name; any other file stays.
+
+    Raises:
+        ValueError: if STEM.json is no answer.
+    """
+    record = folder / f"{stem}.json"
+    remove_old(record)
+    save_pictures(folder, stem, pixels, values, prediction)
+    text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
+    record.write_text(text, encoding="utf-8", errors="backslashreplace")  # bytes in a file name become \udc.. escapes
+
+
+def layer_words(policy: str, layer: int) -> str:
+    """Where a mask comes from, of a prediction's ``layers``: with some policies from more layers than one."""
+    kind = policy.partition(":")[0]
+    if kind in ("soft", "ce_soft"):
+        return f"all layers, most weight on {layer}"
+    return f"sampled layers, most often {layer}" if kind == "mc" else f"layer {layer}"
+
+
+def free_stem(folder: Path, stem: str, ending: str = ".json") -> str:
+    """``STEM_001``, or the first number after it that no earlier answer has; each has a file with that ending."""
+    return next(name for name in (f"{stem}_{n:03d}" for n in count(1)) if not (folder / f"{name}{ending}").exists())
+
+
+def remove_old(record: Path) -> None:
+    """Removes an answer; it may have had more masks than the one that takes its name."""
+    try:
+        old = json.loads(record.read_text(encoding="utf-8"))["masks"]
+        pictures = [written["file"] for mask in old for written in (mask, mask.get("uncertainty")) if written]
+    except FileNotFoundError:
+        return
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{record} is there, and no answer of this program; give another --output") from error
+    record.unlink()
+    for name in pictures:
+        (record.parent / Path(name).name).unlink(missing_ok=True)
+
+
+def bounding_box(mask: np.ndarray) -> list[int] | None:
+    """x, y, width, height in pixels; None for an empty mask."""
+    ys, xs = np.nonzero(mask)
+    if not len(xs):
+        return None
+    return [int(xs.min()), int(ys.min()), int(np.ptp(xs)) + 1, int(np.ptp(ys)) + 1]

@@ -1,0 +1,127 @@
+"""What the programs that ask a model share: flags that say which and where, its loading, exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+
+from model.loading.weights import fingerprint
+from model.processing.processor import UGroundProcessor
+from model.UGround import UGroundForCausalLM
+from utils.inference.loading import PRECISIONS, load_pretrained
+from utils.inference.placement import QUANTIZATIONS, place
+
+
+def run(main: Callable[[list[str] | None], int], arguments: list[str] | None = None) -> int:
+    """Calls ``main`` -> its exit code; 2 for what the user can put right, 130 for Ctrl-C. Neither shows a traceback."""
+    name = Path(sys.argv[0]).name
+    try:
+        return main(arguments)
+    except BrokenPipeError:  # the reader of our output (head, less) has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except torch.OutOfMemoryError as error:
+        message = f"out of memory on the GPU: lower --batch_size or use --precision bf16 ({error})"
+    except (ValueError, OSError, SafetensorError) as error:
+        message = str(error)
+    except KeyboardInterrupt:
+        print(f"\n{name}: interrupted", file=sys.stderr)
+        return 130
+    print(f"{name}: error: {message}", file=sys.stderr)
+    return 2
+
+
+def pick_device(wanted: str) -> str:
+    """``auto`` = the GPU if there is one.
+
+    Raises:
+        ValueError: if the device is not there.
+    """
+    if wanted == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=wanted)
+    except (RuntimeError, AssertionError) as error:
+        first = str(error).splitlines()[0]
+        raise ValueError(
+            f"--device {wanted} cannot be used ({first}); use cpu, cuda with an NVIDIA GPU, or mps on a Mac"
+        ) from error
+    return wanted
+
+
+def pick_precision(wanted: str, device: str) -> str:
+    """``auto`` = bf16 on a GPU, fp32 elsewhere."""
+    if wanted == "auto":
+        return "bf16" if device.startswith("cuda") else "fp32"
+    return wanted
+
+
+def add_model_flags(parser: argparse.ArgumentParser, default: str = "") -> None:
+    """The flags that ``open_model`` reads.
+
+    Args:
+        default: what is loaded without --version, in words; "" = --version must be given.
+    """
+    add = parser.add_argument
+    add(
+        "--version",
+        required=not default,
+        metavar="DIR",
+        help="merged model, as scripts/merge_lora.py writes it, or a published checkpoint of UGround, LISA, GSVA, "
+        "SESAME or READ" + (f" (default: {default})" if default else ""),
+    )
+    add("--vision_tower", default="", metavar="DIR", help="CLIP's folder, for a published checkpoint or an adapter")
+    add("--precision", choices=("auto", *PRECISIONS), default="auto", help="default: bf16 on a GPU, fp32 elsewhere")
+    add("--device", default="auto", help="cpu, cuda, cuda:1, mps (default: the NVIDIA GPU if there is one, else cpu)")
+    add("--base", default="", metavar="DIR", help="LLaVA's folder for an adapter (--adapter_only), if it has moved")
+    add("--vision_pretrained", default="", metavar="FILE", help="SAM for an adapter, if it has moved")
+    several = parser.add_mutually_exclusive_group()
+    several.add_argument(
+        "--quantize",
+        choices=QUANTIZATIONS,
+        help="the language model's layers in 8 or 4 bits (bitsandbytes; cuda or cpu); all else stays as it is",
+    )
+    several.add_argument(
+        "--device_map",
+        choices=("auto",),
+        help="spread the language model's layers over all GPUs, and main memory if these are too small",
+    )
+
+
+@dataclass
+class Opened:
+    """A model ready to be asked. ``fingerprint`` is that of its weights as they are on disk."""
+
+    model: UGroundForCausalLM
+    processor: UGroundProcessor
+    device: str
+    precision: str
+    fingerprint: str
+
+
+def open_model(args: argparse.Namespace, device: str | None = None) -> Opened:
+    """Loads what the flags of ``add_model_flags`` name.
+
+    Args:
+        device: instead of ``--device``, for a process that was given its own.
+
+    Raises:
+        ValueError: for a wrong folder, or a device that is not there or cannot do it.
+    """
+    if args.device_map and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("--device_map is for one process that uses all GPUs; start it without a launcher")
+    device = device or pick_device(args.device)
+    precision = pick_precision(args.precision, device)
+    model, processor = load_pretrained(
+        args.version, precision, "cpu", args.vision_tower, args.base, args.vision_pretrained
+    )
+    known = fingerprint(model.state_dict().values())  # before layers are quantized, or leave their place
+    place(model, device, args.quantize, args.device_map)
+    return Opened(model, processor, device, ", ".join(filter(None, (precision, args.quantize))), known)

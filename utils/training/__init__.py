@@ -1,0 +1,1 @@
+"""Training: the DeepSpeed engine, checkpoints, the run's log and report."""

@@ -1,0 +1,304 @@
+"""Checkpoints of a run: DeepSpeed's files with a ``meta.json``, and an index that says which is latest and best.
+
+    RUN/checkpoints/index.json             {"latest": "step_00000500", "best": "step_00000400"}
+    RUN/checkpoints/step_00000500/         only what trains (with master weights and optimizer), buffers, meta.json
+
+A checkpoint is written under a temporary name, synced, renamed and indexed; only then do old ones go. So a run that is
+killed, or a disk that fills up, leaves the last complete checkpoint as it was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Iterable
+from importlib.metadata import version as version_of
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from model.loading.weights import Loaded
+from utils import distributed
+from utils.config import FIELDS, Config, config_from, plain
+
+FOLDER, INDEX, META = "checkpoints", "index.json", "meta.json"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be written, found or resumed; the message says why and what to do."""
+
+
+# -- what a checkpoint says about itself -------------------------------------------------------------------------------
+
+
+def identity(loaded: Iterable[Loaded]) -> dict[str, str]:
+    """Fingerprints of the base weights per module, without the parts that training starts from scratch."""
+    return {row.module: row.fingerprint for row in loaded if row.source != "new"}
+
+
+def trained_shapes(model: nn.Module) -> dict[str, list[int]]:
+    """Shape of everything that a checkpoint must hold: trainable parameters and persistent buffers."""
+    state = model.state_dict().keys()
+    named: list[tuple[str, torch.Tensor]] = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    named += [(name, buffer) for name, buffer in model.named_buffers() if name in state]
+    return {name: list(tensor.shape) for name, tensor in named}
+
+
+def describe_settings(config: Config, data: list[dict]) -> dict[str, Any]:
+    """What is known of a run before its model is there: settings, data (``Mixture.describe``), processes."""
+    return {
+        "config": plain(config),
+        "data": [{key: value for key, value in row.items() if key != "skipped"} for row in data],
+        "processes": distributed.world_size(),
+    }
+
+
+def describe_model(model: nn.Module, processor, loaded: Iterable[Loaded]) -> dict[str, Any]:
+    """What trains, on what base, with which code."""
+    packages = ("torch", "transformers", "peft", "deepspeed", "segment-anything")
+    return {
+        "base": identity(loaded),
+        "tokens": vars(processor.tokens),
+        "trained": trained_shapes(model),
+        "commit": git_commit(),
+        "versions": {"python": platform.python_version()} | {name: version_of(name) for name in packages},
+    }
+
+
+def git_commit() -> str:
+    """The commit of this code, with ``-dirty`` when files differ from it."""
+    root = Path(__file__).resolve().parents[2]
+    try:
+        command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+# -- finding -----------------------------------------------------------------------------------------------------------
+
+
+def read_index(run_folder: Path) -> dict[str, str]:
+    """{"latest": folder name, "best": folder name}; empty when the run has no checkpoint."""
+    path = run_folder / FOLDER / INDEX
+    return _read_json(path) if path.is_file() else {}
+
+
+def find_checkpoint(path: str | Path, which: str = "latest") -> Path:
+    """The folder of a checkpoint, from that folder itself or from its run's.
+
+    Raises:
+        CheckpointError: if there is none, or it is not complete.
+    """
+    path = Path(path)
+    if (path / META).is_file():
+        return path
+    index = read_index(path)
+    if which not in index:
+        raise CheckpointError(
+            f"{path} holds no checkpoint: neither {META} nor {FOLDER}/{INDEX} with {which!r} is there; give the folder "
+            "of a run (runs/NAME)"
+        )
+    found = path / FOLDER / index[which]
+    if not (found / META).is_file():
+        raise CheckpointError(f"{found} is not complete (no {META}), though {path / FOLDER / INDEX} names it")
+    return found
+
+
+def read_meta(checkpoint: Path) -> dict[str, Any]:
+    """``meta.json`` of a checkpoint folder."""
+    return _read_json(checkpoint / META)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+
+
+# -- saving ------------------------------------------------------------------------------------------------------------
+
+
+def save_checkpoint(engine, run_folder: Path, meta: dict[str, Any], best: bool) -> Path:
+    """Writes a checkpoint; all processes must call it.
+
+    Args:
+        meta: must hold ``step``; see ``describe_settings`` and ``describe_model`` for the rest.
+        best: the best so far, by validation.
+
+    Raises:
+        CheckpointError: if the disk is full (or cannot be written); earlier checkpoints are as they were.
+    """
+    folder = run_folder / FOLDER
+    name = f"step_{meta['step']:08d}"
+    partial = folder / f"partial_{name}"
+    distributed.fail_together(_prepare(folder, partial, engine) if distributed.is_main() else None, CheckpointError)
+    try:
+        engine.save_checkpoint(str(folder), tag=partial.name, save_latest=False, exclude_frozen_parameters=True)
+    except (OSError, RuntimeError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise CheckpointError(_cannot_write(partial, error)) from error
+    distributed.fail_together(
+        _publish(folder, partial, name, meta, best) if distributed.is_main() else None, CheckpointError
+    )
+    return folder / name
+
+
+def checkpoint_bytes(trained: int, itemsize: int) -> int:
+    """Size of a checkpoint: of each parameter that trains master weight and two moments, and the weight itself."""
+    return trained * (12 + itemsize)
+
+
+def _prepare(folder: Path, partial: Path, engine) -> str | None:
+    """Makes room for a new checkpoint; returns what is in the way."""
+    trained = sum(p.numel() for p in engine.module.parameters() if p.requires_grad)
+    needed = checkpoint_bytes(trained, next(engine.module.parameters()).itemsize)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for left_over in folder.glob("partial_*"):
+            shutil.rmtree(left_over)
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        return _cannot_write(partial, error)
+    if free < needed * 1.02:
+        return (
+            f"no room for a checkpoint: it takes {needed / 1e9:.2f} GB, {folder} has {free / 1e9:.2f} GB left. Make "
+            "room and go on with --auto_resume true; earlier checkpoints are as they were"
+        )
+    return None
+
+
+def _publish(folder: Path, partial: Path, name: str, meta: dict[str, Any], best: bool) -> str | None:
+    """Syncs, renames and indexes a complete checkpoint, then removes those that the index does not name."""
+    try:
+        (partial / META).write_text(json.dumps(meta, indent=1) + "\n")
+        for path in (*partial.iterdir(), partial):
+            _sync(path)
+        shutil.rmtree(folder / name, ignore_errors=True)  # of a run that was killed right here
+        partial.rename(folder / name)
+        index = read_index(folder.parent) | {"latest": name} | ({"best": name} if best else {})
+        write_atomically(folder / INDEX, json.dumps(index) + "\n")
+        for old in folder.glob("step_*"):
+            if old.name not in index.values():
+                shutil.rmtree(old)
+    except OSError as error:
+        return _cannot_write(partial, error)
+    return None
+
+
+def _cannot_write(path: Path, error: Exception) -> str:
+    reason = " ".join(str(error).split())
+    return (
+        f"the checkpoint {path} could not be written ({reason[:200]}); is the disk full, or a quota reached? "
+        "Earlier checkpoints are as they were: make room and go on with --auto_resume true"
+    )
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replaces a small file: readers see the old one or the new one."""
+    temporary = path.with_name(f".{path.name}.new")
+    temporary.write_text(text)
+    _sync(temporary)
+    os.replace(temporary, path)
+    _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# -- resuming ----------------------------------------------------------------------------------------------------------
+
+
+def differences(run: dict[str, Any], saved: dict[str, Any]) -> list[str]:
+    """What makes a run (``describe_settings``, perhaps with ``describe_model``) another one than the checkpoint's."""
+    found = []
+    now, before = (config_from(meta["config"], META).flat() for meta in (run, saved))
+    for name, item in FIELDS.items():
+        if now[name] != before[name] and not item.metadata["may_change"]:
+            found.append(f"{name}: {before[name]!r} in the checkpoint, now {now[name]!r}")
+    flags = {"vision_tower": "--vision_tower", "visual_model": "--vision_pretrained"}
+    for module in sorted(run["base"].keys() | saved["base"].keys()) if "base" in run else ():
+        if run["base"].get(module) != saved["base"].get(module):
+            found.append(f"{flags.get(module, '--version')}: the base weights of {module} are not the same")
+    now, before = ({row["name"]: row for row in meta["data"]} for meta in (run, saved))
+    for name in sorted(now.keys() | before.keys()):
+        if now.get(name) != before.get(name):
+            found.append(f"data set {name}: {before.get(name)} in the checkpoint, now {now.get(name)}")
+    if run["processes"] != saved["processes"]:
+        found.append(f"processes: {saved['processes']} in the checkpoint, now {run['processes']}")
+    if "trained" in run and run["trained"] != saved["trained"]:
+        names = sorted(name for name, _ in set(_items(run["trained"])) ^ set(_items(saved["trained"])))
+        found.append(f"what trains: {', '.join(names[:5])}")
+    return found
+
+
+def _items(shapes: dict[str, list[int]]) -> Iterable[tuple]:
+    return ((name, tuple(shape)) for name, shape in shapes.items())
+
+
+def check_same_run(checkpoint: Path, run: dict[str, Any]) -> dict[str, Any]:
+    """The checkpoint's meta, if ``run`` can go on from it. All processes must call it.
+
+    Raises:
+        CheckpointError: naming every difference that would make it another run.
+    """
+    saved = read_meta(checkpoint)
+    problem = None
+    if found := differences(run, saved):
+        problem = (
+            f"{checkpoint} belongs to another run:\n  " + "\n  ".join(found) + "\nGive the settings of the checkpoint "
+            "(its run folder's config.yaml holds them), or start anew with another --exp_name"
+        )
+    distributed.fail_together(problem, CheckpointError)
+    return saved
+
+
+def resume(engine, checkpoint: Path, run: dict[str, Any]) -> dict[str, Any]:
+    """Restores weights, buffers, optimizer and schedule; returns the checkpoint's meta. All processes must call it.
+
+    Raises:
+        CheckpointError: if the checkpoint is not this run's, or cannot be loaded.
+    """
+    saved = check_same_run(checkpoint, run)
+    loaded, _ = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name, load_module_strict=False)
+    if loaded is None or engine.global_steps != saved["step"]:
+        raise CheckpointError(f"{checkpoint} could not be loaded by DeepSpeed (step {saved['step']} expected)")
+    return saved
+
+
+def trained_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Everything that was trained, in float32, and the buffers, by their names in the training model.
+
+    Raises:
+        CheckpointError: if names or shapes are not exactly those that ``meta.json`` lists.
+    """
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        try:
+            state = get_fp32_state_dict_from_zero_checkpoint(
+                str(checkpoint.parent), tag=checkpoint.name, exclude_frozen_parameters=True
+            )
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            raise CheckpointError(f"{checkpoint} cannot be read by DeepSpeed: {error}") from error
+    expected = read_meta(checkpoint)["trained"]
+    found = {name: list(tensor.shape) for name, tensor in state.items()}
+    if found != expected:
+        names = sorted(name for name, _ in set(_items(found)) ^ set(_items(expected)))
+        raise CheckpointError(
+            f"{checkpoint} does not hold exactly what was trained; it differs in {', '.join(names[:5])}"
+        )
+    return dict(state)

@@ -1,0 +1,145 @@
+"""The training engine: base model with LoRA, AdamW with its groups, WarmupDecayLR, DeepSpeed's ZeRO-2."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.utils import logging as transformers_logging
+
+from model.loading.weights import Loaded
+from model.lora import add_lora, part_of
+from model.processing.processor import UGroundProcessor
+from utils import distributed
+from utils.config import Config
+from utils.inference.loading import load_for_training
+
+
+def build_model(config: Config) -> tuple[nn.Module, UGroundProcessor, list[Loaded]]:
+    """Base weights with LoRA; what trains is set. The same seed gives the same new weights.
+
+    Returns:
+        the model (a ``PeftModel`` unless lora_r is 0), its processor, and the rows of the loading report.
+    """
+    transformers_logging.disable_progress_bar()
+    torch.manual_seed(config.train.seed)
+    base, processor, loaded = load_for_training(
+        config.model.version,
+        config.model.vision_tower,
+        config.model.vision_pretrained,
+        config.model.precision,
+        config.method,
+        config.model.model_max_length,
+    )
+    targets = config.model.lora_target_modules
+    model = add_lora(base, config.model.lora_r, config.model.lora_alpha, config.model.lora_dropout, targets)
+    if config.model.gradient_checkpointing:
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    empty = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
+    if empty:
+        raise ValueError(
+            f"--version {config.model.version} left {len(empty)} tensors without values: {', '.join(empty[:5])}"
+        )
+    return model, processor, loaded
+
+
+def build_engine(model: nn.Module, config: Config, settings: dict[str, Any]):
+    """DeepSpeed's engine around the model; ``settings`` are ``deepspeed_settings``, processes have joined before."""
+    import deepspeed  # slow to import, and of no use to evaluation
+    from deepspeed.runtime.lr_schedules import WarmupDecayLR
+
+    deepspeed.utils.logger.setLevel(logging.ERROR)
+    if not torch.cuda.is_available():
+        # DeepSpeed would compile an extension for messages between CPU processes (a minute, a compiler); gloo does it
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    groups = parameter_groups(model, config)
+    betas = config.train.beta1, config.train.beta2
+    optimizer = torch.optim.AdamW(groups, betas=betas, weight_decay=config.train.weight_decay, fused=True)
+    scheduler = WarmupDecayLR(
+        optimizer,
+        total_num_steps=config.total_steps,
+        warmup_max_lr=[group["lr"] for group in groups],
+        warmup_num_steps=config.train.warmup_steps,
+        warmup_type="linear",
+    )
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=optimizer, lr_scheduler=scheduler, config=settings, dist_init_required=False
+    )
+    return engine
+
+
+def parameter_groups(model: nn.Module, config: Config) -> list[dict[str, Any]]:
+    """Everything that trains; the policy gate with its own learning rate."""
+    parts: dict[bool, list[nn.Parameter]] = {False: [], True: []}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            parts[part_of(name) == "gate"].append(parameter)
+    rates = {False: config.train.lr, True: config.train.lr * config.train.gate_lr_factor}
+    return [{"params": parameters, "lr": rates[gate]} for gate, parameters in parts.items() if parameters]
+
+
+def deepspeed_settings(config: Config, world_size: int) -> dict[str, Any]:
+    """DeepSpeed's JSON, completed from the configuration.
+
+    Raises:
+        ValueError: if the file cannot be read, or contradicts the configuration; all contradictions at once.
+    """
+    path, train = Path(config.train.deepspeed_config), config.train
+    try:
+        settings = json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"--deepspeed_config {path}: cannot be read: {error}") from error
+    ours = {
+        "train_micro_batch_size_per_gpu": (train.batch_size, "batch_size"),
+        "gradient_accumulation_steps": (train.grad_accumulation_steps, "grad_accumulation_steps"),
+        "train_batch_size": (
+            train.batch_size * train.grad_accumulation_steps * world_size,
+            "batch_size x grad_accumulation_steps x processes",
+        ),
+        "gradient_clipping": (train.gradient_clipping, "gradient_clipping"),
+    }
+    problems = []
+    for key, (value, name) in ours.items():
+        if settings.get(key, "auto") not in ("auto", value):
+            problems.append(f"{key} is {settings[key]}, but {name} is {value}")
+        settings[key] = value
+    for kind in ("bf16", "fp16"):
+        wanted, section = config.model.precision == kind, settings.get(kind, {})
+        if section.get("enabled", "auto") not in ("auto", wanted):
+            problems.append(f"{kind}.enabled is {section['enabled']}, but precision is {config.model.precision}")
+        settings[kind] = section | {"enabled": wanted}
+    for key in ("optimizer", "scheduler"):
+        if key in settings:
+            problems.append(f"it has a section {key!r}, but lr, beta1, warmup_steps, ... decide; remove it")
+    if (stage := settings.get("zero_optimization", {}).get("stage", 0)) != 2:
+        problems.append(f"zero_optimization.stage is {stage}; checkpoints and logs are made for stage 2")
+    if problems:
+        raise ValueError(f"--deepspeed_config {path} contradicts the settings:\n  " + "\n  ".join(problems))
+    return settings
+
+
+def gradient_norms(engine) -> dict[str, float]:
+    """Norm of the averaged gradient per part of the model; after ``backward`` and before ``step`` of a whole step.
+
+    Under ZeRO-2 each process keeps a share of the gradient: it adds up its own squares, and only the sums travel. All
+    processes must call it.
+    """
+    squares: dict[str, torch.Tensor] = {}
+    for name, parameter in engine.module.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        part = part_of(name)
+        squares.setdefault(part, torch.zeros((), device=engine.device))
+        if (share := parameter._hp_mapping) is not None:
+            gradient = share.get_lp_grad_fragment(parameter._index_in_param_group).flatten()
+            if gradient.numel() == parameter.numel():  # the whole gradient, of which this process owns a part
+                gradient = gradient.narrow(0, share.lp_fragment_address.start, share.lp_fragment_address.numel)
+            squares[part] = squares[part] + gradient.float().square().sum()
+    sums = torch.stack(list(squares.values()))
+    if distributed.world_size() > 1:
+        torch.distributed.all_reduce(sums)
+    return dict(zip(squares, (sums.sqrt() / engine.optimizer.loss_scale).tolist()))

@@ -1,0 +1,259 @@
+"""What a training run says: one dense line, a progress bar, TensorBoard and ``log.jsonl``.
+
+Figures stay on the device, as running sums, until a step is logged; then one all-reduce and one copy bring them over.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from model.UGround import UGroundOutput
+from utils import distributed
+from utils.plotting.charts import png
+
+PICTURES = "pictures"  # in a run's folder: the validation samples, BENCHMARK/step_00000060.png
+GROUPS = {"reward": "policy", "baseline": "policy", "entropy": "policy", "lr": "train", "images_per_s": "train"}
+
+
+class Meter:
+    """Means over the micro steps since the last ``collect``, over all processes.
+
+    Args:
+        num_layers: L, for the histogram of chosen layers.
+    """
+
+    def __init__(self, device: torch.device, num_layers: int) -> None:
+        self.device, self.num_layers = device, num_layers
+        self.restart()
+
+    def restart(self) -> None:
+        """Forgets everything; also call it after a pause (validation), so that images/s leaves it out."""
+        self.sums: dict[str, torch.Tensor] = {}
+        self.layers = torch.zeros(self.num_layers, device=self.device)
+        self.layer_losses = torch.zeros(self.num_layers, device=self.device)
+        self.images = self.micro_steps = 0
+        self.with_masks, self.of_all_layers = torch.zeros(2, device=self.device)
+        self.started = time.perf_counter()
+
+    def add(self, output: UGroundOutput, images: int) -> None:
+        """Takes one micro step's figures; does not wait for the device."""
+        for name, value in {"loss": output.loss.detach(), **output.terms}.items():
+            new = value.float()
+            self.sums[name] = new if name == "baseline" or name not in self.sums else self.sums[name] + new
+        self.layers.index_add_(0, output.layers, torch.ones_like(output.layers, dtype=torch.float32))
+        if output.layer_losses is not None:
+            self.layer_losses += output.layer_losses
+            self.of_all_layers += output.has_masks
+        self.with_masks += output.has_masks
+        self.images += images
+        self.micro_steps += 1
+
+    def collect(self) -> dict[str, Any]:
+        """Means of loss and text over micro steps, of other terms over those with a mask, the last baseline, chosen
+        layers, every layer's map loss where it was told, images per second. All processes must call it."""
+        over = {"baseline": 1, "loss": self.micro_steps, "text": self.micro_steps}
+        with_masks = self.with_masks.clamp(min=1)
+        means = [value / over.get(name, with_masks) for name, value in self.sums.items()]
+        world = distributed.world_size()
+        by_layer = self.layer_losses / self.of_all_layers  # not a number if no micro step told of it
+        figures = distributed.mean(torch.cat([torch.stack(means), self.layers, by_layer])).tolist()
+        seconds = time.perf_counter() - self.started
+        values: dict[str, Any] = dict(zip(self.sums, figures))
+        figures = figures[len(means) :]
+        values["layers"] = [round(count * world) for count in figures[: self.num_layers]]
+        if not math.isnan(figures[-1]):
+            values["map_loss_by_layer"] = figures[self.num_layers :]
+        values["images_per_s"] = self.images * world / seconds
+        self.restart()
+        return values
+
+
+class DivergedError(ValueError):
+    """The loss is not a number any more."""
+
+    shared = True  # every process knows
+
+
+def check_finite(values: dict[str, Any], step: int) -> None:
+    """A loss that is not a number never recovers: better to stop than to train on for days."""
+    bad = [name for name, value in values.items() if isinstance(value, float) and not math.isfinite(value)]
+    if bad:
+        raise DivergedError(
+            f"step {step}: {', '.join(bad)} not finite; the run cannot recover. Lower --lr, raise --warmup_steps, or "
+            "use --precision bf16 or fp32, and go on from the last checkpoint with --auto_resume true"
+        )
+
+
+class RunLog:
+    """Writes what the main process knows; on the others every method does nothing.
+
+    Args:
+        folder: the run's; ``log.jsonl`` and ``tensorboard/`` lie in it.
+        start_step: steps done before; what an interrupted run logged after them is dropped.
+    """
+
+    def __init__(self, folder: Path, start_step: int, total_steps: int, steps_per_epoch: int) -> None:
+        self.total_steps, self.steps_per_epoch, self.start_step = total_steps, steps_per_epoch, start_step
+        self.main = distributed.is_main()
+        if not self.main:
+            return
+        from torch.utils.tensorboard import SummaryWriter  # slow to import
+
+        self.lines = folder / "log.jsonl"
+        keep_until(self.lines, start_step)
+        self.pictures = folder / PICTURES
+        for old in self.pictures.glob("*/step_*.png"):
+            if int(old.stem.removeprefix("step_")) > start_step:
+                old.unlink()
+        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
+        self.bar = tqdm(total=total_steps, initial=start_step, unit="step", dynamic_ncols=True, disable=None)
+        self.started = time.perf_counter()
+
+    def say(self, text: str) -> None:
+        """Prints above the progress bar."""
+        if self.main:
+            tqdm.write(text)
+
+    def event(self, kind: str, step: int, **values: Any) -> None:
+        """A line of ``log.jsonl`` alone."""
+        if self.main:
+            self._write({"kind": kind, "step": step, **values})
+
+    def advance(self) -> None:
+        """One optimizer step is done."""
+        if self.main:
+            self.bar.update(1)
+
+    def train(self, step: int, values: dict[str, Any], gradients: dict[str, float]) -> None:
+        """A logged step: ``values`` of the meter with ``lr`` and ``gradient``, and the gradient's norm per part."""
+        if not self.main:
+            return
+        epoch = step / self.steps_per_epoch
+        line = {"kind": "train", "step": step, "epoch": round(epoch, 3), **values, "gradients": gradients}
+        self._write(line)
+        for name, value in values.items():
+            if name == "map_loss_by_layer":
+                for layer, loss in enumerate(value):
+                    self.board.add_scalar(f"map_loss_by_layer/{layer}", loss, step)
+            elif name != "layers":
+                self.board.add_scalar(f"{GROUPS.get(name, 'loss')}/{name}", value, step)
+        for part, norm in {"all": values["gradient"], **gradients}.items():
+            self.board.add_scalar(f"gradient/{part}", norm, step)
+        self._histogram("policy/layers", values["layers"], step)
+        elapsed = time.perf_counter() - self.started
+        left = elapsed / max(1, step - self.start_step) * (self.total_steps - step)
+        self.say(dense_line(step, self.total_steps, epoch, values, left))
+
+    def validation(self, step: int, results: dict[str, dict[str, float]], best: bool) -> None:
+        """Metrics per benchmark."""
+        if not self.main:
+            return
+        self._write({"kind": "val", "step": step, "epoch": round(step / self.steps_per_epoch, 3), "metrics": results})
+        for spec, metrics in results.items():
+            for name, value in metrics.items():
+                self.board.add_scalar(f"val/{spec.replace('|', '_')}/{name}", value, step)
+            shown = "  ".join(f"{name} {value:.3f}" for name, value in metrics.items())
+            self.say(f"  validation after step {step}: {spec}: {shown}" + ("  (best so far)" if best else ""))
+            best = False  # the first benchmark decides
+
+    def picture(self, step: int, name: str, image: np.ndarray) -> None:
+        """An RGB picture [H, W, 3] of a benchmark; also kept as a file, for the report."""
+        if self.main:
+            self.board.add_image(f"val/{name}", image, step, dataformats="HWC")
+            path = self.pictures / name / f"step_{step:08d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(png(image, f"{name}, step {step}"))
+
+    def close(self) -> None:
+        if self.main:
+            self.bar.close()
+            self.board.close()
+
+    def _write(self, line: dict[str, Any]) -> None:
+        with self.lines.open("a") as file:
+            file.write(json.dumps(_rounded(line)) + "\n")
+        self.board.flush()
+
+    def _histogram(self, name: str, counts: list[int], step: int) -> None:
+        total = sum(counts)
+        if total:
+            layers = np.arange(len(counts))
+            self.board.add_histogram_raw(
+                name,
+                min=0,
+                max=len(counts) - 1,
+                num=total,
+                sum=float((layers * counts).sum()),
+                sum_squares=float((layers**2 * counts).sum()),
+                bucket_limits=(layers + 0.5).tolist(),
+                bucket_counts=counts,
+                global_step=step,
+            )
+
+
+def dense_line(step: int, total: int, epoch: float, values: dict[str, Any], seconds_left: float) -> str:
+    """One line that says how training goes; masks and maps as BCE+dice, layers as mean and spread."""
+    counts = np.array(values["layers"], dtype=float)
+    parts = [f"step {step}/{total}", f"epoch {epoch:.2f}", f"loss {values['loss']:.3f}", f"text {values['text']:.3f}"]
+    parts += [f"{kind} {values[f'{kind}_bce']:.3f}+{values[f'{kind}_dice']:.3f}" for kind in ("mask", "map")]
+    if "policy" in values:
+        parts.append(f"policy {values['policy']:+.3f} H {values['entropy']:.2f}")
+    parts.append(f"reward {values['reward']:.2f} (baseline {values['baseline']:.2f})")
+    if counts.sum():
+        layers = np.arange(len(counts))
+        mean = (layers * counts).sum() / counts.sum()
+        parts.append(
+            f"layer {mean:.1f}±{((layers - mean) ** 2 * counts).sum().item() ** 0.5 / counts.sum() ** 0.5:.1f}"
+        )
+    parts += [f"lr {values['lr']:.1e}", f"|g| {values['gradient']:.2f}", f"{values['images_per_s']:.1f} img/s"]
+    if values.get("skipped"):
+        parts.append(f"skipped {values['skipped']}")
+    return "  ".join([*parts, f"eta {tqdm.format_interval(int(seconds_left))}"])
+
+
+def keep_until(path: Path, step: int) -> None:
+    """Drops the lines of ``log.jsonl`` that lie after ``step``: a resumed run writes them anew."""
+    if path.is_file():
+        lines = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
+        path.write_text("".join(f"{line}\n" for line in lines))
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (json.JSONDecodeError, KeyError):
+        return math.inf  # cut off when the run was killed
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_rounded(item) for item in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
+def validation_sheet(model, processor, dataset, asking, count: int) -> np.ndarray:
+    """Fixed validation samples, evenly spread over the split: image, query, similarity map, mask, truth."""
+    from utils.evaluation.evaluate import ask
+    from utils.evaluation.metrics import merge_targets
+    from utils.plotting.overlays import Panel, sheet
+
+    places = sorted({int(place) for place in np.linspace(0, len(dataset) - 1, count)})
+    panels = []
+    for place in places:
+        sample = dataset[place]
+        sample.queries = sample.queries[:1]
+        [[answer]] = ask(model, processor, [sample], [place], dataset.benchmark, asking)
+        truth = merge_targets(sample.queries[0].masks, *sample.image.shape[:2])
+        query = sample.queries[0].text
+        panels.append(Panel(sample.image, query, answer.masks, answer.similarities, truth, answer.text))
+    return sheet(panels)

@@ -1,0 +1,315 @@
+"""A training run as one HTML file to mail to a colleague: curves, tables, pictures, settings, nothing from elsewhere.
+
+It is made from what lies in the run's folder (``log.jsonl``, ``config.yaml``, ``checkpoints/index.json``,
+``pictures/``); the run may be finished, resumed, or still going.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from model.lora import part_of
+from utils.config import Config, plain
+from utils.plotting import charts
+from utils.training.checkpoint import read_index
+from utils.training.run_log import PICTURES
+
+NAME = "report.html"
+WIDTH = 9.0  # inches of a chart
+BUDGET = 1_800_000  # bytes of validation pictures
+NO_TERMS = {"step", "epoch", "lr", "images_per_s", "gradient", "skipped", "entropy", "reward", "baseline"}
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #141414; max-width: 1000px; margin: 2em auto; padding: 0 1em; }
+h1 { margin-bottom: 0; } h2 { margin-top: 2em; border-bottom: 1px solid #ccc; }
+table { border-collapse: collapse; margin: 0.5em 0; display: block; overflow-x: auto; }
+th, td { text-align: left; padding: 0.2em 0.9em 0.2em 0; border-bottom: 1px solid #e4e4e4; vertical-align: top; }
+img { max-width: 100%; height: auto; } pre { background: #f5f5f5; padding: 0.8em; overflow-x: auto; font-size: 13px; }
+pre.wrap { white-space: pre-wrap; overflow-wrap: anywhere; } figcaption, .note { color: #555; font-size: 13px; }
+figure { margin: 1em 0; }
+"""
+Series = dict[str, tuple[list[float], list[float]]]  # name -> x and y
+
+
+def write_report(folder: Path) -> Path:
+    """Reads a run's folder and writes ``report.html`` into it.
+
+    Raises:
+        ValueError: if the folder is not a run's.
+    """
+    lines = read_log(folder)
+    starts, train, val = ([line for line in lines if line.get("kind") == kind] for kind in ("start", "train", "val"))
+    if not starts:
+        raise ValueError(
+            f"{folder} is no training run: its log.jsonl has no start; give a folder that train_ds.py wrote"
+        )
+    settings = read_settings(folder, starts[-1])
+    parts = [
+        head(folder, settings, starts, lines),
+        section("Validation", validation_table(val, read_index(folder)), validation_charts(val)),
+        section("Losses", chart(loss_series(train), "Unweighted terms of the objective; loss is their weighted sum.")),
+        section("Policy", chart(policy_series(train), POLICY_CAPTION), layer_chart(train)),
+        section(
+            "Gradients and pace", chart(pace_series(train), "Gradient norms before clipping, per part and of all.")
+        ),
+        section("Validation pictures", *sheets(folder)),
+        section("Data", table(starts[-1].get("data", []))),
+        section("Parameters", table(parameters(starts[-1])), weights_note(starts[-1])),
+        section("Settings", differences(settings), f"<pre>{escape(dump(settings))}</pre>"),
+        section("Versions", table([starts[-1].get("versions", {}) | {"commit": starts[-1].get("commit", "unknown")}])),
+    ]
+    title = escape(f"{folder.resolve().name}: training run")
+    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+    html = (
+        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{title}</title>\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
+        f'<meta name="viewport" content="width=device-width">\n<style>{STYLE}</style>\n</head>\n<body>\n'
+        + "\n".join(part for part in parts if part)
+        + "\n</body>\n</html>\n"
+    )
+    path = folder / NAME
+    path.write_text(html, encoding="utf-8")
+    return path
+
+
+# -- reading -----------------------------------------------------------------------------------------------------------
+
+
+def read_log(folder: Path) -> list[dict[str, Any]]:
+    """The lines of ``log.jsonl``; one that is being written just now, or was cut off, is left out."""
+    path = folder / "log.jsonl"
+    if not path.is_file():
+        raise ValueError(f"{folder} is no training run: it has no log.jsonl; give a folder that train_ds.py wrote")
+    lines = []
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(line, dict):
+            lines.append(line)
+    return lines
+
+
+def read_settings(folder: Path, start: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The effective configuration by section: ``config.yaml``, or what the log has of it."""
+    path = folder / "config.yaml"
+    return yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else start.get("config", {})
+
+
+# -- sections ----------------------------------------------------------------------------------------------------------
+
+
+def head(folder: Path, settings: Mapping[str, Any], starts: Sequence[dict], lines: Sequence[dict]) -> str:
+    """Name, how far it is, and how it was started."""
+    train = settings.get("train", {})
+    total, step = train.get("epochs", 0) * train.get("steps_per_epoch", 0), max(line.get("step", 0) for line in lines)
+    state = "finished" if total and step >= total else "not finished"
+    commands = "\n".join(
+        f"{line.get('command', '')}" + (f"    # from step {line['step']}" if line.get("step") else "")
+        for line in starts
+    )
+    processes = starts[-1].get("processes", 1)
+    return (
+        f"<h1>{escape(folder.resolve().name)}</h1>\n<p>Step {step} of {total} ({state}), {processes} "
+        f"process{'es' if processes > 1 else ''}.</p>\n" + f'<pre class="wrap">{escape(commands)}</pre>'
+    )
+
+
+def section(title: str, *parts: str) -> str:
+    """A heading with its parts; nothing if none of them has content."""
+    content = "\n".join(part for part in parts if part)
+    return f"<h2>{escape(title)}</h2>\n{content}" if content else ""
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows as an HTML table; columns in the order they are first seen."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    if not columns:
+        return ""
+    heads = "".join(f"<th>{escape(str(name))}</th>" for name in columns)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{escape(shown(row.get(name, '')))}</td>" for name in columns) + "</tr>\n" for row in rows
+    )
+    return f"<table>\n<tr>{heads}</tr>\n{body}</table>"
+
+
+def shown(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def validation_table(val: Sequence[dict], index: Mapping[str, str], most: int = 20) -> str:
+    """A row per validation, the last ``most`` of them and the best."""
+    best = index.get("best", "")
+    rows = []
+    for line in val:
+        scores = {f"{spec} {name}": value for spec, found in line["metrics"].items() for name, value in found.items()}
+        is_best = best == f"step_{line['step']:08d}"
+        rows.append({"step": line["step"], **scores, "": "best" if is_best else ""})
+    left_out = max(0, len(rows) - most)
+    kept = [row for n, row in enumerate(rows) if n >= left_out or row[""]]
+    note = f'<p class="note">{len(rows) - len(kept)} earlier validations are left out.</p>' if left_out else ""
+    return table(kept) + note
+
+
+def parameters(start: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Trained parameters per part."""
+    counts: dict[str, int] = {}
+    for name, shape in start.get("trained", {}).items():
+        counts[part_of(name)] = counts.get(part_of(name), 0) + math.prod(shape)
+    rows = [{"part": part, "trained parameters": count} for part, count in counts.items()]
+    return [*rows, {"part": "all", "trained parameters": sum(counts.values())}] if rows else []
+
+
+def weights_note(start: Mapping[str, Any]) -> str:
+    """Which base weights the run started from."""
+    return table(
+        start.get("weights") or [{"module": name, "fingerprint": it} for name, it in start.get("base", {}).items()]
+    )
+
+
+def differences(settings: Mapping[str, Mapping[str, Any]]) -> str:
+    """Settings that are not the defaults of ``train_ds.py``."""
+    defaults = plain(Config())
+    rows = [
+        {"setting": name, "value": str(value), "default": str(defaults[part][name])}
+        for part, found in settings.items()
+        for name, value in found.items()
+        if name in defaults.get(part, {}) and value != defaults[part][name]
+    ]
+    return "<p>Differences from the defaults:</p>" + table(rows) if rows else "<p>All settings are defaults.</p>"
+
+
+def dump(settings: Mapping[str, Any]) -> str:
+    return yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True)
+
+
+# -- charts ------------------------------------------------------------------------------------------------------------
+
+
+POLICY_CAPTION = "Reward with the baseline that it is compared with; entropy of the policy in nats."
+
+
+def column(train: Sequence[dict], name: str) -> tuple[list[float], list[float]]:
+    """A figure of the log by step."""
+    found = [line for line in train if isinstance(line.get(name), int | float)]
+    return [line["step"] for line in found], [line[name] for line in found]
+
+
+def loss_series(train: Sequence[dict]) -> dict[str, Series]:
+    names = dict.fromkeys(
+        name for line in train for name, value in line.items() if isinstance(value, float) and name not in NO_TERMS
+    )
+    return {name: {name: column(train, name)} for name in names}
+
+
+def policy_series(train: Sequence[dict]) -> dict[str, Series]:
+    reward = {name: column(train, name) for name in ("reward", "baseline")}
+    return {"reward": reward, "entropy of the policy": {"entropy": column(train, "entropy")}}
+
+
+def pace_series(train: Sequence[dict]) -> dict[str, Series]:
+    names = {"gradient": "gradient, all", "lr": "learning rate", "images_per_s": "images per second"}
+    found: dict[str, Series] = {title: {title: column(train, name)} for name, title in names.items()}
+    for part in dict.fromkeys(part for line in train for part in line.get("gradients", {})):
+        lines = [line for line in train if part in line.get("gradients", {})]
+        found[part] = {part: ([line["step"] for line in lines], [line["gradients"][part] for line in lines])}
+    return found
+
+
+def chart(series: Mapping[str, Series], caption: str, columns: int = 4) -> str:
+    """Small charts side by side, one per title; those without points are left out."""
+    series = {title: lines for title, lines in series.items() if any(x for x, _ in lines.values())}
+    if not series:
+        return ""
+    rows = -(-len(series) // columns)
+    with charts.figure(WIDTH, 1.6 * rows) as drawn:
+        cells = drawn.subplots(rows, columns, squeeze=False).flat
+        for axes, (title, lines) in zip(cells, series.items()):
+            charts.curves(axes, lines, marked=False)
+            axes.set_title(title, loc="left")
+            axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+        for axes in list(drawn.axes)[len(series) :]:
+            axes.set_axis_off()
+        return picture(drawn, caption)
+
+
+def validation_charts(val: Sequence[dict]) -> str:
+    series: dict[str, Series] = {}
+    for spec in dict.fromkeys(spec for line in val for spec in line["metrics"]):
+        lines = [line for line in val if spec in line["metrics"]]
+        names = dict.fromkeys(name for line in lines for name in line["metrics"][spec])
+        series[spec] = {}
+        for name in names:
+            with_it = [line for line in lines if name in line["metrics"][spec]]
+            series[spec][name] = [line["step"] for line in with_it], [line["metrics"][spec][name] for line in with_it]
+    return chart(series, "Metrics by step.") if len(val) > 1 else ""
+
+
+def layer_chart(train: Sequence[dict]) -> str:
+    """Layers that were drawn, and the loss of every layer's map, over the steps."""
+    tables = {}
+    counted = [line for line in train if sum(line.get("layers", []))]
+    if counted:
+        shares = np.array([line["layers"] for line in counted], dtype=float)
+        tables["% of [SEG] that connected from a layer"] = counted, 100 * shares / shares.sum(1, keepdims=True)
+    lossy = [line for line in train if line.get("map_loss_by_layer")]
+    if lossy:
+        tables["map loss of every layer"] = lossy, np.array([line["map_loss_by_layer"] for line in lossy], dtype=float)
+    if not tables:
+        return ""
+    with charts.figure(WIDTH / 2 * len(tables), 2.2) as drawn:
+        for axes, (title, (lines, values)) in zip(drawn.subplots(1, len(tables), squeeze=False)[0], tables.items()):
+            steps, layers = [line["step"] for line in lines], np.arange(values.shape[1])
+            shades = axes.pcolormesh(steps, layers, values.T, shading="nearest", cmap="cividis")
+            axes.set_title(title, loc="left")
+            axes.set(xlabel="step", ylabel="layer")
+            axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+            axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+            drawn.colorbar(shades, ax=axes, pad=0.02)
+        return picture(drawn, "Which layers [SEG] connected from in training, and how good the maps of all layers are.")
+
+
+def picture(drawn: Figure, caption: str) -> str:
+    return inline(charts.png(charts.pixels(drawn, 130), caption), caption)
+
+
+def inline(data: bytes, caption: str) -> str:
+    text = escape(caption)
+    encoded = base64.b64encode(data).decode("ascii")
+    return f'<figure><img alt="{text}" src="data:image/png;base64,{encoded}"><figcaption>{text}</figcaption></figure>'
+
+
+# -- pictures ----------------------------------------------------------------------------------------------------------
+
+
+def sheets(folder: Path) -> Iterable[str]:
+    """The validation samples as they were drawn in training: the first, the last, and between them what fits."""
+    drawn = [sorted(each.glob("step_*.png")) for each in sorted((folder / PICTURES).glob("*")) if each.is_dir()]
+    for most in (4, 3, 2, 1):
+        chosen = [path for paths in drawn for path in spread(paths, most)]
+        if sum(path.stat().st_size for path in chosen) <= BUDGET:
+            break
+    for path in chosen if drawn else ():
+        yield inline(path.read_bytes(), f"{path.parent.name}, step {int(path.stem.removeprefix('step_'))}")
+
+
+def spread(paths: Sequence[Path], most: int) -> list[Path]:
+    """So many of them, evenly spaced, the last among them."""
+    if most == 1:
+        return list(paths[-1:])
+    return [paths[place] for place in sorted({round(x) for x in np.linspace(0, len(paths) - 1, min(most, len(paths)))})]
