@@ -19,7 +19,7 @@ import torch
 
 from model.PPM import parse_layer_policy
 from model.structures import Prediction
-from utils.datasets.base import read_image
+from utils.datasets.images import read_image
 from utils.inference import cli
 from utils.inference.answer_files import describe, free_stem, layer_words, save_answer
 from utils.inference.folder import answer_all, find_images, read_prompts

@@ -16,6 +16,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from utils.datasets.mixture import make_mixture
+
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # workers are forked
 
 import cv2
@@ -28,7 +30,7 @@ from model.processing.processor import UGroundProcessor
 from model.structures import Batch
 from utils import distributed
 from utils.config import Config, ConfigError, load_config, missing_paths
-from utils.datasets import TYPES, DataError, DataOptions, EvalDataset, get_eval_dataset
+from utils.datasets import DataError, EvalDataset, get_eval_dataset
 from utils.datasets.mixture import Mixture, MixtureSampler
 from utils.evaluation.evaluate import Asking, evaluate
 from utils.evaluation.metrics import metric_names
@@ -177,21 +179,6 @@ def where_and_how_much(config: Config, device: torch.device) -> str:
 def images_per_step(config: Config) -> int:
     """Images that one step of the optimizer sees, over all processes."""
     return config.train.batch_size * config.train.grad_accumulation_steps * distributed.world_size()
-
-
-def make_mixture(config: Config) -> Mixture:
-    """What the data settings describe; ``DataError`` naming all that is missing."""
-    data = config.data
-    sets = {kind: getattr(data, f"{kind}_data") for kind in TYPES}
-    options = DataOptions(
-        data.questions_per_image,
-        data.explanatory,
-        data.joint_probability,
-        data.negative_sampling_weight,
-        data.dialogue_probability,
-    )
-    rates = data.sample_rates or None
-    return Mixture(data.dataset_dir, data.dataset, rates, sets, options, config.train.seed, data.weighting)
 
 
 def open_data(config: Config) -> tuple[Mixture, list[EvalDataset]]:

@@ -13,19 +13,17 @@ from torch import nn
 
 from model.config import RELEASED, UGroundConfig
 from model.generation import Answers, read_given, write_answers
+from model.geometry import maps_at, mask_prompts
 from model.llava import LlavaLlamaForCausalLM
 from model.objective import Objective, UGroundOutput
+from model.points import map_points, read_points
 from model.PPM import (
     Grounding,
     PolicyPromptedMasking,
     fuse_layers,
     gumbel_noise,
-    map_points,
-    maps_at,
-    mask_prompts,
     normalise_maps,
     parse_layer_policy,
-    read_points,
     similarity_of_all_layers,
 )
 from model.sam import SamShape, SegmentAnything

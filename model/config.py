@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from transformers import AutoConfig
 
 from model.llava import LlavaLlamaConfig
-from model.PPM import READ_POINTS, parse_layer_policy
+from model.points import READ_POINTS
+from model.PPM import parse_layer_policy
 from model.sam import SamShape
 
 MAP_TERMS = ("gaussian_bce", "gaussian_dice", "bce", "dice")

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers import Cache, CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
+from model.geometry import valid_patches
 from model.structures import Batch
 
 
@@ -114,24 +115,6 @@ def packed_mask(
         padded = (queries >= 0) & ~keys.usable[:, k_len - q_len :]
         mask.masked_fill_(padded[:, :, None], -torch.inf)
     return mask[:, None]
-
-
-def cropped_size(height: int, width: int, side: int) -> tuple[int, int]:
-    """CLIP's rule: (height, width) after scaling the shortest side to ``side``; the middle of it is cut out."""
-    shortest = min(height, width)
-    return (side, int(side * width / shortest)) if height == shortest else (int(side * height / shortest), side)
-
-
-def valid_patches(clip_sizes: Sequence[tuple[int, int]], side: int, patch: int) -> torch.Tensor:
-    """Which patches show the image: those whose top-left pixel lies inside it, [B, P] bool, row-major.
-
-    Args:
-        clip_sizes: per row, the resized (height, width) inside the padded square.
-    """
-    start = torch.arange(0, side, patch)
-    sizes = torch.tensor(clip_sizes)
-    rows, columns = start[None] < sizes[:, :1], start[None] < sizes[:, 1:]
-    return (rows[:, :, None] & columns[:, None, :]).flatten(1)
 
 
 class LlavaLlamaForCausalLM(LlamaForCausalLM):

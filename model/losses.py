@@ -10,8 +10,6 @@ import math
 import torch
 from torch.nn import functional as F
 
-from model.sam import resized_size
-
 IGNORE = 255
 EPSILON = 1e-6
 DICE_SCALE = 1000.0
@@ -115,23 +113,6 @@ def map_iou(maps: torch.Tensor, targets: torch.Tensor, keep: torch.Tensor) -> to
     overlap = (torch.minimum(maps, targets) * keep).flatten(1).sum(1)
     union = (torch.maximum(maps, targets) * keep).flatten(1).sum(1)
     return overlap / union.clamp(min=EPSILON)
-
-
-def on_grid(values: torch.Tensor, keep: torch.Tensor, side: int, grid: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Masks as the similarity map's patches see them: scaled into the padded square, averaged per patch.
-
-    Args:
-        values, keep: [n, H, W], a mask and which of its pixels count.
-        side: of the square in pixels; grid: patches along it.
-
-    Returns:
-        [n, grid, grid] means over the pixels that count, and the share of a patch that these are (0 in the padding).
-    """
-    height, width = resized_size(values.shape[-2], values.shape[-1], side)
-    both = torch.stack([values * keep, keep.expand_as(values).to(values.dtype)], 1)
-    small = F.interpolate(both, (height, width), mode="area")
-    pooled = F.adaptive_avg_pool2d(F.pad(small, (0, side - width, 0, side - height)), grid)
-    return pooled[:, 0] / pooled[:, 1].clamp(min=EPSILON), pooled[:, 1]
 
 
 def text_loss(logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

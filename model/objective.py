@@ -12,6 +12,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from model import losses
+from model.geometry import on_grid
 from model.PPM import PolicyPromptedMasking
 from model.structures import Batch
 
@@ -235,8 +236,8 @@ class Objective:
         rows = layer_maps.split([len(masks) for masks in targets])
         for target, (soft, weight), maps in zip(targets, soft_targets, rows):
             keep, hard = target != losses.IGNORE, (target == 1).float()
-            soft, share = losses.on_grid(soft, keep, side, grid)
-            hard, _ = losses.on_grid(hard, keep, side, grid)
+            soft, share = on_grid(soft, keep, side, grid)
+            hard, _ = on_grid(hard, keep, side, grid)
             soft, hard, share, weight = (v.repeat_interleave(num_layers, 0) for v in (soft, hard, share, weight))
             flat = maps.reshape(-1, grid, grid)
             terms = {

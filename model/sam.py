@@ -68,12 +68,6 @@ class SamShape:
         return asdict(self) | {"global_attention": list(self.global_attention)}
 
 
-def resized_size(height: int, width: int, side: int) -> tuple[int, int]:
-    """SAM's rule: (height, width) after scaling the longest side to ``side``; at least one pixel each."""
-    scale = side / max(height, width)
-    return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
-
-
 class FusedAttention(nn.Module):
     """The attention of SAM's encoder in one fused operation, with the relative positions as an additive bias.
 

@@ -390,14 +390,14 @@ def _in_fresh_process(name: str, folder: Path, start: str, workers: int) -> tupl
 
 # Stage -> functions (file, name) whose time, with all that they call, is the stage's; none calls another one.
 STAGES = {
-    "decode the photograph": (("base.py", "read_image"),),
-    "read the label image": (("base.py", "read_label_image"),),
+    "decode the photograph": (("images.py", "read_image"),),
+    "read the label image": (("images.py", "read_label_image"),),
     "annotations (JSON)": (("base.py", "read_json"), ("records.py", "__getitem__")),
     "masks": (
-        ("base.py", "decode_segmentation"),
+        ("masks.py", "decode_segmentation"),
         ("reason_seg.py", "draw_mask"),
         ("sem_seg.py", "mask"),
-        ("base.py", "stack_masks"),
+        ("masks.py", "stack_masks"),
     ),
     "check the sample": (("base.py", "check_sample"),),
     "tokenise": (("conversation.py", "encode"),),
@@ -411,8 +411,9 @@ def bench_loader(args: argparse.Namespace, settings: list[str]) -> list[str]:
     from transformers import AutoTokenizer
 
     from model.processing.processor import UGroundProcessor
-    from train_ds import make_mixture, one_thread
+    from train_ds import one_thread
     from utils.config import load_config
+    from utils.datasets.mixture import make_mixture
 
     models = [part for name in ("version", "vision_tower", "vision_pretrained") for part in (f"--{name}", "unused")]
     config = load_config([*models, *settings])

@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils.datasets import get_eval_dataset
 from utils.datasets.base import EvalDataset
+from utils.datasets.masks import decode_mask
 from utils.evaluation import metrics
 from utils.evaluation.metrics import Record
 from utils.evaluation.panels import notes
@@ -195,7 +196,7 @@ def panels_of(dataset: EvalDataset, pair: tuple[Record, Record], names: tuple[st
         Panel(
             image=sample.image,
             query=query.text,
-            masks=np.stack([metrics.decode_mask(mask) for mask in record.masks]) if record.masks else none,
+            masks=np.stack([decode_mask(mask) for mask in record.masks]) if record.masks else none,
             truth=truth,
             answer=record.answer,
             notes=[name, *notes(record, protocol)],

@@ -28,12 +28,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 from PIL import Image
 
-from utils.datasets.base import DECODE_ERRORS, DataError, read_json, stack_masks
+from utils.datasets.base import DataError, read_json
 from utils.datasets.coco_file import by_id, image_record, row_of
 from utils.datasets.custom import load, read_labels
+from utils.datasets.images import DECODE_ERRORS
 from utils.datasets.jsonl import Line, LineFile, scan
+from utils.datasets.masks import encode_mask, stack_masks
 from utils.datasets.reason_seg import IMAGE_SUFFIXES
-from utils.evaluation.metrics import encode_mask
 from utils.inference import cli
 from utils.plotting.overlays import Panel, save_picture, sheet
 

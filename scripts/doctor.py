@@ -235,8 +235,8 @@ def check_configuration(page: Page, settings: list[str], overfit: str) -> None:
     """All that training with these settings needs."""
     import torch
 
-    from train_ds import make_mixture
     from utils.config import load_config
+    from utils.datasets.mixture import make_mixture
     from utils.diagnostics import checks
     from utils.diagnostics.memory_model import plan_of
     from utils.training.engine import build_model

@@ -19,9 +19,9 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from model.structures import Sample
-from train_ds import make_mixture
 from utils.config import load_config
 from utils.datasets.base import TrainDataset
+from utils.datasets.mixture import make_mixture
 from utils.inference import cli
 from utils.plotting.overlays import Panel, save_picture, sheet
 

@@ -29,7 +29,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
 
-from model.loading.weights import read_folder
+from model.loading.weights import base_fingerprints, read_folder
 from model.processing.processor import UGroundProcessor
 from utils.config import Config, config_from, load_config
 from utils.inference import adapter
@@ -151,7 +151,7 @@ def load_trained(checkpoint: Path, meta: dict[str, Any], config: Config) -> tupl
     """
     model, processor, loaded = build_model(config)
     for what, now, before in (
-        ("the base weights", checkpoints.identity(loaded), meta["base"]),
+        ("the base weights", base_fingerprints(loaded), meta["base"]),
         ("the special tokens", vars(processor.tokens), meta["tokens"]),
         ("what trains", checkpoints.trained_shapes(model), meta["trained"]),
     ):

@@ -373,3 +373,8 @@ def grow_vocabulary(model: UGroundForCausalLM, known: int, size: int) -> None:
     with torch.no_grad():
         for table in (model.model.embed_tokens.weight, model.lm_head.weight):
             table[known:size] = table[:known].float().mean(0).to(table.dtype)
+
+
+def base_fingerprints(loaded: Iterable[Loaded]) -> dict[str, str]:
+    """Fingerprints of the base weights per module, without the parts that training starts from scratch."""
+    return {row.module: row.fingerprint for row in loaded if row.source != "new"}

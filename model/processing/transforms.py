@@ -10,8 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from model.llava import cropped_size
-from model.sam import resized_size
+from model.geometry import cropped_size, resized_size
 
 PIXEL_MEAN = torch.tensor([123.675, 116.28, 103.53]).view(3, 1, 1)
 PIXEL_STD = torch.tensor([58.395, 57.12, 57.375]).view(3, 1, 1)

@@ -29,8 +29,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from model.config import UGroundConfig
 from model.objective import Objective
 from model.PPM import PolicyPromptedMasking, gumbel_noise
-from train_ds import make_mixture
 from utils.config import Config, load_config
+from utils.datasets.mixture import make_mixture
 from utils.inference import cli
 from utils.inference.loading import load_pretrained
 

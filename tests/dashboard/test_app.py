@@ -19,8 +19,8 @@ from PIL import Image
 
 import app
 from utils.dashboard.service import Dashboard, Limits, Visit
+from utils.datasets.masks import decode_mask
 from utils.demo import scenes
-from utils.evaluation.metrics import decode_mask
 
 gradio_client = pytest.importorskip("gradio_client")
 QUEUE = 24

@@ -16,8 +16,8 @@ from PIL import Image
 
 import app
 from utils.dashboard.view import css_color
+from utils.datasets.masks import decode_mask
 from utils.demo import scenes
-from utils.evaluation.metrics import decode_mask
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright (requirements.txt)")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

@@ -21,7 +21,7 @@ from model.structures import Prediction, Turn
 from utils.dashboard import view
 from utils.dashboard.examples import SEEDS, draw_example
 from utils.dashboard.service import Dashboard, Limits, open_upload
-from utils.evaluation.metrics import decode_mask
+from utils.datasets.masks import decode_mask
 from utils.plotting import overlays
 from utils.plotting.overlays import color
 

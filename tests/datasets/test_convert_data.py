@@ -14,7 +14,7 @@ from PIL import Image
 
 from scripts import convert_data
 from utils.datasets import get_eval_dataset, get_train_dataset
-from utils.evaluation.metrics import encode_mask
+from utils.datasets.masks import encode_mask
 from utils.inference import cli
 
 REALDATA = Path(__file__).resolve().parents[3] / "shared/realdata"

@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 
 from utils.datasets import DataError, DataOptions, get_eval_dataset, get_train_dataset
+from utils.datasets.masks import encode_mask
 from utils.datasets.mixture import Mixture
 from utils.datasets.templates import ANSWERS
-from utils.evaluation.metrics import encode_mask
 
 H, W = 40, 60
 SQUARE = [[5, 5], [15, 5], [15, 15], [5, 15]]

@@ -17,7 +17,9 @@ from pycocotools import mask as coco_mask
 
 from model.structures import EvalQuery, Sample, Turn
 from utils.datasets import DATASETS, DataError, DataOptions, get_eval_dataset, get_train_dataset
-from utils.datasets.base import check_sample, decode_segmentation, read_image, read_json
+from utils.datasets.base import check_sample, read_json
+from utils.datasets.images import read_image
+from utils.datasets.masks import decode_segmentation
 from utils.datasets.reason_seg import draw_mask
 from utils.datasets.refer_api import read_pickle
 from utils.datasets.templates import (

@@ -17,10 +17,10 @@ from transformers import AutoTokenizer
 
 from model.processing.processor import UGroundProcessor
 from scripts import make_demo_data as demo
-from train_ds import make_mixture
 from utils.config import load_config
 from utils.datasets import DATASETS, TYPES, DataOptions, get_eval_dataset, get_train_dataset
-from utils.datasets.base import decode_segmentation
+from utils.datasets.masks import decode_segmentation
+from utils.datasets.mixture import make_mixture
 from utils.datasets.reason_seg import draw_mask
 from utils.demo import other_sets, scenes
 from utils.demo.files import Sizes, coco_segmentation, labelme_polygons

@@ -224,7 +224,7 @@ def tiny(data):
 
 
 def doctor_mixture(config):
-    from train_ds import make_mixture
+    from utils.datasets.mixture import make_mixture
 
     return make_mixture(config)
 

@@ -11,6 +11,7 @@ import torch
 
 from model.structures import EvalQuery, EvalSample, MaskUncertainty, Prediction
 from utils.datasets.base import DataError
+from utils.datasets.masks import decode_mask
 from utils.evaluation import evaluate as engine
 from utils.evaluation import metrics
 from utils.evaluation.evaluate import Asking, ShuffledPrompts, evaluate, text_blind_scores
@@ -497,7 +498,7 @@ def test_saved_results_can_be_recomputed(tmp_path, layer_policy):
     assert set(summary["controls"]) == {"shuffled_prompts"}
     target = {q.query_id: q for q in dataset[4].queries}["2"].masks[0]
     record = next(record for record in records if (record.index, record.query_id) == (4, "2"))
-    mask = metrics.decode_mask(record.masks[0])
+    mask = decode_mask(record.masks[0])
     assert ((mask & (target == 1)).sum(), (mask | (target == 1)).sum()) == (record.I, record.U)
 
 

@@ -10,6 +10,7 @@ import pytest
 from drawn_records import SHAPE, make_record
 from pycocotools import mask as coco_mask
 
+from utils.datasets.masks import decode_mask, encode_mask
 from utils.evaluation import metrics
 
 
@@ -221,8 +222,8 @@ def test_breakdown_by_family():
 
 def test_masks_survive_rle():
     mask = blob(np.random.default_rng(3))
-    rle = json.loads(json.dumps(metrics.encode_mask(mask)))
-    assert np.array_equal(metrics.decode_mask(rle), mask)
+    rle = json.loads(json.dumps(encode_mask(mask)))
+    assert np.array_equal(decode_mask(rle), mask)
 
 
 def test_targets_merge():

@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 
+from utils.datasets.masks import decode_mask, encode_mask
 from utils.evaluation import metrics
 from utils.evaluation.metrics import Record
 from utils.evaluation.results import Journal, Origin, read_results, result_path, to_lines
@@ -17,7 +18,7 @@ def make_record(index, query_id) -> Record:
     mask = np.random.default_rng(index).random((5, 6)) < 0.5
     both, either, p, g = metrics.count_pixels(mask, np.ones((5, 6), np.uint8))
     text = 'line\u2028separator, "quotes" and \n newline, größer ✓'
-    masks, meta = [metrics.encode_mask(mask)], {"targets": 1}
+    masks, meta = [encode_mask(mask)], {"targets": 1}
     return Record(
         index, "a.jpg", "1", query_id, text, "q?", "[SEG]", [3], False, False, both, either, p, g, masks, meta, [[1, 2]]
     )
@@ -43,7 +44,7 @@ def test_records_survive_the_file(path, records):
     assert lines[0]["predicted_empty"] is False
     assert lines[0]["IoU"] == metrics.iou(records[0])
     assert lines[0]["origin"] == dataclasses.asdict(ORIGIN)
-    assert metrics.decode_mask(lines[0]["masks"][0]).sum() == records[0].P
+    assert decode_mask(lines[0]["masks"][0]).sum() == records[0].P
 
 
 def test_a_cut_line_is_named(path, records):

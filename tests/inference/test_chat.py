@@ -18,8 +18,8 @@ from PIL import Image
 from programs import chat, run
 from tiny_run import ROOT
 
-from utils.datasets.base import read_image
-from utils.evaluation.metrics import decode_mask
+from utils.datasets.images import read_image
+from utils.datasets.masks import decode_mask
 from utils.inference.folder import read_prompts
 from utils.inference.terminal import AnswerPrinter, picture_codes, picture_protocol
 

@@ -16,7 +16,8 @@ from conftest import write_jpg
 from PIL import Image
 from programs import ROOT, SHARED, ask, chat, compare, evaluate, run, score
 
-from utils.datasets.base import read_image
+from utils.datasets.images import read_image
+from utils.datasets.masks import decode_mask
 from utils.evaluation import metrics
 from utils.evaluation.metrics import Record
 from utils.evaluation.results import Origin, Result, read_results, summarize
@@ -196,7 +197,7 @@ def test_batch_size_alters_nothing_but_noise(capsys, version, val_data, tmp_path
                 other.G,
             )
             for mask, again in zip(one.masks, other.masks, strict=True):
-                differing = metrics.decode_mask(mask) ^ metrics.decode_mask(again)
+                differing = decode_mask(mask) ^ decode_mask(again)
                 assert differing.sum() <= 3  # logits that are zero up to the noise of float32
 
 

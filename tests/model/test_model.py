@@ -6,8 +6,8 @@ import torch
 from answering import NEAR, read_anew, says_seg_often
 from conftest import assert_same_masks, drawn_sample
 
+from model.geometry import maps_at
 from model.lora import add_lora, trainable_report
-from model.PPM import maps_at
 from model.processing.processor import UGroundProcessor
 from model.structures import Sample
 from model.UGround import UGroundConfig

@@ -16,8 +16,9 @@ import pytest
 import torch
 
 from model import losses
+from model.geometry import mask_prompts
 from model.loading.weights import load_released
-from model.PPM import PolicyPromptedMasking, mask_prompts, similarity_of_all_layers
+from model.PPM import PolicyPromptedMasking, similarity_of_all_layers
 from model.processing.collate import Row, collate_rows
 from model.processing.conversation import EncodedConversation
 from model.structures import IGNORE_LABEL, Batch

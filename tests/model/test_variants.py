@@ -7,8 +7,10 @@ import torch
 from conftest import assert_same_masks, drawn_sample
 
 from model import losses
+from model.geometry import on_grid
 from model.lora import add_lora
-from model.PPM import fuse_layers, map_points
+from model.points import map_points
+from model.PPM import fuse_layers
 from model.UGround import UGroundConfig
 from utils.inference.loading import predict
 
@@ -110,7 +112,7 @@ def test_the_classifiers_label_is_the_layer_that_overlaps_most(make_model, tiny_
     model = make_model(layer_selection="ce_soft")
     batch = tiny_processor.collate([drawn_sample(5, (64, 64), (1, 1))])
     maps = torch.rand(2, 5, 16, generator=torch.Generator().manual_seed(0))
-    target, share = losses.on_grid((batch.masks[0] == 1).float(), torch.ones(2, 64, 64), 40, 4)
+    target, share = on_grid((batch.masks[0] == 1).float(), torch.ones(2, 64, 64), 40, 4)
     assert (share == 1).all()
     maps[0, 3], maps[1, 0], maps[1, 2] = target[0].flatten(), target[1].flatten(), 0.5 * target[1].flatten()
     overlap = terms_of_all_layers(model, batch, maps)["map_iou"]
@@ -125,7 +127,7 @@ def test_the_classifiers_label_is_the_layer_that_overlaps_most(make_model, tiny_
 def test_masks_on_the_grid_leave_padding_and_ignored_pixels_out():
     mask, keep = torch.zeros(1, 20, 40), torch.ones(1, 20, 40)
     mask[:, :, :20], keep[:, :10, :20] = 1.0, 0.0
-    values, share = losses.on_grid(mask, keep, side=40, grid=4)
+    values, share = on_grid(mask, keep, side=40, grid=4)
     assert values[0].tolist() == [[0, 0, 0, 0], [1, 1, 0, 0], [0] * 4, [0] * 4]
     assert share[0].tolist() == [[0, 0, 1, 1], [1, 1, 1, 1], [0] * 4, [0] * 4]
 

@@ -217,12 +217,12 @@ def test_every_setting_is_read_somewhere():
     """A flag that does nothing is a bug. Reading it in order to check it does not count."""
     own = ast.parse((ROOT / "utils/config/config.py").read_text())
     read = attributes(next(node for node in own.body if getattr(node, "name", "") == "Config"))
-    for path in (ROOT / "train_ds.py", ROOT / "utils/training/engine.py"):
+    for path in (ROOT / "train_ds.py", ROOT / "utils/training/engine.py", ROOT / "utils/datasets/mixture.py"):
         read |= attributes(ast.parse(path.read_text()))
     method = Config().method  # handed over as a whole, see the next test
     unread = [name for name in FIELDS if name not in read and name not in method and not name.endswith("_data")]
     assert unread == []
-    assert 'getattr(data, f"{kind}_data")' in (ROOT / "train_ds.py").read_text()
+    assert 'getattr(data, f"{kind}_data")' in (ROOT / "utils/datasets/mixture.py").read_text()
 
 
 def test_the_method_settings_are_those_of_the_model():

@@ -21,11 +21,12 @@ from typing import Any, TypeVar
 import numpy as np
 from PIL import Image
 
-from model.PPM import maps_at, parse_layer_policy
+from model.geometry import maps_at
+from model.PPM import parse_layer_policy
 from model.processing.processor import UGroundProcessor
 from model.structures import Prediction, Turn
 from model.UGround import UGroundForCausalLM
-from utils.datasets.base import DECODE_ERRORS, read_image
+from utils.datasets.images import DECODE_ERRORS, read_image
 from utils.inference.session import ImageSession
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")

@@ -5,15 +5,12 @@ from __future__ import annotations
 import difflib
 import json
 import logging
-import struct
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
-from PIL import Image, ImageOps
-from pycocotools import mask as coco_mask
 
 from model.processing.tokens import SEG
 from model.structures import EvalSample, Sample
@@ -152,11 +149,6 @@ def find_paths(name: str, wanted: dict[str, Sequence[Path]], way_out: str = "che
     return [path for path in found.values() if path is not None]
 
 
-def find_image(name: str, file_name: str, folders: Sequence[Path]) -> Path:
-    """The image in the first folder that has it; ``DataError`` naming all of them."""
-    return find_paths(name, {f"image {file_name}": [folder / file_name for folder in folders]})[0]
-
-
 def check_file_name(value: Any, what: str) -> str:
     """``value``, if it is a relative path that stays within its folder; ``what`` begins the message ("'image' is")."""
     if not isinstance(value, str) or not 0 < len(value) < 256 or "\0" in value:
@@ -211,17 +203,6 @@ def warn_of(name: str, problems: Sequence[str]) -> None:
         logger.warning("%s: %d records cannot be used, the first: %s", name, len(problems), problems[0])
 
 
-def images_not_found(find: Callable[[Any], Path], records: Iterable[dict[str, Any]]) -> list[str]:
-    """A message for every record whose image ``find`` does not find."""
-    messages = []
-    for record in records:
-        try:
-            find(record)
-        except DataError as error:
-            messages.append(str(error))
-    return messages
-
-
 def check_complete(dataset: EvalDataset) -> None:
     """Refuses to evaluate a split of which this copy of the data lacks anything."""
     problems = [*dataset.unusable, *dataset.not_found]
@@ -235,154 +216,8 @@ def check_complete(dataset: EvalDataset) -> None:
 
 # -- images ------------------------------------------------------------------------------------------------------------
 
-DECODE_ERRORS = (OSError, SyntaxError, ValueError, struct.error, EOFError, Image.DecompressionBombError)
-
-
-def read_image(path: str | Path, apply_exif: bool = False) -> np.ndarray:
-    """Any image file as uint8 RGB [H, W, 3].
-
-    Grey becomes three equal channels, 16 bits become 8 (the high byte), transparency is composited onto white.
-
-    Args:
-        path: the file.
-        apply_exif: rotate as the EXIF orientation says. True for a person's photograph (chat); False for data sets,
-            whose annotations refer to the stored pixels.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise DataError(f"image {path} {'is not a file' if path.exists() else 'does not exist'}; check the path")
-    try:
-        with Image.open(path) as image:
-            image.load()
-            return _to_rgb(ImageOps.exif_transpose(image) if apply_exif else image)
-    except DECODE_ERRORS as error:
-        raise DataError(
-            f"image {path} cannot be decoded ({error}); replace or re-encode it (JPEG and PNG are read)"
-        ) from error
-
-
-def read_label_image(path: Path) -> np.ndarray:
-    """An image whose 8-bit values are class indices (grey, or a palette's) as uint8 [H, W]."""
-    try:
-        with Image.open(path) as image:
-            if image.mode not in ("L", "P"):
-                raise DataError(f"label image {path} has mode {image.mode}; expected one 8-bit index per pixel")
-            return np.array(image)
-    except DataError:
-        raise
-    except DECODE_ERRORS as error:
-        raise DataError(f"label image {path} cannot be decoded ({error}); download it again") from error
-
-
-def _to_rgb(image: Image.Image) -> np.ndarray:
-    if image.mode.startswith("I") or image.mode == "F":  # 16-bit grey (older Pillow: mode I); F = 32-bit TIFF
-        grey = np.nan_to_num(np.asarray(image).astype(np.float64), nan=0.0)
-        if grey.size and grey.max() > 255:
-            grey = grey / 256
-        return np.repeat(np.clip(grey, 0, 255).astype(np.uint8)[..., None], 3, axis=2)
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return np.array(image.convert("RGB"))
-
-
-def check_size(source: str, image: np.ndarray, height: int, width: int) -> None:
-    """An annotation that was made for another size than the image's would be silently wrong."""
-    if image.shape[:2] != (height, width):
-        raise DataError(
-            f"{source}: the image is {image.shape[1]}x{image.shape[0]} but its annotation says {width}x{height} "
-            "(width x height); the image file is not the one that was annotated"
-        )
-
 
 # -- masks -------------------------------------------------------------------------------------------------------------
-
-
-def check_polygon(points: Any, height: int, width: int) -> np.ndarray:
-    """[[x, y], ...] or [x, y, x, y, ...] as float64 [n, 2]; refuses what is no list of plausible numbers.
-
-    A vertex may lie outside the image, but not by more than the image's longest side: such a number is an error, and
-    drawing to it takes memory in proportion.
-    """
-    try:
-        array = np.asarray(points, dtype=np.float64)
-    except (TypeError, ValueError) as error:
-        raise DataError(f"a polygon's points are not a list of numbers: {str(points)[:80]}") from error
-    if array.ndim == 1 and array.size % 2 == 0:
-        array = array.reshape(-1, 2)
-    if array.ndim != 2 or array.shape[1] != 2:
-        raise DataError(f"a polygon's points are not pairs of numbers: shape {array.shape}")
-    if not np.isfinite(array).all():
-        raise DataError("a polygon has a coordinate that is NaN or infinite")
-    margin = max(height, width)
-    if (array < -margin).any() or (array > np.array([width, height]) + margin).any():
-        raise DataError(
-            f"a polygon has a coordinate far outside its {width}x{height} image: {array.min()}..{array.max()}"
-        )
-    return array
-
-
-def decode_segmentation(segmentation: Any, height: int, width: int) -> np.ndarray:
-    """COCO's segmentation in any of its forms as uint8 [H, W] with 0 and 1.
-
-    Forms: a list of polygons (parts of 1 or 2 points are dropped), an RLE dict, a list of RLE dicts; RLE counts are a
-    string, bytes or a list of run lengths (crowd). Parts are united.
-    """
-    parts = [segmentation] if isinstance(segmentation, dict) else segmentation
-    if not isinstance(parts, list) or not parts:
-        raise DataError(f"a segmentation is neither polygons nor RLE: {str(segmentation)[:80]}")
-    if not isinstance(parts[0], (list, dict)):  # one bare polygon
-        parts = [parts]
-    mask = np.zeros((height, width), dtype=np.uint8)
-    rings = [check_polygon(part, height, width) for part in parts if not isinstance(part, dict)]
-    polygons = [ring.ravel().tolist() for ring in rings if len(ring) >= 3]
-    if polygons:
-        mask |= coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(polygons, height, width)))
-    for part in parts:
-        if isinstance(part, dict):
-            mask |= _decode_rle(part, height, width)
-    if not mask.any():
-        raise DataError("a segmentation decodes to an empty mask")
-    return mask
-
-
-def _decode_rle(rle: dict, height: int, width: int) -> np.ndarray:
-    counts, size = rle.get("counts"), rle.get("size")
-    if not isinstance(size, (list, tuple)) or list(size) != [height, width]:
-        raise DataError(f"an RLE has size {size}; its image is {[height, width]} (height, width)")
-    if isinstance(counts, str):
-        counts = counts.encode("ascii", "replace")
-    if isinstance(counts, bytes):
-        runs = _unpack_counts(counts)
-    elif isinstance(counts, list) and all(isinstance(run, int) for run in counts):
-        runs = counts
-    else:
-        raise DataError(f"an RLE's counts are a {type(counts).__name__}; expected a string or a list of integers")
-    # pycocotools does not check this: too few pixels would leave the rest of the mask uninitialised
-    if any(run < 0 for run in runs) or sum(runs) != height * width:
-        raise DataError(f"an RLE covers {sum(runs)} pixels; its image has {height * width}: the annotation is damaged")
-    values = np.arange(len(runs), dtype=np.uint8) % 2
-    return np.repeat(values, runs).reshape(width, height).T
-
-
-def _unpack_counts(packed: bytes) -> list[int]:
-    """Run lengths of COCO's compressed RLE: 5 bits per character, sign-extended, from the 4th on as differences."""
-    runs: list[int] = []
-    value = shift = 0
-    for character in packed:
-        digit = character - 48
-        if not 0 <= digit < 64:
-            raise DataError("an RLE's counts hold a character that COCO's compression does not use")
-        value |= (digit & 0x1F) << shift
-        shift += 5
-        if not digit & 0x20:
-            if digit & 0x10:
-                value -= 1 << shift
-            runs.append(value + (runs[-2] if len(runs) > 2 else 0))
-            value = shift = 0
-    if shift:
-        raise DataError("an RLE's counts end in the middle of a number")
-    return runs
 
 
 # -- samples -----------------------------------------------------------------------------------------------------------
@@ -413,8 +248,3 @@ def check_sample(sample: Sample) -> Sample:
         if not (mask == 1).any():
             raise DataError(f"{sample.source}: the mask of [SEG] number {number + 1} is empty")
     return sample
-
-
-def stack_masks(masks: Sequence[np.ndarray], height: int, width: int) -> np.ndarray:
-    """[N, H, W] uint8, also for N = 0."""
-    return np.stack(masks) if len(masks) else np.zeros((0, height, width), dtype=np.uint8)

@@ -9,21 +9,10 @@ import numpy as np
 from PIL import Image
 
 from model.structures import EvalQuery, EvalSample, Sample, Turn
-from utils.datasets.base import (
-    DECODE_ERRORS,
-    DataError,
-    DataOptions,
-    Row,
-    check_polygon,
-    check_sample,
-    check_size,
-    decode_segmentation,
-    draw,
-    pick,
-    read_image,
-    stack_masks,
-)
+from utils.datasets.base import DataError, DataOptions, Row, check_sample, draw, pick
+from utils.datasets.images import DECODE_ERRORS, check_size, read_image
 from utils.datasets.jsonl import TRAIN, Line, LineFile
+from utils.datasets.masks import check_polygon, decode_segmentation, stack_masks
 from utils.datasets.templates import ANSWERS, QUESTIONS
 
 

@@ -12,6 +12,7 @@ import torch
 from torch.utils.data import Dataset, Sampler
 
 from model.structures import Sample
+from utils.config import Config
 from utils.datasets import DATASETS, TYPES, get_train_dataset
 from utils.datasets.base import DataError, DataOptions, TrainDataset, unknown
 
@@ -213,3 +214,18 @@ class MixtureSampler(Sampler[list[int]]):
         for step in range(self.start, self.stop):
             first = (step * self.world_size + self.rank) * self.batch_size
             yield list(range(first, first + self.batch_size))
+
+
+def make_mixture(config: Config) -> Mixture:
+    """What the data settings describe; ``DataError`` naming all that is missing."""
+    data = config.data
+    sets = {kind: getattr(data, f"{kind}_data") for kind in TYPES}
+    options = DataOptions(
+        data.questions_per_image,
+        data.explanatory,
+        data.joint_probability,
+        data.negative_sampling_weight,
+        data.dialogue_probability,
+    )
+    rates = data.sample_rates or None
+    return Mixture(data.dataset_dir, data.dataset, rates, sets, options, config.train.seed, data.weighting)

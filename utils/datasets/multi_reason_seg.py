@@ -17,19 +17,16 @@ from utils.datasets.base import (
     Row,
     check_file_name,
     check_sample,
-    check_size,
     coco,
-    decode_segmentation,
     draw,
     find_paths,
-    images_not_found,
     parse_items,
-    read_image,
-    stack_masks,
     unknown,
     warn_of,
 )
 from utils.datasets.coco_file import check_extent
+from utils.datasets.images import check_size, images_not_found, read_image
+from utils.datasets.masks import decode_segmentation, stack_masks
 from utils.datasets.records import Notes, load_records
 from utils.datasets.templates import instance_turn
 

@@ -17,15 +17,15 @@ from utils.datasets.base import (
     DataOptions,
     NotThere,
     Row,
-    check_polygon,
     check_sample,
     draw,
     find_paths,
     pick,
-    read_image,
     read_json,
     unknown,
 )
+from utils.datasets.images import read_image
+from utils.datasets.masks import check_polygon
 from utils.datasets.records import PackedRecords
 from utils.datasets.templates import ANSWERS, QUESTIONS
 

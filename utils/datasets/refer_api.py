@@ -16,8 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from utils.datasets.base import DataError, NotThere, decode_segmentation, read_json
+from utils.datasets.base import DataError, NotThere, read_json
 from utils.datasets.coco_file import by_id, image_record, is_id, row_of, segmentation_of
+from utils.datasets.masks import decode_segmentation
 from utils.datasets.records import Notes, PackedRecords, load_records
 
 # -- pickles without code ----------------------------------------------------------------------------------------------

@@ -9,21 +9,9 @@ import numpy as np
 
 from model.processing.tokens import REJ, SEG
 from model.structures import Conversation, EvalQuery, EvalSample, Sample, Turn
-from utils.datasets.base import (
-    DataError,
-    DataOptions,
-    Row,
-    check_sample,
-    check_size,
-    draw,
-    find_image,
-    find_paths,
-    images_not_found,
-    pick,
-    read_image,
-    stack_masks,
-    warn_of,
-)
+from utils.datasets.base import DataError, DataOptions, Row, check_sample, draw, find_paths, pick, warn_of
+from utils.datasets.images import check_size, find_image, images_not_found, read_image
+from utils.datasets.masks import stack_masks
 from utils.datasets.refer_api import ReferIndex, build_index
 from utils.datasets.templates import ANSWERS, QUESTIONS, fill, joint_turn
 

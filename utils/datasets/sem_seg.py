@@ -15,25 +15,11 @@ from typing import Any, Protocol
 import numpy as np
 
 from model.structures import IGNORE_PIXEL, Conversation, Sample, Turn
-from utils.datasets.base import (
-    DataError,
-    DataOptions,
-    Row,
-    check_sample,
-    check_size,
-    decode_segmentation,
-    draw,
-    find_image,
-    find_paths,
-    pick,
-    read_image,
-    read_json,
-    read_label_image,
-    stack_masks,
-    warn_of,
-)
+from utils.datasets.base import DataError, DataOptions, Row, check_sample, draw, find_paths, pick, read_json, warn_of
 from utils.datasets.class_names import ADE20K, COCO_STUFF, COCO_STUFF_NOT_DENIED
 from utils.datasets.coco_file import by_id, image_record, row_of, segmentation_of
+from utils.datasets.images import check_size, find_image, read_image, read_label_image
+from utils.datasets.masks import decode_segmentation, stack_masks
 from utils.datasets.records import Notes, PackedRecords, load_records
 from utils.datasets.templates import ANSWERS, QUESTIONS, denial, fill
 

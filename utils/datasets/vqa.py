@@ -16,13 +16,12 @@ from utils.datasets.base import (
     Row,
     check_file_name,
     check_sample,
-    find_image,
     find_paths,
     parse_items,
-    read_image,
-    stack_masks,
     warn_of,
 )
+from utils.datasets.images import find_image, read_image
+from utils.datasets.masks import stack_masks
 from utils.datasets.records import Notes, load_records
 
 

@@ -26,6 +26,7 @@ from model.processing.tokens import SEG
 from model.structures import EvalQuery, EvalSample, MaskUncertainty, Prediction, Turn
 from utils import distributed
 from utils.datasets.base import EvalDataset
+from utils.datasets.masks import encode_mask
 from utils.datasets.templates import eval_answer, eval_joint_turn, eval_question
 from utils.evaluation import metrics
 from utils.evaluation.matching import match_masks
@@ -379,7 +380,7 @@ def score(index: int, sample: EvalSample, query: EvalQuery, answer: Answer, benc
         U=either,
         P=predicted,
         G=true,
-        masks=[metrics.encode_mask(mask) for mask in answer.masks],
+        masks=[encode_mask(mask) for mask in answer.masks],
         meta=query.meta,
         pairs=[list(count[:2]) for count in counts] if matched else [],
         uncertainty=[found.score for found in answer.uncertainty],

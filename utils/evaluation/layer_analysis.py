@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from model.geometry import maps_at
 from model.loading.weights import load_strictly, read_sam
-from model.PPM import maps_at
 from model.sam import SegmentAnything
 from model.structures import EvalQuery, EvalSample, Prediction
 from model.UGround import Answered, UGroundForCausalLM

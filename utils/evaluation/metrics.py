@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from pycocotools import mask as coco_mask
 
 from model.structures import IGNORE_PIXEL
 from utils.evaluation.risk_coverage import ranking
@@ -98,17 +97,6 @@ def merge_targets(masks: np.ndarray, height: int, width: int) -> np.ndarray:
     merged[(masks == IGNORE_PIXEL).any(axis=0)] = IGNORE_PIXEL
     merged[(masks == 1).any(axis=0)] = 1
     return merged
-
-
-def encode_mask(mask: np.ndarray) -> dict[str, Any]:
-    """bool [H, W] as COCO RLE with text counts, fit for JSON."""
-    rle = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
-    return {"size": [int(side) for side in rle["size"]], "counts": rle["counts"].decode("ascii")}
-
-
-def decode_mask(rle: dict[str, Any]) -> np.ndarray:
-    """COCO RLE as bool [H, W]."""
-    return coco_mask.decode(rle).astype(bool)
 
 
 # -- all masks ---------------------------------------------------------------------------------------------------------

@@ -16,8 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from model.loading.weights import NEW_PARTS, Loaded
-from utils.training.checkpoint import identity
+from model.loading.weights import NEW_PARTS, Loaded, base_fingerprints
 
 META = "uground_run.json"
 PARTS, LORA = "trained_parts.safetensors", "adapter_model.safetensors"
@@ -56,7 +55,7 @@ def check_base(folder: Path, meta: dict[str, Any], loaded: list[Loaded]) -> None
     Raises:
         ValueError: naming each module that differs, with both sources and fingerprints.
     """
-    now, paths = identity(loaded), meta["config"]["model"]
+    now, paths = base_fingerprints(loaded), meta["config"]["model"]
     sources = {row.module: row.source for row in loaded}
     wrong = [name for name, before in meta["base"].items() if now.get(name) != before]
     if wrong:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from model.structures import Prediction
-from utils.evaluation.metrics import encode_mask
+from utils.datasets.masks import encode_mask
 from utils.plotting.overlays import heat_map, overlay, save_picture
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from utils.datasets.base import read_image
+from utils.datasets.images import read_image
 from utils.inference.answer_files import describe, free_stem, save_pictures
 from utils.inference.loading import predict
 from utils.inference.terminal import printable

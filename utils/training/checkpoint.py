@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from model.loading.weights import Loaded
+from model.loading.weights import Loaded, base_fingerprints
 from utils import distributed
 from utils.config import FIELDS, Config, config_from, plain
 
@@ -36,11 +36,6 @@ class CheckpointError(ValueError):
 
 
 # -- what a checkpoint says about itself -------------------------------------------------------------------------------
-
-
-def identity(loaded: Iterable[Loaded]) -> dict[str, str]:
-    """Fingerprints of the base weights per module, without the parts that training starts from scratch."""
-    return {row.module: row.fingerprint for row in loaded if row.source != "new"}
 
 
 def trained_shapes(model: nn.Module) -> dict[str, list[int]]:
@@ -64,7 +59,7 @@ def describe_model(model: nn.Module, processor, loaded: Iterable[Loaded]) -> dic
     """What trains, on what base, with which code."""
     packages = ("torch", "transformers", "peft", "deepspeed", "segment-anything")
     return {
-        "base": identity(loaded),
+        "base": base_fingerprints(loaded),
         "tokens": vars(processor.tokens),
         "trained": trained_shapes(model),
         "commit": git_commit(),

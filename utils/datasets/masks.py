@@ -1,0 +1,114 @@
+"""Masks as annotations hold them, polygons and COCO's RLE, checked, drawn and encoded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from pycocotools import mask as coco_mask
+
+from utils.datasets.base import DataError
+
+
+def check_polygon(points: Any, height: int, width: int) -> np.ndarray:
+    """[[x, y], ...] or [x, y, x, y, ...] as float64 [n, 2]; refuses what is no list of plausible numbers.
+
+    A vertex may lie outside the image, but not by more than the image's longest side: such a number is an error, and
+    drawing to it takes memory in proportion.
+    """
+    try:
+        array = np.asarray(points, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"a polygon's points are not a list of numbers: {str(points)[:80]}") from error
+    if array.ndim == 1 and array.size % 2 == 0:
+        array = array.reshape(-1, 2)
+    if array.ndim != 2 or array.shape[1] != 2:
+        raise DataError(f"a polygon's points are not pairs of numbers: shape {array.shape}")
+    if not np.isfinite(array).all():
+        raise DataError("a polygon has a coordinate that is NaN or infinite")
+    margin = max(height, width)
+    if (array < -margin).any() or (array > np.array([width, height]) + margin).any():
+        raise DataError(
+            f"a polygon has a coordinate far outside its {width}x{height} image: {array.min()}..{array.max()}"
+        )
+    return array
+
+
+def decode_segmentation(segmentation: Any, height: int, width: int) -> np.ndarray:
+    """COCO's segmentation in any of its forms as uint8 [H, W] with 0 and 1.
+
+    Forms: a list of polygons (parts of 1 or 2 points are dropped), an RLE dict, a list of RLE dicts; RLE counts are a
+    string, bytes or a list of run lengths (crowd). Parts are united.
+    """
+    parts = [segmentation] if isinstance(segmentation, dict) else segmentation
+    if not isinstance(parts, list) or not parts:
+        raise DataError(f"a segmentation is neither polygons nor RLE: {str(segmentation)[:80]}")
+    if not isinstance(parts[0], (list, dict)):  # one bare polygon
+        parts = [parts]
+    mask = np.zeros((height, width), dtype=np.uint8)
+    rings = [check_polygon(part, height, width) for part in parts if not isinstance(part, dict)]
+    polygons = [ring.ravel().tolist() for ring in rings if len(ring) >= 3]
+    if polygons:
+        mask |= coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(polygons, height, width)))
+    for part in parts:
+        if isinstance(part, dict):
+            mask |= _decode_rle(part, height, width)
+    if not mask.any():
+        raise DataError("a segmentation decodes to an empty mask")
+    return mask
+
+
+def _decode_rle(rle: dict, height: int, width: int) -> np.ndarray:
+    counts, size = rle.get("counts"), rle.get("size")
+    if not isinstance(size, (list, tuple)) or list(size) != [height, width]:
+        raise DataError(f"an RLE has size {size}; its image is {[height, width]} (height, width)")
+    if isinstance(counts, str):
+        counts = counts.encode("ascii", "replace")
+    if isinstance(counts, bytes):
+        runs = _unpack_counts(counts)
+    elif isinstance(counts, list) and all(isinstance(run, int) for run in counts):
+        runs = counts
+    else:
+        raise DataError(f"an RLE's counts are a {type(counts).__name__}; expected a string or a list of integers")
+    # pycocotools does not check this: too few pixels would leave the rest of the mask uninitialised
+    if any(run < 0 for run in runs) or sum(runs) != height * width:
+        raise DataError(f"an RLE covers {sum(runs)} pixels; its image has {height * width}: the annotation is damaged")
+    values = np.arange(len(runs), dtype=np.uint8) % 2
+    return np.repeat(values, runs).reshape(width, height).T
+
+
+def _unpack_counts(packed: bytes) -> list[int]:
+    """Run lengths of COCO's compressed RLE: 5 bits per character, sign-extended, from the 4th on as differences."""
+    runs: list[int] = []
+    value = shift = 0
+    for character in packed:
+        digit = character - 48
+        if not 0 <= digit < 64:
+            raise DataError("an RLE's counts hold a character that COCO's compression does not use")
+        value |= (digit & 0x1F) << shift
+        shift += 5
+        if not digit & 0x20:
+            if digit & 0x10:
+                value -= 1 << shift
+            runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+            value = shift = 0
+    if shift:
+        raise DataError("an RLE's counts end in the middle of a number")
+    return runs
+
+
+def encode_mask(mask: np.ndarray) -> dict[str, Any]:
+    """bool [H, W] as COCO RLE with text counts, fit for JSON."""
+    rle = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
+    return {"size": [int(side) for side in rle["size"]], "counts": rle["counts"].decode("ascii")}
+
+
+def decode_mask(rle: dict[str, Any]) -> np.ndarray:
+    """COCO RLE as bool [H, W]."""
+    return coco_mask.decode(rle).astype(bool)
+
+
+def stack_masks(masks: Sequence[np.ndarray], height: int, width: int) -> np.ndarray:
+    """[N, H, W] uint8, also for N = 0."""
+    return np.stack(masks) if len(masks) else np.zeros((0, height, width), dtype=np.uint8)
