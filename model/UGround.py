@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from model.config import RELEASED, UGroundConfig
+from model.config import UGroundConfig
 from model.generation import Answers, read_given, write_answers
 from model.geometry import maps_at, mask_prompts
 from model.llava import LlavaLlamaForCausalLM
@@ -31,7 +31,7 @@ from model.structures import Batch, MaskUncertainty, Prediction
 from model.uncertainty import MonteCarlo
 
 MASKS_AT_ONCE = 32  # that SAM decodes for mc:T
-__all__ = ["RELEASED", "Grounding", "UGroundConfig", "UGroundForCausalLM", "UGroundOutput"]
+__all__ = ["Grounding", "UGroundConfig", "UGroundForCausalLM", "UGroundOutput"]
 
 
 @dataclass

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import CLIPVisionConfig, LlamaConfig
 
-from model.config import RELEASED
+from model.settings import RECIPES
 
 Rules = tuple[tuple[str, str | None], ...]
 
@@ -100,7 +100,7 @@ class Release:
 LISA = {"layer_selection": "last", "mask_prompt": False, "clip_fit": "crop"}  # the [SEG] token alone prompts SAM
 READ = LISA | {"point_prompts": 30, "point_rule": "read_7b"}
 RELEASES = {  # by the architecture that config.json names; docs/weights.md says where each line comes from
-    "UGroundForCausalLM": Release("UGround", RELEASED, absent=("ppm.baseline",)),
+    "UGroundForCausalLM": Release("UGround", RECIPES["released"], absent=("ppm.baseline",)),
     "LISAForCausalLM": Release("LISA", LISA),
     "LisaGSVAForCausalLM": Release("GSVA", LISA),
     "SESAMEForCausalLM": Release("SESAME", LISA, USER),

@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 import model.UGround as uground
 from model.lora import add_lora
+from model.settings import RECIPES
 
 SETTINGS = {
     "policy": {},
@@ -20,7 +21,7 @@ SETTINGS = {
     "soft": {"layer_selection": "soft"},
     "ce_soft": {"layer_selection": "ce_soft"},
     "lisa": {"layer_selection": "last", "mask_prompt": False, "map_terms": ()},
-    "released": uground.RELEASED,
+    "released": RECIPES["released"],
     "all terms": {"map_terms": ("bce", "dice", "gaussian_bce", "gaussian_dice"), "reward_terms": "iou"},
 }
 

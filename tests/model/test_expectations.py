@@ -15,11 +15,15 @@ import torch
 from conftest import WORDS, build_tiny_model, drawn_sample
 
 from model.processing.processor import UGroundProcessor
-from model.UGround import RELEASED
+from model.settings import RECIPES
 from utils.demo.tiny_model import train_tokenizer
 
 EXPECTED = Path(__file__).with_name("expectations.json")
-SETTINGS = {"paper": {}, "released": RELEASED, "flash": RELEASED | {"padded_patches_attend": False}}
+SETTINGS = {
+    "paper": {},
+    "released": RECIPES["released"],
+    "flash": RECIPES["released"] | {"padded_patches_attend": False},
+}
 
 
 def measure(processor: UGroundProcessor, settings: dict) -> dict[str, list[float]]:

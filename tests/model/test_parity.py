@@ -1,4 +1,4 @@
-"""The released checkpoints' numbers (../shared/parity.md, ../shared/goldens), reproduced under ``RELEASED``.
+"""The released checkpoints' numbers (../shared/parity.md, ../shared/goldens), reproduced under the recipe "released".
 
 Each tensor must agree within 1e-4 of its largest value. The goldens hold one row per conversation; here they are read
 with one row per image. Two conversations of one golden image differ in the text BEFORE the image, so that no prefix

@@ -36,7 +36,8 @@ from model.loading.weights import (
 from model.lora import add_lora
 from model.processing.tokens import add_special_tokens, load_tokenizer
 from model.sam import SamShape
-from model.UGround import RELEASED, UGroundConfig, UGroundForCausalLM
+from model.settings import RECIPES
+from model.UGround import UGroundConfig, UGroundForCausalLM
 from scripts.merge_lora import save_merged
 from utils.demo.tiny_model import clip_config, llama_settings, sam_shape
 from utils.inference.loading import load_for_training, load_pretrained, predict
@@ -255,7 +256,7 @@ def test_a_released_folder_opens_as_any_other(base, tmp_path, tiny_model, tiny_t
     with pytest.raises(ValueError, match="give --vision_tower"):
         load_pretrained(str(folder))
     model, processor = load_pretrained(str(folder), vision_tower=str(base / "clip"))
-    assert {name: getattr(model.config, name) for name in RELEASED} == RELEASED
+    assert {name: getattr(model.config, name) for name in RECIPES["released"]} == RECIPES["released"]
     torch.testing.assert_close(model.ppm.gate, tiny_model.ppm.gate, **EXACT)
     ask = ([tiny_samples[0].image], [["star"]], [["it is [SEG]."]])
     assert predict(model, processor, *ask)[0][0].layers == [4]  # the last, without being told

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import ast
-import inspect
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import yaml
 
-from model.UGround import RELEASED, UGroundConfig
+from model.settings import METHOD_FIELDS, RECIPES
+from model.UGround import UGroundConfig
 from utils.config import FIELDS, SECTIONS, Config, ConfigError, config_from, load_config, make_parser, plain
 from utils.datasets import TYPES
 
@@ -94,7 +94,7 @@ def test_the_relatives_differ_in_what_they_are_known_for():
 def test_released_settings_are_those_of_the_loader():
     config = load_config(["--config", str(ROOT / "configs/released.yaml")])
     written = config.method | {"eval_layer_policy": config.eval.val_layer_policy}
-    assert {name: written[name] for name in RELEASED} == RELEASED
+    assert {name: written[name] for name in RECIPES["released"]} == RECIPES["released"]
 
 
 def test_flags_override_file_overrides_base_overrides_defaults(tmp_path):
@@ -171,7 +171,7 @@ def test_names_of_other_trainers_are_understood():
         ("base: nowhere.yaml", "nowhere.yaml: cannot be read: No such file or directory (base of"),
         ("base: run.yaml", "base: run.yaml leads back to itself"),
         ("train: {exp_name: ../up}", "'../up' is not a folder name"),
-        ("ppm: {layer_selection: fixed:x}", "'fixed:x' is not one of policy, last, uniform, fixed:K"),
+        ("ppm: {layer_selection: fixed:x}", "unknown layer policy 'fixed:x'; use one of policy"),
         ("ppm: {seg_prompt: off, mask_prompt: off}", "SAM would have no prompt"),
         ("ppm: {first_candidate_layer: 9, last_candidate_layer: 3}", "3 is below first_candidate_layer"),
         ("ppm: {policy_gradient: exact, baseline: critic}", "takes reward seg and baseline average"),
@@ -229,4 +229,70 @@ def test_the_method_settings_are_those_of_the_model():
     method = Config().method
     config = UGroundConfig(**method)
     assert all(getattr(config, name) == value for name, value in method.items())
-    assert set(method) <= set(inspect.signature(UGroundConfig.__init__).parameters)
+    assert set(method) <= set(METHOD_FIELDS)
+
+
+# -- recipes -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_recipe_goes_over_the_base_and_under_what_is_said_one_by_one(tmp_path):
+    written(tmp_path, "loss: {policy_loss_weight: 0.2}\nppm: {map_side: 100}\n", "base.yaml")
+    path = written(tmp_path, "base: base.yaml\nrecipe: released\nppm: {reward: seg}\n")
+    config = load_config(["--config", path, *NEEDED, "--map_side", "7"])
+    assert (config.loss.policy_loss_weight, config.ppm.reward, config.ppm.map_side) == (0.4, "seg", 7)
+    assert config.eval.val_layer_policy == "last"
+    again = load_config(["--config", path, *NEEDED, "--recipe", "paper"])
+    assert again.method == Config().method
+    assert again.eval.val_layer_policy == ""
+
+
+def test_an_unknown_recipe_is_refused(tmp_path):
+    assert (
+        "'relased' is not one of paper, released"
+        in problems("--config", written(tmp_path, "recipe: relased"), *NEEDED)[0]
+    )
+    assert "--recipe: 'lisa' is not one of paper, released" in problems(*NEEDED, "--recipe", "lisa")[0]
+
+
+# -- what a run would silently ignore ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--policy_gradient", "exact", "--baseline_start", "first"),
+        ("--policy_gradient", "exact", "--baseline_decay", "0.5"),
+        ("--policy_gradient", "exact", "--scale_advantage"),
+        ("--layer_selection", "last", "--entropy_bonus", "0.1"),
+        ("--layer_selection", "soft", "--baseline", "critic"),
+        ("--layer_selection", "ce_soft", "--policy_gradient", "exact"),
+        ("--baseline", "critic", "--baseline_start", "first"),
+        ("--critic_width", "64"),
+    ],
+)
+def test_method_settings_without_effect_are_refused(flags):
+    """The last one named does nothing beside the first."""
+    name = [flag for flag in flags if flag.startswith("--")][-1]
+    found = problems(*NEEDED, *flags)
+    assert len(found) == 1
+    assert found[0].startswith(f"{name}: ")
+    assert "has no effect" in found[0]
+
+
+def test_sets_of_a_type_that_is_not_mixed(tmp_path):
+    found = problems(*NEEDED, "--dataset", "vqa", "--refer_seg_data", "grefcoco")
+    assert found == ["--refer_seg_data: has no effect: --dataset vqa does not name refer_seg"]
+    path = written(tmp_path, "data: {dataset: vqa, refer_seg_data: grefcoco}")
+    assert "data.refer_seg_data: has no effect" in problems("--config", path, *NEEDED)[0]
+    path = written(tmp_path, "data: {dataset: vqa||refer_seg, refer_seg_data: grefcoco}")
+    assert load_config(["--config", path, *NEEDED, "--dataset", "vqa"]).data.dataset == ("vqa",)  # chosen out of a file
+
+
+def test_a_checkpoint_with_settings_without_effect_still_loads():
+    """They were accepted once: a finished run must merge."""
+    saved = plain(load_config(NEEDED))
+    saved["ppm"] |= {"layer_selection": "last", "entropy_bonus": 0.1, "scale_advantage": True}
+    saved["loss"]["critic_loss_weight"] = 2.0
+    del saved["experimental"]
+    config = config_from(saved, "meta.json")
+    assert (config.experimental.entropy_bonus, config.experimental.critic_loss_weight) == (0.1, 2.0)

@@ -13,7 +13,17 @@ from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
 import yaml
 
-from utils.config.settings import DataSettings, EvalSettings, LossSettings, ModelSettings, PpmSettings, TrainSettings
+from model.settings import (
+    METHOD_FIELDS,
+    RECIPES,
+    ExperimentalSettings,
+    LossSettings,
+    PpmSettings,
+    contradictions,
+    value_problems,
+    without_effect,
+)
+from utils.config.settings import DataSettings, EvalSettings, ModelSettings, TrainSettings
 
 
 class ConfigError(ValueError):
@@ -37,6 +47,7 @@ class Config:
     data: DataSettings = field(default_factory=DataSettings)
     train: TrainSettings = field(default_factory=TrainSettings)
     eval: EvalSettings = field(default_factory=EvalSettings)
+    experimental: ExperimentalSettings = field(default_factory=ExperimentalSettings)
 
     @property
     def run_folder(self) -> Path:
@@ -49,8 +60,8 @@ class Config:
 
     @property
     def method(self) -> dict[str, Any]:
-        """What ``UGroundConfig`` calls settings: PPM, loss weights, and the seed of sampled layers."""
-        return {**vars(self.ppm), **vars(self.loss), "policy_seed": self.train.seed}
+        """The method's settings as ``UGroundConfig`` takes them."""
+        return {**vars(self.ppm), **vars(self.loss), **vars(self.experimental), "policy_seed": self.train.seed}
 
     def flat(self) -> dict[str, Any]:
         """Leaf name -> value."""
@@ -65,6 +76,8 @@ SECTIONS: dict[str, type] = get_type_hints(Config)
 FIELDS: dict[str, Field] = {f.name: f for section in SECTIONS.values() for f in fields(section)}
 SECTION_OF: dict[str, str] = {f.name: name for name, section in SECTIONS.items() for f in fields(section)}
 KINDS: dict[str, Any] = {name: kind for s in SECTIONS.values() for name, kind in get_type_hints(s).items()}
+METHOD_DEFAULTS = {name: item.default for name, item in METHOD_FIELDS.items()}
+MOVED = dict.fromkeys(vars(ExperimentalSettings()), ("ppm", "loss"))  # older files have them in these sections
 ELSEWHERE = {  # what other trainers call a setting
     "learning_rate": "lr",
     "num_workers": "workers",
@@ -120,10 +133,15 @@ def load_config(argv: Sequence[str] | None = None) -> Config:
         values |= read_yaml(Path(flags.config), problems)
         if problems and not values:  # the file could not be read: what it lacks is no news
             raise ConfigError(problems)
+    if flags.recipe is not None:
+        values |= _expanded(flags.recipe, "--recipe", problems)
     for name in FIELDS:
         if (value := getattr(flags, name)) is not None:
             values[name] = (value, f"--{name}")
-    return build(values, problems)
+    config = build(values, problems)
+    if ignored := [f"{values[name][1]}: {text}" for name, text in _ignored(config, values) if name in values]:
+        raise ConfigError(ignored)
+    return config
 
 
 def config_from(sections: Mapping[str, Mapping[str, Any]], origin: str) -> Config:
@@ -211,7 +229,7 @@ def read_yaml(path: Path, problems: list[str], above: tuple[Path, ...] = ()) -> 
     if not isinstance(content, dict):
         problems.append(f"{path}: holds a {type(content).__name__}; expected sections: {', '.join(SECTIONS)}")
         return {}
-    base, values = content.pop("base", None), {}
+    base, recipe, values = content.pop("base", None), content.pop("recipe", None), {}
     if base is not None:
         parent = path.parent / str(base)
         chain = (*above, path)
@@ -219,7 +237,18 @@ def read_yaml(path: Path, problems: list[str], above: tuple[Path, ...] = ()) -> 
             problems.append(f"{path}: base: {base} leads back to itself")
         else:
             values = read_yaml(parent, problems, chain)
+    if recipe is not None:
+        values |= _expanded(recipe, f"{path}: recipe", problems)
     return values | _flatten(content, str(path), problems)
+
+
+def _expanded(recipe: Any, origin: str, problems: list[str]) -> dict[str, tuple[Any, str]]:
+    """The settings that a recipe stands for; what the same file or command line says itself goes over them."""
+    if recipe not in RECIPES:
+        problems.append(f"{origin}: {recipe!r} is not one of {', '.join(RECIPES)}")
+        return {}
+    values = {"val_layer_policy" if name == "eval_layer_policy" else name: v for name, v in RECIPES[recipe].items()}
+    return {name: ("" if value is None else value, f"{origin} {recipe}: {name}") for name, value in values.items()}
 
 
 def _flatten(content: Mapping[str, Any], origin: str, problems: list[str]) -> dict[str, tuple[Any, str]]:
@@ -229,12 +258,12 @@ def _flatten(content: Mapping[str, Any], origin: str, problems: list[str]) -> di
             if section in FIELDS:
                 problems.append(f"{origin}: {section} belongs into section {SECTION_OF[section]}")
             else:
-                problems.append(f"{origin}: unknown section {section!r}{_hint(section, (*SECTIONS, 'base'))}")
+                problems.append(f"{origin}: unknown section {section!r}{_hint(section, (*SECTIONS, 'base', 'recipe'))}")
         elif entries is not None and not isinstance(entries, Mapping):
             problems.append(f"{origin}: {section}: {entries!r} is not a mapping of settings")
         else:
             for name, value in (entries or {}).items():
-                if SECTION_OF.get(name) == section:
+                if SECTION_OF.get(name) == section or section in MOVED.get(name, ()):
                     values[name] = (value, f"{origin}: {section}.{name}")
                 elif name in FIELDS:
                     problems.append(f"{origin}: {section}.{name} belongs into section {SECTION_OF[name]}")
@@ -254,7 +283,7 @@ def _unknown_argument(text: str) -> str:
     if not text.startswith("-"):
         return f"unexpected argument {text!r}; settings are given as --name value"
     flag = text.partition("=")[0]
-    close = _hint(flag.lstrip("-").replace("-", "_"), (*FIELDS, "config"))
+    close = _hint(flag.lstrip("-").replace("-", "_"), (*FIELDS, "config", "recipe"))
     return f"unknown flag {flag}{close.replace('mean ', 'mean --') or '; see --help'}"
 
 
@@ -263,48 +292,17 @@ def _unknown_argument(text: str) -> str:
 
 def check(config: Config, origins: Mapping[str, str]) -> list[tuple[str, str]]:
     """(setting, problem) of every value that cannot be."""
-    found = []
-
-    def problem(name: str, message: str) -> None:
-        found.append((name, f"{origins[name]}: {message}"))
-
-    for name, value in config.flat().items():
-        limits = FIELDS[name].metadata
-        if limits["required"] and not value:
-            problem(name, f"is missing ({limits['help']})")
-        for choice in value if isinstance(value, tuple) else (value,):
-            if limits["choices"] and choice not in limits["choices"]:
-                problem(name, f"{choice!r} is not one of {', '.join(limits['choices'])}")
-        if limits["low"] is not None and not value >= limits["low"]:
-            problem(name, f"{value} is too small; at least {limits['low']:g}")
-        if limits["high"] is not None and not value <= limits["high"]:
-            problem(name, f"{value} is too large; at most {limits['high']:g}")
-        if limits["above"] is not None and not value > limits["above"]:
-            problem(name, f"{value} must be larger than {limits['above']:g}")
-        if isinstance(value, float) and value in (float("inf"), float("-inf")):
-            problem(name, f"{value} is not finite")
-    for name, message in _contradictions(config):
-        problem(name, message)
-    return found
+    found = [*value_problems(config.flat(), FIELDS), *_contradictions(config)]
+    return [(name, f"{origins[name]}: {message}") for name, message in found]
 
 
 def _contradictions(config: Config) -> Iterable[tuple[str, str]]:
     """What single values cannot show."""
-    ppm, data, train = config.ppm, config.data, config.train
-    if not re.fullmatch(r"policy|last|uniform|soft|ce_soft|fixed:\d+", ppm.layer_selection):
-        known = "policy, last, uniform, fixed:K (K = 0, 1, ...), soft, ce_soft"
-        yield "layer_selection", f"{ppm.layer_selection!r} is not one of {known}"
+    data, train = config.data, config.train
     if not re.fullmatch(r"|argmax|last|sample|uniform|soft|fixed:\d+|mc:[1-9]\d*", config.eval.val_layer_policy):
         known = "argmax, last, sample, soft, mc:T, fixed:K"
         yield "val_layer_policy", f"{config.eval.val_layer_policy!r} is not one of {known}"
-    if not (ppm.seg_prompt or ppm.mask_prompt or ppm.point_prompts):
-        yield "seg_prompt", "off together with mask_prompt: SAM would have no prompt; switch one on"
-    if -1 < ppm.last_candidate_layer < ppm.first_candidate_layer:
-        yield "last_candidate_layer", f"{ppm.last_candidate_layer} is below first_candidate_layer"
-    if ppm.policy_gradient == "exact" and (ppm.reward != "seg" or ppm.baseline != "average"):
-        yield "policy_gradient", "exact knows each layer's reward per [SEG]: it takes reward seg and baseline average"
-    if config.loss.gaussian_kernel % 2 == 0:
-        yield "gaussian_kernel", f"{config.loss.gaussian_kernel} is even; it must be odd"
+    yield from contradictions(METHOD_DEFAULTS | config.method)
     if not data.dataset:
         yield "dataset", "is empty; name at least one type"
     types = {name.removesuffix("_data") for name in FIELDS if name.endswith("_data")}  # a wrong one is named later
@@ -327,6 +325,22 @@ def _contradictions(config: Config) -> Iterable[tuple[str, str]]:
         yield "exp_name", f"{train.exp_name!r} is not a folder name (letters, digits, . _ + = -)"
     if not config.eval.no_eval and not config.eval.val_dataset:
         yield "val_dataset", "is empty; name a benchmark, or give --no_eval"
+
+
+def _ignored(config: Config, values: Mapping[str, tuple[Any, str]]) -> Iterable[tuple[str, str]]:
+    """(setting, problem) of what a run would silently ignore.
+
+    Sets of a type that ``dataset`` does not name are a problem only where a flag, or the file that names the types,
+    lists them: a run may choose types out of a file that describes more.
+    """
+    yield from without_effect(config.method)
+    source = values["dataset"][1].partition(": ")[0] if "dataset" in values else ""
+    for name, (_, origin) in values.items():
+        kind = name.removesuffix("_data")
+        if kind == name or not getattr(config.data, name) or kind in config.data.dataset:
+            continue
+        if origin.startswith("--") or origin.partition(": ")[0] == source:
+            yield name, f"has no effect: --dataset {'||'.join(config.data.dataset)} does not name {kind}"
 
 
 def missing_paths(config: Config) -> list[str]:
@@ -362,6 +376,12 @@ def make_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file with settings (sections as below); see configs/")
+    parser.add_argument(
+        "--recipe",
+        metavar="{" + ",".join(RECIPES) + "}",
+        help="the method as the paper has it, or as its published checkpoints were trained and are evaluated; settings "
+        "given one by one go over it (in a YAML file: recipe, beside base)",
+    )
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     names = {bool: "BOOL", int: "INT", float: "FLOAT", str: "TEXT", tuple[str, ...]: "A||B", tuple[float, ...]: "X,Y"}
     for section in SECTIONS.values():

@@ -1,33 +1,10 @@
-"""Every setting of a training run, with its default, help text and limits; a class per section of the YAML."""
+"""The sections of a run's YAML that are not the method's (those are ``model.settings``)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
-
-def setting(
-    default: Any,
-    help: str,
-    *,
-    choices: Sequence[str] = (),
-    low: float | None = None,
-    high: float | None = None,
-    above: float | None = None,
-    required: bool = False,
-    may_change: bool = False,
-) -> Any:
-    """A field with its help text and limits.
-
-    Args:
-        low, high: smallest and largest value allowed; above: the value must be larger than this.
-        required: an empty value is a problem.
-        may_change: a run can be resumed with another value (it does not alter what is learned).
-    """
-    limits = {"choices": tuple(choices), "low": low, "high": high, "above": above}
-    metadata = {"help": help, "required": required, "may_change": may_change, **limits}
-    return field(default=default, metadata=metadata)
+from model.settings import setting
 
 
 @dataclass
@@ -51,92 +28,6 @@ class ModelSettings:
     )
     compile_sam: bool = setting(
         False, "torch.compile SAM's image encoder: faster, after half a minute in the first step", may_change=True
-    )
-
-
-@dataclass
-class PpmSettings:
-    """ppm: Policy-Prompted Masking (section 4)"""
-
-    layer_selection: str = setting(
-        "policy",
-        "layer that a [SEG] connects from: policy (SSC), last, uniform, fixed:K (Tables 6 and 9), or all, weighted by "
-        "a gate that learns through SAM (soft) or as a classifier of the best layer (ce_soft)",
-    )
-    policy_gradient: str = setting(
-        "reinforce",
-        "from the sampled layer's reward (Eq. 5), or exact: from every layer's, at the map's own resolution",
-        choices=("reinforce", "exact"),
-    )
-    first_candidate_layer: int = setting(
-        1, "lowest layer that can be chosen; 0 adds the embeddings (as released weights have it)", low=0
-    )
-    last_candidate_layer: int = setting(-1, "highest layer that can be chosen; -1 = the last", low=-1)
-    phi_layer: str = setting(
-        "chosen",
-        "layer that phi([SEG]) reads: the one chosen for the map, or always the last",
-        choices=("chosen", "last"),
-    )
-    seg_prompt: bool = setting(True, "prompt SAM with the [SEG] token (Table 6)")
-    mask_prompt: bool = setting(True, "prompt SAM with the similarity map (MasP, Table 6)")
-    point_prompts: int = setting(
-        0, "prompt SAM with so many points on and as many off the target, read off the similarity map (READ)", low=0
-    )
-    reward: str = setting(
-        "seg",
-        "one reward per [SEG] (Algorithm 1), or one sum per batch (as released weights)",
-        choices=("seg", "batch"),
-    )
-    reward_terms: str = setting(
-        "both",
-        "what a map is rewarded for: small Gaussian BCE, dice, or both (Table 8), or its IoU with the mask",
-        choices=("both", "bce", "dice", "iou"),
-    )
-    baseline: str = setting(
-        "average",
-        "what rewards are compared with: their moving average, or a critic's guess (section 4.1)",
-        choices=("average", "critic"),
-    )
-    baseline_start: str = setting(
-        "zero",
-        "where the moving average starts: at zero, or at the first mean reward (the gate learns faster)",
-        choices=("zero", "first"),
-    )
-    baseline_decay: float = setting(0.9, "alpha of the reward's moving average (Algorithm 1)", low=0.0, high=1.0)
-    critic_width: int = setting(128, "hidden units of the critic", low=1)
-    entropy_bonus: float = setting(0.0, "reward per nat of the policy's entropy; 0 = none (paper)", low=0.0)
-    scale_advantage: bool = setting(False, "divide advantages by their root mean square in the batch, over all ranks")
-    map_normalization: str = setting(
-        "valid", "min-max of a map over the patches that show the image, or over all", choices=("valid", "all")
-    )
-    map_side: int = setting(
-        0, "side of the square on which a map is enlarged first, in pixels; 0 = CLIP's input (released: 336)", low=0
-    )
-
-
-@dataclass
-class LossSettings:
-    """loss: weights of the objective (Eq. 8 and 9)"""
-
-    text_loss_weight: float = setting(1.0, "lambda_txt, cross-entropy of the answer's tokens", low=0.0)
-    mask_loss_weight: float = setting(1.0, "lambda_mask, BCE and dice of SAM's masks", low=0.0)
-    map_loss_weight: float = setting(1.0, "BCE and dice of the similarity maps, beside the masks' (Eq. 8)", low=0.0)
-    policy_loss_weight: float = setting(
-        0.1, "lambda_policy, the gate's: REINFORCE (Eq. 5), or the classifier of ce_soft", low=0.0
-    )
-    critic_loss_weight: float = setting(1.0, "the critic's squared error, within lambda_policy", low=0.0)
-    bce_loss_weight: float = setting(2.0, "lambda_bce, within masks and maps", low=0.0)
-    dice_loss_weight: float = setting(4.0, "lambda_dice, within masks and maps", low=0.0)
-    map_terms: tuple[str, ...] = setting(
-        ("gaussian_bce", "gaussian_dice"),
-        "what constrains the similarity maps, any of gaussian_bce, gaussian_dice (soft mask), bce, dice (hard mask); "
-        "empty = no constraint (Table 7)",
-        choices=("gaussian_bce", "gaussian_dice", "bce", "dice"),
-    )
-    gaussian_kernel: int = setting(31, "side of the Gaussian that softens a map's target, in pixels; odd", low=1)
-    gaussian_sigma: float = setting(7.0, "standard deviation of that Gaussian, in pixels", above=0.0)
-    positive_weight: str = setting(
-        "mask", "map BCE: weight of positives per mask, or one per image (released)", choices=("mask", "image")
     )
 
 

@@ -1,0 +1,235 @@
+"""The method's settings: each declared once, with its default, help text and limits.
+
+They are sections of a run's YAML (``utils.config``) and fields of ``UGroundConfig`` alike. ``value_problems`` and
+``contradictions`` say for both what cannot be; ``RECIPES`` names the sets of values that belong together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import Field, dataclass, field, fields
+from typing import Any
+
+from model.PPM import parse_layer_policy
+
+
+def setting(
+    default: Any,
+    help: str,
+    *,
+    choices: Sequence[str] = (),
+    low: float | None = None,
+    high: float | None = None,
+    above: float | None = None,
+    required: bool = False,
+    may_change: bool = False,
+) -> Any:
+    """A field with its help text and limits.
+
+    Args:
+        low, high: smallest and largest value allowed; above: the value must be larger than this.
+        required: an empty value is a problem.
+        may_change: a run can be resumed with another value (it does not alter what is learned).
+    """
+    limits = {"choices": tuple(choices), "low": low, "high": high, "above": above}
+    metadata = {"help": help, "required": required, "may_change": may_change, **limits}
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class PpmSettings:
+    """ppm: Policy-Prompted Masking (section 4)"""
+
+    layer_selection: str = setting(
+        "policy",
+        "layer that a [SEG] connects from: policy (SSC), last, uniform, fixed:K (Tables 6 and 9), or all, weighted by "
+        "a gate that learns through SAM (soft) or as a classifier of the best layer (ce_soft)",
+    )
+    policy_gradient: str = setting(
+        "reinforce",
+        "from the sampled layer's reward (Eq. 5), or exact: from every layer's, at the map's own resolution",
+        choices=("reinforce", "exact"),
+    )
+    first_candidate_layer: int = setting(
+        1, "lowest layer that can be chosen; 0 adds the embeddings (as released weights have it)", low=0
+    )
+    phi_layer: str = setting(
+        "chosen",
+        "layer that phi([SEG]) reads: the one chosen for the map, or always the last",
+        choices=("chosen", "last"),
+    )
+    seg_prompt: bool = setting(True, "prompt SAM with the [SEG] token (Table 6)")
+    mask_prompt: bool = setting(True, "prompt SAM with the similarity map (MasP, Table 6)")
+    point_prompts: int = setting(
+        0, "prompt SAM with so many points on and as many off the target, read off the similarity map (READ)", low=0
+    )
+    reward: str = setting(
+        "seg",
+        "one reward per [SEG] (Algorithm 1), or one sum per batch (as released weights)",
+        choices=("seg", "batch"),
+    )
+    reward_terms: str = setting(
+        "both",
+        "what a map is rewarded for: small Gaussian BCE, dice, or both (Table 8), or its IoU with the mask",
+        choices=("both", "bce", "dice", "iou"),
+    )
+    baseline: str = setting(
+        "average",
+        "what rewards are compared with: their moving average, or a critic's guess (section 4.1)",
+        choices=("average", "critic"),
+    )
+    # Algorithm 1 leaves the start open. Rewards are far from zero: from there the gate's first steps are mostly noise.
+    baseline_start: str = setting(
+        "zero",
+        "where the moving average starts: at zero, or at the first mean reward (the gate learns faster)",
+        choices=("zero", "first"),
+    )
+    baseline_decay: float = setting(0.9, "alpha of the reward's moving average (Algorithm 1)", low=0.0, high=1.0)
+    map_normalization: str = setting(
+        "valid", "min-max of a map over the patches that show the image, or over all", choices=("valid", "all")
+    )
+    map_side: int = setting(
+        0, "side of the square on which a map is enlarged first, in pixels; 0 = CLIP's input (released: 336)", low=0
+    )
+
+
+@dataclass
+class LossSettings:
+    """loss: weights of the objective (Eq. 8 and 9)"""
+
+    text_loss_weight: float = setting(1.0, "lambda_txt, cross-entropy of the answer's tokens", low=0.0)
+    mask_loss_weight: float = setting(1.0, "lambda_mask, BCE and dice of SAM's masks", low=0.0)
+    map_loss_weight: float = setting(1.0, "BCE and dice of the similarity maps, beside the masks' (Eq. 8)", low=0.0)
+    policy_loss_weight: float = setting(
+        0.1, "lambda_policy, the gate's: REINFORCE (Eq. 5), or the classifier of ce_soft", low=0.0
+    )
+    bce_loss_weight: float = setting(2.0, "lambda_bce, within masks and maps", low=0.0)
+    dice_loss_weight: float = setting(4.0, "lambda_dice, within masks and maps", low=0.0)
+    map_terms: tuple[str, ...] = setting(
+        ("gaussian_bce", "gaussian_dice"),
+        "what constrains the similarity maps, any of gaussian_bce, gaussian_dice (soft mask), bce, dice (hard mask); "
+        "empty = no constraint (Table 7)",
+        choices=("gaussian_bce", "gaussian_dice", "bce", "dice"),
+    )
+    gaussian_kernel: int = setting(31, "side of the Gaussian that softens a map's target, in pixels; odd", low=1)
+    gaussian_sigma: float = setting(7.0, "standard deviation of that Gaussian, in pixels", above=0.0)
+    positive_weight: str = setting(
+        "mask", "map BCE: weight of positives per mask, or one per image (released)", choices=("mask", "image")
+    )
+
+
+@dataclass
+class ExperimentalSettings:
+    """experimental: knobs of single experiments (docs/results.md), off in the paper"""
+
+    last_candidate_layer: int = setting(-1, "highest layer that can be chosen; -1 = the last", low=-1)
+    critic_width: int = setting(128, "hidden units of the critic", low=1)
+    entropy_bonus: float = setting(0.0, "reward per nat of the policy's entropy; 0 = none (paper)", low=0.0)
+    scale_advantage: bool = setting(False, "divide advantages by their root mean square in the batch, over all ranks")
+    critic_loss_weight: float = setting(1.0, "the critic's squared error, within lambda_policy", low=0.0)
+
+
+@dataclass
+class CheckpointSettings:
+    """What a checkpoint brings along and no YAML sets."""
+
+    eval_layer_policy: str | None = setting(
+        None, "layer rule that ``predict`` uses unless told otherwise; None = the one that training taught"
+    )
+    point_rule: str = setting(
+        "extremes",
+        "the point_prompts highest and as many of the lowest patches, or point_prompts in all by the thresholds of "
+        "READ's two published checkpoints",
+        choices=("extremes", "read_7b", "read_13b"),
+    )
+    policy_seed: int = setting(0, "seeds sampled layers, together with the sample's number", low=0)
+
+
+ANY_DEPTH = 10**6  # of a model that is not known yet
+METHOD = (PpmSettings, LossSettings, ExperimentalSettings, CheckpointSettings)
+METHOD_FIELDS: dict[str, Field] = {item.name: item for section in METHOD for item in fields(section)}
+
+_RELEASED: dict[str, Any] = {
+    "first_candidate_layer": 0,
+    "eval_layer_policy": "last",
+    "reward": "batch",
+    "map_normalization": "all",
+    "map_side": 336,
+    "positive_weight": "image",
+    "policy_loss_weight": 0.4,
+}
+# ``released``: how the paper's published checkpoints were trained and are evaluated, where that is not the paper.
+RECIPES = {"paper": {name: METHOD_FIELDS[name].default for name in _RELEASED}, "released": _RELEASED}
+
+
+# -- what cannot be ----------------------------------------------------------------------------------------------------
+
+
+def value_problems(values: Mapping[str, Any], items: Mapping[str, Field]) -> Iterator[tuple[str, str]]:
+    """(setting, problem) of every value outside its field's limits."""
+    for name, value in values.items():
+        limits = items[name].metadata
+        if limits["required"] and not value:
+            yield name, f"is missing ({limits['help']})"
+        for choice in value if isinstance(value, (tuple, list)) else (value,):
+            if limits["choices"] and choice not in limits["choices"]:
+                yield name, f"{choice!r} is not one of {', '.join(limits['choices'])}"
+        if limits["low"] is not None and not value >= limits["low"]:
+            yield name, f"{value} is too small; at least {limits['low']:g}"
+        if limits["high"] is not None and not value <= limits["high"]:
+            yield name, f"{value} is too large; at most {limits['high']:g}"
+        if limits["above"] is not None and not value > limits["above"]:
+            yield name, f"{value} must be larger than {limits['above']:g}"
+        if isinstance(value, float) and value in (float("inf"), float("-inf")):
+            yield name, f"{value} is not finite"
+
+
+def contradictions(method: Mapping[str, Any], num_layers: int | None = None) -> Iterator[tuple[str, str]]:
+    """(setting, problem) of method settings that exclude each other.
+
+    Args:
+        method: setting -> value, all of ``METHOD_FIELDS``.
+        num_layers: L, hidden states of the model (decoder layers + 1); None = not known yet.
+    """
+    for name in ("layer_selection", "eval_layer_policy"):
+        try:
+            if method[name]:
+                parse_layer_policy(method[name], num_layers or ANY_DEPTH)
+        except ValueError as error:
+            yield name, str(error)
+    if not (method["seg_prompt"] or method["mask_prompt"] or method["point_prompts"]):
+        yield "seg_prompt", "seg_prompt and mask_prompt are both off: SAM would have no prompt; switch one on"
+    first, last = method["first_candidate_layer"], method["last_candidate_layer"]
+    if -1 < last < first:
+        yield "last_candidate_layer", f"{last} is below first_candidate_layer {first}"
+    if num_layers is not None and not (first < num_layers and last < num_layers):
+        yield (
+            "first_candidate_layer" if first >= num_layers else "last_candidate_layer",
+            f"{first} to {last} is no range of the layers 0 (the embeddings) to {num_layers - 1} (the last, also -1)",
+        )
+    if method["policy_gradient"] == "exact" and (method["reward"], method["baseline"]) != ("seg", "average"):
+        yield "policy_gradient", "exact knows each layer's reward per [SEG]: it takes reward seg and baseline average"
+    if method["gaussian_kernel"] % 2 == 0:
+        yield "gaussian_kernel", f"{method['gaussian_kernel']} is even; it must be odd"
+
+
+def without_effect(method: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """(setting, problem) of method settings that others switch off: a run would silently ignore them."""
+    changed = {name for name, value in method.items() if value != METHOD_FIELDS[name].default}
+    if (selection := method["layer_selection"]) != "policy":
+        for name in ("policy_gradient", "baseline", "entropy_bonus", "scale_advantage"):
+            if name in changed:
+                why = f"layer_selection {selection} trains no policy by rewards; leave it out, or train a policy"
+                yield name, f"{method[name]} has no effect: {why}"
+    elif method["policy_gradient"] == "exact":
+        for name in ("baseline_start", "baseline_decay", "scale_advantage"):
+            if name in changed:
+                yield name, f"{method[name]} has no effect: policy_gradient exact has no baseline; leave it out"
+    elif method["baseline"] == "critic":
+        for name in ("baseline_start", "baseline_decay"):
+            if name in changed:
+                yield name, f"{method[name]} has no effect: the critic takes the moving average's place; leave it out"
+    if method["baseline"] != "critic":
+        for name in ("critic_width", "critic_loss_weight"):
+            if name in changed:
+                yield name, f"{method[name]} has no effect: there is no critic; give baseline critic, or leave it out"
