@@ -73,8 +73,8 @@ def main(arguments: list[str] | None = None) -> int:
             check_configuration(page, settings, args.overfit)
         if merged:
             page.heading("Model")
+            from model.loading.placement import pick_device, pick_precision
             from utils.diagnostics.checks import check_merged
-            from utils.inference.cli import pick_device, pick_precision
 
             device = pick_device("auto")
             page.run(check_merged, merged, device, pick_precision("auto", device), args.vision_tower or "")

@@ -9,12 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from opening import load_pretrained
 from safetensors.torch import load_file
 from tiny_run import ROOT
 
 import train_ds
+from model.opened import predict
 from scripts import make_demo_data, merge_lora
-from utils.inference.loading import load_pretrained, predict
 from utils.training import checkpoint as checkpoints
 
 WRITTEN = ROOT / "tests/fixtures/written_before"

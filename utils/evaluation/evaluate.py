@@ -21,6 +21,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from model.opened import predict
 from model.processing.conversation import escape
 from model.processing.tokens import SEG
 from model.structures import EvalQuery, EvalSample, MaskUncertainty, Prediction, Turn
@@ -32,7 +33,6 @@ from utils.evaluation import metrics
 from utils.evaluation.matching import match_masks
 from utils.evaluation.metrics import Record
 from utils.evaluation.results import Journal, Origin, Result, summarize
-from utils.inference.loading import predict
 
 MODES = ("generate", "teacher_forced")
 CONTROLS = ("shuffled_prompts",)

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from model.geometry import maps_at
 from model.loading.weights import load_strictly, read_sam
+from model.opened import with_text
 from model.sam import SegmentAnything
 from model.structures import EvalQuery, EvalSample, Prediction
 from model.UGround import Answered, UGroundForCausalLM
@@ -27,7 +28,6 @@ from utils.datasets.base import EvalDataset
 from utils.evaluation import metrics
 from utils.evaluation.evaluate import Answer, Asking, answers_of, is_joint, score, turns_of
 from utils.evaluation.metrics import Record
-from utils.inference.loading import with_text
 
 THRESHOLDS = (np.arange(1, 100) / 100).astype(np.float32)  # of M_IoU: 0.01 to 0.99
 ROWS = ("chosen", "last")  # layers of Table 2: the policy's, and what earlier work reads
