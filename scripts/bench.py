@@ -416,8 +416,7 @@ def bench_loader(args: argparse.Namespace, settings: list[str]) -> list[str]:
     from utils.config import load_config
     from utils.datasets.mixture import make_mixture
 
-    models = [part for name in ("version", "vision_tower", "vision_pretrained") for part in (f"--{name}", "unused")]
-    config = load_config([*models, *settings])
+    config = load_config(settings, needs=("data",))
     mixture = make_mixture(config)
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
     processor = UGroundProcessor(tokenizer, args.clip_side, args.clip_patch, args.sam_side)

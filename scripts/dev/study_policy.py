@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, settings = parser.parse_known_args(argv)
     if args.steps < 1 or args.seeds < 1:
         parser.error("--steps and --seeds must be at least 1")
-    config = load_config(["--config", args.config, *settings])
+    config = load_config(["--config", args.config, *settings], needs=("data",))
     opened = load(args.version, "fp32", args.device)
     model, processor = opened.model, opened.processor
     batches = [batch for batch in read(model, processor, config, args.steps) if len(batch.states)]

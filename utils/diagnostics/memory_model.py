@@ -41,7 +41,6 @@ CLIPS: dict[str, dict[str, Any]] = {
     "small": {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 4},
 }
 SAM_SMALL = SamShape(encoder_width=192, encoder_depth=2, encoder_heads=2, global_attention=(1,))  # its decoder is whole
-PATHS = ("version", "vision_tower", "vision_pretrained", "dataset_dir")
 MEDIUM_SETTINGS = ("--precision", "fp32", "--grad_accumulation_steps", "1")
 CARDS = (24, 40, 80)  # GB
 MARGIN = 0.1  # of a card that is left free: what is assumed here was not measured on a GPU
