@@ -23,7 +23,8 @@ from model.opened import cache_sam_features
 from utils import distributed
 from utils.datasets import get_eval_dataset
 from utils.datasets.base import EvalDataset, NotThere, check_complete
-from utils.evaluation.evaluate import CONTROLS, MODES, Asking, default_mode, evaluate, origin_of, text_blind_scores
+from utils.evaluation import evaluate
+from utils.evaluation.engine import CONTROLS, MODES, Asking, default_mode, origin_of, text_blind_scores
 from utils.evaluation.metrics import PROTOCOLS
 from utils.evaluation.panels import format_table, panels
 from utils.evaluation.paper_tables import SUITES, fill

@@ -34,7 +34,8 @@ from utils import distributed
 from utils.config import Config, ConfigError, load_config, missing_paths
 from utils.datasets import DataError, EvalDataset, get_eval_dataset
 from utils.datasets.mixture import Mixture, MixtureSampler
-from utils.evaluation.evaluate import Asking, evaluate
+from utils.evaluation import evaluate
+from utils.evaluation.engine import Asking
 from utils.evaluation.metrics import metric_names
 from utils.training import checkpoint as checkpoints
 from utils.training.engine import build_engine, build_model, deepspeed_settings, gradient_norms

@@ -21,7 +21,7 @@ from model import Opened
 from model.structures import EvalSample
 from utils.datasets import get_eval_dataset
 from utils.evaluation import metrics
-from utils.evaluation.evaluate import answers_of, score, turns_of
+from utils.evaluation.engine import answers_of, score, turns_of
 from utils.evaluation.metrics import Record
 from utils.inference import cli
 from utils.inference.session import ImageSession

@@ -131,7 +131,7 @@ def evaluate(
     """Asks every query of a split and scores the answers. All ranks must call it; all get the whole result.
 
     Args:
-        model, processor: from ``utils.inference.loading``.
+        model, processor: of ``model.load``.
         batch_size: images per call of the model.
         protocol: of gRefCOCO, teacher forced: ``grefcoco`` or ``gsva``; None = as the paper reports it.
         limit: only the first so many images.
