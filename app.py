@@ -29,6 +29,9 @@ from starlette.responses import JSONResponse
 from starlette.routing import Route
 from transformers.utils import logging as transformers_logging
 
+from model import Opened
+from model.loading.placement import pick_device, pick_precision
+from model.loading.pretrained import load_for_training
 from model.loading.weights import fingerprint
 from model.PPM import parse_layer_policy
 from model.structures import Turn
@@ -37,7 +40,6 @@ from utils.dashboard import view
 from utils.dashboard.examples import SEEDS, Example, draw_example
 from utils.dashboard.service import Dashboard, Limits, Visit
 from utils.inference import cli
-from utils.inference.loading import load_for_training
 
 ROOT = Path(__file__).resolve().parent
 TRAINED = "runs/tiny/merged"
@@ -113,20 +115,22 @@ def build_dashboard(args: argparse.Namespace, folder: Path) -> Dashboard:
     return dashboard
 
 
-def untrained_tiny(args: argparse.Namespace) -> cli.Opened:
+def untrained_tiny(args: argparse.Namespace) -> Opened:
     """assets/tiny as its training would find it, read at the layer that its pre-training taught: the last."""
-    device = cli.pick_device(args.device)
-    precision = cli.pick_precision(args.precision, device)
+    device = pick_device(args.device)
+    precision = pick_precision(args.precision, device)
     parts = {"version": "llava", "vision_tower": "clip", "vision_pretrained": "sam.pth"}
     flags = [text for name, part in parts.items() for text in (f"--{name}", str(ROOT / "assets/tiny" / part))]
     config = load_config(["--config", str(ROOT / "configs/tiny.yaml"), *flags])
     torch.manual_seed(config.train.seed)
     paths = config.model.version, config.model.vision_tower, config.model.vision_pretrained
     transformers_logging.disable_progress_bar()
-    model, processor, _ = load_for_training(*paths, precision, config.method, config.model.model_max_length)
+    model, processor, rows = load_for_training(*paths, precision, config.method, config.model.model_max_length)
     model.config.eval_layer_policy = "last"
     known = fingerprint(model.state_dict().values())
-    return cli.Opened(model.to(device).eval(), processor, device, precision, known)
+    sources = {row.module: row.source for row in rows}
+    folder = str(ROOT / "assets/tiny")
+    return Opened(model.to(device).eval(), processor, device, precision, known, "base", folder, sources)
 
 
 def serve(dashboard: Dashboard, args: argparse.Namespace, folder: Path) -> tuple[gr.Blocks, Any, str]:

@@ -18,8 +18,8 @@ import numpy as np
 import torch
 
 from model.PPM import parse_layer_policy
+from model.processing.pixels import read_pixels
 from model.structures import Prediction
-from utils.datasets.images import read_image
 from utils.inference import cli
 from utils.inference.answer_files import describe, free_stem, layer_words, save_answer
 from utils.inference.folder import answer_all, find_images, read_prompts
@@ -49,7 +49,7 @@ class Photo:
 
     @classmethod
     def open(cls, path: str) -> Photo:
-        return cls(Path(path), read_image(Path(path).expanduser(), apply_exif=True))
+        return cls(Path(path), read_pixels(Path(path).expanduser(), apply_exif=True))
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -114,15 +114,15 @@ def main(arguments: list[str] | None = None) -> int:
     prompts = _prompts(args) if args.many else []
     photo = Photo.open(args.image) if args.image is not None and not args.many else None
     opened = cli.open_model(args)
-    model, processor = opened.model, opened.processor
+    model = opened.model
     args.layer_policy = args.layer_policy or model.config.layer_policy
     parse_layer_policy(args.layer_policy, model.ppm.num_layers)
     if args.many:
         settings = {"checkpoint": opened.fingerprint, "precision": opened.precision}
         settings |= {name: getattr(args, name) for name in ("layer_policy", "max_new_tokens", "seed")}
-        unread = answer_all(model, processor, images, prompts, args.output, settings, say, not args.no_pictures)
+        unread = answer_all(opened, images, prompts, args.output, settings, say, not args.no_pictures)
         return int(unread > 0)
-    chat = Chat(model, processor, args)
+    chat = Chat(model, opened.processor, args)
     if photo is not None:
         chat.look_at(photo)
     if args.prompt is None:

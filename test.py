@@ -17,17 +17,20 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from model import Opened
+from model.loading.placement import pick_device
+from model.opened import cache_sam_features
 from utils import distributed
 from utils.datasets import get_eval_dataset
 from utils.datasets.base import EvalDataset, NotThere, check_complete
-from utils.evaluation.evaluate import CONTROLS, MODES, Asking, default_mode, evaluate, origin_of, text_blind_scores
+from utils.evaluation import evaluate
+from utils.evaluation.engine import CONTROLS, MODES, Asking, default_mode, origin_of, text_blind_scores
 from utils.evaluation.metrics import PROTOCOLS
 from utils.evaluation.panels import format_table, panels
 from utils.evaluation.paper_tables import SUITES, fill
 from utils.evaluation.paper_tables import write as write_tables
 from utils.evaluation.results import Journal, Result, result_path
 from utils.inference import cli
-from utils.inference.loading import cache_sam_features
 from utils.plotting.overlays import save_picture, sheet
 
 
@@ -265,14 +268,14 @@ def join_processes(wanted: str) -> str:
     """This process's device; meets the others if a launcher started several."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         return str(distributed.init())
-    return cli.pick_device(wanted)
+    return pick_device(wanted)
 
 
-def describe_run(args: argparse.Namespace, opened: cli.Opened) -> dict[str, Any]:
+def describe_run(args: argparse.Namespace, opened: Opened) -> dict[str, Any]:
     """Where the numbers come from: checkpoint, command, versions."""
     packages = ("torch", "transformers", "segment-anything", "numpy", "pycocotools")
     return {
-        "checkpoint": {"folder": str(args.version), "fingerprint": opened.fingerprint},
+        "checkpoint": {"folder": opened.folder, "fingerprint": opened.fingerprint},
         "command": shlex.join(sys.argv),
         "precision": opened.precision,
         "device": opened.device,

@@ -24,17 +24,19 @@ import cv2
 import torch
 from torch.utils.data import DataLoader
 
+from model.loading.placement import PRECISIONS
 from model.loading.weights import format_report
 from model.lora import trainable_report
+from model.opened import cache_sam_features
 from model.processing.processor import UGroundProcessor
 from model.structures import Batch
 from utils import distributed
 from utils.config import Config, ConfigError, load_config, missing_paths
 from utils.datasets import DataError, EvalDataset, get_eval_dataset
 from utils.datasets.mixture import Mixture, MixtureSampler
-from utils.evaluation.evaluate import Asking, evaluate
+from utils.evaluation import evaluate
+from utils.evaluation.engine import Asking
 from utils.evaluation.metrics import metric_names
-from utils.inference.loading import PRECISIONS, cache_sam_features
 from utils.training import checkpoint as checkpoints
 from utils.training.engine import build_engine, build_model, deepspeed_settings, gradient_norms
 from utils.training.run_log import DivergedError, Meter, RunLog, check_finite, validation_sheet

@@ -188,10 +188,18 @@ class SegmentAnything(nn.Module):
 
         Args:
             keys: names of the images for the cache, if there is one.
+
+        Raises:
+            ValueError: if there is a cache, and the images have no names.
         """
-        if self.cache is not None and keys:
-            return self.cache.get(keys, images, self._encode)
-        return self._encode(images)
+        if self.cache is None:
+            return self._encode(images)
+        if len(keys) != len(images):
+            raise ValueError(
+                f"SAM's features are cached, but {len(images) - len(keys)} of the batch's {len(images)} images have no "
+                "name: the processor was not told of the cache; use cache_sam_features"
+            )
+        return self.cache.get(keys, images, self._encode)
 
     def compile_encoder(self) -> None:
         """From now on the image encoder runs compiled (``torch.compile``); its keys and weights stay as they are."""

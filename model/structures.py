@@ -184,6 +184,11 @@ class Prediction:
     uncertainty: list[MaskUncertainty] = field(default_factory=list)
 
     @property
+    def masks(self) -> torch.Tensor:
+        """[N, H, W] bool, one per ``[SEG]``."""
+        return self.mask_logits > 0
+
+    @property
     def says_rejected(self) -> bool:
         """The answer holds ``[REJ]``."""
         return "[REJ]" in self.text

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from utils.datasets import get_eval_dataset
 from utils.datasets.base import EvalDataset
 from utils.evaluation import metrics
-from utils.evaluation.evaluate import MODES, Asking
+from utils.evaluation.engine import MODES, Asking
 from utils.evaluation.layer_analysis import COLUMNS, ROWS, Analyst, Look, Study, original_sam
 from utils.evaluation.layer_figures import animate, layer_maps
 from utils.evaluation.metrics import Record

@@ -39,6 +39,7 @@ from torch.utils.data import DataLoader, Dataset
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from model.loading.placement import pick_device  # noqa: E402
 from utils.datasets import get_train_dataset  # noqa: E402
 from utils.datasets.mixture import Mixture, MixtureSampler  # noqa: E402
 from utils.datasets.records import SETTING  # noqa: E402
@@ -131,7 +132,7 @@ def _preset(args: argparse.Namespace) -> tuple[Any, str]:
 
     if args.repeats < 1:
         raise ValueError(f"--repeats {args.repeats}: at least 1 turn can be measured")
-    device, preset = cli.pick_device(args.device), PRESETS[args.preset]
+    device, preset = pick_device(args.device), PRESETS[args.preset]
     if preset.gpu and not device.startswith("cuda"):
         raise ValueError(f"--preset {args.preset} takes a GPU, and runs on {device} here; use tiny or medium")
     return preset, device
@@ -415,8 +416,7 @@ def bench_loader(args: argparse.Namespace, settings: list[str]) -> list[str]:
     from utils.config import load_config
     from utils.datasets.mixture import make_mixture
 
-    models = [part for name in ("version", "vision_tower", "vision_pretrained") for part in (f"--{name}", "unused")]
-    config = load_config([*models, *settings])
+    config = load_config(settings, needs=("data",))
     mixture = make_mixture(config)
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
     processor = UGroundProcessor(tokenizer, args.clip_side, args.clip_patch, args.sam_side)

@@ -73,8 +73,8 @@ def main(arguments: list[str] | None = None) -> int:
             check_configuration(page, settings, args.overfit)
         if merged:
             page.heading("Model")
+            from model.loading.placement import pick_device, pick_precision
             from utils.diagnostics.checks import check_merged
-            from utils.inference.cli import pick_device, pick_precision
 
             device = pick_device("auto")
             page.run(check_merged, merged, device, pick_precision("auto", device), args.vision_tower or "")
@@ -210,18 +210,17 @@ def print_memory(args: argparse.Namespace, settings: list[str]) -> int:
     from utils.config import load_config
     from utils.diagnostics import memory_model
 
-    unused = [part for name in memory_model.PATHS for part in (f"--{name}", "unused")]
     if args.measure:
         from utils.diagnostics.memory_probe import compare
 
-        plan = memory_model.plan_of_preset("medium", load_config([*unused, *memory_model.MEDIUM_SETTINGS]))
-        print(compare(plan, load_config([*unused, *memory_model.MEDIUM_SETTINGS])))
+        config = load_config(memory_model.MEDIUM_SETTINGS, needs=())
+        print(compare(memory_model.plan_of_preset("medium", config), config))
         return 0
     if args.config:
-        plans = {"this configuration": memory_model.plan_of(load_config(settings))}
+        plans = {"this configuration": memory_model.plan_of(load_config(settings, needs=("model",)))}
     else:
         ranks = {"7b": "8", "13b": "64"}
-        configs = {name: load_config([*unused, "--lora_r", rank]) for name, rank in ranks.items()}
+        configs = {name: load_config(["--lora_r", rank], needs=()) for name, rank in ranks.items()}
         plans = {name.upper(): (memory_model.plan_of_preset(name, config), "") for name, config in configs.items()}
     for name, (plan, source) in plans.items():
         print("\n".join(memory_model.tables(name, plan, source, [args.gpus] if args.gpus else [1, 8], args.offload)))

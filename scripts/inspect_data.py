@@ -33,8 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--pictures", type=int, default=0, metavar="N", help="samples per data set to draw")
     parser.add_argument("--output", type=Path, default=Path("data_sheets"), help="folder of the sheets")
     args, rest = parser.parse_known_args(arguments)
-    models = [part for name in ("version", "vision_tower", "vision_pretrained") for part in (f"--{name}", "unused")]
-    config = load_config([*models, *rest])
+    config = load_config(rest, needs=("data",))
     mixture = make_mixture(config)
     images = config.total_steps * config.train.batch_size * config.train.grad_accumulation_steps
     print(mixture.table(images))

@@ -29,12 +29,13 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
 
+from model.loading import adapter
+from model.loading.adapter import META
+from model.loading.placement import PRECISIONS
+from model.loading.pretrained import cast_parameters
 from model.loading.weights import base_fingerprints, read_folder
 from model.processing.processor import UGroundProcessor
 from utils.config import Config, config_from, load_config
-from utils.inference import adapter
-from utils.inference.adapter import META
-from utils.inference.loading import PRECISIONS, cast_parameters
 from utils.training import checkpoint as checkpoints
 from utils.training.checkpoint import CheckpointError
 from utils.training.engine import build_model

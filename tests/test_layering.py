@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import tomllib
 from collections import defaultdict
 from pathlib import Path
 
@@ -81,3 +82,12 @@ def test_every_room_is_there(room: str) -> None:
 def test_nothing_lies_beside_the_rooms() -> None:
     beside = {path.stem for path in (ROOT / "utils").glob("*.py")} - {"__init__"}
     assert {f"utils.{name}" for name in beside} <= set(FLOOR_OF)
+
+
+def test_pip_installs_the_packages_alone() -> None:
+    """``test`` would shadow the standard library's, and ``app`` anybody's."""
+    packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    found = set(pytest.importorskip("setuptools").find_namespace_packages(str(ROOT), **packages["find"]))
+    assert {name.partition(".")[0] for name in found} == {"model", "utils"}
+    for path in (*ROOT.glob("model/**/*.py"), *ROOT.glob("utils/**/*.py")):
+        assert ".".join(path.parent.relative_to(ROOT).parts) in found

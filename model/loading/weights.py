@@ -103,18 +103,23 @@ def read_folder(folder: Path) -> dict[str, torch.Tensor]:
     raise ValueError(f"{folder} holds no weights (looked for model*.safetensors and pytorch_model*.bin)")
 
 
+def run_of(folder: Path) -> Path | None:
+    """The training run that a folder is, or lies in, as its checkpoints do."""
+    above = (folder, *folder.absolute().parents[:2])
+    return next((run for run in above if (run / "checkpoints/index.json").is_file()), None)
+
+
 def read_json(folder: Path, what: str) -> dict:
     """``config.json`` of a folder, or a ValueError that says what the folder should have been."""
     path = folder / "config.json"
     if not folder.is_dir():
         raise ValueError(f"{what}: {folder} is no folder; download it first and give its path")
     if not path.is_file():
-        for run in (folder, *folder.absolute().parents[:2]):
-            if (run / "checkpoints/index.json").is_file():
-                raise ValueError(
-                    f"{what}: {folder} is of a training run, not a model. Write the model first, with "
-                    f"python scripts/merge_lora.py --checkpoint {run} --output {run / 'merged'}, and give that folder"
-                )
+        if run := run_of(folder):
+            raise ValueError(
+                f"{what}: {folder} is of a training run, not a model. Write the model first, with "
+                f"python scripts/merge_lora.py --checkpoint {run} --output {run / 'merged'}, and give that folder"
+            )
         raise ValueError(f"{what}: {folder} has no config.json")
     try:
         return json.loads(path.read_text())

@@ -17,10 +17,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from tqdm import tqdm
 
+from model import Opened
 from model.structures import EvalSample
 from utils.datasets import get_eval_dataset
 from utils.evaluation import metrics
-from utils.evaluation.evaluate import answers_of, score, turns_of
+from utils.evaluation.engine import answers_of, score, turns_of
 from utils.evaluation.metrics import Record
 from utils.inference import cli
 from utils.inference.session import ImageSession
@@ -59,7 +60,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def later_answers(
-    opened: cli.Opened, place: int, sample: EvalSample, benchmark: str, most: int, remember: bool
+    opened: Opened, place: int, sample: EvalSample, benchmark: str, most: int, remember: bool
 ) -> list[Record]:
     """The scored answers to all but the first of an image's questions."""
     [turns] = turns_of([sample], benchmark, "generate")

@@ -27,12 +27,12 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from model.config import UGroundConfig
+from model.loading.pretrained import load
 from model.objective import Objective
 from model.PPM import PolicyPromptedMasking, gumbel_noise
 from utils.config import Config, load_config
 from utils.datasets.mixture import make_mixture
 from utils.inference import cli
-from utils.inference.loading import load_pretrained
 
 TOLD = (30, 60, 90, 120, 180)  # steps
 
@@ -81,8 +81,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, settings = parser.parse_known_args(argv)
     if args.steps < 1 or args.seeds < 1:
         parser.error("--steps and --seeds must be at least 1")
-    config = load_config(["--config", args.config, *settings])
-    model, processor = load_pretrained(args.version, "fp32", cli.pick_device(args.device))
+    config = load_config(["--config", args.config, *settings], needs=("data",))
+    opened = load(args.version, "fp32", args.device)
+    model, processor = opened.model, opened.processor
     batches = [batch for batch in read(model, processor, config, args.steps) if len(batch.states)]
     print(what_there_is(batches, candidates(model.config)))
     print("\nway to learn | probability of the best layer after steps " + ", ".join(map(str, steps_told(args.steps))))

@@ -7,8 +7,8 @@ import sys
 import pytest
 import torch
 
+from model.loading.pretrained import load_for_training
 from scripts.dev import pretrain_tiny
-from utils.inference.loading import load_for_training
 
 pytestmark = pytest.mark.slow
 

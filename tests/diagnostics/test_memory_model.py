@@ -15,13 +15,11 @@ from utils.config import load_config
 from utils.diagnostics import memory_model
 from utils.diagnostics.memory_probe import random_batch
 
-PATHS = [part for name in memory_model.PATHS for part in (f"--{name}", "unused")]
-
 
 @pytest.fixture(scope="module")
 def plan() -> memory_model.Plan:
     """The paper's 7B."""
-    return memory_model.plan_of_preset("7b", load_config(PATHS))
+    return memory_model.plan_of_preset("7b", load_config([], needs=()))
 
 
 def test_parameters_are_the_papers(plan):
@@ -54,9 +52,9 @@ def test_activations_are_what_autograd_keeps(checkpointing):
     """Bytes that a forward pass really keeps, of a shape that has all parts; a CPU keeps dropout's mask as floats."""
     shape = memory_model.preset("medium")
     shape.num_hidden_layers, shape.sam_config["image_size"] = 4, 512
-    flags = [*PATHS, *memory_model.MEDIUM_SETTINGS, "--batch_size", "1", "--lora_dropout", "0"]
+    flags = [*memory_model.MEDIUM_SETTINGS, "--batch_size", "1", "--lora_dropout", "0"]
     plan = replace(
-        memory_model.plan_of_preset("medium", load_config(flags)),
+        memory_model.plan_of_preset("medium", load_config(flags, needs=())),
         shape=shape,
         pixels=160_000,
         checkpointing=checkpointing,

@@ -9,9 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
+from model.loading import pretrained
 from model.structures import EvalQuery, EvalSample
 from utils.evaluation import metrics
-from utils.evaluation.evaluate import Asking, ask, evaluate
+from utils.evaluation.engine import Asking, ask, evaluate
 from utils.evaluation.layer_analysis import THRESHOLDS, Analyst, best_threshold, original_sam, prompted_by
 from utils.inference import cli
 
@@ -156,7 +157,10 @@ def program(monkeypatch, make_model, tiny_processor):
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(__import__("sys").modules, "analyze", module)
     spec.loader.exec_module(module)
-    monkeypatch.setattr(cli, "load_pretrained", lambda folder, *_: (make_model(int(folder)), tiny_processor))
+    monkeypatch.setattr(pretrained, "kind_of", lambda _: "drawn")
+    monkeypatch.setitem(
+        pretrained.LOADERS, "drawn", lambda folder, *_: (make_model(int(folder.name)), tiny_processor, {})
+    )
     monkeypatch.setattr(module, "get_eval_dataset", lambda spec, _: Drawn(spec.split("|")[0], absent="ref" in spec))
     return module
 

@@ -16,12 +16,12 @@ from conftest import write_jpg
 from PIL import Image
 from programs import ROOT, SHARED, ask, chat, compare, evaluate, run, score
 
+from model.loading import pretrained
 from utils.datasets.images import read_image
 from utils.datasets.masks import decode_mask
 from utils.evaluation import metrics
 from utils.evaluation.metrics import Record
 from utils.evaluation.results import Origin, Result, read_results, summarize
-from utils.inference import cli
 
 # -- chat.py, one answer -----------------------------------------------------------------------------------------------
 
@@ -255,7 +255,7 @@ def test_results_of_another_checkpoint_are_not_gone_on_from(capsys, version, mut
 @pytest.mark.slow
 def test_answers_of_quantized_layers_are_not_gone_on_from(capsys, version, val_data, tmp_path, monkeypatch):
     assert evaluate(capsys, version, val_data, tmp_path / "out")[0] == 0
-    monkeypatch.setattr(cli, "place", lambda *_: None)  # needs bitsandbytes
+    monkeypatch.setattr(pretrained, "place", lambda *_: None)  # needs bitsandbytes
     code, _, err = evaluate(
         capsys, version, val_data, tmp_path / "out", "ReasonSeg|val", "--resume", "--quantize", "8bit"
     )

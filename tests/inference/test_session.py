@@ -5,9 +5,9 @@ import torch
 from answering import NEAR, read_anew, says_seg_often
 from conftest import assert_same_masks, drawn_sample
 
+from model.opened import predict
 from model.processing.processor import UGroundProcessor
 from model.structures import Turn
-from utils.inference.loading import predict
 from utils.inference.session import ImageSession
 
 QUESTIONS = ["where is the red star", "and the blue circle?", "please segment all of the shapes", "a square"]

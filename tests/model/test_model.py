@@ -8,10 +8,10 @@ from conftest import assert_same_masks, drawn_sample
 
 from model.geometry import maps_at
 from model.lora import add_lora, trainable_report
+from model.opened import predict
 from model.processing.processor import UGroundProcessor
 from model.structures import Sample
 from model.UGround import UGroundConfig
-from utils.inference.loading import predict
 
 
 def separate_rows(sample: Sample) -> list[Sample]:
@@ -273,7 +273,7 @@ def test_prediction_takes_the_layer_that_was_trained(make_model, tiny_processor,
 
 
 def test_save_and_load(tiny_model, tiny_processor, tiny_samples, tmp_path):
-    from utils.inference.loading import load_pretrained
+    from opening import load_pretrained
 
     tiny_model.ppm.baseline.fill_(-0.75)
     tiny_model.save_pretrained(tmp_path)
@@ -299,7 +299,7 @@ def test_bfloat16_keeps_the_baseline_in_float32(tiny_model, tiny_processor, tiny
 
 
 def test_a_folder_loads_in_bfloat16(tiny_model, tiny_processor, tiny_samples, tmp_path):
-    from utils.inference.loading import load_pretrained
+    from opening import load_pretrained
 
     tiny_model.save_pretrained(tmp_path)
     tiny_processor.save_pretrained(tmp_path)

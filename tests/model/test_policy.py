@@ -7,10 +7,10 @@ import torch
 from conftest import WORDS, build_tiny_model, drawn_sample
 from torch import distributed, multiprocessing
 
+from model.opened import predict
 from model.PPM import gumbel_noise
 from model.processing.processor import UGroundProcessor
 from utils.demo.tiny_model import train_tokenizer
-from utils.inference.loading import predict
 
 BEST = 3
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from opening import load_pretrained
 from PIL import Image
 from segment_anything.modeling import MaskDecoder, TwoWayTransformer
 from torch.nn import functional as F
@@ -18,10 +19,10 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 import chat
 from model.loading.formats import HUMAN, USER, release_of, released_settings
+from model.opened import predict
 from model.processing import tokens
 from model.processing.transforms import resize_and_pad
 from utils.demo.tiny_model import llama_settings, train_tokenizer
-from utils.inference.loading import load_pretrained, predict
 
 QUESTION, ANSWER = "Where is the red star?", "It is [SEG] and [SEG]."
 ARCHITECTURES = {

@@ -9,12 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from answering import says_seg_often
 from conftest import drawn_sample
 
 from model import sam_cache
+from model.opened import cache_sam_features, predict
 from model.processing.processor import UGroundProcessor
 from model.sam_cache import FeatureCache, image_key
-from utils.inference.loading import cache_sam_features, predict
+from utils.inference.session import ImageSession
 
 KEYS = ["a", "b", "c"]
 IMAGES = torch.arange(3.0).view(3, 1, 1, 1).expand(3, 3, 8, 8)
@@ -52,6 +54,17 @@ def test_training_and_predictions_are_the_same_without_the_encoder(cached, make_
     assert calls == [1, 1, 1]  # the image that is new
     for a, b in zip(mine, theirs):
         torch.testing.assert_close(a[0].mask_logits, b[0].mask_logits)
+
+
+def test_a_batch_without_names_does_not_pass_the_cache_by(cached, tiny_processor):
+    model, processor, calls = cached
+    image = drawn_sample(0).image
+    with pytest.raises(ValueError, match=r"1 of the batch's 1 images have no name.*use cache_sam_features"):
+        predict(model, tiny_processor, [image], [["star"]], [["[SEG]"]])
+    says_seg_often(model, processor).lm_head.weight.data[processor.tokens.seg] *= -2  # and in this answer
+    for _ in range(2):  # a conversation names its image, too
+        assert ImageSession(model, processor, image).ask("star", max_new_tokens=2).layers
+    assert calls == [1]
 
 
 def test_other_pixels_encoder_precision_or_side_are_other_entries(tmp_path):

@@ -14,8 +14,8 @@ from torch import nn
 from torchvision.transforms.functional import gaussian_blur
 
 from model import losses
+from model.opened import predict
 from model.sam import FusedAttention, SamShape, SegmentAnything
-from utils.inference.loading import predict
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,8 @@ import pytest
 import torch
 from conftest import drawn_sample
 
+from model.opened import predict
 from model.uncertainty import MonteCarlo
-from utils.inference.loading import predict
 
 DRAWS, STRIDE = 6, 104_729  # sample t of mc:T is the sample of seed + t * STRIDE
 

@@ -9,10 +9,10 @@ from conftest import assert_same_masks, drawn_sample
 from model import losses
 from model.geometry import on_grid
 from model.lora import add_lora
+from model.opened import predict
 from model.points import map_points
 from model.PPM import fuse_layers
 from model.UGround import UGroundConfig
-from utils.inference.loading import predict
 
 NEAR = {"rtol": 2e-4, "atol": 2e-5}
 ANSWERS = [["it is [SEG].", "[SEG] and [SEG]"]]

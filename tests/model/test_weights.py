@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import sentencepiece as spm
 import torch
+from opening import load_pretrained
 from safetensors.torch import load_file, save_file
 from segment_anything import sam_model_registry
 from tiny_run import ROOT, environment, write_base
@@ -24,6 +25,7 @@ from transformers import (
 from transformers.initialization import no_init_weights
 
 from model.loading import formats, weights
+from model.loading.pretrained import load_for_training
 from model.loading.weights import (
     fingerprint,
     grow_vocabulary,
@@ -34,13 +36,13 @@ from model.loading.weights import (
     read_torch_file,
 )
 from model.lora import add_lora
+from model.opened import predict
 from model.processing.tokens import add_special_tokens, load_tokenizer
 from model.sam import SamShape
 from model.settings import RECIPES
 from model.UGround import UGroundConfig, UGroundForCausalLM
 from scripts.merge_lora import save_merged
 from utils.demo.tiny_model import clip_config, llama_settings, sam_shape
-from utils.inference.loading import load_for_training, load_pretrained, predict
 
 EXACT = {"rtol": 0, "atol": 0}
 
@@ -402,7 +404,7 @@ MEASURE = """
 import sys
 from pathlib import Path
 
-from utils.inference.loading import load_for_training
+from model.loading.pretrained import load_for_training
 
 def memory(name):
     lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())

@@ -191,6 +191,16 @@ def test_a_bad_file_is_named_with_key_and_way_out(tmp_path, text, expected):
     assert str(tmp_path) in found[0] or found[0].startswith("--warmup_steps")
 
 
+def test_half_a_configuration_needs_half_of_what_is_required():
+    assert load_config(["--dataset_dir", "d"], needs=("data",)).model.version == ""
+    assert load_config(NEEDED[:6], needs=("model",)).data.dataset_dir == ""
+    assert load_config(["--lora_r", "64"], needs=()).model.lora_r == 64
+    with pytest.raises(ConfigError, match=r"1 problem.*\n.*--dataset_dir: is missing"):
+        load_config([], needs=("data",))
+    with pytest.raises(ConfigError, match=r"1 problem.*\n.*--lr: 0.0 must be larger"):  # what is given is checked
+        load_config(["--lr", "0"], needs=())
+
+
 def test_missing_file():
     assert "nowhere.yaml: cannot be read" in problems("--config", "nowhere.yaml", *NEEDED)[0]
 

@@ -9,13 +9,14 @@ import pytest
 import torch
 import yaml
 from huggingface_hub import ModelCard
+from opening import load_pretrained
 from safetensors.torch import load_file, save_file
 from tiny_run import arguments, write_base
 
 import train_ds
+from model.opened import predict
 from scripts import make_demo_data, merge_lora
 from utils.config import SECTION_OF, load_config
-from utils.inference.loading import load_pretrained, predict
 from utils.training import checkpoint as checkpoints
 from utils.training.engine import build_model
 

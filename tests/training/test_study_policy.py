@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -66,7 +67,8 @@ def test_a_model_is_read(make_model, tiny_processor, monkeypatch, capsys):
     """All layers' rewards of its training samples, then a line for each way to learn."""
     mixture = [drawn_sample(number) for number in range(4)]
     monkeypatch.setattr(study_policy, "make_mixture", lambda config: mixture)
-    monkeypatch.setattr(study_policy, "load_pretrained", lambda *_: (make_model(), tiny_processor))
+    opened = SimpleNamespace(model=make_model(), processor=tiny_processor)
+    monkeypatch.setattr(study_policy, "load", lambda *_: opened)
     flags = ["--version", "x", "--config", TINY, "--steps", "2", "--seeds", "2", "--device", "cpu"]
     assert study_policy.main([*flags, "--batch_size", "2", "--warmup_steps", "2"]) == 0
     lines = capsys.readouterr().out.splitlines()

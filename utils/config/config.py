@@ -6,7 +6,7 @@ import argparse
 import difflib
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import Field, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NoReturn, get_args, get_origin, get_type_hints
@@ -114,8 +114,11 @@ def plain(config: Config) -> dict[str, dict[str, Any]]:
 # -- reading -----------------------------------------------------------------------------------------------------------
 
 
-def load_config(argv: Sequence[str] | None = None) -> Config:
+def load_config(argv: Sequence[str] | None = None, needs: Collection[str] = SECTIONS) -> Config:
     """The configuration of a command line: ``--config FILE`` and ``--any_setting value``.
+
+    Args:
+        needs: sections whose required settings must be given: a program that reads no weights needs ``data`` alone.
 
     Raises:
         ConfigError: with every unknown key, wrong type and impossible value at once.
@@ -138,7 +141,7 @@ def load_config(argv: Sequence[str] | None = None) -> Config:
     for name in FIELDS:
         if (value := getattr(flags, name)) is not None:
             values[name] = (value, f"--{name}")
-    config = build(values, problems)
+    config = build(values, problems, needs)
     if ignored := [f"{values[name][1]}: {text}" for name, text in _ignored(config, values) if name in values]:
         raise ConfigError(ignored)
     return config
@@ -150,18 +153,18 @@ def config_from(sections: Mapping[str, Mapping[str, Any]], origin: str) -> Confi
     return build(_flatten(sections, origin, problems), problems)
 
 
-def build(values: Mapping[str, tuple[Any, str]], problems: list[str]) -> Config:
+def build(values: Mapping[str, tuple[Any, str]], problems: list[str], needs: Collection[str] = SECTIONS) -> Config:
     """Converts and checks values, given with where each comes from; raises ``ConfigError`` for all ``problems``."""
     config = Config()
-    bad = set()
+    unchecked = {name for name, item in FIELDS.items() if item.metadata["required"] and SECTION_OF[name] not in needs}
     for name, (value, origin) in values.items():
         try:
             setattr(getattr(config, SECTION_OF[name]), name, convert(value, KINDS[name]))
         except ValueError as error:
-            bad.add(name)
+            unchecked.add(name)
             problems.append(f"{origin}: {value!r} is not {error}")
     origins = {name: values[name][1] if name in values else f"--{name}" for name in FIELDS}
-    problems += [line for name, line in check(config, origins) if name not in bad]
+    problems += [line for name, line in check(config, origins) if name not in unchecked]
     if problems:
         raise ConfigError(problems)
     return config

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
+from model.processing.pixels import DECODE_ERRORS, read_pixels
 from utils.datasets.base import DataError, find_paths
-
-DECODE_ERRORS = (OSError, SyntaxError, ValueError, struct.error, EOFError, Image.DecompressionBombError)
 
 
 def find_image(name: str, file_name: str, folders: Sequence[Path]) -> Path:
@@ -32,26 +30,17 @@ def images_not_found(find: Callable[[Any], Path], records: Iterable[dict[str, An
 
 
 def read_image(path: str | Path, apply_exif: bool = False) -> np.ndarray:
-    """Any image file as uint8 RGB [H, W, 3].
-
-    Grey becomes three equal channels, 16 bits become 8 (the high byte), transparency is composited onto white.
+    """Any image file as uint8 RGB [H, W, 3], by ``model.processing.pixels.read_pixels``.
 
     Args:
         path: the file.
         apply_exif: rotate as the EXIF orientation says. True for a person's photograph (chat); False for data sets,
             whose annotations refer to the stored pixels.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise DataError(f"image {path} {'is not a file' if path.exists() else 'does not exist'}; check the path")
     try:
-        with Image.open(path) as image:
-            image.load()
-            return _to_rgb(ImageOps.exif_transpose(image) if apply_exif else image)
-    except DECODE_ERRORS as error:
-        raise DataError(
-            f"image {path} cannot be decoded ({error}); replace or re-encode it (JPEG and PNG are read)"
-        ) from error
+        return read_pixels(path, apply_exif)
+    except ValueError as error:
+        raise DataError(str(error)) from error
 
 
 def read_label_image(path: Path) -> np.ndarray:
@@ -65,18 +54,6 @@ def read_label_image(path: Path) -> np.ndarray:
         raise
     except DECODE_ERRORS as error:
         raise DataError(f"label image {path} cannot be decoded ({error}); download it again") from error
-
-
-def _to_rgb(image: Image.Image) -> np.ndarray:
-    if image.mode.startswith("I") or image.mode == "F":  # 16-bit grey (older Pillow: mode I); F = 32-bit TIFF
-        grey = np.nan_to_num(np.asarray(image).astype(np.float64), nan=0.0)
-        if grey.size and grey.max() > 255:
-            grey = grey / 256
-        return np.repeat(np.clip(grey, 0, 255).astype(np.uint8)[..., None], 3, axis=2)
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return np.array(image.convert("RGB"))
 
 
 def check_size(source: str, image: np.ndarray, height: int, width: int) -> None:

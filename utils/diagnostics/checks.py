@@ -11,8 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from model.loading.placement import PRECISIONS
+from model.loading.pretrained import load
 from model.loading.weights import Loaded
 from model.lora import part_of
+from model.opened import predict
 from model.processing.processor import UGroundProcessor
 from model.structures import Batch, Sample
 from utils.config import Config, missing_paths
@@ -21,7 +24,6 @@ from utils.datasets.base import check_complete
 from utils.datasets.mixture import Mixture
 from utils.diagnostics.findings import Finding, ok, problem, warning
 from utils.diagnostics.memory_model import Plan, expected, on_cuda
-from utils.inference.loading import PRECISIONS, load_pretrained, predict
 from utils.training.checkpoint import checkpoint_bytes
 from utils.training.engine import deepspeed_settings, parameter_groups
 
@@ -287,9 +289,11 @@ def _ious(logits: torch.Tensor, masks: torch.Tensor) -> list[float]:
 
 def check_merged(folder: str, device: str, precision: str, vision_tower: str) -> Iterator[Finding]:
     """A folder of scripts/merge_lora.py: loads, has its tokens, and answers a question about a drawn image."""
-    model, processor = load_pretrained(folder, precision, device, vision_tower)
+    opened = load(folder, precision, device, vision_tower=vision_tower)
+    model, processor = opened.model, opened.processor
     count = sum(parameter.numel() for parameter in model.parameters())
     yield ok(f"{folder}: {count:,} parameters, {precision} on {device}; every key found its place")
+    yield from describe_weights(opened.report())
     yield from check_tokens(model, processor)
     broken = [name for name, parameter in model.named_parameters() if not parameter.isfinite().all()]
     if broken:

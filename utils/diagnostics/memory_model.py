@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from transformers import CLIPVisionConfig
 
+from model.loading.placement import PRECISIONS
 from model.loading.weights import base_config, read_sam
 from model.lora import add_lora
 from model.losses import PIXELS_AT_ONCE
 from model.sam import SamShape
 from model.UGround import UGroundConfig, UGroundForCausalLM
 from utils.config import Config
-from utils.inference.loading import PRECISIONS
 
 GB = 1e9
 PARTS = ("weights", "optimizer", "gradients", "language model", "SAM")
@@ -41,7 +41,6 @@ CLIPS: dict[str, dict[str, Any]] = {
     "small": {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 4},
 }
 SAM_SMALL = SamShape(encoder_width=192, encoder_depth=2, encoder_heads=2, global_attention=(1,))  # its decoder is whole
-PATHS = ("version", "vision_tower", "vision_pretrained", "dataset_dir")
 MEDIUM_SETTINGS = ("--precision", "fp32", "--grad_accumulation_steps", "1")
 CARDS = (24, 40, 80)  # GB
 MARGIN = 0.1  # of a card that is left free: what is assumed here was not measured on a GPU

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer
 
+from model.loading.placement import PRECISIONS
 from model.lora import add_lora
 from model.processing.processor import UGroundProcessor
 from model.structures import Batch, Sample, Turn
@@ -17,7 +18,6 @@ from model.UGround import UGroundForCausalLM
 from utils import distributed
 from utils.config import Config
 from utils.diagnostics.memory_model import GB, Plan, expected
-from utils.inference.loading import PRECISIONS
 from utils.training.engine import build_engine, deepspeed_settings
 
 TOKENIZER = Path(__file__).resolve().parents[2] / "assets/tiny/llava"

@@ -1,7 +1,7 @@
 """What every layer of a model does on a split: masks with it forced, similarity maps against the truth, the policy.
 
 LLaVA reads an image once, and SAM's encoder too; then each layer, and each way of prompting, costs a mask decode.
-Asking and scoring are ``utils.evaluation.evaluate``'s: a figure here is the one that test.py prints with ``--layer K``.
+Asking and scoring are ``utils.evaluation.engine``'s: a figure here is the one that test.py prints with ``--layer K``.
 
 Legend: N [SEG] tokens of a query, L hidden states (0 = embeddings), P image tokens, H x W the image's size.
 """
@@ -20,14 +20,14 @@ from tqdm import tqdm
 
 from model.geometry import maps_at
 from model.loading.weights import load_strictly, read_sam
+from model.opened import with_text
 from model.sam import SegmentAnything
 from model.structures import EvalQuery, EvalSample, Prediction
 from model.UGround import Answered, UGroundForCausalLM
 from utils.datasets.base import EvalDataset
 from utils.evaluation import metrics
-from utils.evaluation.evaluate import Answer, Asking, answers_of, is_joint, score, turns_of
+from utils.evaluation.engine import Answer, Asking, answers_of, is_joint, score, turns_of
 from utils.evaluation.metrics import Record
-from utils.inference.loading import with_text
 
 THRESHOLDS = (np.arange(1, 100) / 100).astype(np.float32)  # of M_IoU: 0.01 to 0.99
 ROWS = ("chosen", "last")  # layers of Table 2: the policy's, and what earlier work reads
@@ -255,7 +255,7 @@ class Asked:
         self.predictions: list[list[Prediction]] = []  # the last drawn
 
     def answers(self, layer_policy: str) -> list[list[Answer]]:
-        """[image][query], as ``utils.evaluation.evaluate.ask`` gives them."""
+        """[image][query], as ``utils.evaluation.engine.ask`` gives them."""
         asking, processor = self.analyst.asking, self.analyst.processor
         self.predictions = with_text(self.analyst.model.draw_masks(self.answered, layer_policy, asking.seed), processor)
         return answers_of(self.samples, self.turns, self.predictions, self.benchmark, asking.mode)

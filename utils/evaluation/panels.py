@@ -9,7 +9,7 @@ import numpy as np
 
 from utils.datasets.base import EvalDataset
 from utils.evaluation import metrics
-from utils.evaluation.evaluate import Asking, ask
+from utils.evaluation.engine import Asking, ask
 from utils.evaluation.metrics import Record
 from utils.evaluation.paper_tables import missing_note
 from utils.plotting.overlays import Panel

@@ -6,17 +6,14 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 
-from model.loading.weights import fingerprint
-from model.processing.processor import UGroundProcessor
-from model.UGround import UGroundForCausalLM
-from utils.inference.loading import PRECISIONS, load_pretrained
-from utils.inference.placement import QUANTIZATIONS, place
+from model.loading.placement import PRECISIONS, QUANTIZATIONS
+from model.loading.pretrained import load
+from model.opened import Opened
 
 
 def run(main: Callable[[list[str] | None], int], arguments: list[str] | None = None) -> int:
@@ -36,31 +33,6 @@ def run(main: Callable[[list[str] | None], int], arguments: list[str] | None = N
         return 130
     print(f"{name}: error: {message}", file=sys.stderr)
     return 2
-
-
-def pick_device(wanted: str) -> str:
-    """``auto`` = the GPU if there is one.
-
-    Raises:
-        ValueError: if the device is not there.
-    """
-    if wanted == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=wanted)
-    except (RuntimeError, AssertionError) as error:
-        first = str(error).splitlines()[0]
-        raise ValueError(
-            f"--device {wanted} cannot be used ({first}); use cpu, cuda with an NVIDIA GPU, or mps on a Mac"
-        ) from error
-    return wanted
-
-
-def pick_precision(wanted: str, device: str) -> str:
-    """``auto`` = bf16 on a GPU, fp32 elsewhere."""
-    if wanted == "auto":
-        return "bf16" if device.startswith("cuda") else "fp32"
-    return wanted
 
 
 def add_model_flags(parser: argparse.ArgumentParser, default: str = "") -> None:
@@ -95,17 +67,6 @@ def add_model_flags(parser: argparse.ArgumentParser, default: str = "") -> None:
     )
 
 
-@dataclass
-class Opened:
-    """A model ready to be asked. ``fingerprint`` is that of its weights as they are on disk."""
-
-    model: UGroundForCausalLM
-    processor: UGroundProcessor
-    device: str
-    precision: str
-    fingerprint: str
-
-
 def open_model(args: argparse.Namespace, device: str | None = None) -> Opened:
     """Loads what the flags of ``add_model_flags`` name.
 
@@ -117,11 +78,13 @@ def open_model(args: argparse.Namespace, device: str | None = None) -> Opened:
     """
     if args.device_map and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("--device_map is for one process that uses all GPUs; start it without a launcher")
-    device = device or pick_device(args.device)
-    precision = pick_precision(args.precision, device)
-    model, processor = load_pretrained(
-        args.version, precision, "cpu", args.vision_tower, args.base, args.vision_pretrained
+    return load(
+        args.version,
+        args.precision,
+        device or args.device,
+        vision_tower=args.vision_tower,
+        base=args.base,
+        vision_pretrained=args.vision_pretrained,
+        quantize=args.quantize,
+        device_map=args.device_map,
     )
-    known = fingerprint(model.state_dict().values())  # before layers are quantized, or leave their place
-    place(model, device, args.quantize, args.device_map)
-    return Opened(model, processor, device, ", ".join(filter(None, (precision, args.quantize))), known)

@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from utils.datasets.images import read_image
+from model.opened import Opened
+from model.processing.pixels import read_pixels
 from utils.inference.answer_files import describe, free_stem, save_pictures
-from utils.inference.loading import predict
 from utils.inference.terminal import printable
 
 FILE_NAME = "answers.jsonl"
@@ -46,8 +46,7 @@ def read_prompts(lines: Iterable[str]) -> list[str]:
 
 
 def answer_all(
-    model,
-    processor,
+    opened: Opened,
     images: list[Path],
     prompts: list[str],
     folder: Path,
@@ -81,7 +80,7 @@ def answer_all(
             if not left:
                 continue
             try:
-                pixels = read_image(image, apply_exif=True)
+                pixels = read_pixels(image, apply_exif=True)
             except ValueError as error:
                 say(f"error: {error}")
                 unread += 1
@@ -89,8 +88,7 @@ def answer_all(
             stem = image.stem if same_stem[image.stem] == 1 else image.name
             for start in range(0, len(left), PROMPTS_AT_ONCE):
                 part = left[start : start + PROMPTS_AT_ONCE]
-                [answers] = predict(model, processor, [pixels], [part], **options)
-                for prompt, prediction in zip(part, answers):
+                for prompt, prediction in zip(part, opened.ask(pixels, part, **options)):
                     values = describe(str(image), pixels, prompt, prediction, settings["layer_policy"])
                     if pictures:
                         save_pictures(folder, free_stem(folder, stem, "_overlay.png"), pixels, values, prediction)

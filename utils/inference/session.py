@@ -108,7 +108,7 @@ class ImageSession:
     @torch.inference_mode()
     def _sam(self) -> torch.Tensor:
         if self.embeddings is None:
-            self.embeddings = self.model.visual_model.encode(self.batch.sam_images)
+            self.embeddings = self.model.visual_model.encode(self.batch.sam_images, self.batch.image_keys)
         return self.embeddings
 
     def _draw(self, answered: Answered, layer_policy: str | None, seed: int) -> Prediction:

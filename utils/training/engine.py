@@ -11,12 +11,12 @@ import torch
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
+from model.loading.pretrained import load_for_training
 from model.loading.weights import Loaded
 from model.lora import add_lora, part_of
 from model.processing.processor import UGroundProcessor
 from utils import distributed
 from utils.config import Config
-from utils.inference.loading import load_for_training
 
 
 def build_model(config: Config) -> tuple[nn.Module, UGroundProcessor, list[Loaded]]:

@@ -243,7 +243,7 @@ def _rounded(value: Any) -> Any:
 
 def validation_sheet(model, processor, dataset, asking, count: int) -> np.ndarray:
     """Fixed validation samples, evenly spread over the split: image, query, similarity map, mask, truth."""
-    from utils.evaluation.evaluate import ask
+    from utils.evaluation.engine import ask
     from utils.evaluation.metrics import merge_targets
     from utils.plotting.overlays import Panel, sheet
 

@@ -12,9 +12,8 @@ import torch
 from model.structures import EvalQuery, EvalSample, MaskUncertainty, Prediction
 from utils.datasets.base import DataError
 from utils.datasets.masks import decode_mask
-from utils.evaluation import evaluate as engine
-from utils.evaluation import metrics
-from utils.evaluation.evaluate import Asking, ShuffledPrompts, evaluate, text_blind_scores
+from utils.evaluation import engine, metrics
+from utils.evaluation.engine import Asking, ShuffledPrompts, evaluate, text_blind_scores
 from utils.evaluation.panels import format_table, panels
 from utils.evaluation.results import Journal, read_results, summarize
 

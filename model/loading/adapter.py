@@ -4,6 +4,8 @@ adapter_config.json, adapter_model.safetensors    LoRA, as peft writes it (float
 trained_parts.safetensors                         all else that trained, under the model's own names
 uground_run.json                                  settings, fingerprints of the base, where it was
 tokenizer files, uground_processor.json, README.md
+
+scripts/merge_lora.py --adapter_only writes it.
 """
 
 from __future__ import annotations
@@ -17,10 +19,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from model.loading.weights import NEW_PARTS, Loaded, base_fingerprints
+from model.settings import METHOD_FIELDS
 
 META = "uground_run.json"
 PARTS, LORA = "trained_parts.safetensors", "adapter_model.safetensors"
 BASES = {"vision_tower": "vision_tower", "visual_model": "vision_pretrained"}  # a module's setting; others: version
+OTHER_SECTIONS = ("model", "data", "train", "eval")  # of a run's settings; all others are the method's
 WHERE = "Say where its base is with --base (LLaVA), --vision_tower (CLIP), --vision_pretrained (SAM)"
 
 
@@ -47,6 +51,21 @@ def save(model: nn.Module, folder: Path, dtype: torch.dtype) -> None:
         parts[name] = state[name].to(dtype).contiguous()
     parts |= {name: value for name, value in base.named_buffers() if name in state}
     save_file(parts, folder / PARTS)
+
+
+def method_of(folder: Path, meta: dict[str, Any]) -> dict[str, Any]:
+    """The settings of ``UGroundConfig`` that an adapter was trained with.
+
+    Raises:
+        ValueError: naming every setting that this code does not know.
+    """
+    sections = {name: values for name, values in meta["config"].items() if name not in OTHER_SECTIONS}
+    if unknown := [f"{name}.{key}" for name, values in sections.items() for key in values if key not in METHOD_FIELDS]:
+        raise ValueError(
+            f"--version: {folder / META}: unknown setting {', '.join(unknown)}; was it written by newer code?"
+        )
+    method = {key: value for values in sections.values() for key, value in values.items()}
+    return method | {"policy_seed": meta["config"]["train"]["seed"]}
 
 
 def check_base(folder: Path, meta: dict[str, Any], loaded: list[Loaded]) -> None:

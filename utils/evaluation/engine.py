@@ -21,6 +21,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from model.opened import predict
 from model.processing.conversation import escape
 from model.processing.tokens import SEG
 from model.structures import EvalQuery, EvalSample, MaskUncertainty, Prediction, Turn
@@ -32,7 +33,6 @@ from utils.evaluation import metrics
 from utils.evaluation.matching import match_masks
 from utils.evaluation.metrics import Record
 from utils.evaluation.results import Journal, Origin, Result, summarize
-from utils.inference.loading import predict
 
 MODES = ("generate", "teacher_forced")
 CONTROLS = ("shuffled_prompts",)
@@ -131,7 +131,7 @@ def evaluate(
     """Asks every query of a split and scores the answers. All ranks must call it; all get the whole result.
 
     Args:
-        model, processor: from ``utils.inference.loading``.
+        model, processor: of ``model.load``.
         batch_size: images per call of the model.
         protocol: of gRefCOCO, teacher forced: ``grefcoco`` or ``gsva``; None = as the paper reports it.
         limit: only the first so many images.

@@ -12,8 +12,40 @@ import torch
 from torch import nn
 from transformers import LlamaForCausalLM
 
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 QUANTIZATIONS = ("8bit", "4bit")
 USABLE = 0.8  # of a device's free memory is for weights, the rest for what is computed (SAM at 1024 px, the cache)
+
+
+def pick_device(wanted: str) -> str:
+    """``auto`` = the GPU if there is one.
+
+    Raises:
+        ValueError: if the device is not there.
+    """
+    if wanted == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=wanted)
+    except (RuntimeError, AssertionError) as error:
+        first = str(error).splitlines()[0]
+        raise ValueError(
+            f"--device {wanted} cannot be used ({first}); use cpu, cuda with an NVIDIA GPU, or mps on a Mac"
+        ) from error
+    return wanted
+
+
+def pick_precision(wanted: str, device: str) -> str:
+    """``auto`` = bf16 on a GPU, fp32 elsewhere.
+
+    Raises:
+        ValueError: if it is not one of ``PRECISIONS``.
+    """
+    if wanted == "auto":
+        return "bf16" if device.startswith("cuda") else "fp32"
+    if wanted not in PRECISIONS:
+        raise ValueError(f"--precision {wanted} is unknown; use auto, {', '.join(PRECISIONS)}")
+    return wanted
 
 
 def place(model: LlamaForCausalLM, device: str, quantize: str | None = None, device_map: str | None = None) -> None:

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
+from model.loading import placement
+from model.opened import predict
 from model.UGround import UGroundConfig, UGroundForCausalLM
 from utils.demo.tiny_model import clip_config, llama_settings, sam_shape
-from utils.inference import cli, placement
-from utils.inference.loading import predict
 
 ASK = ([["where is the red star", "circle"]], [["it is [SEG].", "[SEG] and [SEG]"]])
 
@@ -115,7 +115,7 @@ def test_devices_that_are_not_there(make_model):
         placement.place(make_model(), "cpu", device_map="auto")
     if not torch.backends.mps.is_available():
         with pytest.raises(ValueError, match="--device mps cannot be used"):
-            cli.pick_device("mps")
+            placement.pick_device("mps")
 
 
 def test_flash_attention_is_refused(make_model, tmp_path):
