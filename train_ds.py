@@ -24,8 +24,6 @@ import cv2
 import torch
 from torch.utils.data import DataLoader
 
-from model.loading.weights import format_report
-from model.lora import trainable_report
 from model.processing.processor import UGroundProcessor
 from model.structures import Batch
 from utils import distributed
@@ -37,7 +35,15 @@ from utils.evaluation.metrics import metric_names
 from utils.inference.loading import PRECISIONS, cache_sam_features
 from utils.training import checkpoint as checkpoints
 from utils.training.engine import build_engine, build_model, deepspeed_settings, gradient_norms
-from utils.training.run_log import DivergedError, Meter, RunLog, check_finite, validation_sheet
+from utils.training.run_log import (
+    DivergedError,
+    Meter,
+    RunLog,
+    check_finite,
+    loading_table,
+    parameter_table,
+    validation_sheet,
+)
 from utils.training.run_report import write_report
 
 
@@ -147,7 +153,7 @@ def build(config: Config, device: torch.device) -> Run:
     run = Run(config, device, engine, inner, processor, mixture, benchmarks, log, meta, saved["step"], best)
 
     images = (run.total_steps - run.step) * images_per_step(config)
-    log.say(f"{format_report(loaded)}\n\n{trainable_report(model)}\n\n{mixture.table(images)}\n")
+    log.say(f"{loading_table(loaded)}\n\n{parameter_table(model)}\n\n{mixture.table(images)}\n")
     log.say(where_and_how_much(config, device))
     weights = [vars(row) for row in loaded]
     log.event("start", run.step, command=shlex.join(sys.argv), resumed=str(start or ""), weights=weights, **meta)

@@ -35,6 +35,7 @@ from utils.evaluation import metrics
 from utils.evaluation.metrics import Record, metric_names
 from utils.evaluation.results import read_results, result_path
 from utils.inference import cli
+from utils.plotting import text_tables
 from utils.plotting.charts import LINES, layer_curves, save_picture, training_curves
 from utils.training.checkpoint import git_commit
 
@@ -264,7 +265,7 @@ def markdown(
         lines.append([row.name, *cells, ", ".join(map(str, layers)), entropy, *paper])
     title = f"`{shlex.join(['python', *sys.argv])}`, commit {git_commit()}\n\n"
     title += f"Table {args.table}, {args.config}, {args.seeds} seed(s), mean ± standard deviation in per cent"
-    return f"{title}; entropy of the policy at the end in nats\n\n{as_table(lines)}"
+    return f"{title}; entropy of the policy at the end in nats\n\n{text_tables.markdown(lines)}\n"
 
 
 def final_entropy(run: Path) -> list[float]:
@@ -290,7 +291,7 @@ def differences(rows: tuple[Row, ...], results: dict[str, list[Path]], specs: tu
                 cells.append("{:+.1f} [{:+.1f}, {:+.1f}]".format(100 * gain, *(100 * bound for bound in bounds)))
         lines.append([row.name, *cells])
     title = f"Difference to {rows[0].name}, points, 95% interval (paired, over images; not over seeds)"
-    return f"{title}\n\n{as_table(lines)}"
+    return f"{title}\n\n{text_tables.markdown(lines)}\n"
 
 
 def draw_curves(
@@ -341,12 +342,6 @@ def train_lines(run: Path) -> list[dict[str, Any]]:
     """The logged steps of a run."""
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     return [line for line in lines if line["kind"] == "train"]
-
-
-def as_table(lines: list[list[str]]) -> str:
-    """Markdown; the first line is the head."""
-    lines = [lines[0], ["---"] * len(lines[0]), *lines[1:]]
-    return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
 
 
 def spread(values: list[float], digits: int = 1) -> str:

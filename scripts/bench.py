@@ -27,7 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,6 +43,7 @@ from utils.datasets import get_train_dataset  # noqa: E402
 from utils.datasets.mixture import Mixture, MixtureSampler  # noqa: E402
 from utils.datasets.records import SETTING  # noqa: E402
 from utils.inference import cli  # noqa: E402
+from utils.plotting.text_tables import markdown  # noqa: E402
 
 if TYPE_CHECKING:
     from model.processing.processor import UGroundProcessor
@@ -102,18 +103,6 @@ def header() -> str:
         f"commit {commit()}, Python {platform.python_version()}, torch {torch.__version__}, "
         f"{os.cpu_count()} cores, load {busy:.1f} at the start"
     )
-
-
-def table(rows: Sequence[Sequence[Any]]) -> list[str]:
-    """Markdown; the first row is the head."""
-    cells = [[f"{cell:,.1f}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
-    lines = [
-        "| " + " | ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths))) + " |"
-        for row in cells
-    ]
-    rule = "|" + "|".join("-" * (width + 1) + (":" if i else "-") for i, width in enumerate(widths)) + "|"
-    return [lines[0], rule, *lines[1:]]
 
 
 # -- the model ---------------------------------------------------------------------------------------------------------
@@ -194,11 +183,11 @@ def _model_tables(args: argparse.Namespace, figures: dict[str, Any], tokens: int
         f"UGround's step with cached SAM features: {tokens} tokens, {speed}{used}",
         f"a question per image, 12 tokens, a mask, with SAM's encoder: {answered}",
         "",
-        *table([["ratio", "median", "spread", "at most"], *ratios]),
+        markdown([["ratio", "median", "spread", "at most"], *ratios], "lr"),
         "",
-        *table([["part of a step", "ms", "share"], *parts]),
+        markdown([["part of a step", "ms", "share"], *parts], "lr"),
         "",
-        *table([["case", "seconds", "min", "max", "peak MB"], *seconds]),
+        markdown([["case", "seconds", "min", "max", "peak MB"], *seconds], "lr"),
     ]
 
 
@@ -218,7 +207,7 @@ def bench_growth(args: argparse.Namespace) -> list[str]:
             json.dumps({"preset": args.preset, "commit": commit(), "growth": figures}, indent=2) + "\n"
         )
     cells = [[what, str(value), f"{seconds:.2f}", f"{peak:,.0f}"] for what, value, seconds, peak in rows]
-    return [header(), "", *table([["training step against", "", "seconds", "peak MB"], *cells])]
+    return [header(), "", markdown([["training step against", "", "seconds", "peak MB"], *cells], "lr")]
 
 
 # -- data: files of real size ------------------------------------------------------------------------------------------
@@ -359,7 +348,7 @@ def bench_data(args: argparse.Namespace) -> list[str]:
             files = sum(path.stat().st_size for path in _sources(Path(folder), name)) / MB
             entries = sum(path.stat().st_size for path in (Path(folder) / f"cache-{name}").glob("*.index")) / MB
             lines += [f"{name}: {what}{args.annotations:,} annotations, {files:.0f} MB; its index {entries:.0f} MB", ""]
-            lines += [*table(rows), ""]
+            lines += [markdown(rows, "lr"), ""]
     return lines
 
 
@@ -426,17 +415,18 @@ def bench_loader(args: argparse.Namespace, settings: list[str]) -> list[str]:
         header(),
         f"CLIP {args.clip_side} px, SAM {args.sam_side} px, batches of {batch}",
         "",
-        *mixture.table().splitlines(),
+        mixture.table(),
         "",
     ]
-    rows: list[list[Any]] = [["workers", "samples/s"]]
+    rows = [["workers", "samples/s"]]
     for workers in (0, config.data.workers):
-        rows.append([str(workers), throughput(mixture, processor, batch, args.batches, workers, one_thread)])
+        speed = throughput(mixture, processor, batch, args.batches, workers, one_thread)
+        rows.append([str(workers), f"{speed:,.1f}"])
     profile = cProfile.Profile(time.process_time)  # not the time that other programs take
     profile.runcall(
         lambda: [processor.collate([mixture[i * batch + j] for j in range(batch)]) for i in range(args.batches)]
     )
-    return [*lines, *table(rows), "", *table(stages(pstats.Stats(profile), args.batches * batch))]
+    return [*lines, markdown(rows, "lr"), "", markdown(stages(pstats.Stats(profile), args.batches * batch), "lr")]
 
 
 def throughput(
@@ -458,7 +448,7 @@ def throughput(
     return batch * batches / (time.perf_counter() - start)
 
 
-def stages(stats: pstats.Stats, samples: int) -> list[list[Any]]:
+def stages(stats: pstats.Stats, samples: int) -> list[list[str]]:
     """Milliseconds of processor time per sample in each stage, in one process."""
     total: float = stats.total_tt  # type: ignore[attr-defined]
     times = {}
@@ -470,10 +460,10 @@ def stages(stats: pstats.Stats, samples: int) -> list[list[Any]]:
         ]
         times[stage] = sum(found)
     times["the rest"] = total - sum(times.values())
-    rows: list[list[Any]] = [["stage", "CPU ms per sample", "share"]]
+    rows = [["stage", "CPU ms per sample", "share"]]
     for stage, seconds in sorted(times.items(), key=lambda item: -item[1]):
-        rows.append([stage, 1000 * seconds / samples, f"{seconds / total:.0%}"])
-    return [*rows, ["all", 1000 * total / samples, ""]]
+        rows.append([stage, f"{1000 * seconds / samples:,.1f}", f"{seconds / total:.0%}"])
+    return [*rows, ["all", f"{1000 * total / samples:,.1f}", ""]]
 
 
 if __name__ == "__main__":

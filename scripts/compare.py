@@ -33,6 +33,7 @@ from utils.evaluation.panels import notes
 from utils.evaluation.paper_tables import missing_note
 from utils.evaluation.results import read_results
 from utils.inference import cli
+from utils.plotting import text_tables
 from utils.plotting.overlays import Panel, save_picture, sheet
 
 CONTROLS = {
@@ -98,7 +99,7 @@ def table(columns: dict[str, dict[tuple[str, str], dict[str, Any]]]) -> str:
         name: "/".join(dict.fromkeys(summary["layer_policy"] for summary in found.values()))
         for name, found in columns.items()
     }
-    return f"{aligned_table(rows)}\nLayers: {'; '.join(f'{name}: {how}' for name, how in layers.items())}"
+    return f"{ruled_table(rows)}\nLayers: {'; '.join(f'{name}: {how}' for name, how in layers.items())}"
 
 
 def _cell(summary: dict[str, Any] | None, *keys: str) -> str:
@@ -112,14 +113,9 @@ def _cell(summary: dict[str, Any] | None, *keys: str) -> str:
     return f"{value:.3f}{missing_note(summary)}{limit}"
 
 
-def aligned_table(rows: list[list[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = ["  ".join(aligned(cell, width, n) for n, (cell, width) in enumerate(zip(row, widths))) for row in rows]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
-
-
-def aligned(cell: str, width: int, column: int) -> str:
-    return cell.ljust(width) if column in (0, 2) else cell.rjust(width)  # names left, numbers right
+def ruled_table(rows: list[list[str]]) -> str:
+    head, *lines = text_tables.aligned(rows, "lrlr")
+    return "\n".join([head, "-" * len(head), *lines])
 
 
 # -- sample by sample --------------------------------------------------------------------------------------------------
@@ -161,8 +157,8 @@ def paired(named: Sequence[tuple[str, Path]], most: int, picture: Path | None, d
         lines.append(
             f"{before_name} was evaluated by {known[0]}, {after_name} by {protocol}; both are scored by {protocol}"
         )
-    lines += ["", aligned_table(rows), ""]
-    lines.append(aligned_table(samples) if changed else "no sample changed")
+    lines += ["", ruled_table(rows), ""]
+    lines.append(ruled_table(samples) if changed else "no sample changed")
     if picture and dataset_dir and changed:
         dataset = get_eval_dataset(origin.benchmark, dataset_dir, allow_missing=True)
         title = f"{asked}: the samples that changed most from {before_name} to {after_name}"

@@ -40,6 +40,7 @@ from utils.demo.other_sets import WRITERS, write_set  # noqa: E402
 from utils.demo.refer_sets import REFER_SETS, write_refer_set  # noqa: E402
 from utils.demo.scene_texts import Query  # noqa: E402
 from utils.demo.scenes import Scene  # noqa: E402
+from utils.plotting import text_tables  # noqa: E402
 
 # What is drawn, without and with --all_types: the start of a hash of it (tests/demo/test_make_demo_data.py).
 # Who changes what is drawn changes these, so that data of an older version are not taken for the new ones.
@@ -208,18 +209,18 @@ def build(out: Path, sizes: Sizes) -> dict[str, Any]:
 
 def table(summary: dict[str, Any]) -> str:
     """Counts per set and split, then the text-blind scores."""
-    lines = ["", "What was drawn"]
+    drawn = []
     for dataset, splits in summary["counts"].items():
         for split, counts in splits.items():
             numbers = ", ".join(f"{number} {name.replace('_', ' ')}" for name, number in counts.items())
-            lines.append(f"  {dataset:<20} {split:<8} {numbers}")
-    lines += ["", "What an answer that ignores the text scores", f"  {'':48}   all objects  random object"]
-    lines.append(f"  {'set':<10} {'split':<8} {'kind':<18} {'queries':>9}    gIoU  cIoU    gIoU  cIoU")
+            drawn.append([dataset, split, numbers])
+    scores = [["set", "split", "kind", "queries", "all objects: gIoU", "cIoU", "random object: gIoU", "cIoU"]]
     for row in summary["text_blind"]:
         cells = [f"{row[answer][metric]:.2f}" for answer in ("all", "random") for metric in ("gIoU", "cIoU")]
-        name = f"  {row['set']:<10} {row['split']:<8} {row['kind']:<18} {row['queries']:>9}"
-        lines.append(f"{name}    {cells[0]}  {cells[1]}    {cells[2]}  {cells[3]}")
-    return "\n".join(lines)
+        scores.append([row["set"], row["split"], row["kind"], str(row["queries"]), *cells])
+    lines = ["", "What was drawn", *text_tables.aligned(drawn, "l")]
+    lines += ["", "What an answer that ignores the text scores"]
+    return "\n".join([*lines, *text_tables.aligned(scores, "lllr")])
 
 
 def _number(low: int, high: int) -> Callable[[str], int]:

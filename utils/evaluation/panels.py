@@ -12,6 +12,7 @@ from utils.evaluation import metrics
 from utils.evaluation.evaluate import Asking, ask
 from utils.evaluation.metrics import Record
 from utils.evaluation.paper_tables import missing_note
+from utils.plotting import text_tables
 from utils.plotting.overlays import Panel
 
 
@@ -70,13 +71,7 @@ def format_table(summaries: Sequence[dict[str, Any]]) -> str:
     rows = [["benchmark", "mode", "layers", "images", "masks", *names]]
     for summary in summaries:
         rows += _rows(summary, names)
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = []
-    for row in rows:
-        cells = [
-            cell.rjust(width) if 3 <= n <= 4 else cell.ljust(width) for n, (cell, width) in enumerate(zip(row, widths))
-        ]
-        lines.append("  ".join(cells).rstrip())
+    lines = text_tables.aligned(rows, "lllrrl")
     rule = "-" * max(map(len, lines))
     skipped = [
         f"{s['benchmark']}: {s['counts']['skipped']} images skipped" for s in summaries if s["counts"].get("skipped")

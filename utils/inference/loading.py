@@ -14,12 +14,10 @@ from model.loading.formats import Release, release_of
 from model.loading.weights import (
     Loaded,
     fingerprint,
-    format_report,
     grow_vocabulary,
     load_base,
     load_released,
     read_json,
-    report,
 )
 from model.processing.conversation import SYSTEM_PROMPT
 from model.processing.processor import UGroundProcessor
@@ -174,11 +172,6 @@ def cache_sam_features(model: UGroundForCausalLM, processor: UGroundProcessor, f
     encoder = model.visual_model.image_encoder
     model.visual_model.cache = FeatureCache(folder, gigabytes, fingerprint(encoder.state_dict().values()))
     processor.hash_images = True
-
-
-def describe(model: UGroundForCausalLM, source: str) -> str:
-    """The loading report of a complete folder."""
-    return format_report(report(model, dict.fromkeys((name for name, _ in model.named_children()), source)))
 
 
 def predict(

@@ -21,7 +21,7 @@ from matplotlib.ticker import MaxNLocator
 
 from model.lora import part_of
 from utils.config import Config, plain
-from utils.plotting import charts
+from utils.plotting import charts, text_tables
 from utils.training.checkpoint import read_index
 from utils.training.run_log import PICTURES
 
@@ -134,14 +134,8 @@ def section(title: str, *parts: str) -> str:
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Rows as an HTML table; columns in the order they are first seen."""
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    if not columns:
-        return ""
-    heads = "".join(f"<th>{escape(str(name))}</th>" for name in columns)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{escape(shown(row.get(name, '')))}</td>" for name in columns) + "</tr>\n" for row in rows
-    )
-    return f"<table>\n<tr>{heads}</tr>\n{body}</table>"
+    cells = text_tables.from_mappings(rows, lambda _, value: "" if value is None else shown(value))
+    return text_tables.html(cells) if cells[0] else ""
 
 
 def shown(value: Any) -> str:
