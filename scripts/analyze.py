@@ -34,7 +34,7 @@ from utils.evaluation.metrics import Record
 from utils.evaluation.panels import notes
 from utils.inference import cli
 from utils.plotting.charts import layer_curves, policy_strips, save_picture
-from utils.plotting.overlays import Panel, sheet
+from utils.plotting.overlays import Panel, evenly_spaced, sheet
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -146,8 +146,7 @@ def pick(study: Study, count: int, ids: str | None) -> list[Record]:
     """The queries to look at: by their names, or evenly spaced from the worst to the best."""
     if ids is None:
         ranked = study.ranked()
-        places = np.linspace(0, len(ranked) - 1, min(count, len(ranked))).round().astype(int)
-        return [study.chosen[ranked[place]] for place in places]
+        return [study.chosen[ranked[place]] for place in evenly_spaced(len(ranked), count)]
     found = []
     for wanted in ids.split(","):
         matching = [r for r in study.chosen if wanted.strip() in (r.image_id, f"{r.image_id}/{r.query_id}")]

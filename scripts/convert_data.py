@@ -36,7 +36,7 @@ from utils.datasets.jsonl import Line, LineFile, scan
 from utils.datasets.masks import encode_mask, stack_masks
 from utils.datasets.reason_seg import IMAGE_SUFFIXES
 from utils.inference import cli
-from utils.plotting.overlays import Panel, save_picture, sheet
+from utils.plotting.overlays import Panel, evenly_spaced, save_picture, sheet
 
 
 @dataclass
@@ -346,7 +346,7 @@ def check(path: Path, pictures: int) -> int:
         lines = [line for image in range(len(file)) for line in file.lines(image)]
         problems += [problem for line in lines if (problem := _problem(path.parent, line))]
         if pictures and not problems:
-            chosen = [lines[i] for i in np.linspace(0, len(lines) - 1, min(pictures, len(lines))).round().astype(int)]
+            chosen = [lines[i] for i in evenly_spaced(len(lines), pictures)]
             picture = path.with_name(f"{path.stem}.{split}.png")
             save_picture(picture, sheet(list(_panels(path.parent, chosen)), f"{path}, {split}"))
             print(f"wrote {picture}")

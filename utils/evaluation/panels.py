@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from utils.datasets.base import EvalDataset
 from utils.evaluation import metrics
 from utils.evaluation.evaluate import Asking, ask
 from utils.evaluation.metrics import Record
 from utils.evaluation.paper_tables import missing_note
 from utils.plotting import text_tables
-from utils.plotting.overlays import Panel
+from utils.plotting.overlays import Panel, evenly_spaced
 
 
 def panels(
@@ -30,9 +28,8 @@ def panels(
     The model is asked once more about these images: keeping every similarity map would take too much memory.
     """
     ranked = sorted(records, key=lambda record: (metrics.iou(record, protocol), record.index, record.query_id))
-    places = np.linspace(0, len(ranked) - 1, min(count, len(ranked))).round().astype(int)
     result = []
-    for record in (ranked[place] for place in places):
+    for record in (ranked[place] for place in evenly_spaced(len(ranked), count)):
         sample = dataset[record.index]
         answers = ask(model, processor, [sample], [record.index], dataset.benchmark, asking)[0]
         number = next(n for n, query in enumerate(sample.queries) if query.query_id == record.query_id)

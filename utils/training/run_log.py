@@ -267,11 +267,10 @@ def validation_sheet(model, processor, dataset, asking, count: int) -> np.ndarra
     """Fixed validation samples, evenly spread over the split: image, query, similarity map, mask, truth."""
     from utils.evaluation.evaluate import ask
     from utils.evaluation.metrics import merge_targets
-    from utils.plotting.overlays import Panel, sheet
+    from utils.plotting.overlays import Panel, evenly_spaced, sheet
 
-    places = sorted({int(place) for place in np.linspace(0, len(dataset) - 1, count)})
     panels = []
-    for place in places:
+    for place in evenly_spaced(len(dataset), count):
         sample = dataset[place]
         sample.queries = sample.queries[:1]
         [[answer]] = ask(model, processor, [sample], [place], dataset.benchmark, asking)

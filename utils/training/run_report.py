@@ -22,6 +22,7 @@ from matplotlib.ticker import MaxNLocator
 from model.lora import part_of
 from utils.config import Config, plain
 from utils.plotting import charts, text_tables
+from utils.plotting.overlays import evenly_spaced
 from utils.training.checkpoint import read_index
 from utils.training.run_log import PICTURES
 
@@ -295,15 +296,13 @@ def sheets(folder: Path) -> Iterable[str]:
     """The validation samples as they were drawn in training: the first, the last, and between them what fits."""
     drawn = [sorted(each.glob("step_*.png")) for each in sorted((folder / PICTURES).glob("*")) if each.is_dir()]
     for most in (4, 3, 2, 1):
-        chosen = [path for paths in drawn for path in spread(paths, most)]
+        chosen = [path for paths in drawn for path in pick_steps(paths, most)]
         if sum(path.stat().st_size for path in chosen) <= BUDGET:
             break
     for path in chosen if drawn else ():
         yield inline(path.read_bytes(), f"{path.parent.name}, step {int(path.stem.removeprefix('step_'))}")
 
 
-def spread(paths: Sequence[Path], most: int) -> list[Path]:
+def pick_steps(paths: Sequence[Path], most: int) -> list[Path]:
     """So many of them, evenly spaced, the last among them."""
-    if most == 1:
-        return list(paths[-1:])
-    return [paths[place] for place in sorted({round(x) for x in np.linspace(0, len(paths) - 1, min(most, len(paths)))})]
+    return list(paths[-1:]) if most == 1 else [paths[place] for place in evenly_spaced(len(paths), most)]
