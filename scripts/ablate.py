@@ -37,7 +37,7 @@ from utils.evaluation.results import read_results, result_path
 from utils.inference import cli
 from utils.plotting import text_tables
 from utils.plotting.charts import LINES, layer_curves, save_picture, training_curves
-from utils.training.checkpoint import git_commit
+from utils.training.versions import git_commit
 
 ROOT = Path(__file__).resolve().parents[1]
 METRICS = ("gIoU", "cIoU")
