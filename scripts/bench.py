@@ -23,7 +23,6 @@ import os
 import pickle
 import platform
 import pstats
-import subprocess
 import sys
 import tempfile
 import time
@@ -42,8 +41,10 @@ sys.path.insert(0, str(ROOT))
 from utils.datasets import get_train_dataset  # noqa: E402
 from utils.datasets.mixture import Mixture, MixtureSampler  # noqa: E402
 from utils.datasets.records import SETTING  # noqa: E402
+from utils.diagnostics import process_memory  # noqa: E402
 from utils.inference import cli  # noqa: E402
 from utils.plotting.text_tables import markdown  # noqa: E402
+from utils.training.versions import git_commit  # noqa: E402
 
 if TYPE_CHECKING:
     from model.processing.processor import UGroundProcessor
@@ -91,16 +92,11 @@ def _add_preset(parser: argparse.ArgumentParser, required: bool) -> None:
     add("--json", type=Path, metavar="FILE", help="write all figures here, too")
 
 
-def commit() -> str:
-    command = ["git", "describe", "--always", "--dirty"]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
-
-
 def header() -> str:
     """What the figures depend on besides the code."""
     busy = os.getloadavg()[0]
     return (
-        f"commit {commit()}, Python {platform.python_version()}, torch {torch.__version__}, "
+        f"commit {git_commit()}, Python {platform.python_version()}, torch {torch.__version__}, "
         f"{os.cpu_count()} cores, load {busy:.1f} at the start"
     )
 
@@ -141,7 +137,7 @@ def bench_model(args: argparse.Namespace) -> list[str]:
     figures = {
         "preset": args.preset,
         "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else "CPU",
-        "commit": commit(),
+        "commit": git_commit(),
         "ratios": {row.name: row.summary() for row in rows},
         "parts": parts,
         "seconds": times,
@@ -204,7 +200,7 @@ def bench_growth(args: argparse.Namespace) -> list[str]:
     if args.json:
         figures = [dict(zip(("what", "value", "seconds", "peak_mb"), row, strict=True)) for row in rows]
         args.json.write_text(
-            json.dumps({"preset": args.preset, "commit": commit(), "growth": figures}, indent=2) + "\n"
+            json.dumps({"preset": args.preset, "commit": git_commit(), "growth": figures}, indent=2) + "\n"
         )
     cells = [[what, str(value), f"{seconds:.2f}", f"{peak:,.0f}"] for what, value, seconds, peak in rows]
     return [header(), "", markdown([["training step against", "", "seconds", "peak MB"], *cells], "lr")]
@@ -277,14 +273,8 @@ class Memory:
 
     @classmethod
     def now(cls) -> Memory:
-        sizes = _kilobytes("smaps_rollup")
-        return cls(1024 * sizes["Rss"], 1024 * (sizes["Private_Clean"] + sizes["Private_Dirty"]))
-
-
-def _kilobytes(file: str) -> dict[str, int]:
-    """What Linux says of this process."""
-    lines = (line.split() for line in Path("/proc/self", file).read_text().splitlines())
-    return {line[0].removesuffix(":"): int(line[1]) for line in lines if line[-1] == "kB"}
+        sizes = process_memory.read_proc("self/smaps_rollup")
+        return cls(sizes["Rss"], sizes["Private_Clean"] + sizes["Private_Dirty"])
 
 
 class Reads(Dataset):
@@ -309,9 +299,7 @@ def measure(name: str, folder: str, setting: str, workers: int, as_objects: bool
     start = time.perf_counter()
     dataset: Any = get_train_dataset(name, folder)
     seconds = time.perf_counter() - start
-    peak = (
-        1024 * _kilobytes("status")["VmHWM"]
-    )  # getrusage's maximum is inherited from the process that started this one
+    peak = process_memory.peak_resident()
     records = dataset.split.index.images if hasattr(dataset, "split") else dataset.reader.records
     if as_objects:
         records = list(records)

@@ -31,6 +31,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 # Only the standard library here: libraries that are missing or broken are what this is for.
 from utils.diagnostics.findings import Finding, Page, ok, problem, skipped, warning  # noqa: E402
+from utils.diagnostics.process_memory import read_proc  # noqa: E402
 
 INSTALL = "pip install -r requirements.txt (or bash scripts/setup.sh)"
 IMPORTS = ("torch", "torchvision", "transformers", "peft", "deepspeed", "segment_anything", "cv2", "pycocotools.mask")
@@ -195,11 +196,7 @@ def check_system() -> Iterator[Finding]:
 
 def available_memory() -> float:
     """Bytes that can be taken without swapping."""
-    file = Path("/proc/meminfo")
-    if not file.exists():
-        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    line = next(line for line in file.read_text().splitlines() if line.startswith("MemAvailable"))
-    return 1024.0 * int(line.split()[1])
+    return float(read_proc("meminfo").get("MemAvailable") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
 
 # -- memory ------------------------------------------------------------------------------------------------------------
