@@ -57,6 +57,7 @@ from utils.demo.pretrain_batches import (
 )
 
 STEPS = {"vision": 2800, "language": 3000, "sam": 4000}
+NO_SYSTEM_PROMPT = ""  # 30 tokens in front of every prompt would cost a tiny model more than they tell it
 
 
 class Optimizer:
@@ -324,7 +325,7 @@ def save_llava(model: LlavaLlamaForCausalLM, output: Path) -> None:
         "mm_vision_select_layer": model.config.mm_vision_select_layer,
         "hidden_act": "silu",
         "rms_norm_eps": model.config.rms_norm_eps,
-        "system_prompt": tiny_model.SYSTEM_PROMPT,
+        "system_prompt": NO_SYSTEM_PROMPT,
         "torch_dtype": "float32",
         **settings,
     }
@@ -359,9 +360,7 @@ def main() -> None:
         config = LlavaLlamaConfig(vision_config=clip, **tiny_model.llama_settings(len(tokenizer)))
         model = LlavaLlamaForCausalLM(config).to(options.device).train()
         nn.init.normal_(model.get_input_embeddings().weight, std=0.5)
-        processor = UGroundProcessor(
-            tokenizer, clip.image_size, clip.patch_size, sam.image_size, tiny_model.SYSTEM_PROMPT
-        )
+        processor = UGroundProcessor(tokenizer, clip.image_size, clip.patch_size, sam.image_size, NO_SYSTEM_PROMPT)
         snapshot = folders["work"] / "vision.safetensors"
         if snapshot.is_file():
             model.load_state_dict(load_file(snapshot))
