@@ -455,7 +455,7 @@ def offer_api(dashboard: Dashboard) -> None:
         news = dashboard.ask(visitor_of(request), image, prompt or "", layer_policy, max_new_tokens=int(max_new_tokens))
         with closing(news):
             for new in news:
-                yield {"answer": new} if isinstance(new, str) else view.describe(new, dashboard.name, masks)
+                yield {"answer": new} if isinstance(new, str) else view.answer_json(new, dashboard.name, masks)
 
     @as_api_errors
     def why(number, layer, uncertainty, request: gr.Request):

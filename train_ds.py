@@ -52,9 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     run = None
     try:
         config = load_config(argv)
-        run = build(config, distributed.init())
+        run = build_run(config, distributed.init())
         train(run)
-        report(run)
+        report_run(run)
         warn_of_skipped(run)
         merge = f"python scripts/merge_lora.py --checkpoint {config.run_folder} --output {config.run_folder / 'merged'}"
         run.log.say(f"done; next: {merge}")
@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 2
 
 
-def report(run: Run) -> None:
+def report_run(run: Run) -> None:
     """Writes report.html; if that fails, the run has still been trained."""
     if not distributed.is_main():
         return
@@ -130,7 +130,7 @@ class Run:
 # -- build -------------------------------------------------------------------------------------------------------------
 
 
-def build(config: Config, device: torch.device) -> Run:
+def build_run(config: Config, device: torch.device) -> Run:
     """Everything that training needs, checked; a ValueError names what is wrong."""
     mixture, benchmarks = open_data(config)
     start = where_to_start(config)
@@ -265,7 +265,7 @@ def train(run: Run) -> None:
         logged = number == first or saves or number % settings.log_every == 0  # a bad loss is seen before it is saved
         train_step(run, batches, meter, logged)
         if saves:
-            save(run, validate(run) if epoch_ends else {})
+            save_step(run, validate(run) if epoch_ends else {})
             meter.restart()
 
 
@@ -356,7 +356,7 @@ def validate(run: Run, limit: int | None = None) -> dict[str, dict[str, float]]:
     return results
 
 
-def save(run: Run, results: dict[str, dict[str, float]]) -> None:
+def save_step(run: Run, results: dict[str, dict[str, float]]) -> None:
     """Logs the validation and writes a checkpoint; the first benchmark decides whether it is the best."""
     is_best = False
     if results:

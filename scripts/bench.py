@@ -131,7 +131,7 @@ def bench_model(args: argparse.Namespace) -> list[str]:
         samples = bench.samples(preset.questions)
         batch = bench.batch(samples)
         parts = bench.parts(batch, samples, args.repeats)
-        rows, times = benchmark.compare(bench, args.repeats, args.compile)
+        rows, times = benchmark.compare_cases(bench, args.repeats, args.compile)
     parts["SAM encoder, an image"] = times["SAM encoder"]["median"]
     step, tokens = times["UGround"]["median"], int((batch.segments >= 0).sum())
     figures = {
@@ -293,7 +293,7 @@ class Reads(Dataset):
         return os.getpid(), before, Memory.now()
 
 
-def measure(name: str, folder: str, setting: str, workers: int, as_objects: bool, results: Any) -> None:
+def measure_start(name: str, folder: str, setting: str, workers: int, as_objects: bool, results: Any) -> None:
     """In a fresh process: opens the data set, then has workers read all of it."""
     os.environ[SETTING] = setting
     start = time.perf_counter()
@@ -333,14 +333,14 @@ def bench_data(args: argparse.Namespace) -> list[str]:
                 growth = after.resident - before.resident, after.private - before.private
                 sizes = [value / MB for value in (peak, after.resident, after.private, *growth)]
                 rows.append([start, f"{seconds:.2f}", share, *(f"{size:,.0f}" for size in sizes)])
-            files = sum(path.stat().st_size for path in _sources(Path(folder), name)) / MB
+            files = sum(path.stat().st_size for path in _annotation_files(Path(folder), name)) / MB
             entries = sum(path.stat().st_size for path in (Path(folder) / f"cache-{name}").glob("*.index")) / MB
             lines += [f"{name}: {what}{args.annotations:,} annotations, {files:.0f} MB; its index {entries:.0f} MB", ""]
             lines += [markdown(rows, "lr"), ""]
     return lines
 
 
-def _sources(root: Path, name: str) -> list[Path]:
+def _annotation_files(root: Path, name: str) -> list[Path]:
     folder = root / ("refer_seg/refcoco" if name == "refcoco" else "vlpart")
     return [path for path in folder.rglob("*") if path.is_file()]
 
@@ -356,7 +356,7 @@ def _in_fresh_process(name: str, folder: Path, start: str, workers: int) -> tupl
     results = context.Queue()
     setting = "off" if start.startswith("no cache") else str(cache)
     arguments = (name, str(folder), setting, workers, "objects" in start, results)
-    process = context.Process(target=measure, args=arguments)
+    process = context.Process(target=measure_start, args=arguments)
     process.start()
     found = results.get()
     process.join()

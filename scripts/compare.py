@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
     if files:
         print(paired(args.results, args.most, args.sheet, args.dataset_dir))
     else:
-        print(table({name: read_summaries(folder) for name, folder in args.results}))
+        print(side_by_side({name: read_summaries(folder) for name, folder in args.results}))
     return 0
 
 
@@ -79,7 +79,7 @@ def read_summaries(folder: Path) -> dict[tuple[str, str], dict[str, Any]]:
     return {(summary["benchmark"], summary["mode"]): summary for summary in found}
 
 
-def table(columns: dict[str, dict[tuple[str, str], dict[str, Any]]]) -> str:
+def side_by_side(columns: dict[str, dict[tuple[str, str], dict[str, Any]]]) -> str:
     """The results as aligned text; what a folder lacks is a dash."""
     last = list(columns.values())[-1]
     keys = list(dict.fromkeys(key for summaries in columns.values() for key in summaries))
@@ -92,8 +92,8 @@ def table(columns: dict[str, dict[tuple[str, str], dict[str, Any]]]) -> str:
         protocols = dict.fromkeys(summary["protocol"] for summary in summaries if summary.get("protocol"))
         asked = ", ".join([key[1], *protocols])
         for metric in summaries[0]["metrics"]:
-            cells = [_cell(found.get(key), "metrics", metric) for found in columns.values()]
-            cells += [_cell(last.get(key), "controls", name, metric) for name in controls]
+            cells = [_score_cell(found.get(key), "metrics", metric) for found in columns.values()]
+            cells += [_score_cell(last.get(key), "controls", name, metric) for name in controls]
             rows.append([f"{key[0]} ({asked})", masks, metric, *cells])
     layers = {
         name: "/".join(dict.fromkeys(summary["layer_policy"] for summary in found.values()))
@@ -102,7 +102,7 @@ def table(columns: dict[str, dict[tuple[str, str], dict[str, Any]]]) -> str:
     return f"{ruled_table(rows)}\nLayers: {'; '.join(f'{name}: {how}' for name, how in layers.items())}"
 
 
-def _cell(summary: dict[str, Any] | None, *keys: str) -> str:
+def _score_cell(summary: dict[str, Any] | None, *keys: str) -> str:
     """``0.653 (3 missing) (first 8 images)``; a dash for what is not there."""
     value: Any = summary
     for key in keys:
@@ -163,7 +163,7 @@ def paired(named: Sequence[tuple[str, Path]], most: int, picture: Path | None, d
         dataset = get_eval_dataset(origin.benchmark, dataset_dir, allow_missing=True)
         title = f"{asked}: the samples that changed most from {before_name} to {after_name}"
         names = (before_name, after_name)
-        panels = [panel for pair in changed for panel in panels_of(dataset, pair, names, protocol)]
+        panels = [panel for pair in changed for panel in pair_panels(dataset, pair, names, protocol)]
         save_picture(picture, sheet(panels, title))
         lines += ["", f"wrote {picture}"]
     return "\n".join(lines)
@@ -180,7 +180,9 @@ def most_changed(
     return [pairs[k] for k in ranked[:most] if changes[k] > 0]
 
 
-def panels_of(dataset: EvalDataset, pair: tuple[Record, Record], names: tuple[str, str], protocol: str) -> list[Panel]:
+def pair_panels(
+    dataset: EvalDataset, pair: tuple[Record, Record], names: tuple[str, str], protocol: str
+) -> list[Panel]:
     """A row of the sheet for each of the two answers."""
     sample = dataset[pair[0].index]
     query = next((query for query in sample.queries if query.query_id == pair[0].query_id), None)

@@ -209,10 +209,10 @@ def print_memory(args: argparse.Namespace, settings: list[str]) -> int:
 
     unused = [part for name in memory_model.PATHS for part in (f"--{name}", "unused")]
     if args.measure:
-        from utils.diagnostics.memory_probe import compare
+        from utils.diagnostics.memory_probe import compare_with_plan
 
         plan = memory_model.plan_of_preset("medium", load_config([*unused, *memory_model.MEDIUM_SETTINGS]))
-        print(compare(plan, load_config([*unused, *memory_model.MEDIUM_SETTINGS])))
+        print(compare_with_plan(plan, load_config([*unused, *memory_model.MEDIUM_SETTINGS])))
         return 0
     if args.config:
         plans = {"this configuration": memory_model.plan_of(load_config(settings))}

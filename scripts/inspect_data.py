@@ -50,11 +50,11 @@ def draw_sheet(dataset: TrainDataset, number: int, seed: int) -> np.ndarray:
     """``number`` samples spread over the data set, a row per conversation."""
     panels = []
     for index in evenly_spaced(len(dataset), number):
-        panels += panels_of(dataset.sample(index, np.random.default_rng((seed, index))))
+        panels += sample_panels(dataset.sample(index, np.random.default_rng((seed, index))))
     return sheet(panels, f"{dataset.name}: {len(dataset):,} images")
 
 
-def panels_of(sample: Sample) -> list[Panel]:
+def sample_panels(sample: Sample) -> list[Panel]:
     """A row per conversation, with the masks of its own [SEG]."""
     panels, start = [], 0
     for talk in sample.conversations:

@@ -170,7 +170,7 @@ def existing_summary(out: Path, sizes: Sizes) -> dict[str, Any] | None:
     return summary
 
 
-def build(out: Path, sizes: Sizes) -> dict[str, Any]:
+def write_data_sets(out: Path, sizes: Sizes) -> dict[str, Any]:
     """Writes everything beside ``out`` and renames it, so that ``out`` is complete or absent -> the summary."""
     partial = out.with_name(out.name + ".tmp")
     if partial.exists():
@@ -207,7 +207,7 @@ def build(out: Path, sizes: Sizes) -> dict[str, Any]:
     return summary
 
 
-def table(summary: dict[str, Any]) -> str:
+def summary_tables(summary: dict[str, Any]) -> str:
     """Counts per set and split, then the text-blind scores."""
     drawn = []
     for dataset, splits in summary["counts"].items():
@@ -293,12 +293,12 @@ def main(arguments: list[str] | None = None) -> int:
         if summary:
             print(f"{args.out} already holds these data (seed {args.seed}); nothing to do")
         else:
-            summary = build(out, sizes)
+            summary = write_data_sets(out, sizes)
             print(f"wrote {args.out}")
     except (ValueError, OSError) as error:
         print(f"make_demo_data: {error}", file=sys.stderr)
         return 1
-    print(table(summary))
+    print(summary_tables(summary))
     return 0
 
 

@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
             cast_parameters(merged, config.model.precision)
             save, meta = partial(save_merged, merged), meta | {"merge_difference": difference}
         card = model_card(args.name or config.train.exp_name, meta, args.adapter_only, args.license)
-        write(save, processor, args.output, meta, card)
+        write_folder(save, processor, args.output, meta, card)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -111,7 +111,7 @@ def end_of_run(args: argparse.Namespace) -> tuple[nn.Module, UGroundProcessor, C
     """What a run has trained, with its LoRA still in it."""
     checkpoint = choose(args.checkpoint, args.which)
     meta = checkpoints.read_meta(checkpoint)
-    print(f"{checkpoint}: step {meta['step']}, {shown(meta['metrics'])}")
+    print(f"{checkpoint}: step {meta['step']}, {metrics_text(meta['metrics'])}")
     config = config_of(meta, args)
     model, processor = load_trained(checkpoint, meta, config)
     return model, processor, config, meta | {"checkpoint": str(checkpoint)}
@@ -122,7 +122,7 @@ def choose(path: Path, which: str | None) -> Path:
     return checkpoints.find_checkpoint(path, which or ("best" if "best" in checkpoints.read_index(path) else "latest"))
 
 
-def shown(metrics: dict[str, dict[str, float]]) -> str:
+def metrics_text(metrics: dict[str, dict[str, float]]) -> str:
     texts = (f"{spec} {name} {value:.3f}" for spec, values in metrics.items() for name, value in values.items())
     return ", ".join(texts) or "not validated"
 
@@ -218,7 +218,7 @@ def save_merged(model: PreTrainedModel, folder: Path) -> None:
         raise ValueError(f"{folder} does not hold what was written: {', '.join(sorted(wrong)[:5])}")
 
 
-def write(
+def write_folder(
     save: Callable[[Path], None], processor: UGroundProcessor, output: Path, meta: dict[str, Any], card: str
 ) -> None:
     """Writes weights, processor, ``uground_run.json`` and README.md beside ``output``, then puts all in place."""

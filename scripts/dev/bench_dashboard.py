@@ -79,13 +79,13 @@ def main(argv: list[str] | None = None) -> int:
             found = (re.search(r"http://[\d.:]+", line) for line in server.stdout)
             address = next(match[0] for match in found if match)
             print(f"model: {httpx.get(f'{address}/health').json()['model']}")
-            measure(address, server.pid, args.requests)
+            measure_dashboard(address, server.pid, args.requests)
         finally:
             server.terminate()
     return 0
 
 
-def measure(address: str, process: int, requests: int) -> None:
+def measure_dashboard(address: str, process: int, requests: int) -> None:
     first, later = [], []
     for seed in range(10):
         visitor = Visitor(address, f"single{seed}")

@@ -386,7 +386,7 @@ def test_policy_chart_says_all_layers(answered):
 
 
 def test_record_holds_masks_boxes_layers_and_scores(answered):
-    record = view.describe(answered, "tiny")
+    record = view.answer_json(answered, "tiny")
     assert json.loads(json.dumps(record)) == record
     first, second = record["masks"]
     assert np.array_equal(decode_mask(first["rle"]), answered.masks[0])
@@ -395,7 +395,7 @@ def test_record_holds_masks_boxes_layers_and_scores(answered):
     assert (first["number"], first["color"]) == (1, view.css_color(0))
     assert first["box_xywh"] == [10, 5, 20, 15]
     assert first["score"] == pytest.approx(torch.tensor(3.0).sigmoid().item(), abs=1e-4)
-    assert "rle" not in view.describe(answered, "tiny", "png")["masks"][0]
+    assert "rle" not in view.answer_json(answered, "tiny", "png")["masks"][0]
 
 
 def test_files_are_lossless_and_at_the_images_size(answered):
@@ -410,7 +410,7 @@ def test_files_are_lossless_and_at_the_images_size(answered):
 
 def test_an_answer_without_masks_has_files_too(answered):
     answered.prediction = make_prediction(0)
-    assert view.describe(answered, "tiny")["masks"] == []
+    assert view.answer_json(answered, "tiny")["masks"] == []
     assert np.array_equal(np.array(Image.open(view.write_overlay(answered, [], 0.5, True))), answered.image)
     with zipfile.ZipFile(view.write_masks(answered)) as archive:
         assert archive.namelist() == []

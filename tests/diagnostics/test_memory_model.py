@@ -82,7 +82,7 @@ def test_activations_are_what_autograd_keeps(checkpointing):
     measured = sum(storage.nbytes() for storage in kept.values())
     parts = (
         memory_model.language_model(plan),
-        memory_model.text_loss(plan),
+        memory_model.text_loss_bytes(plan),
         memory_model.mask_decoder(plan),
         memory_model.mask_losses(plan),
     )

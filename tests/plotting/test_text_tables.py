@@ -43,3 +43,8 @@ def test_columns_come_in_the_order_they_are_first_seen():
     rows = text_tables.from_mappings([{"name": "a", "n": 1}, {"name": "b", "m": 2}], lambda column, value: f"{value}")
     assert rows == [["name", "n", "m"], ["a", "1", "None"], ["b", "None", "2"]]
     assert text_tables.from_mappings([], lambda column, value: "") == [[]]
+
+
+def test_a_mean_has_its_deviation_if_there_are_several_values():
+    assert text_tables.mean_cell([1.0, 2.0], 2) == "1.50 ± 0.71"
+    assert text_tables.mean_cell([1.0], 1) == "1.0"

@@ -114,7 +114,7 @@ def test_the_program_says_what_is_no_run(make_run, tmp_path, capsys):
 def test_a_report_that_fails_does_not_make_a_run_fail(tmp_path):
     said = []
     run = SimpleNamespace(config=SimpleNamespace(run_folder=tmp_path), log=SimpleNamespace(say=said.append))
-    train_ds.report(run)
+    train_ds.report_run(run)
     assert "warning: no report" in said[0]
     assert "scripts/report.py" in said[0]
 

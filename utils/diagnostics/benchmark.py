@@ -436,7 +436,9 @@ def cases(bench: Bench, compiled: bool) -> dict[str, Callable[[], Any]]:
     return found
 
 
-def compare(bench: Bench, repeats: int, compiled: bool = False) -> tuple[list[Ratio], dict[str, dict[str, float]]]:
+def compare_cases(
+    bench: Bench, repeats: int, compiled: bool = False
+) -> tuple[list[Ratio], dict[str, dict[str, float]]]:
     """All ratios, and seconds and peak bytes of every case."""
     calls = cases(bench, compiled)
     rows = [row for row in ratios() if row.a in calls]

@@ -110,7 +110,7 @@ def language_model(plan: Plan) -> float:
     return plan.rows * kept + similarity + mask
 
 
-def text_loss(plan: Plan) -> float:
+def text_loss_bytes(plan: Plan) -> float:
     """Logits at the learned tokens alone: as computed (b), in float32, their log-softmax and its gradient (4 each)."""
     return plan.images * plan.labels * plan.shape.vocab_size * (plan.precision + 12.0)
 
@@ -174,7 +174,7 @@ def expected(plan: Plan) -> dict[str, float]:
         "weights": float(plan.parameters * plan.precision),
         "optimizer": on_gpu,
         "gradients": gradients(plan),
-        "language model": language_model(plan) + text_loss(plan),
+        "language model": language_model(plan) + text_loss_bytes(plan),
         "SAM": max(image_encoder(plan), mask_decoder(plan) + mask_losses(plan)),
     }
     return parts | {"total": sum(parts.values()), "host": host}

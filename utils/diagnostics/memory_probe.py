@@ -25,7 +25,7 @@ TOKENIZER = Path(__file__).resolve().parents[2] / "assets/tiny/llava"
 STEPS = 2  # the optimizer makes its state in the first
 
 
-def compare(plan: Plan, config: Config) -> str:
+def compare_with_plan(plan: Plan, config: Config) -> str:
     """Measured and expected memory of a step."""
     actual, measured = measure_step(plan, config)
     parts = expected(actual)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
+from statistics import mean, stdev
 from typing import Any
 
 Rows = Sequence[Sequence[str]]
@@ -49,6 +50,11 @@ def html(rows: Rows) -> str:
     heads = "".join(f"<th>{cell}</th>" for cell in head)
     lines = ("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>\n" for row in body)
     return f"<table>\n<tr>{heads}</tr>\n{''.join(lines)}</table>"
+
+
+def mean_cell(values: Sequence[float], digits: int) -> str:
+    """``0.65 ± 0.02``: the mean, and the standard deviation of several values."""
+    return f"{mean(values):.{digits}f}" + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
 
 
 def _padded(rows: Rows, sides: str) -> list[list[str]]:
