@@ -25,6 +25,7 @@ from utils.datasets.masks import decode_mask
 from utils.plotting import overlays
 from utils.plotting.overlays import color
 
+ROOT = Path(__file__).resolve().parents[2]
 HOSTILE = '<script>alert(1)</script><img src=x onerror="alert(2)">&amp;'
 
 
@@ -421,3 +422,11 @@ def test_examples_are_drawn_alike_every_time(tmp_path):
     assert first.questions == again.questions
     assert len(first.questions) == 5
     assert Path(first.path).read_bytes() == Path(again.path).read_bytes()
+
+
+def test_only_the_page_imports_gradio():
+    """Everything else works, and starts, without it."""
+    files = [path for room in ("model", "utils", "scripts") for path in (ROOT / room).rglob("*.py")]
+    named = [path for path in files if re.search(r"^\s*(import|from) gradio\b", path.read_text(), re.MULTILINE)]
+    assert named == [ROOT / "utils/dashboard/page.py"]
+    assert not [path for path in files if "dashboard.page import" in path.read_text()]

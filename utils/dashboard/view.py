@@ -50,7 +50,7 @@ def ink(number: int) -> str:
     return "#000" if (luminance + 0.05) / 0.05 > 1.05 / (luminance + 0.05) else "#fff"
 
 
-def style_sheet() -> str:
+def palette_css() -> str:
     """CSS that depends on the palette: the chips of the mask switches, the marks in answers."""
     chips = [
         f"#ug-masks label:nth-of-type({len(PALETTE)}n+{n + 1}) {{ border-left: 10px solid {css_color(n)}; }}"
