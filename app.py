@@ -113,7 +113,8 @@ def untrained_tiny(args: argparse.Namespace) -> cli.Opened:
     model, processor, _ = load_for_training(*paths, precision, config.method, config.model.model_max_length)
     model.config.eval_layer_policy = "last"
     known = fingerprint(model.state_dict().values())
-    return cli.Opened(model.to(device).eval(), processor, device, precision, known)
+    model.to(device)  # type: ignore[arg-type]  # transformers' annotation is wrong
+    return cli.Opened(model.eval(), processor, device, precision, known)
 
 
 def serve(dashboard: Dashboard, args: argparse.Namespace, folder: Path) -> tuple[gr.Blocks, Any, str]:

@@ -24,8 +24,10 @@ import cv2
 import torch
 from torch.utils.data import DataLoader
 
+from model.lora import base_of
 from model.processing.processor import UGroundProcessor
 from model.structures import Batch
+from model.UGround import UGroundForCausalLM
 from utils import distributed
 from utils.config import Config, ConfigError, load_config, missing_paths
 from utils.datasets import DataError, EvalDataset, get_eval_dataset
@@ -113,7 +115,7 @@ class Run:
     config: Config
     device: torch.device
     engine: Any
-    model: torch.nn.Module
+    model: UGroundForCausalLM
     processor: UGroundProcessor
     mixture: Mixture
     benchmarks: list[EvalDataset]
@@ -140,14 +142,14 @@ def build_run(config: Config, device: torch.device) -> Run:
         check_steps_left(config, start, before["step"])
     settings = deepspeed_settings(config, distributed.world_size())
     model, processor, loaded = build_model(config)
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner = base_of(model)
     if config.data.sam_feature_cache:
         cache_sam_features(inner, processor, config.data.sam_feature_cache, config.data.sam_feature_cache_gb)
     if config.model.compile_sam:
         inner.visual_model.compile_encoder()
     engine = build_engine(model, config, settings)
     meta |= checkpoints.describe_model(model, processor, loaded)
-    saved = checkpoints.resume(engine, start, meta) if start else {"step": 0, "best": None}
+    saved: dict[str, Any] = checkpoints.resume(engine, start, meta) if start else {"step": 0, "best": None}
     log = open_log(config, saved["step"])
     best = saved["best"] if saved.get("best_of") == best_of(config) else None  # others cannot be compared
     run = Run(config, device, engine, inner, processor, mixture, benchmarks, log, meta, saved["step"], best)
@@ -189,21 +191,23 @@ def images_per_step(config: Config) -> int:
 
 def open_data(config: Config) -> tuple[Mixture, list[EvalDataset]]:
     """The mixture and the benchmarks; all that is missing on disk at once."""
-    problems, opened = missing_paths(config), []
-    data, benchmarks = config.data, () if config.eval.no_eval else config.eval.val_dataset
-    makers = [lambda: make_mixture(config)]
-    makers += [lambda spec=spec: get_eval_dataset(spec, data.dataset_dir) for spec in benchmarks]
-    for make in makers if Path(data.dataset_dir).is_dir() else ():
+    problems, folder = missing_paths(config), config.data.dataset_dir
+    mixture, benchmarks = None, []
+    try:
+        mixture = make_mixture(config) if Path(folder).is_dir() else None
+    except DataError as error:
+        problems.append(str(error))
+    for spec in config.eval.val_dataset if Path(folder).is_dir() and not config.eval.no_eval else ():
         try:
-            opened.append(make())
+            benchmarks.append(get_eval_dataset(spec, folder))
         except DataError as error:
             problems.append(str(error))
     metric = config.eval.val_metric
-    if not problems and opened[1:] and metric not in (known := metric_names(opened[1].benchmark)):
-        problems.append(f"--val_metric {metric}: {opened[1].spec} reports {', '.join(known)}")
-    if problems:
+    if not problems and benchmarks and metric not in (known := metric_names(benchmarks[0].benchmark)):
+        problems.append(f"--val_metric {metric}: {benchmarks[0].spec} reports {', '.join(known)}")
+    if problems or mixture is None:
         raise ConfigError(problems)
-    return opened[0], opened[1:]
+    return mixture, benchmarks
 
 
 def where_to_start(config: Config) -> Path | None:

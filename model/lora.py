@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
+
+from model.UGround import UGroundForCausalLM
 
 LORA_TARGETS = r"model\.layers\.\d+\.self_attn\.({names})"  # the language model only, never CLIP's q_proj and v_proj
 
@@ -72,6 +75,12 @@ def add_lora(
             adapted = get_peft_model(model, config)
     set_trainable(adapted)
     return adapted
+
+
+def base_of(model: nn.Module) -> UGroundForCausalLM:
+    """The model that LoRA is wrapped around, or the model itself where there is none."""
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    return base
 
 
 def set_trainable(model: nn.Module) -> None:

@@ -232,6 +232,7 @@ def check_configuration(page: Page, settings: list[str], overfit: str) -> None:
     """All that training with these settings needs."""
     import torch
 
+    from model.lora import base_of
     from utils.config import load_config
     from utils.datasets.mixture import make_mixture
     from utils.diagnostics import checks
@@ -257,7 +258,7 @@ def check_configuration(page: Page, settings: list[str], overfit: str) -> None:
         page.add(skipped("weights, tokens", "they are looked at once the problems above are mended"))
     else:
         page.run(checks.describe_weights, built[2])
-        page.run(checks.check_tokens, built[0].get_base_model() if config.model.lora_r else built[0], built[1])
+        page.run(checks.check_tokens, base_of(built[0]), built[1])
 
     page.heading("Data")
     mixture = page.attempt(make_mixture, config) if Path(config.data.dataset_dir).is_dir() else None

@@ -26,6 +26,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -172,24 +173,24 @@ def existing_summary(out: Path, sizes: Sizes) -> dict[str, Any] | None:
 
 def write_data_sets(out: Path, sizes: Sizes) -> dict[str, Any]:
     """Writes everything beside ``out`` and renames it, so that ``out`` is complete or absent -> the summary."""
-    partial = out.with_name(out.name + ".tmp")
-    if partial.exists():
-        if not (partial / SUMMARY).is_file():
-            raise ValueError(f"{partial} is in the way and not a leftover of this script; remove it")
-        shutil.rmtree(partial)
-    partial.mkdir(parents=True)
-    write_json(partial / SUMMARY, {"complete": False})
+    unfinished = out.with_name(out.name + ".tmp")
+    if unfinished.exists():
+        if not (unfinished / SUMMARY).is_file():
+            raise ValueError(f"{unfinished} is in the way and not a leftover of this script; remove it")
+        shutil.rmtree(unfinished)
+    unfinished.mkdir(parents=True)
+    write_json(unfinished / SUMMARY, {"complete": False})
     ledger = Ledger()
     parts: dict[str, Callable[[], None]] = {
-        "ReasonSeg": lambda: write_reason_seg(partial, sizes, ledger),
-        "refcoco": lambda: write_refer_set(partial, "refcoco", sizes, ledger),
-        "grefcoco": lambda: write_refer_set(partial, "grefcoco", sizes, ledger),
-        "llava_instruct_150k": lambda: write_llava(partial, sizes, ledger),
+        "ReasonSeg": partial(write_reason_seg, unfinished, sizes, ledger),
+        "refcoco": partial(write_refer_set, unfinished, "refcoco", sizes, ledger),
+        "grefcoco": partial(write_refer_set, unfinished, "grefcoco", sizes, ledger),
+        "llava_instruct_150k": partial(write_llava, unfinished, sizes, ledger),
     }
     if sizes.all_types:
         others = {name: write_refer_set for name in REFER_SETS if name not in parts}
         others |= dict.fromkeys(WRITERS, write_set)
-        parts |= {name: lambda n=name, w=write: w(partial, n, sizes, ledger) for name, write in others.items()}
+        parts |= {name: partial(write_one, unfinished, name, sizes, ledger) for name, write_one in others.items()}
     for name, write in parts.items():
         start = time.perf_counter()
         write()
@@ -202,8 +203,8 @@ def write_data_sets(out: Path, sizes: Sizes) -> dict[str, Any]:
         "counts": ledger.counts,
         "text_blind": ledger.rows(),
     }
-    (partial / SUMMARY).write_text(json.dumps(summary, indent=1), encoding="utf-8")
-    partial.replace(out)
+    (unfinished / SUMMARY).write_text(json.dumps(summary, indent=1), encoding="utf-8")
+    unfinished.replace(out)
     return summary
 
 

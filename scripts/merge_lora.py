@@ -25,12 +25,15 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import numpy as np
 import torch
+from peft import PeftModel
 from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
 
 from model.loading.weights import base_fingerprints, read_folder
+from model.lora import base_of
 from model.processing.processor import UGroundProcessor
+from model.UGround import UGroundForCausalLM
 from utils.config import Config, config_from, load_config
 from utils.inference import adapter
 from utils.inference.adapter import META
@@ -164,18 +167,14 @@ def load_trained(checkpoint: Path, meta: dict[str, Any], config: Config) -> tupl
     return model.eval(), processor
 
 
-def base_of(model: nn.Module) -> nn.Module:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def merge(model: nn.Module, processor: UGroundProcessor) -> tuple[nn.Module, float]:
+def merge(model: nn.Module, processor: UGroundProcessor) -> tuple[UGroundForCausalLM, float]:
     """The model without adapters, and the largest difference to the one with them, relative to the largest value.
 
     Raises:
         ValueError: if logits, masks, maps or policy differ by more than float32 noise.
     """
     before = probe(base_of(model), processor)
-    merged = model.merge_and_unload(safe_merge=True) if hasattr(model, "merge_and_unload") else model
+    merged: Any = model.merge_and_unload(safe_merge=True) if isinstance(model, PeftModel) else model
     after = probe(merged, processor)
     differences = {
         name: ((after[name] - value).abs().max() / value.abs().max().clamp(min=1e-12)).item()
@@ -189,7 +188,7 @@ def merge(model: nn.Module, processor: UGroundProcessor) -> tuple[nn.Module, flo
 
 
 @torch.inference_mode()
-def probe(model: nn.Module, processor: UGroundProcessor) -> dict[str, torch.Tensor]:
+def probe(model: UGroundForCausalLM, processor: UGroundProcessor) -> dict[str, torch.Tensor]:
     """Text logits, mask logits, maps and policy for a drawn image and a given answer with two [SEG].
 
     The layer is fixed: two layers that are equally likely must not decide whether models agree.

@@ -173,14 +173,10 @@ def learn(
     )  # fmt: skip
     everything = torch.cat([batch.rewards for batch in batches]).mean(0)
     best = settings.first_candidate_layer + int(everything[candidates(settings)].argmax())
+    others = [parameter for name, parameter in learner.ppm.named_parameters() if name != "gate"]
+    groups: list[dict[str, Any]] = [{"params": [learner.ppm.gate], "lr": train.lr * way.rate}, {"params": others}]
     optimizer = torch.optim.AdamW(
-        [
-            {"params": [learner.ppm.gate], "lr": train.lr * way.rate},
-            {"params": [p for name, p in learner.ppm.named_parameters() if name != "gate"]},
-        ],
-        lr=train.lr,
-        betas=(train.beta1, train.beta2),
-        weight_decay=train.weight_decay,
+        groups, lr=train.lr, betas=(train.beta1, train.beta2), weight_decay=train.weight_decay
     )
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_at(step, train.warmup_steps, steps))
     order, told = torch.randperm(len(batches)).tolist(), {}
