@@ -10,18 +10,9 @@ import argparse
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import closing
-from functools import wraps
-from html import escape
 from pathlib import Path
-from secrets import token_hex
-from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before the import: no word about us to anybody
-
-import gradio as gr
 import torch
 from starlette.middleware import Middleware
 from starlette.requests import Request
@@ -34,21 +25,17 @@ from model.loading.placement import pick_device, pick_precision
 from model.loading.pretrained import load_for_training
 from model.loading.weights import fingerprint
 from model.PPM import parse_layer_policy
-from model.structures import Turn
 from utils.config import load_config
-from utils.dashboard import view
-from utils.dashboard.examples import SEEDS, Example, draw_example
-from utils.dashboard.service import Dashboard, Limits, Visit
+from utils.dashboard.examples import SEEDS, draw_example
+from utils.dashboard.page import Headers, build_page, style_sheet, theme
+from utils.dashboard.service import Dashboard, Limits
 from utils.inference import cli
+
+if TYPE_CHECKING:
+    import gradio as gr
 
 ROOT = Path(__file__).resolve().parent
 TRAINED = "runs/tiny/merged"
-CSS = ROOT / "utils" / "dashboard" / "style.css"
-MODEL_QUEUE = {"concurrency_id": "model", "concurrency_limit": 1}  # one answer at a time, in order of arrival
-POLICY = (
-    "default-src 'self' data: blob:; script-src 'self' 'unsafe-inline' 'unsafe-eval'; "
-    "style-src 'self' 'unsafe-inline'; frame-ancestors 'self'; form-action 'self'; base-uri 'self'"
-)
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -128,9 +115,10 @@ def untrained_tiny(args: argparse.Namespace) -> Opened:
     model, processor, rows = load_for_training(*paths, precision, config.method, config.model.model_max_length)
     model.config.eval_layer_policy = "last"
     known = fingerprint(model.state_dict().values())
+    model.to(device)  # type: ignore[arg-type]  # transformers' annotation is wrong
     sources = {row.module: row.source for row in rows}
     folder = str(ROOT / "assets/tiny")
-    return Opened(model.to(device).eval(), processor, device, precision, known, "base", folder, sources)
+    return Opened(model.eval(), processor, device, precision, known, "base", folder, sources)
 
 
 def serve(dashboard: Dashboard, args: argparse.Namespace, folder: Path) -> tuple[gr.Blocks, Any, str]:
@@ -150,7 +138,7 @@ def serve(dashboard: Dashboard, args: argparse.Namespace, folder: Path) -> tuple
         max_file_size=dashboard.limits.upload_bytes,
         app_kwargs={"routes": [Route("/health", health)], "middleware": [Middleware(Headers)]},
         theme=theme(),
-        css=f"{CSS.read_text()}\n{view.style_sheet()}",
+        css=style_sheet(),
         footer_links=["api"],
         ssr_mode=False,
         show_error=True,
@@ -158,346 +146,6 @@ def serve(dashboard: Dashboard, args: argparse.Namespace, folder: Path) -> tuple
         prevent_thread_lock=True,
     )
     return page, application, shared or address
-
-
-def theme() -> gr.themes.Base:
-    """Fonts of the visitor's own system, and colors whose contrast is 4.5 or more."""
-    fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
-    return gr.themes.Default(primary_hue="blue", **fonts).set(
-        button_primary_background_fill="*primary_700",
-        button_primary_background_fill_dark="*primary_700",
-        button_primary_background_fill_hover="*primary_800",
-        button_primary_background_fill_hover_dark="*primary_800",
-        input_placeholder_color="*neutral_500",
-        input_placeholder_color_dark="*neutral_400",
-        body_text_color_subdued="*neutral_600",
-        body_text_color_subdued_dark="*neutral_300",
-    )
-
-
-class Headers:
-    """Adds a policy under which the browser loads nothing from elsewhere, whatever the page holds."""
-
-    def __init__(self, app) -> None:
-        self.app = app
-
-    async def __call__(self, scope, receive, send) -> None:
-        async def send_with_headers(message) -> None:
-            if message["type"] == "http.response.start":
-                extra = {"content-security-policy": POLICY, "x-content-type-options": "nosniff"}
-                message["headers"] = [*message["headers"], *((k.encode(), v.encode()) for k, v in extra.items())]
-            await send(message)
-
-        await self.app(scope, receive, send_with_headers if scope["type"] == "http" else send)
-
-
-# ---------------------------------------------------------------------------------------------------------------- page
-
-
-def build_page(dashboard: Dashboard, examples: list[Example]) -> gr.Blocks:
-    with gr.Blocks(title="UGround", analytics_enabled=False, delete_cache=(600, 7200)) as page:
-        gr.HTML(
-            f'<h1>UGround</h1><p class="ug-about">Ask for things in a picture: the answer comes in words and masks. '
-            f"<strong>{escape(dashboard.name)}.</strong></p>"
-        )
-        with gr.Row():
-            with gr.Column(scale=2, min_width=300):
-                parts = question_column(dashboard, examples)
-            with gr.Column(scale=3, min_width=300):
-                vars(parts).update(vars(answer_column()))
-        with gr.Accordion("Why this mask?", open=False, elem_id="ug-why"):
-            vars(parts).update(vars(why_panel(dashboard)))
-        wire(Handlers(dashboard, parts), parts, examples)
-        offer_api(dashboard)
-    return page
-
-
-def upload_box(**options) -> gr.Image:
-    """An image box that hands an upload on as it is, so that its size is checked before anything decodes it."""
-    box = gr.Image(type="filepath", sources=["upload", "clipboard"], **options)
-    box.preprocess = lambda payload: payload.path if payload is not None else None
-    keep = box.async_move_resource_to_block_cache
-
-    async def uploads_only(place):
-        if str(place).startswith(("http:", "https:")):
-            raise gr.Error("an address is no upload: send the picture itself", print_exception=False)
-        return await keep(place)
-
-    box.async_move_resource_to_block_cache = uploads_only
-    return box
-
-
-def question_column(dashboard: Dashboard, examples: list[Example]) -> SimpleNamespace:
-    image = upload_box(label="Picture", alt_text="the uploaded picture", height=300, elem_id="ug-image")
-    pictures = gr.Dataset(
-        components=[gr.HTML(visible=False)],
-        samples=[[view.thumbnail_html(example)] for example in examples],
-        type="index",
-        label="Examples: pictures",
-        elem_id="ug-pictures",
-    )
-    questions = gr.Dataset(
-        components=[gr.Textbox(visible=False)],
-        samples=rows(examples[0]),
-        type="values",
-        label="Examples: questions",
-        elem_id="ug-questions",
-        visible=False,
-    )
-    prompt = gr.Textbox(
-        label="Instruction",
-        placeholder="the red star, or: which shape is the largest?",
-        max_length=dashboard.limits.prompt_characters,
-        lines=1,
-        autofocus=True,
-        elem_id="ug-prompt",
-    )
-    with gr.Row():
-        ask = gr.Button("Ask", variant="primary", min_width=80, elem_id="ug-ask")
-        stop = gr.Button("Stop", min_width=80, elem_id="ug-stop")
-        clear = gr.Button("Start over", min_width=80, elem_id="ug-clear")
-    with gr.Accordion("Settings", open=False):
-        layers = dashboard.num_layers
-        own = f"the model's own ({dashboard.layer_policy})"
-        choices = [(own, ""), "argmax", "last", "sample", "soft", "mc:16", *(f"fixed:{k}" for k in range(layers))]
-        policy = gr.Dropdown(choices, value="", label="Layer policy: which layer a [SEG] connects from")
-        remember = gr.Checkbox(dashboard.remember, label="The model sees the earlier questions of this conversation")
-        length = gr.Slider(1, dashboard.limits.new_tokens, 64, step=1, label="Longest answer, in tokens")
-    return SimpleNamespace(**{name: value for name, value in locals().items() if isinstance(value, gr.blocks.Block)})
-
-
-def rows(example: Example) -> list[list[str]]:
-    return [[question] for question in example.questions]
-
-
-def answer_column() -> SimpleNamespace:
-    chat = gr.HTML(view.transcript_html([]), elem_id="ug-conversation")
-    picture = gr.HTML(view.EMPTY, elem_id="ug-result")
-    masks = gr.CheckboxGroup([], label="Masks", visible=False, elem_id="ug-masks")
-    with gr.Row(visible=False) as looks:
-        opacity = gr.Slider(0, 1, 0.55, step=0.05, label="Opacity", elem_id="ug-opacity")
-        outline = gr.Checkbox(True, label="Outline", elem_id="ug-outline")
-    with gr.Row(visible=False) as downloads:
-        overlay = gr.DownloadButton("Overlay (PNG)", elem_id="ug-overlay")
-        archive = gr.DownloadButton("Masks (PNG, zipped)", elem_id="ug-archive")
-        record = gr.DownloadButton("JSON", elem_id="ug-record")
-    return SimpleNamespace(**{name: value for name, value in locals().items() if isinstance(value, gr.blocks.Block)})
-
-
-def why_panel(dashboard: Dashboard) -> SimpleNamespace:
-    seg = gr.Radio([], label="[SEG]", visible=False, elem_id="ug-seg")
-    with gr.Row():
-        with gr.Column(min_width=300):
-            chart = gr.HTML('<p class="ug-hint">Ask for something first.</p>', elem_id="ug-policy")
-        with gr.Column(min_width=300):
-            layer = gr.Slider(
-                0, dashboard.num_layers - 1, step=1, label="Layer of the similarity map", elem_id="ug-layer"
-            )
-            similarity = gr.HTML(elem_id="ug-similarity")
-        with gr.Column(min_width=300):
-            measure = gr.Button("Measure the uncertainty (Monte Carlo)", elem_id="ug-measure")
-            doubt = gr.HTML(elem_id="ug-doubt")
-    return SimpleNamespace(**{name: value for name, value in locals().items() if isinstance(value, gr.blocks.Block)})
-
-
-def wire(on: Handlers, parts: SimpleNamespace, examples: list[Example]) -> None:
-    p, quiet = parts, {"api_visibility": "private", "show_progress": "hidden"}
-    at_once = quiet | {"queue": False}
-    shown = [p.chat, p.picture, p.masks, p.looks, p.downloads, p.seg, p.layer, p.chart, p.similarity, p.doubt]
-    question = [p.image, p.prompt, p.policy, p.remember, p.length, p.opacity, p.outline]
-    p.pictures.click(
-        lambda index: (
-            examples[index].path,
-            gr.Dataset(samples=[[q] for q in examples[index].questions], visible=True),
-        ),
-        p.pictures,
-        [p.image, p.questions],
-        **at_once,
-    )
-    p.questions.click(lambda row: row[0], p.questions, p.prompt, **at_once)
-    p.image.change(on.opened, [p.image], shown, **quiet, **MODEL_QUEUE)
-    asked = [
-        event(on.answer, question, [p.prompt, *shown], **quiet, **MODEL_QUEUE)
-        for event in (p.ask.click, p.prompt.submit)
-    ]
-    for event in asked:
-        written = event.then(on.files, [p.masks, p.opacity, p.outline], [p.overlay, p.archive, p.record], **at_once)
-        written.then(on.explain, [p.seg, p.layer], [p.chart, p.similarity, p.doubt], **at_once)
-    p.stop.click(on.stopped, None, p.chat, cancels=asked, **at_once)
-    p.clear.click(on.cleared, [p.image], shown, cancels=asked, **quiet, **MODEL_QUEUE)
-    for event in (p.masks.input, p.opacity.release, p.outline.input):
-        event(
-            on.look, [p.masks, p.opacity, p.outline], [p.picture, p.overlay], trigger_mode="always_last", **at_once
-        )  # a click while the last one is drawn counts
-    p.opacity.input(on.preview, [p.masks, p.opacity, p.outline], p.picture, trigger_mode="always_last", **at_once)
-    p.seg.input(on.chosen_layer, p.seg, p.layer, **at_once)
-    for event in (p.layer.change, p.seg.input):
-        event(on.explain, [p.seg, p.layer], [p.chart, p.similarity, p.doubt], trigger_mode="always_last", **at_once)
-    p.measure.click(on.measure, p.seg, p.doubt, **quiet, **MODEL_QUEUE)
-
-
-class Handlers:
-    """What the page's events do; every visitor has a conversation of their own (``session_hash``)."""
-
-    def __init__(self, dashboard: Dashboard, parts: SimpleNamespace) -> None:
-        self.dashboard, self.parts = dashboard, parts
-
-    def visit(self, request: gr.Request) -> Visit | None:
-        return self.dashboard.visits.get(str(request.session_hash))
-
-    def blank(self, chat: str, picture: str = view.EMPTY) -> dict:
-        """The page without an answer."""
-        p = self.parts
-        hidden = {p.masks: gr.CheckboxGroup(choices=[], value=[], visible=False), p.looks: gr.Row(visible=False)}
-        hidden |= {p.downloads: gr.Row(visible=False), p.seg: gr.Radio(choices=[], visible=False), p.layer: gr.skip()}
-        return hidden | {p.chat: chat, p.picture: picture, p.chart: view.NO_MASK, p.similarity: "", p.doubt: ""}
-
-    def opened(self, image: str | None, request: gr.Request) -> dict:
-        visitor = str(request.session_hash)
-        if image is None:
-            self.dashboard.visits.drop(visitor)
-            return self.blank(view.transcript_html([]))
-        try:
-            visit = self.dashboard.open(visitor, image)
-        except ValueError as error:
-            return self.blank(view.transcript_html([], error=str(error)))
-        return self.blank(view.transcript_html(visit.turns), view.masks_html(visit, [], 0, False))
-
-    def answer(
-        self,
-        image: str | None,
-        prompt: str,
-        policy: str,
-        remember: bool,
-        length: int,
-        opacity: float,
-        outline: bool,
-        request: gr.Request,
-    ) -> Iterator[dict]:
-        p, visit = self.parts, self.visit(request)
-        turns = visit.turns if visit is not None and visit.source == image else []
-        options = {"layer_policy": policy, "remember": remember, "max_new_tokens": length}
-        yield {p.chat: view.transcript_html([*turns, Turn(prompt, "")], writing=True)}
-        try:
-            with closing(self.dashboard.ask(str(request.session_hash), image, prompt, **options)) as news:
-                for new in news:
-                    if isinstance(new, Visit):
-                        yield self.answered(new, opacity, outline)
-                    else:
-                        yield {p.chat: view.transcript_html([*turns, Turn(prompt, new)], writing=True), p.prompt: ""}
-        except ValueError as error:
-            yield {p.chat: view.transcript_html(turns, error=str(error))}
-
-    def answered(self, visit: Visit, opacity: float, outline: bool) -> dict:
-        p, numbers = self.parts, list(range(len(visit.masks)))
-        names = [(f"[SEG] {n + 1}", n) for n in numbers]
-        return {
-            p.chat: view.transcript_html(visit.turns),
-            p.picture: view.masks_html(visit, numbers, opacity, outline),
-            p.masks: gr.CheckboxGroup(choices=names, value=numbers, visible=bool(numbers)),
-            p.looks: gr.Row(visible=bool(numbers)),
-            p.downloads: gr.Row(visible=True),
-            p.seg: gr.Radio(choices=names, value=0 if numbers else None, visible=len(numbers) > 1),
-            p.layer: visit.prediction.layers[0] if numbers else gr.skip(),
-        }
-
-    def files(self, chosen: list[int], opacity: float, outline: bool, request: gr.Request) -> tuple:
-        visit = self.visit(request)
-        if visit is None or visit.prediction is None:
-            return gr.skip(), gr.skip(), gr.skip()
-        overlay = view.write_overlay(visit, chosen, opacity, outline)
-        return overlay, view.write_masks(visit), view.write_record(visit, self.dashboard.name)
-
-    def preview(self, chosen: list[int], opacity: float, outline: bool, request: gr.Request) -> Any:
-        visit = self.visit(request)
-        return gr.skip() if visit is None else view.masks_html(visit, chosen, opacity, outline)
-
-    def look(self, chosen: list[int], opacity: float, outline: bool, request: gr.Request) -> tuple:
-        visit = self.visit(request)
-        if visit is None:
-            return gr.skip(), gr.skip()
-        return view.masks_html(visit, chosen, opacity, outline), view.write_overlay(visit, chosen, opacity, outline)
-
-    def chosen_layer(self, seg: int, request: gr.Request) -> Any:
-        visit = self.visit(request)
-        return visit.prediction.layers[seg] if visit is not None and visit.prediction is not None else gr.skip()
-
-    def explain(self, seg: int | None, layer: int, request: gr.Request) -> tuple[str, str, str]:
-        visit = self.visit(request)
-        if visit is None or seg is None or seg >= len(visit.masks):
-            return view.NO_MASK, "", ""
-        similarity = view.layer_map_html(visit.image, self.dashboard.layer_map(visit, seg, layer), seg, layer)
-        return view.policy_html(visit, seg), similarity, view.doubt_html(visit, seg)
-
-    def measure(self, seg: int | None, request: gr.Request) -> str:
-        try:
-            return view.doubt_html(self.dashboard.doubt(str(request.session_hash)), seg or 0)
-        except ValueError as error:
-            return view.error_html(str(error))
-
-    def stopped(self, request: gr.Request) -> str:
-        visit = self.visit(request)
-        return view.transcript_html(visit.turns if visit is not None else [], error="Stopped.")
-
-    def cleared(self, image: str | None, request: gr.Request) -> dict:
-        self.dashboard.reset(str(request.session_hash))
-        return self.opened(image, request)
-
-
-# ----------------------------------------------------------------------------------------------------------------- API
-
-
-def offer_api(dashboard: Dashboard) -> None:
-    """/ask, /why and /reset for gradio's clients: docs/dashboard.md."""
-
-    def visitor_of(request: gr.Request) -> str:
-        return request.session_hash or token_hex()  # a bare request has no session: nobody shares its conversation
-
-    @as_api_errors
-    def ask(image, prompt, layer_policy, masks, max_new_tokens, request: gr.Request):
-        view.check_pictures(masks)
-        news = dashboard.ask(visitor_of(request), image, prompt or "", layer_policy, max_new_tokens=int(max_new_tokens))
-        with closing(news):
-            for new in news:
-                yield {"answer": new} if isinstance(new, str) else view.describe(new, dashboard.name, masks)
-
-    @as_api_errors
-    def why(number, layer, uncertainty, request: gr.Request):
-        yield view.explain(dashboard, visitor_of(request), int(number), int(layer), bool(uncertainty))
-
-    @as_api_errors
-    def reset(request: gr.Request):
-        dashboard.visits.drop(visitor_of(request))
-        yield {"status": "ok"}
-
-    with gr.Row(visible=False):
-        question = [
-            upload_box(label="image: none = the one of the call before"),
-            gr.Textbox(label="prompt"),
-            gr.Textbox("", label="layer_policy: empty = the model's own"),
-            gr.Textbox("rle", label="masks: rle or png"),
-            gr.Number(64, precision=0, label="max_new_tokens"),
-        ]
-        reason = [
-            gr.Number(1, precision=0, label="number of the [SEG], from 1"),
-            gr.Number(-1, precision=0, label="layer: -1 = the chosen one"),
-            gr.Checkbox(label="uncertainty: measure it"),
-        ]
-        for function, inputs in ((ask, question), (why, reason), (reset, [])):
-            gr.Button().click(function, inputs, gr.JSON(), api_name=function.__name__, **MODEL_QUEUE)
-
-
-def as_api_errors(function: Callable) -> Callable:
-    """What the caller can put right becomes gradio's error, which reaches the caller as text."""
-
-    @wraps(function)
-    def wrapped(*arguments):
-        try:
-            yield from function(*arguments)
-        except ValueError as error:
-            raise gr.Error(escape(str(error)), print_exception=False) from error
-
-    return wrapped
 
 
 if __name__ == "__main__":

@@ -128,7 +128,7 @@ def main(arguments: list[str] | None = None) -> int:
     if args.prompt is None:
         return talk(chat, args.output or Path("answers"))
     chat.ask(args.prompt)
-    if args.output:
+    if args.output and photo is not None:
         chat.keep(args.output, photo.path.stem)
     chat.report()
     return 0

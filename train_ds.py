@@ -25,11 +25,11 @@ import torch
 from torch.utils.data import DataLoader
 
 from model.loading.placement import PRECISIONS
-from model.loading.weights import format_report
-from model.lora import trainable_report
+from model.lora import base_of
 from model.opened import cache_sam_features
 from model.processing.processor import UGroundProcessor
 from model.structures import Batch
+from model.UGround import UGroundForCausalLM
 from utils import distributed
 from utils.config import Config, ConfigError, load_config, missing_paths
 from utils.datasets import DataError, EvalDataset, get_eval_dataset
@@ -39,7 +39,15 @@ from utils.evaluation.engine import Asking
 from utils.evaluation.metrics import metric_names
 from utils.training import checkpoint as checkpoints
 from utils.training.engine import build_engine, build_model, deepspeed_settings, gradient_norms
-from utils.training.run_log import DivergedError, Meter, RunLog, check_finite, validation_sheet
+from utils.training.run_log import (
+    DivergedError,
+    Meter,
+    RunLog,
+    check_finite,
+    loading_table,
+    parameter_table,
+    validation_sheet,
+)
 from utils.training.run_report import write_report
 
 
@@ -48,9 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     run = None
     try:
         config = load_config(argv)
-        run = build(config, distributed.init())
+        run = build_run(config, distributed.init())
         train(run)
-        report(run)
+        report_run(run)
         warn_of_skipped(run)
         merge = f"python scripts/merge_lora.py --checkpoint {config.run_folder} --output {config.run_folder / 'merged'}"
         run.log.say(f"done; next: {merge}")
@@ -68,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 2
 
 
-def report(run: Run) -> None:
+def report_run(run: Run) -> None:
     """Writes report.html; if that fails, the run has still been trained."""
     if not distributed.is_main():
         return
@@ -109,7 +117,7 @@ class Run:
     config: Config
     device: torch.device
     engine: Any
-    model: torch.nn.Module
+    model: UGroundForCausalLM
     processor: UGroundProcessor
     mixture: Mixture
     benchmarks: list[EvalDataset]
@@ -126,7 +134,7 @@ class Run:
 # -- build -------------------------------------------------------------------------------------------------------------
 
 
-def build(config: Config, device: torch.device) -> Run:
+def build_run(config: Config, device: torch.device) -> Run:
     """Everything that training needs, checked; a ValueError names what is wrong."""
     mixture, benchmarks = open_data(config)
     start = where_to_start(config)
@@ -136,20 +144,20 @@ def build(config: Config, device: torch.device) -> Run:
         check_steps_left(config, start, before["step"])
     settings = deepspeed_settings(config, distributed.world_size())
     model, processor, loaded = build_model(config)
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner = base_of(model)
     if config.data.sam_feature_cache:
         cache_sam_features(inner, processor, config.data.sam_feature_cache, config.data.sam_feature_cache_gb)
     if config.model.compile_sam:
         inner.visual_model.compile_encoder()
     engine = build_engine(model, config, settings)
     meta |= checkpoints.describe_model(model, processor, loaded)
-    saved = checkpoints.resume(engine, start, meta) if start else {"step": 0, "best": None}
+    saved: dict[str, Any] = checkpoints.resume(engine, start, meta) if start else {"step": 0, "best": None}
     log = open_log(config, saved["step"])
     best = saved["best"] if saved.get("best_of") == best_of(config) else None  # others cannot be compared
     run = Run(config, device, engine, inner, processor, mixture, benchmarks, log, meta, saved["step"], best)
 
     images = (run.total_steps - run.step) * images_per_step(config)
-    log.say(f"{format_report(loaded)}\n\n{trainable_report(model)}\n\n{mixture.table(images)}\n")
+    log.say(f"{loading_table(loaded)}\n\n{parameter_table(model)}\n\n{mixture.table(images)}\n")
     log.say(where_and_how_much(config, device))
     weights = [vars(row) for row in loaded]
     log.event("start", run.step, command=shlex.join(sys.argv), resumed=str(start or ""), weights=weights, **meta)
@@ -185,21 +193,23 @@ def images_per_step(config: Config) -> int:
 
 def open_data(config: Config) -> tuple[Mixture, list[EvalDataset]]:
     """The mixture and the benchmarks; all that is missing on disk at once."""
-    problems, opened = missing_paths(config), []
-    data, benchmarks = config.data, () if config.eval.no_eval else config.eval.val_dataset
-    makers = [lambda: make_mixture(config)]
-    makers += [lambda spec=spec: get_eval_dataset(spec, data.dataset_dir) for spec in benchmarks]
-    for make in makers if Path(data.dataset_dir).is_dir() else ():
+    problems, folder = missing_paths(config), config.data.dataset_dir
+    mixture, benchmarks = None, []
+    try:
+        mixture = make_mixture(config) if Path(folder).is_dir() else None
+    except DataError as error:
+        problems.append(str(error))
+    for spec in config.eval.val_dataset if Path(folder).is_dir() and not config.eval.no_eval else ():
         try:
-            opened.append(make())
+            benchmarks.append(get_eval_dataset(spec, folder))
         except DataError as error:
             problems.append(str(error))
     metric = config.eval.val_metric
-    if not problems and opened[1:] and metric not in (known := metric_names(opened[1].benchmark)):
-        problems.append(f"--val_metric {metric}: {opened[1].spec} reports {', '.join(known)}")
-    if problems:
+    if not problems and benchmarks and metric not in (known := metric_names(benchmarks[0].benchmark)):
+        problems.append(f"--val_metric {metric}: {benchmarks[0].spec} reports {', '.join(known)}")
+    if problems or mixture is None:
         raise ConfigError(problems)
-    return opened[0], opened[1:]
+    return mixture, benchmarks
 
 
 def where_to_start(config: Config) -> Path | None:
@@ -261,7 +271,7 @@ def train(run: Run) -> None:
         logged = number == first or saves or number % settings.log_every == 0  # a bad loss is seen before it is saved
         train_step(run, batches, meter, logged)
         if saves:
-            save(run, validate(run) if epoch_ends else {})
+            save_step(run, validate(run) if epoch_ends else {})
             meter.restart()
 
 
@@ -352,7 +362,7 @@ def validate(run: Run, limit: int | None = None) -> dict[str, dict[str, float]]:
     return results
 
 
-def save(run: Run, results: dict[str, dict[str, float]]) -> None:
+def save_step(run: Run, results: dict[str, dict[str, float]]) -> None:
     """Logs the validation and writes a checkpoint; the first benchmark decides whether it is the best."""
     is_best = False
     if results:

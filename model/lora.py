@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
+
+from model.UGround import UGroundForCausalLM
 
 LORA_TARGETS = r"model\.layers\.\d+\.self_attn\.({names})"  # the language model only, never CLIP's q_proj and v_proj
 
@@ -74,22 +77,23 @@ def add_lora(
     return adapted
 
 
+def base_of(model: nn.Module) -> UGroundForCausalLM:
+    """The model that LoRA is wrapped around, or the model itself where there is none."""
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    return base
+
+
 def set_trainable(model: nn.Module) -> None:
     """Sets ``requires_grad`` of every parameter."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad = "lora_" in name or trains_in_full(name, model.config)
 
 
-def trainable_report(model: nn.Module) -> str:
-    """A table: parameters and trainable parameters per part."""
-    total: dict[str, int] = {}
-    trained: dict[str, int] = {}
+def parameters_by_part(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Part -> the number of its parameters, and of those among them that train."""
+    counts: dict[str, tuple[int, int]] = {}
     for name, parameter in model.named_parameters():
-        part = part_of(name)
-        total[part] = total.get(part, 0) + parameter.numel()
-        trained[part] = trained.get(part, 0) + parameter.numel() * parameter.requires_grad
-    rows = [f"{'part':<20}{'parameters':>16}{'trainable':>16}"]
-    rows += [f"{part:<20}{total[part]:>16,}{trained[part]:>16,}" for part in total]
-    share = sum(trained.values()) / sum(total.values())
-    rows.append(f"{'all':<20}{sum(total.values()):>16,}{sum(trained.values()):>16,}  ({share:.2%})")
-    return "\n".join(rows)
+        total, trained = counts.get(part_of(name), (0, 0))
+        size = parameter.numel()
+        counts[part_of(name)] = total + size, trained + size * parameter.requires_grad
+    return counts

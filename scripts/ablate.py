@@ -23,7 +23,6 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any
 
 import numpy as np
@@ -35,8 +34,9 @@ from utils.evaluation import metrics
 from utils.evaluation.metrics import Record, metric_names
 from utils.evaluation.results import read_results, result_path
 from utils.inference import cli
-from utils.plotting.charts import LINES, layer_curves, save_picture, training_curves
-from utils.training.checkpoint import git_commit
+from utils.plotting import text_tables
+from utils.plotting.charts import LINES, layer_curves, save_chart, training_curves
+from utils.training.versions import git_commit
 
 ROOT = Path(__file__).resolve().parents[1]
 METRICS = ("gIoU", "cIoU")
@@ -141,8 +141,8 @@ def main(argv: list[str] | None = None) -> int:
         for row in rows:
             folder = args.output / args.table / f"{slug(row.name)}-{seed}"
             print(f"{row.name}, seed {seed}: {folder}", flush=True)
-            results.setdefault(row.name, []).append(run(row, seed, folder, args, settings, specs))
-    table = f"{markdown(rows, results, specs, args)}\n{differences(rows, results, specs)}"
+            results.setdefault(row.name, []).append(run_row(row, seed, folder, args, settings, specs))
+    table = f"{results_table(rows, results, specs, args)}\n{differences_to_first(rows, results, specs)}"
     path = args.output / args.table / "table.md"
     path.write_text(table)
     print(f"\n{table}\nwrote {path}")
@@ -186,7 +186,7 @@ def slug(name: str) -> str:
     return "-".join("".join(c if c.isalnum() else " " for c in name.lower()).split())
 
 
-def run(
+def run_row(
     row: Row, seed: int, folder: Path, args: argparse.Namespace, settings: list[str], specs: tuple[str, ...]
 ) -> Path:
     """Trains, merges and evaluates one row with one seed; returns the folder of its results."""
@@ -240,7 +240,7 @@ def call(folder: Path, command: list[str]) -> None:
         raise ValueError(f"{command[0]} failed ({log}):\n{last}")
 
 
-def markdown(
+def results_table(
     rows: tuple[Row, ...], results: dict[str, list[Path]], specs: tuple[str, ...], args: argparse.Namespace
 ) -> str:
     """A line per row: mean ± standard deviation over seeds in per cent, the layers chosen, the entropy that the policy
@@ -253,18 +253,18 @@ def markdown(
             [json.loads(summary_path(folder, spec).read_text()) for spec in specs] for folder in results[row.name]
         ]
         cells = [
-            spread([100 * seed[n]["metrics"][metric] for seed in loaded])
+            text_tables.mean_cell([100 * seed[n]["metrics"][metric] for seed in loaded], 1)
             for n in range(len(specs))
             for metric in METRICS
         ]
         layers = sorted({int(layer) for seed in loaded for summary in seed for layer in summary["layers"]})
         paper = [f"{value:.2f}" for value in row.paper] if row.paper else ["-", "-"]
         entropies = [value for folder in results[row.name] for value in final_entropy(folder.parent)]
-        entropy = spread(entropies, digits=2) if entropies else "-"
+        entropy = text_tables.mean_cell(entropies, 2) if entropies else "-"
         lines.append([row.name, *cells, ", ".join(map(str, layers)), entropy, *paper])
     title = f"`{shlex.join(['python', *sys.argv])}`, commit {git_commit()}\n\n"
     title += f"Table {args.table}, {args.config}, {args.seeds} seed(s), mean ± standard deviation in per cent"
-    return f"{title}; entropy of the policy at the end in nats\n\n{as_table(lines)}"
+    return f"{title}; entropy of the policy at the end in nats\n\n{text_tables.markdown(lines)}\n"
 
 
 def final_entropy(run: Path) -> list[float]:
@@ -273,7 +273,7 @@ def final_entropy(run: Path) -> list[float]:
     return [last["entropy"]] if "gate" in last["gradients"] else []
 
 
-def differences(rows: tuple[Row, ...], results: dict[str, list[Path]], specs: tuple[str, ...]) -> str:
+def differences_to_first(rows: tuple[Row, ...], results: dict[str, list[Path]], specs: tuple[str, ...]) -> str:
     """What every row has above the first one, all seeds together, with paired intervals over images."""
 
     def records(row: Row, spec: str) -> list[Record]:
@@ -290,7 +290,7 @@ def differences(rows: tuple[Row, ...], results: dict[str, list[Path]], specs: tu
                 cells.append("{:+.1f} [{:+.1f}, {:+.1f}]".format(100 * gain, *(100 * bound for bound in bounds)))
         lines.append([row.name, *cells])
     title = f"Difference to {rows[0].name}, points, 95% interval (paired, over images; not over seeds)"
-    return f"{title}\n\n{as_table(lines)}"
+    return f"{title}\n\n{text_tables.markdown(lines)}\n"
 
 
 def draw_curves(
@@ -308,7 +308,7 @@ def draw_curves(
     for spec in specs:
         ciou, loss = ({name: of_layers(some, spec, key) for name, some in runs.items()} for key in ("cIoU", "map_loss"))
         paths.append(output / f"{result_path(output, spec, 'fig2').stem}.png")
-        save_picture(paths[-1], layer_curves(ciou, loss), f"Fig. 2 on {spec}: forced layer, loss of its maps. {seeds}")
+        save_chart(paths[-1], layer_curves(ciou, loss), f"Fig. 2 on {spec}: forced layer, loss of its maps. {seeds}")
     logs = {name: [train_lines(run) for run in some] for name, some in runs.items()}
     told = {
         name: [[line for line in log if "map_loss_by_layer" in line] for log in some] for name, some in logs.items()
@@ -323,7 +323,7 @@ def draw_curves(
     }
     paths.append(output / "training.png")
     steps = [line["step"] for line in told[rows[0].name][0]]
-    save_picture(paths[-1], training_curves(losses, entropies, steps), f"Loss of each layer's maps, training. {seeds}")
+    save_chart(paths[-1], training_curves(losses, entropies, steps), f"Loss of each layer's maps, training. {seeds}")
     return paths
 
 
@@ -341,16 +341,6 @@ def train_lines(run: Path) -> list[dict[str, Any]]:
     """The logged steps of a run."""
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     return [line for line in lines if line["kind"] == "train"]
-
-
-def as_table(lines: list[list[str]]) -> str:
-    """Markdown; the first line is the head."""
-    lines = [lines[0], ["---"] * len(lines[0]), *lines[1:]]
-    return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
-
-
-def spread(values: list[float], digits: int = 1) -> str:
-    return f"{mean(values):.{digits}f}" + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
 
 
 if __name__ == "__main__":

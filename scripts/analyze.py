@@ -33,8 +33,8 @@ from utils.evaluation.layer_figures import animate, layer_maps
 from utils.evaluation.metrics import Record
 from utils.evaluation.panels import notes
 from utils.inference import cli
-from utils.plotting.charts import layer_curves, policy_strips, save_picture
-from utils.plotting.overlays import Panel, sheet
+from utils.plotting.charts import layer_curves, policy_strips, save_chart
+from utils.plotting.overlays import Panel, evenly_spaced, sheet
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -134,7 +134,7 @@ def analyse(
     found = Checkpoint(name, opened.fingerprint)
     for dataset in datasets:
         study = found.studies[dataset.spec] = analyst.study(dataset, args.limit, progress=True)
-        records = picked.setdefault(dataset.spec, pick(study, args.samples, args.ids))
+        records = picked.setdefault(dataset.spec, pick_queries(study, args.samples, args.ids))
         found.looks[dataset.spec] = [analyst.look(dataset, record) for record in records]
         ranked = study.ranked()
         ends = ranked if len(ranked) <= 8 else [*ranked[:4], *ranked[-4:]]
@@ -142,12 +142,11 @@ def analyse(
     return found
 
 
-def pick(study: Study, count: int, ids: str | None) -> list[Record]:
+def pick_queries(study: Study, count: int, ids: str | None) -> list[Record]:
     """The queries to look at: by their names, or evenly spaced from the worst to the best."""
     if ids is None:
         ranked = study.ranked()
-        places = np.linspace(0, len(ranked) - 1, min(count, len(ranked))).round().astype(int)
-        return [study.chosen[ranked[place]] for place in places]
+        return [study.chosen[ranked[place]] for place in evenly_spaced(len(ranked), count)]
     found = []
     for wanted in ids.split(","):
         matching = [r for r in study.chosen if wanted.strip() in (r.image_id, f"{r.image_id}/{r.query_id}")]
@@ -185,7 +184,7 @@ class Book:
         with path.open("w", encoding="utf-8", newline="") as file:
             writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
             writer.writeheader()
-            writer.writerows([{key: _rounded(value) for key, value in row.items()} for row in rows])
+            writer.writerows([{key: _csv_value(value) for key, value in row.items()} for row in rows])
 
     def close(self) -> Path:
         lines = ["# Analysis", ""]
@@ -220,7 +219,7 @@ def draw_layers(book: Book, dataset: EvalDataset) -> None:
         "soft ground truth.",
         spec,
     )
-    save_picture(path, layer_curves(ciou, loss), caption)
+    save_chart(path, layer_curves(ciou, loss), caption)
     book.table(
         file_name(spec, "layers", "csv"),
         rows,
@@ -260,7 +259,7 @@ def draw_samples(book: Book, dataset: EvalDataset, animated: bool) -> None:
             f"the ground truth's outline: {about}",
             spec,
         )
-        save_picture(path, layer_maps(looks), caption)
+        save_chart(path, layer_maps(looks), caption)
         if animated:
             path, _ = book.add(
                 file_name(spec, f"maps_{number + 1}", "gif"),
@@ -273,7 +272,7 @@ def draw_samples(book: Book, dataset: EvalDataset, animated: bool) -> None:
         text = f"{each.name}: the {len(looked)} worst and best answers, by IoU."
         path, caption = book.add(file_name(spec, "worst_best", each.name, "png"), text, spec)
         title = f"{spec}, {each.name}: worst and best of {len(each.studies[spec].chosen)} answers"
-        save_picture(path, sheet([panel(look, dataset.benchmark) for look in looked], title, 160), caption)
+        save_chart(path, sheet([panel(look, dataset.benchmark) for look in looked], title, 160), caption)
 
 
 def panel(look: Look, benchmark: str) -> Panel:
@@ -325,7 +324,7 @@ def draw_policy(book: Book, datasets: Sequence[EvalDataset]) -> None:
                 "and the policy's mean distribution.",
                 dataset.spec,
             )
-            save_picture(path, policy_strips({"chosen": chosen, "policy": probability}), caption)
+            save_chart(path, policy_strips({"chosen": chosen, "policy": probability}), caption)
     about = (
         "Layers by kind of query: shares chosen, mean policy, its mean entropy in nats (at most the logarithm of the "
     )
@@ -336,7 +335,7 @@ def file_name(*parts: str) -> str:
     return ".".join(part.replace("|", "_").replace("/", "_") for part in parts)
 
 
-def _rounded(value: Any) -> Any:
+def _csv_value(value: Any) -> Any:
     return f"{value:.4f}" if isinstance(value, float) else value
 
 

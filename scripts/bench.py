@@ -23,11 +23,10 @@ import os
 import pickle
 import platform
 import pstats
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,7 +42,10 @@ from model.loading.placement import pick_device  # noqa: E402
 from utils.datasets import get_train_dataset  # noqa: E402
 from utils.datasets.mixture import Mixture, MixtureSampler  # noqa: E402
 from utils.datasets.records import SETTING  # noqa: E402
+from utils.diagnostics import process_memory  # noqa: E402
 from utils.inference import cli  # noqa: E402
+from utils.plotting.text_tables import markdown  # noqa: E402
+from utils.training.versions import git_commit  # noqa: E402
 
 if TYPE_CHECKING:
     from model.processing.processor import UGroundProcessor
@@ -91,30 +93,13 @@ def _add_preset(parser: argparse.ArgumentParser, required: bool) -> None:
     add("--json", type=Path, metavar="FILE", help="write all figures here, too")
 
 
-def commit() -> str:
-    command = ["git", "describe", "--always", "--dirty"]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
-
-
 def header() -> str:
     """What the figures depend on besides the code."""
     busy = os.getloadavg()[0]
     return (
-        f"commit {commit()}, Python {platform.python_version()}, torch {torch.__version__}, "
+        f"commit {git_commit()}, Python {platform.python_version()}, torch {torch.__version__}, "
         f"{os.cpu_count()} cores, load {busy:.1f} at the start"
     )
-
-
-def table(rows: Sequence[Sequence[Any]]) -> list[str]:
-    """Markdown; the first row is the head."""
-    cells = [[f"{cell:,.1f}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
-    lines = [
-        "| " + " | ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths))) + " |"
-        for row in cells
-    ]
-    rule = "|" + "|".join("-" * (width + 1) + (":" if i else "-") for i, width in enumerate(widths)) + "|"
-    return [lines[0], rule, *lines[1:]]
 
 
 # -- the model ---------------------------------------------------------------------------------------------------------
@@ -147,13 +132,13 @@ def bench_model(args: argparse.Namespace) -> list[str]:
         samples = bench.samples(preset.questions)
         batch = bench.batch(samples)
         parts = bench.parts(batch, samples, args.repeats)
-        rows, times = benchmark.compare(bench, args.repeats, args.compile)
+        rows, times = benchmark.compare_cases(bench, args.repeats, args.compile)
     parts["SAM encoder, an image"] = times["SAM encoder"]["median"]
     step, tokens = times["UGround"]["median"], int((batch.segments >= 0).sum())
     figures = {
         "preset": args.preset,
         "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else "CPU",
-        "commit": commit(),
+        "commit": git_commit(),
         "ratios": {row.name: row.summary() for row in rows},
         "parts": parts,
         "seconds": times,
@@ -195,11 +180,11 @@ def _model_tables(args: argparse.Namespace, figures: dict[str, Any], tokens: int
         f"UGround's step with cached SAM features: {tokens} tokens, {speed}{used}",
         f"a question per image, 12 tokens, a mask, with SAM's encoder: {answered}",
         "",
-        *table([["ratio", "median", "spread", "at most"], *ratios]),
+        markdown([["ratio", "median", "spread", "at most"], *ratios], "lr"),
         "",
-        *table([["part of a step", "ms", "share"], *parts]),
+        markdown([["part of a step", "ms", "share"], *parts], "lr"),
         "",
-        *table([["case", "seconds", "min", "max", "peak MB"], *seconds]),
+        markdown([["case", "seconds", "min", "max", "peak MB"], *seconds], "lr"),
     ]
 
 
@@ -216,10 +201,10 @@ def bench_growth(args: argparse.Namespace) -> list[str]:
     if args.json:
         figures = [dict(zip(("what", "value", "seconds", "peak_mb"), row, strict=True)) for row in rows]
         args.json.write_text(
-            json.dumps({"preset": args.preset, "commit": commit(), "growth": figures}, indent=2) + "\n"
+            json.dumps({"preset": args.preset, "commit": git_commit(), "growth": figures}, indent=2) + "\n"
         )
     cells = [[what, str(value), f"{seconds:.2f}", f"{peak:,.0f}"] for what, value, seconds, peak in rows]
-    return [header(), "", *table([["training step against", "", "seconds", "peak MB"], *cells])]
+    return [header(), "", markdown([["training step against", "", "seconds", "peak MB"], *cells], "lr")]
 
 
 # -- data: files of real size ------------------------------------------------------------------------------------------
@@ -289,14 +274,8 @@ class Memory:
 
     @classmethod
     def now(cls) -> Memory:
-        sizes = _kilobytes("smaps_rollup")
-        return cls(1024 * sizes["Rss"], 1024 * (sizes["Private_Clean"] + sizes["Private_Dirty"]))
-
-
-def _kilobytes(file: str) -> dict[str, int]:
-    """What Linux says of this process."""
-    lines = (line.split() for line in Path("/proc/self", file).read_text().splitlines())
-    return {line[0].removesuffix(":"): int(line[1]) for line in lines if line[-1] == "kB"}
+        sizes = process_memory.read_proc("self/smaps_rollup")
+        return cls(sizes["Rss"], sizes["Private_Clean"] + sizes["Private_Dirty"])
 
 
 class Reads(Dataset):
@@ -315,15 +294,13 @@ class Reads(Dataset):
         return os.getpid(), before, Memory.now()
 
 
-def measure(name: str, folder: str, setting: str, workers: int, as_objects: bool, results: Any) -> None:
+def measure_start(name: str, folder: str, setting: str, workers: int, as_objects: bool, results: Any) -> None:
     """In a fresh process: opens the data set, then has workers read all of it."""
     os.environ[SETTING] = setting
     start = time.perf_counter()
     dataset: Any = get_train_dataset(name, folder)
     seconds = time.perf_counter() - start
-    peak = (
-        1024 * _kilobytes("status")["VmHWM"]
-    )  # getrusage's maximum is inherited from the process that started this one
+    peak = process_memory.peak_resident()
     records = dataset.split.index.images if hasattr(dataset, "split") else dataset.reader.records
     if as_objects:
         records = list(records)
@@ -357,14 +334,14 @@ def bench_data(args: argparse.Namespace) -> list[str]:
                 growth = after.resident - before.resident, after.private - before.private
                 sizes = [value / MB for value in (peak, after.resident, after.private, *growth)]
                 rows.append([start, f"{seconds:.2f}", share, *(f"{size:,.0f}" for size in sizes)])
-            files = sum(path.stat().st_size for path in _sources(Path(folder), name)) / MB
+            files = sum(path.stat().st_size for path in _annotation_files(Path(folder), name)) / MB
             entries = sum(path.stat().st_size for path in (Path(folder) / f"cache-{name}").glob("*.index")) / MB
             lines += [f"{name}: {what}{args.annotations:,} annotations, {files:.0f} MB; its index {entries:.0f} MB", ""]
-            lines += [*table(rows), ""]
+            lines += [markdown(rows, "lr"), ""]
     return lines
 
 
-def _sources(root: Path, name: str) -> list[Path]:
+def _annotation_files(root: Path, name: str) -> list[Path]:
     folder = root / ("refer_seg/refcoco" if name == "refcoco" else "vlpart")
     return [path for path in folder.rglob("*") if path.is_file()]
 
@@ -380,7 +357,7 @@ def _in_fresh_process(name: str, folder: Path, start: str, workers: int) -> tupl
     results = context.Queue()
     setting = "off" if start.startswith("no cache") else str(cache)
     arguments = (name, str(folder), setting, workers, "objects" in start, results)
-    process = context.Process(target=measure, args=arguments)
+    process = context.Process(target=measure_start, args=arguments)
     process.start()
     found = results.get()
     process.join()
@@ -426,17 +403,18 @@ def bench_loader(args: argparse.Namespace, settings: list[str]) -> list[str]:
         header(),
         f"CLIP {args.clip_side} px, SAM {args.sam_side} px, batches of {batch}",
         "",
-        *mixture.table().splitlines(),
+        mixture.table(),
         "",
     ]
-    rows: list[list[Any]] = [["workers", "samples/s"]]
+    rows = [["workers", "samples/s"]]
     for workers in (0, config.data.workers):
-        rows.append([str(workers), throughput(mixture, processor, batch, args.batches, workers, one_thread)])
+        speed = throughput(mixture, processor, batch, args.batches, workers, one_thread)
+        rows.append([str(workers), f"{speed:,.1f}"])
     profile = cProfile.Profile(time.process_time)  # not the time that other programs take
     profile.runcall(
         lambda: [processor.collate([mixture[i * batch + j] for j in range(batch)]) for i in range(args.batches)]
     )
-    return [*lines, *table(rows), "", *table(stages(pstats.Stats(profile), args.batches * batch))]
+    return [*lines, markdown(rows, "lr"), "", markdown(stages(pstats.Stats(profile), args.batches * batch), "lr")]
 
 
 def throughput(
@@ -458,7 +436,7 @@ def throughput(
     return batch * batches / (time.perf_counter() - start)
 
 
-def stages(stats: pstats.Stats, samples: int) -> list[list[Any]]:
+def stages(stats: pstats.Stats, samples: int) -> list[list[str]]:
     """Milliseconds of processor time per sample in each stage, in one process."""
     total: float = stats.total_tt  # type: ignore[attr-defined]
     times = {}
@@ -470,10 +448,10 @@ def stages(stats: pstats.Stats, samples: int) -> list[list[Any]]:
         ]
         times[stage] = sum(found)
     times["the rest"] = total - sum(times.values())
-    rows: list[list[Any]] = [["stage", "CPU ms per sample", "share"]]
+    rows = [["stage", "CPU ms per sample", "share"]]
     for stage, seconds in sorted(times.items(), key=lambda item: -item[1]):
-        rows.append([stage, 1000 * seconds / samples, f"{seconds / total:.0%}"])
-    return [*rows, ["all", 1000 * total / samples, ""]]
+        rows.append([stage, f"{1000 * seconds / samples:,.1f}", f"{seconds / total:.0%}"])
+    return [*rows, ["all", f"{1000 * total / samples:,.1f}", ""]]
 
 
 if __name__ == "__main__":

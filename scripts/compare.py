@@ -33,6 +33,7 @@ from utils.evaluation.panels import notes
 from utils.evaluation.paper_tables import missing_note
 from utils.evaluation.results import read_results
 from utils.inference import cli
+from utils.plotting import text_tables
 from utils.plotting.overlays import Panel, save_picture, sheet
 
 CONTROLS = {
@@ -57,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
     if files:
         print(paired(args.results, args.most, args.sheet, args.dataset_dir))
     else:
-        print(table({name: read_summaries(folder) for name, folder in args.results}))
+        print(side_by_side({name: read_summaries(folder) for name, folder in args.results}))
     return 0
 
 
@@ -78,7 +79,7 @@ def read_summaries(folder: Path) -> dict[tuple[str, str], dict[str, Any]]:
     return {(summary["benchmark"], summary["mode"]): summary for summary in found}
 
 
-def table(columns: dict[str, dict[tuple[str, str], dict[str, Any]]]) -> str:
+def side_by_side(columns: dict[str, dict[tuple[str, str], dict[str, Any]]]) -> str:
     """The results as aligned text; what a folder lacks is a dash."""
     last = list(columns.values())[-1]
     keys = list(dict.fromkeys(key for summaries in columns.values() for key in summaries))
@@ -91,17 +92,17 @@ def table(columns: dict[str, dict[tuple[str, str], dict[str, Any]]]) -> str:
         protocols = dict.fromkeys(summary["protocol"] for summary in summaries if summary.get("protocol"))
         asked = ", ".join([key[1], *protocols])
         for metric in summaries[0]["metrics"]:
-            cells = [_cell(found.get(key), "metrics", metric) for found in columns.values()]
-            cells += [_cell(last.get(key), "controls", name, metric) for name in controls]
+            cells = [_score_cell(found.get(key), "metrics", metric) for found in columns.values()]
+            cells += [_score_cell(last.get(key), "controls", name, metric) for name in controls]
             rows.append([f"{key[0]} ({asked})", masks, metric, *cells])
     layers = {
         name: "/".join(dict.fromkeys(summary["layer_policy"] for summary in found.values()))
         for name, found in columns.items()
     }
-    return f"{aligned_table(rows)}\nLayers: {'; '.join(f'{name}: {how}' for name, how in layers.items())}"
+    return f"{ruled_table(rows)}\nLayers: {'; '.join(f'{name}: {how}' for name, how in layers.items())}"
 
 
-def _cell(summary: dict[str, Any] | None, *keys: str) -> str:
+def _score_cell(summary: dict[str, Any] | None, *keys: str) -> str:
     """``0.653 (3 missing) (first 8 images)``; a dash for what is not there."""
     value: Any = summary
     for key in keys:
@@ -112,14 +113,9 @@ def _cell(summary: dict[str, Any] | None, *keys: str) -> str:
     return f"{value:.3f}{missing_note(summary)}{limit}"
 
 
-def aligned_table(rows: list[list[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = ["  ".join(aligned(cell, width, n) for n, (cell, width) in enumerate(zip(row, widths))) for row in rows]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
-
-
-def aligned(cell: str, width: int, column: int) -> str:
-    return cell.ljust(width) if column in (0, 2) else cell.rjust(width)  # names left, numbers right
+def ruled_table(rows: list[list[str]]) -> str:
+    head, *lines = text_tables.aligned(rows, "lrlr")
+    return "\n".join([head, "-" * len(head), *lines])
 
 
 # -- sample by sample --------------------------------------------------------------------------------------------------
@@ -161,13 +157,13 @@ def paired(named: Sequence[tuple[str, Path]], most: int, picture: Path | None, d
         lines.append(
             f"{before_name} was evaluated by {known[0]}, {after_name} by {protocol}; both are scored by {protocol}"
         )
-    lines += ["", aligned_table(rows), ""]
-    lines.append(aligned_table(samples) if changed else "no sample changed")
+    lines += ["", ruled_table(rows), ""]
+    lines.append(ruled_table(samples) if changed else "no sample changed")
     if picture and dataset_dir and changed:
         dataset = get_eval_dataset(origin.benchmark, dataset_dir, allow_missing=True)
         title = f"{asked}: the samples that changed most from {before_name} to {after_name}"
         names = (before_name, after_name)
-        panels = [panel for pair in changed for panel in panels_of(dataset, pair, names, protocol)]
+        panels = [panel for pair in changed for panel in pair_panels(dataset, pair, names, protocol)]
         save_picture(picture, sheet(panels, title))
         lines += ["", f"wrote {picture}"]
     return "\n".join(lines)
@@ -184,7 +180,9 @@ def most_changed(
     return [pairs[k] for k in ranked[:most] if changes[k] > 0]
 
 
-def panels_of(dataset: EvalDataset, pair: tuple[Record, Record], names: tuple[str, str], protocol: str) -> list[Panel]:
+def pair_panels(
+    dataset: EvalDataset, pair: tuple[Record, Record], names: tuple[str, str], protocol: str
+) -> list[Panel]:
     """A row of the sheet for each of the two answers."""
     sample = dataset[pair[0].index]
     query = next((query for query in sample.queries if query.query_id == pair[0].query_id), None)

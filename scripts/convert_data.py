@@ -36,11 +36,11 @@ from utils.datasets.jsonl import Line, LineFile, scan
 from utils.datasets.masks import encode_mask, stack_masks
 from utils.datasets.reason_seg import IMAGE_SUFFIXES
 from utils.inference import cli
-from utils.plotting.overlays import Panel, save_picture, sheet
+from utils.plotting.overlays import Panel, evenly_spaced, save_picture, sheet
 
 
 @dataclass
-class Photo:
+class AnnotatedImage:
     """An annotated image: per query its masks, as the JSONL has them; no mask = it is not there."""
 
     path: Path
@@ -51,7 +51,7 @@ class Photo:
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
     if args.source == "check":
-        return check(args.file, args.pictures)
+        return check_file(args.file, args.pictures)
     if args.output.exists() and not args.overwrite:
         raise ValueError(f"--output {args.output} is there already; add --overwrite, or give another name")
     if "{label}" not in args.query and args.source != "masks":
@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
     lines = lines_of(photos, args.output.parent, args.val, args.absent)
     if not lines:
         raise DataError(f"nothing to write to {args.output}: no label in {len(photos)} images")
-    write(lines, args.output)
+    write_lines(lines, args.output)
     for reason, count in sorted(skipped.items()):
         print(f"left out: {count} x {reason}", file=sys.stderr)
     absent, splits = sum(not line["masks"] for line in lines), Counter(line.get("split", "train") for line in lines)
@@ -126,7 +126,7 @@ def _share(text: str) -> float:
 # -- LabelMe -----------------------------------------------------------------------------------------------------------
 
 
-def read_labelme(args: argparse.Namespace, skipped: Counter[str]) -> list[Photo]:
+def read_labelme(args: argparse.Namespace, skipped: Counter[str]) -> list[AnnotatedImage]:
     """A photo per JSON file. Shapes of one label and group_id are parts of one object.
 
     A file that has queries of its own in ``text``, as ReasonSeg's, means its targets by each of them.
@@ -146,7 +146,9 @@ def read_labelme(args: argparse.Namespace, skipped: Counter[str]) -> list[Photo]
         ):
             raise DataError(f"{file} is not LabelMe's: no list 'shapes' of dicts with a 'label'")
         size = (annotation.get("imageHeight"), annotation.get("imageWidth"))
-        photo = Photo(_labelme_image(file, annotation), size if all(type(side) is int for side in size) else None)
+        photo = AnnotatedImage(
+            _labelme_image(file, annotation), size if all(type(side) is int for side in size) else None
+        )
         objects: dict[Any, list[Any]] = defaultdict(list)
         for number, shape in enumerate(shapes):
             try:
@@ -186,7 +188,7 @@ def _escaped(name: str) -> str:
     return "".join(f"[{character}]" if character in "[]*?" else character for character in name)
 
 
-def _labelme_shape(shape: dict[str, Any], photo: Photo) -> list[Any]:
+def _labelme_shape(shape: dict[str, Any], photo: AnnotatedImage) -> list[Any]:
     """One shape as polygons, [[[x, y], ...]], or RLE; ``DataError`` with the reason if it has no area."""
     kind = shape.get("shape_type") or "polygon"
     try:
@@ -209,7 +211,7 @@ def _labelme_shape(shape: dict[str, Any], photo: Photo) -> list[Any]:
     return [points.tolist()]
 
 
-def _labelme_mask(encoded: Any, points: np.ndarray, photo: Photo) -> dict[str, Any]:
+def _labelme_mask(encoded: Any, points: np.ndarray, photo: AnnotatedImage) -> dict[str, Any]:
     """LabelMe's mask: a PNG in base64, to be pasted at the upper left one of two corners."""
     if photo.size is None:
         raise DataError("the file does not say imageHeight and imageWidth")
@@ -229,7 +231,7 @@ def _labelme_mask(encoded: Any, points: np.ndarray, photo: Photo) -> dict[str, A
 # -- COCO --------------------------------------------------------------------------------------------------------------
 
 
-def read_coco(args: argparse.Namespace, skipped: Counter[str]) -> list[Photo]:
+def read_coco(args: argparse.Namespace, skipped: Counter[str]) -> list[AnnotatedImage]:
     """A photo per image of the file, a mask per annotation."""
     instances = read_json(args.file)
     folder = args.images or args.file.parent
@@ -238,7 +240,7 @@ def read_coco(args: argparse.Namespace, skipped: Counter[str]) -> list[Photo]:
     photos = {}
     for key, image in images.items():
         record = image_record(image)
-        photos[key] = Photo(folder / record["file_name"], (record["height"], record["width"]))
+        photos[key] = AnnotatedImage(folder / record["file_name"], (record["height"], record["width"]))
     for annotation in by_id(instances, "annotations", args.file).values():
         photo = photos[row_of(images, annotation.get("image_id"), "image", args.file)["id"]]
         source = annotation
@@ -269,20 +271,20 @@ def _coco_masks(segmentation: Any) -> list[Any]:
 # -- mask pictures -----------------------------------------------------------------------------------------------------
 
 
-def read_masks(args: argparse.Namespace, skipped: Counter[str]) -> list[Photo]:
+def read_masks(args: argparse.Namespace, skipped: Counter[str]) -> list[AnnotatedImage]:
     """A photo per image that has a PNG. A PNG all black says that its label is not there."""
     files = sorted(path for path in args.folder.rglob("*") if path.suffix.lower() == ".png")
     if not files:
         raise DataError(f"{args.folder} holds no .png, in its subfolders neither")
     images = {path.stem: path for path in sorted(args.images.iterdir()) if path.suffix.lower() in IMAGE_SUFFIXES}
     classes = args.classes.read_text(encoding="utf-8").split("\n") if args.classes else []
-    photos: dict[Path, Photo] = {}
+    photos: dict[Path, AnnotatedImage] = {}
     for file in files:
         image = images.get(file.stem) or images.get(file.stem.removesuffix("_mask"))
         if image is None:
             raise DataError(f"{file} has no image {file.stem}.jpg (.jpeg, .png) in {args.images}")
         labels = read_labels(file)
-        photo = photos.setdefault(image, Photo(image, labels.shape))
+        photo = photos.setdefault(image, AnnotatedImage(image, labels.shape))
         if classes:
             for value in np.unique(labels[labels > 0]).tolist():
                 name = classes[value - 1].strip() if value <= len(classes) else ""
@@ -302,7 +304,7 @@ def read_masks(args: argparse.Namespace, skipped: Counter[str]) -> list[Photo]:
 # -- writing -----------------------------------------------------------------------------------------------------------
 
 
-def lines_of(photos: list[Photo], folder: Path, val: float, absent: int) -> list[dict[str, Any]]:
+def lines_of(photos: list[AnnotatedImage], folder: Path, val: float, absent: int) -> list[dict[str, Any]]:
     """The JSONL's lines; paths are relative to ``folder``. Which images are for validation is always the same."""
     rng = np.random.default_rng(0)
     for_val = set(rng.permutation(len(photos))[: round(val * len(photos)) or bool(val)].tolist())
@@ -322,7 +324,7 @@ def relative(path: Path, folder: Path) -> str:
     return Path(os.path.relpath(path, folder)).as_posix()
 
 
-def write(lines: list[dict[str, Any]], output: Path) -> None:
+def write_lines(lines: list[dict[str, Any]], output: Path) -> None:
     """The whole file or none."""
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = output.with_name(f".{output.name}.partial")
@@ -336,7 +338,7 @@ def write(lines: list[dict[str, Any]], output: Path) -> None:
 # -- checking ----------------------------------------------------------------------------------------------------------
 
 
-def check(path: Path, pictures: int) -> int:
+def check_file(path: Path, pictures: int) -> int:
     """Decodes everything; 0 if all is well. ``DataError`` for what reading would refuse at its start."""
     _, splits = scan(path)
     problems: list[str] = []
@@ -346,7 +348,7 @@ def check(path: Path, pictures: int) -> int:
         lines = [line for image in range(len(file)) for line in file.lines(image)]
         problems += [problem for line in lines if (problem := _problem(path.parent, line))]
         if pictures and not problems:
-            chosen = [lines[i] for i in np.linspace(0, len(lines) - 1, min(pictures, len(lines))).round().astype(int)]
+            chosen = [lines[i] for i in evenly_spaced(len(lines), pictures)]
             picture = path.with_name(f"{path.stem}.{split}.png")
             save_picture(picture, sheet(list(_panels(path.parent, chosen)), f"{path}, {split}"))
             print(f"wrote {picture}")

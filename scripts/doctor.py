@@ -31,6 +31,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 # Only the standard library here: libraries that are missing or broken are what this is for.
 from utils.diagnostics.findings import Finding, Page, ok, problem, skipped, warning  # noqa: E402
+from utils.diagnostics.process_memory import read_proc  # noqa: E402
 
 INSTALL = "pip install -r requirements.txt (or bash scripts/setup.sh)"
 IMPORTS = ("torch", "torchvision", "transformers", "peft", "deepspeed", "segment_anything", "cv2", "pycocotools.mask")
@@ -195,11 +196,7 @@ def check_system() -> Iterator[Finding]:
 
 def available_memory() -> float:
     """Bytes that can be taken without swapping."""
-    file = Path("/proc/meminfo")
-    if not file.exists():
-        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    line = next(line for line in file.read_text().splitlines() if line.startswith("MemAvailable"))
-    return 1024.0 * int(line.split()[1])
+    return float(read_proc("meminfo").get("MemAvailable") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
 
 # -- memory ------------------------------------------------------------------------------------------------------------
@@ -211,10 +208,10 @@ def print_memory(args: argparse.Namespace, settings: list[str]) -> int:
     from utils.diagnostics import memory_model
 
     if args.measure:
-        from utils.diagnostics.memory_probe import compare
+        from utils.diagnostics.memory_probe import compare_with_plan
 
         config = load_config(memory_model.MEDIUM_SETTINGS, needs=())
-        print(compare(memory_model.plan_of_preset("medium", config), config))
+        print(compare_with_plan(memory_model.plan_of_preset("medium", config), config))
         return 0
     if args.config:
         plans = {"this configuration": memory_model.plan_of(load_config(settings, needs=("model",)))}
@@ -234,6 +231,7 @@ def check_configuration(page: Page, settings: list[str], overfit: str) -> None:
     """All that training with these settings needs."""
     import torch
 
+    from model.lora import base_of
     from utils.config import load_config
     from utils.datasets.mixture import make_mixture
     from utils.diagnostics import checks
@@ -259,7 +257,7 @@ def check_configuration(page: Page, settings: list[str], overfit: str) -> None:
         page.add(skipped("weights, tokens", "they are looked at once the problems above are mended"))
     else:
         page.run(checks.describe_weights, built[2])
-        page.run(checks.check_tokens, built[0].get_base_model() if config.model.lora_r else built[0], built[1])
+        page.run(checks.check_tokens, base_of(built[0]), built[1])
 
     page.heading("Data")
     mixture = page.attempt(make_mixture, config) if Path(config.data.dataset_dir).is_dir() else None

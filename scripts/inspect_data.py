@@ -23,7 +23,7 @@ from utils.config import load_config
 from utils.datasets.base import TrainDataset
 from utils.datasets.mixture import make_mixture
 from utils.inference import cli
-from utils.plotting.overlays import Panel, save_picture, sheet
+from utils.plotting.overlays import Panel, evenly_spaced, save_picture, sheet
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -48,12 +48,12 @@ def main(arguments: list[str] | None = None) -> int:
 def draw_sheet(dataset: TrainDataset, number: int, seed: int) -> np.ndarray:
     """``number`` samples spread over the data set, a row per conversation."""
     panels = []
-    for index in np.linspace(0, len(dataset) - 1, min(number, len(dataset))).round().astype(int).tolist():
-        panels += panels_of(dataset.sample(index, np.random.default_rng((seed, index))))
+    for index in evenly_spaced(len(dataset), number):
+        panels += sample_panels(dataset.sample(index, np.random.default_rng((seed, index))))
     return sheet(panels, f"{dataset.name}: {len(dataset):,} images")
 
 
-def panels_of(sample: Sample) -> list[Panel]:
+def sample_panels(sample: Sample) -> list[Panel]:
     """A row per conversation, with the masks of its own [SEG]."""
     panels, start = [], 0
     for talk in sample.conversations:

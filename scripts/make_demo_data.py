@@ -26,6 +26,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ from utils.demo.other_sets import WRITERS, write_set  # noqa: E402
 from utils.demo.refer_sets import REFER_SETS, write_refer_set  # noqa: E402
 from utils.demo.scene_texts import Query  # noqa: E402
 from utils.demo.scenes import Scene  # noqa: E402
+from utils.plotting import text_tables  # noqa: E402
 
 # What is drawn, without and with --all_types: the start of a hash of it (tests/demo/test_make_demo_data.py).
 # Who changes what is drawn changes these, so that data of an older version are not taken for the new ones.
@@ -169,26 +171,26 @@ def existing_summary(out: Path, sizes: Sizes) -> dict[str, Any] | None:
     return summary
 
 
-def build(out: Path, sizes: Sizes) -> dict[str, Any]:
+def write_data_sets(out: Path, sizes: Sizes) -> dict[str, Any]:
     """Writes everything beside ``out`` and renames it, so that ``out`` is complete or absent -> the summary."""
-    partial = out.with_name(out.name + ".tmp")
-    if partial.exists():
-        if not (partial / SUMMARY).is_file():
-            raise ValueError(f"{partial} is in the way and not a leftover of this script; remove it")
-        shutil.rmtree(partial)
-    partial.mkdir(parents=True)
-    write_json(partial / SUMMARY, {"complete": False})
+    unfinished = out.with_name(out.name + ".tmp")
+    if unfinished.exists():
+        if not (unfinished / SUMMARY).is_file():
+            raise ValueError(f"{unfinished} is in the way and not a leftover of this script; remove it")
+        shutil.rmtree(unfinished)
+    unfinished.mkdir(parents=True)
+    write_json(unfinished / SUMMARY, {"complete": False})
     ledger = Ledger()
     parts: dict[str, Callable[[], None]] = {
-        "ReasonSeg": lambda: write_reason_seg(partial, sizes, ledger),
-        "refcoco": lambda: write_refer_set(partial, "refcoco", sizes, ledger),
-        "grefcoco": lambda: write_refer_set(partial, "grefcoco", sizes, ledger),
-        "llava_instruct_150k": lambda: write_llava(partial, sizes, ledger),
+        "ReasonSeg": partial(write_reason_seg, unfinished, sizes, ledger),
+        "refcoco": partial(write_refer_set, unfinished, "refcoco", sizes, ledger),
+        "grefcoco": partial(write_refer_set, unfinished, "grefcoco", sizes, ledger),
+        "llava_instruct_150k": partial(write_llava, unfinished, sizes, ledger),
     }
     if sizes.all_types:
         others = {name: write_refer_set for name in REFER_SETS if name not in parts}
         others |= dict.fromkeys(WRITERS, write_set)
-        parts |= {name: lambda n=name, w=write: w(partial, n, sizes, ledger) for name, write in others.items()}
+        parts |= {name: partial(write_one, unfinished, name, sizes, ledger) for name, write_one in others.items()}
     for name, write in parts.items():
         start = time.perf_counter()
         write()
@@ -201,25 +203,25 @@ def build(out: Path, sizes: Sizes) -> dict[str, Any]:
         "counts": ledger.counts,
         "text_blind": ledger.rows(),
     }
-    (partial / SUMMARY).write_text(json.dumps(summary, indent=1), encoding="utf-8")
-    partial.replace(out)
+    (unfinished / SUMMARY).write_text(json.dumps(summary, indent=1), encoding="utf-8")
+    unfinished.replace(out)
     return summary
 
 
-def table(summary: dict[str, Any]) -> str:
+def summary_tables(summary: dict[str, Any]) -> str:
     """Counts per set and split, then the text-blind scores."""
-    lines = ["", "What was drawn"]
+    drawn = []
     for dataset, splits in summary["counts"].items():
         for split, counts in splits.items():
             numbers = ", ".join(f"{number} {name.replace('_', ' ')}" for name, number in counts.items())
-            lines.append(f"  {dataset:<20} {split:<8} {numbers}")
-    lines += ["", "What an answer that ignores the text scores", f"  {'':48}   all objects  random object"]
-    lines.append(f"  {'set':<10} {'split':<8} {'kind':<18} {'queries':>9}    gIoU  cIoU    gIoU  cIoU")
+            drawn.append([dataset, split, numbers])
+    scores = [["set", "split", "kind", "queries", "all objects: gIoU", "cIoU", "random object: gIoU", "cIoU"]]
     for row in summary["text_blind"]:
         cells = [f"{row[answer][metric]:.2f}" for answer in ("all", "random") for metric in ("gIoU", "cIoU")]
-        name = f"  {row['set']:<10} {row['split']:<8} {row['kind']:<18} {row['queries']:>9}"
-        lines.append(f"{name}    {cells[0]}  {cells[1]}    {cells[2]}  {cells[3]}")
-    return "\n".join(lines)
+        scores.append([row["set"], row["split"], row["kind"], str(row["queries"]), *cells])
+    lines = ["", "What was drawn", *text_tables.aligned(drawn, "l")]
+    lines += ["", "What an answer that ignores the text scores"]
+    return "\n".join([*lines, *text_tables.aligned(scores, "lllr")])
 
 
 def _number(low: int, high: int) -> Callable[[str], int]:
@@ -292,12 +294,12 @@ def main(arguments: list[str] | None = None) -> int:
         if summary:
             print(f"{args.out} already holds these data (seed {args.seed}); nothing to do")
         else:
-            summary = build(out, sizes)
+            summary = write_data_sets(out, sizes)
             print(f"wrote {args.out}")
     except (ValueError, OSError) as error:
         print(f"make_demo_data: {error}", file=sys.stderr)
         return 1
-    print(table(summary))
+    print(summary_tables(summary))
     return 0
 
 

@@ -25,6 +25,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import numpy as np
 import torch
+from peft import PeftModel
 from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
@@ -34,7 +35,9 @@ from model.loading.adapter import META
 from model.loading.placement import PRECISIONS
 from model.loading.pretrained import cast_parameters
 from model.loading.weights import base_fingerprints, read_folder
+from model.lora import base_of
 from model.processing.processor import UGroundProcessor
+from model.UGround import UGroundForCausalLM
 from utils.config import Config, config_from, load_config
 from utils.training import checkpoint as checkpoints
 from utils.training.checkpoint import CheckpointError
@@ -58,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
             cast_parameters(merged, config.model.precision)
             save, meta = partial(save_merged, merged), meta | {"merge_difference": difference}
         card = model_card(args.name or config.train.exp_name, meta, args.adapter_only, args.license)
-        write(save, processor, args.output, meta, card)
+        write_folder(save, processor, args.output, meta, card)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -112,7 +115,7 @@ def end_of_run(args: argparse.Namespace) -> tuple[nn.Module, UGroundProcessor, C
     """What a run has trained, with its LoRA still in it."""
     checkpoint = choose(args.checkpoint, args.which)
     meta = checkpoints.read_meta(checkpoint)
-    print(f"{checkpoint}: step {meta['step']}, {shown(meta['metrics'])}")
+    print(f"{checkpoint}: step {meta['step']}, {metrics_text(meta['metrics'])}")
     config = config_of(meta, args)
     model, processor = load_trained(checkpoint, meta, config)
     return model, processor, config, meta | {"checkpoint": str(checkpoint)}
@@ -123,7 +126,7 @@ def choose(path: Path, which: str | None) -> Path:
     return checkpoints.find_checkpoint(path, which or ("best" if "best" in checkpoints.read_index(path) else "latest"))
 
 
-def shown(metrics: dict[str, dict[str, float]]) -> str:
+def metrics_text(metrics: dict[str, dict[str, float]]) -> str:
     texts = (f"{spec} {name} {value:.3f}" for spec, values in metrics.items() for name, value in values.items())
     return ", ".join(texts) or "not validated"
 
@@ -165,18 +168,14 @@ def load_trained(checkpoint: Path, meta: dict[str, Any], config: Config) -> tupl
     return model.eval(), processor
 
 
-def base_of(model: nn.Module) -> nn.Module:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def merge(model: nn.Module, processor: UGroundProcessor) -> tuple[nn.Module, float]:
+def merge(model: nn.Module, processor: UGroundProcessor) -> tuple[UGroundForCausalLM, float]:
     """The model without adapters, and the largest difference to the one with them, relative to the largest value.
 
     Raises:
         ValueError: if logits, masks, maps or policy differ by more than float32 noise.
     """
     before = probe(base_of(model), processor)
-    merged = model.merge_and_unload(safe_merge=True) if hasattr(model, "merge_and_unload") else model
+    merged: Any = model.merge_and_unload(safe_merge=True) if isinstance(model, PeftModel) else model
     after = probe(merged, processor)
     differences = {
         name: ((after[name] - value).abs().max() / value.abs().max().clamp(min=1e-12)).item()
@@ -190,7 +189,7 @@ def merge(model: nn.Module, processor: UGroundProcessor) -> tuple[nn.Module, flo
 
 
 @torch.inference_mode()
-def probe(model: nn.Module, processor: UGroundProcessor) -> dict[str, torch.Tensor]:
+def probe(model: UGroundForCausalLM, processor: UGroundProcessor) -> dict[str, torch.Tensor]:
     """Text logits, mask logits, maps and policy for a drawn image and a given answer with two [SEG].
 
     The layer is fixed: two layers that are equally likely must not decide whether models agree.
@@ -219,7 +218,7 @@ def save_merged(model: PreTrainedModel, folder: Path) -> None:
         raise ValueError(f"{folder} does not hold what was written: {', '.join(sorted(wrong)[:5])}")
 
 
-def write(
+def write_folder(
     save: Callable[[Path], None], processor: UGroundProcessor, output: Path, meta: dict[str, Any], card: str
 ) -> None:
     """Writes weights, processor, ``uground_run.json`` and README.md beside ``output``, then puts all in place."""

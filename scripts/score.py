@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--protocol", choices=PROTOCOLS, help="of gRefCOCO (default: as it was evaluated)")
     parser.add_argument("--json", action="store_true", help="print all digits, intervals and counts as JSON")
     args = parser.parse_args(argv)
-    summaries = [score(path, args.protocol) for path in args.results]
+    summaries = [rescore(path, args.protocol) for path in args.results]
     if args.json:
         print(json.dumps(summaries, indent=2, ensure_ascii=False))
         return 0
@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def score(path: Path, protocol: str | None = None) -> dict[str, Any]:
+def rescore(path: Path, protocol: str | None = None) -> dict[str, Any]:
     """The summary of a result file.
 
     Raises:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers import CLIPVisionConfig, LlamaConfig
 
+from model.processing.conversation import HUMAN_SYSTEM_PROMPT, SYSTEM_PROMPT
 from model.settings import RECIPES
 
 Rules = tuple[tuple[str, str | None], ...]
@@ -72,11 +73,6 @@ SAM_TRANSFORMERS = (
     (r"(_mlps\.\d+|_head)\.proj_in\.", r"\1.layers.0."),
     (r"(_mlps\.\d+|_head)\.proj_out\.", r"\1.layers.2."),
 )
-USER, HUMAN = (  # the system prompt of LLaVA's conversations "vicuna_v1" and "llava_v1"
-    f"A chat between a curious {who} and an artificial intelligence assistant. "
-    f"The assistant gives helpful, detailed, and polite answers to the {who}'s questions."
-    for who in ("user", "human")
-)
 COMPUTED = ("rotary_emb.inv_freq", "vision_model.embeddings.position_ids")  # older files hold them
 
 
@@ -93,7 +89,7 @@ class Release:
 
     name: str
     settings: dict[str, Any] = field(default_factory=dict)
-    system_prompt: str = HUMAN
+    system_prompt: str = HUMAN_SYSTEM_PROMPT
     absent: tuple[str, ...] = ("ppm.",)
 
 
@@ -103,8 +99,8 @@ RELEASES = {  # by the architecture that config.json names; docs/weights.md says
     "UGroundForCausalLM": Release("UGround", RECIPES["released"], absent=("ppm.baseline",)),
     "LISAForCausalLM": Release("LISA", LISA),
     "LisaGSVAForCausalLM": Release("GSVA", LISA),
-    "SESAMEForCausalLM": Release("SESAME", LISA, USER),
-    "READForCausalLM": Release("READ", READ, USER),
+    "SESAMEForCausalLM": Release("SESAME", LISA, SYSTEM_PROMPT),
+    "READForCausalLM": Release("READ", READ, SYSTEM_PROMPT),
 }
 MODES = {  # UGround's published configurations: where the map and phi take their layer from
     1: {"layer_selection": "last"},

@@ -203,13 +203,6 @@ def report(model: nn.Module, sources: dict[str, str]) -> list[Loaded]:
     return rows
 
 
-def format_report(rows: list[Loaded]) -> str:
-    """The loading report as a table."""
-    lines = [f"{'module':<18}{'parameters':>16}  {'dtype':<10}{'fingerprint':<18}source"]
-    lines += [f"{r.module:<18}{r.parameters:>16,}  {r.dtype:<10}{r.fingerprint:<18}{r.source}" for r in rows]
-    return "\n".join(lines)
-
-
 def read_sam(path: str) -> tuple[dict[str, torch.Tensor], SamShape]:
     """A SAM and its size: segment-anything's ``.pth``, or a folder of transformers' SamModel.
 

@@ -14,10 +14,11 @@ from transformers import PreTrainedTokenizerBase
 from model.processing.tokens import IM_END, IM_START, IMAGE, SPECIAL_TOKENS
 from model.structures import IGNORE_LABEL, Turn
 
-SYSTEM_PROMPT = (
+SYSTEM_PROMPT = (  # of LLaVA's conversations "vicuna_v1"
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
+HUMAN_SYSTEM_PROMPT = SYSTEM_PROMPT.replace("user", "human")  # of LLaVA's conversations "llava_v1"
 
 
 @dataclass

@@ -26,10 +26,12 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from utils.demo import scenes
+from utils.diagnostics.process_memory import resident
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMPTS = ("the red square", "which shape is the largest?", "what is the topmost object?", "the white star")
 AT_ONCE = 20
+MB = 2**20
 
 
 class Visitor:
@@ -77,13 +79,13 @@ def main(argv: list[str] | None = None) -> int:
             found = (re.search(r"http://[\d.:]+", line) for line in server.stdout)
             address = next(match[0] for match in found if match)
             print(f"model: {httpx.get(f'{address}/health').json()['model']}")
-            measure(address, server.pid, args.requests)
+            measure_dashboard(address, server.pid, args.requests)
         finally:
             server.terminate()
     return 0
 
 
-def measure(address: str, process: int, requests: int) -> None:
+def measure_dashboard(address: str, process: int, requests: int) -> None:
     first, later = [], []
     for seed in range(10):
         visitor = Visitor(address, f"single{seed}")
@@ -101,19 +103,13 @@ def measure(address: str, process: int, requests: int) -> None:
     total = time.perf_counter() - start
     print(f"{AT_ONCE} at once: {len(waits)} answered in {total:.1f} s; waited {min(waits):.2f} to {max(waits):.2f} s")
 
-    before = resident(process)
+    before = resident(process) / MB
     for number in range(requests):
         visitor = visitors[number % AT_ONCE]  # more visitors than are kept: images are encoded and let go
         visitor.ask(visitor.upload(1000 + number), PROMPTS[number % len(PROMPTS)])
-    after = resident(process)
+    after = resident(process) / MB
     growth = (after - before) / before
     print(f"memory over {requests} new images: {before:.0f} MB, then {after:.0f} MB ({growth:+.1%})")
-
-
-def resident(process: int) -> float:
-    """MB of memory that the process holds."""
-    status = Path(f"/proc/{process}/status").read_text()
-    return int(re.search(r"VmRSS:\s+(\d+)", status)[1]) / 1024  # type: ignore[index]
 
 
 if __name__ == "__main__":

@@ -57,13 +57,15 @@ from utils.demo.pretrain_batches import (
 )
 
 STEPS = {"vision": 2800, "language": 3000, "sam": 4000}
+NO_SYSTEM_PROMPT = ""  # 30 tokens in front of every prompt would cost a tiny model more than they tell it
 
 
 class Optimizer:
     """Muon on matrices inside the networks, AdamW on the rest; linear warm-up, then down to zero."""
 
     def __init__(self, module: nn.Module, steps: int, muon_lr: float, adam_lr: float) -> None:
-        matrices, others = [], []
+        matrices: list[nn.Parameter] = []
+        others: list[nn.Parameter] = []
         for name, parameter in module.named_parameters():
             if parameter.requires_grad:
                 inner = parameter.ndim == 2 and not any(key in name for key in ("embed", "lm_head", "token", "rel_pos"))
@@ -107,7 +109,7 @@ class VisionHeads(nn.Module):
 
     def forward(
         self, features: torch.Tensor, words: dict[str, torch.Tensor], data: dict[str, torch.Tensor]
-    ) -> tuple[torch.Tensor, dict[str, float]]:
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """features [B, P, D], words per attribute [n, D] -> loss, accuracy per attribute on covered patches."""
         size = features.pow(2).mean(-1).sqrt()
         loss = 0.1 * (size - 1).pow(2).mean()  # of any size they would name shapes, but drown in the residual stream
@@ -265,13 +267,14 @@ class Progress:
 
     def __init__(self, stage: str, steps: int) -> None:
         self.stage, self.steps, self.every = stage, steps, max(1, steps // 30)
-        self.start, self.done, self.told, self.sums = time.time(), 0, 0, {}
+        self.start, self.done, self.told = time.time(), 0, 0
+        self.sums: dict[str, torch.Tensor] = {}
 
-    def tick(self, loss: torch.Tensor, **figures) -> None:
+    def tick(self, loss: torch.Tensor, **figures: torch.Tensor) -> None:
         self.done += 1
         for name, value in {"loss": loss, **figures}.items():
             value = torch.nan_to_num(value.detach())
-            self.sums[name] = self.sums.get(name, 0.0) + value
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
         if self.done % self.every == 0 or self.done == self.steps:
             means = {name: float(value) / (self.done - self.told) for name, value in self.sums.items()}
             seconds = time.time() - self.start
@@ -324,7 +327,7 @@ def save_llava(model: LlavaLlamaForCausalLM, output: Path) -> None:
         "mm_vision_select_layer": model.config.mm_vision_select_layer,
         "hidden_act": "silu",
         "rms_norm_eps": model.config.rms_norm_eps,
-        "system_prompt": tiny_model.SYSTEM_PROMPT,
+        "system_prompt": NO_SYSTEM_PROMPT,
         "torch_dtype": "float32",
         **settings,
     }
@@ -355,13 +358,11 @@ def main() -> None:
     torch.manual_seed(options.seed)
     if "vision" in stages or "language" in stages:
         tokenizer = make_tokenizer(folders["llava"], options.seed)
-        clip, sam = tiny_model.clip_config(), tiny_model.sam_shape()
-        config = LlavaLlamaConfig(vision_config=clip, **tiny_model.llama_settings(len(tokenizer)))
+        config = LlavaLlamaConfig(vision_config=tiny_model.clip_config(), **tiny_model.llama_settings(len(tokenizer)))
         model = LlavaLlamaForCausalLM(config).to(options.device).train()
         nn.init.normal_(model.get_input_embeddings().weight, std=0.5)
-        processor = UGroundProcessor(
-            tokenizer, clip.image_size, clip.patch_size, sam.image_size, tiny_model.SYSTEM_PROMPT
-        )
+        sides = config.clip_side, config.clip_patch, tiny_model.sam_shape().image_size
+        processor = UGroundProcessor(tokenizer, *sides, NO_SYSTEM_PROMPT)
         snapshot = folders["work"] / "vision.safetensors"
         if snapshot.is_file():
             model.load_state_dict(load_file(snapshot))

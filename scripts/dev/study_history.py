@@ -25,6 +25,7 @@ from utils.evaluation.engine import answers_of, score, turns_of
 from utils.evaluation.metrics import Record
 from utils.inference import cli
 from utils.inference.session import ImageSession
+from utils.plotting import text_tables
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -77,10 +78,10 @@ def lines(spec: str, benchmark: str, apart: list[Record], together: list[Record]
     """A line per metric: by itself, after the others, and the difference with its 95% interval."""
     alone, after = metrics.compute(apart, benchmark), metrics.compute(together, benchmark)
     differences = metrics.difference(apart, together, benchmark)
-    rows = [f"{spec}, {len(apart)} answers", f"  {'metric':<10}{'by itself':>10}{'after others':>14}  difference"]
+    rows = [["metric", "by itself", "after others", "difference"]]
     for name, (change, (low, high)) in differences.items():
-        rows.append(f"  {name:<10}{alone[name]:>10.3f}{after[name]:>14.3f}  {change:+.3f} [{low:+.3f}, {high:+.3f}]")
-    return rows
+        rows.append([name, f"{alone[name]:.3f}", f"{after[name]:.3f}", f"{change:+.3f} [{low:+.3f}, {high:+.3f}]"])
+    return [f"{spec}, {len(apart)} answers", *text_tables.aligned(rows, "lrrl")]
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any
 
 import torch
@@ -33,6 +32,7 @@ from model.PPM import PolicyPromptedMasking, gumbel_noise
 from utils.config import Config, load_config
 from utils.datasets.mixture import make_mixture
 from utils.inference import cli
+from utils.plotting.text_tables import mean_cell
 
 TOLD = (30, 60, 90, 120, 180)  # steps
 
@@ -89,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print("\nway to learn | probability of the best layer after steps " + ", ".join(map(str, steps_told(args.steps))))
     for name, way in WAYS.items():
         runs = [learn(model.config, config, batches, way, args.steps, seed) for seed in range(args.seeds)]
-        print(f"{name} | " + " | ".join(spread([run[step] for run in runs]) for step in steps_told(args.steps)))
+        print(f"{name} | " + " | ".join(mean_cell([run[step] for run in runs], 2) for step in steps_told(args.steps)))
     return 0
 
 
@@ -174,14 +174,10 @@ def learn(
     )  # fmt: skip
     everything = torch.cat([batch.rewards for batch in batches]).mean(0)
     best = settings.first_candidate_layer + int(everything[candidates(settings)].argmax())
+    others = [parameter for name, parameter in learner.ppm.named_parameters() if name != "gate"]
+    groups: list[dict[str, Any]] = [{"params": [learner.ppm.gate], "lr": train.lr * way.rate}, {"params": others}]
     optimizer = torch.optim.AdamW(
-        [
-            {"params": [learner.ppm.gate], "lr": train.lr * way.rate},
-            {"params": [p for name, p in learner.ppm.named_parameters() if name != "gate"]},
-        ],
-        lr=train.lr,
-        betas=(train.beta1, train.beta2),
-        weight_decay=train.weight_decay,
+        groups, lr=train.lr, betas=(train.beta1, train.beta2), weight_decay=train.weight_decay
     )
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_at(step, train.warmup_steps, steps))
     order, told = torch.randperm(len(batches)).tolist(), {}
@@ -215,10 +211,6 @@ def steps_told(steps: int) -> list[int]:
 
 def numbers(values: torch.Tensor, digits: int) -> str:
     return ", ".join(f"{value:.{digits}f}" for value in values.tolist())
-
-
-def spread(values: list[float]) -> str:
-    return f"{mean(values):.2f}" + (f" ± {stdev(values):.2f}" if len(values) > 1 else "")
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from utils.datasets.masks import decode_mask
 from utils.plotting import overlays
 from utils.plotting.overlays import color
 
+ROOT = Path(__file__).resolve().parents[2]
 HOSTILE = '<script>alert(1)</script><img src=x onerror="alert(2)">&amp;'
 
 
@@ -386,7 +387,7 @@ def test_policy_chart_says_all_layers(answered):
 
 
 def test_record_holds_masks_boxes_layers_and_scores(answered):
-    record = view.describe(answered, "tiny")
+    record = view.answer_json(answered, "tiny")
     assert json.loads(json.dumps(record)) == record
     first, second = record["masks"]
     assert np.array_equal(decode_mask(first["rle"]), answered.masks[0])
@@ -395,7 +396,7 @@ def test_record_holds_masks_boxes_layers_and_scores(answered):
     assert (first["number"], first["color"]) == (1, view.css_color(0))
     assert first["box_xywh"] == [10, 5, 20, 15]
     assert first["score"] == pytest.approx(torch.tensor(3.0).sigmoid().item(), abs=1e-4)
-    assert "rle" not in view.describe(answered, "tiny", "png")["masks"][0]
+    assert "rle" not in view.answer_json(answered, "tiny", "png")["masks"][0]
 
 
 def test_files_are_lossless_and_at_the_images_size(answered):
@@ -410,7 +411,7 @@ def test_files_are_lossless_and_at_the_images_size(answered):
 
 def test_an_answer_without_masks_has_files_too(answered):
     answered.prediction = make_prediction(0)
-    assert view.describe(answered, "tiny")["masks"] == []
+    assert view.answer_json(answered, "tiny")["masks"] == []
     assert np.array_equal(np.array(Image.open(view.write_overlay(answered, [], 0.5, True))), answered.image)
     with zipfile.ZipFile(view.write_masks(answered)) as archive:
         assert archive.namelist() == []
@@ -421,3 +422,11 @@ def test_examples_are_drawn_alike_every_time(tmp_path):
     assert first.questions == again.questions
     assert len(first.questions) == 5
     assert Path(first.path).read_bytes() == Path(again.path).read_bytes()
+
+
+def test_only_the_page_imports_gradio():
+    """Everything else works, and starts, without it."""
+    files = [path for room in ("model", "utils", "scripts") for path in (ROOT / room).rglob("*.py")]
+    named = [path for path in files if re.search(r"^\s*(import|from) gradio\b", path.read_text(), re.MULTILINE)]
+    assert named == [ROOT / "utils/dashboard/page.py"]
+    assert not [path for path in files if "dashboard.page import" in path.read_text()]

@@ -14,7 +14,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))
 
-from inspect_data import main, panels_of  # noqa: E402
+from inspect_data import main, sample_panels  # noqa: E402
 
 from utils.datasets import DataError, get_train_dataset  # noqa: E402
 
@@ -48,7 +48,7 @@ def test_table_and_sheets(root: Path, capsys: pytest.CaptureFixture) -> None:
 
 def test_each_conversation_shows_its_own_masks(root: Path) -> None:
     several = get_train_dataset("MultiReasonSeg", root).sample(0, np.random.default_rng(0))
-    (panel,) = panels_of(several)
+    (panel,) = sample_panels(several)
     assert panel.masks[:, [8, 25], [8, 35]].tolist() == [[True, False], [False, True]]
-    panels = panels_of(get_train_dataset("ReasonSeg|train", root).sample(0, np.random.default_rng(0)))
+    panels = sample_panels(get_train_dataset("ReasonSeg|train", root).sample(0, np.random.default_rng(0)))
     assert [len(panel.masks) for panel in panels] == [1, 1]

@@ -93,7 +93,7 @@ def test_masks_are_what_was_painted(drawn):
 def test_a_mask_is_half_coverage():
     """A square without tilt at whole coordinates covers exactly the pixels between its edges."""
     shape = S.Shape("square", "red", "large", "plain", (50.0, 40.0), 20 / 0.86, 0.0)
-    masks, visible = S._paint(np.random.default_rng(0), np.zeros((90, 120, 3), np.uint8), (shape,), 1.0)
+    masks, visible = S._paint_shapes(np.random.default_rng(0), np.zeros((90, 120, 3), np.uint8), (shape,), 1.0)
     expected = np.zeros((90, 120), bool)
     expected[20:60, 30:70] = True
     assert np.array_equal(masks[0], expected)

@@ -47,7 +47,7 @@ def test_measure_says_seconds_and_memory(tmp_path: Path, monkeypatch: pytest.Mon
     bench.write_refs(tmp_path, refs=1300, annotations=1300, rng=np.random.default_rng(0))
     found: queue.Queue = queue.Queue()
     for _ in range(2):
-        bench.measure("refcoco", str(tmp_path), str(tmp_path / "cache"), 1, False, found)
+        bench.measure_start("refcoco", str(tmp_path), str(tmp_path / "cache"), 1, False, found)
     for seconds, peak, before, after in (found.get(), found.get()):
         assert seconds > 0
         assert bench.MB < after.private < after.resident <= peak + 50 * bench.MB

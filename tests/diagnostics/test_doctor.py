@@ -173,7 +173,7 @@ def test_images_that_are_missing(examine, data, tmp_path):
     assert code == 1
     assert "grefcoco: 3 of 3 samples cannot be read" in page
     assert "ReasonSeg|train: 3 samples read" in page
-    code, page = examine(dataset_dir=broken, dataset="sem_seg", sem_seg_data="ade20k")
+    code, page = examine(dataset_dir=broken, dataset="sem_seg", sem_seg_data="ade20k", refer_seg_data="")
     assert code == 1
     assert "ade20k" in problems(page)[0]
 

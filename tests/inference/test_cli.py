@@ -327,11 +327,11 @@ def make_result(protocol="gsva", mode="generate", **values) -> Result:
 
 def test_written_rejections_that_an_older_version_labelled_gsva_are_read(capsys, tmp_path):
     path = make_result().save(tmp_path)
-    again = score.score(path.with_suffix(".jsonl"))
+    again = score.rescore(path.with_suffix(".jsonl"))
     assert (again["protocol"], again["metrics"]["gIoU"]) == ("grefcoco", 0)
     path.write_text(path.read_text().replace('"gIoU": 0.0', '"gIoU": 1.0'))
     with pytest.raises(ValueError, match="has other metrics than follow"):  # it is still checked
-        score.score(path.with_suffix(".jsonl"))
+        score.rescore(path.with_suffix(".jsonl"))
 
 
 def test_two_results_are_compared_sample_by_sample(capsys, version, val_data, tmp_path):

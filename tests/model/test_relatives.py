@@ -18,9 +18,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 import chat
-from model.loading.formats import HUMAN, USER, release_of, released_settings
+from model.loading.formats import release_of, released_settings
 from model.opened import predict
 from model.processing import tokens
+from model.processing.conversation import HUMAN_SYSTEM_PROMPT, SYSTEM_PROMPT
 from model.processing.transforms import resize_and_pad
 from utils.demo.tiny_model import llama_settings, train_tokenizer
 
@@ -49,7 +50,9 @@ def publish(tmp_path, make_model, monkeypatch):
         added = ("[SEG]", "[REJ]") if name == "GSVA" else ("[SEG]",)
         with monkeypatch.context() as patch:
             patch.setattr(tokens, "SPECIAL_TOKENS", (*added, "<im_start>", "<im_end>"))
-            tokenizer = train_tokenizer([f"{QUESTION} {ANSWER} {USER} {HUMAN}"] * 3, vocab_size=320)
+            tokenizer = train_tokenizer(
+                [f"{QUESTION} {ANSWER} {SYSTEM_PROMPT} {HUMAN_SYSTEM_PROMPT}"] * 3, vocab_size=320
+            )
         linear = name in ("LISA", "GSVA")  # those on LLaVA-1
         model = make_model(mm_projector_type="linear" if linear else "mlp2x_gelu")
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
@@ -163,7 +166,7 @@ def test_masks_are_those_of_their_own_code(publish, name, size):
     model, processor = load_pretrained(str(published.folder), vision_tower=str(published.clip))
     image = np.random.default_rng(3).integers(0, 255, (*size, 3), dtype=np.uint8)
     [[mine]] = predict(model, processor, [image], [[QUESTION]], [[ANSWER]])
-    system = HUMAN if name in ("LISA", "GSVA") else USER
+    system = HUMAN_SYSTEM_PROMPT if name in ("LISA", "GSVA") else SYSTEM_PROMPT
     theirs = their_masks(published, image, system, with_points=name == "READ")
     assert mine.layers == [4, 4]
     torch.testing.assert_close(mine.mask_logits, theirs, rtol=1e-4, atol=1e-4 * theirs.abs().max().item())

@@ -116,3 +116,10 @@ def test_pictures_are_saved_without_loss(tmp_path):
     with Image.open(path) as image:
         assert image.mode == "L"
         assert np.array_equal(np.array(image), mask)
+
+
+def test_places_to_show_run_from_the_first_to_the_last():
+    assert overlays.evenly_spaced(10, 4) == [0, 3, 6, 9]
+    assert overlays.evenly_spaced(3, 5) == [0, 1, 2]
+    assert overlays.evenly_spaced(7, 1) == [0]
+    assert overlays.evenly_spaced(0, 4) == []

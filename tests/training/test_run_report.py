@@ -15,7 +15,7 @@ from utils.config import Config, plain
 from utils.inference import cli
 from utils.plotting.charts import png
 from utils.training.run_log import PICTURES, RunLog
-from utils.training.run_report import BUDGET, spread, write_report
+from utils.training.run_report import BUDGET, pick_steps, write_report
 
 EVIL = '<script>alert("x")</script> $a_b$'
 
@@ -99,8 +99,8 @@ def test_many_large_pictures_are_thinned_out(make_run):
         path.write_bytes(bytes(BUDGET // 3 + 1))
     text = write_report(folder).read_text()
     assert re.findall(r"<figcaption>val, step (\d)</figcaption>", text) == ["1", "9"]
-    assert spread([1, 2, 3, 4, 5], 3) == [1, 3, 5]
-    assert spread([], 3) == []
+    assert pick_steps([1, 2, 3, 4, 5], 3) == [1, 3, 5]
+    assert pick_steps([], 3) == []
 
 
 def test_the_program_says_what_is_no_run(make_run, tmp_path, capsys):
@@ -114,7 +114,7 @@ def test_the_program_says_what_is_no_run(make_run, tmp_path, capsys):
 def test_a_report_that_fails_does_not_make_a_run_fail(tmp_path):
     said = []
     run = SimpleNamespace(config=SimpleNamespace(run_folder=tmp_path), log=SimpleNamespace(say=said.append))
-    train_ds.report(run)
+    train_ds.report_run(run)
     assert "warning: no report" in said[0]
     assert "scripts/report.py" in said[0]
 

@@ -201,16 +201,16 @@ def test_best_is_compared_with_its_like(run_here):
 
 def test_resumed_run_is_the_uninterrupted_one(run_here, monkeypatch):
     whole, _ = run_here(exp_name="whole", grad_accumulation_steps=2)
-    saved = train_ds.save
+    saved = train_ds.save_step
 
     def save_and_die(run, results):
         saved(run, results)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(train_ds, "save", save_and_die)
+    monkeypatch.setattr(train_ds, "save_step", save_and_die)
     with pytest.raises(KeyboardInterrupt):
         run_here(exp_name="cut", grad_accumulation_steps=2)
-    monkeypatch.setattr(train_ds, "save", saved)
+    monkeypatch.setattr(train_ds, "save_step", saved)
     cut, printed = run_here(exp_name="cut", grad_accumulation_steps=2, auto_resume=True)
     assert "going on from" in printed
     assert_same_curve(cut, whole, 1e-6)  # with dropout: its seed is the step's
@@ -330,14 +330,14 @@ def test_loss_that_is_not_finite_stops_the_run(run_here):
 
 def test_full_disk_leaves_the_last_checkpoint(run_here, monkeypatch):
     """The second checkpoint meets a limit on file sizes, which the system enforces as it does a full disk."""
-    saved, limits = train_ds.save, resource.getrlimit(resource.RLIMIT_FSIZE)
+    saved, limits = train_ds.save_step, resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def save_without_room(run, results):
         if run.step > 3:
             resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
         saved(run, results)
 
-    monkeypatch.setattr(train_ds, "save", save_without_room)
+    monkeypatch.setattr(train_ds, "save_step", save_without_room)
     try:
         run, printed = run_here(code=2, no_eval=True)
     finally:
@@ -345,7 +345,7 @@ def test_full_disk_leaves_the_last_checkpoint(run_here, monkeypatch):
     assert "could not be written" in printed
     assert "make room and go on with --auto_resume true" in printed
     assert [path.name for path in (run / "checkpoints").glob("*step_*")] == ["step_00000003"]
-    monkeypatch.setattr(train_ds, "save", saved)
+    monkeypatch.setattr(train_ds, "save_step", saved)
     run, _ = run_here(no_eval=True, auto_resume=True)
     assert checkpoints.read_index(run)["latest"] == "step_00000006"
 

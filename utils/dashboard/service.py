@@ -10,7 +10,7 @@ import secrets
 import shutil
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -230,7 +230,7 @@ class Dashboard:
         layer_policy: str | None = None,
         remember: bool | None = None,
         max_new_tokens: int = 64,
-    ) -> Iterator[str | Visit]:
+    ) -> Generator[str | Visit, None, None]:
         """The answer so far, again and again, and at last the visit that holds all of it.
 
         Closing the generator ends the answer: its place is free at the model's next token.

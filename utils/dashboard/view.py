@@ -50,7 +50,7 @@ def ink(number: int) -> str:
     return "#000" if (luminance + 0.05) / 0.05 > 1.05 / (luminance + 0.05) else "#fff"
 
 
-def style_sheet() -> str:
+def palette_css() -> str:
     """CSS that depends on the palette: the chips of the mask switches, the marks in answers."""
     chips = [
         f"#ug-masks label:nth-of-type({len(PALETTE)}n+{n + 1}) {{ border-left: 10px solid {css_color(n)}; }}"
@@ -223,12 +223,12 @@ def policy_html(visit: Visit, seg: int) -> str:
 # --------------------------------------------------------------------------------------------------------------- files
 
 
-def describe(visit: Visit, model: str, pictures: str = "rle") -> dict[str, Any]:
+def answer_json(visit: Visit, model: str, pictures: str = "rle") -> dict[str, Any]:
     """The latest answer for programs.
 
     Args:
         model: its name.
-        pictures: masks as COCO ``rle``, or as ``png`` (0 and 255, base64).
+        pictures: masks as COCO ``rle``, or as ``encode_png`` (0 and 255, base64).
     """
     prediction = visit.prediction
     assert prediction is not None
@@ -241,7 +241,7 @@ def describe(visit: Visit, model: str, pictures: str = "rle") -> dict[str, Any]:
         entry |= {"number": n + 1, "color": css_color(n), "score": score}
         if pictures == "png":
             del entry["rle"]
-            entry["png"] = base64.b64encode(png(mask)).decode()
+            entry["png"] = base64.b64encode(encode_png(mask)).decode()
     return values | {"model": model}
 
 
@@ -274,17 +274,17 @@ def explain(dashboard: Dashboard, visitor: str, number: int, layer: int, uncerta
     similarity = (dashboard.layer_map(visit, seg, layer) * 255 + 0.5).astype(np.uint8)
     policy = [round(chance, 5) for chance in visit.prediction.policy[seg].tolist()]
     found: dict[str, Any] = {"number": number, "layer": chosen, "layer_policy": visit.policy, "policy": policy}
-    found |= {"similarity_layer": layer, "similarity_png": base64.b64encode(png(similarity)).decode()}
+    found |= {"similarity_layer": layer, "similarity_png": base64.b64encode(encode_png(similarity)).decode()}
     if uncertainty:
         drawn = dashboard.doubt(visitor).doubt
         assert drawn is not None
         spread = (drawn.uncertainty[seg].variance.sqrt() * 510 + 0.5).clamp(max=255).numpy().astype(np.uint8)
         found["uncertainty"] = round(drawn.uncertainty[seg].score, 4)
-        found["deviation_png"] = base64.b64encode(png(spread)).decode()
+        found["deviation_png"] = base64.b64encode(encode_png(spread)).decode()
     return found
 
 
-def png(picture: np.ndarray) -> bytes:
+def encode_png(picture: np.ndarray) -> bytes:
     """A mask [H, W] bool (as 0 and 255), a map [H, W] or a picture [H, W, 3] as PNG."""
     stream = io.BytesIO()
     values = picture.astype(np.uint8) * 255 if picture.dtype == bool else picture
@@ -295,7 +295,7 @@ def png(picture: np.ndarray) -> bytes:
 def write_overlay(visit: Visit, chosen: Sequence[int], opacity: float, outline: bool) -> str:
     """overlay.png: what the page shows, at the image's own size."""
     layers = [(visit.masks[n], color(n)) for n in chosen if n < len(visit.masks)]
-    return write(visit.folder / "overlay.png", png(paint(visit.image, layers, opacity, outline)))
+    return write_file(visit.folder / "overlay.png", encode_png(paint(visit.image, layers, opacity, outline)))
 
 
 def write_masks(visit: Visit) -> str:
@@ -303,17 +303,17 @@ def write_masks(visit: Visit) -> str:
     stream = io.BytesIO()
     with zipfile.ZipFile(stream, "w") as archive:
         for number, mask in enumerate(visit.masks, start=1):
-            archive.writestr(f"mask_{number}.png", png(mask))
-    return write(visit.folder / "masks.zip", stream.getvalue())
+            archive.writestr(f"mask_{number}.png", encode_png(mask))
+    return write_file(visit.folder / "masks.zip", stream.getvalue())
 
 
 def write_record(visit: Visit, model: str) -> str:
-    """answer.json: see ``describe``."""
-    text = json.dumps(describe(visit, model), indent=1, ensure_ascii=False) + "\n"
-    return write(visit.folder / "answer.json", text.encode())
+    """answer.json: see ``answer_json``."""
+    text = json.dumps(answer_json(visit, model), indent=1, ensure_ascii=False) + "\n"
+    return write_file(visit.folder / "answer.json", text.encode())
 
 
-def write(path: Path, content: bytes) -> str:
+def write_file(path: Path, content: bytes) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content)
     return str(path)

@@ -149,6 +149,20 @@ def find_paths(name: str, wanted: dict[str, Sequence[Path]], way_out: str = "che
     return [path for path in found.values() if path is not None]
 
 
+def only_split(spec: str, parts: list[str], example: str) -> str:
+    """The split in ``BENCHMARK|SPLIT``; a ``DataError`` that shows the form if ``parts`` is not this one alone."""
+    if len(parts) != 1:
+        name = spec.split("|")[0]
+        raise DataError(f"{spec!r}: write '{name}|SPLIT', for example '{name}|{example}'")
+    return parts[0]
+
+
+def refuse_splits(name: str, parts: list[str]) -> None:
+    """Refuses what follows the name of a data set that has no splits."""
+    if parts:
+        raise DataError(f"{'|'.join([name, *parts])!r}: {name!r} has no splits")
+
+
 def check_file_name(value: Any, what: str) -> str:
     """``value``, if it is a relative path that stays within its folder; ``what`` begins the message ("'image' is")."""
     if not isinstance(value, str) or not 0 < len(value) < 256 or "\0" in value:
@@ -212,12 +226,6 @@ def check_complete(dataset: EvalDataset) -> None:
             f"{dataset.spec}: {len(problems)} records cannot be evaluated, which would change the benchmark; complete "
             f"the download (test.py --allow_missing leaves them out and says how many). The first:\n  {shown}"
         )
-
-
-# -- images ------------------------------------------------------------------------------------------------------------
-
-
-# -- masks -------------------------------------------------------------------------------------------------------------
 
 
 # -- samples -----------------------------------------------------------------------------------------------------------

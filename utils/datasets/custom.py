@@ -108,7 +108,7 @@ class CustomTrain:
         lines = self.file.lines(index)
         lines = [lines[i] for i in draw(self.options.questions_per_image, len(lines), rng)]
         image, masks = load(self.file.path.parent, lines)
-        talks = [line.turns or (_turn(line, rng),) for line in lines]
+        talks = [line.turns or (_query_turn(line, rng),) for line in lines]
         flat = [mask for line, own in zip(lines, masks) for mask in (own if line.turns else _merge(own))]
         return check_sample(Sample(lines[0].where, image, talks, stack_masks(flat, *image.shape[:2])))
 
@@ -121,7 +121,7 @@ def _merge(masks: list[np.ndarray]) -> list[np.ndarray]:
     return [np.maximum.reduce(masks)] if masks else []
 
 
-def _turn(line: Line, rng: np.random.Generator) -> Turn:
+def _query_turn(line: Line, rng: np.random.Generator) -> Turn:
     question = pick(QUESTIONS["sentence" if line.is_sentence else "phrase"], rng).replace("{query}", line.query)
     return Turn(question, pick(ANSWERS[("absent", "target", "merged")[min(len(line.masks), 2)]], rng))
 

@@ -12,7 +12,7 @@ import numpy as np
 from model.structures import Turn
 from utils.datasets.base import pick
 from utils.datasets.refer_seg import ReferSegTrain
-from utils.datasets.templates import QUESTIONS, denial, fill
+from utils.datasets.templates import QUESTIONS, denial, fill_template
 
 
 class FpReferSegTrain(ReferSegTrain):
@@ -25,4 +25,4 @@ class FpReferSegTrain(ReferSegTrain):
         if not sentence["false_premise"]:
             return super().turn(sentence, targets, rng)
         text, correct = sentence["sent"], sentence.get("gt_sent") or ""
-        return Turn(fill(pick(QUESTIONS["phrase"], rng), query=text), denial(text, correct, rng))
+        return Turn(fill_template(pick(QUESTIONS["phrase"], rng), query=text), denial(text, correct, rng))

@@ -15,6 +15,7 @@ from model.structures import Sample
 from utils.config import Config
 from utils.datasets import DATASETS, TYPES, get_train_dataset
 from utils.datasets.base import DataError, DataOptions, TrainDataset, unknown
+from utils.plotting import text_tables
 
 logger = logging.getLogger(__name__)
 
@@ -128,23 +129,13 @@ class Mixture(Dataset):
 
     def table(self, num_samples: int | None = None) -> str:
         """``describe`` as a text table."""
-        rows = self.describe(num_samples)
-        columns = list(dict.fromkeys(key for row in rows for key in row))
-        cells = [columns] + [[_cell(key, row.get(key)) for key in columns] for row in rows]
-        widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
-        left = ("type", "name")
-        return "\n".join(
-            "  ".join(
-                cell.ljust(width) if key in left else cell.rjust(width)
-                for key, cell, width in zip(columns, line, widths)
-            ).rstrip()
-            for line in cells
-        )
+        rows = text_tables.from_mappings(self.describe(num_samples), _count_cell)
+        return "\n".join(text_tables.aligned(rows, "llr"))
 
 
-def _cell(key: str, value: Any) -> str:
-    if key in ("share", "epochs"):
-        return f"{value:.1%}" if key == "share" else f"{value:.2f}"
+def _count_cell(column: str, value: Any) -> str:
+    if column in ("share", "epochs"):
+        return f"{value:.1%}" if column == "share" else f"{value:.2f}"
     return "-" if value is None else f"{value:,}" if isinstance(value, int) else value
 
 

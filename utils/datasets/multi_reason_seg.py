@@ -20,6 +20,7 @@ from utils.datasets.base import (
     coco,
     draw,
     find_paths,
+    only_split,
     parse_items,
     unknown,
     warn_of,
@@ -65,7 +66,9 @@ class MuseSplit:
             f"MUSE_{part}.json": [dataset_dir / row.path / f"MUSE_{part}.json"] for part in SPLITS[split]
         }
         paths = find_paths(self.name, files)
-        self.records, notes = load_records(self.name, paths, answered, lambda: _read(self.name, paths, answered))
+        self.records, notes = load_records(
+            self.name, paths, answered, lambda: _read_questions(self.name, paths, answered)
+        )
         self.problems, self.counts = notes["problems"], notes["counts"]
         warn_of(self.name, self.problems)
 
@@ -91,11 +94,11 @@ class MuseSplit:
         return masks
 
 
-def _read(name: str, paths: Sequence[Path], answered: bool) -> tuple[list[dict[str, Any]], Notes]:
+def _read_questions(name: str, paths: Sequence[Path], answered: bool) -> tuple[list[dict[str, Any]], Notes]:
     records: list[dict[str, Any]] = []
     problems: list[str] = []
     for path in paths:
-        found, refused = parse_items(name, path, lambda item: _parse(item, answered))
+        found, refused = parse_items(name, path, lambda item: _parse_image_item(item, answered))
         problems += refused + [f"{path}, {text}" for record in found for text in record.pop("problems")]
         records += [record | {"part": TEST_PARTS.get(path.stem, "")} for record in found]
     questions = [question for record in records for question in record["questions"]]
@@ -108,7 +111,7 @@ def _read(name: str, paths: Sequence[Path], answered: bool) -> tuple[list[dict[s
     return records, {"problems": problems, "counts": counts}
 
 
-def _parse(item: Any, answered: bool) -> dict[str, Any]:
+def _parse_image_item(item: Any, answered: bool) -> dict[str, Any]:
     """One item; a question that cannot be used is named in ``problems``, and costs no other."""
     if not isinstance(item, dict):
         raise DataError(f"expected a dict, not a {type(item).__name__}")
@@ -126,7 +129,7 @@ def _parse(item: Any, answered: bool) -> dict[str, Any]:
     questions, problems = [], []
     for number, (question, targets, text) in enumerate(zip(asked, answers, texts)):
         try:
-            questions.append({"number": number, **_question(question, targets, text)})
+            questions.append({"number": number, **_parse_question(question, targets, text)})
         except DataError as error:
             problems.append(f"{Path(images[0]).name}, question {number}: {error}")
     if not questions:
@@ -134,7 +137,7 @@ def _parse(item: Any, answered: bool) -> dict[str, Any]:
     return {"images": images, "height": height, "width": width, "questions": questions, "problems": problems}
 
 
-def _question(question: Any, targets: Any, text: Any) -> dict[str, Any]:
+def _parse_question(question: Any, targets: Any, text: Any) -> dict[str, Any]:
     if not isinstance(question, str) or not question.strip():
         raise DataError(f"it must be a text, not {str(question)[:60]!r}")
     if not isinstance(targets, list) or not targets or not all(isinstance(target, dict) for target in targets):
@@ -194,7 +197,7 @@ class MultiReasonSegTrain:
         masks: list[np.ndarray] = []
         for i in draw(self.options.questions_per_image, len(record["questions"]), rng):
             question = record["questions"][i]
-            conversations.append((_turn(question, rng),))
+            conversations.append((_answered_turn(question, rng),))
             masks += self.split.masks(record, question)
         source = f"{self.name}/{Path(record['images'][0]).name}"
         return check_sample(Sample(source, image, conversations, stack_masks(masks, *image.shape[:2])))
@@ -203,7 +206,7 @@ class MultiReasonSegTrain:
         return {**self.split.counts, "unusable": len(self.split.problems)}
 
 
-def _turn(question: dict[str, Any], rng: np.random.Generator) -> Turn:
+def _answered_turn(question: dict[str, Any], rng: np.random.Generator) -> Turn:
     turn = instance_turn(question["text"], len(question["targets"]), rng)
     if not question["answer"]:
         return turn
@@ -222,9 +225,7 @@ class MultiReasonSegEval:
 
     def __init__(self, spec: str, row: Row, parts: list[str], dataset_dir: Path) -> None:
         self.spec, self.benchmark = spec, spec.split("|")[0]
-        if len(parts) != 1:
-            raise DataError(f"{spec!r}: write '{self.benchmark}|SPLIT', for example '{self.benchmark}|val'")
-        self.split = MuseSplit(self.benchmark, row, parts[0], dataset_dir, answered=False)
+        self.split = MuseSplit(self.benchmark, row, only_split(spec, parts, "val"), dataset_dir, answered=False)
         self.skipped: list[str] = []
         self.unusable = self.split.problems
         self.not_found = images_not_found(self.split.image_path, self.split.records)

@@ -20,6 +20,7 @@ from utils.datasets.base import (
     check_sample,
     draw,
     find_paths,
+    only_split,
     pick,
     read_json,
     unknown,
@@ -244,9 +245,7 @@ class ReasonSegEval:
 
     def __init__(self, spec: str, row: Row, parts: list[str], dataset_dir: Path) -> None:
         self.spec, self.benchmark = spec, spec.split("|")[0]
-        if len(parts) != 1:
-            raise DataError(f"{spec!r}: write '{self.benchmark}|SPLIT', for example '{self.benchmark}|val_short'")
-        root, split, length = dataset_dir / row.path, parts[0], ""
+        root, split, length = dataset_dir / row.path, only_split(spec, parts, "val_short"), ""
         if split.endswith(("_short", "_long")) and not (root / split).is_dir():
             split, length = split.rsplit("_", 1)
         folders = split_folders(spec, row, split, dataset_dir)

@@ -19,13 +19,12 @@ from utils.datasets.base import (
     check_file_name,
     check_sample,
     draw,
-    find_paths,
     parse_items,
-    warn_of,
+    refuse_splits,
 )
 from utils.datasets.images import find_image, read_image
 from utils.datasets.masks import decode_segmentation, stack_masks
-from utils.datasets.records import Notes, load_records
+from utils.datasets.records import Notes, load_single_file
 from utils.datasets.templates import enumerate_words, instance_turn
 
 # -- references in the text --------------------------------------------------------------------------------------------
@@ -48,25 +47,25 @@ def replace_references(text: str, render: Callable[[list[tuple[str, str]]], str]
 
     def replace(match: re.Match[str]) -> str:
         if match["list"] is None:
-            return render([_read(match)])
-        found = [_read(item) for item in _ITEM.finditer(match["list"])]
+            return render([_parse_reference(match)])
+        found = [_parse_reference(item) for item in _ITEM.finditer(match["list"])]
         rest = re.sub(r"[\s,，、]|\band\b", "", _ITEM.sub("", match["list"]))
         if not found or not rest:
             return render(found) if found else match[0]
-        return f"[{_ITEM.sub(lambda item: render([_read(item)]), match['list'])}]"
+        return f"[{_ITEM.sub(lambda item: render([_parse_reference(item)]), match['list'])}]"
 
     text = re.sub(r"[ \t]+", " ", _REFERENCE.sub(replace, text))
     return re.sub(r" +([,.;:!?])", r"\1", text).strip()  # what a dropped reference leaves behind
 
 
-def _read(match: re.Match[str]) -> tuple[str, str]:
+def _parse_reference(match: re.Match[str]) -> tuple[str, str]:
     groups = match.groupdict()
     number = next(groups[key] for key in ("id1", "id2", "id3") if groups.get(key))
     name = next((groups[key] for key in ("name1", "name2", "name3") if groups.get(key)), "")
     return number, name.strip()
 
 
-def _names(references: list[tuple[str, str]]) -> str:
+def _join_names(references: list[tuple[str, str]]) -> str:
     """How a question speaks of masks: by their names."""
     return enumerate_words([name for _, name in references if name]) or "it"
 
@@ -74,22 +73,22 @@ def _names(references: list[tuple[str, str]]) -> str:
 # -- records -----------------------------------------------------------------------------------------------------------
 
 
-def _instances(item: dict[str, Any]) -> dict[str, Any]:
-    ids, masks = item.get("ID"), _masks(item, "points")
+def _parse_instances(item: dict[str, Any]) -> dict[str, Any]:
+    ids, masks = item.get("ID"), _parse_masks(item, "points")
     if not isinstance(ids, list):
         raise DataError(f"'ID' must be a list of mask ids, not {str(ids)[:60]}")
     usable = {str(number): masks[str(number)] for number in ids if str(number) in masks}
     if not usable:
         raise DataError("no id in 'ID' has a polygon in 'points'")
-    return {"turns": [[_text(item, "English Question"), ""]], "masks": usable}
+    return {"turns": [[_parse_text(item, "English Question"), ""]], "masks": usable}
 
 
-def _written(item: dict[str, Any]) -> dict[str, Any]:
-    return _with_masks([[_text(item, "English Question"), _text(item, "English Answer")]], item)
+def _parse_answer(item: dict[str, Any]) -> dict[str, Any]:
+    return _with_masks([[_parse_text(item, "English Question"), _parse_text(item, "English Answer")]], item)
 
 
-def _conversation(item: dict[str, Any]) -> dict[str, Any]:
-    before, *said = re.split(r"<\s*(person|robot)\s*>\s*:?", _text(item, "output"), flags=re.IGNORECASE)
+def _parse_conversation(item: dict[str, Any]) -> dict[str, Any]:
+    before, *said = re.split(r"<\s*(person|robot)\s*>\s*:?", _parse_text(item, "output"), flags=re.IGNORECASE)
     speakers, texts = [who.lower() for who in said[::2]], [text.strip() for text in said[1::2]]
     pairs = len(speakers) // 2
     if before.strip() or not pairs or speakers != ["person", "robot"] * pairs or not all(texts):
@@ -99,7 +98,7 @@ def _conversation(item: dict[str, Any]) -> dict[str, Any]:
 
 def _with_masks(turns: list[list[str]], item: dict[str, Any]) -> dict[str, Any]:
     """Keeps the masks that the answers refer to; there must be one."""
-    masks = _masks(item, "info")
+    masks = _parse_masks(item, "info")
     mentioned: list[str] = []
 
     def note(references: list[tuple[str, str]]) -> str:
@@ -114,17 +113,22 @@ def _with_masks(turns: list[list[str]], item: dict[str, Any]) -> dict[str, Any]:
     return {"turns": turns, "masks": usable}
 
 
-PARSERS = {"instance_seg": _instances, "cot": _written, "conversations": _conversation, "caption": _written}
+PARSERS = {
+    "instance_seg": _parse_instances,
+    "cot": _parse_answer,
+    "conversations": _parse_conversation,
+    "caption": _parse_answer,
+}
 
 
-def _text(item: dict[str, Any], key: str) -> str:
+def _parse_text(item: dict[str, Any], key: str) -> str:
     value = item.get(key)
     if not isinstance(value, str) or not value.strip():
         raise DataError(f"{key!r} must be a text, not {str(value)[:60]}")
     return value.strip()
 
 
-def _masks(item: dict[str, Any], key: str) -> dict[str, Any]:
+def _parse_masks(item: dict[str, Any], key: str) -> dict[str, Any]:
     """Mask id -> polygons or RLE, of those that have any."""
     content = item.get(key)
     if not isinstance(content, dict):
@@ -151,7 +155,7 @@ def _polygons(value: Any, levels: int = 3) -> list[list]:
     return [polygon for part in value for polygon in _polygons(part, levels - 1)]
 
 
-def _parse(kind: str, item: Any) -> dict[str, Any]:
+def _parse_item(kind: str, item: Any) -> dict[str, Any]:
     if not isinstance(item, dict):
         raise DataError(f"expected a dict, not a {type(item).__name__}")
     path = next((item[key] for key in ("img_path", "image_path", "img_pth") if item.get(key)), None)
@@ -179,14 +183,9 @@ class ReasonSegPlusTrain:
     """
 
     def __init__(self, name: str, row: Row, parts: list[str], dataset_dir: Path, options: DataOptions) -> None:
-        if parts:
-            raise DataError(f"{'|'.join([name, *parts])!r}: {name!r} has no splits")
+        refuse_splits(name, parts)
         self.name, self.options = name, options
-        (path,) = find_paths(name, {"annotations": [dataset_dir / row.path]})
-        self.folders = [dataset_dir / images for images in row.images]
-        self.records, self.notes = load_records(name, [path], None, lambda: _read_items(name, path))
-        warn_of(name, self.notes["problems"])
-        find_image(name, self.records[0]["image"], self.folders)  # a wrong folder shows now, not at the first step
+        self.folders, self.records, self.notes = load_single_file(name, row, dataset_dir, "annotations", _read_items)
 
     def __len__(self) -> int:
         return len(self.records)
@@ -214,7 +213,7 @@ class ReasonSegPlusTrain:
 
 def _read_items(name: str, path: Path) -> tuple[list[dict[str, Any]], Notes]:
     """A record per image, with its items."""
-    items, problems = parse_items(name, path, lambda item: _parse(name, item))
+    items, problems = parse_items(name, path, lambda item: _parse_item(name, item))
     by_image: dict[str, list[dict]] = {}
     for item in items:
         by_image.setdefault(item.pop("image"), []).append(item)
@@ -251,5 +250,5 @@ def _build(item: dict, height: int, width: int, rng: np.random.Generator) -> tup
         rendered = replace_references(escape(answer), tokens)
         if not rendered:
             raise DataError(f"nothing is left of the answer {answer!r} without the masks that cannot be used")
-        talk.append(Turn(replace_references(question, _names), rendered))
+        talk.append(Turn(replace_references(question, _join_names), rendered))
     return tuple(talk), used

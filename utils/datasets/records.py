@@ -26,7 +26,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from utils.datasets.base import DataError
+from utils.datasets.base import DataError, Row, find_paths, warn_of
+from utils.datasets.images import find_image
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +50,7 @@ class PackedRecords:
     """
 
     def __init__(self, records: Iterable[Any]) -> None:
-        texts = (json.dumps(record, separators=(",", ":"), default=_plain).encode() for record in records)
+        texts = (json.dumps(record, separators=(",", ":"), default=_json_value).encode() for record in records)
         chunks = [zlib.compress(text, 1) if len(text) >= DEFLATED else text for text in texts]
         self._ends = np.cumsum([len(chunk) for chunk in chunks], dtype=np.int64)
         self._bytes = np.frombuffer(b"".join(chunks), dtype=np.uint8)
@@ -97,7 +98,7 @@ def _map_again(path: str, inode: int, ends: int, count: int) -> MappedRecords:
     raise DataError(f"{path}, an index of annotations, was replaced while the run started; start it again")
 
 
-def _plain(value: Any) -> Any:
+def _json_value(value: Any) -> Any:
     """For ``json.dumps``: RLE counts as bytes, and numpy scalars."""
     if isinstance(value, bytes):
         return value.decode("ascii", "replace")
@@ -130,10 +131,10 @@ def load_records(
     path = _entry(identity)
     if path is None or sum(size for _, size, *_ in identity["sources"]) < SMALLEST:
         return _pack(build)
-    if found := _read(path, identity):
+    if found := _read_entry(path, identity):
         return found
     with _alone(path):
-        if found := _read(path, identity):  # another process was first
+        if found := _read_entry(path, identity):  # another process was first
             return found
         logger.info("%s: reading %s; later starts use %s", name, ", ".join(map(str, sources)), path)
         begun = time.time()
@@ -141,7 +142,27 @@ def load_records(
         newest = max(mtime for _, _, mtime, _ in identity["sources"]) / 1e9
         if _identity(name, sources, settings) != identity or begun - newest < SETTLED:
             return records, notes  # they are being written: not to be relied on at the next start
-        return (_read(path, identity) if _write(path, identity, records, notes) else None) or (records, notes)
+        return (_read_entry(path, identity) if _write(path, identity, records, notes) else None) or (records, notes)
+
+
+def load_single_file(
+    name: str, row: Row, dataset_dir: Path, what: str, read: Callable[[str, Path], tuple[list[dict[str, Any]], Notes]]
+) -> tuple[list[Path], PackedRecords, Notes]:
+    """Folders of images, records and notes of a data set whose ``row.path`` is one file.
+
+    Args:
+        what: the file holds, for the message that it is not there.
+        read: (name, file) -> its records, each with its ``image``, and notes, among them ``problems``.
+
+    Raises:
+        DataError: if the file or the first record's image is not there, or whatever ``read`` raises.
+    """
+    (path,) = find_paths(name, {what: [dataset_dir / row.path]})
+    folders = [dataset_dir / images for images in row.images]
+    records, notes = load_records(name, [path], None, lambda: read(name, path))
+    warn_of(name, notes["problems"])
+    find_image(name, records[0]["image"], folders)  # a wrong folder shows now, not at the first step
+    return folders, records, notes
 
 
 def _pack(build: Callable[[], tuple[Iterable[Any], Notes]]) -> tuple[PackedRecords, Notes]:
@@ -238,7 +259,7 @@ def _write(path: Path, identity: dict[str, Any], records: PackedRecords, notes: 
             temporary.unlink()
 
 
-def _read(path: Path, identity: dict[str, Any]) -> tuple[MappedRecords, Notes] | None:
+def _read_entry(path: Path, identity: dict[str, Any]) -> tuple[MappedRecords, Notes] | None:
     """The entry, if it is whole and of this identity."""
     try:
         with path.open("rb") as file:

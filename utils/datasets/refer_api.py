@@ -28,10 +28,10 @@ class _ScalarType:
     """Stands in for ``numpy.dtype`` in a pickle: remembers what a scalar's bytes mean, and can do nothing else."""
 
     def __init__(self, code: str | bytes, *_: Any) -> None:
-        self.code, self.order = _text(code), "<"
+        self.code, self.order = _decode_text(code), "<"
 
     def __setstate__(self, state: tuple) -> None:
-        order = _text(state[1])
+        order = _decode_text(state[1])
         self.order = order if order in "<>" else "<"
 
 
@@ -43,12 +43,12 @@ def _scalar(kind: _ScalarType, data: bytes | str) -> int | float | bool | str | 
 
 
 def _encode(text: str, codec: str | bytes = "latin-1") -> bytes:
-    if _text(codec) not in ("latin1", "latin-1"):
+    if _decode_text(codec) not in ("latin1", "latin-1"):
         raise pickle.UnpicklingError(f"bytes in codec {codec!r}")
     return text.encode("latin-1")
 
 
-def _text(value: str | bytes) -> str:
+def _decode_text(value: str | bytes) -> str:
     if isinstance(value, bytes):
         try:
             return value.decode("utf-8")
@@ -108,7 +108,7 @@ def _plain(value: Any) -> Any:
     if kind is dict:
         return {_plain(key): item if type(item) in _ATOMS else _plain(item) for key, item in value.items()}
     if kind is bytes:
-        return _text(value)
+        return _decode_text(value)
     raise DataError(f"holds a {kind.__name__}")
 
 

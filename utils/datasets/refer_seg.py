@@ -13,7 +13,7 @@ from utils.datasets.base import DataError, DataOptions, Row, check_sample, draw,
 from utils.datasets.images import check_size, find_image, images_not_found, read_image
 from utils.datasets.masks import stack_masks
 from utils.datasets.refer_api import ReferIndex, build_index
-from utils.datasets.templates import ANSWERS, QUESTIONS, fill, joint_turn
+from utils.datasets.templates import ANSWERS, QUESTIONS, fill_template, joint_turn
 
 
 class ReferSplit:
@@ -92,7 +92,7 @@ class ReferSegTrain:
     def turn(self, sentence: dict[str, Any], targets: int, rng: np.random.Generator) -> Turn:
         """A question about one sentence and its answer; ``targets`` is the number of objects that it means."""
         kind = ("absent", "target", "merged")[min(targets, 2)]
-        return Turn(fill(pick(QUESTIONS["phrase"], rng), query=sentence["sent"]), pick(ANSWERS[kind], rng))
+        return Turn(fill_template(pick(QUESTIONS["phrase"], rng), query=sentence["sent"]), pick(ANSWERS[kind], rng))
 
     def describe(self) -> dict[str, int]:
         return {**self.split.index.counts, "unusable": len(self.split.index.problems)}

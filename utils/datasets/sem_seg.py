@@ -15,13 +15,24 @@ from typing import Any, Protocol
 import numpy as np
 
 from model.structures import IGNORE_PIXEL, Conversation, Sample, Turn
-from utils.datasets.base import DataError, DataOptions, Row, check_sample, draw, find_paths, pick, read_json, warn_of
+from utils.datasets.base import (
+    DataError,
+    DataOptions,
+    Row,
+    check_sample,
+    draw,
+    find_paths,
+    pick,
+    read_json,
+    refuse_splits,
+    warn_of,
+)
 from utils.datasets.class_names import ADE20K, COCO_STUFF, COCO_STUFF_NOT_DENIED
 from utils.datasets.coco_file import by_id, image_record, row_of, segmentation_of
 from utils.datasets.images import check_size, find_image, read_image, read_label_image
 from utils.datasets.masks import decode_segmentation, stack_masks
 from utils.datasets.records import Notes, PackedRecords, load_records
-from utils.datasets.templates import ANSWERS, QUESTIONS, denial, fill
+from utils.datasets.templates import ANSWERS, QUESTIONS, denial, fill_template
 
 
 @dataclass(frozen=True)
@@ -69,8 +80,7 @@ class SemSegTrain:
     """
 
     def __init__(self, name: str, row: Row, parts: list[str], dataset_dir: Path, options: DataOptions) -> None:
-        if parts:
-            raise DataError(f"{'|'.join([name, *parts])!r}: {name!r} has no splits")
+        refuse_splits(name, parts)
         self.name, self.options = name, options
         reader = AnnotationReader if row.path.endswith(".json") else LabelReader
         self.reader: Reader = reader(name, row, dataset_dir)
@@ -89,9 +99,9 @@ class SemSegTrain:
             weight = self.options.negative_sampling_weight
             if weight and rng.random() < weight and (absent := regions.absent()):
                 correction = phrase(pick(regions.present, rng), rng) if rng.random() < 0.5 else ""
-                conversations.append((_turn(pick(absent, rng), rng, correction, present=False),))
+                conversations.append((_class_turn(pick(absent, rng), rng, correction, present=False),))
             else:
-                conversations.append((_turn(regions.present[i], rng),))
+                conversations.append((_class_turn(regions.present[i], rng),))
                 masks.append(regions.mask(regions.present[i]))
         masks_nhw = stack_masks(masks, *regions.image.shape[:2])
         return check_sample(Sample(regions.source, regions.image, conversations, masks_nhw))
@@ -108,9 +118,9 @@ def phrase(name: str, rng: np.random.Generator) -> str:
     return f"{whole} {part}" if rng.random() < 0.5 else f"the {part} of the {whole}"
 
 
-def _turn(name: str, rng: np.random.Generator, correction: str = "", present: bool = True) -> Turn:
+def _class_turn(name: str, rng: np.random.Generator, correction: str = "", present: bool = True) -> Turn:
     text = phrase(name, rng)
-    question = fill(pick(QUESTIONS["part" if ":" in name else "phrase"], rng), query=text)
+    question = fill_template(pick(QUESTIONS["part" if ":" in name else "phrase"], rng), query=text)
     return Turn(question, pick(ANSWERS["target"], rng) if present else denial(text, correction, rng))
 
 

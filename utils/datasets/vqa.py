@@ -16,13 +16,12 @@ from utils.datasets.base import (
     Row,
     check_file_name,
     check_sample,
-    find_paths,
     parse_items,
-    warn_of,
+    refuse_splits,
 )
 from utils.datasets.images import find_image, read_image
 from utils.datasets.masks import stack_masks
-from utils.datasets.records import Notes, load_records
+from utils.datasets.records import Notes, load_single_file
 
 
 class VqaTrain:
@@ -37,14 +36,11 @@ class VqaTrain:
     """
 
     def __init__(self, name: str, row: Row, parts: list[str], dataset_dir: Path, options: DataOptions) -> None:
-        if parts:
-            raise DataError(f"{'|'.join([name, *parts])!r}: {name!r} has no splits")
+        refuse_splits(name, parts)
         self.name = name
-        path = find_paths(name, {"conversations": [dataset_dir / row.path]})[0]
-        self.folders = [dataset_dir / images for images in row.images]
-        self.records, self.notes = load_records(name, [path], None, lambda: _read(name, path))
-        warn_of(name, self.notes["problems"])
-        find_image(name, self.records[0]["image"], self.folders)  # a wrong folder shows now, not at the first step
+        self.folders, self.records, self.notes = load_single_file(
+            name, row, dataset_dir, "conversations", _read_conversations
+        )
 
     def __len__(self) -> int:
         return len(self.records)
@@ -59,12 +55,12 @@ class VqaTrain:
         return {"images": len(self), "expressions": self.notes["turns"], "unusable": len(self.notes["problems"])}
 
 
-def _read(name: str, path: Path) -> tuple[list[dict], Notes]:
-    records, problems = parse_items(name, path, _parse)
+def _read_conversations(name: str, path: Path) -> tuple[list[dict], Notes]:
+    records, problems = parse_items(name, path, _parse_conversation_item)
     return records, {"problems": problems, "turns": sum(len(record["turns"]) for record in records)}
 
 
-def _parse(item: Any) -> dict[str, Any]:
+def _parse_conversation_item(item: Any) -> dict[str, Any]:
     """``{"image", "turns": [[question, answer], ...]}``."""
     if not isinstance(item, dict):
         raise DataError("expected a dict with 'image' and 'conversations'")

@@ -181,7 +181,7 @@ def _write_paco(root: Path, dataset: str, split: str, rngs: list[np.random.Gener
 # -- reason_seg_plus ---------------------------------------------------------------------------------------------------
 
 
-def _outline(mask: np.ndarray) -> list[list[list[float]]]:
+def _outline_polygons(mask: np.ndarray) -> list[list[list[float]]]:
     """Polygons [[x, y], ...] of a region; a hole in it, which these files cannot say, is filled."""
     filled = mask.astype(np.uint8)
     cv2.drawContours(filled, cv2.findContours(filled, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)[0], -1, 1, cv2.FILLED)
@@ -211,14 +211,14 @@ def _instance_item(rng: np.random.Generator, ids: list[int]) -> tuple[Scene, dic
     points: dict[str, Any] = {}
     for index, number in enumerate(ids[: len(scene.shapes)]):
         key = ("points", "polygon")[index % 2]  # both occur
-        polygons = _outline(scene.masks[index])
+        polygons = _outline_polygons(scene.masks[index])
         points[str(number)] = {"label name": _name(scene, index), key: polygons if len(polygons) > 1 else polygons[0]}
     question = f"which shapes are meant by {query.text}?"
     return scene, {"English Question": question, "ID": [ids[target] for target in query.targets], "points": points}
 
 
 def _info(scene: Scene, ids: list[int]) -> dict[str, Any]:
-    return {str(ids[index]): _outline(mask) for index, mask in enumerate(scene.masks)}
+    return {str(ids[index]): _outline_polygons(mask) for index, mask in enumerate(scene.masks)}
 
 
 def _cot_item(rng: np.random.Generator, ids: list[int]) -> tuple[Scene, dict[str, Any]]:

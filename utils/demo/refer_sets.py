@@ -28,7 +28,7 @@ def _group(queries: list[Query], refs: int, sentences: int) -> list[list[Query]]
     return [group[:sentences] for group in list(groups.values())[:refs]]
 
 
-def _plain(groups: list[list[Query]]) -> list[list[Said]]:
+def _without_extras(groups: list[list[Query]]) -> list[list[Said]]:
     return [[(query, {}) for query in group] for group in groups]
 
 
@@ -39,7 +39,7 @@ def draw_refcoco(rng: np.random.Generator, training: bool) -> Drawn:
         scene = scenes.draw_scene(rng)
         groups = [g for g in _group(scene_texts.attribute_queries(scene, rng), refs=6, sentences=2) if len(g) == 2]
         if len(groups) >= 2:
-            return scene, _plain(groups[:refs])
+            return scene, _without_extras(groups[:refs])
 
 
 def draw_grefcoco(rng: np.random.Generator, training: bool) -> Drawn:
@@ -51,7 +51,7 @@ def draw_grefcoco(rng: np.random.Generator, training: bool) -> Drawn:
         single = _group(scene_texts.attribute_queries(scene, rng), refs=each, sentences=1)
         absent = [[query] for query in scene_texts.absent_queries(scene, rng)[:each]]
         if len(multi) == len(single) == len(absent) == each:
-            return scene, _plain(multi + single + absent)
+            return scene, _without_extras(multi + single + absent)
 
 
 def draw_negatives(rng: np.random.Generator, training: bool) -> Drawn:
@@ -124,40 +124,40 @@ class ReferSet:
         return sizes.train if split == "train" else math.ceil(queries / self.per_image)
 
 
-def _files(name: str, splits: str) -> dict[str, str]:
+def _same_file(name: str, splits: str) -> dict[str, str]:
     return dict.fromkeys(splits.split(), name)
 
 
-def _false_premises(split_by: str, splits: str) -> dict[str, str]:
-    return {"train": f"refs({split_by}_exclude_unified).p", **_files(f"refs({split_by}).p", splits)}
+def _false_premise_files(split_by: str, splits: str) -> dict[str, str]:
+    return {"train": f"refs({split_by}_exclude_unified).p", **_same_file(f"refs({split_by}).p", splits)}
 
 
 _UNC, _UMD = "train val testA testB", "train val test"
 REFER_SETS = {
-    "refcoco": ReferSet(11, 100_001, draw_refcoco, _files("refs(unc).p", _UNC), base=True),
+    "refcoco": ReferSet(11, 100_001, draw_refcoco, _same_file("refs(unc).p", _UNC), base=True),
     "grefcoco": ReferSet(
-        21, 300_001, draw_grefcoco, _files("grefs(unc).json", _UNC), per_image=2.5, lists=True, base=True
+        21, 300_001, draw_grefcoco, _same_file("grefs(unc).json", _UNC), per_image=2.5, lists=True, base=True
     ),
-    "refcoco+": ReferSet(101, 600_001, draw_refcoco, _files("refs(unc).p", _UNC)),
-    "refcocog": ReferSet(111, 620_001, draw_refcoco, _files("refs(umd).p", _UMD)),
+    "refcoco+": ReferSet(101, 600_001, draw_refcoco, _same_file("refs(unc).p", _UNC)),
+    "refcocog": ReferSet(111, 620_001, draw_refcoco, _same_file("refs(umd).p", _UMD)),
     "refclef": ReferSet(
-        121, 1, draw_refcoco, _files("refs(unc).p", _UNC), images="refer_seg/images/saiapr_tc-12", image_name="{}"
+        121, 1, draw_refcoco, _same_file("refs(unc).p", _UNC), images="refer_seg/images/saiapr_tc-12", image_name="{}"
     ),
     "refzom": ReferSet(
         131,
         760_001,
         draw_grefcoco,
-        _files("Ref_ZOM.p", "train test"),
+        _same_file("Ref_ZOM.p", "train test"),
         images="refer_seg/refzom/trainval2014",
         lists=True,
         none=(),
     ),
-    "R-refcoco": ReferSet(141, 640_001, draw_negatives, _false_premises("unc", "val testA testB")),
-    "R-refcoco+": ReferSet(151, 660_001, draw_negatives, _false_premises("unc", "val testA testB")),
-    "R-refcocog": ReferSet(161, 680_001, draw_negatives, _false_premises("umd", "val test")),
-    "fprefcoco": ReferSet(171, 700_001, draw_corrections, _false_premises("berkeley", "val test")),
-    "fprefcoco+": ReferSet(181, 720_001, draw_corrections, _false_premises("berkeley", "val test")),
-    "fprefcocog": ReferSet(191, 740_001, draw_corrections, _false_premises("berkeley", "val test")),
+    "R-refcoco": ReferSet(141, 640_001, draw_negatives, _false_premise_files("unc", "val testA testB")),
+    "R-refcoco+": ReferSet(151, 660_001, draw_negatives, _false_premise_files("unc", "val testA testB")),
+    "R-refcocog": ReferSet(161, 680_001, draw_negatives, _false_premise_files("umd", "val test")),
+    "fprefcoco": ReferSet(171, 700_001, draw_corrections, _false_premise_files("berkeley", "val test")),
+    "fprefcoco+": ReferSet(181, 720_001, draw_corrections, _false_premise_files("berkeley", "val test")),
+    "fprefcocog": ReferSet(191, 740_001, draw_corrections, _false_premise_files("berkeley", "val test")),
 }
 
 

@@ -17,7 +17,7 @@ from itertools import combinations
 
 import numpy as np
 
-from utils.demo.scenes import COLORS, HELD_OUT, KINDS, SIZES, TEXTURES, Scene, Shape, draw_scene, pick, shuffled
+from utils.demo.scenes import COLORS, HELD_OUT, KINDS, SIZES, TEXTURES, Scene, Shape, draw_scene, one_of, shuffled
 
 MAX_TEXTS = 8
 
@@ -74,7 +74,7 @@ def _members(found: int) -> tuple[int, ...]:
 def _noun_phrase(rng: np.random.Generator, words: tuple[str, ...]) -> str:
     """The words in order, closed by a general noun when no kind is among them."""
     text = " ".join(words)
-    return text if words[-1] in KINDS else f"{text} {pick(rng, _NOUNS)}"
+    return text if words[-1] in KINDS else f"{text} {one_of(rng, _NOUNS)}"
 
 
 def _plural(noun: str) -> str:
@@ -85,7 +85,7 @@ def _with_article(text: str) -> str:
     return ("an " if text[0] in "aeiou" else "a ") + text
 
 
-def _names(shapes: tuple[Shape, ...], bits: dict[str, int]) -> dict[int, list[tuple[str, ...]]]:
+def _distinguishing_words(shapes: tuple[Shape, ...], bits: dict[str, int]) -> dict[int, list[tuple[str, ...]]]:
     """Per shape, the sets of its words that no other shape has all of."""
     names: dict[int, list[tuple[str, ...]]] = {}
     for index, shape in enumerate(shapes):
@@ -98,7 +98,7 @@ def _names(shapes: tuple[Shape, ...], bits: dict[str, int]) -> dict[int, list[tu
 def _short_names(rng: np.random.Generator, shapes: tuple[Shape, ...], bits: dict[str, int]) -> dict[int, str]:
     """For each shape that can be named, a unique phrase: color and kind where they do, else the shortest."""
     names = {}
-    for index, found in _names(shapes, bits).items():
+    for index, found in _distinguishing_words(shapes, bits).items():
         shape = shapes[index]
         if not found:
             continue
@@ -145,12 +145,12 @@ def absent_queries(scene: Scene, rng: np.random.Generator) -> list[Query]:
     texts: dict[str, Query] = {}
     for _ in range(3 * MAX_TEXTS):
         near = rng.random() < 0.8
-        words = [pick(rng, scene.shapes).attributes[p] for p in range(4)]
+        words = [one_of(rng, scene.shapes).attributes[p] for p in range(4)]
         if not near:
-            words = [pick(rng, options) for options in (SIZES, TEXTURES, tuple(COLORS), KINDS)]
+            words = [one_of(rng, options) for options in (SIZES, TEXTURES, tuple(COLORS), KINDS)]
         if (words[2], words[3]) in HELD_OUT:
             continue
-        name = tuple(words[p] for p in pick(rng, _ABSENT_SUBSETS))
+        name = tuple(words[p] for p in one_of(rng, _ABSENT_SUBSETS))
         if _matches(bits, name):
             continue
         text = _noun_phrase(rng, name)
@@ -176,7 +176,7 @@ def multi_queries(scene: Scene, rng: np.random.Generator) -> list[Query]:
             continue
         one, number = _noun_phrase(rng, words), _NUMBERS[found.bit_count()]
         forms = [f"all the {_plural(one)}", f"every {one}", f"the {number} {_plural(one)}", f"all {_plural(one)}"]
-        queries.append(Query(pick(rng, forms), _members(found), "multi", False))
+        queries.append(Query(one_of(rng, forms), _members(found), "multi", False))
     names = _short_names(rng, shapes, bits)
     pairs = [(i, j) for i in names for j in names if i != j]
     for i, j in shuffled(rng, pairs)[: MAX_TEXTS // 2]:
@@ -220,7 +220,7 @@ def _relations(scene: Scene, rng: np.random.Generator) -> list[Query]:
     queries = []
 
     def ask(wordings, name: str, target: int) -> None:
-        text = pick(rng, wordings).format(noun=pick(rng, _NOUNS), name=name)
+        text = one_of(rng, wordings).format(noun=one_of(rng, _NOUNS), name=name)
         queries.append(Query(text, (target,), "relation", True))
 
     for index, name in _short_names(rng, shapes, _bits(shapes)).items():
@@ -257,7 +257,7 @@ def _superlatives(scene: Scene, rng: np.random.Generator) -> list[Query]:
     queries = []
 
     def ask(wordings, target: int) -> None:
-        queries.append(Query(pick(rng, wordings).format(noun=pick(rng, _NOUNS)), (target,), "superlative", True))
+        queries.append(Query(one_of(rng, wordings).format(noun=one_of(rng, _NOUNS)), (target,), "superlative", True))
 
     visible = scene.masks.sum(axis=(1, 2)).tolist()
     # Radius, whole area and visible area must agree, so that no reading of "large" gives another answer.
@@ -308,7 +308,7 @@ def _commonsense(scene: Scene, rng: np.random.Generator) -> list[Query]:
         for word in words:
             found |= bits.get(word, 0)
         if found.bit_count() == 1:
-            queries.append(Query(pick(rng, wordings), _members(found), "commonsense", True))
+            queries.append(Query(one_of(rng, wordings), _members(found), "commonsense", True))
     return queries
 
 
@@ -345,17 +345,17 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
         words = [shape.size] if with_size else []
         words += [shape.texture] if with_texture and shape.texture != "plain" else []
         parts.append(_with_article(" ".join([*words, shape.color, shape.kind])))
-    return pick(rng, _CAPTIONS).format(", ".join(parts[:-1]) + " and " + parts[-1])
+    return one_of(rng, _CAPTIONS).format(", ".join(parts[:-1]) + " and " + parts[-1])
 
 
 def questions(scene: Scene, rng: np.random.Generator) -> list[tuple[str, str]]:
     """Questions with an answer of one word: counts, what a named shape is like, what there is, what is where."""
     shapes, bits = scene.shapes, _bits(scene.shapes)
     pairs = [_counting(scene, rng, bits) for _ in range(2)] + _yes_or_no(scene, rng, bits)
-    for index, found in _names(shapes, bits).items():
+    for index, found in _distinguishing_words(shapes, bits).items():
         found = [name for name in found if len(name) < 4]
         if found:
-            pairs.append(_attribute_question(rng, shapes[index], pick(rng, found)))
+            pairs.append(_attribute_question(rng, shapes[index], one_of(rng, found)))
     names = _short_names(rng, shapes, bits)
     couples = shuffled(rng, [(i, j) for i in names for j in names if i != j])[:2]
     unit = max(scene.image.shape) / 120
@@ -369,19 +369,19 @@ def questions(scene: Scene, rng: np.random.Generator) -> list[tuple[str, str]]:
 
 
 def _counting(scene: Scene, rng: np.random.Generator, bits: dict[str, int]) -> tuple[str, str]:
-    word = pick(rng, [*KINDS, *COLORS, "striped", "dotted", *bits, *bits, ""])
+    word = one_of(rng, [*KINDS, *COLORS, "striped", "dotted", *bits, *bits, ""])
     if not word or word == "plain":
-        return f"how many {_plural(pick(rng, _NOUNS))} are there?", _NUMBERS[len(scene.shapes)]
+        return f"how many {_plural(one_of(rng, _NOUNS))} are there?", _NUMBERS[len(scene.shapes)]
     noun = _plural(_noun_phrase(rng, (word,)))
     return f"how many {noun} are there?", _NUMBERS[_matches(bits, (word,)).bit_count()]
 
 
 def _yes_or_no(scene: Scene, rng: np.random.Generator, bits: dict[str, int]) -> list[tuple[str, str]]:
     """ "is there a red star?": one that is there and one whose color and kind are there, but not together."""
-    shape = pick(rng, scene.shapes)
+    shape = one_of(rng, scene.shapes)
     pairs = [(f"is there {_with_article(f'{shape.color} {shape.kind}')}?", "yes")]
     for _ in range(4):
-        name = (pick(rng, scene.shapes).color, pick(rng, KINDS))
+        name = (one_of(rng, scene.shapes).color, one_of(rng, KINDS))
         if not _matches(bits, name) and name not in HELD_OUT:
             return [*pairs, (f"is there {_with_article(' '.join(name))}?", "no")]
     return pairs
@@ -396,14 +396,14 @@ def _attribute_question(rng: np.random.Generator, shape: Shape, name: tuple[str,
         (shape.size, f"is {text} small or large?"),
         (shape.texture, f"is {text} plain, striped or dotted?"),
     ]
-    return pick(rng, [(question, word) for word, question in asked if word not in name])
+    return one_of(rng, [(question, word) for word, question in asked if word not in name])
 
 
 def corpus(rng: np.random.Generator, n: int) -> Iterator[str]:
     """All texts about ``n`` scenes: what a tokenizer has to know. 500 scenes hold every word that there is."""
     for _ in range(n):
         scene = draw_scene(rng)
-        yield pick(rng, CAPTION_REQUESTS)
+        yield one_of(rng, CAPTION_REQUESTS)
         yield caption(scene, rng)
         for generate in (attribute_queries, reasoning_queries, multi_queries, absent_queries):
             yield from (query.text for query in generate(scene, rng))

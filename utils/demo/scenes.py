@@ -129,7 +129,7 @@ _REACH = {kind: float(np.abs(points).max()) for kind, points in _OUTLINES.items(
 _AREA = {kind: _polygon_area(points) for kind, points in _OUTLINES.items()}
 
 
-def pick(rng: np.random.Generator, options):
+def one_of(rng: np.random.Generator, options):
     return options[int(rng.random() * len(options))]
 
 
@@ -146,13 +146,13 @@ def draw_scene(rng: np.random.Generator, held_out: bool = False, long_side: int 
         long_side: of the canvas, in pixels; shapes grow with it.
     """
     while True:
-        across, down = pick(rng, _CANVASES)
+        across, down = one_of(rng, _CANVASES)
         width, height = round(across * long_side), round(down * long_side)
         shapes = _place(rng, _attributes(rng, held_out), width, height, long_side / 120)
         if len(shapes) < 3 or held_out != any(shape.held_out for shape in shapes) or not _some_share(shapes):
             continue
         image = _background(rng, width, height)
-        masks, visible = _paint(rng, image, shapes, long_side / 120)
+        masks, visible = _paint_shapes(rng, image, shapes, long_side / 120)
         if visible < MIN_VISIBLE:
             continue
         noise = np.frombuffer(rng.bytes(height * width), np.uint8).reshape(height, width) & 15
@@ -168,21 +168,21 @@ def _attributes(rng: np.random.Generator, held_out: bool) -> list[tuple[str, str
     """Size, texture, color and kind of 3 to 6 shapes; most take color or kind (or both) from an earlier one."""
     count = 3 + int(rng.random() * 4)
     names = tuple(COLORS)
-    pairs = [pick(rng, sorted(HELD_OUT))] if held_out else []
+    pairs = [one_of(rng, sorted(HELD_OUT))] if held_out else []
     while len(pairs) < count:
-        color, kind = pick(rng, names), pick(rng, KINDS)
+        color, kind = one_of(rng, names), one_of(rng, KINDS)
         luck = rng.random()
         if pairs and luck < 0.3:
-            color = pick(rng, pairs)[0]
+            color = one_of(rng, pairs)[0]
         elif pairs and luck < 0.6:
-            kind = pick(rng, pairs)[1]
+            kind = one_of(rng, pairs)[1]
         elif pairs and luck < 0.66:
-            color, kind = pick(rng, pairs)
+            color, kind = one_of(rng, pairs)
         if (color, kind) not in HELD_OUT:
             pairs.append((color, kind))
     attributes = []
     for color, kind in shuffled(rng, pairs):
-        size, texture = pick(rng, SIZES), pick(rng, _TEXTURE_ODDS)
+        size, texture = one_of(rng, SIZES), one_of(rng, _TEXTURE_ODDS)
         slender = size == "small" and kind in ("star", "cross")  # too thin to tell stripes from dots
         attributes.append((size, "plain" if slender else texture, color, kind))
     return attributes
@@ -195,7 +195,7 @@ def _place(rng: np.random.Generator, attributes: list, width: int, height: int, 
         low, high = RADII[size]
         radius = (low + (high - low) * rng.random()) * scale
         reach = radius * _REACH[kind] + 1
-        partner = pick(rng, shapes) if shapes and rng.random() < 0.3 else None
+        partner = one_of(rng, shapes) if shapes and rng.random() < 0.3 else None
         for x, y in rng.random((12, 2)).tolist():
             if partner:  # somewhere on its rim
                 distance, angle = (0.7 + 0.2 * x) * (radius + partner.radius), 2 * math.pi * y
@@ -232,7 +232,7 @@ def _background(rng: np.random.Generator, width: int, height: int) -> np.ndarray
     return cv2.resize(coarse, (width, height), interpolation=cv2.INTER_LINEAR)
 
 
-def _paint(rng: np.random.Generator, image: np.ndarray, shapes: tuple[Shape, ...], scale: float):
+def _paint_shapes(rng: np.random.Generator, image: np.ndarray, shapes: tuple[Shape, ...], scale: float):
     """Paints ``shapes`` onto ``image`` in place -> (visible masks [n, H, W] bool, the smallest visible share)."""
     height, width = image.shape[:2]
     masks = np.zeros((len(shapes), height, width), bool)

@@ -10,8 +10,6 @@ from transformers import CLIPVisionConfig, PreTrainedTokenizerFast
 from model.processing.tokens import add_special_tokens
 from model.sam import SamShape
 
-SYSTEM_PROMPT = ""  # 30 tokens in front of every prompt would cost a tiny model more than they tell it
-
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int = 800) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer in which the words of ``texts`` become single tokens and any other text still fits."""

@@ -32,6 +32,7 @@ from model.sam import SamShape
 from model.structures import Batch, Sample, Turn
 from model.UGround import UGroundConfig, UGroundForCausalLM
 from utils.demo.tiny_model import clip_config, llama_settings, sam_shape
+from utils.diagnostics import process_memory
 
 ROOT = Path(__file__).resolve().parents[2]
 UGROUND: dict[str, Any] = {
@@ -91,7 +92,7 @@ class Bench:
     """
 
     def __init__(self, preset: Preset, device: str, folder: str) -> None:
-        self.preset, self.device, self.resting = preset, torch.device(device), resident()
+        self.preset, self.device, self.resting = preset, torch.device(device), process_memory.resident()
         tokenizer = AutoTokenizer.from_pretrained(ROOT / "assets/tiny/llava")
         vision = preset.clip.to_dict()
         sides = vision["image_size"], vision["patch_size"], preset.sam.image_size
@@ -272,14 +273,14 @@ class Bench:
             torch.cuda.reset_peak_memory_stats()
             call()
             return torch.cuda.max_memory_allocated()
-        if not Path("/proc/self/clear_refs").exists():
+        if not process_memory.CLEAR_REFS.exists():
             return math.nan
         libc = ctypes.CDLL(None)
         libc.mallopt(-3, 2**16)  # M_MMAP_THRESHOLD: what is freed goes back at once
         libc.malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+        process_memory.forget_peak()
         call()
-        found = kilobytes("VmHWM") * 1024 - self.resting
+        found = process_memory.peak_resident() - self.resting
         libc.mallopt(-3, 2**25)
         return found
 
@@ -351,17 +352,6 @@ def replaced(owner: torch.nn.Module, **methods: Any) -> Iterator[None]:
         for name in methods:
             del vars(owner)[name]
         vars(owner).update(before)
-
-
-def kilobytes(name: str) -> int:
-    """What Linux says of this process's memory; 0 elsewhere."""
-    status = Path("/proc/self/status")
-    lines = status.read_text().splitlines() if status.is_file() else []
-    return next((int(line.split()[1]) for line in lines if line.startswith(name)), 0)
-
-
-def resident() -> int:
-    return kilobytes("VmRSS") * 1024
 
 
 # -- ratios ------------------------------------------------------------------------------------------------------------
@@ -447,7 +437,9 @@ def cases(bench: Bench, compiled: bool) -> dict[str, Callable[[], Any]]:
     return found
 
 
-def compare(bench: Bench, repeats: int, compiled: bool = False) -> tuple[list[Ratio], dict[str, dict[str, float]]]:
+def compare_cases(
+    bench: Bench, repeats: int, compiled: bool = False
+) -> tuple[list[Ratio], dict[str, dict[str, float]]]:
     """All ratios, and seconds and peak bytes of every case."""
     calls = cases(bench, compiled)
     rows = [row for row in ratios() if row.a in calls]

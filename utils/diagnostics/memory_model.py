@@ -23,6 +23,7 @@ from model.losses import PIXELS_AT_ONCE
 from model.sam import SamShape
 from model.UGround import UGroundConfig, UGroundForCausalLM
 from utils.config import Config
+from utils.plotting import text_tables
 
 GB = 1e9
 PARTS = ("weights", "optimizer", "gradients", "language model", "SAM")
@@ -108,7 +109,7 @@ def language_model(plan: Plan) -> float:
     return plan.rows * kept + similarity + mask
 
 
-def text_loss(plan: Plan) -> float:
+def text_loss_bytes(plan: Plan) -> float:
     """Logits at the learned tokens alone: as computed (b), in float32, their log-softmax and its gradient (4 each)."""
     return plan.images * plan.labels * plan.shape.vocab_size * (plan.precision + 12.0)
 
@@ -172,7 +173,7 @@ def expected(plan: Plan) -> dict[str, float]:
         "weights": float(plan.parameters * plan.precision),
         "optimizer": on_gpu,
         "gradients": gradients(plan),
-        "language model": language_model(plan) + text_loss(plan),
+        "language model": language_model(plan) + text_loss_bytes(plan),
         "SAM": max(image_encoder(plan), mask_decoder(plan) + mask_losses(plan)),
     }
     return parts | {"total": sum(parts.values()), "host": host}
@@ -269,7 +270,7 @@ def tables(name: str, plan: Plan, source: str, gpus: Sequence[int], offload: boo
     of = f"{plan.images} images of {plan.tokens} tokens and {plan.masks} masks per GPU, {8 * plan.precision} bits"
     lines = [f"{name}: {plan.parameters:,} parameters, {plan.trainable:,} of them train; {of}"]
     lines += [f"sizes: {source}"] if source else []
-    lines += ["", "GB per GPU" + " " * 41 + "".join(f"{part:>16}" for part in PARTS) + "     all  fits on"]
+    rows = [["GB per GPU", *PARTS, "all", "fits on"]]
     variants: dict[str, dict[str, Any]] = {"as configured": {}, "gradient checkpointing": {"checkpointing": True}}
     variants["checkpointing, 1 image"] = {"checkpointing": True, "images": 1}
     for count in gpus:
@@ -279,12 +280,14 @@ def tables(name: str, plan: Plan, source: str, gpus: Sequence[int], offload: boo
                 total = on_cuda(parts)
                 cards = ", ".join(str(card) for card in CARDS if fits(total, card)) or "none"
                 where = f"{count} GPU{'s' if count > 1 else ''}, {title}{', offload' if offloaded else ''}"
-                values = "".join(f"{parts[part] / GB:>16.1f}" for part in PARTS)
+                sizes = [f"{value / GB:.1f}" for value in (*(parts[part] for part in PARTS), total)]
                 host = f" (host: {parts['host'] / GB:.1f} per GPU)" if offloaded else ""
-                lines.append(f"{where:<51}{values}{total / GB:>8.1f}  {cards}{host}")
+                rows.append([where, *sizes, f"{cards}{host}"])
     note = f"{CUDA_CONTEXT / GB:.1f} GB for CUDA and NCCL and {FRAGMENTATION:.0%} of the activations"
     return [
         *lines,
+        "",
+        *text_tables.aligned(rows, "l" + "r" * (len(PARTS) + 1) + "l"),
         f"all: with {note}, which are assumptions, not measurements; docs/scaling.md",
         f"fits on: cards (GB) of which {MARGIN:.0%} stay free",
         "",

@@ -17,6 +17,7 @@ from model.structures import Batch, Sample, Turn
 from model.UGround import UGroundForCausalLM
 from utils import distributed
 from utils.config import Config
+from utils.diagnostics import process_memory
 from utils.diagnostics.memory_model import GB, Plan, expected
 from utils.training.engine import build_engine, deepspeed_settings
 
@@ -24,7 +25,7 @@ TOKENIZER = Path(__file__).resolve().parents[2] / "assets/tiny/llava"
 STEPS = 2  # the optimizer makes its state in the first
 
 
-def compare(plan: Plan, config: Config) -> str:
+def compare_with_plan(plan: Plan, config: Config) -> str:
     """Measured and expected memory of a step."""
     actual, measured = measure_step(plan, config)
     parts = expected(actual)
@@ -51,7 +52,7 @@ def measure_step(plan: Plan, config: Config) -> tuple[Plan, float]:
     if plan.checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     engine = build_engine(adapted, config, deepspeed_settings(config, 1))
-    forget_peak(device)
+    reset_peak(device)
     for _ in range(STEPS):
         output = engine(batch)
         engine.backward(output.loss)
@@ -59,7 +60,7 @@ def measure_step(plan: Plan, config: Config) -> tuple[Plan, float]:
         engine.step()
     width = batch.input_ids.shape[1]
     actual = replace(plan, tokens=width, labels=len(batch.label_ids) // plan.images, gpus=1, offload=False)
-    return actual, peak(device) - before
+    return actual, peak_memory(device) - before
 
 
 def random_batch(plan: Plan) -> Batch:
@@ -80,23 +81,18 @@ def random_batch(plan: Plan) -> Batch:
     return processor.collate(samples)
 
 
-def memory_now(device: torch.device) -> float:
+def memory_now(device: torch.device) -> int:
     """Bytes on the GPU, or of this process on the CPU."""
-    return float(torch.cuda.memory_allocated(device)) if device.type == "cuda" else _status("VmRSS")
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else process_memory.resident()
 
 
-def forget_peak(device: torch.device) -> None:
+def reset_peak(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
-        Path("/proc/self/clear_refs").write_text("5")
+        process_memory.forget_peak()
 
 
-def peak(device: torch.device) -> float:
-    """The largest ``memory_now`` since ``forget_peak``."""
-    return float(torch.cuda.max_memory_allocated(device)) if device.type == "cuda" else _status("VmHWM")
-
-
-def _status(name: str) -> float:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024.0 * next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
+def peak_memory(device: torch.device) -> int:
+    """The largest ``memory_now`` since ``reset_peak``."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else process_memory.peak_resident()

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from utils.datasets.base import EvalDataset
 from utils.evaluation import metrics
 from utils.evaluation.engine import Asking, ask
 from utils.evaluation.metrics import Record
 from utils.evaluation.paper_tables import missing_note
-from utils.plotting.overlays import Panel
+from utils.plotting import text_tables
+from utils.plotting.overlays import Panel, evenly_spaced
 
 
 def panels(
@@ -29,9 +28,8 @@ def panels(
     The model is asked once more about these images: keeping every similarity map would take too much memory.
     """
     ranked = sorted(records, key=lambda record: (metrics.iou(record, protocol), record.index, record.query_id))
-    places = np.linspace(0, len(ranked) - 1, min(count, len(ranked))).round().astype(int)
     result = []
-    for record in (ranked[place] for place in places):
+    for record in (ranked[place] for place in evenly_spaced(len(ranked), count)):
         sample = dataset[record.index]
         answers = ask(model, processor, [sample], [record.index], dataset.benchmark, asking)[0]
         number = next(n for n, query in enumerate(sample.queries) if query.query_id == record.query_id)
@@ -70,13 +68,7 @@ def format_table(summaries: Sequence[dict[str, Any]]) -> str:
     rows = [["benchmark", "mode", "layers", "images", "masks", *names]]
     for summary in summaries:
         rows += _rows(summary, names)
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = []
-    for row in rows:
-        cells = [
-            cell.rjust(width) if 3 <= n <= 4 else cell.ljust(width) for n, (cell, width) in enumerate(zip(row, widths))
-        ]
-        lines.append("  ".join(cells).rstrip())
+    lines = text_tables.aligned(rows, "lllrrl")
     rule = "-" * max(map(len, lines))
     skipped = [
         f"{s['benchmark']}: {s['counts']['skipped']} images skipped" for s in summaries if s["counts"].get("skipped")

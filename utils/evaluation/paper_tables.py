@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from utils.plotting import text_tables
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -117,10 +119,8 @@ class Table:
     rows: list[list[str]]
 
     def markdown(self) -> str:
-        lines = [" | ".join(cell.replace("|", "\\|") for cell in row) for row in self.rows]
-        rule = " | ".join("---" for _ in self.rows[0])
         title = f"Table {self.layout.number}: {self.layout.title} (percent)"
-        return "\n".join([f"**{title}**", "", *(f"| {line} |" for line in (lines[0], rule, *lines[1:]))])
+        return f"**{title}**\n\n{text_tables.markdown(self.rows)}"
 
 
 def fill(method: str, summaries: Sequence[dict[str, Any]]) -> list[Table]:

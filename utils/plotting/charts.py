@@ -72,7 +72,7 @@ def pixels(drawn: Figure, dpi: int = 250) -> np.ndarray:
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
-def save_picture(path: Path, picture: np.ndarray | Figure, caption: str) -> None:
+def save_chart(path: Path, picture: np.ndarray | Figure, caption: str) -> None:
     """Writes a chart, or RGB [H, W, 3], as ``png`` does."""
     path.write_bytes(png(pixels(picture) if isinstance(picture, Figure) else picture, caption))
 

@@ -59,6 +59,11 @@ class Panel:
     deviations: np.ndarray | None = None
 
 
+def evenly_spaced(length: int, most: int) -> list[int]:
+    """Which of ``length`` things to show: at most ``most`` places, from the first to the last."""
+    return np.linspace(0, length - 1, min(most, length)).round().astype(int).tolist()
+
+
 def color(number: int) -> tuple[int, int, int]:
     """The color of the ``number``-th [SEG]."""
     red, green, blue = PALETTE[number % len(PALETTE)].tolist()

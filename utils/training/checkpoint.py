@@ -13,11 +13,8 @@ import contextlib
 import io
 import json
 import os
-import platform
 import shutil
-import subprocess
 from collections.abc import Iterable
-from importlib.metadata import version as version_of
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +24,7 @@ from torch import nn
 from model.loading.weights import Loaded, base_fingerprints
 from utils import distributed
 from utils.config import FIELDS, Config, config_from, plain
+from utils.training.versions import git_commit, package_versions
 
 FOLDER, INDEX, META = "checkpoints", "index.json", "meta.json"
 
@@ -57,24 +55,13 @@ def describe_settings(config: Config, data: list[dict]) -> dict[str, Any]:
 
 def describe_model(model: nn.Module, processor, loaded: Iterable[Loaded]) -> dict[str, Any]:
     """What trains, on what base, with which code."""
-    packages = ("torch", "transformers", "peft", "deepspeed", "segment-anything")
     return {
         "base": base_fingerprints(loaded),
         "tokens": vars(processor.tokens),
         "trained": trained_shapes(model),
         "commit": git_commit(),
-        "versions": {"python": platform.python_version()} | {name: version_of(name) for name in packages},
+        "versions": package_versions("torch", "transformers", "peft", "deepspeed", "segment-anything"),
     }
-
-
-def git_commit() -> str:
-    """The commit of this code, with ``-dirty`` when files differ from it."""
-    root = Path(__file__).resolve().parents[2]
-    try:
-        command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
 
 
 # -- finding -----------------------------------------------------------------------------------------------------------

@@ -8,6 +8,8 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
+from utils.plotting.text_tables import markdown
+
 LICENCES = """The code is Apache-2.0. Weights carry the licences of what they were made from: LLaVA-1.5 on Vicuna the
 LLaMA 2 Community License, CLIP the MIT licence, SAM Apache-2.0; LLaVA's instruction data are CC BY 4.0, and the
 segmentation data sets have terms of their own, some for research only. Whoever publishes this folder states which apply
@@ -42,10 +44,10 @@ def model_card(name: str, meta: dict[str, Any], adapter: bool, license: str = "o
         "for each of them a policy picks a transformer layer, whose similarity map prompts SAM.",
         f"This folder is {'an adapter: it loads on top of its base' if adapter else 'complete'}.",
         f"```bash\n{use}\n```",
-        "## Base\n\n" + _table(["part", "file", "fingerprint"], _bases(bases, meta["base"])),
-        "## Data\n\n" + (_table(["data set", "type", "images", "share"], _data(meta["data"])) or "None: not trained."),
+        "## Base\n\n" + _base_table(bases, meta["base"]),
+        "## Data\n\n" + _data_table(meta["data"]),
         f"Optimizer steps: {meta['step']}; processes: {meta['processes']}; seed: {meta['config']['train']['seed']}.",
-        "## Results\n\n" + (_table(["benchmark", "metric", "value"], _metrics(meta["metrics"])) or "Not validated."),
+        "## Results\n\n" + _metrics_table(meta["metrics"]),
         "On the validation data of the run, which chose the checkpoint; `test.py` gives results to report.",
         f"## Reproduce\n\nCode: commit `{meta['commit']}`; "
         + ", ".join(f"{package} {version}" for package, version in meta["versions"].items())
@@ -57,17 +59,20 @@ def model_card(name: str, meta: dict[str, Any], adapter: bool, license: str = "o
     return "\n\n".join(parts) + "\n"
 
 
-def _bases(files: dict[str, str], fingerprints: dict[str, str]) -> list[list[str]]:
+def _base_table(files: dict[str, str], fingerprints: dict[str, str]) -> str:
     where = {"vision_tower": files["vision_tower"], "visual_model": files["vision_pretrained"]}
-    return [[module, where.get(module, files["version"]), f"`{value}`"] for module, value in fingerprints.items()]
+    rows = [[module, where.get(module, files["version"]), f"`{value}`"] for module, value in fingerprints.items()]
+    return markdown([["part", "file", "fingerprint"], *rows])
 
 
-def _data(rows: list[dict[str, Any]]) -> list[list[str]]:
-    return [[row["name"], row["type"], f"{row['images']:,}", f"{row['share']:.1%}"] for row in rows]
+def _data_table(data: list[dict[str, Any]]) -> str:
+    rows = [[row["name"], row["type"], f"{row['images']:,}", f"{row['share']:.1%}"] for row in data]
+    return markdown([["data set", "type", "images", "share"], *rows]) if rows else "None: not trained."
 
 
-def _metrics(metrics: dict[str, dict[str, float]]) -> list[list[str]]:
-    return [[spec, name, f"{value:.3f}"] for spec, values in metrics.items() for name, value in values.items()]
+def _metrics_table(metrics: dict[str, dict[str, float]]) -> str:
+    rows = [[spec, name, f"{value:.3f}"] for spec, values in metrics.items() for name, value in values.items()]
+    return markdown([["benchmark", "metric", "value"], *rows]) if rows else "Not validated."
 
 
 def _results(metrics: dict[str, dict[str, float]]) -> list[EvalResult]:
@@ -83,9 +88,3 @@ def _results(metrics: dict[str, dict[str, float]]) -> list[EvalResult]:
         for spec, values in metrics.items()
         for name, value in values.items()
     ]
-
-
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    """A table in Markdown; a vertical bar in a cell is part of its text. Empty without rows."""
-    lines = [head, ["---"] * len(head), *rows] if rows else []
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)

@@ -8,19 +8,41 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 from tqdm import tqdm
 
+from model.loading.weights import Loaded
+from model.lora import parameters_by_part
 from model.UGround import UGroundOutput
 from utils import distributed
+from utils.plotting import text_tables
 from utils.plotting.charts import png
 
 PICTURES = "pictures"  # in a run's folder: the validation samples, BENCHMARK/step_00000060.png
 GROUPS = {"reward": "policy", "baseline": "policy", "entropy": "policy", "lr": "train", "images_per_s": "train"}
+
+
+def loading_table(loaded: Sequence[Loaded]) -> str:
+    """Where each module's weights are from."""
+    rows = [["module", "parameters", "dtype", "fingerprint", "source"]]
+    rows += [[row.module, f"{row.parameters:,}", row.dtype, row.fingerprint, row.source] for row in loaded]
+    return "\n".join(text_tables.aligned(rows, "lrl"))
+
+
+def parameter_table(model: nn.Module) -> str:
+    """Parameters and trainable parameters per part, and of all parts."""
+    counts = parameters_by_part(model)
+    total, trained = (sum(column) for column in zip(*counts.values()))
+    rows = [["part", "parameters", "trainable", ""]]
+    rows += [[part, *(f"{count:,}" for count in pair), ""] for part, pair in counts.items()]
+    rows.append(["all", f"{total:,}", f"{trained:,}", f"({trained / total:.2%})"])
+    return "\n".join(text_tables.aligned(rows, "lr"))
 
 
 class Meter:
@@ -245,11 +267,10 @@ def validation_sheet(model, processor, dataset, asking, count: int) -> np.ndarra
     """Fixed validation samples, evenly spread over the split: image, query, similarity map, mask, truth."""
     from utils.evaluation.engine import ask
     from utils.evaluation.metrics import merge_targets
-    from utils.plotting.overlays import Panel, sheet
+    from utils.plotting.overlays import Panel, evenly_spaced, sheet
 
-    places = sorted({int(place) for place in np.linspace(0, len(dataset) - 1, count)})
     panels = []
-    for place in places:
+    for place in evenly_spaced(len(dataset), count):
         sample = dataset[place]
         sample.queries = sample.queries[:1]
         [[answer]] = ask(model, processor, [sample], [place], dataset.benchmark, asking)

@@ -21,7 +21,8 @@ from matplotlib.ticker import MaxNLocator
 
 from model.lora import part_of
 from utils.config import Config, plain
-from utils.plotting import charts
+from utils.plotting import charts, text_tables
+from utils.plotting.overlays import evenly_spaced
 from utils.training.checkpoint import read_index
 from utils.training.run_log import PICTURES
 
@@ -63,10 +64,12 @@ def write_report(folder: Path) -> Path:
             "Gradients and pace", chart(pace_series(train), "Gradient norms before clipping, per part and of all.")
         ),
         section("Validation pictures", *sheets(folder)),
-        section("Data", table(starts[-1].get("data", []))),
-        section("Parameters", table(parameters(starts[-1])), weights_note(starts[-1])),
-        section("Settings", differences(settings), f"<pre>{escape(dump(settings))}</pre>"),
-        section("Versions", table([starts[-1].get("versions", {}) | {"commit": starts[-1].get("commit", "unknown")}])),
+        section("Data", html_table(starts[-1].get("data", []))),
+        section("Parameters", html_table(parameters(starts[-1])), weights_note(starts[-1])),
+        section("Settings", changed_settings(settings), f"<pre>{escape(dump(settings))}</pre>"),
+        section(
+            "Versions", html_table([starts[-1].get("versions", {}) | {"commit": starts[-1].get("commit", "unknown")}])
+        ),
     ]
     title = escape(f"{folder.resolve().name}: training run")
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
@@ -132,16 +135,10 @@ def section(title: str, *parts: str) -> str:
     return f"<h2>{escape(title)}</h2>\n{content}" if content else ""
 
 
-def table(rows: Sequence[Mapping[str, Any]]) -> str:
+def html_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Rows as an HTML table; columns in the order they are first seen."""
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    if not columns:
-        return ""
-    heads = "".join(f"<th>{escape(str(name))}</th>" for name in columns)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{escape(shown(row.get(name, '')))}</td>" for name in columns) + "</tr>\n" for row in rows
-    )
-    return f"<table>\n<tr>{heads}</tr>\n{body}</table>"
+    cells = text_tables.from_mappings(rows, lambda _, value: "" if value is None else shown(value))
+    return text_tables.html(cells) if cells[0] else ""
 
 
 def shown(value: Any) -> str:
@@ -163,7 +160,7 @@ def validation_table(val: Sequence[dict], index: Mapping[str, str], most: int = 
     left_out = max(0, len(rows) - most)
     kept = [row for n, row in enumerate(rows) if n >= left_out or row[""]]
     note = f'<p class="note">{len(rows) - len(kept)} earlier validations are left out.</p>' if left_out else ""
-    return table(kept) + note
+    return html_table(kept) + note
 
 
 def parameters(start: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -177,12 +174,12 @@ def parameters(start: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def weights_note(start: Mapping[str, Any]) -> str:
     """Which base weights the run started from."""
-    return table(
+    return html_table(
         start.get("weights") or [{"module": name, "fingerprint": it} for name, it in start.get("base", {}).items()]
     )
 
 
-def differences(settings: Mapping[str, Mapping[str, Any]]) -> str:
+def changed_settings(settings: Mapping[str, Mapping[str, Any]]) -> str:
     """Settings that are not the defaults of ``train_ds.py``."""
     defaults = plain(Config())
     rows = [
@@ -191,7 +188,7 @@ def differences(settings: Mapping[str, Mapping[str, Any]]) -> str:
         for name, value in found.items()
         if name in defaults.get(part, {}) and value != defaults[part][name]
     ]
-    return "<p>Differences from the defaults:</p>" + table(rows) if rows else "<p>All settings are defaults.</p>"
+    return "<p>Differences from the defaults:</p>" + html_table(rows) if rows else "<p>All settings are defaults.</p>"
 
 
 def dump(settings: Mapping[str, Any]) -> str:
@@ -301,15 +298,13 @@ def sheets(folder: Path) -> Iterable[str]:
     """The validation samples as they were drawn in training: the first, the last, and between them what fits."""
     drawn = [sorted(each.glob("step_*.png")) for each in sorted((folder / PICTURES).glob("*")) if each.is_dir()]
     for most in (4, 3, 2, 1):
-        chosen = [path for paths in drawn for path in spread(paths, most)]
+        chosen = [path for paths in drawn for path in pick_steps(paths, most)]
         if sum(path.stat().st_size for path in chosen) <= BUDGET:
             break
     for path in chosen if drawn else ():
         yield inline(path.read_bytes(), f"{path.parent.name}, step {int(path.stem.removeprefix('step_'))}")
 
 
-def spread(paths: Sequence[Path], most: int) -> list[Path]:
+def pick_steps(paths: Sequence[Path], most: int) -> list[Path]:
     """So many of them, evenly spaced, the last among them."""
-    if most == 1:
-        return list(paths[-1:])
-    return [paths[place] for place in sorted({round(x) for x in np.linspace(0, len(paths) - 1, min(most, len(paths)))})]
+    return list(paths[-1:]) if most == 1 else [paths[place] for place in evenly_spaced(len(paths), most)]
