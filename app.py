@@ -29,8 +29,8 @@ from starlette.responses import JSONResponse
 from starlette.routing import Route
 from transformers.utils import logging as transformers_logging
 
+from model import layer_rules
 from model.loading.weights import fingerprint
-from model.PPM import parse_layer_policy
 from model.structures import Turn
 from utils.config import load_config
 from utils.dashboard import view
@@ -58,7 +58,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     cli.add_model_flags(parser, default="the tiny model")
-    add("--layer_policy", metavar="HOW", help="as in chat.py (default: the model's own; last for the untrained one)")
+    cli.add_layer_flag(parser, "default: the model's own; last for the untrained one")
     add("--port", type=int, metavar="N", help="default: 7860, or the next one that is free")
     add("--host", default="127.0.0.1", metavar="ADDRESS", help="address to listen on; 0.0.0.0 = the whole network")
     add("--share", action="store_true", help="also give it a public address, through gradio's servers")
@@ -97,8 +97,7 @@ def build_dashboard(args: argparse.Namespace, folder: Path) -> Dashboard:
     else:
         opened = cli.open_model(args)
         name = "The tiny model, trained by the demo: it knows drawn scenes only" if asked_for is None else args.version
-    if args.layer_policy:
-        parse_layer_policy(args.layer_policy, opened.model.ppm.num_layers)
+    opened.model.config.layer_rule(args.layer_policy)  # a mistake shows before the page opens
     dashboard = Dashboard(
         opened.model,
         opened.processor,
@@ -253,9 +252,8 @@ def question_column(dashboard: Dashboard, examples: list[Example]) -> SimpleName
         stop = gr.Button("Stop", min_width=80, elem_id="ug-stop")
         clear = gr.Button("Start over", min_width=80, elem_id="ug-clear")
     with gr.Accordion("Settings", open=False):
-        layers = dashboard.num_layers
         own = f"the model's own ({dashboard.layer_policy})"
-        choices = [(own, ""), "argmax", "last", "sample", "soft", "mc:16", *(f"fixed:{k}" for k in range(layers))]
+        choices = [(own, ""), *layer_rules.menu(dashboard.num_layers)]
         policy = gr.Dropdown(choices, value="", label="Layer policy: which layer a [SEG] connects from")
         remember = gr.Checkbox(dashboard.remember, label="The model sees the earlier questions of this conversation")
         length = gr.Slider(1, dashboard.limits.new_tokens, 64, step=1, label="Longest answer, in tokens")

@@ -17,26 +17,6 @@ from torch import distributed, nn
 EPSILON = 1e-6
 
 
-def parse_layer_policy(policy: str, num_layers: int) -> tuple[str, int]:
-    """``"fixed:3"`` -> ("fixed", 3), ``"mc:16"`` -> ("mc", 16), ``"last"`` -> ("last", 0): it has no number.
-
-    Raises:
-        ValueError: for an unknown policy, a layer outside [0, num_layers), or fewer than one Monte-Carlo sample.
-    """
-    kind, _, number = policy.partition(":")
-    plain, counted = ("policy", "argmax", "sample", "last", "uniform", "soft", "ce_soft"), ("fixed", "mc")
-    if kind in plain and not number:
-        return kind, 0
-    if kind in counted and number.removeprefix("-").isdecimal():
-        value = int(number)
-        if kind == "fixed" and not 0 <= value < num_layers:
-            raise ValueError(f"layer {value} does not exist: choose 0 (embeddings) to {num_layers - 1} (last)")
-        if kind == "mc" and value < 1:
-            raise ValueError(f"'{policy}' draws no sample; use mc:1 or more")
-        return kind, value
-    raise ValueError(f"unknown layer policy {policy!r}; use one of {', '.join(plain)}, fixed:K, mc:T")
-
-
 class PolicyPromptedMasking(nn.Module):
     """The gate of Eq. 4 and the baseline of Eq. 5.
 
@@ -94,29 +74,6 @@ class PolicyPromptedMasking(nn.Module):
         layers = torch.arange(self.num_layers, device=scores.device)
         outside = (layers < self.first_candidate) | (layers > self.last_candidate)
         return scores.masked_fill(outside, -torch.inf).log_softmax(-1)
-
-    def choose(self, log_policy: torch.Tensor, how: str, noise: torch.Tensor) -> torch.Tensor:
-        """One layer per [SEG].
-
-        Args:
-            log_policy: [N, L].
-            how: ``policy``, ``sample`` and ``mc:T`` draw once from the policy, ``uniform`` from all candidates,
-                ``argmax`` takes the mode, ``last`` the last layer, ``fixed:K`` layer K. ``soft`` and ``ce_soft``
-                connect from all layers; theirs is the one of the largest weight, to be reported.
-            noise: [N, L] standard Gumbel noise to draw with (argmax of log pi + noise is a sample).
-
-        Returns:
-            [N] int64.
-        """
-        kind, value = parse_layer_policy(how, self.num_layers)
-        if kind in ("argmax", "soft", "ce_soft"):
-            return log_policy.argmax(-1)
-        if kind in ("policy", "sample", "mc"):
-            return (log_policy + noise).argmax(-1)
-        if kind == "uniform":
-            return torch.where(log_policy.isfinite(), noise, -torch.inf).argmax(-1)
-        layer = self.num_layers - 1 if kind == "last" else value
-        return torch.full(log_policy.shape[:1], layer, dtype=torch.int64, device=log_policy.device)
 
     def advantage(self, rewards: torch.Tensor) -> torch.Tensor:
         """A = r - b per [SEG]; updates b first, with the mean reward over all ranks (Algorithm 1, line 9).

@@ -14,6 +14,7 @@ from torch import nn
 from model.config import RELEASED, UGroundConfig
 from model.generation import Answers, read_given, write_answers
 from model.geometry import maps_at, mask_prompts
+from model.layer_rules import LayerRule
 from model.llava import LlavaLlamaForCausalLM
 from model.objective import Objective, UGroundOutput
 from model.points import map_points, read_points
@@ -23,7 +24,6 @@ from model.PPM import (
     fuse_layers,
     gumbel_noise,
     normalise_maps,
-    parse_layer_policy,
     similarity_of_all_layers,
 )
 from model.sam import SamShape, SegmentAnything
@@ -101,10 +101,10 @@ class UGroundForCausalLM(Objective, LlavaLlamaForCausalLM):
         output, valid = self.read_batch(batch)
         counts = [len(masks) for masks in batch.masks]
         states = torch.stack([layer.flatten(0, 1)[batch.seg_positions] for layer in output.hidden], dim=1)
-        how = self.config.layer_selection
-        grounding = self.ground(output.hidden, states, batch.seg_rows, counts, batch.image_start, how)
+        rule = self.config.selection
+        grounding = self.ground(output.hidden, states, batch.seg_rows, counts, batch.image_start, rule)
         noise = gumbel_noise(batch.numbers, _repeat(counts), self.ppm.num_layers, self.config.policy_seed)
-        layers = self.ppm.choose(grounding.log_policy, how, noise.to(self.device, non_blocking=True))
+        layers = rule.choose(grounding.log_policy, noise.to(self.device, non_blocking=True))
         embeddings = self.visual_model.encode(batch.sam_images, batch.image_keys)
         mask_logits, maps = self.draw(grounding, layers, embeddings, valid, batch)
         logits = self.lm_head(output.hidden[-1].flatten(0, 1)[batch.label_positions])
@@ -122,16 +122,13 @@ class UGroundForCausalLM(Objective, LlavaLlamaForCausalLM):
         seg_rows: torch.Tensor,
         counts: list[int],
         image_start: int,
-        how: str,
+        rule: LayerRule,
     ) -> Grounding:
-        """Everything that PPM derives from the [SEG] states [N, L, D] before a layer is chosen (``how``)."""
+        """Everything that PPM derives from the [SEG] states [N, L, D] before a layer is chosen."""
         image = slice(image_start, image_start + self.config.num_image_tokens)
         scores = similarity_of_all_layers(hidden, states, seg_rows, image)
         log_policy, fused = self.ppm.log_policy(states), None
-        if how in ("soft", "ce_soft"):
-            weights = log_policy.exp()
-            if how == "ce_soft":  # the classifier's scores: its cross-entropy alone trains them
-                weights = weights.detach()
+        if (weights := rule.weights(log_policy)) is not None:
             fused = fuse_layers(hidden, states, weights, seg_rows, image)
         return Grounding(states, scores, log_policy, seg_rows, counts, fused)
 
@@ -196,7 +193,7 @@ class UGroundForCausalLM(Objective, LlavaLlamaForCausalLM):
         on_token: Callable[[list[int]], None] | None = None,
     ) -> list[list[Prediction]]:
         """Answers every question of every image; a mask per [SEG]. See ``answer`` and ``draw_masks``."""
-        parse_layer_policy(layer_policy or self.config.layer_policy, self.ppm.num_layers)  # before minutes of writing
+        self.config.layer_rule(layer_policy)  # a mistake shows before minutes of writing
         return self.draw_masks(self.answer(batch, max_new_tokens, on_token), layer_policy, seed)
 
     @torch.inference_mode()
@@ -227,22 +224,21 @@ class UGroundForCausalLM(Objective, LlavaLlamaForCausalLM):
         """PPM's and SAM's part of ``predict``.
 
         Args:
-            layer_policy: ``argmax`` (the policy's mode), ``last``, ``sample``, ``uniform``, ``fixed:K``, ``soft`` (all,
-                weighted by the policy), or ``mc:T``: the mean mask of T sampled layers, with its uncertainty. None =
-                the configuration's ``layer_policy``.
+            layer_policy: a rule of ``model.layer_rules``, such as ``argmax``, ``fixed:3``, or ``mc:16`` for the mean
+                mask of 16 sampled layers with its uncertainty. None = the configuration's ``layer_policy``.
             seed: of sampled layers, together with the sample numbers of the batch.
 
         Returns:
             [image][question] predictions; ``text`` is left empty (the processor decodes it).
         """
-        layer_policy = layer_policy or self.config.layer_policy
+        rule = self.config.layer_rule(layer_policy)
         batch, answers = answered.batch, answered.answers
         counts = [sum(row == b for row, _ in answers.places) for b in range(len(batch.sizes))]
         rows = torch.tensor(_repeat(counts), dtype=torch.int64, device=self.device)
-        grounding = self.ground(answered.hidden, answers.states, rows, counts, batch.image_start, layer_policy)
+        grounding = self.ground(answered.hidden, answers.states, rows, counts, batch.image_start, rule)
         drawn: list[DrawnMask] = []
         if answered.embeddings is not None:
-            drawn = self.draw_by_policy(grounding, answered.embeddings, answered.valid, batch, layer_policy, seed)
+            drawn = self.draw_by_policy(grounding, answered.embeddings, answered.valid, batch, rule, seed)
         policy = grounding.log_policy.exp().cpu()
         layer_maps = self._normalised(grounding.scores, answered.valid[rows][:, None]).cpu()
 
@@ -264,24 +260,29 @@ class UGroundForCausalLM(Objective, LlavaLlamaForCausalLM):
         return [[prediction(b, k) for k in range(count)] for b, count in enumerate(batch.questions)]
 
     def draw_by_policy(
-        self, grounding: Grounding, embeddings: torch.Tensor, valid: torch.Tensor, batch: Batch, how: str, seed: int
+        self,
+        grounding: Grounding,
+        embeddings: torch.Tensor,
+        valid: torch.Tensor,
+        batch: Batch,
+        rule: LayerRule,
+        seed: int,
     ) -> list[DrawnMask]:
-        """The N masks (``mc:T``: means over T draws, and the layer drawn most)."""
-        kind, samples = parse_layer_policy(how, self.ppm.num_layers)
+        """The N masks (of a rule with several samples: their means, and the layer sampled most)."""
         repeated = _repeat(grounding.counts)
 
         def layers_of(draw: int) -> torch.Tensor:
             noise = gumbel_noise(batch.numbers, repeated, self.ppm.num_layers, seed + 104_729 * draw)
-            return self.ppm.choose(grounding.log_policy, how, noise.to(self.device, non_blocking=True))
+            return rule.choose(grounding.log_policy, noise.to(self.device, non_blocking=True))
 
         def draw(grounding: Grounding, layers: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
             logits, maps = self.draw(grounding, layers, embeddings, valid, batch)
             return zip((mask for row in logits for mask in row), (mask for row in maps for mask in row))
 
-        if kind != "mc":
+        if not rule.samples:
             layers = layers_of(0)
             return [DrawnMask(*both, layer) for both, layer in zip(draw(grounding, layers), layers.tolist())]
-        drawn = torch.stack([layers_of(t) for t in range(samples)], 1)  # [N, T]
+        drawn = torch.stack([layers_of(t) for t in range(rule.samples)], 1)  # [N, T]
         shares = nn.functional.one_hot(drawn, self.ppm.num_layers).float().mean(1).cpu()  # [N, L]
         means = [MonteCarlo(share) for share in shares]
         pairs = shares.nonzero()  # a layer is decoded once for a [SEG], however often it was drawn

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from transformers import AutoConfig
 
+from model import layer_rules
 from model.llava import LlavaLlamaConfig
 from model.points import READ_POINTS
-from model.PPM import parse_layer_policy
 from model.sam import SamShape
 
 MAP_TERMS = ("gaussian_bce", "gaussian_dice", "bce", "dice")
@@ -42,15 +42,14 @@ class UGroundConfig(LlavaLlamaConfig):
     Args:
         sam_config: ``SamShape`` as a dictionary.
         seg_token_id, rej_token_id: ids of ``[SEG]`` and ``[REJ]``.
-        layer_selection: the layer a [SEG] connects from in training: ``policy`` (SSC), ``last``, ``uniform``,
-            ``fixed:K``; or all of them by soft gating, the gate trained through SAM (``soft``, Table 9) or as a
-            classifier of the layer whose map overlaps most (``ce_soft``, appendix B.1).
+        layer_selection: the layer whose hidden state and similarity map a [SEG] uses in training, by a rule of
+            ``model.layer_rules``: ``policy`` (SSC), ``last``, ``fixed:K``, ``soft``, ...
         policy_gradient: ``reinforce`` = from the sampled layer's reward (Eq. 5), ``exact`` = of the expected reward,
             from the rewards of all layers at the map's own resolution; it has no variance and takes no baseline.
         first_candidate_layer: 1 = the paper's layers, 0 = the embeddings too (released weights).
         last_candidate_layer: highest layer that can be chosen; -1 = the last.
         phi_layer: ``chosen`` = phi reads the layer that the map is taken from, ``last`` = always the last one.
-        eval_layer_policy: which layer ``predict`` takes unless told otherwise; None = the one that training taught
+        eval_layer_policy: the rule of ``predict`` unless told otherwise; None = the one that training taught
             (``layer_policy``).
         seg_prompt, mask_prompt: phi([SEG]) and the similarity map as SAM prompts (Table 6).
         point_prompts: so many foreground and as many background points from the similarity map as SAM prompts (READ);
@@ -138,28 +137,45 @@ class UGroundConfig(LlavaLlamaConfig):
         self.check_settings()
 
     @property
+    def candidates(self) -> range:
+        """The layers that the policy can choose."""
+        return range(self.first_candidate_layer, self.last_candidate_layer % (self.num_hidden_layers + 1) + 1)
+
+    @property
+    def selection(self) -> layer_rules.LayerRule:
+        """The rule of training."""
+        return layer_rules.parse(self.layer_selection, self.num_hidden_layers + 1, self.candidates, "training")
+
+    @property
     def layer_policy(self) -> str:
         """How ``predict`` chooses layers: the mode of a trained policy, or as in training where that had none."""
-        taught = {"policy": "argmax", "ce_soft": "soft"}.get(self.layer_selection, self.layer_selection)
-        return self.eval_layer_policy or taught
+        return self.eval_layer_policy or self.selection.at_inference
+
+    def layer_rule(self, layer_policy: str | None = None) -> layer_rules.LayerRule:
+        """The rule that ``predict`` is told to take; None = the model's own.
+
+        Raises:
+            ValueError: if there is no such rule, or its argument does not fit the model's layers.
+        """
+        return layer_rules.parse(layer_policy or self.layer_policy, self.num_hidden_layers + 1, self.candidates)
 
     @property
     def rewards_all_layers(self) -> bool:
         """Whether the gate learns from the maps of all layers, not from the chosen one's alone."""
-        exact = self.layer_selection == "policy" and self.policy_gradient == "exact"
-        return exact or self.layer_selection == "ce_soft"
+        gate = self.selection.gate
+        return gate == "classifier" or (gate == "policy" and self.policy_gradient == "exact")
 
     def check_settings(self) -> None:
         """Raises ValueError if a setting has no meaning."""
         num_layers = self.num_hidden_layers + 1
-        parse_layer_policy(self.layer_selection, num_layers)
-        parse_layer_policy(self.layer_policy, num_layers)
         first, last = self.first_candidate_layer, self.last_candidate_layer
         if not (0 <= first <= last % num_layers and -1 <= last < num_layers):
             raise ValueError(
                 f"first_candidate_layer {first} to last_candidate_layer {last} is no range of the layers 0 (the "
                 f"embeddings) to {num_layers - 1} (the last, also -1)"
             )
+        layer_rules.parse(self.layer_selection, num_layers, self.candidates, "training")
+        layer_rules.parse(self.layer_policy, num_layers, self.candidates)
         if not (self.seg_prompt or self.mask_prompt or self.point_prompts):
             raise ValueError("seg_prompt and mask_prompt are both off: SAM would have no prompt; switch one on")
         for name, choices in CHOICES.items():

@@ -86,7 +86,8 @@ class Objective:
         of_layers = None if layer_maps is None else self._layer_terms(batch.masks, soft, layer_maps)
         layer_rewards = None
         if config.rewards_all_layers and of_layers is not None:
-            layer_rewards = _reward(of_layers, "iou" if config.layer_selection == "ce_soft" else config.reward_terms)
+            by_overlap = config.selection.gate == "classifier"
+            layer_rewards = _reward(of_layers, "iou" if by_overlap else config.reward_terms)
         per_mask |= self._gate_terms(rewards, layers, log_policy, layer_rewards)
         per_mask["entropy"] = -(log_policy.exp() * log_policy.clamp(min=-1e4)).sum(-1)
 
@@ -140,11 +141,11 @@ class Objective:
             advantage = self.ppm.advantage(rewards)
         if config.scale_advantage:
             advantage = self.ppm.scaled(advantage)
-        each = torch.arange(len(layers), device=layers.device)
+        each, gate = torch.arange(len(layers), device=layers.device), config.selection.gate
         if layer_rewards is None:
-            if config.layer_selection == "policy":
+            if gate == "policy":
                 terms["policy"] = -advantage * log_policy[each, layers]
-        elif config.layer_selection == "ce_soft":
+        elif gate == "classifier":
             best = layer_rewards.masked_fill(log_policy.isinf(), -torch.inf).argmax(-1)
             terms["classifier"] = -log_policy[each, best]
         else:

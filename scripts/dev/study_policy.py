@@ -27,6 +27,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from model.config import UGroundConfig
+from model.layer_rules import StochasticSkip
 from model.objective import Objective
 from model.PPM import PolicyPromptedMasking, gumbel_noise
 from utils.config import Config, load_config
@@ -101,7 +102,7 @@ def read(model, processor, config: Config, steps: int) -> list[Rewarded]:
         output, valid = model.read_batch(batch)
         states = torch.stack([layer.flatten(0, 1)[batch.seg_positions] for layer in output.hidden], 1)
         counts = [len(masks) for masks in batch.masks]
-        grounding = model.ground(output.hidden, states, batch.seg_rows, counts, batch.image_start, "policy")
+        grounding = model.ground(output.hidden, states, batch.seg_rows, counts, batch.image_start, StochasticSkip())
         maps = model._normalised(grounding.scores, valid[batch.seg_rows][:, None])
         terms = model._layer_terms(batch.masks, [model._soft_target(masks) for masks in batch.masks], maps)
         found.append(Rewarded(states.float().cpu(), -(terms["map_bce"] + terms["map_dice"]).cpu()))
@@ -189,7 +190,7 @@ def learn(
         states = torch.nn.functional.rms_norm(batch.states, (width,)) if way.normalised else batch.states
         log_policy = learner.ppm.log_policy(states)
         noise = gumbel_noise([step], [0] * len(states), num_layers, seed)
-        layers = learner.ppm.choose(log_policy, "policy", noise)
+        layers = StochasticSkip().choose(log_policy, noise)
         sampled = batch.rewards.gather(1, layers[:, None])[:, 0]
         terms = learner._gate_terms(
             sampled, layers, log_policy, batch.rewards if settings.policy_gradient == "exact" else None

@@ -207,13 +207,6 @@ def test_sampled_layers_do_not_depend_on_the_batch(make_model, tiny_processor, t
     assert 0 not in together  # the embeddings are no candidate
 
 
-def test_monte_carlo_as_a_layer_selection_draws_and_is_not_a_fixed_layer(make_model, tiny_processor, tiny_samples):
-    batch = tiny_processor.collate(tiny_samples)
-    drawn, policy = (make_model(layer_selection=how)(batch).layers.tolist() for how in ("mc:2", "policy"))
-    assert drawn == policy
-    assert len(set(drawn)) > 1
-
-
 def test_monte_carlo_of_one_sample_equals_sample(tiny_model, tiny_processor, tiny_samples):
     image = [tiny_samples[0].image]
     ask = (image, [["star", "circle"]], [["it is [SEG].", "[SEG] and [SEG]"]])

@@ -17,6 +17,7 @@ import torch
 
 from model import losses
 from model.geometry import mask_prompts
+from model.layer_rules import LastLayer
 from model.loading.weights import load_released
 from model.PPM import PolicyPromptedMasking, similarity_of_all_layers
 from model.processing.collate import Row, collate_rows
@@ -428,7 +429,7 @@ def test_policy(name):
         picked = torch.full((n,), for_map) if isinstance(for_map, int) else for_map
         states_of_image = torch.stack([hidden[layer][row, image] for layer, row, image in zip(picked, rows, images)])
         same(states_of_image, entry["img_for_similarity"], f"{kind}: image states")
-    same(states[:, policy.choose(log_policy, "last", log_policy)[0]], case["mode3_eval_legacy_seg"], "evaluation: last")
+    same(states[:, LastLayer().choose(log_policy, log_policy)[0]], case["mode3_eval_legacy_seg"], "evaluation: last")
 
     for entry, reward in zip(case["ema"], case["rewards"]):
         advantage = policy.advantage(torch.tensor([reward]))

@@ -7,6 +7,7 @@ import torch
 from conftest import WORDS, build_tiny_model, drawn_sample
 from torch import distributed, multiprocessing
 
+from model.layer_rules import StochasticSkip
 from model.PPM import gumbel_noise
 from model.processing.processor import UGroundProcessor
 from utils.demo.tiny_model import train_tokenizer
@@ -40,7 +41,7 @@ def estimates(model, states, rewards, draws: int = 40, copies: int = 200) -> tor
     for draw in range(draws):
         many, table = states.repeat(copies, 1, 1), rewards.repeat(copies, 1)
         log_policy = model.ppm.log_policy(many)
-        layers = model.ppm.choose(log_policy, "policy", gumbel_noise([draw], [0] * len(many), 5))
+        layers = StochasticSkip().choose(log_policy, gumbel_noise([draw], [0] * len(many), 5))
         sampled = table[torch.arange(len(many)), layers]
         found.append(gradient(model, many, sampled, log_policy, layers))
     return torch.stack(found)
@@ -112,7 +113,7 @@ def test_a_bandit_finds_its_best_arm(make_model, settings):
         log_policy = model.ppm.log_policy(states)
         if step == 0:
             torch.testing.assert_close(log_policy.exp()[0], torch.tensor([0, 0.25, 0.25, 0.25, 0.25]))
-        layers = model.ppm.choose(log_policy, "policy", gumbel_noise([step], [0] * 16, 5))
+        layers = StochasticSkip().choose(log_policy, gumbel_noise([step], [0] * 16, 5))
         rewards = pays[layers] + 0.2 * torch.randn(16, generator=generator)
         table = pays.expand(16, 5) if "policy_gradient" in settings else None
         terms = model._gate_terms(rewards, layers, log_policy, table)

@@ -13,6 +13,7 @@ from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
 import yaml
 
+from model import layer_rules
 from utils.config.settings import DataSettings, EvalSettings, LossSettings, ModelSettings, PpmSettings, TrainSettings
 
 
@@ -291,12 +292,9 @@ def check(config: Config, origins: Mapping[str, str]) -> list[tuple[str, str]]:
 def _contradictions(config: Config) -> Iterable[tuple[str, str]]:
     """What single values cannot show."""
     ppm, data, train = config.ppm, config.data, config.train
-    if not re.fullmatch(r"policy|last|uniform|soft|ce_soft|fixed:\d+", ppm.layer_selection):
-        known = "policy, last, uniform, fixed:K (K = 0, 1, ...), soft, ce_soft"
-        yield "layer_selection", f"{ppm.layer_selection!r} is not one of {known}"
-    if not re.fullmatch(r"|argmax|last|sample|uniform|soft|fixed:\d+|mc:[1-9]\d*", config.eval.val_layer_policy):
-        known = "argmax, last, sample, soft, mc:T, fixed:K"
-        yield "val_layer_policy", f"{config.eval.val_layer_policy!r} is not one of {known}"
+    yield from _layer_rule("layer_selection", ppm.layer_selection, "training")
+    if config.eval.val_layer_policy:
+        yield from _layer_rule("val_layer_policy", config.eval.val_layer_policy, "inference")
     if not (ppm.seg_prompt or ppm.mask_prompt or ppm.point_prompts):
         yield "seg_prompt", "off together with mask_prompt: SAM would have no prompt; switch one on"
     if -1 < ppm.last_candidate_layer < ppm.first_candidate_layer:
@@ -327,6 +325,13 @@ def _contradictions(config: Config) -> Iterable[tuple[str, str]]:
         yield "exp_name", f"{train.exp_name!r} is not a folder name (letters, digits, . _ + = -)"
     if not config.eval.no_eval and not config.eval.val_dataset:
         yield "val_dataset", "is empty; name a benchmark, or give --no_eval"
+
+
+def _layer_rule(name: str, text: str, use: layer_rules.Use) -> Iterable[tuple[str, str]]:
+    try:
+        layer_rules.parse(text, use=use)
+    except ValueError as error:
+        yield name, str(error)
 
 
 def missing_paths(config: Config) -> list[str]:

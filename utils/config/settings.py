@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from model import layer_rules
+
 
 def setting(
     default: Any,
@@ -60,8 +62,7 @@ class PpmSettings:
 
     layer_selection: str = setting(
         "policy",
-        "layer that a [SEG] connects from: policy (SSC), last, uniform, fixed:K (Tables 6 and 9), or all, weighted by "
-        "a gate that learns through SAM (soft) or as a classifier of the best layer (ce_soft)",
+        f"layer whose hidden state and similarity map a [SEG] uses: {layer_rules.describe('training')}",
     )
     policy_gradient: str = setting(
         "reinforce",
@@ -249,7 +250,7 @@ class EvalSettings:
     )
     val_layer_policy: str = setting(
         "",
-        "layer in validation: argmax, last, sample, mc:T, fixed:K, soft; empty = as layer_selection has it",
+        f"layer rule of validation: {layer_rules.describe('inference')}; empty = as layer_selection has it",
         may_change=True,
     )
     val_batch_size: int = setting(4, "images per validation batch", low=1, may_change=True)
