@@ -202,6 +202,61 @@ class MonteCarloMean(PolicySample):
         return f"sampled layers, most often {layer}"
 
 
+@dataclass(frozen=True)
+class PolicyBlend(LayerRule):
+    """Soft gating over a few layers: 1 is the policy's mode, all candidates are ``soft``."""
+
+    count: int = 3
+
+    name = "blend"
+    argument = "K"
+    help = "the K most probable layers, weighted by the policy"
+    uses = ("inference",)
+
+    @classmethod
+    def examples(cls, num_layers: int) -> list[LayerRule]:
+        return [cls(min(cls.count, num_layers))]
+
+    def check(self, num_layers: int | None, candidates: range | None) -> None:
+        if self.count < 1:
+            raise ValueError(f"'{self}' blends no layer; use blend:1 or more")
+        if num_layers is not None and self.count > num_layers:
+            raise ValueError(f"'{self}' blends more layers than there are; use at most blend:{num_layers}")
+
+    def weights(self, log_policy: torch.Tensor) -> torch.Tensor | None:
+        highest, layers = log_policy.topk(self.count)
+        return torch.zeros_like(log_policy).scatter(-1, layers, highest.softmax(-1))
+
+    def words(self, layer: int) -> str:
+        return f"the {self.count} most probable layers, most weight on {layer}"
+
+
+@dataclass(frozen=True)
+class PolicyWindow(LayerRule):
+    first: int
+    last: int
+
+    name = "window"
+    argument = "A-B"
+    help = "the policy's most probable layer from A to B"
+    uses = ("inference",)
+
+    @classmethod
+    def examples(cls, num_layers: int) -> list[LayerRule]:
+        return [cls(num_layers // 2, num_layers - 1)]
+
+    def check(self, num_layers: int | None, candidates: range | None) -> None:
+        for layer in (self.first, self.last):
+            _check_layer(layer, num_layers)
+        if self.first > self.last:
+            raise ValueError(f"'{self}' is empty; use window:{self.last}-{self.first}")
+        if candidates and not set(candidates) & set(range(self.first, self.last + 1)):
+            raise ValueError(f"'{self}' holds no layer that the policy can choose: {candidates[0]} to {candidates[-1]}")
+
+    def choose(self, log_policy: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        return log_policy[:, self.first : self.last + 1].argmax(-1) + self.first
+
+
 RULES: tuple[type[LayerRule], ...] = (
     StochasticSkip,
     PolicyMode,
@@ -212,6 +267,8 @@ RULES: tuple[type[LayerRule], ...] = (
     SoftGating,
     GateClassifier,
     MonteCarloMean,
+    PolicyBlend,
+    PolicyWindow,
 )
 
 

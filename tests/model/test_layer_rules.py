@@ -30,6 +30,17 @@ BAD = {  # of each rule: what is refused, and the message
     "soft": {"soft:2": "unknown layer policy"},
     "ce_soft": {"ce_soft:2": "unknown layer policy"},
     "mc": {"mc": "unknown layer policy", "mc:\u00b2": "unknown layer policy", "mc:0": "'mc:0' draws no sample"},
+    "blend": {
+        "blend": "unknown layer policy",
+        "blend:0": "'blend:0' blends no layer; use blend:1 or more",
+        "blend:6": "'blend:6' blends more layers than there are; use at most blend:5",
+    },
+    "window": {
+        "window:2": "unknown layer policy",
+        "window:1-5": "layer 5 does not exist",
+        "window:3-2": "'window:3-2' is empty; use window:2-3",
+        "window:0-0": "'window:0-0' holds no layer that the policy can choose: 1 to 4",
+    },
 }
 PROBABILITIES = torch.tensor([[0, 0.1, 0.2, 0.4, 0.3], [0, 0.6, 0.1, 0.1, 0.2]])
 NOISE = torch.tensor([[9.0, 4.0, 0.0, 0.0, 1.0], [9.0, 0.0, 0.0, 3.0, 0.0]])
@@ -43,11 +54,17 @@ CHOSEN = {  # by the probabilities and the noise above
     "soft": [3, 1],
     "ce_soft": [3, 1],
     "mc:4": [1, 3],
+    "blend:2": [3, 1],
+    "window:2-3": [3, 2],
+    "window:0-1": [1, 1],
+    "window:4-4": [4, 4],
 }
 WORDS = {
     "fixed:3": "layer 3",
     "soft": "all layers, most weight on 3",
     "mc:16": "sampled layers, most often 3",
+    "blend:2": "the 2 most probable layers, most weight on 3",
+    "window:2-3": "layer 3",
 }
 every_rule = pytest.mark.parametrize("kind", RULES, ids=lambda kind: kind.name)
 
@@ -183,3 +200,22 @@ def test_a_fixed_layer_is_the_same_as_the_last_one_by_its_number(tiny_model, tin
     last, fixed = ask(tiny_model, tiny_processor, "last"), ask(tiny_model, tiny_processor, "fixed:4")
     assert last.layers == fixed.layers == [4, 4]
     assert_same_masks(last.mask_logits, fixed.mask_logits)
+
+
+def test_a_blend_weighs_the_most_probable_layers():
+    weights = parse("blend:2").weights(PROBABILITIES.log())
+    torch.testing.assert_close(weights, torch.tensor([[0, 0, 0, 4 / 7, 3 / 7], [0, 0.75, 0, 0, 0.25]]))
+
+
+@pytest.mark.parametrize(("rule", "same"), [("blend:1", "argmax"), ("blend:4", "soft"), ("window:1-4", "argmax")])
+def test_blends_and_windows_end_where_other_rules_begin(tiny_model, tiny_processor, rule, same):
+    ours, theirs = ask(tiny_model, tiny_processor, rule), ask(tiny_model, tiny_processor, same)
+    assert ours.layers == theirs.layers
+    assert_same_masks(ours.mask_logits, theirs.mask_logits)
+    torch.testing.assert_close(ours.maps, theirs.maps)
+
+
+def test_a_blend_lies_between_the_mode_and_soft_gating(tiny_model, tiny_processor):
+    one, two, every = (ask(tiny_model, tiny_processor, rule).maps for rule in ("argmax", "blend:2", "soft"))
+    assert not torch.allclose(one, two, atol=1e-3)
+    assert not torch.allclose(two, every, atol=1e-3)
