@@ -13,7 +13,7 @@ from torch import nn
 
 from model.config import RELEASED, UGroundConfig
 from model.generation import Answers, read_given, write_answers
-from model.geometry import maps_at, mask_prompts
+from model.geometry import maps_at, mask_prompts, normalise_maps
 from model.layer_rules import LayerRule
 from model.llava import LlavaLlamaForCausalLM
 from model.objective import Objective, UGroundOutput
@@ -23,7 +23,6 @@ from model.PPM import (
     PolicyPromptedMasking,
     fuse_layers,
     gumbel_noise,
-    normalise_maps,
     similarity_of_all_layers,
 )
 from model.sam import SamShape, SegmentAnything
@@ -61,7 +60,7 @@ class DrawnMask:
     uncertainty: MaskUncertainty | None = None
 
 
-class UGroundForCausalLM(Objective, LlavaLlamaForCausalLM):
+class UGroundForCausalLM(LlavaLlamaForCausalLM):
     """LLaVA with Policy-Prompted Masking in front of SAM's decoder."""
 
     config_class = UGroundConfig
@@ -73,15 +72,8 @@ class UGroundForCausalLM(Objective, LlavaLlamaForCausalLM):
         width = config.hidden_size
         phi = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, sam.prompt_width))
         self.text_hidden_fcs = nn.ModuleList([phi])
-        self.ppm = PolicyPromptedMasking(
-            config.num_hidden_layers + 1,
-            width,
-            config.first_candidate_layer,
-            config.baseline_decay,
-            config.critic_width if config.baseline == "critic" else 0,
-            config.last_candidate_layer,
-            config.baseline_start,
-        )
+        self.ppm = PolicyPromptedMasking(config)
+        self.objective = Objective(config, self.ppm)
         self.post_init()
 
     # ------------------------------------------------------------------ training
@@ -110,7 +102,7 @@ class UGroundForCausalLM(Objective, LlavaLlamaForCausalLM):
         logits = self.lm_head(output.hidden[-1].flatten(0, 1)[batch.label_positions])
         layer_maps = None
         if all_layers or self.config.rewards_all_layers:
-            layer_maps = self._normalised(grounding.scores.detach(), valid[grounding.rows][:, None])
+            layer_maps = self.normalised(grounding.scores.detach(), valid[grounding.rows][:, None])
         result = self.objective(batch, logits, mask_logits, maps, layers, grounding.log_policy, layer_maps)
         result.loss = result.loss + 0.0 * anchor
         return result
@@ -132,7 +124,8 @@ class UGroundForCausalLM(Objective, LlavaLlamaForCausalLM):
             fused = fuse_layers(hidden, states, weights, seg_rows, image)
         return Grounding(states, scores, log_policy, seg_rows, counts, fused)
 
-    def _normalised(self, scores: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    def normalised(self, scores: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+        """Similarities [..., P] as maps in [0, 1], by the configuration's ``map_normalization``; valid: [..., P]."""
         return normalise_maps(scores, valid if self.config.map_normalization == "valid" else None)
 
     def draw(
@@ -154,7 +147,7 @@ class UGroundForCausalLM(Objective, LlavaLlamaForCausalLM):
         config, sam = self.config, self.visual_model
         states, scores = grounding.taken(layers)
         keep = valid[grounding.rows]
-        maps = self._normalised(scores, keep)
+        maps = self.normalised(scores, keep)
         side = config.map_side or config.clip_side
         per_image = zip(maps.split(grounding.counts), batch.sizes)
         full_maps = [maps_at(rows, side, size, config.clip_fit) for rows, size in per_image]
@@ -240,7 +233,7 @@ class UGroundForCausalLM(Objective, LlavaLlamaForCausalLM):
         if answered.embeddings is not None:
             drawn = self.draw_by_policy(grounding, answered.embeddings, answered.valid, batch, rule, seed)
         policy = grounding.log_policy.exp().cpu()
-        layer_maps = self._normalised(grounding.scores, answered.valid[rows][:, None]).cpu()
+        layer_maps = self.normalised(grounding.scores, answered.valid[rows][:, None]).cpu()
 
         def prediction(row: int, question: int) -> Prediction:
             mine = [n for n, place in enumerate(answers.places) if place == (row, question)]

@@ -109,7 +109,7 @@ def test_map_losses_are_what_training_logs(tiny_model, tiny_processor, tiny_samp
     given = [[turn.answer for turn in row] for row in turns]
     prompts = tiny_processor.prompts([sample.image], [[turn.question for turn in row] for row in turns], given)
     maps = torch.cat([said.layer_maps for said in tiny_model.predict(prompts)[0]])
-    found = tiny_model.map_losses([torch.from_numpy(sample.masks)], maps)
+    found = tiny_model.objective.map_losses([torch.from_numpy(sample.masks)], maps)
     torch.testing.assert_close(found.mean(0), logged.detach())
 
 

@@ -328,3 +328,13 @@ def test_an_answer_that_is_cut_loses_masks_with_their_tokens(tiny_tokenizer):
         kept.append(len(batch.seg_positions))
         assert len(batch.masks[0]) == kept[-1] == int((batch.label_ids == processor.tokens.seg).sum())
     assert set(kept) == {0, 2, 3}  # the first [SEG] of both answers, and the second one
+
+
+def test_the_objective_is_a_part_without_parameters_of_its_own(make_model):
+    """It shares the configuration and the gate, and no name in a checkpoint is its."""
+    model = make_model()
+    assert model.objective.config is model.ppm.config is model.config
+    assert model.objective.ppm is model.ppm
+    assert not [name for name in model.state_dict() if "objective" in name]
+    gates = [name for name, p in model.named_parameters(remove_duplicate=False) if p is model.ppm.gate]
+    assert gates == ["ppm.gate"]

@@ -31,7 +31,7 @@ def rewards():
 def gradient(model, states, sampled, log_policy, layers, layer_rewards=None) -> torch.Tensor:
     """Of the mean of the policy's term, in the direction that raises the reward."""
     model.ppm.gate.grad = None
-    model._gate_terms(sampled, layers, log_policy, layer_rewards)["policy"].mean().backward()
+    model.objective.gate_terms(sampled, layers, log_policy, layer_rewards)["policy"].mean().backward()
     return -model.ppm.gate.grad
 
 
@@ -116,7 +116,7 @@ def test_a_bandit_finds_its_best_arm(make_model, settings):
         layers = StochasticSkip().choose(log_policy, gumbel_noise([step], [0] * 16, 5))
         rewards = pays[layers] + 0.2 * torch.randn(16, generator=generator)
         table = pays.expand(16, 5) if "policy_gradient" in settings else None
-        terms = model._gate_terms(rewards, layers, log_policy, table)
+        terms = model.objective.gate_terms(rewards, layers, log_policy, table)
         optimizer.zero_grad()
         sum(term.mean() for term in terms.values()).backward()
         optimizer.step()

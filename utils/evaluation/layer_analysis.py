@@ -238,7 +238,7 @@ class Analyst:
             targets = targets.expand(len(grid), -1, -1)
         if not len(grid) or len(targets) != len(grid) or not (targets == 1).flatten(1).any(1).all():
             return np.full(grid.shape[:2], np.nan)
-        return self.model.map_losses([targets], grid).numpy()
+        return self.model.objective.map_losses([targets], grid).numpy()
 
 
 class Asked:
