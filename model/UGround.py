@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -26,10 +27,11 @@ from model.PPM import (
     similarity_of_all_layers,
 )
 from model.sam import SamShape, SegmentAnything
-from model.structures import Batch, MaskUncertainty, Prediction
+from model.structures import Batch, MaskUncertainty, Prediction, Prompts
 from model.uncertainty import MonteCarlo
 
-MASKS_AT_ONCE = 32  # that SAM decodes for mc:T
+MASKS_AT_ONCE = 32  # that SAM decodes for the mean of several samples
+Decode = Callable[[Grounding, torch.Tensor], tuple[list[torch.Tensor], list[torch.Tensor]]]  # ``draw`` of [SEG], layers
 __all__ = ["RELEASED", "Grounding", "UGroundConfig", "UGroundForCausalLM", "UGroundOutput"]
 
 
@@ -135,31 +137,35 @@ class UGroundForCausalLM(LlavaLlamaForCausalLM):
         embeddings: torch.Tensor,
         valid: torch.Tensor,
         batch: Batch,
+        prompts: Prompts | None = None,
+        sam: SegmentAnything | None = None,
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Mask as Prompt: the chosen layers' maps and tokens prompt SAM.
 
         Args:
             layers: [N]; embeddings: [B, E, G, G] of SAM; valid: [B, P] patches that show the image.
+            prompts: what SAM gets; None = as in training.
+            sam: whose decoder it is; None = the model's own.
 
         Returns:
             Per row, [N_b, H, W] mask logits and [N_b, H, W] similarity maps, float32.
         """
-        config, sam = self.config, self.visual_model
+        config, sam, prompts = self.config, sam or self.visual_model, prompts or Prompts.of(self.config)
         states, scores = grounding.taken(layers)
         keep = valid[grounding.rows]
         maps = self.normalised(scores, keep)
         side = config.map_side or config.clip_side
         per_image = zip(maps.split(grounding.counts), batch.sizes)
         full_maps = [maps_at(rows, side, size, config.clip_fit) for rows, size in per_image]
-        tokens, prompts = [], None
-        if config.point_prompts:
-            tokens.append(sam.embed_points(*self.points(maps, keep, grounding.counts, batch.sizes)))
-        if config.seg_prompt:
+        tokens, dense = [], None
+        if prompts.points:
+            tokens.append(sam.embed_points(*self.points(prompts, maps, keep, grounding.counts, batch.sizes)))
+        if prompts.seg:
             read = states if config.phi_layer == "chosen" else grounding.states[:, -1]
             tokens.append(self.text_hidden_fcs[0](read)[:, None])
-        if config.mask_prompt:
-            prompts = torch.cat([mask_prompts(rows, sam.mask_side) for rows in full_maps])
-        low_res = sam.decode(embeddings[grounding.rows], torch.cat(tokens, 1) if tokens else None, prompts)
+        if prompts.mask:
+            dense = torch.cat([mask_prompts(rows, sam.mask_side) for rows in full_maps])
+        low_res = sam.decode(embeddings[grounding.rows], torch.cat(tokens, 1) if tokens else None, dense)
         logits = [
             sam.upscale(rows, resized, size)
             for rows, resized, size in zip(low_res.split(grounding.counts), batch.sam_sizes, batch.sizes)
@@ -167,10 +173,15 @@ class UGroundForCausalLM(LlavaLlamaForCausalLM):
         return logits, full_maps
 
     def points(
-        self, maps: torch.Tensor, keep: torch.Tensor, counts: list[int], sizes: list[tuple[int, int]]
+        self,
+        prompts: Prompts,
+        maps: torch.Tensor,
+        keep: torch.Tensor,
+        counts: list[int],
+        sizes: list[tuple[int, int]],
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Similarity as points, by the configuration's rule; see ``map_points`` and ``read_points``."""
-        count, rule, side = self.config.point_prompts, self.config.point_rule, self.visual_model.shape.image_size
+        """Similarity as points, by the prompts' rule; see ``map_points`` and ``read_points``."""
+        count, rule, side = prompts.points, prompts.point_rule, self.visual_model.shape.image_size
         if rule == "extremes":
             return map_points(maps, keep, count, side)
         return read_points(maps, [sizes[row] for row in _repeat(counts)], count, side, rule)
@@ -213,13 +224,21 @@ class UGroundForCausalLM(LlavaLlamaForCausalLM):
         return Answered(batch, answers, output.hidden, valid, embeddings)
 
     @torch.inference_mode()
-    def draw_masks(self, answered: Answered, layer_policy: str | None = None, seed: int = 0) -> list[list[Prediction]]:
+    def draw_masks(
+        self,
+        answered: Answered,
+        layer_policy: str | None = None,
+        seed: int = 0,
+        prompts: Prompts | None = None,
+        sam: SegmentAnything | None = None,
+    ) -> list[list[Prediction]]:
         """PPM's and SAM's part of ``predict``.
 
         Args:
             layer_policy: a rule of ``model.layer_rules``, such as ``argmax``, ``fixed:3``, or ``mc:16`` for the mean
                 mask of 16 sampled layers with its uncertainty. None = the configuration's ``layer_policy``.
             seed: of sampled layers, together with the sample numbers of the batch.
+            prompts, sam: what SAM's decoder gets, and whose it is; None = as in training, and the model's own.
 
         Returns:
             [image][question] predictions; ``text`` is left empty (the processor decodes it).
@@ -231,7 +250,9 @@ class UGroundForCausalLM(LlavaLlamaForCausalLM):
         grounding = self.ground(answered.hidden, answers.states, rows, counts, batch.image_start, rule)
         drawn: list[DrawnMask] = []
         if answered.embeddings is not None:
-            drawn = self.draw_by_policy(grounding, answered.embeddings, answered.valid, batch, rule, seed)
+            embeddings, valid = answered.embeddings, answered.valid
+            decode = partial(self.draw, embeddings=embeddings, valid=valid, batch=batch, prompts=prompts, sam=sam)
+            drawn = self.decode_by_rule(rule, grounding, batch.numbers, seed, decode)
         policy = grounding.log_policy.exp().cpu()
         layer_maps = self.normalised(grounding.scores, answered.valid[rows][:, None]).cpu()
 
@@ -252,36 +273,34 @@ class UGroundForCausalLM(LlavaLlamaForCausalLM):
 
         return [[prediction(b, k) for k in range(count)] for b, count in enumerate(batch.questions)]
 
-    def draw_by_policy(
-        self,
-        grounding: Grounding,
-        embeddings: torch.Tensor,
-        valid: torch.Tensor,
-        batch: Batch,
-        rule: LayerRule,
-        seed: int,
+    def decode_by_rule(
+        self, rule: LayerRule, grounding: Grounding, numbers: list[int], seed: int, decode: Decode
     ) -> list[DrawnMask]:
-        """The N masks (of a rule with several samples: their means, and the layer sampled most)."""
+        """The N masks (of a rule with several samples: their means, and the layer sampled most).
+
+        Args:
+            numbers: of the samples, which seed their layers together with ``seed``.
+        """
         repeated = _repeat(grounding.counts)
 
-        def layers_of(draw: int) -> torch.Tensor:
-            noise = gumbel_noise(batch.numbers, repeated, self.ppm.num_layers, seed + 104_729 * draw)
+        def layers_of(turn: int) -> torch.Tensor:
+            noise = gumbel_noise(numbers, repeated, self.ppm.num_layers, seed + 104_729 * turn)
             return rule.choose(grounding.log_policy, noise.to(self.device, non_blocking=True))
 
-        def draw(grounding: Grounding, layers: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-            logits, maps = self.draw(grounding, layers, embeddings, valid, batch)
+        def each(grounding: Grounding, layers: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+            logits, maps = decode(grounding, layers)
             return zip((mask for row in logits for mask in row), (mask for row in maps for mask in row))
 
         if not rule.samples:
             layers = layers_of(0)
-            return [DrawnMask(*both, layer) for both, layer in zip(draw(grounding, layers), layers.tolist())]
+            return [DrawnMask(*both, layer) for both, layer in zip(each(grounding, layers), layers.tolist())]
         drawn = torch.stack([layers_of(t) for t in range(rule.samples)], 1)  # [N, T]
         shares = nn.functional.one_hot(drawn, self.ppm.num_layers).float().mean(1).cpu()  # [N, L]
         means = [MonteCarlo(share) for share in shares]
         pairs = shares.nonzero()  # a layer is decoded once for a [SEG], however often it was drawn
         for part in pairs.split(MASKS_AT_ONCE):
             which, layers = part[:, 0].tolist(), part[:, 1]
-            for n, layer, both in zip(which, layers.tolist(), draw(grounding.repeated(which), layers.to(self.device))):
+            for n, layer, both in zip(which, layers.tolist(), each(grounding.repeated(which), layers.to(self.device))):
                 means[n].add(layer, *both)
         most = drawn.mode(1).values.tolist()
         return [DrawnMask(mean.logits, mean.similarity, layer, mean.uncertainty()) for mean, layer in zip(means, most)]
