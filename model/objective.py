@@ -132,24 +132,24 @@ class Objective:
         layer_rewards: torch.Tensor | None,
     ) -> dict[str, torch.Tensor]:
         """What the gate and the critic learn from, [N] each by name. Every rank must call this: it communicates."""
-        config, terms = self.config, {}
-        if config.baseline == "critic":
-            expected = self.ppm.expected_reward(log_policy)
-            terms["critic"] = (expected - rewards).square()
-            advantage = rewards - expected.detach()
-        else:
+        config, gate, terms = self.config, self.config.selection.gate, {}
+        each, advantage = torch.arange(len(layers), device=layers.device), rewards
+        if config.baseline == "average":  # is logged, also where the gate learns nothing from it
             advantage = self.ppm.advantage(rewards)
-        if config.scale_advantage:
-            advantage = self.ppm.scaled(advantage)
-        each, gate = torch.arange(len(layers), device=layers.device), config.selection.gate
-        if layer_rewards is None:
-            if gate == "policy":
-                terms["policy"] = -advantage * log_policy[each, layers]
-        elif gate == "classifier":
-            best = layer_rewards.masked_fill(log_policy.isinf(), -torch.inf).argmax(-1)
-            terms["classifier"] = -log_policy[each, best]
-        else:
-            terms["policy"] = -(log_policy.exp() * layer_rewards).sum(-1)
+        if layer_rewards is not None:
+            if gate == "classifier":
+                best = layer_rewards.masked_fill(log_policy.isinf(), -torch.inf).argmax(-1)
+                terms["classifier"] = -log_policy[each, best]
+            else:
+                terms["policy"] = -(log_policy.exp() * layer_rewards).sum(-1)
+        elif gate == "policy":
+            if config.baseline == "critic":
+                expected = self.ppm.expected_reward(log_policy)
+                terms["critic"] = (expected - rewards).square()
+                advantage = rewards - expected.detach()
+            if config.scale_advantage:
+                advantage = self.ppm.scaled(advantage)
+            terms["policy"] = -advantage * log_policy[each, layers]
         return terms
 
     def mask_terms(

@@ -8,6 +8,7 @@ from conftest import WORDS, build_tiny_model, drawn_sample
 from torch import distributed, multiprocessing
 
 from model.layer_rules import StochasticSkip
+from model.lora import add_lora, set_trainable
 from model.PPM import gumbel_noise
 from model.processing.processor import UGroundProcessor
 from utils.demo.tiny_model import train_tokenizer
@@ -89,6 +90,20 @@ def test_the_policys_loss_reaches_the_gate_and_the_critic_alone(
     output.loss.backward()
     touched = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
     assert {".".join(name.split(".")[:2]) for name in touched} == trained
+
+
+@pytest.mark.parametrize("selection", ["last", "uniform", "fixed:2", "soft", "ce_soft"])
+def test_a_critic_is_nothing_where_no_policy_is_sampled(make_model, tiny_processor, tiny_samples, selection):
+    """Its error would be added to the loss, of a critic that is frozen, or that nobody asks."""
+    model, batch = add_lora(make_model(baseline="critic"), r=2), tiny_processor.collate(tiny_samples)
+    model.config.layer_selection = selection
+    set_trainable(model)
+    assert not any(p.requires_grad for name, p in model.named_parameters() if "critic" in name)
+    critic = model(batch)
+    model.config.baseline = "average"
+    average = model(batch)
+    assert critic.terms.keys() == average.terms.keys()
+    torch.testing.assert_close(critic.loss, average.loss, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(
