@@ -24,7 +24,6 @@ from model import Opened
 from model.loading.placement import pick_device, pick_precision
 from model.loading.pretrained import load_for_training
 from model.loading.weights import fingerprint
-from model.PPM import parse_layer_policy
 from utils.config import load_config
 from utils.dashboard.examples import SEEDS, draw_example
 from utils.dashboard.page import Headers, build_page, style_sheet, theme
@@ -47,7 +46,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     cli.add_model_flags(parser, default="the tiny model")
-    add("--layer_policy", metavar="HOW", help="as in chat.py (default: the model's own; last for the untrained one)")
+    cli.add_layer_flag(parser, "default: the model's own; last for the untrained one")
     add("--port", type=int, metavar="N", help="default: 7860, or the next one that is free")
     add("--host", default="127.0.0.1", metavar="ADDRESS", help="address to listen on; 0.0.0.0 = the whole network")
     add("--share", action="store_true", help="also give it a public address, through gradio's servers")
@@ -86,8 +85,7 @@ def build_dashboard(args: argparse.Namespace, folder: Path) -> Dashboard:
     else:
         opened = cli.open_model(args)
         name = "The tiny model, trained by the demo: it knows drawn scenes only" if asked_for is None else args.version
-    if args.layer_policy:
-        parse_layer_policy(args.layer_policy, opened.model.ppm.num_layers)
+    opened.model.config.layer_rule(args.layer_policy)  # a mistake shows before the page opens
     dashboard = Dashboard(
         opened.model,
         opened.processor,

@@ -17,27 +17,29 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from model.PPM import parse_layer_policy
+from model import layer_rules
+from model.layer_rules import MonteCarloMean
 from model.processing.pixels import read_pixels
 from model.structures import Prediction
 from utils.inference import cli
-from utils.inference.answer_files import describe, free_stem, layer_words, save_answer
+from utils.inference.answer_files import describe, free_stem, save_answer
 from utils.inference.folder import answer_all, find_images, read_prompts
 from utils.inference.session import ImageSession
 from utils.inference.terminal import AnswerPrinter, picture_codes, picture_protocol, printable
 from utils.plotting.overlays import overlay
 
-HELP = """Type what to look for, for example: Please segment the red star in this image.
+MC_SAMPLES = MonteCarloMean.samples
+RULES = "\n".join(f"{'':21}{rule.spelling():<12}{rule.help}" for rule in layer_rules.rules_for("inference"))
+HELP = f"""Type what to look for, for example: Please segment the red star in this image.
   /image PATH        talk about another image
-  /layer [HOW]       draw the last masks again, and all that follow, from another layer: argmax (the policy's choice),
-                     last, sample, uniform, soft, fixed:K, mc:T
-  /mc [T]            the same as /layer mc:T: the mean mask of T sampled layers (16), and where their masks differ
+  /layer [RULE]      draw the last masks again, and all that follow, from another layer:
+{RULES}
+  /mc [T]            the same as /layer mc:T: the mean mask of T sampled layers ({MC_SAMPLES}), and where they differ
   /history [on|off]  whether the model sees earlier questions and answers about the image
   /reset             forget them
   /save PATH         the last answer once more: PATH_overlay.png, PATH_mask_1.png, PATH.json
   /help              this text
   /quit              leave (so does Ctrl-D); Ctrl-C breaks an answer off"""
-MC_SAMPLES = "16"
 
 
 @dataclass
@@ -81,13 +83,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="interactive: whether the model sees earlier questions and answers about the image (default: off, as "
         "models that were trained on single questions answer worse with it)",
     )
-    add(
-        "--layer_policy",
-        metavar="HOW",
-        help="hidden state a [SEG] connects from: argmax, last, sample, soft (all, weighted), fixed:K, or mc:T, "
-        "the mean of T samples with a map of its uncertainty. Default: the model's own, argmax, or last for a released "
-        "checkpoint",
-    )
+    cli.add_layer_flag(parser, "default: the model's own, argmax, or last for a released checkpoint")
     add("--max_new_tokens", type=int, default=64, metavar="N", help="longest answer (default: 64)")
     add("--seed", type=int, default=0, metavar="S", help="of sampled layers (default: 0)")
     args = parser.parse_args(arguments)
@@ -115,8 +111,7 @@ def main(arguments: list[str] | None = None) -> int:
     photo = Photo.open(args.image) if args.image is not None and not args.many else None
     opened = cli.open_model(args)
     model = opened.model
-    args.layer_policy = args.layer_policy or model.config.layer_policy
-    parse_layer_policy(args.layer_policy, model.ppm.num_layers)
+    args.layer_policy = str(model.config.layer_rule(args.layer_policy))
     if args.many:
         settings = {"checkpoint": opened.fingerprint, "precision": opened.precision}
         settings |= {name: getattr(args, name) for name in ("layer_policy", "max_new_tokens", "seed")}
@@ -189,11 +184,12 @@ class Chat:
         assert self.last is not None
         if not self.last.layers:
             say("the answer holds no [SEG], so there is no mask")
+        rule = layer_rules.parse(self.layer_policy)
         for number, layer in enumerate(self.last.layers):
             pixels = int((self.last.mask_logits[number] > 0).sum())
             written = f" -> {self.files[number]}" if self.files else ""
             doubt = f", uncertainty {self.last.uncertainty[number].score:.2f}" if self.last.uncertainty else ""
-            say(f"[SEG] {number + 1}: {layer_words(self.layer_policy, layer)}, {pixels} pixels{doubt}{written}")
+            say(f"[SEG] {number + 1}: {rule.words(layer)}, {pixels} pixels{doubt}{written}")
 
     def show(self) -> None:
         """The masks over the image, in a terminal that shows pictures."""
@@ -209,12 +205,11 @@ class Chat:
         quoted = len(path) > 1 and path[0] == path[-1] and path[0] in "'\""  # as files come that are dragged in
         self.look_at(Photo.open(path[1:-1] if quoted else path))
 
-    def layer(self, how: str) -> None:
-        if how:
-            parse_layer_policy(how, self.model.ppm.num_layers)
-            self.layer_policy = how
+    def layer(self, rule: str) -> None:
+        if rule:
+            self.layer_policy = str(self.model.config.layer_rule(rule))
             if self.session is not None and self.last is not None and self.last.layers:
-                self.last = self.session.redraw(how, self.seed)
+                self.last = self.session.redraw(rule, self.seed)
         say(f"layer: {self.layer_policy}")
 
     def history(self, wanted: str) -> None:

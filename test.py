@@ -67,13 +67,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "(default: gsva, as the paper reports it). A written rejection draws none: --mode generate is always grefcoco",
     )
     layer = parser.add_mutually_exclusive_group()
-    layer.add_argument(
-        "--layer_policy",
-        metavar="HOW",
-        help="hidden state a [SEG] connects from: argmax (the policy's mode), last, sample, mc:T (mean of T "
-        "samples, and how well their uncertainty ranks errors), fixed:K. Default: as the model was trained, argmax "
-        "with a policy",
-    )
+    cli.add_layer_flag(layer, "default: as the model was trained, argmax with a policy")
     layer.add_argument(
         "--layer", type=_count, metavar="K", help="force hidden state K; short for --layer_policy fixed:K"
     )

@@ -14,63 +14,24 @@ from dataclasses import dataclass
 import torch
 from torch import distributed, nn
 
+from model.config import UGroundConfig
+
 EPSILON = 1e-6
 
 
-def parse_layer_policy(policy: str, num_layers: int) -> tuple[str, int]:
-    """``"fixed:3"`` -> ("fixed", 3), ``"mc:16"`` -> ("mc", 16), ``"last"`` -> ("last", 0): it has no number.
-
-    Raises:
-        ValueError: for an unknown policy, a layer outside [0, num_layers), or fewer than one Monte-Carlo sample.
-    """
-    kind, _, number = policy.partition(":")
-    plain, counted = ("policy", "argmax", "sample", "last", "uniform", "soft", "ce_soft"), ("fixed", "mc")
-    if kind in plain and not number:
-        return kind, 0
-    if kind in counted and number.removeprefix("-").isdecimal():
-        value = int(number)
-        if kind == "fixed" and not 0 <= value < num_layers:
-            raise ValueError(f"layer {value} does not exist: choose 0 (embeddings) to {num_layers - 1} (last)")
-        if kind == "mc" and value < 1:
-            raise ValueError(f"'{policy}' draws no sample; use mc:1 or more")
-        return kind, value
-    raise ValueError(f"unknown layer policy {policy!r}; use one of {', '.join(plain)}, fixed:K, mc:T")
-
-
 class PolicyPromptedMasking(nn.Module):
-    """The gate of Eq. 4 and the baseline of Eq. 5.
-
-    Args:
-        num_layers: L.
-        hidden_size: D.
-        first_candidate: lowest hidden state that can be chosen. The paper's layers are 1..L; 0 adds the embeddings.
-        baseline_decay: alpha of the moving average in Algorithm 1, line 9.
-        critic_width: hidden units of a critic that predicts the reward instead; 0 = no critic.
-        last_candidate: highest hidden state that can be chosen; -1 = the last.
-        baseline_start: of the moving average: ``zero``, or ``first`` = the first mean reward.
-    """
+    """The gate of Eq. 4, and the baseline of Eq. 5: a moving average, or a critic."""
 
     baseline: torch.Tensor
 
-    def __init__(
-        self,
-        num_layers: int,
-        hidden_size: int,
-        first_candidate: int,
-        baseline_decay: float,
-        critic_width: int = 0,
-        last_candidate: int = -1,
-        baseline_start: str = "zero",
-    ) -> None:
+    def __init__(self, config: UGroundConfig) -> None:
         super().__init__()
-        self.gate = nn.Parameter(torch.zeros(num_layers, hidden_size))  # zeros: the policy starts uniform
+        self.config, num_layers, width = config, config.num_hidden_layers + 1, config.critic_width
+        self.gate = nn.Parameter(torch.zeros(num_layers, config.hidden_size))  # zeros: the policy starts uniform
         self.register_buffer("baseline", torch.zeros((), dtype=torch.float32))
-        self.first_candidate = first_candidate
-        self.last_candidate = last_candidate % num_layers
-        self.baseline_decay, self.baseline_start = baseline_decay, baseline_start
         self.critic: nn.Sequential | None = None
-        if critic_width:
-            self.critic = nn.Sequential(nn.Linear(num_layers, critic_width), nn.ReLU(), nn.Linear(critic_width, 1))
+        if config.baseline == "critic":
+            self.critic = nn.Sequential(nn.Linear(num_layers, width), nn.ReLU(), nn.Linear(width, 1))
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
@@ -91,32 +52,9 @@ class PolicyPromptedMasking(nn.Module):
             [N, L] float32 log-probabilities, -inf for layers that are no candidates.
         """
         scores = torch.einsum("nld,ld->nl", seg_states.detach().float(), self.gate.float())
-        layers = torch.arange(self.num_layers, device=scores.device)
-        outside = (layers < self.first_candidate) | (layers > self.last_candidate)
+        layers, candidates = torch.arange(self.num_layers, device=scores.device), self.config.candidates
+        outside = (layers < candidates.start) | (layers >= candidates.stop)
         return scores.masked_fill(outside, -torch.inf).log_softmax(-1)
-
-    def choose(self, log_policy: torch.Tensor, how: str, noise: torch.Tensor) -> torch.Tensor:
-        """One layer per [SEG].
-
-        Args:
-            log_policy: [N, L].
-            how: ``policy``, ``sample`` and ``mc:T`` draw once from the policy, ``uniform`` from all candidates,
-                ``argmax`` takes the mode, ``last`` the last layer, ``fixed:K`` layer K. ``soft`` and ``ce_soft``
-                connect from all layers; theirs is the one of the largest weight, to be reported.
-            noise: [N, L] standard Gumbel noise to draw with (argmax of log pi + noise is a sample).
-
-        Returns:
-            [N] int64.
-        """
-        kind, value = parse_layer_policy(how, self.num_layers)
-        if kind in ("argmax", "soft", "ce_soft"):
-            return log_policy.argmax(-1)
-        if kind in ("policy", "sample", "mc"):
-            return (log_policy + noise).argmax(-1)
-        if kind == "uniform":
-            return torch.where(log_policy.isfinite(), noise, -torch.inf).argmax(-1)
-        layer = self.num_layers - 1 if kind == "last" else value
-        return torch.full(log_policy.shape[:1], layer, dtype=torch.int64, device=log_policy.device)
 
     def advantage(self, rewards: torch.Tensor) -> torch.Tensor:
         """A = r - b per [SEG]; updates b first, with the mean reward over all ranks (Algorithm 1, line 9).
@@ -130,8 +68,9 @@ class PolicyPromptedMasking(nn.Module):
         if distributed.is_available() and distributed.is_initialized():
             distributed.all_reduce(total)
         mean = total[0] / total[1].clamp(min=1)
-        updated = self.baseline_decay * self.baseline + (1 - self.baseline_decay) * mean
-        if self.baseline_start == "first":
+        decay = self.config.baseline_decay
+        updated = decay * self.baseline + (1 - decay) * mean
+        if self.config.baseline_start == "first":
             updated = torch.where(self.baseline == 0, mean, updated)  # 0 until there was a reward
         self.baseline.copy_(torch.where(total[1] > 0, updated, self.baseline))
         return rewards - self.baseline
@@ -255,22 +194,3 @@ def fuse_layers(
     fused = torch.einsum("nl,nld->nd", weights.to(seg_states.dtype), seg_states)
     every = similarity_of_all_layers(hidden, fused[:, None].expand_as(seg_states), seg_rows, image)
     return fused, torch.einsum("nl,nlp->np", weights, every)
-
-
-def normalise_maps(scores: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
-    """Min-max to [0, 1] per map.
-
-    Args:
-        scores: [N, P] similarity scores.
-        valid: [N, P] bool: only these define minimum and maximum, the others become 0. None = all tokens, as in the
-            released weights.
-
-    Returns:
-        [N, P] in [0, 1]; a flat map becomes 0.
-    """
-    if valid is None:
-        low, high = scores.amin(-1, keepdim=True), scores.amax(-1, keepdim=True)
-        return (scores - low) / (high - low).clamp(min=EPSILON)
-    low = scores.masked_fill(~valid, torch.inf).amin(-1, keepdim=True)
-    high = scores.masked_fill(~valid, -torch.inf).amax(-1, keepdim=True)
-    return ((scores - low) / (high - low).clamp(min=EPSILON)).masked_fill(~valid, 0.0)

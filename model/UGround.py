@@ -7,13 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
 
 from model.config import UGroundConfig
 from model.generation import Answers, read_given, write_answers
-from model.geometry import maps_at, mask_prompts
+from model.geometry import maps_at, mask_prompts, normalise_maps
+from model.layer_rules import LayerRule
 from model.llava import LlavaLlamaForCausalLM
 from model.objective import Objective, UGroundOutput
 from model.points import map_points, read_points
@@ -22,15 +24,14 @@ from model.PPM import (
     PolicyPromptedMasking,
     fuse_layers,
     gumbel_noise,
-    normalise_maps,
-    parse_layer_policy,
     similarity_of_all_layers,
 )
 from model.sam import SamShape, SegmentAnything
-from model.structures import Batch, MaskUncertainty, Prediction
+from model.structures import Batch, MaskUncertainty, Prediction, Prompts
 from model.uncertainty import MonteCarlo
 
-MASKS_AT_ONCE = 32  # that SAM decodes for mc:T
+MASKS_AT_ONCE = 32  # that SAM decodes for the mean of several samples
+Decode = Callable[[Grounding, torch.Tensor], tuple[list[torch.Tensor], list[torch.Tensor]]]  # ``draw`` of [SEG], layers
 __all__ = ["Grounding", "UGroundConfig", "UGroundForCausalLM", "UGroundOutput"]
 
 
@@ -61,10 +62,11 @@ class DrawnMask:
     uncertainty: MaskUncertainty | None = None
 
 
-class UGroundForCausalLM(Objective, LlavaLlamaForCausalLM):
+class UGroundForCausalLM(LlavaLlamaForCausalLM):
     """LLaVA with Policy-Prompted Masking in front of SAM's decoder."""
 
     config_class = UGroundConfig
+    config: UGroundConfig  # type: ignore[assignment]  # transformers declares it less narrowly
 
     def __init__(self, config: UGroundConfig) -> None:
         super().__init__(config)
@@ -73,15 +75,8 @@ class UGroundForCausalLM(Objective, LlavaLlamaForCausalLM):
         width = config.hidden_size
         phi = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, sam.prompt_width))
         self.text_hidden_fcs = nn.ModuleList([phi])
-        self.ppm = PolicyPromptedMasking(
-            config.num_hidden_layers + 1,
-            width,
-            config.first_candidate_layer,
-            config.baseline_decay,
-            config.critic_width if config.baseline == "critic" else 0,
-            config.last_candidate_layer,
-            config.baseline_start,
-        )
+        self.ppm = PolicyPromptedMasking(config)
+        self.objective = Objective(config, self.ppm)
         self.post_init()
 
     # ------------------------------------------------------------------ training
@@ -101,16 +96,16 @@ class UGroundForCausalLM(Objective, LlavaLlamaForCausalLM):
         output, valid = self.read_batch(batch)
         counts = [len(masks) for masks in batch.masks]
         states = torch.stack([layer.flatten(0, 1)[batch.seg_positions] for layer in output.hidden], dim=1)
-        how = self.config.layer_selection
-        grounding = self.ground(output.hidden, states, batch.seg_rows, counts, batch.image_start, how)
+        rule = self.config.selection
+        grounding = self.ground(output.hidden, states, batch.seg_rows, counts, batch.image_start, rule)
         noise = gumbel_noise(batch.numbers, _repeat(counts), self.ppm.num_layers, self.config.policy_seed)
-        layers = self.ppm.choose(grounding.log_policy, how, noise.to(self.device, non_blocking=True))
+        layers = rule.choose(grounding.log_policy, noise.to(self.device, non_blocking=True))
         embeddings = self.visual_model.encode(batch.sam_images, batch.image_keys)
         mask_logits, maps = self.draw(grounding, layers, embeddings, valid, batch)
         logits = self.lm_head(output.hidden[-1].flatten(0, 1)[batch.label_positions])
         layer_maps = None
         if all_layers or self.config.rewards_all_layers:
-            layer_maps = self._normalised(grounding.scores.detach(), valid[grounding.rows][:, None])
+            layer_maps = self.normalised(grounding.scores.detach(), valid[grounding.rows][:, None])
         result = self.objective(batch, logits, mask_logits, maps, layers, grounding.log_policy, layer_maps)
         result.loss = result.loss + 0.0 * anchor
         return result
@@ -122,20 +117,18 @@ class UGroundForCausalLM(Objective, LlavaLlamaForCausalLM):
         seg_rows: torch.Tensor,
         counts: list[int],
         image_start: int,
-        how: str,
+        rule: LayerRule,
     ) -> Grounding:
-        """Everything that PPM derives from the [SEG] states [N, L, D] before a layer is chosen (``how``)."""
+        """Everything that PPM derives from the [SEG] states [N, L, D] before a layer is chosen."""
         image = slice(image_start, image_start + self.config.num_image_tokens)
         scores = similarity_of_all_layers(hidden, states, seg_rows, image)
         log_policy, fused = self.ppm.log_policy(states), None
-        if how in ("soft", "ce_soft"):
-            weights = log_policy.exp()
-            if how == "ce_soft":  # the classifier's scores: its cross-entropy alone trains them
-                weights = weights.detach()
+        if (weights := rule.weights(log_policy)) is not None:
             fused = fuse_layers(hidden, states, weights, seg_rows, image)
         return Grounding(states, scores, log_policy, seg_rows, counts, fused)
 
-    def _normalised(self, scores: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    def normalised(self, scores: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+        """Similarities [..., P] as maps in [0, 1], by the configuration's ``map_normalization``; valid: [..., P]."""
         return normalise_maps(scores, valid if self.config.map_normalization == "valid" else None)
 
     def draw(
@@ -145,31 +138,35 @@ class UGroundForCausalLM(Objective, LlavaLlamaForCausalLM):
         embeddings: torch.Tensor,
         valid: torch.Tensor,
         batch: Batch,
+        prompts: Prompts | None = None,
+        sam: SegmentAnything | None = None,
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Mask as Prompt: the chosen layers' maps and tokens prompt SAM.
 
         Args:
             layers: [N]; embeddings: [B, E, G, G] of SAM; valid: [B, P] patches that show the image.
+            prompts: what SAM gets; None = as in training.
+            sam: whose decoder it is; None = the model's own.
 
         Returns:
             Per row, [N_b, H, W] mask logits and [N_b, H, W] similarity maps, float32.
         """
-        config, sam = self.config, self.visual_model
+        config, sam, prompts = self.config, sam or self.visual_model, prompts or Prompts.of(self.config)
         states, scores = grounding.taken(layers)
         keep = valid[grounding.rows]
-        maps = self._normalised(scores, keep)
+        maps = self.normalised(scores, keep)
         side = config.map_side or config.clip_side
         per_image = zip(maps.split(grounding.counts), batch.sizes)
         full_maps = [maps_at(rows, side, size, config.clip_fit) for rows, size in per_image]
-        tokens, prompts = [], None
-        if config.point_prompts:
-            tokens.append(sam.embed_points(*self.points(maps, keep, grounding.counts, batch.sizes)))
-        if config.seg_prompt:
+        tokens, dense = [], None
+        if prompts.points:
+            tokens.append(sam.embed_points(*self.points(prompts, maps, keep, grounding.counts, batch.sizes)))
+        if prompts.seg:
             read = states if config.phi_layer == "chosen" else grounding.states[:, -1]
             tokens.append(self.text_hidden_fcs[0](read)[:, None])
-        if config.mask_prompt:
-            prompts = torch.cat([mask_prompts(rows, sam.mask_side) for rows in full_maps])
-        low_res = sam.decode(embeddings[grounding.rows], torch.cat(tokens, 1) if tokens else None, prompts)
+        if prompts.mask:
+            dense = torch.cat([mask_prompts(rows, sam.mask_side) for rows in full_maps])
+        low_res = sam.decode(embeddings[grounding.rows], torch.cat(tokens, 1) if tokens else None, dense)
         logits = [
             sam.upscale(rows, resized, size)
             for rows, resized, size in zip(low_res.split(grounding.counts), batch.sam_sizes, batch.sizes)
@@ -177,10 +174,15 @@ class UGroundForCausalLM(Objective, LlavaLlamaForCausalLM):
         return logits, full_maps
 
     def points(
-        self, maps: torch.Tensor, keep: torch.Tensor, counts: list[int], sizes: list[tuple[int, int]]
+        self,
+        prompts: Prompts,
+        maps: torch.Tensor,
+        keep: torch.Tensor,
+        counts: list[int],
+        sizes: list[tuple[int, int]],
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Similarity as points, by the configuration's rule; see ``map_points`` and ``read_points``."""
-        count, rule, side = self.config.point_prompts, self.config.point_rule, self.visual_model.shape.image_size
+        """Similarity as points, by the prompts' rule; see ``map_points`` and ``read_points``."""
+        count, rule, side = prompts.points, prompts.point_rule, self.visual_model.shape.image_size
         if rule == "extremes":
             return map_points(maps, keep, count, side)
         return read_points(maps, [sizes[row] for row in _repeat(counts)], count, side, rule)
@@ -196,7 +198,7 @@ class UGroundForCausalLM(Objective, LlavaLlamaForCausalLM):
         on_token: Callable[[list[int]], None] | None = None,
     ) -> list[list[Prediction]]:
         """Answers every question of every image; a mask per [SEG]. See ``answer`` and ``draw_masks``."""
-        parse_layer_policy(layer_policy or self.config.layer_policy, self.ppm.num_layers)  # before minutes of writing
+        self.config.layer_rule(layer_policy)  # a mistake shows before minutes of writing
         return self.draw_masks(self.answer(batch, max_new_tokens, on_token), layer_policy, seed)
 
     @torch.inference_mode()
@@ -223,28 +225,37 @@ class UGroundForCausalLM(Objective, LlavaLlamaForCausalLM):
         return Answered(batch, answers, output.hidden, valid, embeddings)
 
     @torch.inference_mode()
-    def draw_masks(self, answered: Answered, layer_policy: str | None = None, seed: int = 0) -> list[list[Prediction]]:
+    def draw_masks(
+        self,
+        answered: Answered,
+        layer_policy: str | None = None,
+        seed: int = 0,
+        prompts: Prompts | None = None,
+        sam: SegmentAnything | None = None,
+    ) -> list[list[Prediction]]:
         """PPM's and SAM's part of ``predict``.
 
         Args:
-            layer_policy: ``argmax`` (the policy's mode), ``last``, ``sample``, ``uniform``, ``fixed:K``, ``soft`` (all,
-                weighted by the policy), or ``mc:T``: the mean mask of T sampled layers, with its uncertainty. None =
-                the configuration's ``layer_policy``.
+            layer_policy: a rule of ``model.layer_rules``, such as ``argmax``, ``fixed:3``, or ``mc:16`` for the mean
+                mask of 16 sampled layers with its uncertainty. None = the configuration's ``layer_policy``.
             seed: of sampled layers, together with the sample numbers of the batch.
+            prompts, sam: what SAM's decoder gets, and whose it is; None = as in training, and the model's own.
 
         Returns:
             [image][question] predictions; ``text`` is left empty (the processor decodes it).
         """
-        layer_policy = layer_policy or self.config.layer_policy
+        rule = self.config.layer_rule(layer_policy)
         batch, answers = answered.batch, answered.answers
         counts = [sum(row == b for row, _ in answers.places) for b in range(len(batch.sizes))]
         rows = torch.tensor(_repeat(counts), dtype=torch.int64, device=self.device)
-        grounding = self.ground(answered.hidden, answers.states, rows, counts, batch.image_start, layer_policy)
+        grounding = self.ground(answered.hidden, answers.states, rows, counts, batch.image_start, rule)
         drawn: list[DrawnMask] = []
         if answered.embeddings is not None:
-            drawn = self.draw_by_policy(grounding, answered.embeddings, answered.valid, batch, layer_policy, seed)
+            embeddings, valid = answered.embeddings, answered.valid
+            decode = partial(self.draw, embeddings=embeddings, valid=valid, batch=batch, prompts=prompts, sam=sam)
+            drawn = self.decode_by_rule(rule, grounding, batch.numbers, seed, decode)
         policy = grounding.log_policy.exp().cpu()
-        layer_maps = self._normalised(grounding.scores, answered.valid[rows][:, None]).cpu()
+        layer_maps = self.normalised(grounding.scores, answered.valid[rows][:, None]).cpu()
 
         def prediction(row: int, question: int) -> Prediction:
             mine = [n for n, place in enumerate(answers.places) if place == (row, question)]
@@ -263,31 +274,34 @@ class UGroundForCausalLM(Objective, LlavaLlamaForCausalLM):
 
         return [[prediction(b, k) for k in range(count)] for b, count in enumerate(batch.questions)]
 
-    def draw_by_policy(
-        self, grounding: Grounding, embeddings: torch.Tensor, valid: torch.Tensor, batch: Batch, how: str, seed: int
+    def decode_by_rule(
+        self, rule: LayerRule, grounding: Grounding, numbers: list[int], seed: int, decode: Decode
     ) -> list[DrawnMask]:
-        """The N masks (``mc:T``: means over T draws, and the layer drawn most)."""
-        kind, samples = parse_layer_policy(how, self.ppm.num_layers)
+        """The N masks (of a rule with several samples: their means, and the layer sampled most).
+
+        Args:
+            numbers: of the samples, which seed their layers together with ``seed``.
+        """
         repeated = _repeat(grounding.counts)
 
-        def layers_of(draw: int) -> torch.Tensor:
-            noise = gumbel_noise(batch.numbers, repeated, self.ppm.num_layers, seed + 104_729 * draw)
-            return self.ppm.choose(grounding.log_policy, how, noise.to(self.device, non_blocking=True))
+        def layers_of(turn: int) -> torch.Tensor:
+            noise = gumbel_noise(numbers, repeated, self.ppm.num_layers, seed + 104_729 * turn)
+            return rule.choose(grounding.log_policy, noise.to(self.device, non_blocking=True))
 
-        def draw(grounding: Grounding, layers: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-            logits, maps = self.draw(grounding, layers, embeddings, valid, batch)
+        def each(grounding: Grounding, layers: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+            logits, maps = decode(grounding, layers)
             return zip((mask for row in logits for mask in row), (mask for row in maps for mask in row))
 
-        if kind != "mc":
+        if not rule.samples:
             layers = layers_of(0)
-            return [DrawnMask(*both, layer) for both, layer in zip(draw(grounding, layers), layers.tolist())]
-        drawn = torch.stack([layers_of(t) for t in range(samples)], 1)  # [N, T]
+            return [DrawnMask(*both, layer) for both, layer in zip(each(grounding, layers), layers.tolist())]
+        drawn = torch.stack([layers_of(t) for t in range(rule.samples)], 1)  # [N, T]
         shares = nn.functional.one_hot(drawn, self.ppm.num_layers).float().mean(1).cpu()  # [N, L]
         means = [MonteCarlo(share) for share in shares]
         pairs = shares.nonzero()  # a layer is decoded once for a [SEG], however often it was drawn
         for part in pairs.split(MASKS_AT_ONCE):
             which, layers = part[:, 0].tolist(), part[:, 1]
-            for n, layer, both in zip(which, layers.tolist(), draw(grounding.repeated(which), layers.to(self.device))):
+            for n, layer, both in zip(which, layers.tolist(), each(grounding.repeated(which), layers.to(self.device))):
                 means[n].add(layer, *both)
         most = drawn.mode(1).values.tolist()
         return [DrawnMask(mean.logits, mean.similarity, layer, mean.uncertainty()) for mean, layer in zip(means, most)]

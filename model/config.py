@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from transformers import AutoConfig
 
+from model import layer_rules
 from model.llava import LlavaLlamaConfig
 from model.processing.transforms import CLIP_FITS
 from model.sam import SamShape
@@ -48,16 +49,33 @@ class UGroundConfig(LlavaLlamaConfig, PpmSettings, LossSettings, ExperimentalSet
         self.check_settings()
 
     @property
+    def candidates(self) -> range:
+        """The layers that the policy can choose."""
+        return range(self.first_candidate_layer, self.last_candidate_layer % (self.num_hidden_layers + 1) + 1)
+
+    @property
+    def selection(self) -> layer_rules.LayerRule:
+        """The rule of training."""
+        return layer_rules.parse(self.layer_selection, self.num_hidden_layers + 1, self.candidates, "training")
+
+    @property
     def layer_policy(self) -> str:
         """How ``predict`` chooses layers: the mode of a trained policy, or as in training where that had none."""
-        taught = {"policy": "argmax", "ce_soft": "soft"}.get(self.layer_selection, self.layer_selection)
-        return self.eval_layer_policy or taught
+        return self.eval_layer_policy or self.selection.at_inference
+
+    def layer_rule(self, layer_policy: str | None = None) -> layer_rules.LayerRule:
+        """The rule that ``predict`` is told to take; None = the model's own.
+
+        Raises:
+            ValueError: if there is no such rule, or its argument does not fit the model's layers.
+        """
+        return layer_rules.parse(layer_policy or self.layer_policy, self.num_hidden_layers + 1, self.candidates)
 
     @property
     def rewards_all_layers(self) -> bool:
         """Whether the gate learns from the maps of all layers, not from the chosen one's alone."""
-        exact = self.layer_selection == "policy" and self.policy_gradient == "exact"
-        return exact or self.layer_selection == "ce_soft"
+        gate = self.selection.gate
+        return gate == "classifier" or (gate == "policy" and self.policy_gradient == "exact")
 
     def check_settings(self) -> None:
         """Raises ValueError if a setting has no meaning."""

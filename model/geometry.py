@@ -1,10 +1,11 @@
 """Where pixels, patches and prompts lie: the sizes of resized images, and maps on grids of patches and pixels.
 
-Legend: n masks or maps, P = grid x grid image tokens, H, W the image's own size.
+Legend: n masks or maps, P = h x w image tokens, H, W the image's own size.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -37,6 +38,31 @@ def valid_patches(clip_sizes: Sequence[tuple[int, int]], side: int, patch: int) 
     return (rows[:, :, None] & columns[:, None, :]).flatten(1)
 
 
+def normalise_maps(scores: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
+    """Min-max to [0, 1] per map.
+
+    Args:
+        scores: [N, P] similarity scores.
+        valid: [N, P] bool: only these define minimum and maximum, the others become 0. None = all tokens, as in the
+            released weights.
+
+    Returns:
+        [N, P] in [0, 1]; a flat map becomes 0.
+    """
+    if valid is None:
+        low, high = scores.amin(-1, keepdim=True), scores.amax(-1, keepdim=True)
+        return (scores - low) / (high - low).clamp(min=EPSILON)
+    low = scores.masked_fill(~valid, torch.inf).amin(-1, keepdim=True)
+    high = scores.masked_fill(~valid, -torch.inf).amax(-1, keepdim=True)
+    return ((scores - low) / (high - low).clamp(min=EPSILON)).masked_fill(~valid, 0.0)
+
+
+def grid_of(tokens: int) -> tuple[int, int]:
+    """(h, w) of P image tokens: CLIP's input is a square."""
+    side = math.isqrt(tokens)
+    return side, side
+
+
 def maps_at(maps: torch.Tensor, side: int, size: tuple[int, int], fit: str = "pad") -> torch.Tensor:
     """Similarity maps of one image at its own size: grid -> padded square -> crop the padding -> ``size``.
 
@@ -48,9 +74,7 @@ def maps_at(maps: torch.Tensor, side: int, size: tuple[int, int], fit: str = "pa
     Returns:
         [n, H, W] float32.
     """
-    grid = round(maps.shape[1] ** 0.5)
-    square = maps.view(-1, 1, grid, grid)
-    full = F.interpolate(square, (side, side), mode="bilinear", align_corners=False)
+    full = F.interpolate(maps.view(-1, 1, *grid_of(maps.shape[1])), (side, side), mode="bilinear", align_corners=False)
     if fit == "crop":
         full = F.pad(full, margins_cut_off(size, side))
     else:
@@ -72,15 +96,17 @@ def mask_prompts(maps: torch.Tensor, side: int) -> torch.Tensor:
     return F.pad(small, (0, side - size[1], 0, side - size[0]))
 
 
-def on_grid(values: torch.Tensor, keep: torch.Tensor, side: int, grid: int) -> tuple[torch.Tensor, torch.Tensor]:
+def on_grid(
+    values: torch.Tensor, keep: torch.Tensor, side: int, grid: tuple[int, int]
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Masks as the similarity map's patches see them: scaled into the padded square, averaged per patch.
 
     Args:
         values, keep: [n, H, W], a mask and which of its pixels count.
-        side: of the square in pixels; grid: patches along it.
+        side: of the square in pixels; grid: (h, w) of its patches.
 
     Returns:
-        [n, grid, grid] means over the pixels that count, and the share of a patch that these are (0 in the padding).
+        [n, h, w] means over the pixels that count, and the share of a patch that these are (0 in the padding).
     """
     height, width = resized_size(values.shape[-2], values.shape[-1], side)
     both = torch.stack([values * keep, keep.expand_as(values).to(values.dtype)], 1)

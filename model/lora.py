@@ -41,7 +41,8 @@ def trains_in_full(name: str, config) -> bool:
     if part == "phi":
         return config.seg_prompt
     if part == "gate":
-        return config.layer_selection in ("policy", "soft", "ce_soft")
+        gate = config.selection.gate
+        return gate == "policy" if "ppm.critic." in name else bool(gate)
     if part == "sam_prompt_encoder":
         used = ["mask_downscaling" if config.mask_prompt else "no_mask_embed"]
         if config.point_prompts:

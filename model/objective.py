@@ -6,13 +6,13 @@ Legend: N [SEG] tokens, L hidden states, P image tokens, M learned tokens, N_b m
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch.utils.checkpoint import checkpoint
 
 from model import losses
-from model.geometry import on_grid
+from model.config import UGroundConfig
+from model.geometry import grid_of, on_grid
 from model.PPM import PolicyPromptedMasking
 from model.structures import Batch
 
@@ -55,12 +55,12 @@ class UGroundOutput:
 
 
 class Objective:
-    """What ``UGroundForCausalLM`` minimises; it has the parts."""
+    """What ``UGroundForCausalLM`` minimises. It holds no parameters of its own; the gate's are in ``ppm``."""
 
-    config: Any  # UGroundConfig, which the class that follows declares less narrowly
-    ppm: PolicyPromptedMasking
+    def __init__(self, config: UGroundConfig, ppm: PolicyPromptedMasking) -> None:
+        self.config, self.ppm = config, ppm
 
-    def objective(
+    def __call__(
         self,
         batch: Batch,
         logits: torch.Tensor,
@@ -78,16 +78,17 @@ class Objective:
             layer_maps: [N, L, P] in [0, 1], detached; where all layers are looked at.
         """
         config = self.config
-        soft = [self._soft_target(masks) for masks in batch.masks]
-        per_mask, present = self._mask_terms(batch.masks, mask_logits, maps, soft)
+        soft = [self.soft_target(masks) for masks in batch.masks]
+        per_mask, present = self.mask_terms(batch.masks, mask_logits, maps, soft)
         rewards = _reward(per_mask, config.reward_terms).detach()
         if config.reward == "batch":
             rewards = (rewards * present).sum().expand(len(rewards))
-        of_layers = None if layer_maps is None else self._layer_terms(batch.masks, soft, layer_maps)
+        of_layers = None if layer_maps is None else self.layer_terms(batch.masks, soft, layer_maps)
         layer_rewards = None
         if config.rewards_all_layers and of_layers is not None:
-            layer_rewards = _reward(of_layers, "iou" if config.layer_selection == "ce_soft" else config.reward_terms)
-        per_mask |= self._gate_terms(rewards, layers, log_policy, layer_rewards)
+            by_overlap = config.selection.gate == "classifier"
+            layer_rewards = _reward(of_layers, "iou" if by_overlap else config.reward_terms)
+        per_mask |= self.gate_terms(rewards, layers, log_policy, layer_rewards)
         per_mask["entropy"] = -(log_policy.exp() * log_policy.clamp(min=-1e4)).sum(-1)
 
         has_masks = (batch.counts[1] > 0).float()
@@ -123,7 +124,7 @@ class Objective:
             loss = loss - config.policy_loss_weight * config.entropy_bonus * terms["entropy"]
         return loss
 
-    def _gate_terms(
+    def gate_terms(
         self,
         rewards: torch.Tensor,
         layers: torch.Tensor,
@@ -131,27 +132,27 @@ class Objective:
         layer_rewards: torch.Tensor | None,
     ) -> dict[str, torch.Tensor]:
         """What the gate and the critic learn from, [N] each by name. Every rank must call this: it communicates."""
-        config, terms = self.config, {}
-        if config.baseline == "critic":
-            expected = self.ppm.expected_reward(log_policy)
-            terms["critic"] = (expected - rewards).square()
-            advantage = rewards - expected.detach()
-        else:
+        config, gate, terms = self.config, self.config.selection.gate, {}
+        each, advantage = torch.arange(len(layers), device=layers.device), rewards
+        if config.baseline == "average":  # is logged, also where the gate learns nothing from it
             advantage = self.ppm.advantage(rewards)
-        if config.scale_advantage:
-            advantage = self.ppm.scaled(advantage)
-        each = torch.arange(len(layers), device=layers.device)
-        if layer_rewards is None:
-            if config.layer_selection == "policy":
-                terms["policy"] = -advantage * log_policy[each, layers]
-        elif config.layer_selection == "ce_soft":
-            best = layer_rewards.masked_fill(log_policy.isinf(), -torch.inf).argmax(-1)
-            terms["classifier"] = -log_policy[each, best]
-        else:
-            terms["policy"] = -(log_policy.exp() * layer_rewards).sum(-1)
+        if layer_rewards is not None:
+            if gate == "classifier":
+                best = layer_rewards.masked_fill(log_policy.isinf(), -torch.inf).argmax(-1)
+                terms["classifier"] = -log_policy[each, best]
+            else:
+                terms["policy"] = -(log_policy.exp() * layer_rewards).sum(-1)
+        elif gate == "policy":
+            if config.baseline == "critic":
+                expected = self.ppm.expected_reward(log_policy)
+                terms["critic"] = (expected - rewards).square()
+                advantage = rewards - expected.detach()
+            if config.scale_advantage:
+                advantage = self.ppm.scaled(advantage)
+            terms["policy"] = -advantage * log_policy[each, layers]
         return terms
 
-    def _mask_terms(
+    def mask_terms(
         self,
         targets: list[torch.Tensor],
         mask_logits: list[torch.Tensor],
@@ -159,7 +160,7 @@ class Objective:
         soft_targets: list[SoftTarget] | None = None,
     ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """Per-mask losses [N] by name, and [N] 1.0 for targets that are not empty (others take no loss)."""
-        soft_targets = soft_targets or [self._soft_target(target) for target in targets]
+        soft_targets = soft_targets or [self.soft_target(target) for target in targets]
         collected: dict[str, list[torch.Tensor]] = {}
         present = []
         for target, predicted, similarity, (soft, weight) in zip(targets, mask_logits, maps, soft_targets):
@@ -204,7 +205,7 @@ class Objective:
             found["map_iou"] = losses.map_iou(similarity.detach(), (target == 1).float(), keep)
         return found
 
-    def _soft_target(self, target: torch.Tensor) -> SoftTarget:
+    def soft_target(self, target: torch.Tensor) -> SoftTarget:
         """M_sigma [n, H, W] of one image's masks, and the weight [n] of its positives."""
         soft = losses.soften(target, self.config.gaussian_kernel, self.config.gaussian_sigma)
         return soft, self._positive_weight(soft)
@@ -218,11 +219,11 @@ class Objective:
         Args:
             targets: per image [n, H, W] uint8; layer_maps: [N, L, P] in [0, 1].
         """
-        soft = [self._soft_target(masks) for masks in targets]
-        return -_reward(self._layer_terms(targets, soft, layer_maps), "both")
+        soft = [self.soft_target(masks) for masks in targets]
+        return -_reward(self.layer_terms(targets, soft, layer_maps), "both")
 
     @torch.no_grad()
-    def _layer_terms(
+    def layer_terms(
         self, targets: list[torch.Tensor], soft_targets: list[SoftTarget], layer_maps: torch.Tensor
     ) -> dict[str, torch.Tensor]:
         """What rewards are made of, for all layers' maps [N, L, P] at the map's own resolution -> [N, L] by name.
@@ -230,7 +231,7 @@ class Objective:
         The targets are brought to P patches instead of L x N maps to the image's size: a few thousand numbers per
         [SEG], where one map at its image's size has hundreds of thousands.
         """
-        config, grid = self.config, round(layer_maps.shape[-1] ** 0.5)
+        config, grid = self.config, grid_of(layer_maps.shape[-1])
         side, num_layers = config.map_side or config.clip_side, layer_maps.shape[1]
         found: dict[str, list[torch.Tensor]] = {}
         rows = layer_maps.split([len(masks) for masks in targets])
@@ -239,7 +240,7 @@ class Objective:
             soft, share = on_grid(soft, keep, side, grid)
             hard, _ = on_grid(hard, keep, side, grid)
             soft, hard, share, weight = (v.repeat_interleave(num_layers, 0) for v in (soft, hard, share, weight))
-            flat = maps.reshape(-1, grid, grid)
+            flat = maps.reshape(-1, *grid)
             terms = {
                 "map_bce": losses.map_bce(flat, soft, weight, share),
                 "map_dice": losses.map_dice(flat, soft, weight, share),

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-from model.geometry import margins_cut_off, resized_size
-from model.PPM import normalise_maps
+from model.geometry import grid_of, margins_cut_off, normalise_maps, resized_size
 
 READ_POINTS = {"read_7b": (0.8, 2), "read_13b": (0.6, 1)}  # what is high in a map; how much the map shrinks first
 READ_LOW = 0.2
@@ -26,7 +25,7 @@ def map_points(scores: torch.Tensor, valid: torch.Tensor, count: int, side: int)
     Returns:
         [N, 2 count, 2] float32 (x, y), and [N, 2 count] labels, 1 = foreground and 0 = background.
     """
-    grid = round(scores.shape[1] ** 0.5)
+    grid, _ = grid_of(scores.shape[1])
     centres = (torch.arange(grid, device=scores.device) + 0.5) * (side / grid)
     place = torch.stack(torch.meshgrid(centres, centres, indexing="xy"), -1).view(-1, 2)  # [P, 2]
     near = torch.cdist(place, place, p=torch.inf) < 1.5 * side / grid  # [P, P] a patch and its eight neighbours
@@ -60,7 +59,7 @@ def read_points(
         [N, count, 2] float32 (x, y), and [N, count] labels, 1 = foreground, 0 = background, -1 = neither.
     """
     high, shrink = READ_POINTS[rule]
-    grid = round(scores.shape[1] ** 0.5)
+    grid, _ = grid_of(scores.shape[1])
     cells = grid // shrink
     small = F.interpolate(scores.view(-1, 1, grid, grid), (cells, cells), mode="bilinear").flatten(1)
     small = normalise_maps(small, None)

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
 from typing import Any
 
-from model.PPM import parse_layer_policy
+from model import layer_rules
 
 
 def setting(
@@ -42,8 +42,7 @@ class PpmSettings:
 
     layer_selection: str = setting(
         "policy",
-        "layer that a [SEG] connects from: policy (SSC), last, uniform, fixed:K (Tables 6 and 9), or all, weighted by "
-        "a gate that learns through SAM (soft) or as a classifier of the best layer (ce_soft)",
+        f"layer whose hidden state and similarity map a [SEG] uses: {layer_rules.describe('training')}",
     )
     policy_gradient: str = setting(
         "reinforce",
@@ -145,7 +144,6 @@ class CheckpointSettings:
     policy_seed: int = setting(0, "seeds sampled layers, together with the sample's number", low=0)
 
 
-ANY_DEPTH = 10**6  # of a model that is not known yet
 METHOD = (PpmSettings, LossSettings, ExperimentalSettings, CheckpointSettings)
 METHOD_FIELDS: dict[str, Field] = {item.name: item for section in METHOD for item in fields(section)}
 
@@ -191,12 +189,6 @@ def contradictions(method: Mapping[str, Any], num_layers: int | None = None) -> 
         method: setting -> value, all of ``METHOD_FIELDS``.
         num_layers: L, hidden states of the model (decoder layers + 1); None = not known yet.
     """
-    for name in ("layer_selection", "eval_layer_policy"):
-        try:
-            if method[name]:
-                parse_layer_policy(method[name], num_layers or ANY_DEPTH)
-        except ValueError as error:
-            yield name, str(error)
     if not (method["seg_prompt"] or method["mask_prompt"] or method["point_prompts"]):
         yield "seg_prompt", "seg_prompt and mask_prompt are both off: SAM would have no prompt; switch one on"
     first, last = method["first_candidate_layer"], method["last_candidate_layer"]
@@ -207,6 +199,14 @@ def contradictions(method: Mapping[str, Any], num_layers: int | None = None) -> 
             "first_candidate_layer" if first >= num_layers else "last_candidate_layer",
             f"{first} to {last} is no range of the layers 0 (the embeddings) to {num_layers - 1} (the last, also -1)",
         )
+    candidates = None if num_layers is None else range(first, last % num_layers + 1)
+    uses: dict[str, layer_rules.Use] = {"layer_selection": "training", "eval_layer_policy": "inference"}
+    for name, use in uses.items():
+        try:
+            if method[name]:
+                layer_rules.parse(method[name], num_layers, candidates, use)
+        except ValueError as error:
+            yield name, str(error)
     if method["policy_gradient"] == "exact" and (method["reward"], method["baseline"]) != ("seg", "average"):
         yield "policy_gradient", "exact knows each layer's reward per [SEG]: it takes reward seg and baseline average"
     if method["gaussian_kernel"] % 2 == 0:

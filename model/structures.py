@@ -139,6 +139,26 @@ class Batch:
         return Batch(**moved)
 
 
+@dataclass(frozen=True)
+class Prompts:
+    """What SAM's decoder is prompted with for a ``[SEG]``.
+
+    Attributes:
+        seg: phi([SEG]); mask: the similarity map.
+        points: so many points of the similarity map, by ``point_rule`` (see ``UGroundConfig``); 0 = none.
+    """
+
+    seg: bool = True
+    mask: bool = True
+    points: int = 0
+    point_rule: str = "extremes"
+
+    @classmethod
+    def of(cls, config) -> Prompts:
+        """Those of training, of a ``UGroundConfig``."""
+        return cls(config.seg_prompt, config.mask_prompt, config.point_prompts, config.point_rule)
+
+
 @dataclass
 class MaskUncertainty:
     """What the masks of T sampled layers say together about one ``[SEG]`` (``mc:T``).

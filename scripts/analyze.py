@@ -67,7 +67,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add(
         "--mode", choices=MODES, default="teacher_forced", help="default: teacher_forced, so that every query has [SEG]"
     )
-    add("--layer_policy", metavar="HOW", help="what counts as the model's own answer (default: as it was trained)")
+    cli.add_layer_flag(parser, "what counts as the model's own answer; default: as it was trained")
     add("--limit", type=int, metavar="N", help="only the first N images of each split")
     add("--batch_size", type=int, default=4, metavar="N", help="images per step (default: 4)")
     add("--seed", type=int, default=0, metavar="S", help="of sampled layers (default: 0)")

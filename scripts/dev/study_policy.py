@@ -26,6 +26,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from model.config import UGroundConfig
+from model.layer_rules import StochasticSkip
 from model.loading.pretrained import load
 from model.objective import Objective
 from model.PPM import PolicyPromptedMasking, gumbel_noise
@@ -102,16 +103,16 @@ def read(model, processor, config: Config, steps: int) -> list[Rewarded]:
         output, valid = model.read_batch(batch)
         states = torch.stack([layer.flatten(0, 1)[batch.seg_positions] for layer in output.hidden], 1)
         counts = [len(masks) for masks in batch.masks]
-        grounding = model.ground(output.hidden, states, batch.seg_rows, counts, batch.image_start, "policy")
-        maps = model._normalised(grounding.scores, valid[batch.seg_rows][:, None])
-        terms = model._layer_terms(batch.masks, [model._soft_target(masks) for masks in batch.masks], maps)
+        grounding = model.ground(output.hidden, states, batch.seg_rows, counts, batch.image_start, StochasticSkip())
+        maps, objective = model.normalised(grounding.scores, valid[batch.seg_rows][:, None]), model.objective
+        terms = objective.layer_terms(batch.masks, [objective.soft_target(masks) for masks in batch.masks], maps)
         found.append(Rewarded(states.float().cpu(), -(terms["map_bce"] + terms["map_dice"]).cpu()))
     return found
 
 
 def candidates(config: UGroundConfig) -> slice:
     """The layers that can be chosen."""
-    return slice(config.first_candidate_layer, config.last_candidate_layer % (config.num_hidden_layers + 1) + 1)
+    return slice(config.candidates.start, config.candidates.stop)
 
 
 def what_there_is(batches: Sequence[Rewarded], layers: slice) -> str:
@@ -162,20 +163,15 @@ def learn(
     made: UGroundConfig, config: Config, batches: Sequence[Rewarded], way: Way, steps: int, seed: int
 ) -> dict[int, float]:
     """A fresh gate's mean probability of the layer that is best on average, after some steps."""
-    learner = Objective()
-    learner.config = UGroundConfig(**made.to_dict() | {"layer_selection": "policy"} | way.settings)
-    settings, train = learner.config, config.train
-    num_layers, width = batches[0].states.shape[1:]
-    critic = settings.critic_width if settings.baseline == "critic" else 0
+    settings = UGroundConfig(**made.to_dict() | {"layer_selection": "policy"} | way.settings)
+    train, (num_layers, width) = config.train, batches[0].states.shape[1:]
     torch.manual_seed(seed)
-    learner.ppm = PolicyPromptedMasking(
-        num_layers, width, settings.first_candidate_layer, settings.baseline_decay, critic,
-        settings.last_candidate_layer, settings.baseline_start,
-    )  # fmt: skip
+    ppm = PolicyPromptedMasking(settings)
+    objective = Objective(settings, ppm)
     everything = torch.cat([batch.rewards for batch in batches]).mean(0)
     best = settings.first_candidate_layer + int(everything[candidates(settings)].argmax())
-    others = [parameter for name, parameter in learner.ppm.named_parameters() if name != "gate"]
-    groups: list[dict[str, Any]] = [{"params": [learner.ppm.gate], "lr": train.lr * way.rate}, {"params": others}]
+    others = [parameter for name, parameter in ppm.named_parameters() if name != "gate"]
+    groups: list[dict[str, Any]] = [{"params": [ppm.gate], "lr": train.lr * way.rate}, {"params": others}]
     optimizer = torch.optim.AdamW(
         groups, lr=train.lr, betas=(train.beta1, train.beta2), weight_decay=train.weight_decay
     )
@@ -184,15 +180,15 @@ def learn(
     for step in range(1, steps + 1):
         batch = batches[order[(step - 1) % len(order)]]
         states = torch.nn.functional.rms_norm(batch.states, (width,)) if way.normalised else batch.states
-        log_policy = learner.ppm.log_policy(states)
+        log_policy = ppm.log_policy(states)
         noise = gumbel_noise([step], [0] * len(states), num_layers, seed)
-        layers = learner.ppm.choose(log_policy, "policy", noise)
+        layers = StochasticSkip().choose(log_policy, noise)
         sampled = batch.rewards.gather(1, layers[:, None])[:, 0]
-        terms = learner._gate_terms(
+        terms = objective.gate_terms(
             sampled, layers, log_policy, batch.rewards if settings.policy_gradient == "exact" else None
         )
         optimizer.zero_grad()
-        (settings.policy_loss_weight * sum(term.mean() for term in terms.values())).backward()
+        (settings.policy_loss_weight * sum((term.mean() for term in terms.values()), torch.zeros(()))).backward()
         optimizer.step()
         scheduler.step()
         if step in steps_told(steps):

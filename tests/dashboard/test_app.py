@@ -18,6 +18,7 @@ from pictures import upload
 from PIL import Image
 
 import app
+from model import layer_rules
 from utils.dashboard.service import Dashboard, Limits, Visit
 from utils.datasets.masks import decode_mask
 from utils.demo import scenes
@@ -138,6 +139,14 @@ def test_wrong_requests_are_told_why(served, tmp_path, data, message):
 def test_markup_in_messages_is_escaped(served, tmp_path):
     with pytest.raises(Exception, match="&lt;b&gt;"):
         served.client().predict(gradio_client.handle_file(upload(tmp_path)), "a star", "<b>", api_name="/ask")
+
+
+def test_the_menu_offers_every_rule_of_inference(served):
+    parts = served.http.get("/config").json()["components"]
+    [dropdown] = [part["props"] for part in parts if str(part["props"].get("label")).startswith("Layer policy")]
+    own, *offered = [value for _, value in dropdown["choices"]]
+    assert own == ""
+    assert offered == layer_rules.menu(served.dashboard.num_layers)
 
 
 def test_health_is_json(served):

@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 
 from model.loading import pretrained
-from model.structures import EvalQuery, EvalSample
+from model.structures import EvalQuery, EvalSample, Prompts
 from utils.evaluation import metrics
 from utils.evaluation.engine import Asking, ask, evaluate
-from utils.evaluation.layer_analysis import THRESHOLDS, Analyst, best_threshold, original_sam, prompted_by
+from utils.evaluation.layer_analysis import THRESHOLDS, Analyst, best_threshold, original_sam
 from utils.inference import cli
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -110,7 +110,7 @@ def test_map_losses_are_what_training_logs(tiny_model, tiny_processor, tiny_samp
     given = [[turn.answer for turn in row] for row in turns]
     prompts = tiny_processor.prompts([sample.image], [[turn.question for turn in row] for row in turns], given)
     maps = torch.cat([said.layer_maps for said in tiny_model.predict(prompts)[0]])
-    found = tiny_model.map_losses([torch.from_numpy(sample.masks)], maps)
+    found = tiny_model.objective.map_losses([torch.from_numpy(sample.masks)], maps)
     torch.testing.assert_close(found.mean(0), logged.detach())
 
 
@@ -128,11 +128,20 @@ def test_the_policy_by_group(tiny_model, tiny_processor):
     assert study.policy(groups["family", "odd"])["segs"] == 1
 
 
-def test_prompts_come_back_after_an_error(tiny_model, make_model):
-    trained = tiny_model.visual_model
-    with pytest.raises(RuntimeError), prompted_by(tiny_model, mask=True, sam=make_model(1).visual_model):
-        raise RuntimeError
+def test_other_prompts_and_another_sam_are_for_one_call(tiny_model, tiny_processor, tiny_samples, make_model):
+    trained, before = tiny_model.visual_model, tiny_model.config.to_dict()
+    prompts = tiny_processor.prompts([tiny_samples[0].image], [["where is the red star"]], [["it is [SEG]."]])
+    answered = tiny_model.answer(prompts)
+
+    def logits(**options) -> torch.Tensor:
+        return tiny_model.draw_masks(answered, **options)[0][0].mask_logits
+
+    own, by_map = logits(), logits(prompts=Prompts(seg=False))
+    assert not torch.equal(by_map, own)
+    assert not torch.equal(logits(prompts=Prompts(seg=False), sam=make_model(1).visual_model), by_map)
+    assert torch.equal(logits(), own)
     assert tiny_model.visual_model is trained
+    assert tiny_model.config.to_dict() == before
     assert tiny_model.config.seg_prompt
     assert tiny_model.config.mask_prompt
 

@@ -11,6 +11,7 @@ import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 import model.UGround as uground
+from model.layer_rules import StochasticSkip
 from model.lora import add_lora
 from model.settings import RECIPES
 
@@ -61,10 +62,8 @@ def test_a_step_stays_on_the_gpu_and_never_waits_for_it(forward, settings):
 
 
 def test_the_fake_gpu_sees_a_tensor_on_the_wrong_device(forward, monkeypatch):
-    choose = uground.PolicyPromptedMasking.choose
-    monkeypatch.setattr(
-        uground.PolicyPromptedMasking, "choose", lambda self, log, how, noise: choose(self, log, how, noise.cpu())
-    )
+    choose = StochasticSkip.choose
+    monkeypatch.setattr(StochasticSkip, "choose", lambda self, log_policy, noise: choose(self, log_policy, noise.cpu()))
     with pytest.raises(RuntimeError, match="cuda"):
         forward()
 

@@ -207,13 +207,6 @@ def test_sampled_layers_do_not_depend_on_the_batch(make_model, tiny_processor, t
     assert 0 not in together  # the embeddings are no candidate
 
 
-def test_monte_carlo_as_a_layer_selection_draws_and_is_not_a_fixed_layer(make_model, tiny_processor, tiny_samples):
-    batch = tiny_processor.collate(tiny_samples)
-    drawn, policy = (make_model(layer_selection=how)(batch).layers.tolist() for how in ("mc:2", "policy"))
-    assert drawn == policy
-    assert len(set(drawn)) > 1
-
-
 def test_monte_carlo_of_one_sample_equals_sample(tiny_model, tiny_processor, tiny_samples):
     image = [tiny_samples[0].image]
     ask = (image, [["star", "circle"]], [["it is [SEG].", "[SEG] and [SEG]"]])
@@ -335,3 +328,13 @@ def test_an_answer_that_is_cut_loses_masks_with_their_tokens(tiny_tokenizer):
         kept.append(len(batch.seg_positions))
         assert len(batch.masks[0]) == kept[-1] == int((batch.label_ids == processor.tokens.seg).sum())
     assert set(kept) == {0, 2, 3}  # the first [SEG] of both answers, and the second one
+
+
+def test_the_objective_is_a_part_without_parameters_of_its_own(make_model):
+    """It shares the configuration and the gate, and no name in a checkpoint is its."""
+    model = make_model()
+    assert model.objective.config is model.ppm.config is model.config
+    assert model.objective.ppm is model.ppm
+    assert not [name for name in model.state_dict() if "objective" in name]
+    gates = [name for name, p in model.named_parameters(remove_duplicate=False) if p is model.ppm.gate]
+    assert gates == ["ppm.gate"]

@@ -17,12 +17,13 @@ import torch
 
 from model import losses
 from model.geometry import mask_prompts
+from model.layer_rules import LastLayer
 from model.loading.weights import load_released
 from model.PPM import PolicyPromptedMasking, similarity_of_all_layers
 from model.processing.collate import Row, collate_rows
 from model.processing.conversation import EncodedConversation
 from model.structures import IGNORE_LABEL, Batch
-from model.UGround import Grounding, UGroundForCausalLM
+from model.UGround import Grounding, UGroundConfig, UGroundForCausalLM
 
 GOLDENS = Path(__file__).resolve().parents[3] / "shared" / "goldens"
 pytestmark = pytest.mark.skipif(not GOLDENS.is_dir(), reason="needs ../shared/goldens")
@@ -377,7 +378,7 @@ def test_training(name):
     same(terms["baseline"], case["ema_after"], "baseline")
     same(terms["policy"], case["policy_loss"], "policy")
     same(output.loss, lost["loss"], "loss")
-    per_mask, present = model._mask_terms(batch.masks, logits, maps)
+    per_mask, present = model.objective.mask_terms(batch.masks, logits, maps)
     counts = [len(masks) for masks in batch.masks]
     assert [int(p.sum()) for p in present.split(counts)] == case["terms"]["n_nonempty_per_image"].tolist()
     for mine, key in (
@@ -402,13 +403,21 @@ def test_training(name):
         same(gradients[key], value, f"gradient of {key}")
 
 
+def policy_of(case, **settings) -> PolicyPromptedMasking:
+    """PPM with the case's gate."""
+    layers, width = case["W"].shape
+    sizes = {"num_hidden_layers": layers - 1, "hidden_size": width, "num_attention_heads": 1}
+    policy = PolicyPromptedMasking(UGroundConfig(first_candidate_layer=0, baseline_decay=0.9, **sizes, **settings))
+    with torch.no_grad():
+        policy.gate.copy_(case["W"])
+    return policy
+
+
 @pytest.mark.parametrize("name", ["case_ppm_0", "case_ppm_1"])
 def test_policy(name):
     case = golden(name)
     hidden, n = case["hidden_states"], len(case["actions"])
-    policy = PolicyPromptedMasking(case["W"].shape[0], case["W"].shape[1], first_candidate=0, baseline_decay=0.9)
-    with torch.no_grad():
-        policy.gate.copy_(case["W"])
+    policy = policy_of(case)
     rows, places = case["seg_token_mask"].nonzero(as_tuple=True)
     states = torch.stack([layer[rows, places] for layer in hidden], dim=1)
     same(states, case["seg_token_embeds"], "[SEG] states")
@@ -428,7 +437,7 @@ def test_policy(name):
         picked = torch.full((n,), for_map) if isinstance(for_map, int) else for_map
         states_of_image = torch.stack([hidden[layer][row, image] for layer, row, image in zip(picked, rows, images)])
         same(states_of_image, entry["img_for_similarity"], f"{kind}: image states")
-    same(states[:, policy.choose(log_policy, "last", log_policy)[0]], case["mode3_eval_legacy_seg"], "evaluation: last")
+    same(states[:, LastLayer().choose(log_policy, log_policy)[0]], case["mode3_eval_legacy_seg"], "evaluation: last")
 
     for entry, reward in zip(case["ema"], case["rewards"]):
         advantage = policy.advantage(torch.tensor([reward]))
@@ -449,9 +458,7 @@ def test_critic(name):
     case = golden(name)
     entry, rewards, actions = case["critic"], torch.tensor(case["rewards"][:1]), case["actions"]
     width = len(entry["params"]["0.bias"])
-    policy = PolicyPromptedMasking(*case["W"].shape, first_candidate=0, baseline_decay=0.9, critic_width=width)
-    with torch.no_grad():
-        policy.gate.copy_(case["W"])
+    policy = policy_of(case, baseline="critic", critic_width=width)
     policy.critic.load_state_dict(entry["params"])
     rows, places = case["seg_token_mask"].nonzero(as_tuple=True)
     log_policy = policy.log_policy(torch.stack([layer[rows, places] for layer in case["hidden_states"]], dim=1))

@@ -7,6 +7,8 @@ import torch
 from conftest import WORDS, build_tiny_model, drawn_sample
 from torch import distributed, multiprocessing
 
+from model.layer_rules import StochasticSkip
+from model.lora import add_lora, set_trainable
 from model.opened import predict
 from model.PPM import gumbel_noise
 from model.processing.processor import UGroundProcessor
@@ -30,7 +32,7 @@ def rewards():
 def gradient(model, states, sampled, log_policy, layers, layer_rewards=None) -> torch.Tensor:
     """Of the mean of the policy's term, in the direction that raises the reward."""
     model.ppm.gate.grad = None
-    model._gate_terms(sampled, layers, log_policy, layer_rewards)["policy"].mean().backward()
+    model.objective.gate_terms(sampled, layers, log_policy, layer_rewards)["policy"].mean().backward()
     return -model.ppm.gate.grad
 
 
@@ -40,7 +42,7 @@ def estimates(model, states, rewards, draws: int = 40, copies: int = 200) -> tor
     for draw in range(draws):
         many, table = states.repeat(copies, 1, 1), rewards.repeat(copies, 1)
         log_policy = model.ppm.log_policy(many)
-        layers = model.ppm.choose(log_policy, "policy", gumbel_noise([draw], [0] * len(many), 5))
+        layers = StochasticSkip().choose(log_policy, gumbel_noise([draw], [0] * len(many), 5))
         sampled = table[torch.arange(len(many)), layers]
         found.append(gradient(model, many, sampled, log_policy, layers))
     return torch.stack(found)
@@ -90,6 +92,20 @@ def test_the_policys_loss_reaches_the_gate_and_the_critic_alone(
     assert {".".join(name.split(".")[:2]) for name in touched} == trained
 
 
+@pytest.mark.parametrize("selection", ["last", "uniform", "fixed:2", "soft", "ce_soft"])
+def test_a_critic_is_nothing_where_no_policy_is_sampled(make_model, tiny_processor, tiny_samples, selection):
+    """Its error would be added to the loss, of a critic that is frozen, or that nobody asks."""
+    model, batch = add_lora(make_model(baseline="critic"), r=2), tiny_processor.collate(tiny_samples)
+    model.config.layer_selection = selection
+    set_trainable(model)
+    assert not any(p.requires_grad for name, p in model.named_parameters() if "critic" in name)
+    critic = model(batch)
+    model.config.baseline = "average"
+    average = model(batch)
+    assert critic.terms.keys() == average.terms.keys()
+    torch.testing.assert_close(critic.loss, average.loss, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize(
     "settings",
     [
@@ -112,10 +128,10 @@ def test_a_bandit_finds_its_best_arm(make_model, settings):
         log_policy = model.ppm.log_policy(states)
         if step == 0:
             torch.testing.assert_close(log_policy.exp()[0], torch.tensor([0, 0.25, 0.25, 0.25, 0.25]))
-        layers = model.ppm.choose(log_policy, "policy", gumbel_noise([step], [0] * 16, 5))
+        layers = StochasticSkip().choose(log_policy, gumbel_noise([step], [0] * 16, 5))
         rewards = pays[layers] + 0.2 * torch.randn(16, generator=generator)
         table = pays.expand(16, 5) if "policy_gradient" in settings else None
-        terms = model._gate_terms(rewards, layers, log_policy, table)
+        terms = model.objective.gate_terms(rewards, layers, log_policy, table)
         optimizer.zero_grad()
         sum(term.mean() for term in terms.values()).backward()
         optimizer.step()

@@ -132,7 +132,7 @@ def test_masks_in_parts_keep_less_for_the_backward_pass(make_model, monkeypatch)
     kept = {}
     for pixels in (10**9, 10_000):
         monkeypatch.setattr(losses, "PIXELS_AT_ONCE", pixels)
-        kept[pixels] = saved_bytes(lambda: model._mask_terms([target], [logits], [maps])) / target.numel()
+        kept[pixels] = saved_bytes(lambda: model.objective.mask_terms([target], [logits], [maps])) / target.numel()
     assert kept[10_000] < 14  # logits, map and soft target in float32, and the target: what there is anyway
     assert kept[10**9] > 25
 

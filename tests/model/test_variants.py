@@ -76,6 +76,7 @@ def test_all_layers_are_rewarded_as_the_chosen_one_is(make_model, tiny_processor
     objective = model.objective
     model.objective = lambda *given: seen.append(given) or objective(*given)
     model(batch)
+    model.objective = objective
     fine = torch.stack([model_with(make_model, f"fixed:{k}")(batch).rewards for k in range(5)], 1)
     terms = terms_of_all_layers(model, batch, seen[0][-1])
     coarse = -(terms["map_bce"] + terms["map_dice"])
@@ -99,7 +100,7 @@ def test_the_map_loss_of_every_layer_is_told_on_demand(make_model, tiny_processo
 
 
 def terms_of_all_layers(model, batch, maps: torch.Tensor) -> dict[str, torch.Tensor]:
-    return model._layer_terms(batch.masks, [model._soft_target(masks) for masks in batch.masks], maps)
+    return model.objective.layer_terms(batch.masks, [model.objective.soft_target(masks) for masks in batch.masks], maps)
 
 
 def model_with(make_model, selection: str):
@@ -112,14 +113,14 @@ def test_the_classifiers_label_is_the_layer_that_overlaps_most(make_model, tiny_
     model = make_model(layer_selection="ce_soft")
     batch = tiny_processor.collate([drawn_sample(5, (64, 64), (1, 1))])
     maps = torch.rand(2, 5, 16, generator=torch.Generator().manual_seed(0))
-    target, share = on_grid((batch.masks[0] == 1).float(), torch.ones(2, 64, 64), 40, 4)
+    target, share = on_grid((batch.masks[0] == 1).float(), torch.ones(2, 64, 64), 40, (4, 4))
     assert (share == 1).all()
     maps[0, 3], maps[1, 0], maps[1, 2] = target[0].flatten(), target[1].flatten(), 0.5 * target[1].flatten()
     overlap = terms_of_all_layers(model, batch, maps)["map_iou"]
     assert float(overlap[0, 3]) == pytest.approx(1.0)
     log_policy = torch.log_softmax(torch.randn(2, 5), -1)
     log_policy[:, 0] = -torch.inf  # no candidate, however well it fits
-    terms = model._gate_terms(torch.zeros(2), torch.zeros(2).long(), log_policy, overlap)
+    terms = model.objective.gate_terms(torch.zeros(2), torch.zeros(2).long(), log_policy, overlap)
     second = int(overlap[1, 1:].argmax()) + 1
     torch.testing.assert_close(terms["classifier"], -log_policy[torch.arange(2), torch.tensor([3, second])])
 
@@ -127,7 +128,7 @@ def test_the_classifiers_label_is_the_layer_that_overlaps_most(make_model, tiny_
 def test_masks_on_the_grid_leave_padding_and_ignored_pixels_out():
     mask, keep = torch.zeros(1, 20, 40), torch.ones(1, 20, 40)
     mask[:, :, :20], keep[:, :10, :20] = 1.0, 0.0
-    values, share = on_grid(mask, keep, side=40, grid=4)
+    values, share = on_grid(mask, keep, side=40, grid=(4, 4))
     assert values[0].tolist() == [[0, 0, 0, 0], [1, 1, 0, 0], [0] * 4, [0] * 4]
     assert share[0].tolist() == [[0, 0, 1, 1], [1, 1, 1, 1], [0] * 4, [0] * 4]
 

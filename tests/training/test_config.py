@@ -176,7 +176,7 @@ def test_names_of_other_trainers_are_understood():
         ("ppm: {first_candidate_layer: 9, last_candidate_layer: 3}", "3 is below first_candidate_layer"),
         ("ppm: {policy_gradient: exact, baseline: critic}", "takes reward seg and baseline average"),
         ("loss: {map_terms: [gaussian_bce, iou]}", "'iou' is not one of gaussian_bce, gaussian_dice, bce, dice"),
-        ("eval: {val_layer_policy: softly}", "'softly' is not one of argmax, last, sample, soft"),
+        ("eval: {val_layer_policy: softly}", "'softly' is not one of argmax, sample, last, uniform"),
         ("data: {sample_rates: [1, 2, 3]}", "3 rates, but --dataset names 2 (refer_seg||reason_seg)"),
         ("train: {epochs: 1, steps_per_epoch: 50}", "do not fit into a run of 50"),
         ("train: {resume: x, auto_resume: true}", "ambiguous"),

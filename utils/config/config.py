@@ -302,10 +302,9 @@ def check(config: Config, origins: Mapping[str, str]) -> list[tuple[str, str]]:
 def _contradictions(config: Config) -> Iterable[tuple[str, str]]:
     """What single values cannot show."""
     data, train = config.data, config.train
-    if not re.fullmatch(r"|argmax|last|sample|uniform|soft|fixed:\d+|mc:[1-9]\d*", config.eval.val_layer_policy):
-        known = "argmax, last, sample, soft, mc:T, fixed:K"
-        yield "val_layer_policy", f"{config.eval.val_layer_policy!r} is not one of {known}"
-    yield from contradictions(METHOD_DEFAULTS | config.method)
+    method = METHOD_DEFAULTS | config.method | {"eval_layer_policy": config.eval.val_layer_policy or None}
+    for name, text in contradictions(method):
+        yield ("val_layer_policy" if name == "eval_layer_policy" else name), text
     if not data.dataset:
         yield "dataset", "is empty; name at least one type"
     types = {name.removesuffix("_data") for name in FIELDS if name.endswith("_data")}  # a wrong one is named later

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from model import layer_rules
 from model.settings import setting
 
 
@@ -140,7 +141,7 @@ class EvalSettings:
     )
     val_layer_policy: str = setting(
         "",
-        "layer in validation: argmax, last, sample, mc:T, fixed:K, soft; empty = as layer_selection has it",
+        f"layer rule of validation: {layer_rules.describe('inference')}; empty = as layer_selection has it",
         may_change=True,
     )
     val_batch_size: int = setting(4, "images per validation batch", low=1, may_change=True)

@@ -20,6 +20,7 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before the import: no word a
 import gradio as gr
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from model import layer_rules
 from model.structures import Turn
 from utils.dashboard import view
 from utils.dashboard.examples import Example
@@ -191,8 +192,7 @@ def question_column(dashboard: Dashboard, examples: list[Example]) -> QuestionCo
         clear = gr.Button("Start over", min_width=80, elem_id="ug-clear")
     with gr.Accordion("Settings", open=False):
         own = f"the model's own ({dashboard.layer_policy})"
-        choices: list[str | tuple[str, str]] = [(own, ""), "argmax", "last", "sample", "soft", "mc:16"]
-        choices += [f"fixed:{k}" for k in range(dashboard.num_layers)]
+        choices: list[str | tuple[str, str]] = [(own, ""), *layer_rules.menu(dashboard.num_layers)]
         policy = gr.Dropdown(choices, value="", label="Layer policy: which layer a [SEG] connects from")
         remember = gr.Checkbox(dashboard.remember, label="The model sees the earlier questions of this conversation")
         length = gr.Slider(1, dashboard.limits.new_tokens, 64, step=1, label="Longest answer, in tokens")

@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image
 
 from model.geometry import maps_at
-from model.PPM import parse_layer_policy
+from model.layer_rules import MonteCarloMean
 from model.processing.processor import UGroundProcessor
 from model.structures import Prediction, Turn
 from model.UGround import UGroundForCausalLM
@@ -31,7 +31,6 @@ from utils.inference.session import ImageSession
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 MAX_TURNS = 20  # that a page shows
-MC_SAMPLES = 16
 T = TypeVar("T")
 
 
@@ -43,7 +42,7 @@ class Limits:
     pixels: int = 30_000_000
     prompt_characters: int = 2000
     new_tokens: int = 512
-    samples: int = 64  # of mc:T
+    samples: int = 64  # of layers, for one mask
 
 
 def open_upload(path: str | Path, limits: Limits) -> np.ndarray:
@@ -85,7 +84,7 @@ class Visit:
         source: the uploaded file that the image is from.
         turns: what the page shows; the model sees ``session.history``.
         prediction: the latest answer; policy: the layer policy that its masks were drawn with.
-        doubt: the latest answer by ``mc:T``, if it was asked for.
+        doubt: the latest answer by ``MonteCarloMean``, if it was asked for.
         folder: holds the files to download.
     """
 
@@ -250,9 +249,8 @@ class Dashboard:
         if not 1 <= max_new_tokens <= self.limits.new_tokens:
             raise ValueError(f"max_new_tokens {max_new_tokens} is not between 1 and {self.limits.new_tokens}")
         policy = layer_policy or self.layer_policy
-        kind, number = parse_layer_policy(policy, self.num_layers)
-        if kind == "mc" and number > self.limits.samples:
-            raise ValueError(f"{policy} draws {number} samples; at most {self.limits.samples} are drawn here")
+        if (samples := self.model.config.layer_rule(policy).samples) > self.limits.samples:
+            raise ValueError(f"{policy} draws {samples} samples; at most {self.limits.samples} are drawn here")
         if source is None and self.visits.get(visitor) is None:
             raise ValueError("there is no image to ask about: upload one, or pick an example")
         prompt = prompt.strip().encode("utf-8", "replace").decode()  # lone surrogates are no text
@@ -273,7 +271,7 @@ class Dashboard:
         yield visit
 
     def doubt(self, visitor: str) -> Visit:
-        """Draws the latest answer's masks ``MC_SAMPLES`` times by layers that the policy gives, for their spread.
+        """Decodes the latest answer's masks again from several sampled layers (``MonteCarloMean``), for their spread.
 
         Raises:
             ValueError: if there is no answer with a mask.
@@ -282,7 +280,7 @@ class Dashboard:
         if visit is None or visit.prediction is None or not visit.prediction.layers:
             raise ValueError("there is no mask yet whose uncertainty could be measured; ask for something first")
         session = visit.session
-        visit.doubt = self._run(lambda: session.redraw(f"mc:{MC_SAMPLES}"))
+        visit.doubt = self._run(lambda: session.redraw(str(MonteCarloMean())))
         return visit
 
     def layer_map(self, visit: Visit, seg: int, layer: int) -> np.ndarray:

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from model import layer_rules
 from model.processing.tokens import REJ, SEG
 from model.structures import Turn
 from utils.dashboard.examples import Example
@@ -205,7 +206,7 @@ def policy_html(visit: Visit, seg: int) -> str:
             bars.append(
                 f'<text x="{(layer + 0.5) * step:.1f}" y="{base + 18}" text-anchor="middle"{bold}>{layer}</text>'
             )
-    where = answer_files.layer_words(visit.policy, chosen)
+    where = layer_rules.parse(visit.policy).words(chosen)
     caption = (
         f"{SEG} {seg + 1} was read at {where} of 0 to {len(chances) - 1} (layer policy “{escape(visit.policy)}”). "
         f"The policy's probability of layer {chosen} is {chances[chosen]:.1%}. "

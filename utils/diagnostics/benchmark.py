@@ -528,7 +528,6 @@ def growth(preset: Preset, device: str, folder: str, repeats: int) -> list[list[
                 bench.resting = resting
                 samples = bench.samples(1)
             bench.configure(settings)
-            bench.model.ppm.first_candidate = settings["first_candidate_layer"]
             batch = bench.batch(samples)
             bench.step(batch)
             step = partial(bench.step, batch)

@@ -9,8 +9,7 @@ Legend: N [SEG] tokens of a query, L hidden states (0 = embeddings), P image tok
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -22,7 +21,7 @@ from model.geometry import maps_at
 from model.loading.weights import load_strictly, read_sam
 from model.opened import with_text
 from model.sam import SegmentAnything
-from model.structures import EvalQuery, EvalSample, Prediction
+from model.structures import EvalQuery, EvalSample, Prediction, Prompts
 from model.UGround import Answered, UGroundForCausalLM
 from utils.datasets.base import EvalDataset
 from utils.evaluation import metrics
@@ -207,10 +206,9 @@ class Analyst:
         for layer, records in enumerate(study.by_layer):
             records += asked.scored(asked.answers(f"fixed:{layer}"))
         for row, how in zip(ROWS, (self.asking.layer_policy, "last")):
-            with prompted_by(self.model, mask=True, sam=self.original):
-                study.table["M_prompt", row] += asked.scored(asked.answers(how), present=True)
-            with prompted_by(self.model, seg=True):
-                study.table["SEG_prompt", row] += asked.scored(asked.answers(how), present=True)
+            by_map = asked.answers(how, Prompts(seg=False), self.original)
+            study.table["M_prompt", row] += asked.scored(by_map, present=True)
+            study.table["SEG_prompt", row] += asked.scored(asked.answers(how, Prompts(mask=False)), present=True)
         own = asked.answers(self.asking.layer_policy)
         study.chosen += asked.scored(own)
         for b, sample in enumerate(samples):
@@ -238,7 +236,7 @@ class Analyst:
             targets = targets.expand(len(grid), -1, -1)
         if not len(grid) or len(targets) != len(grid) or not (targets == 1).flatten(1).any(1).all():
             return np.full(grid.shape[:2], np.nan)
-        return self.model.map_losses([targets], grid).numpy()
+        return self.model.objective.map_losses([targets], grid).numpy()
 
 
 class Asked:
@@ -254,10 +252,13 @@ class Asked:
         self.answered: Answered = model.answer(batch.to(model.device, model.dtype), asking.max_new_tokens)
         self.predictions: list[list[Prediction]] = []  # the last drawn
 
-    def answers(self, layer_policy: str) -> list[list[Answer]]:
-        """[image][query], as ``utils.evaluation.engine.ask`` gives them."""
-        asking, processor = self.analyst.asking, self.analyst.processor
-        self.predictions = with_text(self.analyst.model.draw_masks(self.answered, layer_policy, asking.seed), processor)
+    def answers(
+        self, layer_policy: str, prompts: Prompts | None = None, sam: SegmentAnything | None = None
+    ) -> list[list[Answer]]:
+        """[image][query], as ``utils.evaluation.engine.ask`` gives them; see ``draw_masks``."""
+        asking, model = self.analyst.asking, self.analyst.model
+        drawn = model.draw_masks(self.answered, layer_policy, asking.seed, prompts, sam)
+        self.predictions = with_text(drawn, self.analyst.processor)
         return answers_of(self.samples, self.turns, self.predictions, self.benchmark, asking.mode)
 
     def scored(self, answers: list[list[Answer]], present: bool = False) -> list[Record]:
@@ -278,23 +279,6 @@ class Asked:
             return said.policy[query : query + 1], said.layer_maps[query : query + 1]
         said = self.predictions[image][query]
         return said.policy, said.layer_maps
-
-
-@contextmanager
-def prompted_by(
-    model: UGroundForCausalLM, seg: bool = False, mask: bool = False, sam: SegmentAnything | None = None
-) -> Iterator[None]:
-    """For a while, SAM gets these prompts alone, and ``sam`` (if given) draws instead of the trained decoder."""
-    config, trained = model.config, model.visual_model
-    before = {name: getattr(config, name) for name in ("seg_prompt", "mask_prompt", "point_prompts")}
-    config.seg_prompt, config.mask_prompt, config.point_prompts = seg, mask, 0
-    model.visual_model = sam or trained
-    try:
-        yield
-    finally:
-        model.visual_model = trained
-        for name, value in before.items():
-            setattr(config, name, value)
 
 
 def original_sam(path: str, model: UGroundForCausalLM) -> SegmentAnything:

@@ -79,14 +79,6 @@ def save_answer(folder: Path, stem: str, pixels: np.ndarray, values: dict[str, A
     record.write_text(text, encoding="utf-8", errors="backslashreplace")  # bytes in a file name become \udc.. escapes
 
 
-def layer_words(policy: str, layer: int) -> str:
-    """Where a mask comes from, of a prediction's ``layers``: with some policies from more layers than one."""
-    kind = policy.partition(":")[0]
-    if kind in ("soft", "ce_soft"):
-        return f"all layers, most weight on {layer}"
-    return f"sampled layers, most often {layer}" if kind == "mc" else f"layer {layer}"
-
-
 def free_stem(folder: Path, stem: str, ending: str = ".json") -> str:
     """``STEM_001``, or the first number after it that no earlier answer has; each has a file with that ending."""
     return next(name for name in (f"{stem}_{n:03d}" for n in count(1)) if not (folder / f"{name}{ending}").exists())

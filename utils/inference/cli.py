@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
+from model import layer_rules
 from model.loading.placement import PRECISIONS, QUANTIZATIONS
 from model.loading.pretrained import load
 from model.opened import Opened
@@ -64,6 +65,20 @@ def add_model_flags(parser: argparse.ArgumentParser, default: str = "") -> None:
         "--device_map",
         choices=("auto",),
         help="spread the language model's layers over all GPUs, and main memory if these are too small",
+    )
+
+
+def add_layer_flag(parser: argparse._ActionsContainer, default: str) -> None:
+    """``--layer_policy``, with all rules of inference in its help.
+
+    Args:
+        default: what goes without it, in words.
+    """
+    rules = layer_rules.describe("inference")
+    parser.add_argument(
+        "--layer_policy",
+        metavar="RULE",
+        help=f"layer whose hidden state and similarity map a [SEG] uses: {rules} ({default})",
     )
 
 

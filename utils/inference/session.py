@@ -13,7 +13,6 @@ import numpy as np
 import torch
 
 from model.generation import OpenRow
-from model.PPM import parse_layer_policy
 from model.processing.processor import UGroundProcessor
 from model.structures import Prediction, Turn
 from model.UGround import Answered, UGroundForCausalLM
@@ -59,7 +58,7 @@ class ImageSession:
         Raises:
             ValueError: if the question is empty or longer than the model reads, or the layer policy is unknown.
         """
-        parse_layer_policy(layer_policy or self.model.config.layer_policy, self.model.ppm.num_layers)
+        self.model.config.layer_rule(layer_policy)  # a mistake shows before the answer is written
         earlier = self.history if remember else []
         earlier, ids = self._fitting(earlier, prompt, max_new_tokens)
         said: list[int] = []
@@ -86,7 +85,6 @@ class ImageSession:
         """
         if self.last is None:
             raise ValueError("nothing was asked about this image yet, so there are no masks to draw again")
-        parse_layer_policy(layer_policy or self.model.config.layer_policy, self.model.ppm.num_layers)
         return self._draw(self.last, layer_policy, seed)
 
     def reset(self) -> None:

@@ -1,0 +1,221 @@
+"""The table of layer rules: each is spelled, refused, chosen and offered everywhere, and what it chooses."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import assert_same_masks, drawn_sample
+from programs import chat, evaluation, run
+from utils.inference.loading import predict
+
+from model import layer_rules
+from model.layer_rules import RULES, parse
+from utils.config import load_config
+from utils.config.config import make_parser
+
+LAYERS, CANDIDATES = 5, range(1, 5)  # of the tiny model
+BAD = {  # of each rule: what is refused, and the message
+    "policy": {"policy:1": "unknown layer policy"},
+    "argmax": {"argmax:": "unknown layer policy"},
+    "sample": {"sample:2": "unknown layer policy"},
+    "last": {"last:1": "unknown layer policy"},
+    "uniform": {"uniform:0.5": "unknown layer policy"},
+    "fixed": {
+        "fixed": "unknown layer policy",
+        "fixed:x": "unknown layer policy",
+        "fixed:1-2": "unknown layer policy",
+        "fixed:5": r"layer 5 does not exist: choose 0 \(embeddings\) to 4 \(last\)",
+        "fixed:-1": "layer -1 does not exist",
+    },
+    "soft": {"soft:2": "unknown layer policy"},
+    "ce_soft": {"ce_soft:2": "unknown layer policy"},
+    "mc": {"mc": "unknown layer policy", "mc:\u00b2": "unknown layer policy", "mc:0": "'mc:0' draws no sample"},
+    "blend": {
+        "blend": "unknown layer policy",
+        "blend:0": "'blend:0' blends no layer; use blend:1 or more",
+        "blend:6": "'blend:6' blends more layers than there are; use at most blend:5",
+    },
+    "window": {
+        "window:2": "unknown layer policy",
+        "window:1-5": "layer 5 does not exist",
+        "window:3-2": "'window:3-2' is empty; use window:2-3",
+        "window:0-0": "'window:0-0' holds no layer that the policy can choose: 1 to 4",
+    },
+}
+PROBABILITIES = torch.tensor([[0, 0.1, 0.2, 0.4, 0.3], [0, 0.6, 0.1, 0.1, 0.2]])
+NOISE = torch.tensor([[9.0, 4.0, 0.0, 0.0, 1.0], [9.0, 0.0, 0.0, 3.0, 0.0]])
+CHOSEN = {  # by the probabilities and the noise above
+    "policy": [1, 3],
+    "argmax": [3, 1],
+    "sample": [1, 3],
+    "last": [4, 4],
+    "uniform": [1, 3],
+    "fixed:2": [2, 2],
+    "soft": [3, 1],
+    "ce_soft": [3, 1],
+    "mc:4": [1, 3],
+    "blend:2": [3, 1],
+    "window:2-3": [3, 2],
+    "window:0-1": [1, 1],
+    "window:4-4": [4, 4],
+}
+WORDS = {
+    "fixed:3": "layer 3",
+    "soft": "all layers, most weight on 3",
+    "mc:16": "sampled layers, most often 3",
+    "blend:2": "the 2 most probable layers, most weight on 3",
+    "window:2-3": "layer 3",
+}
+every_rule = pytest.mark.parametrize("kind", RULES, ids=lambda kind: kind.name)
+
+
+def use_of(kind) -> layer_rules.Use:
+    return kind.uses[-1]
+
+
+def ask(model, processor, layer_policy: str | None = None):
+    """One answer with two masks."""
+    given = [["[SEG] and [SEG]"]]
+    return predict(model, processor, [drawn_sample(0).image], [["star"]], given, layer_policy=layer_policy)[0][0]
+
+
+# -- every rule of the table -------------------------------------------------------------------------------------------
+
+
+@every_rule
+def test_a_rule_is_parsed_as_it_is_written(kind):
+    assert kind.examples(LAYERS)
+    for rule in kind.examples(LAYERS):
+        assert parse(str(rule), LAYERS, CANDIDATES, use_of(kind)) == parse(str(rule), use=use_of(kind)) == rule
+        assert str(rule).partition(":")[0] == kind.name
+
+
+@every_rule
+def test_a_wrong_argument_is_refused(kind):
+    for text, message in BAD[kind.name].items():
+        with pytest.raises(ValueError, match=message):
+            parse(text, LAYERS, CANDIDATES, use_of(kind))
+
+
+def test_an_unknown_rule_is_answered_with_all_that_there_are():
+    for use in layer_rules.EITHER:
+        with pytest.raises(ValueError, match="'best' is not one of ") as refused:
+            parse("best", use=use)
+        for kind in RULES:
+            assert (f" {kind.spelling()}," in f"{refused.value},") == (use in kind.uses)
+
+
+@every_rule
+def test_a_rule_trains_or_is_refused_by_settings_and_model_alike(make_model, tiny_processor, tiny_samples, kind):
+    selection = str(kind.examples(LAYERS)[0])
+    needed = ["--version", "v", "--vision_tower", "t", "--vision_pretrained", "p", "--dataset_dir", "d"]
+    flags = [*needed, "--layer_selection", selection]
+    if "training" in kind.uses:
+        assert load_config(flags).ppm.layer_selection == selection
+        model = make_model(layer_selection=selection)
+        model(tiny_processor.collate(tiny_samples)).loss.backward()
+        assert (kind.gate != "") == bool(model.ppm.gate.grad is not None and model.ppm.gate.grad.any())
+        assert parse(model.config.layer_policy, LAYERS)
+    else:
+        with pytest.raises(ValueError, match=f"for training: '{selection}' is not one of policy") as refused:
+            make_model(layer_selection=selection)
+        with pytest.raises(ValueError, match="layer_selection") as told:
+            load_config(flags)
+        assert str(refused.value) in str(told.value)
+
+
+@every_rule
+def test_a_rule_predicts_or_is_refused(tiny_model, tiny_processor, kind):
+    for rule in map(str, kind.examples(LAYERS)):
+        if "inference" in kind.uses:
+            found = ask(tiny_model, tiny_processor, rule)
+            assert found.mask_logits.isfinite().all()
+            assert len(found.layers) == len(found.maps) == 2
+            assert len(found.uncertainty) == (2 if parse(rule).samples else 0)
+        else:
+            with pytest.raises(ValueError, match=f"for inference: '{rule}' is not one of"):
+                ask(tiny_model, tiny_processor, rule)
+
+
+@every_rule
+def test_a_rule_is_told_wherever_one_is_asked_for(capsys, kind):
+    texts = {"the table": layer_rules.table(), "train_ds.py --help": make_parser().format_help()}
+    if "inference" in kind.uses:
+        for name, program in (("chat.py", chat), ("test.py", evaluation)):
+            texts[f"{name} --help"] = run(capsys, program, "--help")[1]
+        texts["chat.py's /help"] = chat.HELP
+        assert {str(rule) for rule in kind.examples(LAYERS)} <= set(layer_rules.menu(LAYERS))
+    for place, text in texts.items():
+        assert kind.spelling() in text, place
+        assert kind.help in " ".join(text.split()), place
+
+
+# -- what they choose --------------------------------------------------------------------------------------------------
+
+
+@every_rule
+def test_what_a_rule_chooses(kind):
+    texts = [text for text in CHOSEN if text.partition(":")[0] == kind.name]
+    assert texts, f"add {kind.spelling()} to CHOSEN"
+    for text in texts:
+        rule = parse(text, LAYERS, CANDIDATES, use_of(kind))
+        assert rule.choose(PROBABILITIES.log(), NOISE).tolist() == CHOSEN[text], text
+
+
+@every_rule
+def test_weights_sum_up_to_one_and_leave_out_what_is_no_candidate(kind):
+    for rule in kind.examples(LAYERS):
+        if (weights := rule.weights(PROBABILITIES.log())) is not None:
+            torch.testing.assert_close(weights.sum(-1), torch.ones(2))
+            assert not weights[:, 0].any()
+            assert weights.argmax(-1).tolist() == rule.choose(PROBABILITIES.log(), NOISE).tolist()
+
+
+def test_words_for_a_person():
+    assert {text: parse(text).words(3) for text in WORDS} == WORDS
+
+
+def test_inference_takes_what_training_taught():
+    taught = {
+        str(rule): rule.at_inference for kind in RULES if "training" in kind.uses for rule in kind.examples(2)[-1:]
+    }
+    same = {text: text for text in ("last", "uniform", "fixed:1", "soft")}
+    assert taught == same | {"policy": "argmax", "ce_soft": "soft"}
+
+
+def test_the_classifiers_masks_do_not_train_the_gate():
+    log_policy = PROBABILITIES.log().requires_grad_()
+    soft, classifier = parse("soft").weights(log_policy), parse("ce_soft", use="training").weights(log_policy)
+    assert torch.equal(soft, classifier)
+    assert soft.requires_grad
+    assert not classifier.requires_grad
+
+
+def test_the_menu_ends_with_the_single_layers():
+    assert layer_rules.menu(3)[-3:] == ["fixed:0", "fixed:1", "fixed:2"]
+    assert "mc:16" in layer_rules.menu(3)
+
+
+def test_a_fixed_layer_is_the_same_as_the_last_one_by_its_number(tiny_model, tiny_processor):
+    last, fixed = ask(tiny_model, tiny_processor, "last"), ask(tiny_model, tiny_processor, "fixed:4")
+    assert last.layers == fixed.layers == [4, 4]
+    assert_same_masks(last.mask_logits, fixed.mask_logits)
+
+
+def test_a_blend_weighs_the_most_probable_layers():
+    weights = parse("blend:2").weights(PROBABILITIES.log())
+    torch.testing.assert_close(weights, torch.tensor([[0, 0, 0, 4 / 7, 3 / 7], [0, 0.75, 0, 0, 0.25]]))
+
+
+@pytest.mark.parametrize(("rule", "same"), [("blend:1", "argmax"), ("blend:4", "soft"), ("window:1-4", "argmax")])
+def test_blends_and_windows_end_where_other_rules_begin(tiny_model, tiny_processor, rule, same):
+    ours, theirs = ask(tiny_model, tiny_processor, rule), ask(tiny_model, tiny_processor, same)
+    assert ours.layers == theirs.layers
+    assert_same_masks(ours.mask_logits, theirs.mask_logits)
+    torch.testing.assert_close(ours.maps, theirs.maps)
+
+
+def test_a_blend_lies_between_the_mode_and_soft_gating(tiny_model, tiny_processor):
+    one, two, every = (ask(tiny_model, tiny_processor, rule).maps for rule in ("argmax", "blend:2", "soft"))
+    assert not torch.allclose(one, two, atol=1e-3)
+    assert not torch.allclose(two, every, atol=1e-3)
