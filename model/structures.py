@@ -94,7 +94,6 @@ class Batch:
         sizes: original (height, width) per row.
         masks: per row [N_b, H, W] uint8 with 0, 1, 255.
         numbers: the global sample number per row; it seeds the sampling of layers.
-        sources: per row, for messages.
         questions: conversations per row.
         image_start: the first image token's place, the same in every row.
         image_keys: per row, the name of its pixels, where SAM's features are cached on disk; else empty.
@@ -116,7 +115,6 @@ class Batch:
     sizes: list[tuple[int, int]]
     masks: list[torch.Tensor]
     numbers: list[int]
-    sources: list[str]
     questions: list[int]
     image_start: int
     image_keys: list[str] = field(default_factory=list)
@@ -207,8 +205,3 @@ class Prediction:
     def masks(self) -> torch.Tensor:
         """[N, H, W] bool, one per ``[SEG]``."""
         return self.mask_logits > 0
-
-    @property
-    def says_rejected(self) -> bool:
-        """The answer holds ``[REJ]``."""
-        return "[REJ]" in self.text

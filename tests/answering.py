@@ -24,7 +24,7 @@ def read_anew(model, processor, image, history, question, said):
     ids = processor.builder.encode((*history, Turn(question, ""))).ids
     conversation = EncodedConversation(ids + said, [IGNORE_LABEL] * len(ids) + said)
     no_masks = drawn_sample(0, image.shape[:2], ()).masks
-    batch = processor._collate([Row(image, [conversation], no_masks, 0, "image")])
+    batch = processor._collate([Row(image, [conversation], no_masks, 0)])
     with torch.no_grad():
         hidden = model.read_batch(batch)[0].hidden[-1].flatten(0, 1)
         written = model.lm_head(hidden[batch.label_positions]).argmax(-1).tolist()

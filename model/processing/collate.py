@@ -21,7 +21,6 @@ class Row:
     conversations: list[EncodedConversation]
     masks: np.ndarray
     number: int
-    source: str
 
 
 def cut(row: Row, max_tokens: int, seg_id: int) -> Row:
@@ -35,7 +34,7 @@ def cut(row: Row, max_tokens: int, seg_id: int) -> Row:
         keep_mask += [True] * left + [False] * (segs - left)
         kept.append(short)
     masks = row.masks[np.array(keep_mask, dtype=bool)] if len(row.masks) else row.masks
-    return Row(row.image, kept, masks, row.number, row.source)
+    return Row(row.image, kept, masks, row.number)
 
 
 def before_labels(labels: torch.Tensor, token: int | None = None) -> torch.Tensor:
@@ -67,11 +66,8 @@ def collate_rows(
     """Builds the packed batch, padded on the right.
 
     Args:
+        rows: with a mask for each ``[SEG]`` label (``UGroundProcessor.collate`` checks it), or none at all (prompts).
         clip_fit: how an image is made square for CLIP, of ``CLIP_FITS``; for SAM it is padded.
-
-    Raises:
-        ValueError: if a row's number of ``[SEG]`` labels differs from its number of masks (teacher-forced prompts
-            without ground truth pass masks of shape [0, H, W] and are exempt).
     """
     prefix = len(prefix_ids)
     width = max(prefix + sum(len(c.ids) for c in row.conversations) for row in rows)
@@ -80,9 +76,6 @@ def collate_rows(
     segments, position_ids = torch.full(shape, -1), torch.zeros(shape, dtype=torch.int64)
     labels = torch.full(shape, IGNORE_LABEL)
     for b, row in enumerate(rows):
-        segs = sum(c.labels.count(seg_id) for c in row.conversations)
-        if len(row.masks) and segs != len(row.masks):
-            raise ValueError(f"{row.source}: {segs} [SEG] in the answers but {len(row.masks)} masks")
         input_ids[b, :prefix] = torch.tensor(prefix_ids)
         segments[b, :prefix], position_ids[b, :prefix] = 0, torch.arange(prefix)
         start = prefix
@@ -114,7 +107,6 @@ def collate_rows(
         sizes=[row.image.shape[:2] for row in rows],
         masks=[torch.from_numpy(np.ascontiguousarray(row.masks)) for row in rows],
         numbers=[row.number for row in rows],
-        sources=[row.source for row in rows],
         questions=[len(row.conversations) for row in rows],
         image_start=image_start,
     )

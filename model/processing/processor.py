@@ -96,7 +96,7 @@ class UGroundProcessor:
         rows = []
         for sample in samples:
             conversations = [self.builder.encode(turns) for turns in sample.conversations]
-            row = Row(sample.image, conversations, sample.masks, sample.number, sample.source)
+            row = Row(sample.image, conversations, sample.masks, sample.number)
             segs = sum(c.labels.count(self.tokens.seg) for c in conversations)
             if segs != len(sample.masks):
                 raise ValueError(f"{sample.source}: {segs} [SEG] in the answers but {len(sample.masks)} masks")
@@ -140,12 +140,12 @@ class UGroundProcessor:
                     )
             no_masks = np.zeros((0, *image.shape[:2]), dtype=np.uint8)
             number = numbers[i] if numbers is not None else i
-            rows.append(Row(image, conversations, no_masks, number, f"image {i}"))
+            rows.append(Row(image, conversations, no_masks, number))
         return self._collate(rows)
 
     def prefix(self, image: np.ndarray) -> Batch:
         """The row of an image [H, W, 3] about which nothing was asked yet."""
-        return self._collate([Row(image, [], np.zeros((0, *image.shape[:2]), dtype=np.uint8), 0, "image")])
+        return self._collate([Row(image, [], np.zeros((0, *image.shape[:2]), dtype=np.uint8), 0)])
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of answer tokens; ``[SEG]`` and ``[REJ]`` are kept, end and padding tokens are not."""

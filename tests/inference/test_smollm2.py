@@ -53,7 +53,7 @@ def test_it_says_what_transformers_says(smollm2):
     encoded = [[tokenizer(question)["input_ids"] for question in row] for row in QUESTIONS]
     rows = [  # packed as ever, but what stands before the questions is text
         Row(np.zeros((8, 8, 3), np.uint8), [EncodedConversation(ids, [-100] * len(ids)) for ids in row],
-            np.zeros((0, 8, 8), np.uint8), 0, "text")
+            np.zeros((0, 8, 8), np.uint8), 0)
         for row in encoded
     ]  # fmt: skip
     batch = collate_rows(rows, prefix, 0, pad_id=0, seg_id=-1, clip_side=40, sam_side=64)

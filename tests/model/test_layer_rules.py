@@ -6,10 +6,10 @@ import pytest
 import torch
 from conftest import assert_same_masks, drawn_sample
 from programs import chat, evaluation, run
-from utils.inference.loading import predict
 
 from model import layer_rules
 from model.layer_rules import RULES, parse
+from model.opened import predict
 from utils.config import load_config
 from utils.config.config import make_parser
 

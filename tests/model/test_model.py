@@ -1,5 +1,7 @@
 """Packing, generation and loss aggregation: what the design claims to be exact."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -338,3 +340,9 @@ def test_the_objective_is_a_part_without_parameters_of_its_own(make_model):
     assert not [name for name in model.state_dict() if "objective" in name]
     gates = [name for name, p in model.named_parameters(remove_duplicate=False) if p is model.ppm.gate]
     assert gates == ["ppm.gate"]
+
+
+def test_a_mask_for_each_seg_or_the_sample_is_refused(tiny_processor, tiny_samples):
+    sample = replace(tiny_samples[0], masks=tiny_samples[0].masks[1:])
+    with pytest.raises(ValueError, match=rf"{sample.source}: 3 \[SEG\] in the answers but 2 masks"):
+        tiny_processor.collate([sample])

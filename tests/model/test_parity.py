@@ -100,7 +100,7 @@ def batch_of(inputs: dict, seg: int, prefix: int) -> Batch:
         segs = sum(c.labels.count(seg) for c in encoded)
         kept = [mask.numpy().astype(np.uint8) for mask in target if len(target) == segs or mask.any()]  # [REJ]: empty
         target = np.stack(kept) if kept else np.zeros((0, *image.shape[:2]), np.uint8)
-        rows.append(Row(image, encoded, target, 0, "golden"))
+        rows.append(Row(image, encoded, target, 0))
     first = token_rows(inputs)[0][0][0][:prefix]
     start = inputs["input_ids"][0].tolist().index(IMAGE)
     batch = collate_rows(rows, first, start, pad_id=0, seg_id=seg, clip_side=112, sam_side=1024)

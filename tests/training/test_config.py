@@ -171,7 +171,7 @@ def test_names_of_other_trainers_are_understood():
         ("base: nowhere.yaml", "nowhere.yaml: cannot be read: No such file or directory (base of"),
         ("base: run.yaml", "base: run.yaml leads back to itself"),
         ("train: {exp_name: ../up}", "'../up' is not a folder name"),
-        ("ppm: {layer_selection: fixed:x}", "unknown layer policy 'fixed:x'; use one of policy"),
+        ("ppm: {layer_selection: fixed:x}", "'fixed:x' is not one of policy, last, uniform, fixed:K"),
         ("ppm: {seg_prompt: off, mask_prompt: off}", "SAM would have no prompt"),
         ("ppm: {first_candidate_layer: 9, last_candidate_layer: 3}", "3 is below first_candidate_layer"),
         ("ppm: {policy_gradient: exact, baseline: critic}", "takes reward seg and baseline average"),
