@@ -20,10 +20,10 @@ from typing import Any
 from utils import distributed
 from utils.datasets import get_eval_dataset
 from utils.datasets.base import EvalDataset, NotThere, check_complete
-from utils.evaluation.evaluate import CONTROLS, MODES, Asking, default_mode, evaluate, origin_of, text_blind_scores
-from utils.evaluation.metrics import PROTOCOLS
+from utils.evaluation.benchmarks import MODES, PROTOCOLS, SUITES, benchmark_of
+from utils.evaluation.evaluate import CONTROLS, Asking, evaluate, origin_of, text_blind_scores
 from utils.evaluation.panels import format_table, panels
-from utils.evaluation.paper_tables import SUITES, fill
+from utils.evaluation.paper_tables import fill
 from utils.evaluation.paper_tables import write as write_tables
 from utils.evaluation.results import Journal, Result, result_path
 from utils.inference import cli
@@ -257,7 +257,7 @@ def write(args: argparse.Namespace, model, processor, dataset: EvalDataset, resu
 
 def modes_of(mode: str, benchmark: str) -> tuple[str, ...]:
     if mode == "paper":
-        return (default_mode(benchmark),)
+        return (benchmark_of(benchmark).mode,)
     return MODES if mode == "both" else (mode,)
 
 

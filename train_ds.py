@@ -32,8 +32,8 @@ from utils import distributed
 from utils.config import Config, ConfigError, load_config, missing_paths
 from utils.datasets import DataError, EvalDataset, get_eval_dataset
 from utils.datasets.mixture import Mixture, MixtureSampler
+from utils.evaluation.benchmarks import benchmark_of
 from utils.evaluation.evaluate import Asking, evaluate
-from utils.evaluation.metrics import metric_names
 from utils.inference.loading import PRECISIONS, cache_sam_features
 from utils.training import checkpoint as checkpoints
 from utils.training.engine import build_engine, build_model, deepspeed_settings, gradient_norms
@@ -193,7 +193,7 @@ def open_data(config: Config) -> tuple[Mixture, list[EvalDataset]]:
         except DataError as error:
             problems.append(str(error))
     metric = config.eval.val_metric
-    if not problems and opened[1:] and metric not in (known := metric_names(opened[1].benchmark)):
+    if not problems and opened[1:] and metric not in (known := benchmark_of(opened[1].benchmark).metrics):
         problems.append(f"--val_metric {metric}: {opened[1].spec} reports {', '.join(known)}")
     if problems:
         raise ConfigError(problems)

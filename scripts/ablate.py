@@ -32,7 +32,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils.config import load_config
 from utils.evaluation import metrics
-from utils.evaluation.metrics import Record, metric_names
+from utils.evaluation.benchmarks import benchmark_of
+from utils.evaluation.metrics import Record
 from utils.evaluation.results import read_results, result_path
 from utils.inference import cli
 from utils.plotting.charts import LINES, layer_curves, save_picture, training_curves
@@ -134,7 +135,7 @@ def main(argv: list[str] | None = None) -> int:
     args, settings = parse_arguments(argv)
     config = load_config(["--config", str(args.config), *settings])  # mistakes show before the first run
     rows, specs = TABLES[args.table], config.eval.val_dataset
-    if other := [spec for spec in specs if not set(METRICS) <= set(metric_names(spec.split("|")[0]))]:
+    if other := [spec for spec in specs if not set(METRICS) <= set(benchmark_of(spec.split("|")[0]).metrics)]:
         raise ValueError(f"--val_dataset {other[0]} has no {' and '.join(METRICS)}, of which the tables are made")
     results: dict[str, list[Path]] = {}
     for seed in range(args.seeds):  # the whole table once, before the next seed
@@ -284,7 +285,7 @@ def differences(rows: tuple[Row, ...], results: dict[str, list[Path]], specs: tu
     for row in rows[1:]:
         cells = []
         for spec in specs:
-            found = metrics.difference(records(rows[0], spec), records(row, spec), spec.partition("|")[0])
+            found = metrics.difference(records(rows[0], spec), records(row, spec), benchmark_of(spec.partition("|")[0]))
             for name in METRICS:
                 gain, bounds = found[name]
                 cells.append("{:+.1f} [{:+.1f}, {:+.1f}]".format(100 * gain, *(100 * bound for bound in bounds)))

@@ -27,7 +27,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from utils.datasets import get_eval_dataset
 from utils.datasets.base import EvalDataset
 from utils.evaluation import metrics
-from utils.evaluation.evaluate import MODES, Asking
+from utils.evaluation.benchmarks import MODES
+from utils.evaluation.evaluate import Asking
 from utils.evaluation.layer_analysis import COLUMNS, ROWS, Analyst, Look, Study, original_sam
 from utils.evaluation.layer_figures import animate, layer_maps
 from utils.evaluation.metrics import Record
@@ -233,7 +234,7 @@ def draw_layers(book: Book, dataset: EvalDataset) -> None:
 
 
 def sample_line(checkpoint: Checkpoint, study: Study, place: int) -> dict[str, Any]:
-    record, protocol = study.chosen[place], metrics.protocol_of(study.benchmark)
+    record, protocol = study.chosen[place], study.benchmark.protocol()
     by_layer = [metrics.iou(records[place], protocol) for records in study.by_layer]
     return {
         "checkpoint": checkpoint.name,
@@ -269,16 +270,16 @@ def draw_samples(book: Book, dataset: EvalDataset, animated: bool) -> None:
             )
             animate(look, path)
     for each in book.checkpoints:
-        looked = each.ends[spec]
+        study, looked = each.studies[spec], each.ends[spec]
         text = f"{each.name}: the {len(looked)} worst and best answers, by IoU."
         path, caption = book.add(file_name(spec, "worst_best", each.name, "png"), text, spec)
-        title = f"{spec}, {each.name}: worst and best of {len(each.studies[spec].chosen)} answers"
-        save_picture(path, sheet([panel(look, dataset.benchmark) for look in looked], title, 160), caption)
+        title = f"{spec}, {each.name}: worst and best of {len(study.chosen)} answers"
+        save_picture(path, sheet([panel(look, study.benchmark.protocol()) for look in looked], title, 160), caption)
 
 
-def panel(look: Look, benchmark: str) -> Panel:
+def panel(look: Look, protocol: str) -> Panel:
     layers = look.maps[look.layers].max(0, keepdims=True) if look.layers else None
-    said = notes(look.record, metrics.protocol_of(benchmark))
+    said = notes(look.record, protocol)
     return Panel(look.image, look.query, look.mask[None], layers, look.truth, look.record.answer, said)
 
 

@@ -28,6 +28,7 @@ from utils.datasets import get_eval_dataset
 from utils.datasets.base import EvalDataset
 from utils.datasets.masks import decode_mask
 from utils.evaluation import metrics
+from utils.evaluation.benchmarks import benchmark_of
 from utils.evaluation.metrics import Record
 from utils.evaluation.panels import notes
 from utils.evaluation.paper_tables import missing_note
@@ -139,8 +140,8 @@ def paired(named: Sequence[tuple[str, Path]], most: int, picture: Path | None, d
         )
     if other.mode != origin.mode:
         raise ValueError(f"{before_path} was asked by {other.mode}, {after_path} by {origin.mode}; compare one mode")
-    benchmark = origin.benchmark.split("|")[0]
-    known = [metrics.protocol_of(benchmark, each.protocol, each.mode) for each in (other, origin)]
+    benchmark = benchmark_of(origin.benchmark.split("|")[0])
+    known = [benchmark.protocol(each.protocol, each.mode) for each in (other, origin)]
     protocol = known[1]
     gains = metrics.difference(before, after, benchmark, protocol)
     old, new = (metrics.compute(records, benchmark, protocol) for records in (before, after))

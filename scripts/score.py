@@ -16,7 +16,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils.evaluation.metrics import PROTOCOLS, protocol_of
+from utils.evaluation.benchmarks import PROTOCOLS, benchmark_of
 from utils.evaluation.panels import format_table
 from utils.evaluation.results import read_results, summarize
 from utils.inference import cli
@@ -46,7 +46,7 @@ def score(path: Path, protocol: str | None = None) -> dict[str, Any]:
         raise ValueError(f"no file matches {path}; give the JSONL that test.py wrote")
     origin, records = read_results(path)
     wanted = protocol or origin.protocol
-    origin = replace(origin, protocol=protocol_of(origin.benchmark.split("|")[0], wanted, origin.mode))
+    origin = replace(origin, protocol=benchmark_of(origin.benchmark.split("|")[0]).protocol(wanted, origin.mode))
     summary = json.loads(json.dumps(summarize(origin, records)))
     beside = path.with_suffix(".json")
     if beside.is_file():

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from model.structures import EvalSample
 from utils.datasets import get_eval_dataset
 from utils.evaluation import metrics
+from utils.evaluation.benchmarks import Benchmark, benchmark_of
 from utils.evaluation.evaluate import answers_of, score, turns_of
 from utils.evaluation.metrics import Record
 from utils.inference import cli
@@ -32,15 +33,16 @@ def main(argv: list[str] | None = None) -> int:
     datasets = [get_eval_dataset(spec, args.dataset_dir) for spec in specs]  # a typing error shows before the loading
     opened = cli.open_model(args)
     for dataset in datasets:
+        benchmark = benchmark_of(dataset.benchmark)
         apart: list[Record] = []
         together: list[Record] = []
         places = range(min(args.limit, len(dataset)))
         for place in tqdm(places, desc=dataset.spec, unit="image", disable=None):
             for remember, records in ((False, apart), (True, together)):
-                records += later_answers(opened, place, dataset[place], dataset.benchmark, args.questions, remember)
+                records += later_answers(opened, place, dataset[place], benchmark, args.questions, remember)
         if not apart:
             raise ValueError(f"{dataset.spec} has one question per image: none has an earlier one")
-        print("\n".join(lines(dataset.spec, dataset.benchmark, apart, together)))
+        print("\n".join(lines(dataset.spec, benchmark, apart, together)))
     return 0
 
 
@@ -59,7 +61,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def later_answers(
-    opened: cli.Opened, place: int, sample: EvalSample, benchmark: str, most: int, remember: bool
+    opened: cli.Opened, place: int, sample: EvalSample, benchmark: Benchmark, most: int, remember: bool
 ) -> list[Record]:
     """The scored answers to all but the first of an image's questions."""
     [turns] = turns_of([sample], benchmark, "generate")
@@ -72,7 +74,7 @@ def later_answers(
     return scored[1:]
 
 
-def lines(spec: str, benchmark: str, apart: list[Record], together: list[Record]) -> list[str]:
+def lines(spec: str, benchmark: Benchmark, apart: list[Record], together: list[Record]) -> list[str]:
     """A line per metric: by itself, after the others, and the difference with its 95% interval."""
     alone, after = metrics.compute(apart, benchmark), metrics.compute(together, benchmark)
     differences = metrics.difference(apart, together, benchmark)

@@ -27,9 +27,8 @@ from utils.datasets.templates import (
     QUESTIONS,
     denial,
     enumerate_words,
-    eval_answer,
     eval_joint_turn,
-    eval_question,
+    eval_turn,
     template_corpus,
 )
 
@@ -572,9 +571,9 @@ def test_denials_and_lists_say_what_they_are_given() -> None:
 def test_evaluation_templates_do_not_know_the_ground_truth() -> None:
     none, one = np.zeros((0, 2, 2), np.uint8), np.ones((1, 2, 2), np.uint8)
     absent, present = EvalQuery("1", "a {list} dog", none), EvalQuery("2", "a cat", one)
-    assert eval_answer(absent, "grefcoco") == eval_answer(present, "grefcoco") == ANSWERS["target"][0]
-    assert eval_question(absent, "grefcoco") == "Please segment a {list} dog in this image."
-    assert eval_question(EvalQuery("3", "Who?", one, is_sentence=True), "ReasonSeg") == "Who? Please segment it."
+    assert eval_turn(absent).answer == eval_turn(present).answer == ANSWERS["target"][0]
+    assert eval_turn(absent).question == "Please segment a {list} dog in this image."
+    assert eval_turn(EvalQuery("3", "Who?", one, is_sentence=True)).question == "Who? Please segment it."
     assert eval_joint_turn([present, present]).answer == "Sure, a cat:[SEG], a cat:[SEG]."
 
 

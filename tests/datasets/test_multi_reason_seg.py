@@ -11,7 +11,7 @@ from disk import H, W, box, write_image, write_json
 
 from model.structures import Sample
 from utils.datasets import DataError, DataOptions, get_eval_dataset, get_train_dataset
-from utils.datasets.templates import ANSWERS, eval_question
+from utils.datasets.templates import ANSWERS, eval_turn
 
 FOLDER = "multi_reason_seg/MultiReasonSeg"
 LEFT, RIGHT = {"segmentation": [box(2, 2)], "category_name": "cup"}, {"segmentation": [box(40, 20)]}
@@ -87,7 +87,7 @@ def test_evaluation(root: Path) -> None:
     assert [sample.queries[0].meta["part"] for sample in samples] == ["few", "many", "many"]
     assert "part" not in get_eval_dataset("MultiReasonSeg|val", root)[0].queries[0].meta
     assert queries[0].masks[:, 8, 8].tolist() == [0, 1]
-    assert eval_question(queries[0], both.benchmark) == "Which can be eaten? Please segment each of them."
+    assert eval_turn(queries[0], instances=True).question == "Which can be eaten? Please segment each of them."
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from PIL import Image
 
 from model.structures import EvalQuery, EvalSample
 from utils.evaluation import metrics
+from utils.evaluation.benchmarks import BENCHMARKS
 from utils.evaluation.evaluate import Asking, ask, evaluate
 from utils.evaluation.layer_analysis import THRESHOLDS, Analyst, best_threshold, original_sam, prompted_by
 from utils.inference import cli
@@ -90,7 +91,7 @@ def test_m_iou_of_a_split_is_the_best_cut_of_each_map(tiny_model, tiny_processor
         for place, record in enumerate(records):
             sample = dataset[place]
             [[answer]] = ask(
-                tiny_model, tiny_processor, [sample], [place], "ReasonSeg", Asking("teacher_forced", policy)
+                tiny_model, tiny_processor, [sample], [place], BENCHMARKS["ReasonSeg"], Asking("teacher_forced", policy)
             )
             [truth] = sample.queries[0].masks
             cuts = [metrics.count_pixels(answer.similarities[0] > threshold, truth) for threshold in THRESHOLDS]

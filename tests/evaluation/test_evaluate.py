@@ -12,8 +12,8 @@ import torch
 from model.structures import EvalQuery, EvalSample, MaskUncertainty, Prediction
 from utils.datasets.base import DataError
 from utils.datasets.masks import decode_mask
-from utils.evaluation import evaluate as engine
 from utils.evaluation import metrics
+from utils.evaluation.benchmarks import BENCHMARKS
 from utils.evaluation.evaluate import Asking, ShuffledPrompts, evaluate, text_blind_scores
 from utils.evaluation.panels import format_table, panels
 from utils.evaluation.results import Journal, read_results, summarize
@@ -516,7 +516,7 @@ def test_both_protocols_of_grefcoco():
     assert "teacher_forced, grefcoco" in format_table([found["grefcoco"].summary])
     said = run(FakeModel(wordings={2: "[REJ]"}), dataset, protocol="gsva")  # a written rejection has no mask
     assert said.summary["protocol"] == "grefcoco"
-    assert metrics.compute(said.records, "grefcoco", "gsva") == said.metrics
+    assert metrics.compute(said.records, BENCHMARKS["grefcoco"], "gsva") == said.metrics
     assert "protocol" not in run(protocol="gsva").summary  # other benchmarks have one only
     with pytest.raises(ValueError, match=r"unknown protocol 'voc'; use grefcoco or gsva"):
         run(protocol="voc")
@@ -680,10 +680,8 @@ def test_panels_run_from_the_worst_to_the_best():
 
 
 def test_default_modes_are_the_papers():
-    modes = {
-        name: engine.default_mode(name) for name in ("ReasonSeg", "refcoco", "grefcoco", "fprefcoco+", "MultiReasonSeg")
-    }
-    assert list(modes.values()) == ["teacher_forced"] * 3 + ["generate"] * 2
+    names = ("ReasonSeg", "refcoco", "grefcoco", "fprefcoco+", "MultiReasonSeg")
+    assert [BENCHMARKS[name].mode for name in names] == ["teacher_forced"] * 3 + ["generate"] * 2
 
 
 # -- processes ---------------------------------------------------------------------------------------------------------

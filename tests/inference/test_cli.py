@@ -19,6 +19,7 @@ from programs import ROOT, SHARED, ask, chat, compare, evaluate, run, score
 from utils.datasets.images import read_image
 from utils.datasets.masks import decode_mask
 from utils.evaluation import metrics
+from utils.evaluation.benchmarks import BENCHMARKS
 from utils.evaluation.metrics import Record
 from utils.evaluation.results import Origin, Result, read_results, summarize
 from utils.inference import cli
@@ -156,7 +157,7 @@ def test_evaluation_writes_what_it_prints(capsys, version, val_data, tmp_path):
             assert len(summary["checkpoint"]["fingerprint"]) == 16
             assert {"command", "versions", "precision", "settings", "intervals", "seconds"} <= set(summary)
             _, records = read_results(out_dir / f"{name}.jsonl")
-            assert metrics.compute(records, "ReasonSeg") == summary["metrics"]
+            assert metrics.compute(records, BENCHMARKS["ReasonSeg"]) == summary["metrics"]
             assert f"{summary['metrics']['gIoU']:.3f} [" in out
             assert len(list((out_dir / f"{name}.overlays").iterdir())) == count
     assert "control: shuffled prompts" in out
@@ -342,7 +343,7 @@ def test_two_results_are_compared_sample_by_sample(capsys, version, val_data, tm
     code, out, err = run(capsys, compare, *files, "--most", 2, "--sheet", picture, "--dataset_dir", val_data)
     assert code == 0, err
     records = [read_results(answers(tmp_path / str(layer)))[1] for layer in (0, 3)]
-    gain, (low, high) = metrics.difference(*records, "ReasonSeg")["gIoU"]
+    gain, (low, high) = metrics.difference(*records, BENCHMARKS["ReasonSeg"])["gIoU"]
     assert re.search(rf"^gIoU .*{re.escape(f'{gain:+.4f}')} +\[{re.escape(f'{low:+.4f}, {high:+.4f}')}\]$", out, re.M)
     changes = sorted(abs(metrics.iou(b) - metrics.iou(a)) for a, b in zip(*records, strict=True))
     worst = [record for pair in compare.most_changed(*records, "", 2) for record in pair]

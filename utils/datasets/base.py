@@ -106,6 +106,7 @@ class Row:
         split_by: who made the splits ("unc", "umd"), where the name does not say.
         train_split_by: the same for training, where it is another one.
         false_premises: whether its sentences say themselves if they are true (docs/data.md).
+        joint: whether one question may list all sentences of an image (``DataOptions.joint_probability``).
     """
 
     type: str
@@ -115,6 +116,7 @@ class Row:
     split_by: str = ""
     train_split_by: str = ""
     false_premises: bool = False
+    joint: bool = False
 
 
 # -- names and files ---------------------------------------------------------------------------------------------------

@@ -57,7 +57,7 @@ class ReferSegTrain:
         if len(parts) > 1:
             raise DataError(f"{'|'.join([name, *parts])!r}: for training write {name!r} or '{name}|SPLIT_BY'")
         self.name, self.options = "|".join([name, *parts]), options
-        self.has_absent = row.annotations[0].startswith(("grefs", "Ref_ZOM"))
+        self.joint = row.joint
         split_by = parts[0] if parts else row.train_split_by or row.split_by
         self.split = ReferSplit(name, row, split_by, "train", dataset_dir)
         self.split.image_path(self.split.index.images[0])  # a wrong folder shows now, not at the first step
@@ -73,7 +73,7 @@ class ReferSegTrain:
         chosen = [refs[i] for i in draw(self.options.questions_per_image, len(refs), rng)]
         sentences = [pick(ref.sentences, rng) for ref in chosen]
         targets = [ref.targets(sentence) for ref, sentence in zip(chosen, sentences)]
-        if self.has_absent and rng.random() < self.options.joint_probability:
+        if self.joint and rng.random() < self.options.joint_probability:
             tokens = [SEG if found else REJ for found in targets]
             texts = [sentence["sent"] for sentence in sentences]
             conversations: list[Conversation] = [(joint_turn(texts, tokens),)]

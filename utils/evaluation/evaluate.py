@@ -27,25 +27,15 @@ from model.structures import EvalQuery, EvalSample, MaskUncertainty, Prediction,
 from utils import distributed
 from utils.datasets.base import EvalDataset
 from utils.datasets.masks import encode_mask
-from utils.datasets.templates import eval_answer, eval_joint_turn, eval_question
+from utils.datasets.templates import eval_joint_turn, eval_turn
 from utils.evaluation import metrics
+from utils.evaluation.benchmarks import MODES, Benchmark, benchmark_of
 from utils.evaluation.matching import match_masks
 from utils.evaluation.metrics import Record
 from utils.evaluation.results import Journal, Origin, Result, summarize
 from utils.inference.loading import predict
 
-MODES = ("generate", "teacher_forced")
 CONTROLS = ("shuffled_prompts",)
-# Teacher forced, these list all sentences of an image in one answer, and the logits decide between [SEG] and [REJ].
-JOINT = ("grefcoco", "refzom")
-# The paper lets the model answer these freely; with one's own data that is what a user gets.
-MATCHED = ("MultiReasonSeg",)  # each target of a question is one mask
-GENERATED = ("fprefcoco", "R-refcoco", "MultiReasonSeg", "custom")
-
-
-def default_mode(benchmark: str) -> str:
-    """How the paper reports a benchmark (evaluation.md, two ways of asking)."""
-    return "generate" if benchmark.startswith(GENERATED) else "teacher_forced"
 
 
 @dataclass(frozen=True)
@@ -181,7 +171,9 @@ def evaluate(
     if "shuffled_prompts" in controls:
         places = sorted({record.index for record in records})
         answers, _ = gather_records(ShuffledPrompts(dataset, places, seed), asker, places)
-        summary["controls"]["shuffled_prompts"] = metrics.compute(answers, dataset.benchmark, origin.protocol)
+        summary["controls"]["shuffled_prompts"] = metrics.compute(
+            answers, benchmark_of(dataset.benchmark), origin.protocol
+        )
     return Result(summary, records, origin)
 
 
@@ -196,7 +188,7 @@ def origin_of(
         layer_policy=asking.layer_policy,
         max_new_tokens=asking.max_new_tokens,
         seed=asking.seed,
-        protocol=metrics.protocol_of(dataset.benchmark, protocol, asking.mode),
+        protocol=benchmark_of(dataset.benchmark).protocol(protocol, asking.mode),
         checkpoint=checkpoint,
         precision=f"{precision}, {quantize}" if quantize else precision,
         images=len(dataset),
@@ -229,9 +221,10 @@ class Asker:
         """The records of a batch."""
         if not samples:
             return []
-        answers = ask(self.model, self.processor, samples, places, dataset.benchmark, self.asking)
+        benchmark = benchmark_of(dataset.benchmark)
+        answers = ask(self.model, self.processor, samples, places, benchmark, self.asking)
         return [
-            score(place, sample, query, answer, dataset.benchmark)
+            score(place, sample, query, answer, benchmark)
             for place, sample, given in zip(places, samples, answers, strict=True)
             for query, answer in zip(sample.queries, given, strict=True)
         ]
@@ -297,7 +290,7 @@ def _ask_batches(
 
 
 def ask(
-    model, processor, samples: Sequence[EvalSample], numbers: Sequence[int], benchmark: str, asking: Asking
+    model, processor, samples: Sequence[EvalSample], numbers: Sequence[int], benchmark: Benchmark, asking: Asking
 ) -> list[list[Answer]]:
     """Every query of every image, in one call of the model.
 
@@ -319,50 +312,48 @@ def ask(
     return answers_of(samples, turns, predictions, benchmark, asking.mode)
 
 
-def is_joint(benchmark: str, mode: str) -> bool:
-    """One question and one answer are about all queries of an image."""
-    return mode == "teacher_forced" and benchmark in JOINT
-
-
-def turns_of(samples: Sequence[EvalSample], benchmark: str, mode: str) -> list[list[Turn]]:
+def turns_of(samples: Sequence[EvalSample], benchmark: Benchmark, mode: str) -> list[list[Turn]]:
     """What each image is asked, with the answer that may be given: a turn per query, or a joint one."""
-    if is_joint(benchmark, mode):
+    if benchmark.is_joint(mode):
         plain = [[replace(query, text=escape(query.text)) for query in sample.queries] for sample in samples]
         return [[eval_joint_turn(queries)] for queries in plain]  # the answer repeats the queries: no [SEG] of theirs
-    return [[_turn(query, benchmark) for query in sample.queries] for sample in samples]
+    instances = benchmark.asks == "instances"
+    return [[eval_turn(query, instances) for query in sample.queries] for sample in samples]
 
 
 def answers_of(
     samples: Sequence[EvalSample],
     turns: Sequence[Sequence[Turn]],
     predictions: Sequence[Sequence[Prediction]],
-    benchmark: str,
+    benchmark: Benchmark,
     mode: str,
 ) -> list[list[Answer]]:
     """The model's predictions for ``turns`` as an answer per query."""
     return [
         _joint_answers(sample, row[0], said[0])
-        if is_joint(benchmark, mode)
+        if benchmark.is_joint(mode)
         else _answers(sample, row, said, benchmark, mode)
         for sample, row, said in zip(samples, turns, predictions, strict=True)
     ]
 
 
-def score(index: int, sample: EvalSample, query: EvalQuery, answer: Answer, benchmark: str) -> Record:
+def score(index: int, sample: EvalSample, query: EvalQuery, answer: Answer, benchmark: Benchmark) -> Record:
     """Counts the pixels of one answer.
 
     Raises:
         ValueError: if the query has several targets although the benchmark expects one (merged) mask; for logits that
             are NaN or infinite, which would count as an empty mask.
     """
-    matched = benchmark in MATCHED
+    matched = benchmark.asks == "instances"
     if not np.isfinite(answer.logits).all():
         raise ValueError(
             f"{sample.source}, {query.text!r}: the mask's logits are NaN or infinite; the numbers overflow "
             "(use --precision fp32 or bf16), or the weights are broken (convert or train them again)"
         )
     if len(query.masks) > 1 and not matched:
-        raise ValueError(f"{sample.source}, {query.text!r} has {len(query.masks)} targets; {benchmark} expects one")
+        raise ValueError(
+            f"{sample.source}, {query.text!r} has {len(query.masks)} targets; {benchmark.name} expects one"
+        )
     counts = _count_pairs(query, answer) if matched else [_count_merged(sample, query, answer)]
     both, either, predicted, true = (sum(column) for column in zip(*counts, strict=True))
     return Record(
@@ -403,12 +394,8 @@ def _count_pairs(query: EvalQuery, answer: Answer) -> list[tuple[int, int, int, 
     ]
 
 
-def _turn(query: EvalQuery, benchmark: str) -> Turn:
-    return Turn(eval_question(query, benchmark), eval_answer(query, benchmark))
-
-
 def _answers(
-    sample: EvalSample, turns: Sequence[Turn], predictions: Sequence, benchmark: str, mode: str
+    sample: EvalSample, turns: Sequence[Turn], predictions: Sequence, benchmark: Benchmark, mode: str
 ) -> list[Answer]:
     """A question per query. A written answer without [SEG] rejects; a given one if [REJ] was more likely, where that
     is a possible answer."""
@@ -417,7 +404,7 @@ def _answers(
         rejected = not prediction.layers
         if mode == "teacher_forced":
             _check_fits(sample, query.text, len(prediction.layers), turn.answer.count(SEG))
-            rejected = benchmark.startswith(metrics.REJECTING) and all(prediction.rejected)
+            rejected = benchmark.rejects and all(prediction.rejected)
         logits, similarities = prediction.mask_logits.numpy(), prediction.maps.numpy()
         said = (turn.question, prediction.text, logits, similarities, list(prediction.layers))
         answers.append(Answer(*said, rejected=rejected, uncertainty=prediction.uncertainty))

@@ -25,14 +25,14 @@ from model.structures import EvalQuery, EvalSample, Prediction
 from model.UGround import Answered, UGroundForCausalLM
 from utils.datasets.base import EvalDataset
 from utils.evaluation import metrics
-from utils.evaluation.evaluate import Answer, Asking, answers_of, is_joint, score, turns_of
+from utils.evaluation.benchmarks import IOU, Benchmark, benchmark_of
+from utils.evaluation.evaluate import Answer, Asking, answers_of, score, turns_of
 from utils.evaluation.metrics import Record
 from utils.inference.loading import with_text
 
 THRESHOLDS = (np.arange(1, 100) / 100).astype(np.float32)  # of M_IoU: 0.01 to 0.99
 ROWS = ("chosen", "last")  # layers of Table 2: the policy's, and what earlier work reads
 COLUMNS = ("M_prompt", "M_IoU", "SEG_prompt")  # of Table 2
-SAME = {"gIoU": ("gIoU", "mIoU"), "cIoU": ("cIoU", "oIoU", "Segment")}  # benchmarks have names of their own for them
 
 
 @dataclass
@@ -60,7 +60,7 @@ class Study:
         table: (column, row) of Table 2 -> answers; targets that are there.
     """
 
-    benchmark: str
+    benchmark: Benchmark
     chosen: list[Record] = field(default_factory=list)
     tokens: list[list[Token]] = field(default_factory=list)
     by_layer: list[list[Record]] = field(default_factory=list)
@@ -74,7 +74,8 @@ class Study:
     def scores(self, records: Sequence[Record]) -> dict[str, float]:
         """gIoU and cIoU, under these names; absent where the benchmark has no such metric."""
         found = metrics.compute(records, self.benchmark)
-        return {ours: found[name] for ours, names in SAME.items() for name in names if name in found}
+        names = {of.removesuffix(" of targets"): name for name, of in self.benchmark.metrics.items()}
+        return {ours: found[names[ours]] for ours in IOU if names.get(ours) in found}
 
     def map_loss(self) -> np.ndarray:
         """[L] means over the [SEG] of targets that are there (Fig. 2b)."""
@@ -84,7 +85,7 @@ class Study:
 
     def groups(self) -> dict[tuple[str, str], list[int]]:
         """(key, group) -> places of its queries: all of them, then by every key of their meta with several values."""
-        found = {("all", self.benchmark): list(range(len(self.chosen)))}
+        found = {("all", self.benchmark.name): list(range(len(self.chosen)))}
         for key in metrics.GROUP_KEYS:
             names = sorted({str(record.meta[key]) for record in self.chosen if key in record.meta})
             for name in names if len(names) > 1 else ():
@@ -108,7 +109,7 @@ class Study:
 
     def ranked(self) -> list[int]:
         """Places of all queries from the worst to the best IoU."""
-        protocol = metrics.protocol_of(self.benchmark)
+        protocol = self.benchmark.protocol()
         key = [(metrics.iou(record, protocol), record.index, record.query_id) for record in self.chosen]
         return sorted(range(len(key)), key=key.__getitem__)
 
@@ -157,7 +158,9 @@ class Analyst:
         """One pass over a split (its first ``limit`` images)."""
         layers = self.model.ppm.num_layers
         study = Study(
-            dataset.benchmark, by_layer=[[] for _ in range(layers)], maps_by_layer=[[] for _ in range(layers)]
+            benchmark_of(dataset.benchmark),
+            by_layer=[[] for _ in range(layers)],
+            maps_by_layer=[[] for _ in range(layers)],
         )
         size = min(len(dataset), limit or len(dataset))
         bar = tqdm(
@@ -175,12 +178,13 @@ class Analyst:
         sample = dataset[record.index]
         number = next(n for n, query in enumerate(sample.queries) if query.query_id == record.query_id)
         query, size = sample.queries[number], sample.image.shape[:2]
-        asked = Asked(self, [record.index], [sample], dataset.benchmark)
+        benchmark = benchmark_of(dataset.benchmark)
+        asked = Asked(self, [record.index], [sample], benchmark)
         by_layer = [asked.answers(f"fixed:{k}")[0][number] for k in range(self.model.ppm.num_layers)]
         answer = asked.answers(self.asking.layer_policy)[0][number]
         policy, grid = asked.policy_and_maps(0, number)
-        protocol = metrics.protocol_of(dataset.benchmark)
-        scored = [score(record.index, sample, query, each, dataset.benchmark) for each in (*by_layer, answer)]
+        protocol = benchmark.protocol()
+        scored = [score(record.index, sample, query, each, benchmark) for each in (*by_layer, answer)]
         *ious, iou = [metrics.iou(each, protocol) for each in scored]
         return Look(
             image=sample.image,
@@ -244,7 +248,9 @@ class Analyst:
 class Asked:
     """What LLaVA said about some images, from which masks are drawn again and again."""
 
-    def __init__(self, analyst: Analyst, places: Sequence[int], samples: Sequence[EvalSample], benchmark: str) -> None:
+    def __init__(
+        self, analyst: Analyst, places: Sequence[int], samples: Sequence[EvalSample], benchmark: Benchmark
+    ) -> None:
         self.analyst, self.places, self.samples, self.benchmark = analyst, places, samples, benchmark
         asking, model = analyst.asking, analyst.model
         self.turns = turns_of(samples, benchmark, asking.mode)
@@ -273,7 +279,7 @@ class Asked:
 
     def policy_and_maps(self, image: int, query: int) -> tuple[torch.Tensor, torch.Tensor]:
         """A query's [N, L] policy and [N, L, P] maps of all layers, which do not depend on how masks were drawn."""
-        if is_joint(self.benchmark, self.analyst.asking.mode):
+        if self.benchmark.is_joint(self.analyst.asking.mode):
             said = self.predictions[image][0]
             return said.policy[query : query + 1], said.layer_maps[query : query + 1]
         said = self.predictions[image][query]
@@ -323,7 +329,7 @@ def best_threshold(similarity: np.ndarray, truth: np.ndarray) -> float:
 
 
 def cut_map(
-    place: int, sample: EvalSample, query: EvalQuery, answer: Answer, maps: np.ndarray, benchmark: str
+    place: int, sample: EvalSample, query: EvalQuery, answer: Answer, maps: np.ndarray, benchmark: Benchmark
 ) -> Record:
     """M_IoU of a query: its maps [N, H, W] cut at the one threshold that fits their union to the truth best."""
     threshold = 0.5

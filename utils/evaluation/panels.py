@@ -9,6 +9,7 @@ import numpy as np
 
 from utils.datasets.base import EvalDataset
 from utils.evaluation import metrics
+from utils.evaluation.benchmarks import benchmark_of
 from utils.evaluation.evaluate import Asking, ask
 from utils.evaluation.metrics import Record
 from utils.evaluation.paper_tables import missing_note
@@ -30,10 +31,10 @@ def panels(
     """
     ranked = sorted(records, key=lambda record: (metrics.iou(record, protocol), record.index, record.query_id))
     places = np.linspace(0, len(ranked) - 1, min(count, len(ranked))).round().astype(int)
-    result = []
+    result, benchmark = [], benchmark_of(dataset.benchmark)
     for record in (ranked[place] for place in places):
         sample = dataset[record.index]
-        answers = ask(model, processor, [sample], [record.index], dataset.benchmark, asking)[0]
+        answers = ask(model, processor, [sample], [record.index], benchmark, asking)[0]
         number = next(n for n, query in enumerate(sample.queries) if query.query_id == record.query_id)
         answer, query = answers[number], sample.queries[number]
         result.append(

@@ -8,118 +8,39 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-
-@dataclass(frozen=True)
-class Layout:
-    """One of the paper's tables.
-
-    Attributes:
-        number, title: as in the paper.
-        digits: after the point, in percent.
-        columns: (heading, benchmark, metric).
-    """
-
-    number: int
-    title: str
-    digits: int
-    columns: tuple[tuple[str, str, str], ...]
+from utils.evaluation.benchmarks import BENCHMARKS, TABLES, PaperTable
 
 
-def _columns(
-    names: dict[str, str], metrics: Sequence[str], name_metric: bool = True
-) -> tuple[tuple[str, str, str], ...]:
-    """A column per benchmark and metric; ``names`` maps headings to benchmarks."""
-    return tuple(
-        (f"{heading} {metric}" if name_metric else heading, spec, metric)
-        for heading, spec in names.items()
-        for metric in metrics
-    )
+def columns(table: PaperTable) -> list[tuple[str, str, str]]:
+    """(heading, benchmark with its split, metric) of each."""
+    return [
+        (f"{heading} {metric}" if len(table.metrics) > 1 else heading, f"{row.name}|{split}", metric)
+        for row in BENCHMARKS.values()
+        if row.table == table
+        for split, heading in row.splits.items()
+        for metric in table.metrics
+    ]
 
 
-_REFCOCO = {
-    f"refCOCO{plus} {split}": f"refcoco{plus}|unc|{split}" for plus in ("", "+") for split in ("val", "testA", "testB")
-}
-_REFCOCO |= {f"refCOCOg {split}(U)": f"refcocog|umd|{split}" for split in ("val", "test")}
-
-LAYOUTS = (
-    Layout(
-        3,
-        "ReasonSeg",
-        1,
-        _columns(
-            {
-                "val overall": "ReasonSeg|val",
-                "test short query": "ReasonSeg|test_short",
-                "test long query": "ReasonSeg|test_long",
-                "test overall": "ReasonSeg|test",
-            },
-            ("gIoU", "cIoU"),
-        ),
-    ),
-    Layout(4, "RefCOCO(+/g), cIoU", 1, _columns(_REFCOCO, ("cIoU",), name_metric=False)),
-    Layout(
-        5,
-        "gRefCOCO",
-        2,
-        _columns(
-            {
-                "Validation Set": "grefcoco|unc|val",
-                "Test Set A": "grefcoco|unc|testA",
-                "Test Set B": "grefcoco|unc|testB",
-            },
-            ("gIoU", "cIoU", "N-acc"),
-        ),
-    ),
-    Layout(
-        12,
-        "MUSE",
-        1,
-        _columns(
-            {
-                "Val overall": "MultiReasonSeg|val",
-                "Test few targets": "MultiReasonSeg|test_few",
-                "Test many targets": "MultiReasonSeg|test_many",
-                "Test overall": "MultiReasonSeg|test",
-            },
-            ("gIoU", "cIoU"),
-        ),
-    ),
-    Layout(
-        13,
-        "FP-RefCOCO(+/g), val",
-        2,
-        _columns({f"FP-RefCOCO{k}": f"fprefcoco{k}|berkeley|val" for k in ("", "+", "g")}, ("See", "Segment")),
-    ),
-)
-
-# Parts of a split that its own evaluation breaks down: (split, key, group).
+# Parts of a split that its own evaluation breaks down: benchmark with its split -> (whole, key, group).
 PARTS = {
-    "ReasonSeg|test_short": ("ReasonSeg|test", "length", "short"),
-    "ReasonSeg|test_long": ("ReasonSeg|test", "length", "long"),
-    "MultiReasonSeg|test_few": ("MultiReasonSeg|test", "part", "few"),
-    "MultiReasonSeg|test_many": ("MultiReasonSeg|test", "part", "many"),
+    f"{row.name}|{split}": (f"{row.name}|{part.whole}", part.key, part.group)
+    for row in BENCHMARKS.values()
+    for split, part in row.parts.items()
 }
-
-_PAPER = tuple(dict.fromkeys(spec for layout in LAYOUTS for _, spec, _ in layout.columns if spec not in PARTS))
-_IN_NO_TABLE = (
-    "refzom|test",
-    *(f"R-refcoco{plus}|unc|{split}" for plus in ("", "+") for split in ("val", "testA", "testB")),
-    *(f"R-refcocog|umd|{split}" for split in ("val", "test")),
-)
-SUITES = {"paper": _PAPER, "all": _PAPER + _IN_NO_TABLE}
 
 
 @dataclass
 class Table:
-    """A layout with its numbers: the heading and a row per way of asking."""
+    """One of the paper's tables with our numbers: the heading and a row per way of asking."""
 
-    layout: Layout
+    paper: PaperTable
     rows: list[list[str]]
 
     def markdown(self) -> str:
         lines = [" | ".join(cell.replace("|", "\\|") for cell in row) for row in self.rows]
         rule = " | ".join("---" for _ in self.rows[0])
-        title = f"Table {self.layout.number}: {self.layout.title} (percent)"
+        title = f"Table {self.paper.number}: {self.paper.title} (percent)"
         return "\n".join([f"**{title}**", "", *(f"| {line} |" for line in (lines[0], rule, *lines[1:]))])
 
 
@@ -131,20 +52,18 @@ def fill(method: str, summaries: Sequence[dict[str, Any]]) -> list[Table]:
         summaries: of ``utils.evaluation.evaluate``; those asked in the same way share a row.
     """
     tables = []
-    for layout in LAYOUTS:
-        mine = [
-            s
-            for s in summaries
-            if s["benchmark"] in {spec for _, column, _ in layout.columns for spec in _sources(column)}
-        ]
-        rows = [["Method", "asked", *(heading for heading, _, _ in layout.columns)]]
-        for asked in dict.fromkeys(map(how_asked, mine)):
-            row = [s for s in mine if how_asked(s) == asked]
-            cells = [_cell(row, spec, metric, layout.digits) for _, spec, metric in layout.columns]
+    for paper in TABLES:
+        wanted = columns(paper)
+        sources = {source for _, spec, _ in wanted for source in _sources(spec)}
+        found = [summary for summary in summaries if summary["benchmark"] in sources]
+        rows = [["Method", "asked", *(heading for heading, _, _ in wanted)]]
+        for asked in dict.fromkeys(map(how_asked, found)):
+            same = [summary for summary in found if how_asked(summary) == asked]
+            cells = [_cell(same, spec, metric, paper.digits) for _, spec, metric in wanted]
             if any(cell != "-" for cell in cells):
                 rows.append([method, asked, *cells])
         if len(rows) > 1:
-            tables.append(Table(layout, rows))
+            tables.append(Table(paper, rows))
     return tables
 
 
@@ -183,7 +102,7 @@ def write(folder: Path, tables: Iterable[Table], notes: Sequence[str] = ()) -> l
     path.write_text("\n\n".join([*(table.markdown() for table in tables), *notes]) + "\n", encoding="utf-8")
     paths = [path]
     for table in tables:
-        paths.append(folder / f"table_{table.layout.number}.csv")
+        paths.append(folder / f"table_{table.paper.number}.csv")
         with paths[-1].open("w", encoding="utf-8", newline="") as file:
             csv.writer(file).writerows(table.rows)
     return paths

@@ -17,6 +17,7 @@ from typing import Any, TextIO
 
 from utils import distributed
 from utils.evaluation import metrics
+from utils.evaluation.benchmarks import benchmark_of
 from utils.evaluation.metrics import Record
 
 
@@ -81,7 +82,7 @@ def result_path(folder: Path, spec: str, mode: str) -> Path:
 
 def summarize(origin: Origin, records: Sequence[Record]) -> dict[str, Any]:
     """What the answers alone say, under the names of evaluation.md."""
-    benchmark, protocol = origin.benchmark.split("|")[0], origin.protocol
+    benchmark, protocol = benchmark_of(origin.benchmark.split("|")[0]), origin.protocol
     return {
         "benchmark": origin.benchmark,
         "mode": origin.mode,

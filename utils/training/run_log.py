@@ -243,6 +243,7 @@ def _rounded(value: Any) -> Any:
 
 def validation_sheet(model, processor, dataset, asking, count: int) -> np.ndarray:
     """Fixed validation samples, evenly spread over the split: image, query, similarity map, mask, truth."""
+    from utils.evaluation.benchmarks import benchmark_of
     from utils.evaluation.evaluate import ask
     from utils.evaluation.metrics import merge_targets
     from utils.plotting.overlays import Panel, sheet
@@ -252,7 +253,7 @@ def validation_sheet(model, processor, dataset, asking, count: int) -> np.ndarra
     for place in places:
         sample = dataset[place]
         sample.queries = sample.queries[:1]
-        [[answer]] = ask(model, processor, [sample], [place], dataset.benchmark, asking)
+        [[answer]] = ask(model, processor, [sample], [place], benchmark_of(dataset.benchmark), asking)
         truth = merge_targets(sample.queries[0].masks, *sample.image.shape[:2])
         query = sample.queries[0].text
         panels.append(Panel(sample.image, query, answer.masks, answer.similarities, truth, answer.text))
