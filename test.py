@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from utils import distributed
-from utils.datasets import get_eval_dataset
+from utils.datasets import Spec, get_eval_dataset
 from utils.datasets.base import EvalDataset, NotThere, check_complete
 from utils.evaluation.benchmarks import MODES, PROTOCOLS, SUITES, benchmark_of
 from utils.evaluation.evaluate import CONTROLS, Asking, evaluate, origin_of, text_blind_scores
@@ -137,7 +137,7 @@ def main(arguments: list[str] | None = None) -> int:
     output = args.output or Path(args.version) / "eval"
     output.mkdir(parents=True, exist_ok=True)  # if that fails, then before hours of work
     about = describe_run(args, opened)
-    jobs = [(dataset, mode) for dataset in datasets for mode in modes_of(args.mode, dataset.benchmark)]
+    jobs = [(dataset, mode) for dataset in datasets for mode in modes_of(args.mode, dataset.spec)]
     if args.resume:
         check_resumable(args, model, jobs, output, about["checkpoint"]["fingerprint"])
 
@@ -168,7 +168,7 @@ def open_datasets(args: argparse.Namespace) -> tuple[list[EvalDataset], list[str
             damaged.
     """
     if args.suite is None:
-        specs = [spec.strip() for spec in args.val_dataset.split("||") if spec.strip()]
+        specs = Spec.parse_list(args.val_dataset)
         if not specs:
             raise ValueError('--val_dataset names nothing; give for example "ReasonSeg|val_short"')
         return [get_eval_dataset(spec, args.dataset_dir, args.allow_missing) for spec in specs], []
@@ -178,7 +178,7 @@ def open_datasets(args: argparse.Namespace) -> tuple[list[EvalDataset], list[str
         try:
             datasets.append(get_eval_dataset(spec, args.dataset_dir, allow_missing=True))
         except NotThere as error:
-            lacking[spec] = str(error)
+            lacking[str(spec)] = str(error)
     if not datasets:
         raise ValueError(
             "--suite {}: {} holds none of its benchmarks\n  {}".format(
@@ -255,9 +255,9 @@ def write(args: argparse.Namespace, model, processor, dataset: EvalDataset, resu
     return [*files, path]
 
 
-def modes_of(mode: str, benchmark: str) -> tuple[str, ...]:
+def modes_of(mode: str, spec: Spec) -> tuple[str, ...]:
     if mode == "paper":
-        return (benchmark_of(benchmark).mode,)
+        return (benchmark_of(spec).mode,)
     return MODES if mode == "both" else (mode,)
 
 

@@ -193,7 +193,7 @@ def open_data(config: Config) -> tuple[Mixture, list[EvalDataset]]:
         except DataError as error:
             problems.append(str(error))
     metric = config.eval.val_metric
-    if not problems and opened[1:] and metric not in (known := benchmark_of(opened[1].benchmark).metrics):
+    if not problems and opened[1:] and metric not in (known := benchmark_of(opened[1].spec).metrics):
         problems.append(f"--val_metric {metric}: {opened[1].spec} reports {', '.join(known)}")
     if problems:
         raise ConfigError(problems)
@@ -342,11 +342,11 @@ def validate(run: Run, limit: int | None = None) -> dict[str, dict[str, float]]:
             limit=limit or settings.val_limit or None,
             seed=run.config.train.seed,
         )
-        results[dataset.spec] = result.metrics
+        results[str(dataset.spec)] = result.metrics
         if limit is None and settings.val_pictures and distributed.is_main():
             asking = Asking(settings.val_mode, layer_policy, seed=run.config.train.seed)
             picture = validation_sheet(run.model, run.processor, dataset, asking, settings.val_pictures)
-            run.log.picture(run.step, dataset.spec.replace("|", "_").replace("/", "_"), picture)
+            run.log.picture(run.step, dataset.spec.slug, picture)
     return results
 
 
@@ -377,7 +377,7 @@ def best_of(config: Config) -> list[Any]:
 
 def deciding_metric(run: Run, results: dict[str, dict[str, float]]) -> float | None:
     """The metric that says which checkpoint is best; None, with a warning, where the benchmark does not report it."""
-    spec, name = run.benchmarks[0].spec, run.config.eval.val_metric
+    spec, name = str(run.benchmarks[0].spec), run.config.eval.val_metric
     if name not in results[spec]:
         run.log.say(f"warning: --val_metric {name} is not reported by {spec} ({', '.join(results[spec])}): no best")
     return results[spec].get(name)

@@ -140,7 +140,7 @@ def paired(named: Sequence[tuple[str, Path]], most: int, picture: Path | None, d
         )
     if other.mode != origin.mode:
         raise ValueError(f"{before_path} was asked by {other.mode}, {after_path} by {origin.mode}; compare one mode")
-    benchmark = benchmark_of(origin.benchmark.split("|")[0])
+    benchmark = benchmark_of(origin.spec)
     known = [benchmark.protocol(each.protocol, each.mode) for each in (other, origin)]
     protocol = known[1]
     gains = metrics.difference(before, after, benchmark, protocol)
@@ -165,7 +165,7 @@ def paired(named: Sequence[tuple[str, Path]], most: int, picture: Path | None, d
     lines += ["", aligned_table(rows), ""]
     lines.append(aligned_table(samples) if changed else "no sample changed")
     if picture and dataset_dir and changed:
-        dataset = get_eval_dataset(origin.benchmark, dataset_dir, allow_missing=True)
+        dataset = get_eval_dataset(origin.spec, dataset_dir, allow_missing=True)
         title = f"{asked}: the samples that changed most from {before_name} to {after_name}"
         names = (before_name, after_name)
         panels = [panel for pair in changed for panel in panels_of(dataset, pair, names, protocol)]

@@ -46,7 +46,7 @@ def score(path: Path, protocol: str | None = None) -> dict[str, Any]:
         raise ValueError(f"no file matches {path}; give the JSONL that test.py wrote")
     origin, records = read_results(path)
     wanted = protocol or origin.protocol
-    origin = replace(origin, protocol=benchmark_of(origin.benchmark.split("|")[0]).protocol(wanted, origin.mode))
+    origin = replace(origin, protocol=benchmark_of(origin.spec).protocol(wanted, origin.mode))
     summary = json.loads(json.dumps(summarize(origin, records)))
     beside = path.with_suffix(".json")
     if beside.is_file():

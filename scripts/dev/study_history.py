@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from tqdm import tqdm
 
 from model.structures import EvalSample
-from utils.datasets import get_eval_dataset
+from utils.datasets import Spec, get_eval_dataset
 from utils.evaluation import metrics
 from utils.evaluation.benchmarks import Benchmark, benchmark_of
 from utils.evaluation.evaluate import answers_of, score, turns_of
@@ -29,15 +29,15 @@ from utils.inference.session import ImageSession
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
-    specs = [spec.strip() for spec in args.val_dataset.split("||") if spec.strip()]
+    specs = Spec.parse_list(args.val_dataset)
     datasets = [get_eval_dataset(spec, args.dataset_dir) for spec in specs]  # a typing error shows before the loading
     opened = cli.open_model(args)
     for dataset in datasets:
-        benchmark = benchmark_of(dataset.benchmark)
+        benchmark = benchmark_of(dataset.spec)
         apart: list[Record] = []
         together: list[Record] = []
         places = range(min(args.limit, len(dataset)))
-        for place in tqdm(places, desc=dataset.spec, unit="image", disable=None):
+        for place in tqdm(places, desc=str(dataset.spec), unit="image", disable=None):
             for remember, records in ((False, apart), (True, together)):
                 records += later_answers(opened, place, dataset[place], benchmark, args.questions, remember)
         if not apart:
@@ -74,7 +74,7 @@ def later_answers(
     return scored[1:]
 
 
-def lines(spec: str, benchmark: Benchmark, apart: list[Record], together: list[Record]) -> list[str]:
+def lines(spec: Spec, benchmark: Benchmark, apart: list[Record], together: list[Record]) -> list[str]:
     """A line per metric: by itself, after the others, and the difference with its 95% interval."""
     alone, after = metrics.compute(apart, benchmark), metrics.compute(together, benchmark)
     differences = metrics.difference(apart, together, benchmark)

@@ -242,7 +242,7 @@ def test_grefcoco_joint(root: Path) -> None:
 
 def test_refer_eval_groups_all_sentences_of_an_image(root: Path) -> None:
     dataset = get_eval_dataset("refcoco|unc|val", root)
-    assert (len(dataset), dataset.num_queries, dataset.benchmark) == (2, 5, "refcoco")
+    assert (len(dataset), dataset.num_queries, dataset.spec.name) == (2, 5, "refcoco")
     assert [q.text for q in dataset[0].queries] == ["left box", "first one", "the pair"]
     ids = [q.query_id for i in range(2) for q in dataset[i].queries]
     assert len(set(ids)) == 5

@@ -76,7 +76,7 @@ def test_evaluation(root: Path) -> None:
     }
     assert sizes == {"val": 1, "test_few": 1, "test_less": 1}
     both = get_eval_dataset("MultiReasonSeg|test", root)
-    assert (len(both), both.num_queries, both.skipped, both.benchmark) == (3, 9, [], "MultiReasonSeg")
+    assert (len(both), both.num_queries, both.skipped, both.spec.name) == (3, 9, [], "MultiReasonSeg")
     assert len(get_eval_dataset("MultiReasonSeg|test_many", root)) == 2
     samples = [both[i] for i in range(3)]
     assert samples[0].image_id == "000000000003"

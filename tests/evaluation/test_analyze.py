@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from model.structures import EvalQuery, EvalSample
+from utils.datasets.spec import Spec
 from utils.evaluation import metrics
 from utils.evaluation.benchmarks import BENCHMARKS
 from utils.evaluation.evaluate import Asking, ask, evaluate
@@ -25,8 +26,8 @@ class Drawn:
     skipped, unusable, not_found = [], [], []
 
     def __init__(self, benchmark="ReasonSeg", absent=False, size=3):
-        self.benchmark, self.absent, self.size = benchmark, absent, size
-        self.spec, self.num_queries = f"{benchmark}|val", size * (1 + absent)
+        self.absent, self.size = absent, size
+        self.spec, self.num_queries = Spec(benchmark, ("val",)), size * (1 + absent)
 
     def __len__(self):
         return self.size
@@ -158,7 +159,7 @@ def program(monkeypatch, make_model, tiny_processor):
     monkeypatch.setitem(__import__("sys").modules, "analyze", module)
     spec.loader.exec_module(module)
     monkeypatch.setattr(cli, "load_pretrained", lambda folder, *_: (make_model(int(folder)), tiny_processor))
-    monkeypatch.setattr(module, "get_eval_dataset", lambda spec, _: Drawn(spec.split("|")[0], absent="ref" in spec))
+    monkeypatch.setattr(module, "get_eval_dataset", lambda spec, _: Drawn(spec.name, absent="ref" in spec.name))
     return module
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from utils.datasets import DATASETS, TYPES
+from utils.datasets import DATASETS, TYPES, Spec
 from utils.evaluation.benchmarks import BENCHMARKS, MODES, TABLES, Benchmark, benchmark_of
 from utils.evaluation.metrics import METRICS
 
@@ -32,7 +32,7 @@ def test_every_row_names_what_there_is(row):
 
 
 def test_a_data_set_without_a_row_is_a_plain_benchmark():
-    assert benchmark_of("refclef") == Benchmark("refclef", {"gIoU": "gIoU", "cIoU": "cIoU"}, "teacher_forced")
+    assert benchmark_of(Spec("refclef")) == Benchmark("refclef", {"gIoU": "gIoU", "cIoU": "cIoU"}, "teacher_forced")
 
 
 def test_protocols_apply_where_they_mean_something():

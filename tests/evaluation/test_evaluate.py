@@ -12,6 +12,7 @@ import torch
 from model.structures import EvalQuery, EvalSample, MaskUncertainty, Prediction
 from utils.datasets.base import DataError
 from utils.datasets.masks import decode_mask
+from utils.datasets.spec import Spec
 from utils.evaluation import metrics
 from utils.evaluation.benchmarks import BENCHMARKS
 from utils.evaluation.evaluate import Asking, ShuffledPrompts, evaluate, text_blind_scores
@@ -48,7 +49,7 @@ class FakeDataset:
 
     @property
     def spec(self):
-        return f"{self.benchmark}|val"
+        return Spec(self.benchmark, ("val",))
 
     def __len__(self):
         return self.size
@@ -426,14 +427,14 @@ def test_text_blind_scores_come_from_the_data(tmp_path):
         {"set": "grefcoco", "split": "val", "kind": "all", "queries": 5, **scores},
         {"set": "grefcoco", "split": "val", "kind": "no target", "queries": 5, **other},
     ]
-    assert text_blind_scores(tmp_path, "ReasonSeg|val") == {}
+    assert text_blind_scores(tmp_path, Spec.parse("ReasonSeg|val")) == {}
     (tmp_path / "demo_data.json").write_text(json.dumps({"text_blind": rows}))
     named = {"all_objects": scores["all"], "random_object": scores["random"]}
-    assert text_blind_scores(tmp_path, "ReasonSeg|val_short") == named
-    assert text_blind_scores(tmp_path, "grefcoco|unc|val") == named
-    both = text_blind_scores(tmp_path, "ReasonSeg|val")
+    assert text_blind_scores(tmp_path, Spec.parse("ReasonSeg|val_short")) == named
+    assert text_blind_scores(tmp_path, Spec.parse("grefcoco|unc|val")) == named
+    both = text_blind_scores(tmp_path, Spec.parse("ReasonSeg|val"))
     assert both["all_objects"] == {"gIoU": pytest.approx((30 * 0.25 + 10 * 0.5) / 40)}
-    assert text_blind_scores(tmp_path, "refcoco|unc|val") == {}
+    assert text_blind_scores(tmp_path, Spec.parse("refcoco|unc|val")) == {}
 
 
 # -- errors ------------------------------------------------------------------------------------------------------------

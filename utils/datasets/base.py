@@ -14,6 +14,7 @@ import numpy as np
 
 from model.processing.tokens import SEG
 from model.structures import EvalSample, Sample
+from utils.datasets.spec import Spec
 
 logger = logging.getLogger(__name__)
 
@@ -49,8 +50,7 @@ class EvalDataset(Protocol):
         not_found: images of the others that are not there; reading them fails.
     """
 
-    spec: str
-    benchmark: str
+    spec: Spec
     skipped: list[str]
     unusable: list[str]
     not_found: list[str]

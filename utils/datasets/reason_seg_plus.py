@@ -26,6 +26,7 @@ from utils.datasets.base import (
 from utils.datasets.images import find_image, read_image
 from utils.datasets.masks import decode_segmentation, stack_masks
 from utils.datasets.records import Notes, load_records
+from utils.datasets.spec import Spec
 from utils.datasets.templates import enumerate_words, instance_turn
 
 # -- references in the text --------------------------------------------------------------------------------------------
@@ -171,16 +172,16 @@ class ReasonSegPlusTrain:
     usable polygon is dropped.
 
     Args:
-        name: ``instance_seg``, ``cot``, ``conversations`` or ``caption``.
+        spec: ``instance_seg``, ``cot``, ``conversations`` or ``caption``.
         row: its row; ``path`` is the JSON file.
-        parts: nothing follows the name.
         dataset_dir: the root of all data.
         options: ``questions_per_image``.
     """
 
-    def __init__(self, name: str, row: Row, parts: list[str], dataset_dir: Path, options: DataOptions) -> None:
-        if parts:
-            raise DataError(f"{'|'.join([name, *parts])!r}: {name!r} has no splits")
+    def __init__(self, spec: Spec, row: Row, dataset_dir: Path, options: DataOptions) -> None:
+        name = spec.name
+        if spec.parts:
+            raise DataError(f"{str(spec)!r}: {name!r} has no splits")
         self.name, self.options = name, options
         (path,) = find_paths(name, {"annotations": [dataset_dir / row.path]})
         self.folders = [dataset_dir / images for images in row.images]

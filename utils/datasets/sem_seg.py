@@ -21,6 +21,7 @@ from utils.datasets.coco_file import by_id, image_record, row_of, segmentation_o
 from utils.datasets.images import check_size, find_image, read_image, read_label_image
 from utils.datasets.masks import decode_segmentation, stack_masks
 from utils.datasets.records import Notes, PackedRecords, load_records
+from utils.datasets.spec import Spec
 from utils.datasets.templates import ANSWERS, QUESTIONS, denial, fill
 
 
@@ -61,16 +62,16 @@ class SemSegTrain:
     All regions of a class in an image are one mask: "dog ear" means every ear of every dog.
 
     Args:
-        name: the data set, a key of ``DATASETS``.
+        spec: the data set; nothing follows its name.
         row: its row; a ``path`` that ends in .json is COCO-style, another a folder of label images.
-        parts: nothing follows the name.
         dataset_dir: the root of all data.
         options: ``questions_per_image`` (LISA's ``num_classes_per_sample``) and ``negative_sampling_weight``.
     """
 
-    def __init__(self, name: str, row: Row, parts: list[str], dataset_dir: Path, options: DataOptions) -> None:
-        if parts:
-            raise DataError(f"{'|'.join([name, *parts])!r}: {name!r} has no splits")
+    def __init__(self, spec: Spec, row: Row, dataset_dir: Path, options: DataOptions) -> None:
+        name = spec.name
+        if spec.parts:
+            raise DataError(f"{str(spec)!r}: {name!r} has no splits")
         self.name, self.options = name, options
         reader = AnnotationReader if row.path.endswith(".json") else LabelReader
         self.reader: Reader = reader(name, row, dataset_dir)

@@ -23,22 +23,23 @@ from utils.datasets.base import (
 from utils.datasets.images import find_image, read_image
 from utils.datasets.masks import stack_masks
 from utils.datasets.records import Notes, load_records
+from utils.datasets.spec import Spec
 
 
 class VqaTrain:
     """LLaVA-Instruct: an item is an image with one conversation of several turns.
 
     Args:
-        name: the data set, a key of ``DATASETS``.
+        spec: the data set; nothing follows its name.
         row: its row; ``path`` is the JSON file.
-        parts: nothing follows the name.
         dataset_dir: the root of all data.
         options: unused; a conversation is kept whole.
     """
 
-    def __init__(self, name: str, row: Row, parts: list[str], dataset_dir: Path, options: DataOptions) -> None:
-        if parts:
-            raise DataError(f"{'|'.join([name, *parts])!r}: {name!r} has no splits")
+    def __init__(self, spec: Spec, row: Row, dataset_dir: Path, options: DataOptions) -> None:
+        name = spec.name
+        if spec.parts:
+            raise DataError(f"{str(spec)!r}: {name!r} has no splits")
         self.name = name
         path = find_paths(name, {"conversations": [dataset_dir / row.path]})[0]
         self.folders = [dataset_dir / images for images in row.images]

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from utils.datasets.spec import Spec
+
 MODES = ("generate", "teacher_forced")
 IOU = {"gIoU": "gIoU", "cIoU": "cIoU"}
 REJECTION = IOU | {"N-acc": "N-acc", "T-acc": "T-acc"}
@@ -69,6 +71,9 @@ class Benchmark:
     splits: Mapping[str, str] = field(default_factory=dict)
     parts: Mapping[str, Part] = field(default_factory=dict)
     table: PaperTable | None = None
+
+    def spec(self, split: str) -> Spec:
+        return Spec.parse(f"{self.name}|{split}")
 
     def is_joint(self, mode: str) -> bool:
         """Whether one question and one answer are about all queries of an image."""
@@ -172,14 +177,14 @@ BENCHMARKS = {row.name: row for row in _ROWS}
 PROTOCOLS = tuple(sorted({name for row in _ROWS for names in row.protocols.values() for name in names}))
 
 
-def benchmark_of(name: str) -> Benchmark:
+def benchmark_of(spec: Spec) -> Benchmark:
     """The row of a data set, or a plain one."""
-    return BENCHMARKS.get(name) or Benchmark(name)
+    return BENCHMARKS.get(spec.name) or Benchmark(spec.name)
 
 
-def _suite(in_table: bool) -> tuple[str, ...]:
+def _suite(in_table: bool) -> tuple[Spec, ...]:
     rows = (row for row in _ROWS if (row.table is not None) == in_table)
-    return tuple(f"{row.name}|{split}" for row in rows for split in row.splits if split not in row.parts)
+    return tuple(row.spec(split) for row in rows for split in row.splits if split not in row.parts)
 
 
 SUITES = {"paper": _suite(True), "all": _suite(True) + _suite(False)}  # splits of the paper's tables, and all

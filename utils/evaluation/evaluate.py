@@ -27,6 +27,7 @@ from model.structures import EvalQuery, EvalSample, MaskUncertainty, Prediction,
 from utils import distributed
 from utils.datasets.base import EvalDataset
 from utils.datasets.masks import encode_mask
+from utils.datasets.spec import Spec
 from utils.datasets.templates import eval_joint_turn, eval_turn
 from utils.evaluation import metrics
 from utils.evaluation.benchmarks import MODES, Benchmark, benchmark_of
@@ -171,9 +172,7 @@ def evaluate(
     if "shuffled_prompts" in controls:
         places = sorted({record.index for record in records})
         answers, _ = gather_records(ShuffledPrompts(dataset, places, seed), asker, places)
-        summary["controls"]["shuffled_prompts"] = metrics.compute(
-            answers, benchmark_of(dataset.benchmark), origin.protocol
-        )
+        summary["controls"]["shuffled_prompts"] = metrics.compute(answers, benchmark_of(dataset.spec), origin.protocol)
     return Result(summary, records, origin)
 
 
@@ -183,12 +182,12 @@ def origin_of(
     """What the answers depend on."""
     precision = str(model.dtype).removeprefix("torch.")
     return Origin(
-        benchmark=dataset.spec,
+        benchmark=str(dataset.spec),
         mode=asking.mode,
         layer_policy=asking.layer_policy,
         max_new_tokens=asking.max_new_tokens,
         seed=asking.seed,
-        protocol=benchmark_of(dataset.benchmark).protocol(protocol, asking.mode),
+        protocol=benchmark_of(dataset.spec).protocol(protocol, asking.mode),
         checkpoint=checkpoint,
         precision=f"{precision}, {quantize}" if quantize else precision,
         images=len(dataset),
@@ -221,7 +220,7 @@ class Asker:
         """The records of a batch."""
         if not samples:
             return []
-        benchmark = benchmark_of(dataset.benchmark)
+        benchmark = benchmark_of(dataset.spec)
         answers = ask(self.model, self.processor, samples, places, benchmark, self.asking)
         return [
             score(place, sample, query, answer, benchmark)
@@ -457,7 +456,7 @@ class _Reader(Dataset):
             return error
 
 
-def _unreadable(spec: str, errors: Sequence[str], most: int = 10) -> str:
+def _unreadable(spec: Spec, errors: Sequence[str], most: int = 10) -> str:
     """The list of images that stops an evaluation."""
     shown = "".join(f"\n  {error}" for error in errors[:most])
     more = f"\n  and {len(errors) - most} more" if len(errors) > most else ""
@@ -515,8 +514,8 @@ class ShuffledPrompts:
             raise ValueError(
                 f"{dataset.spec}: shuffled_prompts needs at least 2 images to exchange queries; there is {len(places)}"
             )
-        self.dataset, self.benchmark = dataset, dataset.benchmark
-        self.spec, self.skipped = f"{dataset.spec}, shuffled prompts", dataset.skipped
+        self.dataset, self.skipped = dataset, dataset.skipped
+        self.spec = Spec(dataset.spec.name, (*dataset.spec.parts, "shuffled prompts"))
         self.unusable, self.not_found = dataset.unusable, dataset.not_found
         cycle = np.random.default_rng(seed).permutation(np.array(places))
         self.donor = dict(zip(cycle.tolist(), np.roll(cycle, -1).tolist()))
@@ -537,7 +536,7 @@ class ShuffledPrompts:
         return replace(sample, queries=queries)
 
 
-def text_blind_scores(dataset_dir: Path, spec: str) -> dict[str, dict[str, float]]:
+def text_blind_scores(dataset_dir: Path, spec: Spec) -> dict[str, dict[str, float]]:
     """What answers that ignore the text would score: ``{"all_objects": {"gIoU": ...}, "random_object": ...}``.
 
     Generated data come with these (``demo_data.json`` of scripts/make_demo_data.py); other data have none.
@@ -545,13 +544,13 @@ def text_blind_scores(dataset_dir: Path, spec: str) -> dict[str, dict[str, float
     path = Path(dataset_dir) / "demo_data.json"
     if not path.is_file():
         return {}
-    name, *_, split = spec.split("|")
+    split = spec.split
     kinds: tuple[str, ...] = ("all", "short", "long")
     if split.endswith(("_short", "_long")):
         split, kind = split.rsplit("_", 1)
         kinds = (kind,)
     rows = json.loads(path.read_text(encoding="utf-8"))["text_blind"]
-    rows = [row for row in rows if (row["set"], row["split"]) == (name, split) and row["kind"] in kinds]
+    rows = [row for row in rows if (row["set"], row["split"]) == (spec.name, split) and row["kind"] in kinds]
     names = {"all_objects": "all", "random_object": "random"}
     if len(rows) == 1:
         return {ours: dict(rows[0][theirs]) for ours, theirs in names.items()}

@@ -158,7 +158,7 @@ class Analyst:
         """One pass over a split (its first ``limit`` images)."""
         layers = self.model.ppm.num_layers
         study = Study(
-            benchmark_of(dataset.benchmark),
+            benchmark_of(dataset.spec),
             by_layer=[[] for _ in range(layers)],
             maps_by_layer=[[] for _ in range(layers)],
         )
@@ -178,7 +178,7 @@ class Analyst:
         sample = dataset[record.index]
         number = next(n for n, query in enumerate(sample.queries) if query.query_id == record.query_id)
         query, size = sample.queries[number], sample.image.shape[:2]
-        benchmark = benchmark_of(dataset.benchmark)
+        benchmark = benchmark_of(dataset.spec)
         asked = Asked(self, [record.index], [sample], benchmark)
         by_layer = [asked.answers(f"fixed:{k}")[0][number] for k in range(self.model.ppm.num_layers)]
         answer = asked.answers(self.asking.layer_policy)[0][number]

@@ -31,7 +31,7 @@ def panels(
     """
     ranked = sorted(records, key=lambda record: (metrics.iou(record, protocol), record.index, record.query_id))
     places = np.linspace(0, len(ranked) - 1, min(count, len(ranked))).round().astype(int)
-    result, benchmark = [], benchmark_of(dataset.benchmark)
+    result, benchmark = [], benchmark_of(dataset.spec)
     for record in (ranked[place] for place in places):
         sample = dataset[record.index]
         answers = ask(model, processor, [sample], [record.index], benchmark, asking)[0]

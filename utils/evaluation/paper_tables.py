@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from utils.datasets.spec import Spec
 from utils.evaluation.benchmarks import BENCHMARKS, TABLES, PaperTable
 
 
-def columns(table: PaperTable) -> list[tuple[str, str, str]]:
+def columns(table: PaperTable) -> list[tuple[str, Spec, str]]:
     """(heading, benchmark with its split, metric) of each."""
     return [
-        (f"{heading} {metric}" if len(table.metrics) > 1 else heading, f"{row.name}|{split}", metric)
+        (f"{heading} {metric}" if len(table.metrics) > 1 else heading, row.spec(split), metric)
         for row in BENCHMARKS.values()
         if row.table == table
         for split, heading in row.splits.items()
@@ -24,7 +25,7 @@ def columns(table: PaperTable) -> list[tuple[str, str, str]]:
 
 # Parts of a split that its own evaluation breaks down: benchmark with its split -> (whole, key, group).
 PARTS = {
-    f"{row.name}|{split}": (f"{row.name}|{part.whole}", part.key, part.group)
+    row.spec(split): (row.spec(part.whole), part.key, part.group)
     for row in BENCHMARKS.values()
     for split, part in row.parts.items()
 }
@@ -55,7 +56,7 @@ def fill(method: str, summaries: Sequence[dict[str, Any]]) -> list[Table]:
     for paper in TABLES:
         wanted = columns(paper)
         sources = {source for _, spec, _ in wanted for source in _sources(spec)}
-        found = [summary for summary in summaries if summary["benchmark"] in sources]
+        found = [summary for summary in summaries if Spec.parse(summary["benchmark"]) in sources]
         rows = [["Method", "asked", *(heading for heading, _, _ in wanted)]]
         for asked in dict.fromkeys(map(how_asked, found)):
             same = [summary for summary in found if how_asked(summary) == asked]
@@ -74,16 +75,16 @@ def how_asked(summary: dict[str, Any]) -> str:
     return ", ".join([summary["mode"], *protocol, f"layer {summary['layer_policy']}", *limit])
 
 
-def _sources(spec: str) -> tuple[str, ...]:
+def _sources(spec: Spec) -> tuple[Spec, ...]:
     return (spec, PARTS[spec][0]) if spec in PARTS else (spec,)
 
 
-def _cell(summaries: Sequence[dict[str, Any]], spec: str, metric: str, digits: int) -> str:
+def _cell(summaries: Sequence[dict[str, Any]], spec: Spec, metric: str, digits: int) -> str:
     for summary in summaries:
-        scores = summary["metrics"]
-        if summary["benchmark"] != spec:
-            whole, key, group = PARTS.get(spec, ("", "", ""))
-            scores = summary["breakdown"].get(key, {}).get(group, {}) if summary["benchmark"] == whole else {}
+        scores, found = summary["metrics"], Spec.parse(summary["benchmark"])
+        if found != spec:
+            whole, key, group = PARTS.get(spec, (None, "", ""))
+            scores = summary["breakdown"].get(key, {}).get(group, {}) if found == whole else {}
         if metric in scores:
             return f"{100 * scores[metric]:.{digits}f}{missing_note(summary)}"
     return "-"

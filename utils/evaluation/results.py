@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from utils import distributed
+from utils.datasets.spec import Spec
 from utils.evaluation import metrics
 from utils.evaluation.benchmarks import benchmark_of
 from utils.evaluation.metrics import Record
@@ -43,6 +44,10 @@ class Origin:
     images: int
     queries: int
 
+    @property
+    def spec(self) -> Spec:
+        return Spec.parse(self.benchmark)
+
     def check_same(self, other: Origin, path: Path) -> None:
         """Refuses ``other``, which stands in ``path``, unless it gives the same answers."""
         ours, theirs = asdict(self), asdict(other)
@@ -68,21 +73,21 @@ class Result:
 
     def save(self, folder: Path) -> Path:
         """Writes ``BENCHMARK.MODE.json`` and ``.jsonl``; returns the former's path."""
-        path = result_path(folder, self.origin.benchmark, self.origin.mode)
+        path = result_path(folder, self.origin.spec, self.origin.mode)
         Journal(path).replace(self.origin, self.records)
         path = path.with_suffix(".json")
         path.write_text(json.dumps(self.summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         return path
 
 
-def result_path(folder: Path, spec: str, mode: str) -> Path:
+def result_path(folder: Path, spec: Spec, mode: str) -> Path:
     """``ReasonSeg|val``, ``generate`` -> ``folder/ReasonSeg_val.generate.jsonl``."""
-    return folder / f"{spec.replace('|', '_').replace('/', '_')}.{mode}.jsonl"
+    return folder / f"{spec.slug}.{mode}.jsonl"
 
 
 def summarize(origin: Origin, records: Sequence[Record]) -> dict[str, Any]:
     """What the answers alone say, under the names of evaluation.md."""
-    benchmark, protocol = benchmark_of(origin.benchmark.split("|")[0]), origin.protocol
+    benchmark, protocol = benchmark_of(origin.spec), origin.protocol
     return {
         "benchmark": origin.benchmark,
         "mode": origin.mode,

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from model.UGround import UGroundOutput
 from utils import distributed
+from utils.datasets.spec import Spec
 from utils.plotting.charts import png
 
 PICTURES = "pictures"  # in a run's folder: the validation samples, BENCHMARK/step_00000060.png
@@ -159,7 +160,7 @@ class RunLog:
         self._write({"kind": "val", "step": step, "epoch": round(step / self.steps_per_epoch, 3), "metrics": results})
         for spec, metrics in results.items():
             for name, value in metrics.items():
-                self.board.add_scalar(f"val/{spec.replace('|', '_')}/{name}", value, step)
+                self.board.add_scalar(f"val/{Spec.parse(spec).slug}/{name}", value, step)
             shown = "  ".join(f"{name} {value:.3f}" for name, value in metrics.items())
             self.say(f"  validation after step {step}: {spec}: {shown}" + ("  (best so far)" if best else ""))
             best = False  # the first benchmark decides
@@ -253,7 +254,7 @@ def validation_sheet(model, processor, dataset, asking, count: int) -> np.ndarra
     for place in places:
         sample = dataset[place]
         sample.queries = sample.queries[:1]
-        [[answer]] = ask(model, processor, [sample], [place], benchmark_of(dataset.benchmark), asking)
+        [[answer]] = ask(model, processor, [sample], [place], benchmark_of(dataset.spec), asking)
         truth = merge_targets(sample.queries[0].masks, *sample.image.shape[:2])
         query = sample.queries[0].text
         panels.append(Panel(sample.image, query, answer.masks, answer.similarities, truth, answer.text))
