@@ -31,6 +31,7 @@ from transformers import PreTrainedModel
 
 from model.loading.weights import base_fingerprints, read_folder
 from model.processing.processor import UGroundProcessor
+from model.structures import Turn
 from utils.config import Config, config_from, load_config
 from utils.inference import adapter
 from utils.inference.adapter import META
@@ -196,7 +197,7 @@ def probe(model: nn.Module, processor: UGroundProcessor) -> dict[str, torch.Tens
     """
     rows, columns = np.mgrid[0:48, 0:64]
     image = np.stack([4 * columns, 5 * rows, 255 * ((rows - 24) ** 2 + (columns - 20) ** 2 < 150)], 2).astype(np.uint8)
-    batch = processor.prompts([image], [["Where is the blue disc?"]], [["Here it is: [SEG] and [SEG]."]])
+    batch = processor.prompts([image], [[Turn("Where is the blue disc?", "Here it is: [SEG] and [SEG].")]])
     output, _ = model.read_batch(batch)
     [[prediction]] = model.predict(batch, layer_policy="last")
     logits = model.lm_head(output.hidden[-1])

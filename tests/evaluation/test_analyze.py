@@ -108,8 +108,7 @@ def test_map_losses_are_what_training_logs(tiny_model, tiny_processor, tiny_samp
     batch = tiny_processor.collate([sample])
     logged = tiny_model(batch, all_layers=True).layer_losses
     turns = [[turn for (turn,) in sample.conversations]]
-    given = [[turn.answer for turn in row] for row in turns]
-    prompts = tiny_processor.prompts([sample.image], [[turn.question for turn in row] for row in turns], given)
+    prompts = tiny_processor.prompts([sample.image], turns)
     maps = torch.cat([said.layer_maps for said in tiny_model.predict(prompts)[0]])
     found = tiny_model.map_losses([torch.from_numpy(sample.masks)], maps)
     torch.testing.assert_close(found.mean(0), logged.detach())

@@ -74,8 +74,8 @@ class FakeDataset:
 
 
 class FakeBatch:
-    def __init__(self, images, questions, answers, numbers):
-        self.images, self.questions, self.answers, self.numbers = images, questions, answers, numbers
+    def __init__(self, images, turns, numbers):
+        self.images, self.turns, self.numbers = images, turns, numbers
 
     def to(self, device, dtype):
         return self
@@ -84,8 +84,8 @@ class FakeBatch:
 class FakeProcessor:
     """Keeps prompts as they are; "tokens" are the answer's characters."""
 
-    def prompts(self, images, questions, answers=None, numbers=None):
-        return FakeBatch(images, questions, answers, numbers)
+    def prompts(self, images, turns, numbers):
+        return FakeBatch(images, turns, numbers)
 
     def decode(self, ids):
         return "".join(map(chr, ids))
@@ -115,11 +115,8 @@ class FakeModel:
     def predict(self, batch, layer_policy="argmax", max_new_tokens=64, seed=0, on_token=None):
         self.calls.append((len(batch.images), layer_policy, seed))
         predictions = [
-            [
-                self.answer(batch.images[i], question, batch.answers and batch.answers[i][j], batch.numbers[i] + seed)
-                for j, question in enumerate(asked)
-            ]
-            for i, asked in enumerate(batch.questions)
+            [self.answer(image, turn.question, turn.answer, number + seed) for turn in row]
+            for image, row, number in zip(batch.images, batch.turns, batch.numbers, strict=True)
         ]
         for prediction in (p for row in predictions for p in row if layer_policy.startswith("mc")):
             for k, mask in enumerate(prediction.mask_logits.sigmoid()):

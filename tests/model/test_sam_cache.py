@@ -14,6 +14,7 @@ from conftest import drawn_sample
 from model import sam_cache
 from model.processing.processor import UGroundProcessor
 from model.sam_cache import FeatureCache, image_key
+from model.structures import Turn
 from utils.inference.loading import cache_sam_features, predict
 
 KEYS = ["a", "b", "c"]
@@ -47,7 +48,7 @@ def test_training_and_predictions_are_the_same_without_the_encoder(cached, make_
         assert all(map(torch.equal, output.mask_logits, plain.mask_logits))
         output.loss.backward()
     assert calls == [1, 1]  # one image at a time
-    ask = ([samples[1].image, drawn_sample(5).image], [["star"], ["circle"]], [["it is [SEG]."], ["[SEG]"]])
+    ask = ([samples[1].image, drawn_sample(5).image], [[Turn("star", "it is [SEG].")], [Turn("circle", "[SEG]")]])
     mine, theirs = predict(model, processor, *ask), predict(make_model(), tiny_processor, *ask)
     assert calls == [1, 1, 1]  # the image that is new
     for a, b in zip(mine, theirs):

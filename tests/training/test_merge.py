@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from tiny_run import arguments, write_base
 
 import train_ds
+from model.structures import Turn
 from scripts import make_demo_data, merge_lora
 from utils.config import SECTION_OF, load_config
 from utils.inference.loading import load_pretrained, predict
@@ -49,7 +50,7 @@ def test_merged_folder_answers_as_the_trained_model(trained, tmp_path, capsys):
     weights = checkpoints.trained_weights(checkpoints.find_checkpoint(run))
     ours.float().load_state_dict(weights, strict=False)
     image = np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8)
-    ask = ([image], [["where is the star"]], [["it is [SEG]."]])
+    ask = ([image], [[Turn("where is the star", "it is [SEG].")]])
     [[left]] = predict(model, processor, *ask, layer_policy="last")
     [[right]] = predict(ours.get_base_model(), own_processor, *ask, layer_policy="last")
     tolerance = 1e-4 if config.model.precision == "fp32" else 0.05  # merged weights are rounded to bf16 again
@@ -173,7 +174,7 @@ def adapter_of(trained, tmp_path, *flags: str):
 
 def test_adapter_answers_as_the_merged_folder(trained, tmp_path, tiny_samples):
     whole, small = merged(trained, tmp_path), adapter_of(trained, tmp_path)
-    ask = ([tiny_samples[0].image], [["where is the star"]], [["it is [SEG] and [SEG]."]])
+    ask = ([tiny_samples[0].image], [[Turn("where is the star", "it is [SEG] and [SEG].")]])
     for precision in ("fp32", "bf16"):
         (model, processor), (other, own) = (load_pretrained(str(folder), precision) for folder in (whole, small))
         for name, value in model.state_dict().items():

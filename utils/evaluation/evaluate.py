@@ -301,9 +301,8 @@ def ask(
         model,
         processor,
         [sample.image for sample in samples],
-        [[turn.question for turn in row] for row in turns],
-        [[turn.answer for turn in row] for row in turns] if asking.mode == "teacher_forced" else None,
-        list(numbers),
+        turns,
+        numbers,
         layer_policy=asking.layer_policy,
         max_new_tokens=asking.max_new_tokens,
         seed=asking.seed,
@@ -312,12 +311,12 @@ def ask(
 
 
 def turns_of(samples: Sequence[EvalSample], benchmark: Benchmark, mode: str) -> list[list[Turn]]:
-    """What each image is asked, with the answer that may be given: a turn per query, or a joint one."""
+    """What each image is asked, a turn per query or a joint one; teacher forced, with the answer."""
     if benchmark.is_joint(mode):
         plain = [[replace(query, text=escape(query.text)) for query in sample.queries] for sample in samples]
         return [[eval_joint_turn(queries)] for queries in plain]  # the answer repeats the queries: no [SEG] of theirs
-    instances = benchmark.asks == "instances"
-    return [[eval_turn(query, instances) for query in sample.queries] for sample in samples]
+    turns = [[eval_turn(query, benchmark.asks == "instances") for query in sample.queries] for sample in samples]
+    return turns if mode == "teacher_forced" else [[Turn(turn.question) for turn in row] for row in turns]
 
 
 def answers_of(

@@ -254,9 +254,7 @@ class Asked:
         self.analyst, self.places, self.samples, self.benchmark = analyst, places, samples, benchmark
         asking, model = analyst.asking, analyst.model
         self.turns = turns_of(samples, benchmark, asking.mode)
-        questions = [[turn.question for turn in row] for row in self.turns]
-        given = [[turn.answer for turn in row] for row in self.turns] if asking.mode == "teacher_forced" else None
-        batch = analyst.processor.prompts([sample.image for sample in samples], questions, given, list(places))
+        batch = analyst.processor.prompts([sample.image for sample in samples], self.turns, places)
         self.answered: Answered = model.answer(batch.to(model.device, model.dtype), asking.max_new_tokens)
         self.predictions: list[list[Prediction]] = []  # the last drawn
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from model.structures import Turn
 from utils.datasets.images import read_image
 from utils.inference.answer_files import describe, free_stem, save_pictures
 from utils.inference.loading import predict
@@ -89,7 +90,7 @@ def answer_all(
             stem = image.stem if same_stem[image.stem] == 1 else image.name
             for start in range(0, len(left), PROMPTS_AT_ONCE):
                 part = left[start : start + PROMPTS_AT_ONCE]
-                [answers] = predict(model, processor, [pixels], [part], **options)
+                [answers] = predict(model, processor, [pixels], [[Turn(prompt) for prompt in part]], **options)
                 for prompt, prediction in zip(part, answers):
                     values = describe(str(image), pixels, prompt, prediction, settings["layer_policy"])
                     if pictures:

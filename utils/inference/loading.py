@@ -25,7 +25,7 @@ from model.processing.conversation import SYSTEM_PROMPT
 from model.processing.processor import UGroundProcessor
 from model.processing.tokens import IMAGE, add_special_tokens, load_tokenizer, token_ids
 from model.sam_cache import FeatureCache
-from model.structures import Prediction
+from model.structures import Prediction, Turn
 from model.UGround import UGroundForCausalLM
 from utils.config import config_from
 from utils.inference import adapter
@@ -185,21 +185,19 @@ def predict(
     model: UGroundForCausalLM,
     processor: UGroundProcessor,
     images: Sequence[np.ndarray],
-    questions: Sequence[Sequence[str]],
-    answers: Sequence[Sequence[str]] | None = None,
+    turns: Sequence[Sequence[Turn]],
     numbers: Sequence[int] | None = None,
     **options,
 ) -> list[list[Prediction]]:
     """Asks every question about every image: [image][question] predictions with their text.
 
     Args:
-        images: uint8 [H, W, 3] RGB; questions: a list per image; answers: given = teacher forced.
-        numbers: seeds of sampled layers, one per image.
+        images, turns, numbers: of ``UGroundProcessor.prompts``.
         options: of ``UGroundForCausalLM.predict`` (layer_policy, max_new_tokens, seed, on_token).
     """
     was_training = model.training
     model.eval()
-    batch = processor.prompts(images, questions, answers, numbers).to(model.device, model.dtype)
+    batch = processor.prompts(images, turns, numbers).to(model.device, model.dtype)
     predictions = with_text(model.predict(batch, **options), processor)
     model.train(was_training)
     return predictions
