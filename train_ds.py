@@ -33,11 +33,13 @@ from utils.config import Config, ConfigError, load_config, missing_paths
 from utils.datasets import DataError, EvalDataset, get_eval_dataset
 from utils.datasets.mixture import Mixture, MixtureSampler
 from utils.evaluation.benchmarks import benchmark_of
-from utils.evaluation.evaluate import Asking, evaluate
+from utils.evaluation.evaluate import RunOptions, evaluate
+from utils.evaluation.panels import validation_sheet
+from utils.evaluation.predictions import InferenceOptions
 from utils.inference.loading import PRECISIONS, cache_sam_features
 from utils.training import checkpoint as checkpoints
 from utils.training.engine import build_engine, build_model, deepspeed_settings, gradient_norms
-from utils.training.run_log import DivergedError, Meter, RunLog, check_finite, validation_sheet
+from utils.training.run_log import DivergedError, Meter, RunLog, check_finite
 from utils.training.run_report import write_report
 
 
@@ -331,21 +333,12 @@ def validate(run: Run, limit: int | None = None) -> dict[str, dict[str, float]]:
     """Metrics per benchmark; with ``limit``, a try on so many images that is not logged."""
     settings, results = run.config.eval, {}
     layer_policy = settings.val_layer_policy or run.model.config.layer_policy
+    options = InferenceOptions(settings.val_mode, layer_policy, seed=run.config.train.seed)
+    how = RunOptions(settings.val_batch_size, limit=limit or settings.val_limit or None)
     for dataset in run.benchmarks:
-        result = evaluate(
-            run.model,
-            run.processor,
-            dataset,
-            settings.val_mode,
-            layer_policy,
-            settings.val_batch_size,
-            limit=limit or settings.val_limit or None,
-            seed=run.config.train.seed,
-        )
-        results[str(dataset.spec)] = result.metrics
+        results[str(dataset.spec)] = evaluate(run.model, run.processor, dataset, options, how).metrics
         if limit is None and settings.val_pictures and distributed.is_main():
-            asking = Asking(settings.val_mode, layer_policy, seed=run.config.train.seed)
-            picture = validation_sheet(run.model, run.processor, dataset, asking, settings.val_pictures)
+            picture = validation_sheet(run.model, run.processor, dataset, options, settings.val_pictures)
             run.log.picture(run.step, dataset.spec.slug, picture)
     return results
 

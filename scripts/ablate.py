@@ -35,7 +35,7 @@ from utils.datasets.spec import Spec
 from utils.evaluation import metrics
 from utils.evaluation.benchmarks import benchmark_of
 from utils.evaluation.metrics import Record
-from utils.evaluation.results import read_results, result_path
+from utils.evaluation.results import Summary, read_results, result_path
 from utils.inference import cli
 from utils.plotting.charts import LINES, layer_curves, save_picture, training_curves
 from utils.training.checkpoint import git_commit
@@ -251,15 +251,11 @@ def markdown(
     head += ["layers", "entropy", "paper gIoU", "paper cIoU"]
     lines = [head]
     for row in rows:
-        loaded = [
-            [json.loads(summary_path(folder, spec).read_text()) for spec in specs] for folder in results[row.name]
-        ]
+        loaded = [[Summary.load(summary_path(folder, spec)) for spec in specs] for folder in results[row.name]]
         cells = [
-            spread([100 * seed[n]["metrics"][metric] for seed in loaded])
-            for n in range(len(specs))
-            for metric in METRICS
+            spread([100 * seed[n].metrics[metric] for seed in loaded]) for n in range(len(specs)) for metric in METRICS
         ]
-        layers = sorted({int(layer) for seed in loaded for summary in seed for layer in summary["layers"]})
+        layers = sorted({int(layer) for seed in loaded for summary in seed for layer in summary.layers})
         paper = [f"{value:.2f}" for value in row.paper] if row.paper else ["-", "-"]
         entropies = [value for folder in results[row.name] for value in final_entropy(folder.parent)]
         entropy = spread(entropies, digits=2) if entropies else "-"

@@ -28,11 +28,11 @@ from utils.datasets import Spec, get_eval_dataset
 from utils.datasets.base import EvalDataset
 from utils.evaluation import metrics
 from utils.evaluation.benchmarks import MODES
-from utils.evaluation.evaluate import Asking
 from utils.evaluation.layer_analysis import COLUMNS, ROWS, Analyst, Look, Study, original_sam
 from utils.evaluation.layer_figures import animate, layer_maps
 from utils.evaluation.metrics import Record
 from utils.evaluation.panels import notes
+from utils.evaluation.predictions import InferenceOptions
 from utils.inference import cli
 from utils.plotting.charts import layer_curves, policy_strips, save_picture
 from utils.plotting.overlays import Panel, sheet
@@ -129,9 +129,9 @@ def analyse(
     """Studies every split. The first checkpoint also picks the queries that all are looked at with, into ``picked``."""
     opened = cli.open_model(argparse.Namespace(**vars(args) | {"version": folder}))
     model = opened.model
-    asking = Asking(args.mode, args.layer_policy or model.config.layer_policy, seed=args.seed)
+    options = InferenceOptions(args.mode, args.layer_policy or model.config.layer_policy, seed=args.seed)
     sam = original_sam(args.sam, model) if args.sam else None
-    analyst = Analyst(model, opened.processor, asking, args.batch_size, sam)
+    analyst = Analyst(model, opened.processor, options, args.batch_size, sam)
     found = Checkpoint(name, opened.fingerprint)
     for dataset in datasets:
         study = found.studies[dataset.spec] = analyst.study(dataset, args.limit, progress=True)

@@ -14,11 +14,9 @@ both), and the samples that changed most.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -29,18 +27,13 @@ from utils.datasets.base import EvalDataset
 from utils.datasets.masks import decode_mask
 from utils.evaluation import metrics
 from utils.evaluation.benchmarks import benchmark_of
+from utils.evaluation.controls import HEADINGS
 from utils.evaluation.metrics import Record
 from utils.evaluation.panels import notes
 from utils.evaluation.paper_tables import missing_note
-from utils.evaluation.results import read_results
+from utils.evaluation.results import Summary, read_results
 from utils.inference import cli
 from utils.plotting.overlays import Panel, save_picture, sheet
-
-CONTROLS = {
-    "shuffled_prompts": "prompts shuffled",
-    "text_blind_all_objects": "all objects",
-    "text_blind_random_object": "random object",
-}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -67,50 +60,48 @@ def named_path(text: str) -> tuple[str, Path]:
     return (name, Path(path)) if equals else (Path(text).name, Path(text))
 
 
-def read_summaries(folder: Path) -> dict[tuple[str, str], dict[str, Any]]:
+def read_summaries(folder: Path) -> dict[tuple[str, str], Summary]:
     """(benchmark, mode) -> what test.py wrote.
 
     Raises:
-        ValueError: if the folder holds no results.
+        ValueError: if the folder holds no results, or other JSON beside them.
     """
-    found = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    found = [Summary.load(path) for path in sorted(folder.glob("*.json"))]
     if not found:
         raise ValueError(f"{folder} holds no results of test.py (BENCHMARK.MODE.json)")
-    return {(summary["benchmark"], summary["mode"]): summary for summary in found}
+    return {(summary.benchmark, summary.mode): summary for summary in found}
 
 
-def table(columns: dict[str, dict[tuple[str, str], dict[str, Any]]]) -> str:
+def table(columns: dict[str, dict[tuple[str, str], Summary]]) -> str:
     """The results as aligned text; what a folder lacks is a dash."""
     last = list(columns.values())[-1]
     keys = list(dict.fromkeys(key for summaries in columns.values() for key in summaries))
-    controls = [name for name in CONTROLS if any(name in summary["controls"] for summary in last.values())]
-    rows = [["benchmark", "masks", "metric", *columns, *(CONTROLS[name] for name in controls)]]
+    controls = [name for name in HEADINGS if any(name in summary.controls for summary in last.values())]
+    rows = [["benchmark", "masks", "metric", *columns, *(HEADINGS[name] for name in controls)]]
     for key in keys:
         summaries = [found[key] for found in columns.values() if key in found]
-        counts = {summary["counts"]["masks"] for summary in summaries}
+        counts = {summary.counts["masks"] for summary in summaries}
         masks = "/".join(map(str, sorted(counts)))  # more than one: evaluated on different samples
-        protocols = dict.fromkeys(summary["protocol"] for summary in summaries if summary.get("protocol"))
+        protocols = dict.fromkeys(summary.protocol for summary in summaries if summary.protocol)
         asked = ", ".join([key[1], *protocols])
-        for metric in summaries[0]["metrics"]:
-            cells = [_cell(found.get(key), "metrics", metric) for found in columns.values()]
-            cells += [_cell(last.get(key), "controls", name, metric) for name in controls]
+        for metric in summaries[0].metrics:
+            cells = [_cell(found.get(key), metric) for found in columns.values()]
+            cells += [_cell(last.get(key), metric, control) for control in controls]
             rows.append([f"{key[0]} ({asked})", masks, metric, *cells])
     layers = {
-        name: "/".join(dict.fromkeys(summary["layer_policy"] for summary in found.values()))
+        name: "/".join(dict.fromkeys(summary.layer_policy for summary in found.values()))
         for name, found in columns.items()
     }
     return f"{aligned_table(rows)}\nLayers: {'; '.join(f'{name}: {how}' for name, how in layers.items())}"
 
 
-def _cell(summary: dict[str, Any] | None, *keys: str) -> str:
+def _cell(summary: Summary | None, metric: str, control: str = "") -> str:
     """``0.653 (3 missing) (first 8 images)``; a dash for what is not there."""
-    value: Any = summary
-    for key in keys:
-        value = (value or {}).get(key)
-    if summary is None or value is None:
+    scores = (summary.controls.get(control, {}) if control else summary.metrics) if summary else {}
+    if summary is None or metric not in scores:
         return "-"
-    limit = f" (first {summary['limit']} images)" if summary.get("limit") else ""
-    return f"{value:.3f}{missing_note(summary)}{limit}"
+    limit = f" (first {summary.limit} images)" if summary.limit else ""
+    return f"{scores[metric]:.3f}{missing_note(summary)}{limit}"
 
 
 def aligned_table(rows: list[list[str]]) -> str:

@@ -21,8 +21,8 @@ from model.structures import EvalSample
 from utils.datasets import Spec, get_eval_dataset
 from utils.evaluation import metrics
 from utils.evaluation.benchmarks import Benchmark, benchmark_of
-from utils.evaluation.evaluate import answers_of, score, turns_of
 from utils.evaluation.metrics import Record
+from utils.evaluation.predictions import by_query, score, turns_of
 from utils.inference import cli
 from utils.inference.session import ImageSession
 
@@ -69,7 +69,7 @@ def later_answers(
     predictions = [session.ask(turn.question, remember=remember) for turn in turns[:most]]
     queries, turns = sample.queries[:most], turns[:most]
     sample.queries = queries
-    [answers] = answers_of([sample], [turns], [predictions], benchmark, "generate")
+    [answers] = by_query([sample], [turns], [predictions], benchmark, "generate")
     scored = [score(place, sample, query, answer, benchmark) for query, answer in zip(queries, answers, strict=True)]
     return scored[1:]
 

@@ -5,12 +5,13 @@ import csv
 from utils.datasets import DATASETS, TYPES
 from utils.evaluation import paper_tables
 from utils.evaluation.benchmarks import SUITES, TABLES
+from utils.evaluation.results import Summary
 
 
-def make_summary(benchmark, metrics, breakdown=None, missing=0, **values):
-    counts = {"missing": missing}
-    base = {"mode": "teacher_forced", "layer_policy": "argmax", "breakdown": breakdown or {}, "counts": counts}
-    return base | {"benchmark": benchmark, "metrics": metrics} | values
+def make_summary(benchmark, metrics, breakdown=None, missing=0, mode="teacher_forced", protocol="", limit=None):
+    return Summary(
+        benchmark, mode, protocol, "argmax", metrics, {}, {}, breakdown or {}, {"missing": missing}, {}, limit=limit
+    )
 
 
 def test_columns_are_the_papers():

@@ -140,6 +140,11 @@ def test_chat_is_a_unix_tool(version, photo, tmp_path):
 
 # -- test.py -----------------------------------------------------------------------------------------------------------
 
+KEYS = [  # of a result's JSON; a benchmark with protocols has one more
+    "benchmark", "mode", "layer_policy", "metrics", "intervals", "controls", "breakdown", "counts", "layers", "skipped",
+    "missing", "limit", "seconds", "settings", "checkpoint", "command", "precision", "device", "versions",
+]  # fmt: skip
+
 
 def test_evaluation_writes_what_it_prints(capsys, version, val_data, tmp_path):
     out_dir = tmp_path / "out"
@@ -155,7 +160,7 @@ def test_evaluation_writes_what_it_prints(capsys, version, val_data, tmp_path):
             assert (summary["benchmark"], summary["mode"], summary["counts"]["masks"]) == (spec, mode, count)
             assert set(summary["controls"]) == {"shuffled_prompts"}
             assert len(summary["checkpoint"]["fingerprint"]) == 16
-            assert {"command", "versions", "precision", "settings", "intervals", "seconds"} <= set(summary)
+            assert list(summary) == KEYS
             _, records = read_results(out_dir / f"{name}.jsonl")
             assert metrics.compute(records, BENCHMARKS["ReasonSeg"]) == summary["metrics"]
             assert f"{summary['metrics']['gIoU']:.3f} [" in out
@@ -321,15 +326,15 @@ def make_result(protocol="gsva", mode="generate", **values) -> Result:
         Record(k, f"{k}.jpg", f"{k}", "1", "x", "x?", "no", [], True, False, I=found, U=5, P=found, G=5, masks=[])
         for k in range(2)
     ]
-    summary = summarize(origin, records) | {"limit": None}
-    summary["counts"] |= {"skipped": 0, "missing": 0}
+    summary = summarize(origin, records)
+    summary.counts |= {"skipped": 0, "missing": 0}
     return Result(summary, records, origin)
 
 
 def test_written_rejections_that_an_older_version_labelled_gsva_are_read(capsys, tmp_path):
     path = make_result().save(tmp_path)
     again = score.score(path.with_suffix(".jsonl"))
-    assert (again["protocol"], again["metrics"]["gIoU"]) == ("grefcoco", 0)
+    assert (again.protocol, again.metrics["gIoU"]) == ("grefcoco", 0)
     path.write_text(path.read_text().replace('"gIoU": 0.0', '"gIoU": 1.0'))
     with pytest.raises(ValueError, match="has other metrics than follow"):  # it is still checked
         score.score(path.with_suffix(".jsonl"))
@@ -376,13 +381,25 @@ def test_results_that_were_asked_differently_are_compared_with_a_word(capsys, tm
 def test_folders_are_compared_with_what_was_asked_and_what_is_missing(capsys, tmp_path):
     for name, missing, limit in (("a", 3, None), ("b", 0, 8)):
         result = make_result(mode="teacher_forced", layer_policy="argmax" if name == "a" else "last")
-        result.summary["counts"]["missing"], result.summary["limit"] = missing, limit
+        result.summary.counts["missing"], result.summary.limit = missing, limit
         result.save(tmp_path / name)
     code, out, err = run(capsys, compare, tmp_path / "a", tmp_path / "b")
     assert code == 0, err
     assert "grefcoco|unc|val (teacher_forced, gsva) " in out
     assert "Layers: a: argmax; b: last" in out
     assert re.search(r"gIoU +0\.800 \(3 missing\) +0\.800 \(first 8 images\)", out)
+
+
+def test_other_json_beside_results_is_named(capsys, tmp_path):
+    make_result().save(tmp_path)
+    for text, reason in (
+        ('{"model_type": "uground"}', "it has no benchmark, mode"),
+        ("[1]", "list"),
+        ("{", "Expecting"),
+    ):
+        (tmp_path / "config.json").write_text(text)
+        code, _, err = run(capsys, compare, tmp_path)
+        assert (code, f"{tmp_path / 'config.json'} is no result of test.py" in err, reason in err) == (2, True, True)
 
 
 @pytest.mark.parametrize(

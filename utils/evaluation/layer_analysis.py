@@ -1,7 +1,7 @@
 """What every layer of a model does on a split: masks with it forced, similarity maps against the truth, the policy.
 
 LLaVA reads an image once, and SAM's encoder too; then each layer, and each way of prompting, costs a mask decode.
-Asking and scoring are ``utils.evaluation.evaluate``'s: a figure here is the one that test.py prints with ``--layer K``.
+Questions and scores are ``utils.evaluation.predictions``': a figure here is what test.py prints with ``--layer K``.
 
 Legend: N [SEG] tokens of a query, L hidden states (0 = embeddings), P image tokens, H x W the image's size.
 """
@@ -26,8 +26,8 @@ from model.UGround import Answered, UGroundForCausalLM
 from utils.datasets.base import EvalDataset
 from utils.evaluation import metrics
 from utils.evaluation.benchmarks import IOU, Benchmark, benchmark_of
-from utils.evaluation.evaluate import Answer, Asking, answers_of, score, turns_of
 from utils.evaluation.metrics import Record
+from utils.evaluation.predictions import InferenceOptions, QueryPrediction, by_query, score, turns_of
 from utils.inference.loading import with_text
 
 THRESHOLDS = (np.arange(1, 100) / 100).astype(np.float32)  # of M_IoU: 0.01 to 0.99
@@ -150,7 +150,7 @@ class Analyst:
 
     model: UGroundForCausalLM
     processor: Any
-    asking: Asking
+    options: InferenceOptions
     batch_size: int = 4
     original: SegmentAnything | None = None
 
@@ -179,10 +179,10 @@ class Analyst:
         number = next(n for n, query in enumerate(sample.queries) if query.query_id == record.query_id)
         query, size = sample.queries[number], sample.image.shape[:2]
         benchmark = benchmark_of(dataset.spec)
-        asked = Asked(self, [record.index], [sample], benchmark)
-        by_layer = [asked.answers(f"fixed:{k}")[0][number] for k in range(self.model.ppm.num_layers)]
-        answer = asked.answers(self.asking.layer_policy)[0][number]
-        policy, grid = asked.policy_and_maps(0, number)
+        probe = LayerProbe(self, [record.index], [sample], benchmark)
+        by_layer = [probe.predict(f"fixed:{k}")[0][number] for k in range(self.model.ppm.num_layers)]
+        answer = probe.predict(self.options.layer_policy)[0][number]
+        policy, grid = probe.policy_and_maps(0, number)
         protocol = benchmark.protocol()
         scored = [score(record.index, sample, query, each, benchmark) for each in (*by_layer, answer)]
         *ious, iou = [metrics.iou(each, protocol) for each in scored]
@@ -207,19 +207,19 @@ class Analyst:
 
     def _add(self, study: Study, places: list[int], samples: list[EvalSample]) -> None:
         """Asks a batch of images, and takes down everything about each of their queries."""
-        asked = Asked(self, places, samples, study.benchmark)
+        probe = LayerProbe(self, places, samples, study.benchmark)
         for layer, records in enumerate(study.by_layer):
-            records += asked.scored(asked.answers(f"fixed:{layer}"))
-        for row, how in zip(ROWS, (self.asking.layer_policy, "last")):
+            records += probe.scored(probe.predict(f"fixed:{layer}"))
+        for row, how in zip(ROWS, (self.options.layer_policy, "last")):
             with prompted_by(self.model, mask=True, sam=self.original):
-                study.table["M_prompt", row] += asked.scored(asked.answers(how), present=True)
+                study.table["M_prompt", row] += probe.scored(probe.predict(how), present=True)
             with prompted_by(self.model, seg=True):
-                study.table["SEG_prompt", row] += asked.scored(asked.answers(how), present=True)
-        own = asked.answers(self.asking.layer_policy)
-        study.chosen += asked.scored(own)
+                study.table["SEG_prompt", row] += probe.scored(probe.predict(how), present=True)
+        own = probe.predict(self.options.layer_policy)
+        study.chosen += probe.scored(own)
         for b, sample in enumerate(samples):
             for k, query in enumerate(sample.queries):
-                distribution, grid = asked.policy_and_maps(b, k)
+                distribution, grid = probe.policy_and_maps(b, k)
                 losses = self._map_losses(query, grid)
                 study.tokens.append([Token(*pair) for pair in zip(distribution.numpy(), losses)])
                 if not query.masks.any():
@@ -245,26 +245,28 @@ class Analyst:
         return self.model.map_losses([targets], grid).numpy()
 
 
-class Asked:
+class LayerProbe:
     """What LLaVA said about some images, from which masks are drawn again and again."""
 
     def __init__(
         self, analyst: Analyst, places: Sequence[int], samples: Sequence[EvalSample], benchmark: Benchmark
     ) -> None:
         self.analyst, self.places, self.samples, self.benchmark = analyst, places, samples, benchmark
-        asking, model = analyst.asking, analyst.model
-        self.turns = turns_of(samples, benchmark, asking.mode)
+        options, model = analyst.options, analyst.model
+        self.turns = turns_of(samples, benchmark, options.mode)
         batch = analyst.processor.prompts([sample.image for sample in samples], self.turns, places)
-        self.answered: Answered = model.answer(batch.to(model.device, model.dtype), asking.max_new_tokens)
+        self.answered: Answered = model.answer(batch.to(model.device, model.dtype), options.max_new_tokens)
         self.predictions: list[list[Prediction]] = []  # the last drawn
 
-    def answers(self, layer_policy: str) -> list[list[Answer]]:
-        """[image][query], as ``utils.evaluation.evaluate.ask`` gives them."""
-        asking, processor = self.analyst.asking, self.analyst.processor
-        self.predictions = with_text(self.analyst.model.draw_masks(self.answered, layer_policy, asking.seed), processor)
-        return answers_of(self.samples, self.turns, self.predictions, self.benchmark, asking.mode)
+    def predict(self, layer_policy: str) -> list[list[QueryPrediction]]:
+        """[image][query], as ``utils.evaluation.predictions.predict_queries`` gives them."""
+        options, processor = self.analyst.options, self.analyst.processor
+        self.predictions = with_text(
+            self.analyst.model.draw_masks(self.answered, layer_policy, options.seed), processor
+        )
+        return by_query(self.samples, self.turns, self.predictions, self.benchmark, options.mode)
 
-    def scored(self, answers: list[list[Answer]], present: bool = False) -> list[Record]:
+    def scored(self, answers: list[list[QueryPrediction]], present: bool = False) -> list[Record]:
         """Scores of all queries; with ``present``, of the masks of those that have a target, rejected or not."""
         found = []
         for place, sample, row in zip(self.places, self.samples, answers, strict=True):
@@ -277,7 +279,7 @@ class Asked:
 
     def policy_and_maps(self, image: int, query: int) -> tuple[torch.Tensor, torch.Tensor]:
         """A query's [N, L] policy and [N, L, P] maps of all layers, which do not depend on how masks were drawn."""
-        if self.benchmark.is_joint(self.analyst.asking.mode):
+        if self.benchmark.is_joint(self.analyst.options.mode):
             said = self.predictions[image][0]
             return said.policy[query : query + 1], said.layer_maps[query : query + 1]
         said = self.predictions[image][query]
@@ -327,7 +329,7 @@ def best_threshold(similarity: np.ndarray, truth: np.ndarray) -> float:
 
 
 def cut_map(
-    place: int, sample: EvalSample, query: EvalQuery, answer: Answer, maps: np.ndarray, benchmark: Benchmark
+    place: int, sample: EvalSample, query: EvalQuery, answer: QueryPrediction, maps: np.ndarray, benchmark: Benchmark
 ) -> Record:
     """M_IoU of a query: its maps [N, H, W] cut at the one threshold that fits their union to the truth best."""
     threshold = 0.5

@@ -6,10 +6,10 @@ import csv
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from utils.datasets.spec import Spec
 from utils.evaluation.benchmarks import BENCHMARKS, TABLES, PaperTable
+from utils.evaluation.results import Summary
 
 
 def columns(table: PaperTable) -> list[tuple[str, Spec, str]]:
@@ -45,7 +45,7 @@ class Table:
         return "\n".join([f"**{title}**", "", *(f"| {line} |" for line in (lines[0], rule, *lines[1:]))])
 
 
-def fill(method: str, summaries: Sequence[dict[str, Any]]) -> list[Table]:
+def fill(method: str, summaries: Sequence[Summary]) -> list[Table]:
     """The tables in which there is a number; a dash where something was not evaluated.
 
     Args:
@@ -56,7 +56,7 @@ def fill(method: str, summaries: Sequence[dict[str, Any]]) -> list[Table]:
     for paper in TABLES:
         wanted = columns(paper)
         sources = {source for _, spec, _ in wanted for source in _sources(spec)}
-        found = [summary for summary in summaries if Spec.parse(summary["benchmark"]) in sources]
+        found = [summary for summary in summaries if summary.spec in sources]
         rows = [["Method", "asked", *(heading for heading, _, _ in wanted)]]
         for asked in dict.fromkeys(map(how_asked, found)):
             same = [summary for summary in found if how_asked(summary) == asked]
@@ -68,31 +68,30 @@ def fill(method: str, summaries: Sequence[dict[str, Any]]) -> list[Table]:
     return tables
 
 
-def how_asked(summary: dict[str, Any]) -> str:
+def how_asked(summary: Summary) -> str:
     """``teacher_forced, gsva, layer argmax``; and what part of the split it is if not all."""
-    limit = [f"first {summary['limit']} images"] if summary.get("limit") else []
-    protocol = [summary["protocol"]] if summary.get("protocol") else []
-    return ", ".join([summary["mode"], *protocol, f"layer {summary['layer_policy']}", *limit])
+    limit = [f"first {summary.limit} images"] if summary.limit else []
+    return ", ".join([summary.asked, f"layer {summary.layer_policy}", *limit])
 
 
 def _sources(spec: Spec) -> tuple[Spec, ...]:
     return (spec, PARTS[spec][0]) if spec in PARTS else (spec,)
 
 
-def _cell(summaries: Sequence[dict[str, Any]], spec: Spec, metric: str, digits: int) -> str:
+def _cell(summaries: Sequence[Summary], spec: Spec, metric: str, digits: int) -> str:
     for summary in summaries:
-        scores, found = summary["metrics"], Spec.parse(summary["benchmark"])
-        if found != spec:
+        scores = summary.metrics
+        if summary.spec != spec:
             whole, key, group = PARTS.get(spec, (None, "", ""))
-            scores = summary["breakdown"].get(key, {}).get(group, {}) if found == whole else {}
+            scores = summary.breakdown.get(key, {}).get(group, {}) if summary.spec == whole else {}
         if metric in scores:
             return f"{100 * scores[metric]:.{digits}f}{missing_note(summary)}"
     return "-"
 
 
-def missing_note(summary: dict[str, Any]) -> str:
+def missing_note(summary: Summary) -> str:
     """What stands beside every number of an evaluation that lacks something."""
-    missing = summary["counts"].get("missing", 0)
+    missing = summary.counts.get("missing", 0)
     return f" ({missing} missing)" if missing else ""
 
 

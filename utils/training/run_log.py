@@ -240,22 +240,3 @@ def _rounded(value: Any) -> Any:
     if isinstance(value, list):
         return [_rounded(item) for item in value]
     return float(f"{value:.6g}") if isinstance(value, float) else value
-
-
-def validation_sheet(model, processor, dataset, asking, count: int) -> np.ndarray:
-    """Fixed validation samples, evenly spread over the split: image, query, similarity map, mask, truth."""
-    from utils.evaluation.benchmarks import benchmark_of
-    from utils.evaluation.evaluate import ask
-    from utils.evaluation.metrics import merge_targets
-    from utils.plotting.overlays import Panel, sheet
-
-    places = sorted({int(place) for place in np.linspace(0, len(dataset) - 1, count)})
-    panels = []
-    for place in places:
-        sample = dataset[place]
-        sample.queries = sample.queries[:1]
-        [[answer]] = ask(model, processor, [sample], [place], benchmark_of(dataset.spec), asking)
-        truth = merge_targets(sample.queries[0].masks, *sample.image.shape[:2])
-        query = sample.queries[0].text
-        panels.append(Panel(sample.image, query, answer.masks, answer.similarities, truth, answer.text))
-    return sheet(panels)
