@@ -332,8 +332,7 @@ def one_thread(_worker: int) -> None:
 def validate(run: Run, limit: int | None = None) -> dict[str, dict[str, float]]:
     """Metrics per benchmark; with ``limit``, a try on so many images that is not logged."""
     settings, results = run.config.eval, {}
-    layer_policy = settings.val_layer_policy or run.model.config.layer_policy
-    options = InferenceOptions(settings.val_mode, layer_policy, seed=run.config.train.seed)
+    options = InferenceOptions(settings.val_mode, run.model.config.layer_policy, seed=run.config.train.seed)
     how = RunOptions(settings.val_batch_size, limit=limit or settings.val_limit or None)
     for dataset in run.benchmarks:
         results[str(dataset.spec)] = evaluate(run.model, run.processor, dataset, options, how).metrics

@@ -29,7 +29,8 @@ def trained(request, tmp_path_factory, tiny_tokenizer, make_model):
     root = tmp_path_factory.mktemp(request.param)
     write_base(root / "base", make_model(), tiny_tokenizer)
     assert make_demo_data.main(["--out", str(root / "data"), "--train", "6", "--val", "2", "--test", "1"]) == 0
-    flags = arguments(root / "base", root / "data", root, precision=request.param, grad_accumulation_steps=2)
+    flags = arguments(root / "base", root / "data", root, precision=request.param, grad_accumulation_steps=2,
+                      val_layer_policy="fixed:2")  # fmt: skip
     assert train_ds.main(flags) == 0
     return root / "run", root / "base", flags
 
@@ -45,6 +46,7 @@ def test_merged_folder_answers_as_the_trained_model(trained, tmp_path, capsys):
     folder = merged(trained, tmp_path, "--which", "latest")
     assert "merged and unmerged agree" in capsys.readouterr().out
     model, processor = load_pretrained(folder)
+    assert model.config.layer_policy == "fixed:2"  # as it was validated
     config = load_config(flags)
     ours, own_processor, _ = build_model(config)
     weights = checkpoints.trained_weights(checkpoints.find_checkpoint(run))
@@ -181,6 +183,7 @@ def test_adapter_answers_as_the_merged_folder(trained, tmp_path, tiny_samples):
             assert torch.equal(value, other.state_dict()[name]), name
         assert torch.equal(model.model.rotary_emb.inv_freq, other.model.rotary_emb.inv_freq)  # not a part of the state
         [[left]], [[right]] = predict(model, processor, *ask), predict(other, own, *ask)
+        assert left.layers == right.layers == [2, 2]  # as the run was validated
         assert torch.equal(left.mask_logits, right.mask_logits)
     assert (processor.tokens, processor.max_tokens) == (own.tokens, own.max_tokens)
     names = {path.name for path in small.iterdir()}

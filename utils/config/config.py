@@ -49,8 +49,10 @@ class Config:
 
     @property
     def method(self) -> dict[str, Any]:
-        """What ``UGroundConfig`` calls settings: PPM, loss weights, and the seed of sampled layers."""
-        return {**vars(self.ppm), **vars(self.loss), "policy_seed": self.train.seed}
+        """What ``UGroundConfig`` calls settings: PPM, loss weights, the seed of sampled layers, and the layer that the
+        run was validated with, so that its model answers with the one that chose the best checkpoint."""
+        layer = {"eval_layer_policy": self.eval.val_layer_policy or None}
+        return {**vars(self.ppm), **vars(self.loss), "policy_seed": self.train.seed, **layer}
 
     def flat(self) -> dict[str, Any]:
         """Leaf name -> value."""

@@ -249,7 +249,8 @@ class EvalSettings:
     )
     val_layer_policy: str = setting(
         "",
-        "layer in validation: argmax, last, sample, mc:T, fixed:K, soft; empty = as layer_selection has it",
+        "layer in validation and of the finished model: argmax, last, sample, mc:T, fixed:K, soft; empty = as "
+        "layer_selection has it",
         may_change=True,
     )
     val_batch_size: int = setting(4, "images per validation batch", low=1, may_change=True)
