@@ -34,7 +34,7 @@ class ShuffledPrompts:
                 f"{dataset.spec}: shuffled_prompts needs at least 2 images to exchange queries; there is {len(places)}"
             )
         self.dataset, self.skipped = dataset, dataset.skipped
-        self.spec = Spec(dataset.spec.name, (*dataset.spec.parts, "shuffled prompts"))
+        self.spec = Spec.parse(f"{dataset.spec}, shuffled prompts")
         self.unusable, self.not_found = dataset.unusable, dataset.not_found
         cycle = np.random.default_rng(seed).permutation(np.array(places))
         self.donor = dict(zip(cycle.tolist(), np.roll(cycle, -1).tolist()))
