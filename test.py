@@ -14,6 +14,7 @@ import os
 import platform
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +22,20 @@ from model import Opened
 from model.loading.placement import pick_device
 from model.opened import cache_sam_features
 from utils import distributed
-from utils.datasets import get_eval_dataset
+from utils.datasets import Spec, get_eval_dataset
 from utils.datasets.base import EvalDataset, NotThere, check_complete
 from utils.evaluation import evaluate
-from utils.evaluation.engine import CONTROLS, MODES, Asking, default_mode, origin_of, text_blind_scores
-from utils.evaluation.metrics import PROTOCOLS
+from utils.evaluation.benchmarks import MODES, PROTOCOLS, SUITES, benchmark_of
+from utils.evaluation.controls import CONTROLS, query_agnostic_baselines
+from utils.evaluation.engine import RunOptions, origin_of
+from utils.evaluation.metrics import Record
 from utils.evaluation.panels import format_table, panels
-from utils.evaluation.paper_tables import SUITES, fill
+from utils.evaluation.paper_tables import fill
 from utils.evaluation.paper_tables import write as write_tables
+from utils.evaluation.predictions import InferenceOptions
 from utils.evaluation.results import Journal, Result, result_path
 from utils.inference import cli
-from utils.plotting.overlays import save_picture, sheet
+from utils.plotting.overlays import Panel, save_picture, sheet
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -134,23 +138,30 @@ def main(arguments: list[str] | None = None) -> int:
     output = args.output or Path(args.version) / "eval"
     output.mkdir(parents=True, exist_ok=True)  # if that fails, then before hours of work
     about = describe_run(args, opened)
-    jobs = [(dataset, mode) for dataset in datasets for mode in modes_of(args.mode, dataset.benchmark)]
-    if args.resume:
-        check_resumable(args, model, jobs, output, about["checkpoint"]["fingerprint"])
+    jobs = [
+        (dataset, *options_of(args, dataset, mode, output, opened.fingerprint))
+        for dataset in datasets
+        for mode in modes_of(args.mode, dataset.spec)
+    ]
+    for job in jobs:
+        check_resumable(model, *job)
 
-    results, files = [], []
-    for dataset, mode in jobs:
-        result = evaluate_one(args, model, processor, dataset, mode, output, about["checkpoint"]["fingerprint"])
-        result.summary |= about
-        results.append(result)
+    summaries, files = [], []
+    for dataset, options, run in jobs:
+        result = evaluate(model, processor, dataset, options, run)
+        result.summary = replace(result.summary, **about)
+        result.summary.controls |= query_agnostic_baselines(Path(args.dataset_dir), dataset.spec)
+        summaries.append(result.summary)
         if distributed.is_main():
-            files += write(args, model, processor, dataset, result, output)
+            files.append(result.save(output))
+            if count := args.save_overlays:
+                drawn = panels(model, processor, dataset, result.records, count, options, result.origin.protocol)
+                files.append(save_overlays(output, result, drawn, args.version))
     if distributed.is_main():
-        summaries = [result.summary for result in results]
         tables = fill(args.version, summaries) if args.suite or len(summaries) > 1 else []
         notes = [f"Not evaluated, the data are not there: {', '.join(lacking)}"] if lacking else []
         files += write_tables(output, tables, notes) if tables else []
-        print(f"{args.version} (fingerprint {about['checkpoint']['fingerprint']}), {opened.precision} on {device}\n")
+        print(f"{args.version} (fingerprint {opened.fingerprint}), {opened.precision} on {device}\n")
         print("\n\n".join([format_table(summaries), *(table.markdown() for table in tables), *notes]))
         print("\n" + "\n".join(f"wrote {path}" for path in files))
     distributed.shutdown()
@@ -165,7 +176,7 @@ def open_datasets(args: argparse.Namespace) -> tuple[list[EvalDataset], list[str
             damaged.
     """
     if args.suite is None:
-        specs = [spec.strip() for spec in args.val_dataset.split("||") if spec.strip()]
+        specs = Spec.parse_list(args.val_dataset)
         if not specs:
             raise ValueError('--val_dataset names nothing; give for example "ReasonSeg|val_short"')
         return [get_eval_dataset(spec, args.dataset_dir, args.allow_missing) for spec in specs], []
@@ -175,7 +186,7 @@ def open_datasets(args: argparse.Namespace) -> tuple[list[EvalDataset], list[str
         try:
             datasets.append(get_eval_dataset(spec, args.dataset_dir, allow_missing=True))
         except NotThere as error:
-            lacking[spec] = str(error)
+            lacking[str(spec)] = str(error)
     if not datasets:
         raise ValueError(
             "--suite {}: {} holds none of its benchmarks\n  {}".format(
@@ -190,32 +201,22 @@ def open_datasets(args: argparse.Namespace) -> tuple[list[EvalDataset], list[str
     return datasets, list(lacking)
 
 
-def check_resumable(
-    args: argparse.Namespace, model, jobs: list[tuple[EvalDataset, str]], output: Path, checkpoint: str
-) -> None:
+def check_resumable(model, dataset: EvalDataset, options: InferenceOptions, run: RunOptions) -> None:
     """Results of another evaluation are refused before the first one starts, not hours later."""
-    for dataset, mode in jobs:
-        asking = Asking(mode, args.layer_policy, args.max_new_tokens, args.seed)
-        origin = origin_of(dataset, asking, args.protocol, checkpoint, model, args.quantize or "")
-        Journal(result_path(output, dataset.spec, mode)).read(origin)
+    if run.resume and run.journal:
+        run.journal.read(origin_of(model, dataset, options, run))
 
 
-def evaluate_one(
-    args: argparse.Namespace, model, processor, dataset: EvalDataset, mode: str, output: Path, checkpoint: str
-) -> Result:
-    """One benchmark in one mode, with its controls."""
-    result = evaluate(
-        model,
-        processor,
-        dataset,
-        mode,
-        args.layer_policy,
-        args.batch_size,
-        protocol=args.protocol,
-        limit=args.limit,
-        max_new_tokens=args.max_new_tokens,
-        seed=args.seed,
+def options_of(
+    args: argparse.Namespace, dataset: EvalDataset, mode: str, output: Path, checkpoint: str
+) -> tuple[InferenceOptions, RunOptions]:
+    """How one benchmark is asked in one mode, and how its evaluation runs."""
+    options = InferenceOptions(mode, args.layer_policy, args.max_new_tokens, args.seed)
+    run = RunOptions(
+        batch_size=args.batch_size,
         workers=args.workers,
+        limit=args.limit,
+        protocol=args.protocol,
         controls=args.control,
         checkpoint=checkpoint,
         quantize=args.quantize or "",
@@ -224,37 +225,30 @@ def evaluate_one(
         allow_missing=args.allow_missing,
         progress=True,
     )
-    for answer, scores in text_blind_scores(Path(args.dataset_dir), dataset.spec).items():
-        result.summary["controls"][f"text_blind_{answer}"] = scores
-    return result
+    return options, run
 
 
-def write(args: argparse.Namespace, model, processor, dataset: EvalDataset, result: Result, output: Path) -> list[Path]:
-    """Result files and pictures -> the paths to tell the user."""
-    files = [result.save(output)]
-    if not args.save_overlays:
-        return files
-    mode = result.origin.mode
-    asking = Asking(mode, args.layer_policy, args.max_new_tokens, args.seed)
-    drawn = panels(model, processor, dataset, result.records, args.save_overlays, asking, result.origin.protocol)
-    name = result_path(output, dataset.spec, mode).stem
-    for old in (output / f"{name}.overlays").glob("*.png"):
+def save_overlays(folder: Path, result: Result, drawn: list[tuple[Record, Panel]], model: str) -> Path:
+    """A picture per sample, and all on one sheet, whose path is returned."""
+    origin = result.origin
+    name = result_path(folder, origin.spec, origin.mode).stem
+    for old in (folder / f"{name}.overlays").glob("*.png"):
         old.unlink()  # of an earlier run, maybe of another checkpoint
     for record, panel in drawn:
         single = f"{record.image_id}_{record.query_id}".replace("/", "_")
-        save_picture(output / f"{name}.overlays" / f"{single}.png", sheet([panel]))
+        save_picture(folder / f"{name}.overlays" / f"{single}.png", sheet([panel]))
     title = (
-        f"{dataset.spec}, {mode}, layer {args.layer_policy}, {args.version}: {len(drawn)} of {len(result.records)} "
-        "samples, evenly spaced from the worst to the best IoU"
+        f"{origin.benchmark}, {origin.mode}, layer {origin.layer_policy}, {model}: {len(drawn)} of "
+        f"{len(result.records)} samples, evenly spaced from the worst to the best IoU"
     )
-    path = output / f"{name}.overlays.png"
+    path = folder / f"{name}.overlays.png"
     save_picture(path, sheet([panel for _, panel in drawn], title))
-    return [*files, path]
+    return path
 
 
-def modes_of(mode: str, benchmark: str) -> tuple[str, ...]:
+def modes_of(mode: str, spec: Spec) -> tuple[str, ...]:
     if mode == "paper":
-        return (default_mode(benchmark),)
+        return (benchmark_of(spec).mode,)
     return MODES if mode == "both" else (mode,)
 
 

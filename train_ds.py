@@ -35,19 +35,13 @@ from utils.config import Config, ConfigError, load_config, missing_paths
 from utils.datasets import DataError, EvalDataset, get_eval_dataset
 from utils.datasets.mixture import Mixture, MixtureSampler
 from utils.evaluation import evaluate
-from utils.evaluation.engine import Asking
-from utils.evaluation.metrics import metric_names
+from utils.evaluation.benchmarks import benchmark_of
+from utils.evaluation.engine import RunOptions
+from utils.evaluation.panels import validation_sheet
+from utils.evaluation.predictions import InferenceOptions
 from utils.training import checkpoint as checkpoints
 from utils.training.engine import build_engine, build_model, deepspeed_settings, gradient_norms
-from utils.training.run_log import (
-    DivergedError,
-    Meter,
-    RunLog,
-    check_finite,
-    loading_table,
-    parameter_table,
-    validation_sheet,
-)
+from utils.training.run_log import DivergedError, Meter, RunLog, check_finite, loading_table, parameter_table
 from utils.training.run_report import write_report
 
 
@@ -205,7 +199,7 @@ def open_data(config: Config) -> tuple[Mixture, list[EvalDataset]]:
         except DataError as error:
             problems.append(str(error))
     metric = config.eval.val_metric
-    if not problems and benchmarks and metric not in (known := metric_names(benchmarks[0].benchmark)):
+    if not problems and benchmarks and metric not in (known := benchmark_of(benchmarks[0].spec).metrics):
         problems.append(f"--val_metric {metric}: {benchmarks[0].spec} reports {', '.join(known)}")
     if problems or mixture is None:
         raise ConfigError(problems)
@@ -342,23 +336,13 @@ def one_thread(_worker: int) -> None:
 def validate(run: Run, limit: int | None = None) -> dict[str, dict[str, float]]:
     """Metrics per benchmark; with ``limit``, a try on so many images that is not logged."""
     settings, results = run.config.eval, {}
-    layer_policy = settings.val_layer_policy or run.model.config.layer_policy
+    options = InferenceOptions(settings.val_mode, run.model.config.layer_policy, seed=run.config.train.seed)
+    how = RunOptions(settings.val_batch_size, limit=limit or settings.val_limit or None)
     for dataset in run.benchmarks:
-        result = evaluate(
-            run.model,
-            run.processor,
-            dataset,
-            settings.val_mode,
-            layer_policy,
-            settings.val_batch_size,
-            limit=limit or settings.val_limit or None,
-            seed=run.config.train.seed,
-        )
-        results[dataset.spec] = result.metrics
+        results[str(dataset.spec)] = evaluate(run.model, run.processor, dataset, options, how).metrics
         if limit is None and settings.val_pictures and distributed.is_main():
-            asking = Asking(settings.val_mode, layer_policy, seed=run.config.train.seed)
-            picture = validation_sheet(run.model, run.processor, dataset, asking, settings.val_pictures)
-            run.log.picture(run.step, dataset.spec.replace("|", "_").replace("/", "_"), picture)
+            picture = validation_sheet(run.model, run.processor, dataset, options, settings.val_pictures)
+            run.log.picture(run.step, dataset.spec.slug, picture)
     return results
 
 
@@ -389,7 +373,7 @@ def best_of(config: Config) -> list[Any]:
 
 def deciding_metric(run: Run, results: dict[str, dict[str, float]]) -> float | None:
     """The metric that says which checkpoint is best; None, with a warning, where the benchmark does not report it."""
-    spec, name = run.benchmarks[0].spec, run.config.eval.val_metric
+    spec, name = str(run.benchmarks[0].spec), run.config.eval.val_metric
     if name not in results[spec]:
         run.log.say(f"warning: --val_metric {name} is not reported by {spec} ({', '.join(results[spec])}): no best")
     return results[spec].get(name)

@@ -12,7 +12,7 @@ from model.loading.weights import Loaded, fingerprint, report
 from model.processing.pixels import Picture, as_pixels
 from model.processing.processor import UGroundProcessor
 from model.sam_cache import FeatureCache
-from model.structures import Prediction
+from model.structures import Prediction, Turn
 from model.UGround import UGroundForCausalLM
 
 
@@ -72,9 +72,8 @@ class Opened:
             image: uint8 [H, W, 3] RGB, a PIL image, or the path of an image file. The latter two are turned upright as
                 their EXIF data say.
             prompt: what to look for, or to ask: "Where is the red star?"
-            layer_policy: layer whose hidden state (and similarity map) a ``[SEG]`` uses: ``argmax``, ``last``,
-                ``sample``, ``uniform``, ``soft``, ``fixed:K`` or ``mc:T`` (``UGroundForCausalLM.draw_masks``). None =
-                the model's own.
+            layer_policy: layer whose hidden state (and similarity map) a ``[SEG]`` uses: ``argmax``,
+                ``fixed:K``, ``mc:T``, ... (``python -m model.layer_rules`` prints all). None = the model's own.
             max_new_tokens: longest answer.
             seed: of sampled layers.
 
@@ -91,7 +90,7 @@ class Opened:
             self.model,
             self.processor,
             [as_pixels(image)],
-            [prompts],
+            [[Turn(text) for text in prompts]],
             layer_policy=layer_policy,
             max_new_tokens=max_new_tokens,
             seed=seed,
@@ -116,21 +115,19 @@ def predict(
     model: UGroundForCausalLM,
     processor: UGroundProcessor,
     images: Sequence[np.ndarray],
-    questions: Sequence[Sequence[str]],
-    answers: Sequence[Sequence[str]] | None = None,
+    turns: Sequence[Sequence[Turn]],
     numbers: Sequence[int] | None = None,
     **options,
 ) -> list[list[Prediction]]:
     """Asks every question about every image: [image][question] predictions with their text.
 
     Args:
-        images: uint8 [H, W, 3] RGB; questions: a list per image; answers: given = teacher forced.
-        numbers: seeds of sampled layers, one per image.
+        images, turns, numbers: of ``UGroundProcessor.prompts``.
         options: of ``UGroundForCausalLM.predict`` (layer_policy, max_new_tokens, seed, on_token).
     """
     was_training = model.training
     model.eval()
-    batch = processor.prompts(images, questions, answers, numbers).to(model.device, model.dtype)
+    batch = processor.prompts(images, turns, numbers).to(model.device, model.dtype)
     predictions = with_text(model.predict(batch, **options), processor)
     model.train(was_training)
     return predictions

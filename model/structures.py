@@ -14,10 +14,14 @@ IGNORE_LABEL = -100
 
 @dataclass(frozen=True)
 class Turn:
-    """One question and its answer. The answer holds ``[SEG]`` once per mask, ``[REJ]`` for an absent target."""
+    """One question and its answer.
+
+    Attributes:
+        answer: it holds ``[SEG]`` once per mask, ``[REJ]`` for an absent target. Empty = the model is to write it.
+    """
 
     question: str
-    answer: str
+    answer: str = ""
 
 
 Conversation = tuple[Turn, ...]

@@ -30,9 +30,11 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils.config import load_config
+from utils.datasets.spec import Spec
 from utils.evaluation import metrics
-from utils.evaluation.metrics import Record, metric_names
-from utils.evaluation.results import read_results, result_path
+from utils.evaluation.benchmarks import benchmark_of
+from utils.evaluation.metrics import Record
+from utils.evaluation.results import Summary, read_results, result_path
 from utils.inference import cli
 from utils.plotting import text_tables
 from utils.plotting.charts import LINES, layer_curves, save_chart, training_curves
@@ -133,8 +135,8 @@ TABLES: dict[str, tuple[Row, ...]] = {
 def main(argv: list[str] | None = None) -> int:
     args, settings = parse_arguments(argv)
     config = load_config(["--config", str(args.config), *settings])  # mistakes show before the first run
-    rows, specs = TABLES[args.table], config.eval.val_dataset
-    if other := [spec for spec in specs if not set(METRICS) <= set(metric_names(spec.split("|")[0]))]:
+    rows, specs = TABLES[args.table], tuple(map(Spec.parse, config.eval.val_dataset))
+    if other := [spec for spec in specs if not set(METRICS) <= set(benchmark_of(spec).metrics)]:
         raise ValueError(f"--val_dataset {other[0]} has no {' and '.join(METRICS)}, of which the tables are made")
     results: dict[str, list[Path]] = {}
     for seed in range(args.seeds):  # the whole table once, before the next seed
@@ -187,7 +189,7 @@ def slug(name: str) -> str:
 
 
 def run_row(
-    row: Row, seed: int, folder: Path, args: argparse.Namespace, settings: list[str], specs: tuple[str, ...]
+    row: Row, seed: int, folder: Path, args: argparse.Namespace, settings: list[str], specs: tuple[Spec, ...]
 ) -> Path:
     """Trains, merges and evaluates one row with one seed; returns the folder of its results."""
     results = folder / "eval"
@@ -201,7 +203,7 @@ def run_row(
     call(folder, ["scripts/merge_lora.py", "--checkpoint", str(folder), "--output", str(folder / "merged")])
     dataset_dir = load_config(["--config", str(args.config), *wanted]).data.dataset_dir
     test = ["test.py", "--version", str(folder / "merged"), "--dataset_dir", dataset_dir, "--mode", "generate"]
-    call(folder, [*test, "--val_dataset", "||".join(specs), "--batch_size", "16", "--output", str(results)])
+    call(folder, [*test, "--val_dataset", "||".join(map(str, specs)), "--batch_size", "16", "--output", str(results)])
     return results
 
 
@@ -218,7 +220,7 @@ def check_same_settings(path: Path, train: list[str]) -> None:
     path.write_text(json.dumps(train) + "\n")
 
 
-def summary_path(results: Path, spec: str) -> Path:
+def summary_path(results: Path, spec: Spec) -> Path:
     return result_path(results, spec, "generate").with_suffix(".json")
 
 
@@ -241,7 +243,7 @@ def call(folder: Path, command: list[str]) -> None:
 
 
 def results_table(
-    rows: tuple[Row, ...], results: dict[str, list[Path]], specs: tuple[str, ...], args: argparse.Namespace
+    rows: tuple[Row, ...], results: dict[str, list[Path]], specs: tuple[Spec, ...], args: argparse.Namespace
 ) -> str:
     """A line per row: mean ± standard deviation over seeds in per cent, the layers chosen, the entropy that the policy
     ended with, then the paper's."""
@@ -249,15 +251,13 @@ def results_table(
     head += ["layers", "entropy", "paper gIoU", "paper cIoU"]
     lines = [head]
     for row in rows:
-        loaded = [
-            [json.loads(summary_path(folder, spec).read_text()) for spec in specs] for folder in results[row.name]
-        ]
+        loaded = [[Summary.load(summary_path(folder, spec)) for spec in specs] for folder in results[row.name]]
         cells = [
-            text_tables.mean_cell([100 * seed[n]["metrics"][metric] for seed in loaded], 1)
+            text_tables.mean_cell([100 * seed[n].metrics[metric] for seed in loaded], 1)
             for n in range(len(specs))
             for metric in METRICS
         ]
-        layers = sorted({int(layer) for seed in loaded for summary in seed for layer in summary["layers"]})
+        layers = sorted({int(layer) for seed in loaded for summary in seed for layer in summary.layers})
         paper = [f"{value:.2f}" for value in row.paper] if row.paper else ["-", "-"]
         entropies = [value for folder in results[row.name] for value in final_entropy(folder.parent)]
         entropy = text_tables.mean_cell(entropies, 2) if entropies else "-"
@@ -273,10 +273,10 @@ def final_entropy(run: Path) -> list[float]:
     return [last["entropy"]] if "gate" in last["gradients"] else []
 
 
-def differences_to_first(rows: tuple[Row, ...], results: dict[str, list[Path]], specs: tuple[str, ...]) -> str:
+def differences_to_first(rows: tuple[Row, ...], results: dict[str, list[Path]], specs: tuple[Spec, ...]) -> str:
     """What every row has above the first one, all seeds together, with paired intervals over images."""
 
-    def records(row: Row, spec: str) -> list[Record]:
+    def records(row: Row, spec: Spec) -> list[Record]:
         paths = [result_path(folder, spec, "generate") for folder in results[row.name]]
         return [record for path in paths for record in read_results(path)[1]]
 
@@ -284,7 +284,7 @@ def differences_to_first(rows: tuple[Row, ...], results: dict[str, list[Path]], 
     for row in rows[1:]:
         cells = []
         for spec in specs:
-            found = metrics.difference(records(rows[0], spec), records(row, spec), spec.partition("|")[0])
+            found = metrics.difference(records(rows[0], spec), records(row, spec), benchmark_of(spec))
             for name in METRICS:
                 gain, bounds = found[name]
                 cells.append("{:+.1f} [{:+.1f}, {:+.1f}]".format(100 * gain, *(100 * bound for bound in bounds)))
@@ -294,20 +294,29 @@ def differences_to_first(rows: tuple[Row, ...], results: dict[str, list[Path]], 
 
 
 def draw_curves(
-    rows: list[Row], results: dict[str, list[Path]], specs: tuple[str, ...], dataset_dir: str, output: Path
+    rows: list[Row], results: dict[str, list[Path]], specs: tuple[Spec, ...], dataset_dir: str, output: Path
 ) -> list[Path]:
     """Fig. 2 of every split, and the same losses over training; means over seeds."""
     runs = {row.name: [folder.parent for folder in results[row.name]] for row in rows}
     for run in (run for some in runs.values() for run in some):
         if not (run / "analysis" / "index.md").is_file():
             command = ["scripts/analyze.py", "--version", str(run / "merged"), "--dataset_dir", dataset_dir]
-            command += ["--val_dataset", "||".join(specs), "--mode", "generate", "--samples", "0", "--batch_size", "16"]
+            command += [
+                "--val_dataset",
+                "||".join(map(str, specs)),
+                "--mode",
+                "generate",
+                "--samples",
+                "0",
+                "--batch_size",
+                "16",
+            ]
             call(run, [*command, "--output", str(run / "analysis")])
     seeds = f"Means over {len(results[rows[0].name])} seed(s)."
     paths = []
     for spec in specs:
         ciou, loss = ({name: of_layers(some, spec, key) for name, some in runs.items()} for key in ("cIoU", "map_loss"))
-        paths.append(output / f"{result_path(output, spec, 'fig2').stem}.png")
+        paths.append(output / f"{spec.slug}.fig2.png")
         save_chart(paths[-1], layer_curves(ciou, loss), f"Fig. 2 on {spec}: forced layer, loss of its maps. {seeds}")
     logs = {name: [train_lines(run) for run in some] for name, some in runs.items()}
     told = {
@@ -327,12 +336,11 @@ def draw_curves(
     return paths
 
 
-def of_layers(runs: list[Path], spec: str, column: str) -> list[float]:
+def of_layers(runs: list[Path], spec: Spec, column: str) -> list[float]:
     """Means over runs of a column of analyze.py's table, a value per layer."""
     tables = []
     for run in runs:
-        name = result_path(run, spec, "layers").with_suffix(".csv").name
-        with (run / "analysis" / name).open(encoding="utf-8", newline="") as file:
+        with (run / "analysis" / f"{spec.slug}.layers.csv").open(encoding="utf-8", newline="") as file:
             tables.append([float(row[column]) for row in csv.DictReader(file)])
     return np.mean(tables, 0).tolist()
 

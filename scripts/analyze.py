@@ -24,14 +24,15 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils.datasets import get_eval_dataset
+from utils.datasets import Spec, get_eval_dataset
 from utils.datasets.base import EvalDataset
 from utils.evaluation import metrics
-from utils.evaluation.engine import MODES, Asking
+from utils.evaluation.benchmarks import MODES
 from utils.evaluation.layer_analysis import COLUMNS, ROWS, Analyst, Look, Study, original_sam
 from utils.evaluation.layer_figures import animate, layer_maps
 from utils.evaluation.metrics import Record
 from utils.evaluation.panels import notes
+from utils.evaluation.predictions import InferenceOptions
 from utils.inference import cli
 from utils.plotting.charts import layer_curves, policy_strips, save_chart
 from utils.plotting.overlays import Panel, evenly_spaced, sheet
@@ -80,11 +81,11 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 def main(arguments: Sequence[str] | None = None) -> int:
     args = parse_arguments(arguments)
-    specs = [spec.strip() for spec in args.val_dataset.split("||") if spec.strip()]
+    specs = Spec.parse_list(args.val_dataset)
     datasets = [get_eval_dataset(spec, args.dataset_dir) for spec in specs]  # a typing error shows before the loading
     args.output.mkdir(parents=True, exist_ok=True)
     folders = [args.version] + [args.against] * bool(args.against)
-    picked: dict[str, list[Record]] = {}
+    picked: dict[Spec, list[Record]] = {}
     checkpoints = [
         analyse(args, folder, name, datasets, picked) for folder, name in zip(folders, names_of(args, folders))
     ]
@@ -117,20 +118,20 @@ class Checkpoint:
 
     name: str
     fingerprint: str
-    studies: dict[str, Study] = field(default_factory=dict)
-    looks: dict[str, list[Look]] = field(default_factory=dict)
-    ends: dict[str, list[Look]] = field(default_factory=dict)
+    studies: dict[Spec, Study] = field(default_factory=dict)
+    looks: dict[Spec, list[Look]] = field(default_factory=dict)
+    ends: dict[Spec, list[Look]] = field(default_factory=dict)
 
 
 def analyse(
-    args: argparse.Namespace, folder: str, name: str, datasets: Sequence[EvalDataset], picked: dict[str, list[Record]]
+    args: argparse.Namespace, folder: str, name: str, datasets: Sequence[EvalDataset], picked: dict[Spec, list[Record]]
 ) -> Checkpoint:
     """Studies every split. The first checkpoint also picks the queries that all are looked at with, into ``picked``."""
     opened = cli.open_model(argparse.Namespace(**vars(args) | {"version": folder}))
     model = opened.model
-    asking = Asking(args.mode, args.layer_policy or model.config.layer_policy, seed=args.seed)
+    options = InferenceOptions(args.mode, args.layer_policy or model.config.layer_policy, seed=args.seed)
     sam = original_sam(args.sam, model) if args.sam else None
-    analyst = Analyst(model, opened.processor, asking, args.batch_size, sam)
+    analyst = Analyst(model, opened.processor, options, args.batch_size, sam)
     found = Checkpoint(name, opened.fingerprint)
     for dataset in datasets:
         study = found.studies[dataset.spec] = analyst.study(dataset, args.limit, progress=True)
@@ -169,17 +170,17 @@ class Book:
     command: str
     entries: list[tuple[str, str]] = field(default_factory=list)
 
-    def caption(self, text: str, spec: str) -> str:
+    def caption(self, text: str, spec: Spec | str) -> str:
         named = "; ".join(f"{each.name} ({each.fingerprint})" for each in self.checkpoints)
         return f"{text} Checkpoint: {named}. Split: {spec}. Command: {self.command}"
 
-    def add(self, name: str, text: str, spec: str) -> tuple[Path, str]:
+    def add(self, name: str, text: str, spec: Spec | str) -> tuple[Path, str]:
         """Announces a file -> its path and full caption."""
         caption = self.caption(text, spec)
         self.entries.append((name, caption))
         return self.folder / name, caption
 
-    def table(self, name: str, rows: Sequence[dict[str, Any]], text: str, spec: str) -> None:
+    def table(self, name: str, rows: Sequence[dict[str, Any]], text: str, spec: Spec | str) -> None:
         path, _ = self.add(name, text, spec)
         with path.open("w", encoding="utf-8", newline="") as file:
             writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
@@ -232,7 +233,7 @@ def draw_layers(book: Book, dataset: EvalDataset) -> None:
 
 
 def sample_line(checkpoint: Checkpoint, study: Study, place: int) -> dict[str, Any]:
-    record, protocol = study.chosen[place], metrics.protocol_of(study.benchmark)
+    record, protocol = study.chosen[place], study.benchmark.protocol()
     by_layer = [metrics.iou(records[place], protocol) for records in study.by_layer]
     return {
         "checkpoint": checkpoint.name,
@@ -268,16 +269,16 @@ def draw_samples(book: Book, dataset: EvalDataset, animated: bool) -> None:
             )
             animate(look, path)
     for each in book.checkpoints:
-        looked = each.ends[spec]
+        study, looked = each.studies[spec], each.ends[spec]
         text = f"{each.name}: the {len(looked)} worst and best answers, by IoU."
         path, caption = book.add(file_name(spec, "worst_best", each.name, "png"), text, spec)
-        title = f"{spec}, {each.name}: worst and best of {len(each.studies[spec].chosen)} answers"
-        save_chart(path, sheet([panel(look, dataset.benchmark) for look in looked], title, 160), caption)
+        title = f"{spec}, {each.name}: worst and best of {len(study.chosen)} answers"
+        save_chart(path, sheet([panel(look, study.benchmark.protocol()) for look in looked], title, 160), caption)
 
 
-def panel(look: Look, benchmark: str) -> Panel:
+def panel(look: Look, protocol: str) -> Panel:
     layers = look.maps[look.layers].max(0, keepdims=True) if look.layers else None
-    said = notes(look.record, metrics.protocol_of(benchmark))
+    said = notes(look.record, protocol)
     return Panel(look.image, look.query, look.mask[None], layers, look.truth, look.record.answer, said)
 
 
@@ -300,7 +301,7 @@ def draw_table(book: Book, datasets: Sequence[EvalDataset], sam: str) -> None:
         f"{sam}; M_IoU: the map itself, cut for each query at the threshold (0.01 to 0.99) with the largest IoU; "
         "SEG_prompt: the [SEG] token alone prompts the trained decoder. Layer: the policy's, or the last."
     )
-    book.table("table_2.csv", rows, text, " and ".join(dataset.spec for dataset in datasets))
+    book.table("table_2.csv", rows, text, " and ".join(str(dataset.spec) for dataset in datasets))
 
 
 def draw_policy(book: Book, datasets: Sequence[EvalDataset]) -> None:
@@ -328,11 +329,13 @@ def draw_policy(book: Book, datasets: Sequence[EvalDataset]) -> None:
     about = (
         "Layers by kind of query: shares chosen, mean policy, its mean entropy in nats (at most the logarithm of the "
     )
-    book.table("policy.csv", rows, f"{about}candidates' number).", " and ".join(dataset.spec for dataset in datasets))
+    book.table(
+        "policy.csv", rows, f"{about}candidates' number).", " and ".join(str(dataset.spec) for dataset in datasets)
+    )
 
 
-def file_name(*parts: str) -> str:
-    return ".".join(part.replace("|", "_").replace("/", "_") for part in parts)
+def file_name(spec: Spec, *parts: str) -> str:
+    return ".".join([spec.slug, *(part.replace("|", "_").replace("/", "_") for part in parts)])
 
 
 def _csv_value(value: Any) -> Any:

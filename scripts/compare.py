@@ -14,11 +14,9 @@ both), and the samples that changed most.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -28,19 +26,15 @@ from utils.datasets import get_eval_dataset
 from utils.datasets.base import EvalDataset
 from utils.datasets.masks import decode_mask
 from utils.evaluation import metrics
+from utils.evaluation.benchmarks import benchmark_of
+from utils.evaluation.controls import HEADINGS
 from utils.evaluation.metrics import Record
 from utils.evaluation.panels import notes
 from utils.evaluation.paper_tables import missing_note
-from utils.evaluation.results import read_results
+from utils.evaluation.results import Summary, read_results
 from utils.inference import cli
 from utils.plotting import text_tables
 from utils.plotting.overlays import Panel, save_picture, sheet
-
-CONTROLS = {
-    "shuffled_prompts": "prompts shuffled",
-    "text_blind_all_objects": "all objects",
-    "text_blind_random_object": "random object",
-}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -67,50 +61,48 @@ def named_path(text: str) -> tuple[str, Path]:
     return (name, Path(path)) if equals else (Path(text).name, Path(text))
 
 
-def read_summaries(folder: Path) -> dict[tuple[str, str], dict[str, Any]]:
+def read_summaries(folder: Path) -> dict[tuple[str, str], Summary]:
     """(benchmark, mode) -> what test.py wrote.
 
     Raises:
-        ValueError: if the folder holds no results.
+        ValueError: if the folder holds no results, or other JSON beside them.
     """
-    found = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    found = [Summary.load(path) for path in sorted(folder.glob("*.json"))]
     if not found:
         raise ValueError(f"{folder} holds no results of test.py (BENCHMARK.MODE.json)")
-    return {(summary["benchmark"], summary["mode"]): summary for summary in found}
+    return {(summary.benchmark, summary.mode): summary for summary in found}
 
 
-def side_by_side(columns: dict[str, dict[tuple[str, str], dict[str, Any]]]) -> str:
+def side_by_side(columns: dict[str, dict[tuple[str, str], Summary]]) -> str:
     """The results as aligned text; what a folder lacks is a dash."""
     last = list(columns.values())[-1]
     keys = list(dict.fromkeys(key for summaries in columns.values() for key in summaries))
-    controls = [name for name in CONTROLS if any(name in summary["controls"] for summary in last.values())]
-    rows = [["benchmark", "masks", "metric", *columns, *(CONTROLS[name] for name in controls)]]
+    controls = [name for name in HEADINGS if any(name in summary.controls for summary in last.values())]
+    rows = [["benchmark", "masks", "metric", *columns, *(HEADINGS[name] for name in controls)]]
     for key in keys:
         summaries = [found[key] for found in columns.values() if key in found]
-        counts = {summary["counts"]["masks"] for summary in summaries}
+        counts = {summary.counts["masks"] for summary in summaries}
         masks = "/".join(map(str, sorted(counts)))  # more than one: evaluated on different samples
-        protocols = dict.fromkeys(summary["protocol"] for summary in summaries if summary.get("protocol"))
+        protocols = dict.fromkeys(summary.protocol for summary in summaries if summary.protocol)
         asked = ", ".join([key[1], *protocols])
-        for metric in summaries[0]["metrics"]:
-            cells = [_score_cell(found.get(key), "metrics", metric) for found in columns.values()]
-            cells += [_score_cell(last.get(key), "controls", name, metric) for name in controls]
+        for metric in summaries[0].metrics:
+            cells = [_score_cell(found.get(key), metric) for found in columns.values()]
+            cells += [_score_cell(last.get(key), metric, control) for control in controls]
             rows.append([f"{key[0]} ({asked})", masks, metric, *cells])
     layers = {
-        name: "/".join(dict.fromkeys(summary["layer_policy"] for summary in found.values()))
+        name: "/".join(dict.fromkeys(summary.layer_policy for summary in found.values()))
         for name, found in columns.items()
     }
     return f"{ruled_table(rows)}\nLayers: {'; '.join(f'{name}: {how}' for name, how in layers.items())}"
 
 
-def _score_cell(summary: dict[str, Any] | None, *keys: str) -> str:
+def _score_cell(summary: Summary | None, metric: str, control: str = "") -> str:
     """``0.653 (3 missing) (first 8 images)``; a dash for what is not there."""
-    value: Any = summary
-    for key in keys:
-        value = (value or {}).get(key)
-    if summary is None or value is None:
+    scores = (summary.controls.get(control, {}) if control else summary.metrics) if summary else {}
+    if summary is None or metric not in scores:
         return "-"
-    limit = f" (first {summary['limit']} images)" if summary.get("limit") else ""
-    return f"{value:.3f}{missing_note(summary)}{limit}"
+    limit = f" (first {summary.limit} images)" if summary.limit else ""
+    return f"{scores[metric]:.3f}{missing_note(summary)}{limit}"
 
 
 def ruled_table(rows: list[list[str]]) -> str:
@@ -135,8 +127,8 @@ def paired(named: Sequence[tuple[str, Path]], most: int, picture: Path | None, d
         )
     if other.mode != origin.mode:
         raise ValueError(f"{before_path} was asked by {other.mode}, {after_path} by {origin.mode}; compare one mode")
-    benchmark = origin.benchmark.split("|")[0]
-    known = [metrics.protocol_of(benchmark, each.protocol, each.mode) for each in (other, origin)]
+    benchmark = benchmark_of(origin.spec)
+    known = [benchmark.protocol(each.protocol, each.mode) for each in (other, origin)]
     protocol = known[1]
     gains = metrics.difference(before, after, benchmark, protocol)
     old, new = (metrics.compute(records, benchmark, protocol) for records in (before, after))
@@ -160,7 +152,7 @@ def paired(named: Sequence[tuple[str, Path]], most: int, picture: Path | None, d
     lines += ["", ruled_table(rows), ""]
     lines.append(ruled_table(samples) if changed else "no sample changed")
     if picture and dataset_dir and changed:
-        dataset = get_eval_dataset(origin.benchmark, dataset_dir, allow_missing=True)
+        dataset = get_eval_dataset(origin.spec, dataset_dir, allow_missing=True)
         title = f"{asked}: the samples that changed most from {before_name} to {after_name}"
         names = (before_name, after_name)
         panels = [panel for pair in changed for panel in pair_panels(dataset, pair, names, protocol)]

@@ -35,6 +35,7 @@ from utils.datasets.images import DECODE_ERRORS
 from utils.datasets.jsonl import Line, LineFile, scan
 from utils.datasets.masks import encode_mask, stack_masks
 from utils.datasets.reason_seg import IMAGE_SUFFIXES
+from utils.datasets.spec import Spec
 from utils.inference import cli
 from utils.plotting.overlays import Panel, evenly_spaced, save_picture, sheet
 
@@ -343,7 +344,7 @@ def check_file(path: Path, pictures: int) -> int:
     _, splits = scan(path)
     problems: list[str] = []
     for split in splits:
-        file = LineFile(str(path), [str(path), split], path.parent, None)
+        file = LineFile(Spec.parse(f"custom|{path}|{split}"), path.parent, None)
         print(f"{split}: " + ", ".join(f"{count} {name}" for name, count in file.counts.items()))
         lines = [line for image in range(len(file)) for line in file.lines(image)]
         problems += [problem for line in lines if (problem := _problem(path.parent, line))]

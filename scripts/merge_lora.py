@@ -37,6 +37,7 @@ from model.loading.pretrained import cast_parameters
 from model.loading.weights import base_fingerprints, read_folder
 from model.lora import base_of
 from model.processing.processor import UGroundProcessor
+from model.structures import Turn
 from model.UGround import UGroundForCausalLM
 from utils.config import Config, config_from, load_config
 from utils.training import checkpoint as checkpoints
@@ -196,7 +197,7 @@ def probe(model: UGroundForCausalLM, processor: UGroundProcessor) -> dict[str, t
     """
     rows, columns = np.mgrid[0:48, 0:64]
     image = np.stack([4 * columns, 5 * rows, 255 * ((rows - 24) ** 2 + (columns - 20) ** 2 < 150)], 2).astype(np.uint8)
-    batch = processor.prompts([image], [["Where is the blue disc?"]], [["Here it is: [SEG] and [SEG]."]])
+    batch = processor.prompts([image], [[Turn("Where is the blue disc?", "Here it is: [SEG] and [SEG].")]])
     output, _ = model.read_batch(batch)
     [[prediction]] = model.predict(batch, layer_policy="last")
     logits = model.lm_head(output.hidden[-1])

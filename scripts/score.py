@@ -12,13 +12,12 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils.evaluation.metrics import PROTOCOLS, protocol_of
+from utils.evaluation.benchmarks import PROTOCOLS, benchmark_of
 from utils.evaluation.panels import format_table
-from utils.evaluation.results import read_results, summarize
+from utils.evaluation.results import Summary, read_results, summarize
 from utils.inference import cli
 
 
@@ -30,13 +29,13 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     summaries = [rescore(path, args.protocol) for path in args.results]
     if args.json:
-        print(json.dumps(summaries, indent=2, ensure_ascii=False))
+        print(json.dumps([summary.to_dict() for summary in summaries], indent=2, ensure_ascii=False))
         return 0
     print(format_table(summaries))
     return 0
 
 
-def rescore(path: Path, protocol: str | None = None) -> dict[str, Any]:
+def rescore(path: Path, protocol: str | None = None) -> Summary:
     """The summary of a result file.
 
     Raises:
@@ -46,20 +45,21 @@ def rescore(path: Path, protocol: str | None = None) -> dict[str, Any]:
         raise ValueError(f"no file matches {path}; give the JSONL that test.py wrote")
     origin, records = read_results(path)
     wanted = protocol or origin.protocol
-    origin = replace(origin, protocol=protocol_of(origin.benchmark.split("|")[0], wanted, origin.mode))
-    summary = json.loads(json.dumps(summarize(origin, records)))
+    origin = replace(origin, protocol=benchmark_of(origin.spec).protocol(wanted, origin.mode))
+    summary = replace(summarize(origin, records), checkpoint=origin.checkpoint)
     beside = path.with_suffix(".json")
     if beside.is_file():
-        theirs = json.loads(beside.read_text(encoding="utf-8"))
-        summary["counts"] |= {key: theirs["counts"][key] for key in ("skipped", "missing")}
-        if origin.mode == "generate" or theirs.get("protocol") == summary.get("protocol"):
+        theirs = Summary.load(beside)
+        summary.counts |= {key: theirs.counts[key] for key in ("skipped", "missing")}
+        if origin.mode == "generate" or theirs.protocol == summary.protocol:
             for key in ("metrics", "intervals", "breakdown", "counts", "layers"):
-                if theirs[key] != summary[key]:
+                there, recomputed = getattr(theirs, key), getattr(summary, key)
+                if there != recomputed:
                     raise ValueError(
-                        f"{beside} has other {key} than follow from {path.name}: {theirs[key]} there, {summary[key]} "
+                        f"{beside} has other {key} than follow from {path.name}: {there} there, {recomputed} "
                         "recomputed; one of the two was changed"
                     )
-    return summary | {"checkpoint": origin.checkpoint}
+    return summary
 
 
 if __name__ == "__main__":

@@ -129,7 +129,7 @@ def save_model(folder: Path, processor, talks: bool) -> str:
     model = build_tiny_model(processor)
     if talks:
         image = np.full((48, 64, 3), 90, np.uint8)
-        batch = processor.prompts([image], [["where is the red star"]])
+        batch = processor.prompts([image], [[Turn("where is the red star")]])
         with torch.no_grad():
             state = model.read_batch(batch)[0].hidden[-1][0, -1]
             model.lm_head.weight.zero_()

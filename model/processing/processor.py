@@ -106,37 +106,41 @@ class UGroundProcessor:
     def prompts(
         self,
         images: Sequence[np.ndarray],
-        questions: Sequence[Sequence[str]],
-        answers: Sequence[Sequence[str]] | None = None,
+        turns: Sequence[Sequence[Turn]],
         numbers: Sequence[int] | None = None,
     ) -> Batch:
         """Rows for ``UGroundForCausalLM.predict``: every image once, with all its questions.
 
         Args:
             images: uint8 [H, W, 3] each.
-            questions: one list per image. Special tokens typed in them are defused.
-            answers: the same shape; given = teacher forced, None = to be generated.
+            turns: [image][question]. With their answers they are teacher forced, without they are to be generated.
+                Special tokens typed in questions are defused.
             numbers: seeds for sampled layers, one per image (default 0, 1, ...).
 
         Raises:
-            ValueError: if a question is empty, or longer (with its answer) than the model reads; if an image has none.
+            ValueError: if a question is empty, or longer (with its answer) than the model reads; if an image has none;
+                if only some turns have answers.
         """
+        if len({bool(turn.answer) for row in turns for turn in row}) > 1:
+            raise ValueError(
+                "some turns have an answer and some have none: give all answers (teacher forced), or leave all to the "
+                "model"
+            )
         rows, room = [], self.max_tokens - len(self.builder.prefix_ids)
         if room < 1:
             raise ValueError(
                 f"the image and the beginning of the prompt take {len(self.builder.prefix_ids)} tokens, and rows have "
                 f"at most {self.max_tokens}; raise --model_max_length (training) or max_tokens in {FILE_NAME}"
             )
-        for i, (image, asked) in enumerate(zip(images, questions, strict=True)):
+        for i, (image, asked) in enumerate(zip(images, turns, strict=True)):
             if not asked:
                 raise ValueError(f"image {i} has no question")
-            replies = answers[i] if answers is not None else [""] * len(asked)
-            conversations = [self.builder.encode((Turn(q, a),)) for q, a in zip(asked, replies, strict=True)]
-            for question, conversation in zip(asked, conversations):
+            conversations = [self.builder.encode((turn,)) for turn in asked]
+            for turn, conversation in zip(asked, conversations):
                 if len(conversation.ids) > room:
                     raise ValueError(
-                        f"the question {question[:60]!r} takes {len(conversation.ids)} tokens with its answer, {room} "
-                        "fit beside the image; ask for less at a time, or raise max_tokens in uground_processor.json"
+                        f"the question {turn.question[:60]!r} takes {len(conversation.ids)} tokens with its answer, "
+                        f"{room} fit beside the image; ask for less at a time, or raise max_tokens in {FILE_NAME}"
                     )
             no_masks = np.zeros((0, *image.shape[:2]), dtype=np.uint8)
             number = numbers[i] if numbers is not None else i

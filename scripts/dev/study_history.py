@@ -19,10 +19,11 @@ from tqdm import tqdm
 
 from model import Opened
 from model.structures import EvalSample
-from utils.datasets import get_eval_dataset
+from utils.datasets import Spec, get_eval_dataset
 from utils.evaluation import metrics
-from utils.evaluation.engine import answers_of, score, turns_of
+from utils.evaluation.benchmarks import Benchmark, benchmark_of
 from utils.evaluation.metrics import Record
+from utils.evaluation.predictions import by_query, score, turns_of
 from utils.inference import cli
 from utils.inference.session import ImageSession
 from utils.plotting import text_tables
@@ -30,19 +31,20 @@ from utils.plotting import text_tables
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
-    specs = [spec.strip() for spec in args.val_dataset.split("||") if spec.strip()]
+    specs = Spec.parse_list(args.val_dataset)
     datasets = [get_eval_dataset(spec, args.dataset_dir) for spec in specs]  # a typing error shows before the loading
     opened = cli.open_model(args)
     for dataset in datasets:
+        benchmark = benchmark_of(dataset.spec)
         apart: list[Record] = []
         together: list[Record] = []
         places = range(min(args.limit, len(dataset)))
-        for place in tqdm(places, desc=dataset.spec, unit="image", disable=None):
+        for place in tqdm(places, desc=str(dataset.spec), unit="image", disable=None):
             for remember, records in ((False, apart), (True, together)):
-                records += later_answers(opened, place, dataset[place], dataset.benchmark, args.questions, remember)
+                records += later_answers(opened, place, dataset[place], benchmark, args.questions, remember)
         if not apart:
             raise ValueError(f"{dataset.spec} has one question per image: none has an earlier one")
-        print("\n".join(lines(dataset.spec, dataset.benchmark, apart, together)))
+        print("\n".join(lines(dataset.spec, benchmark, apart, together)))
     return 0
 
 
@@ -61,7 +63,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def later_answers(
-    opened: Opened, place: int, sample: EvalSample, benchmark: str, most: int, remember: bool
+    opened: Opened, place: int, sample: EvalSample, benchmark: Benchmark, most: int, remember: bool
 ) -> list[Record]:
     """The scored answers to all but the first of an image's questions."""
     [turns] = turns_of([sample], benchmark, "generate")
@@ -69,12 +71,12 @@ def later_answers(
     predictions = [session.ask(turn.question, remember=remember) for turn in turns[:most]]
     queries, turns = sample.queries[:most], turns[:most]
     sample.queries = queries
-    [answers] = answers_of([sample], [turns], [predictions], benchmark, "generate")
+    [answers] = by_query([sample], [turns], [predictions], benchmark, "generate")
     scored = [score(place, sample, query, answer, benchmark) for query, answer in zip(queries, answers, strict=True)]
     return scored[1:]
 
 
-def lines(spec: str, benchmark: str, apart: list[Record], together: list[Record]) -> list[str]:
+def lines(spec: Spec, benchmark: Benchmark, apart: list[Record], together: list[Record]) -> list[str]:
     """A line per metric: by itself, after the others, and the difference with its 95% interval."""
     alone, after = metrics.compute(apart, benchmark), metrics.compute(together, benchmark)
     differences = metrics.difference(apart, together, benchmark)

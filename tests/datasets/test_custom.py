@@ -106,7 +106,7 @@ def test_questions_per_image_is_the_limit(folder):
 
 def test_evaluation_scores_queries_and_names_conversations(folder):
     dataset = get_eval_dataset("custom|own.jsonl|val", folder)
-    assert (len(dataset), dataset.num_queries, dataset.benchmark) == (1, 2, "custom")
+    assert (len(dataset), dataset.num_queries, dataset.spec.name) == (1, 2, "custom")
     sample = dataset[0]
     assert [(q.query_id, q.text, q.is_sentence, q.masks.shape[0]) for q in sample.queries] == [
         ("3", "Who is it?", True, 0),

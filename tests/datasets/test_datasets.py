@@ -27,9 +27,8 @@ from utils.datasets.templates import (
     QUESTIONS,
     denial,
     enumerate_words,
-    eval_answer,
     eval_joint_turn,
-    eval_question,
+    eval_turn,
     template_corpus,
 )
 
@@ -243,7 +242,7 @@ def test_grefcoco_joint(root: Path) -> None:
 
 def test_refer_eval_groups_all_sentences_of_an_image(root: Path) -> None:
     dataset = get_eval_dataset("refcoco|unc|val", root)
-    assert (len(dataset), dataset.num_queries, dataset.benchmark) == (2, 5, "refcoco")
+    assert (len(dataset), dataset.num_queries, dataset.spec.name) == (2, 5, "refcoco")
     assert [q.text for q in dataset[0].queries] == ["left box", "first one", "the pair"]
     ids = [q.query_id for i in range(2) for q in dataset[i].queries]
     assert len(set(ids)) == 5
@@ -572,9 +571,9 @@ def test_denials_and_lists_say_what_they_are_given() -> None:
 def test_evaluation_templates_do_not_know_the_ground_truth() -> None:
     none, one = np.zeros((0, 2, 2), np.uint8), np.ones((1, 2, 2), np.uint8)
     absent, present = EvalQuery("1", "a {list} dog", none), EvalQuery("2", "a cat", one)
-    assert eval_answer(absent, "grefcoco") == eval_answer(present, "grefcoco") == ANSWERS["target"][0]
-    assert eval_question(absent, "grefcoco") == "Please segment a {list} dog in this image."
-    assert eval_question(EvalQuery("3", "Who?", one, is_sentence=True), "ReasonSeg") == "Who? Please segment it."
+    assert eval_turn(absent).answer == eval_turn(present).answer == ANSWERS["target"][0]
+    assert eval_turn(absent).question == "Please segment a {list} dog in this image."
+    assert eval_turn(EvalQuery("3", "Who?", one, is_sentence=True)).question == "Who? Please segment it."
     assert eval_joint_turn([present, present]).answer == "Sure, a cat:[SEG], a cat:[SEG]."
 
 

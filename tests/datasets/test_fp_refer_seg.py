@@ -86,7 +86,7 @@ def test_a_false_premise_is_denied_without_a_mask(root: Path, name: str) -> None
 @pytest.mark.parametrize("name", ["R-refcoco", "fprefcoco"])
 def test_evaluation_has_every_sentence(root: Path, name: str) -> None:
     dataset = get_eval_dataset(f"{name}|{DATASETS[name].split_by}|val", root)
-    assert (dataset.num_queries, dataset.benchmark) == (3, name)
+    assert (dataset.num_queries, dataset.spec.name) == (3, name)
     queries = dataset[0].queries
     assert [len(query.masks) for query in queries] == [1, 0, 1]
     assert [query.meta["false_premise"] for query in queries] == [False, True, False]

@@ -11,7 +11,7 @@ from disk import H, W, box, write_image, write_json
 
 from model.structures import Sample
 from utils.datasets import DataError, DataOptions, get_eval_dataset, get_train_dataset
-from utils.datasets.templates import ANSWERS, eval_question
+from utils.datasets.templates import ANSWERS, eval_turn
 
 FOLDER = "multi_reason_seg/MultiReasonSeg"
 LEFT, RIGHT = {"segmentation": [box(2, 2)], "category_name": "cup"}, {"segmentation": [box(40, 20)]}
@@ -76,7 +76,7 @@ def test_evaluation(root: Path) -> None:
     }
     assert sizes == {"val": 1, "test_few": 1, "test_less": 1}
     both = get_eval_dataset("MultiReasonSeg|test", root)
-    assert (len(both), both.num_queries, both.skipped, both.benchmark) == (3, 9, [], "MultiReasonSeg")
+    assert (len(both), both.num_queries, both.skipped, both.spec.name) == (3, 9, [], "MultiReasonSeg")
     assert len(get_eval_dataset("MultiReasonSeg|test_many", root)) == 2
     samples = [both[i] for i in range(3)]
     assert samples[0].image_id == "000000000003"
@@ -87,7 +87,7 @@ def test_evaluation(root: Path) -> None:
     assert [sample.queries[0].meta["part"] for sample in samples] == ["few", "many", "many"]
     assert "part" not in get_eval_dataset("MultiReasonSeg|val", root)[0].queries[0].meta
     assert queries[0].masks[:, 8, 8].tolist() == [0, 1]
-    assert eval_question(queries[0], both.benchmark) == "Which can be eaten? Please segment each of them."
+    assert eval_turn(queries[0], instances=True).question == "Which can be eaten? Please segment each of them."
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from model.structures import Turn
 from scripts import bench, make_demo_data
 from utils.datasets import get_train_dataset, records
 from utils.datasets.records import SETTING, MappedRecords
@@ -135,7 +136,7 @@ def test_baselines_are_the_same_work(small: benchmark.Bench) -> None:
 
 def test_answers_have_the_length_and_the_masks_that_are_timed(small: benchmark.Bench) -> None:
     sample = small.samples(2, images=1)[0]
-    batch = small.processor.prompts([sample.image], [["where is it", "and this"]])
+    batch = small.processor.prompts([sample.image], [[Turn("where is it"), Turn("and this")]])
     small.wrapped.eval()
     for _ in range(2):
         with small.says(segs=2):

@@ -10,10 +10,13 @@ import torch
 from PIL import Image
 
 from model.loading import pretrained
-from model.structures import EvalQuery, EvalSample, Prompts
+from model.structures import EvalQuery, EvalSample, Prompts, Turn
+from utils.datasets.spec import Spec
 from utils.evaluation import metrics
-from utils.evaluation.engine import Asking, ask, evaluate
+from utils.evaluation.benchmarks import BENCHMARKS
+from utils.evaluation.engine import RunOptions, evaluate
 from utils.evaluation.layer_analysis import THRESHOLDS, Analyst, best_threshold, original_sam
+from utils.evaluation.predictions import InferenceOptions, predict_queries
 from utils.inference import cli
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -25,8 +28,8 @@ class Drawn:
     skipped, unusable, not_found = [], [], []
 
     def __init__(self, benchmark="ReasonSeg", absent=False, size=3):
-        self.benchmark, self.absent, self.size = benchmark, absent, size
-        self.spec, self.num_queries = f"{benchmark}|val", size * (1 + absent)
+        self.absent, self.size = absent, size
+        self.spec, self.num_queries = Spec(benchmark, ("val",)), size * (1 + absent)
 
     def __len__(self):
         return self.size
@@ -43,7 +46,13 @@ class Drawn:
 
 
 def analyst(model, processor, **settings):
-    return Analyst(model, processor, Asking("teacher_forced"), batch_size=2, **settings)
+    return Analyst(model, processor, InferenceOptions("teacher_forced"), batch_size=2, **settings)
+
+
+def evaluated(model, processor, dataset, layer_policy):
+    return evaluate(
+        model, processor, dataset, InferenceOptions("teacher_forced", layer_policy), RunOptions(batch_size=2)
+    )
 
 
 @pytest.mark.parametrize(("benchmark", "absent"), [("ReasonSeg", False), ("grefcoco", True)])
@@ -52,10 +61,10 @@ def test_a_forced_layer_scores_what_the_evaluation_says(tiny_model, tiny_process
     study = analyst(tiny_model, tiny_processor).study(dataset)
     assert study.num_layers == tiny_model.ppm.num_layers
     for layer in range(study.num_layers):
-        result = evaluate(tiny_model, tiny_processor, dataset, "teacher_forced", f"fixed:{layer}", batch_size=2)
+        result = evaluated(tiny_model, tiny_processor, dataset, f"fixed:{layer}")
         assert study.by_layer[layer] == result.records
         assert study.scores(study.by_layer[layer])["cIoU"] == result.metrics["cIoU"]
-    own = evaluate(tiny_model, tiny_processor, dataset, "teacher_forced", "argmax", batch_size=2)
+    own = evaluated(tiny_model, tiny_processor, dataset, "argmax")
     assert study.chosen == own.records
     assert len({record.P for records in study.by_layer for record in records}) > 3  # layers differ at all
 
@@ -66,7 +75,7 @@ def test_table_2_is_made_of_the_evaluations_with_other_prompts(make_model, tiny_
     for column, settings in (("M_prompt", (False, True)), ("SEG_prompt", (True, False))):
         model.config.seg_prompt, model.config.mask_prompt = settings
         for row, policy in (("chosen", "argmax"), ("last", "last")):
-            records = evaluate(model, tiny_processor, dataset, "teacher_forced", policy, batch_size=2).records
+            records = evaluated(model, tiny_processor, dataset, policy).records
             there = [record for record in records if not record.expected_empty]
             assert [(r.I, r.U) for r in study.table[column, row]] == [(r.I, r.U) for r in there]
         model.config.seg_prompt = model.config.mask_prompt = True
@@ -90,8 +99,9 @@ def test_m_iou_of_a_split_is_the_best_cut_of_each_map(tiny_model, tiny_processor
     for policy, records in (("argmax", study.table["M_IoU", "chosen"]), ("fixed:2", study.maps_by_layer[2])):
         for place, record in enumerate(records):
             sample = dataset[place]
-            [[answer]] = ask(
-                tiny_model, tiny_processor, [sample], [place], "ReasonSeg", Asking("teacher_forced", policy)
+            options = InferenceOptions("teacher_forced", policy)
+            [[answer]] = predict_queries(
+                tiny_model, tiny_processor, [sample], [place], BENCHMARKS["ReasonSeg"], options
             )
             [truth] = sample.queries[0].masks
             cuts = [metrics.count_pixels(answer.similarities[0] > threshold, truth) for threshold in THRESHOLDS]
@@ -107,8 +117,7 @@ def test_map_losses_are_what_training_logs(tiny_model, tiny_processor, tiny_samp
     batch = tiny_processor.collate([sample])
     logged = tiny_model(batch, all_layers=True).layer_losses
     turns = [[turn for (turn,) in sample.conversations]]
-    given = [[turn.answer for turn in row] for row in turns]
-    prompts = tiny_processor.prompts([sample.image], [[turn.question for turn in row] for row in turns], given)
+    prompts = tiny_processor.prompts([sample.image], turns)
     maps = torch.cat([said.layer_maps for said in tiny_model.predict(prompts)[0]])
     found = tiny_model.objective.map_losses([torch.from_numpy(sample.masks)], maps)
     torch.testing.assert_close(found.mean(0), logged.detach())
@@ -130,7 +139,7 @@ def test_the_policy_by_group(tiny_model, tiny_processor):
 
 def test_other_prompts_and_another_sam_are_for_one_call(tiny_model, tiny_processor, tiny_samples, make_model):
     trained, before = tiny_model.visual_model, tiny_model.config.to_dict()
-    prompts = tiny_processor.prompts([tiny_samples[0].image], [["where is the red star"]], [["it is [SEG]."]])
+    prompts = tiny_processor.prompts([tiny_samples[0].image], [[Turn("where is the red star", "it is [SEG].")]])
     answered = tiny_model.answer(prompts)
 
     def logits(**options) -> torch.Tensor:
@@ -170,7 +179,7 @@ def program(monkeypatch, make_model, tiny_processor):
     monkeypatch.setitem(
         pretrained.LOADERS, "drawn", lambda folder, *_: (make_model(int(folder.name)), tiny_processor, {})
     )
-    monkeypatch.setattr(module, "get_eval_dataset", lambda spec, _: Drawn(spec.split("|")[0], absent="ref" in spec))
+    monkeypatch.setattr(module, "get_eval_dataset", lambda spec, _: Drawn(spec.name, absent="ref" in spec.name))
     return module
 
 
@@ -219,7 +228,7 @@ def test_named_queries_and_wrong_names(program, tmp_path, capsys):
 def test_an_answer_without_seg_is_drawn_too(make_model, tiny_processor):
     """Generated answers of a random model have no [SEG]."""
     model, dataset = make_model(), Drawn(size=1)
-    found = Analyst(model, tiny_processor, Asking("generate", max_new_tokens=2))
+    found = Analyst(model, tiny_processor, InferenceOptions("generate", max_new_tokens=2))
     study = found.study(dataset)
     assert study.tokens == [[]]
     assert not study.chosen[0].layers

@@ -2,7 +2,7 @@
 
 import json
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +12,14 @@ import torch
 from model.structures import EvalQuery, EvalSample, MaskUncertainty, Prediction
 from utils.datasets.base import DataError
 from utils.datasets.masks import decode_mask
-from utils.evaluation import engine, metrics
-from utils.evaluation.engine import Asking, ShuffledPrompts, evaluate, text_blind_scores
+from utils.datasets.spec import Spec
+from utils.evaluation import metrics
+from utils.evaluation.benchmarks import BENCHMARKS
+from utils.evaluation.controls import ShuffledPrompts, query_agnostic_baselines
+from utils.evaluation.engine import RunOptions, evaluate
 from utils.evaluation.panels import format_table, panels
-from utils.evaluation.results import Journal, read_results, summarize
+from utils.evaluation.predictions import InferenceOptions
+from utils.evaluation.results import Journal, Summary, read_results, summarize
 
 SHAPE = (20, 30)
 
@@ -47,7 +51,7 @@ class FakeDataset:
 
     @property
     def spec(self):
-        return f"{self.benchmark}|val"
+        return Spec(self.benchmark, ("val",))
 
     def __len__(self):
         return self.size
@@ -72,8 +76,8 @@ class FakeDataset:
 
 
 class FakeBatch:
-    def __init__(self, images, questions, answers, numbers):
-        self.images, self.questions, self.answers, self.numbers = images, questions, answers, numbers
+    def __init__(self, images, turns, numbers):
+        self.images, self.turns, self.numbers = images, turns, numbers
 
     def to(self, device, dtype):
         return self
@@ -82,8 +86,8 @@ class FakeBatch:
 class FakeProcessor:
     """Keeps prompts as they are; "tokens" are the answer's characters."""
 
-    def prompts(self, images, questions, answers=None, numbers=None):
-        return FakeBatch(images, questions, answers, numbers)
+    def prompts(self, images, turns, numbers):
+        return FakeBatch(images, turns, numbers)
 
     def decode(self, ids):
         return "".join(map(chr, ids))
@@ -113,11 +117,8 @@ class FakeModel:
     def predict(self, batch, layer_policy="argmax", max_new_tokens=64, seed=0, on_token=None):
         self.calls.append((len(batch.images), layer_policy, seed))
         predictions = [
-            [
-                self.answer(batch.images[i], question, batch.answers and batch.answers[i][j], batch.numbers[i] + seed)
-                for j, question in enumerate(asked)
-            ]
-            for i, asked in enumerate(batch.questions)
+            [self.answer(image, turn.question, turn.answer, number + seed) for turn in row]
+            for image, row, number in zip(batch.images, batch.turns, batch.numbers, strict=True)
         ]
         for prediction in (p for row in predictions for p in row if layer_policy.startswith("mc")):
             for k, mask in enumerate(prediction.mask_logits.sigmoid()):
@@ -155,7 +156,10 @@ class FakeModel:
 
 
 def run(model=None, dataset=None, **options):
-    return evaluate(model or FakeModel(), FakeProcessor(), dataset or FakeDataset(), **options)
+    of_inference = {field.name for field in fields(InferenceOptions)}
+    inference = InferenceOptions(**{name: value for name, value in options.items() if name in of_inference})
+    how = RunOptions(**{name: value for name, value in options.items() if name not in of_inference})
+    return evaluate(model or FakeModel(), FakeProcessor(), dataset or FakeDataset(), inference, how)
 
 
 def expected_counts(dataset, missing):
@@ -180,8 +184,8 @@ def test_numbers_are_exact(mode):
     assert [(record.I, record.U) for record in result.records] == pairs
     assert result.metrics["gIoU"] == pytest.approx(np.mean([i / u for i, u in pairs]))
     assert result.metrics["cIoU"] == sum(i for i, _ in pairs) / sum(u for _, u in pairs)
-    assert result.summary["counts"]["masks"] == len(pairs)
-    assert result.summary["counts"]["images"] == 7
+    assert result.summary.counts["masks"] == len(pairs)
+    assert result.summary.counts["images"] == 7
 
 
 @pytest.mark.parametrize(("mode", "absent"), [("generate", False), ("generate", True), ("teacher_forced", True)])
@@ -194,7 +198,7 @@ def test_the_batch_size_and_the_workers_alter_nothing(mode, absent):
     for other in results[1:]:
         assert other.records == results[0].records
         for key in ("metrics", "intervals", "breakdown", "counts", "layers"):
-            assert other.summary[key] == results[0].summary[key]
+            assert getattr(other.summary, key) == getattr(results[0].summary, key)
 
 
 def test_an_image_is_handed_over_once_with_all_its_queries():
@@ -214,7 +218,7 @@ def test_global_random_state_is_left_alone():
 def test_limit_takes_the_first_images():
     result = run(limit=2)
     assert [record.index for record in result.records] == [0, 1, 1]
-    assert result.summary["limit"] == 2
+    assert result.summary.limit == 2
 
 
 def test_several_seg_are_united():
@@ -262,7 +266,7 @@ def test_no_seg_is_an_empty_mask():
     assert record.U == record.G
     assert record.answer == "I cannot say"
     assert result.metrics["gIoU"] == 0
-    assert result.summary["counts"]["answers_without_seg"] == 1
+    assert result.summary.counts["answers_without_seg"] == 1
 
 
 def test_generated_rejections():
@@ -327,7 +331,7 @@ class InOrder(FakeModel):
 def test_several_targets_are_matched():
     result = run(InOrder(3, 1, 2), FakeMuse())
     assert result.metrics == {"gIoU": 1.0, "cIoU": 1.0}
-    assert (result.summary["counts"]["masks"], result.summary["counts"]["queries"]) == (21, 7)
+    assert (result.summary.counts["masks"], result.summary.counts["queries"]) == (21, 7)
     sizes = [int((draw_objects(0) == k).sum()) for k in (1, 2, 3)]
     record = run(InOrder(2, 2), FakeMuse(size=1)).records[0]  # twice the same, 1 and 3 not at all
     assert sorted(map(tuple, record.pairs)) == sorted([(sizes[1], sizes[1]), (0, sizes[0] + sizes[1]), (0, sizes[2])])
@@ -411,11 +415,11 @@ def test_the_control_tells_a_blind_model_from_one_that_reads():
     reads = run(FakeModel(missing=0), FakeDataset(size=30), controls=["shuffled_prompts"])
     blind = run(FakeModel(missing=0, blind=True), FakeDataset(size=30), controls=["shuffled_prompts"])
     assert reads.metrics["gIoU"] == 1.0
-    assert reads.summary["controls"]["shuffled_prompts"]["gIoU"] < 0.9
-    assert blind.summary["controls"]["shuffled_prompts"] == blind.metrics
+    assert reads.summary.controls["shuffled_prompts"]["gIoU"] < 0.9
+    assert blind.summary.controls["shuffled_prompts"] == blind.metrics
 
 
-def test_text_blind_scores_come_from_the_data(tmp_path):
+def test_query_agnostic_baselines_come_from_the_data(tmp_path):
     scores = {"all": {"gIoU": 0.25, "cIoU": 0.2}, "random": {"gIoU": 0.3, "cIoU": 0.4}}
     other = {"all": {"gIoU": 0.5, "cIoU": 0.2}, "random": {"gIoU": 0.6, "cIoU": 0.4}}
     rows = [
@@ -425,14 +429,14 @@ def test_text_blind_scores_come_from_the_data(tmp_path):
         {"set": "grefcoco", "split": "val", "kind": "all", "queries": 5, **scores},
         {"set": "grefcoco", "split": "val", "kind": "no target", "queries": 5, **other},
     ]
-    assert text_blind_scores(tmp_path, "ReasonSeg|val") == {}
+    assert query_agnostic_baselines(tmp_path, Spec.parse("ReasonSeg|val")) == {}
     (tmp_path / "demo_data.json").write_text(json.dumps({"text_blind": rows}))
-    named = {"all_objects": scores["all"], "random_object": scores["random"]}
-    assert text_blind_scores(tmp_path, "ReasonSeg|val_short") == named
-    assert text_blind_scores(tmp_path, "grefcoco|unc|val") == named
-    both = text_blind_scores(tmp_path, "ReasonSeg|val")
-    assert both["all_objects"] == {"gIoU": pytest.approx((30 * 0.25 + 10 * 0.5) / 40)}
-    assert text_blind_scores(tmp_path, "refcoco|unc|val") == {}
+    named = {"text_blind_all_objects": scores["all"], "text_blind_random_object": scores["random"]}
+    assert query_agnostic_baselines(tmp_path, Spec.parse("ReasonSeg|val_short")) == named
+    assert query_agnostic_baselines(tmp_path, Spec.parse("grefcoco|unc|val")) == named
+    both = query_agnostic_baselines(tmp_path, Spec.parse("ReasonSeg|val"))
+    assert both["text_blind_all_objects"] == {"gIoU": pytest.approx((30 * 0.25 + 10 * 0.5) / 40)}
+    assert query_agnostic_baselines(tmp_path, Spec.parse("refcoco|unc|val")) == {}
 
 
 # -- errors ------------------------------------------------------------------------------------------------------------
@@ -483,10 +487,11 @@ def test_saved_results_can_be_recomputed(tmp_path, layer_policy):
     path = result.save(tmp_path / "new" / "folder")
     assert path.name == "grefcoco_val.generate.json"
     summary = json.loads(path.read_text())
+    assert Summary.load(path) == result.summary
     origin, records = read_results(path.with_suffix(".jsonl"))
     assert (origin, records) == (result.origin, result.records)
     assert (origin.checkpoint, origin.protocol, origin.images, origin.queries) == ("abc", "grefcoco", 7, len(records))
-    again = json.loads(json.dumps(summarize(origin, records)))
+    again = json.loads(json.dumps(summarize(origin, records).to_dict()))
     assert again.pop("controls") == {}
     assert again.pop("counts").items() <= summary["counts"].items()
     assert again.items() <= summary.items()  # to the last bit
@@ -508,15 +513,15 @@ def test_both_protocols_of_grefcoco():
         name: run(FakeModel(missing=0, reject_below=10**6), dataset, mode="teacher_forced", protocol=name)
         for name in (None, "gsva", "grefcoco")
     }
-    assert found[None].summary["protocol"] == found["gsva"].summary["protocol"] == "gsva"
+    assert found[None].summary.protocol == found["gsva"].summary.protocol == "gsva"
     assert found[None].metrics == found["gsva"].metrics == {"gIoU": 1, "cIoU": 1, "N-acc": 1, "T-acc": 0}
     assert found["grefcoco"].metrics == {"gIoU": 3 / 9, "cIoU": 0, "N-acc": 1, "T-acc": 0}
     assert found["grefcoco"].records == found["gsva"].records
     assert "teacher_forced, grefcoco" in format_table([found["grefcoco"].summary])
     said = run(FakeModel(wordings={2: "[REJ]"}), dataset, protocol="gsva")  # a written rejection has no mask
-    assert said.summary["protocol"] == "grefcoco"
-    assert metrics.compute(said.records, "grefcoco", "gsva") == said.metrics
-    assert "protocol" not in run(protocol="gsva").summary  # other benchmarks have one only
+    assert said.summary.protocol == "grefcoco"
+    assert metrics.compute(said.records, BENCHMARKS["grefcoco"], "gsva") == said.metrics
+    assert "protocol" not in run(protocol="gsva").summary.to_dict()  # other benchmarks have one only
     with pytest.raises(ValueError, match=r"unknown protocol 'voc'; use grefcoco or gsva"):
         run(protocol="voc")
 
@@ -558,8 +563,7 @@ def test_a_killed_evaluation_goes_on(tmp_path, cut):
     again = run(model, batch_size=2, journal=Journal(path), resume=True)
     assert [count for count, *_ in model.calls] == [2, 2, 1]  # the last image's batch is asked again, the first is not
     assert again.records == whole.records
-    for key in whole.summary.keys() - {"seconds"}:
-        assert again.summary[key] == whole.summary[key], key
+    assert replace(again.summary, seconds=0) == replace(whole.summary, seconds=0)
     again.save(tmp_path)
     whole.save(tmp_path / "whole")
     assert path.read_bytes() == (tmp_path / "whole" / path.name).read_bytes()
@@ -633,8 +637,8 @@ def test_missing_images_are_counted_beside_every_number(tmp_path):
     )  # fmt: skip
     whole = run(FakeModel(noisy=True), batch_size=2)
     assert result.records == [record for record in whole.records if record.index not in (1, 5)]
-    assert [text.split()[0] for text in result.summary["missing"]] == ["fake/9.json", "image", "image"]
-    assert result.summary["counts"] | {"missing": 3, "images": 5, "split_images": 7} == result.summary["counts"]
+    assert [text.split()[0] for text in result.summary.missing] == ["fake/9.json", "image", "image"]
+    assert result.summary.counts | {"missing": 3, "images": 5, "split_images": 7} == result.summary.counts
     lines = format_table([result.summary]).splitlines()
     assert " 5/7 " in lines[2]
     for line in lines[2:-2]:  # the result, its control and groups
@@ -667,7 +671,7 @@ def test_the_table_names_everything():
 def test_panels_run_from_the_worst_to_the_best():
     dataset, model = FakeDataset(size=9), FakeModel(noisy=True)
     result = run(model, dataset)
-    drawn = panels(model, FakeProcessor(), dataset, result.records, 4, Asking())
+    drawn = panels(model, FakeProcessor(), dataset, result.records, 4, InferenceOptions())
     ious = [metrics.iou(record) for record, _ in drawn]
     everything = sorted(map(metrics.iou, result.records))
     assert ious == sorted(ious)
@@ -675,14 +679,12 @@ def test_panels_run_from_the_worst_to_the_best():
     for record, panel in drawn:
         assert panel.masks.sum() == record.P  # the same answer as the one that was scored
         assert panel.notes[0] == f"IoU {metrics.iou(record):.2f}"
-    assert len(panels(model, FakeProcessor(), dataset, result.records, 99, Asking())) == len(result.records)
+    assert len(panels(model, FakeProcessor(), dataset, result.records, 99, InferenceOptions())) == len(result.records)
 
 
 def test_default_modes_are_the_papers():
-    modes = {
-        name: engine.default_mode(name) for name in ("ReasonSeg", "refcoco", "grefcoco", "fprefcoco+", "MultiReasonSeg")
-    }
-    assert list(modes.values()) == ["teacher_forced"] * 3 + ["generate"] * 2
+    names = ("ReasonSeg", "refcoco", "grefcoco", "fprefcoco+", "MultiReasonSeg")
+    assert [BENCHMARKS[name].mode for name in names] == ["teacher_forced"] * 3 + ["generate"] * 2
 
 
 # -- processes ---------------------------------------------------------------------------------------------------------
@@ -696,7 +698,7 @@ def _evaluate_in_process(rank: int, world: int, store: str, out: str) -> None:
     result = run(model, FakeDataset(), batch_size=2, controls=["shuffled_prompts"])
     assert len(model.calls) == 2 * 2  # 4 and 3 images, twice
     with open(f"{out}/{rank}.json", "w") as file:
-        json.dump({**result.summary, "records": [vars(record) for record in result.records]}, file)
+        json.dump({**result.summary.to_dict(), "records": [vars(record) for record in result.records]}, file)
     try:
         run(dataset=FakeDataset(broken=(1,)), batch_size=2)  # of rank 1 alone
     except ValueError as error:
@@ -719,7 +721,8 @@ def _evaluate_in_process(rank: int, world: int, store: str, out: str) -> None:
 def test_two_processes_give_the_same_result_and_fail_and_go_on_together(tmp_path):
     torch.multiprocessing.spawn(_evaluate_in_process, (2, str(tmp_path / "store"), str(tmp_path)), nprocs=2)
     alone = run(FakeModel(noisy=True), batch_size=2, controls=["shuffled_prompts"])
-    expected = json.loads(json.dumps({**alone.summary, "records": [vars(record) for record in alone.records]}))
+    records = [vars(record) for record in alone.records]
+    expected = json.loads(json.dumps({**alone.summary.to_dict(), "records": records}))
     for rank in (0, 1):
         found = json.loads((tmp_path / f"{rank}.json").read_text())
         assert found["settings"].pop("processes") == 2

@@ -12,6 +12,7 @@ from pycocotools import mask as coco_mask
 
 from utils.datasets.masks import decode_mask, encode_mask
 from utils.evaluation import metrics
+from utils.evaluation.benchmarks import BENCHMARKS
 
 
 def blob(rng, share=0.4):
@@ -59,7 +60,7 @@ def test_giou_and_ciou_agree_with_float64_numpy_in_any_order():
     rng = np.random.default_rng(0)
     pairs = [(blob(rng, rng.random()), blob(rng, rng.random() / 2)) for _ in range(200)]
     records = [make_record(p, g.astype(np.uint8), index) for index, (p, g) in enumerate(pairs)]
-    found = metrics.compute(records, "ReasonSeg")
+    found = metrics.compute(records, BENCHMARKS["ReasonSeg"])
     ious = [(p & g).sum() / (p | g).sum() if (p | g).any() else 1.0 for p, g in pairs]
     assert found["gIoU"] == pytest.approx(np.mean(np.array(ious, np.float64)), rel=1e-12)
     total = sum((p | g).sum() for p, g in pairs)
@@ -68,14 +69,14 @@ def test_giou_and_ciou_agree_with_float64_numpy_in_any_order():
     for seed in range(5):
         shuffled = records.copy()
         random.Random(seed).shuffle(shuffled)
-        assert metrics.compute(shuffled, "ReasonSeg") == found  # to the last bit
+        assert metrics.compute(shuffled, BENCHMARKS["ReasonSeg"]) == found  # to the last bit
 
 
 def test_sums_of_many_pixels_are_exact():
     record = dataclasses.replace(
         make_record(blob(np.random.default_rng(0))), I=2**40 + 1, U=2**41, expected_empty=False
     )
-    found = metrics.compute([record] * 5000, "refcoco")
+    found = metrics.compute([record] * 5000, BENCHMARKS["refcoco"])
     assert found["cIoU"] == found["gIoU"] == (2**40 + 1) / 2**41
 
 
@@ -96,7 +97,7 @@ def grefcoco_records():
 
 
 def test_grefcoco_rules(grefcoco_records):
-    found = metrics.compute(list(grefcoco_records.values()), "grefcoco", "grefcoco")
+    found = metrics.compute(list(grefcoco_records.values()), BENCHMARKS["grefcoco"], "grefcoco")
     assert found["gIoU"] == pytest.approx((0.5 + 0 + 0 + 1 + 1 + 0) / 6)
     assert found["cIoU"] == 20 / (40 + 40 + 40 + 20)  # the missed absent target adds its 20 pixels, the others nothing
     assert found["N-acc"] == 2 / 3
@@ -104,17 +105,17 @@ def test_grefcoco_rules(grefcoco_records):
 
 
 def test_gsva_protocol_scores_the_mask_of_a_rejected_target(grefcoco_records):
-    found = metrics.compute(list(grefcoco_records.values()), "grefcoco", "gsva")
+    found = metrics.compute(list(grefcoco_records.values()), BENCHMARKS["grefcoco"], "gsva")
     assert found["gIoU"] == pytest.approx((0.5 + 0.5 + 0 + 1 + 1 + 0) / 6)
     assert found["cIoU"] == (20 + 20) / (40 + 40 + 40 + 20)
     assert (found["N-acc"], found["T-acc"]) == (2 / 3, 1 / 3)
-    assert metrics.compute(list(grefcoco_records.values()), "grefcoco") == found  # as the paper reports it
+    assert metrics.compute(list(grefcoco_records.values()), BENCHMARKS["grefcoco"]) == found  # as the paper reports it
     with pytest.raises(ValueError, match=r"'voc'.*grefcoco or gsva"):
-        metrics.compute([], "grefcoco", "voc")
+        metrics.compute([], BENCHMARKS["grefcoco"], "voc")
 
 
 def test_refzom_averages_over_targets_only(grefcoco_records):
-    found = metrics.compute(list(grefcoco_records.values()), "refzom")
+    found = metrics.compute(list(grefcoco_records.values()), BENCHMARKS["refzom"])
     assert found == {"oIoU": 20 / 120, "mIoU": pytest.approx(0.5 / 3), "Acc": 2 / 3}
 
 
@@ -123,7 +124,7 @@ def test_refzom_averages_over_targets_only(grefcoco_records):
 )
 def test_false_premises(grefcoco_records, benchmark):
     """See: half found, rightly rejected and right by an empty mask are right of six; Segment is cIoU over all six."""
-    found = metrics.compute(list(grefcoco_records.values()), benchmark)
+    found = metrics.compute(list(grefcoco_records.values()), BENCHMARKS[benchmark])
     expected = {"See": 3 / 6, "Segment": 20 / (40 + 40 + 40 + 20)}
     assert found == expected | ({"RR": 2 / 3} if benchmark.startswith("R-") else {})
 
@@ -135,18 +136,18 @@ def test_matched_pairs_each_count_as_a_mask():
         dataclasses.replace(base, I=6, U=12, pairs=[[6, 8], [0, 4]]),
         dataclasses.replace(base, I=5, U=10, index=1, pairs=[[5, 5], [0, 5], [0, 0]]),
     ]
-    found = metrics.compute(records, "MultiReasonSeg")
+    found = metrics.compute(records, BENCHMARKS["MultiReasonSeg"])
     assert found == {"gIoU": (0.75 + 0 + 1 + 0 + 1) / 5, "cIoU": 11 / 22}
     assert [metrics.iou(record) for record in records] == [0.375, 2 / 3]
     counts = metrics.count_records(records)
     assert (counts["masks"], counts["queries"], counts["images"]) == (5, 2, 2)
-    assert metrics.intervals(records, "MultiReasonSeg")["gIoU"] == [0.375, 2 / 3]
+    assert metrics.intervals(records, BENCHMARKS["MultiReasonSeg"])["gIoU"] == [0.375, 2 / 3]
 
 
 def test_a_metric_without_samples_is_absent(grefcoco_records):
     only_targets = [record for record in grefcoco_records.values() if not record.expected_empty]
-    assert set(metrics.compute(only_targets, "grefcoco")) == {"gIoU", "cIoU", "T-acc"}
-    assert metrics.compute([], "ReasonSeg") == {}
+    assert set(metrics.compute(only_targets, BENCHMARKS["grefcoco"])) == {"gIoU", "cIoU", "T-acc"}
+    assert metrics.compute([], BENCHMARKS["ReasonSeg"]) == {}
 
 
 def test_intervals_hold_the_value_and_repeat():
@@ -154,14 +155,14 @@ def test_intervals_hold_the_value_and_repeat():
     records = [
         make_record(blob(rng), blob(rng).astype(np.uint8), index=k // 3, query_id=str(k)) for k in range(90)
     ]  # 3 queries per image
-    found, bounds = metrics.compute(records, "refcoco"), metrics.intervals(records, "refcoco")
+    found, bounds = metrics.compute(records, BENCHMARKS["refcoco"]), metrics.intervals(records, BENCHMARKS["refcoco"])
     for name in ("gIoU", "cIoU"):
         low, high = bounds[name]
         assert low < found[name] < high
         assert high - low < 0.1
-    assert metrics.intervals(records[::-1], "refcoco") == bounds
-    assert metrics.intervals(records, "refcoco", seed=1) != bounds
-    assert metrics.intervals(records[:3], "refcoco") == {}  # one image says nothing about others
+    assert metrics.intervals(records[::-1], BENCHMARKS["refcoco"]) == bounds
+    assert metrics.intervals(records, BENCHMARKS["refcoco"], seed=1) != bounds
+    assert metrics.intervals(records[:3], BENCHMARKS["refcoco"]) == {}  # one image says nothing about others
 
 
 def test_intervals_of_images_not_of_queries():
@@ -169,7 +170,7 @@ def test_intervals_of_images_not_of_queries():
     good, bad = np.ones(SHAPE, bool), np.zeros(SHAPE, bool)
     target = np.ones(SHAPE, np.uint8)
     records = [make_record(mask, target, k, str(n)) for k, mask in enumerate((good, bad)) for n in range(30)]
-    assert metrics.intervals(records, "refcoco")["gIoU"] == [0.0, 1.0]
+    assert metrics.intervals(records, BENCHMARKS["refcoco"])["gIoU"] == [0.0, 1.0]
 
 
 def test_a_paired_difference_is_surer_than_two_intervals():
@@ -182,27 +183,27 @@ def test_a_paired_difference_is_surer_than_two_intervals():
         more = hits | (target & (rng.random(SHAPE) < 0.05))
         before.append(make_record(hits, target.astype(np.uint8), k // 2, str(k)))
         after.append(make_record(more, target.astype(np.uint8), k // 2, str(k)))
-    found = metrics.difference(before, after[::-1], "refcoco")
-    for name, value in metrics.compute(after, "refcoco").items():
+    found = metrics.difference(before, after[::-1], BENCHMARKS["refcoco"])
+    for name, value in metrics.compute(after, BENCHMARKS["refcoco"]).items():
         gain, (low, high) = found[name]
-        assert gain == value - metrics.compute(before, "refcoco")[name]
+        assert gain == value - metrics.compute(before, BENCHMARKS["refcoco"])[name]
         assert 0 < low < gain < high
-        assert high - low < 0.2 * np.diff(metrics.intervals(before, "refcoco")[name])
-    assert metrics.difference(before, before, "refcoco") == {"gIoU": (0, [0, 0]), "cIoU": (0, [0, 0])}
-    drawn = [metrics.resample(part, "refcoco")["cIoU"] for part in (before, after)]
+        assert high - low < 0.2 * np.diff(metrics.intervals(before, BENCHMARKS["refcoco"])[name])
+    assert metrics.difference(before, before, BENCHMARKS["refcoco"]) == {"gIoU": (0, [0, 0]), "cIoU": (0, [0, 0])}
+    drawn = [metrics.resample(part, BENCHMARKS["refcoco"])["cIoU"] for part in (before, after)]
     assert found["cIoU"][1] == np.percentile(drawn[1] - drawn[0], [2.5, 97.5]).tolist()
     with pytest.raises(ValueError, match="1 of which only one has, the first: 'q' about image 29"):
-        metrics.difference(before, after[:-1], "refcoco")
+        metrics.difference(before, after[:-1], BENCHMARKS["refcoco"])
 
 
 def test_resampling_agrees_with_an_evaluation_of_the_drawn_images():
     rng = np.random.default_rng(4)
     records = [make_record(blob(rng), blob(rng).astype(np.uint8), k // 2, str(k)) for k in range(10)]
     drawn = np.random.default_rng(0).multinomial(5, np.full(5, 1 / 5), metrics.RESAMPLES)
-    values = metrics.resample(records, "refcoco")
+    values = metrics.resample(records, BENCHMARKS["refcoco"])
     for number in range(20):
         again = [record for record in records for _ in range(drawn[number, record.index])]
-        for name, value in metrics.compute(again, "refcoco").items():
+        for name, value in metrics.compute(again, BENCHMARKS["refcoco"]).items():
             assert values[name][number] == pytest.approx(value, rel=1e-12)
 
 
@@ -213,7 +214,7 @@ def test_breakdown_by_family():
         make_record(blob(rng), blob(rng).astype(np.uint8), k, meta={"family": family, "length": "short"})
         for k, family in enumerate(families)
     ]
-    found = metrics.breakdown(records, "ReasonSeg")
+    found = metrics.breakdown(records, BENCHMARKS["ReasonSeg"])
     assert list(found) == ["family"]  # all are short: nothing to compare
     assert found["family"]["relation"]["masks"] == 3
     relations = [record for record in records if record.meta["family"] == "relation"]
@@ -241,13 +242,13 @@ def test_uncertainty_ranks_answers():
         records.append(make_record(true ^ noise, true.astype(np.uint8), index))
     good = [dataclasses.replace(r, uncertainty=[0.0, 1 - metrics.iou(r)]) for r in records]
     bad = [dataclasses.replace(r, uncertainty=[metrics.iou(r)]) for r in records]
-    found = [metrics.compute(part, "ReasonSeg") for part in (good, bad)]
+    found = [metrics.compute(part, BENCHMARKS["ReasonSeg"]) for part in (good, bad)]
     assert found[0]["AUSE"] == 0 < found[1]["AUSE"]
     assert found[0]["AURC"] < 1 - found[0]["gIoU"] < found[1]["AURC"]
     random.Random(0).shuffle(shuffled := list(bad))
-    assert metrics.compute(shuffled, "ReasonSeg") == found[1]
-    low, high = metrics.intervals(bad, "ReasonSeg")["AUSE"]
+    assert metrics.compute(shuffled, BENCHMARKS["ReasonSeg"]) == found[1]
+    low, high = metrics.intervals(bad, BENCHMARKS["ReasonSeg"])["AUSE"]
     assert low < found[1]["AUSE"] < high
-    assert metrics.difference(bad, good, "ReasonSeg")["AUSE"][0] == -found[1]["AUSE"]
-    assert set(metrics.difference(records, good, "ReasonSeg")) == {"gIoU", "cIoU"}
-    assert set(metrics.difference(good, records, "ReasonSeg")) == {"gIoU", "cIoU"}
+    assert metrics.difference(bad, good, BENCHMARKS["ReasonSeg"])["AUSE"][0] == -found[1]["AUSE"]
+    assert set(metrics.difference(records, good, BENCHMARKS["ReasonSeg"])) == {"gIoU", "cIoU"}
+    assert set(metrics.difference(good, records, BENCHMARKS["ReasonSeg"])) == {"gIoU", "cIoU"}

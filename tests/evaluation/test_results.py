@@ -31,7 +31,7 @@ def records():
 
 @pytest.fixture
 def path(tmp_path, records):
-    path = result_path(tmp_path, "grefcoco|unc|val", "generate")
+    path = result_path(tmp_path, ORIGIN.spec, "generate")
     path.write_text("".join(to_lines(ORIGIN, records)), encoding="utf-8")
     return path
 

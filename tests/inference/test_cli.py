@@ -20,6 +20,7 @@ from model.loading import pretrained
 from utils.datasets.images import read_image
 from utils.datasets.masks import decode_mask
 from utils.evaluation import metrics
+from utils.evaluation.benchmarks import BENCHMARKS
 from utils.evaluation.metrics import Record
 from utils.evaluation.results import Origin, Result, read_results, summarize
 
@@ -139,6 +140,11 @@ def test_chat_is_a_unix_tool(version, photo, tmp_path):
 
 # -- test.py -----------------------------------------------------------------------------------------------------------
 
+KEYS = [  # of a result's JSON; a benchmark with protocols has one more
+    "benchmark", "mode", "layer_policy", "metrics", "intervals", "controls", "breakdown", "counts", "layers", "skipped",
+    "missing", "limit", "seconds", "settings", "checkpoint", "command", "precision", "device", "versions",
+]  # fmt: skip
+
 
 def test_evaluation_writes_what_it_prints(capsys, version, val_data, tmp_path):
     out_dir = tmp_path / "out"
@@ -154,9 +160,9 @@ def test_evaluation_writes_what_it_prints(capsys, version, val_data, tmp_path):
             assert (summary["benchmark"], summary["mode"], summary["counts"]["masks"]) == (spec, mode, count)
             assert set(summary["controls"]) == {"shuffled_prompts"}
             assert len(summary["checkpoint"]["fingerprint"]) == 16
-            assert {"command", "versions", "precision", "settings", "intervals", "seconds"} <= set(summary)
+            assert list(summary) == KEYS
             _, records = read_results(out_dir / f"{name}.jsonl")
-            assert metrics.compute(records, "ReasonSeg") == summary["metrics"]
+            assert metrics.compute(records, BENCHMARKS["ReasonSeg"]) == summary["metrics"]
             assert f"{summary['metrics']['gIoU']:.3f} [" in out
             assert len(list((out_dir / f"{name}.overlays").iterdir())) == count
     assert "control: shuffled prompts" in out
@@ -320,15 +326,15 @@ def make_result(protocol="gsva", mode="generate", **values) -> Result:
         Record(k, f"{k}.jpg", f"{k}", "1", "x", "x?", "no", [], True, False, I=found, U=5, P=found, G=5, masks=[])
         for k in range(2)
     ]
-    summary = summarize(origin, records) | {"limit": None}
-    summary["counts"] |= {"skipped": 0, "missing": 0}
+    summary = summarize(origin, records)
+    summary.counts |= {"skipped": 0, "missing": 0}
     return Result(summary, records, origin)
 
 
 def test_written_rejections_that_an_older_version_labelled_gsva_are_read(capsys, tmp_path):
     path = make_result().save(tmp_path)
     again = score.rescore(path.with_suffix(".jsonl"))
-    assert (again["protocol"], again["metrics"]["gIoU"]) == ("grefcoco", 0)
+    assert (again.protocol, again.metrics["gIoU"]) == ("grefcoco", 0)
     path.write_text(path.read_text().replace('"gIoU": 0.0', '"gIoU": 1.0'))
     with pytest.raises(ValueError, match="has other metrics than follow"):  # it is still checked
         score.rescore(path.with_suffix(".jsonl"))
@@ -342,7 +348,7 @@ def test_two_results_are_compared_sample_by_sample(capsys, version, val_data, tm
     code, out, err = run(capsys, compare, *files, "--most", 2, "--sheet", picture, "--dataset_dir", val_data)
     assert code == 0, err
     records = [read_results(answers(tmp_path / str(layer)))[1] for layer in (0, 3)]
-    gain, (low, high) = metrics.difference(*records, "ReasonSeg")["gIoU"]
+    gain, (low, high) = metrics.difference(*records, BENCHMARKS["ReasonSeg"])["gIoU"]
     assert re.search(rf"^gIoU .*{re.escape(f'{gain:+.4f}')} +\[{re.escape(f'{low:+.4f}, {high:+.4f}')}\]$", out, re.M)
     changes = sorted(abs(metrics.iou(b) - metrics.iou(a)) for a, b in zip(*records, strict=True))
     worst = [record for pair in compare.most_changed(*records, "", 2) for record in pair]
@@ -375,13 +381,25 @@ def test_results_that_were_asked_differently_are_compared_with_a_word(capsys, tm
 def test_folders_are_compared_with_what_was_asked_and_what_is_missing(capsys, tmp_path):
     for name, missing, limit in (("a", 3, None), ("b", 0, 8)):
         result = make_result(mode="teacher_forced", layer_policy="argmax" if name == "a" else "last")
-        result.summary["counts"]["missing"], result.summary["limit"] = missing, limit
+        result.summary.counts["missing"], result.summary.limit = missing, limit
         result.save(tmp_path / name)
     code, out, err = run(capsys, compare, tmp_path / "a", tmp_path / "b")
     assert code == 0, err
     assert "grefcoco|unc|val (teacher_forced, gsva) " in out
     assert "Layers: a: argmax; b: last" in out
     assert re.search(r"gIoU +0\.800 \(3 missing\) +0\.800 \(first 8 images\)", out)
+
+
+def test_other_json_beside_results_is_named(capsys, tmp_path):
+    make_result().save(tmp_path)
+    for text, reason in (
+        ('{"model_type": "uground"}', "it has no benchmark, mode"),
+        ("[1]", "list"),
+        ("{", "Expecting"),
+    ):
+        (tmp_path / "config.json").write_text(text)
+        code, _, err = run(capsys, compare, tmp_path)
+        assert (code, f"{tmp_path / 'config.json'} is no result of test.py" in err, reason in err) == (2, True, True)
 
 
 @pytest.mark.parametrize(

@@ -104,7 +104,7 @@ def test_a_question_that_was_broken_off_leaves_no_trace(model, tiny_processor, m
 def test_reset_and_questions_that_stand_alone(model, tiny_processor):
     image = drawn_sample(6).image
     session = ImageSession(model, tiny_processor, image)
-    alone = predict(model, tiny_processor, [image], [["a square"]], max_new_tokens=6)[0][0]
+    alone = predict(model, tiny_processor, [image], [[Turn("a square")]], max_new_tokens=6)[0][0]
     session.ask(QUESTIONS[0], max_new_tokens=6)
     found = [session.ask("a square", max_new_tokens=6, remember=False)]
     assert [turn.question for turn in session.history] == QUESTIONS[:1]

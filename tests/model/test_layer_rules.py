@@ -10,6 +10,7 @@ from programs import chat, evaluation, run
 from model import layer_rules
 from model.layer_rules import RULES, parse
 from model.opened import predict
+from model.structures import Turn
 from utils.config import load_config
 from utils.config.config import make_parser
 
@@ -75,8 +76,8 @@ def use_of(kind) -> layer_rules.Use:
 
 def ask(model, processor, layer_policy: str | None = None):
     """One answer with two masks."""
-    given = [["[SEG] and [SEG]"]]
-    return predict(model, processor, [drawn_sample(0).image], [["star"]], given, layer_policy=layer_policy)[0][0]
+    given = [[Turn("star", "[SEG] and [SEG]")]]
+    return predict(model, processor, [drawn_sample(0).image], given, layer_policy=layer_policy)[0][0]
 
 
 # -- every rule of the table -------------------------------------------------------------------------------------------

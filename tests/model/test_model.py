@@ -12,7 +12,7 @@ from model.geometry import maps_at
 from model.lora import add_lora, parameters_by_part
 from model.opened import predict
 from model.processing.processor import UGroundProcessor
-from model.structures import Sample
+from model.structures import Sample, Turn
 from model.UGround import UGroundConfig
 
 
@@ -57,11 +57,11 @@ def test_cached_generation_equals_reading_the_answer_anew(make_model, tiny_proce
     model = says_seg_often(make_model(seed=1), tiny_processor)
     image = drawn_sample(6, size).image
     questions = ["where is the red star", "circle", "please segment all of the blue shapes in this image"]
-    together = predict(model, tiny_processor, [image], [questions], max_new_tokens=6)[0]
+    together = predict(model, tiny_processor, [image], [list(map(Turn, questions))], max_new_tokens=6)[0]
     for question, prediction in zip(questions, together):
         ids = []
         for _ in range(len(prediction.token_ids)):  # no cache: the whole row again for every token
-            batch = tiny_processor.prompts([image], [[question]])
+            batch = tiny_processor.prompts([image], [[Turn(question)]])
             tail = torch.tensor([ids], dtype=torch.int64)
             extra = len(ids)
             width = batch.input_ids.shape[1]
@@ -73,7 +73,7 @@ def test_cached_generation_equals_reading_the_answer_anew(make_model, tiny_proce
             ids.append(int(model.lm_head(hidden[0, -1]).argmax()))
         assert ids == prediction.token_ids
     assert sum(len(p.mask_logits) for p in together) > 0
-    alone = [predict(model, tiny_processor, [image], [[q]], max_new_tokens=6)[0][0] for q in questions]
+    alone = [predict(model, tiny_processor, [image], [[Turn(q)]], max_new_tokens=6)[0][0] for q in questions]
     for a, b in zip(together, alone):
         assert a.token_ids == b.token_ids
         assert a.layers == b.layers
@@ -88,6 +88,7 @@ def test_batches_of_images_and_questions_equal_single_ones_read_anew(make_model,
         ["star"],
         ["what can you see in this image ?", "the green one and the red one, please"],
     ]
+    turns = [[Turn(question) for question in row] for row in questions]
     counts, lengths = set(), set()
     for seed in (4, 11):
         model = says_seg_often(make_model(seed=7), tiny_processor)
@@ -97,7 +98,7 @@ def test_batches_of_images_and_questions_equal_single_ones_read_anew(make_model,
         widths, read = [], model.read
         with monkeypatch.context() as patch:
             patch.setattr(model, "read", lambda e, *a, w=widths, r=read, **k: w.append(e.shape[1]) or r(e, *a, **k))
-            together = predict(model, tiny_processor, images, questions, max_new_tokens=8)
+            together = predict(model, tiny_processor, images, turns, max_new_tokens=8)
         for image, asked, row in zip(images, questions, together):
             for question, found in zip(asked, row):
                 written, anew = read_anew(model, tiny_processor, image, (), question, found.token_ids)
@@ -118,11 +119,12 @@ def test_generated_masks_equal_teacher_forced_ones(make_model, tiny_processor):
     model = says_seg_often(make_model(seed=2), tiny_processor)
     tokens = tiny_processor.tokens
     image = drawn_sample(7).image
-    written = predict(model, tiny_processor, [image], [["circle", "star", "square"]], max_new_tokens=3)[0]
-    for question, prediction in zip(["circle", "star", "square"], written):
+    questions = ["circle", "star", "square"]
+    written = predict(model, tiny_processor, [image], [list(map(Turn, questions))], max_new_tokens=3)[0]
+    for question, prediction in zip(questions, written):
         said = prediction.token_ids
         assert len(prediction.mask_logits) == said.count(tokens.seg)
-        batch = tiny_processor.prompts([image], [[question]])
+        batch = tiny_processor.prompts([image], [[Turn(question)]])
         width = batch.input_ids.shape[1]
         batch.input_ids = torch.cat([batch.input_ids, torch.tensor([said])], 1)
         batch.segments = torch.cat([batch.segments, torch.ones(1, len(said), dtype=torch.int64)], 1)
@@ -140,9 +142,10 @@ def test_predictions_do_not_depend_on_the_batch(tiny_model, tiny_processor, tiny
     images = [s.image for s in tiny_samples]
     questions = [["red star", "circle"], ["blue square"], ["star", "the green circle please", "shapes"]]
     answers = [["it is [SEG].", "[SEG] and [SEG]"], ["sure, [SEG]"], ["there is no star [REJ]", "it is [SEG]", "a"]]
-    together = predict(tiny_model, tiny_processor, images, questions, answers)
+    turns = [list(map(Turn, *pair)) for pair in zip(questions, answers)]
+    together = predict(tiny_model, tiny_processor, images, turns)
     for i, image in enumerate(images):
-        alone = predict(tiny_model, tiny_processor, [image], [questions[i]], [answers[i]], numbers=[i])[0]
+        alone = predict(tiny_model, tiny_processor, [image], [turns[i]], numbers=[i])[0]
         for a, b in zip(together[i], alone):
             assert (a.text, a.layers, a.rejected) == (b.text, b.layers, b.rejected)
             assert_same_masks(a.mask_logits, b.mask_logits)
@@ -211,7 +214,7 @@ def test_sampled_layers_do_not_depend_on_the_batch(make_model, tiny_processor, t
 
 def test_monte_carlo_of_one_sample_equals_sample(tiny_model, tiny_processor, tiny_samples):
     image = [tiny_samples[0].image]
-    ask = (image, [["star", "circle"]], [["it is [SEG].", "[SEG] and [SEG]"]])
+    ask = (image, [[Turn("star", "it is [SEG]."), Turn("circle", "[SEG] and [SEG]")]])
     one = predict(tiny_model, tiny_processor, *ask, layer_policy="mc:1", seed=5)[0]
     sampled = predict(tiny_model, tiny_processor, *ask, layer_policy="sample", seed=5)[0]
     for a, b in zip(one, sampled):
@@ -223,7 +226,7 @@ def test_monte_carlo_of_one_sample_equals_sample(tiny_model, tiny_processor, tin
 
 def test_masks_are_drawn_again_by_other_layers_from_one_answer(make_model, tiny_processor, tiny_samples):
     model = make_model()
-    batch = tiny_processor.prompts([tiny_samples[1].image], [["where is the red star"]], [["it is [SEG] and [SEG]."]])
+    batch = tiny_processor.prompts([tiny_samples[1].image], [[Turn("where is the red star", "it is [SEG] and [SEG].")]])
     answered = model.answer(batch)
     for how in ("fixed:1", "fixed:3", "soft", "mc:4"):
         [[again]], [[anew]] = model.draw_masks(answered, how), model.predict(batch, how)
@@ -237,7 +240,7 @@ def test_masks_are_drawn_again_by_other_layers_from_one_answer(make_model, tiny_
 def test_an_answer_without_seg_needs_no_sam(make_model, tiny_processor, tiny_samples, monkeypatch):
     model = make_model()
     monkeypatch.setattr(model.visual_model, "encode", lambda images: pytest.fail("encoded for nothing"))
-    batch = tiny_processor.prompts([tiny_samples[0].image], [["where is the red star"]], [["there is no such thing"]])
+    batch = tiny_processor.prompts([tiny_samples[0].image], [[Turn("where is the red star", "there is no such thing")]])
     [[prediction]] = model.predict(batch)
     assert prediction.mask_logits.shape == (0, *tiny_samples[0].image.shape[:2])
     assert prediction.layers == []
@@ -246,7 +249,7 @@ def test_an_answer_without_seg_needs_no_sam(make_model, tiny_processor, tiny_sam
 @pytest.mark.parametrize("policy", ["best", "fixed:9", "mc:0", "fixed", "last:1"])
 def test_unknown_layer_policies_are_refused(tiny_model, tiny_processor, tiny_samples, policy):
     with pytest.raises(ValueError, match=r"layer|policy|sample"):
-        predict(tiny_model, tiny_processor, [tiny_samples[0].image], [["star"]], layer_policy=policy)
+        predict(tiny_model, tiny_processor, [tiny_samples[0].image], [[Turn("star")]], layer_policy=policy)
 
 
 @pytest.mark.parametrize(
@@ -263,7 +266,7 @@ def test_prediction_takes_the_layer_that_was_trained(make_model, tiny_processor,
     assert UGroundConfig.from_pretrained(tmp_path).layer_policy == expected
     if expected in ("last", "fixed:2"):
         model, image = make_model(**settings), np.zeros((40, 40, 3), np.uint8)
-        [[prediction]] = predict(model, tiny_processor, [image], [["star"]], [["it is [SEG]."]])
+        [[prediction]] = predict(model, tiny_processor, [image], [[Turn("star", "it is [SEG].")]])
         assert prediction.layers == [{"last": 4, "fixed:2": 2}[expected]]
 
 
@@ -299,7 +302,7 @@ def test_a_folder_loads_in_bfloat16(tiny_model, tiny_processor, tiny_samples, tm
     tiny_model.save_pretrained(tmp_path)
     tiny_processor.save_pretrained(tmp_path)
     model, processor = load_pretrained(str(tmp_path), precision="bf16")
-    ask = ([tiny_samples[0].image], [["star"]], [["it is [SEG]."]])
+    ask = ([tiny_samples[0].image], [[Turn("star", "it is [SEG].")]])
     low, full = (predict(m, processor, *ask, layer_policy="last")[0][0].mask_logits for m in (model, tiny_model))
     torch.testing.assert_close(low, full, rtol=0.1, atol=0.02)
 
@@ -308,15 +311,21 @@ def test_a_question_that_is_too_long_is_refused_not_cut(tiny_tokenizer):
     """Cut, it would lose the end of its prompt, and the model would go on with the question."""
     processor = UGroundProcessor(tiny_tokenizer, 40, 10, 64, system_prompt="", max_tokens=60)
     image = drawn_sample(0).image
-    processor.prompts([image], [["where is the red star"]])
-    for answers in (None, [["it is [SEG]."]]):
+    processor.prompts([image], [[Turn("where is the red star")]])
+    for answer in ("", "it is [SEG]."):
         with pytest.raises(ValueError, match=r"'where is the red star where is.*fit beside the image"):
-            processor.prompts([image], [["where is the red star " * 20]], answers)
+            processor.prompts([image], [[Turn("where is the red star " * 20, answer)]])
+
+
+def test_turns_with_and_without_an_answer_make_no_batch(tiny_processor):
+    image = drawn_sample(0).image
+    with pytest.raises(ValueError, match=r"give all answers \(teacher forced\), or leave all to the model"):
+        tiny_processor.prompts([image, image], [[Turn("star", "[SEG]")], [Turn("star")]])
 
 
 def test_images_of_one_row_of_pixels(tiny_model, tiny_processor):
     image = np.zeros((1, 5000, 3), np.uint8)
-    prediction = predict(tiny_model, tiny_processor, [image], [["star"]], [["it is [SEG]."]])[0][0]
+    prediction = predict(tiny_model, tiny_processor, [image], [[Turn("star", "it is [SEG].")]])[0][0]
     assert prediction.mask_logits.shape == (1, 1, 5000)
     assert torch.isfinite(prediction.mask_logits).all()
 

@@ -18,6 +18,7 @@ from model import load
 from model.loading.pretrained import kind_of
 from model.opened import predict
 from model.processing.pixels import as_pixels
+from model.structures import Turn
 
 WRITTEN = ROOT / "tests/fixtures/written_before"
 QUESTIONS = ["where is the red star", "circle"]
@@ -93,7 +94,7 @@ def test_settings_of_an_adapter_that_are_unknown_are_named(tmp_path, monkeypatch
 
 def test_ask_is_predict_with_one_image(opened, photo):
     pixels = as_pixels(photo)
-    [expected] = predict(opened.model, opened.processor, [pixels], [QUESTIONS], max_new_tokens=3)
+    [expected] = predict(opened.model, opened.processor, [pixels], [list(map(Turn, QUESTIONS))], max_new_tokens=3)
     found = opened.ask(pixels, QUESTIONS, max_new_tokens=3)
     assert [p.text for p in found] == [p.text for p in expected]
     for one, other in zip(found, expected):

@@ -8,18 +8,20 @@ from torch import nn
 
 from model.loading import placement
 from model.opened import predict
+from model.structures import Turn
 from model.UGround import UGroundConfig, UGroundForCausalLM
 from utils.demo.tiny_model import clip_config, llama_settings, sam_shape
 
-ASK = ([["where is the red star", "circle"]], [["it is [SEG].", "[SEG] and [SEG]"]])
+TURNS = [[Turn("where is the red star", "it is [SEG]."), Turn("circle", "[SEG] and [SEG]")]]
 
 
 def masks(model, processor, image) -> torch.Tensor:
-    return torch.cat([p.mask_logits for p in predict(model, processor, [image], *ASK, layer_policy="last")[0]])
+    return torch.cat([p.mask_logits for p in predict(model, processor, [image], TURNS, layer_policy="last")[0]])
 
 
 def written(model, processor, image) -> list[list[int]]:
-    return [p.token_ids for p in predict(model, processor, [image], ASK[0], max_new_tokens=6)[0]]
+    turns = [Turn(turn.question) for turn in TURNS[0]]
+    return [p.token_ids for p in predict(model, processor, [image], [turns], max_new_tokens=6)[0]]
 
 
 def near(mine: torch.Tensor, exact: torch.Tensor, tolerance: float) -> bool:

@@ -12,6 +12,7 @@ from model.lora import add_lora, set_trainable
 from model.opened import predict
 from model.PPM import gumbel_noise
 from model.processing.processor import UGroundProcessor
+from model.structures import Turn
 from utils.demo.tiny_model import train_tokenizer
 
 BEST = 3
@@ -162,7 +163,7 @@ def test_advantages_are_scaled_to_one(tiny_model):
 def test_argmax_is_deterministic_and_sampling_is_not(make_model, tiny_processor):
     model = make_model()
     torch.nn.init.zeros_(model.ppm.gate)  # uniform
-    ask = ([drawn_sample(3).image], [["star"]], [["[SEG] and [SEG] and [SEG]"]])
+    ask = ([drawn_sample(3).image], [[Turn("star", "[SEG] and [SEG] and [SEG]")]])
 
     def layers(policy: str) -> list[list[int]]:
         return [predict(model, tiny_processor, *ask, layer_policy=policy, seed=seed)[0][0].layers for seed in range(8)]

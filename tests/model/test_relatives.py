@@ -23,9 +23,11 @@ from model.opened import predict
 from model.processing import tokens
 from model.processing.conversation import HUMAN_SYSTEM_PROMPT, SYSTEM_PROMPT
 from model.processing.transforms import resize_and_pad
+from model.structures import Turn
 from utils.demo.tiny_model import llama_settings, train_tokenizer
 
 QUESTION, ANSWER = "Where is the red star?", "It is [SEG] and [SEG]."
+GIVEN = Turn(QUESTION, ANSWER)
 ARCHITECTURES = {
     "LISA": "LISAForCausalLM",
     "GSVA": "LisaGSVAForCausalLM",
@@ -165,7 +167,7 @@ def test_masks_are_those_of_their_own_code(publish, name, size):
     published = publish(name)
     model, processor = load_pretrained(str(published.folder), vision_tower=str(published.clip))
     image = np.random.default_rng(3).integers(0, 255, (*size, 3), dtype=np.uint8)
-    [[mine]] = predict(model, processor, [image], [[QUESTION]], [[ANSWER]])
+    [[mine]] = predict(model, processor, [image], [[GIVEN]])
     system = HUMAN_SYSTEM_PROMPT if name in ("LISA", "GSVA") else SYSTEM_PROMPT
     theirs = their_masks(published, image, system, with_points=name == "READ")
     assert mine.layers == [4, 4]
@@ -181,7 +183,7 @@ def test_they_open_in_chat_and_as_a_folder_of_this_project(publish, tmp_path, ca
     said = capsys.readouterr().out
     model, processor = load_pretrained(str(published.folder), vision_tower=str(published.clip))
     assert processor.tokens.rej is None  # never taught: nothing is ever rejected
-    [[prediction]] = predict(model, processor, [np.zeros((40, 40, 3), np.uint8)], [[QUESTION]], [[ANSWER]])
+    [[prediction]] = predict(model, processor, [np.zeros((40, 40, 3), np.uint8)], [[GIVEN]])
     assert prediction.rejected == [False, False]
 
     model.save_pretrained(tmp_path / "own")
@@ -197,7 +199,7 @@ def test_they_open_in_chat_and_as_a_folder_of_this_project(publish, tmp_path, ca
 def test_gsva_rejects(publish):
     published = publish("GSVA")
     model, processor = load_pretrained(str(published.folder), vision_tower=str(published.clip))
-    ask = ([np.zeros((40, 40, 3), np.uint8)], [[QUESTION]], [[ANSWER]])
+    ask = ([np.zeros((40, 40, 3), np.uint8)], [[GIVEN]])
     seg, rej = processor.tokens.seg, processor.tokens.rej
     first = predict(model, processor, *ask)[0][0].rejected
     with torch.no_grad():

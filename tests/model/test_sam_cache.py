@@ -16,6 +16,7 @@ from model import sam_cache
 from model.opened import cache_sam_features, predict
 from model.processing.processor import UGroundProcessor
 from model.sam_cache import FeatureCache, image_key
+from model.structures import Turn
 from utils.inference.session import ImageSession
 
 KEYS = ["a", "b", "c"]
@@ -49,7 +50,7 @@ def test_training_and_predictions_are_the_same_without_the_encoder(cached, make_
         assert all(map(torch.equal, output.mask_logits, plain.mask_logits))
         output.loss.backward()
     assert calls == [1, 1]  # one image at a time
-    ask = ([samples[1].image, drawn_sample(5).image], [["star"], ["circle"]], [["it is [SEG]."], ["[SEG]"]])
+    ask = ([samples[1].image, drawn_sample(5).image], [[Turn("star", "it is [SEG].")], [Turn("circle", "[SEG]")]])
     mine, theirs = predict(model, processor, *ask), predict(make_model(), tiny_processor, *ask)
     assert calls == [1, 1, 1]  # the image that is new
     for a, b in zip(mine, theirs):
@@ -60,7 +61,7 @@ def test_a_batch_without_names_does_not_pass_the_cache_by(cached, tiny_processor
     model, processor, calls = cached
     image = drawn_sample(0).image
     with pytest.raises(ValueError, match=r"1 of the batch's 1 images have no name.*use cache_sam_features"):
-        predict(model, tiny_processor, [image], [["star"]], [["[SEG]"]])
+        predict(model, tiny_processor, [image], [[Turn("star", "[SEG]")]])
     says_seg_often(model, processor).lm_head.weight.data[processor.tokens.seg] *= -2  # and in this answer
     for _ in range(2):  # a conversation names its image, too
         assert ImageSession(model, processor, image).ask("star", max_new_tokens=2).layers

@@ -16,6 +16,7 @@ from torchvision.transforms.functional import gaussian_blur
 from model import losses
 from model.opened import predict
 from model.sam import FusedAttention, SamShape, SegmentAnything
+from model.structures import Turn
 
 
 @pytest.fixture(scope="module")
@@ -150,13 +151,13 @@ def test_eight_questions_read_the_image_once(make_model, tiny_processor, monkeyp
         return read(embeddings, *rest, **more)
 
     monkeypatch.setattr(model, "read", counted)
-    asked = [f"where is the {word} star" for word in ("red", "green", "blue", "a", "so", "such", "it", "one")]
-    given = [["Sure, it is [SEG]."] * 8] if mode == "teacher_forced" else None
-    said = predict(model, tiny_processor, [drawn_sample(3).image], [asked], given, max_new_tokens=4)[0]
+    given, words = mode == "teacher_forced", ("red", "green", "blue", "a", "so", "such", "it", "one")
+    asked = [Turn(f"where is the {word} star", "Sure, it is [SEG]." * given) for word in words]
+    said = predict(model, tiny_processor, [drawn_sample(3).image], [asked], max_new_tokens=4)[0]
     assert sum(len(answer.mask_logits) for answer in said) > 1
     assert images == [1, 1]
     prefix = len(tiny_processor.builder.prefix_ids)
     assert prefix > tiny_processor.num_image_tokens
-    alone = [tiny_processor.prompts([drawn_sample(3).image], [[q]], given and [given[0][:1]]) for q in asked]
+    alone = [tiny_processor.prompts([drawn_sample(3).image], [[turn]]) for turn in asked]
     assert widths[0] == prefix + sum(batch.input_ids.shape[1] - prefix for batch in alone)
     assert len(widths) == 1 if given else max(widths[1:]) < prefix

@@ -7,6 +7,7 @@ import torch
 from conftest import drawn_sample
 
 from model.opened import predict
+from model.structures import Turn
 from model.uncertainty import MonteCarlo
 
 DRAWS, STRIDE = 6, 104_729  # sample t of mc:T is the sample of seed + t * STRIDE
@@ -15,7 +16,8 @@ DRAWS, STRIDE = 6, 104_729  # sample t of mc:T is the sample of seed + t * STRID
 def ask(model, processor, policy: str, seed: int = 5):
     images = [drawn_sample(0).image, drawn_sample(1, (64, 40)).image]
     answers = [["it is [SEG].", "[SEG] and [SEG]"], ["sure [SEG]", "no [REJ]"]]
-    rows = predict(model, processor, images, [["star", "circle"]] * 2, answers, layer_policy=policy, seed=seed)
+    turns = [list(map(Turn, ("star", "circle"), row)) for row in answers]
+    rows = predict(model, processor, images, turns, layer_policy=policy, seed=seed)
     return [prediction for row in rows for prediction in row]
 
 

@@ -12,14 +12,15 @@ from model.lora import add_lora
 from model.opened import predict
 from model.points import map_points
 from model.PPM import fuse_layers
+from model.structures import Turn
 from model.UGround import UGroundConfig
 
 NEAR = {"rtol": 2e-4, "atol": 2e-5}
-ANSWERS = [["it is [SEG].", "[SEG] and [SEG]"]]
+TURNS = [[Turn("star", "it is [SEG]."), Turn("circle", "[SEG] and [SEG]")]]
 
 
 def ask(model, processor, **options):
-    return predict(model, processor, [drawn_sample(0).image], [["star", "circle"]], ANSWERS, **options)[0]
+    return predict(model, processor, [drawn_sample(0).image], TURNS, **options)[0]
 
 
 # -- gating ------------------------------------------------------------------------------------------------------------

@@ -40,6 +40,7 @@ from model.opened import predict
 from model.processing.tokens import add_special_tokens, load_tokenizer
 from model.sam import SamShape
 from model.settings import RECIPES
+from model.structures import Turn
 from model.UGround import UGroundConfig, UGroundForCausalLM
 from scripts.merge_lora import save_merged
 from utils.demo.tiny_model import clip_config, llama_settings, sam_shape
@@ -260,7 +261,7 @@ def test_a_released_folder_opens_as_any_other(base, tmp_path, tiny_model, tiny_t
     model, processor = load_pretrained(str(folder), vision_tower=str(base / "clip"))
     assert {name: getattr(model.config, name) for name in RECIPES["released"]} == RECIPES["released"]
     torch.testing.assert_close(model.ppm.gate, tiny_model.ppm.gate, **EXACT)
-    ask = ([tiny_samples[0].image], [["star"]], [["it is [SEG]."]])
+    ask = ([tiny_samples[0].image], [[Turn("star", "it is [SEG].")]])
     assert predict(model, processor, *ask)[0][0].layers == [4]  # the last, without being told
 
     model.save_pretrained(tmp_path / "own")  # from now on a folder of this project, with CLIP inside

@@ -92,9 +92,14 @@ def test_the_relatives_differ_in_what_they_are_known_for():
 
 
 def test_released_settings_are_those_of_the_loader():
-    config = load_config(["--config", str(ROOT / "configs/released.yaml")])
-    written = config.method | {"eval_layer_policy": config.eval.val_layer_policy}
-    assert {name: written[name] for name in RECIPES["released"]} == RECIPES["released"]
+    method = load_config(["--config", str(ROOT / "configs/released.yaml")]).method
+    assert {name: method[name] for name in RECIPES["released"]} == RECIPES["released"]
+
+
+def test_the_model_answers_with_the_layer_that_validation_took():
+    flags = [*NEEDED, "--layer_selection", "policy"]
+    assert UGroundConfig(**load_config(flags).method).layer_policy == "argmax"
+    assert UGroundConfig(**load_config([*flags, "--val_layer_policy", "last"]).method).layer_policy == "last"
 
 
 def test_flags_override_file_overrides_base_overrides_defaults(tmp_path):

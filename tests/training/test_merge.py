@@ -15,6 +15,7 @@ from tiny_run import arguments, write_base
 
 import train_ds
 from model.opened import predict
+from model.structures import Turn
 from scripts import make_demo_data, merge_lora
 from utils.config import SECTION_OF, load_config
 from utils.training import checkpoint as checkpoints
@@ -29,7 +30,8 @@ def trained(request, tmp_path_factory, tiny_tokenizer, make_model):
     root = tmp_path_factory.mktemp(request.param)
     write_base(root / "base", make_model(), tiny_tokenizer)
     assert make_demo_data.main(["--out", str(root / "data"), "--train", "6", "--val", "2", "--test", "1"]) == 0
-    flags = arguments(root / "base", root / "data", root, precision=request.param, grad_accumulation_steps=2)
+    flags = arguments(root / "base", root / "data", root, precision=request.param, grad_accumulation_steps=2,
+                      val_layer_policy="fixed:2")  # fmt: skip
     assert train_ds.main(flags) == 0
     return root / "run", root / "base", flags
 
@@ -45,12 +47,13 @@ def test_merged_folder_answers_as_the_trained_model(trained, tmp_path, capsys):
     folder = merged(trained, tmp_path, "--which", "latest")
     assert "merged and unmerged agree" in capsys.readouterr().out
     model, processor = load_pretrained(folder)
+    assert model.config.layer_policy == "fixed:2"  # as it was validated
     config = load_config(flags)
     ours, own_processor, _ = build_model(config)
     weights = checkpoints.trained_weights(checkpoints.find_checkpoint(run))
     ours.float().load_state_dict(weights, strict=False)
     image = np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8)
-    ask = ([image], [["where is the star"]], [["it is [SEG]."]])
+    ask = ([image], [[Turn("where is the star", "it is [SEG].")]])
     [[left]] = predict(model, processor, *ask, layer_policy="last")
     [[right]] = predict(ours.get_base_model(), own_processor, *ask, layer_policy="last")
     tolerance = 1e-4 if config.model.precision == "fp32" else 0.05  # merged weights are rounded to bf16 again
@@ -174,13 +177,14 @@ def adapter_of(trained, tmp_path, *flags: str):
 
 def test_adapter_answers_as_the_merged_folder(trained, tmp_path, tiny_samples):
     whole, small = merged(trained, tmp_path), adapter_of(trained, tmp_path)
-    ask = ([tiny_samples[0].image], [["where is the star"]], [["it is [SEG] and [SEG]."]])
+    ask = ([tiny_samples[0].image], [[Turn("where is the star", "it is [SEG] and [SEG].")]])
     for precision in ("fp32", "bf16"):
         (model, processor), (other, own) = (load_pretrained(str(folder), precision) for folder in (whole, small))
         for name, value in model.state_dict().items():
             assert torch.equal(value, other.state_dict()[name]), name
         assert torch.equal(model.model.rotary_emb.inv_freq, other.model.rotary_emb.inv_freq)  # not a part of the state
         [[left]], [[right]] = predict(model, processor, *ask), predict(other, own, *ask)
+        assert left.layers == right.layers == [2, 2]  # as the run was validated
         assert torch.equal(left.mask_logits, right.mask_logits)
     assert (processor.tokens, processor.max_tokens) == (own.tokens, own.max_tokens)
     names = {path.name for path in small.iterdir()}

@@ -15,6 +15,7 @@ from tiny_run import ROOT
 
 import train_ds
 from model.opened import predict
+from model.structures import Turn
 from scripts import make_demo_data, merge_lora
 from utils.training import checkpoint as checkpoints
 
@@ -32,10 +33,10 @@ def assert_answers_as_before(folder: Path, **base: str) -> None:
     rows, columns = np.mgrid[0:48, 0:64]
     disc = (rows - 24) ** 2 + (columns - 20) ** 2 < 150
     image = np.stack([4 * columns, 5 * rows, 255 * disc], 2).astype(np.uint8)
-    [[given]] = predict(model, processor, [image], [[QUESTION]], [[ANSWER]])
-    [[written]] = predict(model, processor, [image], [[QUESTION]], max_new_tokens=8)
+    [[given]] = predict(model, processor, [image], [[Turn(QUESTION, ANSWER)]])
+    [[written]] = predict(model, processor, [image], [[Turn(QUESTION)]], max_new_tokens=8)
     with torch.inference_mode():
-        output, _ = model.read_batch(processor.prompts([image], [[QUESTION]]))
+        output, _ = model.read_batch(processor.prompts([image], [[Turn(QUESTION)]]))
         logits = model.lm_head(output.hidden[-1][0, -1])
     expected = json.loads((WRITTEN / "expected.json").read_text())
     assert (written.text, written.token_ids) == (expected["text"], expected["token_ids"])

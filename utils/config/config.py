@@ -60,8 +60,10 @@ class Config:
 
     @property
     def method(self) -> dict[str, Any]:
-        """The method's settings as ``UGroundConfig`` takes them."""
-        return {**vars(self.ppm), **vars(self.loss), **vars(self.experimental), "policy_seed": self.train.seed}
+        """The method's settings as ``UGroundConfig`` takes them. The layer rule is the one that the run was validated
+        with, so that its model answers with what chose the best checkpoint."""
+        other = {"policy_seed": self.train.seed, "eval_layer_policy": self.eval.val_layer_policy or None}
+        return {**vars(self.ppm), **vars(self.loss), **vars(self.experimental), **other}
 
     def flat(self) -> dict[str, Any]:
         """Leaf name -> value."""
@@ -302,8 +304,7 @@ def check(config: Config, origins: Mapping[str, str]) -> list[tuple[str, str]]:
 def _contradictions(config: Config) -> Iterable[tuple[str, str]]:
     """What single values cannot show."""
     data, train = config.data, config.train
-    method = METHOD_DEFAULTS | config.method | {"eval_layer_policy": config.eval.val_layer_policy or None}
-    for name, text in contradictions(method):
+    for name, text in contradictions(METHOD_DEFAULTS | config.method):
         yield ("val_layer_policy" if name == "eval_layer_policy" else name), text
     if not data.dataset:
         yield "dataset", "is empty; name at least one type"

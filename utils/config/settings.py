@@ -141,7 +141,8 @@ class EvalSettings:
     )
     val_layer_policy: str = setting(
         "",
-        f"layer rule of validation: {layer_rules.describe('inference')}; empty = as layer_selection has it",
+        f"layer rule of validation and of the finished model: {layer_rules.describe('inference')}; empty = as "
+        "layer_selection has it",
         may_change=True,
     )
     val_batch_size: int = setting(4, "images per validation batch", low=1, may_change=True)

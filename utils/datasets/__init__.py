@@ -14,9 +14,10 @@ from utils.datasets.reason_seg import ReasonSegEval, ReasonSegTrain
 from utils.datasets.reason_seg_plus import ReasonSegPlusTrain
 from utils.datasets.refer_seg import ReferSegEval, ReferSegTrain
 from utils.datasets.sem_seg import SemSegTrain
+from utils.datasets.spec import Spec
 from utils.datasets.vqa import VqaTrain
 
-__all__ = ["DATASETS", "TYPES", "DataError", "DataOptions", "get_eval_dataset", "get_train_dataset"]
+__all__ = ["DATASETS", "TYPES", "DataError", "DataOptions", "Spec", "get_eval_dataset", "get_train_dataset"]
 
 
 @dataclass(frozen=True)
@@ -24,8 +25,8 @@ class Type:
     """How the data sets of a type are read.
 
     Attributes:
-        train: called with (name, row, parts, dataset_dir, options); parts are what follows the name in a specification.
-        evaluate: called with (spec, row, parts, dataset_dir); None = no evaluation.
+        train: called with (spec, row, dataset_dir, options).
+        evaluate: called with (spec, row, dataset_dir); None = no evaluation.
         default: the data sets that are meant when the user names only the type; empty = the user names files.
     """
 
@@ -74,8 +75,8 @@ DATASETS = {
     "refcoco": Row("refer_seg", "refer_seg/refcoco", coco("train2014"), _REFS, "unc"),
     "refcoco+": Row("refer_seg", "refer_seg/refcoco+", coco("train2014"), _REFS, "unc"),
     "refcocog": Row("refer_seg", "refer_seg/refcocog", coco("train2014"), _REFS, "umd"),
-    "grefcoco": Row("refer_seg", "refer_seg/grefcoco", coco("train2014"), _GREFS, "unc"),
-    "refzom": Row("refer_seg", "refer_seg/refzom", _ZOM_IMAGES, ("Ref_ZOM.p",)),
+    "grefcoco": Row("refer_seg", "refer_seg/grefcoco", coco("train2014"), _GREFS, "unc", joint=True),
+    "refzom": Row("refer_seg", "refer_seg/refzom", _ZOM_IMAGES, ("Ref_ZOM.p",), joint=True),
     "R-refcoco": _false_premises("neg_refer_seg", "R-refcoco", "unc"),
     "R-refcoco+": _false_premises("neg_refer_seg", "R-refcoco+", "unc"),
     "R-refcocog": _false_premises("neg_refer_seg", "R-refcocog", "umd"),
@@ -93,34 +94,34 @@ DATASETS = {
 }
 
 
-def get_train_dataset(spec: str, dataset_dir: str | Path, options: DataOptions | None = None) -> TrainDataset:
+def get_train_dataset(spec: Spec | str, dataset_dir: str | Path, options: DataOptions | None = None) -> TrainDataset:
     """``"refcoco"``, ``"ReasonSeg|train"`` -> what to train on."""
-    name, row, parts, root = _look_up(spec, dataset_dir)
-    return TYPES[row.type].train(name, row, parts, root, options or DataOptions())
+    spec, row, root = _look_up(spec, dataset_dir)
+    return TYPES[row.type].train(spec, row, root, options or DataOptions())
 
 
-def get_eval_dataset(spec: str, dataset_dir: str | Path, allow_missing: bool = False) -> EvalDataset:
+def get_eval_dataset(spec: Spec | str, dataset_dir: str | Path, allow_missing: bool = False) -> EvalDataset:
     """``"ReasonSeg|val_short"``, ``"refcoco|unc|val"`` -> the benchmark's split.
 
     Raises:
         DataError: if there is no such split; if a record of it cannot be read, unless ``allow_missing``.
     """
-    name, row, parts, root = _look_up(spec, dataset_dir)
+    spec, row, root = _look_up(spec, dataset_dir)
     evaluate = TYPES[row.type].evaluate
     if evaluate is None:
         known = [other for other, its in DATASETS.items() if TYPES[its.type].evaluate]
-        raise DataError(f"{name!r} has no evaluation. These have: {', '.join(known)}")
-    dataset = evaluate(spec, row, parts, root)
+        raise DataError(f"{spec.name!r} has no evaluation. These have: {', '.join(known)}")
+    dataset = evaluate(spec, row, root)
     if not allow_missing:
         check_complete(dataset)
     return dataset
 
 
-def _look_up(spec: str, dataset_dir: str | Path) -> tuple[str, Row, list[str], Path]:
-    name, *parts = spec.split("|")
-    if name not in DATASETS:
-        raise DataError(unknown("data set", name, DATASETS))
+def _look_up(spec: Spec | str, dataset_dir: str | Path) -> tuple[Spec, Row, Path]:
+    spec = Spec.parse(spec) if isinstance(spec, str) else spec
+    if spec.name not in DATASETS:
+        raise DataError(unknown("data set", spec.name, DATASETS))
     root = Path(dataset_dir)
     if not root.is_dir():
-        raise DataError(f"--dataset_dir {root} is not a folder; give the one that holds {DATASETS[name].path}")
-    return name, DATASETS[name], parts, root
+        raise DataError(f"--dataset_dir {root} is not a folder; give the one that holds {DATASETS[spec.name].path}")
+    return spec, DATASETS[spec.name], root

@@ -14,6 +14,7 @@ import numpy as np
 
 from model.processing.tokens import SEG
 from model.structures import EvalSample, Sample
+from utils.datasets.spec import Spec
 
 logger = logging.getLogger(__name__)
 
@@ -49,8 +50,7 @@ class EvalDataset(Protocol):
         not_found: images of the others that are not there; reading them fails.
     """
 
-    spec: str
-    benchmark: str
+    spec: Spec
     skipped: list[str]
     unusable: list[str]
     not_found: list[str]
@@ -106,6 +106,7 @@ class Row:
         split_by: who made the splits ("unc", "umd"), where the name does not say.
         train_split_by: the same for training, where it is another one.
         false_premises: whether its sentences say themselves if they are true (docs/data.md).
+        joint: whether one question may list all sentences of an image (``DataOptions.joint_probability``).
     """
 
     type: str
@@ -115,6 +116,7 @@ class Row:
     split_by: str = ""
     train_split_by: str = ""
     false_premises: bool = False
+    joint: bool = False
 
 
 # -- names and files ---------------------------------------------------------------------------------------------------
@@ -149,18 +151,18 @@ def find_paths(name: str, wanted: dict[str, Sequence[Path]], way_out: str = "che
     return [path for path in found.values() if path is not None]
 
 
-def only_split(spec: str, parts: list[str], example: str) -> str:
-    """The split in ``BENCHMARK|SPLIT``; a ``DataError`` that shows the form if ``parts`` is not this one alone."""
-    if len(parts) != 1:
-        name = spec.split("|")[0]
-        raise DataError(f"{spec!r}: write '{name}|SPLIT', for example '{name}|{example}'")
-    return parts[0]
+def only_split(spec: Spec, example: str) -> str:
+    """The split in ``BENCHMARK|SPLIT``; a ``DataError`` that shows the form if there is not this one part alone."""
+    if len(spec.parts) != 1:
+        raise DataError(f"{str(spec)!r}: write '{spec.name}|SPLIT', for example '{spec.name}|{example}'")
+    return spec.split
 
 
-def refuse_splits(name: str, parts: list[str]) -> None:
-    """Refuses what follows the name of a data set that has no splits."""
-    if parts:
-        raise DataError(f"{'|'.join([name, *parts])!r}: {name!r} has no splits")
+def without_split(spec: Spec) -> str:
+    """The name of a data set that has no splits; a ``DataError`` if something follows it."""
+    if spec.parts:
+        raise DataError(f"{str(spec)!r}: {spec.name!r} has no splits")
+    return spec.name
 
 
 def check_file_name(value: Any, what: str) -> str:

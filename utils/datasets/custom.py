@@ -13,6 +13,7 @@ from utils.datasets.base import DataError, DataOptions, Row, check_sample, draw,
 from utils.datasets.images import DECODE_ERRORS, check_size, read_image
 from utils.datasets.jsonl import TRAIN, Line, LineFile
 from utils.datasets.masks import check_polygon, decode_segmentation, stack_masks
+from utils.datasets.spec import Spec
 from utils.datasets.templates import ANSWERS, QUESTIONS
 
 
@@ -90,16 +91,15 @@ class CustomTrain:
     mask.
 
     Args:
-        name: ``custom``.
+        spec: ``custom|FILE``, or ``custom|FILE|SPLIT`` if the split is not ``train``.
         row: unused, the file says it all.
-        parts: the file, and the split if it is not ``train``.
         dataset_dir: where the file may lie.
         options: ``questions_per_image``.
     """
 
-    def __init__(self, name: str, row: Row, parts: list[str], dataset_dir: Path, options: DataOptions) -> None:
-        self.name, self.options = "|".join([name, *parts]), options
-        self.file = LineFile(self.name, parts, dataset_dir, TRAIN)
+    def __init__(self, spec: Spec, row: Row, dataset_dir: Path, options: DataOptions) -> None:
+        self.name, self.options = str(spec), options
+        self.file = LineFile(spec, dataset_dir, TRAIN)
 
     def __len__(self) -> int:
         return len(self.file)
@@ -132,13 +132,12 @@ class CustomEval:
     Args:
         spec: ``custom|FILE|SPLIT``, or ``custom|FILE`` where the file has one split.
         row: unused.
-        parts: what follows the name in ``spec``.
         dataset_dir: where the file may lie.
     """
 
-    def __init__(self, spec: str, row: Row, parts: list[str], dataset_dir: Path) -> None:
-        self.spec, self.benchmark = spec, spec.split("|")[0]
-        self.file = LineFile(spec, parts, dataset_dir, None)
+    def __init__(self, spec: Spec, row: Row, dataset_dir: Path) -> None:
+        self.spec = spec
+        self.file = LineFile(spec, dataset_dir, None)
         self.skipped = self.file.drop_conversations()
         self.unusable: list[str] = []  # opening the file has checked it
         self.not_found: list[str] = []

@@ -13,6 +13,7 @@ import numpy as np
 from model.processing.tokens import IM_END, IM_START, IMAGE, SEG
 from model.structures import Turn
 from utils.datasets.base import DataError, find_paths, unknown
+from utils.datasets.spec import Spec
 from utils.datasets.vqa import read_turns
 
 KEYS = ("image", "query", "conversations", "masks", "split", "size", "meta")
@@ -175,16 +176,17 @@ class LineFile:
     """One split of a file, by image. It keeps where lines begin; they are read, and masks decoded, when needed.
 
     Args:
-        spec: ``custom|FILE`` or ``custom|FILE|SPLIT``, for messages.
-        parts: FILE, looked for in the working directory, then in ``dataset_dir``; and SPLIT.
+        spec: ``custom|FILE`` or ``custom|FILE|SPLIT``; FILE is looked for in the working directory, then in
+            ``dataset_dir``.
         split: what is meant without SPLIT; None = the only split that the file has.
     """
 
-    def __init__(self, spec: str, parts: list[str], dataset_dir: Path, split: str | None) -> None:
+    def __init__(self, spec: Spec, dataset_dir: Path, split: str | None) -> None:
+        parts = spec.parts
         if not 1 <= len(parts) <= 2 or not all(parts):
-            raise DataError(f"{spec!r}: write 'custom|FILE.jsonl' or 'custom|FILE.jsonl|SPLIT'")
+            raise DataError(f"{str(spec)!r}: write 'custom|FILE.jsonl' or 'custom|FILE.jsonl|SPLIT'")
         places = [Path(parts[0]), dataset_dir / parts[0]]
-        self.path = find_paths(spec, {"file": places}, "check its path")[0]
+        self.path = find_paths(str(spec), {"file": places}, "check its path")[0]
         if not self.path.is_file():
             raise DataError(f"{spec}: {self.path} is a folder; give the JSONL file in it")
         rows, splits = scan(self.path)

@@ -15,6 +15,7 @@ from model.structures import Sample
 from utils.config import Config
 from utils.datasets import DATASETS, TYPES, get_train_dataset
 from utils.datasets.base import DataError, DataOptions, TrainDataset, unknown
+from utils.datasets.spec import Spec
 from utils.plotting import text_tables
 
 logger = logging.getLogger(__name__)
@@ -161,7 +162,7 @@ def _rates(names: list[str], rates: str | Sequence[float] | None, problems: list
     return {name: value / sum(values) for name, value in zip(names, values) if name in known}
 
 
-def _specs(name: str, data: dict[str, str | Sequence[str]], problems: list[str]) -> list[str]:
+def _specs(name: str, data: dict[str, str | Sequence[str]], problems: list[str]) -> list[Spec]:
     """The data sets of a type, checked to belong to it."""
     if name not in TYPES:
         return []
@@ -173,10 +174,9 @@ def _specs(name: str, data: dict[str, str | Sequence[str]], problems: list[str])
     if len(set(specs)) < len(specs):
         problems.append(f"{name}: a data set is named twice in {specs}")
     of_type = [other for other, row in DATASETS.items() if row.type == name]
-    problems += [
-        unknown(f"{name} data set", spec.split("|")[0], of_type) for spec in specs if spec.split("|")[0] not in of_type
-    ]
-    return [spec for spec in specs if spec.split("|")[0] in of_type]
+    parsed = [Spec.parse(spec) for spec in specs]
+    problems += [unknown(f"{name} data set", spec.name, of_type) for spec in parsed if spec.name not in of_type]
+    return [spec for spec in parsed if spec.name in of_type]
 
 
 class MixtureSampler(Sampler[list[int]]):

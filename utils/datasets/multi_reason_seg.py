@@ -29,6 +29,7 @@ from utils.datasets.coco_file import check_extent
 from utils.datasets.images import check_size, images_not_found, read_image
 from utils.datasets.masks import decode_segmentation, stack_masks
 from utils.datasets.records import Notes, load_records
+from utils.datasets.spec import Spec
 from utils.datasets.templates import instance_turn
 
 SPLITS = {
@@ -172,18 +173,17 @@ class MultiReasonSegTrain:
     targets.
 
     Args:
-        name: the data set, a key of ``DATASETS``.
-        row: its row.
-        parts: the split, ``train``.
+        spec: ``MultiReasonSeg`` or ``MultiReasonSeg|train``.
+        row: the data set's row.
         dataset_dir: the root of all data.
         options: ``questions_per_image``.
     """
 
-    def __init__(self, name: str, row: Row, parts: list[str], dataset_dir: Path, options: DataOptions) -> None:
-        if len(parts) > 1:
-            raise DataError(f"{'|'.join([name, *parts])!r}: for training write '{name}|train'")
+    def __init__(self, spec: Spec, row: Row, dataset_dir: Path, options: DataOptions) -> None:
+        if len(spec.parts) > 1:
+            raise DataError(f"{str(spec)!r}: for training write '{spec.name}|train'")
         self.options = options
-        self.split = MuseSplit(name, row, parts[0] if parts else "train", dataset_dir, answered=True)
+        self.split = MuseSplit(spec.name, row, spec.split or "train", dataset_dir, answered=True)
         self.name = self.split.name
         self.split.image_path(self.split.records[0])  # a wrong folder shows now, not at the first step
 
@@ -219,13 +219,12 @@ class MultiReasonSegEval:
     Args:
         spec: ``MultiReasonSeg|val``, ``|test_few``, ``|test_many`` or ``|test`` (both).
         row: the data set's row.
-        parts: the split.
         dataset_dir: the root of all data.
     """
 
-    def __init__(self, spec: str, row: Row, parts: list[str], dataset_dir: Path) -> None:
-        self.spec, self.benchmark = spec, spec.split("|")[0]
-        self.split = MuseSplit(self.benchmark, row, only_split(spec, parts, "val"), dataset_dir, answered=False)
+    def __init__(self, spec: Spec, row: Row, dataset_dir: Path) -> None:
+        self.spec = spec
+        self.split = MuseSplit(spec.name, row, only_split(spec, "val"), dataset_dir, answered=False)
         self.skipped: list[str] = []
         self.unusable = self.split.problems
         self.not_found = images_not_found(self.split.image_path, self.split.records)

@@ -28,6 +28,7 @@ from utils.datasets.base import (
 from utils.datasets.images import read_image
 from utils.datasets.masks import check_polygon
 from utils.datasets.records import PackedRecords
+from utils.datasets.spec import Spec
 from utils.datasets.templates import ANSWERS, QUESTIONS
 
 logger = logging.getLogger(__name__)
@@ -154,19 +155,16 @@ class ReasonSegTrain:
     """ReasonSeg to train on; an item is an image with some of the queries that all mean its one target.
 
     Args:
-        name: the data set, a key of ``DATASETS``.
-        row: its row.
-        parts: the split, ``train`` or several (``train_val``).
+        spec: ``ReasonSeg``, ``ReasonSeg|train``, or several splits, ``ReasonSeg|train_val``.
+        row: the data set's row.
         dataset_dir: the root of all data.
         options: ``questions_per_image`` and ``explanatory``.
     """
 
-    def __init__(self, name: str, row: Row, parts: list[str], dataset_dir: Path, options: DataOptions) -> None:
-        if len(parts) > 1:
-            raise DataError(
-                f"{'|'.join([name, *parts])!r}: write '{name}|train', or several splits as '{name}|train_val'"
-            )
-        split = parts[0] if parts else "train"
+    def __init__(self, spec: Spec, row: Row, dataset_dir: Path, options: DataOptions) -> None:
+        name, split = spec.name, spec.split or "train"
+        if len(spec.parts) > 1:
+            raise DataError(f"{str(spec)!r}: write '{name}|train', or several splits as '{name}|train_val'")
         self.name, self.options = f"{name}|{split}", options
         folders = split_folders(self.name, row, split, dataset_dir)
         self.splits = [ReasonSegSplit(f"{name}|{folder.name}", folder) for folder in folders]
@@ -239,19 +237,18 @@ class ReasonSegEval:
     Args:
         spec: ``ReasonSeg|val``, ``ReasonSeg|test_long``, ``ReasonSeg|heldout``.
         row: the data set's row.
-        parts: the split.
         dataset_dir: the root of all data.
     """
 
-    def __init__(self, spec: str, row: Row, parts: list[str], dataset_dir: Path) -> None:
-        self.spec, self.benchmark = spec, spec.split("|")[0]
-        root, split, length = dataset_dir / row.path, only_split(spec, parts, "val_short"), ""
+    def __init__(self, spec: Spec, row: Row, dataset_dir: Path) -> None:
+        self.spec = spec
+        root, split, length = dataset_dir / row.path, only_split(spec, "val_short"), ""
         if split.endswith(("_short", "_long")) and not (root / split).is_dir():
             split, length = split.rsplit("_", 1)
-        folders = split_folders(spec, row, split, dataset_dir)
+        folders = split_folders(str(spec), row, split, dataset_dir)
         if len(folders) > 1:
             raise DataError(f"{spec}: an evaluation reads one folder, not {', '.join(map(str, folders))}")
-        self.part = ReasonSegSplit(f"{self.benchmark}|{split}", folders[0])
+        self.part = ReasonSegSplit(f"{spec.name}|{split}", folders[0])
         self.skipped, self.unusable = self.part.without_polygon, self.part.problems
         self.not_found: list[str] = []  # a JSON without its image is unusable
         wanted = {"": (True, False), "short": (False,), "long": (True,)}[length]

@@ -20,11 +20,12 @@ from utils.datasets.base import (
     check_sample,
     draw,
     parse_items,
-    refuse_splits,
+    without_split,
 )
 from utils.datasets.images import find_image, read_image
 from utils.datasets.masks import decode_segmentation, stack_masks
 from utils.datasets.records import Notes, load_single_file
+from utils.datasets.spec import Spec
 from utils.datasets.templates import enumerate_words, instance_turn
 
 # -- references in the text --------------------------------------------------------------------------------------------
@@ -175,15 +176,14 @@ class ReasonSegPlusTrain:
     usable polygon is dropped.
 
     Args:
-        name: ``instance_seg``, ``cot``, ``conversations`` or ``caption``.
+        spec: ``instance_seg``, ``cot``, ``conversations`` or ``caption``.
         row: its row; ``path`` is the JSON file.
-        parts: nothing follows the name.
         dataset_dir: the root of all data.
         options: ``questions_per_image``.
     """
 
-    def __init__(self, name: str, row: Row, parts: list[str], dataset_dir: Path, options: DataOptions) -> None:
-        refuse_splits(name, parts)
+    def __init__(self, spec: Spec, row: Row, dataset_dir: Path, options: DataOptions) -> None:
+        name = without_split(spec)
         self.name, self.options = name, options
         self.folders, self.records, self.notes = load_single_file(name, row, dataset_dir, "annotations", _read_items)
 

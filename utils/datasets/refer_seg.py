@@ -13,6 +13,7 @@ from utils.datasets.base import DataError, DataOptions, Row, check_sample, draw,
 from utils.datasets.images import check_size, find_image, images_not_found, read_image
 from utils.datasets.masks import stack_masks
 from utils.datasets.refer_api import ReferIndex, build_index
+from utils.datasets.spec import Spec
 from utils.datasets.templates import ANSWERS, QUESTIONS, fill_template, joint_turn
 
 
@@ -46,20 +47,19 @@ class ReferSegTrain:
     """Referring segmentation to train on; an item is an image with some of its expressions.
 
     Args:
-        name: the data set, a key of ``DATASETS``.
-        row: its row.
-        parts: what follows the name in the specification; ``refcocog|google`` overrides who made the splits.
+        spec: ``refcocog``; ``refcocog|google`` says who made the splits, of which ``train`` is read.
+        row: the data set's row.
         dataset_dir: the root of all data.
         options: how many questions, whether expressions are also asked about jointly.
     """
 
-    def __init__(self, name: str, row: Row, parts: list[str], dataset_dir: Path, options: DataOptions) -> None:
-        if len(parts) > 1:
-            raise DataError(f"{'|'.join([name, *parts])!r}: for training write {name!r} or '{name}|SPLIT_BY'")
-        self.name, self.options = "|".join([name, *parts]), options
-        self.has_absent = row.annotations[0].startswith(("grefs", "Ref_ZOM"))
-        split_by = parts[0] if parts else row.train_split_by or row.split_by
-        self.split = ReferSplit(name, row, split_by, "train", dataset_dir)
+    def __init__(self, spec: Spec, row: Row, dataset_dir: Path, options: DataOptions) -> None:
+        if len(spec.parts) > 1:
+            raise DataError(f"{str(spec)!r}: for training write {spec.name!r} or '{spec.name}|SPLIT_BY'")
+        self.name, self.options = str(spec), options
+        self.joint = row.joint
+        split_by = spec.parts[0] if spec.parts else row.train_split_by or row.split_by
+        self.split = ReferSplit(spec.name, row, split_by, "train", dataset_dir)
         self.split.image_path(self.split.index.images[0])  # a wrong folder shows now, not at the first step
         warn_of(self.name, self.split.index.problems)
 
@@ -73,7 +73,7 @@ class ReferSegTrain:
         chosen = [refs[i] for i in draw(self.options.questions_per_image, len(refs), rng)]
         sentences = [pick(ref.sentences, rng) for ref in chosen]
         targets = [ref.targets(sentence) for ref, sentence in zip(chosen, sentences)]
-        if self.has_absent and rng.random() < self.options.joint_probability:
+        if self.joint and rng.random() < self.options.joint_probability:
             tokens = [SEG if found else REJ for found in targets]
             texts = [sentence["sent"] for sentence in sentences]
             conversations: list[Conversation] = [(joint_turn(texts, tokens),)]
@@ -104,16 +104,14 @@ class ReferSegEval:
     Args:
         spec: ``refcoco|unc|val``, ``refcoco|val`` or ``refzom|test``.
         row: the data set's row.
-        parts: what follows the name in ``spec``.
         dataset_dir: the root of all data.
     """
 
-    def __init__(self, spec: str, row: Row, parts: list[str], dataset_dir: Path) -> None:
-        self.spec, self.benchmark = spec, spec.split("|")[0]
-        if not 1 <= len(parts) <= 2:
-            raise DataError(f"{spec!r}: write '{self.benchmark}|SPLIT' or '{self.benchmark}|SPLIT_BY|SPLIT'")
-        split_by = parts[0] if len(parts) == 2 else row.split_by
-        self.split = ReferSplit(self.benchmark, row, split_by, parts[-1], dataset_dir)
+    def __init__(self, spec: Spec, row: Row, dataset_dir: Path) -> None:
+        self.spec = spec
+        if not 1 <= len(spec.parts) <= 2:
+            raise DataError(f"{str(spec)!r}: write '{spec.name}|SPLIT' or '{spec.name}|SPLIT_BY|SPLIT'")
+        self.split = ReferSplit(spec.name, row, spec.split_by or row.split_by, spec.split, dataset_dir)
         self.skipped: list[str] = []
         self.unusable = self.split.index.problems
         self.not_found = images_not_found(self.split.image_path, self.split.index.images)

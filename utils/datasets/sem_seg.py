@@ -24,14 +24,15 @@ from utils.datasets.base import (
     find_paths,
     pick,
     read_json,
-    refuse_splits,
     warn_of,
+    without_split,
 )
 from utils.datasets.class_names import ADE20K, COCO_STUFF, COCO_STUFF_NOT_DENIED
 from utils.datasets.coco_file import by_id, image_record, row_of, segmentation_of
 from utils.datasets.images import check_size, find_image, read_image, read_label_image
 from utils.datasets.masks import decode_segmentation, stack_masks
 from utils.datasets.records import Notes, PackedRecords, load_records
+from utils.datasets.spec import Spec
 from utils.datasets.templates import ANSWERS, QUESTIONS, denial, fill_template
 
 
@@ -72,15 +73,14 @@ class SemSegTrain:
     All regions of a class in an image are one mask: "dog ear" means every ear of every dog.
 
     Args:
-        name: the data set, a key of ``DATASETS``.
+        spec: the data set; nothing follows its name.
         row: its row; a ``path`` that ends in .json is COCO-style, another a folder of label images.
-        parts: nothing follows the name.
         dataset_dir: the root of all data.
         options: ``questions_per_image`` (LISA's ``num_classes_per_sample``) and ``negative_sampling_weight``.
     """
 
-    def __init__(self, name: str, row: Row, parts: list[str], dataset_dir: Path, options: DataOptions) -> None:
-        refuse_splits(name, parts)
+    def __init__(self, spec: Spec, row: Row, dataset_dir: Path, options: DataOptions) -> None:
+        name = without_split(spec)
         self.name, self.options = name, options
         reader = AnnotationReader if row.path.endswith(".json") else LabelReader
         self.reader: Reader = reader(name, row, dataset_dir)

@@ -17,26 +17,26 @@ from utils.datasets.base import (
     check_file_name,
     check_sample,
     parse_items,
-    refuse_splits,
+    without_split,
 )
 from utils.datasets.images import find_image, read_image
 from utils.datasets.masks import stack_masks
 from utils.datasets.records import Notes, load_single_file
+from utils.datasets.spec import Spec
 
 
 class VqaTrain:
     """LLaVA-Instruct: an item is an image with one conversation of several turns.
 
     Args:
-        name: the data set, a key of ``DATASETS``.
+        spec: the data set; nothing follows its name.
         row: its row; ``path`` is the JSON file.
-        parts: nothing follows the name.
         dataset_dir: the root of all data.
         options: unused; a conversation is kept whole.
     """
 
-    def __init__(self, name: str, row: Row, parts: list[str], dataset_dir: Path, options: DataOptions) -> None:
-        refuse_splits(name, parts)
+    def __init__(self, spec: Spec, row: Row, dataset_dir: Path, options: DataOptions) -> None:
+        name = without_split(spec)
         self.name = name
         self.folders, self.records, self.notes = load_single_file(
             name, row, dataset_dir, "conversations", _read_conversations

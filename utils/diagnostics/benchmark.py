@@ -194,9 +194,8 @@ class Bench:
         """A call that answers questions about each image with masks: written in 12 tokens, or given. SAM's features are
         read from the disk."""
         samples = self.samples(questions, images=images)
-        asked = [[turns[0].question for turns in sample.conversations] for sample in samples]
-        given = [[turns[0].answer for turns in sample.conversations] for sample in samples] if answers else None
-        batch = self.processor.prompts([sample.image for sample in samples], asked, given)
+        asked = [[talk[0] if answers else Turn(talk[0].question) for talk in row.conversations] for row in samples]
+        batch = self.processor.prompts([sample.image for sample in samples], asked)
         batch = self._cached(batch.to(self.device, PRECISIONS[self.preset.precision]))
 
         def call() -> None:
@@ -210,7 +209,7 @@ class Bench:
     def write_without_cache(self) -> None:
         """LLaVA's 12 tokens by reading the whole row for each; the vision tower runs once."""
         sample = self.samples(1, images=1)[0]
-        batch = self.processor.prompts([sample.image], [[sample.conversations[0][0].question]])
+        batch = self.processor.prompts([sample.image], [[Turn(sample.conversations[0][0].question)]])
         batch = batch.to(self.device, PRECISIONS[self.preset.precision])
         self.wrapped.eval()
         with torch.inference_mode(), self.says():
@@ -226,7 +225,7 @@ class Bench:
 
     def write_with_cache(self) -> None:
         sample = self.samples(1, images=1)[0]
-        batch = self.processor.prompts([sample.image], [[sample.conversations[0][0].question]])
+        batch = self.processor.prompts([sample.image], [[Turn(sample.conversations[0][0].question)]])
         self.wrapped.eval()
         with self.says(segs=0):
             self.model.answer(batch.to(self.device, PRECISIONS[self.preset.precision]), max_new_tokens=12)

@@ -17,7 +17,7 @@ from model.loading.weights import Loaded
 from model.lora import part_of
 from model.opened import predict
 from model.processing.processor import UGroundProcessor
-from model.structures import Batch, Sample
+from model.structures import Batch, Sample, Turn
 from utils.config import Config, missing_paths
 from utils.datasets import get_eval_dataset
 from utils.datasets.base import check_complete
@@ -303,8 +303,8 @@ def check_merged(folder: str, device: str, precision: str, vision_tower: str) ->
     image[30:70, 40:90] = (200, 30, 30)
     question = "Where is the red square?"
     (given,), (written,) = (
-        predict(model, processor, [image], [[question]], answers, max_new_tokens=24)
-        for answers in ([["Sure, it is [SEG]."]], None)
+        predict(model, processor, [image], [[Turn(question, answer)]], max_new_tokens=24)
+        for answer in ("Sure, it is [SEG].", "")
     )
     if len(given[0].mask_logits) != 1 or not given[0].mask_logits.isfinite().all():
         yield problem(f"{folder}: a given [SEG] has no finite mask", "the weights are damaged; merge it again")

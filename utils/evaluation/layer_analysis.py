@@ -1,7 +1,7 @@
 """What every layer of a model does on a split: masks with it forced, similarity maps against the truth, the policy.
 
 LLaVA reads an image once, and SAM's encoder too; then each layer, and each way of prompting, costs a mask decode.
-Asking and scoring are ``utils.evaluation.engine``'s: a figure here is the one that test.py prints with ``--layer K``.
+Questions and scores are ``utils.evaluation.predictions``': a figure here is what test.py prints with ``--layer K``.
 
 Legend: N [SEG] tokens of a query, L hidden states (0 = embeddings), P image tokens, H x W the image's size.
 """
@@ -25,13 +25,13 @@ from model.structures import EvalQuery, EvalSample, Prediction, Prompts
 from model.UGround import Answered, UGroundForCausalLM
 from utils.datasets.base import EvalDataset
 from utils.evaluation import metrics
-from utils.evaluation.engine import Answer, Asking, answers_of, is_joint, score, turns_of
+from utils.evaluation.benchmarks import IOU, Benchmark, benchmark_of
 from utils.evaluation.metrics import Record
+from utils.evaluation.predictions import InferenceOptions, QueryPrediction, by_query, score, turns_of
 
 THRESHOLDS = (np.arange(1, 100) / 100).astype(np.float32)  # of M_IoU: 0.01 to 0.99
 ROWS = ("chosen", "last")  # layers of Table 2: the policy's, and what earlier work reads
 COLUMNS = ("M_prompt", "M_IoU", "SEG_prompt")  # of Table 2
-SAME = {"gIoU": ("gIoU", "mIoU"), "cIoU": ("cIoU", "oIoU", "Segment")}  # benchmarks have names of their own for them
 
 
 @dataclass
@@ -59,7 +59,7 @@ class Study:
         table: (column, row) of Table 2 -> answers; targets that are there.
     """
 
-    benchmark: str
+    benchmark: Benchmark
     chosen: list[Record] = field(default_factory=list)
     tokens: list[list[Token]] = field(default_factory=list)
     by_layer: list[list[Record]] = field(default_factory=list)
@@ -73,7 +73,8 @@ class Study:
     def scores(self, records: Sequence[Record]) -> dict[str, float]:
         """gIoU and cIoU, under these names; absent where the benchmark has no such metric."""
         found = metrics.compute(records, self.benchmark)
-        return {ours: found[name] for ours, names in SAME.items() for name in names if name in found}
+        names = {of.removesuffix(" of targets"): name for name, of in self.benchmark.metrics.items()}
+        return {ours: found[names[ours]] for ours in IOU if names.get(ours) in found}
 
     def map_loss(self) -> np.ndarray:
         """[L] means over the [SEG] of targets that are there (Fig. 2b)."""
@@ -83,7 +84,7 @@ class Study:
 
     def groups(self) -> dict[tuple[str, str], list[int]]:
         """(key, group) -> places of its queries: all of them, then by every key of their meta with several values."""
-        found = {("all", self.benchmark): list(range(len(self.chosen)))}
+        found = {("all", self.benchmark.name): list(range(len(self.chosen)))}
         for key in metrics.GROUP_KEYS:
             names = sorted({str(record.meta[key]) for record in self.chosen if key in record.meta})
             for name in names if len(names) > 1 else ():
@@ -107,7 +108,7 @@ class Study:
 
     def ranked(self) -> list[int]:
         """Places of all queries from the worst to the best IoU."""
-        protocol = metrics.protocol_of(self.benchmark)
+        protocol = self.benchmark.protocol()
         key = [(metrics.iou(record, protocol), record.index, record.query_id) for record in self.chosen]
         return sorted(range(len(key)), key=key.__getitem__)
 
@@ -148,7 +149,7 @@ class Analyst:
 
     model: UGroundForCausalLM
     processor: Any
-    asking: Asking
+    options: InferenceOptions
     batch_size: int = 4
     original: SegmentAnything | None = None
 
@@ -156,7 +157,9 @@ class Analyst:
         """One pass over a split (its first ``limit`` images)."""
         layers = self.model.ppm.num_layers
         study = Study(
-            dataset.benchmark, by_layer=[[] for _ in range(layers)], maps_by_layer=[[] for _ in range(layers)]
+            benchmark_of(dataset.spec),
+            by_layer=[[] for _ in range(layers)],
+            maps_by_layer=[[] for _ in range(layers)],
         )
         size = min(len(dataset), limit or len(dataset))
         bar = tqdm(
@@ -174,12 +177,13 @@ class Analyst:
         sample = dataset[record.index]
         number = next(n for n, query in enumerate(sample.queries) if query.query_id == record.query_id)
         query, size = sample.queries[number], sample.image.shape[:2]
-        asked = Asked(self, [record.index], [sample], dataset.benchmark)
-        by_layer = [asked.answers(f"fixed:{k}")[0][number] for k in range(self.model.ppm.num_layers)]
-        answer = asked.answers(self.asking.layer_policy)[0][number]
-        policy, grid = asked.policy_and_maps(0, number)
-        protocol = metrics.protocol_of(dataset.benchmark)
-        scored = [score(record.index, sample, query, each, dataset.benchmark) for each in (*by_layer, answer)]
+        benchmark = benchmark_of(dataset.spec)
+        probe = LayerProbe(self, [record.index], [sample], benchmark)
+        by_layer = [probe.predict(f"fixed:{k}")[0][number] for k in range(self.model.ppm.num_layers)]
+        answer = probe.predict(self.options.layer_policy)[0][number]
+        policy, grid = probe.policy_and_maps(0, number)
+        protocol = benchmark.protocol()
+        scored = [score(record.index, sample, query, each, benchmark) for each in (*by_layer, answer)]
         *ious, iou = [metrics.iou(each, protocol) for each in scored]
         return Look(
             image=sample.image,
@@ -202,18 +206,18 @@ class Analyst:
 
     def _add(self, study: Study, places: list[int], samples: list[EvalSample]) -> None:
         """Asks a batch of images, and takes down everything about each of their queries."""
-        asked = Asked(self, places, samples, study.benchmark)
+        probe = LayerProbe(self, places, samples, study.benchmark)
         for layer, records in enumerate(study.by_layer):
-            records += asked.scored(asked.answers(f"fixed:{layer}"))
-        for row, how in zip(ROWS, (self.asking.layer_policy, "last")):
-            by_map = asked.answers(how, Prompts(seg=False), self.original)
-            study.table["M_prompt", row] += asked.scored(by_map, present=True)
-            study.table["SEG_prompt", row] += asked.scored(asked.answers(how, Prompts(mask=False)), present=True)
-        own = asked.answers(self.asking.layer_policy)
-        study.chosen += asked.scored(own)
+            records += probe.scored(probe.predict(f"fixed:{layer}"))
+        for row, rule in zip(ROWS, (self.options.layer_policy, "last")):
+            by_map = probe.predict(rule, Prompts(seg=False), self.original)
+            study.table["M_prompt", row] += probe.scored(by_map, present=True)
+            study.table["SEG_prompt", row] += probe.scored(probe.predict(rule, Prompts(mask=False)), present=True)
+        own = probe.predict(self.options.layer_policy)
+        study.chosen += probe.scored(own)
         for b, sample in enumerate(samples):
             for k, query in enumerate(sample.queries):
-                distribution, grid = asked.policy_and_maps(b, k)
+                distribution, grid = probe.policy_and_maps(b, k)
                 losses = self._map_losses(query, grid)
                 study.tokens.append([Token(*pair) for pair in zip(distribution.numpy(), losses)])
                 if not query.masks.any():
@@ -239,29 +243,29 @@ class Analyst:
         return self.model.objective.map_losses([targets], grid).numpy()
 
 
-class Asked:
+class LayerProbe:
     """What LLaVA said about some images, from which masks are drawn again and again."""
 
-    def __init__(self, analyst: Analyst, places: Sequence[int], samples: Sequence[EvalSample], benchmark: str) -> None:
+    def __init__(
+        self, analyst: Analyst, places: Sequence[int], samples: Sequence[EvalSample], benchmark: Benchmark
+    ) -> None:
         self.analyst, self.places, self.samples, self.benchmark = analyst, places, samples, benchmark
-        asking, model = analyst.asking, analyst.model
-        self.turns = turns_of(samples, benchmark, asking.mode)
-        questions = [[turn.question for turn in row] for row in self.turns]
-        given = [[turn.answer for turn in row] for row in self.turns] if asking.mode == "teacher_forced" else None
-        batch = analyst.processor.prompts([sample.image for sample in samples], questions, given, list(places))
-        self.answered: Answered = model.answer(batch.to(model.device, model.dtype), asking.max_new_tokens)
+        options, model = analyst.options, analyst.model
+        self.turns = turns_of(samples, benchmark, options.mode)
+        batch = analyst.processor.prompts([sample.image for sample in samples], self.turns, places)
+        self.answered: Answered = model.answer(batch.to(model.device, model.dtype), options.max_new_tokens)
         self.predictions: list[list[Prediction]] = []  # the last drawn
 
-    def answers(
+    def predict(
         self, layer_policy: str, prompts: Prompts | None = None, sam: SegmentAnything | None = None
-    ) -> list[list[Answer]]:
-        """[image][query], as ``utils.evaluation.engine.ask`` gives them; see ``draw_masks``."""
-        asking, model = self.analyst.asking, self.analyst.model
-        drawn = model.draw_masks(self.answered, layer_policy, asking.seed, prompts, sam)
+    ) -> list[list[QueryPrediction]]:
+        """[image][query], as ``utils.evaluation.predictions.predict_queries`` gives them; see ``draw_masks``."""
+        options, model = self.analyst.options, self.analyst.model
+        drawn = model.draw_masks(self.answered, layer_policy, options.seed, prompts, sam)
         self.predictions = with_text(drawn, self.analyst.processor)
-        return answers_of(self.samples, self.turns, self.predictions, self.benchmark, asking.mode)
+        return by_query(self.samples, self.turns, self.predictions, self.benchmark, options.mode)
 
-    def scored(self, answers: list[list[Answer]], present: bool = False) -> list[Record]:
+    def scored(self, answers: list[list[QueryPrediction]], present: bool = False) -> list[Record]:
         """Scores of all queries; with ``present``, of the masks of those that have a target, rejected or not."""
         found = []
         for place, sample, row in zip(self.places, self.samples, answers, strict=True):
@@ -274,7 +278,7 @@ class Asked:
 
     def policy_and_maps(self, image: int, query: int) -> tuple[torch.Tensor, torch.Tensor]:
         """A query's [N, L] policy and [N, L, P] maps of all layers, which do not depend on how masks were drawn."""
-        if is_joint(self.benchmark, self.analyst.asking.mode):
+        if self.benchmark.is_joint(self.analyst.options.mode):
             said = self.predictions[image][0]
             return said.policy[query : query + 1], said.layer_maps[query : query + 1]
         said = self.predictions[image][query]
@@ -307,7 +311,7 @@ def best_threshold(similarity: np.ndarray, truth: np.ndarray) -> float:
 
 
 def cut_map(
-    place: int, sample: EvalSample, query: EvalQuery, answer: Answer, maps: np.ndarray, benchmark: str
+    place: int, sample: EvalSample, query: EvalQuery, answer: QueryPrediction, maps: np.ndarray, benchmark: Benchmark
 ) -> Record:
     """M_IoU of a query: its maps [N, H, W] cut at the one threshold that fits their union to the truth best."""
     threshold = 0.5

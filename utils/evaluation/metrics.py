@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 
 from model.structures import IGNORE_PIXEL
+from utils.evaluation.benchmarks import Benchmark
 from utils.evaluation.risk_coverage import ranking
 
-PROTOCOLS = ("grefcoco", "gsva")
 GROUP_KEYS = ("length", "part", "family", "targets")  # of a query's meta: what a result is broken down by
 RESAMPLES = 1000
 
@@ -102,21 +102,6 @@ def merge_targets(masks: np.ndarray, height: int, width: int) -> np.ndarray:
 # -- all masks ---------------------------------------------------------------------------------------------------------
 
 
-def protocol_of(benchmark: str, wanted: str | None = None, mode: str = "") -> str:
-    """The protocol that applies: gRefCOCO has two, the default is the one the paper reports; others have none ("").
-
-    A written rejection holds no [SEG] whose mask could be scored anyway: ``generate`` has ``grefcoco`` only.
-
-    Raises:
-        ValueError: for an unknown one.
-    """
-    if wanted and wanted not in PROTOCOLS:
-        raise ValueError(f"unknown protocol {wanted!r}; use {' or '.join(PROTOCOLS)}")
-    if mode == "generate":
-        wanted = "grefcoco"
-    return (wanted or "gsva") if benchmark == "grefcoco" else ""
-
-
 def pair(record: Record, protocol: str = "") -> tuple[int, int]:
     """I and U as they enter the metrics: a rejecting answer is an empty mask.
 
@@ -160,54 +145,46 @@ def _t_acc(record: Record, protocol: str) -> tuple[float, int]:
     return int(not record.expected_empty and not record.predicted_empty), int(not record.expected_empty)
 
 
-def _see(record: Record, protocol: str) -> tuple[float, int]:
+def _presence(record: Record, protocol: str) -> tuple[float, int]:
     return int(record.expected_empty == record.predicted_empty), 1
 
 
-DEFAULT: dict[str, Parts] = {"gIoU": _giou, "cIoU": pair}
-FALSE_PREMISES: dict[str, Parts] = {"See": _see, "Segment": pair}
-METRICS: dict[str, dict[str, Parts]] = {  # by the beginning of a benchmark's name
-    "grefcoco": DEFAULT | {"N-acc": _n_acc, "T-acc": _t_acc},
-    "custom": DEFAULT | {"N-acc": _n_acc, "T-acc": _t_acc},
-    "refzom": {"oIoU": _of_targets(pair), "mIoU": _of_targets(_giou), "Acc": _n_acc},
-    "fprefcoco": FALSE_PREMISES,
-    "R-refcoco": FALSE_PREMISES | {"RR": _n_acc},
+METRICS: dict[str, Parts] = {  # formulas, which benchmarks report under names of their own
+    "gIoU": _giou,
+    "cIoU": pair,
+    "gIoU of targets": _of_targets(_giou),
+    "cIoU of targets": _of_targets(pair),
+    "N-acc": _n_acc,
+    "T-acc": _t_acc,
+    "presence": _presence,
 }
-REJECTING = tuple(METRICS)  # an answer may say that nothing is there
 
 
-def metric_names(benchmark: str) -> list[str]:
-    """What is reported of a benchmark; ``mc:T`` adds AURC and AUSE."""
-    return list(_parts_of(benchmark))
-
-
-def _parts_of(benchmark: str) -> dict[str, Parts]:
-    return next((table for name, table in METRICS.items() if benchmark.startswith(name)), DEFAULT)
-
-
-def _sums(records: Iterable[Record], benchmark: str, protocol: str | None) -> dict[str, tuple[list[float], list[int]]]:
-    table, protocol = _parts_of(benchmark), protocol_of(benchmark, protocol)
-    pairs = {name: [parts(record, protocol) for record in records] for name, parts in table.items()}
+def _sums(
+    records: Iterable[Record], benchmark: Benchmark, protocol: str | None
+) -> dict[str, tuple[list[float], list[int]]]:
+    protocol = benchmark.protocol(protocol)
+    pairs = {name: [METRICS[of](record, protocol) for record in records] for name, of in benchmark.metrics.items()}
     return {name: ([n for n, _ in values], [d for _, d in values]) for name, values in pairs.items()}
 
 
 def _doubts_and_risks(
-    records: Sequence[Record], benchmark: str, protocol: str | None
+    records: Sequence[Record], benchmark: Benchmark, protocol: str | None
 ) -> tuple[np.ndarray, np.ndarray] | None:
     """[n] each of n answers: its uncertainty and 1 - IoU; None if no answer has an uncertainty (it was no ``mc:T``)."""
     if not any(record.uncertainty for record in records):
         return None
-    protocol = protocol_of(benchmark, protocol)
+    protocol = benchmark.protocol(protocol)
     return np.array([r.doubt for r in records]), np.array([1 - iou(r, protocol) for r in records])
 
 
-def compute(records: Sequence[Record], benchmark: str, protocol: str | None = None) -> dict[str, float]:
+def compute(records: Sequence[Record], benchmark: Benchmark, protocol: str | None = None) -> dict[str, float]:
     """The benchmark's metrics as fractions; one without any sample to be measured on is absent.
 
     After ``mc:T`` also how well the uncertainty ranks errors (``utils.evaluation.risk_coverage``), AURC and AUSE.
 
     Args:
-        benchmark: the data set's name (``ReasonSeg``, ``grefcoco``); it decides which metrics apply.
+        benchmark: it decides which metrics apply, and under which names.
         protocol: ``grefcoco`` or ``gsva``, see ``pair``; None = as the paper reports it.
     """
     sums = _sums(records, benchmark, protocol)
@@ -217,7 +194,7 @@ def compute(records: Sequence[Record], benchmark: str, protocol: str | None = No
 
 
 def resample(
-    records: Sequence[Record], benchmark: str, protocol: str | None = None, seed: int = 0
+    records: Sequence[Record], benchmark: Benchmark, protocol: str | None = None, seed: int = 0
 ) -> dict[str, np.ndarray]:
     """Bootstrap over images (queries of one image are not independent): metric -> its value in each of 1000 draws.
 
@@ -245,7 +222,7 @@ def _percentiles(values: np.ndarray) -> list[float]:
 
 
 def intervals(
-    records: Sequence[Record], benchmark: str, protocol: str | None = None, seed: int = 0
+    records: Sequence[Record], benchmark: Benchmark, protocol: str | None = None, seed: int = 0
 ) -> dict[str, list[float]]:
     """95% percentile bootstrap over images: metric -> [low, high]."""
     drawn = resample(records, benchmark, protocol, seed)
@@ -253,7 +230,7 @@ def intervals(
 
 
 def difference(
-    before: Sequence[Record], after: Sequence[Record], benchmark: str, protocol: str | None = None, seed: int = 0
+    before: Sequence[Record], after: Sequence[Record], benchmark: Benchmark, protocol: str | None = None, seed: int = 0
 ) -> dict[str, tuple[float, list[float]]]:
     """What a metric gains from one model to another, with its 95% interval: paired, both models on the same images.
 
@@ -279,7 +256,7 @@ def difference(
 
 
 def breakdown(
-    records: Sequence[Record], benchmark: str, protocol: str | None = None
+    records: Sequence[Record], benchmark: Benchmark, protocol: str | None = None
 ) -> dict[str, dict[str, dict[str, float]]]:
     """Metrics per group: ``{"family": {"relation": {"gIoU": ..., "masks": 40}}}``; keys with one value are left out."""
     result = {}

@@ -1,17 +1,20 @@
-"""Results for people: the table that test.py prints, and pictures of samples from the worst to the best."""
+"""Results for people: the table that test.py prints, and pictures of samples."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+
+import numpy as np
 
 from utils.datasets.base import EvalDataset
 from utils.evaluation import metrics
-from utils.evaluation.engine import Asking, ask
+from utils.evaluation.benchmarks import benchmark_of
 from utils.evaluation.metrics import Record
 from utils.evaluation.paper_tables import missing_note
+from utils.evaluation.predictions import InferenceOptions, predict_queries
+from utils.evaluation.results import Summary
 from utils.plotting import text_tables
-from utils.plotting.overlays import Panel, evenly_spaced
+from utils.plotting.overlays import Panel, evenly_spaced, sheet
 
 
 def panels(
@@ -20,7 +23,7 @@ def panels(
     dataset: EvalDataset,
     records: Sequence[Record],
     count: int,
-    asking: Asking,
+    options: InferenceOptions,
     protocol: str = "",
 ) -> list[tuple[Record, Panel]]:
     """Pictures of ``count`` samples evenly spaced from the worst to the best IoU, failures in their true share.
@@ -28,28 +31,42 @@ def panels(
     The model is asked once more about these images: keeping every similarity map would take too much memory.
     """
     ranked = sorted(records, key=lambda record: (metrics.iou(record, protocol), record.index, record.query_id))
-    result = []
+    result, benchmark = [], benchmark_of(dataset.spec)
     for record in (ranked[place] for place in evenly_spaced(len(ranked), count)):
         sample = dataset[record.index]
-        answers = ask(model, processor, [sample], [record.index], dataset.benchmark, asking)[0]
-        number = next(n for n, query in enumerate(sample.queries) if query.query_id == record.query_id)
-        answer, query = answers[number], sample.queries[number]
+        [predictions] = predict_queries(model, processor, [sample], [record.index], benchmark, options)
+        query, prediction = next(
+            pair for pair in zip(sample.queries, predictions, strict=True) if pair[0].query_id == record.query_id
+        )
         result.append(
             (
                 record,
                 Panel(
                     image=sample.image,
                     query=query.text,
-                    masks=answer.masks,
-                    similarities=answer.similarities,
+                    masks=prediction.masks,
+                    similarities=prediction.similarities,
                     truth=metrics.merge_targets(query.masks, *sample.image.shape[:2]),
-                    answer=answer.text,
+                    answer=prediction.text,
                     notes=notes(record, protocol),
-                    deviations=answer.deviations,
+                    deviations=prediction.deviations,
                 ),
             )
         )
     return result
+
+
+def validation_sheet(model, processor, dataset: EvalDataset, options: InferenceOptions, count: int) -> np.ndarray:
+    """Fixed validation samples, evenly spread over the split: image, query, similarity map, mask, truth."""
+    panels = []
+    for place in evenly_spaced(len(dataset), count):
+        sample = dataset[place]
+        sample.queries = sample.queries[:1]
+        [query] = sample.queries
+        [[found]] = predict_queries(model, processor, [sample], [place], benchmark_of(dataset.spec), options)
+        truth = metrics.merge_targets(query.masks, *sample.image.shape[:2])
+        panels.append(Panel(sample.image, query.text, found.masks, found.similarities, truth, found.text))
+    return sheet(panels)
 
 
 def notes(record: Record, protocol: str = "") -> list[str]:
@@ -62,30 +79,27 @@ def notes(record: Record, protocol: str = "") -> list[str]:
     return [f"IoU {metrics.iou(record, protocol):.2f}{expected}{rejected}", layers, *doubt, *groups]
 
 
-def format_table(summaries: Sequence[dict[str, Any]]) -> str:
+def format_table(summaries: Sequence[Summary]) -> str:
     """Results as an aligned table: a line per benchmark and mode, its controls and groups indented below."""
-    names = list(dict.fromkeys(name for summary in summaries for name in summary["metrics"]))
+    names = list(dict.fromkeys(name for summary in summaries for name in summary.metrics))
     rows = [["benchmark", "mode", "layers", "images", "masks", *names]]
     for summary in summaries:
         rows += _rows(summary, names)
     lines = text_tables.aligned(rows, "lllrrl")
     rule = "-" * max(map(len, lines))
-    skipped = [
-        f"{s['benchmark']}: {s['counts']['skipped']} images skipped" for s in summaries if s["counts"].get("skipped")
-    ]
+    skipped = [f"{s.benchmark}: {s.counts['skipped']} images skipped" for s in summaries if s.counts.get("skipped")]
     return "\n".join([lines[0], rule, *lines[1:], rule, *skipped, "[low, high]: 95% bootstrap interval over images"])
 
 
-def _rows(summary: dict[str, Any], names: Sequence[str]) -> list[list[str]]:
+def _rows(summary: Summary, names: Sequence[str]) -> list[list[str]]:
     """A result's own line, and those of its controls and groups."""
-    counts, note = summary["counts"], missing_note(summary)
-    mode = ", ".join(filter(None, [summary["mode"], summary.get("protocol")]))
+    counts, note = summary.counts, missing_note(summary)
     images = str(counts["images"]) if counts["images"] == counts["split_images"] else "{images}/{split_images}"
-    asked = [summary["benchmark"], mode, summary["layer_policy"], images.format(**counts), str(counts["masks"])]
-    rows = [[*asked, *_cells(summary["metrics"], names, note, summary["intervals"])]]
-    for control, scores in summary["controls"].items():
+    asked = [summary.benchmark, summary.asked, summary.layer_policy, images.format(**counts), str(counts["masks"])]
+    rows = [[*asked, *_cells(summary.metrics, names, note, summary.intervals)]]
+    for control, scores in summary.controls.items():
         rows.append([f"  control: {control.replace('_', ' ')}", "", "", "", "", *_cells(scores, names, note)])
-    for key, groups in summary["breakdown"].items():
+    for key, groups in summary.breakdown.items():
         for group, scores in groups.items():
             rows.append([f"  {key}: {group}", "", "", "", str(scores["masks"]), *_cells(scores, names, note)])
     return rows

@@ -11,12 +11,14 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TextIO
 
 from utils import distributed
+from utils.datasets.spec import Spec
 from utils.evaluation import metrics
+from utils.evaluation.benchmarks import benchmark_of
 from utils.evaluation.metrics import Record
 
 
@@ -25,7 +27,7 @@ class Origin:
     """What an answer depends on besides its query; equal in all lines of a file.
 
     Attributes:
-        benchmark: ``grefcoco|unc|val``; mode, layer_policy, max_new_tokens, seed: how it was asked (``Asking``).
+        benchmark: ``grefcoco|unc|val``; mode, layer_policy, max_new_tokens, seed: ``InferenceOptions``.
         protocol: of gRefCOCO, else empty. The answers do not depend on it, only the metrics.
         checkpoint: fingerprint of the weights; precision: ``float32``, ``bfloat16, 8bit``.
         images, queries: of the whole split, read or not.
@@ -42,6 +44,10 @@ class Origin:
     images: int
     queries: int
 
+    @property
+    def spec(self) -> Spec:
+        return Spec.parse(self.benchmark)
+
     def check_same(self, other: Origin, path: Path) -> None:
         """Refuses ``other``, which stands in ``path``, unless it gives the same answers."""
         ours, theirs = asdict(self), asdict(other)
@@ -54,46 +60,117 @@ class Origin:
 
 
 @dataclass
-class Result:
-    """One benchmark's numbers: ``summary`` goes into the JSON (evaluation.md, output), ``records`` into the JSONL."""
+class Summary:
+    """One benchmark's numbers: the JSON of a result (evaluation.md, output), with these keys in this order.
 
-    summary: dict[str, Any]
+    Attributes:
+        benchmark ... layers: follow from the answers alone (``summarize``); the rest is None where it is not known.
+        breakdown: key of the queries' meta -> group -> metrics; layers: hidden state -> how many [SEG] used it.
+        skipped, missing: records that nobody, or this copy of the data, can evaluate.
+        limit: the first so many images; None = all.
+        settings: batch_size, max_new_tokens, seed, processes.
+        checkpoint: folder and fingerprint, or the fingerprint alone.
+    """
+
+    benchmark: str
+    mode: str
+    protocol: str
+    layer_policy: str
+    metrics: dict[str, float]
+    intervals: dict[str, list[float]]
+    controls: dict[str, dict[str, float]]
+    breakdown: dict[str, dict[str, dict[str, float]]]
+    counts: dict[str, int]
+    layers: dict[str, int]
+    skipped: list[str] | None = None
+    missing: list[str] | None = None
+    limit: int | None = None
+    seconds: float | None = None
+    settings: dict[str, int] | None = None
+    checkpoint: dict[str, str] | str | None = None
+    command: str | None = None
+    precision: str | None = None
+    device: str | None = None
+    versions: dict[str, str] | None = None
+
+    @property
+    def spec(self) -> Spec:
+        return Spec.parse(self.benchmark)
+
+    @property
+    def asked(self) -> str:
+        """``teacher_forced, gsva``: the mode, and the protocol of a benchmark that has several."""
+        return ", ".join(filter(None, [self.mode, self.protocol]))
+
+    def to_dict(self) -> dict[str, Any]:
+        """What is known. Whoever knows the settings knows the limit, too: None is written."""
+        known = {name for name, value in vars(self).items() if value not in (None, "")}
+        known |= {"limit"} if self.settings is not None else set()
+        return {name: value for name, value in vars(self).items() if name in known}
+
+    def save(self, path: Path) -> None:
+        path.write_text(json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: Path) -> Summary:
+        """What ``save`` wrote.
+
+        Raises:
+            ValueError: if the file holds anything else.
+        """
+        try:
+            values: dict[str, Any] = {"protocol": "", **json.loads(path.read_text(encoding="utf-8"))}
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path} is no result of test.py ({error}); give the folder that test.py wrote") from error
+        if lacking := [field.name for field in fields(cls) if field.default is MISSING and field.name not in values]:
+            raise ValueError(
+                f"{path} is no result of test.py (it has no {', '.join(lacking)}); give the folder that test.py wrote"
+            )
+        return cls(**{field.name: values[field.name] for field in fields(cls) if field.name in values})
+
+
+@dataclass
+class Result:
+    """One benchmark's numbers: ``summary`` goes into the JSON, ``records`` into the JSONL."""
+
+    summary: Summary
     records: list[Record]
     origin: Origin
 
     @property
     def metrics(self) -> dict[str, float]:
-        return self.summary["metrics"]
+        return self.summary.metrics
 
     def save(self, folder: Path) -> Path:
         """Writes ``BENCHMARK.MODE.json`` and ``.jsonl``; returns the former's path."""
-        path = result_path(folder, self.origin.benchmark, self.origin.mode)
+        path = result_path(folder, self.origin.spec, self.origin.mode)
         Journal(path).replace(self.origin, self.records)
         path = path.with_suffix(".json")
-        path.write_text(json.dumps(self.summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        self.summary.save(path)
         return path
 
 
-def result_path(folder: Path, spec: str, mode: str) -> Path:
+def result_path(folder: Path, spec: Spec, mode: str) -> Path:
     """``ReasonSeg|val``, ``generate`` -> ``folder/ReasonSeg_val.generate.jsonl``."""
-    return folder / f"{spec.replace('|', '_').replace('/', '_')}.{mode}.jsonl"
+    return folder / f"{spec.slug}.{mode}.jsonl"
 
 
-def summarize(origin: Origin, records: Sequence[Record]) -> dict[str, Any]:
-    """What the answers alone say, under the names of evaluation.md."""
-    benchmark, protocol = origin.benchmark.split("|")[0], origin.protocol
-    return {
-        "benchmark": origin.benchmark,
-        "mode": origin.mode,
-        **({"protocol": protocol} if protocol else {}),
-        "layer_policy": origin.layer_policy,
-        "metrics": metrics.compute(records, benchmark, protocol),
-        "intervals": metrics.intervals(records, benchmark, protocol),
-        "controls": {},
-        "breakdown": metrics.breakdown(records, benchmark, protocol),
-        "counts": metrics.count_records(records) | {"split_images": origin.images},
-        "layers": dict(sorted(Counter(layer for record in records for layer in record.layers).items())),
-    }
+def summarize(origin: Origin, records: Sequence[Record]) -> Summary:
+    """What the answers alone say."""
+    benchmark, protocol = benchmark_of(origin.spec), origin.protocol
+    layers = Counter(layer for record in records for layer in record.layers)
+    return Summary(
+        benchmark=origin.benchmark,
+        mode=origin.mode,
+        protocol=protocol,
+        layer_policy=origin.layer_policy,
+        metrics=metrics.compute(records, benchmark, protocol),
+        intervals=metrics.intervals(records, benchmark, protocol),
+        controls={},
+        breakdown=metrics.breakdown(records, benchmark, protocol),
+        counts=metrics.count_records(records) | {"split_images": origin.images},
+        layers={str(layer): count for layer, count in sorted(layers.items())},
+    )
 
 
 # -- lines -------------------------------------------------------------------------------------------------------------

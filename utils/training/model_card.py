@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
+from utils.datasets.spec import Spec
 from utils.plotting.text_tables import markdown
 
 LICENCES = """The code is Apache-2.0. Weights carry the licences of what they were made from: LLaVA-1.5 on Vicuna the
@@ -79,12 +80,12 @@ def _results(metrics: dict[str, dict[str, float]]) -> list[EvalResult]:
     return [
         EvalResult(
             task_type="image-segmentation",
-            dataset_type=spec.split("|")[0].lower(),
-            dataset_name=spec,
-            dataset_split=spec.split("|")[-1],
+            dataset_type=spec.name.lower(),
+            dataset_name=str(spec),
+            dataset_split=spec.split,
             metric_type=name,
             metric_value=round(value, 4),
         )
-        for spec, values in metrics.items()
+        for spec, values in ((Spec.parse(text), values) for text, values in metrics.items())
         for name, value in values.items()
     ]

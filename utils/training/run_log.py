@@ -21,6 +21,7 @@ from model.loading.weights import Loaded
 from model.lora import parameters_by_part
 from model.UGround import UGroundOutput
 from utils import distributed
+from utils.datasets.spec import Spec
 from utils.plotting import text_tables
 from utils.plotting.charts import png
 
@@ -181,7 +182,7 @@ class RunLog:
         self._write({"kind": "val", "step": step, "epoch": round(step / self.steps_per_epoch, 3), "metrics": results})
         for spec, metrics in results.items():
             for name, value in metrics.items():
-                self.board.add_scalar(f"val/{spec.replace('|', '_')}/{name}", value, step)
+                self.board.add_scalar(f"val/{Spec.parse(spec).slug}/{name}", value, step)
             shown = "  ".join(f"{name} {value:.3f}" for name, value in metrics.items())
             self.say(f"  validation after step {step}: {spec}: {shown}" + ("  (best so far)" if best else ""))
             best = False  # the first benchmark decides
@@ -261,20 +262,3 @@ def _rounded(value: Any) -> Any:
     if isinstance(value, list):
         return [_rounded(item) for item in value]
     return float(f"{value:.6g}") if isinstance(value, float) else value
-
-
-def validation_sheet(model, processor, dataset, asking, count: int) -> np.ndarray:
-    """Fixed validation samples, evenly spread over the split: image, query, similarity map, mask, truth."""
-    from utils.evaluation.engine import ask
-    from utils.evaluation.metrics import merge_targets
-    from utils.plotting.overlays import Panel, evenly_spaced, sheet
-
-    panels = []
-    for place in evenly_spaced(len(dataset), count):
-        sample = dataset[place]
-        sample.queries = sample.queries[:1]
-        [[answer]] = ask(model, processor, [sample], [place], dataset.benchmark, asking)
-        truth = merge_targets(sample.queries[0].masks, *sample.image.shape[:2])
-        query = sample.queries[0].text
-        panels.append(Panel(sample.image, query, answer.masks, answer.similarities, truth, answer.text))
-    return sheet(panels)

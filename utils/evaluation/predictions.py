@@ -1,0 +1,235 @@
+"""The model's answers to the queries of a benchmark, and their scores."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from model.opened import predict
+from model.processing.conversation import escape
+from model.processing.tokens import SEG
+from model.structures import EvalQuery, EvalSample, MaskUncertainty, Prediction, Turn
+from utils.datasets.masks import encode_mask
+from utils.datasets.templates import eval_joint_turn, eval_turn
+from utils.evaluation import metrics
+from utils.evaluation.benchmarks import MODES, Benchmark
+from utils.evaluation.matching import match_masks
+from utils.evaluation.metrics import Record
+
+
+@dataclass(frozen=True)
+class InferenceOptions:
+    """How the model is asked.
+
+    Attributes:
+        mode: ``generate`` = it writes its answer; ``teacher_forced`` = the answer template is given.
+        layer_policy: which hidden state a [SEG] connects from: ``argmax``, ``last``, ``sample``, ``mc:T``, ``fixed:K``.
+        max_new_tokens: longest written answer.
+        seed: of sampled layers, together with the image's place in the split.
+    """
+
+    mode: str = "generate"
+    layer_policy: str = "argmax"
+    max_new_tokens: int = 64
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise ValueError(f"unknown mode {self.mode!r}; use {' or '.join(MODES)}")
+
+
+@dataclass
+class QueryPrediction:
+    """The model's answer to one query.
+
+    Attributes:
+        question, text: what was asked and said.
+        logits: [N, H, W] float32, one per [SEG]; similarities: [N, H, W] float32 in [0, 1], their maps.
+        layers: the hidden state of each.
+        rejected: it says that nothing is there.
+        uncertainty: with ``mc:T``, of each [SEG].
+    """
+
+    question: str
+    text: str
+    logits: np.ndarray
+    similarities: np.ndarray
+    layers: list[int]
+    rejected: bool
+    uncertainty: Sequence[MaskUncertainty] = ()
+
+    @property
+    def masks(self) -> np.ndarray:
+        """[N, H, W] bool."""
+        return self.logits > 0
+
+    @property
+    def merged(self) -> np.ndarray:
+        """[H, W] bool: what is scored where one mask is expected, the union of all [SEG]; none = empty."""
+        return np.any(self.masks, axis=0)
+
+    @property
+    def deviations(self) -> np.ndarray | None:
+        """[N, H, W] standard deviation of each mask's probability over the layers drawn by ``mc:T``, at most 0.5."""
+        if not self.uncertainty:
+            return None
+        return np.stack([found.variance.sqrt().numpy() for found in self.uncertainty])
+
+
+def predict_queries(
+    model,
+    processor,
+    samples: Sequence[EvalSample],
+    numbers: Sequence[int],
+    benchmark: Benchmark,
+    options: InferenceOptions,
+) -> list[list[QueryPrediction]]:
+    """[image][query] predictions, in one call of the model.
+
+    Args:
+        numbers: each image's place in the split; it seeds sampled layers, whatever the batch.
+    """
+    turns = turns_of(samples, benchmark, options.mode)
+    predictions = predict(
+        model,
+        processor,
+        [sample.image for sample in samples],
+        turns,
+        numbers,
+        layer_policy=options.layer_policy,
+        max_new_tokens=options.max_new_tokens,
+        seed=options.seed,
+    )
+    return by_query(samples, turns, predictions, benchmark, options.mode)
+
+
+def turns_of(samples: Sequence[EvalSample], benchmark: Benchmark, mode: str) -> list[list[Turn]]:
+    """What each image is asked, a turn per query or a joint one; teacher forced, with the answer."""
+    if benchmark.is_joint(mode):
+        plain = [[replace(query, text=escape(query.text)) for query in sample.queries] for sample in samples]
+        return [[eval_joint_turn(queries)] for queries in plain]  # the answer repeats the queries: no [SEG] of theirs
+    turns = [[eval_turn(query, benchmark.asks == "instances") for query in sample.queries] for sample in samples]
+    return turns if mode == "teacher_forced" else [[Turn(turn.question) for turn in row] for row in turns]
+
+
+def by_query(
+    samples: Sequence[EvalSample],
+    turns: Sequence[Sequence[Turn]],
+    predictions: Sequence[Sequence[Prediction]],
+    benchmark: Benchmark,
+    mode: str,
+) -> list[list[QueryPrediction]]:
+    """What the model predicted for ``turns``, as [image][query]."""
+    return [
+        _joint(sample, row[0], predicted[0])
+        if benchmark.is_joint(mode)
+        else _separate(sample, row, predicted, benchmark, mode)
+        for sample, row, predicted in zip(samples, turns, predictions, strict=True)
+    ]
+
+
+def score(
+    index: int, sample: EvalSample, query: EvalQuery, prediction: QueryPrediction, benchmark: Benchmark
+) -> Record:
+    """Counts the pixels of one prediction.
+
+    Args:
+        index: the image's place in the split.
+
+    Raises:
+        ValueError: if the query has several targets although the benchmark expects one (merged) mask; for logits that
+            are NaN or infinite, which would count as an empty mask.
+    """
+    matched = benchmark.asks == "instances"
+    if not np.isfinite(prediction.logits).all():
+        raise ValueError(
+            f"{sample.source}, {query.text!r}: the mask's logits are NaN or infinite; the numbers overflow "
+            "(use --precision fp32 or bf16), or the weights are broken (convert or train them again)"
+        )
+    if len(query.masks) > 1 and not matched:
+        raise ValueError(
+            f"{sample.source}, {query.text!r} has {len(query.masks)} targets; {benchmark.name} expects one"
+        )
+    counts = _count_pairs(query, prediction) if matched else [_count_merged(sample, query, prediction)]
+    both, either, predicted, true = (sum(column) for column in zip(*counts, strict=True))
+    return Record(
+        index=index,
+        image=sample.source,
+        image_id=sample.image_id,
+        query_id=query.query_id,
+        query=query.text,
+        question=prediction.question,
+        answer=prediction.text,
+        layers=prediction.layers,
+        rejected=prediction.rejected,
+        expected_empty=len(query.masks) == 0,
+        I=both,
+        U=either,
+        P=predicted,
+        G=true,
+        masks=[encode_mask(mask) for mask in prediction.masks],
+        meta=query.meta,
+        pairs=[list(count[:2]) for count in counts] if matched else [],
+        uncertainty=[found.score for found in prediction.uncertainty],
+    )
+
+
+def _count_merged(sample: EvalSample, query: EvalQuery, prediction: QueryPrediction) -> tuple[int, int, int, int]:
+    return metrics.count_pixels(prediction.merged, metrics.merge_targets(query.masks, *sample.image.shape[:2]))
+
+
+def _count_pairs(query: EvalQuery, prediction: QueryPrediction) -> list[tuple[int, int, int, int]]:
+    """I, U, P and G of each matched pair; what has no partner is paired with an empty mask (MUSE)."""
+    empty, masks = np.zeros(query.masks.shape[1:], np.uint8), prediction.masks
+    return [
+        metrics.count_pixels(
+            empty.astype(bool) if predicted is None else masks[predicted],
+            empty if target is None else query.masks[target],
+        )
+        for predicted, target in match_masks(prediction.logits, query.masks)
+    ]
+
+
+def _separate(
+    sample: EvalSample, turns: Sequence[Turn], predictions: Sequence[Prediction], benchmark: Benchmark, mode: str
+) -> list[QueryPrediction]:
+    """A question per query. A written answer without [SEG] rejects; a given one if [REJ] was more likely, where that
+    is a possible answer."""
+    found = []
+    for query, turn, prediction in zip(sample.queries, turns, predictions, strict=True):
+        rejected = not prediction.layers
+        if mode == "teacher_forced":
+            _check_fits(sample, query.text, len(prediction.layers), turn.answer.count(SEG))
+            rejected = benchmark.rejects and all(prediction.rejected)
+        found.append(_query_prediction(turn, prediction, slice(None), rejected))
+    return found
+
+
+def _joint(sample: EvalSample, turn: Turn, prediction: Prediction) -> list[QueryPrediction]:
+    """One question for all queries; the logits before the k-th [SEG] say whether the k-th target is there."""
+    count = len(sample.queries)
+    _check_fits(sample, turn.question, len(prediction.layers), count)
+    return [_query_prediction(turn, prediction, slice(k, k + 1), prediction.rejected[k]) for k in range(count)]
+
+
+def _query_prediction(turn: Turn, prediction: Prediction, segs: slice, rejected: bool) -> QueryPrediction:
+    """``segs``: which of the [SEG] are the query's."""
+    return QueryPrediction(
+        question=turn.question,
+        text=prediction.text,
+        logits=prediction.mask_logits[segs].numpy(),
+        similarities=prediction.maps[segs].numpy(),
+        layers=prediction.layers[segs],
+        rejected=rejected,
+        uncertainty=prediction.uncertainty[segs],
+    )
+
+
+def _check_fits(sample: EvalSample, question: str, found: int, wanted: int) -> None:
+    if found != wanted:
+        raise ValueError(
+            f"{sample.source}: {found} [SEG] instead of {wanted} are left of the given answer to {question[:60]!r}; "
+            "the prompt is longer than max_tokens in uground_processor.json: raise it, or use --mode generate"
+        )
