@@ -65,7 +65,8 @@ def method_of(folder: Path, meta: dict[str, Any]) -> dict[str, Any]:
             f"--version: {folder / META}: unknown setting {', '.join(unknown)}; was it written by newer code?"
         )
     method = {key: value for values in sections.values() for key, value in values.items()}
-    return method | {"policy_seed": meta["config"]["train"]["seed"]}
+    validated_with = meta["config"]["eval"]["val_layer_policy"]
+    return method | {"policy_seed": meta["config"]["train"]["seed"], "eval_layer_policy": validated_with or None}
 
 
 def check_base(folder: Path, meta: dict[str, Any], loaded: list[Loaded]) -> None:

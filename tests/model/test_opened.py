@@ -92,6 +92,15 @@ def test_settings_of_an_adapter_that_are_unknown_are_named(tmp_path, monkeypatch
         load(tmp_path / "adapter")
 
 
+def test_an_adapter_answers_with_the_layer_that_validation_took(tmp_path, monkeypatch):
+    shutil.copytree(WRITTEN / "adapter", tmp_path / "adapter")
+    path = tmp_path / "adapter/uground_run.json"
+    path.write_text(path.read_text().replace('"val_layer_policy": ""', '"val_layer_policy": "last"'))
+    monkeypatch.chdir(WRITTEN)
+    assert load("adapter", "fp32", "cpu").model.config.layer_policy == "argmax"
+    assert load(tmp_path / "adapter", "fp32", "cpu").model.config.layer_policy == "last"
+
+
 def test_ask_is_predict_with_one_image(opened, photo):
     pixels = as_pixels(photo)
     [expected] = predict(opened.model, opened.processor, [pixels], [list(map(Turn, QUESTIONS))], max_new_tokens=3)

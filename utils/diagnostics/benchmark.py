@@ -427,7 +427,8 @@ def cases(bench: Bench, compiled: bool) -> dict[str, Callable[[], Any]]:
     found |= {"mc:16": bench.ask(1, layer_policy="mc:16")}
     found |= {"1 given": bench.ask(1, answers=True), "8 given": bench.ask(8, answers=True)}
     image = bench.batch(bench.samples(1, images=1)).sam_images
-    sam = bench.model.visual_model
+    sam = copy.copy(bench.model.visual_model)
+    sam.cache = None
     found["SAM encoder"] = partial(sam.encode, image)
     if compiled:
         twin = copy.deepcopy(sam)
