@@ -8,11 +8,13 @@ The part up to the first question is the prefix that all conversations of an ima
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
 
 from model.processing.tokens import IM_END, IM_START, IMAGE, SPECIAL_TOKENS
 from model.structures import IGNORE_LABEL, Turn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 SYSTEM_PROMPT = (  # of LLaVA's conversations "vicuna_v1"
     "A chat between a curious user and an artificial intelligence assistant. "

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerBase
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 SEG, REJ, IMAGE, IM_START, IM_END = "[SEG]", "[REJ]", "<image>", "<im_start>", "<im_end>"
 SPECIAL_TOKENS = (SEG, REJ, IM_START, IM_END, IMAGE)
@@ -30,6 +32,8 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     LLaVA-1.5 is published with SentencePiece's file alone. For its ``model_type``, AutoTokenizer takes a class that
     leaves out the space before the first word, so that prompts would begin with a token the model was not trained on.
     """
+    from transformers import AutoTokenizer, LlamaTokenizer  # here: data sets need the special tokens' names alone
+
     if (Path(folder) / "tokenizer.model").is_file() and not (Path(folder) / "tokenizer.json").is_file():
         return LlamaTokenizer.from_pretrained(folder)
     return AutoTokenizer.from_pretrained(folder)
