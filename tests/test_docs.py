@@ -12,8 +12,10 @@ import sys
 from collections.abc import Iterator
 from itertools import takewhile
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from programs import load_script
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -116,6 +118,17 @@ def test_the_first_screen_of_the_readme() -> None:
     assert not [text for text in needed if text not in first]
 
 
+def test_the_lines_of_the_readme_run(version: str, photo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    [code] = re.findall(r"^```python\n(.*?)^```", README.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    monkeypatch.chdir(photo.parent)
+    names: dict[str, Any] = {}
+    exec(code.replace("runs/tiny/merged", version), names)
+    masks = names["answer"].masks
+    assert masks.dtype == torch.bool
+    assert masks.shape[1:] == (48, 64)
+    assert len(masks) == names["answer"].text.count("[SEG]") > 0
+
+
 @pages
 def test_pages_speak_the_fields_language(page: Path) -> None:
     """The left column of the glossary in docs/architecture.md is for readers of older commits alone."""
@@ -150,6 +163,21 @@ def test_paths_exist(page: Path) -> None:
     found = {path for path in PATH.findall(page.read_text(encoding="utf-8")) if "NAME" not in path}
     wrong = sorted(path for path in found if not (ROOT / path).exists())
     assert not wrong, wrong
+
+
+def test_the_tree_names_every_module() -> None:
+    """docs/architecture.md has all modules of model/ and utils/, and no other."""
+    page = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    tree = page.partition("## The tree")[2].partition("## ")[0]
+    named, folders = set(), []
+    for line in tree.splitlines():
+        if found := re.match(r"( *)(\w+)/ ", line + " "):
+            folders = [*folders[: len(found[1]) // 2], found[2]]
+        elif line.startswith("  "):
+            folders = folders[: (len(line) - len(line.lstrip())) // 2]
+            named |= {"/".join([*folders, name]) for name in re.findall(r"\w+\.py", line)}
+    modules = (path for folder in ("model", "utils") for path in (ROOT / folder).rglob("*.py"))
+    assert named == {str(path.relative_to(ROOT)) for path in modules if path.name != "__init__.py"}
 
 
 # -- commands ----------------------------------------------------------------------------------------------------------
