@@ -177,7 +177,9 @@ def test_the_tree_names_every_module() -> None:
             folders = folders[: (len(line) - len(line.lstrip())) // 2]
             named |= {"/".join([*folders, name]) for name in re.findall(r"\w+\.py", line)}
     modules = (path for folder in ("model", "utils") for path in (ROOT / folder).rglob("*.py"))
-    assert named == {str(path.relative_to(ROOT)) for path in modules if path.name != "__init__.py"}
+    there = {str(path.relative_to(ROOT)) for path in modules if path.name != "__init__.py"}
+    assert not sorted(there - named), "add a line"
+    assert not sorted(named - there), "remove a line"
 
 
 # -- commands ----------------------------------------------------------------------------------------------------------
