@@ -1,0 +1,213 @@
+"""The documentation: short paragraphs in the field's words; links, paths, commands and flags that exist."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import functools
+import io
+import re
+import shlex
+import sys
+from collections.abc import Iterator
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from programs import load_script
+
+ROOT = Path(__file__).resolve().parents[1]
+README = ROOT / "README.md"
+PAGES = [README, ROOT / "CHANGELOG.md", ROOT / "assets/tiny/README.md", *sorted((ROOT / "docs").glob("*.md"))]
+LONGEST = 80  # words in a paragraph or an item of a list
+FOLDERS = "model|utils|scripts|configs|docs|tests|assets"
+PATH = re.compile(rf"(?<![\w./+-])(?:{FOLDERS})/[\w./+-]*\w")
+PROGRAM = re.compile(r"(?:[\w.]+/)*\w+\.py")
+FLAG = re.compile(r"--[a-z][\w-]*")
+ELSEWHERE = {"--shm-size"}  # flags of other programs that the text names
+PRIVATE = re.compile(  # words that this project once used for things that have a name
+    r"LISA's way|connect\w* from|text.blind|by heart|\bmend|way out|stands? once|\bgo(?:es)? on\b|\bdoubt|says? no\b"
+)
+pages = pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES])
+
+
+def without_code(text: str) -> str:
+    """The text of a page without its fenced and its indented code."""
+    text = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+    return re.sub(r"(?<=\n\n)(?:    .*\n+)+", "", text)
+
+
+def code_of(text: str) -> Iterator[str]:
+    """Fenced blocks, indented blocks, and code in lines."""
+    yield from re.findall(r"^```\w*\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
+    yield from re.findall(r"(?<=\n\n)((?:    .*\n+)+)", text)
+    yield from re.findall(r"`([^`\n]+)`", without_code(text))
+
+
+def paragraphs(text: str) -> list[str]:
+    """Paragraphs and items of lists; no headings, tables or pictures."""
+    found = re.split(r"\n\s*\n|\n(?=\s*(?:[-*]|\d+\.) )", without_code(text))
+    return [part.strip() for part in found if not re.match(r"\s*(?:#|\||!\[|$)", part)]
+
+
+def anchors(page: Path) -> set[str]:
+    """What GitHub makes of a page's headings."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def commands(text: str) -> list[tuple[str, list[str]]]:
+    """(program, what follows it) of every command that runs one of this project's programs."""
+    found = []
+    for block in code_of(text):
+        for line in block.replace("\\\n", " ").splitlines():
+            try:
+                words = shlex.split(line, comments=True)
+            except ValueError:  # an apostrophe
+                words = line.split()
+            words = list(takewhile(lambda word: word not in (";", "|", "&&"), words))
+            place = next((i for i, word in enumerate(words) if PROGRAM.fullmatch(word)), len(words))
+            before, following = words[:place], words[place + 1 :]
+            launched = {"python", "deepspeed", "torchrun"} & set(before)
+            if place < len(words) and (launched or (not before and FLAG.match(" ".join(following)))):
+                found.append((words[place], following))
+    return found
+
+
+@functools.cache
+def help_of(program: str, command: str = "") -> str:
+    main = load_script(program.removesuffix(".py")).main
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as shown:
+        patch.setattr(sys, "argv", [program, *([command] if command else []), "--help"])
+        with contextlib.suppress(SystemExit):
+            main()
+    return shown.getvalue()
+
+
+def flags_of(program: str, following: list[str]) -> set[str]:
+    """All that its --help names, and every setting where it takes a configuration."""
+    command = following[0] if following and re.fullmatch(r"[a-z]+", following[0]) else ""
+    shown = help_of(program) + (help_of(program, command) if command else "")
+    if "--config" in shown and program != "train_ds.py":
+        shown += help_of("train_ds.py")
+    return {"--help", *FLAG.findall(shown)}
+
+
+# -- text --------------------------------------------------------------------------------------------------------------
+
+
+@pages
+def test_paragraphs_can_be_read_in_one_breath(page: Path) -> None:
+    counts = {part[:60]: len(part.split()) for part in paragraphs(page.read_text(encoding="utf-8"))}
+    long = {start: count for start, count in counts.items() if count > LONGEST}
+    assert not long, "\n".join(f"{count} words: {start}" for start, count in long.items())
+
+
+def test_a_paragraph_is_counted_without_tables_and_code() -> None:
+    text = "# A heading\n\none two\nthree\n\n| a | b |\n|---|---|\n\n- four\n- five\n  six\n\n"
+    text += "```bash\nls\n```\n\n    ls\n\nend\n"
+    assert paragraphs(text) == ["one two\nthree", "- four", "- five\n  six", "end"]
+
+
+def test_the_first_screen_of_the_readme() -> None:
+    """What it is, a picture, the two commands, a few lines of Python, and where to go next."""
+    first = "\n".join(README.read_text(encoding="utf-8").splitlines()[:45])
+    needed = ("layers.gif", "bash scripts/demo.sh", "bash scripts/run_tests.sh", "from model import load", "| page |")
+    assert not [text for text in needed if text not in first]
+
+
+def test_the_lines_of_the_readme_run(version: str, photo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    [code] = re.findall(r"^```python\n(.*?)^```", README.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    monkeypatch.chdir(photo.parent)
+    names: dict[str, Any] = {}
+    exec(code.replace("runs/tiny/merged", version), names)
+    masks = names["answer"].masks
+    assert masks.dtype == torch.bool
+    assert masks.shape[1:] == (48, 64)
+    assert len(masks) == names["answer"].text.count("[SEG]") > 0
+
+
+@pages
+def test_pages_speak_the_fields_language(page: Path) -> None:
+    """The left column of the glossary in docs/architecture.md is for readers of older commits alone."""
+    text = without_code(page.read_text(encoding="utf-8")).partition("## Glossary")[0]
+    found = [match.group() for match in PRIVATE.finditer(re.sub(r"`[^`]*`", "", text))]
+    assert not found, found
+
+
+# -- links and paths ---------------------------------------------------------------------------------------------------
+
+
+@pages
+def test_links_lead_somewhere(page: Path) -> None:
+    wrong = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", without_code(page.read_text(encoding="utf-8"))):
+        if link.startswith(("http:", "https:")):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        if not target.exists() or (anchor and anchor not in anchors(target)):
+            wrong.append(link)
+    assert not wrong, wrong
+
+
+def test_every_page_is_reached_from_the_readme() -> None:
+    linked = set(re.findall(r"\]\((docs/\w+\.md)", README.read_text(encoding="utf-8")))
+    assert linked >= {f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md")}
+
+
+@pages
+def test_paths_exist(page: Path) -> None:
+    found = {path for path in PATH.findall(page.read_text(encoding="utf-8")) if "NAME" not in path}
+    wrong = sorted(path for path in found if not (ROOT / path).exists())
+    assert not wrong, wrong
+
+
+def test_the_tree_names_every_module() -> None:
+    """docs/architecture.md has all modules of model/ and utils/, and no other."""
+    page = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    tree = page.partition("## The tree")[2].partition("## ")[0]
+    named, folders = set(), []
+    for line in tree.splitlines():
+        if found := re.match(r"( *)(\w+)/ ", line + " "):
+            folders = [*folders[: len(found[1]) // 2], found[2]]
+        elif line.startswith("  "):
+            folders = folders[: (len(line) - len(line.lstrip())) // 2]
+            named |= {"/".join([*folders, name]) for name in re.findall(r"\w+\.py", line)}
+    modules = (path for folder in ("model", "utils") for path in (ROOT / folder).rglob("*.py"))
+    there = {str(path.relative_to(ROOT)) for path in modules if path.name != "__init__.py"}
+    assert not sorted(there - named), "add a line"
+    assert not sorted(named - there), "remove a line"
+
+
+# -- commands ----------------------------------------------------------------------------------------------------------
+
+
+@pages
+def test_commands_and_their_flags_exist(page: Path) -> None:
+    wrong = []
+    for program, following in commands(page.read_text(encoding="utf-8")):
+        path = next((path for path in (program, f"scripts/{program}") if (ROOT / path).is_file()), None)
+        if path is None:
+            wrong.append(program)
+            continue
+        flags = {flag for word in following for flag in FLAG.findall(word)} - {"--any_setting"}
+        wrong += [f"{program} {flag}" for flag in sorted(flags - flags_of(path, following))]
+    assert not wrong, wrong
+
+
+@pages
+def test_flags_in_the_text_exist(page: Path) -> None:
+    programs = [*ROOT.glob("*.py"), *(ROOT / "scripts").rglob("*.py")]
+    known = ELSEWHERE.union(*(flags_of(str(path.relative_to(ROOT)), []) for path in programs))
+    known = known.union(*(flags_of("scripts/convert_data.py", [source]) for source in ("labelme", "coco", "masks")))
+    named = re.findall(r"`(--[a-z][\w-]*)", without_code(page.read_text(encoding="utf-8")))
+    assert set(named) <= known, set(named) - known
+
+
+@pages
+def test_python_blocks_are_python(page: Path) -> None:
+    for block in re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE):
+        ast.parse(block)
