@@ -188,8 +188,8 @@ class Chat:
         for number, layer in enumerate(self.last.layers):
             pixels = int((self.last.mask_logits[number] > 0).sum())
             written = f" -> {self.files[number]}" if self.files else ""
-            doubt = f", uncertainty {self.last.uncertainty[number].score:.2f}" if self.last.uncertainty else ""
-            say(f"[SEG] {number + 1}: {rule.words(layer)}, {pixels} pixels{doubt}{written}")
+            uncertainty = f", uncertainty {self.last.uncertainty[number].score:.2f}" if self.last.uncertainty else ""
+            say(f"[SEG] {number + 1}: {rule.words(layer)}, {pixels} pixels{uncertainty}{written}")
 
     def show(self) -> None:
         """The masks over the image, in a terminal that shows pictures."""

@@ -287,4 +287,4 @@ def _whole(text: str, low: int) -> int:
 
 
 if __name__ == "__main__":
-    distributed.leave(cli.run(main))
+    distributed.exit_process(cli.run(main))

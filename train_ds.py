@@ -58,11 +58,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         run.log.say(f"done; next: {merge}")
         return 0
     except (ConfigError, DataError, checkpoints.CheckpointError, DivergedError) as error:
-        complain(error)
+        print_error(error)
     except ValueError as error:
         if run is not None:  # while training, a bug
             raise
-        complain(error)
+        print_error(error)
     finally:
         if run is not None:
             run.log.close()
@@ -90,7 +90,7 @@ def warn_of_skipped(run: Run) -> None:
         )
 
 
-def complain(error: ValueError) -> None:
+def print_error(error: ValueError) -> None:
     """Says what is wrong, once: other processes only what may be theirs alone."""
     if distributed.is_main():
         print(f"error: {error}", file=sys.stderr)
@@ -380,4 +380,4 @@ def deciding_metric(run: Run, results: dict[str, dict[str, float]]) -> float | N
 
 
 if __name__ == "__main__":
-    distributed.leave(main())
+    distributed.exit_process(main())

@@ -98,17 +98,17 @@ class PolicyPromptedMasking(nn.Module):
         return self.critic(policy.to(self.gate.dtype)).float()[0]
 
 
-def gumbel_noise(numbers: list[int], rows: list[int], num_layers: int, seed: int = 0) -> torch.Tensor:
+def gumbel_noise(sample_ids: list[int], rows: list[int], num_layers: int, seed: int = 0) -> torch.Tensor:
     """[N, L] Gumbel noise that depends on (seed, sample number, place of the [SEG] in its sample) alone.
 
     Not on the rank, the batch or the device: the same run on another number of processes samples the same layers.
 
     Args:
-        numbers: sample number per row.
+        sample_ids: sample number per row.
         rows: [N] row of each [SEG], ascending.
     """
     blocks = []
-    for row, number in enumerate(numbers):
+    for row, number in enumerate(sample_ids):
         generator = torch.Generator().manual_seed((seed * 1_000_003 + number * 7919 + 17) % 2**63)
         uniform = torch.rand(rows.count(row), num_layers, generator=generator).clamp(1e-10, 1 - 1e-7)
         blocks.append(-(-uniform.log()).log())

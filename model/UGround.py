@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from model.config import UGroundConfig
-from model.generation import Answers, read_given, write_answers
+from model.generation import GenerationOutput, generate_answers, teacher_forced_answers
 from model.geometry import maps_at, mask_prompts, normalise_maps
 from model.layer_rules import LayerRule
 from model.llava import LlavaLlamaForCausalLM
@@ -36,7 +36,7 @@ __all__ = ["Grounding", "UGroundConfig", "UGroundForCausalLM", "UGroundOutput"]
 
 
 @dataclass
-class Answered:
+class LanguagePass:
     """What LLaVA said about a batch, with all that masks need: they can be drawn again and again, by other layers.
 
     Attributes:
@@ -46,14 +46,14 @@ class Answered:
     """
 
     batch: Batch
-    answers: Answers
+    answers: GenerationOutput
     hidden: tuple[torch.Tensor, ...]
     valid: torch.Tensor
     embeddings: torch.Tensor | None
 
 
 @dataclass
-class DrawnMask:
+class MaskPrediction:
     """A [SEG] token's mask: [H, W] logits, [H, W] similarity map, the layer, and with ``mc:T`` what the draws say."""
 
     logits: torch.Tensor
@@ -93,12 +93,12 @@ class UGroundForCausalLM(LlavaLlamaForCausalLM):
         # A rank without masks must touch every parameter too, and in the same order on all ranks: ZeRO adds up
         # gradients as they arrive. Made first, this sum is last in the backward pass, and completes them all.
         anchor = sum(p.sum(dtype=torch.float32) for p in self.parameters() if p.requires_grad)
-        output, valid = self.read_batch(batch)
+        output, valid = self.forward_language(batch)
         counts = [len(masks) for masks in batch.masks]
         states = torch.stack([layer.flatten(0, 1)[batch.seg_positions] for layer in output.hidden], dim=1)
         rule = self.config.selection
         grounding = self.ground(output.hidden, states, batch.seg_rows, counts, batch.image_start, rule)
-        noise = gumbel_noise(batch.numbers, _repeat(counts), self.ppm.num_layers, self.config.policy_seed)
+        noise = gumbel_noise(batch.sample_ids, _repeat(counts), self.ppm.num_layers, self.config.policy_seed)
         layers = rule.choose(grounding.log_policy, noise.to(self.device, non_blocking=True))
         embeddings = self.visual_model.encode(batch.sam_images, batch.image_keys)
         mask_logits, maps = self.draw(grounding, layers, embeddings, valid, batch)
@@ -197,14 +197,14 @@ class UGroundForCausalLM(LlavaLlamaForCausalLM):
         seed: int = 0,
         on_token: Callable[[list[int]], None] | None = None,
     ) -> list[list[Prediction]]:
-        """Answers every question of every image; a mask per [SEG]. See ``answer`` and ``draw_masks``."""
+        """Answers every question of every image; a mask per [SEG]. See ``answer`` and ``decode_masks``."""
         self.config.layer_rule(layer_policy)  # a mistake shows before minutes of writing
-        return self.draw_masks(self.answer(batch, max_new_tokens, on_token), layer_policy, seed)
+        return self.decode_masks(self.answer(batch, max_new_tokens, on_token), layer_policy, seed)
 
     @torch.inference_mode()
     def answer(
         self, batch: Batch, max_new_tokens: int = 64, on_token: Callable[[list[int]], None] | None = None
-    ) -> Answered:
+    ) -> LanguagePass:
         """LLaVA's part of ``predict``, and SAM's encoder.
 
         Rows with answers are read in one pass (teacher forced); rows without are continued greedily, all questions of
@@ -216,18 +216,18 @@ class UGroundForCausalLM(LlavaLlamaForCausalLM):
             on_token: called after each step with the newest token of every question (flat, image by image).
         """
         given = len(batch.label_ids) > 0
-        output, valid = self.read_batch(batch, use_cache=not given)
+        output, valid = self.forward_language(batch, use_cache=not given)
         if given:
-            answers = read_given(self, batch, output)
+            answers = teacher_forced_answers(self, batch, output)
         else:
-            answers = write_answers(self, batch, output, max_new_tokens, on_token)
+            answers = generate_answers(self, batch, output, max_new_tokens, on_token)
         embeddings = self.visual_model.encode(batch.sam_images, batch.image_keys) if answers.places else None
-        return Answered(batch, answers, output.hidden, valid, embeddings)
+        return LanguagePass(batch, answers, output.hidden, valid, embeddings)
 
     @torch.inference_mode()
-    def draw_masks(
+    def decode_masks(
         self,
-        answered: Answered,
+        answered: LanguagePass,
         layer_policy: str | None = None,
         seed: int = 0,
         prompts: Prompts | None = None,
@@ -249,11 +249,11 @@ class UGroundForCausalLM(LlavaLlamaForCausalLM):
         counts = [sum(row == b for row, _ in answers.places) for b in range(len(batch.sizes))]
         rows = torch.tensor(_repeat(counts), dtype=torch.int64, device=self.device)
         grounding = self.ground(answered.hidden, answers.states, rows, counts, batch.image_start, rule)
-        drawn: list[DrawnMask] = []
+        drawn: list[MaskPrediction] = []
         if answered.embeddings is not None:
             embeddings, valid = answered.embeddings, answered.valid
             decode = partial(self.draw, embeddings=embeddings, valid=valid, batch=batch, prompts=prompts, sam=sam)
-            drawn = self.decode_by_rule(rule, grounding, batch.numbers, seed, decode)
+            drawn = self.decode_by_rule(rule, grounding, batch.sample_ids, seed, decode)
         policy = grounding.log_policy.exp().cpu()
         layer_maps = self.normalised(grounding.scores, answered.valid[rows][:, None]).cpu()
 
@@ -275,17 +275,17 @@ class UGroundForCausalLM(LlavaLlamaForCausalLM):
         return [[prediction(b, k) for k in range(count)] for b, count in enumerate(batch.questions)]
 
     def decode_by_rule(
-        self, rule: LayerRule, grounding: Grounding, numbers: list[int], seed: int, decode: Decode
-    ) -> list[DrawnMask]:
+        self, rule: LayerRule, grounding: Grounding, sample_ids: list[int], seed: int, decode: Decode
+    ) -> list[MaskPrediction]:
         """The N masks (of a rule with several samples: their means, and the layer sampled most).
 
         Args:
-            numbers: of the samples, which seed their layers together with ``seed``.
+            sample_ids: of the samples, which seed their layers together with ``seed``.
         """
         repeated = _repeat(grounding.counts)
 
         def layers_of(turn: int) -> torch.Tensor:
-            noise = gumbel_noise(numbers, repeated, self.ppm.num_layers, seed + 104_729 * turn)
+            noise = gumbel_noise(sample_ids, repeated, self.ppm.num_layers, seed + 104_729 * turn)
             return rule.choose(grounding.log_policy, noise.to(self.device, non_blocking=True))
 
         def each(grounding: Grounding, layers: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -294,7 +294,7 @@ class UGroundForCausalLM(LlavaLlamaForCausalLM):
 
         if not rule.samples:
             layers = layers_of(0)
-            return [DrawnMask(*both, layer) for both, layer in zip(each(grounding, layers), layers.tolist())]
+            return [MaskPrediction(*both, layer) for both, layer in zip(each(grounding, layers), layers.tolist())]
         drawn = torch.stack([layers_of(t) for t in range(rule.samples)], 1)  # [N, T]
         shares = nn.functional.one_hot(drawn, self.ppm.num_layers).float().mean(1).cpu()  # [N, L]
         means = [MonteCarlo(share) for share in shares]
@@ -304,7 +304,9 @@ class UGroundForCausalLM(LlavaLlamaForCausalLM):
             for n, layer, both in zip(which, layers.tolist(), each(grounding.repeated(which), layers.to(self.device))):
                 means[n].add(layer, *both)
         most = drawn.mode(1).values.tolist()
-        return [DrawnMask(mean.logits, mean.similarity, layer, mean.uncertainty()) for mean, layer in zip(means, most)]
+        return [
+            MaskPrediction(mean.logits, mean.similarity, layer, mean.uncertainty()) for mean, layer in zip(means, most)
+        ]
 
 
 def _repeat(counts: list[int]) -> list[int]:

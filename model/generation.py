@@ -2,7 +2,7 @@
 
 Generation stays packed: each row keeps ONE cache in which the image stands once, and a step feeds one new token per
 question of the row; the mask of ``packed_mask`` keeps the questions apart. Padded patches stay masked in every step.
-Where a conversation goes on (``OpenRow``), the cache stays, and a question costs its own tokens.
+Where a conversation goes on (``ConversationCache``), the cache stays, and a question costs its own tokens.
 
 Legend: B rows, K questions per row at most, Q questions in all, N [SEG] tokens, L hidden states, D hidden size.
 """
@@ -21,7 +21,7 @@ Place = tuple[int, int]  # (row, question)
 
 
 @dataclass
-class Answers:
+class GenerationOutput:
     """What was said, and the states to draw masks from.
 
     Attributes:
@@ -37,76 +37,76 @@ class Answers:
     rejected: list[bool] = field(default_factory=list)
 
 
-def read_given(model, batch: Batch, output: LanguageOutput) -> Answers:
+def teacher_forced_answers(model, batch: Batch, output: LanguageOutput) -> GenerationOutput:
     """Teacher forced: reads the [SEG] states of the answers in the batch."""
     config, device = model.config, model.device
-    segments = batch.segments.flatten()
+    segment_ids = batch.segment_ids.flatten()
     token_ids: list[list[list[int]]] = [[[] for _ in range(count)] for count in batch.questions]
-    rows = (batch.label_positions // batch.segments.shape[1]).tolist()
-    for row, segment, token in zip(rows, segments[batch.label_positions].tolist(), batch.label_ids.tolist()):
+    rows = (batch.label_positions // batch.segment_ids.shape[1]).tolist()
+    for row, segment, token in zip(rows, segment_ids[batch.label_positions].tolist(), batch.label_ids.tolist()):
         token_ids[row][segment - 1].append(token)
     states = torch.stack([layer.flatten(0, 1)[batch.seg_positions] for layer in output.hidden], dim=1)
-    places = list(zip(batch.seg_rows.tolist(), (segments[batch.seg_positions] - 1).tolist()))
+    places = list(zip(batch.seg_rows.tolist(), (segment_ids[batch.seg_positions] - 1).tolist()))
     if config.rej_token_id is None:  # a model that knows no [REJ]
-        return Answers(token_ids, states, places, [False] * len(places))
+        return GenerationOutput(token_ids, states, places, [False] * len(places))
     pair = torch.tensor([config.seg_token_id, config.rej_token_id], device=device)
     scores = torch.nn.functional.linear(states[:, -1], model.lm_head.weight[pair]).float()
-    return Answers(token_ids, states, places, (scores[:, 1] > scores[:, 0]).tolist())
+    return GenerationOutput(token_ids, states, places, (scores[:, 1] > scores[:, 0]).tolist())
 
 
-def write_answers(
+def generate_answers(
     model,
     batch: Batch,
     output: LanguageOutput,
     max_new_tokens: int,
     on_token: Callable[[list[int]], None] | None = None,
-) -> Answers:
+) -> GenerationOutput:
     """Continues every question greedily until its end token or ``max_new_tokens``.
 
     Args:
-        output: of ``read_batch(batch, use_cache=True)``.
+        output: of ``forward_language(batch, use_cache=True)``.
         on_token: gets the newest token of each question (the end token again once a question has ended).
     """
     b_size, k_size = len(batch.questions), max(batch.questions)
     slots = torch.arange(1, k_size + 1, device=model.device).expand(b_size, -1)
-    segments = torch.where(slots <= torch.tensor(batch.questions, device=model.device)[:, None], slots, -1)  # [B, K]
-    last, position = _last_tokens(batch, segments)
+    segment_ids = torch.where(slots <= torch.tensor(batch.questions, device=model.device)[:, None], slots, -1)  # [B, K]
+    last, position = _last_tokens(batch, segment_ids)
     row = torch.arange(b_size, device=model.device)[:, None]
-    ends = Ends(tuple(layer[row, last] for layer in output.hidden), segments, position)
-    return write_on(model, batch.questions, output, ends, max_new_tokens, on_token)
+    ends = DecodeState(tuple(layer[row, last] for layer in output.hidden), segment_ids, position)
+    return generate_from(model, batch.questions, output, ends, max_new_tokens, on_token)
 
 
 @dataclass
-class Ends:
+class DecodeState:
     """The newest token of every question.
 
     Attributes:
         hidden: L tensors [B, K, D].
-        segments: [B, K] int64; -1 where a row has fewer questions.
+        segment_ids: [B, K] int64; -1 where a row has fewer questions.
         position: [B, K] int64 position ids.
     """
 
     hidden: tuple[torch.Tensor, ...]
-    segments: torch.Tensor
+    segment_ids: torch.Tensor
     position: torch.Tensor
 
 
-def write_on(
+def generate_from(
     model,
     questions: list[int],
     past: LanguageOutput,
-    ends: Ends,
+    ends: DecodeState,
     max_new_tokens: int,
     on_token: Callable[[list[int]], None] | None = None,
-) -> Answers:
-    """``write_answers`` from any state of the cache.
+) -> GenerationOutput:
+    """``generate_answers`` from any state of the cache.
 
     Args:
         questions: per row.
         past: what was read so far; its cache is extended in place by all tokens written but the last.
     """
     config = model.config
-    hidden, segments, position = ends.hidden, ends.segments, ends.position
+    hidden, segment_ids, position = ends.hidden, ends.segment_ids, ends.position
     token_ids: list[list[list[int]]] = [[[] for _ in range(count)] for count in questions]
     columns = [[k if k < count else None for k in range(max(questions))] for count in questions]  # None = has ended
     found: list[tuple[Place, int, torch.Tensor]] = []
@@ -127,19 +127,21 @@ def write_on(
         alive = max(len(row) - row.count(None) for row in columns)
         if step + 1 == max_new_tokens or not alive:
             break
-        segments, position = segments.masked_fill(tokens == config.eos_token_id, -1), position + 1
+        segment_ids, position = segment_ids.masked_fill(tokens == config.eos_token_id, -1), position + 1
         if alive < len(columns[0]):  # questions that have ended cost nothing more
             kept = [_alive_first(row)[:alive] for row in columns]
             columns = [[row[k] for k in places] for row, places in zip(columns, kept)]
             index = torch.tensor(kept, device=tokens.device)
-            tokens, segments, position = (torch.gather(values, 1, index) for values in (tokens, segments, position))
+            tokens, segment_ids, position = (
+                torch.gather(values, 1, index) for values in (tokens, segment_ids, position)
+            )
         embeddings = model.get_input_embeddings()(tokens)
-        past = model.read(embeddings, segments, position, segments >= 0, past=past, use_cache=True)
+        past = model.read(embeddings, segment_ids, position, segment_ids >= 0, past=past, use_cache=True)
         hidden = past.hidden
     found.sort(key=lambda item: item[:2])
     width = config.num_hidden_layers + 1, config.hidden_size
     seg_states = torch.stack([state for *_, state in found]) if found else hidden[-1].new_zeros(0, *width)
-    return Answers(token_ids, seg_states, [place for place, *_ in found], [False] * len(found))
+    return GenerationOutput(token_ids, seg_states, [place for place, *_ in found], [False] * len(found))
 
 
 def _alive_first(row: list[int | None]) -> list[int]:
@@ -147,7 +149,7 @@ def _alive_first(row: list[int | None]) -> list[int]:
     return sorted(range(len(row)), key=lambda place: row[place] is None)
 
 
-class OpenRow:
+class ConversationCache:
     """An image that is read once, and a conversation about it that grows, or is taken back and goes on differently.
 
     Args:
@@ -161,22 +163,22 @@ class OpenRow:
     @torch.inference_mode()
     def __init__(self, model, batch: Batch) -> None:
         self.model = model
-        output, self.valid = model.read_batch(batch, use_cache=True)
+        output, self.valid = model.forward_language(batch, use_cache=True)
         self.hidden, self.keys, self.cache = output.hidden, output.keys, output.cache
         self.ids: list[int] = []
 
     @torch.inference_mode()
     def answer(
         self, ids: list[int], max_new_tokens: int, on_token: Callable[[list[int]], None] | None = None
-    ) -> Answers:
+    ) -> GenerationOutput:
         """Writes the answer to the conversation ``ids``, the tokens behind the prefix.
 
         Tokens that it begins with in common with the conversation before are not read again.
         """
         output = self._read(ids)
-        last = torch.tensor([[self.keys.segments.shape[1] + len(ids) - 1]], device=self.model.device)
-        ends = Ends(tuple(layer[:, -1:] for layer in output.hidden), torch.ones_like(last), last)
-        answers = write_on(self.model, [1], output, ends, max_new_tokens, on_token)
+        last = torch.tensor([[self.keys.segment_ids.shape[1] + len(ids) - 1]], device=self.model.device)
+        ends = DecodeState(tuple(layer[:, -1:] for layer in output.hidden), torch.ones_like(last), last)
+        answers = generate_from(self.model, [1], output, ends, max_new_tokens, on_token)
         self.ids = ids + answers.token_ids[0][0][:-1]
         return answers
 
@@ -184,13 +186,13 @@ class OpenRow:
         same = (i for i, (old, new) in enumerate(zip(self.ids, ids)) if old != new)
         kept = min(next(same, min(len(self.ids), len(ids))), len(ids) - 1)  # the last token's states are needed
         self._keep(kept)
-        prefix = self.keys.segments.shape[1]
+        prefix = self.keys.segment_ids.shape[1]
         tokens = torch.tensor([ids[kept:]], device=self.model.device)
         position = torch.arange(prefix + kept, prefix + len(ids), device=self.model.device)[None]
-        segments, before = torch.ones_like(tokens), tokens.new_ones(1, kept)
+        segment_ids, before = torch.ones_like(tokens), tokens.new_ones(1, kept)
         past = LanguageOutput((), self.keys.extend(before, before.bool()), self.cache)
         embeddings = self.model.get_input_embeddings()(tokens)
-        output = self.model.read(embeddings, segments, position, segments.bool(), past=past, use_cache=True)
+        output = self.model.read(embeddings, segment_ids, position, segment_ids.bool(), past=past, use_cache=True)
         self.ids = ids
         return output
 
@@ -201,14 +203,14 @@ class OpenRow:
         was interrupted, they differ.
         """
         self.ids = self.ids[:count]
-        length = self.keys.segments.shape[1] + count
+        length = self.keys.segment_ids.shape[1] + count
         for layer in self.cache.layers:
             layer.keys, layer.values = layer.keys[..., :length, :], layer.values[..., :length, :]
 
 
-def _last_tokens(batch: Batch, segments: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _last_tokens(batch: Batch, segment_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Place of each question's last token in its row and that token's position id, both [B, K]."""
-    place = torch.arange(batch.segments.shape[1], device=segments.device)
-    mine = batch.segments[:, None, :] == segments.clamp(min=0)[:, :, None]  # [B, K, T]
+    place = torch.arange(batch.segment_ids.shape[1], device=segment_ids.device)
+    mine = batch.segment_ids[:, None, :] == segment_ids.clamp(min=0)[:, :, None]  # [B, K, T]
     last = torch.where(mine, place, -1).amax(-1)
     return last, torch.gather(batch.position_ids, 1, last)

@@ -78,13 +78,13 @@ class LanguageOutput:
 
 @dataclass
 class KeySpace:
-    """What later tokens may attend to: segments [B, K] of all keys so far and which of them are usable, [B, K]."""
+    """What later tokens may attend to: segment_ids [B, K] of all keys so far and which count: key_mask [B, K]."""
 
-    segments: torch.Tensor
-    usable: torch.Tensor
+    segment_ids: torch.Tensor
+    key_mask: torch.Tensor
 
-    def extend(self, segments: torch.Tensor, usable: torch.Tensor) -> KeySpace:
-        return KeySpace(torch.cat([self.segments, segments], 1), torch.cat([self.usable, usable], 1))
+    def extend(self, segment_ids: torch.Tensor, key_mask: torch.Tensor) -> KeySpace:
+        return KeySpace(torch.cat([self.segment_ids, segment_ids], 1), torch.cat([self.key_mask, key_mask], 1))
 
 
 def packed_mask(
@@ -96,23 +96,23 @@ def packed_mask(
     key, not even its own; padding, of which nothing is used, sees itself too, so that no row of the softmax is empty.
 
     Args:
-        queries: [B, Q] int64 segments of the newest Q tokens, which are the last Q of ``keys``.
+        queries: [B, Q] int64 segment ids of the newest Q tokens, which are the last Q of ``keys``.
         keys: K >= Q keys.
         padded_patches_attend: False: their rows are -inf throughout, for which SDPA gives zeros.
 
     Returns:
         [B, 1, Q, K] with 0 where attention is allowed and the dtype's minimum elsewhere.
     """
-    q_len, k_len = queries.shape[1], keys.segments.shape[1]
+    q_len, k_len = queries.shape[1], keys.segment_ids.shape[1]
     place = torch.arange(k_len, device=queries.device)
     order = place[None, :] <= place[k_len - q_len :, None]
     itself = place[None, :] == place[k_len - q_len :, None]
-    related = (keys.segments[:, None, :] == 0) | (keys.segments[:, None, :] == queries[:, :, None])
-    allowed = (order & related & keys.usable[:, None, :]) | (itself & (queries < 0)[:, :, None])
+    related = (keys.segment_ids[:, None, :] == 0) | (keys.segment_ids[:, None, :] == queries[:, :, None])
+    allowed = (order & related & keys.key_mask[:, None, :]) | (itself & (queries < 0)[:, :, None])
     mask = torch.zeros(allowed.shape, dtype=dtype, device=queries.device)
     mask.masked_fill_(~allowed, torch.finfo(dtype).min)
     if not padded_patches_attend:
-        padded = (queries >= 0) & ~keys.usable[:, k_len - q_len :]
+        padded = (queries >= 0) & ~keys.key_mask[:, k_len - q_len :]
         mask.masked_fill_(padded[:, :, None], -torch.inf)
     return mask[:, None]
 
@@ -166,21 +166,21 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
         before, after = embed(input_ids[:, :image_start]), embed(input_ids[:, end:])
         return torch.cat([before, features.to(before.dtype), after], dim=1)
 
-    def read_batch(self, batch: Batch, use_cache: bool = False) -> tuple[LanguageOutput, torch.Tensor]:
+    def forward_language(self, batch: Batch, use_cache: bool = False) -> tuple[LanguageOutput, torch.Tensor]:
         """LLaVA over packed rows; returns its states and which image patches are valid, [B, P]."""
         features, valid = self.encode_images(batch.clip_images, batch.clip_sizes)
         embeddings = self.embed(batch.input_ids, features, batch.image_start)
-        usable = batch.segments >= 0
-        usable[:, batch.image_start : batch.image_start + valid.shape[1]] = valid
-        output = self.read(embeddings, batch.segments, batch.position_ids, usable, use_cache=use_cache)
+        key_mask = batch.segment_ids >= 0
+        key_mask[:, batch.image_start : batch.image_start + valid.shape[1]] = valid
+        output = self.read(embeddings, batch.segment_ids, batch.position_ids, key_mask, use_cache=use_cache)
         return output, valid
 
     def read(
         self,
         embeddings: torch.Tensor,
-        segments: torch.Tensor,
+        segment_ids: torch.Tensor,
         position_ids: torch.Tensor,
-        usable: torch.Tensor,
+        key_mask: torch.Tensor,
         past: LanguageOutput | None = None,
         use_cache: bool = False,
     ) -> LanguageOutput:
@@ -188,15 +188,15 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
 
         Args:
             embeddings: [B, Q, D] of the new tokens.
-            segments: [B, Q] int64; 0 prefix, k >= 1 conversations, -1 padding.
+            segment_ids: [B, Q] int64; 0 prefix, k >= 1 conversations, -1 padding.
             position_ids: [B, Q] int64.
-            usable: [B, Q] bool; padded patches and padding are no keys.
+            key_mask: [B, Q] bool; padded patches and padding are no keys.
             past: what an earlier call with ``use_cache`` returned; its cache is extended in place.
         """
-        keys = KeySpace(segments, usable) if past is None else past.keys.extend(segments, usable)
+        keys = KeySpace(segment_ids, key_mask) if past is None else past.keys.extend(segment_ids, key_mask)
         outputs = self.model(
             inputs_embeds=embeddings,
-            attention_mask=packed_mask(segments, keys, embeddings.dtype, self.config.padded_patches_attend),
+            attention_mask=packed_mask(segment_ids, keys, embeddings.dtype, self.config.padded_patches_attend),
             position_ids=position_ids,
             past_key_values=past.cache if past is not None else None,
             use_cache=use_cache,

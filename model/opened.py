@@ -116,18 +116,18 @@ def predict(
     processor: UGroundProcessor,
     images: Sequence[np.ndarray],
     turns: Sequence[Sequence[Turn]],
-    numbers: Sequence[int] | None = None,
+    sample_ids: Sequence[int] | None = None,
     **options,
 ) -> list[list[Prediction]]:
     """Asks every question about every image: [image][question] predictions with their text.
 
     Args:
-        images, turns, numbers: of ``UGroundProcessor.prompts``.
+        images, turns, sample_ids: of ``UGroundProcessor.prompts``.
         options: of ``UGroundForCausalLM.predict`` (layer_policy, max_new_tokens, seed, on_token).
     """
     was_training = model.training
     model.eval()
-    batch = processor.prompts(images, turns, numbers).to(model.device, model.dtype)
+    batch = processor.prompts(images, turns, sample_ids).to(model.device, model.dtype)
     predictions = with_text(model.predict(batch, **options), processor)
     model.train(was_training)
     return predictions

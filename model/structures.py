@@ -36,14 +36,14 @@ class Sample:
         image: [H, W, 3] uint8, RGB.
         conversations: each sees the image and itself, not its neighbours.
         masks: [N, H, W] uint8 with 0, 1 and 255 (ignored); one per ``[SEG]``, in the order of the answers.
-        number: the global number of the sample in the mixture; seeds the layer sampling.
+        sample_id: the global number of the sample in the mixture; seeds the layer sampling.
     """
 
     source: str
     image: np.ndarray
     conversations: list[Conversation]
     masks: np.ndarray
-    number: int = 0
+    sample_id: int = 0
 
 
 @dataclass
@@ -85,7 +85,7 @@ class Batch:
 
     Attributes:
         input_ids: [B, T] int64; image placeholders carry the image token's id.
-        segments: [B, T] int64; 0 = prefix, k >= 1 = conversation k of the row, -1 = padding.
+        segment_ids: [B, T] int64; 0 = prefix, k >= 1 = conversation k of the row, -1 = padding.
         position_ids: [B, T] int64; each conversation goes on from the prefix.
         label_positions: [M] int64, flat position before each learned token; label_ids: [M] that token.
         label_weights: [M] float32, the token's weight in the text loss.
@@ -97,14 +97,14 @@ class Batch:
         sam_images: [B, 3, R, R]; sam_sizes: likewise.
         sizes: original (height, width) per row.
         masks: per row [N_b, H, W] uint8 with 0, 1, 255.
-        numbers: the global sample number per row; it seeds the sampling of layers.
+        sample_ids: the global sample number per row; it seeds the sampling of layers.
         questions: conversations per row.
         image_start: the first image token's place, the same in every row.
         image_keys: per row, the name of its pixels, where SAM's features are cached on disk; else empty.
     """
 
     input_ids: torch.Tensor
-    segments: torch.Tensor
+    segment_ids: torch.Tensor
     position_ids: torch.Tensor
     label_positions: torch.Tensor
     label_ids: torch.Tensor
@@ -118,7 +118,7 @@ class Batch:
     sam_sizes: list[tuple[int, int]]
     sizes: list[tuple[int, int]]
     masks: list[torch.Tensor]
-    numbers: list[int]
+    sample_ids: list[int]
     questions: list[int]
     image_start: int
     image_keys: list[str] = field(default_factory=list)

@@ -45,7 +45,7 @@ METRICS = ("gIoU", "cIoU")
 
 
 @dataclass(frozen=True)
-class Row:
+class AblationRow:
     """name: for the table; settings: of train_ds.py; paper: its gIoU and cIoU in per cent, where it has the row."""
 
     name: str
@@ -66,7 +66,7 @@ def as_flag(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def method_rows() -> tuple[Row, ...]:
+def method_rows() -> tuple[AblationRow, ...]:
     """What configs/methods say of ppm and loss; methods that differ in their data alone are one row."""
     paper = {"uground": (66.1, 72.1), "read": (59.8, 67.6), "lisa": (61.3, 62.9)}  # Table 3, ReasonSeg val, fine-tuned
     names: dict[tuple[tuple[str, str], ...], list[str]] = {}
@@ -74,20 +74,20 @@ def method_rows() -> tuple[Row, ...]:
         config = load_config(["--config", str(ROOT / f"configs/methods/{name}.yaml")])
         settings = {key: as_flag(value) for part in (config.ppm, config.loss) for key, value in vars(part).items()}
         names.setdefault(tuple(settings.items()), []).append(name)
-    return tuple(Row(", ".join(same), dict(settings), paper.get(same[0])) for settings, same in names.items())
+    return tuple(AblationRow(", ".join(same), dict(settings), paper.get(same[0])) for settings, same in names.items())
 
 
-TABLES: dict[str, tuple[Row, ...]] = {
+TABLES: dict[str, tuple[AblationRow, ...]] = {
     "6": (
-        Row("[SEG] prompt", ppm("last", True, False), (19.13, 15.62)),
-        Row("mask prompt", ppm("last", False, True), (60.30, 53.86)),
-        Row("both", ppm("last", True, True), (64.06, 67.05)),
-        Row("SSC, [SEG] prompt", ppm("policy", True, False) | {"map_loss_weight": "1"}, (31.76, 34.08)),
-        Row("SSC, mask prompt", ppm("policy", False, True), (52.14, 52.42)),
-        Row("SSC, both", ppm("policy", True, True), (66.13, 72.07)),
+        AblationRow("[SEG] prompt", ppm("last", True, False), (19.13, 15.62)),
+        AblationRow("mask prompt", ppm("last", False, True), (60.30, 53.86)),
+        AblationRow("both", ppm("last", True, True), (64.06, 67.05)),
+        AblationRow("SSC, [SEG] prompt", ppm("policy", True, False) | {"map_loss_weight": "1"}, (31.76, 34.08)),
+        AblationRow("SSC, mask prompt", ppm("policy", False, True), (52.14, 52.42)),
+        AblationRow("SSC, both", ppm("policy", True, True), (66.13, 72.07)),
     ),
     "7": tuple(
-        Row(terms.replace("||", " and "), {"map_terms": terms}, paper)
+        AblationRow(terms.replace("||", " and "), {"map_terms": terms}, paper)
         for terms, paper in (
             ("bce", (64.56, 71.44)),
             ("dice", (64.57, 68.63)),
@@ -98,35 +98,35 @@ TABLES: dict[str, tuple[Row, ...]] = {
         )
     ),
     "8": (
-        Row("BCE", {"reward_terms": "bce"}, (65.37, 69.53)),
-        Row("dice", {"reward_terms": "dice"}, (63.34, 68.33)),
-        Row("both", {"reward_terms": "both"}, (66.13, 72.07)),
-        Row("IoU", {"reward_terms": "iou"}),
+        AblationRow("BCE", {"reward_terms": "bce"}, (65.37, 69.53)),
+        AblationRow("dice", {"reward_terms": "dice"}, (63.34, 68.33)),
+        AblationRow("both", {"reward_terms": "both"}, (66.13, 72.07)),
+        AblationRow("IoU", {"reward_terms": "iou"}),
     ),
     "9": (
-        Row("soft gating", {"layer_selection": "soft"}, (61.19, 65.52)),
-        Row("policy", {"layer_selection": "policy"}, (66.13, 72.07)),
-        Row("classifier, soft gating", {"layer_selection": "ce_soft"}),
+        AblationRow("soft gating", {"layer_selection": "soft"}, (61.19, 65.52)),
+        AblationRow("policy", {"layer_selection": "policy"}, (66.13, 72.07)),
+        AblationRow("classifier, soft gating", {"layer_selection": "ce_soft"}),
     ),
     "baselines": (
-        Row("moving average", {"baseline": "average"}, (66.13, 72.07)),
-        Row("moving average from the first reward", {"baseline_start": "first"}),
-        Row("critic", {"baseline": "critic"}),
-        Row("exact gradient", {"policy_gradient": "exact"}),
+        AblationRow("moving average", {"baseline": "average"}, (66.13, 72.07)),
+        AblationRow("moving average from the first reward", {"baseline_start": "first"}),
+        AblationRow("critic", {"baseline": "critic"}),
+        AblationRow("exact gradient", {"policy_gradient": "exact"}),
     ),
     "layers": (
-        Row("policy", {"layer_selection": "policy"}, (66.13, 72.07)),
-        Row("last", {"layer_selection": "last"}, (64.06, 67.05)),
-        Row("uniform", {"layer_selection": "uniform"}),
-        Row("policy, exact gradient", {"policy_gradient": "exact"}),
-        Row("soft gating", {"layer_selection": "soft"}, (61.19, 65.52)),
-        Row("layer 7", {"layer_selection": "fixed:7"}),
-        Row("layer 6", {"layer_selection": "fixed:6"}),
-        Row("policy, 10 x the gate's rate", {"gate_lr_factor": "10"}),
-        Row("policy, baseline from the first reward", {"baseline_start": "first"}),
-        Row("policy, critic", {"baseline": "critic"}),
-        Row("policy, entropy bonus", {"entropy_bonus": "0.02"}),
-        Row("classifier, soft gating", {"layer_selection": "ce_soft"}),
+        AblationRow("policy", {"layer_selection": "policy"}, (66.13, 72.07)),
+        AblationRow("last", {"layer_selection": "last"}, (64.06, 67.05)),
+        AblationRow("uniform", {"layer_selection": "uniform"}),
+        AblationRow("policy, exact gradient", {"policy_gradient": "exact"}),
+        AblationRow("soft gating", {"layer_selection": "soft"}, (61.19, 65.52)),
+        AblationRow("layer 7", {"layer_selection": "fixed:7"}),
+        AblationRow("layer 6", {"layer_selection": "fixed:6"}),
+        AblationRow("policy, 10 x the gate's rate", {"gate_lr_factor": "10"}),
+        AblationRow("policy, baseline from the first reward", {"baseline_start": "first"}),
+        AblationRow("policy, critic", {"baseline": "critic"}),
+        AblationRow("policy, entropy bonus", {"entropy_bonus": "0.02"}),
+        AblationRow("classifier, soft gating", {"layer_selection": "ce_soft"}),
     ),
     "methods": method_rows(),
 }
@@ -189,7 +189,7 @@ def slug(name: str) -> str:
 
 
 def run_row(
-    row: Row, seed: int, folder: Path, args: argparse.Namespace, settings: list[str], specs: tuple[Spec, ...]
+    row: AblationRow, seed: int, folder: Path, args: argparse.Namespace, settings: list[str], specs: tuple[Spec, ...]
 ) -> Path:
     """Trains, merges and evaluates one row with one seed; returns the folder of its results."""
     results = folder / "eval"
@@ -243,7 +243,7 @@ def call(folder: Path, command: list[str]) -> None:
 
 
 def results_table(
-    rows: tuple[Row, ...], results: dict[str, list[Path]], specs: tuple[Spec, ...], args: argparse.Namespace
+    rows: tuple[AblationRow, ...], results: dict[str, list[Path]], specs: tuple[Spec, ...], args: argparse.Namespace
 ) -> str:
     """A line per row: mean ± standard deviation over seeds in per cent, the layers chosen, the entropy that the policy
     ended with, then the paper's."""
@@ -273,10 +273,10 @@ def final_entropy(run: Path) -> list[float]:
     return [last["entropy"]] if "gate" in last["gradients"] else []
 
 
-def differences_to_first(rows: tuple[Row, ...], results: dict[str, list[Path]], specs: tuple[Spec, ...]) -> str:
+def differences_to_first(rows: tuple[AblationRow, ...], results: dict[str, list[Path]], specs: tuple[Spec, ...]) -> str:
     """What every row has above the first one, all seeds together, with paired intervals over images."""
 
-    def records(row: Row, spec: Spec) -> list[Record]:
+    def records(row: AblationRow, spec: Spec) -> list[Record]:
         paths = [result_path(folder, spec, "generate") for folder in results[row.name]]
         return [record for path in paths for record in read_results(path)[1]]
 
@@ -294,7 +294,7 @@ def differences_to_first(rows: tuple[Row, ...], results: dict[str, list[Path]], 
 
 
 def draw_curves(
-    rows: list[Row], results: dict[str, list[Path]], specs: tuple[Spec, ...], dataset_dir: str, output: Path
+    rows: list[AblationRow], results: dict[str, list[Path]], specs: tuple[Spec, ...], dataset_dir: str, output: Path
 ) -> list[Path]:
     """Fig. 2 of every split, and the same losses over training; means over seeds."""
     runs = {row.name: [folder.parent for folder in results[row.name]] for row in rows}

@@ -134,7 +134,7 @@ def bench_model(args: argparse.Namespace) -> list[str]:
         parts = bench.parts(batch, samples, args.repeats)
         rows, times = benchmark.compare_cases(bench, args.repeats, args.compile)
     parts["SAM encoder, an image"] = times["SAM encoder"]["median"]
-    step, tokens = times["UGround"]["median"], int((batch.segments >= 0).sum())
+    step, tokens = times["UGround"]["median"], int((batch.segment_ids >= 0).sum())
     figures = {
         "preset": args.preset,
         "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else "CPU",

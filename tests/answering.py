@@ -3,7 +3,7 @@
 import torch
 from conftest import drawn_sample
 
-from model.processing.collate import Row
+from model.processing.collate import PackedSequence
 from model.processing.conversation import EncodedConversation
 from model.structures import IGNORE_LABEL, Turn
 
@@ -24,8 +24,8 @@ def read_anew(model, processor, image, history, question, said):
     ids = processor.builder.encode((*history, Turn(question, ""))).ids
     conversation = EncodedConversation(ids + said, [IGNORE_LABEL] * len(ids) + said)
     no_masks = drawn_sample(0, image.shape[:2], ()).masks
-    batch = processor._collate([Row(image, [conversation], no_masks, 0)])
+    batch = processor._collate([PackedSequence(image, [conversation], no_masks, 0)])
     with torch.no_grad():
-        hidden = model.read_batch(batch)[0].hidden[-1].flatten(0, 1)
+        hidden = model.forward_language(batch)[0].hidden[-1].flatten(0, 1)
         written = model.lm_head(hidden[batch.label_positions]).argmax(-1).tolist()
     return written, model.predict(batch)[0][0]

@@ -70,7 +70,7 @@ def mean(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
-def fail_together(problem: str | None, error: type[Exception] = ValueError) -> None:
+def raise_on_all_ranks(problem: str | None, error: type[Exception] = ValueError) -> None:
     """Raises ``error`` on every process if any has a problem: one that fails alone lets the others wait forever."""
     problems = list(dict.fromkeys(found for found in all_gather(problem) if found))
     if problems:
@@ -84,7 +84,7 @@ def shutdown() -> None:
         distributed.destroy_process_group()
 
 
-def leave(code: int) -> NoReturn:
+def exit_process(code: int) -> NoReturn:
     """Ends the process with an exit code; call it last.
 
     One of several processes goes without Python's clean-up. In it, threads of the process group that still want the

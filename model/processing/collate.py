@@ -14,16 +14,16 @@ from model.structures import IGNORE_LABEL, Batch
 
 
 @dataclass
-class Row:
+class PackedSequence:
     """One image, its encoded conversations and masks ([N, H, W] uint8, one per ``[SEG]`` in the labels)."""
 
     image: np.ndarray
     conversations: list[EncodedConversation]
     masks: np.ndarray
-    number: int
+    sample_id: int
 
 
-def cut(row: Row, max_tokens: int, seg_id: int) -> Row:
+def cut(row: PackedSequence, max_tokens: int, seg_id: int) -> PackedSequence:
     """Shortens each conversation to ``max_tokens``; a ``[SEG]`` that is lost takes its mask with it."""
     if all(len(conversation.ids) <= max_tokens for conversation in row.conversations):
         return row
@@ -34,7 +34,7 @@ def cut(row: Row, max_tokens: int, seg_id: int) -> Row:
         keep_mask += [True] * left + [False] * (segs - left)
         kept.append(short)
     masks = row.masks[np.array(keep_mask, dtype=bool)] if len(row.masks) else row.masks
-    return Row(row.image, kept, masks, row.number)
+    return PackedSequence(row.image, kept, masks, row.sample_id)
 
 
 def before_labels(labels: torch.Tensor, token: int | None = None) -> torch.Tensor:
@@ -54,7 +54,7 @@ def before_labels(labels: torch.Tensor, token: int | None = None) -> torch.Tenso
 
 
 def collate_rows(
-    rows: Sequence[Row],
+    rows: Sequence[PackedSequence],
     prefix_ids: list[int],
     image_start: int,
     pad_id: int,
@@ -73,17 +73,17 @@ def collate_rows(
     width = max(prefix + sum(len(c.ids) for c in row.conversations) for row in rows)
     shape = (len(rows), width)
     input_ids = torch.full(shape, pad_id, dtype=torch.int64)
-    segments, position_ids = torch.full(shape, -1), torch.zeros(shape, dtype=torch.int64)
+    segment_ids, position_ids = torch.full(shape, -1), torch.zeros(shape, dtype=torch.int64)
     labels = torch.full(shape, IGNORE_LABEL)
     for b, row in enumerate(rows):
         input_ids[b, :prefix] = torch.tensor(prefix_ids)
-        segments[b, :prefix], position_ids[b, :prefix] = 0, torch.arange(prefix)
+        segment_ids[b, :prefix], position_ids[b, :prefix] = 0, torch.arange(prefix)
         start = prefix
         for k, conversation in enumerate(row.conversations, start=1):
             end = start + len(conversation.ids)
             input_ids[b, start:end] = torch.tensor(conversation.ids)
             labels[b, start:end] = torch.tensor(conversation.labels)
-            segments[b, start:end], position_ids[b, start:end] = k, torch.arange(prefix, prefix + end - start)
+            segment_ids[b, start:end], position_ids[b, start:end] = k, torch.arange(prefix, prefix + end - start)
             start = end
     label_positions, seg_positions = before_labels(labels), before_labels(labels, seg_id)
     label_ids = labels.flatten()[label_positions + 1]
@@ -92,7 +92,7 @@ def collate_rows(
     sam_images, sam_sizes = _squares(rows, sam_side, resize_and_pad)
     return Batch(
         input_ids=input_ids,
-        segments=segments,
+        segment_ids=segment_ids,
         position_ids=position_ids,
         label_positions=label_positions,
         label_ids=label_ids,
@@ -106,13 +106,13 @@ def collate_rows(
         sam_sizes=sam_sizes,
         sizes=[row.image.shape[:2] for row in rows],
         masks=[torch.from_numpy(np.ascontiguousarray(row.masks)) for row in rows],
-        numbers=[row.number for row in rows],
+        sample_ids=[row.sample_id for row in rows],
         questions=[len(row.conversations) for row in rows],
         image_start=image_start,
     )
 
 
-def _squares(rows: Sequence[Row], side: int, fit: Callable) -> tuple[torch.Tensor, list[tuple[int, int]]]:
+def _squares(rows: Sequence[PackedSequence], side: int, fit: Callable) -> tuple[torch.Tensor, list[tuple[int, int]]]:
     """The rows' images as [B, 3, side, side] float32, and the (height, width) of each inside."""
     images = torch.zeros(len(rows), 3, side, side)
     return images, [fit(row.image, side, out)[1] for row, out in zip(rows, images)]

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from model.processing.collate import Row, collate_rows, cut
+from model.processing.collate import PackedSequence, collate_rows, cut
 from model.processing.conversation import SYSTEM_PROMPT, PromptBuilder
 from model.processing.tokens import load_tokenizer, token_ids
 from model.processing.transforms import CLIP_FITS
@@ -96,7 +96,7 @@ class UGroundProcessor:
         rows = []
         for sample in samples:
             conversations = [self.builder.encode(turns) for turns in sample.conversations]
-            row = Row(sample.image, conversations, sample.masks, sample.number)
+            row = PackedSequence(sample.image, conversations, sample.masks, sample.sample_id)
             segs = sum(c.labels.count(self.tokens.seg) for c in conversations)
             if segs != len(sample.masks):
                 raise ValueError(f"{sample.source}: {segs} [SEG] in the answers but {len(sample.masks)} masks")
@@ -107,7 +107,7 @@ class UGroundProcessor:
         self,
         images: Sequence[np.ndarray],
         turns: Sequence[Sequence[Turn]],
-        numbers: Sequence[int] | None = None,
+        sample_ids: Sequence[int] | None = None,
     ) -> Batch:
         """Rows for ``UGroundForCausalLM.predict``: every image once, with all its questions.
 
@@ -115,7 +115,7 @@ class UGroundProcessor:
             images: uint8 [H, W, 3] each.
             turns: [image][question]. With their answers they are teacher forced, without they are to be generated.
                 Special tokens typed in questions are defused.
-            numbers: seeds for sampled layers, one per image (default 0, 1, ...).
+            sample_ids: seeds for sampled layers, one per image (default 0, 1, ...).
 
         Raises:
             ValueError: if a question is empty, or longer (with its answer) than the model reads; if an image has none;
@@ -143,13 +143,13 @@ class UGroundProcessor:
                         f"{room} fit beside the image; ask for less at a time, or raise max_tokens in {FILE_NAME}"
                     )
             no_masks = np.zeros((0, *image.shape[:2]), dtype=np.uint8)
-            number = numbers[i] if numbers is not None else i
-            rows.append(Row(image, conversations, no_masks, number))
+            number = sample_ids[i] if sample_ids is not None else i
+            rows.append(PackedSequence(image, conversations, no_masks, number))
         return self._collate(rows)
 
     def prefix(self, image: np.ndarray) -> Batch:
         """The row of an image [H, W, 3] about which nothing was asked yet."""
-        return self._collate([Row(image, [], np.zeros((0, *image.shape[:2]), dtype=np.uint8), 0)])
+        return self._collate([PackedSequence(image, [], np.zeros((0, *image.shape[:2]), dtype=np.uint8), 0)])
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of answer tokens; ``[SEG]`` and ``[REJ]`` are kept, end and padding tokens are not."""
@@ -157,7 +157,7 @@ class UGroundProcessor:
         text = self.tokenizer.decode([i for i in ids if i not in hidden], skip_special_tokens=False)
         return text.strip()  # type: ignore[union-attr]  # a list only for a batch of ids
 
-    def _collate(self, rows: list[Row]) -> Batch:
+    def _collate(self, rows: list[PackedSequence]) -> Batch:
         batch = collate_rows(
             rows,
             prefix_ids=self.builder.prefix_ids,

@@ -187,7 +187,7 @@ def train_language(model: LlavaLlamaForCausalLM, processor: UGroundProcessor, st
     for data in stream("language", options.seed, steps, make, options.workers):
         data = to_device(data, device)
         batch = data["batch"]
-        output, valid = model.read_batch(batch)
+        output, valid = model.forward_language(batch)
         last = output.hidden[-1]
         flat = last.flatten(0, 1)
         logits = model.lm_head(flat[batch.label_positions])
@@ -212,7 +212,7 @@ def check_language(model: LlavaLlamaForCausalLM, processor: UGroundProcessor, op
     for data in stream("check", options.seed, 2, make, 0):
         data = to_device(data, options.device)
         batch = data["batch"]
-        output, valid = model.read_batch(batch)
+        output, valid = model.forward_language(batch)
         last = output.hidden[-1]
         flat = last.flatten(0, 1)
         patches = last[:, batch.image_start : batch.image_start + valid.shape[1]][data["rows"]]

@@ -100,7 +100,7 @@ def read(model, processor, config: Config, steps: int) -> list[Rewarded]:
     mixture, size, found = make_mixture(config), config.train.batch_size, []
     for step in range(steps):
         batch = processor.collate([mixture[step * size + k] for k in range(size)]).to(model.device)
-        output, valid = model.read_batch(batch)
+        output, valid = model.forward_language(batch)
         states = torch.stack([layer.flatten(0, 1)[batch.seg_positions] for layer in output.hidden], 1)
         counts = [len(masks) for masks in batch.masks]
         grounding = model.ground(output.hidden, states, batch.seg_rows, counts, batch.image_start, StochasticSkip())

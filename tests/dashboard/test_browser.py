@@ -168,8 +168,8 @@ def test_why_this_mask(visit, scene):
     page.fill("#ug-layer input[type=number]", "3")
     page.wait_for_selector("#ug-similarity img[alt*='layer 3']")
     page.click("#ug-measure")
-    page.wait_for_selector("#ug-doubt img")
-    assert "Uncertainty of [SEG] 1: 0." in page.inner_text("#ug-doubt")
+    page.wait_for_selector("#ug-uncertainty img")
+    assert "Uncertainty of [SEG] 1: 0." in page.inner_text("#ug-uncertainty")
 
 
 def test_two_visitors_do_not_see_each_other(visit, scene):

@@ -235,10 +235,10 @@ def test_simultaneous_questions_are_all_answered(dashboard, tmp_path):
 
 def test_uncertainty_is_of_the_latest_answer(dashboard, answered):
     with pytest.raises(ValueError, match="no mask yet"):
-        dashboard.doubt("nobody")
+        dashboard.measure_uncertainty("nobody")
     seen = []
     answered.session.redraw = lambda policy: seen.append(policy) or make_prediction()
-    dashboard.doubt("v")
+    dashboard.measure_uncertainty("v")
     assert seen == ["mc:16"]
 
 

@@ -38,7 +38,7 @@ def root(tmp_path: Path) -> Path:
 
 
 def key(sample: Sample) -> tuple:
-    return sample.number, sample.source, tuple(sample.conversations), sample.masks.tobytes()
+    return sample.sample_id, sample.source, tuple(sample.conversations), sample.masks.tobytes()
 
 
 def first(batch: list[Sample]) -> list[Sample]:

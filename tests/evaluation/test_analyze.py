@@ -143,7 +143,7 @@ def test_other_prompts_and_another_sam_are_for_one_call(tiny_model, tiny_process
     answered = tiny_model.answer(prompts)
 
     def logits(**options) -> torch.Tensor:
-        return tiny_model.draw_masks(answered, **options)[0][0].mask_logits
+        return tiny_model.decode_masks(answered, **options)[0][0].mask_logits
 
     own, by_map = logits(), logits(prompts=Prompts(seg=False))
     assert not torch.equal(by_map, own)

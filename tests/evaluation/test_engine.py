@@ -76,8 +76,8 @@ class FakeDataset:
 
 
 class FakeBatch:
-    def __init__(self, images, turns, numbers):
-        self.images, self.turns, self.numbers = images, turns, numbers
+    def __init__(self, images, turns, sample_ids):
+        self.images, self.turns, self.sample_ids = images, turns, sample_ids
 
     def to(self, device, dtype):
         return self
@@ -86,8 +86,8 @@ class FakeBatch:
 class FakeProcessor:
     """Keeps prompts as they are; "tokens" are the answer's characters."""
 
-    def prompts(self, images, turns, numbers):
-        return FakeBatch(images, turns, numbers)
+    def prompts(self, images, turns, sample_ids):
+        return FakeBatch(images, turns, sample_ids)
 
     def decode(self, ids):
         return "".join(map(chr, ids))
@@ -118,7 +118,7 @@ class FakeModel:
         self.calls.append((len(batch.images), layer_policy, seed))
         predictions = [
             [self.answer(image, turn.question, turn.answer, number + seed) for turn in row]
-            for image, row, number in zip(batch.images, batch.turns, batch.numbers, strict=True)
+            for image, row, number in zip(batch.images, batch.turns, batch.sample_ids, strict=True)
         ]
         for prediction in (p for row in predictions for p in row if layer_policy.startswith("mc")):
             for k, mask in enumerate(prediction.mask_logits.sigmoid()):
@@ -249,11 +249,11 @@ def test_broken_logits_are_no_empty_mask(benchmark, value):
 def test_an_answer_is_as_uncertain_as_its_most_uncertain_mask():
     united = run(FakeModel(wordings={2: "[SEG] and [SEG]"}), layer_policy="mc:4").records
     assert {len(record.uncertainty) for record in united} == {1, 2}
-    assert all(record.doubt == max(record.uncertainty) for record in united)
+    assert all(record.max_uncertainty == max(record.uncertainty) for record in united)
     for mode in ("generate", "teacher_forced"):
         rejecting = run(FakeModel(reject_below=1000), FakeDataset(benchmark="grefcoco", absent=True), mode=mode,
                         layer_policy="mc:4")  # fmt: skip
-        assert all(record.doubt == 0 for record in rejecting.records if record.rejected)
+        assert all(record.max_uncertainty == 0 for record in rejecting.records if record.rejected)
         assert any(record.rejected for record in rejecting.records)
     assert run().records[0].uncertainty == []
     assert "AUSE" not in run().metrics

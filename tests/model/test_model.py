@@ -47,7 +47,7 @@ def test_packed_rows_equal_separate_rows(make_model, tiny_processor, size):
 def test_conversations_do_not_see_each_other(tiny_model, tiny_processor):
     first = drawn_sample(4, segs=(1, 1))
     second = Sample(first.source, first.image, [first.conversations[0], drawn_sample(5, segs=(0,)).conversations[0]],
-                    first.masks[:1], first.number)  # fmt: skip
+                    first.masks[:1], first.sample_id)  # fmt: skip
     a, b = (tiny_model(tiny_processor.collate([s])).mask_logits[0][0] for s in (first, second))
     assert_same_masks(a, b)
 
@@ -66,10 +66,10 @@ def test_cached_generation_equals_reading_the_answer_anew(make_model, tiny_proce
             extra = len(ids)
             width = batch.input_ids.shape[1]
             batch.input_ids = torch.cat([batch.input_ids, tail], 1)
-            batch.segments = torch.cat([batch.segments, torch.ones(1, extra, dtype=torch.int64)], 1)
+            batch.segment_ids = torch.cat([batch.segment_ids, torch.ones(1, extra, dtype=torch.int64)], 1)
             more = torch.arange(width, width + extra)[None]
             batch.position_ids = torch.cat([batch.position_ids, more], 1)
-            hidden = model.read_batch(batch)[0].hidden[-1]
+            hidden = model.forward_language(batch)[0].hidden[-1]
             ids.append(int(model.lm_head(hidden[0, -1]).argmax()))
         assert ids == prediction.token_ids
     assert sum(len(p.mask_logits) for p in together) > 0
@@ -127,7 +127,7 @@ def test_generated_masks_equal_teacher_forced_ones(make_model, tiny_processor):
         batch = tiny_processor.prompts([image], [[Turn(question)]])
         width = batch.input_ids.shape[1]
         batch.input_ids = torch.cat([batch.input_ids, torch.tensor([said])], 1)
-        batch.segments = torch.cat([batch.segments, torch.ones(1, len(said), dtype=torch.int64)], 1)
+        batch.segment_ids = torch.cat([batch.segment_ids, torch.ones(1, len(said), dtype=torch.int64)], 1)
         batch.position_ids = torch.arange(batch.input_ids.shape[1])[None]
         positions = torch.tensor([width - 1 + i for i, token in enumerate(said) if token == tokens.seg])
         batch.label_positions, batch.label_ids = positions, torch.full_like(positions, tokens.seg)
@@ -145,7 +145,7 @@ def test_predictions_do_not_depend_on_the_batch(tiny_model, tiny_processor, tiny
     turns = [list(map(Turn, *pair)) for pair in zip(questions, answers)]
     together = predict(tiny_model, tiny_processor, images, turns)
     for i, image in enumerate(images):
-        alone = predict(tiny_model, tiny_processor, [image], [turns[i]], numbers=[i])[0]
+        alone = predict(tiny_model, tiny_processor, [image], [turns[i]], sample_ids=[i])[0]
         for a, b in zip(together[i], alone):
             assert (a.text, a.layers, a.rejected) == (b.text, b.layers, b.rejected)
             assert_same_masks(a.mask_logits, b.mask_logits)
@@ -229,10 +229,10 @@ def test_masks_are_drawn_again_by_other_layers_from_one_answer(make_model, tiny_
     batch = tiny_processor.prompts([tiny_samples[1].image], [[Turn("where is the red star", "it is [SEG] and [SEG].")]])
     answered = model.answer(batch)
     for how in ("fixed:1", "fixed:3", "soft", "mc:4"):
-        [[again]], [[anew]] = model.draw_masks(answered, how), model.predict(batch, how)
+        [[again]], [[anew]] = model.decode_masks(answered, how), model.predict(batch, how)
         assert again.layers == anew.layers
         assert torch.equal(again.mask_logits, anew.mask_logits)
-    [[fixed]] = model.draw_masks(answered, "fixed:3")
+    [[fixed]] = model.decode_masks(answered, "fixed:3")
     enlarged = maps_at(fixed.layer_maps[:, 3], model.config.clip_side, batch.sizes[0])
     torch.testing.assert_close(enlarged, fixed.maps)
 

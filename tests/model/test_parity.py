@@ -20,7 +20,7 @@ from model.geometry import mask_prompts
 from model.layer_rules import LastLayer
 from model.loading.weights import load_released
 from model.PPM import PolicyPromptedMasking, similarity_of_all_layers
-from model.processing.collate import Row, collate_rows
+from model.processing.collate import PackedSequence, collate_rows
 from model.processing.conversation import EncodedConversation
 from model.structures import IGNORE_LABEL, Batch
 from model.UGround import Grounding, UGroundConfig, UGroundForCausalLM
@@ -100,7 +100,7 @@ def batch_of(inputs: dict, seg: int, prefix: int) -> Batch:
         segs = sum(c.labels.count(seg) for c in encoded)
         kept = [mask.numpy().astype(np.uint8) for mask in target if len(target) == segs or mask.any()]  # [REJ]: empty
         target = np.stack(kept) if kept else np.zeros((0, *image.shape[:2]), np.uint8)
-        rows.append(Row(image, encoded, target, 0))
+        rows.append(PackedSequence(image, encoded, target, 0))
     first = token_rows(inputs)[0][0][0][:prefix]
     start = inputs["input_ids"][0].tolist().index(IMAGE)
     batch = collate_rows(rows, first, start, pad_id=0, seg_id=seg, clip_side=112, sam_side=1024)
@@ -126,11 +126,11 @@ class Reading:
 def read(model: UGroundForCausalLM, batch: Batch) -> Reading:
     """Reads rows whose image stands in the conversations (prefix = the first token)."""
     features, valid = model.encode_images(batch.clip_images, batch.clip_sizes)
-    embeddings, usable = model.get_input_embeddings()(batch.input_ids), batch.segments >= 0
+    embeddings, usable = model.get_input_embeddings()(batch.input_ids), batch.segment_ids >= 0
     cut, starts, owner = [], [], []
     for row, questions in enumerate(batch.questions):
         for k in range(1, questions + 1):
-            places = (batch.segments[row] == k).nonzero().flatten()
+            places = (batch.segment_ids[row] == k).nonzero().flatten()
             image = places[(batch.input_ids[row, places] == 0).nonzero().flatten()]
             assert len(image) == PATCHES
             embeddings = embeddings.index_put((torch.tensor(row), image), features[row])
@@ -138,17 +138,17 @@ def read(model: UGroundForCausalLM, batch: Batch) -> Reading:
             cut.append((row, torch.cat([torch.zeros(1, dtype=torch.int64), places])))
             starts.append(int(image[0] - places[0]) + 1)
             owner.append((row, k))
-    output = model.read(embeddings, batch.segments, batch.position_ids, usable)
+    output = model.read(embeddings, batch.segment_ids, batch.position_ids, usable)
     hidden = [tuple(layer[row : row + 1, places] for layer in output.hidden) for row, places in cut]
     flat = [layer.flatten(0, 1) for layer in output.hidden]
     states = torch.stack([layer[batch.seg_positions] for layer in flat], dim=1)
-    segments = batch.segments.flatten()[batch.seg_positions]
+    segment_ids = batch.segment_ids.flatten()[batch.seg_positions]
     scores = torch.cat([
         similarity_of_all_layers(
             layers, states[mine], torch.zeros(int(mine.sum()), dtype=torch.int64), slice(start, start + PATCHES)
         )
         for layers, start, (row, k) in zip(hidden, starts, owner)
-        for mine in [(batch.seg_rows == row) & (segments == k)]
+        for mine in [(batch.seg_rows == row) & (segment_ids == k)]
     ])  # fmt: skip
     counts = [len(masks) for masks in batch.masks]
     grounding = Grounding(states, scores, model.ppm.log_policy(states), batch.seg_rows, counts)

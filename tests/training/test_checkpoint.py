@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from model.lora import add_lora
-from utils.config import Config, config_from, plain
+from utils.config import Config, config_from, to_dict
 from utils.training import checkpoint as checkpoints
 from utils.training.checkpoint import CheckpointError, differences, find_checkpoint, read_index, save_checkpoint
 
@@ -99,7 +99,7 @@ def meta():
     config = Config()
     config.model.version = config.model.vision_tower = config.model.vision_pretrained = config.data.dataset_dir = "x"
     return {
-        "config": plain(config),
+        "config": to_dict(config),
         "base": {"model": "aa", "visual_model": "bb"},
         "data": [{"name": "ReasonSeg|train", "images": 239}],
         "trained": {"a": [2, 3], "b": [1]},

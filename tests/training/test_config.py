@@ -11,7 +11,7 @@ import yaml
 
 from model.settings import METHOD_FIELDS, RECIPES
 from model.UGround import UGroundConfig
-from utils.config import FIELDS, SECTIONS, Config, ConfigError, config_from, load_config, make_parser, plain
+from utils.config import FIELDS, SECTIONS, Config, ConfigError, config_from, load_config, make_parser, to_dict
 from utils.datasets import TYPES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -130,7 +130,7 @@ def test_saved_configuration_reads_back(tmp_path):
     config = load_config(["--config", str(ROOT / "configs/tiny.yaml"), "--lr", "2e-4", "--val_limit", "3"])
     config.save(tmp_path / "config.yaml")
     assert load_config(["--config", str(tmp_path / "config.yaml")]) == config
-    assert config_from(plain(config), "test") == config
+    assert config_from(to_dict(config), "test") == config
 
 
 def test_all_problems_at_once():
@@ -305,7 +305,7 @@ def test_sets_of_a_type_that_is_not_mixed(tmp_path):
 
 def test_a_checkpoint_with_settings_without_effect_still_loads():
     """They were accepted once: a finished run must merge."""
-    saved = plain(load_config(NEEDED))
+    saved = to_dict(load_config(NEEDED))
     saved["ppm"] |= {"layer_selection": "last", "entropy_bonus": 0.1, "scale_advantage": True}
     saved["loss"]["critic_loss_weight"] = 2.0
     del saved["experimental"]

@@ -13,7 +13,7 @@ import atexit
 from utils import distributed
 atexit.register(print, "clean-up")
 print("done")
-distributed.leave(3)
+distributed.exit_process(3)
 """
 
 

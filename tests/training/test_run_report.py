@@ -11,7 +11,7 @@ import yaml
 
 import train_ds
 from scripts import report as program
-from utils.config import Config, plain
+from utils.config import Config, to_dict
 from utils.inference import cli
 from utils.plotting.charts import png
 from utils.training.run_log import PICTURES, RunLog
@@ -46,7 +46,7 @@ def make_run(tmp_path):
         (tmp_path / "log.jsonl").write_text(text + '{"kind": "train", "st' * torn)
         config = Config()
         config.train.epochs, config.train.steps_per_epoch, config.train.exp_name = 2, 2, EVIL
-        (tmp_path / "config.yaml").write_text(yaml.safe_dump(plain(config)))
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump(to_dict(config)))
         return tmp_path
 
     return make

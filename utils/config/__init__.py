@@ -10,7 +10,7 @@ from utils.config.config import (
     load_config,
     make_parser,
     missing_paths,
-    plain,
+    to_dict,
 )
 
 __all__ = [
@@ -23,5 +23,5 @@ __all__ = [
     "load_config",
     "make_parser",
     "missing_paths",
-    "plain",
+    "to_dict",
 ]

@@ -71,7 +71,7 @@ class Config:
 
     def save(self, path: str | Path) -> None:
         """Writes a YAML file that gives this configuration back."""
-        Path(path).write_text(yaml.safe_dump(plain(self), sort_keys=False, allow_unicode=True))
+        Path(path).write_text(yaml.safe_dump(to_dict(self), sort_keys=False, allow_unicode=True))
 
 
 SECTIONS: dict[str, type] = get_type_hints(Config)
@@ -104,7 +104,7 @@ GONE = {  # what other trainers set, and what became of it
 EXPECTED = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 
 
-def plain(config: Config) -> dict[str, dict[str, Any]]:
+def to_dict(config: Config) -> dict[str, dict[str, Any]]:
     """Nested dictionaries of numbers, text and lists, for YAML and JSON."""
     sections = asdict(config)
     return {
@@ -150,7 +150,7 @@ def load_config(argv: Sequence[str] | None = None, needs: Collection[str] = SECT
 
 
 def config_from(sections: Mapping[str, Mapping[str, Any]], origin: str) -> Config:
-    """The configuration that ``plain`` gave (a checkpoint holds it)."""
+    """The configuration that ``to_dict`` gave (a checkpoint holds it)."""
     problems: list[str] = []
     return build(_flatten(sections, origin, problems), problems)
 

@@ -115,7 +115,7 @@ class WhyPanel:
     layer: gr.Slider
     similarity: gr.HTML
     measure: gr.Button
-    doubt: gr.HTML
+    uncertainty: gr.HTML
 
 
 @dataclass(frozen=True)
@@ -229,8 +229,8 @@ def why_panel(dashboard: Dashboard) -> WhyPanel:
             similarity = gr.HTML(elem_id="ug-similarity")
         with gr.Column(min_width=300):
             measure = gr.Button("Measure the uncertainty (Monte Carlo)", elem_id="ug-measure")
-            doubt = gr.HTML(elem_id="ug-doubt")
-    return WhyPanel(seg, chart, layer, similarity, measure, doubt)
+            uncertainty = gr.HTML(elem_id="ug-uncertainty")
+    return WhyPanel(seg, chart, layer, similarity, measure, uncertainty)
 
 
 def wire(on: Handlers, widgets: Widgets, examples: list[Example]) -> None:
@@ -239,7 +239,7 @@ def wire(on: Handlers, widgets: Widgets, examples: list[Example]) -> None:
     quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
     at_once = quiet | {"queue": False}
     often = at_once | {"trigger_mode": "always_last"}  # a click while the last one is drawn counts
-    drawing, panel = [a.masks, a.opacity, a.outline], [w.chart, w.similarity, w.doubt]
+    drawing, panel = [a.masks, a.opacity, a.outline], [w.chart, w.similarity, w.uncertainty]
     shown = [a.chat, a.picture, a.masks, a.looks, a.downloads, w.seg, w.layer, *panel]
     question = [q.image, q.prompt, q.policy, q.remember, q.length, a.opacity, a.outline]
     q.pictures.click(
@@ -265,7 +265,7 @@ def wire(on: Handlers, widgets: Widgets, examples: list[Example]) -> None:
     w.seg.input(on.chosen_layer, w.seg, w.layer, **at_once)
     for event in (w.layer.change, w.seg.input):
         event(on.explain, [w.seg, w.layer], panel, **often)
-    w.measure.click(on.measure, w.seg, w.doubt, **quiet, **MODEL_QUEUE)
+    w.measure.click(on.measure, w.seg, w.uncertainty, **quiet, **MODEL_QUEUE)
 
 
 Change = Any  # a widget's new value, itself with new properties, or gr.skip()
@@ -294,7 +294,7 @@ class Handlers:
             w.layer: gr.skip(),
             w.chart: view.NO_MASK,
             w.similarity: "",
-            w.doubt: "",
+            w.uncertainty: "",
         }
 
     def opened(self, image: str | None, request: gr.Request) -> Changes:
@@ -374,11 +374,11 @@ class Handlers:
         if visit is None or seg is None or seg >= len(visit.masks):
             return view.NO_MASK, "", ""
         similarity = view.layer_map_html(visit.image, self.dashboard.layer_map(visit, seg, layer), seg, layer)
-        return view.policy_html(visit, seg), similarity, view.doubt_html(visit, seg)
+        return view.policy_html(visit, seg), similarity, view.uncertainty_html(visit, seg)
 
     def measure(self, seg: int | None, request: gr.Request) -> str:
         try:
-            return view.doubt_html(self.dashboard.doubt(str(request.session_hash)), seg or 0)
+            return view.uncertainty_html(self.dashboard.measure_uncertainty(str(request.session_hash)), seg or 0)
         except ValueError as error:
             return view.error_html(str(error))
 

@@ -84,7 +84,7 @@ class Visit:
         source: the uploaded file that the image is from.
         turns: what the page shows; the model sees ``session.history``.
         prediction: the latest answer; policy: the layer policy that its masks were drawn with.
-        doubt: the latest answer by ``MonteCarloMean``, if it was asked for.
+        monte_carlo: the latest answer by ``MonteCarloMean``, if it was asked for.
         folder: holds the files to download.
     """
 
@@ -95,7 +95,7 @@ class Visit:
     turns: list[Turn] = field(default_factory=list)
     prediction: Prediction | None = None
     policy: str = ""
-    doubt: Prediction | None = None
+    monte_carlo: Prediction | None = None
 
     @property
     def masks(self) -> np.ndarray:
@@ -265,12 +265,12 @@ class Dashboard:
             else:
                 prediction = news
         assert prediction is not None
-        visit.prediction, visit.policy, visit.doubt = prediction, policy, None
+        visit.prediction, visit.policy, visit.monte_carlo = prediction, policy, None
         visit.turns = [*visit.turns, Turn(prompt, prediction.text)][-MAX_TURNS:]
         self.answered += 1
         yield visit
 
-    def doubt(self, visitor: str) -> Visit:
+    def measure_uncertainty(self, visitor: str) -> Visit:
         """Decodes the latest answer's masks again from several sampled layers (``MonteCarloMean``), for their spread.
 
         Raises:
@@ -280,7 +280,7 @@ class Dashboard:
         if visit is None or visit.prediction is None or not visit.prediction.layers:
             raise ValueError("there is no mask yet whose uncertainty could be measured; ask for something first")
         session = visit.session
-        visit.doubt = self._run(lambda: session.redraw(str(MonteCarloMean())))
+        visit.monte_carlo = self._run(lambda: session.redraw(str(MonteCarloMean())))
         return visit
 
     def layer_map(self, visit: Visit, seg: int, layer: int) -> np.ndarray:
@@ -295,7 +295,7 @@ class Dashboard:
         visit = self.visits.get(visitor)
         if visit is not None:
             visit.session.reset()
-            visit.turns, visit.prediction, visit.doubt = [], None, None
+            visit.turns, visit.prediction, visit.monte_carlo = [], None, None
 
     def _run(self, work: Callable[[], T]) -> T:
         return self._worker.submit(work).result()

@@ -172,9 +172,9 @@ def figure_html(image: np.ndarray, heat: np.ndarray, caption: str) -> str:
     return f"<figure>{picture}<figcaption>{escape(caption)}</figcaption></figure>"
 
 
-def doubt_html(visit: Visit, seg: int) -> str:
+def uncertainty_html(visit: Visit, seg: int) -> str:
     """Where the masks of sampled layers differ: their standard deviation per pixel."""
-    found = visit.doubt.uncertainty[seg] if visit.doubt is not None else None
+    found = visit.monte_carlo.uncertainty[seg] if visit.monte_carlo is not None else None
     if found is None:
         return ""
     drawn = [f"{layer} ({share:.0%})" for layer, share in enumerate(found.layers.tolist()) if share]
@@ -233,7 +233,7 @@ def answer_json(visit: Visit, model: str, pictures: str = "rle") -> dict[str, An
     """
     prediction = visit.prediction
     assert prediction is not None
-    drawn = prediction if visit.doubt is None else replace(prediction, uncertainty=visit.doubt.uncertainty)
+    drawn = prediction if visit.monte_carlo is None else replace(prediction, uncertainty=visit.monte_carlo.uncertainty)
     values = answer_files.describe("", visit.image, visit.turns[-1].question, drawn, visit.policy)
     del values["image"]  # uploads have names that mean nothing to anybody
     for n, (logits, mask, entry) in enumerate(zip(prediction.mask_logits, visit.masks, values["masks"])):
@@ -277,7 +277,7 @@ def explain(dashboard: Dashboard, visitor: str, number: int, layer: int, uncerta
     found: dict[str, Any] = {"number": number, "layer": chosen, "layer_policy": visit.policy, "policy": policy}
     found |= {"similarity_layer": layer, "similarity_png": base64.b64encode(encode_png(similarity)).decode()}
     if uncertainty:
-        drawn = dashboard.doubt(visitor).doubt
+        drawn = dashboard.measure_uncertainty(visitor).monte_carlo
         assert drawn is not None
         spread = (drawn.uncertainty[seg].variance.sqrt() * 510 + 0.5).clamp(max=255).numpy().astype(np.uint8)
         found["uncertainty"] = round(drawn.uncertainty[seg].score, 4)

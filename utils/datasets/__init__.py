@@ -6,7 +6,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from utils.datasets.base import DataError, DataOptions, EvalDataset, Row, TrainDataset, check_complete, coco, unknown
+from utils.datasets.base import (
+    DataError,
+    DataOptions,
+    DatasetRow,
+    EvalDataset,
+    TrainDataset,
+    check_complete,
+    coco,
+    unknown,
+)
 from utils.datasets.custom import CustomEval, CustomTrain
 from utils.datasets.fp_refer_seg import FpReferSegTrain
 from utils.datasets.multi_reason_seg import MultiReasonSegEval, MultiReasonSegTrain
@@ -52,45 +61,45 @@ _GREFS = ("grefs({split_by}).json", "grefs({split_by}).p")
 _ZOM_IMAGES = tuple(f"refer_seg/refzom/{folder}" for folder in ("trainval2014", "train2014", "val2014"))
 
 
-def _false_premises(kind: str, name: str, split_by: str) -> Row:
+def _false_premises(kind: str, name: str, split_by: str) -> DatasetRow:
     splits = split_by, f"{split_by}_exclude_unified"
-    return Row(kind, f"refer_seg/{name}", coco("train2014"), _REFS, *splits, false_premises=True)
+    return DatasetRow(kind, f"refer_seg/{name}", coco("train2014"), _REFS, *splits, false_premises=True)
 
 
-def _lisa_plus(part: str) -> Row:
-    return Row("reason_seg_plus", f"reason_seg_plus/LISA_Plus_{part}.json", coco("train2017"))
+def _lisa_plus(part: str) -> DatasetRow:
+    return DatasetRow("reason_seg_plus", f"reason_seg_plus/LISA_Plus_{part}.json", coco("train2017"))
 
 
 DATASETS = {
-    "ade20k": Row("sem_seg", "ade20k/annotations/training", ("ade20k/images/training",)),
-    "cocostuff": Row("sem_seg", "cocostuff/train2017", coco("train2017")),
-    "pascal_part": Row(
+    "ade20k": DatasetRow("sem_seg", "ade20k/annotations/training", ("ade20k/images/training",)),
+    "cocostuff": DatasetRow("sem_seg", "cocostuff/train2017", coco("train2017")),
+    "pascal_part": DatasetRow(
         "sem_seg", "vlpart/pascal_part/train.json", ("vlpart/pascal_part/VOCdevkit/VOC2010/JPEGImages",)
     ),
-    "paco_lvis": Row("sem_seg", "vlpart/paco/annotations/paco_lvis_v1_train.json", coco("")),
-    "mapillary": Row(
+    "paco_lvis": DatasetRow("sem_seg", "vlpart/paco/annotations/paco_lvis_v1_train.json", coco("")),
+    "mapillary": DatasetRow(
         "sem_seg", "mapillary/training/v2.0/labels", ("mapillary/training/images",), ("mapillary/config_v2.0.json",)
     ),
-    "refclef": Row("refer_seg", "refer_seg/refclef", ("refer_seg/images/saiapr_tc-12",), _REFS, "unc"),
-    "refcoco": Row("refer_seg", "refer_seg/refcoco", coco("train2014"), _REFS, "unc"),
-    "refcoco+": Row("refer_seg", "refer_seg/refcoco+", coco("train2014"), _REFS, "unc"),
-    "refcocog": Row("refer_seg", "refer_seg/refcocog", coco("train2014"), _REFS, "umd"),
-    "grefcoco": Row("refer_seg", "refer_seg/grefcoco", coco("train2014"), _GREFS, "unc", joint=True),
-    "refzom": Row("refer_seg", "refer_seg/refzom", _ZOM_IMAGES, ("Ref_ZOM.p",), joint=True),
+    "refclef": DatasetRow("refer_seg", "refer_seg/refclef", ("refer_seg/images/saiapr_tc-12",), _REFS, "unc"),
+    "refcoco": DatasetRow("refer_seg", "refer_seg/refcoco", coco("train2014"), _REFS, "unc"),
+    "refcoco+": DatasetRow("refer_seg", "refer_seg/refcoco+", coco("train2014"), _REFS, "unc"),
+    "refcocog": DatasetRow("refer_seg", "refer_seg/refcocog", coco("train2014"), _REFS, "umd"),
+    "grefcoco": DatasetRow("refer_seg", "refer_seg/grefcoco", coco("train2014"), _GREFS, "unc", joint=True),
+    "refzom": DatasetRow("refer_seg", "refer_seg/refzom", _ZOM_IMAGES, ("Ref_ZOM.p",), joint=True),
     "R-refcoco": _false_premises("neg_refer_seg", "R-refcoco", "unc"),
     "R-refcoco+": _false_premises("neg_refer_seg", "R-refcoco+", "unc"),
     "R-refcocog": _false_premises("neg_refer_seg", "R-refcocog", "umd"),
     "fprefcoco": _false_premises("correct_refer_seg", "fprefcoco", "berkeley"),
     "fprefcoco+": _false_premises("correct_refer_seg", "fprefcoco+", "berkeley"),
     "fprefcocog": _false_premises("correct_refer_seg", "fprefcocog", "berkeley"),
-    "llava_instruct_150k": Row("vqa", "llava_dataset/llava_instruct_150k.json", coco("train2017")),
-    "ReasonSeg": Row("reason_seg", "reason_seg/ReasonSeg"),
+    "llava_instruct_150k": DatasetRow("vqa", "llava_dataset/llava_instruct_150k.json", coco("train2017")),
+    "ReasonSeg": DatasetRow("reason_seg", "reason_seg/ReasonSeg"),
     "instance_seg": _lisa_plus("Instance_Seg"),
     "cot": _lisa_plus("COT"),
     "conversations": _lisa_plus("Conversations"),
     "caption": _lisa_plus("Caption"),
-    "MultiReasonSeg": Row("multi_reason_seg", "multi_reason_seg/MultiReasonSeg"),
-    "custom": Row("custom", ""),
+    "MultiReasonSeg": DatasetRow("multi_reason_seg", "multi_reason_seg/MultiReasonSeg"),
+    "custom": DatasetRow("custom", ""),
 }
 
 
@@ -117,7 +126,7 @@ def get_eval_dataset(spec: Spec | str, dataset_dir: str | Path, allow_missing: b
     return dataset
 
 
-def _look_up(spec: Spec | str, dataset_dir: str | Path) -> tuple[Spec, Row, Path]:
+def _look_up(spec: Spec | str, dataset_dir: str | Path) -> tuple[Spec, DatasetRow, Path]:
     spec = Spec.parse(spec) if isinstance(spec, str) else spec
     if spec.name not in DATASETS:
         raise DataError(unknown("data set", spec.name, DATASETS))

@@ -95,7 +95,7 @@ class DataOptions:
 
 
 @dataclass(frozen=True)
-class Row:
+class DatasetRow:
     """One data set: a row of ``utils.datasets.DATASETS``. All paths are relative to the dataset directory.
 
     Attributes:

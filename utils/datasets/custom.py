@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from model.structures import EvalQuery, EvalSample, Sample, Turn
-from utils.datasets.base import DataError, DataOptions, Row, check_sample, draw, pick
+from utils.datasets.base import DataError, DataOptions, DatasetRow, check_sample, draw, pick
 from utils.datasets.images import DECODE_ERRORS, check_size, read_image
 from utils.datasets.jsonl import TRAIN, Line, LineFile
 from utils.datasets.masks import check_polygon, decode_segmentation, stack_masks
@@ -97,7 +97,7 @@ class CustomTrain:
         options: ``questions_per_image``.
     """
 
-    def __init__(self, spec: Spec, row: Row, dataset_dir: Path, options: DataOptions) -> None:
+    def __init__(self, spec: Spec, row: DatasetRow, dataset_dir: Path, options: DataOptions) -> None:
         self.name, self.options = str(spec), options
         self.file = LineFile(spec, dataset_dir, TRAIN)
 
@@ -135,7 +135,7 @@ class CustomEval:
         dataset_dir: where the file may lie.
     """
 
-    def __init__(self, spec: Spec, row: Row, dataset_dir: Path) -> None:
+    def __init__(self, spec: Spec, row: DatasetRow, dataset_dir: Path) -> None:
         self.spec = spec
         self.file = LineFile(spec, dataset_dir, None)
         self.skipped = self.file.drop_conversations()

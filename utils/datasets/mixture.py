@@ -97,7 +97,7 @@ class Mixture(Dataset):
                 self.skipped[which] += 1
                 self._log(dataset.name, problem)
                 continue
-            sample.number = number
+            sample.sample_id = number
             if rng.random() < self.options.dialogue_probability:
                 sample.conversations = [tuple(turn for turns in sample.conversations for turn in turns)]
             return sample

@@ -14,7 +14,7 @@ from model.structures import Conversation, EvalQuery, EvalSample, Sample, Turn
 from utils.datasets.base import (
     DataError,
     DataOptions,
-    Row,
+    DatasetRow,
     check_file_name,
     check_sample,
     coco,
@@ -59,7 +59,7 @@ class MuseSplit:
         counts: images, expressions, masks, multi.
     """
 
-    def __init__(self, name: str, row: Row, split: str, dataset_dir: Path, answered: bool) -> None:
+    def __init__(self, name: str, row: DatasetRow, split: str, dataset_dir: Path, answered: bool) -> None:
         self.name, self.dataset_dir = f"{name}|{split}", dataset_dir
         if split not in SPLITS:
             raise DataError(f"{self.name}: {unknown('split', split, SPLITS)}")
@@ -179,7 +179,7 @@ class MultiReasonSegTrain:
         options: ``questions_per_image``.
     """
 
-    def __init__(self, spec: Spec, row: Row, dataset_dir: Path, options: DataOptions) -> None:
+    def __init__(self, spec: Spec, row: DatasetRow, dataset_dir: Path, options: DataOptions) -> None:
         if len(spec.parts) > 1:
             raise DataError(f"{str(spec)!r}: for training write '{spec.name}|train'")
         self.options = options
@@ -222,7 +222,7 @@ class MultiReasonSegEval:
         dataset_dir: the root of all data.
     """
 
-    def __init__(self, spec: Spec, row: Row, dataset_dir: Path) -> None:
+    def __init__(self, spec: Spec, row: DatasetRow, dataset_dir: Path) -> None:
         self.spec = spec
         self.split = MuseSplit(spec.name, row, only_split(spec, "val"), dataset_dir, answered=False)
         self.skipped: list[str] = []

@@ -15,8 +15,8 @@ from model.structures import IGNORE_PIXEL, EvalQuery, EvalSample, Sample, Turn
 from utils.datasets.base import (
     DataError,
     DataOptions,
+    DatasetRow,
     NotThere,
-    Row,
     check_sample,
     draw,
     find_paths,
@@ -138,7 +138,7 @@ class ReasonSegSplit:
             raise DataError(f"{path}: {error}") from error
 
 
-def split_folders(name: str, row: Row, split: str, dataset_dir: Path) -> list[Path]:
+def split_folders(name: str, row: DatasetRow, split: str, dataset_dir: Path) -> list[Path]:
     """``train`` -> one folder, ``train_val`` -> two; a folder that has the whole name comes first."""
     root = find_paths(name, {"folder": [dataset_dir / row.path]})[0]
     if (root / split).is_dir():
@@ -161,7 +161,7 @@ class ReasonSegTrain:
         options: ``questions_per_image`` and ``explanatory``.
     """
 
-    def __init__(self, spec: Spec, row: Row, dataset_dir: Path, options: DataOptions) -> None:
+    def __init__(self, spec: Spec, row: DatasetRow, dataset_dir: Path, options: DataOptions) -> None:
         name, split = spec.name, spec.split or "train"
         if len(spec.parts) > 1:
             raise DataError(f"{str(spec)!r}: write '{name}|train', or several splits as '{name}|train_val'")
@@ -240,7 +240,7 @@ class ReasonSegEval:
         dataset_dir: the root of all data.
     """
 
-    def __init__(self, spec: Spec, row: Row, dataset_dir: Path) -> None:
+    def __init__(self, spec: Spec, row: DatasetRow, dataset_dir: Path) -> None:
         self.spec = spec
         root, split, length = dataset_dir / row.path, only_split(spec, "val_short"), ""
         if split.endswith(("_short", "_long")) and not (root / split).is_dir():

@@ -15,7 +15,7 @@ from model.structures import Conversation, Sample, Turn
 from utils.datasets.base import (
     DataError,
     DataOptions,
-    Row,
+    DatasetRow,
     check_file_name,
     check_sample,
     draw,
@@ -182,7 +182,7 @@ class ReasonSegPlusTrain:
         options: ``questions_per_image``.
     """
 
-    def __init__(self, spec: Spec, row: Row, dataset_dir: Path, options: DataOptions) -> None:
+    def __init__(self, spec: Spec, row: DatasetRow, dataset_dir: Path, options: DataOptions) -> None:
         name = without_split(spec)
         self.name, self.options = name, options
         self.folders, self.records, self.notes = load_single_file(name, row, dataset_dir, "annotations", _read_items)

@@ -26,7 +26,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from utils.datasets.base import DataError, Row, find_paths, warn_of
+from utils.datasets.base import DataError, DatasetRow, find_paths, warn_of
 from utils.datasets.images import find_image
 
 logger = logging.getLogger(__name__)
@@ -146,7 +146,11 @@ def load_records(
 
 
 def load_single_file(
-    name: str, row: Row, dataset_dir: Path, what: str, read: Callable[[str, Path], tuple[list[dict[str, Any]], Notes]]
+    name: str,
+    row: DatasetRow,
+    dataset_dir: Path,
+    what: str,
+    read: Callable[[str, Path], tuple[list[dict[str, Any]], Notes]],
 ) -> tuple[list[Path], PackedRecords, Notes]:
     """Folders of images, records and notes of a data set whose ``row.path`` is one file.
 

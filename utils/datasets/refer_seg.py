@@ -9,7 +9,7 @@ import numpy as np
 
 from model.processing.tokens import REJ, SEG
 from model.structures import Conversation, EvalQuery, EvalSample, Sample, Turn
-from utils.datasets.base import DataError, DataOptions, Row, check_sample, draw, find_paths, pick, warn_of
+from utils.datasets.base import DataError, DataOptions, DatasetRow, check_sample, draw, find_paths, pick, warn_of
 from utils.datasets.images import check_size, find_image, images_not_found, read_image
 from utils.datasets.masks import stack_masks
 from utils.datasets.refer_api import ReferIndex, build_index
@@ -20,7 +20,7 @@ from utils.datasets.templates import ANSWERS, QUESTIONS, fill_template, joint_tu
 class ReferSplit:
     """One split of one data set: the index, and where its images lie."""
 
-    def __init__(self, name: str, row: Row, split_by: str, split: str, dataset_dir: Path) -> None:
+    def __init__(self, name: str, row: DatasetRow, split_by: str, split: str, dataset_dir: Path) -> None:
         self.name = "|".join(part for part in (name, split_by, split) if part)
         folder = dataset_dir / row.path
         refs, instances = find_paths(
@@ -53,7 +53,7 @@ class ReferSegTrain:
         options: how many questions, whether expressions are also asked about jointly.
     """
 
-    def __init__(self, spec: Spec, row: Row, dataset_dir: Path, options: DataOptions) -> None:
+    def __init__(self, spec: Spec, row: DatasetRow, dataset_dir: Path, options: DataOptions) -> None:
         if len(spec.parts) > 1:
             raise DataError(f"{str(spec)!r}: for training write {spec.name!r} or '{spec.name}|SPLIT_BY'")
         self.name, self.options = str(spec), options
@@ -107,7 +107,7 @@ class ReferSegEval:
         dataset_dir: the root of all data.
     """
 
-    def __init__(self, spec: Spec, row: Row, dataset_dir: Path) -> None:
+    def __init__(self, spec: Spec, row: DatasetRow, dataset_dir: Path) -> None:
         self.spec = spec
         if not 1 <= len(spec.parts) <= 2:
             raise DataError(f"{str(spec)!r}: write '{spec.name}|SPLIT' or '{spec.name}|SPLIT_BY|SPLIT'")

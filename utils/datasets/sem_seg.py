@@ -18,7 +18,7 @@ from model.structures import IGNORE_PIXEL, Conversation, Sample, Turn
 from utils.datasets.base import (
     DataError,
     DataOptions,
-    Row,
+    DatasetRow,
     check_sample,
     draw,
     find_paths,
@@ -79,7 +79,7 @@ class SemSegTrain:
         options: ``questions_per_image`` (LISA's ``num_classes_per_sample``) and ``negative_sampling_weight``.
     """
 
-    def __init__(self, spec: Spec, row: Row, dataset_dir: Path, options: DataOptions) -> None:
+    def __init__(self, spec: Spec, row: DatasetRow, dataset_dir: Path, options: DataOptions) -> None:
         name = without_split(spec)
         self.name, self.options = name, options
         reader = AnnotationReader if row.path.endswith(".json") else LabelReader
@@ -188,7 +188,7 @@ class LabelReader:
         dataset_dir: the root of all data.
     """
 
-    def __init__(self, name: str, row: Row, dataset_dir: Path) -> None:
+    def __init__(self, name: str, row: DatasetRow, dataset_dir: Path) -> None:
         self.name = name
         homes = [dataset_dir / folder for folder in row.images]
         lists = {"list of classes": [dataset_dir / file for file in row.annotations]} if row.annotations else {}
@@ -263,7 +263,7 @@ class AnnotationReader:
         dataset_dir: the root of all data.
     """
 
-    def __init__(self, name: str, row: Row, dataset_dir: Path) -> None:
+    def __init__(self, name: str, row: DatasetRow, dataset_dir: Path) -> None:
         self.name = name
         (self.path,) = find_paths(name, {"annotations": [dataset_dir / row.path]})
         self.folders = [dataset_dir / folder for folder in row.images]

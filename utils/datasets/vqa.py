@@ -13,7 +13,7 @@ from model.structures import Sample, Turn
 from utils.datasets.base import (
     DataError,
     DataOptions,
-    Row,
+    DatasetRow,
     check_file_name,
     check_sample,
     parse_items,
@@ -35,7 +35,7 @@ class VqaTrain:
         options: unused; a conversation is kept whole.
     """
 
-    def __init__(self, spec: Spec, row: Row, dataset_dir: Path, options: DataOptions) -> None:
+    def __init__(self, spec: Spec, row: DatasetRow, dataset_dir: Path, options: DataOptions) -> None:
         name = without_split(spec)
         self.name = name
         self.folders, self.records, self.notes = load_single_file(

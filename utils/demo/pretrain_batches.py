@@ -128,7 +128,7 @@ def language_batch(drawn: list, processor: UGroundProcessor) -> dict:
         turns: list[tuple[Turn, ...]] = [(turn,) for turn, _ in talks]
         samples.append(Sample(f"scene {number}", scene.image, turns, stacked, number))
     batch = processor.collate(samples)
-    width = batch.segments.shape[1]
+    width = batch.segment_ids.shape[1]
     first = first_labels(batch)
     batch.label_weights[first] = FIRST_TOKEN_WEIGHT
     coverage = torch.cat([grid_coverage(mask[None], processor.clip_side, processor.clip_patch) for mask in wanted])
@@ -145,8 +145,8 @@ def language_batch(drawn: list, processor: UGroundProcessor) -> dict:
 
 def first_labels(batch: Batch) -> torch.Tensor:
     """Which labels [M] are the first token of an answer, which decides between pointing and refusing."""
-    row = batch.label_positions // batch.segments.shape[1]
-    owner = row * (max(batch.questions) + 1) + batch.segments.flatten()[batch.label_positions + 1]
+    row = batch.label_positions // batch.segment_ids.shape[1]
+    owner = row * (max(batch.questions) + 1) + batch.segment_ids.flatten()[batch.label_positions + 1]
     return torch.cat([torch.ones(1, dtype=torch.bool), owner[1:] != owner[:-1]])
 
 

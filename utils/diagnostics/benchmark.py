@@ -216,10 +216,10 @@ class Bench:
             features = self.model.encode_images(batch.clip_images, batch.clip_sizes)
             with replaced(self.model, encode_images=lambda *_: features):
                 for _ in range(12):
-                    hidden = self.model.read_batch(batch)[0].hidden[-1]
+                    hidden = self.model.forward_language(batch)[0].hidden[-1]
                     token = self.model.lm_head(hidden[:, -1:]).argmax(-1)
                     batch.input_ids = torch.cat([batch.input_ids, token], 1)
-                    batch.segments = torch.cat([batch.segments, torch.ones_like(token)], 1)
+                    batch.segment_ids = torch.cat([batch.segment_ids, torch.ones_like(token)], 1)
                     batch.position_ids = torch.cat([batch.position_ids, batch.position_ids[:, -1:] + 1], 1)
         self.wrapped.train()
 
@@ -336,7 +336,7 @@ def separate(sample: Sample) -> list[Sample]:
     rows = []
     for turns in sample.conversations:
         own = [next(masks) for _ in range(sum(turn.answer.count("[SEG]") for turn in turns))]
-        rows.append(Sample(sample.source, sample.image, [turns], np.stack(own), sample.number))
+        rows.append(Sample(sample.source, sample.image, [turns], np.stack(own), sample.sample_id))
     return rows
 
 

@@ -92,7 +92,7 @@ def evaluate(
     origin, runner = origin_of(model, dataset, options, run), EvalRunner(model, processor, options, run)
     started = time.perf_counter()
     kept = run.journal.read(origin) if run.journal and run.resume else []
-    distributed.fail_together(_changed(dataset, kept))
+    distributed.raise_on_all_ranks(_changed(dataset, kept))
     records, unread = runner.gather(dataset, range(size), kept, origin, run.journal)
     missing = [*dataset.unusable, *unread]
     summary = replace(
@@ -171,7 +171,7 @@ class EvalRunner:
             journal.close()
         unread = dict(sorted((place, text) for part in distributed.all_gather(errors) for place, text in part.items()))
         stop = unread and (not self.run.allow_missing or len(unread) == len(places))
-        distributed.fail_together(_unreadable(dataset.spec, list(unread.values())) if stop else None)
+        distributed.raise_on_all_ranks(_unreadable(dataset.spec, list(unread.values())) if stop else None)
         records = [*kept, *(record for part in distributed.all_gather(records) for record in part)]
         records.sort(key=lambda record: record.index)  # stable: an image's queries keep their order
         _check_complete(dataset, records, set(places) - set(unread))

@@ -22,7 +22,7 @@ from model.loading.weights import load_strictly, read_sam
 from model.opened import with_text
 from model.sam import SegmentAnything
 from model.structures import EvalQuery, EvalSample, Prediction, Prompts
-from model.UGround import Answered, UGroundForCausalLM
+from model.UGround import LanguagePass, UGroundForCausalLM
 from utils.datasets.base import EvalDataset
 from utils.evaluation import metrics
 from utils.evaluation.benchmarks import IOU, Benchmark, benchmark_of
@@ -253,15 +253,15 @@ class LayerProbe:
         options, model = analyst.options, analyst.model
         self.turns = turns_of(samples, benchmark, options.mode)
         batch = analyst.processor.prompts([sample.image for sample in samples], self.turns, places)
-        self.answered: Answered = model.answer(batch.to(model.device, model.dtype), options.max_new_tokens)
+        self.answered: LanguagePass = model.answer(batch.to(model.device, model.dtype), options.max_new_tokens)
         self.predictions: list[list[Prediction]] = []  # the last drawn
 
     def predict(
         self, layer_policy: str, prompts: Prompts | None = None, sam: SegmentAnything | None = None
     ) -> list[list[QueryPrediction]]:
-        """[image][query], as ``utils.evaluation.predictions.predict_queries`` gives them; see ``draw_masks``."""
+        """[image][query], as ``utils.evaluation.predictions.predict_queries`` gives them; see ``decode_masks``."""
         options, model = self.analyst.options, self.analyst.model
-        drawn = model.draw_masks(self.answered, layer_policy, options.seed, prompts, sam)
+        drawn = model.decode_masks(self.answered, layer_policy, options.seed, prompts, sam)
         self.predictions = with_text(drawn, self.analyst.processor)
         return by_query(self.samples, self.turns, self.predictions, self.benchmark, options.mode)
 

@@ -64,7 +64,7 @@ class Record:
     uncertainty: list[float] = field(default_factory=list)
 
     @property
-    def doubt(self) -> float:
+    def max_uncertainty(self) -> float:
         """The answer's uncertainty: its most uncertain mask's; none where it rejects, whatever the layer."""
         return 0.0 if self.rejected else max(self.uncertainty, default=0.0)
 
@@ -168,14 +168,14 @@ def _sums(
     return {name: ([n for n, _ in values], [d for _, d in values]) for name, values in pairs.items()}
 
 
-def _doubts_and_risks(
+def _uncertainties_and_risks(
     records: Sequence[Record], benchmark: Benchmark, protocol: str | None
 ) -> tuple[np.ndarray, np.ndarray] | None:
     """[n] each of n answers: its uncertainty and 1 - IoU; None if no answer has an uncertainty (it was no ``mc:T``)."""
     if not any(record.uncertainty for record in records):
         return None
     protocol = benchmark.protocol(protocol)
-    return np.array([r.doubt for r in records]), np.array([1 - iou(r, protocol) for r in records])
+    return np.array([r.max_uncertainty for r in records]), np.array([1 - iou(r, protocol) for r in records])
 
 
 def compute(records: Sequence[Record], benchmark: Benchmark, protocol: str | None = None) -> dict[str, float]:
@@ -189,7 +189,7 @@ def compute(records: Sequence[Record], benchmark: Benchmark, protocol: str | Non
     """
     sums = _sums(records, benchmark, protocol)
     ratios = {name: math.fsum(above) / sum(below) for name, (above, below) in sums.items() if sum(below)}
-    ranked = _doubts_and_risks(records, benchmark, protocol)
+    ranked = _uncertainties_and_risks(records, benchmark, protocol)
     return ratios | (ranking(*ranked) if ranked else {})
 
 
@@ -211,7 +211,7 @@ def resample(
     for name, sums in _sums(records, benchmark, protocol).items():
         above, below = (drawn @ np.bincount(place, weights=values, minlength=len(images)) for values in sums)
         result[name] = np.divide(above, below, out=np.full(RESAMPLES, np.nan), where=below > 0)
-    if ranked := _doubts_and_risks(records, benchmark, protocol):
+    if ranked := _uncertainties_and_risks(records, benchmark, protocol):
         draws = [ranking(*ranked, counts[place]) for counts in drawn]
         result |= {name: np.array([draw[name] for draw in draws]) for name in draws[0]}
     return result

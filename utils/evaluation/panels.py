@@ -74,9 +74,9 @@ def notes(record: Record, protocol: str = "") -> list[str]:
     expected = ", nothing to find" if record.expected_empty else ""
     rejected = ", rejected" if record.rejected else ""
     layers = f"layer {', '.join(map(str, record.layers))}" if record.layers else "no [SEG]"
-    doubt = [f"uncertainty {record.doubt:.2f}"] if record.uncertainty else []
+    uncertainty = [f"uncertainty {record.max_uncertainty:.2f}"] if record.uncertainty else []
     groups = [f"{key}: {record.meta[key]}" for key in metrics.GROUP_KEYS if key in record.meta]
-    return [f"IoU {metrics.iou(record, protocol):.2f}{expected}{rejected}", layers, *doubt, *groups]
+    return [f"IoU {metrics.iou(record, protocol):.2f}{expected}{rejected}", layers, *uncertainty, *groups]
 
 
 def format_table(summaries: Sequence[Summary]) -> str:

@@ -82,14 +82,14 @@ def predict_queries(
     model,
     processor,
     samples: Sequence[EvalSample],
-    numbers: Sequence[int],
+    sample_ids: Sequence[int],
     benchmark: Benchmark,
     options: InferenceOptions,
 ) -> list[list[QueryPrediction]]:
     """[image][query] predictions, in one call of the model.
 
     Args:
-        numbers: each image's place in the split; it seeds sampled layers, whatever the batch.
+        sample_ids: each image's place in the split; it seeds sampled layers, whatever the batch.
     """
     turns = turns_of(samples, benchmark, options.mode)
     predictions = predict(
@@ -97,7 +97,7 @@ def predict_queries(
         processor,
         [sample.image for sample in samples],
         turns,
-        numbers,
+        sample_ids,
         layer_policy=options.layer_policy,
         max_new_tokens=options.max_new_tokens,
         seed=options.seed,

@@ -250,7 +250,7 @@ class Journal:
                 records = self._read(origin)
             except (ValueError, OSError) as error:
                 problem = str(error)
-        distributed.fail_together(problem)
+        distributed.raise_on_all_ranks(problem)
         return distributed.all_gather(records)[0]
 
     def _read(self, origin: Origin) -> list[Record]:

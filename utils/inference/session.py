@@ -12,10 +12,10 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from model.generation import OpenRow
+from model.generation import ConversationCache
 from model.processing.processor import UGroundProcessor
 from model.structures import Prediction, Turn
-from model.UGround import Answered, UGroundForCausalLM
+from model.UGround import LanguagePass, UGroundForCausalLM
 
 
 class ImageSession:
@@ -32,10 +32,10 @@ class ImageSession:
     def __init__(self, model: UGroundForCausalLM, processor: UGroundProcessor, image: np.ndarray) -> None:
         self.model, self.processor = model, processor
         self.batch = replace(processor.prefix(image).to(model.device, model.dtype), questions=[1])
-        self.row = OpenRow(model, self.batch)
+        self.row = ConversationCache(model, self.batch)
         self.embeddings: torch.Tensor | None = None
         self.history: list[Turn] = []
-        self.last: Answered | None = None
+        self.last: LanguagePass | None = None
 
     def ask(
         self,
@@ -70,7 +70,7 @@ class ImageSession:
 
         answers = self.row.answer(ids, max_new_tokens, on_token)
         embeddings = self._sam() if answers.places else None
-        answered = Answered(self.batch, answers, self.row.hidden, self.row.valid, embeddings)
+        answered = LanguagePass(self.batch, answers, self.row.hidden, self.row.valid, embeddings)
         prediction = self._draw(answered, layer_policy, seed)
         self.last = answered
         if remember and prediction.text:
@@ -109,7 +109,7 @@ class ImageSession:
             self.embeddings = self.model.visual_model.encode(self.batch.sam_images, self.batch.image_keys)
         return self.embeddings
 
-    def _draw(self, answered: Answered, layer_policy: str | None, seed: int) -> Prediction:
-        [[prediction]] = self.model.draw_masks(answered, layer_policy, seed)
+    def _draw(self, answered: LanguagePass, layer_policy: str | None, seed: int) -> Prediction:
+        [[prediction]] = self.model.decode_masks(answered, layer_policy, seed)
         prediction.text = self.processor.decode(prediction.token_ids)
         return prediction

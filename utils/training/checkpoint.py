@@ -23,7 +23,7 @@ from torch import nn
 
 from model.loading.weights import Loaded, base_fingerprints
 from utils import distributed
-from utils.config import FIELDS, Config, config_from, plain
+from utils.config import FIELDS, Config, config_from, to_dict
 from utils.training.versions import git_commit, package_versions
 
 FOLDER, INDEX, META = "checkpoints", "index.json", "meta.json"
@@ -47,7 +47,7 @@ def trained_shapes(model: nn.Module) -> dict[str, list[int]]:
 def describe_settings(config: Config, data: list[dict]) -> dict[str, Any]:
     """What is known of a run before its model is there: settings, data (``Mixture.describe``), processes."""
     return {
-        "config": plain(config),
+        "config": to_dict(config),
         "data": [{key: value for key, value in row.items() if key != "skipped"} for row in data],
         "processes": distributed.world_size(),
     }
@@ -122,13 +122,15 @@ def save_checkpoint(engine, run_folder: Path, meta: dict[str, Any], best: bool) 
     folder = run_folder / FOLDER
     name = f"step_{meta['step']:08d}"
     partial = folder / f"partial_{name}"
-    distributed.fail_together(_prepare(folder, partial, engine) if distributed.is_main() else None, CheckpointError)
+    distributed.raise_on_all_ranks(
+        _prepare(folder, partial, engine) if distributed.is_main() else None, CheckpointError
+    )
     try:
         engine.save_checkpoint(str(folder), tag=partial.name, save_latest=False, exclude_frozen_parameters=True)
     except (OSError, RuntimeError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise CheckpointError(_cannot_write(partial, error)) from error
-    distributed.fail_together(
+    distributed.raise_on_all_ranks(
         _publish(folder, partial, name, meta, best) if distributed.is_main() else None, CheckpointError
     )
     return folder / name
@@ -244,7 +246,7 @@ def check_same_run(checkpoint: Path, run: dict[str, Any]) -> dict[str, Any]:
             f"{checkpoint} belongs to another run:\n  " + "\n  ".join(found) + "\nGive the settings of the checkpoint "
             "(its run folder's config.yaml holds them), or start anew with another --exp_name"
         )
-    distributed.fail_together(problem, CheckpointError)
+    distributed.raise_on_all_ranks(problem, CheckpointError)
     return saved
 
 

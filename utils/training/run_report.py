@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from model.lora import part_of
-from utils.config import Config, plain
+from utils.config import Config, to_dict
 from utils.plotting import charts, text_tables
 from utils.plotting.overlays import evenly_spaced
 from utils.training.checkpoint import read_index
@@ -181,7 +181,7 @@ def weights_note(start: Mapping[str, Any]) -> str:
 
 def changed_settings(settings: Mapping[str, Mapping[str, Any]]) -> str:
     """Settings that are not the defaults of ``train_ds.py``."""
-    defaults = plain(Config())
+    defaults = to_dict(Config())
     rows = [
         {"setting": name, "value": str(value), "default": str(defaults[part][name])}
         for part, found in settings.items()

@@ -14,10 +14,10 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from model.generation import write_answers
+from model.generation import generate_answers
 from model.llava import LlavaLlamaConfig, LlavaLlamaForCausalLM
 from model.loading.weights import load_strictly
-from model.processing.collate import Row, collate_rows
+from model.processing.collate import PackedSequence, collate_rows
 from model.processing.conversation import EncodedConversation
 from utils.demo.tiny_model import clip_config
 
@@ -52,14 +52,14 @@ def test_it_says_what_transformers_says(smollm2):
     prefix = tokenizer(PREFIX)["input_ids"]
     encoded = [[tokenizer(question)["input_ids"] for question in row] for row in QUESTIONS]
     rows = [  # packed as ever, but what stands before the questions is text
-        Row(np.zeros((8, 8, 3), np.uint8), [EncodedConversation(ids, [-100] * len(ids)) for ids in row],
+        PackedSequence(np.zeros((8, 8, 3), np.uint8), [EncodedConversation(ids, [-100] * len(ids)) for ids in row],
             np.zeros((0, 8, 8), np.uint8), 0)
         for row in encoded
     ]  # fmt: skip
     batch = collate_rows(rows, prefix, 0, pad_id=0, seg_id=-1, clip_side=40, sam_side=64)
     embeddings = mine.get_input_embeddings()(batch.input_ids)
-    output = mine.read(embeddings, batch.segments, batch.position_ids, batch.segments >= 0, use_cache=True)
-    said = write_answers(mine, batch, output, NEW_TOKENS).token_ids
+    output = mine.read(embeddings, batch.segment_ids, batch.position_ids, batch.segment_ids >= 0, use_cache=True)
+    said = generate_answers(mine, batch, output, NEW_TOKENS).token_ids
 
     for answers, row in zip(said, encoded):
         for answer, ids in zip(answers, row):
