@@ -23,7 +23,7 @@ from model.loading.placement import pick_device
 from model.opened import cache_sam_features
 from utils import distributed
 from utils.datasets import Spec, get_eval_dataset
-from utils.datasets.base import EvalDataset, NotThere, check_complete
+from utils.datasets.base import EvalDataset, MissingDataError, check_complete
 from utils.evaluation import evaluate
 from utils.evaluation.benchmarks import MODES, PROTOCOLS, SUITES, benchmark_of
 from utils.evaluation.controls import CONTROLS, query_agnostic_baselines
@@ -185,7 +185,7 @@ def open_datasets(args: argparse.Namespace) -> tuple[list[EvalDataset], list[str
     for spec in SUITES[args.suite]:
         try:
             datasets.append(get_eval_dataset(spec, args.dataset_dir, allow_missing=True))
-        except NotThere as error:
+        except MissingDataError as error:
             lacking[str(spec)] = str(error)
     if not datasets:
         raise ValueError(

@@ -41,7 +41,7 @@ sys.path.insert(0, str(ROOT))
 from model.loading.placement import pick_device  # noqa: E402
 from utils.datasets import get_train_dataset  # noqa: E402
 from utils.datasets.mixture import Mixture, MixtureSampler  # noqa: E402
-from utils.datasets.records import SETTING  # noqa: E402
+from utils.datasets.records import CACHE_VARIABLE  # noqa: E402
 from utils.diagnostics import process_memory  # noqa: E402
 from utils.inference import cli  # noqa: E402
 from utils.plotting.text_tables import markdown  # noqa: E402
@@ -296,7 +296,7 @@ class Reads(Dataset):
 
 def measure_start(name: str, folder: str, setting: str, workers: int, as_objects: bool, results: Any) -> None:
     """In a fresh process: opens the data set, then has workers read all of it."""
-    os.environ[SETTING] = setting
+    os.environ[CACHE_VARIABLE] = setting
     start = time.perf_counter()
     dataset: Any = get_train_dataset(name, folder)
     seconds = time.perf_counter() - start
@@ -373,7 +373,7 @@ STAGES = {
     "annotations (JSON)": (("base.py", "read_json"), ("records.py", "__getitem__")),
     "masks": (
         ("masks.py", "decode_segmentation"),
-        ("reason_seg.py", "draw_mask"),
+        ("reason_seg.py", "rasterize_polygons"),
         ("sem_seg.py", "mask"),
         ("masks.py", "stack_masks"),
     ),

@@ -60,7 +60,7 @@ def _reason_scene(rng: np.random.Generator, family: str, held_out: bool) -> tupl
     """A scene, up to three queries of which the first is of ``family`` and all mean one shape, and its polygons."""
     generate = scene_texts.attribute_queries if family == "attribute" else scene_texts.reasoning_queries
     while True:
-        scene = scenes.draw_scene(rng, held_out)
+        scene = scenes.sample_scene(rng, held_out)
         queries = generate(scene, rng)
         first = next((query for query in queries if query.family == family), None)
         if first is None:
@@ -130,7 +130,7 @@ def write_llava(root: Path, sizes: Sizes, ledger: Ledger) -> None:
     dataset, folder = "llava_instruct_150k", root / "coco" / "train2017"
     records = []
     for index, rng in streams(sizes.seed, LLAVA_STREAM, max(1, sizes.train * 4 // 15)):
-        scene = scenes.draw_scene(rng)
+        scene = scenes.sample_scene(rng)
         stem = f"{LLAVA_FIRST_IMAGE + index:012d}"
         write_jpeg(folder / f"{stem}.jpg", scene.image)
         turns = _conversation(rng, scene)

@@ -47,7 +47,7 @@ class Visitor:
 
     def upload(self, seed: int) -> dict:
         stream = io.BytesIO()
-        Image.fromarray(scenes.draw_scene(np.random.default_rng(seed), long_side=480).image).save(stream, "PNG")
+        Image.fromarray(scenes.sample_scene(np.random.default_rng(seed), long_side=480).image).save(stream, "PNG")
         path = self.http.post("/upload", files={"files": (f"{seed}.png", stream.getvalue())}).json()[0]
         return {"path": path, "meta": {"_type": "gradio.FileData"}}
 

@@ -306,7 +306,7 @@ def test_without_flags_a_good_tiny_model_answers(tmp_path, monkeypatch):
     monkeypatch.setattr(app, "TRAINED", "runs/no/such/run")
     board = app.build_dashboard(app.parse_arguments([]), tmp_path)
     rng = np.random.default_rng(1)
-    scene = scenes.draw_scene(rng)
+    scene = scenes.sample_scene(rng)
     (number,) = [n for n, shape in enumerate(scene.shapes) if (shape.color, shape.kind) == ("red", "square")]
     Image.fromarray(scene.image).save(tmp_path / "scene.png")
     *_, visit = board.ask("v", str(tmp_path / "scene.png"), "the red square")

@@ -79,7 +79,7 @@ def visit(browser, address):
 @pytest.fixture(scope="module")
 def scene(tmp_path_factory):
     """A drawn scene with a red square: the file, and the square's mask."""
-    drawn = scenes.draw_scene(np.random.default_rng(1), long_side=160)  # a quarter of what the page shows
+    drawn = scenes.sample_scene(np.random.default_rng(1), long_side=160)  # a quarter of what the page shows
     path = tmp_path_factory.mktemp("scene") / "<b>scene<img src=x onerror=alert(9)>.png"
     Image.fromarray(drawn.image).save(path)
     (number,) = [n for n, shape in enumerate(drawn.shapes) if (shape.color, shape.kind) == ("red", "square")]

@@ -20,7 +20,7 @@ from utils.datasets import DATASETS, DataError, DataOptions, get_eval_dataset, g
 from utils.datasets.base import check_sample, read_json
 from utils.datasets.images import read_image
 from utils.datasets.masks import decode_segmentation
-from utils.datasets.reason_seg import draw_mask
+from utils.datasets.reason_seg import rasterize_polygons
 from utils.datasets.refer_api import read_pickle
 from utils.datasets.templates import (
     ANSWERS,
@@ -173,11 +173,11 @@ def test_explanations(root: Path) -> None:
 
 def test_draw_mask_order_and_truncation() -> None:
     small, large = square(10.9, 10.9, 4), square(5, 5, 20)
-    mask = draw_mask([{"label": "Ignore me", "points": small}, {"label": "target", "points": large}], H, W)
+    mask = rasterize_polygons([{"label": "Ignore me", "points": small}, {"label": "target", "points": large}], H, W)
     assert (mask[10:15, 10:15] == 255).all()
     assert (mask == 255).sum() == 25
     assert (mask == 1).sum() == 21 * 21 - 25
-    covered = draw_mask([{"label": "target", "points": small}, {"label": "ignore", "points": large}], H, W)
+    covered = rasterize_polygons([{"label": "target", "points": small}, {"label": "ignore", "points": large}], H, W)
     assert (covered == 1).sum() == 25  # the smaller one is drawn last, whatever its label
 
 

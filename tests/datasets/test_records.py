@@ -33,8 +33,8 @@ NOTES = {"problems": ["one"], "counts": {"images": 3}}
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The cache's folder; files of any size are kept in it."""
-    monkeypatch.setenv(records.SETTING, str(tmp_path / "cache"))
-    monkeypatch.setattr(records, "SMALLEST", 0)
+    monkeypatch.setenv(records.CACHE_VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.setattr(records, "MIN_CACHED_BYTES", 0)
     return tmp_path / "cache"
 
 
@@ -189,19 +189,19 @@ def test_a_failure_leaves_nothing(cache: Path, source: Path) -> None:
 
 
 def test_without_a_place_to_write(source: Path, cache: Path, tmp_path: Path, monkeypatch, caplog) -> None:
-    monkeypatch.setenv(records.SETTING, str(source / "cache"))  # below a file
+    monkeypatch.setenv(records.CACHE_VARIABLE, str(source / "cache"))  # below a file
     with caplog.at_level(logging.WARNING):
         assert list(load(source)[0]) == [*RECORDS, "content"]
     assert "set UGROUND_CACHE to a folder that can be written, or to off" in caplog.text
     for setting, expected in (("off", False), ("", True)):
-        monkeypatch.setenv(records.SETTING, setting)
+        monkeypatch.setenv(records.CACHE_VARIABLE, setting)
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
         assert isinstance(load(source)[0], MappedRecords) is expected
     assert len(entries(tmp_path / "home/uground")) == 1
 
 
 def test_small_files_are_not_kept(cache: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(records, "SMALLEST", source.stat().st_size + 1)
+    monkeypatch.setattr(records, "MIN_CACHED_BYTES", source.stat().st_size + 1)
     load(source)
     assert not cache.exists()
 

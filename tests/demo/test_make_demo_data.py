@@ -21,7 +21,7 @@ from utils.config import load_config
 from utils.datasets import DATASETS, TYPES, DataOptions, get_eval_dataset, get_train_dataset
 from utils.datasets.masks import decode_segmentation
 from utils.datasets.mixture import make_mixture
-from utils.datasets.reason_seg import draw_mask
+from utils.datasets.reason_seg import rasterize_polygons
 from utils.demo import other_sets, scenes
 from utils.demo.files import Sizes, coco_segmentation, labelme_polygons
 from utils.demo.refer_sets import REFER_SETS
@@ -142,12 +142,14 @@ def test_long_queries_are_balanced_over_families(root):
 def test_polygons_give_the_exact_masks_back():
     reason, coco = [], []
     for index in range(80):
-        scene = scenes.draw_scene(np.random.default_rng([3, index]))
+        scene = scenes.sample_scene(np.random.default_rng([3, index]))
         for mask in scene.masks:
             height, width = mask.shape
             polygons = labelme_polygons(mask)
             if polygons:
-                drawn = draw_mask([{"label": "target", "points": points} for points in polygons], height, width)
+                drawn = rasterize_polygons(
+                    [{"label": "target", "points": points} for points in polygons], height, width
+                )
                 reason.append(_iou(drawn == 1, mask))
             segmentation = coco_segmentation(mask, as_rle=False)
             coco.append(_iou(decode_segmentation(segmentation, height, width) == 1, mask))

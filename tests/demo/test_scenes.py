@@ -18,7 +18,7 @@ GENERATORS = (T.attribute_queries, T.reasoning_queries, T.multi_queries, T.absen
 
 def _draw(index: int, held_out: bool = False) -> tuple[S.Scene, np.random.Generator]:
     rng = np.random.default_rng([5, int(held_out), index])
-    return S.draw_scene(rng, held_out), rng
+    return S.sample_scene(rng, held_out), rng
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +101,7 @@ def test_a_mask_is_half_coverage():
 
 
 def test_a_larger_canvas_draws_larger_shapes():
-    scene = S.draw_scene(np.random.default_rng(1), long_side=240)
+    scene = S.sample_scene(np.random.default_rng(1), long_side=240)
     assert max(scene.image.shape) == 240
     assert all(2 * S.RADII[s.size][0] <= s.radius <= 2 * S.RADII[s.size][1] for s in scene.shapes)
 

@@ -16,7 +16,7 @@ import torch
 from model.structures import Turn
 from scripts import bench, make_demo_data
 from utils.datasets import get_train_dataset, records
-from utils.datasets.records import SETTING, MappedRecords
+from utils.datasets.records import CACHE_VARIABLE, MappedRecords
 from utils.diagnostics import benchmark
 from utils.inference import cli
 
@@ -42,9 +42,9 @@ def test_generated_files_are_what_the_readers_read(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_measure_says_seconds_and_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(SETTING, "")  # restored afterwards
-    monkeypatch.setattr(records, "SMALLEST", 0)
-    monkeypatch.setattr(records, "SETTLED", 0)
+    monkeypatch.setenv(CACHE_VARIABLE, "")  # restored afterwards
+    monkeypatch.setattr(records, "MIN_CACHED_BYTES", 0)
+    monkeypatch.setattr(records, "MIN_SOURCE_AGE", 0)
     bench.write_refs(tmp_path, refs=1300, annotations=1300, rng=np.random.default_rng(0))
     found: queue.Queue = queue.Queue()
     for _ in range(2):

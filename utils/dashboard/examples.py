@@ -26,7 +26,7 @@ class Example:
 def draw_example(seed: int, folder: Path) -> Example:
     """The same picture and questions for the same seed."""
     rng = np.random.default_rng(seed)
-    scene = scenes.draw_scene(rng, long_side=LONG_SIDE)
+    scene = scenes.sample_scene(rng, long_side=LONG_SIDE)
     asked = [
         *scene_texts.attribute_queries(scene, rng)[:1],
         *scene_texts.reasoning_queries(scene, rng)[:2],

@@ -25,7 +25,7 @@ class DataError(ValueError):
     """Something about the data on disk is missing or wrong; the message names it and the way out."""
 
 
-class NotThere(DataError):
+class MissingDataError(DataError):
     """A file, a folder or a split is not there at all; what is damaged is a plain ``DataError``."""
 
 
@@ -140,14 +140,14 @@ def find_paths(name: str, wanted: dict[str, Sequence[Path]], way_out: str = "che
     """For each thing wanted the first of its places that exists.
 
     Raises:
-        NotThere: naming everything that is missing and every place looked in.
+        MissingDataError: naming everything that is missing and every place looked in.
     """
     found = {what: next((place for place in places if place.exists()), None) for what, places in wanted.items()}
     missing = [
         f"no {what} (looked in {', '.join(map(str, wanted[what]))})" for what, path in found.items() if path is None
     ]
     if missing:
-        raise NotThere(f"{name}: {'; '.join(missing)}; {way_out}")
+        raise MissingDataError(f"{name}: {'; '.join(missing)}; {way_out}")
     return [path for path in found.values() if path is not None]
 
 

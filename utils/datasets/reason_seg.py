@@ -16,7 +16,7 @@ from utils.datasets.base import (
     DataError,
     DataOptions,
     DatasetRow,
-    NotThere,
+    MissingDataError,
     check_sample,
     draw,
     find_paths,
@@ -62,7 +62,7 @@ def polygons(annotation: dict[str, Any]) -> list[dict[str, Any]]:
     return [s for s in annotation["shapes"] if s["label"].lower() != "flag" and len(s["points"]) >= 3]
 
 
-def draw_mask(shapes: list[dict[str, Any]], height: int, width: int) -> np.ndarray:
+def rasterize_polygons(shapes: list[dict[str, Any]], height: int, width: int) -> np.ndarray:
     """Polygons as uint8 [H, W]: 1 = target, 255 = ignore.
 
     Drawn from the largest area to the smallest, outline and interior, each over what was there; vertices are cut to
@@ -133,7 +133,7 @@ class ReasonSegSplit:
         annotation = read_annotation(path)
         image = read_image(self.folder / record["image"])
         try:
-            return image, draw_mask(polygons(annotation), *image.shape[:2]), annotation
+            return image, rasterize_polygons(polygons(annotation), *image.shape[:2]), annotation
         except DataError as error:
             raise DataError(f"{path}: {error}") from error
 
@@ -147,7 +147,7 @@ def split_folders(name: str, row: DatasetRow, split: str, dataset_dir: Path) -> 
     if not all(folder.is_dir() for folder in folders):
         known = sorted(path.name for path in root.iterdir() if path.is_dir() and path.name != "explanatory")
         known += [f"{part}_{length}" for part in known for length in ("short", "long")]
-        raise NotThere(f"{name}: {unknown('split', split, known)} (in {root})")
+        raise MissingDataError(f"{name}: {unknown('split', split, known)} (in {root})")
     return folders
 
 

@@ -31,12 +31,12 @@ from utils.datasets.images import find_image
 
 logger = logging.getLogger(__name__)
 
-SETTING = "UGROUND_CACHE"
+CACHE_VARIABLE = "UGROUND_CACHE"
 MAGIC = b"UGROUND1"  # of the file's layout; how records are made is covered by _code()
-SMALLEST = 8 * 2**20  # bytes of annotations; less is parsed as fast as it is looked up
+MIN_CACHED_BYTES = 8 * 2**20  # bytes of annotations; less is parsed as fast as it is looked up
 DEFLATED = 512  # bytes of a record's text from which it is compressed
 ZLIB = b"x"  # compressed data begin so; JSON cannot
-SETTLED = 2.0  # seconds since a file's last change: a younger one may still be written, within its clock's resolution
+MIN_SOURCE_AGE = 2.0  # seconds since the last change of a source; a younger file may still be written
 
 Notes = dict[str, Any]
 
@@ -129,7 +129,7 @@ def load_records(
     """
     identity = _identity(name, sources, settings)
     path = _entry(identity)
-    if path is None or sum(size for _, size, *_ in identity["sources"]) < SMALLEST:
+    if path is None or sum(size for _, size, *_ in identity["sources"]) < MIN_CACHED_BYTES:
         return _pack(build)
     if found := _read_entry(path, identity):
         return found
@@ -140,7 +140,7 @@ def load_records(
         begun = time.time()
         records, notes = _pack(build)
         newest = max(mtime for _, _, mtime, _ in identity["sources"]) / 1e9
-        if _identity(name, sources, settings) != identity or begun - newest < SETTLED:
+        if _identity(name, sources, settings) != identity or begun - newest < MIN_SOURCE_AGE:
             return records, notes  # they are being written: not to be relied on at the next start
         return (_read_entry(path, identity) if _write(path, identity, records, notes) else None) or (records, notes)
 
@@ -203,7 +203,7 @@ def _code() -> str:
 
 def _entry(identity: dict[str, Any]) -> Path | None:
     """The file for these sources, whatever is in them (so that a new version takes the place of the old one)."""
-    setting = os.environ.get(SETTING, "")
+    setting = os.environ.get(CACHE_VARIABLE, "")
     if setting.lower() in ("off", "0", "none"):
         return None
     try:
@@ -255,7 +255,7 @@ def _write(path: Path, identity: dict[str, Any], records: PackedRecords, notes: 
             "be written, or to off",
             identity["name"],
             error,
-            SETTING,
+            CACHE_VARIABLE,
         )
         return False
     finally:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from utils.datasets.base import DataError, NotThere, read_json
+from utils.datasets.base import DataError, MissingDataError, read_json
 from utils.datasets.coco_file import by_id, image_record, is_id, row_of, segmentation_of
 from utils.datasets.masks import decode_segmentation
 from utils.datasets.records import Notes, PackedRecords, load_records
@@ -196,7 +196,9 @@ def _read_refs(
     chosen = [ref for ref in refs if ref.get("split") == split]
     if not chosen:
         known = sorted({str(ref.get("split")) for ref in refs})
-        raise NotThere(f"{name}: {refs_path} has no split {split!r}; it has: {', '.join(known) or 'no refs at all'}")
+        raise MissingDataError(
+            f"{name}: {refs_path} has no split {split!r}; it has: {', '.join(known) or 'no refs at all'}"
+        )
     instances = read_json(instances_path)
     images, annotations = by_id(instances, "images", instances_path), by_id(instances, "annotations", instances_path)
 

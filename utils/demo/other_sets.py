@@ -89,7 +89,7 @@ def _save_labels(path: Path, labels: np.ndarray) -> None:
 
 def _write_ade20k(root: Path, dataset: str, split: str, rngs: list[np.random.Generator]) -> None:
     for index, rng in enumerate(rngs):
-        scene, stem = scenes.draw_scene(rng), f"ADE_train_{index + 1:08d}"
+        scene, stem = scenes.sample_scene(rng), f"ADE_train_{index + 1:08d}"
         numbers = [1 + ADE20K.index(_LOOKS[shape.kind][0]) for shape in scene.shapes]
         labels = _labels(scene, 1 + ADE20K.index("wall"), numbers.__getitem__, frame=0)
         write_jpeg(root / f"ade20k/images/training/{stem}.jpg", scene.image)
@@ -98,7 +98,7 @@ def _write_ade20k(root: Path, dataset: str, split: str, rngs: list[np.random.Gen
 
 def _write_cocostuff(root: Path, dataset: str, split: str, rngs: list[np.random.Generator]) -> None:
     for index, rng in enumerate(rngs):
-        scene, name = scenes.draw_scene(rng), coco_name(dataset, split, index)
+        scene, name = scenes.sample_scene(rng), coco_name(dataset, split, index)
         numbers = [COCO_STUFF.index(_LOOKS[shape.kind][1]) for shape in scene.shapes]
         labels = _labels(scene, COCO_STUFF.index("wall-other"), numbers.__getitem__, frame=255)
         write_jpeg(root / COCO_2017 / name, scene.image)
@@ -115,7 +115,7 @@ def _write_mapillary(root: Path, dataset: str, split: str, rngs: list[np.random.
     ]
     write_json(root / "mapillary/config_v2.0.json", {"version": "2.0", "labels": rows})
     for index, rng in enumerate(rngs):
-        scene, stem = scenes.draw_scene(rng), f"scene_{index:05d}"
+        scene, stem = scenes.sample_scene(rng), f"scene_{index:05d}"
         numbers = [pairs.index((shape.color, shape.kind)) for shape in scene.shapes]
         labels = _labels(scene, len(pairs), numbers.__getitem__, frame=len(pairs) + 1)
         write_jpeg(root / f"mapillary/training/images/{stem}.jpg", scene.image)
@@ -154,7 +154,7 @@ def _part_file(drawn: list[Scene], names: list[str], categories: list[str]) -> d
 
 
 def _write_pascal_part(root: Path, dataset: str, split: str, rngs: list[np.random.Generator]) -> None:
-    drawn = [scenes.draw_scene(rng) for rng in rngs]
+    drawn = [scenes.sample_scene(rng) for rng in rngs]
     names = [f"2010_{index + 1:06d}.jpg" for index in range(len(drawn))]
     for scene, name in zip(drawn, names):
         write_jpeg(root / "vlpart/pascal_part/VOCdevkit/VOC2010/JPEGImages" / name, scene.image)
@@ -164,7 +164,7 @@ def _write_pascal_part(root: Path, dataset: str, split: str, rngs: list[np.rando
 
 def _write_paco(root: Path, dataset: str, split: str, rngs: list[np.random.Generator]) -> None:
     """Names as LVIS writes them; an image says which categories were looked for and not found."""
-    drawn = [scenes.draw_scene(rng) for rng in rngs]
+    drawn = [scenes.sample_scene(rng) for rng in rngs]
     names = [f"train2017/{coco_name(dataset, split, index)}" for index in range(len(drawn))]
     for scene, name in zip(drawn, names):
         write_jpeg(root / "coco" / name, scene.image)
@@ -200,7 +200,7 @@ def _scene_with(
 ) -> tuple[Scene, Query]:
     """A scene with a query that has at least so many targets."""
     while True:
-        scene = scenes.draw_scene(rng)
+        scene = scenes.sample_scene(rng)
         for query in generate(scene, rng):
             if len(query.targets) >= fewest:
                 return scene, query
@@ -238,7 +238,7 @@ def _conversation_item(rng: np.random.Generator, ids: list[int]) -> tuple[Scene,
 
 
 def _caption_item(rng: np.random.Generator, ids: list[int]) -> tuple[Scene, dict[str, Any]]:
-    scene = scenes.draw_scene(rng)
+    scene = scenes.sample_scene(rng)
     parts = [f"a 《{ids[index]}|{_name(scene, index)}》" for index in range(len(scene.shapes))]
     request = scene_texts.CAPTION_REQUESTS[int(rng.integers(len(scene_texts.CAPTION_REQUESTS)))]
     answer = f"there is {enumerate_words(parts)}."

@@ -44,7 +44,7 @@ class DrawnScenes(Dataset):
 
     def __getitem__(self, index: int):
         rngs = [np.random.default_rng([*self.key, index, j]) for j in range(self.size)]
-        return self.make([(scenes.draw_scene(rng), rng) for rng in rngs])
+        return self.make([(scenes.sample_scene(rng), rng) for rng in rngs])
 
 
 def stream(stage: str, seed: int, batches: int, make, workers: int) -> DataLoader:

@@ -36,7 +36,7 @@ def draw_refcoco(rng: np.random.Generator, training: bool) -> Drawn:
     """One target per ref: 3 refs of 2 sentences for training, else 2 of 2 (so that all splits can say their size)."""
     refs = 3 if training else 2
     while True:
-        scene = scenes.draw_scene(rng)
+        scene = scenes.sample_scene(rng)
         groups = [g for g in _group(scene_texts.attribute_queries(scene, rng), refs=6, sentences=2) if len(g) == 2]
         if len(groups) >= 2:
             return scene, _without_extras(groups[:refs])
@@ -46,7 +46,7 @@ def draw_grefcoco(rng: np.random.Generator, training: bool) -> Drawn:
     """As many refs with several targets as with one and with none: 2 each for training, else 1 each."""
     each = 2 if training else 1
     while True:
-        scene = scenes.draw_scene(rng)
+        scene = scenes.sample_scene(rng)
         multi = _group(scene_texts.multi_queries(scene, rng), refs=each, sentences=1)
         single = _group(scene_texts.attribute_queries(scene, rng), refs=each, sentences=1)
         absent = [[query] for query in scene_texts.absent_queries(scene, rng)[:each]]
@@ -57,7 +57,7 @@ def draw_grefcoco(rng: np.random.Generator, training: bool) -> Drawn:
 def draw_negatives(rng: np.random.Generator, training: bool) -> Drawn:
     """Two refs of a true sentence and one of which nothing fits, which says so."""
     while True:
-        scene = scenes.draw_scene(rng)
+        scene = scenes.sample_scene(rng)
         true = _group(scene_texts.attribute_queries(scene, rng), refs=2, sentences=1)
         false = scene_texts.absent_queries(scene, rng)
         if len(true) == 2 and len(false) >= 2:
@@ -67,7 +67,7 @@ def draw_negatives(rng: np.random.Generator, training: bool) -> Drawn:
 def draw_corrections(rng: np.random.Generator, training: bool) -> Drawn:
     """Two refs of a true sentence and the same one with a color that nothing in the scene has."""
     while True:
-        scene = scenes.draw_scene(rng)
+        scene = scenes.sample_scene(rng)
         refs: list[list[Said]] = []
         for (true,) in _group(scene_texts.attribute_queries(scene, rng), refs=6, sentences=1):
             if text := _recolored(scene, true, rng):

@@ -17,7 +17,7 @@ from itertools import combinations
 
 import numpy as np
 
-from utils.demo.scenes import COLORS, HELD_OUT, KINDS, SIZES, TEXTURES, Scene, Shape, draw_scene, one_of, shuffled
+from utils.demo.scenes import COLORS, HELD_OUT, KINDS, SIZES, TEXTURES, Scene, Shape, one_of, sample_scene, shuffled
 
 MAX_TEXTS = 8
 
@@ -402,7 +402,7 @@ def _attribute_question(rng: np.random.Generator, shape: Shape, name: tuple[str,
 def corpus(rng: np.random.Generator, n: int) -> Iterator[str]:
     """All texts about ``n`` scenes: what a tokenizer has to know. 500 scenes hold every word that there is."""
     for _ in range(n):
-        scene = draw_scene(rng)
+        scene = sample_scene(rng)
         yield one_of(rng, CAPTION_REQUESTS)
         yield caption(scene, rng)
         for generate in (attribute_queries, reasoning_queries, multi_queries, absent_queries):

@@ -137,7 +137,7 @@ def shuffled(rng: np.random.Generator, items: list) -> list:
     return [items[i] for i in rng.permutation(len(items))] if items else []
 
 
-def draw_scene(rng: np.random.Generator, held_out: bool = False, long_side: int = 120) -> Scene:
+def sample_scene(rng: np.random.Generator, held_out: bool = False, long_side: int = 120) -> Scene:
     """Draws 3 to 6 shapes, each at least 60% visible, some of which share attributes.
 
     Args:
