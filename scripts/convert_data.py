@@ -30,7 +30,7 @@ from PIL import Image
 
 from utils.datasets.base import DataError, read_json
 from utils.datasets.coco_file import by_id, image_record, row_of
-from utils.datasets.custom import load, read_labels
+from utils.datasets.custom import load_lines, read_labels
 from utils.datasets.images import DECODE_ERRORS
 from utils.datasets.jsonl import Line, LineFile, scan
 from utils.datasets.masks import encode_mask, stack_masks
@@ -361,7 +361,7 @@ def check_file(path: Path, pictures: int) -> int:
 
 def _problem(folder: Path, line: Line) -> str:
     try:
-        load(folder, [line])
+        load_lines(folder, [line])
     except DataError as error:
         return str(error)
     return ""
@@ -369,7 +369,7 @@ def _problem(folder: Path, line: Line) -> str:
 
 def _panels(folder: Path, lines: Iterable[Line]) -> Iterator[Panel]:
     for line in lines:
-        image, [masks] = load(folder, [line])
+        image, [masks] = load_lines(folder, [line])
         said = " / ".join(f"{turn.question} {turn.answer}" for turn in line.turns)
         stack = stack_masks(masks, *image.shape[:2])
         truth = stack.max(axis=0, initial=0)

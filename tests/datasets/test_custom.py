@@ -197,7 +197,7 @@ def test_mixture_takes_files(folder):
     mixture = Mixture(folder, "custom", data={"custom": "own.jsonl||two.jsonl|train"})
     assert [row["name"] for row in mixture.describe()] == ["custom|own.jsonl", "custom|two.jsonl|train"]
     assert {mixture[number].image.shape for number in range(4)} == {(H, W, 3)}
-    with pytest.raises(DataError, match=r"no file is named; give --custom_data"):
+    with pytest.raises(DataError, match=r"no file is given; add --custom_data"):
         Mixture(folder, "custom")
     with pytest.raises(DataError, match=r"no file \(looked in (.|\n)*no file \(looked in"):
         Mixture(folder, "custom", data={"custom": "x.jsonl||y.jsonl"})
@@ -283,8 +283,8 @@ def without(key: str) -> dict:
         (talking({**HUMAN, "value": "<image>"}, GPT), "a question or an answer is empty"),
         (talking(HUMAN, GPT, masks=[]), r"1 \[SEG\] in the answers but 0 in 'masks'"),
         (talking(HUMAN, GPT, masks=[SQUARE, FAR]), r"1 \[SEG\] in the answers but 2"),
-        (talking(HUMAN, {**GPT, "value": "<image> [SEG]"}), "an answer holds '<image>'"),
-        ("[]", "a list; a line must hold one JSON object"),
+        (talking(HUMAN, {**GPT, "value": "<image> [SEG]"}), "an answer contains '<image>'"),
+        ("[]", "a list; each line must be one JSON object"),
         ("{'image': 'pictures/a.jpg'}", "not valid JSON"),
         (json.dumps(GOOD)[:40], "not valid JSON"),
         (json.dumps(GOOD, indent=1), "not valid JSON"),

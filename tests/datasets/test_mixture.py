@@ -154,7 +154,7 @@ def test_all_problems_are_reported_at_once(root: Path) -> None:
     for rates in ("1,x", "-1", "0", [float("nan")]):
         with pytest.raises(DataError, match="sample_rates"):
             Mixture(root, "reason_seg", rates)
-    with pytest.raises(DataError, match="each named once"):
+    with pytest.raises(DataError, match="without duplicates"):
         Mixture(root, "vqa||vqa")
 
 

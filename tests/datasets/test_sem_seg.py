@@ -318,9 +318,12 @@ def test_bad_annotations_are_named(root: Path, change: dict, message: str) -> No
         ),
         ({"categories": [{"id": 1, "name": "_(x):ear"}]}, "category 1 has name"),
         ({"images": [{"id": 1, "file_name": "../a.jpg", "height": H, "width": W}]}, "image 1 has file_name '../a.jpg'"),
-        ({"images": [{"id": 1, "file_name": "/a.jpg", "height": H, "width": W}]}, "no file name within its folder"),
+        ({"images": [{"id": 1, "file_name": "/a.jpg", "height": H, "width": W}]}, "not a file name within its folder"),
         ({"images": [{"id": 1, "file_name": "a.jpg", "height": -1, "width": W}]}, "height -1"),
-        ({"images": [{"id": 1, "file_name": "a.jpg", "height": 10**9, "width": W}]}, "that is no photograph"),
+        (
+            {"images": [{"id": 1, "file_name": "a.jpg", "height": 10**9, "width": W}]},
+            "too large for a photograph",
+        ),
         (
             {"images": [{"id": 1, "file_name": "2008_000008.jpg", "height": H, "width": W + 1}]},
             "the image is 60x40 but its annotation says 61x40",

@@ -1,4 +1,4 @@
-"""All data sets: two plain dicts. A new data set is a row of ``DATASETS``, a new type a row of ``TYPES`` and a file."""
+"""Tables of all data sets. Add a data set as a row of ``DATASETS``; add a type as a row of ``TYPES`` and a reader."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from utils.datasets.base import (
     EvalDataset,
     TrainDataset,
     check_complete,
-    coco,
+    coco_folders,
     unknown,
 )
 from utils.datasets.custom import CustomEval, CustomTrain
@@ -31,12 +31,12 @@ __all__ = ["DATASETS", "TYPES", "DataError", "DataOptions", "Spec", "get_eval_da
 
 @dataclass(frozen=True)
 class Type:
-    """How the data sets of a type are read.
+    """Readers of a type of data set.
 
     Attributes:
-        train: called with (spec, row, dataset_dir, options).
-        evaluate: called with (spec, row, dataset_dir); None = no evaluation.
-        default: the data sets that are meant when the user names only the type; empty = the user names files.
+        train: makes a ``TrainDataset`` from (spec, row, dataset_dir, options).
+        evaluate: makes an ``EvalDataset`` from (spec, row, dataset_dir); None = training only.
+        default: the data sets used if a configuration names only the type; empty = it must name files.
     """
 
     train: Callable[..., TrainDataset]
@@ -63,28 +63,28 @@ _ZOM_IMAGES = tuple(f"refer_seg/refzom/{folder}" for folder in ("trainval2014", 
 
 def _false_premises(kind: str, name: str, split_by: str) -> DatasetRow:
     splits = split_by, f"{split_by}_exclude_unified"
-    return DatasetRow(kind, f"refer_seg/{name}", coco("train2014"), _REFS, *splits, false_premises=True)
+    return DatasetRow(kind, f"refer_seg/{name}", coco_folders("train2014"), _REFS, *splits, false_premises=True)
 
 
 def _lisa_plus(part: str) -> DatasetRow:
-    return DatasetRow("reason_seg_plus", f"reason_seg_plus/LISA_Plus_{part}.json", coco("train2017"))
+    return DatasetRow("reason_seg_plus", f"reason_seg_plus/LISA_Plus_{part}.json", coco_folders("train2017"))
 
 
 DATASETS = {
     "ade20k": DatasetRow("sem_seg", "ade20k/annotations/training", ("ade20k/images/training",)),
-    "cocostuff": DatasetRow("sem_seg", "cocostuff/train2017", coco("train2017")),
+    "cocostuff": DatasetRow("sem_seg", "cocostuff/train2017", coco_folders("train2017")),
     "pascal_part": DatasetRow(
         "sem_seg", "vlpart/pascal_part/train.json", ("vlpart/pascal_part/VOCdevkit/VOC2010/JPEGImages",)
     ),
-    "paco_lvis": DatasetRow("sem_seg", "vlpart/paco/annotations/paco_lvis_v1_train.json", coco("")),
+    "paco_lvis": DatasetRow("sem_seg", "vlpart/paco/annotations/paco_lvis_v1_train.json", coco_folders("")),
     "mapillary": DatasetRow(
         "sem_seg", "mapillary/training/v2.0/labels", ("mapillary/training/images",), ("mapillary/config_v2.0.json",)
     ),
     "refclef": DatasetRow("refer_seg", "refer_seg/refclef", ("refer_seg/images/saiapr_tc-12",), _REFS, "unc"),
-    "refcoco": DatasetRow("refer_seg", "refer_seg/refcoco", coco("train2014"), _REFS, "unc"),
-    "refcoco+": DatasetRow("refer_seg", "refer_seg/refcoco+", coco("train2014"), _REFS, "unc"),
-    "refcocog": DatasetRow("refer_seg", "refer_seg/refcocog", coco("train2014"), _REFS, "umd"),
-    "grefcoco": DatasetRow("refer_seg", "refer_seg/grefcoco", coco("train2014"), _GREFS, "unc", joint=True),
+    "refcoco": DatasetRow("refer_seg", "refer_seg/refcoco", coco_folders("train2014"), _REFS, "unc"),
+    "refcoco+": DatasetRow("refer_seg", "refer_seg/refcoco+", coco_folders("train2014"), _REFS, "unc"),
+    "refcocog": DatasetRow("refer_seg", "refer_seg/refcocog", coco_folders("train2014"), _REFS, "umd"),
+    "grefcoco": DatasetRow("refer_seg", "refer_seg/grefcoco", coco_folders("train2014"), _GREFS, "unc", joint=True),
     "refzom": DatasetRow("refer_seg", "refer_seg/refzom", _ZOM_IMAGES, ("Ref_ZOM.p",), joint=True),
     "R-refcoco": _false_premises("neg_refer_seg", "R-refcoco", "unc"),
     "R-refcoco+": _false_premises("neg_refer_seg", "R-refcoco+", "unc"),
@@ -92,7 +92,7 @@ DATASETS = {
     "fprefcoco": _false_premises("correct_refer_seg", "fprefcoco", "berkeley"),
     "fprefcoco+": _false_premises("correct_refer_seg", "fprefcoco+", "berkeley"),
     "fprefcocog": _false_premises("correct_refer_seg", "fprefcocog", "berkeley"),
-    "llava_instruct_150k": DatasetRow("vqa", "llava_dataset/llava_instruct_150k.json", coco("train2017")),
+    "llava_instruct_150k": DatasetRow("vqa", "llava_dataset/llava_instruct_150k.json", coco_folders("train2017")),
     "ReasonSeg": DatasetRow("reason_seg", "reason_seg/ReasonSeg"),
     "instance_seg": _lisa_plus("Instance_Seg"),
     "cot": _lisa_plus("COT"),
@@ -104,22 +104,26 @@ DATASETS = {
 
 
 def get_train_dataset(spec: Spec | str, dataset_dir: str | Path, options: DataOptions | None = None) -> TrainDataset:
-    """``"refcoco"``, ``"ReasonSeg|train"`` -> what to train on."""
+    """Opens the training data of a spec such as ``"refcoco"`` or ``"ReasonSeg|train"``.
+
+    Raises:
+        DataError: if the name is unknown, or files are missing or invalid.
+    """
     spec, row, root = _look_up(spec, dataset_dir)
     return TYPES[row.type].train(spec, row, root, options or DataOptions())
 
 
 def get_eval_dataset(spec: Spec | str, dataset_dir: str | Path, allow_missing: bool = False) -> EvalDataset:
-    """``"ReasonSeg|val_short"``, ``"refcoco|unc|val"`` -> the benchmark's split.
+    """Opens a benchmark's split such as ``"ReasonSeg|val_short"`` or ``"refcoco|unc|val"``.
 
     Raises:
-        DataError: if there is no such split; if a record of it cannot be read, unless ``allow_missing``.
+        DataError: if the split does not exist, or if a record is unusable and ``allow_missing`` is false.
     """
     spec, row, root = _look_up(spec, dataset_dir)
     evaluate = TYPES[row.type].evaluate
     if evaluate is None:
-        known = [other for other, its in DATASETS.items() if TYPES[its.type].evaluate]
-        raise DataError(f"{spec.name!r} has no evaluation. These have: {', '.join(known)}")
+        known = [name for name, other in DATASETS.items() if TYPES[other.type].evaluate]
+        raise DataError(f"{spec.name!r} has no evaluation. Data sets with evaluation: {', '.join(known)}")
     dataset = evaluate(spec, row, root)
     if not allow_missing:
         check_complete(dataset)

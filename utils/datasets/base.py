@@ -1,4 +1,4 @@
-"""What every dataset reader shares: errors, files, images, masks, the check of a sample."""
+"""Common parts of all dataset readers: protocols, options, errors, file lookup, JSON, and the check of a sample."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ T = TypeVar("T")
 
 
 class DataError(ValueError):
-    """Something about the data on disk is missing or wrong; the message names it and the way out."""
+    """The data on disk are missing or invalid; the message names the file, the problem and the fix."""
 
 
 class MissingDataError(DataError):
-    """A file, a folder or a split is not there at all; what is damaged is a plain ``DataError``."""
+    """A file, a folder or a split does not exist; damaged data raise a plain ``DataError``."""
 
 
 class TrainDataset(Protocol):
-    """Images to train on. ``sample(index, rng)`` depends on nothing but its arguments and the files."""
+    """Images with questions for training. ``sample(index, rng)`` depends on its arguments and the files alone."""
 
     name: str
 
@@ -42,12 +42,12 @@ class TrainDataset(Protocol):
 
 
 class EvalDataset(Protocol):
-    """A benchmark's split: one ``EvalSample`` per image, always in the same order.
+    """A split of a benchmark: one ``EvalSample`` per image, always in the same order.
 
     Attributes:
-        skipped: records that the split itself leaves without a target, and that nobody can evaluate.
-        unusable: records that this copy of the data cannot give (damaged, or without their image); left out.
-        not_found: images of the others that are not there; reading them fails.
+        skipped: records for which the split itself has no target; excluded in every copy of the data.
+        unusable: records that are damaged or lack their image in this copy of the data; excluded.
+        not_found: images that are missing for the remaining records; reading those records fails.
     """
 
     spec: Spec
@@ -68,14 +68,14 @@ class DataOptions:
     """How samples are built, for all types.
 
     Attributes:
-        questions_per_image: at most so many conversations share one image.
-        explanatory: ReasonSeg's explanations. For an image that has one: probability of a text answer alone,
-            otherwise half [SEG] alone and half [SEG] followed by the explanation. -1 = not used.
-        joint_probability: gRefCOCO, Ref-ZOM: probability that the image's expressions are asked about in ONE question
-            whose answer lists them ("Sure, A:[SEG], B:[REJ]."), as the teacher-forced protocol does.
-        negative_sampling_weight: sem_seg: probability that a class which is NOT in the image is asked about instead.
-        dialogue_probability: that the questions about an image follow each other in one conversation, each seen by the
-            next, as in a chat; otherwise each stands by itself.
+        questions_per_image: maximum number of conversations per image.
+        explanatory: ReasonSeg: for images with an explanation, the probability of a text-only answer; of the other
+            answers, half are [SEG] alone and half are [SEG] followed by the explanation. -1 = no explanations.
+        joint_probability: gRefCOCO, Ref-ZOM: probability of ONE question about all sampled expressions of the image,
+            whose answer lists them ("Sure, A:[SEG], B:[REJ]."), as in the teacher-forced protocol.
+        negative_sampling_weight: sem_seg: probability that a question is about a class that is NOT in the image.
+        dialogue_probability: probability that all questions about an image form one conversation, in which each turn
+            attends to the earlier ones, as in a chat; otherwise every question is a conversation of its own.
     """
 
     questions_per_image: int = 3
@@ -99,14 +99,14 @@ class DatasetRow:
     """One data set: a row of ``utils.datasets.DATASETS``. All paths are relative to the dataset directory.
 
     Attributes:
-        type: the type it belongs to, a key of ``TYPES``.
-        path: its folder, or its one file.
-        images: folders that may hold its images.
-        annotations: names of its annotation file in ``path``, tried in turn; ``{split_by}`` is filled in.
-        split_by: who made the splits ("unc", "umd"), where the name does not say.
-        train_split_by: the same for training, where it is another one.
-        false_premises: whether its sentences say themselves if they are true (docs/data.md).
-        joint: whether one question may list all sentences of an image (``DataOptions.joint_probability``).
+        type: the type of the data set, a key of ``TYPES``.
+        path: its folder, or its file.
+        images: candidate folders of its images.
+        annotations: candidate names of the annotation file in ``path``; ``{split_by}`` is filled in.
+        split_by: default author of the splits ("unc", "umd").
+        train_split_by: the default for training, if it differs.
+        false_premises: whether each sentence has a flag that tells if it is true of the image (docs/data.md).
+        joint: whether one question may list all expressions of an image (``DataOptions.joint_probability``).
     """
 
     type: str
@@ -123,7 +123,7 @@ class DatasetRow:
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> str:
-    """The message for a name that is not known: the nearest one, and all of them."""
+    """Error message for an unknown name: suggests the closest known name and lists all of them."""
     known = list(known)
     lower = {k.lower(): k for k in known}
     near = difflib.get_close_matches(name.lower(), lower, n=1)
@@ -131,51 +131,53 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> str:
     return f"unknown {kind} {name!r}.{hint} Known: {', '.join(known)}"
 
 
-def coco(folder: str) -> tuple[str, str]:
-    """Both common homes, under the dataset directory, of a folder of COCO images such as ``train2014``."""
+def coco_folders(folder: str) -> tuple[str, str]:
+    """Candidate locations, under the dataset directory, of a folder of COCO images such as ``train2014``."""
     return f"refer_seg/images/mscoco/images/{folder}", f"coco/{folder}"
 
 
-def find_paths(name: str, wanted: dict[str, Sequence[Path]], way_out: str = "check --dataset_dir") -> list[Path]:
-    """For each thing wanted the first of its places that exists.
+def find_paths(name: str, candidates: dict[str, Sequence[Path]], fix: str = "check --dataset_dir") -> list[Path]:
+    """Returns the first existing path for each entry of ``candidates`` (description -> paths to try in order).
 
     Raises:
-        MissingDataError: naming everything that is missing and every place looked in.
+        MissingDataError: naming everything that is missing, every path tried, and the ``fix``.
     """
-    found = {what: next((place for place in places if place.exists()), None) for what, places in wanted.items()}
+    existing = {label: next((path for path in paths if path.exists()), None) for label, paths in candidates.items()}
     missing = [
-        f"no {what} (looked in {', '.join(map(str, wanted[what]))})" for what, path in found.items() if path is None
+        f"no {label} (looked in {', '.join(map(str, candidates[label]))})"
+        for label, path in existing.items()
+        if path is None
     ]
     if missing:
-        raise MissingDataError(f"{name}: {'; '.join(missing)}; {way_out}")
-    return [path for path in found.values() if path is not None]
+        raise MissingDataError(f"{name}: {'; '.join(missing)}; {fix}")
+    return [path for path in existing.values() if path is not None]
 
 
-def only_split(spec: Spec, example: str) -> str:
-    """The split in ``BENCHMARK|SPLIT``; a ``DataError`` that shows the form if there is not this one part alone."""
+def single_split(spec: Spec, example: str) -> str:
+    """Returns SPLIT of ``BENCHMARK|SPLIT``; any other form raises a ``DataError`` that shows an ``example``."""
     if len(spec.parts) != 1:
         raise DataError(f"{str(spec)!r}: write '{spec.name}|SPLIT', for example '{spec.name}|{example}'")
     return spec.split
 
 
-def without_split(spec: Spec) -> str:
-    """The name of a data set that has no splits; a ``DataError`` if something follows it."""
+def splitless_name(spec: Spec) -> str:
+    """Returns the name of a data set without splits; raises ``DataError`` if a split is given."""
     if spec.parts:
         raise DataError(f"{str(spec)!r}: {spec.name!r} has no splits")
     return spec.name
 
 
 def check_file_name(value: Any, what: str) -> str:
-    """``value``, if it is a relative path that stays within its folder; ``what`` begins the message ("'image' is")."""
+    """Returns ``value`` if it is a relative path within its folder; ``what`` starts the message ("'image' is")."""
     if not isinstance(value, str) or not 0 < len(value) < 256 or "\0" in value:
-        raise DataError(f"{what} {str(value)[:80]!r}, which is no file name")
+        raise DataError(f"{what} {str(value)[:80]!r}, which is not a file name")
     if Path(value).is_absolute() or ".." in Path(value).parts:
-        raise DataError(f"{what} {value!r}, which is no file name within its folder")
+        raise DataError(f"{what} {value!r}, which is not a file name within its folder")
     return value
 
 
 def read_json(path: Path, expected: type = dict) -> Any:
-    """JSON in UTF-8 (with or without BOM) or cp1252, whose top level must be of type ``expected``."""
+    """Parses JSON in UTF-8 (with or without BOM) or cp1252; its top level must be of type ``expected``."""
     try:
         raw = path.read_bytes()
     except OSError as error:
@@ -190,17 +192,17 @@ def read_json(path: Path, expected: type = dict) -> Any:
     try:
         value = json.loads(text)
     except (json.JSONDecodeError, RecursionError) as error:
-        raise DataError(f"{path} is not valid JSON ({error}); it may be cut off: download it again") from error
+        raise DataError(f"{path} is not valid JSON ({error}); it may be truncated: download it again") from error
     if not isinstance(value, expected):
         raise DataError(f"{path} holds a {type(value).__name__} at its top level; expected a {expected.__name__}")
     return value
 
 
 def parse_items(name: str, path: Path, parse: Callable[[Any], dict]) -> tuple[list[dict], list[str]]:
-    """The items of a JSON list as ``parse`` returns them, and a message for each that it refuses.
+    """Parses each item of a JSON list; returns the results, and a message for each item that ``parse`` rejects.
 
     Raises:
-        DataError: if the file cannot be read or nothing in it is usable.
+        DataError: if the file cannot be read or no item is valid.
     """
     records, problems = [], []
     for number, item in enumerate(read_json(path, list)):
@@ -213,45 +215,51 @@ def parse_items(name: str, path: Path, parse: Callable[[Any], dict]) -> tuple[li
     return records, problems
 
 
-def warn_of(name: str, problems: Sequence[str]) -> None:
-    """One line in the log for all records that cannot be used."""
+def warn_unusable(name: str, problems: Sequence[str]) -> None:
+    """Logs one warning with the number of unusable records and the first problem."""
     if problems:
         logger.warning("%s: %d records cannot be used, the first: %s", name, len(problems), problems[0])
 
 
 def check_complete(dataset: EvalDataset) -> None:
-    """Refuses to evaluate a split of which this copy of the data lacks anything."""
+    """Raises ``DataError`` if records of the split are unusable or lack their images."""
     problems = [*dataset.unusable, *dataset.not_found]
     if problems:
         shown = "\n  ".join(problems[:5])
         raise DataError(
             f"{dataset.spec}: {len(problems)} records cannot be evaluated, which would change the benchmark; complete "
-            f"the download (test.py --allow_missing leaves them out and says how many). The first:\n  {shown}"
+            f"the download (test.py --allow_missing skips and counts them). The first:\n  {shown}"
         )
 
 
 # -- samples -----------------------------------------------------------------------------------------------------------
 
 
-def draw(number: int, size: int, rng: np.random.Generator) -> list[int]:
-    """``number`` different indices below ``size`` (all of them if there are not so many), in random order."""
-    return rng.permutation(size)[:number].tolist()
+def sample_indices(count: int, size: int, rng: np.random.Generator) -> list[int]:
+    """Samples ``min(count, size)`` distinct indices below ``size``, in random order."""
+    return rng.permutation(size)[:count].tolist()
 
 
 def pick(choices: Sequence[T], rng: np.random.Generator) -> T:
+    """Samples one of ``choices`` uniformly."""
     return choices[int(rng.integers(len(choices)))]
 
 
 def check_sample(sample: Sample) -> Sample:
-    """The promises that a training sample makes to the model; a broken one raises ``DataError`` with its source."""
+    """Returns the sample if it is valid.
+
+    Raises:
+        DataError: naming the source, if a question or answer is empty, if the number of [SEG] tokens differs from the
+            number of masks, or if a mask is empty or not uint8 of the image's size.
+    """
     masks, size = sample.masks, sample.image.shape[:2]
-    wanted = sum(turn.answer.count(SEG) for conversation in sample.conversations for turn in conversation)
+    num_seg = sum(turn.answer.count(SEG) for conversation in sample.conversations for turn in conversation)
     if not sample.conversations or not all(sample.conversations):
         raise DataError(f"{sample.source}: no question to ask about this image")
-    if any(not turn.question.strip() or not turn.answer.strip() for talk in sample.conversations for turn in talk):
+    if any(not turn.question.strip() or not turn.answer.strip() for turns in sample.conversations for turn in turns):
         raise DataError(f"{sample.source}: a question or an answer is empty")
-    if masks.ndim != 3 or len(masks) != wanted:
-        raise DataError(f"{sample.source}: {wanted} [SEG] in the answers but masks of shape {masks.shape}")
+    if masks.ndim != 3 or len(masks) != num_seg:
+        raise DataError(f"{sample.source}: {num_seg} [SEG] in the answers but masks of shape {masks.shape}")
     if masks.dtype != np.uint8 or masks.shape[1:] != size:
         raise DataError(f"{sample.source}: masks are {masks.dtype} {masks.shape[1:]}, the image is {size}")
     for number, mask in enumerate(masks):

@@ -1,4 +1,4 @@
-"""Class lists that are not on a user's disk: what the values of ADE20K's and COCO-Stuff's label images mean."""
+"""Class lists that the downloads lack: the classes of the values in ADE20K's and COCO-Stuff's label images."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ def _names(text: str) -> tuple[str, ...]:
     return tuple(" ".join(name.split()) for name in text.split(","))
 
 
-# the 150 classes of the MIT scene-parsing benchmark in its order (objectInfo150), each by its first synonym;
-# label k of an image is ADE20K[k - 1]
+# The 150 classes of the MIT scene-parsing benchmark in its order (objectInfo150), each by its first synonym:
+# label k of an image is ADE20K[k - 1].
 ADE20K = _names(
     """
     wall, building, sky, floor, tree, ceiling, road, bed, windowpane, grass, cabinet, sidewalk, person, earth,
@@ -26,7 +26,7 @@ ADE20K = _names(
     """
 )
 
-# the 182 classes of COCO-Stuff (labels.txt): label k of an image is COCO_STUFF[k]
+# The 182 classes of COCO-Stuff (labels.txt): label k of an image is COCO_STUFF[k].
 COCO_STUFF = _names(
     """
     person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant, street sign,
@@ -48,8 +48,8 @@ COCO_STUFF = _names(
     """
 )
 
-# That no pixel has them says nothing about an image: COCO left the first eleven out of its annotations, the others are
-# materials and parts of what has a label of its own (the plastic of a remote, the clothes of a person).
+# Classes that may be in an image although no pixel has their label. COCO does not annotate the first eleven; the others
+# are materials and parts of things that have a label of their own (the plastic of a remote, the clothes of a person).
 COCO_STUFF_NOT_DENIED = frozenset(
     _names(
         """

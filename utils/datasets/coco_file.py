@@ -1,4 +1,4 @@
-"""COCO-style annotation files (``images``, ``annotations``, ``categories``): their rows, checked one by one."""
+"""Rows of COCO-style annotation files (``images``, ``annotations``, ``categories``), each validated."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any, TypeGuard
 
 from utils.datasets.base import DataError, check_file_name
 
-MOST_PIXELS = 2**28  # more than any photograph; a mask of a size that somebody made up must not fill the memory
+MAX_PIXELS = 2**28  # more than any photograph has; a bogus size must not allocate all memory
 
 
 def by_id(instances: dict, key: str, path: Path) -> dict[Any, dict]:
-    """The rows of one of the file's lists; ``DataError`` if it is none, or holds a row without an id."""
+    """The rows of list ``key`` by id; ``DataError`` if it is not a list, or a row has no id."""
     rows = instances.get(key)
     if not isinstance(rows, list) or not all(isinstance(row, dict) and is_id(row.get("id")) for row in rows):
         raise DataError(f"{path} has no list {key!r} of dicts with an 'id'")
@@ -23,14 +23,14 @@ def is_id(value: Any) -> TypeGuard[int | str]:
 
 
 def row_of(rows: dict[Any, dict], row_id: Any, what: str, path: Path) -> dict:
-    """The row with that id, or a ``DataError`` ("image 7 is not in instances.json")."""
+    """The row with an id; ``DataError`` if there is none ("image 7 is not in instances.json")."""
     if not is_id(row_id) or row_id not in rows:
         raise DataError(f"{what} {row_id!r} is not in {path}")
     return rows[row_id]
 
 
 def segmentation_of(annotation: dict[str, Any], image_id: int | str) -> Any:
-    """The annotation's segmentation, undecoded, if there is one and it belongs to that image."""
+    """The encoded segmentation of an annotation; ``DataError`` if it is missing or of another image."""
     if annotation.get("image_id", image_id) != image_id:
         raise DataError(f"annotation {annotation['id']} belongs to image {annotation['image_id']}, not to {image_id}")
     if not annotation.get("segmentation"):
@@ -39,7 +39,7 @@ def segmentation_of(annotation: dict[str, Any], image_id: int | str) -> Any:
 
 
 def image_record(image: dict[str, Any]) -> dict[str, Any]:
-    """``{"id", "file_name", "height", "width"}``, checked."""
+    """The validated fields of an image: ``{"id", "file_name", "height", "width"}``."""
     label = f"image {image['id']} has"
     file_name = check_file_name(image.get("file_name"), f"{label} file_name")
     height, width = check_extent(image.get("height"), image.get("width"), label)
@@ -47,9 +47,9 @@ def image_record(image: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_extent(height: Any, width: Any, what: str) -> tuple[int, int]:
-    """An image's size as an annotation file states it; ``what`` begins the message ("image 3 has")."""
+    """Returns a valid (height, width) of an annotation file; ``what`` starts the message ("image 3 has")."""
     if not (isinstance(height, int) and isinstance(width, int) and height > 0 and width > 0):
         raise DataError(f"{what} height {height!r} and width {width!r}; expected whole numbers above 0")
-    if height * width > MOST_PIXELS:
-        raise DataError(f"{what} height {height} and width {width}; that is no photograph")
+    if height * width > MAX_PIXELS:
+        raise DataError(f"{what} height {height} and width {width}; that is too large for a photograph")
     return height, width

@@ -1,4 +1,4 @@
-"""custom: one's own data, a JSONL file with a question about an image per line (docs/your_own_data.md)."""
+"""custom: user data, a JSONL file with a question about an image per line (docs/your_own_data.md)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from model.structures import EvalQuery, EvalSample, Sample, Turn
-from utils.datasets.base import DataError, DataOptions, DatasetRow, check_sample, draw, pick
+from utils.datasets.base import DataError, DataOptions, DatasetRow, check_sample, pick, sample_indices
 from utils.datasets.images import DECODE_ERRORS, check_size, read_image
 from utils.datasets.jsonl import TRAIN, Line, LineFile
 from utils.datasets.masks import check_polygon, decode_segmentation, stack_masks
@@ -18,16 +18,16 @@ from utils.datasets.templates import ANSWERS, QUESTIONS
 
 
 def read_mask(mask: Any, folder: Path, height: int, width: int) -> np.ndarray:
-    """One item of ``masks`` as uint8 [H, W] with 0 and 1, never empty.
+    """Decodes one item of ``masks`` as uint8 [H, W] with 0 and 1, never empty.
 
     Args:
         mask: a polygon (``[[x, y], ...]`` or ``[x, y, x, y, ...]``), a list of polygons (parts of one object), a COCO
             RLE, or the path of a PNG.
-        folder: what the path is relative to.
+        folder: the folder that the path is relative to.
         height, width: of the image, H and W.
     """
     if isinstance(mask, str):
-        return read_png(folder / mask, height, width)
+        return read_mask_png(folder / mask, height, width)
     if isinstance(mask, list):
         mask = [mask] if _is_polygon(mask) else mask
         for part in mask:
@@ -38,31 +38,31 @@ def read_mask(mask: Any, folder: Path, height: int, width: int) -> np.ndarray:
 
 
 def _is_polygon(mask: list[Any]) -> bool:
-    """Not a list of polygons: its first item is a number or a pair of them."""
+    """Whether a list is one polygon, not a list of polygons: its first item is a number or a pair of numbers."""
     first = mask[0] if mask else None
     pair = isinstance(first, list) and len(first) == 2 and not any(isinstance(item, list) for item in first)
     return pair or (first is not None and not isinstance(first, (list, dict)))
 
 
-def read_png(path: Path, height: int, width: int) -> np.ndarray:
-    """A mask picture as uint8 [H, W]: 1 where a pixel is not black (palette: not 0) and not transparent."""
+def read_mask_png(path: Path, height: int, width: int) -> np.ndarray:
+    """Decodes a mask PNG as uint8 [H, W]: 1 where a pixel is neither black (palette: index 0) nor transparent."""
     labels = read_labels(path)
     if labels.shape != (height, width):
         raise DataError(f"mask {path} is {labels.shape[1]}x{labels.shape[0]}; its image is {width}x{height}")
     if not labels.any():
-        raise DataError(f'mask {path} is empty; write "masks": [] for what is not there')
+        raise DataError(f'mask {path} is empty; write "masks": [] for an absent target')
     return (labels != 0).astype(np.uint8)
 
 
 def read_labels(path: Path) -> np.ndarray:
-    """A PNG's values [H, W]: grey levels or palette indices as they are stored; colors become 0 (black) and 1."""
+    """Values of a PNG [H, W]: gray levels or palette indices as stored; colors become 0 (black) and 1."""
     try:
         with Image.open(path) as image:
-            kind, mode, values = image.format, image.mode, np.asarray(image)
+            file_format, mode, values = image.format, image.mode, np.asarray(image)
     except DECODE_ERRORS as error:
         raise DataError(f"mask {path} cannot be read ({error})") from error
-    if kind != "PNG":
-        raise DataError(f"mask {path} is {kind}; masks must be PNG (JPEG alters the values)")
+    if file_format != "PNG":
+        raise DataError(f"mask {path} is {file_format}; masks must be PNG (JPEG alters the values)")
     if values.ndim == 2:
         return values
     if mode in ("LA", "RGBA"):
@@ -70,30 +70,30 @@ def read_labels(path: Path) -> np.ndarray:
     return np.any(values, axis=2).astype(np.uint8)
 
 
-def load(folder: Path, lines: list[Line]) -> tuple[np.ndarray, list[list[np.ndarray]]]:
-    """Image [H, W, 3], upright as its EXIF data say, and per line its masks, uint8 [H, W]."""
+def load_lines(folder: Path, lines: list[Line]) -> tuple[np.ndarray, list[list[np.ndarray]]]:
+    """Decodes the lines of an image: image [H, W, 3], rotated by EXIF, and the masks of each line, uint8 [H, W]."""
     masks, line = [], lines[0]
     try:
         image = read_image(folder / line.image, apply_exif=True)
         for line in lines:
             masks.append([read_mask(mask, folder, *image.shape[:2]) for mask in line.masks])
     except DataError as error:
-        raise DataError(f"{line.where}: {error}") from error
+        raise DataError(f"{line.location}: {error}") from error
     for line in lines:
-        check_size(line.where, image, *(line.size or image.shape[:2]))
+        check_size(line.location, image, *(line.size or image.shape[:2]))
     return image, masks
 
 
 class CustomTrain:
-    """A file to train on; an item is an image with some of its lines.
+    """Training data of a file; a sample is an image with some of its lines.
 
-    Several masks of a query are one target with one [SEG], no mask is an absent one; a conversation has one [SEG] per
-    mask.
+    The masks of a query form one target with one [SEG]; no mask means an absent target. A conversation has one [SEG]
+    per mask.
 
     Args:
         spec: ``custom|FILE``, or ``custom|FILE|SPLIT`` if the split is not ``train``.
-        row: unused, the file says it all.
-        dataset_dir: where the file may lie.
+        row: unused.
+        dataset_dir: candidate folder of the file.
         options: ``questions_per_image``.
     """
 
@@ -106,18 +106,20 @@ class CustomTrain:
 
     def sample(self, index: int, rng: np.random.Generator) -> Sample:
         lines = self.file.lines(index)
-        lines = [lines[i] for i in draw(self.options.questions_per_image, len(lines), rng)]
-        image, masks = load(self.file.path.parent, lines)
-        talks = [line.turns or (_query_turn(line, rng),) for line in lines]
-        flat = [mask for line, own in zip(lines, masks) for mask in (own if line.turns else _merge(own))]
-        return check_sample(Sample(lines[0].where, image, talks, stack_masks(flat, *image.shape[:2])))
+        lines = [lines[i] for i in sample_indices(self.options.questions_per_image, len(lines), rng)]
+        image, masks = load_lines(self.file.path.parent, lines)
+        conversations = [line.turns or (_query_turn(line, rng),) for line in lines]
+        flat = []
+        for line, line_masks in zip(lines, masks):
+            flat += line_masks if line.turns else _merge(line_masks)
+        return check_sample(Sample(lines[0].location, image, conversations, stack_masks(flat, *image.shape[:2])))
 
     def describe(self) -> dict[str, int]:
         return self.file.counts
 
 
 def _merge(masks: list[np.ndarray]) -> list[np.ndarray]:
-    """Their union; nothing where there is none."""
+    """A list with the union of the masks; empty if there are none."""
     return [np.maximum.reduce(masks)] if masks else []
 
 
@@ -127,19 +129,19 @@ def _query_turn(line: Line, rng: np.random.Generator) -> Turn:
 
 
 class CustomEval:
-    """A split of a file to score: one (merged) mask per query, or none. Conversations are left out and named.
+    """Evaluation data of a file: one (merged) mask per query, or none. Conversations are skipped and listed.
 
     Args:
-        spec: ``custom|FILE|SPLIT``, or ``custom|FILE`` where the file has one split.
+        spec: ``custom|FILE|SPLIT``, or ``custom|FILE`` if the file has one split.
         row: unused.
-        dataset_dir: where the file may lie.
+        dataset_dir: candidate folder of the file.
     """
 
     def __init__(self, spec: Spec, row: DatasetRow, dataset_dir: Path) -> None:
         self.spec = spec
         self.file = LineFile(spec, dataset_dir, None)
         self.skipped = self.file.drop_conversations()
-        self.unusable: list[str] = []  # opening the file has checked it
+        self.unusable: list[str] = []  # LineFile rejects a file with invalid lines
         self.not_found: list[str] = []
         if not len(self.file):
             raise DataError(f"{spec}: no query to score in {self.file.path}, conversations only")
@@ -153,10 +155,10 @@ class CustomEval:
 
     def __getitem__(self, index: int) -> EvalSample:
         lines = self.file.lines(index)
-        image, masks = load(self.file.path.parent, lines)
+        image, masks = load_lines(self.file.path.parent, lines)
         queries = []
-        for line, own in zip(lines, masks):
-            meta = {"length": "long" if line.is_sentence else "short", "targets": len(own), **line.meta}
-            truth = stack_masks(_merge(own), *image.shape[:2])
+        for line, line_masks in zip(lines, masks):
+            meta = {"length": "long" if line.is_sentence else "short", "targets": len(line_masks), **line.meta}
+            truth = stack_masks(_merge(line_masks), *image.shape[:2])
             queries.append(EvalQuery(str(line.number), line.query, truth, line.is_sentence, meta))
         return EvalSample(f"{self.spec}/{lines[0].image}", lines[0].image, image, queries)

@@ -1,4 +1,4 @@
-"""Photographs and label images: finding, reading, and checking them against their annotations."""
+"""Photographs and label images: lookup, decoding, and the check of their size against the annotations."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from utils.datasets.base import DataError, find_paths
 
 
 def find_image(name: str, file_name: str, folders: Sequence[Path]) -> Path:
-    """The image in the first folder that has it; ``DataError`` naming all of them."""
+    """Path of the image in the first folder that contains it; ``DataError`` naming all folders if none does."""
     return find_paths(name, {f"image {file_name}": [folder / file_name for folder in folders]})[0]
 
 
-def images_not_found(find: Callable[[Any], Path], records: Iterable[dict[str, Any]]) -> list[str]:
-    """A message for every record whose image ``find`` does not find."""
+def missing_images(find: Callable[[Any], Path], records: Iterable[dict[str, Any]]) -> list[str]:
+    """A message for each record whose image is missing, that is, for which ``find(record)`` raises ``DataError``."""
     messages = []
     for record in records:
         try:
@@ -30,11 +30,11 @@ def images_not_found(find: Callable[[Any], Path], records: Iterable[dict[str, An
 
 
 def read_image(path: str | Path, apply_exif: bool = False) -> np.ndarray:
-    """Any image file as uint8 RGB [H, W, 3], by ``model.processing.pixels.read_pixels``.
+    """Decodes an image file as uint8 RGB [H, W, 3] with ``model.processing.pixels.read_pixels``.
 
     Args:
         path: the file.
-        apply_exif: rotate as the EXIF orientation says. True for a person's photograph (chat); False for data sets,
+        apply_exif: rotate by the EXIF orientation. True for users' photographs (chat); False for data sets,
             whose annotations refer to the stored pixels.
     """
     try:
@@ -44,7 +44,7 @@ def read_image(path: str | Path, apply_exif: bool = False) -> np.ndarray:
 
 
 def read_label_image(path: Path) -> np.ndarray:
-    """An image whose 8-bit values are class indices (grey, or a palette's) as uint8 [H, W]."""
+    """Decodes an image of class indices, 8-bit gray or palette, as uint8 [H, W]."""
     try:
         with Image.open(path) as image:
             if image.mode not in ("L", "P"):
@@ -57,9 +57,9 @@ def read_label_image(path: Path) -> np.ndarray:
 
 
 def check_size(source: str, image: np.ndarray, height: int, width: int) -> None:
-    """An annotation that was made for another size than the image's would be silently wrong."""
+    """Raises ``DataError`` if an annotation was made for another image size: its masks would be silently wrong."""
     if image.shape[:2] != (height, width):
         raise DataError(
             f"{source}: the image is {image.shape[1]}x{image.shape[0]} but its annotation says {width}x{height} "
-            "(width x height); the image file is not the one that was annotated"
+            "(width x height); this is not the image file that was annotated"
         )

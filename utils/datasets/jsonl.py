@@ -1,4 +1,4 @@
-"""One's own data: a JSONL file whose lines hold an image, what is asked about it, and masks (docs/your_own_data.md)."""
+"""JSONL files of user data: an image, a query or a conversation, and masks per line (docs/your_own_data.md)."""
 
 from __future__ import annotations
 
@@ -18,22 +18,24 @@ from utils.datasets.vqa import read_turns
 
 KEYS = ("image", "query", "conversations", "masks", "split", "size", "meta")
 TRAIN = "train"  # the split of a line that names none
-MOST_SHOWN = 10
+MAX_SHOWN = 10
 
 
 @dataclass(frozen=True)
 class Line:
-    """A checked line; its masks are as they were written, to be decoded by ``custom.read_mask``.
+    """A validated line; its masks are still encoded (``custom.read_mask`` decodes them).
 
     Attributes:
-        where: file and line number, for messages; number: that of the line, from 1.
+        location: file and line number, for messages.
+        number: line number, from 1.
         image: path, relative to the file's folder.
-        query: what to look for; empty for a conversation, which has ``turns``.
-        size: (height, width) that the masks were made for, if it says so.
-        meta: what reports group by (``{"family": "scratches"}``).
+        query: the expression to segment; empty for a conversation.
+        turns: the turns of a conversation; empty for a query.
+        size: (height, width) of the annotated image, if given.
+        meta: keys by which reports group the scores (``{"family": "scratches"}``).
     """
 
-    where: str
+    location: str
     number: int
     image: str
     query: str
@@ -49,16 +51,16 @@ class Line:
 
 
 def parse_line(raw: bytes, path: Path, number: int) -> Line:
-    """Checks one line, but for its image and what its masks hold.
+    """Parses and validates one line, except the image file and the encoded masks.
 
     Raises:
-        DataError: starting with file and line.
+        DataError: with a message that starts with file and line.
     """
-    where = f"{path}, line {number}"
+    location = f"{path}, line {number}"
     try:
         record = _read_object(raw)
         return Line(
-            where,
+            location,
             number,
             os.path.normpath(_text(record, "image")),
             _text(record, "query") if "query" in record else "",
@@ -69,7 +71,7 @@ def parse_line(raw: bytes, path: Path, number: int) -> Line:
             _meta(record.get("meta", {})),
         )
     except DataError as error:
-        raise DataError(f"{where}: {error}") from error
+        raise DataError(f"{location}: {error}") from error
 
 
 def _read_object(raw: bytes) -> dict[str, Any]:
@@ -78,9 +80,9 @@ def _read_object(raw: bytes) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise DataError(f"not UTF-8 text ({error.reason} at byte {error.start}); save the file as UTF-8") from error
     except (json.JSONDecodeError, RecursionError) as error:
-        raise DataError(f"not valid JSON ({error}); a line must hold one whole object") from error
+        raise DataError(f"not valid JSON ({error}); each line must be one complete object") from error
     if not isinstance(record, dict):
-        raise DataError(f"a {type(record).__name__}; a line must hold one JSON object")
+        raise DataError(f"a {type(record).__name__}; each line must be one JSON object")
     for key in record:
         if key not in KEYS:
             raise DataError(unknown("key", key, KEYS))
@@ -94,26 +96,26 @@ def _text(record: dict[str, Any], key: str) -> str:
     if not isinstance(value, str) or not value.strip():
         raise DataError(f"{key!r} must be a text, not {str(value)[:60]!r}" if key in record else f"{key!r} is missing")
     if any("\ud800" <= character <= "\udfff" for character in value):
-        raise DataError(f"{key!r} holds half a character (a lone surrogate): {value[:60]!a}")
+        raise DataError(f"{key!r} contains half a character (a lone surrogate): {value[:60]!a}")
     return value.strip()
 
 
-def _turns(said: Any) -> tuple[Turn, ...]:
-    turns = tuple(Turn(question, answer) for question, answer in read_turns(said))
+def _turns(conversations: Any) -> tuple[Turn, ...]:
+    turns = tuple(Turn(question, answer) for question, answer in read_turns(conversations))
     for turn in turns:
-        if found := [token for token in (IMAGE, IM_START, IM_END) if token in turn.answer]:
-            raise DataError(f"an answer holds {found[0]!r}; of the special tokens it may hold [SEG] and [REJ]")
+        if forbidden := [token for token in (IMAGE, IM_START, IM_END) if token in turn.answer]:
+            raise DataError(f"an answer contains {forbidden[0]!r}; the only special tokens allowed are [SEG] and [REJ]")
     return turns
 
 
 def _masks(record: dict[str, Any], turns: tuple[Turn, ...]) -> list[Any]:
     masks = record.get("masks", [] if turns else None)
     if not isinstance(masks, list) or not all(isinstance(mask, (str, list, dict)) for mask in masks):
-        said = f"not {str(masks)[:60]}" if "masks" in record else "but is missing"
-        raise DataError(f"'masks' must be a list of polygons, RLE or PNG paths ([] = it is not there), {said}")
-    wanted = sum(turn.answer.count(SEG) for turn in turns)
-    if turns and wanted != len(masks):
-        raise DataError(f"{wanted} [SEG] in the answers but {len(masks)} in 'masks'")
+        problem = f"not {str(masks)[:60]}" if "masks" in record else "but is missing"
+        raise DataError(f"'masks' must be a list of polygons, RLE or PNG paths ([] = absent), {problem}")
+    num_seg = sum(turn.answer.count(SEG) for turn in turns)
+    if turns and num_seg != len(masks):
+        raise DataError(f"{num_seg} [SEG] in the answers but {len(masks)} in 'masks'")
     return masks
 
 
@@ -135,14 +137,14 @@ def _meta(meta: Any) -> dict[str, Any]:
 
 
 def scan(path: Path) -> tuple[np.ndarray, list[str]]:
-    """Checks every line of a file, but not what its masks hold.
+    """Validates every line of a file, except the encoded masks.
 
     Returns:
-        int64 [lines, 6]: offset in bytes, line number, image, split, number of masks, number of turns (0 = a query);
-        and the names of the splits.
+        int64 [lines, 6]: byte offset, line number, image index, split index, number of masks, number of turns (0 = a
+        query); and the names of the splits.
 
     Raises:
-        DataError: naming the lines that are wrong, repeat another one, or have no image on disk.
+        DataError: naming the lines that are invalid, duplicate another line, or lack their image.
     """
     rows, problems = [], []
     images, splits, seen = dict[str, int](), dict[str, int](), dict[int, int]()
@@ -159,43 +161,43 @@ def scan(path: Path) -> tuple[np.ndarray, list[str]]:
                 continue
             first = seen.setdefault(hash((line.image, line.query, line.turns)), number)
             if first != number:
-                problems.append(f"{line.where}: repeats line {first} (same image, same question); join their masks")
+                problems.append(f"{line.location}: repeats line {first} (same image, same question); join their masks")
             if line.image not in images and not (path.parent / line.image).is_file():
-                problems.append(f"{line.where}: no image {path.parent / line.image}")
+                problems.append(f"{line.location}: no image {path.parent / line.image}")
             image = images.setdefault(line.image, len(images))
             split = splits.setdefault(line.split, len(splits))
             rows.append((start, number, image, split, len(line.masks), len(line.turns)))
     if problems or not rows:
-        more = [f"and {len(problems) - MOST_SHOWN} more"] if len(problems) > MOST_SHOWN else []
-        shown = "\n  ".join([f"{path}: {len(problems)} problem(s)", *problems[:MOST_SHOWN], *more])
+        omitted = [f"and {len(problems) - MAX_SHOWN} more"] if len(problems) > MAX_SHOWN else []
+        shown = "\n  ".join([f"{path}: {len(problems)} problem(s)", *problems[:MAX_SHOWN], *omitted])
         raise DataError(shown if problems else f"{path} has no line")
     return np.array(rows, dtype=np.int64), list(splits)
 
 
 class LineFile:
-    """One split of a file, by image. It keeps where lines begin; they are read, and masks decoded, when needed.
+    """One split of a file, grouped by image. Only line offsets are kept in memory; lines are parsed on access.
 
     Args:
-        spec: ``custom|FILE`` or ``custom|FILE|SPLIT``; FILE is looked for in the working directory, then in
-            ``dataset_dir``.
-        split: what is meant without SPLIT; None = the only split that the file has.
+        spec: ``custom|FILE`` or ``custom|FILE|SPLIT``; FILE is relative to the working directory or to
+            ``dataset_dir``, in this order.
+        split: the default for SPLIT; None = the only split of the file.
     """
 
     def __init__(self, spec: Spec, dataset_dir: Path, split: str | None) -> None:
         parts = spec.parts
         if not 1 <= len(parts) <= 2 or not all(parts):
             raise DataError(f"{str(spec)!r}: write 'custom|FILE.jsonl' or 'custom|FILE.jsonl|SPLIT'")
-        places = [Path(parts[0]), dataset_dir / parts[0]]
-        self.path = find_paths(str(spec), {"file": places}, "check its path")[0]
+        candidates = [Path(parts[0]), dataset_dir / parts[0]]
+        self.path = find_paths(str(spec), {"file": candidates}, "check its path")[0]
         if not self.path.is_file():
             raise DataError(f"{spec}: {self.path} is a folder; give the JSONL file in it")
         rows, splits = scan(self.path)
-        wanted = parts[1] if len(parts) == 2 else split or splits[0]
-        if wanted not in splits:
-            raise DataError(f"{spec}: {unknown('split', wanted, splits)} (of {self.path})")
+        split_name = parts[1] if len(parts) == 2 else split or splits[0]
+        if split_name not in splits:
+            raise DataError(f"{spec}: {unknown('split', split_name, splits)} (of {self.path})")
         if split is None and len(parts) == 1 and len(splits) > 1:
             raise DataError(f"{spec}: {self.path} has the splits {', '.join(splits)}; write '{spec}|{splits[0]}'")
-        rows = rows[rows[:, 3] == splits.index(wanted)]
+        rows = rows[rows[:, 3] == splits.index(split_name)]
         self._rows = rows[np.argsort(rows[:, 2], kind="stable")]  # by image; workers share an array's memory
         self._split_by_image()
 
@@ -203,12 +205,12 @@ class LineFile:
         self._first = np.flatnonzero(np.diff(self._rows[:, 2], prepend=-1, append=-1))
 
     def drop_conversations(self) -> list[str]:
-        """Leaves the queries only; returns what goes."""
-        talks = self._rows[:, 5] > 0
-        gone = [f"{self.path}, line {number}: a conversation is not scored" for number in self._rows[talks, 1]]
-        self._rows = self._rows[~talks]
+        """Drops all conversations; returns a message for each."""
+        is_conversation = self._rows[:, 5] > 0
+        numbers = self._rows[is_conversation, 1]
+        self._rows = self._rows[~is_conversation]
         self._split_by_image()
-        return gone
+        return [f"{self.path}, line {number}: a conversation is not scored" for number in numbers]
 
     @property
     def counts(self) -> dict[str, int]:
@@ -224,7 +226,7 @@ class LineFile:
         return max(0, len(self._first) - 1)
 
     def lines(self, image: int) -> list[Line]:
-        """All lines about an image."""
+        """All lines of an image."""
         with self.path.open("rb") as file:
             return [self._read(file, row) for row in self._rows[self._first[image] : self._first[image + 1]]]
 

@@ -1,4 +1,4 @@
-"""Masks as annotations hold them, polygons and COCO's RLE, checked, drawn and encoded."""
+"""Encoded masks, polygons and COCO RLE: validation, decoding, encoding."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from utils.datasets.base import DataError
 
 
 def check_polygon(points: Any, height: int, width: int) -> np.ndarray:
-    """[[x, y], ...] or [x, y, x, y, ...] as float64 [n, 2]; refuses what is no list of plausible numbers.
+    """Returns a polygon, [[x, y], ...] or [x, y, x, y, ...], as float64 [n, 2].
 
-    A vertex may lie outside the image, but not by more than the image's longest side: such a number is an error, and
-    drawing to it takes memory in proportion.
+    Raises:
+        DataError: if the points are not finite pairs of numbers, or lie outside the image by more than its longest
+            side: such coordinates are annotation errors, and rasterizing them takes memory in proportion.
     """
     try:
         array = np.asarray(points, dtype=np.float64)
@@ -36,10 +37,10 @@ def check_polygon(points: Any, height: int, width: int) -> np.ndarray:
 
 
 def decode_segmentation(segmentation: Any, height: int, width: int) -> np.ndarray:
-    """COCO's segmentation in any of its forms as uint8 [H, W] with 0 and 1.
+    """Decodes any form of a COCO segmentation as uint8 [H, W] with 0 and 1.
 
-    Forms: a list of polygons (parts of 1 or 2 points are dropped), an RLE dict, a list of RLE dicts; RLE counts are a
-    string, bytes or a list of run lengths (crowd). Parts are united.
+    Forms: a list of polygons (those of 1 or 2 points are dropped), an RLE dict, a list of RLE dicts. RLE counts are a
+    string, bytes, or a list of run lengths (crowd). The result is the union of all parts.
     """
     parts = [segmentation] if isinstance(segmentation, dict) else segmentation
     if not isinstance(parts, list) or not parts:
@@ -71,7 +72,7 @@ def _decode_rle(rle: dict, height: int, width: int) -> np.ndarray:
         runs = counts
     else:
         raise DataError(f"an RLE's counts are a {type(counts).__name__}; expected a string or a list of integers")
-    # pycocotools does not check this: too few pixels would leave the rest of the mask uninitialised
+    # pycocotools does not check this; with too few pixels the rest of the mask would be uninitialized
     if any(run < 0 for run in runs) or sum(runs) != height * width:
         raise DataError(f"an RLE covers {sum(runs)} pixels; its image has {height * width}: the annotation is damaged")
     values = np.arange(len(runs), dtype=np.uint8) % 2
@@ -79,13 +80,13 @@ def _decode_rle(rle: dict, height: int, width: int) -> np.ndarray:
 
 
 def _unpack_counts(packed: bytes) -> list[int]:
-    """Run lengths of COCO's compressed RLE: 5 bits per character, sign-extended, from the 4th on as differences."""
+    """Unpacks COCO's compressed RLE: 5 bits per character, sign-extended; run n > 3 as the difference to run n - 2."""
     runs: list[int] = []
     value = shift = 0
     for character in packed:
         digit = character - 48
         if not 0 <= digit < 64:
-            raise DataError("an RLE's counts hold a character that COCO's compression does not use")
+            raise DataError("an RLE's counts contain a character that COCO's compression does not use")
         value |= (digit & 0x1F) << shift
         shift += 5
         if not digit & 0x20:
@@ -99,16 +100,16 @@ def _unpack_counts(packed: bytes) -> list[int]:
 
 
 def encode_mask(mask: np.ndarray) -> dict[str, Any]:
-    """bool [H, W] as COCO RLE with text counts, fit for JSON."""
+    """Encodes a bool mask [H, W] as COCO RLE with text counts, fit for JSON."""
     rle = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
     return {"size": [int(side) for side in rle["size"]], "counts": rle["counts"].decode("ascii")}
 
 
 def decode_mask(rle: dict[str, Any]) -> np.ndarray:
-    """COCO RLE as bool [H, W]."""
+    """Decodes COCO RLE as bool [H, W]."""
     return coco_mask.decode(rle).astype(bool)
 
 
 def stack_masks(masks: Sequence[np.ndarray], height: int, width: int) -> np.ndarray:
-    """[N, H, W] uint8, also for N = 0."""
+    """Stacks N masks as uint8 [N, H, W], also for N = 0."""
     return np.stack(masks) if len(masks) else np.zeros((0, height, width), dtype=np.uint8)

@@ -1,4 +1,4 @@
-"""Which sample is number i: the weighted mixture of data sets, as a pure function of (seed, number)."""
+"""The weighted mixture of training sets: sample i is a pure function of (seed, i)."""
 
 from __future__ import annotations
 
@@ -20,28 +20,28 @@ from utils.plotting import text_tables
 
 logger = logging.getLogger(__name__)
 
-MAX_TRIES = 100
-MAX_LOGGED = 10  # records that cannot be read, per process
+MAX_TRIES = 100  # records sampled in place of unusable ones
+MAX_LOGGED = 10  # unusable records logged per process
 
 
 class Mixture(Dataset):
-    """Training samples of several types, drawn with replacement.
+    """Training samples of several types, sampled with replacement.
 
-    Sample ``number`` depends on (seed, number), the files and the settings alone: not on the worker, the process, or
-    what was drawn before. A record that cannot be used is counted, logged once, and replaced by the next draw of the
+    Sample i is a deterministic function of (seed, i), the files and the settings: it depends neither on the worker or
+    process nor on earlier samples. An unusable record is counted, logged once, and replaced by the next record of the
     same random stream, so that the replacement is the same in every run.
 
     Args:
         dataset_dir: the root of all data.
-        types: the types, ``"reason_seg||refer_seg"`` or a list.
-        rates: how often each type is drawn, ``"9,3"`` or a list; normalised. None or empty: all equal.
-        data: per type its data sets, ``{"refer_seg": "refcoco||grefcoco"}``; a type left out uses its default ones.
+        types: the data set types, ``"reason_seg||refer_seg"`` or a list.
+        rates: sampling rate of each type, ``"9,3"`` or a list; normalized. None or empty = uniform.
+        data: data sets of each type, ``{"refer_seg": "refcoco||grefcoco"}``; other types use their defaults.
         options: how samples are built.
-        seed: of the whole mixture.
-        weighting: data sets within a type are drawn by their ``"size"`` (in images) or ``"uniform"``.
+        seed: seed of the mixture.
+        weighting: sampling weight of a data set within its type: its ``"size"`` in images, or ``"uniform"``.
 
     Raises:
-        DataError: naming every unknown name and everything that is missing on disk at once.
+        DataError: listing all unknown names and all missing files at once.
     """
 
     def __init__(
@@ -54,56 +54,56 @@ class Mixture(Dataset):
         seed: int = 0,
         weighting: str = "size",
     ) -> None:
-        names, problems = _split(types, "||"), []
+        names, problems = _split_names(types, "||"), []
         if weighting not in ("size", "uniform"):
             problems.append(unknown("weighting", weighting, ("size", "uniform")))
-        rate_of = _rates(names, rates, problems)
+        rate_of = _parse_rates(names, rates, problems)
         self.options = options or DataOptions()
         self.datasets: list[TrainDataset] = []
         self.types: list[str] = []
         for name in names:
-            for spec in _specs(name, data or {}, problems):
+            for spec in _parse_specs(name, data or {}, problems):
                 try:
                     self.datasets.append(get_train_dataset(spec, dataset_dir, options))
                     self.types.append(name)
                 except DataError as error:
                     problems.append(str(error))
         if problems:
-            raise DataError(f"the data are not complete; {len(problems)} problem(s):\n  " + "\n  ".join(problems))
+            raise DataError(f"the data are incomplete; {len(problems)} problem(s):\n  " + "\n  ".join(problems))
         self.seed = seed
         weights = np.array([len(dataset) if weighting == "size" else 1 for dataset in self.datasets], dtype=np.float64)
         totals = {name: sum(w for w, kind in zip(weights, self.types) if kind == name) for name in names}
         self.shares = np.array([rate_of[kind] * w / totals[kind] for w, kind in zip(weights, self.types)])
-        # counts live in shared memory, so that the main process sees what its workers skipped
+        # shared memory, so that the main process sees the counts of its workers
         self.skipped = torch.zeros(len(self.datasets), dtype=torch.int64).share_memory_()
         self._logged: set[str] = set()
 
     def __len__(self) -> int:
-        """All images of all data sets: a nominal epoch. Any number from 0 on can be drawn."""
+        """Number of images in all data sets, a nominal epoch; any index >= 0 is valid."""
         return sum(map(len, self.datasets))
 
-    def __getitem__(self, number: int) -> Sample:
-        rng = np.random.default_rng((self.seed, number))
+    def __getitem__(self, sample_index: int) -> Sample:
+        rng = np.random.default_rng((self.seed, sample_index))
         problem = ""
         for _ in range(MAX_TRIES):
-            which = int(rng.choice(len(self.datasets), p=self.shares))
-            dataset = self.datasets[which]
+            dataset_index = int(rng.choice(len(self.datasets), p=self.shares))
+            dataset = self.datasets[dataset_index]
             index = int(rng.integers(len(dataset)))
             try:
-                # a generator of its own: how much a failing record drew must not matter
+                # a separate generator: how many numbers a failing record consumed must not matter
                 sample = dataset.sample(index, np.random.default_rng(rng.integers(2**63)))
             except DataError as error:
                 problem = str(error)
-                self.skipped[which] += 1
+                self.skipped[dataset_index] += 1
                 self._log(dataset.name, problem)
                 continue
-            sample.sample_id = number
+            sample.sample_id = sample_index
             if rng.random() < self.options.dialogue_probability:
                 sample.conversations = [tuple(turn for turns in sample.conversations for turn in turns)]
             return sample
         raise DataError(
-            f"sample {number}: {MAX_TRIES} records in a row could not be used; the last: {problem}; "
-            "most of the data set seems to be missing or damaged"
+            f"sample {sample_index}: {MAX_TRIES} records in a row are unusable; the last: {problem}; "
+            "most of the data seem to be missing or damaged"
         )
 
     def _log(self, name: str, message: str) -> None:
@@ -111,13 +111,13 @@ class Mixture(Dataset):
             return
         self._logged.add(message)
         if len(self._logged) > MAX_LOGGED:
-            message = f"{MAX_LOGGED} are named above; from here on they are only counted (skipped)"
-        logger.warning("%s: a record is skipped: %s", name, message)
+            message = f"{MAX_LOGGED} unusable records are logged; further ones are only counted (column skipped)"
+        logger.warning("%s: skipped a record: %s", name, message)
 
     def describe(self, num_samples: int | None = None) -> list[dict[str, Any]]:
-        """Per data set: type, name, share of the samples, its counts, and the draws skipped so far.
+        """Per data set: type, name, share of the samples, counts, and records skipped so far.
 
-        With ``num_samples`` also the epochs: how often each of its images is drawn on average.
+        With ``num_samples`` also its epochs, the mean number of times that each of its images is sampled.
         """
         rows = []
         for i, dataset in enumerate(self.datasets):
@@ -140,20 +140,20 @@ def _count_cell(column: str, value: Any) -> str:
     return "-" if value is None else f"{value:,}" if isinstance(value, int) else value
 
 
-def _split(names: str | Sequence[str], separator: str) -> list[str]:
+def _split_names(names: str | Sequence[str], separator: str) -> list[str]:
     parts = names.split(separator) if isinstance(names, str) else names
     return [part.strip() for part in parts if part.strip()]
 
 
-def _rates(names: list[str], rates: str | Sequence[float] | None, problems: list[str]) -> dict[str, float]:
-    """Type -> probability; what is wrong is added to ``problems``."""
+def _parse_rates(names: list[str], rates: str | Sequence[float] | None, problems: list[str]) -> dict[str, float]:
+    """Sampling probability of each known type; appends all errors to ``problems``."""
     known = [name for name in names if name in TYPES]
     problems += [unknown("data set type", name, TYPES) for name in names if name not in TYPES]
     if not names or len(set(names)) < len(names):
-        problems.append(f"the types {names} must be at least one, each named once")
-    given = _split(rates, ",") if isinstance(rates, str) else rates
+        problems.append(f"the types {names} must be one or more, without duplicates")
+    parts = _split_names(rates, ",") if isinstance(rates, str) else rates
     try:
-        values = [1.0] * len(names) if given is None or len(given) == 0 else [float(rate) for rate in given]
+        values = [1.0] * len(names) if parts is None or len(parts) == 0 else [float(rate) for rate in parts]
     except (TypeError, ValueError):
         values = []
     if len(values) != len(names) or not all(0 <= value < float("inf") for value in values) or sum(values) <= 0:
@@ -162,15 +162,15 @@ def _rates(names: list[str], rates: str | Sequence[float] | None, problems: list
     return {name: value / sum(values) for name, value in zip(names, values) if name in known}
 
 
-def _specs(name: str, data: dict[str, str | Sequence[str]], problems: list[str]) -> list[Spec]:
-    """The data sets of a type, checked to belong to it."""
+def _parse_specs(name: str, data: dict[str, str | Sequence[str]], problems: list[str]) -> list[Spec]:
+    """Specs of the data sets of a type; appends all errors to ``problems``."""
     if name not in TYPES:
         return []
-    specs = _split(data.get(name) or TYPES[name].default, "||")
-    if not TYPES[name].default:  # files, named without the data set
+    specs = _split_names(data.get(name) or TYPES[name].default, "||")
+    if not TYPES[name].default:  # the user names files; the data set's name is implied
         specs = [f"{name}|{spec.removeprefix(f'{name}|')}" for spec in specs]
     if not specs:
-        problems.append(f"{name}: no file is named; give --{name}_data A.jsonl||B.jsonl")
+        problems.append(f"{name}: no file is given; add --{name}_data A.jsonl||B.jsonl")
     if len(set(specs)) < len(specs):
         problems.append(f"{name}: a data set is named twice in {specs}")
     of_type = [other for other, row in DATASETS.items() if row.type == name]
@@ -180,15 +180,15 @@ def _specs(name: str, data: dict[str, str | Sequence[str]], problems: list[str])
 
 
 class MixtureSampler(Sampler[list[int]]):
-    """Batches of sample numbers for one rank; give it to ``DataLoader(mixture, batch_sampler=...)``.
+    """Batches of sample indices for one rank, for ``DataLoader(mixture, batch_sampler=...)``.
 
-    ``number = (micro_step * world_size + rank) * batch_size + j``: together the ranks draw 0, 1, 2, ... whatever their
-    count, and a run resumes at any micro step by that number alone.
+    ``index = (micro_step * world_size + rank) * batch_size + j``: together the ranks visit 0, 1, 2, ... whatever their
+    number, and a run resumes at any micro step from that step alone.
 
     Args:
         batch_size: samples per rank and micro step.
-        rank, world_size: of this process.
         start, stop: micro steps ``start <= step < stop``.
+        rank, world_size: of this process.
     """
 
     def __init__(self, batch_size: int, start: int, stop: int, rank: int = 0, world_size: int = 1) -> None:
@@ -208,7 +208,7 @@ class MixtureSampler(Sampler[list[int]]):
 
 
 def make_mixture(config: Config) -> Mixture:
-    """What the data settings describe; ``DataError`` naming all that is missing."""
+    """The mixture of a configuration's data settings; ``DataError`` listing all that is missing."""
     data = config.data
     sets = {kind: getattr(data, f"{kind}_data") for kind in TYPES}
     options = DataOptions(

@@ -17,16 +17,16 @@ from utils.datasets.base import (
     DatasetRow,
     check_file_name,
     check_sample,
-    coco,
-    draw,
+    coco_folders,
     find_paths,
-    only_split,
     parse_items,
+    sample_indices,
+    single_split,
     unknown,
-    warn_of,
+    warn_unusable,
 )
 from utils.datasets.coco_file import check_extent
-from utils.datasets.images import check_size, images_not_found, read_image
+from utils.datasets.images import check_size, missing_images, read_image
 from utils.datasets.masks import decode_segmentation, stack_masks
 from utils.datasets.records import Notes, load_records
 from utils.datasets.spec import Spec
@@ -71,7 +71,7 @@ class MuseSplit:
             self.name, paths, answered, lambda: _read_questions(self.name, paths, answered)
         )
         self.problems, self.counts = notes["problems"], notes["counts"]
-        warn_of(self.name, self.problems)
+        warn_unusable(self.name, self.problems)
 
     def image_path(self, record: dict[str, Any]) -> Path:
         name = Path(record["images"][0]).name
@@ -159,10 +159,10 @@ def _image_places(item: dict[str, Any]) -> list[str]:
         if folder.rpartition("/")[2] not in COCO_FOLDERS:
             raise DataError(f"'coco_url' is {url!r}; expected one that ends in FOLDER/NAME, one of {COCO_FOLDERS}")
         file = check_file_name(file, "'coco_url' ends in")
-        places += [f"{home}/{file}" for home in coco(folder.rpartition("/")[2])]
+        places += [f"{home}/{file}" for home in coco_folders(folder.rpartition("/")[2])]
     if name or not places:
         name = Path(check_file_name(name, "'file_name' is")).name
-        places += [f"{home}/{name}" for home in coco("train2014")]
+        places += [f"{home}/{name}" for home in coco_folders("train2014")]
     return places
 
 
@@ -195,7 +195,7 @@ class MultiReasonSegTrain:
         image = self.split.image(record)
         conversations: list[Conversation] = []
         masks: list[np.ndarray] = []
-        for i in draw(self.options.questions_per_image, len(record["questions"]), rng):
+        for i in sample_indices(self.options.questions_per_image, len(record["questions"]), rng):
             question = record["questions"][i]
             conversations.append((_answered_turn(question, rng),))
             masks += self.split.masks(record, question)
@@ -224,10 +224,10 @@ class MultiReasonSegEval:
 
     def __init__(self, spec: Spec, row: DatasetRow, dataset_dir: Path) -> None:
         self.spec = spec
-        self.split = MuseSplit(spec.name, row, only_split(spec, "val"), dataset_dir, answered=False)
+        self.split = MuseSplit(spec.name, row, single_split(spec, "val"), dataset_dir, answered=False)
         self.skipped: list[str] = []
         self.unusable = self.split.problems
-        self.not_found = images_not_found(self.split.image_path, self.split.records)
+        self.not_found = missing_images(self.split.image_path, self.split.records)
 
     def __len__(self) -> int:
         return len(self.split.records)

@@ -18,11 +18,11 @@ from utils.datasets.base import (
     DatasetRow,
     MissingDataError,
     check_sample,
-    draw,
     find_paths,
-    only_split,
     pick,
     read_json,
+    sample_indices,
+    single_split,
     unknown,
 )
 from utils.datasets.images import read_image
@@ -188,7 +188,7 @@ class ReasonSegTrain:
         kind = "sentence" if annotation["is_sentence"] else "phrase"
         turns = [
             self._turn(kind, texts[i], record["image"], rng)
-            for i in draw(self.options.questions_per_image, len(texts), rng)
+            for i in sample_indices(self.options.questions_per_image, len(texts), rng)
         ]
         count = sum("[SEG]" in turn.answer for turn in turns)
         masks = np.repeat(mask[None], count, axis=0)
@@ -242,7 +242,7 @@ class ReasonSegEval:
 
     def __init__(self, spec: Spec, row: DatasetRow, dataset_dir: Path) -> None:
         self.spec = spec
-        root, split, length = dataset_dir / row.path, only_split(spec, "val_short"), ""
+        root, split, length = dataset_dir / row.path, single_split(spec, "val_short"), ""
         if split.endswith(("_short", "_long")) and not (root / split).is_dir():
             split, length = split.rsplit("_", 1)
         folders = split_folders(str(spec), row, split, dataset_dir)

@@ -18,9 +18,9 @@ from utils.datasets.base import (
     DatasetRow,
     check_file_name,
     check_sample,
-    draw,
     parse_items,
-    without_split,
+    sample_indices,
+    splitless_name,
 )
 from utils.datasets.images import find_image, read_image
 from utils.datasets.masks import decode_segmentation, stack_masks
@@ -183,7 +183,7 @@ class ReasonSegPlusTrain:
     """
 
     def __init__(self, spec: Spec, row: DatasetRow, dataset_dir: Path, options: DataOptions) -> None:
-        name = without_split(spec)
+        name = splitless_name(spec)
         self.name, self.options = name, options
         self.folders, self.records, self.notes = load_single_file(name, row, dataset_dir, "annotations", _read_items)
 
@@ -195,7 +195,7 @@ class ReasonSegPlusTrain:
         source = f"{self.name}/{record['image']}"
         image = read_image(find_image(self.name, record["image"], self.folders))
         conversations, masks, problem = [], [], ""
-        for i in draw(self.options.questions_per_image, len(record["items"]), rng):
+        for i in sample_indices(self.options.questions_per_image, len(record["items"]), rng):
             try:
                 talk, its_masks = _build(record["items"][i], image.shape[0], image.shape[1], rng)
             except DataError as error:

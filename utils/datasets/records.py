@@ -26,7 +26,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from utils.datasets.base import DataError, DatasetRow, find_paths, warn_of
+from utils.datasets.base import DataError, DatasetRow, find_paths, warn_unusable
 from utils.datasets.images import find_image
 
 logger = logging.getLogger(__name__)
@@ -164,7 +164,7 @@ def load_single_file(
     (path,) = find_paths(name, {what: [dataset_dir / row.path]})
     folders = [dataset_dir / images for images in row.images]
     records, notes = load_records(name, [path], None, lambda: read(name, path))
-    warn_of(name, notes["problems"])
+    warn_unusable(name, notes["problems"])
     find_image(name, records[0]["image"], folders)  # a wrong folder shows now, not at the first step
     return folders, records, notes
 

@@ -9,8 +9,17 @@ import numpy as np
 
 from model.processing.tokens import REJ, SEG
 from model.structures import Conversation, EvalQuery, EvalSample, Sample, Turn
-from utils.datasets.base import DataError, DataOptions, DatasetRow, check_sample, draw, find_paths, pick, warn_of
-from utils.datasets.images import check_size, find_image, images_not_found, read_image
+from utils.datasets.base import (
+    DataError,
+    DataOptions,
+    DatasetRow,
+    check_sample,
+    find_paths,
+    pick,
+    sample_indices,
+    warn_unusable,
+)
+from utils.datasets.images import check_size, find_image, missing_images, read_image
 from utils.datasets.masks import stack_masks
 from utils.datasets.refer_api import ReferIndex, build_index
 from utils.datasets.spec import Spec
@@ -61,7 +70,7 @@ class ReferSegTrain:
         split_by = spec.parts[0] if spec.parts else row.train_split_by or row.split_by
         self.split = ReferSplit(spec.name, row, split_by, "train", dataset_dir)
         self.split.image_path(self.split.index.images[0])  # a wrong folder shows now, not at the first step
-        warn_of(self.name, self.split.index.problems)
+        warn_unusable(self.name, self.split.index.problems)
 
     def __len__(self) -> int:
         return len(self.split.index.images)
@@ -70,7 +79,7 @@ class ReferSegTrain:
         """Up to ``questions_per_image`` of the image's refs, with one sentence of each drawn by ``rng``."""
         record = self.split.index.images[index]
         refs = self.split.index.refs(record)
-        chosen = [refs[i] for i in draw(self.options.questions_per_image, len(refs), rng)]
+        chosen = [refs[i] for i in sample_indices(self.options.questions_per_image, len(refs), rng)]
         sentences = [pick(ref.sentences, rng) for ref in chosen]
         targets = [ref.targets(sentence) for ref, sentence in zip(chosen, sentences)]
         if self.joint and rng.random() < self.options.joint_probability:
@@ -114,7 +123,7 @@ class ReferSegEval:
         self.split = ReferSplit(spec.name, row, spec.split_by or row.split_by, spec.split, dataset_dir)
         self.skipped: list[str] = []
         self.unusable = self.split.index.problems
-        self.not_found = images_not_found(self.split.image_path, self.split.index.images)
+        self.not_found = missing_images(self.split.image_path, self.split.index.images)
 
     def __len__(self) -> int:
         return len(self.split.index.images)

@@ -20,12 +20,12 @@ from utils.datasets.base import (
     DataOptions,
     DatasetRow,
     check_sample,
-    draw,
     find_paths,
     pick,
     read_json,
-    warn_of,
-    without_split,
+    sample_indices,
+    splitless_name,
+    warn_unusable,
 )
 from utils.datasets.class_names import ADE20K, COCO_STUFF, COCO_STUFF_NOT_DENIED
 from utils.datasets.coco_file import by_id, image_record, row_of, segmentation_of
@@ -80,11 +80,11 @@ class SemSegTrain:
     """
 
     def __init__(self, spec: Spec, row: DatasetRow, dataset_dir: Path, options: DataOptions) -> None:
-        name = without_split(spec)
+        name = splitless_name(spec)
         self.name, self.options = name, options
         reader = AnnotationReader if row.path.endswith(".json") else LabelReader
         self.reader: Reader = reader(name, row, dataset_dir)
-        warn_of(name, self.reader.problems)
+        warn_unusable(name, self.reader.problems)
 
     def __len__(self) -> int:
         return len(self.reader)
@@ -95,7 +95,7 @@ class SemSegTrain:
             raise DataError(f"{regions.source}: no class in it can be asked about")
         conversations: list[Conversation] = []
         masks = []
-        for i in draw(self.options.questions_per_image, len(regions.present), rng):
+        for i in sample_indices(self.options.questions_per_image, len(regions.present), rng):
             weight = self.options.negative_sampling_weight
             if weight and rng.random() < weight and (absent := regions.absent()):
                 correction = phrase(pick(regions.present, rng), rng) if rng.random() < 0.5 else ""

@@ -1,4 +1,4 @@
-"""What users write to name data: ``ReasonSeg|val_short``, ``refcoco|unc|testA``, ``custom|own.jsonl``."""
+"""The specs that name data: ``ReasonSeg|val_short``, ``refcoco|unc|testA``, ``custom|own.jsonl``."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Spec:
-    """A data set and a part of it.
+    """The name of a data set and of a part of it.
 
     Attributes:
         name: a key of ``utils.datasets.DATASETS``.
-        parts: what follows it, as the data set's reader takes it: SPLIT, SPLIT_BY|SPLIT, or FILE|SPLIT.
+        parts: the remaining fields, which the reader interprets: SPLIT, SPLIT_BY|SPLIT, or FILE|SPLIT.
     """
 
     name: str
@@ -19,13 +19,13 @@ class Spec:
 
     @classmethod
     def parse(cls, text: str) -> Spec:
-        """``str(Spec.parse(text)) == text``, whatever the text: whether there are such data, the reader says."""
+        """Parses any text, with ``str(Spec.parse(text)) == text``; the reader checks whether such data exist."""
         name, *parts = text.split("|")
         return cls(name, tuple(parts))
 
     @classmethod
     def parse_list(cls, text: str) -> list[Spec]:
-        """``"ReasonSeg|val||grefcoco|unc|val"`` -> both."""
+        """Parses a list: ``"ReasonSeg|val||grefcoco|unc|val"`` -> two specs."""
         return [cls.parse(part.strip()) for part in text.split("||") if part.strip()]
 
     def __str__(self) -> str:
@@ -33,7 +33,7 @@ class Spec:
 
     @property
     def split_by(self) -> str:
-        """Who made the splits; empty where the text leaves it out."""
+        """The author of the splits ("unc"); empty if omitted."""
         return self.parts[0] if len(self.parts) > 1 else ""
 
     @property
@@ -42,5 +42,5 @@ class Spec:
 
     @property
     def slug(self) -> str:
-        """For file names: ``refcoco_unc_testA``."""
+        """The spec as part of a file name: ``refcoco_unc_testA``."""
         return str(self).replace("|", "_").replace("/", "_")

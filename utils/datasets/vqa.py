@@ -17,7 +17,7 @@ from utils.datasets.base import (
     check_file_name,
     check_sample,
     parse_items,
-    without_split,
+    splitless_name,
 )
 from utils.datasets.images import find_image, read_image
 from utils.datasets.masks import stack_masks
@@ -36,7 +36,7 @@ class VqaTrain:
     """
 
     def __init__(self, spec: Spec, row: DatasetRow, dataset_dir: Path, options: DataOptions) -> None:
-        name = without_split(spec)
+        name = splitless_name(spec)
         self.name = name
         self.folders, self.records, self.notes = load_single_file(
             name, row, dataset_dir, "conversations", _read_conversations
