@@ -27,7 +27,7 @@ from utils.datasets.base import EvalDataset, NotThere, check_complete
 from utils.evaluation import evaluate
 from utils.evaluation.benchmarks import MODES, PROTOCOLS, SUITES, benchmark_of
 from utils.evaluation.controls import CONTROLS, query_agnostic_baselines
-from utils.evaluation.engine import RunOptions, origin_of
+from utils.evaluation.engine import RunOptions, provenance_of
 from utils.evaluation.metrics import Record
 from utils.evaluation.panels import format_table, panels
 from utils.evaluation.paper_tables import fill
@@ -155,7 +155,7 @@ def main(arguments: list[str] | None = None) -> int:
         if distributed.is_main():
             files.append(result.save(output))
             if count := args.save_overlays:
-                drawn = panels(model, processor, dataset, result.records, count, options, result.origin.protocol)
+                drawn = panels(model, processor, dataset, result.records, count, options, result.provenance.protocol)
                 files.append(save_overlays(output, result, drawn, args.version))
     if distributed.is_main():
         tables = fill(args.version, summaries) if args.suite or len(summaries) > 1 else []
@@ -204,7 +204,7 @@ def open_datasets(args: argparse.Namespace) -> tuple[list[EvalDataset], list[str
 def check_resumable(model, dataset: EvalDataset, options: InferenceOptions, run: RunOptions) -> None:
     """Results of another evaluation are refused before the first one starts, not hours later."""
     if run.resume and run.journal:
-        run.journal.read(origin_of(model, dataset, options, run))
+        run.journal.read(provenance_of(model, dataset, options, run))
 
 
 def options_of(
@@ -230,15 +230,15 @@ def options_of(
 
 def save_overlays(folder: Path, result: Result, drawn: list[tuple[Record, Panel]], model: str) -> Path:
     """A picture per sample, and all on one sheet, whose path is returned."""
-    origin = result.origin
-    name = result_path(folder, origin.spec, origin.mode).stem
+    provenance = result.provenance
+    name = result_path(folder, provenance.spec, provenance.mode).stem
     for old in (folder / f"{name}.overlays").glob("*.png"):
         old.unlink()  # of an earlier run, maybe of another checkpoint
     for record, panel in drawn:
         single = f"{record.image_id}_{record.query_id}".replace("/", "_")
         save_picture(folder / f"{name}.overlays" / f"{single}.png", sheet([panel]))
     title = (
-        f"{origin.benchmark}, {origin.mode}, layer {origin.layer_policy}, {model}: {len(drawn)} of "
+        f"{provenance.benchmark}, {provenance.mode}, layer {provenance.layer_policy}, {model}: {len(drawn)} of "
         f"{len(result.records)} samples, evenly spaced from the worst to the best IoU"
     )
     path = folder / f"{name}.overlays.png"

@@ -84,11 +84,11 @@ def side_by_side(columns: dict[str, dict[tuple[str, str], Summary]]) -> str:
         counts = {summary.counts["masks"] for summary in summaries}
         masks = "/".join(map(str, sorted(counts)))  # more than one: evaluated on different samples
         protocols = dict.fromkeys(summary.protocol for summary in summaries if summary.protocol)
-        asked = ", ".join([key[1], *protocols])
+        setup = ", ".join([key[1], *protocols])
         for metric in summaries[0].metrics:
             cells = [_score_cell(found.get(key), metric) for found in columns.values()]
             cells += [_score_cell(last.get(key), metric, control) for control in controls]
-            rows.append([f"{key[0]} ({asked})", masks, metric, *cells])
+            rows.append([f"{key[0]} ({setup})", masks, metric, *cells])
     layers = {
         name: "/".join(dict.fromkeys(summary.layer_policy for summary in found.values()))
         for name, found in columns.items()
@@ -120,15 +120,17 @@ def paired(named: Sequence[tuple[str, Path]], most: int, picture: Path | None, d
         ValueError: if they are not answers to the same queries, asked in the same mode.
     """
     (before_name, before_path), (after_name, after_path) = named
-    (other, before), (origin, after) = read_results(before_path), read_results(after_path)
-    if other.benchmark != origin.benchmark:
+    (other, before), (provenance, after) = read_results(before_path), read_results(after_path)
+    if other.benchmark != provenance.benchmark:
         raise ValueError(
-            f"{before_path} is of {other.benchmark}, {after_path} of {origin.benchmark}; compare one split"
+            f"{before_path} is of {other.benchmark}, {after_path} of {provenance.benchmark}; compare one split"
         )
-    if other.mode != origin.mode:
-        raise ValueError(f"{before_path} was asked by {other.mode}, {after_path} by {origin.mode}; compare one mode")
-    benchmark = benchmark_of(origin.spec)
-    known = [benchmark.protocol(each.protocol, each.mode) for each in (other, origin)]
+    if other.mode != provenance.mode:
+        raise ValueError(
+            f"{before_path} was asked by {other.mode}, {after_path} by {provenance.mode}; compare one mode"
+        )
+    benchmark = benchmark_of(provenance.spec)
+    known = [benchmark.protocol(each.protocol, each.mode) for each in (other, provenance)]
     protocol = known[1]
     gains = metrics.difference(before, after, benchmark, protocol)
     old, new = (metrics.compute(records, benchmark, protocol) for records in (before, after))
@@ -141,9 +143,9 @@ def paired(named: Sequence[tuple[str, Path]], most: int, picture: Path | None, d
         scores = [f"{metrics.iou(record, protocol):.3f}" for record in (one, two)]
         samples.append([two.image, scores[0], "", scores[1], two.query[:80]])
     counts = metrics.count_records(after)
-    asked = ", ".join(filter(None, [origin.benchmark, origin.mode, protocol]))
-    lines = [f"{asked}: {counts['masks']} masks on {counts['images']} images"]
-    for name, each in ((before_name, other), (after_name, origin)):
+    setup = ", ".join(filter(None, [provenance.benchmark, provenance.mode, protocol]))
+    lines = [f"{setup}: {counts['masks']} masks on {counts['images']} images"]
+    for name, each in ((before_name, other), (after_name, provenance)):
         lines.append(f"{name}: layer {each.layer_policy}, {each.precision}")
     if known[0] != protocol:
         lines.append(
@@ -152,8 +154,8 @@ def paired(named: Sequence[tuple[str, Path]], most: int, picture: Path | None, d
     lines += ["", ruled_table(rows), ""]
     lines.append(ruled_table(samples) if changed else "no sample changed")
     if picture and dataset_dir and changed:
-        dataset = get_eval_dataset(origin.spec, dataset_dir, allow_missing=True)
-        title = f"{asked}: the samples that changed most from {before_name} to {after_name}"
+        dataset = get_eval_dataset(provenance.spec, dataset_dir, allow_missing=True)
+        title = f"{setup}: the samples that changed most from {before_name} to {after_name}"
         names = (before_name, after_name)
         panels = [panel for pair in changed for panel in pair_panels(dataset, pair, names, protocol)]
         save_picture(picture, sheet(panels, title))

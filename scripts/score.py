@@ -43,15 +43,15 @@ def rescore(path: Path, protocol: str | None = None) -> Summary:
     """
     if not path.is_file():
         raise ValueError(f"no file matches {path}; give the JSONL that test.py wrote")
-    origin, records = read_results(path)
-    wanted = protocol or origin.protocol
-    origin = replace(origin, protocol=benchmark_of(origin.spec).protocol(wanted, origin.mode))
-    summary = replace(summarize(origin, records), checkpoint=origin.checkpoint)
+    provenance, records = read_results(path)
+    wanted = protocol or provenance.protocol
+    provenance = replace(provenance, protocol=benchmark_of(provenance.spec).protocol(wanted, provenance.mode))
+    summary = replace(summarize(provenance, records), checkpoint=provenance.checkpoint)
     beside = path.with_suffix(".json")
     if beside.is_file():
         theirs = Summary.load(beside)
         summary.counts |= {key: theirs.counts[key] for key in ("skipped", "missing")}
-        if origin.mode == "generate" or theirs.protocol == summary.protocol:
+        if provenance.mode == "generate" or theirs.protocol == summary.protocol:
             for key in ("metrics", "intervals", "breakdown", "counts", "layers"):
                 there, recomputed = getattr(theirs, key), getattr(summary, key)
                 if there != recomputed:

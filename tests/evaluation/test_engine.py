@@ -482,16 +482,21 @@ def test_records_that_are_missing_or_there_twice_are_an_error(monkeypatch):
 @pytest.mark.parametrize("layer_policy", ["argmax", "mc:4"])
 def test_saved_results_can_be_recomputed(tmp_path, layer_policy):
     dataset = FakeDataset(benchmark="grefcoco", absent=True, skipped=["fake/x.jpg: no polygon"])
-    asked = {"controls": ["shuffled_prompts"], "checkpoint": "abc", "layer_policy": layer_policy}
-    result = run(FakeModel(noisy=True), dataset, **asked)
+    setup = {"controls": ["shuffled_prompts"], "checkpoint": "abc", "layer_policy": layer_policy}
+    result = run(FakeModel(noisy=True), dataset, **setup)
     path = result.save(tmp_path / "new" / "folder")
     assert path.name == "grefcoco_val.generate.json"
     summary = json.loads(path.read_text())
     assert Summary.load(path) == result.summary
-    origin, records = read_results(path.with_suffix(".jsonl"))
-    assert (origin, records) == (result.origin, result.records)
-    assert (origin.checkpoint, origin.protocol, origin.images, origin.queries) == ("abc", "grefcoco", 7, len(records))
-    again = json.loads(json.dumps(summarize(origin, records).to_dict()))
+    provenance, records = read_results(path.with_suffix(".jsonl"))
+    assert (provenance, records) == (result.provenance, result.records)
+    assert (provenance.checkpoint, provenance.protocol, provenance.images, provenance.queries) == (
+        "abc",
+        "grefcoco",
+        7,
+        len(records),
+    )
+    again = json.loads(json.dumps(summarize(provenance, records).to_dict()))
     assert again.pop("controls") == {}
     assert again.pop("counts").items() <= summary["counts"].items()
     assert again.items() <= summary.items()  # to the last bit
@@ -663,7 +668,7 @@ def test_the_table_names_everything():
                                 "N-acc", "T-acc"]  # fmt: skip
     assert lines[2].split()[:5] == ["fake|val", "generate", "mc:4", "5", "9"]
     assert f"{result.metrics['gIoU']:.3f} [" in lines[2]
-    assert "control: shuffled prompts" in lines[3]
+    assert "control: prompts shuffled" in lines[3]
     assert "family: even" in lines[4]
     assert "1.000" in lines[6]  # N-acc of the second
 
@@ -709,7 +714,7 @@ def _evaluate_in_process(rank: int, world: int, store: str, out: str) -> None:
     with pytest.raises(Killed):  # after images 0 and 1, 2 and 3
         run(Mortal(2, noisy=True), batch_size=1, journal=journal)
     torch.distributed.barrier()
-    assert len(journal.parts()) == 1
+    assert len(journal.rank_files()) == 1
     torch.distributed.barrier()
     result = run(FakeModel(noisy=True), batch_size=2, journal=journal, resume=True)
     if rank == 0:

@@ -192,7 +192,7 @@ def test_a_paired_difference_is_surer_than_two_intervals():
     assert metrics.difference(before, before, BENCHMARKS["refcoco"]) == {"gIoU": (0, [0, 0]), "cIoU": (0, [0, 0])}
     drawn = [metrics.resample(part, BENCHMARKS["refcoco"])["cIoU"] for part in (before, after)]
     assert found["cIoU"][1] == np.percentile(drawn[1] - drawn[0], [2.5, 97.5]).tolist()
-    with pytest.raises(ValueError, match="1 of which only one has, the first: 'q' about image 29"):
+    with pytest.raises(ValueError, match="1 are in only one of them, the first: 'q' about image 29"):
         metrics.difference(before, after[:-1], BENCHMARKS["refcoco"])
 
 
