@@ -1,4 +1,4 @@
-"""Result files: what is written is read again, and what is not whole or not one evaluation is named."""
+"""Result files: round trip, and errors for truncated, damaged or mixed files."""
 
 import dataclasses
 import json
@@ -16,11 +16,27 @@ PROVENANCE = Provenance("grefcoco|unc|val", "generate", "argmax", 64, 0, "gsva",
 
 def make_record(index, query_id) -> Record:
     mask = np.random.default_rng(index).random((5, 6)) < 0.5
-    both, either, p, g = metrics.count_pixels(mask, np.ones((5, 6), np.uint8))
+    intersection, union, p, g = metrics.count_pixels(mask, np.ones((5, 6), np.uint8))
     text = 'line\u2028separator, "quotes" and \n newline, größer ✓'
     masks, meta = [encode_mask(mask)], {"targets": 1}
     return Record(
-        index, "a.jpg", "1", query_id, text, "q?", "[SEG]", [3], False, False, both, either, p, g, masks, meta, [[1, 2]]
+        index,
+        "a.jpg",
+        "1",
+        query_id,
+        text,
+        "q?",
+        "[SEG]",
+        [3],
+        False,
+        False,
+        intersection,
+        union,
+        p,
+        g,
+        masks,
+        meta,
+        [[1, 2]],
     )
 
 
@@ -36,7 +52,7 @@ def path(tmp_path, records):
     return path
 
 
-def test_records_survive_the_file(path, records):
+def test_records_round_trip(path, records):
     assert path.name == "grefcoco_unc_val.generate.jsonl"
     assert read_results(path) == (PROVENANCE, records)
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
@@ -47,7 +63,7 @@ def test_records_survive_the_file(path, records):
     assert decode_mask(lines[0]["masks"][0]).sum() == records[0].P
 
 
-def test_a_cut_line_is_named(path, records):
+def test_a_truncated_line_is_named(path, records):
     path.write_bytes(path.read_bytes()[:-30])
     with pytest.raises(
         ValueError, match=r"generate\.jsonl, line 6 is not a result .*it is cut off: test.py --resume continues"
@@ -80,13 +96,13 @@ def test_a_journal_leaves_out_the_last_image_of_an_unfinished_file(path, records
     assert Journal(path).read(PROVENANCE) == records[:4]
 
 
-def test_a_journal_joins_the_files_of_all_processes(path, records):
+def test_a_journal_merges_the_files_of_all_processes(path, records):
     journal = Journal(path)
     part = path.with_name("grefcoco_unc_val.generate.rank_1.jsonl")
     path.write_text("".join(to_lines(PROVENANCE, records[:3])), encoding="utf-8")
     part.write_text("".join(to_lines(PROVENANCE, [*records[:2], *records[4:]])), encoding="utf-8")
     assert journal.rank_files() == [part]
-    assert journal.read(PROVENANCE) == records[:2]  # both files' last image is asked again
+    assert journal.read(PROVENANCE) == records[:2]  # the last image of both files is predicted again
     other = dataclasses.replace(records[0], I=0)
     part.write_text("".join(to_lines(PROVENANCE, [other, records[4]])), encoding="utf-8")
     with pytest.raises(ValueError, match="has another answer in another file"):
@@ -96,7 +112,7 @@ def test_a_journal_joins_the_files_of_all_processes(path, records):
     assert read_results(path) == (PROVENANCE, records)
 
 
-def test_nothing_to_go_on_from(tmp_path):
+def test_nothing_to_resume_from(tmp_path):
     journal = Journal(tmp_path / "a.jsonl")
     assert journal.read(PROVENANCE) == []
     (tmp_path / "a.jsonl").write_text('{"index": 0, "ima')  # killed while the first line was written
