@@ -27,7 +27,7 @@ from utils.datasets.base import EvalDataset, MissingDataError, check_complete
 from utils.evaluation import evaluate
 from utils.evaluation.benchmarks import MODES, PROTOCOLS, SUITES, benchmark_of
 from utils.evaluation.controls import CONTROLS, query_agnostic_baselines
-from utils.evaluation.engine import RunOptions, origin_of
+from utils.evaluation.engine import RunOptions, provenance_of
 from utils.evaluation.metrics import Record
 from utils.evaluation.panels import format_table, panels
 from utils.evaluation.paper_tables import fill
@@ -40,39 +40,41 @@ from utils.plotting.overlays import Panel, save_picture, sheet
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description="Evaluates a trained UGround model. Prints a table; writes BENCHMARK.MODE.json (numbers, "
+        description="Evaluates a trained UGround model. Prints a table; writes BENCHMARK.MODE.json (metrics, "
         "intervals, counts, versions) and BENCHMARK.MODE.jsonl (one line per sample, masks as COCO RLE) to --output.",
-        epilog="Several GPUs: deepspeed test.py ... or torchrun --nproc_per_node N test.py ...; images are shared out "
-        "without padding or repeats. The counting is exact; the model's arithmetic depends a little on the batches.",
+        epilog="Several GPUs: deepspeed test.py ... or torchrun --nproc_per_node N test.py ...; they share the images "
+        "without padding or repeats. Counting is exact; the model's arithmetic depends a little on the batches.",
     )
     add = parser.add_argument
     cli.add_model_flags(parser)
     add("--dataset_dir", required=True, metavar="DIR", help="folder that holds reason_seg/, refer_seg/, coco/, ...")
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument(
+    data = parser.add_mutually_exclusive_group(required=True)
+    data.add_argument(
         "--val_dataset",
         metavar="SPEC",
         help='what to evaluate: "ReasonSeg|val_short", "refcoco|unc|val", "grefcoco|unc|val"; several joined by "||"',
     )
-    what.add_argument(
-        "--suite", choices=tuple(SUITES), help="benchmarks whose data are there: of the paper's tables, or all"
+    data.add_argument(
+        "--suite",
+        choices=tuple(SUITES),
+        help="benchmarks of the paper's tables, or all, as far as their data are found",
     )
     add(
         "--mode",
         choices=("paper", *MODES, "both"),
         default="paper",
-        help="generate: the model writes its answer, whatever [SEG] it writes are decoded. teacher_forced: the answer "
-        "template is given and [SEG] is read off. paper: as the paper reports the benchmark (default)",
+        help="generate: the answer is generated, and every [SEG] in it is decoded. teacher_forced: the answer template "
+        "is given, and its [SEG] is decoded. paper: as the paper reports the benchmark (default)",
     )
     add(
         "--protocol",
         choices=PROTOCOLS,
-        help="of gRefCOCO, for a target that was rejected: grefcoco scores I = 0, gsva the mask that is drawn anyway "
-        "(default: gsva, as the paper reports it). A written rejection draws none: --mode generate is always grefcoco",
+        help="of gRefCOCO, for a present target that is rejected: grefcoco scores I = 0, gsva the mask that is decoded "
+        "anyway (default: gsva, as in the paper). A generated rejection has no mask: --mode generate is grefcoco",
     )
-    layer = parser.add_mutually_exclusive_group()
-    cli.add_layer_flag(layer, "default: as the model was trained, argmax with a policy")
-    layer.add_argument(
+    layer_flags = parser.add_mutually_exclusive_group()
+    cli.add_layer_flag(layer_flags, "default: as the model was trained; argmax with a policy")
+    layer_flags.add_argument(
         "--layer", type=_count, metavar="K", help="force hidden state K; short for --layer_policy fixed:K"
     )
     add_running_flags(parser)
@@ -80,24 +82,24 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def add_running_flags(parser: argparse.ArgumentParser) -> None:
-    """How an evaluation runs, and what it writes."""
+    """Flags of how an evaluation runs, and of what it writes."""
     add = parser.add_argument
     add("--output", type=Path, metavar="DIR", help="folder for the results (default: eval/ in the --version folder)")
-    add("--save_overlays", type=_count, default=0, metavar="N", help="also draw N samples, from worst to best IoU")
+    add("--save_overlays", type=_count, default=0, metavar="N", help="also plot N samples, from worst to best IoU")
     add(
         "--control",
         action="append",
         choices=CONTROLS,
         default=[],
         help="shuffled_prompts: evaluate again with the queries exchanged among the images; a model that ignores the "
-        "text scores the same. Doubles the time",
+        "text scores the same. Takes twice the time",
     )
-    add("--resume", action="store_true", help="go on from the answers that a killed evaluation left in --output")
+    add("--resume", action="store_true", help="resume from the answers that an interrupted evaluation left in --output")
     add(
         "--allow_missing",
         action="store_true",
-        help="leave out images that cannot be read (without it they stop the evaluation); their number then stands "
-        "beside every result",
+        help="leave out images that cannot be read, and print their number beside every result (default: they stop the "
+        "evaluation)",
     )
     add("--limit", type=_positive, metavar="N", help="only the first N images of each benchmark")
     add("--batch_size", type=_positive, default=4, metavar="N", help="images per step (default: 4)")
@@ -106,17 +108,17 @@ def add_running_flags(parser: argparse.ArgumentParser) -> None:
         "--sam_feature_cache",
         default="",
         metavar="DIR",
-        help="keep SAM's image embeddings here, for other benchmarks, modes and checkpoints on the same images",
+        help="cache SAM's image embeddings here, for other benchmarks, modes and checkpoints on the same images",
     )
     add(
         "--sam_feature_cache_gb",
         type=float,
         default=100.0,
         metavar="GB",
-        help="size of that folder; the least recently used embeddings go first (default: 100)",
+        help="maximum size of the cache; the least recently used embeddings are deleted first (default: 100)",
     )
     add("--compile_sam", action="store_true", help="torch.compile SAM's image encoder: faster, after half a minute")
-    add("--max_new_tokens", type=_positive, default=64, metavar="N", help="longest written answer (default: 64)")
+    add("--max_new_tokens", type=_positive, default=64, metavar="N", help="longest generated answer (default: 64)")
     add("--seed", type=int, default=0, metavar="S", help="of sampled layers and shuffling (default: 0)")
     add("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # passed by the deepspeed launcher
 
@@ -124,8 +126,8 @@ def add_running_flags(parser: argparse.ArgumentParser) -> None:
 def main(arguments: list[str] | None = None) -> int:
     args = parse_arguments(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    device = join_processes(args.device)
-    datasets, lacking = open_datasets(args)  # a typing error shows before the loading
+    device = init_processes(args.device)
+    datasets, unavailable = open_datasets(args)  # a typo fails before the model is loaded
     opened = cli.open_model(args, device)
     model, processor = opened.model, opened.processor
     if args.sam_feature_cache:
@@ -136,8 +138,8 @@ def main(arguments: list[str] | None = None) -> int:
         args.layer_policy = f"fixed:{args.layer}"
     args.layer_policy = args.layer_policy or model.config.layer_policy
     output = args.output or Path(args.version) / "eval"
-    output.mkdir(parents=True, exist_ok=True)  # if that fails, then before hours of work
-    about = describe_run(args, opened)
+    output.mkdir(parents=True, exist_ok=True)  # fails, if at all, before hours of work
+    run_info = describe_run(args, opened)
     jobs = [
         (dataset, *options_of(args, dataset, mode, output, opened.fingerprint))
         for dataset in datasets
@@ -149,17 +151,18 @@ def main(arguments: list[str] | None = None) -> int:
     summaries, files = [], []
     for dataset, options, run in jobs:
         result = evaluate(model, processor, dataset, options, run)
-        result.summary = replace(result.summary, **about)
+        result.summary = replace(result.summary, **run_info)
         result.summary.controls |= query_agnostic_baselines(Path(args.dataset_dir), dataset.spec)
         summaries.append(result.summary)
         if distributed.is_main():
             files.append(result.save(output))
             if count := args.save_overlays:
-                drawn = panels(model, processor, dataset, result.records, count, options, result.origin.protocol)
-                files.append(save_overlays(output, result, drawn, args.version))
+                protocol = result.provenance.protocol
+                sample_panels = panels(model, processor, dataset, result.records, count, options, protocol)
+                files.append(save_overlays(output, result, sample_panels, args.version))
     if distributed.is_main():
         tables = fill(args.version, summaries) if args.suite or len(summaries) > 1 else []
-        notes = [f"Not evaluated, the data are not there: {', '.join(lacking)}"] if lacking else []
+        notes = [f"Not evaluated, data not found: {', '.join(unavailable)}"] if unavailable else []
         files += write_tables(output, tables, notes) if tables else []
         print(f"{args.version} (fingerprint {opened.fingerprint}), {opened.precision} on {device}\n")
         print("\n\n".join([format_table(summaries), *(table.markdown() for table in tables), *notes]))
@@ -169,11 +172,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def open_datasets(args: argparse.Namespace) -> tuple[list[EvalDataset], list[str]]:
-    """What is to be evaluated; and what of a suite is not there.
+    """The data sets to evaluate, and the names of a suite's benchmarks whose data are not found.
 
     Raises:
-        ValueError: if a benchmark that was named is not there, if nothing of a suite is, or if data are incomplete or
-            damaged.
+        ValueError: if a benchmark of --val_dataset or all of a suite are not found, or for incomplete or damaged data.
     """
     if args.suite is None:
         specs = Spec.parse_list(args.val_dataset)
@@ -181,36 +183,36 @@ def open_datasets(args: argparse.Namespace) -> tuple[list[EvalDataset], list[str
             raise ValueError('--val_dataset names nothing; give for example "ReasonSeg|val_short"')
         return [get_eval_dataset(spec, args.dataset_dir, args.allow_missing) for spec in specs], []
     datasets: list[EvalDataset] = []
-    lacking: dict[str, str] = {}
+    unavailable: dict[str, str] = {}
     for spec in SUITES[args.suite]:
         try:
             datasets.append(get_eval_dataset(spec, args.dataset_dir, allow_missing=True))
         except MissingDataError as error:
-            lacking[str(spec)] = str(error)
+            unavailable[str(spec)] = str(error)
     if not datasets:
         raise ValueError(
             "--suite {}: {} holds none of its benchmarks\n  {}".format(
-                args.suite, args.dataset_dir, "\n  ".join(lacking.values())
+                args.suite, args.dataset_dir, "\n  ".join(unavailable.values())
             )
         )
     for dataset in datasets:
         if not args.allow_missing:
             check_complete(dataset)
     if distributed.is_main():
-        print(*(f"not evaluated: {reason}" for reason in lacking.values()), sep="\n", file=sys.stderr)
-    return datasets, list(lacking)
+        print(*(f"not evaluated: {reason}" for reason in unavailable.values()), sep="\n", file=sys.stderr)
+    return datasets, list(unavailable)
 
 
 def check_resumable(model, dataset: EvalDataset, options: InferenceOptions, run: RunOptions) -> None:
-    """Results of another evaluation are refused before the first one starts, not hours later."""
+    """Rejects a journal of another evaluation before the first evaluation starts, not hours later."""
     if run.resume and run.journal:
-        run.journal.read(origin_of(model, dataset, options, run))
+        run.journal.read(provenance_of(model, dataset, options, run))
 
 
 def options_of(
     args: argparse.Namespace, dataset: EvalDataset, mode: str, output: Path, checkpoint: str
 ) -> tuple[InferenceOptions, RunOptions]:
-    """How one benchmark is asked in one mode, and how its evaluation runs."""
+    """The options of one benchmark in one mode."""
     options = InferenceOptions(mode, args.layer_policy, args.max_new_tokens, args.seed)
     run = RunOptions(
         batch_size=args.batch_size,
@@ -228,21 +230,21 @@ def options_of(
     return options, run
 
 
-def save_overlays(folder: Path, result: Result, drawn: list[tuple[Record, Panel]], model: str) -> Path:
-    """A picture per sample, and all on one sheet, whose path is returned."""
-    origin = result.origin
-    name = result_path(folder, origin.spec, origin.mode).stem
+def save_overlays(folder: Path, result: Result, sample_panels: list[tuple[Record, Panel]], model: str) -> Path:
+    """Writes a picture per sample, and one sheet of all; returns the sheet's path."""
+    provenance = result.provenance
+    name = result_path(folder, provenance.spec, provenance.mode).stem
     for old in (folder / f"{name}.overlays").glob("*.png"):
-        old.unlink()  # of an earlier run, maybe of another checkpoint
-    for record, panel in drawn:
-        single = f"{record.image_id}_{record.query_id}".replace("/", "_")
-        save_picture(folder / f"{name}.overlays" / f"{single}.png", sheet([panel]))
+        old.unlink()  # of an earlier run, possibly of another checkpoint
+    for record, panel in sample_panels:
+        file_name = f"{record.image_id}_{record.query_id}".replace("/", "_")
+        save_picture(folder / f"{name}.overlays" / f"{file_name}.png", sheet([panel]))
     title = (
-        f"{origin.benchmark}, {origin.mode}, layer {origin.layer_policy}, {model}: {len(drawn)} of "
+        f"{provenance.benchmark}, {provenance.mode}, layer {provenance.layer_policy}, {model}: {len(sample_panels)} of "
         f"{len(result.records)} samples, evenly spaced from the worst to the best IoU"
     )
     path = folder / f"{name}.overlays.png"
-    save_picture(path, sheet([panel for _, panel in drawn], title))
+    save_picture(path, sheet([panel for _, panel in sample_panels], title))
     return path
 
 
@@ -252,15 +254,15 @@ def modes_of(mode: str, spec: Spec) -> tuple[str, ...]:
     return MODES if mode == "both" else (mode,)
 
 
-def join_processes(wanted: str) -> str:
-    """This process's device; meets the others if a launcher started several."""
+def init_processes(requested: str) -> str:
+    """This process's device; initializes torch.distributed under a launcher."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         return str(distributed.init())
-    return pick_device(wanted)
+    return pick_device(requested)
 
 
 def describe_run(args: argparse.Namespace, opened: Opened) -> dict[str, Any]:
-    """Where the numbers come from: checkpoint, command, versions."""
+    """Fields of a summary: checkpoint, command, precision, device, versions."""
     packages = ("torch", "transformers", "segment-anything", "numpy", "pycocotools")
     return {
         "checkpoint": {"folder": opened.folder, "fingerprint": opened.fingerprint},
@@ -280,9 +282,9 @@ def _count(text: str) -> int:
     return _whole(text, 0)
 
 
-def _whole(text: str, low: int) -> int:
-    if not text.isdecimal() or int(text) < low:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {low}")
+def _whole(text: str, minimum: int) -> int:
+    if not text.isdecimal() or int(text) < minimum:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {minimum}")
     return int(text)
 
 

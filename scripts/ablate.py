@@ -1,21 +1,22 @@
-"""Trains and evaluates the rows of one of the paper's ablation tables, over seeds, and prints them beside the paper's.
+"""Trains and evaluates the rows of an ablation table over several seeds, and prints them beside the paper's numbers.
 
     python scripts/ablate.py --table 6 --config configs/tiny.yaml --seeds 3
     python scripts/ablate.py --table layers --config configs/tiny.yaml --seeds 3 --curves "policy||last||uniform"
 
-``layers`` compares ways to choose the layer, ``baselines`` ways to learn the policy, ``methods`` UGround and its
-relatives (the ppm and loss sections of configs/methods/*.yaml, on --config's base and data).
+``layers`` compares layer rules, ``baselines`` ways to learn the policy, ``methods`` UGround and related methods (the
+ppm and loss sections of configs/methods/*.yaml, with --config's base and data).
 
-A row is a few settings of train_ds.py. Every row and seed is a run of its own (``OUTPUT/TABLE/ROW-SEED``): trained,
-merged and evaluated by the programs that users call. What is done is skipped, what was interrupted goes on. Other flags
-are settings of train_ds.py for all rows. The paper's figures are of UGround-7B on ReasonSeg val; a tiny model's are of
-drawn scenes, so that only the order of the rows can be compared.
+A row is a few settings of train_ds.py. Each row and seed is a run of its own (``OUTPUT/TABLE/ROW-SEED``): trained,
+merged and evaluated by the programs that users call. Finished runs are skipped, interrupted ones are resumed. Other
+flags are settings of train_ds.py for all rows. The paper's numbers are those of UGround-7B on ReasonSeg val; a tiny
+model's are those of drawn scenes, so only the order of the rows is comparable.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import itertools
 import json
 import os
 import shlex
@@ -46,7 +47,7 @@ METRICS = ("gIoU", "cIoU")
 
 @dataclass(frozen=True)
 class AblationRow:
-    """name: for the table; settings: of train_ds.py; paper: its gIoU and cIoU in per cent, where it has the row."""
+    """A row of a table: its name, its settings of train_ds.py, and the paper's gIoU and cIoU in percent, if any."""
 
     name: str
     settings: dict[str, str]
@@ -54,27 +55,29 @@ class AblationRow:
 
 
 def ppm(layers: str, seg: bool, mask: bool) -> dict[str, str]:
-    """Table 6's three switches; without a policy there is no term for it, without a mask prompt none for the map."""
+    """The three switches of Table 6. The policy's term needs a policy, the map's a mask prompt."""
     off = {} if mask else {"map_loss_weight": "0"}
     return {"layer_selection": layers, "seg_prompt": str(seg).lower(), "mask_prompt": str(mask).lower(), **off}
 
 
 def as_flag(value: object) -> str:
-    """A setting's value as the command line takes it."""
+    """A setting's value in the syntax of the command line."""
     if isinstance(value, tuple):
         return "||".join(value)
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def method_rows() -> tuple[AblationRow, ...]:
-    """What configs/methods say of ppm and loss; methods that differ in their data alone are one row."""
+    """The ppm and loss settings of configs/methods; methods that differ only in their data share a row."""
     paper = {"uground": (66.1, 72.1), "read": (59.8, 67.6), "lisa": (61.3, 62.9)}  # Table 3, ReasonSeg val, fine-tuned
     names: dict[tuple[tuple[str, str], ...], list[str]] = {}
     for name in ("uground", "read", "lisa", "gsva", "sesame"):
         config = load_config(["--config", str(ROOT / f"configs/methods/{name}.yaml")])
         settings = {key: as_flag(value) for part in (config.ppm, config.loss) for key, value in vars(part).items()}
         names.setdefault(tuple(settings.items()), []).append(name)
-    return tuple(AblationRow(", ".join(same), dict(settings), paper.get(same[0])) for settings, same in names.items())
+    return tuple(
+        AblationRow(", ".join(methods), dict(settings), paper.get(methods[0])) for settings, methods in names.items()
+    )
 
 
 TABLES: dict[str, tuple[AblationRow, ...]] = {
@@ -134,12 +137,12 @@ TABLES: dict[str, tuple[AblationRow, ...]] = {
 
 def main(argv: list[str] | None = None) -> int:
     args, settings = parse_arguments(argv)
-    config = load_config(["--config", str(args.config), *settings])  # mistakes show before the first run
+    config = load_config(["--config", str(args.config), *settings])  # errors are raised before the first run
     rows, specs = TABLES[args.table], tuple(map(Spec.parse, config.eval.val_dataset))
     if other := [spec for spec in specs if not set(METRICS) <= set(benchmark_of(spec).metrics)]:
-        raise ValueError(f"--val_dataset {other[0]} has no {' and '.join(METRICS)}, of which the tables are made")
+        raise ValueError(f"--val_dataset {other[0]} has no {' and '.join(METRICS)}, which the tables report")
     results: dict[str, list[Path]] = {}
-    for seed in range(args.seeds):  # the whole table once, before the next seed
+    for seed in range(args.seeds):  # one seed of the whole table before the next
         for row in rows:
             folder = args.output / args.table / f"{slug(row.name)}-{seed}"
             print(f"{row.name}, seed {seed}: {folder}", flush=True)
@@ -149,8 +152,8 @@ def main(argv: list[str] | None = None) -> int:
     path.write_text(table)
     print(f"\n{table}\nwrote {path}")
     if args.curves:
-        chosen = [row for row in rows if row.name in args.curves]
-        pictures = draw_curves(chosen, results, specs, config.data.dataset_dir, args.output / args.table)
+        curve_rows = [row for row in rows if row.name in args.curves]
+        pictures = plot_curves(curve_rows, results, specs, config.data.dataset_dir, args.output / args.table)
         print("".join(f"wrote {path}\n" for path in pictures), end="")
     return 0
 
@@ -160,7 +163,7 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list[st
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )  # --seed is a setting of train_ds.py, not short for another flag
     parser.add_argument(
-        "--table", required=True, choices=sorted(TABLES), help="the paper's number, or what is compared"
+        "--table", required=True, choices=sorted(TABLES), help="the paper's number of the table, or what is compared"
     )
     parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="YAML of train_ds.py")
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="runs per row, of seeds 0 to N-1 (default 3)")
@@ -170,8 +173,8 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list[st
         type=lambda text: text.split("||"),
         default=[],
         metavar="ROW||ROW",
-        help=f"also draw Fig. 2 for these rows, {len(LINES)} at most: cIoU of each layer (every layer of every run is "
-        "evaluated), and the loss of its similarity maps, at the end and over training",
+        help=f"also plot Fig. 2 for these rows, {len(LINES)} at most: cIoU with each layer forced (evaluates every "
+        "layer of every run), and the loss of its similarity maps, at the end and over training",
     )
     args, settings = parser.parse_known_args(argv)
     if args.seeds < 1:
@@ -180,7 +183,7 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list[st
     if unknown := [name for name in args.curves if name not in names]:
         parser.error(f"--curves: table {args.table} has no row {unknown[0]!r}; it has {'||'.join(names)}")
     if len(args.curves) > len(LINES):
-        parser.error(f"--curves: {len(args.curves)} rows; {len(LINES)} can be told apart")
+        parser.error(f"--curves: {len(args.curves)} rows; at most {len(LINES)} lines are distinguishable")
     return args, settings
 
 
@@ -193,25 +196,25 @@ def run_row(
 ) -> Path:
     """Trains, merges and evaluates one row with one seed; returns the folder of its results."""
     results = folder / "eval"
-    wanted = [*settings, *(part for key, value in row.settings.items() for part in (f"--{key}", value))]
-    train = ["train_ds.py", "--config", str(args.config), *wanted, "--seed", str(seed), "--auto_resume", "true"]
+    row_settings = [*settings, *(part for key, value in row.settings.items() for part in (f"--{key}", value))]
+    train = ["train_ds.py", "--config", str(args.config), *row_settings, "--seed", str(seed), "--auto_resume", "true"]
     train += ["--log_base_dir", str(folder.parent), "--exp_name", folder.name]
     check_same_settings(folder / "ablate.json", train)
     if all(summary_path(results, spec).is_file() for spec in specs):
         return results
     call(folder, train)
     call(folder, ["scripts/merge_lora.py", "--checkpoint", str(folder), "--output", str(folder / "merged")])
-    dataset_dir = load_config(["--config", str(args.config), *wanted]).data.dataset_dir
+    dataset_dir = load_config(["--config", str(args.config), *row_settings]).data.dataset_dir
     test = ["test.py", "--version", str(folder / "merged"), "--dataset_dir", dataset_dir, "--mode", "generate"]
     call(folder, [*test, "--val_dataset", "||".join(map(str, specs)), "--batch_size", "16", "--output", str(results)])
     return results
 
 
 def check_same_settings(path: Path, train: list[str]) -> None:
-    """Results of other settings must not pass for these.
+    """Records the command of a run, and rejects a folder with a run of other settings.
 
     Raises:
-        ValueError: if the run in this folder was started in another way.
+        ValueError: if the run in this folder was started with another command.
     """
     if path.is_file() and (before := json.loads(path.read_text())) != train:
         raise ValueError(f"{path.parent} holds a run of other settings; give another --output\n  there: "
@@ -225,28 +228,28 @@ def summary_path(results: Path, spec: Spec) -> Path:
 
 
 def call(folder: Path, command: list[str]) -> None:
-    """Runs a program of this project; its output goes to ``FOLDER/ablate.log``.
+    """Runs a program of this project, with its output in ``FOLDER/ablate.log``.
 
     Raises:
-        ValueError: if it fails, with its last lines.
+        ValueError: if it fails; quotes the last lines of the log.
     """
     folder.mkdir(parents=True, exist_ok=True)
     log = folder / "ablate.log"
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     with log.open("a") as file:
-        done = subprocess.run(
+        process = subprocess.run(
             [sys.executable, str(ROOT / command[0]), *command[1:]], stdout=file, stderr=file, env=environment
         )
-    if done.returncode:
-        last = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
-        raise ValueError(f"{command[0]} failed ({log}):\n{last}")
+    if process.returncode:
+        tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
+        raise ValueError(f"{command[0]} failed ({log}):\n{tail}")
 
 
 def results_table(
     rows: tuple[AblationRow, ...], results: dict[str, list[Path]], specs: tuple[Spec, ...], args: argparse.Namespace
 ) -> str:
-    """A line per row: mean ± standard deviation over seeds in per cent, the layers chosen, the entropy that the policy
-    ended with, then the paper's."""
+    """A line per row: mean ± standard deviation over seeds in percent, the layers chosen, the policy's final entropy,
+    and the paper's numbers."""
     head = ["row", *(f"{spec} {metric}" for spec in specs for metric in METRICS)]
     head += ["layers", "entropy", "paper gIoU", "paper cIoU"]
     lines = [head]
@@ -263,18 +266,18 @@ def results_table(
         entropy = text_tables.mean_cell(entropies, 2) if entropies else "-"
         lines.append([row.name, *cells, ", ".join(map(str, layers)), entropy, *paper])
     title = f"`{shlex.join(['python', *sys.argv])}`, commit {git_commit()}\n\n"
-    title += f"Table {args.table}, {args.config}, {args.seeds} seed(s), mean ± standard deviation in per cent"
+    title += f"Table {args.table}, {args.config}, {args.seeds} seed(s), mean ± standard deviation in percent"
     return f"{title}; entropy of the policy at the end in nats\n\n{text_tables.markdown(lines)}\n"
 
 
 def final_entropy(run: Path) -> list[float]:
-    """What the log of a run's last step says, in a list; empty if no gate was trained."""
+    """[entropy of the policy at the last step]; empty if no gate was trained."""
     last = train_lines(run)[-1]
     return [last["entropy"]] if "gate" in last["gradients"] else []
 
 
 def differences_to_first(rows: tuple[AblationRow, ...], results: dict[str, list[Path]], specs: tuple[Spec, ...]) -> str:
-    """What every row has above the first one, all seeds together, with paired intervals over images."""
+    """Gain of every row over the first one, over all seeds, with paired intervals over images."""
 
     def records(row: AblationRow, spec: Spec) -> list[Record]:
         paths = [result_path(folder, spec, "generate") for folder in results[row.name]]
@@ -284,60 +287,56 @@ def differences_to_first(rows: tuple[AblationRow, ...], results: dict[str, list[
     for row in rows[1:]:
         cells = []
         for spec in specs:
-            found = metrics.difference(records(rows[0], spec), records(row, spec), benchmark_of(spec))
+            gains = metrics.difference(records(rows[0], spec), records(row, spec), benchmark_of(spec))
             for name in METRICS:
-                gain, bounds = found[name]
+                gain, bounds = gains[name]
                 cells.append("{:+.1f} [{:+.1f}, {:+.1f}]".format(100 * gain, *(100 * bound for bound in bounds)))
         lines.append([row.name, *cells])
     title = f"Difference to {rows[0].name}, points, 95% interval (paired, over images; not over seeds)"
     return f"{title}\n\n{text_tables.markdown(lines)}\n"
 
 
-def draw_curves(
+def plot_curves(
     rows: list[AblationRow], results: dict[str, list[Path]], specs: tuple[Spec, ...], dataset_dir: str, output: Path
 ) -> list[Path]:
-    """Fig. 2 of every split, and the same losses over training; means over seeds."""
+    """Writes Fig. 2 of every split, and the losses over training; means over seeds. Returns the paths."""
     runs = {row.name: [folder.parent for folder in results[row.name]] for row in rows}
-    for run in (run for some in runs.values() for run in some):
+    for run in itertools.chain(*runs.values()):
         if not (run / "analysis" / "index.md").is_file():
             command = ["scripts/analyze.py", "--version", str(run / "merged"), "--dataset_dir", dataset_dir]
-            command += [
-                "--val_dataset",
-                "||".join(map(str, specs)),
-                "--mode",
-                "generate",
-                "--samples",
-                "0",
-                "--batch_size",
-                "16",
-            ]
-            call(run, [*command, "--output", str(run / "analysis")])
+            command += ["--val_dataset", "||".join(map(str, specs)), "--mode", "generate", "--batch_size", "16"]
+            call(run, [*command, "--samples", "0", "--output", str(run / "analysis")])
     seeds = f"Means over {len(results[rows[0].name])} seed(s)."
     paths = []
     for spec in specs:
-        ciou, loss = ({name: of_layers(some, spec, key) for name, some in runs.items()} for key in ("cIoU", "map_loss"))
+        ciou, loss = (
+            {name: mean_by_layer(row_runs, spec, key) for name, row_runs in runs.items()}
+            for key in ("cIoU", "map_loss")
+        )
         paths.append(output / f"{spec.slug}.fig2.png")
         save_chart(paths[-1], layer_curves(ciou, loss), f"Fig. 2 on {spec}: forced layer, loss of its maps. {seeds}")
-    logs = {name: [train_lines(run) for run in some] for name, some in runs.items()}
-    told = {
-        name: [[line for line in log if "map_loss_by_layer" in line] for log in some] for name, some in logs.items()
+    logs = {name: [train_lines(run) for run in row_runs] for name, row_runs in runs.items()}
+    map_logs = {
+        name: [[line for line in log if "map_loss_by_layer" in line] for log in row_runs]
+        for name, row_runs in logs.items()
     }
     losses = {
-        name: np.mean([[line["map_loss_by_layer"] for line in log] for log in some], 0) for name, some in told.items()
+        name: np.mean([[line["map_loss_by_layer"] for line in log] for log in row_runs], 0)
+        for name, row_runs in map_logs.items()
     }
     entropies = {
-        name: np.mean([[line["entropy"] for line in log] for log in some], 0)
-        for name, some in told.items()
-        if "gate" in some[0][-1]["gradients"]
+        name: np.mean([[line["entropy"] for line in log] for log in row_runs], 0)
+        for name, row_runs in map_logs.items()
+        if "gate" in row_runs[0][-1]["gradients"]
     }
     paths.append(output / "training.png")
-    steps = [line["step"] for line in told[rows[0].name][0]]
+    steps = [line["step"] for line in map_logs[rows[0].name][0]]
     save_chart(paths[-1], training_curves(losses, entropies, steps), f"Loss of each layer's maps, training. {seeds}")
     return paths
 
 
-def of_layers(runs: list[Path], spec: Spec, column: str) -> list[float]:
-    """Means over runs of a column of analyze.py's table, a value per layer."""
+def mean_by_layer(runs: list[Path], spec: Spec, column: str) -> list[float]:
+    """[L] means over runs of a column of analyze.py's table of layers."""
     tables = []
     for run in runs:
         with (run / "analysis" / f"{spec.slug}.layers.csv").open(encoding="utf-8", newline="") as file:
@@ -346,7 +345,7 @@ def of_layers(runs: list[Path], spec: Spec, column: str) -> list[float]:
 
 
 def train_lines(run: Path) -> list[dict[str, Any]]:
-    """The logged steps of a run."""
+    """The training steps in a run's log."""
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     return [line for line in lines if line["kind"] == "train"]
 

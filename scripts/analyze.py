@@ -1,11 +1,11 @@
-r"""Draws and tabulates what each layer of a trained model does: the paper's Fig. 2 and 4 to 6, and Table 2.
+r"""Plots and tabulates what each layer of a trained model does: the paper's Fig. 2 and 4 to 6, and Table 2.
 
     python scripts/analyze.py --version runs/tiny/merged --dataset_dir data/demo \
         --val_dataset 'ReasonSeg|val' --output out
 
-Writes pictures (PNG), tables (CSV) and an index.md with a caption for each: similarity maps over all layers, cIoU by
-forced layer and the loss of the maps, M_prompt, M_IoU and <SEG>_prompt, the policy's layers by kind of query, and the
-worst and best answers. With --against, the same for a second checkpoint, side by side.
+Writes pictures (PNG), tables (CSV) and an index.md with a caption for each: similarity maps of all layers, cIoU with
+each layer forced and the loss of its maps, M_prompt, M_IoU and <SEG>_prompt, the policy's layers by kind of query, and
+the worst and best answers. --against adds a second checkpoint, side by side.
 """
 
 from __future__ import annotations
@@ -28,7 +28,14 @@ from utils.datasets import Spec, get_eval_dataset
 from utils.datasets.base import EvalDataset
 from utils.evaluation import metrics
 from utils.evaluation.benchmarks import MODES
-from utils.evaluation.layer_analysis import COLUMNS, ROWS, Analyst, Look, Study, original_sam
+from utils.evaluation.layer_analysis import (
+    LAYER_ROWS,
+    TABLE_2_COLUMNS,
+    LayerAnalyzer,
+    QueryView,
+    Study,
+    load_original_sam,
+)
 from utils.evaluation.layer_figures import animate, layer_maps
 from utils.evaluation.metrics import Record
 from utils.evaluation.panels import notes
@@ -42,8 +49,12 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     cli.add_model_flags(parser)
-    add("--against", metavar="DIR", help="a second one, to be drawn beside it (a model trained on the last layer, say)")
-    add("--names", metavar="A,B", help="what pictures call the two (default: the names of their folders)")
+    add(
+        "--against",
+        metavar="DIR",
+        help="a second checkpoint, for comparison (such as a model trained with the last layer)",
+    )
+    add("--names", metavar="A,B", help="names of the checkpoints in pictures (default: those of their folders)")
     add("--dataset_dir", required=True, metavar="DIR", help="folder that holds reason_seg/, refer_seg/, coco/, ...")
     add("--val_dataset", required=True, metavar="SPEC", help='"ReasonSeg|val_long"; several joined by "||"')
     add("--output", required=True, type=Path, metavar="DIR", help="folder for pictures and tables")
@@ -53,22 +64,25 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         type=int,
         default=6,
         metavar="N",
-        help="draw all layers of N queries of each split, evenly spaced from the worst to the best IoU (default: 6)",
+        help="plot all layers of N queries of each split, evenly spaced from the worst to the best IoU (default: 6)",
     )
     which.add_argument(
-        "--ids", metavar="ID,...", help="draw these instead: IMAGE or IMAGE/QUERY, as samples.csv has them"
+        "--ids", metavar="ID,...", help="plot these queries instead: IMAGE or IMAGE/QUERY, as in samples.csv"
     )
-    add("--animate", action="store_true", help="also draw each as a GIF that slides through the layers")
+    add("--animate", action="store_true", help="also write a GIF of each query, with one frame per layer")
     add(
         "--sam",
         metavar="FILE",
-        help="SAM's published weights, for M_prompt, which is about an untrained SAM; without them the checkpoint's "
-        "own trained decoder is prompted, and the table says so",
+        help="SAM's published weights, for M_prompt, which needs an untrained SAM (default: the checkpoint's own "
+        "trained decoder; the table says so)",
     )
     add(
-        "--mode", choices=MODES, default="teacher_forced", help="default: teacher_forced, so that every query has [SEG]"
+        "--mode",
+        choices=MODES,
+        default="teacher_forced",
+        help="default: teacher_forced, which gives every query a [SEG]",
     )
-    cli.add_layer_flag(parser, "what counts as the model's own answer; default: as it was trained")
+    cli.add_layer_flag(parser, "of the model's own answer; default: as it was trained")
     add("--limit", type=int, metavar="N", help="only the first N images of each split")
     add("--batch_size", type=int, default=4, metavar="N", help="images per step (default: 4)")
     add("--seed", type=int, default=0, metavar="S", help="of sampled layers (default: 0)")
@@ -82,24 +96,27 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 def main(arguments: Sequence[str] | None = None) -> int:
     args = parse_arguments(arguments)
     specs = Spec.parse_list(args.val_dataset)
-    datasets = [get_eval_dataset(spec, args.dataset_dir) for spec in specs]  # a typing error shows before the loading
+    datasets = [get_eval_dataset(spec, args.dataset_dir) for spec in specs]  # a typo fails before the model is loaded
     args.output.mkdir(parents=True, exist_ok=True)
     folders = [args.version] + [args.against] * bool(args.against)
-    picked: dict[Spec, list[Record]] = {}
+    selected: dict[Spec, list[Record]] = {}
     checkpoints = [
-        analyse(args, folder, name, datasets, picked) for folder, name in zip(folders, names_of(args, folders))
+        analyze_checkpoint(args, folder, name, datasets, selected)
+        for folder, name in zip(folders, checkpoint_names(args, folders))
     ]
-    book = Book(args.output, checkpoints, shlex.join(sys.argv))
+    report = Report(args.output, checkpoints, shlex.join(sys.argv))
     for dataset in datasets:
-        draw_layers(book, dataset)
-        draw_samples(book, dataset, args.animate)
-    draw_table(book, datasets, "the SAM of --sam" if args.sam else "the checkpoint's own TRAINED decoder (no --sam)")
-    draw_policy(book, datasets)
-    print(f"wrote {book.close()} and {len(book.entries)} pictures and tables")
+        write_layers(report, dataset)
+        write_samples(report, dataset, args.animate)
+    write_table_2(
+        report, datasets, "the SAM of --sam" if args.sam else "the checkpoint's own TRAINED decoder (no --sam)"
+    )
+    write_policy(report, datasets)
+    print(f"wrote {report.close()} and {len(report.entries)} pictures and tables")
     return 0
 
 
-def names_of(args: argparse.Namespace, folders: Sequence[str]) -> list[str]:
+def checkpoint_names(args: argparse.Namespace, folders: Sequence[str]) -> list[str]:
     """Short names of the checkpoints: ``runs/tiny/merged`` is tiny."""
     names = args.names.split(",") if args.names else []
     for folder in map(Path, folders[len(names) :]):
@@ -109,61 +126,67 @@ def names_of(args: argparse.Namespace, folders: Sequence[str]) -> list[str]:
     return [f"{name} {n}" for n, name in enumerate(names, 1)] if len(set(names)) < len(names) else names
 
 
-# -- numbers -----------------------------------------------------------------------------------------------------------
+# -- analysis ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Checkpoint:
-    """What was found out about one: its studies and the queries that were looked at, by split."""
+    """The analysis of a checkpoint, by split: its study, the selected queries, and the worst and best ones."""
 
     name: str
     fingerprint: str
     studies: dict[Spec, Study] = field(default_factory=dict)
-    looks: dict[Spec, list[Look]] = field(default_factory=dict)
-    ends: dict[Spec, list[Look]] = field(default_factory=dict)
+    views: dict[Spec, list[QueryView]] = field(default_factory=dict)
+    extremes: dict[Spec, list[QueryView]] = field(default_factory=dict)
 
 
-def analyse(
-    args: argparse.Namespace, folder: str, name: str, datasets: Sequence[EvalDataset], picked: dict[Spec, list[Record]]
+def analyze_checkpoint(
+    args: argparse.Namespace,
+    folder: str,
+    name: str,
+    datasets: Sequence[EvalDataset],
+    selected: dict[Spec, list[Record]],
 ) -> Checkpoint:
-    """Studies every split. The first checkpoint also picks the queries that all are looked at with, into ``picked``."""
+    """Analyzes every split. The first checkpoint also selects the queries to plot for all, into ``selected``."""
     opened = cli.open_model(argparse.Namespace(**vars(args) | {"version": folder}))
     model = opened.model
     options = InferenceOptions(args.mode, args.layer_policy or model.config.layer_policy, seed=args.seed)
-    sam = original_sam(args.sam, model) if args.sam else None
-    analyst = Analyst(model, opened.processor, options, args.batch_size, sam)
-    found = Checkpoint(name, opened.fingerprint)
+    sam = load_original_sam(args.sam, model) if args.sam else None
+    analyzer = LayerAnalyzer(model, opened.processor, options, args.batch_size, sam)
+    checkpoint = Checkpoint(name, opened.fingerprint)
     for dataset in datasets:
-        study = found.studies[dataset.spec] = analyst.study(dataset, args.limit, progress=True)
-        records = picked.setdefault(dataset.spec, pick_queries(study, args.samples, args.ids))
-        found.looks[dataset.spec] = [analyst.look(dataset, record) for record in records]
+        study = checkpoint.studies[dataset.spec] = analyzer.study(dataset, args.limit, progress=True)
+        records = selected.setdefault(dataset.spec, select_queries(study, args.samples, args.ids))
+        checkpoint.views[dataset.spec] = [analyzer.inspect(dataset, record) for record in records]
         ranked = study.ranked()
-        ends = ranked if len(ranked) <= 8 else [*ranked[:4], *ranked[-4:]]
-        found.ends[dataset.spec] = [analyst.look(dataset, study.chosen[place]) for place in ends]
-    return found
+        worst_and_best = ranked if len(ranked) <= 8 else [*ranked[:4], *ranked[-4:]]
+        checkpoint.extremes[dataset.spec] = [
+            analyzer.inspect(dataset, study.records[index]) for index in worst_and_best
+        ]
+    return checkpoint
 
 
-def pick_queries(study: Study, count: int, ids: str | None) -> list[Record]:
-    """The queries to look at: by their names, or evenly spaced from the worst to the best."""
+def select_queries(study: Study, count: int, ids: str | None) -> list[Record]:
+    """The queries to plot: those of the given ids, or evenly spaced from the worst to the best IoU."""
     if ids is None:
         ranked = study.ranked()
-        return [study.chosen[ranked[place]] for place in evenly_spaced(len(ranked), count)]
-    found = []
-    for wanted in ids.split(","):
-        matching = [r for r in study.chosen if wanted.strip() in (r.image_id, f"{r.image_id}/{r.query_id}")]
+        return [study.records[ranked[index]] for index in evenly_spaced(len(ranked), count)]
+    records = []
+    for query_id in map(str.strip, ids.split(",")):
+        matching = [r for r in study.records if query_id in (r.image_id, f"{r.image_id}/{r.query_id}")]
         if not matching:
-            known = ", ".join(f"{r.image_id}/{r.query_id}" for r in study.chosen[:3])
-            raise ValueError(f"--ids: no query {wanted.strip()!r} in the split; it has {known}, ...")
-        found += matching
-    return found
+            known = ", ".join(f"{r.image_id}/{r.query_id}" for r in study.records[:3])
+            raise ValueError(f"--ids: no query {query_id!r} in the split; it has {known}, ...")
+        records += matching
+    return records
 
 
 # -- pictures and tables -----------------------------------------------------------------------------------------------
 
 
 @dataclass
-class Book:
-    """The output folder: each picture or table with its caption, and index.md, which shows all of them."""
+class Report:
+    """The output folder: pictures and tables with captions, and index.md, which shows all of them."""
 
     folder: Path
     checkpoints: list[Checkpoint]
@@ -175,7 +198,7 @@ class Book:
         return f"{text} Checkpoint: {named}. Split: {spec}. Command: {self.command}"
 
     def add(self, name: str, text: str, spec: Spec | str) -> tuple[Path, str]:
-        """Announces a file -> its path and full caption."""
+        """Adds a file to the index; returns its path and full caption."""
         caption = self.caption(text, spec)
         self.entries.append((name, caption))
         return self.folder / name, caption
@@ -197,141 +220,140 @@ class Book:
         return path
 
 
-def draw_layers(book: Book, dataset: EvalDataset) -> None:
-    """Fig. 2, its figures, and every query's line."""
+def write_layers(report: Report, dataset: EvalDataset) -> None:
+    """Writes Fig. 2, its numbers, and a line per query."""
     spec = dataset.spec
     rows, ciou, loss, lines = [], {}, {}, []
-    for each in book.checkpoints:
+    for each in report.checkpoints:
         study = each.studies[spec]
-        losses, policy = study.map_loss(), study.policy(range(len(study.chosen)))
+        losses, policy = study.map_loss(), study.policy(range(len(study.records)))
         scores = [study.scores(records) for records in study.by_layer]
-        for layer, (score, cut) in enumerate(zip(scores, study.maps_by_layer)):
-            of_map = {f"M_IoU_{name}": value for name, value in study.scores(cut).items()}
+        for layer, (score, map_records) in enumerate(zip(scores, study.maps_by_layer)):
+            m_iou = {f"M_IoU_{name}": value for name, value in study.scores(map_records).items()}
             share = {"chosen_share": policy["shares"][layer], "policy_mean": policy["probability"][layer]}
-            rows.append(
-                {"checkpoint": each.name, "layer": layer} | score | {"map_loss": float(losses[layer])} | of_map | share
-            )
+            map_scores = {"map_loss": float(losses[layer])} | m_iou
+            rows.append({"checkpoint": each.name, "layer": layer} | score | map_scores | share)
         ciou[each.name] = [score.get("cIoU", math.nan) for score in scores]
         loss[each.name] = losses.tolist()
-        lines += [sample_line(each, study, place) for place in range(len(study.chosen))]
-    path, caption = book.add(
+        lines += [sample_row(each, study, index) for index in range(len(study.records))]
+    path, caption = report.add(
         file_name(spec, "layers", "png"),
         "Fig. 2: (a) cIoU with each layer forced, (b) loss (BCE + dice) of each layer's similarity map against the "
         "soft ground truth.",
         spec,
     )
     save_chart(path, layer_curves(ciou, loss), caption)
-    book.table(
+    report.table(
         file_name(spec, "layers", "csv"),
         rows,
-        "The numbers of Fig. 2, the best cut of each layer's map, the policy.",
+        "The numbers of Fig. 2, M_IoU of each layer's maps, the policy.",
         spec,
     )
-    book.table(
-        file_name(spec, "samples", "csv"), lines, "Every query: IoU, layers, entropy of the policy, best layer.", spec
+    report.table(
+        file_name(spec, "samples", "csv"), lines, "All queries: IoU, layers, entropy of the policy, best layer.", spec
     )
 
 
-def sample_line(checkpoint: Checkpoint, study: Study, place: int) -> dict[str, Any]:
-    record, protocol = study.chosen[place], study.benchmark.protocol()
-    by_layer = [metrics.iou(records[place], protocol) for records in study.by_layer]
+def sample_row(checkpoint: Checkpoint, study: Study, index: int) -> dict[str, Any]:
+    record, protocol = study.records[index], study.benchmark.protocol()
+    by_layer = [metrics.iou(records[index], protocol) for records in study.by_layer]
     return {
         "checkpoint": checkpoint.name,
         "id": f"{record.image_id}/{record.query_id}",
         "query": record.query,
         "IoU": metrics.iou(record, protocol),
         "layers": " ".join(map(str, record.layers)),
-        "entropy": study.policy([place])["entropy"],
+        "entropy": study.policy([index])["entropy"],
         "best_layer": int(np.argmax(by_layer)),
         "best_IoU": max(by_layer),
         **{key: record.meta[key] for key in metrics.GROUP_KEYS if key in record.meta},
     }
 
 
-def draw_samples(book: Book, dataset: EvalDataset, animated: bool) -> None:
-    """Fig. 4 to 6, and the worst and best answers."""
+def write_samples(report: Report, dataset: EvalDataset, animated: bool) -> None:
+    """Writes Fig. 4 to 6, and the worst and best answers."""
     spec = dataset.spec
-    for number, look in enumerate(book.checkpoints[0].looks[spec]):
-        looks = {each.name: each.looks[spec][number] for each in book.checkpoints}
-        about = f'{look.record.image_id}/{look.record.query_id}, "{look.query}", IoU {look.iou:.2f}.'
-        path, caption = book.add(
-            file_name(spec, f"maps_{number + 1}", "png"),
-            f"Fig. 4 to 6: similarity maps of layers 0 (embeddings) to {len(look.maps) - 1}, dark = 0, yellow = 1, and "
+    for n, view in enumerate(report.checkpoints[0].views[spec]):
+        views = {each.name: each.views[spec][n] for each in report.checkpoints}
+        about = f'{view.record.image_id}/{view.record.query_id}, "{view.query}", IoU {view.iou:.2f}.'
+        path, caption = report.add(
+            file_name(spec, f"maps_{n + 1}", "png"),
+            f"Fig. 4 to 6: similarity maps of layers 0 (embeddings) to {len(view.maps) - 1}, dark = 0, yellow = 1, and "
             f"the ground truth's outline: {about}",
             spec,
         )
-        save_chart(path, layer_maps(looks), caption)
+        save_chart(path, layer_maps(views), caption)
         if animated:
-            path, _ = book.add(
-                file_name(spec, f"maps_{number + 1}", "gif"),
-                f"The [SEG] token slides through the layers: {about}",
+            path, _ = report.add(
+                file_name(spec, f"maps_{n + 1}", "gif"),
+                f"One frame per layer that the [SEG] token can use: {about}",
                 spec,
             )
-            animate(look, path)
-    for each in book.checkpoints:
-        study, looked = each.studies[spec], each.ends[spec]
-        text = f"{each.name}: the {len(looked)} worst and best answers, by IoU."
-        path, caption = book.add(file_name(spec, "worst_best", each.name, "png"), text, spec)
-        title = f"{spec}, {each.name}: worst and best of {len(study.chosen)} answers"
-        save_chart(path, sheet([panel(look, study.benchmark.protocol()) for look in looked], title, 160), caption)
+            animate(view, path)
+    for each in report.checkpoints:
+        study, extremes = each.studies[spec], each.extremes[spec]
+        text = f"{each.name}: the {len(extremes)} worst and best answers, by IoU."
+        path, caption = report.add(file_name(spec, "worst_best", each.name, "png"), text, spec)
+        title = f"{spec}, {each.name}: worst and best of {len(study.records)} answers"
+        save_chart(path, sheet([panel(view, study.benchmark.protocol()) for view in extremes], title, 160), caption)
 
 
-def panel(look: Look, protocol: str) -> Panel:
-    layers = look.maps[look.layers].max(0, keepdims=True) if look.layers else None
-    said = notes(look.record, protocol)
-    return Panel(look.image, look.query, look.mask[None], layers, look.truth, look.record.answer, said)
+def panel(view: QueryView, protocol: str) -> Panel:
+    layers = view.maps[view.layers].max(0, keepdims=True) if view.layers else None
+    return Panel(
+        view.image, view.query, view.mask[None], layers, view.truth, view.record.answer, notes(view.record, protocol)
+    )
 
 
-def draw_table(book: Book, datasets: Sequence[EvalDataset], sam: str) -> None:
-    """Table 2 of every split."""
+def write_table_2(report: Report, datasets: Sequence[EvalDataset], sam: str) -> None:
+    """Writes Table 2 for every split."""
     rows = []
     for dataset in datasets:
-        for each in book.checkpoints:
+        for each in report.checkpoints:
             study = each.studies[dataset.spec]
-            for row in ROWS:
+            for row in LAYER_ROWS:
                 cells = {
                     f"{column}_{name}": value
-                    for column in COLUMNS
+                    for column in TABLE_2_COLUMNS
                     for name, value in study.scores(study.table[column, row]).items()
                 }
                 count = len(study.table["M_IoU", row])
                 rows.append({"split": dataset.spec, "checkpoint": each.name, "layer": row, "queries": count} | cells)
     text = (
-        "Table 2, queries whose target is there. M_prompt: the similarity map alone prompts "
-        f"{sam}; M_IoU: the map itself, cut for each query at the threshold (0.01 to 0.99) with the largest IoU; "
-        "SEG_prompt: the [SEG] token alone prompts the trained decoder. Layer: the policy's, or the last."
+        "Table 2, present targets only. M_prompt: the similarity map alone prompts "
+        f"{sam}; M_IoU: the map itself, for each query at the threshold (0.01 to 0.99) with the largest IoU; "
+        "SEG_prompt: the [SEG] token alone prompts the trained decoder. Layer: the policy's choice, or the last."
     )
-    book.table("table_2.csv", rows, text, " and ".join(str(dataset.spec) for dataset in datasets))
+    report.table("table_2.csv", rows, text, " and ".join(str(dataset.spec) for dataset in datasets))
 
 
-def draw_policy(book: Book, datasets: Sequence[EvalDataset]) -> None:
-    """Which layers the [SEG] tokens connect from, by data set and kind of query."""
+def write_policy(report: Report, datasets: Sequence[EvalDataset]) -> None:
+    """Writes which layers the [SEG] tokens use, by data set and kind of query."""
     rows = []
     for dataset in datasets:
-        for each in book.checkpoints:
+        for each in report.checkpoints:
             study = each.studies[dataset.spec]
             chosen, probability = {}, {}
-            for (key, group), places in study.groups().items():
-                found = study.policy(places)
-                name = f"{group if key == 'all' else f'{key} {group}'} ({found['segs']})"
-                chosen[name], probability[name] = found["shares"], found["probability"]
+            for (key, group), indices in study.groups().items():
+                stats = study.policy(indices)
+                name = f"{group if key == 'all' else f'{key} {group}'} ({stats['segs']})"
+                chosen[name], probability[name] = stats["shares"], stats["probability"]
                 row = {"checkpoint": each.name, "split": dataset.spec, "key": key, "group": group}
-                row |= {"segs": found["segs"], "entropy": found["entropy"], "candidates": found["candidates"]}
-                row |= {f"chosen_{layer}": share for layer, share in enumerate(found["shares"])}
-                rows.append(row | {f"policy_{layer}": share for layer, share in enumerate(found["probability"])})
-            path, caption = book.add(
+                row |= {name: stats[name] for name in ("segs", "entropy", "candidates")}
+                row |= {f"chosen_{layer}": share for layer, share in enumerate(stats["shares"])}
+                rows.append(row | {f"policy_{layer}": share for layer, share in enumerate(stats["probability"])})
+            path, caption = report.add(
                 file_name(dataset.spec, "policy", each.name, "png"),
-                f"{each.name}: layers that the [SEG] of each kind of query connect from (their number in brackets), "
+                f"{each.name}: layers that the [SEG] of each kind of query use (their number in brackets), "
                 "and the policy's mean distribution.",
                 dataset.spec,
             )
             save_chart(path, policy_strips({"chosen": chosen, "policy": probability}), caption)
-    about = (
+    text = (
         "Layers by kind of query: shares chosen, mean policy, its mean entropy in nats (at most the logarithm of the "
+        "number of candidates)."
     )
-    book.table(
-        "policy.csv", rows, f"{about}candidates' number).", " and ".join(str(dataset.spec) for dataset in datasets)
-    )
+    report.table("policy.csv", rows, text, " and ".join(str(dataset.spec) for dataset in datasets))
 
 
 def file_name(spec: Spec, *parts: str) -> str:

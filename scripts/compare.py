@@ -1,13 +1,13 @@
-"""Puts evaluations side by side: a row per benchmark and metric, a column per model.
+"""Compares evaluations side by side: a row per benchmark and metric, a column per model.
 
     python scripts/compare.py before=runs/tiny/untrained-eval after=runs/tiny/eval
 
-Each folder holds what test.py wrote (``BENCHMARK.MODE.json``). Controls (shuffled prompts, answers that ignore the
-text) are shown as the last folder has them. Two files of answers are compared sample by sample:
+Each folder holds what test.py wrote (``BENCHMARK.MODE.json``). Controls (shuffled prompts, query-agnostic baselines)
+are those of the last folder. Two files of answers are compared sample by sample:
 
     python scripts/compare.py A.jsonl B.jsonl --dataset_dir data/demo --sheet changed.png
 
-gives the difference of every metric with its paired 95% interval (bootstrap over images, the same ones drawn for
+prints the difference of every metric with its paired 95% interval (bootstrap over images, the same resamples for
 both), and the samples that changed most.
 """
 
@@ -40,15 +40,19 @@ from utils.plotting.overlays import Panel, save_picture, sheet
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", nargs="+", type=named_path, metavar="NAME=PATH", help="folders, or two JSONL files")
-    parser.add_argument("--most", type=int, default=10, metavar="N", help="so many samples that changed (default: 10)")
-    parser.add_argument("--sheet", type=Path, metavar="PNG", help="draw these samples; needs --dataset_dir")
+    parser.add_argument(
+        "--most", type=int, default=10, metavar="N", help="number of samples that changed most (default: 10)"
+    )
+    parser.add_argument(
+        "--sheet", type=Path, metavar="PNG", help="write a picture of these samples; needs --dataset_dir"
+    )
     parser.add_argument("--dataset_dir", metavar="DIR", help="the data that were evaluated")
     args = parser.parse_args(argv)
     files = [path for _, path in args.results if path.suffix == ".jsonl"]
     if files and (len(files) != 2 or len(args.results) != 2):
         raise ValueError("give two JSONL files to compare them sample by sample, or folders")
     if args.sheet and not (files and args.dataset_dir):
-        raise ValueError("--sheet draws the samples of two JSONL files; it needs these and --dataset_dir")
+        raise ValueError("--sheet shows the samples of two JSONL files; it needs these and --dataset_dir")
     if files:
         print(paired(args.results, args.most, args.sheet, args.dataset_dir))
     else:
@@ -62,42 +66,42 @@ def named_path(text: str) -> tuple[str, Path]:
 
 
 def read_summaries(folder: Path) -> dict[tuple[str, str], Summary]:
-    """(benchmark, mode) -> what test.py wrote.
+    """(benchmark, mode) -> summary.
 
     Raises:
         ValueError: if the folder holds no results, or other JSON beside them.
     """
-    found = [Summary.load(path) for path in sorted(folder.glob("*.json"))]
-    if not found:
+    summaries = [Summary.load(path) for path in sorted(folder.glob("*.json"))]
+    if not summaries:
         raise ValueError(f"{folder} holds no results of test.py (BENCHMARK.MODE.json)")
-    return {(summary.benchmark, summary.mode): summary for summary in found}
+    return {(summary.benchmark, summary.mode): summary for summary in summaries}
 
 
 def side_by_side(columns: dict[str, dict[tuple[str, str], Summary]]) -> str:
-    """The results as aligned text; what a folder lacks is a dash."""
+    """Results as an aligned table; a dash for what a folder lacks."""
     last = list(columns.values())[-1]
     keys = list(dict.fromkeys(key for summaries in columns.values() for key in summaries))
     controls = [name for name in HEADINGS if any(name in summary.controls for summary in last.values())]
     rows = [["benchmark", "masks", "metric", *columns, *(HEADINGS[name] for name in controls)]]
     for key in keys:
-        summaries = [found[key] for found in columns.values() if key in found]
+        summaries = [column[key] for column in columns.values() if key in column]
         counts = {summary.counts["masks"] for summary in summaries}
         masks = "/".join(map(str, sorted(counts)))  # more than one: evaluated on different samples
         protocols = dict.fromkeys(summary.protocol for summary in summaries if summary.protocol)
-        asked = ", ".join([key[1], *protocols])
+        setup = ", ".join([key[1], *protocols])
         for metric in summaries[0].metrics:
-            cells = [_score_cell(found.get(key), metric) for found in columns.values()]
+            cells = [_score_cell(column.get(key), metric) for column in columns.values()]
             cells += [_score_cell(last.get(key), metric, control) for control in controls]
-            rows.append([f"{key[0]} ({asked})", masks, metric, *cells])
+            rows.append([f"{key[0]} ({setup})", masks, metric, *cells])
     layers = {
-        name: "/".join(dict.fromkeys(summary.layer_policy for summary in found.values()))
-        for name, found in columns.items()
+        name: "/".join(dict.fromkeys(summary.layer_policy for summary in column.values()))
+        for name, column in columns.items()
     }
-    return f"{ruled_table(rows)}\nLayers: {'; '.join(f'{name}: {how}' for name, how in layers.items())}"
+    return f"{ruled_table(rows)}\nLayers: {'; '.join(f'{name}: {rules}' for name, rules in layers.items())}"
 
 
 def _score_cell(summary: Summary | None, metric: str, control: str = "") -> str:
-    """``0.653 (3 missing) (first 8 images)``; a dash for what is not there."""
+    """``0.653 (3 missing) (first 8 images)``; a dash without a score."""
     scores = (summary.controls.get(control, {}) if control else summary.metrics) if summary else {}
     if summary is None or metric not in scores:
         return "-"
@@ -113,80 +117,87 @@ def ruled_table(rows: list[list[str]]) -> str:
 # -- sample by sample --------------------------------------------------------------------------------------------------
 
 
-def paired(named: Sequence[tuple[str, Path]], most: int, picture: Path | None, dataset_dir: str | None) -> str:
+def paired(
+    named_paths: Sequence[tuple[str, Path]], count: int, sheet_path: Path | None, dataset_dir: str | None
+) -> str:
     """Metrics of two files of answers, their differences, and the samples that changed most.
 
     Raises:
-        ValueError: if they are not answers to the same queries, asked in the same mode.
+        ValueError: if the benchmark, the queries or the mode differ.
     """
-    (before_name, before_path), (after_name, after_path) = named
-    (other, before), (origin, after) = read_results(before_path), read_results(after_path)
-    if other.benchmark != origin.benchmark:
+    (before_name, before_path), (after_name, after_path) = named_paths
+    (before_run, before), (after_run, after) = read_results(before_path), read_results(after_path)
+    if before_run.benchmark != after_run.benchmark:
         raise ValueError(
-            f"{before_path} is of {other.benchmark}, {after_path} of {origin.benchmark}; compare one split"
+            f"{before_path} is of {before_run.benchmark}, {after_path} of {after_run.benchmark}; compare one split"
         )
-    if other.mode != origin.mode:
-        raise ValueError(f"{before_path} was asked by {other.mode}, {after_path} by {origin.mode}; compare one mode")
-    benchmark = benchmark_of(origin.spec)
-    known = [benchmark.protocol(each.protocol, each.mode) for each in (other, origin)]
-    protocol = known[1]
+    if before_run.mode != after_run.mode:
+        raise ValueError(
+            f"{before_path} is in mode {before_run.mode}, {after_path} in mode {after_run.mode}; compare one mode"
+        )
+    benchmark = benchmark_of(after_run.spec)
+    protocols = [benchmark.protocol(each.protocol, each.mode) for each in (before_run, after_run)]
+    protocol = protocols[1]
     gains = metrics.difference(before, after, benchmark, protocol)
     old, new = (metrics.compute(records, benchmark, protocol) for records in (before, after))
     rows = [["metric", before_name, "", after_name, "difference", "95% interval"]]
     for name, (gain, (low, high)) in gains.items():
         rows.append([name, f"{old[name]:.4f}", "", f"{new[name]:.4f}", f"{gain:+.4f}", f"[{low:+.4f}, {high:+.4f}]"])
-    changed = most_changed(before, after, protocol, most)
+    changed = most_changed(before, after, protocol, count)
     samples = [["image", before_name, "", after_name, "query"]]
-    for one, two in changed:
-        scores = [f"{metrics.iou(record, protocol):.3f}" for record in (one, two)]
-        samples.append([two.image, scores[0], "", scores[1], two.query[:80]])
+    for before_record, after_record in changed:
+        scores = [f"{metrics.iou(record, protocol):.3f}" for record in (before_record, after_record)]
+        samples.append([after_record.image, scores[0], "", scores[1], after_record.query[:80]])
     counts = metrics.count_records(after)
-    asked = ", ".join(filter(None, [origin.benchmark, origin.mode, protocol]))
-    lines = [f"{asked}: {counts['masks']} masks on {counts['images']} images"]
-    for name, each in ((before_name, other), (after_name, origin)):
+    setup = ", ".join(filter(None, [after_run.benchmark, after_run.mode, protocol]))
+    lines = [f"{setup}: {counts['masks']} masks on {counts['images']} images"]
+    for name, each in ((before_name, before_run), (after_name, after_run)):
         lines.append(f"{name}: layer {each.layer_policy}, {each.precision}")
-    if known[0] != protocol:
+    if protocols[0] != protocol:
         lines.append(
-            f"{before_name} was evaluated by {known[0]}, {after_name} by {protocol}; both are scored by {protocol}"
+            f"{before_name} was evaluated by {protocols[0]}, {after_name} by {protocol}; both are scored by {protocol}"
         )
     lines += ["", ruled_table(rows), ""]
     lines.append(ruled_table(samples) if changed else "no sample changed")
-    if picture and dataset_dir and changed:
-        dataset = get_eval_dataset(origin.spec, dataset_dir, allow_missing=True)
-        title = f"{asked}: the samples that changed most from {before_name} to {after_name}"
+    if sheet_path and dataset_dir and changed:
+        dataset = get_eval_dataset(after_run.spec, dataset_dir, allow_missing=True)
+        title = f"{setup}: the samples that changed most from {before_name} to {after_name}"
         names = (before_name, after_name)
         panels = [panel for pair in changed for panel in pair_panels(dataset, pair, names, protocol)]
-        save_picture(picture, sheet(panels, title))
-        lines += ["", f"wrote {picture}"]
+        save_picture(sheet_path, sheet(panels, title))
+        lines += ["", f"wrote {sheet_path}"]
     return "\n".join(lines)
 
 
 def most_changed(
-    before: Sequence[Record], after: Sequence[Record], protocol: str, most: int
+    before: Sequence[Record], after: Sequence[Record], protocol: str, count: int
 ) -> list[tuple[Record, Record]]:
-    """The pairs of answers whose IoU differs, the largest change first."""
-    others = {(record.index, record.query_id): record for record in before}
-    pairs = [(others[record.index, record.query_id], record) for record in after]
-    changes = [abs(metrics.iou(two, protocol) - metrics.iou(one, protocol)) for one, two in pairs]
+    """At most ``count`` pairs of answers whose IoU differs, the largest change first."""
+    before_by_query = {(record.index, record.query_id): record for record in before}
+    pairs = [(before_by_query[record.index, record.query_id], record) for record in after]
+    changes = [
+        abs(metrics.iou(after_record, protocol) - metrics.iou(before_record, protocol))
+        for before_record, after_record in pairs
+    ]
     ranked = sorted(range(len(pairs)), key=lambda k: (-changes[k], pairs[k][1].index, pairs[k][1].query_id))
-    return [pairs[k] for k in ranked[:most] if changes[k] > 0]
+    return [pairs[k] for k in ranked[:count] if changes[k] > 0]
 
 
 def pair_panels(
     dataset: EvalDataset, pair: tuple[Record, Record], names: tuple[str, str], protocol: str
 ) -> list[Panel]:
-    """A row of the sheet for each of the two answers."""
+    """One panel for each of the two answers."""
     sample = dataset[pair[0].index]
     query = next((query for query in sample.queries if query.query_id == pair[0].query_id), None)
     if query is None or query.text != pair[0].query:
         raise ValueError(f"--dataset_dir: {sample.source} has no query {pair[0].query!r}; give the data of the results")
     truth = metrics.merge_targets(query.masks, *sample.image.shape[:2])
-    none = np.zeros((0, *sample.image.shape[:2]), bool)
+    no_masks = np.zeros((0, *sample.image.shape[:2]), bool)
     return [
         Panel(
             image=sample.image,
             query=query.text,
-            masks=np.stack([decode_mask(mask) for mask in record.masks]) if record.masks else none,
+            masks=np.stack([decode_mask(mask) for mask in record.masks]) if record.masks else no_masks,
             truth=truth,
             answer=record.answer,
             notes=[name, *notes(record, protocol)],

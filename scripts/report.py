@@ -1,8 +1,8 @@
-"""Writes a training run's report.html: curves, tables, validation pictures, settings and versions in one file to mail.
+"""Writes a training run's report.html: curves, tables, validation pictures, settings and versions in one file.
 
     python scripts/report.py runs/tiny
 
-train_ds.py does so at the end of a run; this works for one that is still going, was resumed, or was stopped.
+train_ds.py does so at the end of a run. This also works for a run that is still going, was resumed or was stopped.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Recomputes results from their answers alone, without the model or the data.
+"""Recomputes metrics from the answers alone, without the model or the data.
 
     python scripts/score.py runs/tiny/eval/*.jsonl
 
-The numbers are the same to the last bit as those of test.py; where its JSON lies beside, that is checked.
+The numbers equal test.py's to the last bit; this is checked if its JSON is beside the answers.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from utils.inference import cli
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", nargs="+", type=Path, metavar="JSONL", help="what test.py wrote")
+    parser.add_argument("results", nargs="+", type=Path, metavar="JSONL", help="answers that test.py wrote")
     parser.add_argument("--protocol", choices=PROTOCOLS, help="of gRefCOCO (default: as it was evaluated)")
     parser.add_argument("--json", action="store_true", help="print all digits, intervals and counts as JSON")
     args = parser.parse_args(argv)
@@ -39,25 +39,25 @@ def rescore(path: Path, protocol: str | None = None) -> Summary:
     """The summary of a result file.
 
     Raises:
-        ValueError: if there is no such file; if a line is no answer, or if the JSON beside the file has other numbers.
+        ValueError: for a missing file, a line that is no answer, or other numbers in the JSON beside the file.
     """
     if not path.is_file():
         raise ValueError(f"no file matches {path}; give the JSONL that test.py wrote")
-    origin, records = read_results(path)
-    wanted = protocol or origin.protocol
-    origin = replace(origin, protocol=benchmark_of(origin.spec).protocol(wanted, origin.mode))
-    summary = replace(summarize(origin, records), checkpoint=origin.checkpoint)
-    beside = path.with_suffix(".json")
-    if beside.is_file():
-        theirs = Summary.load(beside)
-        summary.counts |= {key: theirs.counts[key] for key in ("skipped", "missing")}
-        if origin.mode == "generate" or theirs.protocol == summary.protocol:
+    provenance, records = read_results(path)
+    requested = protocol or provenance.protocol
+    provenance = replace(provenance, protocol=benchmark_of(provenance.spec).protocol(requested, provenance.mode))
+    summary = replace(summarize(provenance, records), checkpoint=provenance.checkpoint)
+    json_path = path.with_suffix(".json")
+    if json_path.is_file():
+        saved = Summary.load(json_path)
+        summary.counts |= {key: saved.counts[key] for key in ("skipped", "missing")}
+        if provenance.mode == "generate" or saved.protocol == summary.protocol:
             for key in ("metrics", "intervals", "breakdown", "counts", "layers"):
-                there, recomputed = getattr(theirs, key), getattr(summary, key)
-                if there != recomputed:
+                before, now = getattr(saved, key), getattr(summary, key)
+                if before != now:
                     raise ValueError(
-                        f"{beside} has other {key} than follow from {path.name}: {there} there, {recomputed} "
-                        "recomputed; one of the two was changed"
+                        f"{json_path} has other {key} than follow from {path.name}: {before} there, {now} recomputed; "
+                        "one of the two files was changed"
                     )
     return summary
 

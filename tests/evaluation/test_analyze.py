@@ -1,4 +1,4 @@
-"""analyze.py: its numbers against the evaluation engine and brute force, its files, and how it says what is wrong."""
+"""analyze.py: its numbers against the evaluation engine and brute force, its files and error messages."""
 
 import csv
 import importlib.util
@@ -15,15 +15,15 @@ from utils.datasets.spec import Spec
 from utils.evaluation import metrics
 from utils.evaluation.benchmarks import BENCHMARKS
 from utils.evaluation.engine import RunOptions, evaluate
-from utils.evaluation.layer_analysis import THRESHOLDS, Analyst, best_threshold, original_sam
+from utils.evaluation.layer_analysis import THRESHOLDS, LayerAnalyzer, best_threshold, load_original_sam
 from utils.evaluation.predictions import InferenceOptions, predict_queries
 from utils.inference import cli
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-class Drawn:
-    """Images with a circle, and with ``absent`` a query for what is not there."""
+class DrawnDataset:
+    """Images with a rectangle; with ``absent``, each has a second query whose target is absent."""
 
     skipped, unusable, not_found = [], [], []
 
@@ -45,8 +45,8 @@ class Drawn:
         return EvalSample(f"drawn/{index}", f"{index}", image, queries)
 
 
-def analyst(model, processor, **settings):
-    return Analyst(model, processor, InferenceOptions("teacher_forced"), batch_size=2, **settings)
+def analyzer(model, processor, **settings):
+    return LayerAnalyzer(model, processor, InferenceOptions("teacher_forced"), batch_size=2, **settings)
 
 
 def evaluated(model, processor, dataset, layer_policy):
@@ -56,75 +56,75 @@ def evaluated(model, processor, dataset, layer_policy):
 
 
 @pytest.mark.parametrize(("benchmark", "absent"), [("ReasonSeg", False), ("grefcoco", True)])
-def test_a_forced_layer_scores_what_the_evaluation_says(tiny_model, tiny_processor, benchmark, absent):
-    dataset = Drawn(benchmark, absent)
-    study = analyst(tiny_model, tiny_processor).study(dataset)
+def test_a_forced_layer_scores_the_same_as_in_an_evaluation(tiny_model, tiny_processor, benchmark, absent):
+    dataset = DrawnDataset(benchmark, absent)
+    study = analyzer(tiny_model, tiny_processor).study(dataset)
     assert study.num_layers == tiny_model.ppm.num_layers
     for layer in range(study.num_layers):
         result = evaluated(tiny_model, tiny_processor, dataset, f"fixed:{layer}")
         assert study.by_layer[layer] == result.records
         assert study.scores(study.by_layer[layer])["cIoU"] == result.metrics["cIoU"]
     own = evaluated(tiny_model, tiny_processor, dataset, "argmax")
-    assert study.chosen == own.records
+    assert study.records == own.records
     assert len({record.P for records in study.by_layer for record in records}) > 3  # layers differ at all
 
 
-def test_table_2_is_made_of_the_evaluations_with_other_prompts(make_model, tiny_processor):
-    model, dataset = make_model(), Drawn("grefcoco", absent=True)
-    study = analyst(model, tiny_processor).study(dataset)
+def test_table_2_equals_evaluations_with_other_prompts(make_model, tiny_processor):
+    model, dataset = make_model(), DrawnDataset("grefcoco", absent=True)
+    study = analyzer(model, tiny_processor).study(dataset)
     for column, settings in (("M_prompt", (False, True)), ("SEG_prompt", (True, False))):
         model.config.seg_prompt, model.config.mask_prompt = settings
         for row, policy in (("chosen", "argmax"), ("last", "last")):
             records = evaluated(model, tiny_processor, dataset, policy).records
-            there = [record for record in records if not record.expected_empty]
-            assert [(r.I, r.U) for r in study.table[column, row]] == [(r.I, r.U) for r in there]
+            present = [record for record in records if not record.expected_empty]
+            assert [(r.I, r.U) for r in study.table[column, row]] == [(r.I, r.U) for r in present]
         model.config.seg_prompt = model.config.mask_prompt = True
 
 
-def test_the_best_cut_is_the_brute_force_one():
+def test_the_best_threshold_agrees_with_brute_force():
     rng = np.random.default_rng(0)
     for _ in range(5):
-        similarity = rng.random((12, 15)).astype(np.float32).round(2)  # many pixels lie ON thresholds
+        similarity = rng.random((12, 15)).astype(np.float32).round(2)  # many values equal a threshold
         truth = rng.choice([0, 1, 255], (12, 15), p=[0.5, 0.4, 0.1]).astype(np.uint8)
         ious = []
         for threshold in THRESHOLDS:
-            both, either, *_ = metrics.count_pixels(similarity > threshold, truth)
-            ious.append(both / either if either else 1.0)
+            intersection, union, *_ = metrics.count_pixels(similarity > threshold, truth)
+            ious.append(intersection / union if union else 1.0)
         assert best_threshold(similarity, truth) == THRESHOLDS[int(np.argmax(ious))]
 
 
-def test_m_iou_of_a_split_is_the_best_cut_of_each_map(tiny_model, tiny_processor):
-    dataset = Drawn()
-    study = analyst(tiny_model, tiny_processor).study(dataset)
+def test_m_iou_uses_the_best_threshold_of_each_map(tiny_model, tiny_processor):
+    dataset = DrawnDataset()
+    study = analyzer(tiny_model, tiny_processor).study(dataset)
     for policy, records in (("argmax", study.table["M_IoU", "chosen"]), ("fixed:2", study.maps_by_layer[2])):
-        for place, record in enumerate(records):
-            sample = dataset[place]
+        for index, record in enumerate(records):
+            sample = dataset[index]
             options = InferenceOptions("teacher_forced", policy)
             [[answer]] = predict_queries(
-                tiny_model, tiny_processor, [sample], [place], BENCHMARKS["ReasonSeg"], options
+                tiny_model, tiny_processor, [sample], [index], BENCHMARKS["ReasonSeg"], options
             )
             [truth] = sample.queries[0].masks
-            cuts = [metrics.count_pixels(answer.similarities[0] > threshold, truth) for threshold in THRESHOLDS]
+            counts = [metrics.count_pixels(answer.similarities[0] > threshold, truth) for threshold in THRESHOLDS]
             assert (
-                pytest.approx(max(both / either for both, either, *_ in cuts if either), abs=0.01)
+                pytest.approx(max(intersection / union for intersection, union, *_ in counts if union), abs=0.01)
                 == record.I / record.U
             )
 
 
-def test_map_losses_are_what_training_logs(tiny_model, tiny_processor, tiny_samples):
+def test_map_losses_equal_those_that_training_logs(tiny_model, tiny_processor, tiny_samples):
     """Batch of one image with one [SEG]: ``layer_losses`` of the training step are this [SEG]'s."""
     sample = tiny_samples[1]
     batch = tiny_processor.collate([sample])
     logged = tiny_model(batch, all_layers=True).layer_losses
     turns = [[turn for (turn,) in sample.conversations]]
     prompts = tiny_processor.prompts([sample.image], turns)
-    maps = torch.cat([said.layer_maps for said in tiny_model.predict(prompts)[0]])
-    found = tiny_model.objective.map_losses([torch.from_numpy(sample.masks)], maps)
-    torch.testing.assert_close(found.mean(0), logged.detach())
+    maps = torch.cat([prediction.layer_maps for prediction in tiny_model.predict(prompts)[0]])
+    losses = tiny_model.objective.map_losses([torch.from_numpy(sample.masks)], maps)
+    torch.testing.assert_close(losses.mean(0), logged.detach())
 
 
 def test_the_policy_by_group(tiny_model, tiny_processor):
-    study = analyst(tiny_model, tiny_processor).study(Drawn())
+    study = analyzer(tiny_model, tiny_processor).study(DrawnDataset())
     groups = study.groups()
     assert list(groups) == [("all", "ReasonSeg"), ("family", "even"), ("family", "odd")]
     everything = study.policy(groups["all", "ReasonSeg"])
@@ -137,13 +137,13 @@ def test_the_policy_by_group(tiny_model, tiny_processor):
     assert study.policy(groups["family", "odd"])["segs"] == 1
 
 
-def test_other_prompts_and_another_sam_are_for_one_call(tiny_model, tiny_processor, tiny_samples, make_model):
+def test_other_prompts_and_another_sam_last_for_one_call(tiny_model, tiny_processor, tiny_samples, make_model):
     trained, before = tiny_model.visual_model, tiny_model.config.to_dict()
     prompts = tiny_processor.prompts([tiny_samples[0].image], [[Turn("where is the red star", "it is [SEG].")]])
-    answered = tiny_model.answer(prompts)
+    language_pass = tiny_model.answer(prompts)
 
     def logits(**options) -> torch.Tensor:
-        return tiny_model.decode_masks(answered, **options)[0][0].mask_logits
+        return tiny_model.decode_masks(language_pass, **options)[0][0].mask_logits
 
     own, by_map = logits(), logits(prompts=Prompts(seg=False))
     assert not torch.equal(by_map, own)
@@ -159,10 +159,10 @@ def test_the_original_sam_must_be_the_checkpoints(make_model, tmp_path):
     model, other = make_model(), make_model(seed=1)
     torch.save(model.visual_model.state_dict(), tmp_path / "own.pth")
     torch.save(other.visual_model.state_dict(), tmp_path / "other.pth")
-    original = original_sam(str(tmp_path / "own.pth"), model)
+    original = load_original_sam(str(tmp_path / "own.pth"), model)
     assert all(torch.equal(*pair) for pair in zip(original.parameters(), model.visual_model.parameters()))
     with pytest.raises(ValueError, match="not the checkpoint's"):
-        original_sam(str(tmp_path / "other.pth"), model)
+        load_original_sam(str(tmp_path / "other.pth"), model)
 
 
 # -- the program -------------------------------------------------------------------------------------------------------
@@ -179,7 +179,7 @@ def program(monkeypatch, make_model, tiny_processor):
     monkeypatch.setitem(
         pretrained.LOADERS, "drawn", lambda folder, *_: (make_model(int(folder.name)), tiny_processor, {})
     )
-    monkeypatch.setattr(module, "get_eval_dataset", lambda spec, _: Drawn(spec.name, absent="ref" in spec.name))
+    monkeypatch.setattr(module, "get_eval_dataset", lambda spec, _: DrawnDataset(spec.name, absent="ref" in spec.name))
     return module
 
 
@@ -215,7 +215,7 @@ def test_two_checkpoints_side_by_side(program, tmp_path):
         assert len(list(csv.DictReader(file))) == 10
 
 
-def test_named_queries_and_wrong_names(program, tmp_path, capsys):
+def test_query_ids_and_wrong_names(program, tmp_path, capsys):
     assert run(program, tmp_path, "--ids", "2/0", "--limit", "3") == 0
     assert len(list(tmp_path.glob("*.maps_*.png"))) == 1
     assert run(program, tmp_path, "--ids", "nothing") == 2
@@ -225,14 +225,14 @@ def test_named_queries_and_wrong_names(program, tmp_path, capsys):
         run(program, tmp_path, "--batch_size", "0")
 
 
-def test_an_answer_without_seg_is_drawn_too(make_model, tiny_processor):
+def test_an_answer_without_seg_can_be_inspected(make_model, tiny_processor):
     """Generated answers of a random model have no [SEG]."""
-    model, dataset = make_model(), Drawn(size=1)
-    found = Analyst(model, tiny_processor, InferenceOptions("generate", max_new_tokens=2))
-    study = found.study(dataset)
+    model, dataset = make_model(), DrawnDataset(size=1)
+    analyzer = LayerAnalyzer(model, tiny_processor, InferenceOptions("generate", max_new_tokens=2))
+    study = analyzer.study(dataset)
     assert study.tokens == [[]]
-    assert not study.chosen[0].layers
-    look = found.look(dataset, study.chosen[0])
-    assert not look.mask.any()
-    assert look.maps.shape == (5, *look.truth.shape)
+    assert not study.records[0].layers
+    view = analyzer.inspect(dataset, study.records[0])
+    assert not view.mask.any()
+    assert view.maps.shape == (5, *view.truth.shape)
     assert np.isnan(study.map_loss()).all()

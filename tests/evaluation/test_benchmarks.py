@@ -10,7 +10,7 @@ from utils.evaluation.benchmarks import BENCHMARKS, MODES, TABLES, Benchmark, be
 from utils.evaluation.metrics import METRICS
 
 ROOT = Path(__file__).resolve().parents[2]
-MAY_NAME_THEM = (  # the two tables, and what draws data
+MAY_NAME_THEM = (  # the two tables, and what generates data
     "utils/evaluation/benchmarks.py",
     "utils/datasets/__init__.py",
     "utils/demo",
@@ -20,7 +20,7 @@ MAY_NAME_THEM = (  # the two tables, and what draws data
 
 
 @pytest.mark.parametrize("row", BENCHMARKS.values(), ids=list(BENCHMARKS))
-def test_every_row_names_what_there_is(row):
+def test_every_row_names_existing_types_metrics_and_splits(row):
     assert TYPES[DATASETS[row.name].type].evaluate
     assert set(row.metrics.values()) <= set(METRICS)
     assert {row.mode, *row.protocols} <= set(MODES)
@@ -31,11 +31,11 @@ def test_every_row_names_what_there_is(row):
         assert all(row.splits.values())
 
 
-def test_a_data_set_without_a_row_is_a_plain_benchmark():
+def test_a_data_set_without_a_row_is_a_default_benchmark():
     assert benchmark_of(Spec("refclef")) == Benchmark("refclef", {"gIoU": "gIoU", "cIoU": "cIoU"}, "teacher_forced")
 
 
-def test_protocols_apply_where_they_mean_something():
+def test_protocols_apply_only_where_they_are_defined():
     found = {mode: [BENCHMARKS["grefcoco"].protocol(name, mode) for name in (None, "gsva", "grefcoco")]
              for mode in MODES}  # fmt: skip
     assert found == {"teacher_forced": ["gsva", "gsva", "grefcoco"], "generate": ["grefcoco"] * 3}
@@ -44,8 +44,8 @@ def test_protocols_apply_where_they_mean_something():
         BENCHMARKS["refzom"].protocol("voc")
 
 
-def test_no_code_asks_for_a_benchmark_by_its_name():
-    """Adding a benchmark is a row here and one in DATASETS, because nothing else compares names."""
+def test_no_other_code_names_a_benchmark():
+    """A new benchmark needs one row here and one in DATASETS, because no other code compares names."""
     found = []
     for path in [
         *ROOT.glob("*.py"),

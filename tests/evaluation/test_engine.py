@@ -24,12 +24,12 @@ from utils.evaluation.results import Journal, Summary, read_results, summarize
 SHAPE = (20, 30)
 
 
-# -- a data set whose pixels say what is where: object k is painted with gray value k ---------------------------------
+# -- a data set whose pixels encode the objects: object k is painted with gray value k --------------------------------
 
 
-def draw_objects(number: int) -> np.ndarray:
+def paint_objects(index: int) -> np.ndarray:
     """[H, W] with 0 for background and objects 1 to 3."""
-    rng = np.random.default_rng(number)
+    rng = np.random.default_rng(index)
     canvas = np.zeros(SHAPE, np.uint8)
     for k in (1, 2, 3):
         y, x = rng.integers(0, 10, 2)
@@ -63,7 +63,7 @@ class FakeDataset:
     def __getitem__(self, index):
         if index in self.broken:
             raise DataError(f"image {index}.jpg cannot be decoded")
-        canvas = draw_objects(index)
+        canvas = paint_objects(index)
         queries = [
             EvalQuery(
                 f"{k}", f"object {k}", (canvas == k)[None].astype(np.uint8), meta={"family": "odd" if k % 2 else "even"}
@@ -84,7 +84,7 @@ class FakeBatch:
 
 
 class FakeProcessor:
-    """Keeps prompts as they are; "tokens" are the answer's characters."""
+    """Passes prompts through; tokens are the answer's characters."""
 
     def prompts(self, images, turns, sample_ids):
         return FakeBatch(images, turns, sample_ids)
@@ -94,18 +94,18 @@ class FakeProcessor:
 
 
 class FakeModel:
-    """Finds the object that is named, less ``missing`` rows from its top; remembers how it was called.
+    """Segments the object that the question names, without its ``missing`` top rows; records its calls.
 
     Args:
-        wordings: what it writes for object k ("[SEG]" by default); object 9 is always answered by "[REJ]".
-        blind: it answers with object 1 whatever was asked.
-        noisy: pixels flip, depending on the image's number alone (a stand-in for sampled layers).
+        wordings: object k -> generated answer ("it is [SEG]" by default); object 9 is always answered by "[REJ]".
+        query_agnostic: segments object 1 for any question.
+        noisy: flips random pixels, seeded by the image's index alone (a stand-in for sampled layers).
     """
 
     device, dtype, training = "cpu", torch.float32, False
 
-    def __init__(self, missing=2, wordings=None, blind=False, noisy=False, reject_below=0):
-        self.missing, self.wordings, self.blind, self.noisy = missing, wordings or {}, blind, noisy
+    def __init__(self, missing=2, wordings=None, query_agnostic=False, noisy=False, reject_below=0):
+        self.missing, self.wordings, self.query_agnostic, self.noisy = missing, wordings or {}, query_agnostic, noisy
         self.reject_below, self.calls = reject_below, []
 
     def eval(self):
@@ -117,8 +117,8 @@ class FakeModel:
     def predict(self, batch, layer_policy="argmax", max_new_tokens=64, seed=0, on_token=None):
         self.calls.append((len(batch.images), layer_policy, seed))
         predictions = [
-            [self.answer(image, turn.question, turn.answer, number + seed) for turn in row]
-            for image, row, number in zip(batch.images, batch.turns, batch.sample_ids, strict=True)
+            [self.answer(image, turn.question, turn.answer, sample_id + seed) for turn in row]
+            for image, row, sample_id in zip(batch.images, batch.turns, batch.sample_ids, strict=True)
         ]
         for prediction in (p for row in predictions for p in row if layer_policy.startswith("mc")):
             for k, mask in enumerate(prediction.mask_logits.sigmoid()):
@@ -126,13 +126,15 @@ class FakeModel:
                 prediction.uncertainty.append(MaskUncertainty(mask, mask * (1 - mask), torch.ones(5) / 5, score))
         return predictions
 
-    def answer(self, image, question, given, number):
+    def answer(self, image, question, given_answer, noise_seed):
         named = [int(word.strip(",.?")) for word in question.split() if word.strip(",.?").isdigit()]
-        named = [1] * len(named) if self.blind else named
-        text = given or (self.wordings.get(named[0], "it is [SEG]") if named[0] != 9 else "no: [REJ]")
+        named = [1] * len(named) if self.query_agnostic else named
+        text = given_answer or (self.wordings.get(named[0], "it is [SEG]") if named[0] != 9 else "no: [REJ]")
         count = text.count("[SEG]")
-        targets = named if len(named) == count else named[:1] * count  # one question may name several
-        masks = np.stack([self.find(image, k, number) for k in targets]) if targets else np.zeros((0, *image.shape[:2]))
+        targets = named if len(named) == count else named[:1] * count  # one question may name several objects
+        masks = (
+            np.stack([self.find(image, k, noise_seed) for k in targets]) if targets else np.zeros((0, *image.shape[:2]))
+        )
         logits = torch.from_numpy(np.where(masks > 0, 1.5, -1.5)).float()
         rejected = [bool(mask.sum() < self.reject_below) for mask in masks]
         return Prediction(
@@ -146,31 +148,31 @@ class FakeModel:
             rejected,
         )
 
-    def find(self, image, k, number):
+    def find(self, image, k, noise_seed):
         mask = image[..., 0] == k
         rows = np.flatnonzero(mask.any(1))[: self.missing]
         mask[rows] = False
         if self.noisy:
-            mask ^= np.random.default_rng(number).random(mask.shape) < 0.1
+            mask ^= np.random.default_rng(noise_seed).random(mask.shape) < 0.1
         return mask
 
 
 def run(model=None, dataset=None, **options):
-    of_inference = {field.name for field in fields(InferenceOptions)}
-    inference = InferenceOptions(**{name: value for name, value in options.items() if name in of_inference})
-    how = RunOptions(**{name: value for name, value in options.items() if name not in of_inference})
-    return evaluate(model or FakeModel(), FakeProcessor(), dataset or FakeDataset(), inference, how)
+    inference_names = {field.name for field in fields(InferenceOptions)}
+    inference = InferenceOptions(**{name: value for name, value in options.items() if name in inference_names})
+    run_options = RunOptions(**{name: value for name, value in options.items() if name not in inference_names})
+    return evaluate(model or FakeModel(), FakeProcessor(), dataset or FakeDataset(), inference, run_options)
 
 
 def expected_counts(dataset, missing):
     """I and U by plain numpy, image by image."""
     pairs = []
     for index in range(len(dataset)):
-        canvas = draw_objects(index)
+        canvas = paint_objects(index)
         for k in range(1, index % 3 + 2):
-            found = canvas == k
-            found[np.flatnonzero(found.any(1))[:missing]] = False
-            pairs.append((int(found.sum()), int((canvas == k).sum())))
+            mask = canvas == k
+            mask[np.flatnonzero(mask.any(1))[:missing]] = False
+            pairs.append((int(mask.sum()), int((canvas == k).sum())))
     return pairs
 
 
@@ -189,7 +191,7 @@ def test_numbers_are_exact(mode):
 
 
 @pytest.mark.parametrize(("mode", "absent"), [("generate", False), ("generate", True), ("teacher_forced", True)])
-def test_the_batch_size_and_the_workers_alter_nothing(mode, absent):
+def test_results_do_not_depend_on_batch_size_and_workers(mode, absent):
     dataset = FakeDataset(absent=absent, benchmark="grefcoco" if absent else "fake")
     results = [
         run(FakeModel(noisy=True, reject_below=40), dataset, mode=mode, batch_size=size, workers=workers, seed=3)
@@ -201,7 +203,7 @@ def test_the_batch_size_and_the_workers_alter_nothing(mode, absent):
             assert getattr(other.summary, key) == getattr(results[0].summary, key)
 
 
-def test_an_image_is_handed_over_once_with_all_its_queries():
+def test_an_image_is_encoded_once_with_all_its_queries():
     model = FakeModel()
     run(model, batch_size=3)
     assert [count for count, *_ in model.calls] == [3, 3, 1]
@@ -223,10 +225,10 @@ def test_limit_takes_the_first_images():
 
 def test_several_seg_are_united():
     model = FakeModel(missing=0)
-    model.find = lambda image, k, number: image[..., 0] == next(model.turns)
+    model.find = lambda image, k, noise_seed: image[..., 0] == next(model.turns)
     model.wordings, model.turns = {1: "[SEG] and [SEG]"}, iter((1, 2))
     record = run(model, limit=1).records[0]
-    canvas = draw_objects(0)
+    canvas = paint_objects(0)
     assert ((canvas == 1) | (canvas == 2)).sum() == record.P
     assert len(record.masks) == 2
     assert record.I == record.G == (canvas == 1).sum()
@@ -234,7 +236,7 @@ def test_several_seg_are_united():
 
 @pytest.mark.parametrize("benchmark", ["grefcoco", "MultiReasonSeg"])
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_broken_logits_are_no_empty_mask(benchmark, value):
+def test_non_finite_logits_are_an_error(benchmark, value):
     class Broken(FakeModel):
         def answer(self, *what):
             prediction = super().answer(*what)
@@ -246,7 +248,7 @@ def test_broken_logits_are_no_empty_mask(benchmark, value):
         run(Broken(), dataset)
 
 
-def test_an_answer_is_as_uncertain_as_its_most_uncertain_mask():
+def test_uncertainty_of_an_answer_is_that_of_its_most_uncertain_mask():
     united = run(FakeModel(wordings={2: "[SEG] and [SEG]"}), layer_policy="mc:4").records
     assert {len(record.uncertainty) for record in united} == {1, 2}
     assert all(record.max_uncertainty == max(record.uncertainty) for record in united)
@@ -277,12 +279,12 @@ def test_generated_rejections():
     assert result.metrics["N-acc"] == 1.0
     assert result.metrics["T-acc"] == 2 / 3
     assert result.metrics["gIoU"] == 4 / 5
-    lost = int((draw_objects(1) == 2).sum())
+    lost = int((paint_objects(1) == 2).sum())
     total = sum(record.G for record in result.records)
     assert result.metrics["cIoU"] == (total - lost) / total
 
 
-def test_a_rejecting_word_beside_a_mask_does_not_reject():
+def test_rej_beside_a_mask_does_not_reject():
     dataset = FakeDataset(size=1, absent=True, benchmark="grefcoco")
     record = run(FakeModel(wordings={1: "[REJ] or [SEG]"}), dataset).records[0]
     assert not record.rejected
@@ -311,28 +313,28 @@ class FakeMuse(FakeDataset):
 
     def __getitem__(self, index):
         sample = super().__getitem__(index)
-        masks = np.stack([draw_objects(index) == k for k in (1, 2, 3)]).astype(np.uint8)
+        masks = np.stack([paint_objects(index) == k for k in (1, 2, 3)]).astype(np.uint8)
         sample.queries = [EvalQuery(str(index), "objects 1 2 3", masks, True, {"targets": 3})]
         return sample
 
 
 class InOrder(FakeModel):
-    """Finds the objects whose numbers are given, in that order, whatever was asked."""
+    """Segments the given objects, in that order, for any question."""
 
     def __init__(self, *order):
-        said = " and ".join(["[SEG]"] * len(order)) or "none"
-        super().__init__(missing=0, wordings=dict.fromkeys((1, 2, 3), said))
+        generated = " and ".join(["[SEG]"] * len(order)) or "none"
+        super().__init__(missing=0, wordings=dict.fromkeys((1, 2, 3), generated))
         self.order = order
 
-    def answer(self, image, question, given, number):
-        return super().answer(image, " ".join(map(str, self.order or (1,))), given, number)
+    def answer(self, image, question, given_answer, noise_seed):
+        return super().answer(image, " ".join(map(str, self.order or (1,))), given_answer, noise_seed)
 
 
 def test_several_targets_are_matched():
     result = run(InOrder(3, 1, 2), FakeMuse())
     assert result.metrics == {"gIoU": 1.0, "cIoU": 1.0}
     assert (result.summary.counts["masks"], result.summary.counts["queries"]) == (21, 7)
-    sizes = [int((draw_objects(0) == k).sum()) for k in (1, 2, 3)]
+    sizes = [int((paint_objects(0) == k).sum()) for k in (1, 2, 3)]
     record = run(InOrder(2, 2), FakeMuse(size=1)).records[0]  # twice the same, 1 and 3 not at all
     assert sorted(map(tuple, record.pairs)) == sorted([(sizes[1], sizes[1]), (0, sizes[0] + sizes[1]), (0, sizes[2])])
     record = run(InOrder(1, 2, 3, 3), FakeMuse(size=1)).records[0]  # one too many
@@ -343,13 +345,13 @@ def test_several_targets_are_matched():
     assert record.U == record.G == sum(sizes)
 
 
-def test_a_given_answer_to_muse_has_a_seg_for_each_target():
+def test_a_teacher_forced_answer_to_muse_has_a_seg_for_each_target():
     result = run(FakeModel(missing=0, reject_below=10**6), FakeMuse(), mode="teacher_forced")
     assert {record.answer for record in result.records} == {"Sure, they are [SEG], [SEG] and [SEG]."}
     assert result.metrics == {"gIoU": 1.0, "cIoU": 1.0}
 
 
-def test_only_muse_has_several_targets():
+def test_several_targets_are_rejected_outside_muse():
     with pytest.raises(ValueError, match=r"fake/0\.jpg, 'objects 1 2 3' has 3 targets; fake expects one"):
         run(dataset=FakeMuse(benchmark="fake"))
 
@@ -362,7 +364,7 @@ def test_false_premises(benchmark, mode):
     seen = mode == "teacher_forced"  # the given answer asks about the mask, and the logits say that 2 is there
     assert [record.rejected for record in result.records] == [False, True, False, not seen, True]
     total = sum(record.G for record in result.records)
-    expected = {"See": 1.0 if seen else 0.8, "Segment": 1.0 if seen else 1 - int((draw_objects(1) == 2).sum()) / total}
+    expected = {"See": 1.0 if seen else 0.8, "Segment": 1.0 if seen else 1 - int((paint_objects(1) == 2).sum()) / total}
     assert result.metrics == pytest.approx(expected | ({"RR": 1.0} if benchmark == "R-refcoco" else {}))
 
 
@@ -380,15 +382,15 @@ def test_special_tokens_in_a_query_add_no_mask(monkeypatch):
     assert result.records[0].query == "[SEG] object 1 <image>"
 
 
-def test_a_given_answer_never_rejects_where_the_protocol_has_no_rejection():
+def test_a_teacher_forced_answer_never_rejects_on_benchmarks_without_rejection():
     result = run(FakeModel(missing=0, reject_below=10**6), mode="teacher_forced")
     assert result.metrics["gIoU"] == 1.0
 
 
-def test_a_given_answer_that_was_cut_is_an_error():
+def test_a_truncated_teacher_forced_answer_is_an_error():
     model = FakeModel()
     whole = model.answer
-    model.answer = lambda image, question, given, number: whole(image, question, "cut off", number)
+    model.answer = lambda image, question, given_answer, noise_seed: whole(image, question, "cut off", noise_seed)
     with pytest.raises(ValueError, match=r"fake/0\.jpg: 0 \[SEG\] instead of 1.*max_tokens"):
         run(model, mode="teacher_forced")
 
@@ -396,7 +398,7 @@ def test_a_given_answer_that_was_cut_is_an_error():
 # -- controls ----------------------------------------------------------------------------------------------------------
 
 
-def test_shuffled_prompts_are_a_derangement_scored_against_the_own_truth():
+def test_shuffled_prompts_are_a_derangement_with_unchanged_ground_truth():
     dataset = FakeDataset(size=7)
     shuffled = ShuffledPrompts(dataset, range(7))
     assert all(donor != image for image, donor in shuffled.donor.items())
@@ -405,18 +407,18 @@ def test_shuffled_prompts_are_a_derangement_scored_against_the_own_truth():
     assert sorted(ShuffledPrompts(dataset, [1, 4, 6]).donor) == [1, 4, 6]
     for index in range(7):
         own, mixed = dataset[index], shuffled[index]
-        theirs = [query.text for query in dataset[shuffled.donor[index]].queries]
+        donated = [query.text for query in dataset[shuffled.donor[index]].queries]
         assert np.array_equal(mixed.image, own.image)
         assert all(np.array_equal(a.masks, b.masks) for a, b in zip(mixed.queries, own.queries, strict=True))
-        assert [query.text for query in mixed.queries] == [theirs[k % len(theirs)] for k in range(len(own.queries))]
+        assert [query.text for query in mixed.queries] == [donated[k % len(donated)] for k in range(len(own.queries))]
 
 
-def test_the_control_tells_a_blind_model_from_one_that_reads():
-    reads = run(FakeModel(missing=0), FakeDataset(size=30), controls=["shuffled_prompts"])
-    blind = run(FakeModel(missing=0, blind=True), FakeDataset(size=30), controls=["shuffled_prompts"])
-    assert reads.metrics["gIoU"] == 1.0
-    assert reads.summary.controls["shuffled_prompts"]["gIoU"] < 0.9
-    assert blind.summary.controls["shuffled_prompts"] == blind.metrics
+def test_the_control_exposes_a_query_agnostic_model():
+    grounded = run(FakeModel(missing=0), FakeDataset(size=30), controls=["shuffled_prompts"])
+    agnostic = run(FakeModel(missing=0, query_agnostic=True), FakeDataset(size=30), controls=["shuffled_prompts"])
+    assert grounded.metrics["gIoU"] == 1.0
+    assert grounded.summary.controls["shuffled_prompts"]["gIoU"] < 0.9
+    assert agnostic.summary.controls["shuffled_prompts"] == agnostic.metrics
 
 
 def test_query_agnostic_baselines_come_from_the_data(tmp_path):
@@ -443,7 +445,7 @@ def test_query_agnostic_baselines_come_from_the_data(tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_all_unreadable_images_are_listed_and_nothing_is_reported(workers):
+def test_unreadable_images_are_all_listed_and_give_no_result(workers):
     with pytest.raises(ValueError, match=r"fake\|val: 2 images.*\n.*1\.jpg.*\n.*5\.jpg"):
         run(dataset=FakeDataset(broken=(1, 5)), batch_size=2, workers=workers)
 
@@ -463,11 +465,11 @@ def test_wrong_options(options, message):
         run(**options)
 
 
-def test_records_that_are_missing_or_there_twice_are_an_error(monkeypatch):
+def test_missing_and_duplicate_records_are_an_error(monkeypatch):
     repeats = FakeDataset(size=2)
-    twice = repeats[1]
-    twice.queries[1].query_id = "1"
-    monkeypatch.setattr(FakeDataset, "__getitem__", lambda self, index: twice)
+    duplicate = repeats[1]
+    duplicate.queries[1].query_id = "1"
+    monkeypatch.setattr(FakeDataset, "__getitem__", lambda self, index: duplicate)
     with pytest.raises(ValueError, match=r"with several: \[\(0, '1'\), \(1, '1'\)\]"):
         run(dataset=repeats)
     monkeypatch.undo()
@@ -482,16 +484,21 @@ def test_records_that_are_missing_or_there_twice_are_an_error(monkeypatch):
 @pytest.mark.parametrize("layer_policy", ["argmax", "mc:4"])
 def test_saved_results_can_be_recomputed(tmp_path, layer_policy):
     dataset = FakeDataset(benchmark="grefcoco", absent=True, skipped=["fake/x.jpg: no polygon"])
-    asked = {"controls": ["shuffled_prompts"], "checkpoint": "abc", "layer_policy": layer_policy}
-    result = run(FakeModel(noisy=True), dataset, **asked)
+    setup = {"controls": ["shuffled_prompts"], "checkpoint": "abc", "layer_policy": layer_policy}
+    result = run(FakeModel(noisy=True), dataset, **setup)
     path = result.save(tmp_path / "new" / "folder")
     assert path.name == "grefcoco_val.generate.json"
     summary = json.loads(path.read_text())
     assert Summary.load(path) == result.summary
-    origin, records = read_results(path.with_suffix(".jsonl"))
-    assert (origin, records) == (result.origin, result.records)
-    assert (origin.checkpoint, origin.protocol, origin.images, origin.queries) == ("abc", "grefcoco", 7, len(records))
-    again = json.loads(json.dumps(summarize(origin, records).to_dict()))
+    provenance, records = read_results(path.with_suffix(".jsonl"))
+    assert (provenance, records) == (result.provenance, result.records)
+    assert (provenance.checkpoint, provenance.protocol, provenance.images, provenance.queries) == (
+        "abc",
+        "grefcoco",
+        7,
+        len(records),
+    )
+    again = json.loads(json.dumps(summarize(provenance, records).to_dict()))
     assert again.pop("controls") == {}
     assert again.pop("counts").items() <= summary["counts"].items()
     assert again.items() <= summary.items()  # to the last bit
@@ -509,18 +516,18 @@ def test_saved_results_can_be_recomputed(tmp_path, layer_policy):
 def test_both_protocols_of_grefcoco():
     """Teacher forced, every target is rejected, although its mask is right."""
     dataset = FakeDataset(size=3, absent=True, benchmark="grefcoco")
-    found = {
+    results = {
         name: run(FakeModel(missing=0, reject_below=10**6), dataset, mode="teacher_forced", protocol=name)
         for name in (None, "gsva", "grefcoco")
     }
-    assert found[None].summary.protocol == found["gsva"].summary.protocol == "gsva"
-    assert found[None].metrics == found["gsva"].metrics == {"gIoU": 1, "cIoU": 1, "N-acc": 1, "T-acc": 0}
-    assert found["grefcoco"].metrics == {"gIoU": 3 / 9, "cIoU": 0, "N-acc": 1, "T-acc": 0}
-    assert found["grefcoco"].records == found["gsva"].records
-    assert "teacher_forced, grefcoco" in format_table([found["grefcoco"].summary])
-    said = run(FakeModel(wordings={2: "[REJ]"}), dataset, protocol="gsva")  # a written rejection has no mask
-    assert said.summary.protocol == "grefcoco"
-    assert metrics.compute(said.records, BENCHMARKS["grefcoco"], "gsva") == said.metrics
+    assert results[None].summary.protocol == results["gsva"].summary.protocol == "gsva"
+    assert results[None].metrics == results["gsva"].metrics == {"gIoU": 1, "cIoU": 1, "N-acc": 1, "T-acc": 0}
+    assert results["grefcoco"].metrics == {"gIoU": 3 / 9, "cIoU": 0, "N-acc": 1, "T-acc": 0}
+    assert results["grefcoco"].records == results["gsva"].records
+    assert "teacher_forced, grefcoco" in format_table([results["grefcoco"].summary])
+    generated = run(FakeModel(wordings={2: "[REJ]"}), dataset, protocol="gsva")  # a generated rejection has no mask
+    assert generated.summary.protocol == "grefcoco"
+    assert metrics.compute(generated.records, BENCHMARKS["grefcoco"], "gsva") == generated.metrics
     assert "protocol" not in run(protocol="gsva").summary.to_dict()  # other benchmarks have one only
     with pytest.raises(ValueError, match=r"unknown protocol 'voc'; use grefcoco or gsva"):
         run(protocol="voc")
@@ -533,35 +540,39 @@ class Killed(Exception):
     pass
 
 
-class Mortal(FakeModel):
-    """Dies in its ``life``-th call."""
+class KilledModel(FakeModel):
+    """Raises ``Killed`` after ``max_calls`` calls."""
 
-    def __init__(self, life, **options):
+    def __init__(self, max_calls, **options):
         super().__init__(**options)
-        self.life = life
+        self.max_calls = max_calls
 
     def predict(self, batch, **options):
-        if len(self.calls) == self.life:
+        if len(self.calls) == self.max_calls:
             raise Killed
         return super().predict(batch, **options)
 
 
-def killed_run(path, life, **options):
+def interrupted_run(path, max_calls, **options):
     with pytest.raises(Killed):
-        run(Mortal(life, noisy=True), journal=Journal(path), **options)
+        run(KilledModel(max_calls, noisy=True), journal=Journal(path), **options)
 
 
 @pytest.mark.parametrize("cut", [0, 1, 40, 700])
-def test_a_killed_evaluation_goes_on(tmp_path, cut):
+def test_a_killed_evaluation_resumes(tmp_path, cut):
     """Batches of 2 images; killed in the third of four, with the last lines cut anywhere."""
     path = tmp_path / "fake_val.generate.jsonl"
     whole = run(FakeModel(noisy=True), batch_size=2)
-    killed_run(path, 2, batch_size=2)
+    interrupted_run(path, 2, batch_size=2)
     assert not path.with_suffix(".json").exists()
     path.write_bytes(path.read_bytes()[: -cut or None])
     model = FakeModel(noisy=True)
     again = run(model, batch_size=2, journal=Journal(path), resume=True)
-    assert [count for count, *_ in model.calls] == [2, 2, 1]  # the last image's batch is asked again, the first is not
+    assert [count for count, *_ in model.calls] == [
+        2,
+        2,
+        1,
+    ]  # the last image's batch is predicted again, the first is not
     assert again.records == whole.records
     assert replace(again.summary, seconds=0) == replace(whole.summary, seconds=0)
     again.save(tmp_path)
@@ -569,16 +580,16 @@ def test_a_killed_evaluation_goes_on(tmp_path, cut):
     assert path.read_bytes() == (tmp_path / "whole" / path.name).read_bytes()
 
 
-def test_a_finished_evaluation_is_not_asked_again(tmp_path):
+def test_a_finished_evaluation_is_not_predicted_again(tmp_path):
     run(FakeModel(noisy=True), journal=Journal(tmp_path / "a.jsonl"))
     model = FakeModel(noisy=True)
     run(model, journal=Journal(tmp_path / "a.jsonl"), resume=True)
     assert model.calls == []
 
 
-def test_without_resume_it_starts_anew(tmp_path):
+def test_without_resume_an_evaluation_starts_over(tmp_path):
     path = tmp_path / "fake_val.generate.jsonl"
-    killed_run(path, 1, batch_size=2)
+    interrupted_run(path, 1, batch_size=2)
     result = run(FakeModel(missing=0), batch_size=2, journal=Journal(path))
     assert {record.I for record in read_results(path)[1]} == {record.I for record in result.records}
     assert len(read_results(path)[1]) == len(result.records)
@@ -593,16 +604,16 @@ def test_without_resume_it_starts_anew(tmp_path):
         ({"dataset": FakeDataset(size=8)}, "images: 7 there, 8 now; queries: 13 there, 15 now"),
     ],
 )
-def test_other_results_are_refused_and_left_alone(tmp_path, changed, message):
+def test_results_of_another_evaluation_are_rejected_and_kept(tmp_path, changed, message):
     path = tmp_path / "fake_val.generate.jsonl"
-    killed_run(path, 1, batch_size=2, checkpoint="old")
+    interrupted_run(path, 1, batch_size=2, checkpoint="old")
     before = path.read_bytes()
     with pytest.raises(ValueError, match=f"{message}.*give another --output, or leave --resume out"):
         run(**{"batch_size": 2, "checkpoint": "old", "journal": Journal(path), "resume": True} | changed)
     assert path.read_bytes() == before
 
 
-def test_answers_to_other_annotations_are_refused(tmp_path, monkeypatch):
+def test_answers_to_other_annotations_are_rejected(tmp_path, monkeypatch):
     path = tmp_path / "fake_val.generate.jsonl"
     run(journal=Journal(path))
     before, read = path.read_bytes(), FakeDataset.__getitem__
@@ -618,7 +629,7 @@ def test_answers_to_other_annotations_are_refused(tmp_path, monkeypatch):
     assert path.read_bytes() == before
 
 
-def test_another_protocol_goes_on_from_the_same_answers(tmp_path):
+def test_another_protocol_resumes_from_the_same_answers(tmp_path):
     dataset = FakeDataset(absent=True, benchmark="grefcoco")
     options = {"dataset": dataset, "mode": "teacher_forced", "journal": Journal(tmp_path / "a.jsonl")}
     run(FakeModel(reject_below=40), protocol="gsva", **options)
@@ -629,7 +640,7 @@ def test_another_protocol_goes_on_from_the_same_answers(tmp_path):
 # -- missing images ----------------------------------------------------------------------------------------------------
 
 
-def test_missing_images_are_counted_beside_every_number(tmp_path):
+def test_the_number_of_missing_images_is_beside_every_metric(tmp_path):
     dataset = FakeDataset(broken=(1, 5), unusable=["fake/9.json is damaged"])
     result = run(
         FakeModel(noisy=True), dataset, allow_missing=True, batch_size=2, controls=["shuffled_prompts"],
@@ -647,7 +658,7 @@ def test_missing_images_are_counted_beside_every_number(tmp_path):
     assert len(again.records) == len(result.records)
 
 
-def test_nothing_but_missing_images():
+def test_a_split_without_readable_images_is_an_error():
     with pytest.raises(ValueError, match="2 images cannot be evaluated"):
         run(dataset=FakeDataset(size=2, broken=(0, 1)), allow_missing=True)
 
@@ -655,7 +666,7 @@ def test_nothing_but_missing_images():
 # -- tables and pictures -----------------------------------------------------------------------------------------------
 
 
-def test_the_table_names_everything():
+def test_the_table_shows_results_controls_and_groups():
     result = run(dataset=FakeDataset(size=5), controls=["shuffled_prompts"], layer_policy="mc:4")
     table = format_table([result.summary, run(dataset=FakeDataset(benchmark="grefcoco", absent=True)).summary])
     lines = table.splitlines()
@@ -663,7 +674,7 @@ def test_the_table_names_everything():
                                 "N-acc", "T-acc"]  # fmt: skip
     assert lines[2].split()[:5] == ["fake|val", "generate", "mc:4", "5", "9"]
     assert f"{result.metrics['gIoU']:.3f} [" in lines[2]
-    assert "control: shuffled prompts" in lines[3]
+    assert "control: prompts shuffled" in lines[3]
     assert "family: even" in lines[4]
     assert "1.000" in lines[6]  # N-acc of the second
 
@@ -671,18 +682,18 @@ def test_the_table_names_everything():
 def test_panels_run_from_the_worst_to_the_best():
     dataset, model = FakeDataset(size=9), FakeModel(noisy=True)
     result = run(model, dataset)
-    drawn = panels(model, FakeProcessor(), dataset, result.records, 4, InferenceOptions())
-    ious = [metrics.iou(record) for record, _ in drawn]
+    sample_panels = panels(model, FakeProcessor(), dataset, result.records, 4, InferenceOptions())
+    ious = [metrics.iou(record) for record, _ in sample_panels]
     everything = sorted(map(metrics.iou, result.records))
     assert ious == sorted(ious)
     assert (ious[0], ious[-1], len(ious)) == (everything[0], everything[-1], 4)
-    for record, panel in drawn:
+    for record, panel in sample_panels:
         assert panel.masks.sum() == record.P  # the same answer as the one that was scored
         assert panel.notes[0] == f"IoU {metrics.iou(record):.2f}"
     assert len(panels(model, FakeProcessor(), dataset, result.records, 99, InferenceOptions())) == len(result.records)
 
 
-def test_default_modes_are_the_papers():
+def test_default_modes_are_those_of_the_paper():
     names = ("ReasonSeg", "refcoco", "grefcoco", "fprefcoco+", "MultiReasonSeg")
     assert [BENCHMARKS[name].mode for name in names] == ["teacher_forced"] * 3 + ["generate"] * 2
 
@@ -707,9 +718,9 @@ def _evaluate_in_process(rank: int, world: int, store: str, out: str) -> None:
             pass
     journal = Journal(Path(out) / "fake_val.generate.jsonl")
     with pytest.raises(Killed):  # after images 0 and 1, 2 and 3
-        run(Mortal(2, noisy=True), batch_size=1, journal=journal)
+        run(KilledModel(2, noisy=True), batch_size=1, journal=journal)
     torch.distributed.barrier()
-    assert len(journal.parts()) == 1
+    assert len(journal.rank_files()) == 1
     torch.distributed.barrier()
     result = run(FakeModel(noisy=True), batch_size=2, journal=journal, resume=True)
     if rank == 0:
@@ -718,18 +729,18 @@ def _evaluate_in_process(rank: int, world: int, store: str, out: str) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_same_result_and_fail_and_go_on_together(tmp_path):
+def test_two_processes_give_the_same_result_and_fail_and_resume_together(tmp_path):
     torch.multiprocessing.spawn(_evaluate_in_process, (2, str(tmp_path / "store"), str(tmp_path)), nprocs=2)
     alone = run(FakeModel(noisy=True), batch_size=2, controls=["shuffled_prompts"])
     records = [vars(record) for record in alone.records]
     expected = json.loads(json.dumps({**alone.summary.to_dict(), "records": records}))
     for rank in (0, 1):
-        found = json.loads((tmp_path / f"{rank}.json").read_text())
-        assert found["settings"].pop("processes") == 2
-        for values in (found, expected):
+        result = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert result["settings"].pop("processes") == 2
+        for values in (result, expected):
             values.pop("seconds", None)
         expected["settings"].pop("processes", None)
-        assert found == expected
+        assert result == expected
         assert (tmp_path / f"{rank}.failed").exists()
     assert read_results(tmp_path / "fake_val.generate.jsonl")[1] == alone.records
     assert [path.name for path in tmp_path.glob("*rank*")] == []

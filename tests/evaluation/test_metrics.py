@@ -23,9 +23,9 @@ def blob(rng, share=0.4):
 def test_counts_agree_with_pycocotools(seed):
     rng = np.random.default_rng(seed)
     predicted, true = blob(rng), blob(rng)
-    both, either, p, g = metrics.count_pixels(predicted, true.astype(np.uint8))
+    intersection, union, p, g = metrics.count_pixels(predicted, true.astype(np.uint8))
     encoded = [coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8)) for mask in (predicted, true)]
-    assert both / either == pytest.approx(coco_mask.iou(encoded[:1], encoded[1:], [0])[0, 0])
+    assert intersection / union == pytest.approx(coco_mask.iou(encoded[:1], encoded[1:], [0])[0, 0])
     assert (p, g) == tuple(coco_mask.area(encoded))
 
 
@@ -190,20 +190,20 @@ def test_a_paired_difference_is_surer_than_two_intervals():
         assert 0 < low < gain < high
         assert high - low < 0.2 * np.diff(metrics.intervals(before, BENCHMARKS["refcoco"])[name])
     assert metrics.difference(before, before, BENCHMARKS["refcoco"]) == {"gIoU": (0, [0, 0]), "cIoU": (0, [0, 0])}
-    drawn = [metrics.resample(part, BENCHMARKS["refcoco"])["cIoU"] for part in (before, after)]
-    assert found["cIoU"][1] == np.percentile(drawn[1] - drawn[0], [2.5, 97.5]).tolist()
-    with pytest.raises(ValueError, match="1 of which only one has, the first: 'q' about image 29"):
+    resampled = [metrics.resample(part, BENCHMARKS["refcoco"])["cIoU"] for part in (before, after)]
+    assert found["cIoU"][1] == np.percentile(resampled[1] - resampled[0], [2.5, 97.5]).tolist()
+    with pytest.raises(ValueError, match="1 are in only one of them, the first: 'q' about image 29"):
         metrics.difference(before, after[:-1], BENCHMARKS["refcoco"])
 
 
 def test_resampling_agrees_with_an_evaluation_of_the_drawn_images():
     rng = np.random.default_rng(4)
     records = [make_record(blob(rng), blob(rng).astype(np.uint8), k // 2, str(k)) for k in range(10)]
-    drawn = np.random.default_rng(0).multinomial(5, np.full(5, 1 / 5), metrics.RESAMPLES)
+    resampled = np.random.default_rng(0).multinomial(5, np.full(5, 1 / 5), metrics.RESAMPLES)
     values = metrics.resample(records, BENCHMARKS["refcoco"])
     for number in range(20):
-        again = [record for record in records for _ in range(drawn[number, record.index])]
-        for name, value in metrics.compute(again, BENCHMARKS["refcoco"]).items():
+        repeated = [record for record in records for _ in range(resampled[number, record.index])]
+        for name, value in metrics.compute(repeated, BENCHMARKS["refcoco"]).items():
             assert values[name][number] == pytest.approx(value, rel=1e-12)
 
 

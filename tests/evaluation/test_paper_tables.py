@@ -1,4 +1,4 @@
-"""The paper's tables: its columns, filled from whatever was evaluated."""
+"""The paper's tables: their columns, filled from the benchmarks that were evaluated."""
 
 import csv
 
@@ -14,7 +14,7 @@ def make_summary(benchmark, metrics, breakdown=None, missing=0, mode="teacher_fo
     )
 
 
-def test_columns_are_the_papers():
+def test_columns_are_those_of_the_paper():
     found = {table.number: [heading for heading, _, _ in paper_tables.columns(table)] for table in TABLES}
     assert list(found) == [3, 4, 5, 12, 13]
     assert found[3][:3] == ["val overall gIoU", "val overall cIoU", "test short query gIoU"]
@@ -31,11 +31,11 @@ def test_columns_are_the_papers():
 
 
 def test_all_benchmarks_are_in_a_suite():
-    """Every data set that can be evaluated, but one's own, which needs a file."""
+    """All data sets that can be evaluated, except custom ones, which need a file."""
     suite = SUITES["all"]
     assert len(set(suite)) == len(suite)
-    known = {name for name, row in DATASETS.items() if TYPES[row.type].evaluate} - {"custom", "refclef"}
-    assert {spec.name for spec in suite} == known
+    evaluated = {name for name, row in DATASETS.items() if TYPES[row.type].evaluate} - {"custom", "refclef"}
+    assert {spec.name for spec in suite} == evaluated
     assert "R-refcocog|umd|test" in map(str, suite)
 
 
@@ -50,7 +50,7 @@ def test_parts_come_from_the_whole_split_unless_they_were_evaluated():
     assert table.rows[1][2:] == ["-", "-", "10.0", "20.0", "-", "-", "-", "-"]
 
 
-def test_each_way_of_asking_has_its_row(tmp_path):
+def test_each_setup_has_its_row(tmp_path):
     scores = {"gIoU": 0.72461, "cIoU": 0.6, "N-acc": 0.5, "T-acc": 0.9}
     summaries = [
         make_summary("grefcoco|unc|val", scores, protocol="gsva"),
@@ -75,5 +75,5 @@ def test_each_way_of_asking_has_its_row(tmp_path):
     assert paths[0].read_text().endswith("\n\nNot evaluated: x\n")
 
 
-def test_what_is_in_no_table_makes_none():
+def test_a_benchmark_without_a_table_gives_none():
     assert paper_tables.fill("ours", [make_summary("refzom|test", {"oIoU": 0.5})]) == []

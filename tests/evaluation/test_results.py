@@ -1,4 +1,4 @@
-"""Result files: what is written is read again, and what is not whole or not one evaluation is named."""
+"""Result files: round trip, and errors for truncated, damaged or mixed files."""
 
 import dataclasses
 import json
@@ -9,18 +9,34 @@ import pytest
 from utils.datasets.masks import decode_mask, encode_mask
 from utils.evaluation import metrics
 from utils.evaluation.metrics import Record
-from utils.evaluation.results import Journal, Origin, read_results, result_path, to_lines
+from utils.evaluation.results import Journal, Provenance, read_results, result_path, to_lines
 
-ORIGIN = Origin("grefcoco|unc|val", "generate", "argmax", 64, 0, "gsva", "abc", "float32", 3, 6)
+PROVENANCE = Provenance("grefcoco|unc|val", "generate", "argmax", 64, 0, "gsva", "abc", "float32", 3, 6)
 
 
 def make_record(index, query_id) -> Record:
     mask = np.random.default_rng(index).random((5, 6)) < 0.5
-    both, either, p, g = metrics.count_pixels(mask, np.ones((5, 6), np.uint8))
+    intersection, union, p, g = metrics.count_pixels(mask, np.ones((5, 6), np.uint8))
     text = 'line\u2028separator, "quotes" and \n newline, größer ✓'
     masks, meta = [encode_mask(mask)], {"targets": 1}
     return Record(
-        index, "a.jpg", "1", query_id, text, "q?", "[SEG]", [3], False, False, both, either, p, g, masks, meta, [[1, 2]]
+        index,
+        "a.jpg",
+        "1",
+        query_id,
+        text,
+        "q?",
+        "[SEG]",
+        [3],
+        False,
+        False,
+        intersection,
+        union,
+        p,
+        g,
+        masks,
+        meta,
+        [[1, 2]],
     )
 
 
@@ -31,29 +47,29 @@ def records():
 
 @pytest.fixture
 def path(tmp_path, records):
-    path = result_path(tmp_path, ORIGIN.spec, "generate")
-    path.write_text("".join(to_lines(ORIGIN, records)), encoding="utf-8")
+    path = result_path(tmp_path, PROVENANCE.spec, "generate")
+    path.write_text("".join(to_lines(PROVENANCE, records)), encoding="utf-8")
     return path
 
 
-def test_records_survive_the_file(path, records):
+def test_records_round_trip(path, records):
     assert path.name == "grefcoco_unc_val.generate.jsonl"
-    assert read_results(path) == (ORIGIN, records)
+    assert read_results(path) == (PROVENANCE, records)
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
     assert len(lines) == 6
     assert lines[0]["predicted_empty"] is False
     assert lines[0]["IoU"] == metrics.iou(records[0])
-    assert lines[0]["origin"] == dataclasses.asdict(ORIGIN)
+    assert lines[0]["origin"] == dataclasses.asdict(PROVENANCE)
     assert decode_mask(lines[0]["masks"][0]).sum() == records[0].P
 
 
-def test_a_cut_line_is_named(path, records):
+def test_a_truncated_line_is_named(path, records):
     path.write_bytes(path.read_bytes()[:-30])
     with pytest.raises(
-        ValueError, match=r"generate\.jsonl, line 6 is not a result .*it is cut: test.py --resume goes on"
+        ValueError, match=r"generate\.jsonl, line 6 is not a result .*it is cut off: test.py --resume continues"
     ):
         read_results(path)
-    assert read_results(path, may_be_cut=True) == (ORIGIN, records[:5])
+    assert read_results(path, allow_truncated=True) == (PROVENANCE, records[:5])
 
 
 @pytest.mark.parametrize(
@@ -62,7 +78,7 @@ def test_a_cut_line_is_named(path, records):
         (lambda lines: ["{}\n", *lines], "line 1 is not a result .*evaluate again"),
         (lambda lines: [lines[0][20:], *lines[1:]], "line 1 is not a result"),
         (lambda lines: [*lines, "[]\n"], "line 7 is not a result"),
-        (lambda lines: [*lines, lines[2]], "line 7: query 'a' of a.jpg is there twice"),
+        (lambda lines: [*lines, lines[2]], "line 7: query 'a' of a.jpg is a duplicate"),
         (lambda lines: [*lines[:5], lines[5].replace('"abc"', '"def"')], "line 6 is of another evaluation than line 1"),
         (lambda lines: [], "holds no results"),
     ],
@@ -75,29 +91,29 @@ def test_damaged_files_are_named(path, damage, message):
 
 
 def test_a_journal_leaves_out_the_last_image_of_an_unfinished_file(path, records):
-    assert Journal(path).read(ORIGIN) == records
-    path.write_text("".join(to_lines(ORIGIN, records[:5])), encoding="utf-8")
-    assert Journal(path).read(ORIGIN) == records[:4]
+    assert Journal(path).read(PROVENANCE) == records
+    path.write_text("".join(to_lines(PROVENANCE, records[:5])), encoding="utf-8")
+    assert Journal(path).read(PROVENANCE) == records[:4]
 
 
-def test_a_journal_joins_the_files_of_all_processes(path, records):
+def test_a_journal_merges_the_files_of_all_processes(path, records):
     journal = Journal(path)
     part = path.with_name("grefcoco_unc_val.generate.rank_1.jsonl")
-    path.write_text("".join(to_lines(ORIGIN, records[:3])), encoding="utf-8")
-    part.write_text("".join(to_lines(ORIGIN, [*records[:2], *records[4:]])), encoding="utf-8")
-    assert journal.parts() == [part]
-    assert journal.read(ORIGIN) == records[:2]  # both files' last image is asked again
+    path.write_text("".join(to_lines(PROVENANCE, records[:3])), encoding="utf-8")
+    part.write_text("".join(to_lines(PROVENANCE, [*records[:2], *records[4:]])), encoding="utf-8")
+    assert journal.rank_files() == [part]
+    assert journal.read(PROVENANCE) == records[:2]  # the last image of both files is predicted again
     other = dataclasses.replace(records[0], I=0)
-    part.write_text("".join(to_lines(ORIGIN, [other, records[4]])), encoding="utf-8")
+    part.write_text("".join(to_lines(PROVENANCE, [other, records[4]])), encoding="utf-8")
     with pytest.raises(ValueError, match="has another answer in another file"):
-        journal.read(ORIGIN)
-    journal.replace(ORIGIN, records)
+        journal.read(PROVENANCE)
+    journal.replace(PROVENANCE, records)
     assert not part.exists()
-    assert read_results(path) == (ORIGIN, records)
+    assert read_results(path) == (PROVENANCE, records)
 
 
-def test_nothing_to_go_on_from(tmp_path):
+def test_nothing_to_resume_from(tmp_path):
     journal = Journal(tmp_path / "a.jsonl")
-    assert journal.read(ORIGIN) == []
+    assert journal.read(PROVENANCE) == []
     (tmp_path / "a.jsonl").write_text('{"index": 0, "ima')  # killed while the first line was written
-    assert journal.read(ORIGIN) == []
+    assert journal.read(PROVENANCE) == []

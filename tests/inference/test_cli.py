@@ -22,7 +22,7 @@ from utils.datasets.masks import decode_mask
 from utils.evaluation import metrics
 from utils.evaluation.benchmarks import BENCHMARKS
 from utils.evaluation.metrics import Record
-from utils.evaluation.results import Origin, Result, read_results, summarize
+from utils.evaluation.results import Provenance, Result, read_results, summarize
 
 # -- chat.py, one answer -----------------------------------------------------------------------------------------------
 
@@ -165,7 +165,7 @@ def test_evaluation_writes_what_it_prints(capsys, version, val_data, tmp_path):
             assert metrics.compute(records, BENCHMARKS["ReasonSeg"]) == summary["metrics"]
             assert f"{summary['metrics']['gIoU']:.3f} [" in out
             assert len(list((out_dir / f"{name}.overlays").iterdir())) == count
-    assert "control: shuffled prompts" in out
+    assert "control: prompts shuffled" in out
 
 
 def test_default_mode_and_limit(capsys, version, val_data, tmp_path):
@@ -221,8 +221,8 @@ def test_the_suite_is_printed_as_the_papers_tables(capsys, version, val_data, tm
     row = f"| {100 * summary['metrics']['gIoU']:.1f} | {100 * summary['metrics']['cIoU']:.1f} | - | - | - | - | - | - |"
     assert row in out
     assert row in (tmp_path / "out" / "tables.md").read_text()
-    assert (tmp_path / "out" / "table_3.csv").read_text().startswith("Method,asked,val overall gIoU")
-    assert "Not evaluated, the data are not there: ReasonSeg|test, refcoco|unc|val" in out
+    assert (tmp_path / "out" / "table_3.csv").read_text().startswith("Method,setup,val overall gIoU")
+    assert "Not evaluated, data not found: ReasonSeg|test, refcoco|unc|val" in out
     assert "not evaluated: refcoco|unc|val: no refs (looked in" in err  # why
     muse = val_data / "multi_reason_seg" / "MultiReasonSeg" / "MUSE_val.json"
     muse.parent.mkdir(parents=True)
@@ -283,7 +283,7 @@ def test_kill_and_resume(capsys, version, val_data, tmp_path):
     process.kill()
     process.wait()
     path.write_bytes(path.read_bytes()[:-30])
-    with pytest.raises(ValueError, match=r"it is cut: test\.py --resume goes on"):
+    with pytest.raises(ValueError, match=r"it is cut off: test\.py --resume continues"):
         read_results(path)
     assert evaluate(capsys, version, val_data, tmp_path / "out", "ReasonSeg|val", *more, "--resume")[0] == 0
     assert path.read_bytes() == answers(tmp_path / "whole", "generate").read_bytes()
@@ -320,15 +320,17 @@ def test_a_pattern_that_matches_nothing_is_named(capsys, tmp_path):
 
 def make_result(protocol="gsva", mode="generate", **values) -> Result:
     """gRefCOCO, two images, each with a target of 5 pixels that was rejected although 4 of them were found."""
-    origin = replace(Origin("grefcoco|unc|val", mode, "argmax", 64, 0, protocol, "abc", "float32", 2, 2), **values)
+    provenance = replace(
+        Provenance("grefcoco|unc|val", mode, "argmax", 64, 0, protocol, "abc", "float32", 2, 2), **values
+    )
     found = 0 if mode == "generate" else 4
     records = [
         Record(k, f"{k}.jpg", f"{k}", "1", "x", "x?", "no", [], True, False, I=found, U=5, P=found, G=5, masks=[])
         for k in range(2)
     ]
-    summary = summarize(origin, records)
+    summary = summarize(provenance, records)
     summary.counts |= {"skipped": 0, "missing": 0}
-    return Result(summary, records, origin)
+    return Result(summary, records, provenance)
 
 
 def test_written_rejections_that_an_older_version_labelled_gsva_are_read(capsys, tmp_path):
@@ -375,7 +377,7 @@ def test_results_that_were_asked_differently_are_compared_with_a_word(capsys, tm
     assert "a was evaluated by gsva, b by grefcoco; both are scored by grefcoco" in out
     assert re.search(r"^gIoU +0\.0000 +0\.0000", out, re.M)
     code, _, err = run(capsys, compare, files["a"], files["c"])
-    assert (code, "was asked by teacher_forced" in err, "by generate; compare one mode" in err) == (2, True, True)
+    assert (code, "is in mode teacher_forced" in err, "in mode generate; compare one mode" in err) == (2, True, True)
 
 
 def test_folders_are_compared_with_what_was_asked_and_what_is_missing(capsys, tmp_path):

@@ -69,17 +69,17 @@ def test_sheet_of_any_image_size(size):
     assert picture.shape[1] < 2500
 
 
-def test_sheet_without_truth_and_maps_says_none():
+def test_sheet_without_truth_and_maps_shows_none():
     full = sheet([make_panel()])
     bare = make_panel()
     bare.truth = bare.similarities = None
-    both = sheet([make_panel(), bare])
-    assert both.shape[1] == full.shape[1]
-    assert not np.array_equal(both[-full.shape[0] // 2 :], full[-full.shape[0] // 2 :])
+    mixed = sheet([make_panel(), bare])
+    assert mixed.shape[1] == full.shape[1]
+    assert not np.array_equal(mixed[-full.shape[0] // 2 :], full[-full.shape[0] // 2 :])
     assert sheet([bare]).shape[1] < full.shape[1] - 200  # no sample has a map: no column for it
 
 
-def test_deviations_have_a_column_where_there_are_any():
+def test_deviations_have_a_column_only_if_a_sample_has_any():
     plain, uncertain = make_panel(), make_panel()
     uncertain.deviations = 0.5 * uncertain.similarities
     wide = sheet([plain, uncertain])
@@ -118,7 +118,7 @@ def test_pictures_are_saved_without_loss(tmp_path):
         assert np.array_equal(np.array(image), mask)
 
 
-def test_places_to_show_run_from_the_first_to_the_last():
+def test_evenly_spaced_indices_run_from_the_first_to_the_last():
     assert overlays.evenly_spaced(10, 4) == [0, 3, 6, 9]
     assert overlays.evenly_spaced(3, 5) == [0, 1, 2]
     assert overlays.evenly_spaced(7, 1) == [0]

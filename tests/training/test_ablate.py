@@ -11,7 +11,7 @@ from drawn_records import SHAPE, make_record
 
 from scripts import ablate
 from utils.config import load_config
-from utils.evaluation.results import Origin, Result, summarize
+from utils.evaluation.results import Provenance, Result, summarize
 from utils.plotting.charts import layer_curves, running_mean, training_curves
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -58,8 +58,8 @@ def write_results(folder: Path, hit: int) -> None:
         predicted[0, : hit - index] = True
         records.append(make_record(predicted, target, index))
     for split in ("val_short", "val_long"):
-        origin = Origin(f"ReasonSeg|{split}", "generate", "argmax", 64, 0, "", "abc", "float32", 2, 2)
-        Result(summarize(origin, records), records, origin).save(folder)
+        provenance = Provenance(f"ReasonSeg|{split}", "generate", "argmax", 64, 0, "", "abc", "float32", 2, 2)
+        Result(summarize(provenance, records), records, provenance).save(folder)
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Evaluation: asking a benchmark, scoring, results on disk, tables and figures.
+"""Evaluation: inference on a benchmark, scoring, results on disk, tables and figures.
 
 from model import load
 from utils.datasets import get_eval_dataset
@@ -19,7 +19,7 @@ __all__ = ["evaluate"]
 
 def __getattr__(name: str) -> Any:
     if name == "evaluate":
-        from utils.evaluation.engine import evaluate  # here: programs that read results alone load no model
+        from utils.evaluation.engine import evaluate  # deferred: reading results does not import the model
 
         return evaluate
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

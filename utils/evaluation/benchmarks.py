@@ -1,7 +1,7 @@
-"""How each benchmark is asked, scored and reported (evaluation.md): one row each.
+"""How each benchmark is queried, scored and reported (evaluation.md): one row each.
 
-A new benchmark is a row here and one in ``utils.datasets.DATASETS``. A data set without a row here is asked for one
-mask per query, teacher forced, and reports gIoU and cIoU.
+A new benchmark is a row here and one in ``utils.datasets.DATASETS``. The default for a data set
+without a row is one mask per query, teacher-forced, scored by gIoU and cIoU.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ FALSE_PREMISES = {"See": "presence", "Segment": "cIoU"}
 
 @dataclass(frozen=True)
 class PaperTable:
-    """One of the paper's tables of results.
+    """A table of results in the paper.
 
     Attributes:
         number, title: as in the paper.
-        metrics: a column each, for every split.
-        digits: after the point, in percent.
+        metrics: one column each, per split.
+        digits: decimals of a percentage.
     """
 
     number: int
@@ -36,7 +36,7 @@ class PaperTable:
 
 @dataclass(frozen=True)
 class Part:
-    """A split that is a group of another one: ``breakdown[key][group]`` of ``whole`` holds its numbers."""
+    """A split that is a group of another split: ``breakdown[key][group]`` of ``whole`` holds its metrics."""
 
     whole: str
     key: str
@@ -45,27 +45,27 @@ class Part:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """How one benchmark is asked, scored and reported.
+    """How one benchmark is queried, scored and reported.
 
     Attributes:
         name: of the data set, a key of ``utils.datasets.DATASETS``.
-        metrics: names that it reports -> their formulas, keys of ``utils.evaluation.metrics.METRICS``. With the layer
-            policy ``mc:T``, AURC and AUSE are added.
-        mode: the default way of asking, the paper's: ``generate`` or ``teacher_forced``.
-        asks: ``one mask`` per query, the union of its targets; ``joint question``: the same, but teacher forced, one
-            question and one answer list all queries of an image; ``instances``: one mask per target of a query,
-            matched with the predicted ones.
-        rejects: whether an answer may say that nothing is there.
-        protocols: mode -> the protocols that apply to it, the default first.
-        splits: what suites evaluate -> heading in ``table`` (empty if the benchmark is in none).
-        parts: splits that need no evaluation of their own.
-        table: the paper's table that reports it.
+        metrics: reported name -> formula, a key of ``utils.evaluation.metrics.METRICS``. The layer rule ``mc:T`` adds
+            AURC and AUSE.
+        mode: the paper's and the default: ``generate`` or ``teacher_forced``.
+        task: ``one mask`` per query, the union of its targets; ``joint question``: the same, but when teacher-forced,
+            one question and one answer list all queries of an image; ``instances``: one mask per target of a query,
+            matched to the predicted masks.
+        rejects: whether an answer may reject the query (the target is absent).
+        protocols: mode -> its protocols, the default first.
+        splits: split that suites evaluate -> its heading in ``table`` (empty without a table).
+        parts: splits that are computed from the evaluation of another split.
+        table: the paper's table that reports the benchmark.
     """
 
     name: str
     metrics: Mapping[str, str] = field(default_factory=lambda: IOU)
     mode: str = "teacher_forced"
-    asks: Literal["one mask", "joint question", "instances"] = "one mask"
+    task: Literal["one mask", "joint question", "instances"] = "one mask"
     rejects: bool = False
     protocols: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     splits: Mapping[str, str] = field(default_factory=dict)
@@ -76,19 +76,19 @@ class Benchmark:
         return Spec.parse(f"{self.name}|{split}")
 
     def is_joint(self, mode: str) -> bool:
-        """Whether one question and one answer are about all queries of an image."""
-        return self.asks == "joint question" and mode == "teacher_forced"
+        """Whether one question and one answer list all queries of an image."""
+        return self.task == "joint question" and mode == "teacher_forced"
 
-    def protocol(self, wanted: str | None = None, mode: str = "teacher_forced") -> str:
-        """The protocol that applies: ``wanted``, if the mode has it, else the mode's default; empty if it has none.
+    def protocol(self, requested: str | None = None, mode: str = "teacher_forced") -> str:
+        """The protocol to score by: ``requested`` if the mode supports it, else the mode's default (or empty).
 
         Raises:
-            ValueError: if no benchmark has such a protocol.
+            ValueError: for a protocol that no benchmark has.
         """
-        if wanted and wanted not in PROTOCOLS:
-            raise ValueError(f"unknown protocol {wanted!r}; use {' or '.join(PROTOCOLS)}")
-        known = self.protocols.get(mode, ())
-        return wanted if wanted and wanted in known else next(iter(known), "")
+        if requested and requested not in PROTOCOLS:
+            raise ValueError(f"unknown protocol {requested!r}; use {' or '.join(PROTOCOLS)}")
+        supported = self.protocols.get(mode, ())
+        return requested if requested and requested in supported else next(iter(supported), "")
 
 
 REASON_SEG = PaperTable(3, "ReasonSeg", ("gIoU", "cIoU"))
@@ -122,9 +122,9 @@ _ROWS = (
     Benchmark(
         "grefcoco",
         metrics=REJECTION,
-        asks="joint question",
+        task="joint question",
         rejects=True,
-        # a written rejection holds no [SEG] whose mask could be scored all the same
+        # A generated rejection has no [SEG], hence no mask that gsva could score.
         protocols={"teacher_forced": ("gsva", "grefcoco"), "generate": ("grefcoco",)},
         splits=dict(zip(_UNC, ("Validation Set", "Test Set A", "Test Set B"))),
         table=GREFCOCO,
@@ -132,7 +132,7 @@ _ROWS = (
     Benchmark(
         "MultiReasonSeg",
         mode="generate",
-        asks="instances",
+        task="instances",
         splits={
             "val": "Val overall",
             "test_few": "Test few targets",
@@ -156,7 +156,7 @@ _ROWS = (
     Benchmark(
         "refzom",
         metrics={"oIoU": "cIoU of targets", "mIoU": "gIoU of targets", "Acc": "N-acc"},
-        asks="joint question",
+        task="joint question",
         rejects=True,
         splits={"test": ""},
     ),
@@ -170,7 +170,7 @@ _ROWS = (
         )
         for which, splits in (("", _UNC), ("+", _UNC), ("g", _UMD))
     ),
-    Benchmark("custom", metrics=REJECTION, mode="generate", rejects=True),  # one's own data, as a user asks about them
+    Benchmark("custom", metrics=REJECTION, mode="generate", rejects=True),  # users' own data, queried as in chat
 )
 
 BENCHMARKS = {row.name: row for row in _ROWS}
@@ -178,7 +178,7 @@ PROTOCOLS = tuple(sorted({name for row in _ROWS for names in row.protocols.value
 
 
 def benchmark_of(spec: Spec) -> Benchmark:
-    """The row of a data set, or a plain one."""
+    """The benchmark of a data set; the default one for a data set without a row."""
     return BENCHMARKS.get(spec.name) or Benchmark(spec.name)
 
 
@@ -187,4 +187,4 @@ def _suite(in_table: bool) -> tuple[Spec, ...]:
     return tuple(row.spec(split) for row in rows for split in row.splits if split not in row.parts)
 
 
-SUITES = {"paper": _suite(True), "all": _suite(True) + _suite(False)}  # splits of the paper's tables, and all
+SUITES = {"paper": _suite(True), "all": _suite(True) + _suite(False)}  # the splits of the paper's tables; all splits

@@ -1,4 +1,4 @@
-"""What a score is compared with, to tell a model that reads the query from one that ignores it."""
+"""Controls: scores to compare with, which expose a model that ignores the query."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from model.structures import EvalSample
 from utils.datasets.base import EvalDataset
 from utils.datasets.spec import Spec
 
-CONTROLS = ("shuffled_prompts",)  # to be evaluated
-HEADINGS = {  # of all controls in a summary
+CONTROLS = ("shuffled_prompts",)  # those that are evaluated with the model
+HEADINGS = {  # key in a summary's "controls" -> heading in tables
     "shuffled_prompts": "prompts shuffled",
     "text_blind_all_objects": "all objects",
     "text_blind_random_object": "random object",
@@ -22,21 +22,21 @@ HEADINGS = {  # of all controls in a summary
 
 
 class ShuffledPrompts:
-    """A split in which each image is asked another image's queries, with its own truth kept.
+    """A split in which each image gets the queries of another image, but keeps its own ground truth.
 
-    A model that ignores the text scores here as on the split itself. Who asks whom is one cycle through all images, so
-    nobody keeps its own; an image with fewer queries than needed repeats them.
+    A model that ignores the text scores the same as on the split itself. The donors form one cycle through all images,
+    so no image keeps its own queries; a donor with too few queries repeats them.
     """
 
-    def __init__(self, dataset: EvalDataset, places: Sequence[int], seed: int = 0) -> None:
-        if len(places) < 2:
+    def __init__(self, dataset: EvalDataset, indices: Sequence[int], seed: int = 0) -> None:
+        if len(indices) < 2:
             raise ValueError(
-                f"{dataset.spec}: shuffled_prompts needs at least 2 images to exchange queries; there is {len(places)}"
+                f"{dataset.spec}: shuffled_prompts needs at least 2 images to exchange queries; there is {len(indices)}"
             )
         self.dataset, self.skipped = dataset, dataset.skipped
         self.spec = Spec.parse(f"{dataset.spec}, shuffled prompts")
         self.unusable, self.not_found = dataset.unusable, dataset.not_found
-        cycle = np.random.default_rng(seed).permutation(np.array(places))
+        cycle = np.random.default_rng(seed).permutation(np.array(indices))
         self.donor = dict(zip(cycle.tolist(), np.roll(cycle, -1).tolist()))
 
     def __len__(self) -> int:
@@ -47,18 +47,18 @@ class ShuffledPrompts:
         return self.dataset.num_queries
 
     def __getitem__(self, index: int) -> EvalSample:
-        sample, others = self.dataset[index], self.dataset[self.donor[index]].queries
+        sample, donated = self.dataset[index], self.dataset[self.donor[index]].queries
         queries = [
-            replace(query, text=other.text, is_sentence=other.is_sentence)
-            for query, other in ((query, others[k % len(others)]) for k, query in enumerate(sample.queries))
+            replace(query, text=donor.text, is_sentence=donor.is_sentence)
+            for query, donor in ((query, donated[k % len(donated)]) for k, query in enumerate(sample.queries))
         ]
         return replace(sample, queries=queries)
 
 
 def query_agnostic_baselines(dataset_dir: Path, spec: Spec) -> dict[str, dict[str, float]]:
-    """Scores of answers that ignore the query: ``{"text_blind_all_objects": {"gIoU": ...}, ...}``.
+    """Scores of the query-agnostic baselines: ``{"text_blind_all_objects": {"gIoU": ...}, ...}``.
 
-    Generated data come with these (``demo_data.json`` of scripts/make_demo_data.py); other data have none.
+    They come with generated data (``demo_data.json`` of scripts/make_demo_data.py); empty for other data.
     """
     path = Path(dataset_dir) / "demo_data.json"
     if not path.is_file():
@@ -72,6 +72,6 @@ def query_agnostic_baselines(dataset_dir: Path, spec: Spec) -> dict[str, dict[st
     names = {"text_blind_all_objects": "all", "text_blind_random_object": "random"}
     if len(rows) == 1:
         return {control: dict(rows[0][column]) for control, column in names.items()}
-    total = sum(row["queries"] for row in rows)  # a cIoU of parts says nothing about the whole
+    total = sum(row["queries"] for row in rows)  # cIoU cannot be pooled from the parts
     sums = {control: sum(row[column]["gIoU"] * row["queries"] for row in rows) for control, column in names.items()}
     return {control: {"gIoU": value / total} for control, value in sums.items()} if total else {}

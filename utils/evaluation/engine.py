@@ -1,8 +1,8 @@
 """One engine for every benchmark, shared by validation during training and by test.py.
 
-Each image is encoded once for all its questions. Ranks take images r, r + world, ... of the split, without padding or
-repeats; their records are gathered and every metric is computed from records alone (``utils.evaluation.metrics``), so
-the counting depends neither on the batch size nor on the number of processes (the model's arithmetic does, a little).
+Each image is encoded once for all its queries. Rank r takes images r, r + world, ... of the split, without padding or
+repeats. Records are gathered, and every metric is computed from records alone (``utils.evaluation.metrics``): counting
+depends neither on the batch size nor on the number of processes (the model's arithmetic does, a little).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from utils.evaluation.benchmarks import benchmark_of
 from utils.evaluation.controls import CONTROLS, ShuffledPrompts
 from utils.evaluation.metrics import Record
 from utils.evaluation.predictions import InferenceOptions, predict_queries, score
-from utils.evaluation.results import Journal, Origin, Result, summarize
+from utils.evaluation.results import Journal, Provenance, Result, summarize
 
 
 @dataclass(frozen=True)
@@ -35,18 +35,17 @@ class RunOptions:
     """How an evaluation runs.
 
     Attributes:
-        batch_size: images per call of the model.
+        batch_size: images per forward pass.
         workers: processes that load images in the background; 0 = none.
-        limit: only the first so many images.
-        protocol: of gRefCOCO, teacher forced: ``grefcoco`` or ``gsva``; None = as the paper reports it.
-        controls: ``shuffled_prompts`` asks each image the queries of another one, scored against its own truth.
-        checkpoint: the fingerprint of the weights, to know their results by.
-        quantize: how the layers were quantized, ``8bit``; empty = not. Results of the one are not gone on from as the
-            other.
-        journal: where answers are kept while it runs; None = nowhere.
-        resume: go on from the journal's answers.
-        allow_missing: leave out images that cannot be read, and say how many.
-        progress: show a bar (on rank 0).
+        limit: number of images, the first ones of the split; None = all.
+        protocol: of teacher-forced gRefCOCO: ``grefcoco`` or ``gsva``; None = as the paper reports it.
+        controls: ``shuffled_prompts`` gives each image the queries of another one, scored against its own ground truth.
+        checkpoint: fingerprint of the weights, part of the results' provenance.
+        quantize: quantization of the layers, such as ``8bit``; empty = none. Part of the provenance, too.
+        journal: keeps the answers on disk during the evaluation; None = off.
+        resume: continue from the journal's answers.
+        allow_missing: leave out images that cannot be read, and report their number.
+        progress: show a progress bar (on rank 0).
     """
 
     batch_size: int = 4
@@ -75,11 +74,12 @@ def evaluate(
     options: InferenceOptions | None = None,
     run: RunOptions | None = None,
 ) -> Result:
-    """Asks every query of a split and scores the answers. All ranks must call it; all get the whole result.
+    """Evaluates a model on all queries of a split. Collective: all ranks must call it; all get the whole result.
 
     Args:
         model, processor: of ``model.load``.
-        options: how the model is asked; run: how the evaluation runs.
+        options: how answers are predicted.
+        run: how the evaluation runs.
 
     Raises:
         ValueError: listing the images that cannot be read; for an unknown layer policy or protocol; for a journal of
@@ -88,15 +88,15 @@ def evaluate(
     options, run = options or InferenceOptions(), run or RunOptions()
     size = min(len(dataset), run.limit or len(dataset))
     if "shuffled_prompts" in run.controls:
-        ShuffledPrompts(dataset, range(size), options.seed)  # raises, if it has to, before hours of work
-    origin, runner = origin_of(model, dataset, options, run), EvalRunner(model, processor, options, run)
+        ShuffledPrompts(dataset, range(size), options.seed)  # raises before hours of work rather than after
+    provenance, runner = provenance_of(model, dataset, options, run), EvalRunner(model, processor, options, run)
     started = time.perf_counter()
-    kept = run.journal.read(origin) if run.journal and run.resume else []
-    distributed.raise_on_all_ranks(_changed(dataset, kept))
-    records, unread = runner.gather(dataset, range(size), kept, origin, run.journal)
-    missing = [*dataset.unusable, *unread]
+    resumed = run.journal.read(provenance) if run.journal and run.resume else []
+    distributed.raise_on_all_ranks(_annotation_change(dataset, resumed))
+    records, unreadable = runner.gather(dataset, range(size), resumed, provenance, run.journal)
+    missing = [*dataset.unusable, *unreadable]
     summary = replace(
-        summarize(origin, records),
+        summarize(provenance, records),
         skipped=list(dataset.skipped),
         missing=missing,
         limit=run.limit,
@@ -110,16 +110,17 @@ def evaluate(
     )
     summary.counts |= {"skipped": len(dataset.skipped), "missing": len(missing)}
     if "shuffled_prompts" in run.controls:
-        places = sorted({record.index for record in records})
-        answers, _ = runner.gather(ShuffledPrompts(dataset, places, options.seed), places)
-        summary.controls["shuffled_prompts"] = metrics.compute(answers, benchmark_of(dataset.spec), origin.protocol)
-    return Result(summary, records, origin)
+        indices = sorted({record.index for record in records})
+        control_records, _ = runner.gather(ShuffledPrompts(dataset, indices, options.seed), indices)
+        benchmark = benchmark_of(dataset.spec)
+        summary.controls["shuffled_prompts"] = metrics.compute(control_records, benchmark, provenance.protocol)
+    return Result(summary, records, provenance)
 
 
-def origin_of(model, dataset: EvalDataset, options: InferenceOptions, run: RunOptions) -> Origin:
-    """What the answers depend on."""
+def provenance_of(model, dataset: EvalDataset, options: InferenceOptions, run: RunOptions) -> Provenance:
+    """What the answers of an evaluation depend on."""
     precision = str(model.dtype).removeprefix("torch.")
-    return Origin(
+    return Provenance(
         benchmark=str(dataset.spec),
         mode=options.mode,
         layer_policy=options.layer_policy,
@@ -133,12 +134,12 @@ def origin_of(model, dataset: EvalDataset, options: InferenceOptions, run: RunOp
     )
 
 
-# -- images and answers ------------------------------------------------------------------------------------------------
+# -- predictions -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class EvalRunner:
-    """Everything about an evaluation but the data. See ``evaluate``."""
+    """Model and options of an evaluation, to be run on any data. See ``evaluate``."""
 
     model: Any
     processor: Any
@@ -148,83 +149,84 @@ class EvalRunner:
     def gather(
         self,
         dataset: EvalDataset,
-        places: Sequence[int],
-        kept: Sequence[Record] = (),
-        origin: Origin | None = None,
+        indices: Sequence[int],
+        resumed: Sequence[Record] = (),
+        provenance: Provenance | None = None,
         journal: Journal | None = None,
     ) -> tuple[list[Record], list[str]]:
-        """The records of the images at ``places``, from all ranks, in the split's order; and the images without any.
+        """Records of the images at ``indices``, from all ranks, in the split's order; errors of unreadable images.
 
         Args:
-            kept: answers that are there already. A batch of which any image lacks one is asked as a whole, so that the
+            resumed: records of an interrupted evaluation. An incomplete batch is predicted as a whole, so that the
                 model computes exactly what it would have without the interruption.
-            origin, journal: keep the answers on disk meanwhile.
+            provenance, journal: keep the records on disk meanwhile.
         """
-        done = {record.index for record in kept}
-        todo = [[batch for batch in own if not done.issuperset(batch)] for own in self._batches(places)]
-        wanted = set(places) - {place for own in todo for batch in own for place in batch}
-        kept = [record for record in kept if record.index in wanted]
-        if journal is not None and origin is not None:
-            journal.start(origin, kept)
-        records, errors = self._ask(dataset, todo[distributed.rank()], journal)
+        done = {record.index for record in resumed}
+        pending = [[batch for batch in share if not done.issuperset(batch)] for share in self._batches(indices)]
+        complete = set(indices) - {index for share in pending for batch in share for index in batch}
+        resumed = [record for record in resumed if record.index in complete]
+        if journal is not None and provenance is not None:
+            journal.start(provenance, resumed)
+        records, errors = self._predict(dataset, pending[distributed.rank()], journal)
         if journal is not None:
             journal.close()
-        unread = dict(sorted((place, text) for part in distributed.all_gather(errors) for place, text in part.items()))
-        stop = unread and (not self.run.allow_missing or len(unread) == len(places))
-        distributed.raise_on_all_ranks(_unreadable(dataset.spec, list(unread.values())) if stop else None)
-        records = [*kept, *(record for part in distributed.all_gather(records) for record in part)]
+        unreadable = dict(sorted(item for part in distributed.all_gather(errors) for item in part.items()))
+        stop = unreadable and (not self.run.allow_missing or len(unreadable) == len(indices))
+        distributed.raise_on_all_ranks(_unreadable(dataset.spec, list(unreadable.values())) if stop else None)
+        records = [*resumed, *(record for part in distributed.all_gather(records) for record in part)]
         records.sort(key=lambda record: record.index)  # stable: an image's queries keep their order
-        _check_complete(dataset, records, set(places) - set(unread))
-        return records, list(unread.values())
+        _check_complete(dataset, records, set(indices) - set(unreadable))
+        return records, list(unreadable.values())
 
-    def _batches(self, places: Sequence[int]) -> list[list[list[int]]]:
-        """The places of every batch of every rank."""
+    def _batches(self, indices: Sequence[int]) -> list[list[list[int]]]:
+        """Image indices, as [rank][batch][image]."""
         world, size = distributed.world_size(), self.run.batch_size
-        shares = [places[rank::world] for rank in range(world)]
+        shares = [indices[rank::world] for rank in range(world)]
         return [[list(share[k : k + size]) for k in range(0, len(share), size)] for share in shares]
 
-    def _ask(
+    def _predict(
         self, dataset: EvalDataset, batches: Sequence[list[int]], journal: Journal | None
     ) -> tuple[list[Record], dict[int, str]]:
-        """This rank's records, and what is wrong with the images that cannot be read, by their places."""
-        own = torch.Generator()  # a loader draws a number at its start: not from a training run's state
+        """This rank's records; image index -> error of the images that cannot be read."""
+        generator = torch.Generator()  # the loader samples a seed; it must not advance a training run's random state
         loader = DataLoader(
-            _Reader(dataset), batch_sampler=batches, collate_fn=list, num_workers=self.run.workers, generator=own
+            _Reader(dataset), batch_sampler=batches, collate_fn=list, num_workers=self.run.workers, generator=generator
         )
         records: list[Record] = []
         errors: dict[int, str] = {}
-        pace = 0.1 if sys.stderr.isatty() else 15  # a log file wants few lines
-        name, hide = f"{dataset.spec} ({self.options.mode})", not distributed.is_main() or not self.run.progress
-        with tqdm(total=sum(map(len, batches)), desc=name, unit="image", mininterval=pace, disable=hide) as bar:
+        interval = 0.1 if sys.stderr.isatty() else 15  # few lines in a log file
+        name, hidden = f"{dataset.spec} ({self.options.mode})", not distributed.is_main() or not self.run.progress
+        with tqdm(total=sum(map(len, batches)), desc=name, unit="image", mininterval=interval, disable=hidden) as bar:
             for batch, items in zip(batches, loader, strict=True):
-                errors |= {place: str(item) for place, item in zip(batch, items) if isinstance(item, ValueError)}
-                if not errors or self.run.allow_missing:  # else the others are only looked at, to list all missing ones
-                    found = [place for place in batch if place not in errors]
-                    fresh = self._score(dataset, found, [item for item in items if not isinstance(item, ValueError)])
-                    records += fresh
+                errors |= {index: str(item) for index, item in zip(batch, items) if isinstance(item, ValueError)}
+                if not errors or self.run.allow_missing:  # else only read, to list all missing ones
+                    readable = [index for index in batch if index not in errors]
+                    samples = [item for item in items if not isinstance(item, ValueError)]
+                    scored = self._score(dataset, readable, samples)
+                    records += scored
                     if journal is not None:
-                        journal.add(fresh)
+                        journal.add(scored)
                 bar.update(len(items))
         return records, errors
 
-    def _score(self, dataset: EvalDataset, places: Sequence[int], samples: Sequence[EvalSample]) -> list[Record]:
-        """The records of a batch."""
+    def _score(self, dataset: EvalDataset, indices: Sequence[int], samples: Sequence[EvalSample]) -> list[Record]:
+        """Predicts and scores a batch."""
         if not samples:
             return []
         benchmark = benchmark_of(dataset.spec)
-        predictions = predict_queries(self.model, self.processor, samples, places, benchmark, self.options)
+        predictions = predict_queries(self.model, self.processor, samples, indices, benchmark, self.options)
         return [
-            score(place, sample, query, prediction, benchmark)
-            for place, sample, row in zip(places, samples, predictions, strict=True)
+            score(index, sample, query, prediction, benchmark)
+            for index, sample, row in zip(indices, samples, predictions, strict=True)
             for query, prediction in zip(sample.queries, row, strict=True)
         ]
 
 
-# -- reading -----------------------------------------------------------------------------------------------------------
+# -- reading and checks ------------------------------------------------------------------------------------------------
 
 
 class _Reader(Dataset):
-    """Reads images; what cannot be read comes back as its error, so that all of them can be listed."""
+    """Returns errors instead of raising them, so that all unreadable images can be listed."""
 
     def __init__(self, dataset: EvalDataset) -> None:
         self.dataset = dataset
@@ -239,44 +241,44 @@ class _Reader(Dataset):
             return error
 
 
-def _unreadable(spec: Spec, errors: Sequence[str], most: int = 10) -> str:
-    """The list of images that stops an evaluation."""
-    shown = "".join(f"\n  {error}" for error in errors[:most])
-    more = f"\n  and {len(errors) - most} more" if len(errors) > most else ""
+def _unreadable(spec: Spec, errors: Sequence[str], max_shown: int = 10) -> str:
+    """The error message that lists the unreadable images."""
+    shown = "".join(f"\n  {error}" for error in errors[:max_shown])
+    more = f"\n  and {len(errors) - max_shown} more" if len(errors) > max_shown else ""
     return (
         f"{spec}: {len(errors)} images cannot be evaluated, which would change the result (test.py --allow_missing "
-        f"leaves them out and says how many):{shown}{more}"
+        f"leaves them out and reports their number):{shown}{more}"
     )
 
 
-def _changed(dataset: EvalDataset, kept: Sequence[Record], most: int = 20) -> str | None:
-    """What is wrong with kept answers, if annotations were changed meanwhile; looks at about ``most`` of the images."""
-    found: dict[int, list[tuple[str, str, bool]]] = {}
-    for record in kept:
-        found.setdefault(record.index, []).append((record.query_id, record.query, record.expected_empty))
-    places = sorted(found)
-    for place in places[:: max(1, len(places) // most)]:
+def _annotation_change(dataset: EvalDataset, resumed: Sequence[Record], num_checked: int = 20) -> str | None:
+    """The error message if annotations changed since the interruption; checks about ``num_checked`` images."""
+    answered: dict[int, list[tuple[str, str, bool]]] = {}
+    for record in resumed:
+        answered.setdefault(record.index, []).append((record.query_id, record.query, record.expected_empty))
+    indices = sorted(answered)
+    for index in indices[:: max(1, len(indices) // num_checked)]:
         try:
-            sample = dataset[place]
-        except ValueError:  # it could be read then
+            sample = dataset[index]
+        except ValueError:  # readable when it was answered: its records stand
             continue
-        if found[place] != [(query.query_id, query.text, len(query.masks) == 0) for query in sample.queries]:
+        if answered[index] != [(query.query_id, query.text, len(query.masks) == 0) for query in sample.queries]:
             return (
-                f"{sample.source} has other queries now than those that were answered; the annotations were changed: "
+                f"{sample.source} has other queries now than those that were answered: the annotations have changed; "
                 "leave --resume out"
             )
     return None
 
 
-def _check_complete(dataset: EvalDataset, records: Sequence[Record], places: set[int]) -> None:
-    """A sample that is missing or there twice would silently change the result."""
+def _check_complete(dataset: EvalDataset, records: Sequence[Record], indices: set[int]) -> None:
+    """Rejects missing and duplicate records, which would silently change the result."""
     seen = Counter((record.index, record.query_id) for record in records)
-    twice = [key for key, count in seen.items() if count > 1]
-    missing = places - {record.index for record in records}
-    if twice or missing:
+    duplicates = [key for key, count in seen.items() if count > 1]
+    missing = indices - {record.index for record in records}
+    if duplicates or missing:
         raise ValueError(
             f"{dataset.spec}: images without a record: {sorted(missing)[:5]}; (image, query) with several: "
-            f"{twice[:5]}. Query ids must be unique within an image"
+            f"{duplicates[:5]}. Query ids must be unique within an image"
         )
-    if len(places) == len(dataset) and len(records) != dataset.num_queries:
+    if len(indices) == len(dataset) and len(records) != dataset.num_queries:
         raise ValueError(f"{dataset.spec}: {len(records)} records for {dataset.num_queries} queries")

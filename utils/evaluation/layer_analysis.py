@@ -1,7 +1,7 @@
-"""What every layer of a model does on a split: masks with it forced, similarity maps against the truth, the policy.
+"""Per-layer analysis of a model on a split: masks with each layer forced, similarity maps, the policy.
 
-LLaVA reads an image once, and SAM's encoder too; then each layer, and each way of prompting, costs a mask decode.
-Questions and scores are ``utils.evaluation.predictions``': a figure here is what test.py prints with ``--layer K``.
+Each image passes LLaVA and SAM's encoder once; each layer, and each combination of prompts, then costs one mask decode.
+Questions and scores are those of ``utils.evaluation.predictions``, so numbers equal test.py's with ``--layer K``.
 
 Legend: N [SEG] tokens of a query, L hidden states (0 = embeddings), P image tokens, H x W the image's size.
 """
@@ -29,14 +29,14 @@ from utils.evaluation.benchmarks import IOU, Benchmark, benchmark_of
 from utils.evaluation.metrics import Record
 from utils.evaluation.predictions import InferenceOptions, QueryPrediction, by_query, score, turns_of
 
-THRESHOLDS = (np.arange(1, 100) / 100).astype(np.float32)  # of M_IoU: 0.01 to 0.99
-ROWS = ("chosen", "last")  # layers of Table 2: the policy's, and what earlier work reads
-COLUMNS = ("M_prompt", "M_IoU", "SEG_prompt")  # of Table 2
+THRESHOLDS = (np.arange(1, 100) / 100).astype(np.float32)  # for M_IoU: 0.01 to 0.99
+LAYER_ROWS = ("chosen", "last")  # layers of Table 2: the policy's choice, and the last one, as in earlier work
+TABLE_2_COLUMNS = ("M_prompt", "M_IoU", "SEG_prompt")
 
 
 @dataclass
-class Token:
-    """One [SEG]: [L] policy, and [L] its maps' losses against the soft truth (NaN where nothing is there)."""
+class SegToken:
+    """One [SEG]: policy [L], and losses [L] of its maps against the soft ground truth (NaN for an absent target)."""
 
     policy: np.ndarray
     map_loss: np.ndarray
@@ -44,24 +44,25 @@ class Token:
     @property
     def entropy(self) -> float:
         """Of the policy, in nats."""
-        likely = self.policy[self.policy > 0].astype(np.float64)
-        return float(-(likely * np.log(likely)).sum())
+        p = self.policy[self.policy > 0].astype(np.float64)
+        return float(-(p * np.log(p)).sum())
 
 
 @dataclass
 class Study:
-    """A checkpoint on a split.
+    """The analysis of a checkpoint on a split.
 
     Attributes:
-        chosen: the answers as the model gives them, in the split's order; tokens: the [SEG] of each.
+        records: the model's own answers (layers chosen by its rule), in the split's order.
+        tokens: the [SEG] tokens of each answer.
         by_layer: [L] lists of answers with that layer forced.
-        maps_by_layer: [L] lists of M_IoU answers, the layer's map cut at its best threshold; targets that are there.
-        table: (column, row) of Table 2 -> answers; targets that are there.
+        maps_by_layer: [L] lists of M_IoU answers, the layer's map at its best threshold; present targets only.
+        table: (column, row) of Table 2 -> answers; present targets only.
     """
 
     benchmark: Benchmark
-    chosen: list[Record] = field(default_factory=list)
-    tokens: list[list[Token]] = field(default_factory=list)
+    records: list[Record] = field(default_factory=list)
+    tokens: list[list[SegToken]] = field(default_factory=list)
     by_layer: list[list[Record]] = field(default_factory=list)
     maps_by_layer: list[list[Record]] = field(default_factory=list)
     table: dict[tuple[str, str], list[Record]] = field(default_factory=lambda: defaultdict(list))
@@ -71,31 +72,35 @@ class Study:
         return len(self.by_layer)
 
     def scores(self, records: Sequence[Record]) -> dict[str, float]:
-        """gIoU and cIoU, under these names; absent where the benchmark has no such metric."""
-        found = metrics.compute(records, self.benchmark)
-        names = {of.removesuffix(" of targets"): name for name, of in self.benchmark.metrics.items()}
-        return {ours: found[names[ours]] for ours in IOU if names.get(ours) in found}
+        """gIoU and cIoU, under these names; absent if the benchmark has no such metric."""
+        values = metrics.compute(records, self.benchmark)
+        names = {formula.removesuffix(" of targets"): name for name, formula in self.benchmark.metrics.items()}
+        return {formula: values[names[formula]] for formula in IOU if names.get(formula) in values}
 
     def map_loss(self) -> np.ndarray:
-        """[L] means over the [SEG] of targets that are there (Fig. 2b)."""
+        """[L] means over the [SEG] of present targets (Fig. 2b)."""
         losses = np.array([token.map_loss for row in self.tokens for token in row]).reshape(-1, self.num_layers)
         losses = losses[~np.isnan(losses).any(1)]
         return losses.mean(0) if len(losses) else np.full(self.num_layers, np.nan)
 
     def groups(self) -> dict[tuple[str, str], list[int]]:
-        """(key, group) -> places of its queries: all of them, then by every key of their meta with several values."""
-        found = {("all", self.benchmark.name): list(range(len(self.chosen)))}
+        """(key, group) -> indices of its queries: all queries, then by every key of their meta with several values."""
+        groups = {("all", self.benchmark.name): list(range(len(self.records)))}
         for key in metrics.GROUP_KEYS:
-            names = sorted({str(record.meta[key]) for record in self.chosen if key in record.meta})
+            names = sorted({str(record.meta[key]) for record in self.records if key in record.meta})
             for name in names if len(names) > 1 else ():
-                found[key, name] = [n for n, record in enumerate(self.chosen) if str(record.meta.get(key)) == name]
-        return found
+                groups[key, name] = [n for n, record in enumerate(self.records) if str(record.meta.get(key)) == name]
+        return groups
 
-    def policy(self, places: Sequence[int]) -> dict[str, Any]:
-        """What the policy does on some queries: how many ``segs``, ``shares`` [L] that were chosen, the mean
-        ``probability`` [L] and ``entropy``, and how many layers are ``candidates``."""
-        tokens = [token for place in places for token in self.tokens[place]]
-        layers = [layer for place in places for layer in self.chosen[place].layers]
+    def policy(self, indices: Sequence[int]) -> dict[str, Any]:
+        """Statistics of the policy on some queries.
+
+        Returns:
+            ``segs``: number of [SEG]; ``candidates``: number of candidate layers; ``shares``: [L] of the layers that
+            were chosen; ``probability``: [L] mean; ``entropy``: mean in nats.
+        """
+        tokens = [token for index in indices for token in self.tokens[index]]
+        layers = [layer for index in indices for layer in self.records[index].layers]
         count = max(1, len(tokens))
         probability = sum((token.policy for token in tokens), np.zeros(self.num_layers)) / count
         return {
@@ -107,19 +112,20 @@ class Study:
         }
 
     def ranked(self) -> list[int]:
-        """Places of all queries from the worst to the best IoU."""
+        """Indices of all queries from the worst to the best IoU."""
         protocol = self.benchmark.protocol()
-        key = [(metrics.iou(record, protocol), record.index, record.query_id) for record in self.chosen]
+        key = [(metrics.iou(record, protocol), record.index, record.query_id) for record in self.records]
         return sorted(range(len(key)), key=key.__getitem__)
 
 
 @dataclass
-class Look:
-    """All that pictures of one query show.
+class QueryView:
+    """Everything that the figures of one query show.
 
     Attributes:
-        maps: [L, H, W] in [0, 1]; masks: [L, H, W] bool of each forced layer; ious: [L]; each over the union of [SEG].
-        policy: [L], the mean of its [SEG].
+        maps: [L, H, W] in [0, 1], the maximum over its [SEG].
+        masks: [L, H, W] bool with each layer forced, the union over its [SEG]; ious: [L] of these.
+        policy: [L], the mean over its [SEG].
         mask, layers, iou: of the model's own answer.
     """
 
@@ -140,18 +146,18 @@ class Look:
 
 
 @dataclass
-class Analyst:
-    """A model to be analysed, and how it is asked.
+class LayerAnalyzer:
+    """A model to analyze, and the options of its predictions.
 
     Args:
-        original: SAM as published, for M_prompt; None = the checkpoint's own, whose decoder is trained.
+        original_sam: SAM as published, for M_prompt; None = the checkpoint's own, whose decoder is trained.
     """
 
     model: UGroundForCausalLM
     processor: Any
     options: InferenceOptions
     batch_size: int = 4
-    original: SegmentAnything | None = None
+    original_sam: SegmentAnything | None = None
 
     def study(self, dataset: EvalDataset, limit: int | None = None, progress: bool = False) -> Study:
         """One pass over a split (its first ``limit`` images)."""
@@ -166,31 +172,31 @@ class Analyst:
             total=size, desc=f"{dataset.spec}, {layers} layers", unit="image", disable=None if progress else True
         )
         for start in range(0, size, self.batch_size):
-            places = list(range(start, min(size, start + self.batch_size)))
-            self._add(study, places, [dataset[place] for place in places])
-            bar.update(len(places))
+            indices = list(range(start, min(size, start + self.batch_size)))
+            self._add_batch(study, indices, [dataset[index] for index in indices])
+            bar.update(len(indices))
         bar.close()
         return study
 
-    def look(self, dataset: EvalDataset, record: Record) -> Look:
-        """One query of ``study``'s once more, with its pictures."""
+    def inspect(self, dataset: EvalDataset, record: Record) -> QueryView:
+        """Predicts one query of a study again, and keeps its maps and masks."""
         sample = dataset[record.index]
-        number = next(n for n, query in enumerate(sample.queries) if query.query_id == record.query_id)
-        query, size = sample.queries[number], sample.image.shape[:2]
+        k = next(k for k, query in enumerate(sample.queries) if query.query_id == record.query_id)
+        query, size = sample.queries[k], sample.image.shape[:2]
         benchmark = benchmark_of(dataset.spec)
         probe = LayerProbe(self, [record.index], [sample], benchmark)
-        by_layer = [probe.predict(f"fixed:{k}")[0][number] for k in range(self.model.ppm.num_layers)]
-        answer = probe.predict(self.options.layer_policy)[0][number]
-        policy, grid = probe.policy_and_maps(0, number)
+        by_layer = [probe.predict(f"fixed:{layer}")[0][k] for layer in range(self.model.ppm.num_layers)]
+        answer = probe.predict(self.options.layer_policy)[0][k]
+        policy, grid = probe.policy_and_maps(0, k)
         protocol = benchmark.protocol()
-        scored = [score(record.index, sample, query, each, benchmark) for each in (*by_layer, answer)]
-        *ious, iou = [metrics.iou(each, protocol) for each in scored]
-        return Look(
+        records = [score(record.index, sample, query, each, benchmark) for each in (*by_layer, answer)]
+        *ious, iou = [metrics.iou(each, protocol) for each in records]
+        return QueryView(
             image=sample.image,
             query=query.text,
             truth=metrics.merge_targets(query.masks, *size),
-            record=scored[-1],
-            maps=self.enlarge(grid, size).amax(0).numpy() if len(grid) else np.zeros((len(by_layer), *size)),
+            record=records[-1],
+            maps=self.upsample(grid, size).amax(0).numpy() if len(grid) else np.zeros((len(by_layer), *size)),
             masks=np.stack([layer.merged for layer in by_layer]),
             ious=ious,
             iou=iou,
@@ -198,43 +204,45 @@ class Analyst:
             mask=answer.merged,
         )
 
-    def enlarge(self, grid: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-        """[N, L, P] maps at their image's size: [N, L, H, W]."""
+    def upsample(self, grid: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+        """Upsamples maps [N, L, P] to their image's size: [N, L, H, W]."""
         config = self.model.config
         full = maps_at(grid.flatten(0, 1), config.map_side or config.clip_side, size, config.clip_fit)
         return full.view(*grid.shape[:2], *size)
 
-    def _add(self, study: Study, places: list[int], samples: list[EvalSample]) -> None:
-        """Asks a batch of images, and takes down everything about each of their queries."""
-        probe = LayerProbe(self, places, samples, study.benchmark)
+    def _add_batch(self, study: Study, indices: list[int], samples: list[EvalSample]) -> None:
+        """Analyzes a batch of images."""
+        probe = LayerProbe(self, indices, samples, study.benchmark)
         for layer, records in enumerate(study.by_layer):
-            records += probe.scored(probe.predict(f"fixed:{layer}"))
-        for row, rule in zip(ROWS, (self.options.layer_policy, "last")):
-            by_map = probe.predict(rule, Prompts(seg=False), self.original)
-            study.table["M_prompt", row] += probe.scored(by_map, present=True)
-            study.table["SEG_prompt", row] += probe.scored(probe.predict(rule, Prompts(mask=False)), present=True)
-        own = probe.predict(self.options.layer_policy)
-        study.chosen += probe.scored(own)
+            records += probe.records_of(probe.predict(f"fixed:{layer}"))
+        for row, rule in zip(LAYER_ROWS, (self.options.layer_policy, "last")):
+            by_map = probe.predict(rule, Prompts(seg=False), self.original_sam)
+            study.table["M_prompt", row] += probe.records_of(by_map, present=True)
+            study.table["SEG_prompt", row] += probe.records_of(probe.predict(rule, Prompts(mask=False)), present=True)
+        answers = probe.predict(self.options.layer_policy)
+        study.records += probe.records_of(answers)
         for b, sample in enumerate(samples):
             for k, query in enumerate(sample.queries):
                 distribution, grid = probe.policy_and_maps(b, k)
                 losses = self._map_losses(query, grid)
-                study.tokens.append([Token(*pair) for pair in zip(distribution.numpy(), losses)])
+                study.tokens.append([SegToken(*pair) for pair in zip(distribution.numpy(), losses)])
                 if not query.masks.any():
                     continue
 
-                def cut(maps: np.ndarray, b=b, sample=sample, query=query, answer=own[b][k]) -> Record:
-                    return cut_map(places[b], sample, query, answer, maps, study.benchmark)
+                def at_best_threshold(
+                    maps: np.ndarray, b=b, sample=sample, query=query, answer=answers[b][k]
+                ) -> Record:
+                    return threshold_map(indices[b], sample, query, answer, maps, study.benchmark)
 
-                full = self.enlarge(grid, sample.image.shape[:2]).numpy()
-                of_layers = [cut(full[:, layer]) for layer in range(study.num_layers)]
+                full = self.upsample(grid, sample.image.shape[:2]).numpy()
+                of_layers = [at_best_threshold(full[:, layer]) for layer in range(study.num_layers)]
                 for records, record in zip(study.maps_by_layer, of_layers):
                     records.append(record)
-                study.table["M_IoU", "chosen"].append(cut(own[b][k].similarities))
+                study.table["M_IoU", "chosen"].append(at_best_threshold(answers[b][k].similarities))
                 study.table["M_IoU", "last"].append(of_layers[-1])
 
     def _map_losses(self, query: EvalQuery, grid: torch.Tensor) -> np.ndarray:
-        """[N, L]; NaN where there is no target for each of the [SEG] (one target is all of theirs)."""
+        """[N, L] losses of a query's maps; NaN unless each [SEG] has a target (all share a single one)."""
         targets = torch.from_numpy(query.masks)
         if len(targets) == 1:
             targets = targets.expand(len(grid), -1, -1)
@@ -244,79 +252,79 @@ class Analyst:
 
 
 class LayerProbe:
-    """What LLaVA said about some images, from which masks are drawn again and again."""
+    """The language pass over a batch of images, from which masks are decoded repeatedly."""
 
     def __init__(
-        self, analyst: Analyst, places: Sequence[int], samples: Sequence[EvalSample], benchmark: Benchmark
+        self, analyzer: LayerAnalyzer, indices: Sequence[int], samples: Sequence[EvalSample], benchmark: Benchmark
     ) -> None:
-        self.analyst, self.places, self.samples, self.benchmark = analyst, places, samples, benchmark
-        options, model = analyst.options, analyst.model
+        self.analyzer, self.indices, self.samples, self.benchmark = analyzer, indices, samples, benchmark
+        options, model = analyzer.options, analyzer.model
         self.turns = turns_of(samples, benchmark, options.mode)
-        batch = analyst.processor.prompts([sample.image for sample in samples], self.turns, places)
-        self.answered: LanguagePass = model.answer(batch.to(model.device, model.dtype), options.max_new_tokens)
-        self.predictions: list[list[Prediction]] = []  # the last drawn
+        batch = analyzer.processor.prompts([sample.image for sample in samples], self.turns, indices)
+        self.language_pass: LanguagePass = model.answer(batch.to(model.device, model.dtype), options.max_new_tokens)
+        self.predictions: list[list[Prediction]] = []  # the latest
 
     def predict(
         self, layer_policy: str, prompts: Prompts | None = None, sam: SegmentAnything | None = None
     ) -> list[list[QueryPrediction]]:
-        """[image][query], as ``utils.evaluation.predictions.predict_queries`` gives them; see ``decode_masks``."""
-        options, model = self.analyst.options, self.analyst.model
-        drawn = model.decode_masks(self.answered, layer_policy, options.seed, prompts, sam)
-        self.predictions = with_text(drawn, self.analyst.processor)
+        """[image][query], as ``predict_queries``, for one layer rule and choice of prompts; see ``decode_masks``."""
+        options, model = self.analyzer.options, self.analyzer.model
+        decoded = model.decode_masks(self.language_pass, layer_policy, options.seed, prompts, sam)
+        self.predictions = with_text(decoded, self.analyzer.processor)
         return by_query(self.samples, self.turns, self.predictions, self.benchmark, options.mode)
 
-    def scored(self, answers: list[list[QueryPrediction]], present: bool = False) -> list[Record]:
-        """Scores of all queries; with ``present``, of the masks of those that have a target, rejected or not."""
-        found = []
-        for place, sample, row in zip(self.places, self.samples, answers, strict=True):
+    def records_of(self, answers: list[list[QueryPrediction]], present: bool = False) -> list[Record]:
+        """Records of all queries; with ``present``, of present targets only, and of their masks even if rejected."""
+        records = []
+        for index, sample, row in zip(self.indices, self.samples, answers, strict=True):
             for query, answer in zip(sample.queries, row, strict=True):
                 if not present:
-                    found.append(score(place, sample, query, answer, self.benchmark))
+                    records.append(score(index, sample, query, answer, self.benchmark))
                 elif query.masks.any():
-                    found.append(score(place, sample, query, replace(answer, rejected=False), self.benchmark))
-        return found
+                    records.append(score(index, sample, query, replace(answer, rejected=False), self.benchmark))
+        return records
 
     def policy_and_maps(self, image: int, query: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """A query's [N, L] policy and [N, L, P] maps of all layers, which do not depend on how masks were drawn."""
-        if self.benchmark.is_joint(self.analyst.options.mode):
-            said = self.predictions[image][0]
-            return said.policy[query : query + 1], said.layer_maps[query : query + 1]
-        said = self.predictions[image][query]
-        return said.policy, said.layer_maps
+        """A query's policy [N, L] and maps of all layers [N, L, P], which do not depend on the layer rule."""
+        if self.benchmark.is_joint(self.analyzer.options.mode):
+            prediction = self.predictions[image][0]
+            return prediction.policy[query : query + 1], prediction.layer_maps[query : query + 1]
+        prediction = self.predictions[image][query]
+        return prediction.policy, prediction.layer_maps
 
 
-def original_sam(path: str, model: UGroundForCausalLM) -> SegmentAnything:
-    """The SAM that a checkpoint started from.
+def load_original_sam(path: str, model: UGroundForCausalLM) -> SegmentAnything:
+    """Loads the SAM that a checkpoint was trained from.
 
     Raises:
-        ValueError: if it is another one: its encoder is not the checkpoint's, which training never changes.
+        ValueError: if its image encoder, which training never changes, is not the checkpoint's.
     """
     state, shape = read_sam(path)
     sam = SegmentAnything(shape)
     load_strictly(sam, state, path)
     sam = sam.to(model.device, model.dtype).eval()
-    ours, theirs = (each.image_encoder.state_dict() for each in (model.visual_model, sam))
-    if ours.keys() != theirs.keys() or any(not torch.equal(ours[name], theirs[name]) for name in ours):
+    trained, original = (each.image_encoder.state_dict() for each in (model.visual_model, sam))
+    if trained.keys() != original.keys() or any(not torch.equal(trained[name], original[name]) for name in trained):
         raise ValueError(f"--sam {path}: its image encoder is not the checkpoint's; give the SAM it was trained from")
     return sam
 
 
 def best_threshold(similarity: np.ndarray, truth: np.ndarray) -> float:
-    """The lowest of ``THRESHOLDS`` with the largest IoU: similarity [H, W] in [0, 1], truth [H, W] with 0, 1, 255."""
-    above = np.searchsorted(THRESHOLDS, similarity.astype(np.float32))  # how many thresholds a pixel is above
+    """The lowest of ``THRESHOLDS`` with the largest IoU; similarity [H, W] in [0, 1], truth [H, W] with 0, 1, 255."""
+    above = np.searchsorted(THRESHOLDS, similarity.astype(np.float32))  # number of thresholds below each pixel
     bins = len(THRESHOLDS) + 1
     true, false = (np.bincount(above[truth == value], minlength=bins)[::-1].cumsum()[::-1][1:] for value in (1, 0))
     iou = true / np.maximum(1, np.count_nonzero(truth == 1) + false)
     return float(THRESHOLDS[iou.argmax()])
 
 
-def cut_map(
-    place: int, sample: EvalSample, query: EvalQuery, answer: QueryPrediction, maps: np.ndarray, benchmark: Benchmark
+def threshold_map(
+    index: int, sample: EvalSample, query: EvalQuery, answer: QueryPrediction, maps: np.ndarray, benchmark: Benchmark
 ) -> Record:
-    """M_IoU of a query: its maps [N, H, W] cut at the one threshold that fits their union to the truth best."""
+    """M_IoU of a query: its maps [N, H, W] at the one threshold that gives their union the largest IoU."""
     threshold = 0.5
     if len(maps):
         truth = metrics.merge_targets(query.masks, *maps.shape[1:])
         threshold = best_threshold(maps.max(0), truth)
-    cut = replace(answer, logits=maps.astype(np.float32) - np.float32(threshold), rejected=False)
-    return score(place, sample, query, cut, benchmark)
+    thresholded = replace(answer, logits=maps.astype(np.float32) - np.float32(threshold), rejected=False)
+    return score(index, sample, query, thresholded, benchmark)

@@ -1,4 +1,4 @@
-"""Which predicted mask belongs to which target, where a question has several (MUSE).
+"""Bipartite matching of predicted masks and targets, for questions with several targets (MUSE).
 
 Legend: N predicted masks, M targets, H, W the image's size.
 """
@@ -12,28 +12,28 @@ from model.structures import IGNORE_PIXEL
 
 
 def matching_cost(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """What it costs to take each prediction for each target: per-pixel BCE + dice over all pixels (evaluation.md).
+    """Cost of matching each prediction to each target: BCE + dice over all pixels (evaluation.md).
 
     Args:
         logits: [N, H, W].
-        targets: [M, H, W] uint8 with 0, 1 and 255 (left out).
+        targets: [M, H, W] uint8 with 0, 1 and 255 (ignored).
 
     Returns:
         [N, M] float64.
     """
-    x, kept, true = (
+    x, valid, true = (
         values.reshape(len(values), np.prod(values.shape[1:], dtype=int)).astype(np.float64)
         for values in (logits, targets != IGNORE_PIXEL, targets == 1)
     )
-    pixels = np.maximum(kept.sum(1), 1)
-    bce = (np.logaddexp(0, -x) @ true.T + np.logaddexp(0, x) @ (kept - true).T) / pixels
+    pixels = np.maximum(valid.sum(1), 1)
+    bce = (np.logaddexp(0, -x) @ true.T + np.logaddexp(0, x) @ (valid - true).T) / pixels
     inside = np.exp(-np.logaddexp(0, -x))  # sigmoid
-    dice = 1 - (2 * inside @ true.T + 1) / (inside @ kept.T + true.sum(1) + 1)
+    dice = 1 - (2 * inside @ true.T + 1) / (inside @ valid.T + true.sum(1) + 1)
     return bce + dice
 
 
 def match_masks(logits: np.ndarray, targets: np.ndarray) -> list[tuple[int | None, int | None]]:
-    """One to one at the least total cost (Hungarian method), then whatever is left over with nobody.
+    """One-to-one matching of least total cost (Hungarian method), then the unmatched predictions and targets.
 
     Args:
         logits, targets: as for ``matching_cost``; N and M may differ and may be 0.
@@ -41,7 +41,7 @@ def match_masks(logits: np.ndarray, targets: np.ndarray) -> list[tuple[int | Non
     Returns:
         pairs (prediction, target): matched ones by prediction, then ``(k, None)`` and ``(None, k)``.
     """
-    rows, columns = (ends.tolist() for ends in linear_sum_assignment(matching_cost(logits, targets)))
+    rows, columns = (indices.tolist() for indices in linear_sum_assignment(matching_cost(logits, targets)))
     pairs: list[tuple[int | None, int | None]] = list(zip(rows, columns))
     pairs += [(k, None) for k in range(len(logits)) if k not in rows]
     return pairs + [(None, k) for k in range(len(targets)) if k not in columns]

@@ -1,10 +1,10 @@
-"""What the numbers mean: counts of pixels per mask, and the benchmarks' metrics from records alone.
+"""Metrics: pixel counts per mask, and the benchmarks' metrics from records alone.
 
-A ``Record`` is one scored answer and one line of a result's JSONL. Metrics are ratios of two sums over records
-(all but the ranking by uncertainty); integers are summed exactly and IoUs with ``math.fsum``, so that neither order,
-batch size nor the number of processes can change the last bit.
+A ``Record`` is one scored answer and one line of a result's JSONL. Every metric is a ratio of two sums over records
+(except the ranking by uncertainty). Integers are summed exactly and IoUs with ``math.fsum``, so that neither order,
+batch size nor the number of processes changes the last bit.
 
-Legend: H, W the image's size; P predicted, G true pixels; I = |P and G|, U = |P or G|, ignored pixels (255) left out.
+Legend: H, W the image's size; P predicted, G true pixels; I = |P and G|, U = |P or G|, without ignored pixels (255).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from model.structures import IGNORE_PIXEL
 from utils.evaluation.benchmarks import Benchmark
 from utils.evaluation.risk_coverage import ranking
 
-GROUP_KEYS = ("length", "part", "family", "targets")  # of a query's meta: what a result is broken down by
+GROUP_KEYS = ("length", "part", "family", "targets")  # of a query's meta, for breakdowns
 RESAMPLES = 1000
 
 
@@ -29,19 +29,22 @@ class Record:
     """One answer and its score.
 
     Attributes:
-        index: the image's place in the split; image: where it comes from; image_id: the data set's own name of it.
+        index: of the image in the split.
+        image: its path or source.
+        image_id: its id in the data set.
         query_id: unique within the image's queries.
-        query: the expression as the data set has it; question: what the model was asked.
-        answer: what it said (the given text when teacher forced).
-        layers: the hidden state that each [SEG] connected from.
-        rejected: the answer says that nothing is there.
-        expected_empty: nothing is there.
-        I, U, P, G: pixels of the drawn mask against the truth, also where the answer rejects (see ``pair``); where
-            several targets are matched (MUSE), their sums over the pairs.
-        masks: COCO RLE of each [SEG]; their union is what was scored, unless they were matched.
-        meta: the query's, for breakdowns.
+        query: the expression in the data set.
+        question: the prompt that was made of it.
+        answer: the generated text (the given one if teacher-forced).
+        layers: the hidden state that each [SEG] used.
+        rejected: whether the answer says that the target is absent.
+        expected_empty: whether the target is absent.
+        I, U, P, G: pixels of the decoded mask against the ground truth, also for a rejecting answer (see ``pair``);
+            where several targets are matched (MUSE), sums over the pairs.
+        masks: COCO RLE of each [SEG]. Their union is scored, unless masks are matched.
+        meta: of the query, for breakdowns.
         pairs: I and U of each matched pair; empty where one mask is expected.
-        uncertainty: the score of each [SEG] (``MaskUncertainty``) with ``mc:T``; else empty.
+        uncertainty: of each [SEG] (``MaskUncertainty.score``) with ``mc:T``; else empty.
     """
 
     index: int
@@ -65,7 +68,7 @@ class Record:
 
     @property
     def max_uncertainty(self) -> float:
-        """The answer's uncertainty: its most uncertain mask's; none where it rejects, whatever the layer."""
+        """The answer's uncertainty: that of its most uncertain mask; 0 for a rejection, which no layer affects."""
         return 0.0 if self.rejected else max(self.uncertainty, default=0.0)
 
     @property
@@ -81,18 +84,18 @@ def count_pixels(predicted: np.ndarray, target: np.ndarray) -> tuple[int, int, i
 
     Args:
         predicted: [H, W] bool.
-        target: [H, W] uint8 with 0, 1 and 255 (left out).
+        target: [H, W] uint8 with 0, 1 and 255 (ignored).
     """
     if predicted.shape != target.shape:
         raise ValueError(f"the predicted mask is {predicted.shape}, the true one {target.shape} (height, width)")
-    keep, true = target != IGNORE_PIXEL, target == 1
-    predicted = predicted & keep
-    both, p, g = (int(np.count_nonzero(mask)) for mask in (predicted & true, predicted, true))
-    return both, p + g - both, p, g
+    valid, true = target != IGNORE_PIXEL, target == 1
+    predicted = predicted & valid
+    intersection, p, g = (int(np.count_nonzero(mask)) for mask in (predicted & true, predicted, true))
+    return intersection, p + g - intersection, p, g
 
 
 def merge_targets(masks: np.ndarray, height: int, width: int) -> np.ndarray:
-    """All targets [N, H, W] of a query as one [H, W]; a pixel is ignored if no target has it and one ignores it."""
+    """Union [H, W] of a query's targets [N, H, W]; a pixel is ignored if it is in no target and ignored by one."""
     merged = np.zeros((height, width), dtype=np.uint8)
     merged[(masks == IGNORE_PIXEL).any(axis=0)] = IGNORE_PIXEL
     merged[(masks == 1).any(axis=0)] = 1
@@ -103,10 +106,10 @@ def merge_targets(masks: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def pair(record: Record, protocol: str = "") -> tuple[int, int]:
-    """I and U as they enter the metrics: a rejecting answer is an empty mask.
+    """I and U as they enter the metrics: a rejecting answer counts as an empty mask.
 
-    So a rejected absent target is a perfect 0 / 0, a missed one adds its pixels to U, and a target that was rejected
-    adds |G| to U with I = 0 (gRefCOCO's rule). ``gsva`` differs in the last: it scores the mask that was drawn anyway.
+    For an absent target, a rejection is a perfect 0 / 0, and a mask adds its pixels to U. For a present target, a
+    rejection adds |G| to U with I = 0 (gRefCOCO's rule); ``gsva`` scores the mask that is decoded anyway.
     """
     if record.rejected and (record.expected_empty or protocol != "gsva"):
         return 0, record.G
@@ -114,22 +117,23 @@ def pair(record: Record, protocol: str = "") -> tuple[int, int]:
 
 
 def ious(record: Record, protocol: str = "") -> list[float]:
-    """I / U of each mask of an answer; an empty one for an empty target is right."""
+    """I / U of each mask of an answer; 1 for an empty mask of an empty target."""
     pairs: Sequence[Sequence[int]] = record.pairs or [pair(record, protocol)]
-    return [both / either if either else 1.0 for both, either in pairs]
+    return [intersection / union if union else 1.0 for intersection, union in pairs]
 
 
 def iou(record: Record, protocol: str = "") -> float:
-    """An answer's IoU, the mean over its masks."""
+    """An answer's IoU: the mean over its masks."""
     values = ious(record, protocol)
     return math.fsum(values) / len(values)
 
 
-Parts = Callable[[Record, str], tuple[float, int]]  # what a record adds to a metric's numerator and denominator
+# (record, protocol) -> what the record adds to a metric's numerator and denominator
+Formula = Callable[[Record, str], tuple[float, int]]
 
 
-def _of_targets(parts: Parts) -> Parts:
-    return lambda record, protocol: (0, 0) if record.expected_empty else parts(record, protocol)
+def _of_targets(formula: Formula) -> Formula:
+    return lambda record, protocol: (0, 0) if record.expected_empty else formula(record, protocol)
 
 
 def _giou(record: Record, protocol: str) -> tuple[float, int]:
@@ -149,7 +153,7 @@ def _presence(record: Record, protocol: str) -> tuple[float, int]:
     return int(record.expected_empty == record.predicted_empty), 1
 
 
-METRICS: dict[str, Parts] = {  # formulas, which benchmarks report under names of their own
+METRICS: dict[str, Formula] = {  # benchmarks may report a formula under another name
     "gIoU": _giou,
     "cIoU": pair,
     "gIoU of targets": _of_targets(_giou),
@@ -164,14 +168,16 @@ def _sums(
     records: Iterable[Record], benchmark: Benchmark, protocol: str | None
 ) -> dict[str, tuple[list[float], list[int]]]:
     protocol = benchmark.protocol(protocol)
-    pairs = {name: [METRICS[of](record, protocol) for record in records] for name, of in benchmark.metrics.items()}
+    pairs = {
+        name: [METRICS[formula](record, protocol) for record in records] for name, formula in benchmark.metrics.items()
+    }
     return {name: ([n for n, _ in values], [d for _, d in values]) for name, values in pairs.items()}
 
 
 def _uncertainties_and_risks(
     records: Sequence[Record], benchmark: Benchmark, protocol: str | None
 ) -> tuple[np.ndarray, np.ndarray] | None:
-    """[n] each of n answers: its uncertainty and 1 - IoU; None if no answer has an uncertainty (it was no ``mc:T``)."""
+    """[n] uncertainty and [n] risk (1 - IoU) of n answers; None if no answer has an uncertainty (not ``mc:T``)."""
     if not any(record.uncertainty for record in records):
         return None
     protocol = benchmark.protocol(protocol)
@@ -179,41 +185,41 @@ def _uncertainties_and_risks(
 
 
 def compute(records: Sequence[Record], benchmark: Benchmark, protocol: str | None = None) -> dict[str, float]:
-    """The benchmark's metrics as fractions; one without any sample to be measured on is absent.
+    """The benchmark's metrics as fractions; a metric without any sample is absent.
 
-    After ``mc:T`` also how well the uncertainty ranks errors (``utils.evaluation.risk_coverage``), AURC and AUSE.
+    With ``mc:T`` also AURC and AUSE, how well the uncertainty ranks errors (``utils.evaluation.risk_coverage``).
 
     Args:
-        benchmark: it decides which metrics apply, and under which names.
+        benchmark: defines the metrics and their names.
         protocol: ``grefcoco`` or ``gsva``, see ``pair``; None = as the paper reports it.
     """
     sums = _sums(records, benchmark, protocol)
     ratios = {name: math.fsum(above) / sum(below) for name, (above, below) in sums.items() if sum(below)}
-    ranked = _uncertainties_and_risks(records, benchmark, protocol)
-    return ratios | (ranking(*ranked) if ranked else {})
+    uncertainties_and_risks = _uncertainties_and_risks(records, benchmark, protocol)
+    return ratios | (ranking(*uncertainties_and_risks) if uncertainties_and_risks else {})
 
 
 def resample(
     records: Sequence[Record], benchmark: Benchmark, protocol: str | None = None, seed: int = 0
 ) -> dict[str, np.ndarray]:
-    """Bootstrap over images (queries of one image are not independent): metric -> its value in each of 1000 draws.
+    """Bootstrap over images (queries of one image are not independent): metric -> [1000] values, one per resample.
 
-    A draw without anything to measure on gives NaN. The same images and seed give the same draws, so two models'
-    values can be subtracted draw by draw (``difference``).
+    A resample without any sample of the metric gives NaN. The same images and seed give the same resamples, so the
+    values of two models can be subtracted one by one (``difference``).
     """
     images = sorted({record.index for record in records})
     if len(images) < 2:
         return {}
     records = sorted(records, key=lambda record: (record.index, record.query_id))
-    place = np.searchsorted(images, [record.index for record in records])
-    drawn = np.random.default_rng(seed).multinomial(len(images), np.full(len(images), 1 / len(images)), RESAMPLES)
+    positions = np.searchsorted(images, [record.index for record in records])
+    weights = np.random.default_rng(seed).multinomial(len(images), np.full(len(images), 1 / len(images)), RESAMPLES)
     result = {}
     for name, sums in _sums(records, benchmark, protocol).items():
-        above, below = (drawn @ np.bincount(place, weights=values, minlength=len(images)) for values in sums)
+        above, below = (weights @ np.bincount(positions, weights=values, minlength=len(images)) for values in sums)
         result[name] = np.divide(above, below, out=np.full(RESAMPLES, np.nan), where=below > 0)
-    if ranked := _uncertainties_and_risks(records, benchmark, protocol):
-        draws = [ranking(*ranked, counts[place]) for counts in drawn]
-        result |= {name: np.array([draw[name] for draw in draws]) for name in draws[0]}
+    if uncertainties_and_risks := _uncertainties_and_risks(records, benchmark, protocol):
+        rankings = [ranking(*uncertainties_and_risks, counts[positions]) for counts in weights]
+        result |= {name: np.array([values[name] for values in rankings]) for name in rankings[0]}
     return result
 
 
@@ -225,32 +231,32 @@ def intervals(
     records: Sequence[Record], benchmark: Benchmark, protocol: str | None = None, seed: int = 0
 ) -> dict[str, list[float]]:
     """95% percentile bootstrap over images: metric -> [low, high]."""
-    drawn = resample(records, benchmark, protocol, seed)
-    return {name: _percentiles(values) for name, values in drawn.items() if not np.isnan(values).all()}
+    resampled = resample(records, benchmark, protocol, seed)
+    return {name: _percentiles(values) for name, values in resampled.items() if not np.isnan(values).all()}
 
 
 def difference(
     before: Sequence[Record], after: Sequence[Record], benchmark: Benchmark, protocol: str | None = None, seed: int = 0
 ) -> dict[str, tuple[float, list[float]]]:
-    """What a metric gains from one model to another, with its 95% interval: paired, both models on the same images.
+    """Gain of each metric from one model to another, with its paired 95% interval: the same resamples for both.
 
     Raises:
-        ValueError: if the two did not answer the same queries.
+        ValueError: for answers to different queries.
     """
-    asked = [
+    queries = [
         {(record.index, record.query_id, record.query): record.image for record in part} for part in (before, after)
     ]
-    if asked[0] != asked[1]:
-        only = sorted(asked[0].items() ^ asked[1].items())
+    if queries[0] != queries[1]:
+        only = sorted(queries[0].items() ^ queries[1].items())
         raise ValueError(
-            f"the two answer different queries, {len(only)} of which only one has, the first: {only[0][0][2]!r} about "
-            f"{only[0][1]}; compare results of the same split"
+            f"the results answer different queries: {len(only)} are in only one of them, the first: "
+            f"{only[0][0][2]!r} about {only[0][1]}; compare results of the same split"
         )
     values = [compute(part, benchmark, protocol) for part in (before, after)]
-    drawn = [resample(part, benchmark, protocol, seed) for part in (before, after)]
+    resampled = [resample(part, benchmark, protocol, seed) for part in (before, after)]
     return {
-        name: (values[1][name] - values[0][name], _percentiles(drawn[1][name] - drawn[0][name]))
-        for name in drawn[0]
+        name: (values[1][name] - values[0][name], _percentiles(resampled[1][name] - resampled[0][name]))
+        for name in resampled[0]
         if name in values[0] and name in values[1]
     }
 
@@ -272,12 +278,12 @@ def breakdown(
 
 
 def count_masks(records: Iterable[Record]) -> int:
-    """What gIoU is a mean over: one per answer, and one per pair where targets are matched."""
+    """Number of masks that gIoU averages over: one per answer, or one per pair where targets are matched."""
     return sum(len(record.pairs) or 1 for record in records)
 
 
 def count_records(records: Sequence[Record]) -> dict[str, int]:
-    """The numbers behind the metrics."""
+    """The ``counts`` of a summary."""
     return {
         "masks": count_masks(records),
         "queries": len(records),

@@ -1,4 +1,4 @@
-"""Results for people: the table that test.py prints, and pictures of samples."""
+"""Results as text and pictures: the table that test.py prints, and panels of samples."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import numpy as np
 from utils.datasets.base import EvalDataset
 from utils.evaluation import metrics
 from utils.evaluation.benchmarks import benchmark_of
+from utils.evaluation.controls import HEADINGS
 from utils.evaluation.metrics import Record
 from utils.evaluation.paper_tables import missing_note
 from utils.evaluation.predictions import InferenceOptions, predict_queries
@@ -26,13 +27,13 @@ def panels(
     options: InferenceOptions,
     protocol: str = "",
 ) -> list[tuple[Record, Panel]]:
-    """Pictures of ``count`` samples evenly spaced from the worst to the best IoU, failures in their true share.
+    """Panels of ``count`` samples, evenly spaced from the worst to the best IoU: failures appear in their true share.
 
-    The model is asked once more about these images: keeping every similarity map would take too much memory.
+    Predicts these samples again, as keeping all similarity maps would take too much memory.
     """
     ranked = sorted(records, key=lambda record: (metrics.iou(record, protocol), record.index, record.query_id))
     result, benchmark = [], benchmark_of(dataset.spec)
-    for record in (ranked[place] for place in evenly_spaced(len(ranked), count)):
+    for record in (ranked[index] for index in evenly_spaced(len(ranked), count)):
         sample = dataset[record.index]
         [predictions] = predict_queries(model, processor, [sample], [record.index], benchmark, options)
         query, prediction = next(
@@ -57,20 +58,22 @@ def panels(
 
 
 def validation_sheet(model, processor, dataset: EvalDataset, options: InferenceOptions, count: int) -> np.ndarray:
-    """Fixed validation samples, evenly spread over the split: image, query, similarity map, mask, truth."""
+    """A sheet of fixed validation samples, evenly spread over the split."""
     panels = []
-    for place in evenly_spaced(len(dataset), count):
-        sample = dataset[place]
+    for index in evenly_spaced(len(dataset), count):
+        sample = dataset[index]
         sample.queries = sample.queries[:1]
         [query] = sample.queries
-        [[found]] = predict_queries(model, processor, [sample], [place], benchmark_of(dataset.spec), options)
+        [[prediction]] = predict_queries(model, processor, [sample], [index], benchmark_of(dataset.spec), options)
         truth = metrics.merge_targets(query.masks, *sample.image.shape[:2])
-        panels.append(Panel(sample.image, query.text, found.masks, found.similarities, truth, found.text))
+        panels.append(
+            Panel(sample.image, query.text, prediction.masks, prediction.similarities, truth, prediction.text)
+        )
     return sheet(panels)
 
 
 def notes(record: Record, protocol: str = "") -> list[str]:
-    """What a panel says about an answer: IoU, layers, uncertainty, groups."""
+    """The notes of an answer's panel: IoU, layers, uncertainty, groups."""
     expected = ", nothing to find" if record.expected_empty else ""
     rejected = ", rejected" if record.rejected else ""
     layers = f"layer {', '.join(map(str, record.layers))}" if record.layers else "no [SEG]"
@@ -80,7 +83,7 @@ def notes(record: Record, protocol: str = "") -> list[str]:
 
 
 def format_table(summaries: Sequence[Summary]) -> str:
-    """Results as an aligned table: a line per benchmark and mode, its controls and groups indented below."""
+    """Results as an aligned table: one line per benchmark and mode, its controls and groups indented below."""
     names = list(dict.fromkeys(name for summary in summaries for name in summary.metrics))
     rows = [["benchmark", "mode", "layers", "images", "masks", *names]]
     for summary in summaries:
@@ -92,13 +95,19 @@ def format_table(summaries: Sequence[Summary]) -> str:
 
 
 def _rows(summary: Summary, names: Sequence[str]) -> list[list[str]]:
-    """A result's own line, and those of its controls and groups."""
+    """The line of a result, followed by those of its controls and groups."""
     counts, note = summary.counts, missing_note(summary)
     images = str(counts["images"]) if counts["images"] == counts["split_images"] else "{images}/{split_images}"
-    asked = [summary.benchmark, summary.asked, summary.layer_policy, images.format(**counts), str(counts["masks"])]
-    rows = [[*asked, *_cells(summary.metrics, names, note, summary.intervals)]]
+    labels = [
+        summary.benchmark,
+        summary.mode_label,
+        summary.layer_policy,
+        images.format(**counts),
+        str(counts["masks"]),
+    ]
+    rows = [[*labels, *_cells(summary.metrics, names, note, summary.intervals)]]
     for control, scores in summary.controls.items():
-        rows.append([f"  control: {control.replace('_', ' ')}", "", "", "", "", *_cells(scores, names, note)])
+        rows.append([f"  control: {HEADINGS[control]}", "", "", "", "", *_cells(scores, names, note)])
     for key, groups in summary.breakdown.items():
         for group, scores in groups.items():
             rows.append([f"  {key}: {group}", "", "", "", str(scores["masks"]), *_cells(scores, names, note)])

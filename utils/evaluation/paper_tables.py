@@ -1,4 +1,4 @@
-"""The paper's tables of results, with its column names, filled with whatever has been evaluated."""
+"""The paper's tables of results, with its column names, filled with the benchmarks that were evaluated."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from utils.plotting import text_tables
 
 
 def columns(table: PaperTable) -> list[tuple[str, Spec, str]]:
-    """(heading, benchmark with its split, metric) of each."""
+    """(heading, benchmark with its split, metric) of each column."""
     return [
         (f"{heading} {metric}" if len(table.metrics) > 1 else heading, row.spec(split), metric)
         for row in BENCHMARKS.values()
@@ -24,7 +24,7 @@ def columns(table: PaperTable) -> list[tuple[str, Spec, str]]:
     ]
 
 
-# Parts of a split that its own evaluation breaks down: benchmark with its split -> (whole, key, group).
+# Splits that are groups of another split: spec -> (spec of the whole, key, group) of its breakdown.
 PARTS = {
     row.spec(split): (row.spec(part.whole), part.key, part.group)
     for row in BENCHMARKS.values()
@@ -34,7 +34,7 @@ PARTS = {
 
 @dataclass
 class Table:
-    """One of the paper's tables with our numbers: the heading and a row per way of asking."""
+    """One of the paper's tables with our numbers: a head, and one row per evaluation setup (mode, protocol, layer)."""
 
     paper: PaperTable
     rows: list[list[str]]
@@ -45,32 +45,32 @@ class Table:
 
 
 def fill(method: str, summaries: Sequence[Summary]) -> list[Table]:
-    """The tables in which there is a number; a dash where something was not evaluated.
+    """The tables that have any number; a dash where something was not evaluated.
 
     Args:
-        method: what the rows are called, the model's name.
-        summaries: of ``utils.evaluation.engine``; those asked in the same way share a row.
+        method: name of the model, in the first column.
+        summaries: of ``utils.evaluation.engine``; those of the same setup share a row.
     """
     tables = []
     for paper in TABLES:
-        wanted = columns(paper)
-        sources = {source for _, spec, _ in wanted for source in _sources(spec)}
-        found = [summary for summary in summaries if summary.spec in sources]
-        rows = [["Method", "asked", *(heading for heading, _, _ in wanted)]]
-        for asked in dict.fromkeys(map(how_asked, found)):
-            same = [summary for summary in found if how_asked(summary) == asked]
-            cells = [_cell(same, spec, metric, paper.digits) for _, spec, metric in wanted]
+        headed_columns = columns(paper)
+        sources = {source for _, spec, _ in headed_columns for source in _sources(spec)}
+        relevant = [summary for summary in summaries if summary.spec in sources]
+        rows = [["Method", "setup", *(heading for heading, _, _ in headed_columns)]]
+        for setup in dict.fromkeys(map(setup_of, relevant)):
+            matching = [summary for summary in relevant if setup_of(summary) == setup]
+            cells = [_cell(matching, spec, metric, paper.digits) for _, spec, metric in headed_columns]
             if any(cell != "-" for cell in cells):
-                rows.append([method, asked, *cells])
+                rows.append([method, setup, *cells])
         if len(rows) > 1:
             tables.append(Table(paper, rows))
     return tables
 
 
-def how_asked(summary: Summary) -> str:
-    """``teacher_forced, gsva, layer argmax``; and what part of the split it is if not all."""
+def setup_of(summary: Summary) -> str:
+    """``teacher_forced, gsva, layer argmax``, and the limit if only a part of the split was evaluated."""
     limit = [f"first {summary.limit} images"] if summary.limit else []
-    return ", ".join([summary.asked, f"layer {summary.layer_policy}", *limit])
+    return ", ".join([summary.mode_label, f"layer {summary.layer_policy}", *limit])
 
 
 def _sources(spec: Spec) -> tuple[Spec, ...]:
@@ -89,13 +89,13 @@ def _cell(summaries: Sequence[Summary], spec: Spec, metric: str, digits: int) ->
 
 
 def missing_note(summary: Summary) -> str:
-    """What stands beside every number of an evaluation that lacks something."""
+    """`` (3 missing)``, beside every number of an evaluation with missing images; else empty."""
     missing = summary.counts.get("missing", 0)
     return f" ({missing} missing)" if missing else ""
 
 
 def write(folder: Path, tables: Iterable[Table], notes: Sequence[str] = ()) -> list[Path]:
-    """``tables.md`` with all of them and the notes, and ``table_N.csv`` for each -> their paths."""
+    """Writes ``tables.md`` with all tables and notes, and a ``table_N.csv`` each; returns the paths."""
     tables = list(tables)
     path = folder / "tables.md"
     path.write_text("\n\n".join([*(table.markdown() for table in tables), *notes]) + "\n", encoding="utf-8")

@@ -21,13 +21,14 @@ from utils.evaluation.metrics import Record
 
 @dataclass(frozen=True)
 class InferenceOptions:
-    """How the model is asked.
+    """How answers are predicted.
 
     Attributes:
-        mode: ``generate`` = it writes its answer; ``teacher_forced`` = the answer template is given.
-        layer_policy: which hidden state a [SEG] connects from: ``argmax``, ``last``, ``sample``, ``mc:T``, ``fixed:K``.
-        max_new_tokens: longest written answer.
-        seed: of sampled layers, together with the image's place in the split.
+        mode: ``generate`` = answers are generated; ``teacher_forced`` = the answer template is given.
+        layer_policy: the layer whose hidden state (and similarity map) a [SEG] token uses: ``argmax``, ``last``,
+            ``sample``, ``mc:T``, ``fixed:K``, ...
+        max_new_tokens: longest generated answer.
+        seed: of sampled layers, together with the image's index in the split.
     """
 
     mode: str = "generate"
@@ -45,11 +46,12 @@ class QueryPrediction:
     """The model's answer to one query.
 
     Attributes:
-        question, text: what was asked and said.
-        logits: [N, H, W] float32, one per [SEG]; similarities: [N, H, W] float32 in [0, 1], their maps.
-        layers: the hidden state of each.
-        rejected: it says that nothing is there.
-        uncertainty: with ``mc:T``, of each [SEG].
+        question, text: of the conversation turn.
+        logits: [N, H, W] float32, one per [SEG].
+        similarities: [N, H, W] float32 in [0, 1], their similarity maps.
+        layers: [N] the hidden state that each [SEG] used.
+        rejected: whether the answer says that the target is absent.
+        uncertainty: [N] of each [SEG] with ``mc:T``; else empty.
     """
 
     question: str
@@ -67,15 +69,15 @@ class QueryPrediction:
 
     @property
     def merged(self) -> np.ndarray:
-        """[H, W] bool: what is scored where one mask is expected, the union of all [SEG]; none = empty."""
+        """[H, W] bool, the union over all [SEG], scored where one mask is expected; empty if N = 0."""
         return np.any(self.masks, axis=0)
 
     @property
     def deviations(self) -> np.ndarray | None:
-        """[N, H, W] standard deviation of each mask's probability over the layers drawn by ``mc:T``, at most 0.5."""
+        """[N, H, W] standard deviation of each mask's probability over the layers sampled by ``mc:T``, at most 0.5."""
         if not self.uncertainty:
             return None
-        return np.stack([found.variance.sqrt().numpy() for found in self.uncertainty])
+        return np.stack([uncertainty.variance.sqrt().numpy() for uncertainty in self.uncertainty])
 
 
 def predict_queries(
@@ -86,10 +88,10 @@ def predict_queries(
     benchmark: Benchmark,
     options: InferenceOptions,
 ) -> list[list[QueryPrediction]]:
-    """[image][query] predictions, in one call of the model.
+    """[image][query] predictions, in one batch.
 
     Args:
-        sample_ids: each image's place in the split; it seeds sampled layers, whatever the batch.
+        sample_ids: each image's index in the split; it seeds sampled layers, independently of the batch.
     """
     turns = turns_of(samples, benchmark, options.mode)
     predictions = predict(
@@ -106,11 +108,12 @@ def predict_queries(
 
 
 def turns_of(samples: Sequence[EvalSample], benchmark: Benchmark, mode: str) -> list[list[Turn]]:
-    """What each image is asked, a turn per query or a joint one; teacher forced, with the answer."""
+    """[image][turn]: one turn per query or one joint turn; with the answer if teacher-forced."""
     if benchmark.is_joint(mode):
-        plain = [[replace(query, text=escape(query.text)) for query in sample.queries] for sample in samples]
-        return [[eval_joint_turn(queries)] for queries in plain]  # the answer repeats the queries: no [SEG] of theirs
-    turns = [[eval_turn(query, benchmark.asks == "instances") for query in sample.queries] for sample in samples]
+        # The answer repeats the queries; a literal [SEG] in a query must not become a token
+        escaped = [[replace(query, text=escape(query.text)) for query in sample.queries] for sample in samples]
+        return [[eval_joint_turn(queries)] for queries in escaped]
+    turns = [[eval_turn(query, benchmark.task == "instances") for query in sample.queries] for sample in samples]
     return turns if mode == "teacher_forced" else [[Turn(turn.question) for turn in row] for row in turns]
 
 
@@ -121,7 +124,7 @@ def by_query(
     benchmark: Benchmark,
     mode: str,
 ) -> list[list[QueryPrediction]]:
-    """What the model predicted for ``turns``, as [image][query]."""
+    """The predictions for ``turns`` as [image][query]."""
     return [
         _joint(sample, row[0], predicted[0])
         if benchmark.is_joint(mode)
@@ -133,16 +136,16 @@ def by_query(
 def score(
     index: int, sample: EvalSample, query: EvalQuery, prediction: QueryPrediction, benchmark: Benchmark
 ) -> Record:
-    """Counts the pixels of one prediction.
+    """Scores one prediction: counts its pixels against the ground truth.
 
     Args:
-        index: the image's place in the split.
+        index: of the image in the split.
 
     Raises:
-        ValueError: if the query has several targets although the benchmark expects one (merged) mask; for logits that
-            are NaN or infinite, which would count as an empty mask.
+        ValueError: for several targets where the benchmark expects one (merged) mask; for logits that are NaN or
+            infinite, which would count as an empty mask.
     """
-    matched = benchmark.asks == "instances"
+    matched = benchmark.task == "instances"
     if not np.isfinite(prediction.logits).all():
         raise ValueError(
             f"{sample.source}, {query.text!r}: the mask's logits are NaN or infinite; the numbers overflow "
@@ -153,7 +156,7 @@ def score(
             f"{sample.source}, {query.text!r} has {len(query.masks)} targets; {benchmark.name} expects one"
         )
     counts = _count_pairs(query, prediction) if matched else [_count_merged(sample, query, prediction)]
-    both, either, predicted, true = (sum(column) for column in zip(*counts, strict=True))
+    intersection, union, predicted, true = (sum(column) for column in zip(*counts, strict=True))
     return Record(
         index=index,
         image=sample.source,
@@ -165,14 +168,14 @@ def score(
         layers=prediction.layers,
         rejected=prediction.rejected,
         expected_empty=len(query.masks) == 0,
-        I=both,
-        U=either,
+        I=intersection,
+        U=union,
         P=predicted,
         G=true,
         masks=[encode_mask(mask) for mask in prediction.masks],
         meta=query.meta,
         pairs=[list(count[:2]) for count in counts] if matched else [],
-        uncertainty=[found.score for found in prediction.uncertainty],
+        uncertainty=[uncertainty.score for uncertainty in prediction.uncertainty],
     )
 
 
@@ -181,7 +184,7 @@ def _count_merged(sample: EvalSample, query: EvalQuery, prediction: QueryPredict
 
 
 def _count_pairs(query: EvalQuery, prediction: QueryPrediction) -> list[tuple[int, int, int, int]]:
-    """I, U, P and G of each matched pair; what has no partner is paired with an empty mask (MUSE)."""
+    """I, U, P and G of each matched pair; unmatched masks are paired with an empty one (MUSE)."""
     empty, masks = np.zeros(query.masks.shape[1:], np.uint8), prediction.masks
     return [
         metrics.count_pixels(
@@ -195,27 +198,27 @@ def _count_pairs(query: EvalQuery, prediction: QueryPrediction) -> list[tuple[in
 def _separate(
     sample: EvalSample, turns: Sequence[Turn], predictions: Sequence[Prediction], benchmark: Benchmark, mode: str
 ) -> list[QueryPrediction]:
-    """A question per query. A written answer without [SEG] rejects; a given one if [REJ] was more likely, where that
-    is a possible answer."""
-    found = []
+    """One turn per query. A generated answer rejects if it has no [SEG]; a teacher-forced one if [REJ] was more likely,
+    on benchmarks with rejection."""
+    result = []
     for query, turn, prediction in zip(sample.queries, turns, predictions, strict=True):
         rejected = not prediction.layers
         if mode == "teacher_forced":
             _check_fits(sample, query.text, len(prediction.layers), turn.answer.count(SEG))
             rejected = benchmark.rejects and all(prediction.rejected)
-        found.append(_query_prediction(turn, prediction, slice(None), rejected))
-    return found
+        result.append(_query_prediction(turn, prediction, slice(None), rejected))
+    return result
 
 
 def _joint(sample: EvalSample, turn: Turn, prediction: Prediction) -> list[QueryPrediction]:
-    """One question for all queries; the logits before the k-th [SEG] say whether the k-th target is there."""
+    """One turn for all queries; the logits before the k-th [SEG] decide whether the k-th target is rejected."""
     count = len(sample.queries)
     _check_fits(sample, turn.question, len(prediction.layers), count)
     return [_query_prediction(turn, prediction, slice(k, k + 1), prediction.rejected[k]) for k in range(count)]
 
 
 def _query_prediction(turn: Turn, prediction: Prediction, segs: slice, rejected: bool) -> QueryPrediction:
-    """``segs``: which of the [SEG] are the query's."""
+    """The part of an answer that is about one query: the [SEG] tokens ``segs``."""
     return QueryPrediction(
         question=turn.question,
         text=prediction.text,
@@ -227,9 +230,9 @@ def _query_prediction(turn: Turn, prediction: Prediction, segs: slice, rejected:
     )
 
 
-def _check_fits(sample: EvalSample, question: str, found: int, wanted: int) -> None:
-    if found != wanted:
+def _check_fits(sample: EvalSample, question: str, count: int, expected: int) -> None:
+    if count != expected:
         raise ValueError(
-            f"{sample.source}: {found} [SEG] instead of {wanted} are left of the given answer to {question[:60]!r}; "
+            f"{sample.source}: {count} [SEG] instead of {expected} are left of the given answer to {question[:60]!r}; "
             "the prompt is longer than max_tokens in uground_processor.json: raise it, or use --mode generate"
         )

@@ -1,8 +1,8 @@
-"""An evaluation on disk: a line per answer, which says what it is an answer to, and the summary that follows from them.
+"""An evaluation on disk: one line per answer, with its provenance, and the summary of all answers.
 
-BENCHMARK.MODE.jsonl          every answer, in the split's order; grows while the evaluation runs
-BENCHMARK.MODE.rank_K.jsonl   those of process K > 0, while it runs
-BENCHMARK.MODE.json           the summary, once all answers are there
+BENCHMARK.MODE.jsonl          all answers, in the split's order; grows while the evaluation runs
+BENCHMARK.MODE.rank_K.jsonl   answers of process K > 0, while the evaluation runs
+BENCHMARK.MODE.json           the summary, written when all answers are complete
 """
 
 from __future__ import annotations
@@ -23,14 +23,16 @@ from utils.evaluation.metrics import Record
 
 
 @dataclass(frozen=True)
-class Origin:
-    """What an answer depends on besides its query; equal in all lines of a file.
+class Provenance:
+    """What an answer depends on besides its query; equal in all lines of a file, under the key ``origin``.
 
     Attributes:
-        benchmark: ``grefcoco|unc|val``; mode, layer_policy, max_new_tokens, seed: ``InferenceOptions``.
-        protocol: of gRefCOCO, else empty. The answers do not depend on it, only the metrics.
-        checkpoint: fingerprint of the weights; precision: ``float32``, ``bfloat16, 8bit``.
-        images, queries: of the whole split, read or not.
+        benchmark: with its split, such as ``grefcoco|unc|val``.
+        mode, layer_policy, max_new_tokens, seed: see ``InferenceOptions``.
+        protocol: of gRefCOCO, else empty. Only the metrics depend on it, not the answers.
+        checkpoint: fingerprint of the weights.
+        precision: ``float32``, ``bfloat16, 8bit``, ...
+        images, queries: numbers in the whole split, readable or not.
     """
 
     benchmark: str
@@ -48,26 +50,30 @@ class Origin:
     def spec(self) -> Spec:
         return Spec.parse(self.benchmark)
 
-    def check_same(self, other: Origin, path: Path) -> None:
-        """Refuses ``other``, which stands in ``path``, unless it gives the same answers."""
-        ours, theirs = asdict(self), asdict(other)
-        found = [f"{n}: {theirs[n]!r} there, {ours[n]!r} now" for n in ours if n != "protocol" and ours[n] != theirs[n]]
-        if found:
+    def check_same(self, other: Provenance, path: Path) -> None:
+        """Raises ``ValueError`` unless answers of ``other``, read from ``path``, are those of this evaluation."""
+        current, saved = asdict(self), asdict(other)
+        names = [name for name in current if name != "protocol" and current[name] != saved[name]]
+        if names:
+            differences = "; ".join(f"{name}: {saved[name]!r} there, {current[name]!r} now" for name in names)
             raise ValueError(
-                f"{path} holds results of another evaluation ({'; '.join(found)}); "
+                f"{path} holds results of another evaluation ({differences}); "
                 "give another --output, or leave --resume out to replace them"
             )
 
 
 @dataclass
 class Summary:
-    """One benchmark's numbers: the JSON of a result (evaluation.md, output), with these keys in this order.
+    """Metrics of one benchmark: the JSON of a result (evaluation.md, Files), with these keys in this order.
+
+    ``benchmark`` to ``layers`` follow from the answers alone (``summarize``); the others are None where unknown.
 
     Attributes:
-        benchmark ... layers: follow from the answers alone (``summarize``); the rest is None where it is not known.
-        breakdown: key of the queries' meta -> group -> metrics; layers: hidden state -> how many [SEG] used it.
-        skipped, missing: records that nobody, or this copy of the data, can evaluate.
-        limit: the first so many images; None = all.
+        breakdown: key of the queries' meta -> group -> metrics.
+        layers: hidden state -> number of [SEG] that used it.
+        skipped: records without a target in the data set itself.
+        missing: images that cannot be read in this copy of the data.
+        limit: number of images, the first ones of the split; None = all.
         settings: batch_size, max_new_tokens, seed, processes.
         checkpoint: folder and fingerprint, or the fingerprint alone.
     """
@@ -98,12 +104,12 @@ class Summary:
         return Spec.parse(self.benchmark)
 
     @property
-    def asked(self) -> str:
-        """``teacher_forced, gsva``: the mode, and the protocol of a benchmark that has several."""
+    def mode_label(self) -> str:
+        """The mode, and the protocol if the benchmark has several: ``teacher_forced, gsva``."""
         return ", ".join(filter(None, [self.mode, self.protocol]))
 
     def to_dict(self) -> dict[str, Any]:
-        """What is known. Whoever knows the settings knows the limit, too: None is written."""
+        """The known values. ``limit`` is known with ``settings``, and None (all images) is a value of its own."""
         known = {name for name, value in vars(self).items() if value not in (None, "")}
         known |= {"limit"} if self.settings is not None else set()
         return {name: value for name, value in vars(self).items() if name in known}
@@ -113,38 +119,38 @@ class Summary:
 
     @classmethod
     def load(cls, path: Path) -> Summary:
-        """What ``save`` wrote.
+        """Reads what ``save`` wrote.
 
         Raises:
-            ValueError: if the file holds anything else.
+            ValueError: if the file is not a summary.
         """
         try:
             values: dict[str, Any] = {"protocol": "", **json.loads(path.read_text(encoding="utf-8"))}
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path} is no result of test.py ({error}); give the folder that test.py wrote") from error
-        if lacking := [field.name for field in fields(cls) if field.default is MISSING and field.name not in values]:
+        if absent := [field.name for field in fields(cls) if field.default is MISSING and field.name not in values]:
             raise ValueError(
-                f"{path} is no result of test.py (it has no {', '.join(lacking)}); give the folder that test.py wrote"
+                f"{path} is no result of test.py (it has no {', '.join(absent)}); give the folder that test.py wrote"
             )
         return cls(**{field.name: values[field.name] for field in fields(cls) if field.name in values})
 
 
 @dataclass
 class Result:
-    """One benchmark's numbers: ``summary`` goes into the JSON, ``records`` into the JSONL."""
+    """An evaluated benchmark: ``summary`` is written as JSON, ``records`` as JSONL."""
 
     summary: Summary
     records: list[Record]
-    origin: Origin
+    provenance: Provenance
 
     @property
     def metrics(self) -> dict[str, float]:
         return self.summary.metrics
 
     def save(self, folder: Path) -> Path:
-        """Writes ``BENCHMARK.MODE.json`` and ``.jsonl``; returns the former's path."""
-        path = result_path(folder, self.origin.spec, self.origin.mode)
-        Journal(path).replace(self.origin, self.records)
+        """Writes ``BENCHMARK.MODE.json`` and ``.jsonl``; returns the path of the JSON."""
+        path = result_path(folder, self.provenance.spec, self.provenance.mode)
+        Journal(path).replace(self.provenance, self.records)
         path = path.with_suffix(".json")
         self.summary.save(path)
         return path
@@ -155,20 +161,20 @@ def result_path(folder: Path, spec: Spec, mode: str) -> Path:
     return folder / f"{spec.slug}.{mode}.jsonl"
 
 
-def summarize(origin: Origin, records: Sequence[Record]) -> Summary:
-    """What the answers alone say."""
-    benchmark, protocol = benchmark_of(origin.spec), origin.protocol
+def summarize(provenance: Provenance, records: Sequence[Record]) -> Summary:
+    """The summary, as far as it follows from the answers alone."""
+    benchmark, protocol = benchmark_of(provenance.spec), provenance.protocol
     layers = Counter(layer for record in records for layer in record.layers)
     return Summary(
-        benchmark=origin.benchmark,
-        mode=origin.mode,
+        benchmark=provenance.benchmark,
+        mode=provenance.mode,
         protocol=protocol,
-        layer_policy=origin.layer_policy,
+        layer_policy=provenance.layer_policy,
         metrics=metrics.compute(records, benchmark, protocol),
         intervals=metrics.intervals(records, benchmark, protocol),
         controls={},
         breakdown=metrics.breakdown(records, benchmark, protocol),
-        counts=metrics.count_records(records) | {"split_images": origin.images},
+        counts=metrics.count_records(records) | {"split_images": provenance.images},
         layers={str(layer): count for layer, count in sorted(layers.items())},
     )
 
@@ -176,50 +182,59 @@ def summarize(origin: Origin, records: Sequence[Record]) -> Summary:
 # -- lines -------------------------------------------------------------------------------------------------------------
 
 
-def to_lines(origin: Origin, records: Iterable[Record]) -> Iterator[str]:
+def to_lines(provenance: Provenance, records: Iterable[Record]) -> Iterator[str]:
+    """One line of JSON per record."""
     for record in records:
-        score = {"predicted_empty": record.predicted_empty, "IoU": metrics.iou(record, origin.protocol)}
-        yield json.dumps(asdict(record) | score | {"origin": asdict(origin)}, ensure_ascii=False) + "\n"
+        score = {"predicted_empty": record.predicted_empty, "IoU": metrics.iou(record, provenance.protocol)}
+        yield json.dumps(asdict(record) | score | {"origin": asdict(provenance)}, ensure_ascii=False) + "\n"
 
 
-def read_results(path: Path, may_be_cut: bool = False) -> tuple[Origin, list[Record]]:
-    """What ``to_lines`` made.
+def read_results(path: Path, allow_truncated: bool = False) -> tuple[Provenance, list[Record]]:
+    """Reads what ``to_lines`` wrote.
 
     Args:
-        may_be_cut: leave out a last line that does not end, as in the file of an evaluation that was killed.
+        allow_truncated: ignore an incomplete last line, as a killed evaluation leaves it.
 
     Raises:
-        ValueError: naming the line that is no answer, is there twice, or is of another evaluation than the first.
+        ValueError: naming the line that is no answer, a duplicate, or of another evaluation than the first line.
     """
     names = {field.name for field in fields(Record)}
-    origin, records, seen = None, [], set()
+    provenance, records, seen = None, [], set()
     with path.open(encoding="utf-8", errors="replace", newline="\n") as file:
-        for number, line in enumerate(file, start=1):
-            if may_be_cut and not line.endswith("\n"):
+        for line_number, line in enumerate(file, start=1):
+            if allow_truncated and not line.endswith("\n"):
                 break
             try:
                 values = json.loads(line)
                 record = Record(**{name: value for name, value in values.items() if name in names})
-                own = Origin(**values["origin"])
+                line_provenance = Provenance(**values["origin"])
             except (json.JSONDecodeError, TypeError, AttributeError, KeyError) as error:
-                way_out = "evaluate again" if line.endswith("\n") else "it is cut: test.py --resume goes on from here"
-                raise ValueError(f"{path}, line {number} is not a result ({error}); {way_out}") from error
-            if own != (origin := origin or own):
-                raise ValueError(f"{path}, line {number} is of another evaluation than line 1: {own} and {origin}")
+                hint = (
+                    "evaluate again" if line.endswith("\n") else "it is cut off: test.py --resume continues from here"
+                )
+                raise ValueError(f"{path}, line {line_number} is not a result ({error}); {hint}") from error
+            provenance = provenance or line_provenance
+            if line_provenance != provenance:
+                raise ValueError(
+                    f"{path}, line {line_number} is of another evaluation than line 1: "
+                    f"{line_provenance} and {provenance}"
+                )
             if (key := (record.index, record.query_id)) in seen:
-                raise ValueError(f"{path}, line {number}: query {record.query_id!r} of {record.image} is there twice")
+                raise ValueError(
+                    f"{path}, line {line_number}: query {record.query_id!r} of {record.image} is a duplicate"
+                )
             seen.add(key)
             records.append(record)
-    if origin is None:
+    if provenance is None:
         raise ValueError(f"{path} holds no results")
-    return origin, records
+    return provenance, records
 
 
 # -- while it runs -----------------------------------------------------------------------------------------------------
 
 
 class Journal:
-    """The files of an evaluation under way: every answer is on disk as soon as its batch is done.
+    """The files of a running evaluation: every answer is on disk as soon as its batch is done.
 
     Args:
         path: the result's JSONL (``result_path``).
@@ -227,67 +242,67 @@ class Journal:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.origin: Origin | None = None
+        self.provenance: Provenance | None = None
         self.file: TextIO | None = None
         self.append = False
 
-    def parts(self) -> list[Path]:
-        """The other processes' files."""
+    def rank_files(self) -> list[Path]:
+        """The files of the other processes."""
         stem = self.path.name.removesuffix(".jsonl")
         return sorted(path for path in self.path.parent.glob("*.rank_*.jsonl") if path.name.startswith(f"{stem}.rank_"))
 
-    def read(self, origin: Origin) -> list[Record]:
-        """The answers to go on from. All processes must call it, and get the same.
+    def read(self, provenance: Provenance) -> list[Record]:
+        """The answers to resume from. Collective: all processes must call it, and get the same.
 
         The last image of an unfinished file is left out: some of its queries may be missing.
 
         Raises:
-            ValueError: if they are of another evaluation, or damaged elsewhere than at the end.
+            ValueError: for answers of another evaluation, or a file that is damaged elsewhere than at its end.
         """
-        records, problem = [], None
+        records, error_message = [], None
         if distributed.is_main():
             try:
-                records = self._read(origin)
+                records = self._read(provenance)
             except (ValueError, OSError) as error:
-                problem = str(error)
-        distributed.raise_on_all_ranks(problem)
+                error_message = str(error)
+        distributed.raise_on_all_ranks(error_message)
         return distributed.all_gather(records)[0]
 
-    def _read(self, origin: Origin) -> list[Record]:
-        found: dict[tuple[int, str], Record] = {}
-        for path in [self.path, *self.parts()]:
+    def _read(self, provenance: Provenance) -> list[Record]:
+        merged: dict[tuple[int, str], Record] = {}
+        for path in [self.path, *self.rank_files()]:
             if not path.is_file() or b"\n" not in path.read_bytes():
                 continue
-            theirs, records = read_results(path, may_be_cut=True)
-            origin.check_same(theirs, path)
-            if len(records) < origin.queries:
+            saved, records = read_results(path, allow_truncated=True)
+            provenance.check_same(saved, path)
+            if len(records) < provenance.queries:
                 records = [record for record in records if record.index != records[-1].index]
-            for record in records:  # killed while files were merged, a record is in two of them
-                if found.setdefault((record.index, record.query_id), record) != record:
+            for record in records:  # a record is in two files if the evaluation was killed while merging them
+                if merged.setdefault((record.index, record.query_id), record) != record:
                     raise ValueError(f"{path}: {record.image}, {record.query!r} has another answer in another file")
-        return list(found.values())
+        return list(merged.values())
 
-    def start(self, origin: Origin, kept: Sequence[Record]) -> None:
-        """Will write after ``kept``, or in place of what is there. All processes must call it."""
-        self.origin = origin
-        if distributed.is_main() and kept:
-            self.replace(origin, kept)
+    def start(self, provenance: Provenance, resumed: Sequence[Record]) -> None:
+        """Prepares to append to ``resumed``, or to replace existing files. Collective: all processes must call it."""
+        self.provenance = provenance
+        if distributed.is_main() and resumed:
+            self.replace(provenance, resumed)
         distributed.barrier()
-        self.append = distributed.is_main() and bool(kept)
+        self.append = distributed.is_main() and bool(resumed)
 
     def add(self, records: Sequence[Record]) -> None:
-        """Writes a batch. Files of an earlier evaluation stay until there is something to replace them."""
-        assert self.origin is not None
+        """Writes a batch. Files of an earlier evaluation stay until the first record replaces them."""
+        assert self.provenance is not None
         if not records:
             return
         if self.file is None:
             main, rank = distributed.is_main(), distributed.rank()
             path = self.path if main else self.path.with_suffix(f".rank_{rank}.jsonl")
             if main:
-                path.with_suffix(".json").unlink(missing_ok=True)  # it sums up what is being replaced
+                path.with_suffix(".json").unlink(missing_ok=True)  # the summary of the answers that are being replaced
             path.parent.mkdir(parents=True, exist_ok=True)
             self.file = path.open("a" if self.append else "w", encoding="utf-8")
-        self.file.write("".join(to_lines(self.origin, records)))
+        self.file.write("".join(to_lines(self.provenance, records)))
         self.file.flush()
 
     def close(self) -> None:
@@ -295,12 +310,12 @@ class Journal:
             self.file.close()
             self.file = None
 
-    def replace(self, origin: Origin, records: Sequence[Record]) -> None:
-        """Puts ``records`` in place of all files: readers see the old ones or the new one."""
+    def replace(self, provenance: Provenance, records: Sequence[Record]) -> None:
+        """Replaces all files by one with ``records``, atomically: readers see the old answers or the new ones."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         temporary = self.path.with_name(f".{self.path.name}.new")
         with temporary.open("w", encoding="utf-8") as file:
-            file.writelines(to_lines(origin, records))
+            file.writelines(to_lines(provenance, records))
         os.replace(temporary, self.path)
-        for part in self.parts():
-            part.unlink()
+        for rank_file in self.rank_files():
+            rank_file.unlink()

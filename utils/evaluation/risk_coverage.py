@@ -1,8 +1,8 @@
-"""How well an uncertainty ranks errors: the area under the risk-coverage curve, and what it has above the ideal one.
+"""How well an uncertainty ranks errors: the area under the risk-coverage curve, and its excess over the ideal one.
 
-Answers are taken from the most certain to the least; the curve is the mean risk (1 - IoU) of the first k of them,
-AURC its mean over k = 1 .. n. The ideal order goes by the risk itself. AUSE (area under the sparsification error) is
-AURC minus the ideal's: 0 = errors are ranked perfectly. An uncertainty that says nothing has the mean risk as AURC.
+Answers are sorted from the most certain to the least. The curve is the mean risk (1 - IoU) of the first k answers, AURC
+its mean over k = 1 .. n. The ideal order is that of the risk itself. AUSE (area under the sparsification error) is
+AURC minus the ideal AURC: 0 = errors are ranked perfectly. An uninformative uncertainty has the mean risk as AURC.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ import numpy as np
 
 
 def area_under_risk(uncertainty: np.ndarray, risk: np.ndarray, counts: np.ndarray | None = None) -> float:
-    """AURC. Answers of equal uncertainty stand in no order: it is the mean over all their orders.
+    """AURC, averaged over all orders of answers of equal uncertainty.
 
     Args:
         uncertainty, risk: [n] each, n > 0.
-        counts: [n] how often each answer is there (in a draw of the bootstrap), not all 0; None = once.
+        counts: [n] multiplicity of each answer (in a bootstrap resample), not all 0; None = 1.
     """
     counts = np.ones(len(risk), np.int64) if counts is None else counts
-    order = np.lexsort((risk, uncertainty))  # by the risk too, so that sums do not depend on the answers' order
+    order = np.lexsort((risk, uncertainty))  # ties by risk: sums do not depend on the answers' order
     uncertainty, risk, counts = uncertainty[order], risk[order], counts[order]
     starts = np.flatnonzero(np.diff(uncertainty, prepend=-np.inf))
     size = np.add.reduceat(counts, starts)

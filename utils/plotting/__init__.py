@@ -1,1 +1,1 @@
-"""Pictures and charts."""
+"""Pictures, charts and tables."""

@@ -1,6 +1,6 @@
-"""Charts at the size of a paper's column: 7 point letters, colors and dashes that color-blind readers tell apart.
+"""Charts at the width of a paper's column: 7 point text, colors and dashes that color-blind readers can distinguish.
 
-Figures are matplotlib's, without pyplot and its global state.
+They use matplotlib without pyplot and its global state.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ STYLE = {
     "image.interpolation": "nearest",
     "text.parse_math": False,  # a query may hold a dollar sign
 }
-LINES = [  # blue, vermilion, green, orange, pink: told apart by dashes, too
+LINES = [  # blue, vermilion, green, orange, pink; dashes distinguish them, too
     {"color": PALETTE[n] / 255, "linestyle": dash, "marker": marker}
     for n, dash, marker in ((5, "-", "o"), (6, "--", "s"), (3, "-.", "^"), (0, ":", "D"), (2, (0, (5, 1)), "v"))
 ]
@@ -50,49 +50,51 @@ LINES = [  # blue, vermilion, green, orange, pink: told apart by dashes, too
 
 @contextmanager
 def figure(width: float, height: float) -> Iterator[Figure]:
-    """A figure of so many inches in the project's style, which holds for what is drawn inside."""
+    """A figure of the given size in inches; the project's style applies inside the context."""
     with matplotlib.rc_context(STYLE):  # type: ignore[arg-type]  # its keys are annotated as literals
         yield Figure(figsize=(width, height), layout="constrained")
 
 
 def png(picture: np.ndarray, caption: str = "") -> bytes:
-    """RGB [H, W, 3] as a PNG file with its caption among the metadata. (256 colors would be half as large, but turn a
-    yellow thing green.)"""
-    about, data = PngInfo(), io.BytesIO()
-    about.add_itxt("Description", caption)
-    Image.fromarray(picture).save(data, format="PNG", optimize=True, pnginfo=about)
+    """A PNG file of RGB [H, W, 3], with the caption in its metadata.
+
+    No palette: 256 colors would halve the size, but distort colors (yellow turns green).
+    """
+    metadata, data = PngInfo(), io.BytesIO()
+    metadata.add_itxt("Description", caption)
+    Image.fromarray(picture).save(data, format="PNG", optimize=True, pnginfo=metadata)
     return data.getvalue()
 
 
-def pixels(drawn: Figure, dpi: int = 250) -> np.ndarray:
-    """The figure as uint8 RGB [H, W, 3]."""
-    drawn.set_dpi(dpi)
-    canvas = FigureCanvasAgg(drawn)
+def pixels(fig: Figure, dpi: int = 250) -> np.ndarray:
+    """Renders a figure as uint8 RGB [H, W, 3]."""
+    fig.set_dpi(dpi)
+    canvas = FigureCanvasAgg(fig)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
 def save_chart(path: Path, picture: np.ndarray | Figure, caption: str) -> None:
-    """Writes a chart, or RGB [H, W, 3], as ``png`` does."""
+    """Writes a figure, or RGB [H, W, 3], as a PNG with its caption."""
     path.write_bytes(png(pixels(picture) if isinstance(picture, Figure) else picture, caption))
 
 
 def curves(axes: Axes, lines: Mapping[str, tuple[Sequence[float], Sequence[float]]], marked: bool = True) -> None:
-    """A line per name of (x, y), and a legend if there are several."""
+    """Plots lines, name -> (x, y), with a legend if there are several."""
     for number, (name, (x, y)) in enumerate(lines.items()):
-        look = dict(LINES[number % len(LINES)])
+        style = dict(LINES[number % len(LINES)])
         if not marked or len(x) > 40:
-            look.pop("marker")
-        axes.plot(x, y, label=name, **look)
+            style.pop("marker")
+        axes.plot(x, y, label=name, **style)
     if len(lines) > 1:
         axes.legend(loc="best", handlelength=2.6)
     axes.grid(axis="y", linewidth=0.3, alpha=0.6)
 
 
 def layer_curves(ciou: Mapping[str, Sequence[float]], loss: Mapping[str, Sequence[float]]) -> Figure:
-    """Fig. 2: cIoU of every forced layer, and the loss of its similarity maps, a line per checkpoint."""
-    with figure(COLUMN, 3.7) as drawn:
-        above, below = drawn.subplots(2, 1, sharex=True)
+    """Fig. 2: cIoU with each layer forced, and the loss of its similarity maps; one line per checkpoint."""
+    with figure(COLUMN, 3.7) as fig:
+        above, below = fig.subplots(2, 1, sharex=True)
         for axes, values, label in ((above, ciou, "cIoU, layer forced"), (below, loss, "loss of similarity maps")):
             curves(axes, {name: (range(len(line)), line) for name, line in values.items()})
             axes.set_ylabel(label)
@@ -100,64 +102,64 @@ def layer_curves(ciou: Mapping[str, Sequence[float]], loss: Mapping[str, Sequenc
         below.xaxis.set_major_locator(MaxNLocator(integer=True))
         for axes, letter in ((above, "(a)"), (below, "(b)")):
             axes.set_title(letter, loc="left")
-        return drawn
+        return fig
 
 
 def policy_strips(tables: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
-    """By title, a row per group of queries and a column per layer: the darker, the more of the group's [SEG].
+    """Heat maps with a row per group of queries and a column per layer: the darker, the more of the group's [SEG].
 
     Args:
         tables: title -> group -> shares of the layers.
     """
     rows = sum(len(groups) for groups in tables.values())
-    with figure(COLUMN, 0.16 * rows + 0.35 * len(tables) + 0.3) as drawn:
-        every = drawn.subplots(len(tables), 1, sharex=True, squeeze=False)[:, 0]
-        for axes, (title, groups) in zip(every, tables.items()):
-            shown = axes.imshow(np.array(list(groups.values())) * 100, cmap="Blues", vmin=0, vmax=100, aspect="auto")
+    with figure(COLUMN, 0.16 * rows + 0.35 * len(tables) + 0.3) as fig:
+        all_axes = fig.subplots(len(tables), 1, sharex=True, squeeze=False)[:, 0]
+        for axes, (title, groups) in zip(all_axes, tables.items()):
+            heat_map = axes.imshow(np.array(list(groups.values())) * 100, cmap="Blues", vmin=0, vmax=100, aspect="auto")
             axes.set_yticks(range(len(groups)), list(groups))
             axes.set_title(title, loc="left")
-        every[-1].set_xlabel("layer")
-        every[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
-        drawn.colorbar(shown, ax=list(every), label="% of [SEG]", pad=0.02, aspect=30)
-        return drawn
+        all_axes[-1].set_xlabel("layer")
+        all_axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
+        fig.colorbar(heat_map, ax=list(all_axes), label="% of [SEG]", pad=0.02, aspect=30)
+        return fig
 
 
 def training_curves(
     losses: Mapping[str, np.ndarray], entropies: Mapping[str, np.ndarray], steps: Sequence[int]
 ) -> Figure:
-    """The loss of each layer's maps over training, a panel per run, and the entropy of their policies.
+    """Loss of each layer's maps over training, one panel per run, and the entropy of the policies.
 
     Args:
-        losses: name -> [S, L] at the S steps; the darker a line, the lower the layer. A running mean over 5 of them.
-        entropies: name -> [S] in nats, of those that have a policy; the names are among those of ``losses``.
+        losses: name -> [S, L] at the S steps, plotted as a running mean over 5; darker lines are lower layers.
+        entropies: name -> [S] in nats, for the runs of ``losses`` with a policy.
     """
     panels = len(losses) + bool(entropies)
-    with figure(2 * COLUMN, 1.9) as drawn:
+    with figure(2 * COLUMN, 1.9) as fig:
         shares = [1.0] * len(losses) + [1.5] * bool(entropies)
-        every = drawn.subplots(1, panels, squeeze=False, width_ratios=shares)[0]
-        for axes, (name, table) in zip(every, losses.items()):
-            axes.sharey(every[0])
+        all_axes = fig.subplots(1, panels, squeeze=False, width_ratios=shares)[0]
+        for axes, (name, table) in zip(all_axes, losses.items()):
+            axes.sharey(all_axes[0])
             layers = table.shape[1]
             for layer, line in enumerate(table.T):
                 axes.plot(steps, running_mean(line, 5), color=colormaps["viridis"](layer / max(1, layers - 1) * 0.92))
             axes.set_title(name, loc="left")
             axes.set_xlabel("step")
-            axes.tick_params(labelleft=axes is every[0])
-        every[0].set_ylabel("loss of similarity maps")
+            axes.tick_params(labelleft=axes is all_axes[0])
+        all_axes[0].set_ylabel("loss of similarity maps")
         scale = ScalarMappable(Normalize(0, layers - 1), ListedColormap(colormaps["viridis"](np.linspace(0, 0.92, 64))))
-        drawn.colorbar(scale, ax=every[len(losses) - 1], label="layer", ticks=MaxNLocator(integer=True))
+        fig.colorbar(scale, ax=all_axes[len(losses) - 1], label="layer", ticks=MaxNLocator(integer=True))
         if entropies:
-            looks = dict(zip(losses, LINES))
+            styles = dict(zip(losses, LINES))
             for name, line in entropies.items():
-                every[-1].plot(steps, line, label=name, **(looks[name] | {"marker": ""}))
-            every[-1].set_title("policy's entropy, nats", loc="left")
-            every[-1].set_xlabel("step")
-            every[-1].set_ylim(0, 1.45 * max(line.max() for line in entropies.values()))  # room for the legend
-            every[-1].legend(loc="upper right", handlelength=1.8)
-        return drawn
+                all_axes[-1].plot(steps, line, label=name, **(styles[name] | {"marker": ""}))
+            all_axes[-1].set_title("policy's entropy, nats", loc="left")
+            all_axes[-1].set_xlabel("step")
+            all_axes[-1].set_ylim(0, 1.45 * max(line.max() for line in entropies.values()))  # room for the legend
+            all_axes[-1].legend(loc="upper right", handlelength=1.8)
+        return fig
 
 
 def running_mean(line: np.ndarray, width: int) -> np.ndarray:
-    """Centred, over fewer values at the ends."""
+    """Centered moving average, over fewer values at the ends."""
     weights = np.ones(min(width, len(line)))
     return np.convolve(line, weights, "same") / np.convolve(np.ones(len(line)), weights, "same")

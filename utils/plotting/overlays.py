@@ -1,6 +1,6 @@
-"""Pictures for people: masks over an image, similarity maps, and sheets of samples with their queries.
+"""Pictures: masks over an image, similarity maps, and sheets of samples with their queries.
 
-Everything takes and returns uint8 RGB [H, W, 3]. Colors are Okabe and Ito's, which color-blind people tell apart.
+Images are uint8 RGB [H, W, 3]. Colors are those of Okabe and Ito, which color-blind people can distinguish.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ PALETTE = np.array(
 TRUTH_COLOR = (0, 114, 178)
 IGNORED_COLOR = (60, 60, 60)
 INK, PALE, PAPER = (20, 20, 20), (110, 110, 110), (255, 255, 255)
-MAX_CELL_RATIO = 2.0  # a cell of a sheet is never longer than this times its height: a 1x5000 image is squeezed
+MAX_CELL_RATIO = 2.0  # largest width / height of a cell; a 1x5000 image is scaled down to fit
 
 
 @dataclass
@@ -41,12 +41,12 @@ class Panel:
 
     Attributes:
         image: [H, W, 3] uint8.
-        query: what was asked.
+        query: the expression.
         masks: [N, H, W] bool; similarities: [N, H, W] in [0, 1], or None.
         truth: [H, W] uint8 with 0, 1 and 255, or None if unknown.
-        answer: what the model said.
+        answer: text of the model's answer.
         notes: short lines such as "IoU 0.83".
-        deviations: [N, H, W] in [0, 0.5], how much the probability of each mask varies over layers (``mc:T``), or None.
+        deviations: [N, H, W] in [0, 0.5], standard deviation of the probabilities over layers (``mc:T``), or None.
     """
 
     image: np.ndarray
@@ -59,30 +59,30 @@ class Panel:
     deviations: np.ndarray | None = None
 
 
-def evenly_spaced(length: int, most: int) -> list[int]:
-    """Which of ``length`` things to show: at most ``most`` places, from the first to the last."""
-    return np.linspace(0, length - 1, min(most, length)).round().astype(int).tolist()
+def evenly_spaced(length: int, count: int) -> list[int]:
+    """At most ``count`` indices into ``length`` items, evenly spaced from the first to the last."""
+    return np.linspace(0, length - 1, min(count, length)).round().astype(int).tolist()
 
 
 def color(number: int) -> tuple[int, int, int]:
-    """The color of the ``number``-th [SEG]."""
+    """Color of the ``number``-th [SEG], from 0."""
     red, green, blue = PALETTE[number % len(PALETTE)].tolist()
     return red, green, blue
 
 
 def overlay(image: np.ndarray, masks: np.ndarray, opacity: float = 0.55) -> np.ndarray:
-    """Masks over an image, one color per [SEG], each with an outline that shows on any background.
+    """Blends masks over an image, one color per [SEG], each with an outline that is visible on any background.
 
     Args:
         image: [H, W, 3] uint8.
         masks: [N, H, W] bool.
-        opacity: of the filling; 0 leaves only outlines.
+        opacity: of the fill; 0 = outlines only.
     """
     return paint(image, [(mask, color(number)) for number, mask in enumerate(masks)], opacity)
 
 
 def truth_overlay(image: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """The target [H, W] in one color, ignored pixels (255) in grey."""
+    """Blends the ground truth [H, W] over an image, ignored pixels (255) in grey."""
     layers = [(truth == IGNORE_PIXEL, IGNORED_COLOR), (truth == 1, TRUTH_COLOR)]
     return paint(image, layers, opacity=0.55)
 
@@ -90,7 +90,7 @@ def truth_overlay(image: np.ndarray, truth: np.ndarray) -> np.ndarray:
 def paint(
     image: np.ndarray, layers: Sequence[tuple[np.ndarray, tuple[int, int, int]]], opacity: float, outline: bool = True
 ) -> np.ndarray:
-    """Fills masks [H, W] with colors, then draws all outlines (unless none are wanted), so that none is hidden."""
+    """Fills all masks [H, W] with their colors, then draws the outlines, so that no fill hides an outline."""
     picture = image.copy()
     for mask, rgb in layers:
         mask = mask.astype(bool)
@@ -106,7 +106,7 @@ def paint(
 
 
 def heat_map(image: np.ndarray, similarity: np.ndarray, opacity: float = 0.75) -> np.ndarray:
-    """A similarity map [H, W] in [0, 1] over the grey image: dark violet = 0, yellow = 1 (viridis)."""
+    """Blends a similarity map [H, W] in [0, 1] over the grey image: dark violet = 0, yellow = 1 (viridis)."""
     levels = (np.clip(similarity, 0, 1) * 255 + 0.5).astype(np.uint8)
     heat = cv2.cvtColor(cv2.applyColorMap(levels, cv2.COLORMAP_VIRIDIS), cv2.COLOR_BGR2RGB)
     grey = np.repeat(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)[..., None], 3, axis=2)
@@ -114,7 +114,9 @@ def heat_map(image: np.ndarray, similarity: np.ndarray, opacity: float = 0.75) -
 
 
 def sheet(panels: Sequence[Panel], title: str = "", cell: int = 220) -> np.ndarray:
-    """A row per sample: image, query and answer, mask, ground truth; similarity map and deviation if a sample has one.
+    """A picture with one row per sample: image, query and answer, similarity map, mask, deviation, ground truth.
+
+    The columns of similarity maps and deviations are left out if no sample has any.
 
     Args:
         title: printed on top, wrapped.
@@ -129,38 +131,38 @@ def sheet(panels: Sequence[Panel], title: str = "", cell: int = 220) -> np.ndarr
     text_width, gap = max(240, cell + 40), 12
     widths = [text_width if name == "query and answer" else width for name in columns]
     *lefts, right = np.cumsum([gap, *(w + gap for w in widths)]).tolist()
-    places = dict(zip(columns, lefts, strict=True))
+    left_edges = dict(zip(columns, lefts, strict=True))
     head = wrap(title, font(15), right - 2 * gap) if title else []
     texts = [_lines(panel, text_width) for panel in panels]
     heights = [max(cell, 20 * len(lines)) for lines in texts]
     top = gap + 22 * len(head) + 26
     canvas = Image.new("RGB", (right, top + sum(h + gap for h in heights)), PAPER)
-    pen = ImageDraw.Draw(canvas)
+    draw = ImageDraw.Draw(canvas)
     for number, line in enumerate(head):
-        pen.text((gap, gap + 22 * number), line, INK, font(15))
-    for name, left in places.items():
-        pen.text((left, top - 24), name, PALE, font(13))
+        draw.text((gap, gap + 22 * number), line, INK, font(15))
+    for name, left in left_edges.items():
+        draw.text((left, top - 24), name, PALE, font(13))
     y = top
     for panel, lines, height in zip(panels, texts, heights):
         for number, (line, ink) in enumerate(lines):
-            pen.text((places["query and answer"], y + 20 * number), line, ink, font(14))
+            draw.text((left_edges["query and answer"], y + 20 * number), line, ink, font(14))
         for name, picture in _pictures(fit(panel, width, cell)).items():
             if picture is not None:
-                canvas.paste(Image.fromarray(picture), (places[name], y))
-            elif name in places:
-                pen.text((places[name], y), "none", PALE, font(13))
+                canvas.paste(Image.fromarray(picture), (left_edges[name], y))
+            elif name in left_edges:
+                draw.text((left_edges[name], y), "none", PALE, font(13))
         y += height + gap
     return np.array(canvas)
 
 
 def save_picture(path: Path, picture: np.ndarray) -> None:
-    """Writes a PNG; also a mask [H, W] of 0 and 255."""
+    """Writes RGB [H, W, 3], or a mask [H, W] of 0 and 255, as a PNG."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(picture).save(path, format="PNG")
 
 
 def fit(panel: Panel, width: int, height: int) -> Panel:
-    """Scales all pictures of a panel into a box, so that outlines are drawn at the size they are seen at."""
+    """Scales all pictures of a panel into a box, so that outlines are drawn at display size."""
     old_height, old_width = panel.image.shape[:2]
     scale = min(width / old_width, height / old_height)
     size = max(3, round(old_width * scale)), max(3, round(old_height * scale))
@@ -186,7 +188,7 @@ def fit(panel: Panel, width: int, height: int) -> Panel:
 
 
 def wrap(text: str, face: ImageFont.FreeTypeFont, width: int) -> list[str]:
-    """Breaks text at spaces, and words that are wider than ``width`` anywhere."""
+    """Breaks text into lines of at most ``width`` pixels: at spaces, and within words that are wider."""
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()
@@ -204,8 +206,8 @@ def wrap(text: str, face: ImageFont.FreeTypeFont, width: int) -> list[str]:
 
 @cache
 def font(size: int) -> ImageFont.FreeTypeFont:
-    """DejaVu Sans, which comes with matplotlib: Latin, Greek, Cyrillic."""
-    package = importlib.util.find_spec("matplotlib")  # found, not imported, which takes a second
+    """DejaVu Sans from matplotlib's files: Latin, Greek, Cyrillic."""
+    package = importlib.util.find_spec("matplotlib")  # located, not imported, which takes a second
     assert package is not None
     assert package.origin is not None
     return ImageFont.truetype(str(Path(package.origin).parent / "mpl-data/fonts/ttf/DejaVuSans.ttf"), size)
@@ -215,21 +217,21 @@ def _ratio(image: np.ndarray) -> float:
     return image.shape[1] / image.shape[0]
 
 
-def _lines(panel: Panel, width: int, most: int = 6) -> list[tuple[str, tuple[int, int, int]]]:
-    """(line, color) of the text column; a text over ``most`` lines ends in an ellipsis."""
+def _lines(panel: Panel, width: int, max_lines: int = 6) -> list[tuple[str, tuple[int, int, int]]]:
+    """(line, color) of the text column; a text of more than ``max_lines`` lines ends in an ellipsis."""
     lines = []
     for text, ink in ((panel.query, INK), (panel.answer, PALE), *((note, INK) for note in panel.notes)):
         wrapped = wrap(text, font(14), width) if text else []
-        if len(wrapped) > most:
-            wrapped = [*wrapped[: most - 1], f"{wrapped[most - 1][:-2]}…"]
+        if len(wrapped) > max_lines:
+            wrapped = [*wrapped[: max_lines - 1], f"{wrapped[max_lines - 1][:-2]}…"]
         lines += [(line, ink) for line in wrapped]
     return lines
 
 
 def _pictures(panel: Panel) -> dict[str, np.ndarray | None]:
-    """The pictures of a row by their columns; None where there is nothing to show.
+    """Column -> picture of a row; None where there is nothing to show.
 
-    Masks lie on a pale grey image, where no color of the scene competes with theirs.
+    Masks are shown on a pale grey image, where no color of the scene competes with theirs.
     """
     pale = np.repeat(cv2.cvtColor(panel.image, cv2.COLOR_RGB2GRAY)[..., None] // 2 + 110, 3, axis=2)
 

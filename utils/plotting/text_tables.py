@@ -1,7 +1,7 @@
-"""Tables as aligned text, Markdown and HTML, from rows of text whose first is the head.
+"""Tables as aligned text, Markdown and HTML, from rows of text; the first row is the head.
 
-``sides`` says how columns are aligned, a letter each: ``l`` left, ``r`` right. The last letter holds for all columns
-that follow, so that ``lr`` is a column of names and any number of columns of figures.
+``sides`` aligns the columns, one letter each: ``l`` left, ``r`` right. The last letter holds for all further columns:
+``lr`` is a column of names followed by any number of columns of figures.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ Rows = Sequence[Sequence[str]]
 
 
 def from_mappings(rows: Sequence[Mapping[str, Any]], cell: Callable[[str, Any], str]) -> list[list[str]]:
-    """A head and a row per mapping: columns in the order they are first seen, ``cell(column, value or None)`` in them.
+    """A head, and one row of ``cell(column, value or None)`` per mapping; columns in order of first appearance.
 
-    Without mappings there is an empty head.
+    Without mappings, the head is empty.
     """
     columns = list(dict.fromkeys(key for row in rows for key in row))
     return [columns, *([cell(column, row.get(column)) for column in columns] for row in rows)]
@@ -29,10 +29,10 @@ def aligned(rows: Rows, sides: str) -> list[str]:
 
 
 def markdown(rows: Rows, sides: str = "") -> str:
-    """A table in Markdown; a vertical bar in a cell is part of its text.
+    """A table in Markdown; vertical bars in cells are escaped.
 
     Args:
-        sides: align the columns, in the source, too; without it the source is compact.
+        sides: aligns the columns, also in the source; empty = compact source.
     """
     cells = [[cell.replace("|", "\\|") for cell in row] for row in rows]
     rule = "| " + " | ".join("---" for _ in rows[0]) + " |"
@@ -45,7 +45,7 @@ def markdown(rows: Rows, sides: str = "") -> str:
 
 
 def html(rows: Rows) -> str:
-    """A table in HTML, its text escaped."""
+    """A table in HTML; cells are escaped."""
     head, *body = ([escape(cell) for cell in row] for row in rows)
     heads = "".join(f"<th>{cell}</th>" for cell in head)
     lines = ("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>\n" for row in body)
@@ -53,12 +53,12 @@ def html(rows: Rows) -> str:
 
 
 def mean_cell(values: Sequence[float], digits: int) -> str:
-    """``0.65 ± 0.02``: the mean, and the standard deviation of several values."""
+    """``0.65 ± 0.02``: mean and, for several values, standard deviation."""
     return f"{mean(values):.{digits}f}" + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
 
 
 def _padded(rows: Rows, sides: str) -> list[list[str]]:
-    """All cells of a column as wide as its widest one."""
+    """Pads the cells of each column to the width of the widest one."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         [
