@@ -221,7 +221,7 @@ class UGroundForCausalLM(LlavaLlamaForCausalLM):
             answers = teacher_forced_answers(self, batch, output)
         else:
             answers = generate_answers(self, batch, output, max_new_tokens, on_token)
-        embeddings = self.visual_model.encode(batch.sam_images, batch.image_keys) if answers.places else None
+        embeddings = self.visual_model.encode(batch.sam_images, batch.image_keys) if answers.seg_questions else None
         return LanguagePass(batch, answers, output.hidden, valid, embeddings)
 
     @torch.inference_mode()
@@ -246,7 +246,7 @@ class UGroundForCausalLM(LlavaLlamaForCausalLM):
         """
         rule = self.config.layer_rule(layer_policy)
         batch, answers = answered.batch, answered.answers
-        counts = [sum(row == b for row, _ in answers.places) for b in range(len(batch.sizes))]
+        counts = [sum(row == b for row, _ in answers.seg_questions) for b in range(len(batch.sizes))]
         rows = torch.tensor(_repeat(counts), dtype=torch.int64, device=self.device)
         grounding = self.ground(answered.hidden, answers.states, rows, counts, batch.image_start, rule)
         drawn: list[MaskPrediction] = []
@@ -258,7 +258,7 @@ class UGroundForCausalLM(LlavaLlamaForCausalLM):
         layer_maps = self.normalised(grounding.scores, answered.valid[rows][:, None]).cpu()
 
         def prediction(row: int, question: int) -> Prediction:
-            mine = [n for n, place in enumerate(answers.places) if place == (row, question)]
+            mine = [n for n, place in enumerate(answers.seg_questions) if place == (row, question)]
             nothing = torch.zeros(0, *batch.sizes[row])
             return Prediction(
                 text="",

@@ -17,7 +17,7 @@ import torch
 from model.llava import LanguageOutput
 from model.structures import Batch
 
-Place = tuple[int, int]  # (row, question)
+QuestionIndex = tuple[int, int]  # (row, question)
 
 
 @dataclass
@@ -26,14 +26,14 @@ class GenerationOutput:
 
     Attributes:
         token_ids: [row][question] tokens of the answer.
-        places: per [SEG], in ascending order, where it stands.
+        seg_questions: per [SEG], in ascending order, the question that it answers.
         states: [N, L, D], read one position before each [SEG].
         rejected: per [SEG], whether [REJ] was more likely there.
     """
 
     token_ids: list[list[list[int]]]
     states: torch.Tensor
-    places: list[Place] = field(default_factory=list)
+    seg_questions: list[QuestionIndex] = field(default_factory=list)
     rejected: list[bool] = field(default_factory=list)
 
 
@@ -46,12 +46,12 @@ def teacher_forced_answers(model, batch: Batch, output: LanguageOutput) -> Gener
     for row, segment, token in zip(rows, segment_ids[batch.label_positions].tolist(), batch.label_ids.tolist()):
         token_ids[row][segment - 1].append(token)
     states = torch.stack([layer.flatten(0, 1)[batch.seg_positions] for layer in output.hidden], dim=1)
-    places = list(zip(batch.seg_rows.tolist(), (segment_ids[batch.seg_positions] - 1).tolist()))
+    seg_questions = list(zip(batch.seg_rows.tolist(), (segment_ids[batch.seg_positions] - 1).tolist()))
     if config.rej_token_id is None:  # a model that knows no [REJ]
-        return GenerationOutput(token_ids, states, places, [False] * len(places))
+        return GenerationOutput(token_ids, states, seg_questions, [False] * len(seg_questions))
     pair = torch.tensor([config.seg_token_id, config.rej_token_id], device=device)
     scores = torch.nn.functional.linear(states[:, -1], model.lm_head.weight[pair]).float()
-    return GenerationOutput(token_ids, states, places, (scores[:, 1] > scores[:, 0]).tolist())
+    return GenerationOutput(token_ids, states, seg_questions, (scores[:, 1] > scores[:, 0]).tolist())
 
 
 def generate_answers(
@@ -109,7 +109,7 @@ def generate_from(
     hidden, segment_ids, position = ends.hidden, ends.segment_ids, ends.position
     token_ids: list[list[list[int]]] = [[[] for _ in range(count)] for count in questions]
     columns = [[k if k < count else None for k in range(max(questions))] for count in questions]  # None = has ended
-    found: list[tuple[Place, int, torch.Tensor]] = []
+    found: list[tuple[QuestionIndex, int, torch.Tensor]] = []
     for step in range(max_new_tokens):
         tokens = model.lm_head(hidden[-1]).argmax(-1)  # [B, K]
         written = tokens.tolist()  # the one look at the device in a step: it waits for it
@@ -136,7 +136,7 @@ def generate_from(
                 torch.gather(values, 1, index) for values in (tokens, segment_ids, position)
             )
         embeddings = model.get_input_embeddings()(tokens)
-        past = model.read(embeddings, segment_ids, position, segment_ids >= 0, past=past, use_cache=True)
+        past = model.forward_packed(embeddings, segment_ids, position, segment_ids >= 0, past=past, use_cache=True)
         hidden = past.hidden
     found.sort(key=lambda item: item[:2])
     width = config.num_hidden_layers + 1, config.hidden_size
@@ -192,7 +192,9 @@ class ConversationCache:
         segment_ids, before = torch.ones_like(tokens), tokens.new_ones(1, kept)
         past = LanguageOutput((), self.keys.extend(before, before.bool()), self.cache)
         embeddings = self.model.get_input_embeddings()(tokens)
-        output = self.model.read(embeddings, segment_ids, position, segment_ids.bool(), past=past, use_cache=True)
+        output = self.model.forward_packed(
+            embeddings, segment_ids, position, segment_ids.bool(), past=past, use_cache=True
+        )
         self.ids = ids
         return output
 

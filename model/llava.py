@@ -172,10 +172,10 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
         embeddings = self.embed(batch.input_ids, features, batch.image_start)
         key_mask = batch.segment_ids >= 0
         key_mask[:, batch.image_start : batch.image_start + valid.shape[1]] = valid
-        output = self.read(embeddings, batch.segment_ids, batch.position_ids, key_mask, use_cache=use_cache)
+        output = self.forward_packed(embeddings, batch.segment_ids, batch.position_ids, key_mask, use_cache=use_cache)
         return output, valid
 
-    def read(
+    def forward_packed(
         self,
         embeddings: torch.Tensor,
         segment_ids: torch.Tensor,

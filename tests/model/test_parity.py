@@ -138,7 +138,7 @@ def read(model: UGroundForCausalLM, batch: Batch) -> Reading:
             cut.append((row, torch.cat([torch.zeros(1, dtype=torch.int64), places])))
             starts.append(int(image[0] - places[0]) + 1)
             owner.append((row, k))
-    output = model.read(embeddings, batch.segment_ids, batch.position_ids, usable)
+    output = model.forward_packed(embeddings, batch.segment_ids, batch.position_ids, usable)
     hidden = [tuple(layer[row : row + 1, places] for layer in output.hidden) for row, places in cut]
     flat = [layer.flatten(0, 1) for layer in output.hidden]
     states = torch.stack([layer[batch.seg_positions] for layer in flat], dim=1)
