@@ -1,10 +1,11 @@
 """Policy-Prompted Masking (paper section 4.1, Algorithm 1).
 
 Stochastic Skip Connection (SSC): a policy over layers, one action per [SEG] token. Mask as Prompt (MasP): the chosen
-layer's similarity map between the token and the image, which prompts SAM, takes a loss and gives the reward. Soft
+layer's similarity map between the token and the image prompts SAM, is constrained by a loss and gives the reward. Soft
 gating (Table 9, appendix B.1) weights all layers with the same gate instead of choosing one.
 
-Legend: N [SEG] tokens, L hidden states (embeddings first, the last one normed), P image tokens, D hidden size.
+Legend: B rows, T tokens, N [SEG] tokens, L hidden states (the embeddings first, the last one after the final norm),
+P image tokens, D hidden size.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class PolicyPromptedMasking(nn.Module):
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
-        self.baseline = self.baseline.float()  # a moving average with decay 0.9 does not survive bf16's 8 bits
+        self.baseline = self.baseline.float()  # bf16's 8 bits are too few for a moving average with decay 0.9
         return self
 
     @property
@@ -43,7 +44,7 @@ class PolicyPromptedMasking(nn.Module):
         return self.gate.shape[0]
 
     def log_policy(self, seg_states: torch.Tensor) -> torch.Tensor:
-        """log pi(l | H_t*) of Eq. 4. The state is not differentiated: the policy's loss trains the gate only.
+        """log pi(l | H_t*) of Eq. 4. States are detached: the policy's loss trains the gate only.
 
         Args:
             seg_states: [N, L, D].
@@ -59,10 +60,13 @@ class PolicyPromptedMasking(nn.Module):
     def advantage(self, rewards: torch.Tensor) -> torch.Tensor:
         """A = r - b per [SEG]; updates b first, with the mean reward over all ranks (Algorithm 1, line 9).
 
-        Every rank must call this, also one without [SEG]: it communicates.
+        A collective operation: every rank must call it, also one without [SEG].
 
         Args:
             rewards: [N] float32, detached.
+
+        Returns:
+            [N] float32.
         """
         total = torch.stack([rewards.sum(), rewards.new_full((), len(rewards))])
         if distributed.is_available() and distributed.is_initialized():
@@ -71,16 +75,20 @@ class PolicyPromptedMasking(nn.Module):
         decay = self.config.baseline_decay
         updated = decay * self.baseline + (1 - decay) * mean
         if self.config.baseline_start == "first":
-            updated = torch.where(self.baseline == 0, mean, updated)  # 0 until there was a reward
+            updated = torch.where(self.baseline == 0, mean, updated)  # 0 until the first reward
         self.baseline.copy_(torch.where(total[1] > 0, updated, self.baseline))
         return rewards - self.baseline
 
     def scaled(self, advantage: torch.Tensor) -> torch.Tensor:
-        """Advantages over their root mean square among the [SEG] tokens of all ranks: the gate's steps then do not
-        depend on the reward's scale. Every rank must call this.
+        """Advantages divided by their root mean square over the [SEG] tokens of all ranks.
+
+        The gate's steps then do not depend on the scale of the reward. A collective operation: every rank must call it.
 
         Args:
             advantage: [N] float32, detached.
+
+        Returns:
+            [N] float32.
         """
         total = torch.stack([advantage.square().sum(), advantage.new_full((), len(advantage))])
         if distributed.is_available() and distributed.is_initialized():
@@ -88,10 +96,12 @@ class PolicyPromptedMasking(nn.Module):
         return advantage / (total[0] / total[1].clamp(min=1)).sqrt().clamp(min=EPSILON)
 
     def expected_reward(self, log_policy: torch.Tensor) -> torch.Tensor:
-        """The critic's guess, a scalar, from the batch's mean policy; only the critic learns from its error.
+        """The critic's estimate of the reward, a scalar, from the batch's mean policy (section 4.1).
+
+        The policy is detached: the estimate's error trains the critic only.
 
         Args:
-            log_policy: [N, L]; without [SEG] the guess is worth nothing, but has a gradient.
+            log_policy: [N, L]; with N = 0 the estimate is meaningless, but has a gradient.
         """
         policy = log_policy.detach().exp().sum(0) / max(1, len(log_policy))
         assert self.critic is not None
@@ -99,17 +109,17 @@ class PolicyPromptedMasking(nn.Module):
 
 
 def gumbel_noise(sample_ids: list[int], rows: list[int], num_layers: int, seed: int = 0) -> torch.Tensor:
-    """[N, L] Gumbel noise that depends on (seed, sample number, place of the [SEG] in its sample) alone.
+    """[N, L] float32 standard Gumbel noise, a function of (seed, sample index, index of the [SEG] in its sample) alone.
 
-    Not on the rank, the batch or the device: the same run on another number of processes samples the same layers.
+    It does not depend on rank, batch or device: the same run on another number of processes samples the same layers.
 
     Args:
-        sample_ids: sample number per row.
+        sample_ids: sample index per row.
         rows: [N] row of each [SEG], ascending.
     """
     blocks = []
-    for row, number in enumerate(sample_ids):
-        generator = torch.Generator().manual_seed((seed * 1_000_003 + number * 7919 + 17) % 2**63)
+    for row, sample_id in enumerate(sample_ids):
+        generator = torch.Generator().manual_seed((seed * 1_000_003 + sample_id * 7919 + 17) % 2**63)
         uniform = torch.rand(rows.count(row), num_layers, generator=generator).clamp(1e-10, 1 - 1e-7)
         blocks.append(-(-uniform.log()).log())
     return torch.cat(blocks) if blocks else torch.zeros(0, num_layers)
@@ -120,33 +130,38 @@ def similarity_of_all_layers(
 ) -> torch.Tensor:
     """Eq. 6 for every layer at once: S[n, l, p] = <h_seg[n, l], h_img[row(n), l, p]>.
 
-    L x P x D multiplications per [SEG] are nothing beside the language model, and computing them all needs neither a
-    copy of image states nor to wait for the device to say which layer was chosen.
+    L x P x D multiplications per [SEG] are negligible beside the language model. Computing them for all layers needs
+    neither a copy of the image states nor a synchronization with the device to know which layer was chosen.
 
     Args:
         hidden: L tensors [B, T, D].
         seg_states: [N, L, D].
         seg_rows: [N] row of each [SEG].
-        image: the image tokens' places in every row.
+        image: positions of the image tokens, the same in every row.
 
     Returns:
         [N, L, P] float32.
     """
     maps = []
     for layer, states in enumerate(hidden):
-        # in float32: the states of an image have much in common, and what the min-max leaves of bf16's 8 bits is little
+        # in float32: an image's states are alike, and min-max scaling their small differences leaves little of 8 bits
         every_row = torch.einsum("bpd,nd->nbp", states[:, image].float(), seg_states[:, layer].float())
         maps.append(every_row[torch.arange(len(seg_rows), device=seg_rows.device), seg_rows])
     return torch.stack(maps, 1)
 
 
+def rows_of(counts: list[int]) -> list[int]:
+    """[2, 0, 1] -> [0, 0, 2]: the row of each [SEG], from the number per row."""
+    return [row for row, count in enumerate(counts) for _ in range(count)]
+
+
 @dataclass
 class Grounding:
-    """[SEG] tokens of a batch, ready for masking.
+    """The [SEG] tokens of a batch with what PPM knows about them before a layer is chosen.
 
     Attributes:
         states: [N, L, D]; scores: [N, L, P] similarities (Eq. 6); log_policy: [N, L].
-        rows: [N] on the model's device; counts: [SEG] per row, on the host.
+        rows: [N] row of each [SEG], on the model's device; counts: [SEG] tokens per row, on the host.
         fused: with soft gating, the weighted average of all layers: its [SEG] states [N, D] and similarities [N, P].
     """
 
@@ -157,19 +172,19 @@ class Grounding:
     counts: list[int]
     fused: tuple[torch.Tensor, torch.Tensor] | None = None
 
-    def taken(self, layers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """[SEG] states [N, D] and similarities [N, P] of the chosen layers [N], or the fused ones."""
+    def select_layers(self, layers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """[SEG] states [N, D] and similarities [N, P] of the chosen layers [N]; the fused ones with soft gating."""
         if self.fused is not None:
             return self.fused
-        each = torch.arange(len(layers), device=layers.device)
-        return self.states[each, layers], self.scores[each, layers]
+        index = torch.arange(len(layers), device=layers.device)
+        return self.states[index, layers], self.scores[index, layers]
 
-    def repeated(self, which: list[int]) -> Grounding:
-        """The [SEG] tokens ``which`` (ascending numbers, some of them more than once) as a batch of their own."""
-        index = torch.tensor(which, dtype=torch.int64, device=self.rows.device)
-        row_of = [row for row, count in enumerate(self.counts) for _ in range(count)]
-        rows = [row_of[n] for n in which]
-        counts = [rows.count(row) for row in range(len(self.counts))]
+    def select_tokens(self, segs: list[int]) -> Grounding:
+        """The [SEG] tokens at ``segs`` (ascending indices, repetitions allowed), without ``fused``."""
+        index = torch.tensor(segs, dtype=torch.int64, device=self.rows.device)
+        rows = rows_of(self.counts)
+        selected_rows = [rows[n] for n in segs]
+        counts = [selected_rows.count(row) for row in range(len(self.counts))]
         return Grounding(self.states[index], self.scores[index], self.log_policy[index], self.rows[index], counts)
 
 
@@ -180,17 +195,17 @@ def fuse_layers(
     seg_rows: torch.Tensor,
     image: slice,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Soft gating: h = sum_l w_l h_l for the [SEG] and for every image token, and the similarities between the two.
+    """Soft gating (Table 9): h = sum_l w_l h_l of the [SEG] and of every image token, and their similarities.
 
     A product with a sum is the sum of the products: no fused copy of the image states is made, which would hold
     P x D numbers for each [SEG].
 
     Args:
-        weights: [N, L], rows sum up to 1; the others as in ``similarity_of_all_layers``.
+        weights: [N, L], rows sum to 1; the others as in ``similarity_of_all_layers``.
 
     Returns:
         the fused [SEG] states [N, D] and their similarities [N, P], float32.
     """
     fused = torch.einsum("nl,nld->nd", weights.to(seg_states.dtype), seg_states)
-    every = similarity_of_all_layers(hidden, fused[:, None].expand_as(seg_states), seg_rows, image)
-    return fused, torch.einsum("nl,nlp->np", weights, every)
+    scores = similarity_of_all_layers(hidden, fused[:, None].expand_as(seg_states), seg_rows, image)
+    return fused, torch.einsum("nl,nlp->np", weights, scores)

@@ -1,6 +1,7 @@
-"""UGround: LLaVA writes an answer with [SEG] tokens, PPM turns each into prompts, SAM draws the masks.
+"""UGround: LLaVA generates an answer with [SEG] tokens, PPM turns each into prompts, SAM decodes their masks.
 
-Legend: B images (rows), T tokens, N [SEG] tokens, L hidden states, P image tokens, D hidden size, M learned tokens.
+Legend: B images (rows), T tokens, N [SEG] tokens (N_b of row b), L hidden states, P image tokens, D hidden size,
+E, G width and side of SAM's image embedding, H x W an image's own size.
 """
 
 from __future__ import annotations
@@ -24,24 +25,25 @@ from model.PPM import (
     PolicyPromptedMasking,
     fuse_layers,
     gumbel_noise,
+    rows_of,
     similarity_of_all_layers,
 )
 from model.sam import SamShape, SegmentAnything
 from model.structures import Batch, MaskUncertainty, Prediction, Prompts
 from model.uncertainty import MonteCarlo
 
-MASKS_AT_ONCE = 32  # that SAM decodes for the mean of several samples
-Decode = Callable[[Grounding, torch.Tensor], tuple[list[torch.Tensor], list[torch.Tensor]]]  # ``draw`` of [SEG], layers
+MASKS_AT_ONCE = 32  # masks in one call of SAM's decoder, for the mean of several samples
+MaskFn = Callable[[Grounding, torch.Tensor], tuple[list[torch.Tensor], list[torch.Tensor]]]  # ``mask_as_prompt``
 __all__ = ["Grounding", "UGroundConfig", "UGroundForCausalLM", "UGroundOutput"]
 
 
 @dataclass
 class LanguagePass:
-    """What LLaVA said about a batch, with all that masks need: they can be drawn again and again, by other layers.
+    """LLaVA's answers to a batch and its states: ``decode_masks`` can be called repeatedly, with other layer rules.
 
     Attributes:
-        hidden: L tensors [B, T, D], of which the image tokens are read.
-        valid: [B, P] patches that show the image.
+        hidden: L tensors [B, T, D], which hold the image tokens' states.
+        valid: [B, P] valid patches, those that show the image.
         embeddings: [B, E, G, G] of SAM; None if no answer has a [SEG].
     """
 
@@ -54,7 +56,7 @@ class LanguagePass:
 
 @dataclass
 class MaskPrediction:
-    """A [SEG] token's mask: [H, W] logits, [H, W] similarity map, the layer, and with ``mc:T`` what the draws say."""
+    """A [SEG] token's mask: [H, W] logits, [H, W] similarity map, the layer; with ``mc:T``, the uncertainty."""
 
     logits: torch.Tensor
     similarity: torch.Tensor
@@ -86,22 +88,22 @@ class UGroundForCausalLM(LlavaLlamaForCausalLM):
 
         Args:
             batch: packed rows with ground truth; see ``Batch``.
-            all_layers: also say how good the maps of all layers are (``layer_losses``).
+            all_layers: also compute the map losses of all layers (``UGroundOutput.layer_losses``).
         """
         if batch is None:
             return super().forward(**kwargs)
-        # A rank without masks must touch every parameter too, and in the same order on all ranks: ZeRO adds up
-        # gradients as they arrive. Made first, this sum is last in the backward pass, and completes them all.
+        # A rank without masks must touch every parameter too, in the same order on all ranks: ZeRO reduces gradients
+        # as they arrive. Computed first, this sum comes last in the backward pass, and completes them all.
         anchor = sum(p.sum(dtype=torch.float32) for p in self.parameters() if p.requires_grad)
         output, valid = self.forward_language(batch)
         counts = [len(masks) for masks in batch.masks]
         states = torch.stack([layer.flatten(0, 1)[batch.seg_positions] for layer in output.hidden], dim=1)
         rule = self.config.selection
         grounding = self.ground(output.hidden, states, batch.seg_rows, counts, batch.image_start, rule)
-        noise = gumbel_noise(batch.sample_ids, _repeat(counts), self.ppm.num_layers, self.config.policy_seed)
+        noise = gumbel_noise(batch.sample_ids, rows_of(counts), self.ppm.num_layers, self.config.policy_seed)
         layers = rule.choose(grounding.log_policy, noise.to(self.device, non_blocking=True))
         embeddings = self.visual_model.encode(batch.sam_images, batch.image_keys)
-        mask_logits, maps = self.draw(grounding, layers, embeddings, valid, batch)
+        mask_logits, maps = self.mask_as_prompt(grounding, layers, embeddings, valid, batch)
         logits = self.lm_head(output.hidden[-1].flatten(0, 1)[batch.label_positions])
         layer_maps = None
         if all_layers or self.config.rewards_all_layers:
@@ -119,7 +121,14 @@ class UGroundForCausalLM(LlavaLlamaForCausalLM):
         image_start: int,
         rule: LayerRule,
     ) -> Grounding:
-        """Everything that PPM derives from the [SEG] states [N, L, D] before a layer is chosen."""
+        """What PPM computes before a layer is chosen: the policy (Eq. 4) and all layers' similarities (Eq. 6).
+
+        Args:
+            hidden: L tensors [B, T, D]; states: [N, L, D] of the [SEG] tokens.
+            seg_rows: [N] row of each [SEG]; counts: [SEG] tokens per row, on the host.
+            image_start: index of the first image token, the same in every row.
+            rule: whether layers are fused, and with which weights.
+        """
         image = slice(image_start, image_start + self.config.num_image_tokens)
         scores = similarity_of_all_layers(hidden, states, seg_rows, image)
         log_policy, fused = self.ppm.log_policy(states), None
@@ -128,10 +137,10 @@ class UGroundForCausalLM(LlavaLlamaForCausalLM):
         return Grounding(states, scores, log_policy, seg_rows, counts, fused)
 
     def normalised(self, scores: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-        """Similarities [..., P] as maps in [0, 1], by the configuration's ``map_normalization``; valid: [..., P]."""
+        """Similarities [..., P] scaled to maps in [0, 1] (``map_normalization``); valid: [..., P] bool."""
         return normalise_maps(scores, valid if self.config.map_normalization == "valid" else None)
 
-    def draw(
+    def mask_as_prompt(
         self,
         grounding: Grounding,
         layers: torch.Tensor,
@@ -141,29 +150,29 @@ class UGroundForCausalLM(LlavaLlamaForCausalLM):
         prompts: Prompts | None = None,
         sam: SegmentAnything | None = None,
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Mask as Prompt: the chosen layers' maps and tokens prompt SAM.
+        """Mask as Prompt (MasP, section 4.1): prompts SAM with the chosen layers' similarity maps and [SEG] states.
 
         Args:
-            layers: [N]; embeddings: [B, E, G, G] of SAM; valid: [B, P] patches that show the image.
-            prompts: what SAM gets; None = as in training.
-            sam: whose decoder it is; None = the model's own.
+            layers: [N]; embeddings: [B, E, G, G] of SAM; valid: [B, P] valid patches.
+            prompts: which prompts SAM gets; None = as in training.
+            sam: the SAM that decodes; None = the model's own.
 
         Returns:
             Per row, [N_b, H, W] mask logits and [N_b, H, W] similarity maps, float32.
         """
         config, sam, prompts = self.config, sam or self.visual_model, prompts or Prompts.of(self.config)
-        states, scores = grounding.taken(layers)
-        keep = valid[grounding.rows]
-        maps = self.normalised(scores, keep)
+        states, scores = grounding.select_layers(layers)
+        seg_valid = valid[grounding.rows]  # [N, P]
+        maps = self.normalised(scores, seg_valid)
         side = config.map_side or config.clip_side
         per_image = zip(maps.split(grounding.counts), batch.sizes)
         full_maps = [maps_at(rows, side, size, config.clip_fit) for rows, size in per_image]
         tokens, dense = [], None
         if prompts.points:
-            tokens.append(sam.embed_points(*self.points(prompts, maps, keep, grounding.counts, batch.sizes)))
+            tokens.append(sam.embed_points(*self.points(prompts, maps, seg_valid, grounding.counts, batch.sizes)))
         if prompts.seg:
-            read = states if config.phi_layer == "chosen" else grounding.states[:, -1]
-            tokens.append(self.text_hidden_fcs[0](read)[:, None])
+            phi_input = states if config.phi_layer == "chosen" else grounding.states[:, -1]
+            tokens.append(self.text_hidden_fcs[0](phi_input)[:, None])
         if prompts.mask:
             dense = torch.cat([mask_prompts(rows, sam.mask_side) for rows in full_maps])
         low_res = sam.decode(embeddings[grounding.rows], torch.cat(tokens, 1) if tokens else None, dense)
@@ -177,15 +186,22 @@ class UGroundForCausalLM(LlavaLlamaForCausalLM):
         self,
         prompts: Prompts,
         maps: torch.Tensor,
-        keep: torch.Tensor,
+        valid: torch.Tensor,
         counts: list[int],
         sizes: list[tuple[int, int]],
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Similarity as points, by the prompts' rule; see ``map_points`` and ``read_points``."""
+        """Points from similarity maps, by ``prompts.point_rule``: (x, y) in SAM's pixels and labels.
+
+        Args:
+            maps, valid: [N, P]; counts: [SEG] tokens per row; sizes: the images' (H, W).
+
+        Returns:
+            as ``map_points`` and ``read_points``.
+        """
         count, rule, side = prompts.points, prompts.point_rule, self.visual_model.shape.image_size
         if rule == "extremes":
-            return map_points(maps, keep, count, side)
-        return read_points(maps, [sizes[row] for row in _repeat(counts)], count, side, rule)
+            return map_points(maps, valid, count, side)
+        return read_points(maps, [sizes[row] for row in rows_of(counts)], count, side, rule)
 
     # ------------------------------------------------------------------ inference
 
@@ -197,21 +213,31 @@ class UGroundForCausalLM(LlavaLlamaForCausalLM):
         seed: int = 0,
         on_token: Callable[[list[int]], None] | None = None,
     ) -> list[list[Prediction]]:
-        """Answers every question of every image; a mask per [SEG]. See ``answer`` and ``decode_masks``."""
-        self.config.layer_rule(layer_policy)  # a mistake shows before minutes of writing
+        """The answer to every question of every image, with a mask per [SEG]: ``answer``, then ``decode_masks``.
+
+        Args:
+            batch, max_new_tokens, on_token: of ``answer``; layer_policy, seed: of ``decode_masks``.
+
+        Returns:
+            [image][question] predictions; ``text`` is left empty (the processor decodes it).
+
+        Raises:
+            ValueError: if the layer policy is unknown, or its layer does not exist.
+        """
+        self.config.layer_rule(layer_policy)  # fails before minutes of generation
         return self.decode_masks(self.answer(batch, max_new_tokens, on_token), layer_policy, seed)
 
     @torch.inference_mode()
     def answer(
         self, batch: Batch, max_new_tokens: int = 64, on_token: Callable[[list[int]], None] | None = None
     ) -> LanguagePass:
-        """LLaVA's part of ``predict``, and SAM's encoder.
+        """Runs LLaVA and SAM's encoder, the parts of ``predict`` that do not depend on the layer rule.
 
-        Rows with answers are read in one pass (teacher forced); rows without are continued greedily, all questions of
-        an image on one cache in which the image stands once.
+        Answers in the batch are teacher-forced in one pass. Without answers, they are generated greedily, on one KV
+        cache per image that all of its questions share.
 
         Args:
-            batch: from ``UGroundProcessor.prompts``.
+            batch: of ``UGroundProcessor.prompts``.
             max_new_tokens: longest answer.
             on_token: called after each step with the newest token of every question (flat, image by image).
         """
@@ -221,94 +247,97 @@ class UGroundForCausalLM(LlavaLlamaForCausalLM):
             answers = teacher_forced_answers(self, batch, output)
         else:
             answers = generate_answers(self, batch, output, max_new_tokens, on_token)
-        embeddings = self.visual_model.encode(batch.sam_images, batch.image_keys) if answers.places else None
+        embeddings = self.visual_model.encode(batch.sam_images, batch.image_keys) if answers.seg_questions else None
         return LanguagePass(batch, answers, output.hidden, valid, embeddings)
 
     @torch.inference_mode()
     def decode_masks(
         self,
-        answered: LanguagePass,
+        language_pass: LanguagePass,
         layer_policy: str | None = None,
         seed: int = 0,
         prompts: Prompts | None = None,
         sam: SegmentAnything | None = None,
     ) -> list[list[Prediction]]:
-        """PPM's and SAM's part of ``predict``.
+        """Runs PPM and SAM's decoder on the answers of ``answer``.
 
         Args:
             layer_policy: a rule of ``model.layer_rules``, such as ``argmax``, ``fixed:3``, or ``mc:16`` for the mean
                 mask of 16 sampled layers with its uncertainty. None = the configuration's ``layer_policy``.
-            seed: of sampled layers, together with the sample numbers of the batch.
-            prompts, sam: what SAM's decoder gets, and whose it is; None = as in training, and the model's own.
+            seed: of sampled layers, together with the sample indices of the batch.
+            prompts: which prompts SAM gets; None = as in training.
+            sam: the SAM that decodes ``language_pass.embeddings``; None = the model's own.
 
         Returns:
             [image][question] predictions; ``text`` is left empty (the processor decodes it).
+
+        Raises:
+            ValueError: if the layer policy is unknown, or its layer does not exist.
         """
         rule = self.config.layer_rule(layer_policy)
-        batch, answers = answered.batch, answered.answers
-        counts = [sum(row == b for row, _ in answers.places) for b in range(len(batch.sizes))]
-        rows = torch.tensor(_repeat(counts), dtype=torch.int64, device=self.device)
-        grounding = self.ground(answered.hidden, answers.states, rows, counts, batch.image_start, rule)
-        drawn: list[MaskPrediction] = []
-        if answered.embeddings is not None:
-            embeddings, valid = answered.embeddings, answered.valid
-            decode = partial(self.draw, embeddings=embeddings, valid=valid, batch=batch, prompts=prompts, sam=sam)
-            drawn = self.decode_by_rule(rule, grounding, batch.sample_ids, seed, decode)
+        batch, answers, valid = language_pass.batch, language_pass.answers, language_pass.valid
+        counts = [sum(row == b for row, _ in answers.seg_questions) for b in range(len(batch.sizes))]
+        rows = torch.tensor(rows_of(counts), dtype=torch.int64, device=self.device)
+        grounding = self.ground(language_pass.hidden, answers.states, rows, counts, batch.image_start, rule)
+        masks: list[MaskPrediction] = []
+        if (embeddings := language_pass.embeddings) is not None:
+            mask_fn = partial(
+                self.mask_as_prompt, embeddings=embeddings, valid=valid, batch=batch, prompts=prompts, sam=sam
+            )
+            masks = self.decode_by_rule(rule, grounding, batch.sample_ids, seed, mask_fn)
         policy = grounding.log_policy.exp().cpu()
-        layer_maps = self.normalised(grounding.scores, answered.valid[rows][:, None]).cpu()
+        layer_maps = self.normalised(grounding.scores, valid[rows][:, None]).cpu()
 
         def prediction(row: int, question: int) -> Prediction:
-            mine = [n for n, place in enumerate(answers.places) if place == (row, question)]
-            nothing = torch.zeros(0, *batch.sizes[row])
+            segs = [n for n, owner in enumerate(answers.seg_questions) if owner == (row, question)]
+            no_masks = torch.zeros(0, *batch.sizes[row])
             return Prediction(
                 text="",
                 token_ids=answers.token_ids[row][question],
-                mask_logits=torch.stack([drawn[n].logits for n in mine]).cpu() if mine else nothing,
-                maps=torch.stack([drawn[n].similarity for n in mine]).cpu() if mine else nothing,
-                layers=[drawn[n].layer for n in mine],
-                policy=policy[mine],
-                layer_maps=layer_maps[mine],
-                rejected=[answers.rejected[n] for n in mine],
-                uncertainty=[found for n in mine if (found := drawn[n].uncertainty) is not None],
+                mask_logits=torch.stack([masks[n].logits for n in segs]).cpu() if segs else no_masks,
+                maps=torch.stack([masks[n].similarity for n in segs]).cpu() if segs else no_masks,
+                layers=[masks[n].layer for n in segs],
+                policy=policy[segs],
+                layer_maps=layer_maps[segs],
+                rejected=[answers.rejected[n] for n in segs],
+                uncertainty=[uncertainty for n in segs if (uncertainty := masks[n].uncertainty) is not None],
             )
 
         return [[prediction(b, k) for k in range(count)] for b, count in enumerate(batch.questions)]
 
     def decode_by_rule(
-        self, rule: LayerRule, grounding: Grounding, sample_ids: list[int], seed: int, decode: Decode
+        self, rule: LayerRule, grounding: Grounding, sample_ids: list[int], seed: int, mask_fn: MaskFn
     ) -> list[MaskPrediction]:
-        """The N masks (of a rule with several samples: their means, and the layer sampled most).
+        """The N masks. Of a rule with T samples (``mc:T``): the mean masks, and the layers sampled most often.
 
         Args:
-            sample_ids: of the samples, which seed their layers together with ``seed``.
+            sample_ids: sample index per row; with ``seed``, it determines the sampled layers.
+            mask_fn: ``mask_as_prompt`` of given [SEG] tokens and layers.
         """
-        repeated = _repeat(grounding.counts)
+        rows = rows_of(grounding.counts)
 
-        def layers_of(turn: int) -> torch.Tensor:
-            noise = gumbel_noise(sample_ids, repeated, self.ppm.num_layers, seed + 104_729 * turn)
+        def choose_layers(trial: int) -> torch.Tensor:
+            noise = gumbel_noise(sample_ids, rows, self.ppm.num_layers, seed + 104_729 * trial)
             return rule.choose(grounding.log_policy, noise.to(self.device, non_blocking=True))
 
-        def each(grounding: Grounding, layers: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-            logits, maps = decode(grounding, layers)
+        def decode(grounding: Grounding, layers: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+            logits, maps = mask_fn(grounding, layers)
             return zip((mask for row in logits for mask in row), (mask for row in maps for mask in row))
 
         if not rule.samples:
-            layers = layers_of(0)
-            return [MaskPrediction(*both, layer) for both, layer in zip(each(grounding, layers), layers.tolist())]
-        drawn = torch.stack([layers_of(t) for t in range(rule.samples)], 1)  # [N, T]
-        shares = nn.functional.one_hot(drawn, self.ppm.num_layers).float().mean(1).cpu()  # [N, L]
+            layers = choose_layers(0)
+            layer_masks = zip(layers.tolist(), decode(grounding, layers))
+            return [MaskPrediction(logits, similarity, layer) for layer, (logits, similarity) in layer_masks]
+        sampled = torch.stack([choose_layers(trial) for trial in range(rule.samples)], 1)  # [N, T]
+        shares = nn.functional.one_hot(sampled, self.ppm.num_layers).float().mean(1).cpu()  # [N, L]
         means = [MonteCarlo(share) for share in shares]
-        pairs = shares.nonzero()  # a layer is decoded once for a [SEG], however often it was drawn
-        for part in pairs.split(MASKS_AT_ONCE):
-            which, layers = part[:, 0].tolist(), part[:, 1]
-            for n, layer, both in zip(which, layers.tolist(), each(grounding.repeated(which), layers.to(self.device))):
-                means[n].add(layer, *both)
-        most = drawn.mode(1).values.tolist()
+        # ([SEG], layer) pairs: a layer is decoded once for a [SEG], however often it was sampled
+        for pairs in shares.nonzero().split(MASKS_AT_ONCE):
+            segs, layers = pairs[:, 0].tolist(), pairs[:, 1]
+            masks = decode(grounding.select_tokens(segs), layers.to(self.device))
+            for n, layer, (logits, similarity) in zip(segs, layers.tolist(), masks):
+                means[n].add(layer, logits, similarity)
+        most = sampled.mode(1).values.tolist()
         return [
             MaskPrediction(mean.logits, mean.similarity, layer, mean.uncertainty()) for mean, layer in zip(means, most)
         ]
-
-
-def _repeat(counts: list[int]) -> list[int]:
-    """[2, 0, 1] -> [0, 0, 2]: the row of each [SEG]."""
-    return [row for row, count in enumerate(counts) for _ in range(count)]

@@ -196,7 +196,7 @@ class MonteCarloMean(PolicySample):
 
     def check(self, num_layers: int | None, candidates: range | None) -> None:
         if self.samples < 1:
-            raise ValueError(f"'{self}' draws no sample; use mc:1 or more")
+            raise ValueError(f"'{self}' samples no layer; use mc:1 or more")
 
     def words(self, layer: int) -> str:
         return f"sampled layers, most often {layer}"

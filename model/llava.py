@@ -23,10 +23,11 @@ class LlavaLlamaConfig(LlamaConfig):
         vision_config: CLIPVisionConfig or its dictionary.
         mm_vision_select_layer: which CLIP hidden state feeds the projector (LLaVA-1.5: -2, no final norm).
         mm_projector_type: ``mlp2x_gelu`` (LLaVA-1.5) or ``linear`` (LLaVA-1).
-        clip_fit: how images are made square for CLIP (``UGroundProcessor``), ``pad`` or ``crop``; tells where maps lie.
-        padded_patches_attend: whether padded patches, as queries, attend to what stands before them, as SDPA and eager
-            attention have it; flash attention leaves them out and adds nothing to them. Nothing looks at them, but the
-            min-max over all patches (``map_normalization`` all) does.
+        clip_fit: how images are made square for CLIP (``UGroundProcessor``), ``pad`` or ``crop``; it determines which
+            part of the image a similarity map covers.
+        padded_patches_attend: whether padded patches, as queries, attend to earlier tokens, as with SDPA and eager
+            attention; flash attention excludes them and adds nothing to their states. No token attends to them: only
+            the min-max over all patches (``map_normalization`` all) depends on them.
     """
 
     model_type = "uground_llava"
@@ -58,18 +59,24 @@ class LlavaLlamaConfig(LlamaConfig):
 
     @property
     def clip_patch(self) -> int:
-        """Side of its patches in pixels."""
+        """Side of CLIP's patches in pixels."""
         return self.vision_config["patch_size"]
 
     @property
     def num_image_tokens(self) -> int:
-        """P."""
+        """P, the patches of CLIP's input."""
         return (self.clip_side // self.clip_patch) ** 2
 
 
 @dataclass
 class LanguageOutput:
-    """hidden: L tensors [B, T, D], ``hidden[0]`` the embeddings, the last one after the final norm."""
+    """LLaMA's states, and what a later call needs to continue from them.
+
+    Attributes:
+        hidden: L tensors [B, T, D], ``hidden[0]`` the embeddings, the last one after the final norm.
+        keys: all tokens so far, as keys of the attention.
+        cache: their KV cache; None without ``use_cache``.
+    """
 
     hidden: tuple[torch.Tensor, ...]
     keys: KeySpace
@@ -78,7 +85,12 @@ class LanguageOutput:
 
 @dataclass
 class KeySpace:
-    """What later tokens may attend to: segment_ids [B, K] of all keys so far and which count: key_mask [B, K]."""
+    """Keys that later tokens may attend to.
+
+    Attributes:
+        segment_ids: [B, K] int64 of all keys so far.
+        key_mask: [B, K] bool, False for padded patches and padding.
+    """
 
     segment_ids: torch.Tensor
     key_mask: torch.Tensor
@@ -92,23 +104,25 @@ def packed_mask(
 ) -> torch.Tensor:
     """Additive attention mask of packed rows.
 
-    A token sees usable tokens of the prefix (segment 0) and of its own conversation up to itself. A padded patch is no
-    key, not even its own; padding, of which nothing is used, sees itself too, so that no row of the softmax is empty.
+    A token attends to the valid keys of the prefix (segment 0) and of its own conversation, up to itself. A padded
+    patch is nobody's key, not even its own. Padding also attends to itself, so that no row of the softmax is empty;
+    its states are never used.
 
     Args:
         queries: [B, Q] int64 segment ids of the newest Q tokens, which are the last Q of ``keys``.
         keys: K >= Q keys.
-        padded_patches_attend: False: their rows are -inf throughout, for which SDPA gives zeros.
+        dtype: of the mask, that of the hidden states.
+        padded_patches_attend: False = rows of padded patches are -inf throughout, for which SDPA returns zeros.
 
     Returns:
         [B, 1, Q, K] with 0 where attention is allowed and the dtype's minimum elsewhere.
     """
     q_len, k_len = queries.shape[1], keys.segment_ids.shape[1]
-    place = torch.arange(k_len, device=queries.device)
-    order = place[None, :] <= place[k_len - q_len :, None]
-    itself = place[None, :] == place[k_len - q_len :, None]
-    related = (keys.segment_ids[:, None, :] == 0) | (keys.segment_ids[:, None, :] == queries[:, :, None])
-    allowed = (order & related & keys.key_mask[:, None, :]) | (itself & (queries < 0)[:, :, None])
+    positions = torch.arange(k_len, device=queries.device)
+    causal = positions[None, :] <= positions[k_len - q_len :, None]
+    diagonal = positions[None, :] == positions[k_len - q_len :, None]
+    same_segment = (keys.segment_ids[:, None, :] == 0) | (keys.segment_ids[:, None, :] == queries[:, :, None])
+    allowed = (causal & same_segment & keys.key_mask[:, None, :]) | (diagonal & (queries < 0)[:, :, None])
     mask = torch.zeros(allowed.shape, dtype=dtype, device=queries.device)
     mask.masked_fill_(~allowed, torch.finfo(dtype).min)
     if not padded_patches_attend:
@@ -118,10 +132,10 @@ def packed_mask(
 
 
 class LlavaLlamaForCausalLM(LlamaForCausalLM):
-    """LLaMA that sees: the image's projected CLIP features stand in for the image placeholders."""
+    """LLaVA: LLaMA with projected CLIP features in place of the image placeholders."""
 
     config_class: type[LlavaLlamaConfig] = LlavaLlamaConfig
-    _supports_flash_attn = False  # it takes no mask that lets conversations share a prefix; SDPA does
+    _supports_flash_attn = False  # flash attention takes no mask with a prefix shared by conversations; SDPA does
     _supports_flex_attn = False
 
     def __init__(self, config: LlavaLlamaConfig) -> None:
@@ -144,10 +158,10 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
 
         Args:
             clip_images: [B, 3, S, S], normalised and padded.
-            clip_sizes: per row, the (height, width) that shows the image.
+            clip_sizes: per row, the (height, width) in pixels that shows the image.
 
         Returns:
-            [B, P, D] features and [B, P] bool, which of them show the image.
+            [B, P, D] features and [B, P] bool valid patches, those that show the image.
         """
         side, mask = self.config.clip_side, None
         valid = valid_patches(clip_sizes, side, self.config.clip_patch)
@@ -160,22 +174,22 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
         return self.mm_projector(features), valid.to(clip_images.device, non_blocking=True)
 
     def embed(self, input_ids: torch.Tensor, features: torch.Tensor, image_start: int) -> torch.Tensor:
-        """Token embeddings [B, T, D] with image features [B, P, D] in the place of the P placeholders."""
+        """Token embeddings [B, T, D] of ``input_ids`` [B, T], image features [B, P, D] replacing the placeholders."""
         embed = self.get_input_embeddings()
         end = image_start + features.shape[1]
         before, after = embed(input_ids[:, :image_start]), embed(input_ids[:, end:])
         return torch.cat([before, features.to(before.dtype), after], dim=1)
 
     def forward_language(self, batch: Batch, use_cache: bool = False) -> tuple[LanguageOutput, torch.Tensor]:
-        """LLaVA over packed rows; returns its states and which image patches are valid, [B, P]."""
+        """Forward pass of LLaVA over packed rows: its states, and the valid patches [B, P]."""
         features, valid = self.encode_images(batch.clip_images, batch.clip_sizes)
         embeddings = self.embed(batch.input_ids, features, batch.image_start)
         key_mask = batch.segment_ids >= 0
         key_mask[:, batch.image_start : batch.image_start + valid.shape[1]] = valid
-        output = self.read(embeddings, batch.segment_ids, batch.position_ids, key_mask, use_cache=use_cache)
+        output = self.forward_packed(embeddings, batch.segment_ids, batch.position_ids, key_mask, use_cache=use_cache)
         return output, valid
 
-    def read(
+    def forward_packed(
         self,
         embeddings: torch.Tensor,
         segment_ids: torch.Tensor,
@@ -184,14 +198,17 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
         past: LanguageOutput | None = None,
         use_cache: bool = False,
     ) -> LanguageOutput:
-        """Runs LLaMA over packed rows, or over further tokens of rows read before.
+        """Forward pass of LLaMA over packed rows, or over further tokens of rows in ``past``.
 
         Args:
             embeddings: [B, Q, D] of the new tokens.
             segment_ids: [B, Q] int64; 0 prefix, k >= 1 conversations, -1 padding.
             position_ids: [B, Q] int64.
-            key_mask: [B, Q] bool; padded patches and padding are no keys.
-            past: what an earlier call with ``use_cache`` returned; its cache is extended in place.
+            key_mask: [B, Q] bool, False for padded patches and padding.
+            past: output of an earlier call with ``use_cache``; its cache is extended in place.
+
+        Returns:
+            the new tokens' states (L tensors [B, Q, D]), with the keys and the cache of all tokens.
         """
         keys = KeySpace(segment_ids, key_mask) if past is None else past.keys.extend(segment_ids, key_mask)
         outputs = self.model(

@@ -142,7 +142,7 @@ def test_answers_have_the_length_and_the_masks_that_are_timed(small: benchmark.B
         with small.says(segs=2):
             answers = small.model.answer(batch, max_new_tokens=12).answers
         assert [len(answer) for answer in answers.token_ids[0]] == [12, 12]
-        assert len(answers.places) == 4
+        assert len(answers.seg_questions) == 4
     small.wrapped.train()
 
 

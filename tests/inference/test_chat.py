@@ -105,7 +105,7 @@ def test_a_conversation_at_a_terminal(version, tmp_path):
     assert "layer 9 does not exist" in terminal.line("/layer fixed:9")
     assert "uncertainty 0." in terminal.line("/mc 4")
     assert json.loads((out / "photo0_003.json").read_text())["masks"][0]["uncertainty"]["layers"]
-    assert "error: 'mc:0' draws no sample" in terminal.line("/mc 0")
+    assert "error: 'mc:0' samples no layer" in terminal.line("/mc 0")
     assert "layer: mc:16" in terminal.line("/mc")
     assert "each question stands by itself" in terminal.line("/history")
     assert "the model sees 0 earlier" in terminal.line("/history on")

@@ -38,7 +38,7 @@ def test_follow_ups_equal_the_whole_conversation_read_anew(model, tiny_processor
 
 def test_the_image_is_encoded_once_and_a_follow_up_reads_its_own_tokens(model, tiny_processor, monkeypatch):
     calls = {"clip": 0, "sam": 0}
-    read, lengths = model.read, []
+    read, lengths = model.forward_packed, []
 
     def count(name, encode):
         def counted(*arguments):
@@ -53,7 +53,7 @@ def test_the_image_is_encoded_once_and_a_follow_up_reads_its_own_tokens(model, t
 
     monkeypatch.setattr(model, "encode_images", count("clip", model.encode_images))
     monkeypatch.setattr(model.visual_model, "encode", count("sam", model.visual_model.encode))
-    monkeypatch.setattr(model, "read", recorded)
+    monkeypatch.setattr(model, "forward_packed", recorded)
     session = ImageSession(model, tiny_processor, drawn_sample(6).image)
     assert (calls, lengths) == ({"clip": 1, "sam": 0}, [len(tiny_processor.builder.prefix_ids)])
     before = 0
@@ -121,7 +121,7 @@ def test_masks_are_drawn_again_without_the_language_model(model, tiny_processor,
     with pytest.raises(ValueError, match="nothing was asked"):
         session.redraw("last")
     asked = {how: session.ask("circle", layer_policy=how, seed=3, remember=False) for how in ("fixed:2", "mc:4")}
-    monkeypatch.setattr(model, "read", lambda *_, **__: pytest.fail("read again"))
+    monkeypatch.setattr(model, "forward_packed", lambda *_, **__: pytest.fail("read again"))
     for how, expected in asked.items():
         again = session.redraw(how, seed=3)
         assert (again.text, again.layers) == (expected.text, expected.layers)

@@ -30,7 +30,7 @@ BAD = {  # of each rule: what is refused, and the message
     },
     "soft": {"soft:2": "unknown layer policy"},
     "ce_soft": {"ce_soft:2": "unknown layer policy"},
-    "mc": {"mc": "unknown layer policy", "mc:\u00b2": "unknown layer policy", "mc:0": "'mc:0' draws no sample"},
+    "mc": {"mc": "unknown layer policy", "mc:\u00b2": "unknown layer policy", "mc:0": "'mc:0' samples no layer"},
     "blend": {
         "blend": "unknown layer policy",
         "blend:0": "'blend:0' blends no layer; use blend:1 or more",

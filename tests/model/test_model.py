@@ -95,9 +95,13 @@ def test_batches_of_images_and_questions_equal_single_ones_read_anew(make_model,
         with torch.no_grad():  # its answers end, some sooner than others
             end = torch.randn(model.config.hidden_size, generator=torch.Generator().manual_seed(seed))
             model.lm_head.weight[tiny_processor.tokens.eos] = 0.9 * end
-        widths, read = [], model.read
+        widths, forward = [], model.forward_packed
         with monkeypatch.context() as patch:
-            patch.setattr(model, "read", lambda e, *a, w=widths, r=read, **k: w.append(e.shape[1]) or r(e, *a, **k))
+            patch.setattr(
+                model,
+                "forward_packed",
+                lambda e, *a, w=widths, forward=forward, **k: w.append(e.shape[1]) or forward(e, *a, **k),
+            )
             together = predict(model, tiny_processor, images, turns, max_new_tokens=8)
         for image, asked, row in zip(images, questions, together):
             for question, found in zip(asked, row):

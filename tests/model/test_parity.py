@@ -138,7 +138,7 @@ def read(model: UGroundForCausalLM, batch: Batch) -> Reading:
             cut.append((row, torch.cat([torch.zeros(1, dtype=torch.int64), places])))
             starts.append(int(image[0] - places[0]) + 1)
             owner.append((row, k))
-    output = model.read(embeddings, batch.segment_ids, batch.position_ids, usable)
+    output = model.forward_packed(embeddings, batch.segment_ids, batch.position_ids, usable)
     hidden = [tuple(layer[row : row + 1, places] for layer in output.hidden) for row, places in cut]
     flat = [layer.flatten(0, 1) for layer in output.hidden]
     states = torch.stack([layer[batch.seg_positions] for layer in flat], dim=1)
@@ -230,7 +230,7 @@ def test_evaluation(checkpoint, name):
         embeddings = checkpoint.visual_model.encode(batch.sam_images)
         for kind, layers in (("legacy", [6] * len(FORCED[name])), ("forced", FORCED[name])):
             entry, chosen = case[kind], torch.tensor(layers)
-            logits, maps = checkpoint.draw(reading.grounding, chosen, embeddings, reading.valid, batch)
+            logits, maps = checkpoint.mask_as_prompt(reading.grounding, chosen, embeddings, reading.valid, batch)
             check_masks(entry["per_image"][0], spy, logits[0], maps[0], slice(None))
             each = torch.arange(len(layers))
             same(reading.grounding.states[each, chosen], entry["ppm_seg_for_similarity"], "[SEG] for the map")
@@ -252,7 +252,9 @@ def test_evaluation_where_attention_skips_padding():
         for kind, layer in (("legacy", 6), ("forced", FORCED["case_eval_0"][0])):
             entry = case[kind]
             same(reading.grounding.scores, entry["raw_similarity_all_layers"], "similarities")
-            logits, maps = model.draw(reading.grounding, torch.tensor([layer]), embeddings, reading.valid, batch)
+            logits, maps = model.mask_as_prompt(
+                reading.grounding, torch.tensor([layer]), embeddings, reading.valid, batch
+            )
             check_masks(entry, spy, logits[0], maps[0], slice(None))
             assert abs(int((logits[0] > 0).sum()) - int(entry["pred_mask_area"])) <= 1e-4 * logits[0].numel()
 
@@ -360,7 +362,7 @@ def test_training(name):
         reading = read(model, batch)
         check_reading(case, model, batch, reading)
         embeddings = model.visual_model.encode(batch.sam_images)
-        logits, maps = model.draw(reading.grounding, layers, embeddings, reading.valid, batch)
+        logits, maps = model.mask_as_prompt(reading.grounding, layers, embeddings, reading.valid, batch)
     same(reading.grounding.scores[torch.arange(len(layers)), layers], case["sam"]["similarity_chosen"], "similarity")
     end = 0
     for entry, drawn, similar in zip(case["sam"]["per_image"], logits, maps):

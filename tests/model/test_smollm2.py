@@ -58,7 +58,9 @@ def test_it_says_what_transformers_says(smollm2):
     ]  # fmt: skip
     batch = collate_rows(rows, prefix, 0, pad_id=0, seg_id=-1, clip_side=40, sam_side=64)
     embeddings = mine.get_input_embeddings()(batch.input_ids)
-    output = mine.read(embeddings, batch.segment_ids, batch.position_ids, batch.segment_ids >= 0, use_cache=True)
+    output = mine.forward_packed(
+        embeddings, batch.segment_ids, batch.position_ids, batch.segment_ids >= 0, use_cache=True
+    )
     said = generate_answers(mine, batch, output, NEW_TOKENS).token_ids
 
     for answers, row in zip(said, encoded):

@@ -142,15 +142,15 @@ def test_masks_in_parts_keep_less_for_the_backward_pass(make_model, monkeypatch)
 def test_eight_questions_read_the_image_once(make_model, tiny_processor, monkeypatch, mode):
     """Why eight expressions cost little more than one: CLIP, SAM's encoder and the image's tokens are run once."""
     model = says_seg_often(make_model(seed=1), tiny_processor)
-    images, widths, read = [], [], model.read
+    images, widths, forward = [], [], model.forward_packed
     for encoder in (model.vision_tower, model.visual_model.image_encoder):
         encoder.register_forward_pre_hook(lambda module, inputs: images.append(len(inputs[0])))
 
     def counted(embeddings, *rest, **more):
         widths.append(embeddings.shape[0] * embeddings.shape[1])
-        return read(embeddings, *rest, **more)
+        return forward(embeddings, *rest, **more)
 
-    monkeypatch.setattr(model, "read", counted)
+    monkeypatch.setattr(model, "forward_packed", counted)
     given, words = mode == "teacher_forced", ("red", "green", "blue", "a", "so", "such", "it", "one")
     asked = [Turn(f"where is the {word} star", "Sure, it is [SEG]." * given) for word in words]
     said = predict(model, tiny_processor, [drawn_sample(3).image], [asked], max_new_tokens=4)[0]

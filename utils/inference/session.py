@@ -69,7 +69,7 @@ class ImageSession:
                 on_text(self.processor.decode(said))
 
         answers = self.row.answer(ids, max_new_tokens, on_token)
-        embeddings = self._sam() if answers.places else None
+        embeddings = self._sam() if answers.seg_questions else None
         answered = LanguagePass(self.batch, answers, self.row.hidden, self.row.valid, embeddings)
         prediction = self._draw(answered, layer_policy, seed)
         self.last = answered
