@@ -1,6 +1,6 @@
-"""Ask a model about an image: answers as text, masks as pictures.
+"""Answers questions about images with text and masks.
 
-python chat.py --version DIR                                                     a conversation in the terminal
+python chat.py --version DIR                                                     interactive, in the terminal
 python chat.py --version DIR --image F --prompt "the red star" --output OUT      one answer; stdout holds its text alone
 python chat.py --version DIR --image FOLDER --prompts FILE --output OUT          all prompts about all images, as JSONL
 """
@@ -31,20 +31,20 @@ from utils.plotting.overlays import overlay
 MC_SAMPLES = MonteCarloMean.samples
 RULES = "\n".join(f"{'':21}{rule.spelling():<12}{rule.help}" for rule in layer_rules.rules_for("inference"))
 HELP = f"""Type what to look for, for example: Please segment the red star in this image.
-  /image PATH        talk about another image
-  /layer [RULE]      draw the last masks again, and all that follow, from another layer:
+  /image PATH        ask about another image
+  /layer [RULE]      use another layer rule for the last answer's masks and all that follow:
 {RULES}
-  /mc [T]            the same as /layer mc:T: the mean mask of T sampled layers ({MC_SAMPLES}), and where they differ
+  /mc [T]            short for /layer mc:T: the mean mask of T sampled layers ({MC_SAMPLES}), and their uncertainty
   /history [on|off]  whether the model sees earlier questions and answers about the image
   /reset             forget them
-  /save PATH         the last answer once more: PATH_overlay.png, PATH_mask_1.png, PATH.json
+  /save PATH         save the last answer again: PATH_overlay.png, PATH_mask_1.png, PATH.json
   /help              this text
-  /quit              leave (so does Ctrl-D); Ctrl-C breaks an answer off"""
+  /quit              quit (also Ctrl-D); Ctrl-C interrupts an answer"""
 
 
 @dataclass
 class Photo:
-    """An image on disk and its pixels, [H, W, 3] uint8, turned upright as its EXIF data say."""
+    """An image on disk and its pixels, uint8 [H, W, 3], upright according to its EXIF data."""
 
     path: Path
     pixels: np.ndarray
@@ -57,43 +57,50 @@ class Photo:
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Asks a UGround model about an image. With --prompt it answers once: the text goes to stdout, an "
-        "overlay, a lossless mask (0/255, the image's size) per [SEG] and a JSON with the layers chosen to --output. "
-        "With --prompts, or a folder as --image, it answers all prompts about all images: a JSON line for each in "
-        "--output/answers.jsonl, and the same pictures; started again, it goes on where it was. Without either it is "
-        "interactive.",
-        epilog="Exit codes: 0 answered (also when nothing was found), 1 some images of many could not be read, 2 wrong "
+        "overlay, a lossless mask (0/255, the image's size) per [SEG] and a JSON with the chosen layers to --output. "
+        "With --prompts, or a folder as --image, it answers all prompts about all images: a JSON line each in "
+        "--output/answers.jsonl, and the same pictures; started again, it resumes. Without either it is interactive.",
+        epilog="Exit codes: 0 answered (also if nothing was found), 1 some images of many could not be read, 2 invalid "
         "input, 130 interrupted.",
     )
     add = parser.add_argument
     cli.add_model_flags(parser)
-    add("--image", metavar="PATH", help="image to talk about, or a folder of images")
+    add("--image", metavar="PATH", help="image to ask about, or a folder of images")
     add("--prompt", metavar="TEXT", help="one question; needs --image")
-    add("--prompts", metavar="FILE", help="a question per line, each asked by itself; - reads stdin; needs --image")
+    add(
+        "--prompts",
+        metavar="FILE",
+        help="a question per line, each answered independently; - reads stdin; needs --image",
+    )
     add(
         "--output",
         type=Path,
         metavar="DIR",
-        help="folder for pictures (default: answers/ when interactive, none are written for one --prompt)",
+        help="folder for pictures (default: answers/ if interactive; a single --prompt writes none)",
     )
-    add("--no_pictures", action="store_true", help="many answers: answers.jsonl alone, which holds the masks too")
+    add(
+        "--no_pictures",
+        action="store_true",
+        help="with --prompts or a folder: write only answers.jsonl, which holds the masks too",
+    )
     add(
         "--history",
         choices=("on", "off"),
         default="off",
-        help="interactive: whether the model sees earlier questions and answers about the image (default: off, as "
-        "models that were trained on single questions answer worse with it)",
+        help="interactive: whether the model sees earlier questions and answers about the image (default: off; "
+        "models trained on single questions answer worse with it)",
     )
     cli.add_layer_flag(parser, "default: the model's own, argmax, or last for a released checkpoint")
-    add("--max_new_tokens", type=int, default=64, metavar="N", help="longest answer (default: 64)")
-    add("--seed", type=int, default=0, metavar="S", help="of sampled layers (default: 0)")
+    add("--max_new_tokens", type=int, default=64, metavar="N", help="longest answer in tokens (default: 64)")
+    add("--seed", type=int, default=0, metavar="S", help="random seed of sampled layers (default: 0)")
     args = parser.parse_args(arguments)
-    asked = [flag for flag in ("prompt", "prompts") if getattr(args, flag) is not None]
-    if len(asked) == 2:
+    given = [flag for flag in ("prompt", "prompts") if getattr(args, flag) is not None]
+    if len(given) == 2:
         parser.error("give --prompt or --prompts, not both")
-    if asked and args.image is None:
-        parser.error(f"--{asked[0]} needs --image")
+    if given and args.image is None:
+        parser.error(f"--{given[0]} needs --image")
     args.many = args.prompts is not None or (args.image is not None and Path(args.image).is_dir())
-    if args.many and not asked:
+    if args.many and not given:
         parser.error(f"--image {args.image} is a folder: give --prompt or --prompts")
     if args.many and args.output is None:
         parser.error("many answers need --output")
@@ -115,17 +122,17 @@ def main(arguments: list[str] | None = None) -> int:
     if args.many:
         settings = {"checkpoint": opened.fingerprint, "precision": opened.precision}
         settings |= {name: getattr(args, name) for name in ("layer_policy", "max_new_tokens", "seed")}
-        unread = answer_all(opened, images, prompts, args.output, settings, say, not args.no_pictures)
-        return int(unread > 0)
+        unreadable = answer_all(opened, images, prompts, args.output, settings, print_status, not args.no_pictures)
+        return int(unreadable > 0)
     chat = Chat(model, opened.processor, args)
     if photo is not None:
-        chat.look_at(photo)
+        chat.set_photo(photo)
     if args.prompt is None:
-        return talk(chat, args.output or Path("answers"))
+        return run_interactive(chat, args.output or Path("answers"))
     chat.ask(args.prompt)
     if args.output and photo is not None:
-        chat.keep(args.output, photo.path.stem)
-    chat.report()
+        chat.save_files(args.output, photo.path.stem)
+    chat.print_masks()
     return 0
 
 
@@ -139,7 +146,7 @@ def _prompts(args: argparse.Namespace) -> list[str]:
 
 
 class Chat:
-    """The image under discussion, the last answer about it, and the settings that commands change."""
+    """The current image, the last answer about it, and the settings that commands change."""
 
     def __init__(self, model, processor, args: argparse.Namespace) -> None:
         self.model, self.processor = model, processor
@@ -151,14 +158,15 @@ class Chat:
         self.last: Prediction | None = None
         self.files: list[str] = []
 
-    def look_at(self, photo: Photo) -> None:
+    def set_photo(self, photo: Photo) -> None:
+        """Starts a conversation about an image."""
         self.session = ImageSession(self.model, self.processor, photo.pixels)
         self.photo, self.last = photo, None
 
     def ask(self, prompt: str) -> None:
-        """Prints the answer to stdout."""
+        """Answers a question and prints the answer to stdout."""
         assert self.session is not None
-        self.prompt = prompt.encode("utf-8", "replace").decode()  # stray bytes of a terminal are no text
+        self.prompt = prompt.encode("utf-8", "replace").decode()  # bytes that are not text
         printer = AnswerPrinter(sys.stdout, os.environ)
         self.last = None
         self.last = self.session.ask(
@@ -171,97 +179,99 @@ class Chat:
         )
         printer.finish(self.last.text)
 
-    def keep(self, folder: Path, stem: str) -> None:
-        """Writes the last answer's files."""
+    def save_files(self, folder: Path, stem: str) -> None:
+        """Writes the files of the last answer."""
         assert self.photo is not None
         assert self.last is not None
         values = describe(str(self.photo.path), self.photo.pixels, self.prompt, self.last, self.layer_policy)
         save_answer(folder, stem, self.photo.pixels, values, self.last)
         self.files = [str(folder / mask["file"]) for mask in values["masks"]]
 
-    def report(self) -> None:
-        """Layers and files, on stderr."""
+    def print_masks(self) -> None:
+        """Prints layer, size and file of every mask to stderr."""
         assert self.last is not None
         if not self.last.layers:
-            say("the answer holds no [SEG], so there is no mask")
+            print_status("the answer holds no [SEG], so there is no mask")
         rule = layer_rules.parse(self.layer_policy)
         for number, layer in enumerate(self.last.layers):
             pixels = int((self.last.mask_logits[number] > 0).sum())
             written = f" -> {self.files[number]}" if self.files else ""
             uncertainty = f", uncertainty {self.last.uncertainty[number].score:.2f}" if self.last.uncertainty else ""
-            say(f"[SEG] {number + 1}: {rule.words(layer)}, {pixels} pixels{uncertainty}{written}")
+            print_status(f"[SEG] {number + 1}: {rule.words(layer)}, {pixels} pixels{uncertainty}{written}")
 
-    def show(self) -> None:
-        """The masks over the image, in a terminal that shows pictures."""
+    def show_overlay(self) -> None:
+        """Shows the masks over the image, in a terminal that can show pictures."""
         assert self.photo is not None
         assert self.last is not None
         if (protocol := picture_protocol(sys.stdout, os.environ)) and self.last.layers:
             picture = overlay(self.photo.pixels, (self.last.mask_logits > 0).numpy())
             print(picture_codes(picture, protocol), end="", flush=True)
 
-    # what a line that begins with / does
+    # the commands: what a line that begins with / calls
 
     def image(self, path: str) -> None:
-        quoted = len(path) > 1 and path[0] == path[-1] and path[0] in "'\""  # as files come that are dragged in
-        self.look_at(Photo.open(path[1:-1] if quoted else path))
+        quoted = len(path) > 1 and path[0] == path[-1] and path[0] in "'\""  # as terminals paste a dragged file
+        self.set_photo(Photo.open(path[1:-1] if quoted else path))
 
     def layer(self, rule: str) -> None:
         if rule:
             self.layer_policy = str(self.model.config.layer_rule(rule))
             if self.session is not None and self.last is not None and self.last.layers:
-                self.last = self.session.redraw(rule, self.seed)
-        say(f"layer: {self.layer_policy}")
+                self.last = self.session.decode_again(rule, self.seed)
+        print_status(f"layer: {self.layer_policy}")
 
     def history(self, wanted: str) -> None:
         if wanted not in ("", "on", "off"):
             raise ValueError("/history takes on or off")
         self.remember = wanted == "on" if wanted else self.remember
         turns = len(self.session.history) if self.session else 0
-        seen = f"the model sees {turns} earlier questions" if self.remember else "each question stands by itself"
-        say(f"history: {'on' if self.remember else 'off'}, {seen}")
+        seen = (
+            f"the model sees {turns} earlier questions" if self.remember else "each question is answered independently"
+        )
+        print_status(f"history: {'on' if self.remember else 'off'}, {seen}")
 
     def reset(self) -> None:
         if self.session is not None:
             self.session.reset()
         self.last = None
-        say("the conversation starts anew")
+        print_status("the conversation was reset")
 
     def save(self, path: str) -> None:
         if self.last is None:
             raise ValueError("there is no answer to save yet")
         if not path:
             raise ValueError("/save needs a path: /save star writes star_overlay.png, star_mask_1.png, star.json")
-        self.keep(Path(path).expanduser().parent, Path(path).name)
-        say(f"saved {path}_overlay.png, {len(self.files)} masks, {path}.json")
+        self.save_files(Path(path).expanduser().parent, Path(path).name)
+        print_status(f"saved {path}_overlay.png, {len(self.files)} masks, {path}.json")
 
 
-def talk(chat: Chat, folder: Path) -> int:
-    """Reads questions and commands until the input's end."""
+def run_interactive(chat: Chat, folder: Path) -> int:
+    """Handles questions and commands until the end of the input; returns the exit code."""
     if sys.stdin.isatty():
-        import readline  # input() then edits lines and remembers them
+        import readline  # gives input() line editing and a history
 
         readline.parse_and_bind("tab: complete")
         readline.set_completer_delims(" ")
-    say(HELP)
+    print_status(HELP)
     while True:
         try:
-            line = ask_user("image file: " if chat.photo is None else f"{printable(chat.photo.path.name)}> ")
+            line = read_line("image file: " if chat.photo is None else f"{printable(chat.photo.path.name)}> ")
             if line is None or line in ("/quit", "/exit"):
                 return 0
             if line:
-                take(chat, line, folder)
+                handle_line(chat, line, folder)
         except BrokenPipeError:
             raise
         except (ValueError, OSError, torch.OutOfMemoryError) as error:
-            say(f"error: {error}")
+            print_status(f"error: {error}")
         except KeyboardInterrupt:
             if not sys.stdin.isatty():
                 raise
-            say("")
+            print_status("")
 
 
-def take(chat: Chat, line: str, folder: Path) -> None:
-    """Does what one line asks for."""
+def handle_line(chat: Chat, line: str, folder: Path) -> None:
+    """Runs a command or answers a question."""
     commands: dict[str, Callable[[str], None]] = {
         "/image": chat.image,
         "/layer": chat.layer,
@@ -269,7 +279,7 @@ def take(chat: Chat, line: str, folder: Path) -> None:
         "/history": chat.history,
         "/reset": lambda _: chat.reset(),
         "/save": chat.save,
-        "/help": lambda _: say(HELP),
+        "/help": lambda _: print_status(HELP),
     }
     word, _, rest = line.partition(" ")
     before = chat.last
@@ -283,24 +293,25 @@ def take(chat: Chat, line: str, folder: Path) -> None:
         chat.ask(line)
     if chat.last is not None and chat.last is not before:  # an answer, or new masks of the last one
         assert chat.photo is not None
-        chat.keep(folder, free_stem(folder, chat.photo.path.stem))
-        chat.report()
-        chat.show()
+        chat.save_files(folder, free_stem(folder, chat.photo.path.stem))
+        chat.print_masks()
+        chat.show_overlay()
 
 
-def ask_user(prompt: str) -> str | None:
-    """One line, or None at the end of the input. The prompt goes to stderr where stdout is no terminal."""
+def read_line(prompt: str) -> str | None:
+    """One line, or None at the end of the input. The prompt goes to stderr if stdout is not a terminal."""
     try:
         if sys.stdout.isatty():
             return input(prompt).strip()
         print(prompt, end="", file=sys.stderr, flush=True)
         return input().strip()
     except EOFError:
-        say("")
+        print_status("")
         return None
 
 
-def say(text: str) -> None:
+def print_status(text: str) -> None:
+    """Prints to stderr: stdout holds answers only."""
     print(text, file=sys.stderr, flush=True)
 
 

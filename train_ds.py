@@ -16,8 +16,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from utils.datasets.mixture import make_mixture
-
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # workers are forked
 
 import cv2
@@ -33,7 +31,7 @@ from model.UGround import UGroundForCausalLM
 from utils import distributed
 from utils.config import Config, ConfigError, load_config, missing_paths
 from utils.datasets import DataError, EvalDataset, get_eval_dataset
-from utils.datasets.mixture import Mixture, MixtureSampler
+from utils.datasets.mixture import Mixture, MixtureSampler, make_mixture
 from utils.evaluation import evaluate
 from utils.evaluation.benchmarks import benchmark_of
 from utils.evaluation.engine import RunOptions
@@ -46,7 +44,7 @@ from utils.training.run_report import write_report
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Build, train, and say where the result is; 2 = something that the user can mend, and how."""
+    """Builds the run, trains, and prints the next step; returns the exit code, 2 for errors that the user can fix."""
     run = None
     try:
         config = load_config(argv)
@@ -55,12 +53,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         report_run(run)
         warn_of_skipped(run)
         merge = f"python scripts/merge_lora.py --checkpoint {config.run_folder} --output {config.run_folder / 'merged'}"
-        run.log.say(f"done; next: {merge}")
+        run.log.print(f"done; next: {merge}")
         return 0
     except (ConfigError, DataError, checkpoints.CheckpointError, DivergedError) as error:
         print_error(error)
     except ValueError as error:
-        if run is not None:  # while training, a bug
+        if run is not None:  # while training: a bug
             raise
         print_error(error)
     finally:
@@ -71,27 +69,27 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def report_run(run: Run) -> None:
-    """Writes report.html; if that fails, the run has still been trained."""
+    """Writes report.html; a failure here does not fail the run."""
     if not distributed.is_main():
         return
     folder = run.config.run_folder
     try:
-        run.log.say(f"wrote {write_report(folder)}")
-    except Exception as error:  # whatever it is, it must not make a finished training fail
-        run.log.say(f"warning: no report ({error!r}); try again with python scripts/report.py {folder}")
+        run.log.print(f"wrote {write_report(folder)}")
+    except Exception as error:  # of any kind: the training itself is finished
+        run.log.print(f"warning: no report ({error!r}); try again with python scripts/report.py {folder}")
 
 
 def warn_of_skipped(run: Run) -> None:
-    """A data set that is half there must not pass for a whole one."""
+    """Warns if records were replaced: an incomplete data set must not pass for a complete one."""
     if skipped := int(run.mixture.skipped.sum()):
-        run.log.say(
-            f"warning: {skipped} times a record that was drawn could not be read, and another one took its place "
-            "(named above); are the data complete?"
+        run.log.print(
+            f"warning: {skipped} sampled records could not be read and were replaced by others (named above); is the "
+            "data set complete?"
         )
 
 
 def print_error(error: ValueError) -> None:
-    """Says what is wrong, once: other processes only what may be theirs alone."""
+    """Prints an error once: the main process always, others only errors that may be theirs alone."""
     if distributed.is_main():
         print(f"error: {error}", file=sys.stderr)
     elif not getattr(error, "shared", False):
@@ -104,7 +102,7 @@ class Run:
 
     Attributes:
         model: UGround with LoRA inside, as evaluation calls it; the engine trains the same weights.
-        meta: what every checkpoint says about the run.
+        meta: the metadata in every checkpoint.
         step: optimizer steps done. best: the best validation metric so far.
     """
 
@@ -129,13 +127,13 @@ class Run:
 
 
 def build_run(config: Config, device: torch.device) -> Run:
-    """Everything that training needs, checked; a ValueError names what is wrong."""
+    """Builds and checks everything that training needs; raises a ValueError that names what is wrong."""
     mixture, benchmarks = open_data(config)
-    start = where_to_start(config)
+    start = find_start(config)
     meta = checkpoints.describe_settings(config, mixture.describe())
     if start:
-        before = checkpoints.check_same_run(start, meta)  # before minutes of loading
-        check_steps_left(config, start, before["step"])
+        saved_meta = checkpoints.check_same_run(start, meta)  # before minutes of loading
+        check_steps_left(config, start, saved_meta["step"])
     settings = deepspeed_settings(config, distributed.world_size())
     model, processor, loaded = build_model(config)
     inner = base_of(model)
@@ -147,33 +145,33 @@ def build_run(config: Config, device: torch.device) -> Run:
     meta |= checkpoints.describe_model(model, processor, loaded)
     saved: dict[str, Any] = checkpoints.resume(engine, start, meta) if start else {"step": 0, "best": None}
     log = open_log(config, saved["step"])
-    best = saved["best"] if saved.get("best_of") == best_of(config) else None  # others cannot be compared
+    best = saved["best"] if saved.get("best_of") == selection_criterion(config) else None  # else not comparable
     run = Run(config, device, engine, inner, processor, mixture, benchmarks, log, meta, saved["step"], best)
 
     images = (run.total_steps - run.step) * images_per_step(config)
-    log.say(f"{loading_table(loaded)}\n\n{parameter_table(model)}\n\n{mixture.table(images)}\n")
-    log.say(where_and_how_much(config, device))
+    log.print(f"{loading_table(loaded)}\n\n{parameter_table(model)}\n\n{mixture.table(images)}\n")
+    log.print(describe_step(config, device))
     weights = [vars(row) for row in loaded]
     log.event("start", run.step, command=shlex.join(sys.argv), resumed=str(start or ""), weights=weights, **meta)
     if start:
-        log.say(f"going on from {start} (step {run.step} of {run.total_steps})")
+        log.print(f"resuming from {start} (step {run.step} of {run.total_steps})")
         if (planned := planned_steps(saved)) != run.total_steps:
-            log.say(
-                f"warning: the run had {planned} steps, and now has {run.total_steps}: from here on the learning rate "
-                "is that of the new schedule, and may rise"
+            log.print(
+                f"warning: the run was planned for {planned} steps and now has {run.total_steps}: the learning rate "
+                "follows the new schedule from here on, and may rise"
             )
     if run.step < run.total_steps:
-        tried = validate(run, limit=1)  # a benchmark that fails must not end the run after its first epoch
-        if tried:
-            deciding_metric(run, tried)
+        trial = validate(run, limit=1)  # a benchmark that fails must not end the run after its first epoch
+        if trial:
+            selection_metric(run, trial)
     return run
 
 
-def where_and_how_much(config: Config, device: torch.device) -> str:
-    """Device and images per step; a run that is on the CPU, or eight times as large as meant, should not look usual."""
+def describe_step(config: Config, device: torch.device) -> str:
+    """Device and images per step, so that a run on the CPU, or with eight times the intended batch, is noticed."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     if device.type == "cpu" and Path("/dev/nvidia0").exists():
-        name += " (there is an NVIDIA GPU, but this torch cannot use it: is the driver too old for it?)"
+        name += " (an NVIDIA GPU is present, but this torch cannot use it: is the driver too old?)"
     train, world = config.train, distributed.world_size()
     product = f"batch_size {train.batch_size} x grad_accumulation_steps {train.grad_accumulation_steps} x {world}"
     processes = f"{world} process{'es' if world > 1 else ''} on {name}, {config.model.precision}"
@@ -181,12 +179,12 @@ def where_and_how_much(config: Config, device: torch.device) -> str:
 
 
 def images_per_step(config: Config) -> int:
-    """Images that one step of the optimizer sees, over all processes."""
+    """Images per optimizer step, over all processes."""
     return config.train.batch_size * config.train.grad_accumulation_steps * distributed.world_size()
 
 
 def open_data(config: Config) -> tuple[Mixture, list[EvalDataset]]:
-    """The mixture and the benchmarks; all that is missing on disk at once."""
+    """The mixture and the benchmarks; raises a ConfigError that names everything missing on disk."""
     problems, folder = missing_paths(config), config.data.dataset_dir
     mixture, benchmarks = None, []
     try:
@@ -206,42 +204,43 @@ def open_data(config: Config) -> tuple[Mixture, list[EvalDataset]]:
     return mixture, benchmarks
 
 
-def where_to_start(config: Config) -> Path | None:
-    """The checkpoint to go on from, if any. A run is only ever resumed when that was asked for."""
+def find_start(config: Config) -> Path | None:
+    """The checkpoint to resume from, or None. A run is resumed only on request."""
     folder, name = config.run_folder, config.train.exp_name
-    there = checkpoints.read_index(folder)
+    index = checkpoints.read_index(folder)
     if config.train.resume:
-        found = checkpoints.find_checkpoint(config.train.resume)
-        if there and found.resolve().parents[1] != folder.resolve():
+        checkpoint = checkpoints.find_checkpoint(config.train.resume)
+        if index and checkpoint.resolve().parents[1] != folder.resolve():
             raise checkpoints.CheckpointError(
-                f"--resume {config.train.resume} goes on in {folder}, which holds another run; give another --exp_name"
+                f"--resume {config.train.resume} would write to {folder}, which holds another run; give another "
+                "--exp_name"
             )
-        return found
-    if there and not config.train.auto_resume:
+        return checkpoint
+    if index and not config.train.auto_resume:
         raise checkpoints.CheckpointError(
-            f"{folder} holds a run already (checkpoint {there['latest']}). Go on with --auto_resume true, start "
+            f"{folder} holds a run already (checkpoint {index['latest']}). Resume it with --auto_resume true, start "
             f"another one with --exp_name {name}-2, or remove the folder"
         )
-    return checkpoints.find_checkpoint(folder) if there else None
+    return checkpoints.find_checkpoint(folder) if index else None
 
 
 def check_steps_left(config: Config, start: Path, step: int) -> None:
-    """Refuses a checkpoint behind the run's end, or at the end of another run: nothing would be trained or written."""
+    """Rejects a checkpoint past the run's end, or at the end of another run: nothing would be trained or written."""
     train, other = config.train, start.resolve().parents[1] != config.run_folder.resolve()
     if step > config.total_steps or (step == config.total_steps and other):
         raise checkpoints.CheckpointError(
-            f"{start} is at step {step}, and --epochs {train.epochs} x --steps_per_epoch {train.steps_per_epoch} end "
+            f"{start} is at step {step}, and --epochs {train.epochs} x --steps_per_epoch {train.steps_per_epoch} ends "
             f"at {config.total_steps}: nothing is left to train. Raise --epochs, or merge this checkpoint"
         )
 
 
 def planned_steps(saved: dict[str, Any]) -> int:
-    """What the run of a checkpoint was to have."""
+    """Total steps in the configuration of a checkpoint's run."""
     return saved["config"]["train"]["epochs"] * saved["config"]["train"]["steps_per_epoch"]
 
 
 def open_log(config: Config, step: int) -> RunLog:
-    """Makes the run folder, with the effective configuration in it."""
+    """Creates the run folder, saves the effective configuration in it, and opens the log."""
     if distributed.is_main():
         config.run_folder.mkdir(parents=True, exist_ok=True)
         config.save(config.run_folder / "config.yaml")
@@ -253,7 +252,7 @@ def open_log(config: Config, step: int) -> RunLog:
 
 
 def train(run: Run) -> None:
-    """Epochs of steps, each followed by validation and a checkpoint."""
+    """Trains to the last step, with validation and a checkpoint after each epoch."""
     batches = iter(batches_from(run))
     meter = Meter(run.device, run.model.ppm.num_layers)
     first, settings = run.step + 1, run.config.train
@@ -262,7 +261,9 @@ def train(run: Run) -> None:
         number = run.step + 1
         epoch_ends = number % settings.steps_per_epoch == 0
         saves = epoch_ends or (settings.save_every and number % settings.save_every == 0)
-        logged = number == first or saves or number % settings.log_every == 0  # a bad loss is seen before it is saved
+        logged = (
+            number == first or saves or number % settings.log_every == 0
+        )  # a loss that is not finite is seen before it is saved
         train_step(run, batches, meter, logged)
         if saves:
             save_step(run, validate(run) if epoch_ends else {})
@@ -270,7 +271,7 @@ def train(run: Run) -> None:
 
 
 def train_step(run: Run, batches: Iterator[Batch], meter: Meter, logged: bool) -> None:
-    """Micro steps that add up to one step of the optimizer, and that learn what one large batch would."""
+    """One optimizer step: micro steps whose accumulated gradient is that of one large batch."""
     accumulation, seed = run.config.train.grad_accumulation_steps, run.config.train.seed
     dtype, lr, gradients = PRECISIONS[run.config.model.precision], run.engine.get_lr()[0], {}
     window = list(islice(batches, accumulation))
@@ -278,17 +279,17 @@ def train_step(run: Run, batches: Iterator[Batch], meter: Meter, logged: bool) -
     last = (run.step + 1) * accumulation - 1
     for micro, part in enumerate(window, start=run.step * accumulation):
         batch = replace(part, counts=counts).to(run.device, dtype)
-        # ZeRO's offload reads it while gradients arrive; by itself DeepSpeed says it too late for outputs like ours
+        # ZeRO's offload reads it during the backward pass; DeepSpeed itself sets it too late for outputs like ours
         run.engine.set_gradient_accumulation_boundary(micro == last)
         # dropout is a function of (seed, micro step, rank), so that a resumed run is the uninterrupted one
         torch.manual_seed(((seed * 1_000_003 + micro) * 65_536 + distributed.rank()) % 2**63)
         output = run.engine(batch, all_layers=logged)
         run.engine.backward(output.loss)
         meter.add(output, len(batch.sizes))
-        del output  # full-size masks and maps, which the next forward pass needs no room beside
+        del output  # full-size masks and maps: freed before the next forward pass
         if logged and micro == last:
             gradients = gradient_norms(run.engine)
-        run.engine.step()  # the optimizer's at the last micro step only
+        run.engine.step()  # the optimizer steps at the last micro step only
     run.step += 1
     run.log.advance()
     if logged:
@@ -297,13 +298,13 @@ def train_step(run: Run, batches: Iterator[Batch], meter: Meter, logged: bool) -
         run.log.train(run.step, values, gradients)
         check_finite(values, run.step)
         if run.step == 1 and (silent := [part for part, norm in gradients.items() if norm == 0]):
-            run.log.say(
-                f"warning: no gradient in step 1 for {', '.join(silent)} (a loss weight of 0, or no mask in it?)"
+            run.log.print(
+                f"warning: no gradient in step 1 for {', '.join(silent)} (a loss weight of 0, or no mask in the batch?)"
             )
 
 
 def batches_from(run: Run) -> DataLoader:
-    """All batches that are left, from the run's position in the mixture on."""
+    """All remaining batches, from the run's position in the mixture on."""
     train_settings, accumulation = run.config.train, run.config.train.grad_accumulation_steps
     workers = run.config.data.workers
     sampler = MixtureSampler(
@@ -318,14 +319,14 @@ def batches_from(run: Run) -> DataLoader:
         batch_sampler=sampler,
         collate_fn=run.processor.collate,
         num_workers=workers,
-        prefetch_factor=1 + -(-accumulation // workers) if workers else None,  # a whole step is taken at once
+        prefetch_factor=1 + -(-accumulation // workers) if workers else None,  # a whole step is fetched at once
         worker_init_fn=one_thread,
         pin_memory=run.device.type == "cuda",
     )
 
 
 def one_thread(_worker: int) -> None:
-    """Workers share the cores already."""
+    """Limits a worker to one thread: workers already share the cores."""
     torch.set_num_threads(1)
     cv2.setNumThreads(0)
 
@@ -334,12 +335,12 @@ def one_thread(_worker: int) -> None:
 
 
 def validate(run: Run, limit: int | None = None) -> dict[str, dict[str, float]]:
-    """Metrics per benchmark; with ``limit``, a try on so many images that is not logged."""
+    """Metrics per benchmark; with ``limit``, a trial on that many images, which is not logged."""
     settings, results = run.config.eval, {}
     options = InferenceOptions(settings.val_mode, run.model.config.layer_policy, seed=run.config.train.seed)
-    how = RunOptions(settings.val_batch_size, limit=limit or settings.val_limit or None)
+    run_options = RunOptions(settings.val_batch_size, limit=limit or settings.val_limit or None)
     for dataset in run.benchmarks:
-        results[str(dataset.spec)] = evaluate(run.model, run.processor, dataset, options, how).metrics
+        results[str(dataset.spec)] = evaluate(run.model, run.processor, dataset, options, run_options).metrics
         if limit is None and settings.val_pictures and distributed.is_main():
             picture = validation_sheet(run.model, run.processor, dataset, options, settings.val_pictures)
             run.log.picture(run.step, dataset.spec.slug, picture)
@@ -347,10 +348,10 @@ def validate(run: Run, limit: int | None = None) -> dict[str, dict[str, float]]:
 
 
 def save_step(run: Run, results: dict[str, dict[str, float]]) -> None:
-    """Logs the validation and writes a checkpoint; the first benchmark decides whether it is the best."""
+    """Logs the validation and writes a checkpoint; the first benchmark selects the best one."""
     is_best = False
     if results:
-        value = deciding_metric(run, results)
+        value = selection_metric(run, results)
         is_best = value is not None and (run.best is None or value > run.best)
         run.best = value if is_best else run.best
         run.log.validation(run.step, results, is_best)
@@ -358,24 +359,26 @@ def save_step(run: Run, results: dict[str, dict[str, float]]) -> None:
         "step": run.step,
         "position": run.step * images_per_step(run.config),
         "best": run.best,
-        "best_of": best_of(run.config),
+        "best_of": selection_criterion(run.config),
         "metrics": results,
     }
     checkpoints.save_checkpoint(run.engine, run.config.run_folder, meta, is_best)
 
 
-def best_of(config: Config) -> list[Any]:
-    """What ``best`` is the best of; JSON."""
+def selection_criterion(config: Config) -> list[Any]:
+    """What the value ``best`` measures, for JSON; values of other criteria cannot be compared with it."""
     settings = config.eval
     specs = list(settings.val_dataset[:1])
     return [*specs, settings.val_metric, settings.val_mode, settings.val_limit, settings.val_layer_policy]
 
 
-def deciding_metric(run: Run, results: dict[str, dict[str, float]]) -> float | None:
-    """The metric that says which checkpoint is best; None, with a warning, where the benchmark does not report it."""
+def selection_metric(run: Run, results: dict[str, dict[str, float]]) -> float | None:
+    """The value that selects the best checkpoint; None, with a warning, if the benchmark does not report it."""
     spec, name = str(run.benchmarks[0].spec), run.config.eval.val_metric
     if name not in results[spec]:
-        run.log.say(f"warning: --val_metric {name} is not reported by {spec} ({', '.join(results[spec])}): no best")
+        run.log.print(
+            f"warning: --val_metric {name} is not reported by {spec} ({', '.join(results[spec])}): no best checkpoint"
+        )
     return results[spec].get(name)
 
 

@@ -1,4 +1,4 @@
-"""Processes: starting, naming, meeting. The same code runs as one process without a launcher."""
+"""Process group, rank and collectives of a run. The same code runs as one process without a launcher."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from torch import distributed
 
 
 def init(timeout_minutes: int = 60) -> torch.device:
-    """Joins the processes that a launcher started, or makes a group of one; returns this process's device.
+    """Joins the launcher's process group, or creates a group of one; returns this process's device.
 
-    NCCL on CUDA, gloo on the CPU. DeepSpeed finds the group and uses it.
+    The backend is NCCL on CUDA and gloo on the CPU. DeepSpeed reuses the group.
     """
     local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))
     cuda = torch.cuda.is_available()
@@ -28,7 +28,7 @@ def init(timeout_minutes: int = 60) -> torch.device:
         backend, timeout = ("nccl" if cuda else "gloo"), timedelta(minutes=timeout_minutes)
         if "WORLD_SIZE" in os.environ:
             distributed.init_process_group(backend, timeout=timeout)
-        else:  # no launcher: a store in memory needs no port that could be taken
+        else:  # no launcher: an in-memory store needs no port
             distributed.init_process_group(
                 backend, timeout=timeout, store=distributed.HashStore(), rank=0, world_size=1
             )
@@ -44,7 +44,7 @@ def world_size() -> int:
 
 
 def is_main() -> bool:
-    """Whether this process writes files and talks to the user."""
+    """Whether this process writes files and prints."""
     return rank() == 0
 
 
@@ -54,7 +54,7 @@ def barrier() -> None:
 
 
 def all_gather(item: Any) -> list[Any]:
-    """Any Python object from every process, in the order of their ranks."""
+    """Gathers a picklable object from every process, ordered by rank."""
     if world_size() == 1:
         return [item]
     items = [None] * world_size()
@@ -63,7 +63,7 @@ def all_gather(item: Any) -> list[Any]:
 
 
 def mean(values: torch.Tensor) -> torch.Tensor:
-    """The mean over processes; every one must call it."""
+    """The mean over processes. All processes must call it."""
     if world_size() > 1:
         distributed.all_reduce(values)
         values /= world_size()
@@ -71,12 +71,12 @@ def mean(values: torch.Tensor) -> torch.Tensor:
 
 
 def raise_on_all_ranks(problem: str | None, error: type[Exception] = ValueError) -> None:
-    """Raises ``error`` on every process if any has a problem: one that fails alone lets the others wait forever."""
-    problems = list(dict.fromkeys(found for found in all_gather(problem) if found))
+    """Raises ``error`` on every process if any has a problem: a process that fails alone leaves the others waiting."""
+    problems = list(dict.fromkeys(message for message in all_gather(problem) if message))
     if problems:
-        raised = error("\n".join(problems))
-        raised.shared = True  # type: ignore[attr-defined]  # a mark on an error of any type
-        raise raised
+        exception = error("\n".join(problems))
+        exception.shared = True  # type: ignore[attr-defined]  # marks an error of any type as raised on all ranks
+        raise exception
 
 
 def shutdown() -> None:
@@ -87,8 +87,8 @@ def shutdown() -> None:
 def exit_process(code: int) -> NoReturn:
     """Ends the process with an exit code; call it last.
 
-    One of several processes goes without Python's clean-up. In it, threads of the process group that still want the
-    interpreter abort the process, now and then, and launchers take a finished run for a failed one.
+    With several processes, Python's clean-up is skipped: threads of the process group that still need the interpreter
+    occasionally abort the process during it, and launchers then report a finished run as failed.
     """
     logging.shutdown()
     sys.stdout.flush()

@@ -237,7 +237,7 @@ def test_uncertainty_is_of_the_latest_answer(dashboard, answered):
     with pytest.raises(ValueError, match="no mask yet"):
         dashboard.measure_uncertainty("nobody")
     seen = []
-    answered.session.redraw = lambda policy: seen.append(policy) or make_prediction()
+    answered.session.decode_again = lambda policy: seen.append(policy) or make_prediction()
     dashboard.measure_uncertainty("v")
     assert seen == ["mc:16"]
 

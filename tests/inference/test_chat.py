@@ -1,4 +1,4 @@
-"""chat.py in a terminal, as a person uses it, and for many images at once, as a script does."""
+"""chat.py: interactive in a terminal, and for many images at once, as scripts use it."""
 
 import base64
 import contextlib
@@ -23,7 +23,7 @@ from utils.datasets.masks import decode_mask
 from utils.inference.folder import read_prompts
 from utils.inference.terminal import AnswerPrinter, picture_codes, picture_protocol
 
-# -- a person ----------------------------------------------------------------------------------------------------------
+# -- interactive -------------------------------------------------------------------------------------------------------
 
 
 # A shell does this for a program: a session whose terminal is stdin, from which Ctrl-C then comes.
@@ -61,7 +61,7 @@ class Terminal:
         os.write(self.screen, text.encode())
 
     def line(self, text: str, prompt: str = ".png> ") -> str:
-        """Types a line; what the program says until it asks for the next one."""
+        """Types a line; returns the output until the next prompt."""
         self.type(f"{text}\n")
         self.until("\n")  # the terminal's echo
         return self.until(prompt)
@@ -74,7 +74,7 @@ class Terminal:
                 return self.until(prompt, 5)
         raise AssertionError(f"no {prompt!r} after Ctrl-C")
 
-    def leave(self) -> int | None:
+    def quit(self) -> int | None:
         code = None
         for _ in range(60):  # Ctrl-D is lost while the line editor takes the terminal over; a person presses it again
             self.type("\x04")
@@ -101,13 +101,13 @@ def test_a_conversation_at_a_terminal(version, tmp_path):
     assert "photo0_001_mask_1.png" in answer
     assert terminal.line("") == "photo0"
     assert "layer: fixed:2" in terminal.line("/layer")
-    assert "[SEG] 1: layer 3" in terminal.line("/layer fixed:3")  # the same answer's mask, drawn again
+    assert "[SEG] 1: layer 3" in terminal.line("/layer fixed:3")  # the same answer's mask, decoded again
     assert "layer 9 does not exist" in terminal.line("/layer fixed:9")
     assert "uncertainty 0." in terminal.line("/mc 4")
     assert json.loads((out / "photo0_003.json").read_text())["masks"][0]["uncertainty"]["layers"]
     assert "error: 'mc:0' samples no layer" in terminal.line("/mc 0")
     assert "layer: mc:16" in terminal.line("/mc")
-    assert "each question stands by itself" in terminal.line("/history")
+    assert "each question is answered independently" in terminal.line("/history")
     assert "the model sees 0 earlier" in terminal.line("/history on")
     terminal.line("the blue circle")
     assert "the model sees 1 earlier" in terminal.line("/history")
@@ -115,7 +115,7 @@ def test_a_conversation_at_a_terminal(version, tmp_path):
     assert "star_overlay.png, 1 masks" in terminal.line(f"/save {tmp_path / 'kept' / 'star'}")
     assert mask_of(tmp_path / "kept", "star").shape == (48, 64)
     assert "needs a path" in terminal.line("/save")
-    assert "starts anew" in terminal.line("/reset")
+    assert "was reset" in terminal.line("/reset")
     assert "no answer to save" in terminal.line("/save again")
     assert "the model sees 0 earlier" in terminal.line("/history")
     assert "unknown command /fly" in terminal.line("/fly")
@@ -124,7 +124,7 @@ def test_a_conversation_at_a_terminal(version, tmp_path):
     assert "/save PATH" in terminal.line("/help")
     terminal.interrupt("photo1.png> ")
     assert "[SEG]" in terminal.line("the red star")
-    assert terminal.leave() == 0
+    assert terminal.quit() == 0
     assert sorted(path.stem for path in out.glob("*.json")) == [*(f"photo0_00{n}" for n in range(1, 6)), "photo1_001"]
 
 
@@ -133,7 +133,7 @@ def mask_of(folder, stem) -> np.ndarray:
 
 
 @pytest.mark.slow
-def test_ctrl_c_breaks_an_answer_off(mute_version, tmp_path):
+def test_ctrl_c_interrupts_an_answer(mute_version, tmp_path):
     write_jpg(tmp_path / "photo.png", 0)
     words = ("--version", mute_version, "--image", tmp_path / "photo.png", "--output", tmp_path / "out")
     terminal = Terminal(*words, "--max_new_tokens", 1_000_000, "--history", "on", NO_COLOR="1")
@@ -141,11 +141,11 @@ def test_ctrl_c_breaks_an_answer_off(mute_version, tmp_path):
     for _ in range(2):
         terminal.type("what is there\n")
         terminal.until("there\r\n")
-        terminal.until("AS")  # the answer appears while it is written
+        terminal.until("AS")  # the answer is streamed
         terminal.type("\x03")
         terminal.until("photo.png> ")
     assert "the model sees 0 earlier" in terminal.line("/history")
-    assert terminal.leave() == 0
+    assert terminal.quit() == 0
     assert not (tmp_path / "out").exists()
 
 
@@ -158,7 +158,7 @@ def test_pictures_in_terminals_that_show_them(version, tmp_path):
     terminal.type("a star\n")
     terminal.until("\x1b]1337;File=inline=1;size=")
     shown = base64.b64decode(terminal.until("\a").split(":")[1])
-    assert terminal.leave() == 0
+    assert terminal.quit() == 0
     expected = read_image(tmp_path / "out" / "photo_001_overlay.png")
     assert np.array_equal(np.array(Image.open(io.BytesIO(shown))), expected)
 
@@ -185,7 +185,7 @@ def test_protocols():
         assert picture_protocol(io.StringIO(), environment) == ""
 
 
-def test_text_streams_where_someone_watches():
+def test_text_is_streamed_to_terminals_only():
     screen, file = Screen(), io.StringIO()
     for stream in (screen, file):
         printer = AnswerPrinter(stream, {"NO_COLOR": "1"})
@@ -193,11 +193,11 @@ def test_text_streams_where_someone_watches():
             printer.update(text)
             assert (stream.getvalue() == text.rstrip("\ufffd")) == stream.isatty()
         printer.finish("It is é [SEG].\x1b[2J")
-    assert screen.getvalue() == "It is é [SEG].\ufffd[2J\n"  # nothing that a model writes steers the terminal
+    assert screen.getvalue() == "It is é [SEG].\ufffd[2J\n"  # a model cannot control the terminal
     assert file.getvalue() == "It is é [SEG].\x1b[2J\n"
 
 
-# -- a script ----------------------------------------------------------------------------------------------------------
+# -- many images -------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -220,11 +220,11 @@ def ask_many(capsys, version, album, *more):
 def test_many_prompts_about_many_images(capsys, version, album):
     code, out, err, lines = ask_many(capsys, version, album, "--prompts", album.parent / "prompts.txt")
     assert (code, out) == (0, ""), err
-    found = [json.loads(line) for line in lines]
+    answers = [json.loads(line) for line in lines]
     images = [str(album / f"{n}.png") for n in range(3)]
     prompts = ["the red star", "the blue circle"]
-    assert [(values["image"], values["prompt"]) for values in found] == [(i, p) for i in images for p in prompts]
-    for number, values in enumerate(found):
+    assert [(values["image"], values["prompt"]) for values in answers] == [(i, p) for i in images for p in prompts]
+    for number, values in enumerate(answers):
         assert values["answer"].count("[SEG]") == len(values["masks"]) > 0
         for entry in values["masks"]:
             mask = read_image(album.parent / "out" / entry["file"])[..., 0] > 0
@@ -232,10 +232,10 @@ def test_many_prompts_about_many_images(capsys, version, album):
             assert mask.shape == (values["height"], values["width"])
         assert values["overlay"] == f"{number // 2}_00{number % 2 + 1}_overlay.png"
     one = run(capsys, chat, "--version", version, "--image", images[1], "--prompt", prompts[1], "--max_new_tokens", 2)
-    assert one[1] == f"{found[3]['answer']}\n"
+    assert one[1] == f"{answers[3]['answer']}\n"
 
 
-def test_a_stopped_run_goes_on(capsys, version, album):
+def test_an_interrupted_run_resumes(capsys, version, album):
     more = ("--prompts", album.parent / "prompts.txt", "--no_pictures")
     lines = ask_many(capsys, version, album, *more)[3]
     path = album.parent / "out" / "answers.jsonl"
@@ -248,10 +248,10 @@ def test_a_stopped_run_goes_on(capsys, version, album):
     assert (code, again) == (2, lines)
     assert "holds answers of other settings (layer_policy: 'argmax' there, 'fixed:1' now)" in err
     path.write_text('{"image": 1}\n')
-    assert "line 1 is no answer" in ask_many(capsys, version, album, *more)[2]
+    assert "line 1 is not an answer" in ask_many(capsys, version, album, *more)[2]
 
 
-def test_no_answer_takes_anothers_pictures(capsys, version, album):
+def test_answers_do_not_overwrite_each_others_pictures(capsys, version, album):
     one, two = album.parent / "one.txt", album.parent / "two.txt"
     one.write_text("the red star\n")
     two.write_text("the blue circle\nthe red star\n")
@@ -264,14 +264,14 @@ def test_no_answer_takes_anothers_pictures(capsys, version, album):
     assert all((album.parent / "out" / name).read_bytes() == content for name, content in before.items())
 
 
-def test_files_of_others_stay(capsys, version, album):
+def test_files_of_others_are_not_overwritten(capsys, version, album):
     """Images and their annotations often lie side by side, under one name."""
     words = ("--version", version, "--image", album, "--output", album, "--max_new_tokens", 1, "--prompt", "a star")
     code, _, err = run(capsys, chat, *words)
-    assert (code, "is where 0.png lies" in err) == (2, True)
+    assert (code, "also holds the image 0.png" in err) == (2, True)
     (album / "0.json").write_text('{"shapes": []}')
     code, _, err = run(capsys, chat, *words[:2], "--image", album / "0.png", *words[4:])
-    assert (code, "0.json is there, and no answer" in err) == (2, True)
+    assert (code, "0.json exists and is not an answer" in err) == (2, True)
     assert (album / "0.json").read_text() == '{"shapes": []}'
     assert not list(album.glob("*_mask_*"))
 
@@ -283,7 +283,7 @@ def test_images_that_cannot_be_read_are_named(capsys, version, album):
     assert "1.png cannot be decoded" in err
 
 
-def test_wrong_calls_for_many(capsys, album, tmp_path):
+def test_invalid_calls_for_many(capsys, album, tmp_path):
     def refused(*arguments):
         code, out, err = run(capsys, chat, "--version", tmp_path, *arguments)
         assert (code, out) == (2, "")

@@ -60,10 +60,10 @@ def test_sampled_layers_come_with_a_map_of_their_uncertainty(capsys, version, ph
     masks = json.loads((tmp_path / "photo.json").read_text())["masks"]
     assert masks
     for entry in masks:
-        found = entry["uncertainty"]
-        assert sum(found["layers"].values()) == pytest.approx(1)
-        assert f"uncertainty {found['score']:.2f}" in err
-        assert read_image(tmp_path / found["file"]).shape == (48, 64, 3)
+        uncertainty = entry["uncertainty"]
+        assert sum(uncertainty["layers"].values()) == pytest.approx(1)
+        assert f"uncertainty {uncertainty['score']:.2f}" in err
+        assert read_image(tmp_path / uncertainty["file"]).shape == (48, 64, 3)
     assert ask(capsys, version, photo, tmp_path, "where is it")[0] == 0  # one layer: the maps of before are gone
     assert not list(tmp_path.glob("*_deviation_*"))
     assert "uncertainty" not in json.loads((tmp_path / "photo.json").read_text())["masks"][0]

@@ -1,4 +1,4 @@
-"""A conversation about an image on one cache: what it says and masks is what the whole conversation read anew gives."""
+"""A conversation about an image on one cache gives the answers of the whole conversation encoded again."""
 
 import pytest
 import torch
@@ -19,20 +19,20 @@ def model(make_model, tiny_processor):
 
 
 @pytest.mark.parametrize("size", [(50, 50), (40, 64), (64, 24)])
-def test_follow_ups_equal_the_whole_conversation_read_anew(model, tiny_processor, size):
+def test_follow_ups_equal_the_whole_conversation_encoded_again(model, tiny_processor, size):
     image = drawn_sample(6, size).image
     session, masks = ImageSession(model, tiny_processor, image), 0
     for number, question in enumerate(QUESTIONS):
         history = list(session.history)
         assert [turn.question for turn in history] == QUESTIONS[:number]
-        found = session.ask(question, max_new_tokens=6)
-        written, anew = read_anew(model, tiny_processor, image, history, question, found.token_ids)
-        assert written == found.token_ids
-        assert found.layers == anew.layers
-        assert_same_masks(found.mask_logits, anew.mask_logits)
-        torch.testing.assert_close(found.layer_maps, anew.layer_maps, **NEAR)
-        assert found.text == tiny_processor.decode(found.token_ids) == session.history[-1].answer
-        masks += len(found.mask_logits)
+        prediction = session.ask(question, max_new_tokens=6)
+        written, anew = read_anew(model, tiny_processor, image, history, question, prediction.token_ids)
+        assert written == prediction.token_ids
+        assert prediction.layers == anew.layers
+        assert_same_masks(prediction.mask_logits, anew.mask_logits)
+        torch.testing.assert_close(prediction.layer_maps, anew.layer_maps, **NEAR)
+        assert prediction.text == tiny_processor.decode(prediction.token_ids) == session.history[-1].answer
+        masks += len(prediction.mask_logits)
     assert masks > 2
 
 
@@ -59,16 +59,16 @@ def test_the_image_is_encoded_once_and_a_follow_up_reads_its_own_tokens(model, t
     before = 0
     for question in QUESTIONS:
         lengths.clear()
-        said = session.ask(question, max_new_tokens=4).token_ids
-        whole = len(session.row.ids) - len(said) + 1
-        assert lengths[1:] == [1] * (len(said) - 1)
+        token_ids = session.ask(question, max_new_tokens=4).token_ids
+        whole = len(session.cache.ids) - len(token_ids) + 1
+        assert lengths[1:] == [1] * (len(token_ids) - 1)
         assert lengths[0] <= whole - before
         before = whole
-    session.redraw("mc:4")
+    session.decode_again("mc:4")
     assert calls == {"clip": 1, "sam": 1}
 
 
-def test_text_comes_as_it_is_written(model, tiny_processor):
+def test_text_is_streamed(model, tiny_processor):
     seen = []
     prediction = ImageSession(model, tiny_processor, drawn_sample(6).image).ask(
         "circle", max_new_tokens=5, on_text=seen.append
@@ -78,7 +78,7 @@ def test_text_comes_as_it_is_written(model, tiny_processor):
 
 
 @pytest.mark.parametrize("where", ["text", "layer", "sam"])
-def test_a_question_that_was_broken_off_leaves_no_trace(model, tiny_processor, monkeypatch, where):
+def test_an_interrupted_question_leaves_no_trace(model, tiny_processor, monkeypatch, where):
     image = drawn_sample(6).image
     session, undisturbed = (ImageSession(model, tiny_processor, image) for _ in range(2))
     first, _ = (s.ask(QUESTIONS[0], max_new_tokens=6) for s in (session, undisturbed))
@@ -95,54 +95,54 @@ def test_a_question_that_was_broken_off_leaves_no_trace(model, tiny_processor, m
         with pytest.raises(KeyboardInterrupt):
             session.ask("what can you see", max_new_tokens=6, on_text=stop if where == "text" else None)
     assert session.history == undisturbed.history
-    assert_same_masks(session.redraw().mask_logits, first.mask_logits)
-    found, expected = (s.ask(QUESTIONS[2], max_new_tokens=6) for s in (session, undisturbed))
-    assert found.token_ids == expected.token_ids
-    assert_same_masks(found.mask_logits, expected.mask_logits)
+    assert_same_masks(session.decode_again().mask_logits, first.mask_logits)
+    prediction, expected = (s.ask(QUESTIONS[2], max_new_tokens=6) for s in (session, undisturbed))
+    assert prediction.token_ids == expected.token_ids
+    assert_same_masks(prediction.mask_logits, expected.mask_logits)
 
 
-def test_reset_and_questions_that_stand_alone(model, tiny_processor):
+def test_reset_and_independent_questions(model, tiny_processor):
     image = drawn_sample(6).image
     session = ImageSession(model, tiny_processor, image)
     alone = predict(model, tiny_processor, [image], [[Turn("a square")]], max_new_tokens=6)[0][0]
     session.ask(QUESTIONS[0], max_new_tokens=6)
-    found = [session.ask("a square", max_new_tokens=6, remember=False)]
+    predictions = [session.ask("a square", max_new_tokens=6, remember=False)]
     assert [turn.question for turn in session.history] == QUESTIONS[:1]
     session.reset()
     assert session.history == []
-    found.append(session.ask("a square", max_new_tokens=6))
-    for prediction in found:
+    predictions.append(session.ask("a square", max_new_tokens=6))
+    for prediction in predictions:
         assert prediction.token_ids == alone.token_ids
         assert_same_masks(prediction.mask_logits, alone.mask_logits)
 
 
-def test_masks_are_drawn_again_without_the_language_model(model, tiny_processor, monkeypatch):
+def test_masks_are_decoded_again_without_the_language_model(model, tiny_processor, monkeypatch):
     session = ImageSession(model, tiny_processor, drawn_sample(6).image)
     with pytest.raises(ValueError, match="nothing was asked"):
-        session.redraw("last")
-    asked = {how: session.ask("circle", layer_policy=how, seed=3, remember=False) for how in ("fixed:2", "mc:4")}
+        session.decode_again("last")
+    answers = {rule: session.ask("circle", layer_policy=rule, seed=3, remember=False) for rule in ("fixed:2", "mc:4")}
     monkeypatch.setattr(model, "forward_packed", lambda *_, **__: pytest.fail("read again"))
-    for how, expected in asked.items():
-        again = session.redraw(how, seed=3)
+    for rule, expected in answers.items():
+        again = session.decode_again(rule, seed=3)
         assert (again.text, again.layers) == (expected.text, expected.layers)
         assert_same_masks(again.mask_logits, expected.mask_logits)
-    for refused in (session.redraw, lambda how: session.ask("circle", layer_policy=how)):
+    for call in (session.decode_again, lambda rule: session.ask("circle", layer_policy=rule)):
         with pytest.raises(ValueError, match="unknown layer policy 'best'"):
-            refused("best")
+            call("best")
 
 
-def test_what_the_model_cannot_read_any_more_is_forgotten(model, tiny_tokenizer):
+def test_turns_that_do_not_fit_are_dropped(model, tiny_tokenizer):
     processor = UGroundProcessor(tiny_tokenizer, 40, 10, 64, "", max_tokens=90)
     image = drawn_sample(6).image
     session = ImageSession(model, processor, image)
     seen = []
     for question in QUESTIONS * 2:
-        found = session.ask(question, max_new_tokens=6)
+        prediction = session.ask(question, max_new_tokens=6)
         seen.append(len(session.history))
-        assert session.history[-1] == Turn(question, found.text)
-        assert len(processor.builder.prefix_ids) + len(session.row.ids) <= 90
-        written, _ = read_anew(model, processor, image, session.history[:-1], question, found.token_ids)
-        assert written == found.token_ids
+        assert session.history[-1] == Turn(question, prediction.text)
+        assert len(processor.builder.prefix_ids) + len(session.cache.ids) <= 90
+        written, _ = read_anew(model, processor, image, session.history[:-1], question, prediction.token_ids)
+        assert written == prediction.token_ids
     assert max(seen) > 1
     assert min(seen[1:]) < len(seen)
     history = list(session.history)

@@ -1,4 +1,4 @@
-"""Checkpoint folders: complete or absent, found by name, compared before a run goes on from them."""
+"""Checkpoint folders: complete or absent, found by name, compared before a run resumes from them."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def test_settings_that_do_not_matter_may_change(meta):
         (lambda m: m["base"].update(model="cc"), "--version: the base weights of model are not the same"),
         (lambda m: m["data"][0].update(images=240), "data set ReasonSeg|train"),
         (lambda m: m.update(processes=8), "processes: 1 in the checkpoint, now 8"),
-        (lambda m: m["trained"].update(b=[2]), "what trains: b"),
+        (lambda m: m["trained"].update(b=[2]), "trainable parameters: b"),
     ],
 )
 def test_what_makes_it_another_run(meta, change, expected):

@@ -1,4 +1,4 @@
-"""Settings: files, inheritance, flags, help, and errors that say what to do."""
+"""Settings: files, inheritance, flags, help, and errors that name the fix."""
 
 from __future__ import annotations
 
@@ -67,8 +67,8 @@ def test_tiny_lisa_differs_from_tiny_in_the_method_alone():
     assert changed == {"layer_selection", "mask_prompt", "map_loss_weight", "policy_loss_weight", "exp_name"}
 
 
-def test_the_relatives_differ_in_what_they_are_known_for():
-    """The files of configs/methods: what their papers have of layers, prompts and constraints."""
+def test_the_related_methods_differ_in_what_they_are_known_for():
+    """The files of configs/methods: layers, prompts and map constraints of their papers."""
     expected = {  # layer, [SEG] prompt, mask prompt, points, constraints of the map
         "lisa": ("last", True, False, False, 0),
         "sesame": ("last", True, False, False, 0),
@@ -81,8 +81,8 @@ def test_the_relatives_differ_in_what_they_are_known_for():
     for name, method in expected.items():
         config = load_config(["--config", str(folder / f"{name}.yaml")])
         ppm, terms = config.ppm, config.loss.map_terms
-        found = ppm.layer_selection, ppm.seg_prompt, ppm.mask_prompt, ppm.point_prompts > 0, len(terms)
-        assert found == method, name
+        settings = ppm.layer_selection, ppm.seg_prompt, ppm.mask_prompt, ppm.point_prompts > 0, len(terms)
+        assert settings == method, name
         UGroundConfig(**config.method)
         comment = (folder / f"{name}.yaml").read_text().partition("base:")[0]
         assert "Taken from its paper" in comment
@@ -96,7 +96,7 @@ def test_released_settings_are_those_of_the_loader():
     assert {name: method[name] for name in RECIPES["released"]} == RECIPES["released"]
 
 
-def test_the_model_answers_with_the_layer_that_validation_took():
+def test_the_model_answers_with_the_layer_rule_of_validation():
     flags = [*NEEDED, "--layer_selection", "policy"]
     assert UGroundConfig(**load_config(flags).method).layer_policy == "argmax"
     assert UGroundConfig(**load_config([*flags, "--val_layer_policy", "last"]).method).layer_policy == "last"
@@ -160,8 +160,8 @@ def test_names_of_other_trainers_are_understood():
         ("trian: {lr: 1}", "unknown section 'trian'; did you mean train?"),
         ("train: {learn_rate: 1}", "unknown setting train.learn_rate"),
         ("train: {stepsperepoch: 1}", "did you mean steps_per_epoch?"),
-        ("train: {lora_r: 1}", "train.lora_r belongs into section model"),
-        ("lora_r: 1", "lora_r belongs into section model"),
+        ("train: {lora_r: 1}", "train.lora_r belongs in section model"),
+        ("lora_r: 1", "lora_r belongs in section model"),
         ("train: {epochs: 2.5}", "train.epochs: 2.5 is not a whole number"),
         ("train: {epochs: true}", "train.epochs: True is not a whole number"),
         ("train: {exp_name: 7}", "train.exp_name: 7 is not text (put it in quotes)"),
@@ -188,7 +188,7 @@ def test_names_of_other_trainers_are_understood():
         ("eval: {val_dataset: []}", "name a benchmark, or give --no_eval"),
     ],
 )
-def test_a_bad_file_is_named_with_key_and_way_out(tmp_path, text, expected):
+def test_a_bad_file_is_named_with_key_and_fix(tmp_path, text, expected):
     path = written(tmp_path, text)
     found = problems("--config", path, *NEEDED)
     assert len(found) == 1
@@ -250,7 +250,7 @@ def test_the_method_settings_are_those_of_the_model():
 # -- recipes -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_recipe_goes_over_the_base_and_under_what_is_said_one_by_one(tmp_path):
+def test_a_recipe_overrides_the_base_and_single_settings_override_it(tmp_path):
     written(tmp_path, "loss: {policy_loss_weight: 0.2}\nppm: {map_side: 100}\n", "base.yaml")
     path = written(tmp_path, "base: base.yaml\nrecipe: released\nppm: {reward: seg}\n")
     config = load_config(["--config", path, *NEEDED, "--map_side", "7"])

@@ -1,4 +1,4 @@
-"""Figures of training: means over micro steps, the dense line, and a log that a resumed run goes on with."""
+"""The log of training: means over micro steps, the line of a step, and the log of a resumed run."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from model.UGround import UGroundOutput
-from utils.training.run_log import DivergedError, Meter, check_finite, dense_line, keep_until
+from utils.training.run_log import DivergedError, Meter, check_finite, step_line, truncate_log
 
 VALUES = {
     "loss": 3.21,
@@ -42,7 +42,7 @@ def test_meter_gives_means_and_the_last_baseline():
     meter.add(output(2.0, -0.4, []), images=2)
     values = meter.collect()
     assert (values["loss"], values["text"], values["baseline"]) == pytest.approx((1.5, 3.0, -0.4))
-    assert values["entropy"] == pytest.approx(1.5)  # a micro step without masks has none to tell of
+    assert values["entropy"] == pytest.approx(1.5)  # a micro step without masks has none
     assert values["layers"] == [0, 1, 0, 2]
     assert values["images_per_s"] > 0
     meter.add(output(5.0, -0.5, [0]), images=1)
@@ -50,12 +50,12 @@ def test_meter_gives_means_and_the_last_baseline():
     assert (again["loss"], again["layers"]) == (5.0, [1, 0, 0, 0])
 
 
-def test_meter_gives_the_map_losses_of_all_layers_where_they_are_told():
-    meter, told = Meter(torch.device("cpu"), num_layers=4), output(1.0, -0.1, [3])
-    told.layer_losses = torch.tensor([4.0, 3.0, 2.0, 1.0])
+def test_meter_gives_the_map_losses_of_all_layers_where_they_are_computed():
+    meter, whole = Meter(torch.device("cpu"), num_layers=4), output(1.0, -0.1, [3])
+    whole.layer_losses = torch.tensor([4.0, 3.0, 2.0, 1.0])
     half = output(1.0, -0.1, [3])
-    half.layer_losses = told.layer_losses / 2
-    for figures in (output(1.0, -0.1, [3]), told, half):
+    half.layer_losses = whole.layer_losses / 2
+    for figures in (output(1.0, -0.1, [3]), whole, half):
         meter.add(figures, images=1)
     values = meter.collect()
     assert values["map_loss_by_layer"] == [3.0, 2.25, 1.5, 0.75]
@@ -77,8 +77,8 @@ def test_meter_does_not_wait_for_the_device():
     assert meter.images == 4
 
 
-def test_dense_line():
-    line = dense_line(120, 600, 1.2, VALUES, 130)
+def test_step_line():
+    line = step_line(120, 600, 1.2, VALUES, 130)
     assert "\n" not in line
     for expected in (
         "step 120/600",
@@ -96,7 +96,7 @@ def test_dense_line():
         assert expected in line
     assert "skipped" not in line
     without = {name: value for name, value in VALUES.items() if name != "policy"} | {"layers": [0] * 4, "skipped": 3}
-    line = dense_line(1, 600, 0.0, without, 0)
+    line = step_line(1, 600, 0.0, without, 0)
     assert "policy" not in line
     assert "layer" not in line
     assert "skipped 3" in line
@@ -112,7 +112,7 @@ def test_log_of_a_resumed_run_has_no_step_twice(tmp_path):
     path = tmp_path / "log.jsonl"
     lines = [json.dumps({"kind": "train", "step": step}) for step in (1, 2, 3, 4)]
     path.write_text("\n".join(lines) + '\n{"kind": "tr')  # killed while writing
-    keep_until(path, 2)
+    truncate_log(path, 2)
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2]
-    keep_until(tmp_path / "none.jsonl", 2)
+    truncate_log(tmp_path / "none.jsonl", 2)
     assert not (tmp_path / "none.jsonl").exists()

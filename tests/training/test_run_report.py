@@ -1,4 +1,4 @@
-"""report.html: complete, self-contained, harmless; for runs that are finished, resumed or still going."""
+"""report.html: complete, self-contained, harmless; for runs that are finished, resumed or still running."""
 
 import base64
 import json
@@ -76,7 +76,7 @@ def test_everything_is_in_one_file_and_nothing_is_executed(make_run):
     assert len(text) < 3_000_000
 
 
-def test_a_run_that_goes_on(make_run):
+def test_a_run_that_is_still_running(make_run):
     """Resumed, its last line half written, nothing validated yet."""
     folder = make_run([start(), train_line(1), start(1, command="train_ds.py --auto_resume true"), train_line(2)], True)
     text = write_report(folder).read_text()
@@ -103,7 +103,7 @@ def test_many_large_pictures_are_thinned_out(make_run):
     assert pick_steps([], 3) == []
 
 
-def test_the_program_says_what_is_no_run(make_run, tmp_path, capsys):
+def test_the_program_rejects_what_is_not_a_run(make_run, tmp_path, capsys):
     assert cli.run(program.main, [str(tmp_path)]) == 2
     assert "no log.jsonl" in capsys.readouterr().err
     folder = make_run([start(), train_line(1)])
@@ -112,11 +112,11 @@ def test_the_program_says_what_is_no_run(make_run, tmp_path, capsys):
 
 
 def test_a_report_that_fails_does_not_make_a_run_fail(tmp_path):
-    said = []
-    run = SimpleNamespace(config=SimpleNamespace(run_folder=tmp_path), log=SimpleNamespace(say=said.append))
+    printed = []
+    run = SimpleNamespace(config=SimpleNamespace(run_folder=tmp_path), log=SimpleNamespace(print=printed.append))
     train_ds.report_run(run)
-    assert "warning: no report" in said[0]
-    assert "scripts/report.py" in said[0]
+    assert "warning: no report" in printed[0]
+    assert "scripts/report.py" in printed[0]
 
 
 def test_pictures_of_steps_that_are_trained_again_go(tmp_path):

@@ -213,11 +213,13 @@ def test_resumed_run_is_the_uninterrupted_one(run_here, monkeypatch):
         run_here(exp_name="cut", grad_accumulation_steps=2)
     monkeypatch.setattr(train_ds, "save_step", saved)
     cut, printed = run_here(exp_name="cut", grad_accumulation_steps=2, auto_resume=True)
-    assert "going on from" in printed
+    assert "resuming from" in printed
     assert_same_curve(cut, whole, 1e-6)  # with dropout: its seed is the step's
-    ours, theirs = (checkpoints.trained_weights(checkpoints.find_checkpoint(run, "latest")) for run in (cut, whole))
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    assert ours["base_model.model.ppm.baseline"] != 0
+    resumed, expected = (
+        checkpoints.trained_weights(checkpoints.find_checkpoint(run, "latest")) for run in (cut, whole)
+    )
+    assert all(torch.equal(resumed[name], expected[name]) for name in expected)
+    assert resumed["base_model.model.ppm.baseline"] != 0
     # and once more: it is finished
     _, printed = run_here(exp_name="cut", grad_accumulation_steps=2, auto_resume=True)
     assert "step 6 of 6" in printed
@@ -251,24 +253,24 @@ def test_resuming_another_run_is_refused(run_here, base, data):
 def test_a_run_of_another_length_says_so(run_here):
     run, _ = run_here(no_eval=True, epochs=2)
     _, printed = run_here(code=2, no_eval=True, epochs=1, auto_resume=True)
-    assert "is at step 6, and --epochs 1 x --steps_per_epoch 3 end at 3" in printed
+    assert "is at step 6, and --epochs 1 x --steps_per_epoch 3 ends at 3" in printed
     _, printed = run_here(code=2, no_eval=True, epochs=2, resume=run, exp_name="other")
     assert "nothing is left to train" in printed
     assert not (run.parent / "other").exists()
     _, printed = run_here(no_eval=True, epochs=2, auto_resume=True)  # finished, and still there
     assert "warning" not in printed
     _, printed = run_here(no_eval=True, epochs=3, auto_resume=True)
-    assert "the run had 6 steps, and now has 9" in printed
+    assert "planned for 6 steps and now has 9" in printed
 
 
-def test_a_data_set_that_is_half_there_does_not_pass_for_a_whole_one(run_here, data, tmp_path):
+def test_an_incomplete_data_set_is_warned_of(run_here, data, tmp_path):
     copy = tmp_path / "half"
     shutil.copytree(data, copy)
     for path in sorted((copy / "refer_seg/images/mscoco/images/train2014").glob("*.jpg"))[::2]:
         path.write_bytes(b"")
     flags = {"dataset": "refer_seg", "epochs": 1, "no_eval": True, "dataset_dir": copy}
     _, printed = run_here(**flags)
-    assert re.search(r"warning: \d+ times a record that was drawn could not be read", printed)
+    assert re.search(r"warning: \d+ sampled records could not be read", printed)
     _, printed = run_here(**flags | {"dataset_dir": data, "exp_name": "whole"})
     assert "could not be read" not in printed
 
@@ -344,7 +346,7 @@ def test_full_disk_leaves_the_last_checkpoint(run_here, monkeypatch):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert "could not be written" in printed
-    assert "make room and go on with --auto_resume true" in printed
+    assert "free disk space and resume with --auto_resume true" in printed
     assert [path.name for path in (run / "checkpoints").glob("*step_*")] == ["step_00000003"]
     monkeypatch.setattr(train_ds, "save_step", saved)
     run, _ = run_here(no_eval=True, auto_resume=True)
@@ -396,7 +398,7 @@ def test_other_layer_selections_train(run_here, method):
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_variants_train_validate_and_go_on(run_here, term, settings):
+def test_variants_train_validate_and_resume(run_here, term, settings):
     """The gate learns, validation chooses layers as the settings have it, and a resumed run has the state it saved."""
     run, _ = run_here(epochs=1, steps_per_epoch=4, **settings)
     lines = log_lines(run, "train")
@@ -465,16 +467,16 @@ def test_two_processes_are_one(two, run_here, data):
     without = [len(mixture[number].masks) == 0 for number in range(12)]
     assert any(left != right for left, right in zip(without[::2], without[1::2]))
     assert_same_curve(two, one, 2e-4)
-    ours, theirs = (checkpoints.trained_weights(checkpoints.find_checkpoint(run)) for run in (two, one))
-    assert set(ours) == set(theirs)
-    for name, weights in theirs.items():
-        assert (ours[name] - weights).abs().max() <= 0.02 * weights.abs().max() + 1e-3, name
+    from_two, from_one = (checkpoints.trained_weights(checkpoints.find_checkpoint(run)) for run in (two, one))
+    assert set(from_two) == set(from_one)
+    for name, weights in from_one.items():
+        assert (from_two[name] - weights).abs().max() <= 0.02 * weights.abs().max() + 1e-3, name
 
 
 def test_micro_steps_are_one_batch(run_here, data):
     """Losses are divided by the counts of the whole optimizer step, not of each micro step: the same curve.
 
-    Without a policy: REINFORCE's moving average goes on per micro step, so that the gate would differ.
+    Without a policy: REINFORCE's moving average advances per micro step, so that the gate would differ.
     """
     settings = {**SAME, "layer_selection": "last"}
     one, _ = run_here(exp_name="one", batch_size=4, **settings)
@@ -488,7 +490,7 @@ def test_micro_steps_are_one_batch(run_here, data):
             assert norm == pytest.approx(other["gradients"][part], rel=2e-3, abs=2e-4), (line["step"], part)
 
 
-def test_two_killed_processes_go_on(two, base, data, tmp_path):
+def test_two_killed_processes_resume(two, base, data, tmp_path):
     """kill -9 after the first checkpoint; the rest of the curve is that of the run that nobody killed."""
     flags = arguments(base, data, tmp_path, exp_name="killed", batch_size=1, **SAME)
     index = tmp_path / "killed/checkpoints/index.json"
@@ -512,7 +514,7 @@ OFFLOAD = ROOT / "configs/deepspeed/zero2_offload.json"
 
 
 def test_an_offloaded_optimizer_changes_no_number(run_here, tmp_path):
-    """Losses, and the gradient of every part, over accumulated micro steps; and it goes on from its checkpoint."""
+    """Losses, and the gradient of every part, over accumulated micro steps; and it resumes from its checkpoint."""
     settings = {"no_eval": True, "grad_accumulation_steps": 2, "epochs": 1}
     plain, _ = run_here(exp_name="plain", **settings)
     offloaded, _ = run_here(exp_name="offloaded", deepspeed_config=OFFLOAD, **settings)

@@ -1,4 +1,4 @@
-"""The settings of a run: ``settings`` declares them, ``config`` reads, checks and saves them."""
+"""The settings of a run: declared in ``settings``; read, checked and saved by ``config``."""
 
 from utils.config.config import (
     FIELDS,

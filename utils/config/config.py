@@ -27,9 +27,9 @@ from utils.config.settings import DataSettings, EvalSettings, ModelSettings, Tra
 
 
 class ConfigError(ValueError):
-    """Every problem of a configuration, one per line."""
+    """All problems of a configuration, one per line."""
 
-    shared = True  # every process has the same
+    shared = True  # raised on every process
 
     def __init__(self, problems: Sequence[str]) -> None:
         self.problems = list(problems)
@@ -60,8 +60,8 @@ class Config:
 
     @property
     def method(self) -> dict[str, Any]:
-        """The method's settings as ``UGroundConfig`` takes them. The layer rule is the one that the run was validated
-        with, so that its model answers with what chose the best checkpoint."""
+        """The method's settings as ``UGroundConfig`` takes them. Its layer rule of inference is that of validation: the
+        model answers with the rule that selected the best checkpoint."""
         other = {"policy_seed": self.train.seed, "eval_layer_policy": self.eval.val_layer_policy or None}
         return {**vars(self.ppm), **vars(self.loss), **vars(self.experimental), **other}
 
@@ -70,7 +70,7 @@ class Config:
         return {name: value for section in vars(self).values() for name, value in vars(section).items()}
 
     def save(self, path: str | Path) -> None:
-        """Writes a YAML file that gives this configuration back."""
+        """Writes a YAML file that loads as this configuration."""
         Path(path).write_text(yaml.safe_dump(to_dict(self), sort_keys=False, allow_unicode=True))
 
 
@@ -79,8 +79,8 @@ FIELDS: dict[str, Field] = {f.name: f for section in SECTIONS.values() for f in 
 SECTION_OF: dict[str, str] = {f.name: name for name, section in SECTIONS.items() for f in fields(section)}
 KINDS: dict[str, Any] = {name: kind for s in SECTIONS.values() for name, kind in get_type_hints(s).items()}
 METHOD_DEFAULTS = {name: item.default for name, item in METHOD_FIELDS.items()}
-MOVED = dict.fromkeys(vars(ExperimentalSettings()), ("ppm", "loss"))  # older files have them in these sections
-ELSEWHERE = {  # what other trainers call a setting
+MOVED = dict.fromkeys(vars(ExperimentalSettings()), ("ppm", "loss"))  # sections that hold them in older files
+OTHER_NAMES = {  # names of settings in other trainers
     "learning_rate": "lr",
     "num_workers": "workers",
     "gradient_accumulation_steps": "grad_accumulation_steps",
@@ -88,11 +88,11 @@ ELSEWHERE = {  # what other trainers call a setting
     "num_classes_per_sample": "questions_per_image",
     "print_freq": "log_every",
 }
-GONE = {  # what other trainers set, and what became of it
+REMOVED = {  # settings of other trainers that do not exist here, and what to do instead
     "eval_only": "evaluate with test.py",
-    "start_epoch": "--auto_resume true goes on where the run was",
-    "image_size": "the input's size is read off SAM's weights",
-    "out_dim": "phi's width is read off SAM's weights",
+    "start_epoch": "--auto_resume true resumes the run where it stopped",
+    "image_size": "the input's size is read from SAM's weights",
+    "out_dim": "phi's width is read from SAM's weights",
     "use_mm_start_end": "images always stand between their two tokens",
     "train_mask_decoder": "SAM's mask decoder always trains",
     "conv_type": "the template is always LLaVA-1.5's",
@@ -105,7 +105,7 @@ EXPECTED = {bool: "true or false", int: "a whole number", float: "a number", str
 
 
 def to_dict(config: Config) -> dict[str, dict[str, Any]]:
-    """Nested dictionaries of numbers, text and lists, for YAML and JSON."""
+    """The configuration as nested dictionaries of numbers, text and lists, for YAML and JSON."""
     sections = asdict(config)
     return {
         name: {key: list(value) if isinstance(value, tuple) else value for key, value in section.items()}
@@ -123,7 +123,7 @@ def load_config(argv: Sequence[str] | None = None, needs: Collection[str] = SECT
         needs: sections whose required settings must be given: a program that reads no weights needs ``data`` alone.
 
     Raises:
-        ConfigError: with every unknown key, wrong type and impossible value at once.
+        ConfigError: with all unknown keys, wrong types and invalid values.
     """
     flags, unknown = make_parser().parse_known_args(argv)
     if flags.local_rank is not None:  # the launcher passes it
@@ -131,15 +131,15 @@ def load_config(argv: Sequence[str] | None = None, needs: Collection[str] = SECT
     problems = [
         _unknown_argument(text)
         for before, text in zip(["", *unknown], unknown)
-        if text.startswith("-") or not before.startswith("-")  # a value after an unknown flag is no second problem
+        if text.startswith("-") or not before.startswith("-")  # the value of an unknown flag is not reported again
     ]
     values: dict[str, tuple[Any, str]] = {}
     if flags.config:
         values |= read_yaml(Path(flags.config), problems)
-        if problems and not values:  # the file could not be read: what it lacks is no news
+        if problems and not values:  # the file could not be read: missing settings are no further problem
             raise ConfigError(problems)
     if flags.recipe is not None:
-        values |= _expanded(flags.recipe, "--recipe", problems)
+        values |= _expand_recipe(flags.recipe, "--recipe", problems)
     for name in FIELDS:
         if (value := getattr(flags, name)) is not None:
             values[name] = (value, f"--{name}")
@@ -150,13 +150,13 @@ def load_config(argv: Sequence[str] | None = None, needs: Collection[str] = SECT
 
 
 def config_from(sections: Mapping[str, Mapping[str, Any]], origin: str) -> Config:
-    """The configuration that ``to_dict`` gave (a checkpoint holds it)."""
+    """The configuration from its ``to_dict``, as a checkpoint holds it."""
     problems: list[str] = []
     return build(_flatten(sections, origin, problems), problems)
 
 
 def build(values: Mapping[str, tuple[Any, str]], problems: list[str], needs: Collection[str] = SECTIONS) -> Config:
-    """Converts and checks values, given with where each comes from; raises ``ConfigError`` for all ``problems``."""
+    """Converts and checks values, each given with its origin; raises ``ConfigError`` for all ``problems``."""
     config = Config()
     unchecked = {name for name, item in FIELDS.items() if item.metadata["required"] and SECTION_OF[name] not in needs}
     for name, (value, origin) in values.items():
@@ -173,7 +173,7 @@ def build(values: Mapping[str, tuple[Any, str]], problems: list[str], needs: Col
 
 
 def convert(value: Any, kind: Any) -> Any:
-    """``value`` as ``kind``; ValueError with what was expected."""
+    """Converts ``value`` to ``kind``; raises a ValueError that names what was expected."""
     if get_origin(kind) is tuple:
         return _convert_list(value, get_args(kind)[0])
     words = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
@@ -207,28 +207,28 @@ def _convert_list(value: Any, kind: type) -> tuple:
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """YAML that refuses a key written twice."""
+    """A YAML loader that rejects duplicate keys."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        twice = sorted({str(key) for key in keys if keys.count(key) > 1})
-        if twice:
-            raise yaml.MarkedYAMLError(problem=f"{', '.join(twice)} given twice", problem_mark=node.start_mark)
+        duplicates = sorted({str(key) for key in keys if keys.count(key) > 1})
+        if duplicates:
+            raise yaml.MarkedYAMLError(problem=f"{', '.join(duplicates)} given twice", problem_mark=node.start_mark)
         return super().construct_mapping(node, deep)
 
 
 def read_yaml(path: Path, problems: list[str], above: tuple[Path, ...] = ()) -> dict[str, tuple[Any, str]]:
-    """Leaf name -> (value, origin) of a file and what it is based on; ``base`` is relative to the file."""
+    """Leaf name -> (value, origin) of a file and its bases; ``base`` is relative to the file."""
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
     except OSError as error:
         problems.append(f"{path}: cannot be read: {error.strerror}" + (f" (base of {above[-1]})" if above else ""))
         return {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        place, reason = "", " ".join(str(error).split())
+        position, reason = "", " ".join(str(error).split())
         if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
-            place, reason = f" (line {error.problem_mark.line + 1})", str(error.problem)
-        problems.append(f"{path}{place}: is not valid YAML: {reason}")
+            position, reason = f" (line {error.problem_mark.line + 1})", str(error.problem)
+        problems.append(f"{path}{position}: is not valid YAML: {reason}")
         return {}
     content = {} if content is None else content
     if not isinstance(content, dict):
@@ -243,12 +243,12 @@ def read_yaml(path: Path, problems: list[str], above: tuple[Path, ...] = ()) -> 
         else:
             values = read_yaml(parent, problems, chain)
     if recipe is not None:
-        values |= _expanded(recipe, f"{path}: recipe", problems)
+        values |= _expand_recipe(recipe, f"{path}: recipe", problems)
     return values | _flatten(content, str(path), problems)
 
 
-def _expanded(recipe: Any, origin: str, problems: list[str]) -> dict[str, tuple[Any, str]]:
-    """The settings that a recipe stands for; what the same file or command line says itself goes over them."""
+def _expand_recipe(recipe: Any, origin: str, problems: list[str]) -> dict[str, tuple[Any, str]]:
+    """The settings of a recipe; settings of the same file or command line override them."""
     if recipe not in RECIPES:
         problems.append(f"{origin}: {recipe!r} is not one of {', '.join(RECIPES)}")
         return {}
@@ -261,7 +261,7 @@ def _flatten(content: Mapping[str, Any], origin: str, problems: list[str]) -> di
     for section, entries in content.items():
         if section not in SECTIONS:
             if section in FIELDS:
-                problems.append(f"{origin}: {section} belongs into section {SECTION_OF[section]}")
+                problems.append(f"{origin}: {section} belongs in section {SECTION_OF[section]}")
             else:
                 problems.append(f"{origin}: unknown section {section!r}{_hint(section, (*SECTIONS, 'base', 'recipe'))}")
         elif entries is not None and not isinstance(entries, Mapping):
@@ -271,17 +271,19 @@ def _flatten(content: Mapping[str, Any], origin: str, problems: list[str]) -> di
                 if SECTION_OF.get(name) == section or section in MOVED.get(name, ()):
                     values[name] = (value, f"{origin}: {section}.{name}")
                 elif name in FIELDS:
-                    problems.append(f"{origin}: {section}.{name} belongs into section {SECTION_OF[name]}")
+                    problems.append(f"{origin}: {section}.{name} belongs in section {SECTION_OF[name]}")
                 else:
                     problems.append(f"{origin}: unknown setting {section}.{name}{_hint(name, tuple(FIELDS))}")
     return values
 
 
 def _hint(name: Any, known: Sequence[str]) -> str:
-    if name in GONE:
-        return f": {GONE[name]}"
-    found = [ELSEWHERE[name]] if name in ELSEWHERE else difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
-    return f"; did you mean {found[0]}?" if found else ""
+    if name in REMOVED:
+        return f": {REMOVED[name]}"
+    matches = (
+        [OTHER_NAMES[name]] if name in OTHER_NAMES else difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
+    )
+    return f"; did you mean {matches[0]}?" if matches else ""
 
 
 def _unknown_argument(text: str) -> str:
@@ -296,19 +298,21 @@ def _unknown_argument(text: str) -> str:
 
 
 def check(config: Config, origins: Mapping[str, str]) -> list[tuple[str, str]]:
-    """(setting, problem) of every value that cannot be."""
-    found = [*value_problems(config.flat(), FIELDS), *_contradictions(config)]
-    return [(name, f"{origins[name]}: {message}") for name, message in found]
+    """(setting, problem) of every invalid value or combination."""
+    problems = [*value_problems(config.flat(), FIELDS), *_contradictions(config)]
+    return [(name, f"{origins[name]}: {message}") for name, message in problems]
 
 
 def _contradictions(config: Config) -> Iterable[tuple[str, str]]:
-    """What single values cannot show."""
+    """(setting, problem) of combinations of values that cannot be."""
     data, train = config.data, config.train
     for name, text in contradictions(METHOD_DEFAULTS | config.method):
         yield ("val_layer_policy" if name == "eval_layer_policy" else name), text
     if not data.dataset:
         yield "dataset", "is empty; name at least one type"
-    types = {name.removesuffix("_data") for name in FIELDS if name.endswith("_data")}  # a wrong one is named later
+    types = {
+        name.removesuffix("_data") for name in FIELDS if name.endswith("_data")
+    }  # an unknown type is reported later
     if data.sample_rates and len(data.sample_rates) != len(data.dataset) and types.issuperset(data.dataset):
         named = f"--dataset names {len(data.dataset)} ({'||'.join(data.dataset)})"
         yield "sample_rates", f"{len(data.sample_rates)} rates, but {named}; give --sample_rates one for each"
@@ -331,10 +335,10 @@ def _contradictions(config: Config) -> Iterable[tuple[str, str]]:
 
 
 def _ignored(config: Config, values: Mapping[str, tuple[Any, str]]) -> Iterable[tuple[str, str]]:
-    """(setting, problem) of what a run would silently ignore.
+    """(setting, problem) of settings that a run would silently ignore.
 
-    Sets of a type that ``dataset`` does not name are a problem only where a flag, or the file that names the types,
-    lists them: a run may choose types out of a file that describes more.
+    Data sets of a type that ``dataset`` does not name are a problem only if a flag, or the file that names the types,
+    lists them: a run may choose a few types of a file that describes more.
     """
     yield from without_effect(config.method)
     source = values["dataset"][1].partition(": ")[0] if "dataset" in values else ""
@@ -347,7 +351,7 @@ def _ignored(config: Config, values: Mapping[str, tuple[Any, str]]) -> Iterable[
 
 
 def missing_paths(config: Config) -> list[str]:
-    """Which files and folders of the settings do not exist."""
+    """A message for every file and folder of the settings that does not exist."""
     folders = {"version": config.model.version, "vision_tower": config.model.vision_tower}
     folders["dataset_dir"] = config.data.dataset_dir
     files = {
@@ -370,7 +374,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The command line; every value stays text until ``build`` converts it."""
+    """The command line's parser; ``build`` converts the values, which stay text here."""
     parser = _Parser(
         usage="%(prog)s --config FILE [--setting value ...]",
         description="Train UGround: LoRA on LLaVA, Policy-Prompted Masking, SAM's decoder.",
@@ -382,8 +386,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--recipe",
         metavar="{" + ",".join(RECIPES) + "}",
-        help="the method as the paper has it, or as its published checkpoints were trained and are evaluated; settings "
-        "given one by one go over it (in a YAML file: recipe, beside base)",
+        help="the method of the paper, or that of its published checkpoints (training and evaluation); single settings "
+        "override it (in a YAML file: recipe, beside base)",
     )
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     names = {bool: "BOOL", int: "INT", float: "FLOAT", str: "TEXT", tuple[str, ...]: "A||B", tuple[float, ...]: "X,Y"}

@@ -280,7 +280,7 @@ class Dashboard:
         if visit is None or visit.prediction is None or not visit.prediction.layers:
             raise ValueError("there is no mask yet whose uncertainty could be measured; ask for something first")
         session = visit.session
-        visit.monte_carlo = self._run(lambda: session.redraw(str(MonteCarloMean())))
+        visit.monte_carlo = self._run(lambda: session.decode_again(str(MonteCarloMean())))
         return visit
 
     def layer_map(self, visit: Visit, seg: int, layer: int) -> np.ndarray:

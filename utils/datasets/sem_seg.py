@@ -192,7 +192,7 @@ class LabelReader:
         self.name = name
         image_folders = [dataset_dir / folder for folder in row.images]
         lists = {"list of classes": [dataset_dir / file for file in row.annotations]} if row.annotations else {}
-        self.folder, _, *found = find_paths(
+        self.folder, _, *class_list = find_paths(
             name, {"label images": [dataset_dir / row.path], "images": image_folders, **lists}
         )
         self.labels = read_vistas(class_list[0]) if class_list else BUILTIN_LABELS[name]

@@ -1,4 +1,4 @@
-"""What is kept of an answer: a lossless mask per [SEG], an overlay, a record for JSON. Chat and dashboard share it."""
+"""Files of an answer: a lossless mask per [SEG], an overlay, a JSON record. Chat and dashboard share them."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from utils.plotting.overlays import heat_map, overlay, save_picture
 
 
 def describe(image: str, pixels: np.ndarray, prompt: str, prediction: Prediction, layer_policy: str) -> dict[str, Any]:
-    """An answer as a JSON object; a mask has its box (x, y, width, height; None if it is empty) and COCO's run lengths.
+    """An answer as a JSON object; each mask has its box (x, y, width, height; None if it is empty) and COCO RLE.
 
     Args:
-        image: its name; pixels: [H, W, 3].
+        image: its name; pixels: uint8 [H, W, 3].
     """
     masks = []
     for number, mask in enumerate((prediction.mask_logits > 0).numpy()):
@@ -30,9 +30,9 @@ def describe(image: str, pixels: np.ndarray, prompt: str, prediction: Prediction
             "rle": encode_mask(mask),
         }
         if prediction.uncertainty:
-            found = prediction.uncertainty[number]
-            shares = {str(layer): round(share, 4) for layer, share in enumerate(found.layers.tolist()) if share}
-            entry["uncertainty"] = {"score": found.score, "layers": shares}
+            uncertainty = prediction.uncertainty[number]
+            shares = {str(layer): round(share, 4) for layer, share in enumerate(uncertainty.layers.tolist()) if share}
+            entry["uncertainty"] = {"score": uncertainty.score, "layers": shares}
         masks.append(entry)
     return {
         "image": image,
@@ -46,31 +46,31 @@ def describe(image: str, pixels: np.ndarray, prompt: str, prediction: Prediction
 
 
 def save_pictures(folder: Path, stem: str, pixels: np.ndarray, values: dict[str, Any], prediction: Prediction) -> None:
-    """Writes STEM_overlay.png and STEM_mask_K.png per [SEG] (0 and 255), and enters their names into ``values``.
+    """Writes STEM_overlay.png and STEM_mask_K.png per [SEG] (0 and 255), and adds their names to ``values``.
 
     With ``mc:T`` also STEM_deviation_K.png: the standard deviation of the T probabilities, yellow where it is 0.5.
 
     Args:
-        values: of ``describe``.
+        values: from ``describe``.
     """
     folder.mkdir(parents=True, exist_ok=True)
     masks = (prediction.mask_logits > 0).numpy()
     for number, (mask, entry) in enumerate(zip(masks, values["masks"]), start=1):
         entry["file"] = f"{stem}_mask_{number}.png"
         save_picture(folder / entry["file"], mask.astype(np.uint8) * 255)
-    for number, (found, entry) in enumerate(zip(prediction.uncertainty, values["masks"]), start=1):
+    for number, (uncertainty, entry) in enumerate(zip(prediction.uncertainty, values["masks"]), start=1):
         entry["uncertainty"]["file"] = f"{stem}_deviation_{number}.png"
-        spread = heat_map(pixels, 2 * found.variance.sqrt().numpy())
-        save_picture(folder / entry["uncertainty"]["file"], spread)
+        deviation = heat_map(pixels, 2 * uncertainty.variance.sqrt().numpy())
+        save_picture(folder / entry["uncertainty"]["file"], deviation)
     values["overlay"] = f"{stem}_overlay.png"
     save_picture(folder / values["overlay"], overlay(pixels, masks))
 
 
 def save_answer(folder: Path, stem: str, pixels: np.ndarray, values: dict[str, Any], prediction: Prediction) -> None:
-    """``save_pictures``, then STEM.json, in place of an earlier answer of that name; any other file stays.
+    """``save_pictures``, then STEM.json; replaces an earlier answer of that name, but no other file.
 
     Raises:
-        ValueError: if STEM.json is no answer.
+        ValueError: if STEM.json exists and is not an answer.
     """
     record = folder / f"{stem}.json"
     remove_old(record)
@@ -80,19 +80,19 @@ def save_answer(folder: Path, stem: str, pixels: np.ndarray, values: dict[str, A
 
 
 def free_stem(folder: Path, stem: str, ending: str = ".json") -> str:
-    """``STEM_001``, or the first number after it that no earlier answer has; each has a file with that ending."""
+    """``STEM_001``, or the next number for which no file with that ending exists."""
     return next(name for name in (f"{stem}_{n:03d}" for n in count(1)) if not (folder / f"{name}{ending}").exists())
 
 
 def remove_old(record: Path) -> None:
-    """Removes an answer; it may have had more masks than the one that takes its name."""
+    """Deletes an earlier answer with its pictures: it may have more masks than the new one."""
     try:
         old = json.loads(record.read_text(encoding="utf-8"))["masks"]
-        pictures = [written["file"] for mask in old for written in (mask, mask.get("uncertainty")) if written]
+        pictures = [part["file"] for mask in old for part in (mask, mask.get("uncertainty")) if part]
     except FileNotFoundError:
         return
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{record} is there, and no answer of this program; give another --output") from error
+        raise ValueError(f"{record} exists and is not an answer of this program; give another --output") from error
     record.unlink()
     for name in pictures:
         (record.parent / Path(name).name).unlink(missing_ok=True)

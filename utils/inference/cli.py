@@ -1,4 +1,4 @@
-"""What the programs that ask a model share: flags that say which and where, its loading, exit codes."""
+"""What the programs that run a model share: flags of the model and its device, loading, exit codes."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from model.opened import Opened
 
 
 def run(main: Callable[[list[str] | None], int], arguments: list[str] | None = None) -> int:
-    """Calls ``main`` -> its exit code; 2 for what the user can put right, 130 for Ctrl-C. Neither shows a traceback."""
+    """Calls ``main`` and returns its exit code; 2 for errors that the user can fix, 130 for Ctrl-C (no tracebacks)."""
     name = Path(sys.argv[0]).name
     try:
         return main(arguments)
-    except BrokenPipeError:  # the reader of our output (head, less) has gone
+    except BrokenPipeError:  # the reader of our output (head, less) has exited
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except torch.OutOfMemoryError as error:
@@ -40,7 +40,7 @@ def add_model_flags(parser: argparse.ArgumentParser, default: str = "") -> None:
     """The flags that ``open_model`` reads.
 
     Args:
-        default: what is loaded without --version, in words; "" = --version must be given.
+        default: describes what is loaded without --version; "" = --version is required.
     """
     add = parser.add_argument
     add(
@@ -55,24 +55,24 @@ def add_model_flags(parser: argparse.ArgumentParser, default: str = "") -> None:
     add("--device", default="auto", help="cpu, cuda, cuda:1, mps (default: the NVIDIA GPU if there is one, else cpu)")
     add("--base", default="", metavar="DIR", help="LLaVA's folder for an adapter (--adapter_only), if it has moved")
     add("--vision_pretrained", default="", metavar="FILE", help="SAM for an adapter, if it has moved")
-    several = parser.add_mutually_exclusive_group()
-    several.add_argument(
+    placement = parser.add_mutually_exclusive_group()
+    placement.add_argument(
         "--quantize",
         choices=QUANTIZATIONS,
-        help="the language model's layers in 8 or 4 bits (bitsandbytes; cuda or cpu); all else stays as it is",
+        help="quantize the language model's layers to 8 or 4 bits (bitsandbytes; cuda or cpu)",
     )
-    several.add_argument(
+    placement.add_argument(
         "--device_map",
         choices=("auto",),
-        help="spread the language model's layers over all GPUs, and main memory if these are too small",
+        help="distribute the language model's layers over all GPUs, and main memory if they are too small",
     )
 
 
 def add_layer_flag(parser: argparse._ActionsContainer, default: str) -> None:
-    """``--layer_policy``, with all rules of inference in its help.
+    """Adds ``--layer_policy``, whose help lists all layer rules of inference.
 
     Args:
-        default: what goes without it, in words.
+        default: describes the rule without the flag.
     """
     rules = layer_rules.describe("inference")
     parser.add_argument(
@@ -83,13 +83,13 @@ def add_layer_flag(parser: argparse._ActionsContainer, default: str) -> None:
 
 
 def open_model(args: argparse.Namespace, device: str | None = None) -> Opened:
-    """Loads what the flags of ``add_model_flags`` name.
+    """Loads the model that the flags of ``add_model_flags`` name.
 
     Args:
-        device: instead of ``--device``, for a process that was given its own.
+        device: overrides ``--device``, for a process that a launcher gave its own.
 
     Raises:
-        ValueError: for a wrong folder, or a device that is not there or cannot do it.
+        ValueError: for a wrong folder, or a device that is missing or unsuitable.
     """
     if args.device_map and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("--device_map is for one process that uses all GPUs; start it without a launcher")

@@ -1,4 +1,4 @@
-"""Many prompts about many images, a JSON line each; a run that was stopped goes on where it was."""
+"""Many prompts about many images, a JSON line each; an interrupted run can be resumed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from utils.inference.terminal import printable
 
 FILE_NAME = "answers.jsonl"
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
-PROMPTS_AT_ONCE = 16  # of an image, on one cache
+PROMPTS_AT_ONCE = 16  # about one image, on one cache
 
 
 def find_images(path: Path) -> list[Path]:
@@ -27,14 +27,14 @@ def find_images(path: Path) -> list[Path]:
     """
     if not path.is_dir():
         return [path]
-    found = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
-    if not found:
+    images = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
+    if not images:
         raise ValueError(f"--image: {path} holds no image ({' '.join(IMAGE_SUFFIXES)})")
-    return found
+    return images
 
 
 def read_prompts(lines: Iterable[str]) -> list[str]:
-    """A prompt per line, each once; empty lines are none.
+    """A prompt per line, without duplicates and empty lines.
 
     Raises:
         ValueError: if there is none.
@@ -51,71 +51,73 @@ def answer_all(
     prompts: list[str],
     folder: Path,
     settings: dict[str, Any],
-    say: Callable[[str], None],
+    report: Callable[[str], None],
     pictures: bool = True,
 ) -> int:
-    """Asks every prompt about every image, each by itself. A line of ``answers.jsonl`` stands for a finished answer.
+    """Answers every prompt about every image, each independently; a line of ``answers.jsonl`` is a finished answer.
 
     Args:
-        settings: what the answers depend on, written into each line; layer_policy, max_new_tokens and seed are used.
-        say: gets a line of progress per image.
+        settings: all that answers depend on, written into each line; layer_policy, max_new_tokens and seed are used.
+        report: receives a line of progress per image.
 
     Returns:
-        how many images could not be read; they are named, and left out.
+        the number of images that could not be read; they are reported and skipped.
 
     Raises:
-        ValueError: if the file holds answers of other settings.
+        ValueError: if the file holds answers of other settings, or ``folder`` holds an image.
     """
     if inside := [image for image in images if image.resolve().parent == folder.resolve()]:
-        raise ValueError(f"--output {folder} is where {inside[0].name} lies; pictures of answers need another folder")
+        raise ValueError(
+            f"--output {folder} also holds the image {inside[0].name}; give another folder for the pictures of answers"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / FILE_NAME
     done = _read_done(path, settings)
     options = {name: settings[name] for name in ("layer_policy", "max_new_tokens", "seed")}
     same_stem = Counter(image.stem for image in images)
-    unread = 0
+    unreadable = 0
     with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
-        for place, image in enumerate(images, start=1):
-            left = [prompt for prompt in prompts if (str(image), prompt) not in done]
-            if not left:
+        for number, image in enumerate(images, start=1):
+            remaining = [prompt for prompt in prompts if (str(image), prompt) not in done]
+            if not remaining:
                 continue
             try:
                 pixels = read_pixels(image, apply_exif=True)
             except ValueError as error:
-                say(f"error: {error}")
-                unread += 1
+                report(f"error: {error}")
+                unreadable += 1
                 continue
             stem = image.stem if same_stem[image.stem] == 1 else image.name
-            for start in range(0, len(left), PROMPTS_AT_ONCE):
-                part = left[start : start + PROMPTS_AT_ONCE]
+            for start in range(0, len(remaining), PROMPTS_AT_ONCE):
+                part = remaining[start : start + PROMPTS_AT_ONCE]
                 for prompt, prediction in zip(part, opened.ask(pixels, part, **options)):
                     values = describe(str(image), pixels, prompt, prediction, settings["layer_policy"])
                     if pictures:
                         save_pictures(folder, free_stem(folder, stem, "_overlay.png"), pixels, values, prediction)
                     file.write(json.dumps(values | {"settings": settings}, ensure_ascii=False) + "\n")
                 file.flush()
-            say(printable(f"{place}/{len(images)} {image}: {len(left)} answers"))
-    return unread
+            report(printable(f"{number}/{len(images)} {image}: {len(remaining)} answers"))
+    return unreadable
 
 
 def _read_done(path: Path, settings: dict[str, Any]) -> set[tuple[str, str]]:
-    """(image, prompt) of the answers that are there. What a stopped run left of a line is cut off."""
+    """(image, prompt) of all finished answers. Cuts off the incomplete line that an interrupted run left."""
     if not path.exists():
         return set()
     text = path.read_bytes()
-    whole = text[: text.rfind(b"\n") + 1]
+    complete = text[: text.rfind(b"\n") + 1]
     done = set()
-    for number, line in enumerate(whole.decode("utf-8").split("\n")[:-1], start=1):
+    for number, line in enumerate(complete.decode("utf-8").split("\n")[:-1], start=1):
         try:
             values = json.loads(line)
-            key, theirs = (values["image"], values["prompt"]), values["settings"]
+            key, saved = (values["image"], values["prompt"]), values["settings"]
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}, line {number} is no answer ({error!r}); give another --output") from error
-        if theirs != settings:
-            other = [f"{name}: {theirs.get(name)!r} there, {settings[name]!r} now" for name in settings
-                     if theirs.get(name) != settings[name]]  # fmt: skip
-            raise ValueError(f"{path} holds answers of other settings ({'; '.join(other)}); give another --output")
+            raise ValueError(f"{path}, line {number} is not an answer ({error!r}); give another --output") from error
+        if saved != settings:
+            changes = [f"{name}: {saved.get(name)!r} there, {settings[name]!r} now" for name in settings
+                       if saved.get(name) != settings[name]]  # fmt: skip
+            raise ValueError(f"{path} holds answers of other settings ({'; '.join(changes)}); give another --output")
         done.add(key)
-    if len(whole) < len(text):
-        os.truncate(path, len(whole))
+    if len(complete) < len(text):
+        os.truncate(path, len(complete))
     return done

@@ -1,7 +1,7 @@
-"""A conversation about an image: CLIP, the prefix and SAM's encoder run once, and a follow-up costs its own tokens.
+"""A conversation about an image: CLIP, the prefix and SAM's encoder run once; a follow-up costs only its own tokens.
 
-What the model reads is what ``PromptBuilder`` makes of the whole conversation, as in training; the cache only spares it
-from reading the same tokens twice.
+The model sees the whole conversation as ``PromptBuilder`` encodes it in training; the cache only avoids computing the
+same tokens twice.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from model.UGround import LanguagePass, UGroundForCausalLM
 
 
 class ImageSession:
-    """One image, and what was asked about it. For one thread at a time; any number of sessions share a model.
+    """One image and the conversation about it. Not thread-safe; any number of sessions share a model.
 
     Args:
         image: uint8 [H, W, 3] RGB.
 
     Attributes:
-        history: the turns that the model sees with the next question. The oldest are forgotten when
+        history: the turns that the model sees with the next question. The oldest are dropped when
             ``processor.max_tokens`` leaves no room for them.
     """
 
     def __init__(self, model: UGroundForCausalLM, processor: UGroundProcessor, image: np.ndarray) -> None:
         self.model, self.processor = model, processor
         self.batch = replace(processor.prefix(image).to(model.device, model.dtype), questions=[1])
-        self.row = ConversationCache(model, self.batch)
+        self.cache = ConversationCache(model, self.batch)
         self.embeddings: torch.Tensor | None = None
         self.history: list[Turn] = []
         self.last: LanguagePass | None = None
@@ -47,52 +47,53 @@ class ImageSession:
         on_text: Callable[[str], None] | None = None,
         remember: bool = True,
     ) -> Prediction:
-        """Answers a question that follows on those before; a mask per [SEG].
+        """Answers a question of the conversation, with a mask per [SEG].
 
         Args:
             layer_policy, max_new_tokens, seed: see ``UGroundForCausalLM.predict``.
-            on_text: gets the answer so far after each token. What it raises ends the question, and the session is as
-                before it.
-            remember: False = the question stands by itself: the model does not see earlier ones, nor later this one.
+            on_text: receives the answer so far after each token. An exception that it raises cancels the question and
+                leaves the session unchanged.
+            remember: whether the question belongs to the conversation; if not, it neither sees the history nor is
+                added to it.
 
         Raises:
-            ValueError: if the question is empty or longer than the model reads, or the layer policy is unknown.
+            ValueError: if the question is empty or too long, or the layer policy is unknown.
         """
-        self.model.config.layer_rule(layer_policy)  # a mistake shows before the answer is written
+        self.model.config.layer_rule(layer_policy)  # raises before the answer is generated
         earlier = self.history if remember else []
-        earlier, ids = self._fitting(earlier, prompt, max_new_tokens)
-        said: list[int] = []
+        earlier, ids = self._fit(earlier, prompt, max_new_tokens)
+        token_ids: list[int] = []
 
         def on_token(newest: list[int]) -> None:
-            said.extend(newest)
+            token_ids.extend(newest)
             if on_text is not None:
-                on_text(self.processor.decode(said))
+                on_text(self.processor.decode(token_ids))
 
-        answers = self.row.answer(ids, max_new_tokens, on_token)
-        embeddings = self._sam() if answers.seg_questions else None
-        answered = LanguagePass(self.batch, answers, self.row.hidden, self.row.valid, embeddings)
-        prediction = self._draw(answered, layer_policy, seed)
-        self.last = answered
+        answers = self.cache.answer(ids, max_new_tokens, on_token)
+        embeddings = self._image_embeddings() if answers.seg_questions else None
+        language_pass = LanguagePass(self.batch, answers, self.cache.hidden, self.cache.valid, embeddings)
+        prediction = self._decode_masks(language_pass, layer_policy, seed)
+        self.last = language_pass
         if remember and prediction.text:
             self.history = [*earlier, Turn(prompt, prediction.text)]
         return prediction
 
-    def redraw(self, layer_policy: str | None = None, seed: int = 0) -> Prediction:
-        """The last answer's masks by other layers, without LLaVA.
+    def decode_again(self, layer_policy: str | None = None, seed: int = 0) -> Prediction:
+        """Decodes the last answer's masks with another layer rule, without running LLaVA.
 
         Raises:
             ValueError: if there is no answer yet, or the layer policy is unknown.
         """
         if self.last is None:
-            raise ValueError("nothing was asked about this image yet, so there are no masks to draw again")
-        return self._draw(self.last, layer_policy, seed)
+            raise ValueError("nothing was asked about this image yet, so there are no masks to decode again")
+        return self._decode_masks(self.last, layer_policy, seed)
 
     def reset(self) -> None:
         """Forgets the conversation; the image stays encoded."""
         self.history, self.last = [], None
 
-    def _fitting(self, turns: list[Turn], prompt: str, max_new_tokens: int) -> tuple[list[Turn], list[int]]:
-        """The newest turns that leave room for the answer, and the tokens of the conversation."""
+    def _fit(self, turns: list[Turn], prompt: str, max_new_tokens: int) -> tuple[list[Turn], list[int]]:
+        """The latest turns that leave room for the answer, and the token ids of the conversation."""
         room = self.processor.max_tokens - len(self.processor.builder.prefix_ids)
         while True:
             ids = self.processor.builder.encode((*turns, Turn(prompt, ""))).ids
@@ -104,12 +105,12 @@ class ImageSession:
         return turns, ids
 
     @torch.inference_mode()
-    def _sam(self) -> torch.Tensor:
+    def _image_embeddings(self) -> torch.Tensor:
         if self.embeddings is None:
             self.embeddings = self.model.visual_model.encode(self.batch.sam_images, self.batch.image_keys)
         return self.embeddings
 
-    def _draw(self, answered: LanguagePass, layer_policy: str | None, seed: int) -> Prediction:
-        [[prediction]] = self.model.decode_masks(answered, layer_policy, seed)
+    def _decode_masks(self, language_pass: LanguagePass, layer_policy: str | None, seed: int) -> Prediction:
+        [[prediction]] = self.model.decode_masks(language_pass, layer_policy, seed)
         prediction.text = self.processor.decode(prediction.token_ids)
         return prediction

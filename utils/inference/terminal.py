@@ -1,4 +1,4 @@
-"""Answers in a terminal: text as it is written, and pictures in terminals that can show them."""
+"""Answers in a terminal: streamed text, and pictures in terminals that can show them."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from PIL import Image
 from model.processing.tokens import SEG
 from utils.plotting.overlays import color
 
-PICTURE_BOX = 900, 500  # pixels: a photograph must not push the conversation off the screen
+PICTURE_BOX = 900, 500  # pixels; a larger picture would push the conversation off the screen
 CHUNK = 4096  # of kitty's protocol
 
 
 class AnswerPrinter:
-    """Prints an answer while it is written; where nobody watches, only when it is whole.
+    """Streams an answer to a terminal; writes it to a file or pipe only when it is complete.
 
-    Each [SEG] has the color of its mask.
+    In a terminal, each [SEG] has the color of its mask.
     """
 
     def __init__(self, stream: TextIO, environment: Mapping[str, str]) -> None:
@@ -31,18 +31,19 @@ class AnswerPrinter:
         self.segs = 0
 
     def update(self, text: str) -> None:
-        """The answer so far."""
-        whole = text.rstrip("\ufffd")  # the first bytes of a character
-        if self.live and whole.startswith(self.text):
-            self._write(whole[len(self.text) :])
-            self.text = whole
+        """Prints what is new in the answer so far."""
+        complete = text.rstrip("\ufffd")  # without the first bytes of an unfinished character
+        if self.live and complete.startswith(self.text):
+            self._write(complete[len(self.text) :])
+            self.text = complete
 
     def finish(self, text: str) -> None:
+        """Prints the rest of the complete answer."""
         rest = text.removeprefix(self.text)
         self._write(f"{rest}\n")
 
     def _write(self, text: str) -> None:
-        if self.live:  # a model's bytes must not steer the terminal
+        if self.live:  # a model must not control the terminal
             text = printable(text)
         if self.colored:
             first, *others = text.split(SEG)
@@ -56,12 +57,12 @@ class AnswerPrinter:
 
 
 def printable(text: str) -> str:
-    """Text without what steers a terminal, or cannot be written to it (bytes in a file's name)."""
+    """Replaces control characters, and bytes in file names that are not text, by U+FFFD."""
     return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
 
 
 def picture_protocol(stream: TextIO, environment: Mapping[str, str]) -> str:
-    """``kitty``, ``iterm`` or nothing: which pictures the terminal shows, by what it says about itself."""
+    """The terminal's protocol for pictures, from its environment: ``kitty``, ``iterm``, or an empty string."""
     if not stream.isatty() or environment.get("TMUX") or environment.get("TERM", "").startswith(("screen", "tmux")):
         return ""
     program = environment.get("TERM_PROGRAM", "")
@@ -71,7 +72,7 @@ def picture_protocol(stream: TextIO, environment: Mapping[str, str]) -> str:
 
 
 def picture_codes(picture: np.ndarray, protocol: str) -> str:
-    """What to print for a picture [H, W, 3] to appear."""
+    """The escape sequences that show a picture [H, W, 3]."""
     image = Image.fromarray(picture)
     image.thumbnail(PICTURE_BOX)
     file = io.BytesIO()

@@ -1,10 +1,10 @@
-"""Checkpoints of a run: DeepSpeed's files with a ``meta.json``, and an index that says which is latest and best.
+"""Checkpoints of a run: DeepSpeed's files with a ``meta.json``, and an index of the latest and the best one.
 
     RUN/checkpoints/index.json             {"latest": "step_00000500", "best": "step_00000400"}
-    RUN/checkpoints/step_00000500/         only what trains (with master weights and optimizer), buffers, meta.json
+    RUN/checkpoints/step_00000500/         trained parameters (with master weights and optimizer), buffers, meta.json
 
-A checkpoint is written under a temporary name, synced, renamed and indexed; only then do old ones go. So a run that is
-killed, or a disk that fills up, leaves the last complete checkpoint as it was.
+A checkpoint is written under a temporary name, synced, renamed and indexed; only then are old ones deleted. So a killed
+run or a full disk leaves the last complete checkpoint intact.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ FOLDER, INDEX, META = "checkpoints", "index.json", "meta.json"
 
 
 class CheckpointError(ValueError):
-    """A checkpoint cannot be written, found or resumed; the message says why and what to do."""
+    """A checkpoint cannot be written, found or resumed; the message names the reason and the fix."""
 
 
-# -- what a checkpoint says about itself -------------------------------------------------------------------------------
+# -- metadata ----------------------------------------------------------------------------------------------------------
 
 
 def trained_shapes(model: nn.Module) -> dict[str, list[int]]:
-    """Shape of everything that a checkpoint must hold: trainable parameters and persistent buffers."""
+    """Shapes of all tensors that a checkpoint must hold: trainable parameters and persistent buffers."""
     state = model.state_dict().keys()
     named: list[tuple[str, torch.Tensor]] = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     named += [(name, buffer) for name, buffer in model.named_buffers() if name in state]
@@ -45,7 +45,7 @@ def trained_shapes(model: nn.Module) -> dict[str, list[int]]:
 
 
 def describe_settings(config: Config, data: list[dict]) -> dict[str, Any]:
-    """What is known of a run before its model is there: settings, data (``Mixture.describe``), processes."""
+    """Metadata of a run before its model is built: settings, data (``Mixture.describe``), processes."""
     return {
         "config": to_dict(config),
         "data": [{key: value for key, value in row.items() if key != "skipped"} for row in data],
@@ -54,7 +54,7 @@ def describe_settings(config: Config, data: list[dict]) -> dict[str, Any]:
 
 
 def describe_model(model: nn.Module, processor, loaded: Iterable[Loaded]) -> dict[str, Any]:
-    """What trains, on what base, with which code."""
+    """Metadata of a built model: base weights, tokens, trained parameters, code versions."""
     return {
         "base": base_fingerprints(loaded),
         "tokens": vars(processor.tokens),
@@ -74,10 +74,10 @@ def read_index(run_folder: Path) -> dict[str, str]:
 
 
 def find_checkpoint(path: str | Path, which: str = "latest") -> Path:
-    """The folder of a checkpoint, from that folder itself or from its run's.
+    """The folder of a checkpoint, given that folder or its run's.
 
     Raises:
-        CheckpointError: if there is none, or it is not complete.
+        CheckpointError: if there is none, or it is incomplete.
     """
     path = Path(path)
     if (path / META).is_file():
@@ -85,13 +85,13 @@ def find_checkpoint(path: str | Path, which: str = "latest") -> Path:
     index = read_index(path)
     if which not in index:
         raise CheckpointError(
-            f"{path} holds no checkpoint: neither {META} nor {FOLDER}/{INDEX} with {which!r} is there; give the folder "
+            f"{path} holds no checkpoint: neither {META} nor {FOLDER}/{INDEX} with {which!r} exists; give the folder "
             "of a run (runs/NAME)"
         )
-    found = path / FOLDER / index[which]
-    if not (found / META).is_file():
-        raise CheckpointError(f"{found} is not complete (no {META}), though {path / FOLDER / INDEX} names it")
-    return found
+    checkpoint = path / FOLDER / index[which]
+    if not (checkpoint / META).is_file():
+        raise CheckpointError(f"{checkpoint} is not complete (no {META}), though {path / FOLDER / INDEX} names it")
+    return checkpoint
 
 
 def read_meta(checkpoint: Path) -> dict[str, Any]:
@@ -110,14 +110,14 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def save_checkpoint(engine, run_folder: Path, meta: dict[str, Any], best: bool) -> Path:
-    """Writes a checkpoint; all processes must call it.
+    """Writes a checkpoint. All processes must call it.
 
     Args:
-        meta: must hold ``step``; see ``describe_settings`` and ``describe_model`` for the rest.
-        best: the best so far, by validation.
+        meta: ``describe_settings`` and ``describe_model`` with at least ``step`` added.
+        best: whether validation was the best so far.
 
     Raises:
-        CheckpointError: if the disk is full (or cannot be written); earlier checkpoints are as they were.
+        CheckpointError: if the disk is full or cannot be written; earlier checkpoints stay intact.
     """
     folder = run_folder / FOLDER
     name = f"step_{meta['step']:08d}"
@@ -137,36 +137,36 @@ def save_checkpoint(engine, run_folder: Path, meta: dict[str, Any], best: bool) 
 
 
 def checkpoint_bytes(trained: int, itemsize: int) -> int:
-    """Size of a checkpoint: of each parameter that trains master weight and two moments, and the weight itself."""
+    """Size of a checkpoint: master weight and two moments (float32) per trainable parameter, and the weight itself."""
     return trained * (12 + itemsize)
 
 
 def _prepare(folder: Path, partial: Path, engine) -> str | None:
-    """Makes room for a new checkpoint; returns what is in the way."""
+    """Deletes partial checkpoints and checks free space; returns the problem, or None."""
     trained = sum(p.numel() for p in engine.module.parameters() if p.requires_grad)
     needed = checkpoint_bytes(trained, next(engine.module.parameters()).itemsize)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for left_over in folder.glob("partial_*"):
-            shutil.rmtree(left_over)
+        for partial_folder in folder.glob("partial_*"):
+            shutil.rmtree(partial_folder)
         free = shutil.disk_usage(folder).free
     except OSError as error:
         return _cannot_write(partial, error)
     if free < needed * 1.02:
         return (
-            f"no room for a checkpoint: it takes {needed / 1e9:.2f} GB, {folder} has {free / 1e9:.2f} GB left. Make "
-            "room and go on with --auto_resume true; earlier checkpoints are as they were"
+            f"no room for a checkpoint: it takes {needed / 1e9:.2f} GB, {folder} has {free / 1e9:.2f} GB free. Free "
+            "disk space and resume with --auto_resume true; earlier checkpoints are intact"
         )
     return None
 
 
 def _publish(folder: Path, partial: Path, name: str, meta: dict[str, Any], best: bool) -> str | None:
-    """Syncs, renames and indexes a complete checkpoint, then removes those that the index does not name."""
+    """Syncs, renames and indexes a complete checkpoint, then deletes those that the index does not name."""
     try:
         (partial / META).write_text(json.dumps(meta, indent=1) + "\n")
         for path in (*partial.iterdir(), partial):
             _sync(path)
-        shutil.rmtree(folder / name, ignore_errors=True)  # of a run that was killed right here
+        shutil.rmtree(folder / name, ignore_errors=True)  # left by a run that was killed at this point
         partial.rename(folder / name)
         index = read_index(folder.parent) | {"latest": name} | ({"best": name} if best else {})
         write_atomically(folder / INDEX, json.dumps(index) + "\n")
@@ -182,12 +182,12 @@ def _cannot_write(path: Path, error: Exception) -> str:
     reason = " ".join(str(error).split())
     return (
         f"the checkpoint {path} could not be written ({reason[:200]}); is the disk full, or a quota reached? "
-        "Earlier checkpoints are as they were: make room and go on with --auto_resume true"
+        "Earlier checkpoints are intact: free disk space and resume with --auto_resume true"
     )
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replaces a small file: readers see the old one or the new one."""
+    """Replaces a small file atomically: readers see either the old or the new content."""
     temporary = path.with_name(f".{path.name}.new")
     temporary.write_text(text)
     _sync(temporary)
@@ -207,26 +207,26 @@ def _sync(path: Path) -> None:
 
 
 def differences(run: dict[str, Any], saved: dict[str, Any]) -> list[str]:
-    """What makes a run (``describe_settings``, perhaps with ``describe_model``) another one than the checkpoint's."""
-    found = []
+    """Differences between two runs' metadata that forbid resuming; ``run`` may lack the part of ``describe_model``."""
+    problems = []
     now, before = (config_from(meta["config"], META).flat() for meta in (run, saved))
     for name, item in FIELDS.items():
         if now[name] != before[name] and not item.metadata["may_change"]:
-            found.append(f"{name}: {before[name]!r} in the checkpoint, now {now[name]!r}")
+            problems.append(f"{name}: {before[name]!r} in the checkpoint, now {now[name]!r}")
     flags = {"vision_tower": "--vision_tower", "visual_model": "--vision_pretrained"}
     for module in sorted(run["base"].keys() | saved["base"].keys()) if "base" in run else ():
         if run["base"].get(module) != saved["base"].get(module):
-            found.append(f"{flags.get(module, '--version')}: the base weights of {module} are not the same")
+            problems.append(f"{flags.get(module, '--version')}: the base weights of {module} are not the same")
     now, before = ({row["name"]: row for row in meta["data"]} for meta in (run, saved))
     for name in sorted(now.keys() | before.keys()):
         if now.get(name) != before.get(name):
-            found.append(f"data set {name}: {before.get(name)} in the checkpoint, now {now.get(name)}")
+            problems.append(f"data set {name}: {before.get(name)} in the checkpoint, now {now.get(name)}")
     if run["processes"] != saved["processes"]:
-        found.append(f"processes: {saved['processes']} in the checkpoint, now {run['processes']}")
+        problems.append(f"processes: {saved['processes']} in the checkpoint, now {run['processes']}")
     if "trained" in run and run["trained"] != saved["trained"]:
         names = sorted(name for name, _ in set(_items(run["trained"])) ^ set(_items(saved["trained"])))
-        found.append(f"what trains: {', '.join(names[:5])}")
-    return found
+        problems.append(f"trainable parameters: {', '.join(names[:5])}")
+    return problems
 
 
 def _items(shapes: dict[str, list[int]]) -> Iterable[tuple]:
@@ -234,24 +234,26 @@ def _items(shapes: dict[str, list[int]]) -> Iterable[tuple]:
 
 
 def check_same_run(checkpoint: Path, run: dict[str, Any]) -> dict[str, Any]:
-    """The checkpoint's meta, if ``run`` can go on from it. All processes must call it.
+    """The checkpoint's metadata, if ``run`` may resume from it. All processes must call it.
 
     Raises:
-        CheckpointError: naming every difference that would make it another run.
+        CheckpointError: naming every difference that makes it another run.
     """
     saved = read_meta(checkpoint)
     problem = None
-    if found := differences(run, saved):
+    if problems := differences(run, saved):
         problem = (
-            f"{checkpoint} belongs to another run:\n  " + "\n  ".join(found) + "\nGive the settings of the checkpoint "
-            "(its run folder's config.yaml holds them), or start anew with another --exp_name"
+            f"{checkpoint} belongs to another run:\n  "
+            + "\n  ".join(problems)
+            + "\nGive the settings of the checkpoint "
+            "(its run folder's config.yaml holds them), or start a new run with another --exp_name"
         )
     distributed.raise_on_all_ranks(problem, CheckpointError)
     return saved
 
 
 def resume(engine, checkpoint: Path, run: dict[str, Any]) -> dict[str, Any]:
-    """Restores weights, buffers, optimizer and schedule; returns the checkpoint's meta. All processes must call it.
+    """Restores weights, buffers, optimizer and schedule; returns the checkpoint's metadata. All processes must call it.
 
     Raises:
         CheckpointError: if the checkpoint is not this run's, or cannot be loaded.
@@ -264,7 +266,7 @@ def resume(engine, checkpoint: Path, run: dict[str, Any]) -> dict[str, Any]:
 
 
 def trained_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """Everything that was trained, in float32, and the buffers, by their names in the training model.
+    """Trained parameters in float32 and buffers, by their names in the training model.
 
     Raises:
         CheckpointError: if names or shapes are not exactly those that ``meta.json`` lists.
@@ -279,9 +281,9 @@ def trained_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise CheckpointError(f"{checkpoint} cannot be read by DeepSpeed: {error}") from error
     expected = read_meta(checkpoint)["trained"]
-    found = {name: list(tensor.shape) for name, tensor in state.items()}
-    if found != expected:
-        names = sorted(name for name, _ in set(_items(found)) ^ set(_items(expected)))
+    shapes = {name: list(tensor.shape) for name, tensor in state.items()}
+    if shapes != expected:
+        names = sorted(name for name, _ in set(_items(shapes)) ^ set(_items(expected)))
         raise CheckpointError(
             f"{checkpoint} does not hold exactly what was trained; it differs in {', '.join(names[:5])}"
         )

@@ -1,4 +1,4 @@
-"""The training engine: base model with LoRA, AdamW with its groups, WarmupDecayLR, DeepSpeed's ZeRO-2."""
+"""The training engine: base model with LoRA, AdamW and its parameter groups, WarmupDecayLR, DeepSpeed's ZeRO-2."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from utils.config import Config
 
 
 def build_model(config: Config) -> tuple[nn.Module, UGroundProcessor, list[Loaded]]:
-    """Base weights with LoRA; what trains is set. The same seed gives the same new weights.
+    """Loads the base weights, adds LoRA and marks what trains. New weights depend on the seed alone.
 
     Returns:
         the model (a ``PeftModel`` unless lora_r is 0), its processor, and the rows of the loading report.
@@ -48,13 +48,13 @@ def build_model(config: Config) -> tuple[nn.Module, UGroundProcessor, list[Loade
 
 
 def build_engine(model: nn.Module, config: Config, settings: dict[str, Any]):
-    """DeepSpeed's engine around the model; ``settings`` are ``deepspeed_settings``, processes have joined before."""
-    import deepspeed  # slow to import, and of no use to evaluation
+    """Wraps the model in a DeepSpeed engine; ``settings`` are ``deepspeed_settings``. The process group must exist."""
+    import deepspeed  # slow to import, and evaluation does not need it
     from deepspeed.runtime.lr_schedules import WarmupDecayLR
 
     deepspeed.utils.logger.setLevel(logging.ERROR)
     if not torch.cuda.is_available():
-        # DeepSpeed would compile an extension for messages between CPU processes (a minute, a compiler); gloo does it
+        # DeepSpeed would compile its own CPU collectives (which takes a minute and a compiler); gloo has them
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     groups = parameter_groups(model, config)
     betas = config.train.beta1, config.train.beta2
@@ -73,7 +73,7 @@ def build_engine(model: nn.Module, config: Config, settings: dict[str, Any]):
 
 
 def parameter_groups(model: nn.Module, config: Config) -> list[dict[str, Any]]:
-    """Everything that trains; the policy gate with its own learning rate."""
+    """AdamW's groups of trainable parameters; the policy gate has its own learning rate."""
     parts: dict[bool, list[nn.Parameter]] = {False: [], True: []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -86,14 +86,14 @@ def deepspeed_settings(config: Config, world_size: int) -> dict[str, Any]:
     """DeepSpeed's JSON, completed from the configuration.
 
     Raises:
-        ValueError: if the file cannot be read, or contradicts the configuration; all contradictions at once.
+        ValueError: if the file cannot be read, or contradicts the configuration; names all contradictions.
     """
     path, train = Path(config.train.deepspeed_config), config.train
     try:
         settings = json.loads(path.read_text())
     except (OSError, json.JSONDecodeError) as error:
         raise ValueError(f"--deepspeed_config {path}: cannot be read: {error}") from error
-    ours = {
+    expected = {
         "train_micro_batch_size_per_gpu": (train.batch_size, "batch_size"),
         "gradient_accumulation_steps": (train.grad_accumulation_steps, "grad_accumulation_steps"),
         "train_batch_size": (
@@ -103,30 +103,30 @@ def deepspeed_settings(config: Config, world_size: int) -> dict[str, Any]:
         "gradient_clipping": (train.gradient_clipping, "gradient_clipping"),
     }
     problems = []
-    for key, (value, name) in ours.items():
+    for key, (value, name) in expected.items():
         if settings.get(key, "auto") not in ("auto", value):
             problems.append(f"{key} is {settings[key]}, but {name} is {value}")
         settings[key] = value
     for kind in ("bf16", "fp16"):
-        wanted, section = config.model.precision == kind, settings.get(kind, {})
-        if section.get("enabled", "auto") not in ("auto", wanted):
+        enabled, section = config.model.precision == kind, settings.get(kind, {})
+        if section.get("enabled", "auto") not in ("auto", enabled):
             problems.append(f"{kind}.enabled is {section['enabled']}, but precision is {config.model.precision}")
-        settings[kind] = section | {"enabled": wanted}
+        settings[kind] = section | {"enabled": enabled}
     for key in ("optimizer", "scheduler"):
         if key in settings:
-            problems.append(f"it has a section {key!r}, but lr, beta1, warmup_steps, ... decide; remove it")
+            problems.append(f"it has a section {key!r}, which lr, beta1, warmup_steps, ... replace; remove it")
     if (stage := settings.get("zero_optimization", {}).get("stage", 0)) != 2:
-        problems.append(f"zero_optimization.stage is {stage}; checkpoints and logs are made for stage 2")
+        problems.append(f"zero_optimization.stage is {stage}; checkpoints and gradient norms support stage 2 only")
     if problems:
         raise ValueError(f"--deepspeed_config {path} contradicts the settings:\n  " + "\n  ".join(problems))
     return settings
 
 
 def gradient_norms(engine) -> dict[str, float]:
-    """Norm of the averaged gradient per part of the model; after ``backward`` and before ``step`` of a whole step.
+    """Norm of the averaged gradient per part of the model. All processes must call it.
 
-    Under ZeRO-2 each process keeps a share of the gradient: it adds up its own squares, and only the sums travel. All
-    processes must call it.
+    Call it between ``backward`` and ``step`` of the last micro step. Under ZeRO-2 each process holds a shard of the
+    gradient: it sums its own squares, and only these sums are reduced.
     """
     squares: dict[str, torch.Tensor] = {}
     for name, parameter in engine.module.named_parameters():
@@ -134,10 +134,10 @@ def gradient_norms(engine) -> dict[str, float]:
             continue
         part = part_of(name)
         squares.setdefault(part, torch.zeros((), device=engine.device))
-        if (share := parameter._hp_mapping) is not None:
-            gradient = share.get_lp_grad_fragment(parameter._index_in_param_group).flatten()
-            if gradient.numel() == parameter.numel():  # the whole gradient, of which this process owns a part
-                gradient = gradient.narrow(0, share.lp_fragment_address.start, share.lp_fragment_address.numel)
+        if (shard := parameter._hp_mapping) is not None:
+            gradient = shard.get_lp_grad_fragment(parameter._index_in_param_group).flatten()
+            if gradient.numel() == parameter.numel():  # the whole gradient, of which this process owns a shard
+                gradient = gradient.narrow(0, shard.lp_fragment_address.start, shard.lp_fragment_address.numel)
             squares[part] = squares[part] + gradient.float().square().sum()
     sums = torch.stack(list(squares.values()))
     if distributed.world_size() > 1:

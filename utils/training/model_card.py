@@ -1,4 +1,4 @@
-"""The README.md of a model folder: a model card for the Hugging Face hub, from what the run knows about itself."""
+"""The README.md of a model folder: a model card for the Hugging Face Hub, from the run's metadata."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from huggingface_hub import EvalResult, ModelCardData
 from utils.datasets.spec import Spec
 from utils.plotting.text_tables import markdown
 
-LICENCES = """The code is Apache-2.0. Weights carry the licences of what they were made from: LLaVA-1.5 on Vicuna the
+LICENCES = """The code is Apache-2.0. Weights carry the licences of the models they derive from: LLaVA-1.5 on Vicuna the
 LLaMA 2 Community License, CLIP the MIT licence, SAM Apache-2.0; LLaVA's instruction data are CC BY 4.0, and the
 segmentation data sets have terms of their own, some for research only. Whoever publishes this folder states which apply
 (`license` above)."""
 
 
 def model_card(name: str, meta: dict[str, Any], adapter: bool, license: str = "other") -> str:
-    """Front matter and text.
+    """The text of the card, with its YAML front matter.
 
     Args:
-        name: of the model; meta: as in ``uground_run.json``; adapter: the folder needs its base.
-        license: the hub's identifier.
+        name: of the model; meta: as in ``uground_run.json``; adapter: whether the folder needs its base.
+        license: an identifier of the Hub.
     """
     model = meta["config"]["model"]
     bases = {part: Path(model[part]).name for part in ("version", "vision_tower", "vision_pretrained")}
@@ -41,15 +41,15 @@ def model_card(name: str, meta: dict[str, Any], adapter: bool, license: str = "o
     parts = [
         f"---\n{data.to_yaml()}\n---",
         f"# {name}",
-        "UGround: an image and a sentence go in, text and masks come out. LLaVA writes an answer with `[SEG]` tokens; "
-        "for each of them a policy picks a transformer layer, whose similarity map prompts SAM.",
-        f"This folder is {'an adapter: it loads on top of its base' if adapter else 'complete'}.",
+        "UGround answers a question about an image with text and masks. LLaVA generates an answer with `[SEG]` tokens; "
+        "for each of them a policy chooses a transformer layer, whose similarity map prompts SAM.",
+        f"This folder is {'an adapter: it is loaded on top of its base' if adapter else 'complete'}.",
         f"```bash\n{use}\n```",
         "## Base\n\n" + _base_table(bases, meta["base"]),
         "## Data\n\n" + _data_table(meta["data"]),
         f"Optimizer steps: {meta['step']}; processes: {meta['processes']}; seed: {meta['config']['train']['seed']}.",
         "## Results\n\n" + _metrics_table(meta["metrics"]),
-        "On the validation data of the run, which chose the checkpoint; `test.py` gives results to report.",
+        "On the run's validation data, which also selected the checkpoint; `test.py` computes results to report.",
         f"## Reproduce\n\nCode: commit `{meta['commit']}`; "
         + ", ".join(f"{package} {version}" for package, version in meta["versions"].items())
         + ".\n\n```yaml\n"

@@ -1,6 +1,6 @@
-"""What a training run says: one dense line, a progress bar, TensorBoard and ``log.jsonl``.
+"""The log of a training run: a line per logged step, a progress bar, TensorBoard and ``log.jsonl``.
 
-Figures stay on the device, as running sums, until a step is logged; then one all-reduce and one copy bring them over.
+Values stay on the device as running sums until a step is logged; then one all-reduce and one copy fetch them.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ GROUPS = {"reward": "policy", "baseline": "policy", "entropy": "policy", "lr": "
 
 
 def loading_table(loaded: Sequence[Loaded]) -> str:
-    """Where each module's weights are from."""
+    """Table of the loaded modules: parameters, dtype, fingerprint, and the source of their weights."""
     rows = [["module", "parameters", "dtype", "fingerprint", "source"]]
     rows += [[row.module, f"{row.parameters:,}", row.dtype, row.fingerprint, row.source] for row in loaded]
     return "\n".join(text_tables.aligned(rows, "lrl"))
 
 
 def parameter_table(model: nn.Module) -> str:
-    """Parameters and trainable parameters per part, and of all parts."""
+    """Table of parameters and trainable parameters, per part and in total."""
     counts = parameters_by_part(model)
     total, trained = (sum(column) for column in zip(*counts.values()))
     rows = [["part", "parameters", "trainable", ""]]
@@ -58,7 +58,7 @@ class Meter:
         self.restart()
 
     def restart(self) -> None:
-        """Forgets everything; also call it after a pause (validation), so that images/s leaves it out."""
+        """Resets all sums. Call it after a pause (validation), too, which images/s must not include."""
         self.sums: dict[str, torch.Tensor] = {}
         self.layers = torch.zeros(self.num_layers, device=self.device)
         self.layer_losses = torch.zeros(self.num_layers, device=self.device)
@@ -67,7 +67,7 @@ class Meter:
         self.started = time.perf_counter()
 
     def add(self, output: UGroundOutput, images: int) -> None:
-        """Takes one micro step's figures; does not wait for the device."""
+        """Adds one micro step; does not synchronize with the device."""
         for name, value in {"loss": output.loss.detach(), **output.terms}.items():
             new = value.float()
             self.sums[name] = new if name == "baseline" or name not in self.sums else self.sums[name] + new
@@ -80,47 +80,48 @@ class Meter:
         self.micro_steps += 1
 
     def collect(self) -> dict[str, Any]:
-        """Means of loss and text over micro steps, of other terms over those with a mask, the last baseline, chosen
-        layers, every layer's map loss where it was told, images per second. All processes must call it."""
+        """Values since the last call, over all processes: loss and text averaged over micro steps, other terms over
+        micro steps with a mask, the last baseline, counts of chosen layers, every layer's map loss where it was
+        computed, images per second. All processes must call it."""
         over = {"baseline": 1, "loss": self.micro_steps, "text": self.micro_steps}
         with_masks = self.with_masks.clamp(min=1)
         means = [value / over.get(name, with_masks) for name, value in self.sums.items()]
         world = distributed.world_size()
-        by_layer = self.layer_losses / self.of_all_layers  # not a number if no micro step told of it
-        figures = distributed.mean(torch.cat([torch.stack(means), self.layers, by_layer])).tolist()
+        by_layer = self.layer_losses / self.of_all_layers  # NaN if no micro step computed it
+        numbers = distributed.mean(torch.cat([torch.stack(means), self.layers, by_layer])).tolist()
         seconds = time.perf_counter() - self.started
-        values: dict[str, Any] = dict(zip(self.sums, figures))
-        figures = figures[len(means) :]
-        values["layers"] = [round(count * world) for count in figures[: self.num_layers]]
-        if not math.isnan(figures[-1]):
-            values["map_loss_by_layer"] = figures[self.num_layers :]
+        values: dict[str, Any] = dict(zip(self.sums, numbers))
+        numbers = numbers[len(means) :]
+        values["layers"] = [round(count * world) for count in numbers[: self.num_layers]]
+        if not math.isnan(numbers[-1]):
+            values["map_loss_by_layer"] = numbers[self.num_layers :]
         values["images_per_s"] = self.images * world / seconds
         self.restart()
         return values
 
 
 class DivergedError(ValueError):
-    """The loss is not a number any more."""
+    """The loss is not finite."""
 
-    shared = True  # every process knows
+    shared = True  # raised on every process
 
 
 def check_finite(values: dict[str, Any], step: int) -> None:
-    """A loss that is not a number never recovers: better to stop than to train on for days."""
+    """Raises ``DivergedError`` for a loss that is not finite: it never recovers."""
     bad = [name for name, value in values.items() if isinstance(value, float) and not math.isfinite(value)]
     if bad:
         raise DivergedError(
             f"step {step}: {', '.join(bad)} not finite; the run cannot recover. Lower --lr, raise --warmup_steps, or "
-            "use --precision bf16 or fp32, and go on from the last checkpoint with --auto_resume true"
+            "use --precision bf16 or fp32, and resume from the last checkpoint with --auto_resume true"
         )
 
 
 class RunLog:
-    """Writes what the main process knows; on the others every method does nothing.
+    """Writes the log on the main process; on the others every method does nothing.
 
     Args:
-        folder: the run's; ``log.jsonl`` and ``tensorboard/`` lie in it.
-        start_step: steps done before; what an interrupted run logged after them is dropped.
+        folder: the run's; ``log.jsonl``, ``tensorboard/`` and ``pictures/`` are in it.
+        start_step: steps done before; what an interrupted run logged after them is deleted.
     """
 
     def __init__(self, folder: Path, start_step: int, total_steps: int, steps_per_epoch: int) -> None:
@@ -131,7 +132,7 @@ class RunLog:
         from torch.utils.tensorboard import SummaryWriter  # slow to import
 
         self.lines = folder / "log.jsonl"
-        keep_until(self.lines, start_step)
+        truncate_log(self.lines, start_step)
         self.pictures = folder / PICTURES
         for old in self.pictures.glob("*/step_*.png"):
             if int(old.stem.removeprefix("step_")) > start_step:
@@ -140,23 +141,23 @@ class RunLog:
         self.bar = tqdm(total=total_steps, initial=start_step, unit="step", dynamic_ncols=True, disable=None)
         self.started = time.perf_counter()
 
-    def say(self, text: str) -> None:
+    def print(self, text: str) -> None:
         """Prints above the progress bar."""
         if self.main:
             tqdm.write(text)
 
     def event(self, kind: str, step: int, **values: Any) -> None:
-        """A line of ``log.jsonl`` alone."""
+        """Writes a line to ``log.jsonl`` only."""
         if self.main:
             self._write({"kind": kind, "step": step, **values})
 
     def advance(self) -> None:
-        """One optimizer step is done."""
+        """Advances the progress bar by one optimizer step."""
         if self.main:
             self.bar.update(1)
 
     def train(self, step: int, values: dict[str, Any], gradients: dict[str, float]) -> None:
-        """A logged step: ``values`` of the meter with ``lr`` and ``gradient``, and the gradient's norm per part."""
+        """Logs a step: ``values`` of the meter with ``lr`` and ``gradient``, and the gradient's norm per part."""
         if not self.main:
             return
         epoch = step / self.steps_per_epoch
@@ -173,10 +174,10 @@ class RunLog:
         self._histogram("policy/layers", values["layers"], step)
         elapsed = time.perf_counter() - self.started
         left = elapsed / max(1, step - self.start_step) * (self.total_steps - step)
-        self.say(dense_line(step, self.total_steps, epoch, values, left))
+        self.print(step_line(step, self.total_steps, epoch, values, left))
 
     def validation(self, step: int, results: dict[str, dict[str, float]], best: bool) -> None:
-        """Metrics per benchmark."""
+        """Logs metrics per benchmark; the first benchmark selects the best checkpoint."""
         if not self.main:
             return
         self._write({"kind": "val", "step": step, "epoch": round(step / self.steps_per_epoch, 3), "metrics": results})
@@ -184,11 +185,11 @@ class RunLog:
             for name, value in metrics.items():
                 self.board.add_scalar(f"val/{Spec.parse(spec).slug}/{name}", value, step)
             shown = "  ".join(f"{name} {value:.3f}" for name, value in metrics.items())
-            self.say(f"  validation after step {step}: {spec}: {shown}" + ("  (best so far)" if best else ""))
-            best = False  # the first benchmark decides
+            self.print(f"  validation after step {step}: {spec}: {shown}" + ("  (best so far)" if best else ""))
+            best = False
 
     def picture(self, step: int, name: str, image: np.ndarray) -> None:
-        """An RGB picture [H, W, 3] of a benchmark; also kept as a file, for the report."""
+        """Logs an RGB picture [H, W, 3] of a benchmark; also writes it to a file, for the report."""
         if self.main:
             self.board.add_image(f"val/{name}", image, step, dataformats="HWC")
             path = self.pictures / name / f"step_{step:08d}.png"
@@ -222,8 +223,8 @@ class RunLog:
             )
 
 
-def dense_line(step: int, total: int, epoch: float, values: dict[str, Any], seconds_left: float) -> str:
-    """One line that says how training goes; masks and maps as BCE+dice, layers as mean and spread."""
+def step_line(step: int, total: int, epoch: float, values: dict[str, Any], seconds_left: float) -> str:
+    """One line of a logged step; masks and maps as BCE+dice, layers as mean and standard deviation."""
     counts = np.array(values["layers"], dtype=float)
     parts = [f"step {step}/{total}", f"epoch {epoch:.2f}", f"loss {values['loss']:.3f}", f"text {values['text']:.3f}"]
     parts += [f"{kind} {values[f'{kind}_bce']:.3f}+{values[f'{kind}_dice']:.3f}" for kind in ("mask", "map")]
@@ -242,8 +243,8 @@ def dense_line(step: int, total: int, epoch: float, values: dict[str, Any], seco
     return "  ".join([*parts, f"eta {tqdm.format_interval(int(seconds_left))}"])
 
 
-def keep_until(path: Path, step: int) -> None:
-    """Drops the lines of ``log.jsonl`` that lie after ``step``: a resumed run writes them anew."""
+def truncate_log(path: Path, step: int) -> None:
+    """Deletes the lines of ``log.jsonl`` after ``step``: a resumed run writes them again."""
     if path.is_file():
         lines = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
         path.write_text("".join(f"{line}\n" for line in lines))

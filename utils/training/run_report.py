@@ -1,7 +1,7 @@
-"""A training run as one HTML file to mail to a colleague: curves, tables, pictures, settings, nothing from elsewhere.
+"""A training run as one self-contained HTML file: curves, tables, pictures, settings.
 
-It is made from what lies in the run's folder (``log.jsonl``, ``config.yaml``, ``checkpoints/index.json``,
-``pictures/``); the run may be finished, resumed, or still going.
+It is made from the run's folder (``log.jsonl``, ``config.yaml``, ``checkpoints/index.json``, ``pictures/``); the run
+may be finished, resumed, or still running.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from utils.training.run_log import PICTURES
 
 NAME = "report.html"
 WIDTH = 9.0  # inches of a chart
-BUDGET = 1_800_000  # bytes of validation pictures
-NO_TERMS = {"step", "epoch", "lr", "images_per_s", "gradient", "skipped", "entropy", "reward", "baseline"}
+BUDGET = 1_800_000  # bytes, for all validation pictures
+NOT_LOSSES = {"step", "epoch", "lr", "images_per_s", "gradient", "skipped", "entropy", "reward", "baseline"}
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #141414; max-width: 1000px; margin: 2em auto; padding: 0 1em; }
 h1 { margin-bottom: 0; } h2 { margin-top: 2em; border-bottom: 1px solid #ccc; }
@@ -46,13 +46,13 @@ def write_report(folder: Path) -> Path:
     """Reads a run's folder and writes ``report.html`` into it.
 
     Raises:
-        ValueError: if the folder is not a run's.
+        ValueError: if the folder is not a training run.
     """
     lines = read_log(folder)
     starts, train, val = ([line for line in lines if line.get("kind") == kind] for kind in ("start", "train", "val"))
     if not starts:
         raise ValueError(
-            f"{folder} is no training run: its log.jsonl has no start; give a folder that train_ds.py wrote"
+            f"{folder} is not a training run: its log.jsonl has no start; give a folder that train_ds.py wrote"
         )
     settings = read_settings(folder, starts[-1])
     parts = [
@@ -61,11 +61,11 @@ def write_report(folder: Path) -> Path:
         section("Losses", chart(loss_series(train), "Unweighted terms of the objective; loss is their weighted sum.")),
         section("Policy", chart(policy_series(train), POLICY_CAPTION), layer_chart(train)),
         section(
-            "Gradients and pace", chart(pace_series(train), "Gradient norms before clipping, per part and of all.")
+            "Gradients and speed", chart(speed_series(train), "Gradient norms before clipping, per part and in total.")
         ),
         section("Validation pictures", *sheets(folder)),
         section("Data", html_table(starts[-1].get("data", []))),
-        section("Parameters", html_table(parameters(starts[-1])), weights_note(starts[-1])),
+        section("Parameters", html_table(parameters(starts[-1])), weights_table(starts[-1])),
         section("Settings", changed_settings(settings), f"<pre>{escape(dump(settings))}</pre>"),
         section(
             "Versions", html_table([starts[-1].get("versions", {}) | {"commit": starts[-1].get("commit", "unknown")}])
@@ -89,10 +89,10 @@ def write_report(folder: Path) -> Path:
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:
-    """The lines of ``log.jsonl``; one that is being written just now, or was cut off, is left out."""
+    """The lines of ``log.jsonl``, without incomplete ones (still being written, or cut off)."""
     path = folder / "log.jsonl"
     if not path.is_file():
-        raise ValueError(f"{folder} is no training run: it has no log.jsonl; give a folder that train_ds.py wrote")
+        raise ValueError(f"{folder} is not a training run: it has no log.jsonl; give a folder that train_ds.py wrote")
     lines = []
     for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
@@ -105,7 +105,7 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
 
 
 def read_settings(folder: Path, start: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The effective configuration by section: ``config.yaml``, or what the log has of it."""
+    """The effective configuration by section: ``config.yaml``, or the log's copy of it."""
     path = folder / "config.yaml"
     return yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else start.get("config", {})
 
@@ -114,7 +114,7 @@ def read_settings(folder: Path, start: Mapping[str, Any]) -> dict[str, dict[str,
 
 
 def head(folder: Path, settings: Mapping[str, Any], starts: Sequence[dict], lines: Sequence[dict]) -> str:
-    """Name, how far it is, and how it was started."""
+    """Name, progress and commands of the run."""
     train = settings.get("train", {})
     total, step = train.get("epochs", 0) * train.get("steps_per_epoch", 0), max(line.get("step", 0) for line in lines)
     state = "finished" if total and step >= total else "not finished"
@@ -130,13 +130,13 @@ def head(folder: Path, settings: Mapping[str, Any], starts: Sequence[dict], line
 
 
 def section(title: str, *parts: str) -> str:
-    """A heading with its parts; nothing if none of them has content."""
+    """A heading with its parts; empty if no part has content."""
     content = "\n".join(part for part in parts if part)
     return f"<h2>{escape(title)}</h2>\n{content}" if content else ""
 
 
 def html_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Rows as an HTML table; columns in the order they are first seen."""
+    """Rows as an HTML table; columns in order of first appearance."""
     cells = text_tables.from_mappings(rows, lambda _, value: "" if value is None else shown(value))
     return text_tables.html(cells) if cells[0] else ""
 
@@ -150,21 +150,23 @@ def shown(value: Any) -> str:
 
 
 def validation_table(val: Sequence[dict], index: Mapping[str, str], most: int = 20) -> str:
-    """A row per validation, the last ``most`` of them and the best."""
+    """A row for each of the last ``most`` validations and for the best."""
     best = index.get("best", "")
     rows = []
     for line in val:
-        scores = {f"{spec} {name}": value for spec, found in line["metrics"].items() for name, value in found.items()}
+        scores = {
+            f"{spec} {name}": value for spec, metrics in line["metrics"].items() for name, value in metrics.items()
+        }
         is_best = best == f"step_{line['step']:08d}"
         rows.append({"step": line["step"], **scores, "": "best" if is_best else ""})
-    left_out = max(0, len(rows) - most)
-    kept = [row for n, row in enumerate(rows) if n >= left_out or row[""]]
-    note = f'<p class="note">{len(rows) - len(kept)} earlier validations are left out.</p>' if left_out else ""
-    return html_table(kept) + note
+    omitted = max(0, len(rows) - most)
+    shown_rows = [row for n, row in enumerate(rows) if n >= omitted or row[""]]
+    note = f'<p class="note">{len(rows) - len(shown_rows)} earlier validations are omitted.</p>' if omitted else ""
+    return html_table(shown_rows) + note
 
 
 def parameters(start: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Trained parameters per part."""
+    """Number of trained parameters per part and in total."""
     counts: dict[str, int] = {}
     for name, shape in start.get("trained", {}).items():
         counts[part_of(name)] = counts.get(part_of(name), 0) + math.prod(shape)
@@ -172,20 +174,21 @@ def parameters(start: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [*rows, {"part": "all", "trained parameters": sum(counts.values())}] if rows else []
 
 
-def weights_note(start: Mapping[str, Any]) -> str:
-    """Which base weights the run started from."""
+def weights_table(start: Mapping[str, Any]) -> str:
+    """Table of the base weights that the run started from."""
     return html_table(
-        start.get("weights") or [{"module": name, "fingerprint": it} for name, it in start.get("base", {}).items()]
+        start.get("weights")
+        or [{"module": name, "fingerprint": value} for name, value in start.get("base", {}).items()]
     )
 
 
 def changed_settings(settings: Mapping[str, Mapping[str, Any]]) -> str:
-    """Settings that are not the defaults of ``train_ds.py``."""
+    """Table of the settings that differ from the defaults of ``train_ds.py``."""
     defaults = to_dict(Config())
     rows = [
         {"setting": name, "value": str(value), "default": str(defaults[part][name])}
-        for part, found in settings.items()
-        for name, value in found.items()
+        for part, values in settings.items()
+        for name, value in values.items()
         if name in defaults.get(part, {}) and value != defaults[part][name]
     ]
     return "<p>Differences from the defaults:</p>" + html_table(rows) if rows else "<p>All settings are defaults.</p>"
@@ -198,18 +201,18 @@ def dump(settings: Mapping[str, Any]) -> str:
 # -- charts ------------------------------------------------------------------------------------------------------------
 
 
-POLICY_CAPTION = "Reward with the baseline that it is compared with; entropy of the policy in nats."
+POLICY_CAPTION = "Reward and its baseline; entropy of the policy in nats."
 
 
 def column(train: Sequence[dict], name: str) -> tuple[list[float], list[float]]:
-    """A figure of the log by step."""
-    found = [line for line in train if isinstance(line.get(name), int | float)]
-    return [line["step"] for line in found], [line[name] for line in found]
+    """(steps, values) of one key of the log."""
+    lines = [line for line in train if isinstance(line.get(name), int | float)]
+    return [line["step"] for line in lines], [line[name] for line in lines]
 
 
 def loss_series(train: Sequence[dict]) -> dict[str, Series]:
     names = dict.fromkeys(
-        name for line in train for name, value in line.items() if isinstance(value, float) and name not in NO_TERMS
+        name for line in train for name, value in line.items() if isinstance(value, float) and name not in NOT_LOSSES
     )
     return {name: {name: column(train, name)} for name in names}
 
@@ -219,30 +222,30 @@ def policy_series(train: Sequence[dict]) -> dict[str, Series]:
     return {"reward": reward, "entropy of the policy": {"entropy": column(train, "entropy")}}
 
 
-def pace_series(train: Sequence[dict]) -> dict[str, Series]:
+def speed_series(train: Sequence[dict]) -> dict[str, Series]:
     names = {"gradient": "gradient, all", "lr": "learning rate", "images_per_s": "images per second"}
-    found: dict[str, Series] = {title: {title: column(train, name)} for name, title in names.items()}
+    series: dict[str, Series] = {title: {title: column(train, name)} for name, title in names.items()}
     for part in dict.fromkeys(part for line in train for part in line.get("gradients", {})):
         lines = [line for line in train if part in line.get("gradients", {})]
-        found[part] = {part: ([line["step"] for line in lines], [line["gradients"][part] for line in lines])}
-    return found
+        series[part] = {part: ([line["step"] for line in lines], [line["gradients"][part] for line in lines])}
+    return series
 
 
 def chart(series: Mapping[str, Series], caption: str, columns: int = 4) -> str:
-    """Small charts side by side, one per title; those without points are left out."""
+    """A grid of small charts, one per title; those without points are omitted."""
     series = {title: lines for title, lines in series.items() if any(x for x, _ in lines.values())}
     if not series:
         return ""
     rows = -(-len(series) // columns)
-    with charts.figure(WIDTH, 1.6 * rows) as drawn:
-        cells = drawn.subplots(rows, columns, squeeze=False).flat
+    with charts.figure(WIDTH, 1.6 * rows) as figure:
+        cells = figure.subplots(rows, columns, squeeze=False).flat
         for axes, (title, lines) in zip(cells, series.items()):
             charts.curves(axes, lines, marked=False)
             axes.set_title(title, loc="left")
             axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
-        for axes in list(drawn.axes)[len(series) :]:
+        for axes in list(figure.axes)[len(series) :]:
             axes.set_axis_off()
-        return picture(drawn, caption)
+        return picture(figure, caption)
 
 
 def validation_charts(val: Sequence[dict]) -> str:
@@ -258,31 +261,32 @@ def validation_charts(val: Sequence[dict]) -> str:
 
 
 def layer_chart(train: Sequence[dict]) -> str:
-    """Layers that were drawn, and the loss of every layer's map, over the steps."""
+    """Layers used by the [SEG] tokens, and the map loss of every layer, over the steps."""
     tables = {}
     counted = [line for line in train if sum(line.get("layers", []))]
     if counted:
         shares = np.array([line["layers"] for line in counted], dtype=float)
-        tables["% of [SEG] that connected from a layer"] = counted, 100 * shares / shares.sum(1, keepdims=True)
-    lossy = [line for line in train if line.get("map_loss_by_layer")]
-    if lossy:
-        tables["map loss of every layer"] = lossy, np.array([line["map_loss_by_layer"] for line in lossy], dtype=float)
+        tables["% of [SEG] tokens that used a layer"] = counted, 100 * shares / shares.sum(1, keepdims=True)
+    with_losses = [line for line in train if line.get("map_loss_by_layer")]
+    if with_losses:
+        losses = np.array([line["map_loss_by_layer"] for line in with_losses], dtype=float)
+        tables["map loss of every layer"] = with_losses, losses
     if not tables:
         return ""
-    with charts.figure(WIDTH / 2 * len(tables), 2.2) as drawn:
-        for axes, (title, (lines, values)) in zip(drawn.subplots(1, len(tables), squeeze=False)[0], tables.items()):
+    with charts.figure(WIDTH / 2 * len(tables), 2.2) as figure:
+        for axes, (title, (lines, values)) in zip(figure.subplots(1, len(tables), squeeze=False)[0], tables.items()):
             steps, layers = [line["step"] for line in lines], np.arange(values.shape[1])
             shades = axes.pcolormesh(steps, layers, values.T, shading="nearest", cmap="cividis")
             axes.set_title(title, loc="left")
             axes.set(xlabel="step", ylabel="layer")
             axes.yaxis.set_major_locator(MaxNLocator(integer=True))
             axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-            drawn.colorbar(shades, ax=axes, pad=0.02)
-        return picture(drawn, "Which layers [SEG] connected from in training, and how good the maps of all layers are.")
+            figure.colorbar(shades, ax=axes, pad=0.02)
+        return picture(figure, "Layers that [SEG] tokens used in training, and the map loss of all layers.")
 
 
-def picture(drawn: Figure, caption: str) -> str:
-    return inline(charts.png(charts.pixels(drawn, 130), caption), caption)
+def picture(figure: Figure, caption: str) -> str:
+    return inline(charts.png(charts.pixels(figure, 130), caption), caption)
 
 
 def inline(data: bytes, caption: str) -> str:
@@ -295,16 +299,16 @@ def inline(data: bytes, caption: str) -> str:
 
 
 def sheets(folder: Path) -> Iterable[str]:
-    """The validation samples as they were drawn in training: the first, the last, and between them what fits."""
-    drawn = [sorted(each.glob("step_*.png")) for each in sorted((folder / PICTURES).glob("*")) if each.is_dir()]
+    """Validation pictures: the last, the first, and evenly spaced ones between them that fit into ``BUDGET``."""
+    files = [sorted(each.glob("step_*.png")) for each in sorted((folder / PICTURES).glob("*")) if each.is_dir()]
     for most in (4, 3, 2, 1):
-        chosen = [path for paths in drawn for path in pick_steps(paths, most)]
+        chosen = [path for paths in files for path in pick_steps(paths, most)]
         if sum(path.stat().st_size for path in chosen) <= BUDGET:
             break
-    for path in chosen if drawn else ():
+    for path in chosen if files else ():
         yield inline(path.read_bytes(), f"{path.parent.name}, step {int(path.stem.removeprefix('step_'))}")
 
 
 def pick_steps(paths: Sequence[Path], most: int) -> list[Path]:
-    """So many of them, evenly spaced, the last among them."""
-    return list(paths[-1:]) if most == 1 else [paths[place] for place in evenly_spaced(len(paths), most)]
+    """At most ``most`` of the paths, evenly spaced, the last included."""
+    return list(paths[-1:]) if most == 1 else [paths[index] for index in evenly_spaced(len(paths), most)]
