@@ -332,9 +332,7 @@ def load_base(
     llava = formats.renamed(read_folder(Path(version)), rules)
     model = build(base_config(Path(version), Path(vision_tower), shape, llava.keys(), settings), dtype)
     load_strictly(model.visual_model, sam, vision_pretrained)
-    has_tower = any(
-        key.startswith("vision_tower.") for key in llava
-    )  # it may be fine-tuned: it replaces the CLIP folder's
+    has_tower = any(key.startswith("vision_tower.") for key in llava)  # perhaps fine-tuned: it takes precedence
     llava = read_tower(vision_tower) | llava
     load_strictly(model, llava, version, new=("visual_model.", *NEW_PARTS))
     sources = dict.fromkeys(("model", "lm_head", "mm_projector"), version)
