@@ -7,7 +7,7 @@
     print(answer.text)
     answer.masks  # bool [N, H, W], one per [SEG] in the text
 
-Importing this package is cheap: torch and transformers load with the first name that is used.
+Importing this package is cheap: torch and transformers are imported when a name is first used.
 """
 
 from importlib import import_module

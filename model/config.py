@@ -28,7 +28,7 @@ class UGroundConfig(LlavaLlamaConfig, PpmSettings, LossSettings, ExperimentalSet
         **kwargs: the method's settings (``model.settings``, the paper's values as defaults), LLaVA's and LLaMA's.
 
     Raises:
-        ValueError: for settings without a meaning, all of them at once.
+        ValueError: naming every invalid or contradictory setting.
     """
 
     model_type = "uground"
@@ -55,30 +55,34 @@ class UGroundConfig(LlavaLlamaConfig, PpmSettings, LossSettings, ExperimentalSet
 
     @property
     def selection(self) -> layer_rules.LayerRule:
-        """The rule of training."""
+        """The layer rule of training."""
         return layer_rules.parse(self.layer_selection, self.num_hidden_layers + 1, self.candidates, "training")
 
     @property
     def layer_policy(self) -> str:
-        """How ``predict`` chooses layers: the mode of a trained policy, or as in training where that had none."""
+        """The layer rule of ``predict``: ``eval_layer_policy``, or else the one that follows from training."""
         return self.eval_layer_policy or self.selection.at_inference
 
     def layer_rule(self, layer_policy: str | None = None) -> layer_rules.LayerRule:
-        """The rule that ``predict`` is told to take; None = the model's own.
+        """The layer rule that ``layer_policy`` names; None = the model's own.
 
         Raises:
-            ValueError: if there is no such rule, or its argument does not fit the model's layers.
+            ValueError: if the rule is unknown, or its argument does not fit the model's layers.
         """
         return layer_rules.parse(layer_policy or self.layer_policy, self.num_hidden_layers + 1, self.candidates)
 
     @property
     def rewards_all_layers(self) -> bool:
-        """Whether the gate learns from the maps of all layers, not from the chosen one's alone."""
+        """Whether the gate learns from the maps of all layers, not only from the chosen layer's."""
         gate = self.selection.gate
         return gate == "classifier" or (gate == "policy" and self.policy_gradient == "exact")
 
     def check_settings(self) -> None:
-        """Raises ValueError if a setting has no meaning."""
+        """Validates all settings.
+
+        Raises:
+            ValueError: naming every invalid or contradictory setting.
+        """
         method = {name: getattr(self, name) for name in METHOD_FIELDS}
         problems = [*value_problems(method, METHOD_FIELDS)]
         problems = problems or [*contradictions(method, self.num_hidden_layers + 1)]
@@ -91,4 +95,4 @@ class UGroundConfig(LlavaLlamaConfig, PpmSettings, LossSettings, ExperimentalSet
             raise ValueError("; ".join(f"{name}: {text}" for name, text in problems))
 
 
-AutoConfig.register(UGroundConfig.model_type, UGroundConfig, exist_ok=True)  # AutoTokenizer asks for it
+AutoConfig.register(UGroundConfig.model_type, UGroundConfig, exist_ok=True)  # AutoTokenizer looks it up

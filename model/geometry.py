@@ -1,6 +1,6 @@
-"""Where pixels, patches and prompts lie: the sizes of resized images, and maps on grids of patches and pixels.
+"""Geometry of pixels, patches and prompts: sizes of resized images, and maps on grids of patches and pixels.
 
-Legend: n masks or maps, P = h x w image tokens, H, W the image's own size.
+Legend: n masks or maps, P = h x w image tokens, H, W the image's own size. Sizes are in pixels.
 """
 
 from __future__ import annotations
@@ -21,33 +21,37 @@ def resized_size(height: int, width: int, side: int) -> tuple[int, int]:
 
 
 def cropped_size(height: int, width: int, side: int) -> tuple[int, int]:
-    """CLIP's rule: (height, width) after scaling the shortest side to ``side``; the middle of it is cut out."""
+    """CLIP's rule: (height, width) after scaling the shortest side to ``side``, before the centre crop."""
     shortest = min(height, width)
     return (side, int(side * width / shortest)) if height == shortest else (int(side * height / shortest), side)
 
 
 def valid_patches(clip_sizes: Sequence[tuple[int, int]], side: int, patch: int) -> torch.Tensor:
-    """Which patches show the image: those whose top-left pixel lies inside it, [B, P] bool, row-major.
+    """Patches that show the image, not padding: their top-left pixel lies inside it.
 
     Args:
         clip_sizes: per row, the resized (height, width) inside the padded square.
+        side: of the square; patch: side of a patch.
+
+    Returns:
+        [B, P] bool, row-major.
     """
-    start = torch.arange(0, side, patch)
+    starts = torch.arange(0, side, patch)
     sizes = torch.tensor(clip_sizes)
-    rows, columns = start[None] < sizes[:, :1], start[None] < sizes[:, 1:]
+    rows, columns = starts[None] < sizes[:, :1], starts[None] < sizes[:, 1:]
     return (rows[:, :, None] & columns[:, None, :]).flatten(1)
 
 
 def normalise_maps(scores: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
-    """Min-max to [0, 1] per map.
+    """Min-max scaling of each map to [0, 1].
 
     Args:
-        scores: [N, P] similarity scores.
-        valid: [N, P] bool: only these define minimum and maximum, the others become 0. None = all tokens, as in the
+        scores: [..., P] similarities.
+        valid: [..., P] bool: only these define minimum and maximum, the others become 0. None = all tokens, as in the
             released weights.
 
     Returns:
-        [N, P] in [0, 1]; a flat map becomes 0.
+        [..., P] in [0, 1]; a constant map becomes 0.
     """
     if valid is None:
         low, high = scores.amin(-1, keepdim=True), scores.amax(-1, keepdim=True)
@@ -58,18 +62,18 @@ def normalise_maps(scores: torch.Tensor, valid: torch.Tensor | None) -> torch.Te
 
 
 def grid_of(tokens: int) -> tuple[int, int]:
-    """(h, w) of P image tokens: CLIP's input is a square."""
+    """(h, w) of P image tokens. CLIP's input is a square: h = w."""
     side = math.isqrt(tokens)
     return side, side
 
 
 def maps_at(maps: torch.Tensor, side: int, size: tuple[int, int], fit: str = "pad") -> torch.Tensor:
-    """Similarity maps of one image at its own size: grid -> padded square -> crop the padding -> ``size``.
+    """Similarity maps of one image at its own size: grid -> padded square -> padding removed -> ``size``.
 
     Args:
         maps: [n, P] in [0, 1].
         side: of the square, CLIP's input side; size: the image's (H, W).
-        fit: ``crop`` where CLIP saw the middle of the image alone; a map is 0 in what was cut off.
+        fit: ``crop`` where CLIP's input is a centre crop; a map is 0 outside of it.
 
     Returns:
         [n, H, W] float32.
@@ -84,32 +88,32 @@ def maps_at(maps: torch.Tensor, side: int, size: tuple[int, int], fit: str = "pa
 
 
 def margins_cut_off(size: tuple[int, int], side: int) -> tuple[int, int, int, int]:
-    """What CLIP's crop to a square of ``side`` leaves out: left, right, top, bottom, as ``F.pad`` takes it."""
+    """Margins that CLIP's centre crop to ``side`` removes: (left, right, top, bottom), the order of ``F.pad``."""
     height, width = (length - side for length in cropped_size(*size, side))
     return width // 2, width - width // 2, height // 2, height - height // 2
 
 
 def mask_prompts(maps: torch.Tensor, side: int) -> torch.Tensor:
-    """[n, H, W] maps -> [n, 1, side, side] SAM mask prompts: longest side scaled (antialiased), padded with zeros."""
+    """SAM mask prompts [n, 1, side, side] of maps [n, H, W]: longest side scaled (antialiased), padded with zeros."""
     size = resized_size(maps.shape[-2], maps.shape[-1], side)
     small = F.interpolate(maps[:, None], size, mode="bilinear", align_corners=False, antialias=True)
     return F.pad(small, (0, side - size[1], 0, side - size[0]))
 
 
 def on_grid(
-    values: torch.Tensor, keep: torch.Tensor, side: int, grid: tuple[int, int]
+    values: torch.Tensor, valid: torch.Tensor, side: int, grid: tuple[int, int]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Masks as the similarity map's patches see them: scaled into the padded square, averaged per patch.
+    """Masks at the resolution of a similarity map: scaled into the padded square, averaged per patch.
 
     Args:
-        values, keep: [n, H, W], a mask and which of its pixels count.
-        side: of the square in pixels; grid: (h, w) of its patches.
+        values, valid: [n, H, W], masks and their valid (not ignored) pixels.
+        side: of the square; grid: (h, w) of its patches.
 
     Returns:
-        [n, h, w] means over the pixels that count, and the share of a patch that these are (0 in the padding).
+        [n, h, w] means over valid pixels, and [n, h, w] shares of a patch that are valid (0 in the padding).
     """
     height, width = resized_size(values.shape[-2], values.shape[-1], side)
-    both = torch.stack([values * keep, keep.expand_as(values).to(values.dtype)], 1)
-    small = F.interpolate(both, (height, width), mode="area")
+    stacked = torch.stack([values * valid, valid.expand_as(values).to(values.dtype)], 1)
+    small = F.interpolate(stacked, (height, width), mode="area")
     pooled = F.adaptive_avg_pool2d(F.pad(small, (0, side - width, 0, side - height)), grid)
     return pooled[:, 0] / pooled[:, 1].clamp(min=EPSILON), pooled[:, 1]

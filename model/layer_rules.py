@@ -1,8 +1,8 @@
-"""Layer rules: which layer's hidden state and similarity map a [SEG] token uses. ``RULES`` is the one table of them.
+"""Layer rules: which layer's hidden state and similarity map a [SEG] token uses. ``RULES`` is the table of them.
 
-``layer_selection`` names a rule for training, ``layer_policy`` one for inference, as do chat's ``/layer`` and the
-dashboard's menu. Help texts come from here, and ``python -m model.layer_rules`` prints the table. A new rule is one
-class and its place in ``RULES``.
+``layer_selection`` names a rule for training; ``layer_policy``, chat's ``/layer`` and the dashboard's menu name one for
+inference. Help texts are built from the table, and ``python -m model.layer_rules`` prints it. To add a rule, write one
+class and add it to ``RULES``.
 
 Legend: N [SEG] tokens, L hidden states (embeddings first).
 """
@@ -22,14 +22,15 @@ EITHER: tuple[Use, ...] = ("training", "inference")
 
 @dataclass(frozen=True)
 class LayerRule:
-    """One rule with its argument; a subclass is a row of the table. What it does not say is as for the policy's mode.
+    """A rule with its argument; a subclass is a row of the table. Defaults are those of the policy's mode (``argmax``).
 
     Attributes:
-        name: as users write it; argument: what stands behind its colon (``K``, ``A-B``), a whole number for each field.
-        help: what it does, for ``--help`` and the table.
-        uses: where it may be named.
-        gate: what trains the gate where this rule trains, if anything does: the objective's term ``policy`` or
-            ``classifier``, or the ``masks`` through the weights.
+        name: as users write it.
+        argument: as help texts spell it after the colon (``K``, ``A-B``); an integer per field.
+        help: the layer that is used, for ``--help`` and the table.
+        uses: ``training``, ``inference`` or both.
+        gate: what trains the gate in training with this rule: the objective's term ``policy`` or ``classifier``, the
+            ``masks`` (through ``weights``), or nothing.
     """
 
     name: ClassVar[str]
@@ -39,31 +40,35 @@ class LayerRule:
     gate: ClassVar[Gate] = ""
 
     def __str__(self) -> str:
-        numbers = "-".join(str(getattr(self, field.name)) for field in fields(self))
-        return f"{self.name}:{numbers}" if numbers else self.name
+        argument = "-".join(str(getattr(self, field.name)) for field in fields(self))
+        return f"{self.name}:{argument}" if argument else self.name
 
     @classmethod
     def spelling(cls) -> str:
-        """``last``, ``fixed:K``."""
+        """The rule with its argument's letters: ``last``, ``fixed:K``."""
         return f"{cls.name}:{cls.argument}" if cls.argument else cls.name
 
     @classmethod
     def match(cls, text: str) -> LayerRule | None:
-        """The rule that ``text`` spells, if it is this one."""
-        numbers = "-".join([r"(-?\d+)"] * len(fields(cls)))
-        found = re.fullmatch(f"{cls.name}:{numbers}" if numbers else cls.name, text, re.ASCII)
-        return cls(*map(int, found.groups())) if found else None
+        """``text`` as an instance of this rule; None if it names another one."""
+        pattern = "-".join([r"(-?\d+)"] * len(fields(cls)))
+        matched = re.fullmatch(f"{cls.name}:{pattern}" if pattern else cls.name, text, re.ASCII)
+        return cls(*map(int, matched.groups())) if matched else None
 
     @classmethod
     def examples(cls, num_layers: int) -> list[LayerRule]:
-        """What a menu offers."""
+        """Instances that a menu offers for a model of ``num_layers`` layers."""
         return [cls()]
 
     def check(self, num_layers: int | None, candidates: range | None) -> None:
-        """Raises ValueError if the argument has no meaning, or none for a model of so many layers and candidates."""
+        """Checks the argument; None = not known.
+
+        Raises:
+            ValueError: if the argument is out of range, for any model or for these layers and candidates.
+        """
 
     def choose(self, log_policy: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        """One layer per [SEG]; for a rule that fuses layers the one of the largest weight, to be reported.
+        """One layer per [SEG]; for a rule that fuses layers, the one with the largest weight, which is reported.
 
         Args:
             log_policy: [N, L], -inf for layers that are no candidates.
@@ -75,21 +80,21 @@ class LayerRule:
         return log_policy.argmax(-1)
 
     def weights(self, log_policy: torch.Tensor) -> torch.Tensor | None:
-        """[N, L] weights of a rule that fuses layers, rows sum up to 1; None for one that chooses a single layer."""
+        """[N, L] weights of a rule that fuses layers, rows sum to 1; None for a rule that chooses one layer."""
         return None
 
     @property
     def samples(self) -> int:
-        """How many sampled layers the mask is the mean of; 0 = the mask is that of one choice."""
+        """T, the number of sampled layers that the mask is the mean of; 0 = the mask of a single choice."""
         return 0
 
     @property
     def at_inference(self) -> str:
-        """The rule that inference takes after training with this one."""
+        """The rule of inference after training with this one."""
         return str(self)
 
     def words(self, layer: int) -> str:
-        """Where a mask comes from, for a person; ``layer`` is the one reported."""
+        """The source of a mask in words, for a person; ``layer`` is the reported one."""
         return f"layer {layer}"
 
 
@@ -125,7 +130,7 @@ class LastLayer(LayerRule):
     help = "the last layer"
 
     def choose(self, log_policy: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        return _every(log_policy, log_policy.shape[1] - 1)
+        return _constant(log_policy, log_policy.shape[1] - 1)
 
 
 @dataclass(frozen=True)
@@ -153,7 +158,7 @@ class FixedLayer(LayerRule):
         _check_layer(self.layer, num_layers)
 
     def choose(self, log_policy: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        return _every(log_policy, self.layer)
+        return _constant(log_policy, self.layer)
 
 
 @dataclass(frozen=True)
@@ -173,7 +178,7 @@ class SoftGating(LayerRule):
 
 @dataclass(frozen=True)
 class GateClassifier(SoftGating):
-    """Soft gating by a classifier of the best layer (appendix B.1), which its cross-entropy alone trains."""
+    """Soft gating by a classifier of the best layer (appendix B.1); its cross-entropy alone trains the gate."""
 
     name = "ce_soft"
     help = "all layers, weighted by the policy, which trains as a classifier of the best layer (appendix B.1)"
@@ -204,7 +209,7 @@ class MonteCarloMean(PolicySample):
 
 @dataclass(frozen=True)
 class PolicyBlend(LayerRule):
-    """Soft gating over a few layers: 1 is the policy's mode, all candidates are ``soft``."""
+    """Soft gating over a few layers: K = 1 is ``argmax``, K = all candidates is ``soft``."""
 
     count: int = 3
 
@@ -278,11 +283,11 @@ def parse(
     """``"fixed:3"`` -> ``FixedLayer(3)``.
 
     Args:
-        num_layers: L, and candidates: the layers that the policy can choose, of the model that is meant; None = any.
+        num_layers: L of the model; candidates: the layers that its policy can choose. None = not known.
+        use: where the rule is used.
 
     Raises:
-        ValueError: for a rule that there is not, or not for this use; for a layer outside [0, num_layers), or fewer
-            than one Monte-Carlo sample.
+        ValueError: if the rule is unknown or not for this use, or its argument out of range.
     """
     for kind in rules_for(use):
         if (rule := kind.match(text)) is not None:
@@ -292,11 +297,12 @@ def parse(
 
 
 def rules_for(use: Use) -> list[type[LayerRule]]:
+    """Rows of the table that may be named in this use."""
     return [kind for kind in RULES if use in kind.uses]
 
 
 def names(use: Use) -> str:
-    """``argmax, sample, ..., mc:T``, for messages."""
+    """``argmax, sample, ..., mc:T``, for error messages."""
     return ", ".join(kind.spelling() for kind in rules_for(use))
 
 
@@ -306,13 +312,13 @@ def describe(use: Use) -> str:
 
 
 def menu(num_layers: int) -> list[str]:
-    """Rules to choose from at inference, those of which there are many (each layer) last."""
-    offers = sorted((kind.examples(num_layers) for kind in rules_for("inference")), key=len)
-    return [str(rule) for some in offers for rule in some]
+    """Rules of inference to choose from; those with many instances (``fixed:K`` of each layer) come last."""
+    examples = sorted((kind.examples(num_layers) for kind in rules_for("inference")), key=len)
+    return [str(rule) for rules in examples for rule in rules]
 
 
 def table() -> str:
-    """All rules in Markdown."""
+    """All rules as a Markdown table."""
     rows = ["| rule | layer | in training | at inference |", "|---|---|---|---|"]
     for kind in RULES:
         training, inference = ("yes" if use in kind.uses else "no" for use in EITHER)
@@ -320,7 +326,8 @@ def table() -> str:
     return "\n".join(rows)
 
 
-def _every(log_policy: torch.Tensor, layer: int) -> torch.Tensor:
+def _constant(log_policy: torch.Tensor, layer: int) -> torch.Tensor:
+    """[N] times ``layer``."""
     return torch.full(log_policy.shape[:1], layer, dtype=torch.int64, device=log_policy.device)
 
 

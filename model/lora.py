@@ -1,4 +1,4 @@
-"""Which modules LoRA adapts and which train in full: the one copy that training and merging share."""
+"""The modules that LoRA adapts and those that train in full, for training and merging."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LORA_TARGETS = r"model\.layers\.\d+\.self_attn\.({names})"  # the language model
 
 
 def part_of(name: str) -> str:
-    """The part of the model that a parameter belongs to, for reports and gradient norms."""
+    """Name of the model's part that a parameter belongs to, for reports and gradient norms."""
     if "lora_" in name:
         return "lora"
     parts = {
@@ -35,7 +35,7 @@ def part_of(name: str) -> str:
 def trains_in_full(name: str, config) -> bool:
     """Whether a parameter trains beside LoRA: phi, SAM's prompt encoder and mask decoder, embeddings, lm_head, gate.
 
-    Parts that the settings never reach stay frozen: a trainable parameter without gradient would only mislead.
+    Parts that the settings leave unused stay frozen: parameters without a gradient are not counted as trainable.
     """
     part = part_of(name)
     if part == "phi":
@@ -54,11 +54,15 @@ def trains_in_full(name: str, config) -> bool:
 def add_lora(
     model: PreTrainedModel, r: int, alpha: int = 16, dropout: float = 0.05, targets: str = "q_proj,v_proj"
 ) -> PreTrainedModel | PeftModel:
-    """Wraps the model with LoRA on the language model's projections and sets what trains.
+    """Wraps the model with LoRA on the language model's projections, and sets ``requires_grad`` of all parameters.
 
     Args:
-        r: rank; 0 = no adapters (only the parts that train in full).
+        r: rank; 0 = no LoRA (only the parts that train in full).
+        alpha, dropout: of LoRA, as in peft.
         targets: comma-separated projections of LLaMA's attention.
+
+    Returns:
+        the ``PeftModel``, or ``model`` itself with r = 0.
 
     Raises:
         ValueError: if a target names no module of the language model.
@@ -72,29 +76,29 @@ def add_lora(
         pattern = LORA_TARGETS.format(names="|".join(names))
         config = LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=pattern, bias="none")
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")  # peft asks for it by its old name
+            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")  # peft uses a deprecated name
             adapted = get_peft_model(model, config)
     set_trainable(adapted)
     return adapted
 
 
 def base_of(model: nn.Module) -> UGroundForCausalLM:
-    """The model that LoRA is wrapped around, or the model itself where there is none."""
+    """The model inside a ``PeftModel``, or the model itself without LoRA."""
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     return base
 
 
 def set_trainable(model: nn.Module) -> None:
-    """Sets ``requires_grad`` of every parameter."""
+    """Sets ``requires_grad`` of every parameter: LoRA's, and those of ``trains_in_full``."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad = "lora_" in name or trains_in_full(name, model.config)
 
 
 def parameters_by_part(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """Part -> the number of its parameters, and of those among them that train."""
+    """Part -> (number of its parameters, number of its trainable parameters)."""
     counts: dict[str, tuple[int, int]] = {}
     for name, parameter in model.named_parameters():
-        total, trained = counts.get(part_of(name), (0, 0))
-        size = parameter.numel()
-        counts[part_of(name)] = total + size, trained + size * parameter.requires_grad
+        part, size = part_of(name), parameter.numel()
+        total, trained = counts.get(part, (0, 0))
+        counts[part] = total + size, trained + size * parameter.requires_grad
     return counts

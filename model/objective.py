@@ -1,6 +1,7 @@
-"""The training objective (Eq. 5, 7, 8, 9): masks and maps against the ground truth, rewards, and the gate's loss.
+"""The training objective (Eq. 5, 7, 8, 9): losses of masks and maps, rewards, and the gate's loss.
 
-Legend: N [SEG] tokens, L hidden states, P image tokens, M learned tokens, N_b masks of row b.
+Legend: N [SEG] tokens, L hidden states, P image tokens, M tokens of answers, V vocabulary size, N_b masks of row b,
+n masks of one image or a part of them.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from model.structures import Batch
 
 EPSILON = 1e-6
 SoftTarget = tuple[torch.Tensor, torch.Tensor]  # one image's M_sigma [n, H, W], and the weight [n] of its positives
-MAP_LOSSES = {  # a constraint of Table 7 -> its term
+MAP_LOSSES = {  # constraint of Table 7 -> name of its term
     "gaussian_bce": "map_bce",
     "gaussian_dice": "map_dice",
     "bce": "map_hard_bce",
@@ -28,19 +29,19 @@ MAP_LOSSES = {  # a constraint of Table 7 -> its term
 
 @dataclass
 class UGroundOutput:
-    """What a training step computes.
+    """Output of a training step's forward pass.
 
     Attributes:
         loss: the weighted sum of Eq. 9.
         terms: named, unweighted terms (text, mask_bce, mask_dice, map_bce, map_dice; map_hard_bce, map_hard_dice,
-            policy, classifier, critic where the settings have them) and figures to log (reward, baseline, entropy,
-            map_iou), 0-d and detached. Divided by ``Batch.counts``: the mean over the micro steps and ranks of an
-            optimizer step is the value.
+            policy, classifier, critic where the settings have them) and metrics to log (reward, baseline, entropy,
+            map_iou), 0-d and detached. Normalised by ``Batch.counts``: their mean over the micro steps and ranks of an
+            optimizer step is the step's value.
         mask_logits, maps: per row [N_b, H, W], SAM's logits and the similarity maps in [0, 1] at the original size.
         layers: [N] chosen hidden state; policy: [N, L] distribution; rewards: [N].
-        has_masks: 0-d, 1.0 if the optimizer step has a mask; without one, all terms but text are 0 and mean nothing.
+        has_masks: 0-d, 1.0 if the optimizer step has a mask; without one, all terms but text are 0 and meaningless.
         layer_losses: [L] map_bce + map_dice of every layer's map at its own resolution, normalised like the terms;
-            where it was asked for, or the gate learns from all layers.
+            None unless requested (``all_layers``) or needed by a gate that learns from all layers.
     """
 
     loss: torch.Tensor
@@ -55,7 +56,7 @@ class UGroundOutput:
 
 
 class Objective:
-    """What ``UGroundForCausalLM`` minimises. It holds no parameters of its own; the gate's are in ``ppm``."""
+    """The loss of ``UGroundForCausalLM``. It holds no parameters of its own; the gate's are in ``ppm``."""
 
     def __init__(self, config: UGroundConfig, ppm: PolicyPromptedMasking) -> None:
         self.config, self.ppm = config, ppm
@@ -70,24 +71,28 @@ class Objective:
         log_policy: torch.Tensor,
         layer_maps: torch.Tensor | None = None,
     ) -> UGroundOutput:
-        """Eq. 9 with every term divided by its count in the whole optimizer step (``Batch.counts``), so that averaging
-        over ranks and micro steps gives the same gradient as one process with all samples at once.
+        """Computes Eq. 9.
+
+        Every term is divided by its count in the whole optimizer step (``Batch.counts``), so that averaging over ranks
+        and micro steps gives the gradient of one process with all samples at once.
 
         Args:
-            logits: [M, V]; layers: [N]; log_policy: [N, L].
-            layer_maps: [N, L, P] in [0, 1], detached; where all layers are looked at.
+            logits: [M, V] of the answers' tokens.
+            mask_logits, maps: per row [N_b, H, W], SAM's logits and the similarity maps in [0, 1].
+            layers: [N] chosen layers; log_policy: [N, L].
+            layer_maps: [N, L, P] in [0, 1], detached: all layers' maps, for ``layer_losses`` and gates that need them.
         """
         config = self.config
-        soft = [self.soft_target(masks) for masks in batch.masks]
-        per_mask, present = self.mask_terms(batch.masks, mask_logits, maps, soft)
+        soft_targets = [self.soft_target(masks) for masks in batch.masks]
+        per_mask, present = self.mask_terms(batch.masks, mask_logits, maps, soft_targets)
         rewards = _reward(per_mask, config.reward_terms).detach()
         if config.reward == "batch":
             rewards = (rewards * present).sum().expand(len(rewards))
-        of_layers = None if layer_maps is None else self.layer_terms(batch.masks, soft, layer_maps)
+        layer_terms = None if layer_maps is None else self.layer_terms(batch.masks, soft_targets, layer_maps)
         layer_rewards = None
-        if config.rewards_all_layers and of_layers is not None:
-            by_overlap = config.selection.gate == "classifier"
-            layer_rewards = _reward(of_layers, "iou" if by_overlap else config.reward_terms)
+        if config.rewards_all_layers and layer_terms is not None:
+            is_classifier = config.selection.gate == "classifier"
+            layer_rewards = _reward(layer_terms, "iou" if is_classifier else config.reward_terms)
         per_mask |= self.gate_terms(rewards, layers, log_policy, layer_rewards)
         per_mask["entropy"] = -(log_policy.exp() * log_policy.clamp(min=-1e4)).sum(-1)
 
@@ -97,23 +102,23 @@ class Objective:
         terms = {name: (value * present).sum() / counts[1] for name, value in per_mask.items()}
         loss = self._weighted(text, terms)
         layer_losses = None
-        if of_layers is not None:
-            layer_losses = -(_reward(of_layers, "both") * present[:, None]).sum(0) / counts[1]
+        if layer_terms is not None:
+            layer_losses = -(_reward(layer_terms, "both") * present[:, None]).sum(0) / counts[1]
 
-        figures = {"reward": (rewards * present).sum() / counts[1], "baseline": self.ppm.baseline.clone()}
-        terms = {name: value.detach() for name, value in {"text": text, **terms, **figures}.items()}
+        metrics = {"reward": (rewards * present).sum() / counts[1], "baseline": self.ppm.baseline.clone()}
+        terms = {name: value.detach() for name, value in {"text": text, **terms, **metrics}.items()}
         policy = log_policy.detach().exp()
         return UGroundOutput(loss, terms, mask_logits, maps, layers, policy, rewards, has_masks, layer_losses)
 
     def _weighted(self, text: torch.Tensor, terms: dict[str, torch.Tensor]) -> torch.Tensor:
-        """The sum of Eq. 9."""
+        """The weighted sum of Eq. 9, 0-d, from 0-d terms."""
         config = self.config
         weights = {"bce": config.bce_loss_weight, "dice": config.dice_loss_weight}
         mask = weights["bce"] * terms["mask_bce"] + weights["dice"] * terms["mask_dice"]
         loss = config.text_loss_weight * text + config.mask_loss_weight * mask
         if config.map_terms:
-            chosen = [name for name in MAP_LOSSES if name in config.map_terms]
-            maps = sum(weights[name.rpartition("_")[-1]] * terms[MAP_LOSSES[name]] for name in chosen)
+            constraints = [name for name in MAP_LOSSES if name in config.map_terms]
+            maps = sum(weights[name.rpartition("_")[-1]] * terms[MAP_LOSSES[name]] for name in constraints)
             loss = loss + config.map_loss_weight * maps
         for name in ("policy", "classifier"):
             if name in terms:
@@ -131,15 +136,25 @@ class Objective:
         log_policy: torch.Tensor,
         layer_rewards: torch.Tensor | None,
     ) -> dict[str, torch.Tensor]:
-        """What the gate and the critic learn from, [N] each by name. Every rank must call this: it communicates."""
+        """Losses of the gate (Eq. 5, or the classifier of appendix B.1) and of the critic.
+
+        A collective operation: every rank must call it, also one without [SEG].
+
+        Args:
+            rewards, layers: [N]; log_policy: [N, L].
+            layer_rewards: [N, L] for a gate that learns from all layers; None = from ``rewards``.
+
+        Returns:
+            ``policy``, ``classifier`` and ``critic``, those that the settings have, [N] each.
+        """
         config, gate, terms = self.config, self.config.selection.gate, {}
-        each, advantage = torch.arange(len(layers), device=layers.device), rewards
-        if config.baseline == "average":  # is logged, also where the gate learns nothing from it
+        index, advantage = torch.arange(len(layers), device=layers.device), rewards
+        if config.baseline == "average":  # updated and logged even where the gate does not use it
             advantage = self.ppm.advantage(rewards)
         if layer_rewards is not None:
             if gate == "classifier":
                 best = layer_rewards.masked_fill(log_policy.isinf(), -torch.inf).argmax(-1)
-                terms["classifier"] = -log_policy[each, best]
+                terms["classifier"] = -log_policy[index, best]
             else:
                 terms["policy"] = -(log_policy.exp() * layer_rewards).sum(-1)
         elif gate == "policy":
@@ -149,7 +164,7 @@ class Objective:
                 advantage = rewards - expected.detach()
             if config.scale_advantage:
                 advantage = self.ppm.scaled(advantage)
-            terms["policy"] = -advantage * log_policy[each, layers]
+            terms["policy"] = -advantage * log_policy[index, layers]
         return terms
 
     def mask_terms(
@@ -159,7 +174,12 @@ class Objective:
         maps: list[torch.Tensor],
         soft_targets: list[SoftTarget] | None = None,
     ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        """Per-mask losses [N] by name, and [N] 1.0 for targets that are not empty (others take no loss)."""
+        """Losses per mask: [N] by name, and [N] float32, 1.0 for targets that are not empty (others have no loss).
+
+        Args:
+            targets: per image [N_b, H, W] uint8; mask_logits, maps: as many, SAM's logits and the similarity maps.
+            soft_targets: of ``soft_target``, per image; None = computed here.
+        """
         soft_targets = soft_targets or [self.soft_target(target) for target in targets]
         collected: dict[str, list[torch.Tensor]] = {}
         present = []
@@ -168,13 +188,13 @@ class Objective:
             if {"bce", "dice"} & set(self.config.map_terms):
                 hard_weight = self._positive_weight((target == 1).float())
             inputs = (predicted, similarity, target, soft, weight, hard_weight)
-            parts = list(zip(*(each.split(losses.masks_at_once(target)) for each in inputs), strict=True))
+            parts = list(zip(*(tensor.split(losses.masks_at_once(target)) for tensor in inputs), strict=True))
             for part in parts:
                 if len(parts) == 1:
-                    found = self._terms_of(*part)
-                else:  # large photographs: the backward pass computes a part's values anew
-                    found = checkpoint(self._terms_of, *part, use_reentrant=False, preserve_rng_state=False)
-                for name, values in found.items():
+                    terms = self._terms_of(*part)
+                else:  # large photographs: the backward pass recomputes a part's values
+                    terms = checkpoint(self._terms_of, *part, use_reentrant=False, preserve_rng_state=False)
+                for name, values in terms.items():
                     collected.setdefault(name, []).append(values)
             present.append((target == 1).flatten(1).any(1).float())
         return {name: torch.cat(values) for name, values in collected.items()}, torch.cat(present)
@@ -188,57 +208,64 @@ class Objective:
         weight: torch.Tensor,
         hard_weight: torch.Tensor,
     ) -> dict[str, torch.Tensor]:
-        """The losses [n] of one image's masks: logits, maps, targets and soft targets [n, H, W], and the weights [n] of
-        the positives of soft and hard targets."""
-        config, keep = self.config, target != losses.IGNORE
-        found = {
+        """Losses [n] by name of one image's masks.
+
+        Args:
+            predicted, similarity: [n, H, W] mask logits and maps; target: [n, H, W] uint8; soft: [n, H, W] M_sigma.
+            weight, hard_weight: [n] weights of the positives of soft and hard targets.
+        """
+        config, valid = self.config, target != losses.IGNORE
+        terms = {
             "mask_bce": losses.mask_bce(predicted, target),
             "mask_dice": losses.mask_dice(predicted, target),
-            "map_bce": losses.map_bce(similarity, soft, weight, keep),
-            "map_dice": losses.map_dice(similarity, soft, weight, keep),
+            "map_bce": losses.map_bce(similarity, soft, weight, valid),
+            "map_dice": losses.map_dice(similarity, soft, weight, valid),
         }
         if {"bce", "dice"} & set(config.map_terms):
             hard = (target == 1).float()
-            found["map_hard_bce"] = losses.map_bce(similarity, hard, hard_weight, keep)
-            found["map_hard_dice"] = losses.map_dice(similarity, hard, hard_weight, keep)
+            terms["map_hard_bce"] = losses.map_bce(similarity, hard, hard_weight, valid)
+            terms["map_hard_dice"] = losses.map_dice(similarity, hard, hard_weight, valid)
         if config.reward_terms == "iou":
-            found["map_iou"] = losses.map_iou(similarity.detach(), (target == 1).float(), keep)
-        return found
+            terms["map_iou"] = losses.map_iou(similarity.detach(), (target == 1).float(), valid)
+        return terms
 
     def soft_target(self, target: torch.Tensor) -> SoftTarget:
         """M_sigma [n, H, W] of one image's masks, and the weight [n] of its positives."""
         soft = losses.soften(target, self.config.gaussian_kernel, self.config.gaussian_sigma)
         return soft, self._positive_weight(soft)
 
-    def _positive_weight(self, soft: torch.Tensor) -> torch.Tensor:
-        return losses.positive_weight(soft, shared=self.config.positive_weight == "image")
+    def _positive_weight(self, targets: torch.Tensor) -> torch.Tensor:
+        return losses.positive_weight(targets, shared=self.config.positive_weight == "image")
 
     def map_losses(self, targets: list[torch.Tensor], layer_maps: torch.Tensor) -> torch.Tensor:
-        """map_bce + map_dice of every layer's map, which ``layer_losses`` are means of: [N, L] (Fig. 2b).
+        """map_bce + map_dice of every layer's map (Fig. 2b): [N, L]; their means are the ``layer_losses``.
 
         Args:
             targets: per image [n, H, W] uint8; layer_maps: [N, L, P] in [0, 1].
         """
-        soft = [self.soft_target(masks) for masks in targets]
-        return -_reward(self.layer_terms(targets, soft, layer_maps), "both")
+        soft_targets = [self.soft_target(masks) for masks in targets]
+        return -_reward(self.layer_terms(targets, soft_targets, layer_maps), "both")
 
     @torch.no_grad()
     def layer_terms(
         self, targets: list[torch.Tensor], soft_targets: list[SoftTarget], layer_maps: torch.Tensor
     ) -> dict[str, torch.Tensor]:
-        """What rewards are made of, for all layers' maps [N, L, P] at the map's own resolution -> [N, L] by name.
+        """Terms of the reward for all layers' maps, at the map's own resolution: [N, L] by name.
 
-        The targets are brought to P patches instead of L x N maps to the image's size: a few thousand numbers per
-        [SEG], where one map at its image's size has hundreds of thousands.
+        The targets are reduced to P patches instead of enlarging L x N maps to the image's size: a few thousand values
+        per [SEG], where one map at the image's size has hundreds of thousands.
+
+        Args:
+            targets: per image [n, H, W] uint8; soft_targets: of ``soft_target``; layer_maps: [N, L, P] in [0, 1].
         """
         config, grid = self.config, grid_of(layer_maps.shape[-1])
         side, num_layers = config.map_side or config.clip_side, layer_maps.shape[1]
-        found: dict[str, list[torch.Tensor]] = {}
+        collected: dict[str, list[torch.Tensor]] = {}
         rows = layer_maps.split([len(masks) for masks in targets])
         for target, (soft, weight), maps in zip(targets, soft_targets, rows):
-            keep, hard = target != losses.IGNORE, (target == 1).float()
-            soft, share = on_grid(soft, keep, side, grid)
-            hard, _ = on_grid(hard, keep, side, grid)
+            valid, hard = target != losses.IGNORE, (target == 1).float()
+            soft, share = on_grid(soft, valid, side, grid)
+            hard, _ = on_grid(hard, valid, side, grid)
             soft, hard, share, weight = (v.repeat_interleave(num_layers, 0) for v in (soft, hard, share, weight))
             flat = maps.reshape(-1, *grid)
             terms = {
@@ -247,12 +274,12 @@ class Objective:
                 "map_iou": losses.map_iou(flat, hard, share),
             }
             for name, values in terms.items():
-                found.setdefault(name, []).append(values.view(-1, num_layers))
-        return {name: torch.cat(values) for name, values in found.items()}
+                collected.setdefault(name, []).append(values.view(-1, num_layers))
+        return {name: torch.cat(values) for name, values in collected.items()}
 
 
 def _reward(terms: dict[str, torch.Tensor], kind: str) -> torch.Tensor:
-    """What maps are rewarded for (Table 8)."""
+    """The reward of maps, of the shape of its terms (``reward_terms``, Table 8)."""
     if kind == "iou":
         return terms["map_iou"]
     if kind == "both":

@@ -1,4 +1,4 @@
-"""A model and its processor, opened together: asking them, and what both must be told."""
+"""A loaded model with its processor: ``ask`` and ``predict``, and the cache of SAM's features."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ from model.UGround import UGroundForCausalLM
 
 @dataclass
 class Opened:
-    """A model ready to be asked, as ``model.load`` gives it.
+    """A loaded model with its processor, as ``model.load`` returns it.
 
     Attributes:
-        device: where it computes; precision: in what, such as ``bf16`` or ``bf16, 4bit``.
-        fingerprint: of its weights as they were loaded, before they were quantized.
+        device: such as ``cuda``; precision: such as ``bf16`` or ``bf16, 4bit``.
+        fingerprint: of the weights as loaded, before quantization.
         kind: of the folder: ``merged``, ``adapter``, ``released`` or ``base`` (see ``kind_of``).
-        folder: that it was loaded from; sources: of each module, where its weights came from.
+        folder: the folder that was loaded.
+        sources: module -> source of its weights.
     """
 
     model: UGroundForCausalLM
@@ -37,7 +38,7 @@ class Opened:
     sources: dict[str, str]
 
     def report(self) -> list[Loaded]:
-        """The loading report: of each module its source, size, dtype and fingerprint."""
+        """The loading report: source, size, dtype and fingerprint of each module."""
         return report(self.model, self.sources)
 
     @overload
@@ -63,26 +64,26 @@ class Opened:
         max_new_tokens: int = 64,
         seed: int = 0,
     ) -> Prediction | list[Prediction]:
-        """Answers one question about an image, or several, each by itself: text, and a mask per ``[SEG]`` in it.
+        """Answers one or several independent questions about an image: text, and a mask per ``[SEG]`` in it.
 
-        The image is encoded once for all of its questions. ``utils.inference.session.ImageSession`` holds a
-        conversation instead, and writes token by token.
+        The image is encoded once for all questions. For a conversation, or for text while it is generated, see
+        ``utils.inference.session.ImageSession``.
 
         Args:
-            image: uint8 [H, W, 3] RGB, a PIL image, or the path of an image file. The latter two are turned upright as
-                their EXIF data say.
-            prompt: what to look for, or to ask: "Where is the red star?"
-            layer_policy: layer whose hidden state (and similarity map) a ``[SEG]`` uses: ``argmax``,
+            image: uint8 [H, W, 3] RGB, a PIL image, or the path of an image file. The latter two are rotated by their
+                EXIF orientation.
+            prompt: a question ("Where is the red star?"), or a list of them.
+            layer_policy: rule for the layer whose hidden state and similarity map a ``[SEG]`` uses: ``argmax``,
                 ``fixed:K``, ``mc:T``, ... (``python -m model.layer_rules`` prints all). None = the model's own.
             max_new_tokens: longest answer.
             seed: of sampled layers.
 
         Returns:
-            A prediction per prompt, in their order: ``text``, ``masks`` (bool [N, H, W] at the image's size, N = 0 if
-            nothing was found), their ``mask_logits``, and the ``layers`` that were chosen.
+            The prediction, or one per prompt in a list: ``text``, ``masks`` (bool [N, H, W] at the image's size; N = 0
+            if the answer has no ``[SEG]``), their ``mask_logits``, and the chosen ``layers``.
 
         Raises:
-            ValueError: if the image cannot be read, a prompt is empty or longer than the model reads, or the layer
+            ValueError: if the image cannot be read, a prompt is empty or longer than the model's limit, or the layer
                 policy is unknown.
         """
         prompts = [prompt] if isinstance(prompt, str) else prompt
@@ -99,12 +100,12 @@ class Opened:
 
 
 def cache_sam_features(model: UGroundForCausalLM, processor: UGroundProcessor, folder: str, gigabytes: float) -> None:
-    """From now on SAM's image embeddings are kept in a folder (``--sam_feature_cache``).
+    """Enables the cache of SAM's image embeddings in a folder (``--sam_feature_cache``).
 
-    The model needs to be told, and so does the processor, whose batches then name their images.
+    It takes both parts: the model looks embeddings up, and the processor hashes the images of its batches.
 
     Raises:
-        ValueError: if the folder cannot be made or written to, or may hold nothing.
+        ValueError: if the folder cannot be created or written to, or ``gigabytes`` is not positive.
     """
     encoder = model.visual_model.image_encoder
     model.visual_model.cache = FeatureCache(folder, gigabytes, fingerprint(encoder.state_dict().values()))
@@ -119,11 +120,14 @@ def predict(
     sample_ids: Sequence[int] | None = None,
     **options,
 ) -> list[list[Prediction]]:
-    """Asks every question about every image: [image][question] predictions with their text.
+    """Answers every question about every image: [image][question] predictions with their text.
 
     Args:
         images, turns, sample_ids: of ``UGroundProcessor.prompts``.
         options: of ``UGroundForCausalLM.predict`` (layer_policy, max_new_tokens, seed, on_token).
+
+    Raises:
+        ValueError: as ``UGroundProcessor.prompts`` and ``UGroundForCausalLM.predict``.
     """
     was_training = model.training
     model.eval()
@@ -134,7 +138,7 @@ def predict(
 
 
 def with_text(predictions: list[list[Prediction]], processor: UGroundProcessor) -> list[list[Prediction]]:
-    """Decodes what was said into each prediction's ``text``."""
+    """The predictions, with ``text`` decoded in place from their ``token_ids``."""
     for row in predictions:
         for prediction in row:
             prediction.text = processor.decode(prediction.token_ids)

@@ -1,4 +1,7 @@
-"""Points from similarity maps, as prompts for SAM (READ). Legend: N [SEG] tokens, P = grid x grid image tokens."""
+"""Points from similarity maps, as prompts for SAM (READ).
+
+Legend: N [SEG] tokens, P = grid x grid image tokens.
+"""
 
 from __future__ import annotations
 
@@ -7,56 +10,57 @@ from torch.nn import functional as F
 
 from model.geometry import grid_of, margins_cut_off, normalise_maps, resized_size
 
-READ_POINTS = {"read_7b": (0.8, 2), "read_13b": (0.6, 1)}  # what is high in a map; how much the map shrinks first
-READ_LOW = 0.2
+READ_POINTS = {"read_7b": (0.8, 2), "read_13b": (0.6, 1)}  # foreground threshold; downscaling of the map before it
+READ_LOW = 0.2  # background threshold
 
 
 def map_points(scores: torch.Tensor, valid: torch.Tensor, count: int, side: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Similarity as points (READ): the ``count`` highest patches are foreground, as many of the lowest background.
+    """Similarity as Points (READ): the ``count`` highest patches are foreground, as many of the lowest background.
 
     A point is the centre of mass of its patch and the neighbours, weighted by the softmax of their scores (for the
-    background: of the negated scores), so that the masks' losses reach the map through the place of its points.
+    background, of the negated scores). So the masks' losses reach the map through the coordinates of its points.
 
     Args:
-        scores: [N, P] in [0, 1]; valid: [N, P] patches that show the image, others are never taken.
-        count: of each kind; where an image has fewer patches, some are taken more than once.
-        side: of SAM's input, in whose pixels points are given.
+        scores: [N, P] in [0, 1]; valid: [N, P] bool, patches that may be chosen.
+        count: points of each kind; where an image has fewer valid patches, the best one is repeated.
+        side: of SAM's input, the frame of the points.
 
     Returns:
-        [N, 2 count, 2] float32 (x, y), and [N, 2 count] labels, 1 = foreground and 0 = background.
+        [N, 2 count, 2] float32 (x, y) in pixels of SAM's input, and [N, 2 count] labels, 1 = foreground,
+        0 = background.
     """
     grid, _ = grid_of(scores.shape[1])
     centres = (torch.arange(grid, device=scores.device) + 0.5) * (side / grid)
-    place = torch.stack(torch.meshgrid(centres, centres, indexing="xy"), -1).view(-1, 2)  # [P, 2]
-    near = torch.cdist(place, place, p=torch.inf) < 1.5 * side / grid  # [P, P] a patch and its eight neighbours
-    found = []
+    positions = torch.stack(torch.meshgrid(centres, centres, indexing="xy"), -1).view(-1, 2)  # [P, 2]
+    near = torch.cdist(positions, positions, p=torch.inf) < 1.5 * side / grid  # [P, P] a patch and its eight neighbours
+    points = []
     for sign in (1.0, -1.0):
         signed = (sign * scores).masked_fill(~valid, -torch.inf)
         best = signed.detach().topk(min(count, scores.shape[1])).indices
-        usable = torch.gather(valid, 1, best)
-        best = torch.where(usable, best, best[:, :1])
+        best = torch.where(torch.gather(valid, 1, best), best, best[:, :1])
         best = best[:, torch.arange(count, device=scores.device) % best.shape[1]]
         weights = torch.where(near[best], signed[:, None, :], -torch.inf).softmax(-1)  # [N, count, P]
-        found.append(weights @ place)
-    labels = torch.cat([torch.ones_like(found[0][..., 0]), torch.zeros_like(found[1][..., 0])], 1)
-    return torch.cat(found, 1), labels
+        points.append(weights @ positions)
+    labels = torch.cat([torch.ones_like(points[0][..., 0]), torch.zeros_like(points[1][..., 0])], 1)
+    return torch.cat(points, 1), labels
 
 
 def read_points(
     scores: torch.Tensor, sizes: list[tuple[int, int]], count: int, side: int, rule: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Similarity as points, as READ's released code chooses them from the crop that CLIP saw.
+    """Similarity as Points by the thresholds of READ's released code, of a map over CLIP's centre crop.
 
-    The map is shrunk and brought to [0, 1] again. Cells of at least the rule's threshold are foreground, from the
-    highest down; then come those of at most ``READ_LOW`` as background, from the lowest up; then the rest, unlabelled.
+    The map is downscaled and min-max scaled again. Its cells are ordered: foreground (at least the rule's threshold)
+    from the highest down, background (at most ``READ_LOW``) from the lowest up, then the unlabelled rest.
 
     Args:
         scores: [N, P] similarities; sizes: [N] the images' (H, W).
-        count: points in all; there are fewer where the map has fewer cells.
-        side: of SAM's input, in whose pixels points are given; rule: of ``READ_POINTS``.
+        count: points in all; fewer where the map has fewer cells.
+        side: of SAM's input, the frame of the points; rule: of ``READ_POINTS``.
 
     Returns:
-        [N, count, 2] float32 (x, y), and [N, count] labels, 1 = foreground, 0 = background, -1 = neither.
+        [N, count, 2] float32 (x, y) in pixels of SAM's input, and [N, count] labels, 1 = foreground, 0 = background,
+        -1 = neither.
     """
     high, shrink = READ_POINTS[rule]
     grid, _ = grid_of(scores.shape[1])
@@ -64,15 +68,15 @@ def read_points(
     small = F.interpolate(scores.view(-1, 1, grid, grid), (cells, cells), mode="bilinear").flatten(1)
     small = normalise_maps(small, None)
     labels = torch.where(small >= high, 1, torch.where(small <= READ_LOW, 0, -1))
-    rank = torch.where(labels == 1, -small, torch.where(labels == 0, 2 + small, 4.0))  # each kind behind the one before
+    rank = torch.where(labels == 1, -small, torch.where(labels == 0, 2 + small, 4.0))  # foreground, background, rest
     order = rank.sort(stable=True).indices[:, :count]
-    places = []
+    points = []
     for row, (height, width) in zip(order, sizes):
         left, _, top, _ = margins_cut_off((height, width), cells)
-        across, down = cells + 2 * left, cells + 2 * top  # READ cuts off as much on either side
-        x = ((row % cells + left + 0.5) * width / across).floor().clamp(max=width - 1)
-        y = ((row // cells + top + 0.5) * height / down).floor().clamp(max=height - 1)
-        tall, wide = resized_size(height, width, side)
-        places.append(torch.stack([x * wide / width, y * tall / height], -1) + 0.5)
-    points = torch.stack(places) if places else scores.new_zeros(0, order.shape[1], 2)
-    return points, torch.gather(labels, 1, order)
+        columns, rows = cells + 2 * left, cells + 2 * top  # READ assumes equal margins on both sides
+        x = ((row % cells + left + 0.5) * width / columns).floor().clamp(max=width - 1)
+        y = ((row // cells + top + 0.5) * height / rows).floor().clamp(max=height - 1)
+        sam_height, sam_width = resized_size(height, width, side)
+        points.append(torch.stack([x * sam_width / width, y * sam_height / height], -1) + 0.5)
+    stacked = torch.stack(points) if points else scores.new_zeros(0, order.shape[1], 2)
+    return stacked, torch.gather(labels, 1, order)

@@ -1,4 +1,4 @@
-"""segment-anything, unmodified, as this project uses it: encode an image once, decode many prompts in one call.
+"""segment-anything, with unmodified weights: encode an image once, decode many prompts in one call.
 
 Legend: B images, N prompts, E prompt width (256), R input side (1024), G grid side (64), 4G mask prompt side (256).
 """
@@ -20,7 +20,7 @@ from model.sam_cache import FeatureCache
 
 @dataclass
 class SamShape:
-    """The sizes that make a SAM. Defaults: ViT-H."""
+    """The sizes of a SAM. Defaults: ViT-H."""
 
     image_size: int = 1024
     patch_size: int = 16
@@ -37,7 +37,11 @@ class SamShape:
 
     @classmethod
     def from_state_dict(cls, state: dict[str, torch.Tensor]) -> SamShape:
-        """Reads the sizes off a segment-anything checkpoint (ViT-B, -L, -H or any other made of its classes)."""
+        """The sizes of a segment-anything checkpoint (ViT-B, -L, -H or any other built from its classes).
+
+        Raises:
+            KeyError: if the checkpoint lacks a weight that tells a size.
+        """
         patch = state["image_encoder.patch_embed.proj.weight"]
         grid = state["image_encoder.pos_embed"].shape[1]
         relative = {
@@ -69,10 +73,10 @@ class SamShape:
 
 
 class FusedAttention(nn.Module):
-    """The attention of SAM's encoder in one fused operation, with the relative positions as an additive bias.
+    """The attention of SAM's encoder as one fused operation, with the relative positions as an additive bias.
 
-    Takes over the weights of the package's module, under the same key names; the numbers differ by rounding. The
-    package computes scores, sum, softmax and product one after the other, each over 4096 x 4096 numbers per head.
+    Shares the weights of the package's module, under the same keys; results differ by rounding. The package computes
+    scores, sum, softmax and product one after the other, each over 4096 x 4096 values per head.
     """
 
     def __init__(self, attention: Attention) -> None:
@@ -82,29 +86,31 @@ class FusedAttention(nn.Module):
         self.qkv, self.proj = attention.qkv, attention.proj
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
-        """[B, H, W, C] -> [B, H, W, C]; of a window, or of the whole grid."""
+        """[B, H, W, C] -> [B, H, W, C], over a window or the whole grid."""
         b, height, width, _ = states.shape
         qkv = self.qkv(states).view(b, height * width, 3, self.num_heads, -1)
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # [B, heads, H * W, c]
-        placed = query.unflatten(2, (height, width))
-        rows = torch.einsum("bnhwc,hkc->bnhwk", placed, _relative(self.rel_pos_h, height))
-        columns = torch.einsum("bnhwc,wkc->bnhwk", placed, _relative(self.rel_pos_w, width))
+        grid = query.unflatten(2, (height, width))
+        rows = torch.einsum("bnhwc,hkc->bnhwk", grid, _relative(self.rel_pos_h, height))
+        columns = torch.einsum("bnhwc,wkc->bnhwk", grid, _relative(self.rel_pos_w, width))
         bias = (rows[..., :, None] + columns[..., None, :]).reshape(b, self.num_heads, height * width, -1)
         mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
         return self.proj(mixed.transpose(1, 2).reshape(states.shape))
 
 
 def _relative(table: torch.Tensor, size: int) -> torch.Tensor:
-    """[2 size - 1, c] vectors of distances -> [size, size, c] of (query, key). Indexed on the device: the package's
-    index comes from the host, which waits for the device twice per layer."""
-    place = torch.arange(size, device=table.device)
-    return table[place[:, None] - place + size - 1]
+    """Relative positions [size, size, c] of (query, key), from a table [2 size - 1, c] of distances.
+
+    The index is made on the device: the package's comes from the host, which synchronizes twice per layer.
+    """
+    positions = torch.arange(size, device=table.device)
+    return table[positions[:, None] - positions + size - 1]
 
 
 class PerPromptMaskDecoder(MaskDecoder):
-    """SAM's mask decoder for prompts of SEVERAL images: image embeddings come already expanded, one per prompt.
+    """SAM's mask decoder for prompts of SEVERAL images, with one image embedding per prompt.
 
-    The package's decoder repeats one image's embedding for all prompts; the numbers are the same.
+    The package's decoder repeats one image's embedding for all prompts; the computation is the same.
     """
 
     def predict_masks(
@@ -114,8 +120,12 @@ class PerPromptMaskDecoder(MaskDecoder):
         sparse_prompt_embeddings: torch.Tensor,
         dense_prompt_embeddings: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """image_embeddings [N, E, G, G], image_pe [1, E, G, G], sparse [N, K, E], dense [N, E, G, G] ->
-        masks [N, 4, 4G, 4G] logits and their predicted IoU [N, 4]."""
+        """Mask logits [N, 4, 4G, 4G] and their predicted IoU [N, 4].
+
+        Args:
+            image_embeddings, dense_prompt_embeddings: [N, E, G, G]; image_pe: [1, E, G, G] positional encoding.
+            sparse_prompt_embeddings: [N, K, E].
+        """
         n = sparse_prompt_embeddings.shape[0]
         learned = torch.cat([self.iou_token.weight, self.mask_tokens.weight])
         tokens = torch.cat([learned.expand(n, -1, -1), sparse_prompt_embeddings], dim=1)
@@ -171,11 +181,11 @@ class SegmentAnything(nn.Module):
     def _apply(self, fn, recurse=True):
         """Keeps the positional encoding's matrix in float32: the package multiplies it with float32 coordinates."""
         pe = self.prompt_encoder.pe_layer
-        exact = pe.positional_encoding_gaussian_matrix
+        matrix = pe.positional_encoding_gaussian_matrix
         super()._apply(fn, recurse)
-        if not exact.is_meta:
+        if not matrix.is_meta:
             device = pe.positional_encoding_gaussian_matrix.device
-            pe.positional_encoding_gaussian_matrix = exact.to(device, torch.float32)
+            pe.positional_encoding_gaussian_matrix = matrix.to(device, torch.float32)
         return self
 
     @property
@@ -184,39 +194,46 @@ class SegmentAnything(nn.Module):
         return self.prompt_encoder.mask_input_size[0]
 
     def encode(self, images: torch.Tensor, keys: Sequence[str] = ()) -> torch.Tensor:
-        """[B, 3, R, R] normalised images -> [B, E, G, G]. SAM's encoder is never trained here.
+        """Image embeddings [B, E, G, G] without gradients (the encoder is frozen), from the cache if there is one.
 
         Args:
-            keys: names of the images for the cache, if there is one.
+            images: [B, 3, R, R], normalised.
+            keys: B keys of the images in the cache (``image_key``); ignored without one.
 
         Raises:
-            ValueError: if there is a cache, and the images have no names.
+            ValueError: if there is a cache, and an image has no key.
         """
         if self.cache is None:
             return self._encode(images)
         if len(keys) != len(images):
             raise ValueError(
                 f"SAM's features are cached, but {len(images) - len(keys)} of the batch's {len(images)} images have no "
-                "name: the processor was not told of the cache; use cache_sam_features"
+                "key: the processor does not hash images; use cache_sam_features"
             )
         return self.cache.get(keys, images, self._encode)
 
     def compile_encoder(self) -> None:
-        """From now on the image encoder runs compiled (``torch.compile``); its keys and weights stay as they are."""
+        """Compiles the image encoder in place (``torch.compile``); keys and weights do not change."""
         self.image_encoder.compile(dynamic=False)
 
     def _encode(self, images: torch.Tensor) -> torch.Tensor:
-        """One image at a time: an image is work enough for a GPU, the biases of global attention (ViT-H: 0.5 GB per
-        image in bf16) do not grow with the batch, and a compiled encoder sees a single shape."""
+        """Encodes one image at a time, which is enough work for a GPU.
+
+        So the biases of global attention (ViT-H: 0.5 GB per image in bf16) do not grow with the batch, and a compiled
+        encoder sees a single shape.
+        """
         with torch.inference_mode():
             embeddings = torch.cat([self.image_encoder(image[None]) for image in images])
-        # autograd may save it for the decoder's backward pass, an inference tensor it may not
-        return embeddings.clone()
+        return embeddings.clone()  # autograd cannot save inference tensors for the decoder's backward pass
 
     def embed_points(self, points: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """[N, K, 2] points (x, y) in pixels of the input, [N, K] labels (1 = foreground, 0 = background) ->
-        [N, K + 1, E] sparse prompts; the last is SAM's padding for prompts without a box."""
-        # the package counts pixels from their corner and adds half a pixel
+        """Sparse prompts [N, K + 1, E] of points; the last is SAM's padding for prompts without a box.
+
+        Args:
+            points: [N, K, 2] (x, y) in pixels of SAM's input.
+            labels: [N, K], 1 = foreground, 0 = background, -1 = not a point.
+        """
+        # the package takes a pixel's corner and adds half a pixel
         return self.prompt_encoder._embed_points(points - 0.5, labels, pad=True)
 
     def decode(
@@ -242,12 +259,17 @@ class SegmentAnything(nn.Module):
             dense = self.prompt_encoder.mask_downscaling(mask_prompts.to(dtype))
         if tokens is None:
             tokens = embeddings.new_zeros(n, 0, width)
-        position = self.prompt_encoder.get_dense_pe().to(dtype)  # computed in float32, also in a bf16 model
-        masks, _ = self.mask_decoder(embeddings, position, tokens.to(dtype), dense, multimask_output=False)
+        image_pe = self.prompt_encoder.get_dense_pe().to(dtype)  # computed in float32, also in a bf16 model
+        masks, _ = self.mask_decoder(embeddings, image_pe, tokens.to(dtype), dense, multimask_output=False)
         return masks[:, 0]
 
     def upscale(self, low_res: torch.Tensor, resized: tuple[int, int], original: tuple[int, int]) -> torch.Tensor:
-        """One image's logits [n, 4G, 4G] -> [n, H, W] float32: to SAM's input, crop the padding, to the original."""
+        """Logits [n, H, W] float32 at an image's own size: to SAM's input side, padding removed, to ``original``.
+
+        Args:
+            low_res: [n, 4G, 4G] logits of one image.
+            resized: (height, width) of the image in SAM's input; original: its own (H, W).
+        """
         side = self.shape.image_size
         full = F.interpolate(low_res[:, None].float(), (side, side), mode="bilinear", align_corners=False)
         cropped = full[..., : resized[0], : resized[1]]

@@ -1,8 +1,8 @@
-"""SAM's image embeddings on disk: its encoder is frozen, so that an image seen again needs it no more.
+"""Cache of SAM's image embeddings on disk: the encoder is frozen, so that an image is encoded only once.
 
-An entry is named after the image's pixels, the encoder's weights and the precision. It is complete before it has its
-name, and carries a checksum; a damaged one is computed again. Any number of processes may share a folder, and the
-entries that were not used for the longest time go when it grows too large.
+An entry's name is a hash of the image's pixels, the encoder's weights and the precision. Entries are written atomically
+and carry a checksum; damaged ones are computed again. Any number of processes can share a folder. The least recently
+used entries are evicted when it exceeds its limit.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ logger = logging.getLogger(__name__)
 
 GB = 2**30
 CHECKSUM = 16  # bytes at the start of an entry
-STALE = 3600.0  # seconds after which an unfinished entry is what a killed process left behind
+STALE = 3600.0  # seconds after which an unfinished entry is considered abandoned by a killed process
 
 
 def image_key(image: np.ndarray) -> str:
-    """Names an image by its pixels, [H, W, 3] uint8."""
+    """Key of an image [H, W, 3] uint8: a hash of its shape and pixels."""
     digest = hashlib.blake2b(str(image.shape).encode(), digest_size=16)
     digest.update(np.ascontiguousarray(image).data)
     return digest.hexdigest()
@@ -40,13 +40,17 @@ class FeatureCache:
     """A folder of embeddings.
 
     Args:
-        folder: is made if it does not exist.
-        gigabytes: that all entries may take; the least recently used go first. A process looks at the folder after each
-            half a percent that it wrote, so that N processes may exceed this by N halves of a percent.
+        folder: created if it does not exist.
+        gigabytes: limit of all entries together (2^30 bytes); the least recently used are evicted first. A process
+            checks the folder whenever it has written half a percent of the limit, so that N processes can exceed it by
+            N halves of a percent.
         encoder: fingerprint of the encoder's weights.
 
+    Attributes:
+        hits, misses: images that were read from the cache, and encoded.
+
     Raises:
-        ValueError: if the folder cannot be made or written to, or may hold nothing.
+        ValueError: if the folder cannot be created or written to, or the limit is not positive.
     """
 
     def __init__(self, folder: str | Path, gigabytes: float, encoder: str) -> None:
@@ -54,34 +58,36 @@ class FeatureCache:
         if self.limit <= 0:
             raise ValueError(f"--sam_feature_cache_gb {gigabytes:g}: nothing fits into it; give more than 0")
         self.hits = self.misses = 0
-        self._unchecked = self.limit  # bytes written since the last look at the folder: the first write looks
+        self._unchecked = self.limit  # bytes written since the folder was last checked; the first write checks it
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ValueError(f"--sam_feature_cache {folder}: cannot be made: {error.strerror}") from error
+            raise ValueError(f"--sam_feature_cache {folder}: cannot be created: {error.strerror}") from error
         if not os.access(self.folder, os.W_OK):
             raise ValueError(f"--sam_feature_cache {folder}: cannot be written to")
 
     def get(
         self, keys: Sequence[str], images: torch.Tensor, encode: Callable[[torch.Tensor], torch.Tensor]
     ) -> torch.Tensor:
-        """The embeddings of a batch; ``encode`` is called for the images that are not here, if any.
+        """The embeddings of a batch; ``encode`` is called for the images without an entry, if any.
 
         Args:
-            keys: B names from ``image_key``; images: [B, 3, R, R], their dtype is the precision.
+            keys: B keys of ``image_key``.
+            images: [B, 3, R, R]; their dtype is the precision.
+            encode: [b, 3, R, R] images -> [b, E, G, G].
 
         Returns:
             [B, E, G, G] on the images' device.
         """
         paths = [self._path(key, images) for key in keys]
-        found = [self._read(path, images.dtype) for path in paths]
-        missing = [b for b, embedding in enumerate(found) if embedding is None]
-        self.hits, self.misses = self.hits + len(found) - len(missing), self.misses + len(missing)
+        embeddings = [self._read(path, images.dtype) for path in paths]
+        missing = [b for b, embedding in enumerate(embeddings) if embedding is None]
+        self.hits, self.misses = self.hits + len(keys) - len(missing), self.misses + len(missing)
         if missing:
-            for b, embedding in zip(missing, encode(images[missing] if len(missing) < len(found) else images)):
-                found[b] = embedding
+            for b, embedding in zip(missing, encode(images[missing] if len(missing) < len(keys) else images)):
+                embeddings[b] = embedding
                 self._write(paths[b], embedding)
-        return torch.stack([part.to(images.device, non_blocking=True) for part in found if part is not None])
+        return torch.stack([row.to(images.device, non_blocking=True) for row in embeddings if row is not None])
 
     def _path(self, key: str, images: torch.Tensor) -> Path:
         name = f"{key} {self.encoder} {images.dtype} {images.shape[-1]}"
@@ -96,7 +102,7 @@ class FeatureCache:
         except (OSError, SafetensorError, KeyError):
             return None
         with contextlib.suppress(OSError):
-            os.utime(path)  # used just now
+            os.utime(path)  # marks it as recently used
         return embedding if embedding.dtype == dtype else None
 
     def _write(self, path: Path, embedding: torch.Tensor) -> None:
@@ -115,9 +121,9 @@ class FeatureCache:
             self._evict()
 
     def _evict(self) -> None:
-        """Removes the least recently used entries, down to 90% of the limit, if all together exceed it."""
+        """Removes the least recently used entries, down to 90% of the limit, if their total exceeds it."""
         with contextlib.suppress(OSError), (self.folder / "lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # taken: another process is at it
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails if another process is evicting
             entries = []
             for item in os.scandir(self.folder):
                 with contextlib.suppress(FileNotFoundError):

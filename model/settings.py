@@ -1,7 +1,7 @@
 """The method's settings: each declared once, with its default, help text and limits.
 
-They are sections of a run's YAML (``utils.config``) and fields of ``UGroundConfig`` alike. ``value_problems`` and
-``contradictions`` say for both what cannot be; ``RECIPES`` names the sets of values that belong together.
+They are sections of a run's YAML (``utils.config``) and fields of ``UGroundConfig``. ``value_problems`` and
+``contradictions`` validate both; ``RECIPES`` names sets of values that belong together.
 """
 
 from __future__ import annotations
@@ -24,12 +24,13 @@ def setting(
     required: bool = False,
     may_change: bool = False,
 ) -> Any:
-    """A field with its help text and limits.
+    """A dataclass field with its help text and limits.
 
     Args:
-        low, high: smallest and largest value allowed; above: the value must be larger than this.
-        required: an empty value is a problem.
-        may_change: a run can be resumed with another value (it does not alter what is learned).
+        choices: allowed values, of each item where the value is a tuple.
+        low, high: smallest and largest value allowed; above: exclusive lower bound.
+        required: whether an empty value is an error.
+        may_change: whether a run can be resumed with another value (it does not alter what is learned).
     """
     limits = {"choices": tuple(choices), "low": low, "high": high, "above": above}
     metadata = {"help": help, "required": required, "may_change": may_change, **limits}
@@ -50,45 +51,45 @@ class PpmSettings:
         choices=("reinforce", "exact"),
     )
     first_candidate_layer: int = setting(
-        1, "lowest layer that can be chosen; 0 adds the embeddings (as released weights have it)", low=0
+        1, "lowest layer that can be chosen; 0 adds the embeddings (as in the released weights)", low=0
     )
     phi_layer: str = setting(
         "chosen",
-        "layer that phi([SEG]) reads: the one chosen for the map, or always the last",
+        "layer whose [SEG] state is the input of phi: the one chosen for the map, or always the last",
         choices=("chosen", "last"),
     )
     seg_prompt: bool = setting(True, "prompt SAM with the [SEG] token (Table 6)")
     mask_prompt: bool = setting(True, "prompt SAM with the similarity map (MasP, Table 6)")
     point_prompts: int = setting(
-        0, "prompt SAM with so many points on and as many off the target, read off the similarity map (READ)", low=0
+        0, "prompt SAM with this many foreground and as many background points of the similarity map (READ)", low=0
     )
     reward: str = setting(
         "seg",
-        "one reward per [SEG] (Algorithm 1), or one sum per batch (as released weights)",
+        "one reward per [SEG] (Algorithm 1), or one sum per batch (as in the released weights)",
         choices=("seg", "batch"),
     )
     reward_terms: str = setting(
         "both",
-        "what a map is rewarded for: small Gaussian BCE, dice, or both (Table 8), or its IoU with the mask",
+        "reward of a map: its negative Gaussian BCE, dice, or both (Table 8), or its IoU with the mask",
         choices=("both", "bce", "dice", "iou"),
     )
     baseline: str = setting(
         "average",
-        "what rewards are compared with: their moving average, or a critic's guess (section 4.1)",
+        "baseline of the reward: its moving average, or a critic's estimate (section 4.1)",
         choices=("average", "critic"),
     )
-    # Algorithm 1 leaves the start open. Rewards are far from zero: from there the gate's first steps are mostly noise.
+    # Algorithm 1 leaves the start open. Rewards are far from zero: with a start at zero, first steps are mostly noise.
     baseline_start: str = setting(
         "zero",
-        "where the moving average starts: at zero, or at the first mean reward (the gate learns faster)",
+        "start of the moving average: zero, or the first mean reward (the gate learns faster)",
         choices=("zero", "first"),
     )
     baseline_decay: float = setting(0.9, "alpha of the reward's moving average (Algorithm 1)", low=0.0, high=1.0)
     map_normalization: str = setting(
-        "valid", "min-max of a map over the patches that show the image, or over all", choices=("valid", "all")
+        "valid", "min-max scaling of a map over valid patches (no padding), or over all", choices=("valid", "all")
     )
     map_side: int = setting(
-        0, "side of the square on which a map is enlarged first, in pixels; 0 = CLIP's input (released: 336)", low=0
+        0, "side in pixels of the square that a map is first enlarged to; 0 = CLIP's input (released: 336)", low=0
     )
 
 
@@ -98,16 +99,16 @@ class LossSettings:
 
     text_loss_weight: float = setting(1.0, "lambda_txt, cross-entropy of the answer's tokens", low=0.0)
     mask_loss_weight: float = setting(1.0, "lambda_mask, BCE and dice of SAM's masks", low=0.0)
-    map_loss_weight: float = setting(1.0, "BCE and dice of the similarity maps, beside the masks' (Eq. 8)", low=0.0)
+    map_loss_weight: float = setting(1.0, "weight of the similarity maps' BCE and dice (Eq. 8)", low=0.0)
     policy_loss_weight: float = setting(
-        0.1, "lambda_policy, the gate's: REINFORCE (Eq. 5), or the classifier of ce_soft", low=0.0
+        0.1, "lambda_policy, the gate's loss: REINFORCE (Eq. 5), or the cross-entropy of ce_soft", low=0.0
     )
-    bce_loss_weight: float = setting(2.0, "lambda_bce, within masks and maps", low=0.0)
-    dice_loss_weight: float = setting(4.0, "lambda_dice, within masks and maps", low=0.0)
+    bce_loss_weight: float = setting(2.0, "lambda_bce, of masks and of maps", low=0.0)
+    dice_loss_weight: float = setting(4.0, "lambda_dice, of masks and of maps", low=0.0)
     map_terms: tuple[str, ...] = setting(
         ("gaussian_bce", "gaussian_dice"),
-        "what constrains the similarity maps, any of gaussian_bce, gaussian_dice (soft mask), bce, dice (hard mask); "
-        "empty = no constraint (Table 7)",
+        "constraint terms of the similarity maps, any of gaussian_bce, gaussian_dice (soft mask), bce, dice (hard "
+        "mask); empty = none (Table 7)",
         choices=("gaussian_bce", "gaussian_dice", "bce", "dice"),
     )
     gaussian_kernel: int = setting(31, "side of the Gaussian that softens a map's target, in pixels; odd", low=1)
@@ -119,29 +120,29 @@ class LossSettings:
 
 @dataclass
 class ExperimentalSettings:
-    """experimental: knobs of single experiments (docs/results.md), off in the paper"""
+    """experimental: settings of single experiments (docs/results.md), off in the paper"""
 
     last_candidate_layer: int = setting(-1, "highest layer that can be chosen; -1 = the last", low=-1)
     critic_width: int = setting(128, "hidden units of the critic", low=1)
     entropy_bonus: float = setting(0.0, "reward per nat of the policy's entropy; 0 = none (paper)", low=0.0)
     scale_advantage: bool = setting(False, "divide advantages by their root mean square in the batch, over all ranks")
-    critic_loss_weight: float = setting(1.0, "the critic's squared error, within lambda_policy", low=0.0)
+    critic_loss_weight: float = setting(1.0, "weight of the critic's squared error, within lambda_policy", low=0.0)
 
 
 @dataclass
 class CheckpointSettings:
-    """What a checkpoint brings along and no YAML sets."""
+    """Settings that come with a checkpoint; no YAML section has them."""
 
     eval_layer_policy: str | None = setting(
-        None, "layer rule that ``predict`` uses unless told otherwise; None = the one that training taught"
+        None, "default layer rule of ``predict``; None = that of the training rule (``LayerRule.at_inference``)"
     )
     point_rule: str = setting(
         "extremes",
-        "the point_prompts highest and as many of the lowest patches, or point_prompts in all by the thresholds of "
+        "the point_prompts highest and as many of the lowest patches, or point_prompts in total by the thresholds of "
         "READ's two published checkpoints",
         choices=("extremes", "read_7b", "read_13b"),
     )
-    policy_seed: int = setting(0, "seeds sampled layers, together with the sample's number", low=0)
+    policy_seed: int = setting(0, "seed of sampled layers, together with the sample index", low=0)
 
 
 METHOD = (PpmSettings, LossSettings, ExperimentalSettings, CheckpointSettings)
@@ -156,15 +157,19 @@ _RELEASED: dict[str, Any] = {
     "positive_weight": "image",
     "policy_loss_weight": 0.4,
 }
-# ``released``: how the paper's published checkpoints were trained and are evaluated, where that is not the paper.
+# ``released``: training and evaluation of the paper's published checkpoints, where they differ from the paper.
 RECIPES = {"paper": {name: METHOD_FIELDS[name].default for name in _RELEASED}, "released": _RELEASED}
 
 
-# -- what cannot be ----------------------------------------------------------------------------------------------------
+# -- validation --------------------------------------------------------------------------------------------------------
 
 
 def value_problems(values: Mapping[str, Any], items: Mapping[str, Field]) -> Iterator[tuple[str, str]]:
-    """(setting, problem) of every value outside its field's limits."""
+    """(setting, problem) of every value outside the limits of its field.
+
+    Args:
+        values: setting -> value; items: setting -> its field, made by ``setting``.
+    """
     for name, value in values.items():
         limits = items[name].metadata
         if limits["required"] and not value:
@@ -187,7 +192,7 @@ def contradictions(method: Mapping[str, Any], num_layers: int | None = None) -> 
 
     Args:
         method: setting -> value, all of ``METHOD_FIELDS``.
-        num_layers: L, hidden states of the model (decoder layers + 1); None = not known yet.
+        num_layers: L, hidden states of the model (decoder layers + 1); None = not known.
     """
     if not (method["seg_prompt"] or method["mask_prompt"] or method["point_prompts"]):
         yield "seg_prompt", "seg_prompt and mask_prompt are both off: SAM would have no prompt; switch one on"
@@ -208,19 +213,19 @@ def contradictions(method: Mapping[str, Any], num_layers: int | None = None) -> 
         except ValueError as error:
             yield name, str(error)
     if method["policy_gradient"] == "exact" and (method["reward"], method["baseline"]) != ("seg", "average"):
-        yield "policy_gradient", "exact knows each layer's reward per [SEG]: it takes reward seg and baseline average"
+        yield "policy_gradient", "exact uses every layer's reward per [SEG]: it takes reward seg and baseline average"
     if method["gaussian_kernel"] % 2 == 0:
         yield "gaussian_kernel", f"{method['gaussian_kernel']} is even; it must be odd"
 
 
 def without_effect(method: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """(setting, problem) of method settings that others switch off: a run would silently ignore them."""
+    """(setting, problem) of changed method settings that others switch off: a run would silently ignore them."""
     changed = {name for name, value in method.items() if value != METHOD_FIELDS[name].default}
     if (selection := method["layer_selection"]) != "policy":
         for name in ("policy_gradient", "baseline", "entropy_bonus", "scale_advantage"):
             if name in changed:
-                why = f"layer_selection {selection} trains no policy by rewards; leave it out, or train a policy"
-                yield name, f"{method[name]} has no effect: {why}"
+                reason = f"layer_selection {selection} trains no policy by rewards; leave it out, or train a policy"
+                yield name, f"{method[name]} has no effect: {reason}"
     elif method["policy_gradient"] == "exact":
         for name in ("baseline_start", "baseline_decay", "scale_advantage"):
             if name in changed:
@@ -228,8 +233,8 @@ def without_effect(method: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     elif method["baseline"] == "critic":
         for name in ("baseline_start", "baseline_decay"):
             if name in changed:
-                yield name, f"{method[name]} has no effect: the critic takes the moving average's place; leave it out"
+                yield name, f"{method[name]} has no effect: the critic replaces the moving average; leave it out"
     if method["baseline"] != "critic":
         for name in ("critic_width", "critic_loss_weight"):
             if name in changed:
-                yield name, f"{method[name]} has no effect: there is no critic; give baseline critic, or leave it out"
+                yield name, f"{method[name]} has no effect: there is no critic; set baseline critic, or leave it out"

@@ -1,4 +1,4 @@
-"""The nouns that data, model and evaluation exchange. Nothing here computes."""
+"""Data structures that data sets, model and evaluation exchange."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Turn:
     """One question and its answer.
 
     Attributes:
-        answer: it holds ``[SEG]`` once per mask, ``[REJ]`` for an absent target. Empty = the model is to write it.
+        answer: with ``[SEG]`` once per mask, ``[REJ]`` for an absent target. Empty = to be generated.
     """
 
     question: str
@@ -32,11 +32,11 @@ class Sample:
     """One training image with its conversations.
 
     Attributes:
-        source: where it comes from (``"ReasonSeg|train/0001.jpg"``), for messages.
+        source: data set and file (``"ReasonSeg|train/0001.jpg"``), for messages.
         image: [H, W, 3] uint8, RGB.
-        conversations: each sees the image and itself, not its neighbours.
+        conversations: each attends to the image and to itself, not to the others.
         masks: [N, H, W] uint8 with 0, 1 and 255 (ignored); one per ``[SEG]``, in the order of the answers.
-        sample_id: the global number of the sample in the mixture; seeds the layer sampling.
+        sample_id: index of the sample in the mixture; seeds the layer sampling.
     """
 
     source: str
@@ -48,14 +48,14 @@ class Sample:
 
 @dataclass
 class EvalQuery:
-    """One expression about an image and what it should find.
+    """One expression about an image, and its target.
 
     Attributes:
         query_id: unique within its benchmark.
         text: the expression or question as the dataset has it.
-        masks: [N, H, W] uint8 with 0, 1 and 255; N = 0 when nothing is there (a false premise, no target).
+        masks: [N, H, W] uint8 with 0, 1 and 255; N = 0 if the target is absent (a false premise, no target).
         is_sentence: a whole question (ReasonSeg's long queries) rather than a phrase.
-        meta: what reports group by (``{"family": "relation"}``).
+        meta: attributes that reports group by (``{"family": "relation"}``).
     """
 
     query_id: str
@@ -67,7 +67,7 @@ class EvalQuery:
 
 @dataclass
 class EvalSample:
-    """One evaluation image with all its expressions, so that the image is encoded once."""
+    """One evaluation image, uint8 [H, W, 3] RGB, with all its expressions, so that it is encoded once."""
 
     source: str
     image_id: str
@@ -79,28 +79,28 @@ class EvalSample:
 class Batch:
     """Packed rows: each row is one image, a shared prefix (system text, image) and its conversations.
 
-    Shapes: B rows, T tokens, S the CLIP side, R the SAM side, N_b masks of row b, N masks in all.
-    Flat positions index the [B * T] tokens; "before" means the position whose next token is the one meant, which is
-    where that token is predicted (and where the state of a ``[SEG]`` is read).
+    Shapes: B rows, T tokens, M tokens of answers, S CLIP's side, R SAM's side, N_b masks of row b, N masks in all.
+    Flat positions index the [B * T] tokens. The position before a token is the one that predicts it; the state of a
+    ``[SEG]`` is the one there.
 
     Attributes:
         input_ids: [B, T] int64; image placeholders carry the image token's id.
         segment_ids: [B, T] int64; 0 = prefix, k >= 1 = conversation k of the row, -1 = padding.
-        position_ids: [B, T] int64; each conversation goes on from the prefix.
-        label_positions: [M] int64, flat position before each learned token; label_ids: [M] that token.
+        position_ids: [B, T] int64; each conversation continues from the prefix.
+        label_positions: [M] int64, flat position before each token of an answer; label_ids: [M] int64, that token.
         label_weights: [M] float32, the token's weight in the text loss.
-        counts: [2] float32, the sum of label_weights and the number of masks that are not empty: what the losses are
-            divided by. Training puts the mean over all micro steps and processes of an optimizer step here.
+        counts: [2] float32, the sum of label_weights and the number of masks that are not empty: the denominators of
+            the losses. Training replaces them by their mean over all micro steps and processes of an optimizer step.
         seg_positions: [N] int64, flat position before each ``[SEG]`` of the answers, in the order of the masks.
-        seg_rows: [N] int64, the row of each.
+        seg_rows: [N] int64, the row of each ``[SEG]``.
         clip_images: [B, 3, S, S]; clip_sizes: per row, the resized (height, width) in the padded square.
         sam_images: [B, 3, R, R]; sam_sizes: likewise.
         sizes: original (height, width) per row.
         masks: per row [N_b, H, W] uint8 with 0, 1, 255.
-        sample_ids: the global sample number per row; it seeds the sampling of layers.
-        questions: conversations per row.
-        image_start: the first image token's place, the same in every row.
-        image_keys: per row, the name of its pixels, where SAM's features are cached on disk; else empty.
+        sample_ids: sample index per row; seeds the layer sampling.
+        questions: number of conversations per row.
+        image_start: index of the first image token, the same in every row.
+        image_keys: per row, the image's key in the cache of SAM's features; empty without a cache.
     """
 
     input_ids: torch.Tensor
@@ -124,14 +124,14 @@ class Batch:
     image_keys: list[str] = field(default_factory=list)
 
     def pin_memory(self) -> Batch:
-        """What a ``DataLoader`` with ``pin_memory`` calls: from pinned memory, ``to`` does not wait for its copies."""
+        """A copy in pinned memory, from which ``to`` copies asynchronously; ``DataLoader`` calls this."""
         pinned: dict[str, Any] = {
             name: value.pin_memory() for name, value in vars(self).items() if isinstance(value, torch.Tensor)
         }
         return replace(self, **pinned, masks=[mask.pin_memory() for mask in self.masks])
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Batch:
-        """Moves the tensors to ``device``, images also to ``dtype``."""
+        """A copy with tensors on ``device``, and images in ``dtype``."""
         moved = dict(vars(self))
         for name, value in moved.items():
             if isinstance(value, torch.Tensor):
@@ -143,11 +143,11 @@ class Batch:
 
 @dataclass(frozen=True)
 class Prompts:
-    """What SAM's decoder is prompted with for a ``[SEG]``.
+    """Prompts of SAM's decoder for a ``[SEG]``.
 
     Attributes:
-        seg: phi([SEG]); mask: the similarity map.
-        points: so many points of the similarity map, by ``point_rule`` (see ``UGroundConfig``); 0 = none.
+        seg: whether phi([SEG]) is one; mask: whether the similarity map is one.
+        points: number of points from the similarity map, by ``point_rule`` (``model.settings``); 0 = none.
     """
 
     seg: bool = True
@@ -157,19 +157,19 @@ class Prompts:
 
     @classmethod
     def of(cls, config) -> Prompts:
-        """Those of training, of a ``UGroundConfig``."""
+        """The prompts of training, by a ``UGroundConfig``."""
         return cls(config.seg_prompt, config.mask_prompt, config.point_prompts, config.point_rule)
 
 
 @dataclass
 class MaskUncertainty:
-    """What the masks of T sampled layers say together about one ``[SEG]`` (``mc:T``).
+    """Mean and disagreement of the masks of T sampled layers, for one ``[SEG]`` (``mc:T``).
 
     Attributes:
         probability: [H, W] float32, the mean of the T probability maps.
         variance: [H, W] float32, their variance per pixel (at most 0.25).
-        layers: [L] float32, the share of the draws that each layer got.
-        score: 0 = all masks are the same one, 1 = they have nothing in common with the mean's: 1 - mean IoU with it.
+        layers: [L] float32, the share of the T samples that each layer has.
+        score: 1 - mean IoU of the T masks with the mean's mask: 0 = all masks are equal, 1 = they are disjoint from it.
     """
 
     probability: torch.Tensor
@@ -184,15 +184,15 @@ class Prediction:
 
     Attributes:
         text: the answer, special tokens such as ``[SEG]`` kept.
-        token_ids: the generated (or teacher-forced) answer tokens.
+        token_ids: tokens of the answer, generated or teacher-forced.
         mask_logits: [N, H, W] float32 at the image's original size, one per ``[SEG]``; a mask is ``logits > 0``.
         maps: [N, H, W] float32 in [0, 1], the similarity maps at the same size.
-        layers: the chosen hidden state per ``[SEG]`` (0 = embeddings, L-1 = last).
+        layers: the chosen hidden state per ``[SEG]`` (0 = embeddings, L - 1 = last).
         policy: [N, L] float32, the policy's distribution over layers.
-        layer_maps: [N, L, P] float32 in [0, 1], the maps of all layers on the grid of image tokens (``PPM.maps_at``
-            enlarges them).
-        uncertainty: per ``[SEG]`` of ``mc:T``; empty otherwise.
-        rejected: per ``[SEG]``, whether ``[REJ]`` was more likely at its place (read from the logits there).
+        layer_maps: [N, L, P] float32 in [0, 1], the maps of all layers on the grid of image tokens
+            (``model.geometry.maps_at`` enlarges them).
+        rejected: per ``[SEG]``, whether ``[REJ]`` was more likely at its position; always False in generated answers.
+        uncertainty: per ``[SEG]`` with ``mc:T``; empty otherwise.
     """
 
     text: str

@@ -1,4 +1,4 @@
-"""Monte-Carlo uncertainty (sections 4.1, B.3): what the masks of several sampled layers say about one [SEG] token."""
+"""Monte-Carlo uncertainty (sections 4.1, B.3) of a [SEG] token's mask, over several sampled layers."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ EPSILON = 1e-6
 
 
 class MonteCarlo:
-    """Mean and spread of one mask over the layers that T draws gave; a layer counts as often as it was drawn.
+    """Mean and variance of one mask over T sampled layers, each weighted by how often it was sampled.
 
     Args:
-        shares: [L] of the draws.
+        shares: [L] float32, the share of the T samples that each layer has; they sum to 1.
     """
 
     def __init__(self, shares: torch.Tensor) -> None:
@@ -22,7 +22,7 @@ class MonteCarlo:
         self.masks: list[tuple[float, torch.Tensor]] = []
 
     def add(self, layer: int, logits: torch.Tensor, similarity: torch.Tensor) -> None:
-        """One drawn layer's [H, W] logits and similarity map; once for each layer whose share is not 0."""
+        """Adds a layer's [H, W] logits and similarity map; call it once for each layer whose share is not 0."""
         share, probability = float(self.shares[layer]), logits.sigmoid()
         self.mean = self.mean.to(logits.device) + share * probability
         self.square = self.square.to(logits.device) + share * probability.square()
@@ -31,13 +31,13 @@ class MonteCarlo:
 
     @property
     def logits(self) -> torch.Tensor:
-        """[H, W] of the mean probability."""
+        """[H, W] logits of the mean probability."""
         return torch.logit(self.mean, eps=EPSILON)
 
     def uncertainty(self) -> MaskUncertainty:
-        """The score is the disagreement about the mask: 1 minus the mean IoU of a draw's mask with the mean's."""
-        whole = self.mean > 0.5
-        agreement = sum(share * _iou(mask, whole) for share, mask in self.masks)
+        """Mean, variance and the score: 1 - the mean IoU of the samples' masks with the mean's mask."""
+        mean_mask = self.mean > 0.5
+        agreement = sum(share * _iou(mask, mean_mask) for share, mask in self.masks)
         variance = (self.square - self.mean.square()).clamp(min=0)
         return MaskUncertainty(self.mean.cpu(), variance.cpu(), self.shares, max(0.0, 1.0 - agreement))
 

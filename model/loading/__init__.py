@@ -1,1 +1,1 @@
-"""Strict loading of LLaVA, CLIP and SAM files, and of published checkpoints under their own key names."""
+"""Loading: folders of any kind, strict loading of LLaVA, CLIP and SAM files, adapters, devices and quantization."""

@@ -1,11 +1,11 @@
-"""What a run trained, without its base: a folder of a few hundred megabytes that loads on top of the base again.
+"""Adapter folders: what a run trained, without its base; a few hundred megabytes, loaded on top of the base.
 
 adapter_config.json, adapter_model.safetensors    LoRA, as peft writes it (float32)
-trained_parts.safetensors                         all else that trained, under the model's own names
-uground_run.json                                  settings, fingerprints of the base, where it was
+trained_parts.safetensors                         all other trained weights, under the model's own names
+uground_run.json                                  settings, fingerprints and paths of the base
 tokenizer files, uground_processor.json, README.md
 
-scripts/merge_lora.py --adapter_only writes it.
+scripts/merge_lora.py --adapter_only writes them.
 """
 
 from __future__ import annotations
@@ -23,23 +23,24 @@ from model.settings import METHOD_FIELDS
 
 META = "uground_run.json"
 PARTS, LORA = "trained_parts.safetensors", "adapter_model.safetensors"
-BASES = {"vision_tower": "vision_tower", "visual_model": "vision_pretrained"}  # a module's setting; others: version
-OTHER_SECTIONS = ("model", "data", "train", "eval")  # of a run's settings; all others are the method's
+BASES = {"vision_tower": "vision_tower", "visual_model": "vision_pretrained"}  # module -> setting; others: version
+OTHER_SECTIONS = ("model", "data", "train", "eval")  # sections of a run's settings that are not the method's
 WHERE = "Say where its base is with --base (LLaVA), --vision_tower (CLIP), --vision_pretrained (SAM)"
 
 
 def is_adapter(folder: str | Path) -> bool:
-    """Whether a folder is one of ``merge_lora.py --adapter_only``."""
+    """Whether a folder is an adapter (``merge_lora.py --adapter_only``)."""
     return (Path(folder) / PARTS).is_file()
 
 
 def save(model: nn.Module, folder: Path, dtype: torch.dtype) -> None:
-    """Writes LoRA and everything else that a base does not have.
+    """Writes LoRA and all other trained weights to ``folder``.
 
     Args:
-        model: as trained, in float32, with LoRA unless its rank is 0; dtype: of training, for all but LoRA.
+        model: as trained, in float32; a ``PeftModel`` unless LoRA's rank is 0.
+        dtype: of all but LoRA, that of training.
     """
-    from peft import PeftModel  # here, as chat.py and test.py load folders without LoRA, and it takes its time
+    from peft import PeftModel  # here: it is slow to import, and loading a folder does not need it
 
     base = model
     if isinstance(model, PeftModel):
@@ -56,8 +57,11 @@ def save(model: nn.Module, folder: Path, dtype: torch.dtype) -> None:
 def method_of(folder: Path, meta: dict[str, Any]) -> dict[str, Any]:
     """The settings of ``UGroundConfig`` that an adapter was trained with.
 
+    Args:
+        meta: of ``read_meta``.
+
     Raises:
-        ValueError: naming every setting that this code does not know.
+        ValueError: naming every unknown setting.
     """
     sections = {name: values for name, values in meta["config"].items() if name not in OTHER_SECTIONS}
     if unknown := [f"{name}.{key}" for name, values in sections.items() for key in values if key not in METHOD_FIELDS]:
@@ -70,40 +74,40 @@ def method_of(folder: Path, meta: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_base(folder: Path, meta: dict[str, Any], loaded: list[Loaded]) -> None:
-    """Refuses a base that is not the adapter's.
+    """Checks that the loaded base is the one that the adapter was trained on.
 
     Raises:
         ValueError: naming each module that differs, with both sources and fingerprints.
     """
-    now, paths = base_fingerprints(loaded), meta["config"]["model"]
+    fingerprints, paths = base_fingerprints(loaded), meta["config"]["model"]
     sources = {row.module: row.source for row in loaded}
-    wrong = [name for name, before in meta["base"].items() if now.get(name) != before]
-    if wrong:
+    differing = [name for name, trained_on in meta["base"].items() if fingerprints.get(name) != trained_on]
+    if differing:
         lines = [
-            f"\n  {name}: {sources.get(name)} has {now.get(name)}, {paths[BASES.get(name, 'version')]} had "
+            f"\n  {name}: {sources.get(name)} has {fingerprints.get(name)}, {paths[BASES.get(name, 'version')]} had "
             f"{meta['base'][name]}"
-            for name in wrong
+            for name in differing
         ]
         raise ValueError(f"--version: the adapter {folder} was trained on another base:{''.join(lines)}\n{WHERE}")
 
 
 @torch.no_grad()
 def apply(model: nn.Module, folder: Path, meta: dict[str, Any]) -> None:
-    """Puts an adapter's values into its base; LoRA's products are added in float32 and rounded once.
+    """Copies an adapter's weights into its base, and merges LoRA: added in float32, rounded once.
 
     Raises:
-        ValueError: if the adapter has another shape than the model.
+        ValueError: if a weight is unknown, of another shape, or missing.
     """
     parts, settings = load_file(folder / PARTS), meta["config"]["model"]
     lora = load_file(folder / LORA) if (folder / LORA).is_file() else {}
     own = model.state_dict()
-    wrong = [name for name, value in parts.items() if name not in own or own[name].shape != value.shape]
-    if wrong:
-        raise ValueError(f"--version: {folder} does not fit its base: {', '.join(wrong[:5])}")
-    wanted = {plain_name(name) for name in meta["trained"]} | {name for name in own if name.startswith(NEW_PARTS)}
-    if missing := sorted(wanted - parts.keys() - {plain_name(name) for name in lora}):
+    misfits = [name for name, value in parts.items() if name not in own or own[name].shape != value.shape]
+    if misfits:
+        raise ValueError(f"--version: {folder} does not fit its base: {', '.join(misfits[:5])}")
+    expected = {plain_name(name) for name in meta["trained"]} | {name for name in own if name.startswith(NEW_PARTS)}
+    if missing := sorted(expected - parts.keys() - {plain_name(name) for name in lora}):
         raise ValueError(
-            f"--version: {folder} is incomplete: {PARTS} and {LORA} lack {len(missing)} of {len(wanted)} trained "
+            f"--version: {folder} is incomplete: {PARTS} and {LORA} lack {len(missing)} of {len(expected)} trained "
             f"weights: {', '.join(missing[:5])}; copy it again, or write it anew with merge_lora.py --adapter_only"
         )
     model.load_state_dict(parts, strict=False)
@@ -118,12 +122,16 @@ def apply(model: nn.Module, folder: Path, meta: dict[str, Any]) -> None:
 
 
 def plain_name(name: str) -> str:
-    """A weight's name, without what peft puts around it."""
+    """A weight's name without peft's prefix and adapter name."""
     return name.removeprefix("base_model.model.").replace(".default.", ".")
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
-    """``uground_run.json`` of a folder that merge_lora.py wrote."""
+    """``uground_run.json`` of a folder that merge_lora.py wrote.
+
+    Raises:
+        ValueError: if it cannot be read.
+    """
     try:
         return json.loads((folder / META).read_text())
     except (OSError, json.JSONDecodeError) as error:

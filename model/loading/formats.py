@@ -1,7 +1,7 @@
-"""Published checkpoints under their own names: what kind a folder is, and its keys as this project has them.
+"""Formats of published checkpoints: how to recognize them, their settings, and the renaming of their keys.
 
-A rule is (their prefix, ours); the first that fits a key counts, and None means that the tensor has no place here.
-What is known about each kind, and from where, is in docs/weights.md.
+A renaming rule is (published prefix, this project's prefix). The first one that matches a key applies; None drops the
+tensor. docs/weights.md has the sources for each format.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from model.settings import RECIPES
 
 Rules = tuple[tuple[str, str | None], ...]
 
-# LLaVA's own code, and the released checkpoints of UGround and its relatives, which are built on it
+# LLaVA's own code, and the released checkpoints of UGround and related methods, which are built on it
 LLAVA: Rules = (
     ("model.vision_tower.vision_tower.vision_model.", "vision_tower."),  # in LLaVA-1.6 and in unmerged checkpoints
     ("model.mm_projector.", "mm_projector."),
     ("model.out_mm_projector.", None),  # UGround's second projector, which nothing uses
     ("model.decoder_modules_initialized", None),  # a flag of UGround's code
-    ("model.image_newline", None),  # LLaVA-1.6: between rows of tiles, which this project does not cut
+    ("model.image_newline", None),  # LLaVA-1.6: separates rows of image tiles, which this project does not use
     ("model.visual_model.", "visual_model."),
     ("model.text_hidden_fcs.", "text_hidden_fcs."),
     ("ppm._layer_gate_W_similarity", "ppm.gate"),
@@ -44,7 +44,7 @@ LLAVA_TRANSFORMERS: Rules = (
     ("model.multi_modal_projector.linear_2.", "mm_projector.2."),
     ("model.image_newline", None),
 )
-# transformers' SamModel -> segment-anything, as regular expressions, applied one after the other
+# transformers' SamModel -> segment-anything: regular expressions, applied in this order
 SAM_TRANSFORMERS = (
     (r"^vision_encoder\.layers\.(\d+)\.layer_norm", r"image_encoder.blocks.\1.norm"),
     (r"^vision_encoder\.layers\.", "image_encoder.blocks."),
@@ -73,18 +73,18 @@ SAM_TRANSFORMERS = (
     (r"(_mlps\.\d+|_head)\.proj_in\.", r"\1.layers.0."),
     (r"(_mlps\.\d+|_head)\.proj_out\.", r"\1.layers.2."),
 )
-COMPUTED = ("rotary_emb.inv_freq", "vision_model.embeddings.position_ids")  # older files hold them
+COMPUTED = ("rotary_emb.inv_freq", "vision_model.embeddings.position_ids")  # not weights, but stored in older files
 
 
 @dataclass(frozen=True)
 class Release:
-    """A method whose published checkpoints are read.
+    """A method whose published checkpoints can be loaded.
 
     Attributes:
         name: of the method.
         settings: of ``UGroundConfig`` that reproduce it.
-        system_prompt: what its conversations begin with.
-        absent: prefixes of what its files need not hold.
+        system_prompt: of its conversations.
+        absent: prefixes of keys that its files may lack.
     """
 
     name: str
@@ -102,7 +102,7 @@ RELEASES = {  # by the architecture that config.json names; docs/weights.md says
     "SESAMEForCausalLM": Release("SESAME", LISA, SYSTEM_PROMPT),
     "READForCausalLM": Release("READ", READ, SYSTEM_PROMPT),
 }
-MODES = {  # UGround's published configurations: where the map and phi take their layer from
+MODES = {  # mode in UGround's published configurations -> settings for the layers of the map and of phi's input
     1: {"layer_selection": "last"},
     2: {"phi_layer": "last"},
     3: {},
@@ -110,14 +110,14 @@ MODES = {  # UGround's published configurations: where the map and phi take thei
 
 
 def renamed(state: dict[str, torch.Tensor], rules: Rules) -> dict[str, torch.Tensor]:
-    """The tensors under this project's names; what is computed, such as rotary frequencies, is left out."""
+    """The tensors under this project's names, without computed buffers such as rotary frequencies."""
     result = {}
     for key, value in state.items():
         if key.endswith(COMPUTED):
             continue
-        theirs, ours = next((rule for rule in rules if key.startswith(rule[0])), ("", ""))
-        if ours is not None:
-            result[ours + key.removeprefix(theirs)] = value
+        old_prefix, new_prefix = next((rule for rule in rules if key.startswith(rule[0])), ("", ""))
+        if new_prefix is not None:
+            result[new_prefix + key.removeprefix(old_prefix)] = value
     return result
 
 
@@ -130,14 +130,14 @@ def sam_renamed(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """A transformers SamModel's tensors under segment-anything's names."""
     result = {}
     for key, value in state.items():
-        for pattern, ours in SAM_TRANSFORMERS:
-            key = re.sub(pattern, ours, key)
+        for pattern, replacement in SAM_TRANSFORMERS:
+            key = re.sub(pattern, replacement, key)
         result[key] = value
     return result
 
 
 def llava_config(config: dict) -> dict:
-    """A LLaVA's ``config.json`` in the flat form of LLaVA's own code; transformers' form nests it."""
+    """A LLaVA's ``config.json`` in the flat form of LLaVA's own code, from that or from transformers' nested form."""
     if "text_config" not in config:
         return config
     vision = CLIPVisionConfig(**config["vision_config"])
@@ -150,7 +150,7 @@ def llava_config(config: dict) -> dict:
 
 
 def tower_side(config: dict) -> int | None:
-    """The image side in pixels that a LLaVA was trained with, if its flat configuration tells."""
+    """Side in pixels of the images that a LLaVA was trained with; None if its flat configuration does not say."""
     if "mm_image_size" in config:
         return config["mm_image_size"]
     name = re.search(r"clip-vit-(?:base|large)-patch\d+(?:-(\d+))?/?$", str(config.get("mm_vision_tower", "")))
@@ -158,7 +158,7 @@ def tower_side(config: dict) -> int | None:
 
 
 def release_of(config: dict) -> Release | None:
-    """Whose published checkpoint a ``config.json`` belongs to; None for a base model, or a folder of this project."""
+    """The method whose published checkpoint has this ``config.json``; None for bases and folders of this project."""
     if config.get("model_type") == "uground":
         return None
     return next((RELEASES[name] for name in config.get("architectures") or [] if name in RELEASES), None)
@@ -168,20 +168,20 @@ def released_settings(release: Release, config: dict) -> dict[str, Any]:
     """Settings of ``UGroundConfig`` that reproduce the published checkpoint with this ``config.json``.
 
     Raises:
-        ValueError: for a prompt template or a mode of UGround's that is not known.
+        ValueError: for LLaMA-2's prompt template, or an unknown mode of UGround.
     """
-    found = dict(release.settings)
+    settings = dict(release.settings)
     if release.name == "READ" and config.get("num_hidden_layers") == 40:
-        found |= {"point_prompts": 60, "point_rule": "read_13b"}
+        settings |= {"point_prompts": 60, "point_rule": "read_13b"}
     on_llava_1 = config.get("mm_projector_type", "linear") == "linear"
     if on_llava_1 and config.get("max_position_embeddings", 2048) > 2048:
         raise ValueError(
             f"{release.name} on LLaMA-2 (max_position_embeddings {config['max_position_embeddings']}) was trained with "
-            "LLaMA-2's prompt template, which this project does not have; the checkpoints on Vicuna can be read"
+            "LLaMA-2's prompt template, which this project does not have; use a checkpoint on Vicuna"
         )
     if release.name == "UGround":
         mode = config.get("mode", 3)
         if mode not in MODES:
             raise ValueError(f"mode {mode!r} of the published configuration is unknown; known: {sorted(MODES)}")
-        found |= MODES[mode] | ({} if config.get("eval_legacy", True) else {"eval_layer_policy": "sample"})
-    return found
+        settings |= MODES[mode] | ({} if config.get("eval_legacy", True) else {"eval_layer_policy": "sample"})
+    return settings

@@ -1,7 +1,7 @@
-"""Where a loaded model computes, and in how many bits: one device, quantized, or spread over several.
+"""Placement of a loaded model: on one device, quantized, or spread over several devices.
 
 Only the decoder layers of the language model are quantized or spread; they are nine tenths of a 7B model. CLIP, the
-projector, embeddings, lm_head, phi, the gate and SAM stay together on one device in the precision that was asked for.
+projector, embeddings, lm_head, phi, the gate and SAM stay together on one device, in the requested precision.
 """
 
 from __future__ import annotations
@@ -14,29 +14,29 @@ from transformers import LlamaForCausalLM
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 QUANTIZATIONS = ("8bit", "4bit")
-USABLE = 0.8  # of a device's free memory is for weights, the rest for what is computed (SAM at 1024 px, the cache)
+USABLE = 0.8  # share of a device's free memory for weights; the rest is for activations (SAM at 1024 px) and KV cache
 
 
 def pick_device(wanted: str) -> str:
-    """``auto`` = the GPU if there is one.
+    """The device to use; ``auto`` = the GPU if there is one.
 
     Raises:
-        ValueError: if the device is not there.
+        ValueError: if the device is unknown or unavailable.
     """
     if wanted == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
         torch.empty(0, device=wanted)
     except (RuntimeError, AssertionError) as error:
-        first = str(error).splitlines()[0]
+        reason = str(error).splitlines()[0]
         raise ValueError(
-            f"--device {wanted} cannot be used ({first}); use cpu, cuda with an NVIDIA GPU, or mps on a Mac"
+            f"--device {wanted} cannot be used ({reason}); use cpu, cuda with an NVIDIA GPU, or mps on a Mac"
         ) from error
     return wanted
 
 
 def pick_precision(wanted: str, device: str) -> str:
-    """``auto`` = bf16 on a GPU, fp32 elsewhere.
+    """The precision to use, a key of ``PRECISIONS``; ``auto`` = bf16 on a GPU, fp32 elsewhere.
 
     Raises:
         ValueError: if it is not one of ``PRECISIONS``.
@@ -49,29 +49,28 @@ def pick_precision(wanted: str, device: str) -> str:
 
 
 def place(model: LlamaForCausalLM, device: str, quantize: str | None = None, device_map: str | None = None) -> None:
-    """Moves a model from main memory to where it shall compute.
+    """Moves a model from main memory to its device(s), in place.
 
     Args:
-        device: for all of it, or for all but the layers that are spread.
-        quantize: of ``QUANTIZATIONS``; None = as loaded.
-        device_map: ``auto`` = spread decoder layers over all GPUs, and main memory if these are too small.
+        device: of the whole model, or of all but the layers that are spread.
+        quantize: one of ``QUANTIZATIONS``; None = as loaded.
+        device_map: ``auto`` = spread decoder layers over all GPUs, and main memory if they are too small.
 
     Raises:
-        ValueError: if bitsandbytes is missing, or the device cannot do it.
+        ValueError: if bitsandbytes is missing, the device does not support it, or memory is too small.
     """
     if quantize and device_map:
         raise ValueError("--quantize and --device_map exclude each other: quantized layers stay on one device")
     if quantize:
         quantize_layers(model, quantize, device)
     if not device_map:
-        model.to(device)  # type: ignore[arg-type]  # transformers' annotation wants itself
+        model.to(device)  # type: ignore[arg-type]  # transformers' annotation is wrong
         return
     if torch.device(device).type != "cuda":
         raise ValueError(f"--device_map {device_map} spreads layers over GPUs; on {device} there is nothing to spread")
     from accelerate.utils import get_max_memory
 
-    places = plan(model, torch.device(device).index or 0, get_max_memory())
-    spread(model, device, places)
+    spread(model, device, plan(model, torch.device(device).index or 0, get_max_memory()))
 
 
 # -- quantization ------------------------------------------------------------------------------------------------------
@@ -80,8 +79,11 @@ def place(model: LlamaForCausalLM, device: str, quantize: str | None = None, dev
 def quantize_layers(model: LlamaForCausalLM, kind: str, device: str) -> None:
     """Replaces the decoder layers' projections by bitsandbytes' 8-bit (LLM.int8) or 4-bit (NF4) ones, one by one.
 
+    Args:
+        kind: one of ``QUANTIZATIONS``.
+
     Raises:
-        ValueError: if bitsandbytes is not installed, or has no code for the device.
+        ValueError: if bitsandbytes is not installed, or does not support the device or the projections' sizes.
     """
     if find_spec("bitsandbytes") is None:
         raise ValueError("--quantize needs bitsandbytes, which is not installed: pip install bitsandbytes")
@@ -102,29 +104,29 @@ def quantize_layers(model: LlamaForCausalLM, kind: str, device: str) -> None:
                     )
                 if kind == "4bit":
                     dtype = linear.weight.dtype
-                    small = bnb.Linear4bit(*sizes, bias, compute_dtype=dtype, quant_type="nf4", device="meta")
-                    small.weight = bnb.Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4")
+                    quantized = bnb.Linear4bit(*sizes, bias, compute_dtype=dtype, quant_type="nf4", device="meta")
+                    quantized.weight = bnb.Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4")
                 else:
-                    small = bnb.Linear8bitLt(*sizes, bias, has_fp16_weights=False, device="meta")
-                    small.weight = bnb.Int8Params(linear.weight.data, requires_grad=False, has_fp16_weights=False)
-                small.bias = linear.bias
-                setattr(parent, name, small.to(device))  # this move quantizes
+                    quantized = bnb.Linear8bitLt(*sizes, bias, has_fp16_weights=False, device="meta")
+                    quantized.weight = bnb.Int8Params(linear.weight.data, requires_grad=False, has_fp16_weights=False)
+                quantized.bias = linear.bias
+                setattr(parent, name, quantized.to(device))  # bitsandbytes quantizes when it moves weights
 
 
 # -- several devices ---------------------------------------------------------------------------------------------------
 
 
 def plan(model: LlamaForCausalLM, main: int, memory: dict[int | str, int]) -> list[int | str]:
-    """A device for each decoder layer, in order: the main GPU (which also holds all else), the others, main memory.
+    """A device per decoder layer. Layers fill the main GPU, then the other GPUs, then main memory (``"cpu"``).
 
     Args:
-        main: number of the main GPU; memory: free bytes per GPU, and of ``"cpu"``.
+        main: index of the main GPU, which also holds all other modules.
+        memory: free bytes per GPU index, and of ``"cpu"``.
 
     Raises:
-        ValueError: if all of these together are too small.
+        ValueError: if the main GPU is too small for the other modules, or all devices together for the layers.
     """
-    layers = list(model.model.layers)
-    needed = [sum(tensor.nbytes for tensor in layer.state_dict().values()) for layer in layers]
+    needed = [sum(tensor.nbytes for tensor in layer.state_dict().values()) for layer in model.model.layers]
     rest = sum(tensor.nbytes for tensor in model.state_dict().values()) - sum(needed)
     free: dict[int | str, float] = {main: USABLE * memory[main] - rest}
     free |= {gpu: USABLE * size for gpu, size in memory.items() if gpu not in (main, "cpu")}
@@ -134,7 +136,7 @@ def plan(model: LlamaForCausalLM, main: int, memory: dict[int | str, int]) -> li
             f"--device_map: GPU {main} has {memory[main] / 1e9:.1f} GB free, and what cannot be spread (SAM, CLIP, "
             f"embeddings) takes {rest / 1e9:.1f} GB plus room to compute; use --precision bf16, or another GPU"
         )
-    places: list[int | str] = []
+    layer_devices: list[int | str] = []
     devices = list(free)
     for size in needed:
         while devices and free[devices[0]] < size:
@@ -142,14 +144,14 @@ def plan(model: LlamaForCausalLM, main: int, memory: dict[int | str, int]) -> li
         if not devices:
             raise ValueError(f"--device_map: {sum(needed) / 1e9:.1f} GB of layers fit into no GPU and main memory here")
         free[devices[0]] -= size
-        places.append(devices[0])
-    return places
+        layer_devices.append(devices[0])
+    return layer_devices
 
 
-def spread(model: LlamaForCausalLM, device: str, places: list[int | str]) -> None:
-    """Puts each decoder layer where the plan says. What a layer returns goes back to the main device.
+def spread(model: LlamaForCausalLM, device: str, layer_devices: list[int | str]) -> None:
+    """Moves each decoder layer to its device (``plan``), all else to the main one, where layers return their outputs.
 
-    Layers in main memory travel to the main device for each pass.
+    Layers in main memory (``"cpu"``) are copied to the main device for each forward pass.
     """
     from accelerate import cpu_offload
     from accelerate.hooks import AlignDevicesHook, add_hook_to_module
@@ -157,9 +159,11 @@ def spread(model: LlamaForCausalLM, device: str, places: list[int | str]) -> Non
     layers, model.model.layers = model.model.layers, nn.ModuleList()
     model.to(device)  # type: ignore[arg-type]
     model.model.layers = layers
-    for layer, where in zip(layers, places):
-        if where == "cpu":
+    for layer, layer_device in zip(layers, layer_devices):
+        if layer_device == "cpu":
             cpu_offload(layer, torch.device(device), offload_buffers=True)
         else:
-            hook = AlignDevicesHook(where, io_same_device=True, place_submodules=True, skip_keys="past_key_values")
+            hook = AlignDevicesHook(
+                layer_device, io_same_device=True, place_submodules=True, skip_keys="past_key_values"
+            )
             add_hook_to_module(layer, hook)

@@ -1,4 +1,4 @@
-"""Opening a folder of any kind as a model with its processor; and base weights for training."""
+"""Loading of any model folder with its processor (``load``), and of base weights for training."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ from model.processing.tokens import IMAGE, add_special_tokens, load_tokenizer, t
 from model.UGround import UGroundForCausalLM
 
 Kind = Literal["merged", "adapter", "released", "base", "run", "unknown"]
-Parts = tuple[UGroundForCausalLM, UGroundProcessor, dict[str, str]]  # the last: where each module's weights came from
+Parts = tuple[UGroundForCausalLM, UGroundProcessor, dict[str, str]]  # model, processor, module -> source of its weights
 
 
 def kind_of(folder: str | Path) -> Kind:
-    """What a folder holds, by its files and its ``config.json``.
+    """The kind of a model folder, by its files and its ``config.json``.
 
     Returns:
         ``merged`` (of scripts/merge_lora.py or ``save_pretrained``), ``adapter`` (of ``merge_lora.py --adapter_only``),
         ``released`` (published by the authors of a method), ``base`` (a LLaVA), ``run`` (of train_ds.py, or a
-        checkpoint in it), or ``unknown`` (another kind of model).
+        checkpoint in its folder), or ``unknown`` (another kind of model).
 
     Raises:
         ValueError: if the folder does not exist, or has no readable ``config.json``.
@@ -67,75 +67,77 @@ def load(
     quantize: str | None = None,
     device_map: str | None = None,
 ) -> Opened:
-    """A merged model, an adapter or a published checkpoint, ready to be asked.
+    """Loads a merged model, an adapter or a published checkpoint for inference.
 
     Args:
-        folder: of ``scripts/merge_lora.py``, with or without ``--adapter_only``, or of a published checkpoint of
+        folder: written by ``scripts/merge_lora.py``, with or without ``--adapter_only``, or a published checkpoint of
             UGround, LISA, GSVA, SESAME or READ.
         precision: ``fp32``, ``bf16``, ``fp16``, or ``auto`` = bf16 on a GPU, fp32 elsewhere.
         device: ``cpu``, ``cuda``, ``cuda:1``, ``mps``, or ``auto`` = the GPU if there is one.
         vision_tower: folder of CLIP for a published checkpoint, which holds none.
         base, vision_tower, vision_pretrained: LLaVA, CLIP and SAM for an adapter whose base has moved.
-        quantize: ``8bit`` or ``4bit`` = the language model's layers, by bitsandbytes.
+        quantize: ``8bit`` or ``4bit``, of the language model's layers, by bitsandbytes.
         device_map: ``auto`` = spread the language model's layers over all GPUs and main memory.
 
     Raises:
-        ValueError: if the folder is none of these, its weights are not complete, or the device cannot do it. The
-            message names the flag of chat.py and test.py that says the same.
+        ValueError: if the folder is of another kind, its weights are incomplete, or the device does not support the
+            request. The message names the argument as a flag of chat.py and test.py.
     """
-    transformers_logging.disable_progress_bar()  # noise where the output is a file
+    transformers_logging.disable_progress_bar()  # clutters output that goes to a file
     device = pick_device(device)
     precision = pick_precision(precision, device)
     kind = kind_of(folder)
     if kind not in LOADERS:
-        model_type = read_json(Path(folder), "--version").get("model_type")  # a run's error says what to do with it
+        model_type = read_json(Path(folder), "--version").get("model_type")  # raises for a run, with the fix
         raise ValueError(
             f"--version: {folder} is of type {model_type!r}, not a UGround model; "
             "merge a trained run with scripts/merge_lora.py first"
         )
-    moved = {"version": base, "vision_tower": vision_tower, "vision_pretrained": vision_pretrained}
-    moved = {name: path for name, path in moved.items() if path}
-    model, processor, sources = LOADERS[kind](Path(folder), precision, moved)
-    known = fingerprint(model.state_dict().values())  # before layers are quantized, or leave their place
+    paths = {"version": base, "vision_tower": vision_tower, "vision_pretrained": vision_pretrained}
+    paths = {name: path for name, path in paths.items() if path}
+    model, processor, sources = LOADERS[kind](Path(folder), precision, paths)
+    weights_fingerprint = fingerprint(model.state_dict().values())  # before layers are quantized or offloaded
     place(model, device, quantize, device_map)
-    in_words = ", ".join(filter(None, (precision, quantize)))
-    return Opened(model.eval(), processor, device, in_words, known, kind, str(folder), sources)
+    precision_text = ", ".join(filter(None, (precision, quantize)))
+    return Opened(model.eval(), processor, device, precision_text, weights_fingerprint, kind, str(folder), sources)
 
 
-def _load_merged(folder: Path, precision: str, moved: dict[str, str]) -> Parts:
+def _load_merged(folder: Path, precision: str, paths: dict[str, str]) -> Parts:
     processor = UGroundProcessor.from_pretrained(folder)
     loaded: Any = UGroundForCausalLM.from_pretrained(
         folder,
         dtype=PRECISIONS[precision],
         output_loading_info=True,
         local_files_only=True,
-        ignore_mismatched_sizes=True,  # they are named below
+        ignore_mismatched_sizes=True,  # reported below
     )
-    model, info = loaded  # a pair, which transformers' annotation does not say
+    model, info = loaded  # transformers' annotation lacks the pair
     problems = {
         kind: sorted(info[kind]) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[kind]
     }
     if problems:
         raise ValueError(f"--version: the weights in {folder} do not fit: {problems}")
-    for what, ours, theirs in (
+    for name, in_config, in_processor in (
         ("[SEG]", model.config.seg_token_id, processor.tokens.seg),
         ("[REJ]", model.config.rej_token_id, processor.tokens.rej),
         ("clip_fit", model.config.clip_fit, processor.clip_fit),
     ):
-        if ours != theirs:
-            raise ValueError(f"--version: {folder}: {what} is {ours} in config.json, {theirs} in the processor's files")
+        if in_config != in_processor:
+            raise ValueError(
+                f"--version: {folder}: {name} is {in_config} in config.json, {in_processor} in the processor's files"
+            )
     return model, processor, dict.fromkeys((name for name, _ in model.named_children()), str(folder))
 
 
-def _load_adapter(folder: Path, precision: str, moved: dict[str, str]) -> Parts:
+def _load_adapter(folder: Path, precision: str, paths: dict[str, str]) -> Parts:
     meta = adapter.read_meta(folder)
-    settings = meta["config"]["model"] | moved
-    paths = settings["version"], settings["vision_tower"], settings["vision_pretrained"]
-    if absent := [path for path in paths if not Path(path).exists()]:
+    settings = meta["config"]["model"] | paths
+    base = settings["version"], settings["vision_tower"], settings["vision_pretrained"]
+    if missing := [path for path in base if not Path(path).exists()]:
         raise ValueError(
-            f"--version: the base of the adapter {folder} is not here: {', '.join(absent)}. {adapter.WHERE}"
+            f"--version: the base of the adapter {folder} is not here: {', '.join(missing)}. {adapter.WHERE}"
         )
-    model, _, rows = load_for_training(*paths, settings["precision"], adapter.method_of(folder, meta))
+    model, _, rows = load_for_training(*base, settings["precision"], adapter.method_of(folder, meta))
     adapter.check_base(folder, meta, rows)
     adapter.apply(model, folder, meta)
     cast_parameters(model, precision)
@@ -147,18 +149,18 @@ def _load_adapter(folder: Path, precision: str, moved: dict[str, str]) -> Parts:
     return model, UGroundProcessor.from_pretrained(folder), sources
 
 
-def _load_released(folder: Path, precision: str, moved: dict[str, str]) -> Parts:
-    raw = read_json(folder, "--version")
-    release = release_of(raw)
+def _load_released(folder: Path, precision: str, paths: dict[str, str]) -> Parts:
+    raw_config = read_json(folder, "--version")
+    release = release_of(raw_config)
     assert release is not None
-    vision_tower = moved.get("vision_tower") or raw.get("mm_vision_tower", "")
+    vision_tower = paths.get("vision_tower") or raw_config.get("mm_vision_tower", "")
     if not vision_tower or not Path(vision_tower).is_dir():
         raise ValueError(
             f"--version: {folder} is a published checkpoint, which holds no CLIP; give --vision_tower, "
             f"the folder of the tower that it was trained with ({vision_tower or 'its configuration has no name'})"
         )
     tokenizer = load_tokenizer(folder)
-    tokenizer.add_tokens([IMAGE], special_tokens=True)  # stands where features are put in; has no embedding
+    tokenizer.add_tokens([IMAGE], special_tokens=True)  # placeholder of image features; it has no embedding
     ids = token_ids(tokenizer, f"--version: the tokenizer of {folder}")
     settings = {"seg_token_id": ids.seg, "rej_token_id": ids.rej, "eos_token_id": ids.eos, "pad_token_id": ids.pad}
     model, rows = load_released(folder, vision_tower, PRECISIONS[precision], settings)
@@ -191,9 +193,10 @@ def load_for_training(
     """UGround from base weights: a LLaVA-1.5 folder, a CLIP folder, a SAM ``.pth``.
 
     Args:
+        version, vision_tower, vision_pretrained: paths of LLaVA, CLIP and SAM.
         precision: ``fp32``, ``bf16`` or ``fp16``.
         settings: of ``UGroundConfig`` (layer_selection, loss weights, ...).
-        max_tokens: longest row of one conversation (``--model_max_length``).
+        max_tokens: longest conversation with its prefix, in tokens (``--model_max_length``).
 
     Returns:
         the model, its processor, and the rows of the loading report.
@@ -203,9 +206,9 @@ def load_for_training(
     """
     model, rows = load_base(version, vision_tower, vision_pretrained, PRECISIONS[precision], settings or {})
     tokenizer = load_tokenizer(version)
-    known = len(tokenizer)
+    old_size = len(tokenizer)
     add_special_tokens(tokenizer)
-    grow_vocabulary(model, known, len(tokenizer))
+    grow_vocabulary(model, old_size, len(tokenizer))
     config, sam_side = model.config, model.visual_model.shape.image_size
     system_prompt = read_json(Path(version), "--version").get("system_prompt", SYSTEM_PROMPT)
     processor = UGroundProcessor(tokenizer, config.clip_side, config.clip_patch, sam_side, system_prompt, max_tokens)
@@ -216,6 +219,6 @@ def load_for_training(
 
 
 def cast_parameters(model: torch.nn.Module, precision: str) -> None:
-    """Parameters alone: buffers (the policy's baseline, rotary frequencies) stay in float32."""
+    """Casts all parameters; buffers (the reward's baseline, rotary frequencies) stay in float32."""
     for parameter in model.parameters():
         parameter.data = parameter.data.to(PRECISIONS[precision])

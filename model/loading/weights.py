@@ -1,4 +1,4 @@
-"""Reading LLaVA, CLIP and SAM files by their own key names, strictly: nothing is left at random without being said."""
+"""Strict loading of LLaVA, CLIP and SAM files under their own keys: keys that do not match are errors, by name."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ WEIGHT_FILES = (
     ("model*.safetensors", "model.safetensors.index.json"),
     ("pytorch_model*.bin", "pytorch_model.bin.index.json"),
 )
-NEW_PARTS = ("text_hidden_fcs.", "ppm.")  # what training starts from scratch
-OTHER_HALF = ("text_model.", "text_projection.", "visual_projection.", "logit_scale")  # of CLIP, which reads texts
+NEW_PARTS = ("text_hidden_fcs.", "ppm.")  # trained from scratch; no base has them
+CLIP_TEXT_KEYS = ("text_model.", "text_projection.", "visual_projection.", "logit_scale")  # of CLIP's text encoder
 LLAMA_KEYS = [
     "vocab_size",
     "hidden_size",
@@ -54,7 +54,7 @@ LLAMA_KEYS = [
 
 @dataclass
 class Loaded:
-    """One row of the loading report: a module, where its weights came from, and a fingerprint of them."""
+    """One row of the loading report: a module, the source of its weights (``new``: from scratch), their fingerprint."""
 
     module: str
     source: str
@@ -64,7 +64,7 @@ class Loaded:
 
 
 def read_torch_file(path: Path) -> dict[str, torch.Tensor]:
-    """A ``.pth`` or ``.bin`` of plain tensors; a file that carries code is refused.
+    """The tensors of a ``.pth`` or ``.bin``; a file that contains code is refused.
 
     Raises:
         ValueError: if the file is missing, truncated, or holds anything but tensors.
@@ -74,8 +74,8 @@ def read_torch_file(path: Path) -> dict[str, torch.Tensor]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as error:
-        first = str(error).splitlines()[0]
-        raise ValueError(f"{path} is no checkpoint of plain tensors, or is damaged: {first}") from error
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{path} is no checkpoint of plain tensors, or is damaged: {reason}") from error
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise ValueError(f"{path} holds no dictionary of tensors")
     return state
@@ -96,7 +96,7 @@ def read_folder(folder: Path) -> dict[str, torch.Tensor]:
         if missing := [str(path) for path in files if not path.is_file()]:
             raise ValueError(f"{index} names files that are not there: {', '.join(missing)}")
         if files:
-            state: dict[str, torch.Tensor] = {}  # mapped into memory, and read when they are used
+            state: dict[str, torch.Tensor] = {}  # memory-mapped: read from disk when used
             for path in files:
                 state |= load_file(path) if path.suffix == ".safetensors" else read_torch_file(path)
             return state
@@ -104,13 +104,20 @@ def read_folder(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def run_of(folder: Path) -> Path | None:
-    """The training run that a folder is, or lies in, as its checkpoints do."""
-    above = (folder, *folder.absolute().parents[:2])
-    return next((run for run in above if (run / "checkpoints/index.json").is_file()), None)
+    """The training run that a folder is or belongs to, such as a checkpoint's; None if there is none."""
+    candidates = (folder, *folder.absolute().parents[:2])
+    return next((run for run in candidates if (run / "checkpoints/index.json").is_file()), None)
 
 
 def read_json(folder: Path, what: str) -> dict:
-    """``config.json`` of a folder, or a ValueError that says what the folder should have been."""
+    """``config.json`` of a folder.
+
+    Args:
+        what: the flag that gave the folder, for messages.
+
+    Raises:
+        ValueError: if there is no such folder or file, or the file is no JSON.
+    """
     path = folder / "config.json"
     if not folder.is_dir():
         raise ValueError(f"{what}: {folder} is no folder; download it first and give its path")
@@ -128,23 +135,22 @@ def read_json(folder: Path, what: str) -> dict:
 
 
 def load_strictly(module: nn.Module, state: dict[str, torch.Tensor], source: str, new: tuple[str, ...] = ()) -> None:
-    """Moves ``state`` into ``module``; every key must find its place and every parameter its key.
+    """Loads ``state`` into ``module``; the keys of both must match.
 
-    A tensor of the right type becomes the parameter itself, so that nothing is copied; the others are converted one by
-    one, and a file is let go with the last of its tensors.
+    Tensors of the parameter's dtype are assigned without a copy. The others are converted one by one, and a file's
+    memory is released with the last of its tensors.
 
     Args:
-        state: in the end it holds what ``module`` holds.
-        new: prefixes of what ``state`` need not hold.
+        state: its values are replaced by the module's tensors.
+        source: path of the weights, for messages.
+        new: prefixes of keys that ``state`` may lack.
 
     Raises:
-        ValueError: naming missing, unexpected and mis-shaped keys, with a guess at the cause.
+        ValueError: naming missing, unexpected and mis-shaped keys, with the likely cause.
     """
     own = module.state_dict()
-    shared = (
-        module.all_tied_weights_keys if isinstance(module, PreTrainedModel) else {}
-    )  # lm_head.weight, where it is the embeddings' (SmolLM)
-    missing = sorted(key for key in own.keys() - state.keys() - shared.keys() if not key.startswith(new))
+    tied = module.all_tied_weights_keys if isinstance(module, PreTrainedModel) else {}  # SmolLM: lm_head, embeddings
+    missing = sorted(key for key in own.keys() - state.keys() - tied.keys() if not key.startswith(new))
     unexpected = sorted(state.keys() - own.keys())
     shapes = [
         f"{key}: file {tuple(state[key].shape)}, model {tuple(own[key].shape)}"
@@ -164,7 +170,7 @@ def load_strictly(module: nn.Module, state: dict[str, torch.Tensor], source: str
 
 
 def _cause(own: Collection[str], missing: list[str], unexpected: list[str], shapes: list[str]) -> str:
-    """What most likely went wrong, from which kinds of keys do not fit."""
+    """The likely cause, by the kinds of keys that do not fit."""
     if len(missing) == len(own):
         return "no key fits: another kind of model, or its keys carry another prefix"
     if any("lora_" in key for key in unexpected):
@@ -176,13 +182,12 @@ def _cause(own: Collection[str], missing: list[str], unexpected: list[str], shap
     return "another architecture or version"
 
 
-def _some(names: Iterable[str], most: int = 6) -> str:
-    names = list(names)
+def _some(names: list[str], most: int = 6) -> str:
     return ", ".join(names[:most]) + (f", and {len(names) - most} more" if len(names) > most else "")
 
 
 def fingerprint(tensors: Iterable[torch.Tensor], most: int = 4096) -> str:
-    """16 hex digits over at most ``most`` evenly spread values of each tensor: enough to tell checkpoints apart."""
+    """16 hex digits that tell checkpoints apart: SHA-256 of about ``most`` evenly spaced values of each tensor."""
     digest = hashlib.sha256()
     for tensor in tensors:
         flat = tensor.detach().flatten()
@@ -193,7 +198,11 @@ def fingerprint(tensors: Iterable[torch.Tensor], most: int = 4096) -> str:
 
 
 def report(model: nn.Module, sources: dict[str, str]) -> list[Loaded]:
-    """Rows (module, source, parameters, dtype, fingerprint) for every top-level module."""
+    """The loading report, a row per top-level module.
+
+    Args:
+        sources: module -> source of its weights; modules without one are ``new``.
+    """
     rows = []
     for name, child in model.named_children():
         parameters = list(child.parameters())
@@ -204,10 +213,10 @@ def report(model: nn.Module, sources: dict[str, str]) -> list[Loaded]:
 
 
 def read_sam(path: str) -> tuple[dict[str, torch.Tensor], SamShape]:
-    """A SAM and its size: segment-anything's ``.pth``, or a folder of transformers' SamModel.
+    """A SAM's tensors and sizes, from segment-anything's ``.pth`` or a folder of transformers' SamModel.
 
     Raises:
-        ValueError: if it is none.
+        ValueError: if the path is neither.
     """
     folder = Path(path)
     state = formats.sam_renamed(read_folder(folder)) if folder.is_dir() else read_torch_file(folder)
@@ -218,13 +227,15 @@ def read_sam(path: str) -> tuple[dict[str, torch.Tensor], SamShape]:
 
 
 def base_config(version: Path, tower: Path, sam: SamShape, keys: Collection[str], settings: dict) -> UGroundConfig:
-    """The configuration that a LLaVA folder, a CLIP folder and a SAM make together.
+    """The configuration of a model built from a LLaVA folder, a CLIP folder and a SAM.
 
     Args:
-        keys: of the LLaVA's tensors, by this project's names; they tell the kind of projector.
+        version, tower: folders of LLaVA and CLIP.
+        keys: of LLaVA's tensors, renamed to this project's; they determine the kind of projector.
+        settings: of ``UGroundConfig``, beyond the sizes.
 
     Raises:
-        ValueError: if the folder is no LLaVA, or the tower is not the one its projector was trained for.
+        ValueError: if the folder is no LLaVA, or its projector was trained for another tower.
     """
     raw = formats.llava_config(read_json(version, "--version"))
     if raw.get("model_type") not in LLAVA_TYPES:
@@ -234,10 +245,10 @@ def base_config(version: Path, tower: Path, sam: SamShape, keys: Collection[str]
         )
     read_json(tower, "--vision_tower")
     clip = CLIPVisionConfig.from_pretrained(tower)
-    wanted = raw.get("mm_hidden_size", clip.hidden_size)
-    if clip.hidden_size != wanted:
+    expected = raw.get("mm_hidden_size", clip.hidden_size)
+    if clip.hidden_size != expected:
         raise ValueError(
-            f"--vision_tower: {tower} has width {clip.hidden_size}, the projector of {version} expects {wanted}"
+            f"--vision_tower: {tower} has width {clip.hidden_size}, the projector of {version} expects {expected}"
         )
     if (side := formats.tower_side(raw)) not in (None, clip.image_size):
         raise ValueError(
@@ -254,7 +265,7 @@ def base_config(version: Path, tower: Path, sam: SamShape, keys: Collection[str]
 
 
 def build(config: UGroundConfig, dtype: torch.dtype) -> UGroundForCausalLM:
-    """The model with new phi and gate; all else has no values yet."""
+    """The model with initialized phi and gate; all other weights are uninitialized memory."""
     default = torch.get_default_dtype()
     try:
         torch.set_default_dtype(dtype)
@@ -271,25 +282,28 @@ def build(config: UGroundConfig, dtype: torch.dtype) -> UGroundForCausalLM:
 
 
 def read_tower(folder: str | Path) -> dict[str, torch.Tensor]:
-    """CLIP's vision tower as this project names it; a whole CLIP's other half is left out.
+    """CLIP's vision tower under this project's keys, without the text encoder of a whole CLIP.
 
     Raises:
-        ValueError: naming what is missing, unexpected or of another shape: transformers would fill it with noise.
+        ValueError: naming keys that are missing, unexpected or of another shape, which transformers would initialize
+            randomly.
     """
     level = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()  # it warns of every weight of the other half
+    transformers_logging.set_verbosity_error()  # transformers warns of every weight of the text encoder
     try:
         loaded: Any = CLIPVisionModel.from_pretrained(
             folder, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True
-        )  # these are named below
+        )
     except OSError as error:
         raise ValueError(f"--vision_tower: {folder} cannot be loaded: {error}") from error
     finally:
         transformers_logging.set_verbosity(level)
-    tower, info = loaded  # a pair, which transformers' annotation does not say
-    strange = [key for key in info["unexpected_keys"] if not key.startswith(OTHER_HALF)]
-    found = {"missing": info["missing_keys"], "unexpected": strange, "of another shape": info["mismatched_keys"]}
-    problems = [f"{len(keys)} {what} ({', '.join(map(str, sorted(keys)[:5]))})" for what, keys in found.items() if keys]
+    tower, info = loaded  # transformers' annotation lacks the pair
+    unexpected = [key for key in info["unexpected_keys"] if not key.startswith(CLIP_TEXT_KEYS)]
+    misfits = {"missing": info["missing_keys"], "unexpected": unexpected, "of another shape": info["mismatched_keys"]}
+    problems = [
+        f"{len(keys)} {kind} ({', '.join(map(str, sorted(keys)[:5]))})" for kind, keys in misfits.items() if keys
+    ]
     if problems:
         raise ValueError(
             f"--vision_tower: the weights in {folder} are not those of its config.json: {'; '.join(problems)}. "
@@ -301,13 +315,16 @@ def read_tower(folder: str | Path) -> dict[str, torch.Tensor]:
 def load_base(
     version: str, vision_tower: str, vision_pretrained: str, dtype: torch.dtype, settings: dict
 ) -> tuple[UGroundForCausalLM, list[Loaded]]:
-    """Builds UGround from a LLaVA-1.5 folder, a CLIP folder and a SAM ``.pth`` (its size is read off the file).
+    """Builds UGround from a LLaVA-1.5 folder, a CLIP folder and a SAM, whose sizes follow from its tensors.
 
     Args:
         settings: of ``UGroundConfig``, beyond the sizes.
 
+    Returns:
+        the model and the rows of the loading report.
+
     Raises:
-        ValueError: if a file is missing, or a key does not find its place.
+        ValueError: if a file is missing, or weights do not fit.
     """
     sam, shape = read_sam(vision_pretrained)
     nested = "text_config" in read_json(Path(version), "--version")
@@ -315,7 +332,7 @@ def load_base(
     llava = formats.renamed(read_folder(Path(version)), rules)
     model = build(base_config(Path(version), Path(vision_tower), shape, llava.keys(), settings), dtype)
     load_strictly(model.visual_model, sam, vision_pretrained)
-    has_tower = any(key.startswith("vision_tower.") for key in llava)  # then it may have been trained along
+    has_tower = any(key.startswith("vision_tower.") for key in llava)  # perhaps fine-tuned: it takes precedence
     llava = read_tower(vision_tower) | llava
     load_strictly(model, llava, version, new=("visual_model.", *NEW_PARTS))
     sources = dict.fromkeys(("model", "lm_head", "mm_projector"), version)
@@ -326,15 +343,18 @@ def load_base(
 def load_released(
     folder: str | Path, vision_tower: str | Path, dtype: torch.dtype, settings: dict
 ) -> tuple[UGroundForCausalLM, list[Loaded]]:
-    """A checkpoint that UGround's authors or those of a relative published (``formats.RELEASES``).
+    """Builds the model of a checkpoint published by the authors of UGround or a related method (``formats.RELEASES``).
 
-    It has its own keys, SAM inside, and CLIP in a folder of its own.
+    The checkpoint has keys of its own and contains SAM; CLIP is in a separate folder.
 
     Args:
-        settings: of ``UGroundConfig``, over those that reproduce the release.
+        settings: of ``UGroundConfig``; they override those that reproduce the release.
+
+    Returns:
+        the model and the rows of the loading report.
 
     Raises:
-        ValueError: if the folder is of no known kind, a file is missing, or a key does not find its place.
+        ValueError: if the architecture is unknown, a file is missing, or weights do not fit.
     """
     folder = Path(folder)
     raw = read_json(folder, "--version")
@@ -358,21 +378,21 @@ def load_released(
     return model.eval(), report(model, sources)
 
 
-def grow_vocabulary(model: UGroundForCausalLM, known: int, size: int) -> None:
-    """Makes room for added tokens; their rows start at the mean of the others, as in LLaVA.
+def grow_vocabulary(model: UGroundForCausalLM, old_size: int, size: int) -> None:
+    """Initializes the embeddings of added tokens with the mean of the others, as LLaVA does; adds rows if needed.
 
     Args:
-        known: tokens before they were added; size: and after. Some LLaVAs have more rows than tokens.
+        old_size, size: numbers of tokens before and after. Some LLaVAs have more embeddings than tokens.
     """
-    if size == known:
+    if size == old_size:
         return
     if size > model.config.vocab_size:
         model.resize_token_embeddings(size, mean_resizing=False)
     with torch.no_grad():
         for table in (model.model.embed_tokens.weight, model.lm_head.weight):
-            table[known:size] = table[:known].float().mean(0).to(table.dtype)
+            table[old_size:size] = table[:old_size].float().mean(0).to(table.dtype)
 
 
 def base_fingerprints(loaded: Iterable[Loaded]) -> dict[str, str]:
-    """Fingerprints of the base weights per module, without the parts that training starts from scratch."""
+    """Module -> fingerprint of its base weights, without the parts that are trained from scratch."""
     return {row.module: row.fingerprint for row in loaded if row.source != "new"}

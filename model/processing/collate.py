@@ -1,4 +1,4 @@
-"""Packs encoded images and conversations into a Batch: one row per image (design: the image's tokens stand once)."""
+"""Packs images and their encoded conversations into a Batch: one row per image, whose tokens are encoded once."""
 
 from __future__ import annotations
 
@@ -15,7 +15,13 @@ from model.structures import IGNORE_LABEL, Batch
 
 @dataclass
 class PackedSequence:
-    """One image, its encoded conversations and masks ([N, H, W] uint8, one per ``[SEG]`` in the labels)."""
+    """A row of a batch before padding: an image with its encoded conversations.
+
+    Attributes:
+        image: [H, W, 3] uint8, RGB.
+        masks: [N, H, W] uint8, one per ``[SEG]`` in the labels, or none.
+        sample_id: index of the sample in the mixture.
+    """
 
     image: np.ndarray
     conversations: list[EncodedConversation]
@@ -23,33 +29,33 @@ class PackedSequence:
     sample_id: int
 
 
-def cut(row: PackedSequence, max_tokens: int, seg_id: int) -> PackedSequence:
-    """Shortens each conversation to ``max_tokens``; a ``[SEG]`` that is lost takes its mask with it."""
+def truncate(row: PackedSequence, max_tokens: int, seg_id: int) -> PackedSequence:
+    """Truncates each conversation to ``max_tokens``, and removes the masks of truncated ``[SEG]``."""
     if all(len(conversation.ids) <= max_tokens for conversation in row.conversations):
         return row
-    kept, keep_mask = [], []
+    conversations, has_seg = [], []
     for conversation in row.conversations:
-        short = EncodedConversation(conversation.ids[:max_tokens], conversation.labels[:max_tokens])
-        segs, left = conversation.labels.count(seg_id), short.labels.count(seg_id)
-        keep_mask += [True] * left + [False] * (segs - left)
-        kept.append(short)
-    masks = row.masks[np.array(keep_mask, dtype=bool)] if len(row.masks) else row.masks
-    return PackedSequence(row.image, kept, masks, row.sample_id)
+        truncated = EncodedConversation(conversation.ids[:max_tokens], conversation.labels[:max_tokens])
+        before, after = conversation.labels.count(seg_id), truncated.labels.count(seg_id)
+        has_seg += [True] * after + [False] * (before - after)
+        conversations.append(truncated)
+    masks = row.masks[np.array(has_seg, dtype=bool)] if len(row.masks) else row.masks
+    return PackedSequence(row.image, conversations, masks, row.sample_id)
 
 
 def before_labels(labels: torch.Tensor, token: int | None = None) -> torch.Tensor:
-    """Flat positions whose NEXT token is a label (or is the label ``token``).
+    """Flat positions whose NEXT token is a label (or the label ``token``).
 
     Args:
-        labels: [B, T] int64 with ``IGNORE_LABEL`` where nothing is learned.
-        token: only this one, for example the id of ``[SEG]``.
+        labels: [B, T] int64, ``IGNORE_LABEL`` outside of answers.
+        token: id of the only label to look for, such as that of ``[SEG]``; None = any.
 
     Returns:
         [M] int64 positions in [0, B * T), row by row, left to right.
     """
-    ahead = labels[:, 1:]
-    chosen = ahead != IGNORE_LABEL if token is None else ahead == token
-    rows, columns = chosen.nonzero(as_tuple=True)
+    following = labels[:, 1:]
+    selected = following != IGNORE_LABEL if token is None else following == token
+    rows, columns = selected.nonzero(as_tuple=True)
     return rows * labels.shape[1] + columns
 
 
@@ -66,7 +72,10 @@ def collate_rows(
     """Builds the packed batch, padded on the right.
 
     Args:
-        rows: with a mask for each ``[SEG]`` label (``UGroundProcessor.collate`` checks it), or none at all (prompts).
+        rows: with a mask per ``[SEG]`` label (``UGroundProcessor.collate`` checks it), or without masks (prompts).
+        prefix_ids: tokens of the shared prefix; image_start: index of its first image placeholder.
+        pad_id, seg_id: ids of the padding token and of ``[SEG]``.
+        clip_side, sam_side: sides of their square inputs in pixels.
         clip_fit: how an image is made square for CLIP, of ``CLIP_FITS``; for SAM it is padded.
     """
     prefix = len(prefix_ids)
@@ -87,7 +96,7 @@ def collate_rows(
             start = end
     label_positions, seg_positions = before_labels(labels), before_labels(labels, seg_id)
     label_ids = labels.flatten()[label_positions + 1]
-    targets = sum(int((row.masks == 1).any((1, 2)).sum()) for row in rows)
+    num_targets = sum(int((row.masks == 1).any((1, 2)).sum()) for row in rows)
     clip_images, clip_sizes = _squares(rows, clip_side, CLIP_FITS[clip_fit])
     sam_images, sam_sizes = _squares(rows, sam_side, resize_and_pad)
     return Batch(
@@ -97,7 +106,7 @@ def collate_rows(
         label_positions=label_positions,
         label_ids=label_ids,
         label_weights=torch.ones(len(label_ids)),
-        counts=torch.tensor([len(label_ids), targets], dtype=torch.float32),
+        counts=torch.tensor([len(label_ids), num_targets], dtype=torch.float32),
         seg_positions=seg_positions,
         seg_rows=seg_positions // width,
         clip_images=clip_images,

@@ -1,8 +1,8 @@
-"""From questions and answers to token ids, with the answers' spans known while the text is built.
+"""Questions and answers to token ids and labels. The answers' spans are recorded while the text is built.
 
 The template is LLaVA-1.5's ("v1"):
 ``SYSTEM USER: <im_start><image><im_end>\\nQUESTION ASSISTANT: ANSWER</s>USER: ...``.
-The part up to the first question is the prefix that all conversations of an image share.
+The part before the first question is the prefix that all conversations about an image share.
 """
 
 from __future__ import annotations
@@ -25,26 +25,37 @@ HUMAN_SYSTEM_PROMPT = SYSTEM_PROMPT.replace("user", "human")  # of LLaVA's conve
 
 @dataclass
 class EncodedConversation:
-    """ids: the conversation's tokens after the prefix; labels: the same ids on answers, ``IGNORE_LABEL`` elsewhere."""
+    """A conversation's tokens after the prefix.
+
+    Attributes:
+        ids: token ids.
+        labels: as many; the same ids in answers, ``IGNORE_LABEL`` elsewhere.
+    """
 
     ids: list[int]
     labels: list[int]
 
 
 def escape(text: str) -> str:
-    """Defuses special tokens that a user typed literally: ``[SEG]`` becomes ``[ SEG ]`` and is plain text."""
+    """Escapes special tokens that a user typed: ``[SEG]`` becomes ``[ SEG ]``, which is plain text."""
     for token in SPECIAL_TOKENS:
         text = text.replace(token, f"{token[0]} {token[1:-1]} {token[-1]}")
     return text
 
 
 class PromptBuilder:
-    """Tokenises conversations behind one image prefix.
+    """Tokenises conversations about an image, and the prefix that they share.
 
     Args:
         tokenizer: a fast tokenizer (offsets are needed) that knows the special tokens.
-        num_image_tokens: P, how many placeholders stand for the image.
+        num_image_tokens: P, the number of image placeholders.
         system_prompt: text before the first ``USER:``; may be empty.
+
+    Attributes:
+        prefix_ids: tokens of the prefix with P placeholders; image_start: index of the first one.
+
+    Raises:
+        ValueError: if the tokenizer is a slow one, or appends an end-of-sequence token to every text.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, num_image_tokens: int, system_prompt: str) -> None:
@@ -63,17 +74,17 @@ class PromptBuilder:
         self.prefix_ids = before + [image_id] * num_image_tokens + after
 
     def encode(self, turns: tuple[Turn, ...]) -> EncodedConversation:
-        """Token ids and labels of one conversation. An empty answer in the last turn leaves it open for generation.
+        """Token ids and labels of one conversation. An empty answer in the last turn is left to generation.
 
         Raises:
             ValueError: if a question is empty, or the tokenizer merges across the end of the prefix.
         """
         eos = self.tokenizer.eos_token
         text, spans = self.prefix_text, []
-        for number, turn in enumerate(turns):
+        for i, turn in enumerate(turns):
             if not turn.question.strip():
                 raise ValueError("a question is empty: say what to look for, for example 'the red star'")
-            text += ("" if number == 0 else "USER: ") + f"{escape(turn.question.strip())} ASSISTANT:"
+            text += ("" if i == 0 else "USER: ") + f"{escape(turn.question.strip())} ASSISTANT:"
             if turn.answer:
                 start = len(text)
                 text += f" {turn.answer.strip()}{eos}"

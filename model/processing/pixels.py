@@ -1,4 +1,4 @@
-"""Images as the processor takes them: uint8 RGB pixels of a file, of a PIL image, or of an array."""
+"""Images of any kind (file, PIL image, array) as uint8 RGB pixels, the input of the processor."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ DECODE_ERRORS = (OSError, SyntaxError, ValueError, struct.error, EOFError, Image
 
 
 def as_pixels(image: Picture) -> np.ndarray:
-    """An image as uint8 RGB [H, W, 3]; a file and a PIL image are turned upright as their EXIF data say.
+    """An image as uint8 RGB [H, W, 3]; files and PIL images are rotated by their EXIF orientation.
 
     Raises:
-        ValueError: if the file cannot be read, or an array is of another type or shape.
+        ValueError: if the file cannot be read, or an array has another dtype or shape.
     """
     if isinstance(image, (str, Path)):
         return read_pixels(image, apply_exif=True)
@@ -34,10 +34,10 @@ def read_pixels(path: str | Path, apply_exif: bool) -> np.ndarray:
 
     Args:
         path: the file.
-        apply_exif: rotate as the EXIF orientation says.
+        apply_exif: whether to rotate by the EXIF orientation.
 
     Raises:
-        ValueError: if it is no file, or cannot be decoded.
+        ValueError: if the path is not a file, or cannot be decoded.
     """
     path = Path(path)
     if not path.is_file():

@@ -1,4 +1,4 @@
-"""The processor: tokenizer, both image transforms and prompt building, saved and loaded beside the model."""
+"""The processor: tokenizer, image transforms and prompts; it is saved beside the model."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from model.processing.collate import PackedSequence, collate_rows, cut
+from model.processing.collate import PackedSequence, collate_rows, truncate
 from model.processing.conversation import SYSTEM_PROMPT, PromptBuilder
 from model.processing.tokens import load_tokenizer, token_ids
 from model.processing.transforms import CLIP_FITS
@@ -20,20 +20,24 @@ FILE_NAME = "uground_processor.json"
 
 
 class UGroundProcessor:
-    """Turns samples and prompts into batches, and token ids back into text.
+    """Builds batches from samples and prompts, and decodes token ids to text.
 
     Args:
         tokenizer: fast tokenizer that knows the special tokens (``model.processing.tokens.add_special_tokens``).
-        clip_side: side of CLIP's padded square input in pixels; a multiple of ``clip_patch``.
-        clip_patch: CLIP's patch side in pixels.
+        clip_side: side of CLIP's square input in pixels; a multiple of ``clip_patch``.
+        clip_patch: side of CLIP's patches in pixels.
         sam_side: side of SAM's padded square input in pixels.
         system_prompt: text in front of every conversation.
-        max_tokens: the longest row that one conversation with its prefix may make (``--model_max_length``).
-        clip_fit: ``pad`` = CLIP sees the whole image, as the paper has it; ``crop`` = its middle, as CLIP's own
-            processor cuts it out, for checkpoints that were trained so (LISA and its descendants).
+        max_tokens: longest conversation with its prefix, in tokens (``--model_max_length``).
+        clip_fit: ``pad`` = CLIP's input is the whole image, padded (paper); ``crop`` = a centre crop, for checkpoints
+            that were trained so (LISA and its descendants).
 
     Attributes:
-        hash_images: whether batches name their images, for a cache of SAM's features.
+        hash_images: whether batches have ``image_keys``, for the cache of SAM's features.
+
+    Raises:
+        ValueError: if ``clip_side`` is not a multiple of ``clip_patch``, ``clip_fit`` is unknown, or the tokenizer does
+            not fit (``token_ids``, ``PromptBuilder``).
     """
 
     def __init__(
@@ -59,14 +63,15 @@ class UGroundProcessor:
 
     @property
     def num_image_tokens(self) -> int:
+        """P, the number of image placeholders."""
         return self.builder.num_image_tokens
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, **overrides) -> UGroundProcessor:
-        """Loads what ``save_pretrained`` wrote.
+        """The processor that ``save_pretrained`` wrote to a folder; ``overrides`` replace its settings.
 
         Raises:
-            ValueError: if the folder holds no processor.
+            ValueError: if the folder has no ``uground_processor.json``.
         """
         path = Path(folder) / FILE_NAME
         if not path.is_file():
@@ -88,10 +93,10 @@ class UGroundProcessor:
         (Path(folder) / FILE_NAME).write_text(json.dumps(settings, indent=2) + "\n")
 
     def collate(self, samples: Sequence[Sample]) -> Batch:
-        """Training rows.
+        """A batch for training. Conversations longer than ``max_tokens`` are truncated, with their masks.
 
         Raises:
-            ValueError: if a sample's ``[SEG]`` and masks do not match, or a question is empty.
+            ValueError: if the numbers of ``[SEG]`` and of masks differ in a sample, or a question is empty.
         """
         rows = []
         for sample in samples:
@@ -100,7 +105,7 @@ class UGroundProcessor:
             segs = sum(c.labels.count(self.tokens.seg) for c in conversations)
             if segs != len(sample.masks):
                 raise ValueError(f"{sample.source}: {segs} [SEG] in the answers but {len(sample.masks)} masks")
-            rows.append(cut(row, self.max_tokens - len(self.builder.prefix_ids), self.tokens.seg))
+            rows.append(truncate(row, self.max_tokens - len(self.builder.prefix_ids), self.tokens.seg))
         return self._collate(rows)
 
     def prompts(
@@ -109,17 +114,17 @@ class UGroundProcessor:
         turns: Sequence[Sequence[Turn]],
         sample_ids: Sequence[int] | None = None,
     ) -> Batch:
-        """Rows for ``UGroundForCausalLM.predict``: every image once, with all its questions.
+        """A batch for ``UGroundForCausalLM.predict``: each image once, with all its questions.
 
         Args:
             images: uint8 [H, W, 3] each.
-            turns: [image][question]. With their answers they are teacher forced, without they are to be generated.
-                Special tokens typed in questions are defused.
-            sample_ids: seeds for sampled layers, one per image (default 0, 1, ...).
+            turns: [image][question]. Given answers are teacher-forced, empty ones are to be generated. Special tokens
+                in questions are escaped.
+            sample_ids: sample index per image, which seeds sampled layers (default 0, 1, ...).
 
         Raises:
-            ValueError: if a question is empty, or longer (with its answer) than the model reads; if an image has none;
-                if only some turns have answers.
+            ValueError: if a question is empty, or too long (with its answer) for ``max_tokens``; if an image has no
+                question; if only some turns have answers.
         """
         if len({bool(turn.answer) for row in turns for turn in row}) > 1:
             raise ValueError(
@@ -132,29 +137,29 @@ class UGroundProcessor:
                 f"the image and the beginning of the prompt take {len(self.builder.prefix_ids)} tokens, and rows have "
                 f"at most {self.max_tokens}; raise --model_max_length (training) or max_tokens in {FILE_NAME}"
             )
-        for i, (image, asked) in enumerate(zip(images, turns, strict=True)):
-            if not asked:
+        for i, (image, image_turns) in enumerate(zip(images, turns, strict=True)):
+            if not image_turns:
                 raise ValueError(f"image {i} has no question")
-            conversations = [self.builder.encode((turn,)) for turn in asked]
-            for turn, conversation in zip(asked, conversations):
+            conversations = [self.builder.encode((turn,)) for turn in image_turns]
+            for turn, conversation in zip(image_turns, conversations):
                 if len(conversation.ids) > room:
                     raise ValueError(
                         f"the question {turn.question[:60]!r} takes {len(conversation.ids)} tokens with its answer, "
                         f"{room} fit beside the image; ask for less at a time, or raise max_tokens in {FILE_NAME}"
                     )
             no_masks = np.zeros((0, *image.shape[:2]), dtype=np.uint8)
-            number = sample_ids[i] if sample_ids is not None else i
-            rows.append(PackedSequence(image, conversations, no_masks, number))
+            sample_id = sample_ids[i] if sample_ids is not None else i
+            rows.append(PackedSequence(image, conversations, no_masks, sample_id))
         return self._collate(rows)
 
     def prefix(self, image: np.ndarray) -> Batch:
-        """The row of an image [H, W, 3] about which nothing was asked yet."""
+        """A batch of one image [H, W, 3] with the prefix alone, for ``ConversationCache``."""
         return self._collate([PackedSequence(image, [], np.zeros((0, *image.shape[:2]), dtype=np.uint8), 0)])
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of answer tokens; ``[SEG]`` and ``[REJ]`` are kept, end and padding tokens are not."""
-        hidden = {self.tokens.eos, self.tokens.pad}
-        text = self.tokenizer.decode([i for i in ids if i not in hidden], skip_special_tokens=False)
+        """Text of answer tokens, with ``[SEG]`` and ``[REJ]``, without end and padding tokens."""
+        skipped = {self.tokens.eos, self.tokens.pad}
+        text = self.tokenizer.decode([i for i in ids if i not in skipped], skip_special_tokens=False)
         return text.strip()  # type: ignore[union-attr]  # a list only for a batch of ids
 
     def _collate(self, rows: list[PackedSequence]) -> Batch:

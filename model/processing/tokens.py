@@ -15,7 +15,7 @@ SPECIAL_TOKENS = (SEG, REJ, IM_START, IM_END, IMAGE)
 
 @dataclass(frozen=True)
 class TokenIds:
-    """Ids of the special tokens in one tokenizer; no ``rej`` where a model was never taught to reject (LISA)."""
+    """Ids of the special tokens in one tokenizer; ``rej`` is None if the model was not trained to reject (LISA)."""
 
     seg: int
     rej: int | None
@@ -29,10 +29,10 @@ class TokenIds:
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     """A checkpoint's tokenizer.
 
-    LLaVA-1.5 is published with SentencePiece's file alone. For its ``model_type``, AutoTokenizer takes a class that
-    leaves out the space before the first word, so that prompts would begin with a token the model was not trained on.
+    LLaVA-1.5 is published with SentencePiece's file alone. For its ``model_type``, AutoTokenizer picks a class that
+    omits the space before the first word, so that prompts would begin with a token the model was not trained on.
     """
-    from transformers import AutoTokenizer, LlamaTokenizer  # here: data sets need the special tokens' names alone
+    from transformers import AutoTokenizer, LlamaTokenizer  # here: data sets need only the special tokens' names
 
     if (Path(folder) / "tokenizer.model").is_file() and not (Path(folder) / "tokenizer.json").is_file():
         return LlamaTokenizer.from_pretrained(folder)
@@ -40,7 +40,7 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
 
 
 def add_special_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Adds the tokens that the tokenizer lacks (and a padding token); returns how many were added."""
+    """Adds the special tokens that the tokenizer lacks, and a padding token; returns the number of tokens added."""
     missing = [token for token in SPECIAL_TOKENS if token not in tokenizer.get_vocab()]
     added = tokenizer.add_tokens(missing, special_tokens=True)
     if tokenizer.pad_token is None:
@@ -49,11 +49,14 @@ def add_special_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, where: str = "the tokenizer") -> TokenIds:
-    """Looks the special tokens up.
+    """Ids of the special tokens, checked.
+
+    Args:
+        where: name of the tokenizer, for messages.
 
     Raises:
-        ValueError: if one but [REJ] is unknown, two share an id, or one does not survive encode and decode as a single
-            token.
+        ValueError: if one other than [REJ] is unknown, two share an id, one is not encoded as a single token, or there
+            is no end-of-sequence token.
     """
     names = {"seg": SEG, "rej": REJ, "image": IMAGE, "im_start": IM_START, "im_end": IM_END}
     vocabulary = tokenizer.get_vocab()
@@ -61,7 +64,9 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, where: str = "the tokenizer") 
         del names["rej"]
     unknown = [token for token in names.values() if token not in vocabulary]
     if unknown:
-        raise ValueError(f"{where} does not know {', '.join(unknown)}; add them with utils.tokens.add_special_tokens")
+        raise ValueError(
+            f"{where} does not know {', '.join(unknown)}; add them with model.processing.tokens.add_special_tokens"
+        )
     ids = {name: vocabulary[token] for name, token in names.items()}
     if len(set(ids.values())) != len(ids):
         raise ValueError(f"{where} gives one id to several special tokens: {ids}")

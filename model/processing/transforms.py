@@ -1,7 +1,7 @@
 """Image transforms: SAM's rule (longest side to S, zero padding right and bottom) for both CLIP and SAM.
 
-Source: paper section 5.1 (CLIP's center crop may cut off the target); the released weights use SAM's mean and
-deviation for both. LISA and its descendants give CLIP what CLIP's own processor makes: shortest side to S, the middle.
+Source: paper section 5.1 (CLIP's centre crop may cut off the target); the released weights use SAM's mean and
+deviation for both. LISA and its descendants use CLIP's own processor: shortest side to S, centre crop.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ CLIP_STD = 255 * torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1
 def resize_and_pad(
     image: np.ndarray, side: int, out: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, tuple[int, int]]:
-    """Scales, normalises and pads one image.
+    """Scales, normalises and pads one image, by SAM's rule.
 
     Args:
         image: [H, W, 3] uint8, RGB.
         side: S, the square's side in pixels.
-        out: [3, S, S] float32 zeros to write to, such as a batch's row; None = a new tensor.
+        out: [3, S, S] float32 zeros to write into, such as a row of a batch; None = a new tensor.
 
     Returns:
         [3, S, S] float32 and the resized (height, width) inside it.
@@ -35,7 +35,7 @@ def resize_and_pad(
     if image.shape[:2] != (height, width):
         image = np.array(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
     out = torch.zeros(3, side, side) if out is None else out
-    # in place: at 1024 px each copy would be 12 MB, and take longer than the arithmetic
+    # in place: at 1024 px, a copy is 12 MB and takes longer than the arithmetic
     pixels = out[:, :height, :width].copy_(torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1))
     pixels.sub_(PIXEL_MEAN).div_(PIXEL_STD)
     return out, (height, width)
@@ -44,7 +44,7 @@ def resize_and_pad(
 def resize_and_crop(
     image: np.ndarray, side: int, out: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, tuple[int, int]]:
-    """Shortest side to S, the middle of it, CLIP's normalisation; arguments and results as of ``resize_and_pad``."""
+    """Scales, crops and normalises one image, by CLIP's rule; arguments and results as in ``resize_and_pad``."""
     height, width = cropped_size(image.shape[0], image.shape[1], side)
     scaled = Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC)
     top, left = (height - side) // 2, (width - side) // 2

@@ -1,8 +1,8 @@
 """The released checkpoints' numbers (../shared/parity.md, ../shared/goldens), reproduced under the recipe "released".
 
-Each tensor must agree within 1e-4 of its largest value. The goldens hold one row per conversation; here they are read
-with one row per image. Two conversations of one golden image differ in the text BEFORE the image, so that no prefix
-with one image can serve both: their packed row has the shared first token as its prefix and the image in each of them.
+Each tensor must agree within 1e-4 of its largest value. The goldens hold one row per conversation; here they are packed
+with one row per image. Two conversations of one golden image differ in the text BEFORE the image, so that they cannot
+share a prefix with the image: the prefix of their packed row is the first token, and each of them contains the image.
 """
 
 import json
@@ -28,7 +28,7 @@ from model.UGround import Grounding, UGroundConfig, UGroundForCausalLM
 GOLDENS = Path(__file__).resolve().parents[3] / "shared" / "goldens"
 pytestmark = pytest.mark.skipif(not GOLDENS.is_dir(), reason="needs ../shared/goldens")
 TOLERANCE = 1e-4
-IMAGE = -200  # stands for the image in the goldens' token ids
+IMAGE = -200  # the image placeholder in the goldens' token ids
 PATCHES = 64
 FORCED = {"case_eval_0": [3], "case_eval_1": [1, 5], "case_eval_2": [3, 3]}
 
@@ -37,19 +37,19 @@ def golden(name: str) -> dict:
     return torch.load(GOLDENS / f"{name}.pt", weights_only=True)
 
 
-def same(mine, theirs, name: str, tolerance: float = TOLERANCE) -> None:
+def same(actual, expected, name: str, tolerance: float = TOLERANCE) -> None:
     """Largest difference over largest value; shapes must agree."""
-    mine, theirs = torch.as_tensor(mine).detach().double(), torch.as_tensor(theirs).double()
-    assert mine.shape == theirs.shape, f"{name}: {tuple(mine.shape)} and {tuple(theirs.shape)}"
-    if theirs.numel():
-        error = float((mine - theirs).abs().max() / theirs.abs().max().clamp(min=1e-12))
+    actual, expected = torch.as_tensor(actual).detach().double(), torch.as_tensor(expected).double()
+    assert actual.shape == expected.shape, f"{name}: {tuple(actual.shape)} and {tuple(expected.shape)}"
+    if expected.numel():
+        error = float((actual - expected).abs().max() / expected.abs().max().clamp(min=1e-12))
         assert error <= tolerance, f"{name}: {error:.2e}"
 
 
-def same_sample(mine: torch.Tensor, entry: dict, key: str) -> None:
+def same_sample(actual: torch.Tensor, entry: dict, key: str) -> None:
     """Every 16th value in both directions, and (mean, deviation, sum of absolute values) of all."""
-    same(mine[..., ::16, ::16], entry[f"{key}_sample_s16"], key)
-    stats = [mine.double().mean(), mine.double().std(), mine.double().abs().sum()]
+    same(actual[..., ::16, ::16], entry[f"{key}_sample_s16"], key)
+    stats = [actual.double().mean(), actual.double().std(), actual.double().abs().sum()]
     same(torch.stack(stats)[1:], entry[f"{key}_stats"][1:], f"{key} deviation, sum")
     same(stats[0] / stats[1], entry[f"{key}_stats"][0] / entry[f"{key}_stats"][1], f"{key} mean", 1e-3)
 
@@ -71,7 +71,7 @@ def load(**settings) -> UGroundForCausalLM:
 
 
 def inputs_of(case: dict) -> dict:
-    """What load_case.py makes of a case; it checks the images' hashes."""
+    """Inputs of a case, by load_case.py, which checks the images' hashes."""
     sys.path.insert(0, str(GOLDENS))
     try:
         from load_case import load_inputs
@@ -85,8 +85,8 @@ def token_rows(inputs: dict) -> list[list[tuple[list[int], list[int]]]]:
     rows = []
     for ids, labels, kept in zip(inputs["input_ids"], inputs["labels"], inputs["attention_masks"]):
         ids, labels = ids[kept].tolist(), labels[kept].tolist()
-        place = ids.index(IMAGE)
-        ids[place : place + 1], labels[place : place + 1] = [0] * PATCHES, [IGNORE_LABEL] * PATCHES
+        start = ids.index(IMAGE)
+        ids[start : start + 1], labels[start : start + 1] = [0] * PATCHES, [IGNORE_LABEL] * PATCHES
         rows.append((ids, labels))
     bounds = inputs["offset"].tolist()
     return [rows[start:end] for start, end in pairwise(bounds)]
@@ -111,8 +111,8 @@ def batch_of(inputs: dict, seg: int, prefix: int) -> Batch:
 
 
 @dataclass
-class Reading:
-    """LLaVA's states of packed rows, cut into the goldens' rows: per conversation, L tensors [1, T, D]."""
+class LanguageStates:
+    """LLaVA's states of packed rows, split into the goldens' rows: per conversation, L tensors [1, T, D]."""
 
     hidden: list[tuple[torch.Tensor, ...]]
     starts: list[int]
@@ -123,48 +123,47 @@ class Reading:
     label_states: torch.Tensor
 
 
-def read(model: UGroundForCausalLM, batch: Batch) -> Reading:
-    """Reads rows whose image stands in the conversations (prefix = the first token)."""
+def forward_conversations(model: UGroundForCausalLM, batch: Batch) -> LanguageStates:
+    """Forward pass of packed rows whose conversations contain the image (prefix = the first token)."""
     features, valid = model.encode_images(batch.clip_images, batch.clip_sizes)
-    embeddings, usable = model.get_input_embeddings()(batch.input_ids), batch.segment_ids >= 0
-    cut, starts, owner = [], [], []
+    embeddings, key_mask = model.get_input_embeddings()(batch.input_ids), batch.segment_ids >= 0
+    conversations, starts = [], []
     for row, questions in enumerate(batch.questions):
         for k in range(1, questions + 1):
-            places = (batch.segment_ids[row] == k).nonzero().flatten()
-            image = places[(batch.input_ids[row, places] == 0).nonzero().flatten()]
+            positions = (batch.segment_ids[row] == k).nonzero().flatten()
+            image = positions[(batch.input_ids[row, positions] == 0).nonzero().flatten()]
             assert len(image) == PATCHES
             embeddings = embeddings.index_put((torch.tensor(row), image), features[row])
-            usable[row, image] = valid[row]
-            cut.append((row, torch.cat([torch.zeros(1, dtype=torch.int64), places])))
-            starts.append(int(image[0] - places[0]) + 1)
-            owner.append((row, k))
-    output = model.forward_packed(embeddings, batch.segment_ids, batch.position_ids, usable)
-    hidden = [tuple(layer[row : row + 1, places] for layer in output.hidden) for row, places in cut]
+            key_mask[row, image] = valid[row]
+            conversations.append((row, k, torch.cat([torch.zeros(1, dtype=torch.int64), positions])))
+            starts.append(int(image[0] - positions[0]) + 1)
+    output = model.forward_packed(embeddings, batch.segment_ids, batch.position_ids, key_mask)
+    hidden = [tuple(layer[row : row + 1, positions] for layer in output.hidden) for row, _, positions in conversations]
     flat = [layer.flatten(0, 1) for layer in output.hidden]
     states = torch.stack([layer[batch.seg_positions] for layer in flat], dim=1)
     segment_ids = batch.segment_ids.flatten()[batch.seg_positions]
     scores = torch.cat([
         similarity_of_all_layers(
-            layers, states[mine], torch.zeros(int(mine.sum()), dtype=torch.int64), slice(start, start + PATCHES)
+            layers, states[segs], torch.zeros(int(segs.sum()), dtype=torch.int64), slice(start, start + PATCHES)
         )
-        for layers, start, (row, k) in zip(hidden, starts, owner)
-        for mine in [(batch.seg_rows == row) & (segment_ids == k)]
+        for layers, start, (row, k, _) in zip(hidden, starts, conversations)
+        for segs in [(batch.seg_rows == row) & (segment_ids == k)]
     ])  # fmt: skip
     counts = [len(masks) for masks in batch.masks]
     grounding = Grounding(states, scores, model.ppm.log_policy(states), batch.seg_rows, counts)
-    rows = [embeddings[row : row + 1, places] for row, places in cut]
-    return Reading(hidden, starts, rows, features, valid, grounding, flat[-1][batch.label_positions])
+    rows = [embeddings[row : row + 1, positions] for row, _, positions in conversations]
+    return LanguageStates(hidden, starts, rows, features, valid, grounding, flat[-1][batch.label_positions])
 
 
 class Spy:
-    """Keeps what goes into SAM's mask decoder and what comes out."""
+    """Records inputs and outputs of SAM's mask decoder."""
 
     def __init__(self, model: UGroundForCausalLM) -> None:
-        self.hook = model.visual_model.mask_decoder.register_forward_hook(self._keep)
+        self.hook = model.visual_model.mask_decoder.register_forward_hook(self._record)
 
-    def _keep(self, _module, given, returned) -> None:
-        _, _, self.sparse, self.dense = given
-        self.low_res, self.iou = returned
+    def _record(self, _module, inputs, outputs) -> None:
+        _, _, self.sparse, self.dense = inputs
+        self.low_res, self.iou = outputs
 
     def __enter__(self):
         return self
@@ -174,7 +173,7 @@ class Spy:
 
 
 def check_masks(entry: dict, spy: Spy, logits: torch.Tensor, maps: torch.Tensor, n: slice) -> None:
-    """The part of a case that is called per_image: map, prompts, masks."""
+    """Compares the ``per_image`` part of a case: map, prompts, masks."""
     side, original = entry["map_stride"], entry["orig_stride"]
     same(maps[:, ::original, ::original], entry["simmap_orig"], "map at the original size")
     same(mask_prompts(maps, 256)[..., ::side, ::side], entry["map256"], "mask prompt")
@@ -192,27 +191,27 @@ def check_masks(entry: dict, spy: Spy, logits: torch.Tensor, maps: torch.Tensor,
         assert ((logits > 0).flatten(1).sum(1) - area).abs().max() <= 1e-4 * logits[0].numel()
 
 
-def check_reading(case: dict, model: UGroundForCausalLM, batch: Batch, reading: Reading) -> None:
-    """The part of a case that is called shared: everything before a layer is chosen."""
+def check_language(case: dict, model: UGroundForCausalLM, batch: Batch, language: LanguageStates) -> None:
+    """Compares the ``shared`` part of a case: everything before a layer is chosen."""
     shared = case["shared"]
-    own = torch.arange(len(batch.sizes)).repeat_interleave(torch.tensor(batch.questions))
-    same(reading.features[own], shared["image_features"], "image features")
-    same(reading.valid[own].float(), shared["vit_mask_for_llm"], "valid patches")
-    for row, (layers, embedded, start) in enumerate(zip(reading.hidden, reading.embeddings, reading.starts)):
+    rows = torch.arange(len(batch.sizes)).repeat_interleave(torch.tensor(batch.questions))
+    same(language.features[rows], shared["image_features"], "image features")
+    same(language.valid[rows].float(), shared["vit_mask_for_llm"], "valid patches")
+    for row, (layers, embedded, start) in enumerate(zip(language.hidden, language.embeddings, language.starts)):
         width = embedded.shape[1]
         same(embedded[0], shared["mm_inputs_embeds"][row, :width], "embeddings")
-        usable = torch.ones(width, dtype=torch.bool)
-        usable[start : start + PATCHES] = reading.valid[own[row]]
-        assert torch.equal(usable, shared["mm_attention_mask"][row, :width])
+        key_mask = torch.ones(width, dtype=torch.bool)
+        key_mask[start : start + PATCHES] = language.valid[rows[row]]
+        assert torch.equal(key_mask, shared["mm_attention_mask"][row, :width])
         assert not shared["mm_attention_mask"][row, width:].any()
         for i, layer in enumerate(shared["image_hidden_layers"]):
             same(layers[layer][0, start : start + PATCHES], shared["image_hidden"][row, i], f"image states {layer}")
         if "lm_logits" in shared:
             same(model.lm_head(layers[-1]), shared["lm_logits"][row : row + 1], "logits")
-    if reading.hidden[0][0].shape[1] == shared["mm_attention_mask"].shape[1]:
-        same(torch.cat([layer[0, -1:] for layer in reading.hidden[0]]), shared["last_hidden_all_layers_row0"], "last")
-    same(reading.grounding.states, shared["seg_hidden_all_layers"], "[SEG] states")
-    same(reading.grounding.scores, shared["raw_similarity_all_layers"], "similarities")
+    if language.hidden[0][0].shape[1] == shared["mm_attention_mask"].shape[1]:
+        same(torch.cat([layer[0, -1:] for layer in language.hidden[0]]), shared["last_hidden_all_layers_row0"], "last")
+    same(language.grounding.states, shared["seg_hidden_all_layers"], "[SEG] states")
+    same(language.grounding.scores, shared["raw_similarity_all_layers"], "similarities")
     embeddings = model.visual_model.encode(batch.sam_images)
     same_sample(embeddings, {k.replace("sam_embed", "sam"): v for k, v in shared.items()}, "sam")
 
@@ -225,35 +224,35 @@ def test_evaluation(checkpoint, name):
     case = golden(name)
     batch = batch_of(inputs_of(case), checkpoint.config.seg_token_id, prefix=1)
     with torch.inference_mode(), Spy(checkpoint) as spy:
-        reading = read(checkpoint, batch)
-        check_reading(case, checkpoint, batch, reading)
+        language = forward_conversations(checkpoint, batch)
+        check_language(case, checkpoint, batch, language)
         embeddings = checkpoint.visual_model.encode(batch.sam_images)
         for kind, layers in (("legacy", [6] * len(FORCED[name])), ("forced", FORCED[name])):
             entry, chosen = case[kind], torch.tensor(layers)
-            logits, maps = checkpoint.mask_as_prompt(reading.grounding, chosen, embeddings, reading.valid, batch)
+            logits, maps = checkpoint.mask_as_prompt(language.grounding, chosen, embeddings, language.valid, batch)
             check_masks(entry["per_image"][0], spy, logits[0], maps[0], slice(None))
-            each = torch.arange(len(layers))
-            same(reading.grounding.states[each, chosen], entry["ppm_seg_for_similarity"], "[SEG] for the map")
-            same(reading.grounding.states[each, chosen], entry["ppm_seg_for_sam"], "[SEG] for SAM")
-            same(reading.grounding.scores[each, chosen], entry["similarity_chosen"], "chosen similarities")
+            index = torch.arange(len(layers))
+            same(language.grounding.states[index, chosen], entry["ppm_seg_for_similarity"], "[SEG] for the map")
+            same(language.grounding.states[index, chosen], entry["ppm_seg_for_sam"], "[SEG] for SAM")
+            same(language.grounding.scores[index, chosen], entry["similarity_chosen"], "chosen similarities")
             if kind == "forced":
                 assert layers == entry["forced_layer"].tolist()
-                same(reading.grounding.log_policy[each, chosen], entry["log_probs"], "log-probabilities")
+                same(language.grounding.log_policy[index, chosen], entry["log_probs"], "log-probabilities")
 
 
 def test_evaluation_where_attention_skips_padding():
-    """Flash attention leaves padded patches out: only the min-max over all patches sees a difference."""
+    """Flash attention excludes padded patches: only the min-max over all patches depends on it."""
     case, whole = golden("case_flashpad_0"), golden("case_eval_0")
     model = load(padded_patches_attend=False)
     batch = batch_of(inputs_of(whole), model.config.seg_token_id, prefix=1)
     with torch.inference_mode(), Spy(model) as spy:
-        reading = read(model, batch)
+        language = forward_conversations(model, batch)
         embeddings = model.visual_model.encode(batch.sam_images)
         for kind, layer in (("legacy", 6), ("forced", FORCED["case_eval_0"][0])):
             entry = case[kind]
-            same(reading.grounding.scores, entry["raw_similarity_all_layers"], "similarities")
+            same(language.grounding.scores, entry["raw_similarity_all_layers"], "similarities")
             logits, maps = model.mask_as_prompt(
-                reading.grounding, torch.tensor([layer]), embeddings, reading.valid, batch
+                language.grounding, torch.tensor([layer]), embeddings, language.valid, batch
             )
             check_masks(entry, spy, logits[0], maps[0], slice(None))
             assert abs(int((logits[0] > 0).sum()) - int(entry["pred_mask_area"])) <= 1e-4 * logits[0].numel()
@@ -262,20 +261,20 @@ def test_evaluation_where_attention_skips_padding():
 @pytest.mark.parametrize("name", ["case_eval_0", "case_eval_1"])
 @pytest.mark.parametrize("kind", ["legacy", "forced"])
 def test_evaluation_by_predict(checkpoint, name, kind):
-    """The same numbers by the way that evaluation and chat go, the image in the shared prefix."""
+    """The same numbers through ``predict``, as in evaluation and chat, with the image in the shared prefix."""
     case, layers = golden(name), FORCED[name]
     inputs = inputs_of(case)
     prefix = inputs["input_ids"][0].tolist().index(IMAGE) + PATCHES
     batch = batch_of(inputs, checkpoint.config.seg_token_id, prefix)
     entry = case[kind]["per_image"][0]
-    how = [None] if kind == "legacy" else [f"fixed:{layer}" for layer in layers]  # None: the last, by its own settings
-    for n, policy in enumerate(how):
+    policies = [None] if kind == "legacy" else [f"fixed:{layer}" for layer in layers]  # None: last, by its settings
+    for n, policy in enumerate(policies):
         prediction = checkpoint.predict(batch, policy)[0][0]
         assert prediction.layers == [layers[n] if policy else 6] * len(layers)
-        mine = slice(None) if policy is None else slice(n, n + 1)
+        segs = slice(None) if policy is None else slice(n, n + 1)
         stride = entry["orig_stride"]
-        same(prediction.maps[mine, ::stride, ::stride], entry["simmap_orig"][mine], "map")
-        same(prediction.mask_logits[mine, ::stride, ::stride], entry["pred_masks"][mine], "masks")
+        same(prediction.maps[segs, ::stride, ::stride], entry["simmap_orig"][segs], "map")
+        same(prediction.mask_logits[segs, ::stride, ::stride], entry["pred_masks"][segs], "masks")
 
 
 def test_generation(checkpoint):
@@ -284,9 +283,9 @@ def test_generation(checkpoint):
     for name in ("two", "one", "none"):
         entry = case[name]
         new = entry["output_ids"].shape[1] - entry["input_ids"].shape[1]
-        asked = {**case["inputs"], "input_ids": entry["input_ids"], "labels": entry["input_ids"] * 0 + IGNORE_LABEL}
-        asked |= {"attention_masks": entry["input_ids"] == entry["input_ids"], "offset": torch.tensor([0, 1])}
-        inputs = inputs_of({"inputs": asked})
+        prompt = {**case["inputs"], "input_ids": entry["input_ids"], "labels": entry["input_ids"] * 0 + IGNORE_LABEL}
+        prompt |= {"attention_masks": entry["input_ids"] == entry["input_ids"], "offset": torch.tensor([0, 1])}
+        inputs = inputs_of({"inputs": prompt})
         prefix = inputs["input_ids"][0].tolist().index(IMAGE) + PATCHES
         batch = batch_of(inputs, checkpoint.config.seg_token_id, prefix)
         with Spy(checkpoint) as spy:
@@ -303,18 +302,18 @@ def test_generation(checkpoint):
                 assert (mask != entry["pred_masks_returned"][0]).double().mean() <= 1e-4
             else:
                 assert not entry["pred_masks_returned"][0].any()
-        whole = {**asked, "input_ids": entry["output_ids"], "labels": entry["output_ids"].clone()}
+        whole = {**prompt, "input_ids": entry["output_ids"], "labels": entry["output_ids"].clone()}
         whole["labels"][:, :-new] = IGNORE_LABEL
         whole["attention_masks"] = whole["labels"] == whole["labels"]
         batch = batch_of(inputs_of({"inputs": whole}), checkpoint.config.seg_token_id, prefix=1)
         with torch.inference_mode():
-            reading = read(checkpoint, batch)
-            same(checkpoint.lm_head(reading.label_states), entry["next_logits_per_step"], "logits of every step")
-            same(reading.grounding.states, entry["seg_hidden_all_layers"], "[SEG] states")
+            language = forward_conversations(checkpoint, batch)
+            same(checkpoint.lm_head(language.label_states), entry["next_logits_per_step"], "logits of every step")
+            same(language.grounding.states, entry["seg_hidden_all_layers"], "[SEG] states")
 
 
 def test_reevaluation(checkpoint):
-    """gRefCOCO's second look: [REJ] of the answer read as [SEG] gives it a mask.
+    """gRefCOCO's second pass: a [REJ] of the answer replaced by [SEG] gets a mask.
 
     The released code flips [SEG] and [REJ] wherever the model's first choice is another token (parity.md, section 7):
     its output follows from the logits, which agree, but this project does not inherit that.
@@ -322,13 +321,13 @@ def test_reevaluation(checkpoint):
     case, seg, rej = golden("case_reeval_0"), checkpoint.config.seg_token_id, checkpoint.config.rej_token_id
     inputs = inputs_of(case) | {"masks_list": [torch.zeros(0)]}
     with torch.inference_mode():
-        layers = read(checkpoint, batch_of(inputs, seg, prefix=1)).hidden[0]
+        layers = forward_conversations(checkpoint, batch_of(inputs, seg, prefix=1)).hidden[0]
         logits = checkpoint.lm_head(layers[-1])
         same(logits, case["logits_first_pass"], "logits")
         ((ids, _),) = token_rows(inputs)[0]
         best, flip = logits[0].argmax(-1).tolist(), {seg: rej, rej: seg}
-        said = ids[:1] + [flip.get(t, t) if guess != t else t for guess, t in zip(best, ids[1:])]
-        assert said == case["output_ids"][0].tolist()
+        flipped = ids[:1] + [flip.get(t, t) if guess != t else t for guess, t in zip(best, ids[1:])]
+        assert flipped == case["output_ids"][0].tolist()
 
         for key in ("input_ids", "labels"):
             inputs[key] = inputs[key].masked_fill(inputs[key] == rej, seg)
@@ -336,16 +335,16 @@ def test_reevaluation(checkpoint):
         with Spy(checkpoint) as spy:
             prediction = checkpoint.predict(batch)[0][0]
         check_masks(case["legacy"]["per_image"][0], spy, prediction.mask_logits, prediction.maps, slice(None))
-        assert prediction.rejected == [False, True]  # as the answer that was given has it
-        reading = read(checkpoint, batch_of(inputs, seg, prefix=1))
-        same(reading.grounding.states, case["seg_hidden_all_layers"], "[SEG] states")
-        same(reading.grounding.scores[:, -1], case["legacy"]["similarity_chosen"], "similarities")
+        assert prediction.rejected == [False, True]  # as in the given answer
+        language = forward_conversations(checkpoint, batch_of(inputs, seg, prefix=1))
+        same(language.grounding.states, case["seg_hidden_all_layers"], "[SEG] states")
+        same(language.grounding.scores[:, -1], case["legacy"]["similarity_chosen"], "similarities")
 
 
 # -- training ----------------------------------------------------------------------------------------------------------
 
 
-def theirs(name: str) -> str:
+def released_name(name: str) -> str:
     """A parameter's name in the released checkpoints."""
     if name.startswith(("mm_projector.", "visual_model.", "text_hidden_fcs.")):
         return f"model.{name}"
@@ -359,47 +358,47 @@ def test_training(name):
     batch = batch_of(inputs_of(case), model.config.seg_token_id, prefix=1)
     layers = case["forced_actions"]
     with Spy(model) as spy:
-        reading = read(model, batch)
-        check_reading(case, model, batch, reading)
+        language = forward_conversations(model, batch)
+        check_language(case, model, batch, language)
         embeddings = model.visual_model.encode(batch.sam_images)
-        logits, maps = model.mask_as_prompt(reading.grounding, layers, embeddings, reading.valid, batch)
-    same(reading.grounding.scores[torch.arange(len(layers)), layers], case["sam"]["similarity_chosen"], "similarity")
+        logits, maps = model.mask_as_prompt(language.grounding, layers, embeddings, language.valid, batch)
+    same(language.grounding.scores[torch.arange(len(layers)), layers], case["sam"]["similarity_chosen"], "similarity")
     end = 0
-    for entry, drawn, similar in zip(case["sam"]["per_image"], logits, maps):
-        start, end = end, end + len(drawn)
-        check_masks(entry, spy, drawn, similar, slice(start, end))
+    for entry, image_logits, image_maps in zip(case["sam"]["per_image"], logits, maps):
+        start, end = end, end + len(image_logits)
+        check_masks(entry, spy, image_logits, image_maps, slice(start, end))
 
-    log_policy = reading.grounding.log_policy
-    output = model.objective(batch, model.lm_head(reading.label_states), logits, maps, layers, log_policy)
-    terms, lost = output.terms, case["losses"]
+    log_policy = language.grounding.log_policy
+    output = model.objective(batch, model.lm_head(language.label_states), logits, maps, layers, log_policy)
+    terms, expected = output.terms, case["losses"]
     same(log_policy[torch.arange(len(layers)), layers], case["log_probs"], "log-probabilities")
-    same(terms["text"], lost["ce_loss"], "text")
-    same(2 * (terms["mask_bce"] + terms["map_bce"]), lost["mask_bce_loss"], "BCE")
-    same(4 * (terms["mask_dice"] + terms["map_dice"]), lost["mask_dice_loss"], "dice")
+    same(terms["text"], expected["ce_loss"], "text")
+    same(2 * (terms["mask_bce"] + terms["map_bce"]), expected["mask_bce_loss"], "BCE")
+    same(4 * (terms["mask_dice"] + terms["map_dice"]), expected["mask_dice_loss"], "dice")
     same(terms["reward"], case["reward"], "reward")
     same(terms["baseline"], case["ema_after"], "baseline")
     same(terms["policy"], case["policy_loss"], "policy")
-    same(output.loss, lost["loss"], "loss")
+    same(output.loss, expected["loss"], "loss")
     per_mask, present = model.objective.mask_terms(batch.masks, logits, maps)
     counts = [len(masks) for masks in batch.masks]
     assert [int(p.sum()) for p in present.split(counts)] == case["terms"]["n_nonempty_per_image"].tolist()
-    for mine, key in (
+    for term, key in (
         ("mask_bce", "sam_bce"),
         ("mask_dice", "sam_dice"),
         ("map_bce", "gauss_bce"),
         ("map_dice", "gauss_dice"),
     ):
-        means = [values.mean() if len(values) else torch.zeros(()) for values in per_mask[mine].split(counts)]
+        means = [values.mean() if len(values) else torch.zeros(()) for values in per_mask[term].split(counts)]
         same(torch.stack(means), case["terms"][f"{key}_per_image"], key)
 
     output.loss.backward()
-    gradients = {theirs(key): p.grad for key, p in model.named_parameters() if p.grad is not None}
+    gradients = {released_name(key): p.grad for key, p in model.named_parameters() if p.grad is not None}
     frozen = ("vision_tower.", "model.visual_model.image_encoder.")  # the released code does not train these
     gradients = {key: value for key, value in gradients.items() if not key.startswith(frozen)}
     idle = {key for key, value in gradients.items() if not value.any()}
     assert gradients.keys() - idle <= case["grad_norms"].keys() <= gradients.keys()
     for key, norm in case["grad_norms"].items():
-        if not key.endswith("k_proj.bias"):  # zero but for rounding: the softmax does not see it
+        if not key.endswith("k_proj.bias"):  # zero up to rounding: the softmax is invariant to it
             same(gradients[key].norm(), norm, f"gradient norm of {key}")
     for key, value in case["grads"].items():
         same(gradients[key], value, f"gradient of {key}")
@@ -420,20 +419,20 @@ def test_policy(name):
     case = golden(name)
     hidden, n = case["hidden_states"], len(case["actions"])
     policy = policy_of(case)
-    rows, places = case["seg_token_mask"].nonzero(as_tuple=True)
-    states = torch.stack([layer[rows, places] for layer in hidden], dim=1)
+    rows, positions = case["seg_token_mask"].nonzero(as_tuple=True)
+    states = torch.stack([layer[rows, positions] for layer in hidden], dim=1)
     same(states, case["seg_token_embeds"], "[SEG] states")
     log_policy = policy.log_policy(states)
     same(log_policy, case["log_prob_table"], "log-probabilities")
     same(log_policy.exp(), case["probs"], "probabilities")
     same(case["logits"].log_softmax(-1), log_policy, "logits")
-    each, actions, last = torch.arange(n), case["actions"], len(hidden) - 1
+    index, actions, last = torch.arange(n), case["actions"], len(hidden) - 1
     for kind, for_map, for_sam in (("mode1", last, last), ("mode2", actions, last), ("mode3", actions, actions)):
         entry = case[f"{kind}_train"]
-        same(states[each, for_map], entry["seg_for_similarity"], f"{kind}: [SEG] for the map")
-        same(states[each, for_sam], entry["seg_for_sam"], f"{kind}: [SEG] for SAM")
+        same(states[index, for_map], entry["seg_for_similarity"], f"{kind}: [SEG] for the map")
+        same(states[index, for_sam], entry["seg_for_sam"], f"{kind}: [SEG] for SAM")
         if entry["log_probs"] is not None:
-            same(log_policy[each, actions], entry["log_probs"], f"{kind}: log-probabilities")
+            same(log_policy[index, actions], entry["log_probs"], f"{kind}: log-probabilities")
         starts = [ids.tolist().index(IMAGE) for ids in case["input_ids"]]
         images = [slice(starts[row], starts[row] + case["num_patches"]) for row in rows]
         picked = torch.full((n,), for_map) if isinstance(for_map, int) else for_map
@@ -446,7 +445,7 @@ def test_policy(name):
         same(advantage[0], entry["advantage"], "advantage")
         same(policy.baseline, entry["running_mean"], "baseline")
         policy.gate.grad = None
-        loss = -(advantage * policy.log_policy(states)[each, actions]).mean()
+        loss = -(advantage * policy.log_policy(states)[index, actions]).mean()
         loss.backward()
         same(loss, entry["loss"], "loss")
         same(policy.gate.grad, entry["grad_W"], "the gate's gradient")
@@ -462,8 +461,8 @@ def test_critic(name):
     width = len(entry["params"]["0.bias"])
     policy = policy_of(case, baseline="critic", critic_width=width)
     policy.critic.load_state_dict(entry["params"])
-    rows, places = case["seg_token_mask"].nonzero(as_tuple=True)
-    log_policy = policy.log_policy(torch.stack([layer[rows, places] for layer in case["hidden_states"]], dim=1))
+    rows, positions = case["seg_token_mask"].nonzero(as_tuple=True)
+    log_policy = policy.log_policy(torch.stack([layer[rows, positions] for layer in case["hidden_states"]], dim=1))
     expected = policy.expected_reward(log_policy)
     chosen = log_policy[torch.arange(len(actions)), actions]
     parts = {
@@ -487,14 +486,14 @@ def test_critic(name):
 def test_gaussian_targets(number):
     case = golden("gaussian")["cases"][number]
     masks, maps = (case["mask_u8"] > 0).to(torch.uint8), case["pred"].clone().requires_grad_()
-    soft, hard, keep = losses.soften(masks, 31, 7.0), masks.float(), torch.ones_like(masks, dtype=torch.bool)
+    soft, hard, valid = losses.soften(masks, 31, 7.0), masks.float(), torch.ones_like(masks, dtype=torch.bool)
     same(soft, case["heat"], "target")
     count = max(1, len(masks))
     for target, prefix, weight_key in ((soft, "gauss", "soft_pos_weight"), (hard, "auto", "hard_pos_weight")):
         weight = losses.positive_weight(target, shared=True)
         same(weight, torch.full((len(masks),), case[weight_key]), weight_key)
         for key, term in ((f"{prefix}_bce", losses.map_bce), (f"{prefix}_dice", losses.map_dice)):
-            value = term(maps, target, weight, keep).sum() / count
+            value = term(maps, target, weight, valid).sum() / count
             same(value, case[key], key)
             if f"grad_{key}" in case:
                 (gradient,) = torch.autograd.grad(value, maps)

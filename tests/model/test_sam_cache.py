@@ -60,7 +60,7 @@ def test_training_and_predictions_are_the_same_without_the_encoder(cached, make_
 def test_a_batch_without_names_does_not_pass_the_cache_by(cached, tiny_processor):
     model, processor, calls = cached
     image = drawn_sample(0).image
-    with pytest.raises(ValueError, match=r"1 of the batch's 1 images have no name.*use cache_sam_features"):
+    with pytest.raises(ValueError, match=r"1 of the batch's 1 images have no key.*use cache_sam_features"):
         predict(model, tiny_processor, [image], [[Turn("star", "[SEG]")]])
     says_seg_often(model, processor).lm_head.weight.data[processor.tokens.seg] *= -2  # and in this answer
     for _ in range(2):  # a conversation names its image, too
