@@ -115,7 +115,7 @@ def test_what_a_false_sentence_was_derived_from_does_not_matter(root: Path) -> N
         ([ref("val", {"sent": "x"})], "has no split 'train'; it has: val"),
         ([], "has no split 'train'; it has: no refs at all"),
         ({"refs": []}, "not a list of dicts"),
-        ([Path("x")], "refused: it asks for pathlib"),
+        ([Path("x")], "rejected: it refers to pathlib"),
     ],
 )
 def test_bad_files_are_named(root: Path, refs: object, message: str) -> None:

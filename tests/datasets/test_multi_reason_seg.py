@@ -95,7 +95,7 @@ def test_evaluation(root: Path) -> None:
     [
         (
             {"coco_url": "http://x/train2018/1.jpg"},
-            "'coco_url' is 'http://x/train2018/1.jpg'; expected one that ends in",
+            "'coco_url' is 'http://x/train2018/1.jpg'; expected .../FOLDER/NAME",
         ),
         ({"coco_url": "train2017/"}, "'coco_url' ends in '', which is not a file name"),
         ({"coco_url": None}, "'file_name' is 'None', which is not a file name"),
@@ -105,8 +105,8 @@ def test_evaluation(root: Path) -> None:
         ({"questions": "x"}, "must be lists"),
         ({"questions": []}, "0 questions, 3 answers and 3 text answers"),
         ({"answers": None}, "must be lists"),
-        ({"questions": [], "answers": [], "text_answers": []}, "it holds no question"),
-        ({"questions": [" ", 3, None]}, "question 0: it must be a text, not ' '"),
+        ({"questions": [], "answers": [], "text_answers": []}, "it has no question"),
+        ({"questions": [" ", 3, None]}, "question 0: it must be a non-empty string, not ' '"),
         ({"answers": [[], {}, [3]]}, r"question 0: its answer must be a list of annotations, not \[\]"),
         ({"answers": [[{}], [{}], [{"segmentation": []}]]}, "question 0: a target has no segmentation"),
     ],
@@ -127,7 +127,7 @@ def test_bad_items_are_named(root: Path, change: dict, message: str) -> None:
 def test_text_answers_matter_to_training_only(root: Path, answers: object) -> None:
     for part in ("train", "val"):
         write_json(root / FOLDER / f"MUSE_{part}.json", [{**GOOD, "text_answers": answers}])
-    message = r"question 0: its text answer must hold \{seg\} 2 times: '\{seg\}'|1 text answers|must be lists"
+    message = r"question 0: its text answer must contain \{seg\} 2 times: '\{seg\}'|1 text answers|must be lists"
     with pytest.raises(DataError, match=rf"nothing usable in .*MUSE_train\.json: .*item 0: .*({message})"):
         get_train_dataset("MultiReasonSeg", root)
     assert get_eval_dataset("MultiReasonSeg|val", root).num_queries == 3
@@ -138,7 +138,7 @@ def test_one_bad_question_costs_no_other(root: Path) -> None:
     counts = get_train_dataset("MultiReasonSeg", root).describe()
     assert (counts["expressions"], counts["unusable"]) == (2, 1)
     write_json(root / FOLDER / "MUSE_val.json", [{**GOOD, "questions": ["a", " ", "b"]}])
-    with pytest.raises(DataError, match="question 1: it must be a text"):
+    with pytest.raises(DataError, match="question 1: it must be a non-empty string"):
         get_eval_dataset("MultiReasonSeg|val", root)
 
 

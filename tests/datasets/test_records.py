@@ -74,7 +74,7 @@ def test_packed_records() -> None:
     assert list(PackedRecords(long)) == long, "whether deflated or not"
     with pytest.raises(IndexError):
         packed[3]
-    with pytest.raises(DataError, match="holds a set"):
+    with pytest.raises(DataError, match="contains a set"):
         PackedRecords([{"a": {1, 2}}])
 
 
@@ -94,7 +94,7 @@ def test_a_second_start_reads_the_cache(cache: Path, source: Path) -> None:
         lambda source, patch: settled(source.write_text("longer content") and source),
         lambda source, patch: settled(source.write_text("CONTENT") and source),  # of the same size
         lambda source, patch: os.utime(source, (1e9, 1e9)),
-        lambda source, patch: patch.setattr(records, "_code", lambda: "another version"),
+        lambda source, patch: patch.setattr(records, "_source_hash", lambda: "another version"),
     ],
 )
 def test_what_is_out_of_date_is_read_again(
@@ -192,7 +192,7 @@ def test_without_a_place_to_write(source: Path, cache: Path, tmp_path: Path, mon
     monkeypatch.setenv(records.CACHE_VARIABLE, str(source / "cache"))  # below a file
     with caplog.at_level(logging.WARNING):
         assert list(load(source)[0]) == [*RECORDS, "content"]
-    assert "set UGROUND_CACHE to a folder that can be written, or to off" in caplog.text
+    assert "set UGROUND_CACHE to a writable folder, or to off" in caplog.text
     for setting, expected in (("off", False), ("", True)):
         monkeypatch.setenv(records.CACHE_VARIABLE, setting)
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))

@@ -134,14 +134,14 @@ def test_parts(root: Path) -> None:
         "the left button of the mouse": [(3, 52)],
         "dog": [(3, 3), (30, 30)],
     }
-    seen = set()
+    present = set()
     for sample in draws(root, "paco_lvis"):
         names = asked(sample, *pixels)
         assert len(names) == len(sample.masks) == 3
-        seen.update(names)
+        present.update(names)
         assert all(mask[pixel] == 1 for name, mask in zip(names, sample.masks) for pixel in pixels[name])
         assert all(mask.sum() == 32 for name, mask in zip(names, sample.masks) if "ear" in name)
-    assert seen == set(pixels)
+    assert present == set(pixels)
     for sample in draws(root, "pascal_part", 4):
         assert asked(sample, "horse muzzle", "the muzzle of the horse")
 
@@ -215,8 +215,8 @@ def as_rgb(path: Path) -> None:
         (lambda path: path.write_bytes(b""), r"label image .*\.png cannot be decoded"),
         (as_rgb, "has mode RGB; expected one 8-bit index per pixel"),
         (lambda path: write_labels(path, 1, 2, height=H + 1), "the image is 60x40 but its annotation says 60x41"),
-        (lambda path: write_labels(path, 1, 200), r"\.png holds the values \[200\], which are no classes of"),
-        (lambda path: write_labels(path, 0 if "ade20k" in str(path) else 255), "no class in it can be asked about"),
+        (lambda path: write_labels(path, 1, 200), r"\.png has the values \[200\], which are not classes of"),
+        (lambda path: write_labels(path, 0 if "ade20k" in str(path) else 255), "it has no class to ask about"),
     ],
 )
 def test_bad_label_images_are_named(root: Path, name: str, corrupt: Callable[[Path], None], message: str) -> None:
@@ -231,7 +231,7 @@ def test_bad_label_images_are_named(root: Path, name: str, corrupt: Callable[[Pa
     [
         ("ade20k", "ade20k/annotations/training", r"no label images \(looked in .*ade20k/annotations/training\)"),
         ("ade20k", "ade20k/images", r"no images \(looked in .*ade20k/images/training\)"),
-        ("ade20k", "ade20k/images/training/a.jpg", r"a\.png has no image of its name \(looked in .*training\)"),
+        ("ade20k", "ade20k/images/training/a.jpg", r"a\.png has no image of the same name \(looked in .*training\)"),
         ("ade20k", "ade20k/annotations/training/a.png", r"nothing usable in .*: the folder holds no \.png"),
         ("cocostuff", "refer_seg", "no images .*refer_seg/images/mscoco/images/train2017.*coco/train2017"),
         ("mapillary", "mapillary/config_v2.0.json", r"no list of classes \(looked in .*config_v2\.0\.json\)"),
@@ -258,8 +258,8 @@ def test_what_is_missing_is_named(root: Path, name: str, gone: str, message: str
         (b"[]", "holds a list"),
         (b"{}", "'labels' must be a list"),
         (b'{"labels": []}', "'labels' must be a list"),
-        (b'{"labels": [{"name": "bird"}]}', "with a text in 'readable'"),
-        (b'{"labels": [{"readable": 3}]}', "with a text in 'readable'"),
+        (b'{"labels": [{"name": "bird"}]}', "with a string in 'readable'"),
+        (b'{"labels": [{"readable": 3}]}', "with a string in 'readable'"),
         (json.dumps({"labels": [{"readable": "x"}] * 256}).encode(), "at most 255"),
     ],
 )

@@ -1,6 +1,6 @@
-"""neg_refer_seg and correct_refer_seg: expressions of which some are false of the image (docs/data.md).
+"""neg_refer_seg and correct_refer_seg: referring expressions with false premises (docs/data.md).
 
-Files, index and evaluation are those of refer_seg; sentences say themselves whether they are true.
+Files, index and evaluation are those of refer_seg; each sentence has a flag that tells whether it is true.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ from utils.datasets.templates import QUESTIONS, denial, fill_template
 
 
 class FpReferSegTrain(ReferSegTrain):
-    """R-RefCOCO(+/g) and FP-RefCOCO(+/g) to train on.
+    """Training data of R-RefCOCO(+/g) and FP-RefCOCO(+/g).
 
-    A false premise gets a denial without [SEG]; FP-RefCOCO's also offers the expression that it was derived from.
+    A false premise is answered by a rejection without [SEG]; for FP-RefCOCO it also offers the true expression that
+    the false one was derived from.
     """
 
     def turn(self, sentence: dict[str, Any], targets: int, rng: np.random.Generator) -> Turn:
         if not sentence["false_premise"]:
             return super().turn(sentence, targets, rng)
-        text, correct = sentence["sent"], sentence.get("gt_sent") or ""
-        return Turn(fill_template(pick(QUESTIONS["phrase"], rng), query=text), denial(text, correct, rng))
+        text, correction = sentence["sent"], sentence.get("gt_sent") or ""
+        return Turn(fill_template(pick(QUESTIONS["phrase"], rng), query=text), denial(text, correction, rng))

@@ -94,7 +94,9 @@ def _read_object(raw: bytes) -> dict[str, Any]:
 def _text(record: dict[str, Any], key: str) -> str:
     value = record.get(key)
     if not isinstance(value, str) or not value.strip():
-        raise DataError(f"{key!r} must be a text, not {str(value)[:60]!r}" if key in record else f"{key!r} is missing")
+        raise DataError(
+            f"{key!r} must be a non-empty string, not {str(value)[:60]!r}" if key in record else f"{key!r} is missing"
+        )
     if any("\ud800" <= character <= "\udfff" for character in value):
         raise DataError(f"{key!r} contains half a character (a lone surrogate): {value[:60]!a}")
     return value.strip()

@@ -1,4 +1,4 @@
-"""multi_reason_seg: MUSE, questions that each mean several objects, one [SEG] for each (docs/data.md)."""
+"""multi_reason_seg: MUSE, questions about several objects with one [SEG] per object (docs/data.md)."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ from utils.datasets.templates import instance_turn
 SPLITS = {
     "train": ("train",),
     "val": ("val",),
-    "test_few": ("test_less",),  # the tables' name
+    "test_few": ("test_less",),  # name used in the paper's tables
     "test_less": ("test_less",),
     "test_many": ("test_many",),
     "test": ("test_less", "test_many"),
 }
-TEST_PARTS = {"MUSE_test_less": "few", "MUSE_test_many": "many"}  # what the tables tell apart
+TEST_PARTS = {"MUSE_test_less": "few", "MUSE_test_many": "many"}  # parts that the paper's tables report separately
 COCO_FOLDERS = ("train2014", "val2014", "train2017", "val2017")
 
 
@@ -48,18 +48,18 @@ class MuseSplit:
     """The records of one split.
 
     Args:
-        answered: questions whose own answer is wrong cannot be used. It is what training teaches; evaluation never
-            looks at it.
+        with_answers: parse the annotated answers and drop questions whose answer is invalid, for training. Evaluation
+            ignores the answers.
 
     Attributes:
-        records: per item ``{"images", "height", "width", "part", "questions"}``: the places of its image to be tried
-            in turn, ``few`` or ``many`` in the test split, and per question ``{"number", "text", "answer",
-            "targets"}``; a target is a segmentation, undecoded.
-        problems: items and questions that cannot be used, and why.
+        records: per image ``{"images", "height", "width", "part", "questions"}``: candidate paths of the image; its
+            size; ``few`` or ``many`` in the test split; per question ``{"number", "text", "answer", "targets"}``,
+            where each target is an encoded segmentation.
+        problems: a message for each unusable item or question.
         counts: images, expressions, masks, multi.
     """
 
-    def __init__(self, name: str, row: DatasetRow, split: str, dataset_dir: Path, answered: bool) -> None:
+    def __init__(self, name: str, row: DatasetRow, split: str, dataset_dir: Path, with_answers: bool) -> None:
         self.name, self.dataset_dir = f"{name}|{split}", dataset_dir
         if split not in SPLITS:
             raise DataError(f"{self.name}: {unknown('split', split, SPLITS)}")
@@ -68,14 +68,14 @@ class MuseSplit:
         }
         paths = find_paths(self.name, files)
         self.records, notes = load_records(
-            self.name, paths, answered, lambda: _read_questions(self.name, paths, answered)
+            self.name, paths, with_answers, lambda: _read_questions(self.name, paths, with_answers)
         )
         self.problems, self.counts = notes["problems"], notes["counts"]
         warn_unusable(self.name, self.problems)
 
     def image_path(self, record: dict[str, Any]) -> Path:
         name = Path(record["images"][0]).name
-        return find_paths(self.name, {f"image {name}": [self.dataset_dir / place for place in record["images"]]})[0]
+        return find_paths(self.name, {f"image {name}": [self.dataset_dir / path for path in record["images"]]})[0]
 
     def image(self, record: dict[str, Any]) -> np.ndarray:
         path = self.image_path(record)
@@ -84,24 +84,24 @@ class MuseSplit:
         return image
 
     def masks(self, record: dict[str, Any], question: dict[str, Any]) -> list[np.ndarray]:
-        """One [H, W] uint8 mask with 0 and 1 per target of the question."""
+        """Decodes one uint8 mask [H, W] with 0 and 1 per target of the question."""
         masks = []
         for number, segmentation in enumerate(question["targets"]):
             try:
                 masks.append(decode_segmentation(segmentation, record["height"], record["width"]))
             except DataError as error:
-                place = f"{self.name}, {Path(record['images'][0]).name}, {question['text']!r}, target {number}"
-                raise DataError(f"{place}: {error}") from error
+                source = f"{self.name}, {Path(record['images'][0]).name}, {question['text']!r}, target {number}"
+                raise DataError(f"{source}: {error}") from error
         return masks
 
 
-def _read_questions(name: str, paths: Sequence[Path], answered: bool) -> tuple[list[dict[str, Any]], Notes]:
+def _read_questions(name: str, paths: Sequence[Path], with_answers: bool) -> tuple[list[dict[str, Any]], Notes]:
     records: list[dict[str, Any]] = []
     problems: list[str] = []
     for path in paths:
-        found, refused = parse_items(name, path, lambda item: _parse_image_item(item, answered))
-        problems += refused + [f"{path}, {text}" for record in found for text in record.pop("problems")]
-        records += [record | {"part": TEST_PARTS.get(path.stem, "")} for record in found]
+        parsed, rejected = parse_items(name, path, lambda item: _parse_image_item(item, with_answers))
+        problems += rejected + [f"{path}, {text}" for record in parsed for text in record.pop("problems")]
+        records += [record | {"part": TEST_PARTS.get(path.stem, "")} for record in parsed]
     questions = [question for record in records for question in record["questions"]]
     counts = {
         "images": len(records),
@@ -112,65 +112,64 @@ def _read_questions(name: str, paths: Sequence[Path], answered: bool) -> tuple[l
     return records, {"problems": problems, "counts": counts}
 
 
-def _parse_image_item(item: Any, answered: bool) -> dict[str, Any]:
-    """One item; a question that cannot be used is named in ``problems``, and costs no other."""
+def _parse_image_item(item: Any, with_answers: bool) -> dict[str, Any]:
+    """Parses an item; an unusable question is reported in ``problems`` and the others are kept."""
     if not isinstance(item, dict):
         raise DataError(f"expected a dict, not a {type(item).__name__}")
-    images = _image_places(item)
+    images = _image_candidates(item)
     height, width = check_extent(item.get("height"), item.get("width"), f"{Path(images[0]).name} has")
-    asked, answers = item.get("questions"), item.get("answers")
-    texts = item.get("text_answers") if answered else None
-    texts = texts or [None] * (len(asked) if isinstance(asked, list) else 0)
-    if not (isinstance(asked, list) and isinstance(answers, list) and isinstance(texts, list)):
+    questions, answers = item.get("questions"), item.get("answers")
+    texts = item.get("text_answers") if with_answers else None
+    texts = texts or [None] * (len(questions) if isinstance(questions, list) else 0)
+    if not (isinstance(questions, list) and isinstance(answers, list) and isinstance(texts, list)):
         raise DataError("'questions', 'answers' and 'text_answers' must be lists")
-    if not len(asked) == len(answers) == len(texts):
+    if not len(questions) == len(answers) == len(texts):
         raise DataError(
-            f"{len(asked)} questions, {len(answers)} answers and {len(texts)} text answers; one each is due"
+            f"{len(questions)} questions, {len(answers)} answers and {len(texts)} text answers; the numbers must match"
         )
-    questions, problems = [], []
-    for number, (question, targets, text) in enumerate(zip(asked, answers, texts)):
+    valid, problems = [], []
+    for number, (question, targets, text) in enumerate(zip(questions, answers, texts)):
         try:
-            questions.append({"number": number, **_parse_question(question, targets, text)})
+            valid.append({"number": number, **_parse_question(question, targets, text)})
         except DataError as error:
             problems.append(f"{Path(images[0]).name}, question {number}: {error}")
-    if not questions:
-        raise DataError((problems or ["it holds no question"])[0])
-    return {"images": images, "height": height, "width": width, "questions": questions, "problems": problems}
+    if not valid:
+        raise DataError((problems or ["it has no question"])[0])
+    return {"images": images, "height": height, "width": width, "questions": valid, "problems": problems}
 
 
 def _parse_question(question: Any, targets: Any, text: Any) -> dict[str, Any]:
     if not isinstance(question, str) or not question.strip():
-        raise DataError(f"it must be a text, not {str(question)[:60]!r}")
+        raise DataError(f"it must be a non-empty string, not {str(question)[:60]!r}")
     if not isinstance(targets, list) or not targets or not all(isinstance(target, dict) for target in targets):
         raise DataError(f"its answer must be a list of annotations, not {str(targets)[:60]}")
     if not all(target.get("segmentation") for target in targets):
         raise DataError("a target has no segmentation")
     if text is not None and (not isinstance(text, str) or text.count("{seg}") != len(targets)):
-        raise DataError(f"its text answer must hold {{seg}} {len(targets)} times: {str(text)[:80]!r}")
+        raise DataError(f"its text answer must contain {{seg}} {len(targets)} times: {str(text)[:80]!r}")
     segmentations = [target["segmentation"] for target in targets]
     return {"text": question.strip(), "answer": text or "", "targets": segmentations}
 
 
-def _image_places(item: dict[str, Any]) -> list[str]:
-    """Where an item's image may lie: ``coco_url`` names its folder, a bare ``file_name`` is of train2014."""
-    url, name, places = item.get("coco_url"), item.get("file_name"), []
+def _image_candidates(item: dict[str, Any]) -> list[str]:
+    """Candidate paths of an item's image: in the folder of ``coco_url``; a bare ``file_name`` is in train2014."""
+    url, name, candidates = item.get("coco_url"), item.get("file_name"), []
     if isinstance(url, str) and url:
         folder, _, file = url.rpartition("/")
         if folder.rpartition("/")[2] not in COCO_FOLDERS:
-            raise DataError(f"'coco_url' is {url!r}; expected one that ends in FOLDER/NAME, one of {COCO_FOLDERS}")
+            raise DataError(f"'coco_url' is {url!r}; expected .../FOLDER/NAME with FOLDER in {COCO_FOLDERS}")
         file = check_file_name(file, "'coco_url' ends in")
-        places += [f"{home}/{file}" for home in coco_folders(folder.rpartition("/")[2])]
-    if name or not places:
+        candidates += [f"{root}/{file}" for root in coco_folders(folder.rpartition("/")[2])]
+    if name or not candidates:
         name = Path(check_file_name(name, "'file_name' is")).name
-        places += [f"{home}/{name}" for home in coco_folders("train2014")]
-    return places
+        candidates += [f"{root}/{name}" for root in coco_folders("train2014")]
+    return candidates
 
 
 class MultiReasonSegTrain:
-    """MUSE to train on; an item is an image with some of its questions.
+    """Training data of MUSE; a sample is an image with some of its questions.
 
-    A question is answered by its own text where it has one, else by a template; its [SEG] stand in the order of its
-    targets.
+    The answer is the annotated text, or a template if there is none; its [SEG] tokens are in the order of the targets.
 
     Args:
         spec: ``MultiReasonSeg`` or ``MultiReasonSeg|train``.
@@ -183,9 +182,9 @@ class MultiReasonSegTrain:
         if len(spec.parts) > 1:
             raise DataError(f"{str(spec)!r}: for training write '{spec.name}|train'")
         self.options = options
-        self.split = MuseSplit(spec.name, row, spec.split or "train", dataset_dir, answered=True)
+        self.split = MuseSplit(spec.name, row, spec.split or "train", dataset_dir, with_answers=True)
         self.name = self.split.name
-        self.split.image_path(self.split.records[0])  # a wrong folder shows now, not at the first step
+        self.split.image_path(self.split.records[0])  # fail at the start if the folder is wrong
 
     def __len__(self) -> int:
         return len(self.split.records)
@@ -214,7 +213,7 @@ def _answered_turn(question: dict[str, Any], rng: np.random.Generator) -> Turn:
 
 
 class MultiReasonSegEval:
-    """A split of MUSE: per question the masks of its targets, to be matched with what is predicted.
+    """A split of MUSE: each query has one mask per target, to be matched with the predicted masks.
 
     Args:
         spec: ``MultiReasonSeg|val``, ``|test_few``, ``|test_many`` or ``|test`` (both).
@@ -224,7 +223,7 @@ class MultiReasonSegEval:
 
     def __init__(self, spec: Spec, row: DatasetRow, dataset_dir: Path) -> None:
         self.spec = spec
-        self.split = MuseSplit(spec.name, row, single_split(spec, "val"), dataset_dir, answered=False)
+        self.split = MuseSplit(spec.name, row, single_split(spec, "val"), dataset_dir, with_answers=False)
         self.skipped: list[str] = []
         self.unusable = self.split.problems
         self.not_found = missing_images(self.split.image_path, self.split.records)

@@ -1,8 +1,7 @@
-"""reason_seg: ReasonSeg, one target (region) per image with short or long queries (docs/data.md)."""
+"""reason_seg: ReasonSeg, one target region per image, with short or long queries (docs/data.md)."""
 
 from __future__ import annotations
 
-import logging
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from utils.datasets.base import (
     sample_indices,
     single_split,
     unknown,
+    warn_unusable,
 )
 from utils.datasets.images import read_image
 from utils.datasets.masks import check_polygon
@@ -31,13 +31,11 @@ from utils.datasets.records import PackedRecords
 from utils.datasets.spec import Spec
 from utils.datasets.templates import ANSWERS, QUESTIONS
 
-logger = logging.getLogger(__name__)
-
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png"}
 
 
 def read_annotation(path: Path) -> dict[str, Any]:
-    """One ReasonSeg JSON with its types checked: ``text`` (without blank queries), ``is_sentence``, ``shapes``."""
+    """Reads a ReasonSeg JSON and validates ``text`` (blank queries are dropped), ``is_sentence`` and ``shapes``."""
     annotation = read_json(path)
     texts = annotation.get("text")
     if (
@@ -57,41 +55,41 @@ def read_annotation(path: Path) -> dict[str, Any]:
     return {**annotation, "text": [text for text in texts if text.strip()]}
 
 
-def polygons(annotation: dict[str, Any]) -> list[dict[str, Any]]:
-    """The shapes that count: flags and shapes of fewer than 3 points are none."""
+def polygon_shapes(annotation: dict[str, Any]) -> list[dict[str, Any]]:
+    """The shapes that are polygons: no flags, and at least 3 points."""
     return [s for s in annotation["shapes"] if s["label"].lower() != "flag" and len(s["points"]) >= 3]
 
 
 def rasterize_polygons(shapes: list[dict[str, Any]], height: int, width: int) -> np.ndarray:
-    """Polygons as uint8 [H, W]: 1 = target, 255 = ignore.
+    """Rasterizes polygons as uint8 [H, W]: 1 = target, 255 = ignore.
 
-    Drawn from the largest area to the smallest, outline and interior, each over what was there; vertices are cut to
-    whole pixels. Of two equal areas the later one is drawn first.
+    Polygons are filled from the largest to the smallest area, outline and interior; later ones overwrite earlier ones.
+    Vertices are truncated to whole pixels. Of equal areas, the later shape is filled first.
     """
     vertices = [check_polygon(shape["points"], height, width).astype(np.int32) for shape in shapes]
     values = [IGNORE_PIXEL if "ignore" in shape["label"].lower() else 1 for shape in shapes]
     order = list(range(len(shapes)))
-    if len(set(values)) > 1:  # else the order cannot be seen
-        areas = [int(_paint(np.zeros((height, width), np.uint8), points, 1).sum()) for points in vertices]
+    if len(set(values)) > 1:  # otherwise the order has no effect
+        areas = [int(_fill(np.zeros((height, width), np.uint8), points, 1).sum()) for points in vertices]
         order = np.argsort(areas, kind="stable")[::-1].tolist()
     mask = np.zeros((height, width), np.uint8)
     for number in order:
-        _paint(mask, vertices[number], values[number])
+        _fill(mask, vertices[number], values[number])
     return mask
 
 
-def _paint(canvas: np.ndarray, points: np.ndarray, value: int) -> np.ndarray:
+def _fill(canvas: np.ndarray, points: np.ndarray, value: int) -> np.ndarray:
     cv2.polylines(canvas, [points], True, value, 1)
     return cv2.fillPoly(canvas, [points], value)
 
 
 class ReasonSegSplit:
-    """One folder of images and JSON files of the same stem.
+    """A folder of images and JSON files with the same stems.
 
     Attributes:
         records: per image ``{"stem", "image", "json", "is_sentence", "queries"}``; paths relative to ``folder``.
-        problems: files that cannot be used although they should.
-        without_polygon: images that the data set itself leaves without a target.
+        problems: a message for each unusable file.
+        without_polygon: a message for each image for which the data set has no target.
     """
 
     def __init__(self, name: str, folder: Path) -> None:
@@ -99,18 +97,20 @@ class ReasonSegSplit:
         files = sorted(path.name for path in folder.iterdir() if path.is_file())
         images = {Path(file).stem: file for file in files if Path(file).suffix.lower() in IMAGE_SUFFIXES}
         jsons = {Path(file).stem: file for file in files if Path(file).suffix.lower() == ".json"}
-        self.problems = [f"{folder / images[stem]} has no JSON of its name" for stem in images if stem not in jsons]
+        self.problems = [
+            f"{folder / images[stem]} has no JSON of the same name" for stem in images if stem not in jsons
+        ]
         self.without_polygon: list[str] = []
         records = []
         for stem, file in jsons.items():
             try:
                 if stem not in images:
-                    raise DataError(f"{folder / file} has no image of its name (.jpg in any case, .jpeg, .png)")
+                    raise DataError(f"{folder / file} has no image of the same name (.jpg in any case, .jpeg, .png)")
                 annotation = read_annotation(folder / file)
             except DataError as error:
                 self.problems.append(str(error))
                 continue
-            if not any("ignore" not in shape["label"].lower() for shape in polygons(annotation)):
+            if not any("ignore" not in shape["label"].lower() for shape in polygon_shapes(annotation)):
                 self.without_polygon.append(f"{name}/{images[stem]}: no target polygon in its JSON")
                 continue
             records.append(
@@ -128,18 +128,18 @@ class ReasonSegSplit:
         self.records = PackedRecords(records)
 
     def load(self, record: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
-        """Image [H, W, 3], mask [H, W] and the checked annotation."""
+        """Reads the image [H, W, 3], the mask [H, W] and the validated annotation."""
         path = self.folder / record["json"]
         annotation = read_annotation(path)
         image = read_image(self.folder / record["image"])
         try:
-            return image, rasterize_polygons(polygons(annotation), *image.shape[:2]), annotation
+            return image, rasterize_polygons(polygon_shapes(annotation), *image.shape[:2]), annotation
         except DataError as error:
             raise DataError(f"{path}: {error}") from error
 
 
 def split_folders(name: str, row: DatasetRow, split: str, dataset_dir: Path) -> list[Path]:
-    """``train`` -> one folder, ``train_val`` -> two; a folder that has the whole name comes first."""
+    """Folders of a split: ``train`` -> one, ``train_val`` -> two, unless a folder of the full name exists."""
     root = find_paths(name, {"folder": [dataset_dir / row.path]})[0]
     if (root / split).is_dir():
         return [root / split]
@@ -152,7 +152,7 @@ def split_folders(name: str, row: DatasetRow, split: str, dataset_dir: Path) -> 
 
 
 class ReasonSegTrain:
-    """ReasonSeg to train on; an item is an image with some of the queries that all mean its one target.
+    """Training data of ReasonSeg; a sample is an image with some of the queries for its one target.
 
     Args:
         spec: ``ReasonSeg``, ``ReasonSeg|train``, or several splits, ``ReasonSeg|train_val``.
@@ -172,30 +172,29 @@ class ReasonSegTrain:
         if options.explanatory >= 0:
             self.explanations = _read_explanations(self.name, dataset_dir / row.path / "explanatory" / "train.json")
         problems = [problem for part in self.splits for problem in part.problems]
-        if problems:
-            logger.warning("%s: %d files cannot be used, the first: %s", self.name, len(problems), problems[0])
+        warn_unusable(self.name, problems)
 
     def __len__(self) -> int:
-        return sum(len(part.records) for part in self.splits)
+        return sum(len(split.records) for split in self.splits)
 
     def sample(self, index: int, rng: np.random.Generator) -> Sample:
-        ends = np.cumsum([len(part.records) for part in self.splits])
-        which = int(np.searchsorted(ends, index, side="right"))
-        part = self.splits[which]
-        record = part.records[index - int(ends[which - 1] if which else 0)]
-        image, mask, annotation = part.load(record)
+        ends = np.cumsum([len(split.records) for split in self.splits])
+        split_index = int(np.searchsorted(ends, index, side="right"))
+        split = self.splits[split_index]
+        record = split.records[index - int(ends[split_index - 1] if split_index else 0)]
+        image, mask, annotation = split.load(record)
         texts = annotation["text"]
         kind = "sentence" if annotation["is_sentence"] else "phrase"
         turns = [
             self._turn(kind, texts[i], record["image"], rng)
             for i in sample_indices(self.options.questions_per_image, len(texts), rng)
         ]
-        count = sum("[SEG]" in turn.answer for turn in turns)
-        masks = np.repeat(mask[None], count, axis=0)
-        return check_sample(Sample(f"{part.name}/{record['image']}", image, [(turn,) for turn in turns], masks))
+        num_seg = sum("[SEG]" in turn.answer for turn in turns)
+        masks = np.repeat(mask[None], num_seg, axis=0)
+        return check_sample(Sample(f"{split.name}/{record['image']}", image, [(turn,) for turn in turns], masks))
 
     def _turn(self, kind: str, text: str, image_name: str, rng: np.random.Generator) -> Turn:
-        """A question and [SEG]; where the image has an explanation, sometimes with it or with it alone."""
+        """Samples a question answered by [SEG], by an explanation if the image has one, or by both."""
         question, answer = pick(QUESTIONS[kind], rng).replace("{query}", text), pick(ANSWERS["target"], rng)
         explanations = self.explanations.get(Path(image_name).stem)
         if explanations is None:
@@ -208,31 +207,33 @@ class ReasonSegTrain:
         return Turn(f"{question} {pick(QUESTIONS['explain'], rng)}", f"{answer} {explanation}")
 
     def describe(self) -> dict[str, int]:
-        records = [record for part in self.splits for record in part.records]
+        records = [record for split in self.splits for record in split.records]
         return {
             "images": len(records),
             "expressions": sum(record["queries"] for record in records),
             "explained": sum(record["stem"] in self.explanations for record in records),
-            "unusable": sum(len(part.problems) + len(part.without_polygon) for part in self.splits),
+            "unusable": sum(len(split.problems) + len(split.without_polygon) for split in self.splits),
         }
 
 
 def _read_explanations(name: str, path: Path) -> dict[str, list[str]]:
-    """Image stem -> text answers."""
-    find_paths(name, {"explanations": [path]}, "check --dataset_dir, or set explanatory to -1 to train without them")
+    """Maps image stems to text answers."""
+    find_paths(
+        name, {"explanations": [path]}, "check --dataset_dir, or set explanatory to -1 to train without explanations"
+    )
     explanations: defaultdict[str, list[str]] = defaultdict(list)
     for number, item in enumerate(read_json(path, list)):
         image, text = (item.get("image"), item.get("outputs")) if isinstance(item, dict) else (None, None)
         if not (isinstance(image, str) and image.strip() and isinstance(text, str) and text.strip()):
-            raise DataError(f"{path}, item {number}: expected a dict with texts in 'image' and 'outputs'")
+            raise DataError(f"{path}, item {number}: expected a dict with strings in 'image' and 'outputs'")
         explanations[Path(image).stem].append(text)
     return dict(explanations)
 
 
 class ReasonSegEval:
-    """A split of ReasonSeg: one mask per image, asked for by the first query of ``text``.
+    """Evaluation data of ReasonSeg: one mask per image, queried by the first entry of ``text``.
 
-    ``val_short`` and ``val_long`` are the parts of ``val`` with ``is_sentence`` false and true. Any folder is a split.
+    ``val_short`` and ``val_long`` are the subsets of ``val`` by ``is_sentence`` (false, true). Any folder is a split.
 
     Args:
         spec: ``ReasonSeg|val``, ``ReasonSeg|test_long``, ``ReasonSeg|heldout``.
@@ -247,28 +248,28 @@ class ReasonSegEval:
             split, length = split.rsplit("_", 1)
         folders = split_folders(str(spec), row, split, dataset_dir)
         if len(folders) > 1:
-            raise DataError(f"{spec}: an evaluation reads one folder, not {', '.join(map(str, folders))}")
-        self.part = ReasonSegSplit(f"{spec.name}|{split}", folders[0])
-        self.skipped, self.unusable = self.part.without_polygon, self.part.problems
-        self.not_found: list[str] = []  # a JSON without its image is unusable
-        wanted = {"": (True, False), "short": (False,), "long": (True,)}[length]
-        self.chosen = [i for i, record in enumerate(self.part.records) if record["is_sentence"] in wanted]
-        if not self.chosen:
-            raise DataError(f"{spec}: no {length} query among the {len(self.part.records)} of {folders[0]}")
+            raise DataError(f"{spec}: evaluation takes one folder, not {', '.join(map(str, folders))}")
+        self.split = ReasonSegSplit(f"{spec.name}|{split}", folders[0])
+        self.skipped, self.unusable = self.split.without_polygon, self.split.problems
+        self.not_found: list[str] = []  # a JSON without an image counts as unusable
+        lengths = {"": (True, False), "short": (False,), "long": (True,)}[length]
+        self.indices = [i for i, record in enumerate(self.split.records) if record["is_sentence"] in lengths]
+        if not self.indices:
+            raise DataError(f"{spec}: no {length} query among the {len(self.split.records)} of {folders[0]}")
 
     def __len__(self) -> int:
-        return len(self.chosen)
+        return len(self.indices)
 
     @property
     def num_queries(self) -> int:
-        return len(self.chosen)
+        return len(self.indices)
 
     def __getitem__(self, index: int) -> EvalSample:
-        record = self.part.records[self.chosen[index]]
-        image, mask, annotation = self.part.load(record)
+        record = self.split.records[self.indices[index]]
+        image, mask, annotation = self.split.load(record)
         meta = {"length": "long" if annotation["is_sentence"] else "short"}
-        drawn = annotation.get("meta")  # scripts/make_demo_data.py says what kind of query it is
-        if isinstance(drawn, dict) and isinstance(drawn.get("family"), str):
-            meta["family"] = drawn["family"]
+        demo_meta = annotation.get("meta")  # scripts/make_demo_data.py stores the family of the query
+        if isinstance(demo_meta, dict) and isinstance(demo_meta.get("family"), str):
+            meta["family"] = demo_meta["family"]
         query = EvalQuery(record["stem"], annotation["text"][0], mask[None], annotation["is_sentence"], meta)
-        return EvalSample(f"{self.part.name}/{record['image']}", record["stem"], image, [query])
+        return EvalSample(f"{self.split.name}/{record['image']}", record["stem"], image, [query])

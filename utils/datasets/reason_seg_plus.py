@@ -1,4 +1,4 @@
-"""reason_seg_plus: LISA++'s instances, reasoning in steps, conversations and captions (docs/data.md)."""
+"""reason_seg_plus: LISA++'s instance segmentation, chains of thought, conversations and captions (docs/data.md)."""
 
 from __future__ import annotations
 
@@ -40,23 +40,23 @@ _REFERENCE = re.compile(rf"\[(?P<list>[^\[\]]*)\]|{_SINGLE}")
 
 
 def replace_references(text: str, render: Callable[[list[tuple[str, str]]], str]) -> str:
-    """``text`` with each reference to masks, or list of them, replaced by what ``render([(id, name), ...])`` says.
+    """Replaces each reference to masks, or list of references, in ``text`` by ``render([(id, name), ...])``.
 
-    The forms are ``<380| remote>``, ``《380|remote》``, and lists of these, of ``380| remote`` or of ``pizza <107>`` in
-    square brackets. What else such brackets hold is text.
+    References are ``<380| remote>``, ``《380|remote》``, and lists of these, of ``380| remote`` or of ``pizza <107>``
+    in square brackets. Any other content of such brackets is kept as text.
     """
 
     def replace(match: re.Match[str]) -> str:
         if match["list"] is None:
             return render([_parse_reference(match)])
-        found = [_parse_reference(item) for item in _ITEM.finditer(match["list"])]
+        references = [_parse_reference(item) for item in _ITEM.finditer(match["list"])]
         rest = re.sub(r"[\s,，、]|\band\b", "", _ITEM.sub("", match["list"]))
-        if not found or not rest:
-            return render(found) if found else match[0]
+        if not references or not rest:
+            return render(references) if references else match[0]
         return f"[{_ITEM.sub(lambda item: render([_parse_reference(item)]), match['list'])}]"
 
     text = re.sub(r"[ \t]+", " ", _REFERENCE.sub(replace, text))
-    return re.sub(r" +([,.;:!?])", r"\1", text).strip()  # what a dropped reference leaves behind
+    return re.sub(r" +([,.;:!?])", r"\1", text).strip()  # spaces left by dropped references
 
 
 def _parse_reference(match: re.Match[str]) -> tuple[str, str]:
@@ -67,7 +67,7 @@ def _parse_reference(match: re.Match[str]) -> tuple[str, str]:
 
 
 def _join_names(references: list[tuple[str, str]]) -> str:
-    """How a question speaks of masks: by their names."""
+    """Names of the masks, as a question refers to them."""
     return enumerate_words([name for _, name in references if name]) or "it"
 
 
@@ -78,10 +78,10 @@ def _parse_instances(item: dict[str, Any]) -> dict[str, Any]:
     ids, masks = item.get("ID"), _parse_masks(item, "points")
     if not isinstance(ids, list):
         raise DataError(f"'ID' must be a list of mask ids, not {str(ids)[:60]}")
-    usable = {str(number): masks[str(number)] for number in ids if str(number) in masks}
-    if not usable:
+    valid = {str(number): masks[str(number)] for number in ids if str(number) in masks}
+    if not valid:
         raise DataError("no id in 'ID' has a polygon in 'points'")
-    return {"turns": [[_parse_text(item, "English Question"), ""]], "masks": usable}
+    return {"turns": [[_parse_text(item, "English Question"), ""]], "masks": valid}
 
 
 def _parse_answer(item: dict[str, Any]) -> dict[str, Any]:
@@ -89,29 +89,29 @@ def _parse_answer(item: dict[str, Any]) -> dict[str, Any]:
 
 
 def _parse_conversation(item: dict[str, Any]) -> dict[str, Any]:
-    before, *said = re.split(r"<\s*(person|robot)\s*>\s*:?", _parse_text(item, "output"), flags=re.IGNORECASE)
-    speakers, texts = [who.lower() for who in said[::2]], [text.strip() for text in said[1::2]]
+    before, *parts = re.split(r"<\s*(person|robot)\s*>\s*:?", _parse_text(item, "output"), flags=re.IGNORECASE)
+    speakers, texts = [speaker.lower() for speaker in parts[::2]], [text.strip() for text in parts[1::2]]
     pairs = len(speakers) // 2
     if before.strip() or not pairs or speakers != ["person", "robot"] * pairs or not all(texts):
-        raise DataError("'output' must hold turns '<person>: ... <robot>: ...', each with a text")
+        raise DataError("'output' must consist of turns '<person>: ... <robot>: ...' with non-empty texts")
     return _with_masks([list(pair) for pair in zip(texts[::2], texts[1::2])], item)
 
 
 def _with_masks(turns: list[list[str]], item: dict[str, Any]) -> dict[str, Any]:
-    """Keeps the masks that the answers refer to; there must be one."""
+    """Keeps the masks that the answers refer to; ``DataError`` if there are none."""
     masks = _parse_masks(item, "info")
     mentioned: list[str] = []
 
-    def note(references: list[tuple[str, str]]) -> str:
+    def collect(references: list[tuple[str, str]]) -> str:
         mentioned.extend(number for number, _ in references)
         return ""
 
     for _, answer in turns:
-        replace_references(answer, note)
-    usable = {number: polygons for number, polygons in masks.items() if number in mentioned}
-    if not usable:
+        replace_references(answer, collect)
+    valid = {number: polygons for number, polygons in masks.items() if number in mentioned}
+    if not valid:
         raise DataError(f"none of the masks {mentioned[:5]} that the answer refers to has a polygon in 'info'")
-    return {"turns": turns, "masks": usable}
+    return {"turns": turns, "masks": valid}
 
 
 PARSERS = {
@@ -125,12 +125,12 @@ PARSERS = {
 def _parse_text(item: dict[str, Any], key: str) -> str:
     value = item.get(key)
     if not isinstance(value, str) or not value.strip():
-        raise DataError(f"{key!r} must be a text, not {str(value)[:60]}")
+        raise DataError(f"{key!r} must be a non-empty string, not {str(value)[:60]}")
     return value.strip()
 
 
 def _parse_masks(item: dict[str, Any], key: str) -> dict[str, Any]:
-    """Mask id -> polygons or RLE, of those that have any."""
+    """Maps mask ids to polygons or RLE, without empty masks."""
     content = item.get(key)
     if not isinstance(content, dict):
         raise DataError(f"{key!r} must map mask ids to polygons, not {str(content)[:60]}")
@@ -139,14 +139,14 @@ def _parse_masks(item: dict[str, Any], key: str) -> dict[str, Any]:
 
 
 def _segmentation(value: Any) -> Any:
-    """The polygons of 3 points or more (or the RLE) in one value of ``points`` or ``info``; empty if there are none."""
+    """Polygons of at least 3 points, or RLE, in a value of ``points`` or ``info``; empty if there are none."""
     if isinstance(value, dict) and "counts" not in value:
         value = next((value[key] for key in ("points", "polygon", "segmentation") if value.get(key)), None)
     return value if isinstance(value, dict) else _polygons(value)
 
 
 def _polygons(value: Any, levels: int = 3) -> list[list]:
-    """Polygons as [[x, y], ...] or [x, y, x, y, ...], however deep they are nested (docs/data.md)."""
+    """Flattens nested lists into polygons [[x, y], ...] or [x, y, x, y, ...] (docs/data.md)."""
     if not isinstance(value, list) or not value or levels < 0:
         return []
     if not any(isinstance(part, list) for part in value):
@@ -161,7 +161,7 @@ def _parse_item(kind: str, item: Any) -> dict[str, Any]:
         raise DataError(f"expected a dict, not a {type(item).__name__}")
     path = next((item[key] for key in ("img_path", "image_path", "img_pth") if item.get(key)), None)
     if not isinstance(path, str):
-        raise DataError(f"no path of an image in 'img_path', 'image_path' or 'img_pth': {path!r}")
+        raise DataError(f"no image path in 'img_path', 'image_path' or 'img_pth': {path!r}")
     name = check_file_name(Path(path.replace("\\", "/")).name, f"the image's path {path!r} ends in")
     return {"image": name, **PARSERS[kind](item)}
 
@@ -170,14 +170,14 @@ def _parse_item(kind: str, item: Any) -> dict[str, Any]:
 
 
 class ReasonSegPlusTrain:
-    """One of LISA++'s four sets to train on; an item is an image with some of its questions or conversations.
+    """Training data of LISA++, one of its four sets; a sample is an image with some of its questions or conversations.
 
-    In an answer each reference to a mask becomes one [SEG] (lists joined by commas and "and"); one whose mask has no
-    usable polygon is dropped.
+    Each reference to a mask in an answer becomes one [SEG] (lists are joined by commas and "and"). References to masks
+    without a valid polygon are dropped.
 
     Args:
         spec: ``instance_seg``, ``cot``, ``conversations`` or ``caption``.
-        row: its row; ``path`` is the JSON file.
+        row: the data set's row; ``path`` is the JSON file.
         dataset_dir: the root of all data.
         options: ``questions_per_image``.
     """
@@ -197,12 +197,12 @@ class ReasonSegPlusTrain:
         conversations, masks, problem = [], [], ""
         for i in sample_indices(self.options.questions_per_image, len(record["items"]), rng):
             try:
-                talk, its_masks = _build(record["items"][i], image.shape[0], image.shape[1], rng)
+                conversation, conversation_masks = _build(record["items"][i], image.shape[0], image.shape[1], rng)
             except DataError as error:
                 problem = str(error)
                 continue
-            conversations.append(talk)
-            masks += its_masks
+            conversations.append(conversation)
+            masks += conversation_masks
         if not conversations:
             raise DataError(f"{source}: {problem}")
         return check_sample(Sample(source, image, conversations, stack_masks(masks, *image.shape[:2])))
@@ -212,7 +212,7 @@ class ReasonSegPlusTrain:
 
 
 def _read_items(name: str, path: Path) -> tuple[list[dict[str, Any]], Notes]:
-    """A record per image, with its items."""
+    """Groups the items by image: ``{"image", "items"}`` per image."""
     items, problems = parse_items(name, path, lambda item: _parse_item(name, item))
     by_image: dict[str, list[dict]] = {}
     for item in items:
@@ -222,12 +222,12 @@ def _read_items(name: str, path: Path) -> tuple[list[dict[str, Any]], Notes]:
         "expressions": sum(len(item["turns"]) for item in items),
         "masks": sum(len(item["masks"]) for item in items),
     }
-    records = [{"image": image, "items": its} for image, its in by_image.items()]
+    records = [{"image": image, "items": items} for image, items in by_image.items()]
     return records, {"problems": problems, "counts": counts}
 
 
 def _build(item: dict, height: int, width: int, rng: np.random.Generator) -> tuple[Conversation, list[np.ndarray]]:
-    """The conversation and the mask, uint8 [H, W], of each [SEG]; ``DataError`` if no mask is left."""
+    """Builds the conversation and one mask, uint8 [H, W], per [SEG]; ``DataError`` if no mask is valid."""
     decoded, problem = {}, ""
     for number, segmentation in item["masks"].items():
         try:
@@ -238,17 +238,17 @@ def _build(item: dict, height: int, width: int, rng: np.random.Generator) -> tup
         raise DataError(problem)
     if not item["turns"][0][1]:
         return (instance_turn(item["turns"][0][0], len(decoded), rng),), list(decoded.values())
-    used: list[np.ndarray] = []
+    masks: list[np.ndarray] = []
 
     def tokens(references: list[tuple[str, str]]) -> str:
-        found = [decoded[number] for number, _ in references if number in decoded]
-        used.extend(found)
-        return enumerate_words([SEG] * len(found))
+        referenced = [decoded[number] for number, _ in references if number in decoded]
+        masks.extend(referenced)
+        return enumerate_words([SEG] * len(referenced))
 
-    talk = []
+    turns = []
     for question, answer in item["turns"]:
         rendered = replace_references(escape(answer), tokens)
         if not rendered:
-            raise DataError(f"nothing is left of the answer {answer!r} without the masks that cannot be used")
-        talk.append(Turn(replace_references(question, _join_names), rendered))
-    return tuple(talk), used
+            raise DataError(f"the answer {answer!r} is empty without its unusable masks")
+        turns.append(Turn(replace_references(question, _join_names), rendered))
+    return tuple(turns), masks

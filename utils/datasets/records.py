@@ -1,9 +1,9 @@
-"""Many small records in two arrays, and the cache that keeps them between starts.
+"""Packed records (many small records in two arrays), and their cache on disk.
 
-An annotation file of hundreds of MB takes half a minute and gigabytes to parse; what a data set needs of it is a tenth.
-The first start writes that to ``~/.cache/uground`` (not beside the data, which are often read-only and shared); later
-ones map the file into memory, where all processes and workers of a machine share it. ``UGROUND_CACHE`` names another
-folder, or ``off``. Entries are JSON, and hold nothing that could run code.
+Parsing an annotation file of hundreds of MB takes half a minute and gigabytes of memory; a data set needs a tenth of
+it. The first start writes this index to ``~/.cache/uground`` (not beside the data, which are often read-only and
+shared). Later starts map the file into memory, shared by all processes and workers of a machine. ``UGROUND_CACHE``
+sets another folder, or ``off``. Entries are JSON, and contain nothing that could run code.
 """
 
 from __future__ import annotations
@@ -32,26 +32,25 @@ from utils.datasets.images import find_image
 logger = logging.getLogger(__name__)
 
 CACHE_VARIABLE = "UGROUND_CACHE"
-MAGIC = b"UGROUND1"  # of the file's layout; how records are made is covered by _code()
-MIN_CACHED_BYTES = 8 * 2**20  # bytes of annotations; less is parsed as fast as it is looked up
-DEFLATED = 512  # bytes of a record's text from which it is compressed
-ZLIB = b"x"  # compressed data begin so; JSON cannot
+MAGIC = b"UGROUND1"  # version of the file layout; _source_hash() covers how records are made
+MIN_CACHED_BYTES = 8 * 2**20  # bytes of annotations; smaller files are parsed as fast as the cache is read
+MIN_COMPRESSED_BYTES = 512  # bytes; longer records are compressed
+ZLIB_PREFIX = b"x"  # first byte of compressed data; never of JSON
 MIN_SOURCE_AGE = 2.0  # seconds since the last change of a source; a younger file may still be written
 
 Notes = dict[str, Any]
 
 
 class PackedRecords:
-    """Many small JSON-able records in two numpy arrays.
+    """A read-only sequence of small JSON-serializable records, packed in two numpy arrays.
 
-    Worker processes share the arrays' memory; lists of Python objects would be copied page by page, because reading an
-    object writes its reference count. A record with polygons is deflated to less than half of its text, and read again
-    in microseconds.
+    Worker processes share the memory of arrays. Lists of Python objects would be copied page by page, because reading
+    an object writes its reference count. Compression halves a record with polygons, and decoding takes microseconds.
     """
 
     def __init__(self, records: Iterable[Any]) -> None:
         texts = (json.dumps(record, separators=(",", ":"), default=_json_value).encode() for record in records)
-        chunks = [zlib.compress(text, 1) if len(text) >= DEFLATED else text for text in texts]
+        chunks = [zlib.compress(text, 1) if len(text) >= MIN_COMPRESSED_BYTES else text for text in texts]
         self._ends = np.cumsum([len(chunk) for chunk in chunks], dtype=np.int64)
         self._bytes = np.frombuffer(b"".join(chunks), dtype=np.uint8)
 
@@ -62,19 +61,19 @@ class PackedRecords:
         if not 0 <= index < len(self):
             raise IndexError(f"record {index} of {len(self)}")
         chunk = self._bytes[self._ends[index - 1] if index else 0 : self._ends[index]].tobytes()
-        return json.loads(zlib.decompress(chunk) if chunk[:1] == ZLIB else chunk)
+        return json.loads(zlib.decompress(chunk) if chunk[:1] == ZLIB_PREFIX else chunk)
 
     def __iter__(self) -> Iterator[Any]:
         return (self[i] for i in range(len(self)))
 
 
 class MappedRecords(PackedRecords):
-    """Records in an entry of the cache, mapped into memory; an unpickled copy maps the same entry again.
+    """Packed records in a cache entry, mapped into memory; unpickling maps the same entry again.
 
     Args:
-        file: the entry, already verified.
-        ends: where its ends begin, in bytes.
-        count: of the records.
+        file: the verified entry.
+        ends: byte offset of the ends array.
+        count: number of records.
     """
 
     def __init__(self, file: BinaryIO, ends: int, count: int) -> None:
@@ -84,11 +83,11 @@ class MappedRecords(PackedRecords):
         self._bytes = np.frombuffer(content, dtype=np.uint8, offset=ends + self._ends.nbytes)
 
     def __reduce__(self) -> tuple:
-        return _map_again, self._state
+        return _reopen, self._state
 
 
-def _map_again(path: str, inode: int, ends: int, count: int) -> MappedRecords:
-    """What a worker process does that is spawned, not forked."""
+def _reopen(path: str, inode: int, ends: int, count: int) -> MappedRecords:
+    """Unpickles mapped records in a spawned (not forked) worker process."""
     try:
         with open(path, "rb") as file:
             if os.fstat(file.fileno()).st_ino == inode:
@@ -99,12 +98,12 @@ def _map_again(path: str, inode: int, ends: int, count: int) -> MappedRecords:
 
 
 def _json_value(value: Any) -> Any:
-    """For ``json.dumps``: RLE counts as bytes, and numpy scalars."""
+    """Converts RLE counts as bytes, and numpy scalars, for ``json.dumps``."""
     if isinstance(value, bytes):
         return value.decode("ascii", "replace")
     if isinstance(value, np.generic):
         return value.item()
-    raise DataError(f"an annotation holds a {type(value).__name__}; expected lists, dicts, numbers and strings")
+    raise DataError(f"an annotation contains a {type(value).__name__}; expected lists, dicts, numbers and strings")
 
 
 # -- the cache ---------------------------------------------------------------------------------------------------------
@@ -113,64 +112,70 @@ def _json_value(value: Any) -> Any:
 def load_records(
     name: str, sources: Sequence[Path], settings: Any, build: Callable[[], tuple[Iterable[Any], Notes]]
 ) -> tuple[PackedRecords, Notes]:
-    """What ``build()`` makes of the source files, from the cache where it holds just that.
+    """Returns the records and notes of ``build()``, from the cache if it has a valid entry.
 
-    An entry counts only if the sources have the same path, size and times, and this package the same code, as when it
-    was written, and if its checksum fits; otherwise it is built again and replaced. Of several processes one builds.
+    An entry is valid if its checksum matches, and if path, size and times of the sources and the code of this package
+    are unchanged; otherwise it is rebuilt and replaced. Among concurrent processes, one builds.
 
     Args:
-        name: of the data set and split, for messages; part of the key.
+        name: data set and split, for messages and the cache key.
         sources: all files that ``build`` reads.
-        settings: what else its result depends on; JSON-able.
-        build: returns the records and notes about all of them (counts, problems), both JSON-able.
+        settings: other values that the result depends on; JSON-serializable.
+        build: returns the records and notes about all of them (counts, problems), both JSON-serializable.
 
     Raises:
-        DataError: whatever ``build`` raises; nothing is kept of it.
+        DataError: if ``build`` raises it; nothing is cached.
     """
-    identity = _identity(name, sources, settings)
-    path = _entry(identity)
-    if path is None or sum(size for _, size, *_ in identity["sources"]) < MIN_CACHED_BYTES:
+    fingerprint = _fingerprint(name, sources, settings)
+    path = _cache_path(fingerprint)
+    if path is None or sum(size for _, size, *_ in fingerprint["sources"]) < MIN_CACHED_BYTES:
         return _pack(build)
-    if found := _read_entry(path, identity):
-        return found
-    with _alone(path):
-        if found := _read_entry(path, identity):  # another process was first
-            return found
+    if cached := _read_entry(path, fingerprint):
+        return cached
+    with _file_lock(path):
+        if cached := _read_entry(path, fingerprint):  # another process has built it
+            return cached
         logger.info("%s: reading %s; later starts use %s", name, ", ".join(map(str, sources)), path)
-        begun = time.time()
+        start = time.time()
         records, notes = _pack(build)
-        newest = max(mtime for _, _, mtime, _ in identity["sources"]) / 1e9
-        if _identity(name, sources, settings) != identity or begun - newest < MIN_SOURCE_AGE:
-            return records, notes  # they are being written: not to be relied on at the next start
-        return (_read_entry(path, identity) if _write(path, identity, records, notes) else None) or (records, notes)
+        newest = max(mtime for _, _, mtime, _ in fingerprint["sources"]) / 1e9
+        if _fingerprint(name, sources, settings) != fingerprint or start - newest < MIN_SOURCE_AGE:
+            return records, notes  # the sources are still being written
+        return (_read_entry(path, fingerprint) if _write_entry(path, fingerprint, records, notes) else None) or (
+            records,
+            notes,
+        )
 
 
 def load_single_file(
     name: str,
     row: DatasetRow,
     dataset_dir: Path,
-    what: str,
+    description: str,
     read: Callable[[str, Path], tuple[list[dict[str, Any]], Notes]],
 ) -> tuple[list[Path], PackedRecords, Notes]:
-    """Folders of images, records and notes of a data set whose ``row.path`` is one file.
+    """Loads a data set whose ``row.path`` is one file: its image folders, records and notes.
 
     Args:
-        what: the file holds, for the message that it is not there.
-        read: (name, file) -> its records, each with its ``image``, and notes, among them ``problems``.
+        name: of the data set, for messages and the cache key.
+        row: the data set's row.
+        dataset_dir: the root of all data.
+        description: content of the file, for the message that it is missing.
+        read: (name, file) -> records, each with an ``image``, and notes with ``problems``.
 
     Raises:
-        DataError: if the file or the first record's image is not there, or whatever ``read`` raises.
+        DataError: if the file or the image of the first record is missing, or if ``read`` raises it.
     """
-    (path,) = find_paths(name, {what: [dataset_dir / row.path]})
+    (path,) = find_paths(name, {description: [dataset_dir / row.path]})
     folders = [dataset_dir / images for images in row.images]
     records, notes = load_records(name, [path], None, lambda: read(name, path))
     warn_unusable(name, notes["problems"])
-    find_image(name, records[0]["image"], folders)  # a wrong folder shows now, not at the first step
+    find_image(name, records[0]["image"], folders)  # fail at the start if the folder is wrong
     return folders, records, notes
 
 
 def _pack(build: Callable[[], tuple[Iterable[Any], Notes]]) -> tuple[PackedRecords, Notes]:
-    """Builds without Python's garbage collector, which would go over millions of new objects again and again."""
+    """Builds without Python's garbage collector, which would repeatedly scan millions of new objects."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -181,28 +186,28 @@ def _pack(build: Callable[[], tuple[Iterable[Any], Notes]]) -> tuple[PackedRecor
             gc.enable()
 
 
-def _identity(name: str, sources: Sequence[Path], settings: Any) -> dict[str, Any]:
+def _fingerprint(name: str, sources: Sequence[Path], settings: Any) -> dict[str, Any]:
     stats = [(str(path.resolve()), path.stat()) for path in sources]
-    identity = {
+    fingerprint = {
         "name": name,
         "settings": settings,
-        "code": _code(),
+        "code": _source_hash(),
         "sources": [[path, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns] for path, stat in stats],
     }
-    return json.loads(json.dumps(identity))  # as it will come back from the entry
+    return json.loads(json.dumps(fingerprint))  # with JSON's types, for the comparison with an entry
 
 
 @cache
-def _code() -> str:
-    """A hash of this package's source, which alone decides what records are made of a file."""
+def _source_hash() -> str:
+    """Hash of this package's source code, which determines how records are made."""
     digest = hashlib.sha256()
     for path in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 
 
-def _entry(identity: dict[str, Any]) -> Path | None:
-    """The file for these sources, whatever is in them (so that a new version takes the place of the old one)."""
+def _cache_path(fingerprint: dict[str, Any]) -> Path | None:
+    """Path of the cache entry; independent of the sources' content, so that a new version replaces the old one."""
     setting = os.environ.get(CACHE_VARIABLE, "")
     if setting.lower() in ("off", "0", "none"):
         return None
@@ -210,13 +215,13 @@ def _entry(identity: dict[str, Any]) -> Path | None:
         default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "uground"
     except RuntimeError:  # no home
         return None
-    key = json.dumps([identity["name"], identity["settings"], [path for path, *_ in identity["sources"]]])
+    key = json.dumps([fingerprint["name"], fingerprint["settings"], [path for path, *_ in fingerprint["sources"]]])
     return (Path(setting) if setting else default) / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.index"
 
 
 @contextlib.contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """Lets one process at a time in, where the file system knows locks; where it does not, they merely work twice."""
+def _file_lock(path: Path) -> Iterator[None]:
+    """Locks a cache entry for one process. Without file locks, concurrent processes merely repeat the work."""
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -224,13 +229,13 @@ def _alone(path: Path) -> Iterator[None]:
         yield
 
 
-def _write(path: Path, identity: dict[str, Any], records: PackedRecords, notes: Notes) -> bool:
-    """Puts the entry in place at once and whole; False, with a warning, where that is not possible.
+def _write_entry(path: Path, fingerprint: dict[str, Any], records: PackedRecords, notes: Notes) -> bool:
+    """Writes the entry atomically; returns False, with a warning, if that fails.
 
     Layout: magic, length of the header (int64), header (JSON, padded to 8), ends (int64 each), records, CRC-32 of all
-    before it (uint32).
+    preceding bytes (uint32).
     """
-    header = json.dumps({"identity": identity, "count": len(records), "notes": notes}).encode()
+    header = json.dumps({"fingerprint": fingerprint, "count": len(records), "notes": notes}).encode()
     header += b" " * (-len(header) % 8)
     parts: list[bytes | memoryview] = [
         MAGIC,
@@ -251,9 +256,9 @@ def _write(path: Path, identity: dict[str, Any], records: PackedRecords, notes: 
         return True
     except OSError as error:
         logger.warning(
-            "%s: its index is not kept (%s), so that every start reads the files again; set %s to a folder that can "
-            "be written, or to off",
-            identity["name"],
+            "%s: the index cannot be cached (%s), so every start parses the files again; set %s to a writable folder, "
+            "or to off",
+            fingerprint["name"],
             error,
             CACHE_VARIABLE,
         )
@@ -263,28 +268,28 @@ def _write(path: Path, identity: dict[str, Any], records: PackedRecords, notes: 
             temporary.unlink()
 
 
-def _read_entry(path: Path, identity: dict[str, Any]) -> tuple[MappedRecords, Notes] | None:
-    """The entry, if it is whole and of this identity."""
+def _read_entry(path: Path, fingerprint: dict[str, Any]) -> tuple[MappedRecords, Notes] | None:
+    """Reads the entry; None if it is missing, corrupt, or has another fingerprint."""
     try:
         with path.open("rb") as file:
             start = file.read(16)
             length = int(np.frombuffer(start[8:], dtype=np.int64)[0]) if len(start) == 16 else -1
             size = os.fstat(file.fileno()).st_size
-            if start[:8] != MAGIC or not 0 <= length <= size or _damaged(file, size):
+            if start[:8] != MAGIC or not 0 <= length <= size or _is_corrupt(file, size):
                 return None
             file.seek(16)
             header = json.loads(file.read(length))
-            if header["identity"] != identity:
+            if header["fingerprint"] != fingerprint:
                 return None
             return MappedRecords(file, 16 + length, header["count"]), header["notes"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
-def _damaged(file: BinaryIO, size: int) -> bool:
-    """Reads it all, through a small buffer: what is mapped here would count as this process's memory."""
+def _is_corrupt(file: BinaryIO, size: int) -> bool:
+    """Verifies the checksum. Reads through a small buffer: mapped pages would count as this process's memory."""
     file.seek(0)
-    checksum, left = 0, size - 4
-    while left > 0 and (chunk := file.read(min(left, 2**20))):
-        checksum, left = zlib.crc32(chunk, checksum), left - len(chunk)
-    return left != 0 or file.read() != np.uint32(checksum).tobytes()
+    checksum, remaining = 0, size - 4
+    while remaining > 0 and (chunk := file.read(min(remaining, 2**20))):
+        checksum, remaining = zlib.crc32(chunk, checksum), remaining - len(chunk)
+    return remaining != 0 or file.read() != np.uint32(checksum).tobytes()

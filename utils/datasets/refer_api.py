@@ -1,7 +1,7 @@
-"""Referring expressions on disk: ``refs(...).p`` or ``.json`` with ``instances.json`` (docs/data.md).
+"""Files of referring expressions: ``refs(...).p`` or ``.json`` with ``instances.json`` (docs/data.md).
 
-One reader for refclef, refcoco(+/g), grefcoco and refzom, and for the false-premise sets, whose sentences carry more
-keys (they are kept). The index holds one compact record per image; masks are decoded when they are asked for.
+One reader for refclef, refcoco(+/g), grefcoco and refzom, and for the false-premise sets, whose sentences have
+additional keys (kept). The index has one compact record per image; masks are decoded on access.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from utils.datasets.coco_file import by_id, image_record, is_id, row_of, segment
 from utils.datasets.masks import decode_segmentation
 from utils.datasets.records import Notes, PackedRecords, load_records
 
-# -- pickles without code ----------------------------------------------------------------------------------------------
+# -- safe pickles ----------------------------------------------------------------------------------------------
 
 
 class _ScalarType:
-    """Stands in for ``numpy.dtype`` in a pickle: remembers what a scalar's bytes mean, and can do nothing else."""
+    """Replaces ``numpy.dtype`` in a pickle: stores the type and byte order of a scalar, and nothing else."""
 
     def __init__(self, code: str | bytes, *_: Any) -> None:
         self.code, self.order = _decode_text(code), "<"
@@ -73,15 +73,15 @@ _ALLOWED = {
 class _PlainUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _ALLOWED:
-            raise DataError(f"asks for {module}.{name}, which could run code")
+            raise DataError(f"refers to {module}.{name}, which could run code")
         return _ALLOWED[module, name]
 
 
 def read_pickle(path: Path) -> Any:
-    """A pickle of plain containers, numbers, strings and numpy scalars; everything else is refused by name.
+    """Reads a pickle of plain containers, numbers, strings and numpy scalars; rejects any other type by name.
 
-    Such files come from the internet, and an ordinary unpickler runs whatever they say. Files written by Python 2 are
-    read; numpy scalars come back as Python numbers.
+    Such files come from the internet, and the standard unpickler would execute code in them. Files of Python 2 are
+    supported; numpy scalars become Python numbers.
     """
     try:
         raw = path.read_bytes()
@@ -90,16 +90,16 @@ def read_pickle(path: Path) -> Any:
     try:
         return _plain(_PlainUnpickler(io.BytesIO(raw), encoding="bytes").load())
     except DataError as error:
-        raise DataError(f"{path} is refused: it {error}; expected plain lists, dicts, numbers and strings") from error
+        raise DataError(f"{path} is rejected: it {error}; expected plain lists, dicts, numbers and strings") from error
     except Exception as error:  # a damaged pickle can raise nearly anything
-        raise DataError(f"{path} is not a readable pickle ({error}); it may be cut off: download it again") from error
+        raise DataError(f"{path} is not a readable pickle ({error}); it may be truncated: download it again") from error
 
 
 _ATOMS = frozenset((str, int, float, bool, type(None)))
 
 
 def _plain(value: Any) -> Any:
-    """Sets and tuples as lists, Python 2's byte strings as text. Runs over millions of values, hence the short cuts."""
+    """Converts sets and tuples to lists, and Python 2's byte strings to text; atoms take a shortcut for speed."""
     kind = type(value)
     if kind in _ATOMS:
         return value
@@ -109,7 +109,7 @@ def _plain(value: Any) -> Any:
         return {_plain(key): item if type(item) in _ATOMS else _plain(item) for key, item in value.items()}
     if kind is bytes:
         return _decode_text(value)
-    raise DataError(f"holds a {kind.__name__}")
+    raise DataError(f"contains a {kind.__name__}")
 
 
 # -- the index ---------------------------------------------------------------------------------------------------------
@@ -117,13 +117,13 @@ def _plain(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class Ref:
-    """One annotated target (or set of targets, or none) and the expressions for it.
+    """A referred target (or set of targets, or none) and its expressions.
 
     Attributes:
         ref_id: as in the file.
-        ann_ids: the annotations whose union is the mask; empty = nothing in the image fits.
-        sentences: dicts with ``sent_id``, ``sent`` and whatever else the data set says of a sentence;
-            ``false_premise`` is true where a data set of false premises says that nothing fits this one.
+        ann_ids: the annotations whose union is the mask; empty = the target is absent.
+        sentences: dicts with ``sent_id``, ``sent`` and all other keys of the data set; in false-premise data sets,
+            ``false_premise`` is true if the target of this sentence is absent.
     """
 
     ref_id: int | str
@@ -131,18 +131,18 @@ class Ref:
     sentences: list[dict[str, Any]]
 
     def targets(self, sentence: dict[str, Any]) -> list[int | str]:
-        """The annotations that one of the sentences means."""
+        """Ids of the annotations that a sentence of this ref refers to."""
         return [] if sentence.get("false_premise") else self.ann_ids
 
 
 @dataclass
 class ReferIndex:
-    """The refs of one split, by image.
+    """The refs of a split, grouped by image.
 
     Attributes:
         name: for messages (``"refcoco|unc|val"``).
         images: per image ``{"id", "file_name", "height", "width", "refs": [...], "segmentations": {ann id: ...}}``.
-        problems: records that cannot be used, and why.
+        problems: a message for each unusable record.
         counts: images, expressions, absent, multi.
     """
 
@@ -155,7 +155,7 @@ class ReferIndex:
         return [Ref(**ref) for ref in record["refs"]]
 
     def mask(self, record: dict[str, Any], ref: Ref) -> np.ndarray:
-        """The union of the ref's annotations as uint8 [H, W]."""
+        """Decodes the union of the ref's annotations as uint8 [H, W]."""
         mask = np.zeros((record["height"], record["width"]), dtype=np.uint8)
         for ann_id in ref.ann_ids:
             try:
@@ -168,14 +168,14 @@ class ReferIndex:
 def build_index(
     name: str, refs_path: Path, instances_path: Path, split: str, false_premises: bool = False
 ) -> ReferIndex:
-    """What the split needs of both files, from the cache or read. Unusable records are listed, not fatal.
+    """Builds the index of a split, or loads it from the cache. Unusable records are listed, not fatal.
 
     Args:
         name: for messages.
-        refs_path: the refs, a pickle or JSON.
-        instances_path: the annotations that they point to.
-        split: which refs.
-        false_premises: whether sentences say themselves if they are true of the image.
+        refs_path: the refs, pickle or JSON.
+        instances_path: the annotations that the refs point to.
+        split: the split of the refs.
+        false_premises: whether each sentence has a flag that tells if it is true of the image.
     """
     settings = {"split": split, "false_premises": false_premises}
     images, notes = load_records(
@@ -232,7 +232,7 @@ def _read_refs(
 
 
 def _parse_ref(ref: dict[str, Any], false_premises: bool) -> tuple[Ref, list[str]]:
-    """A ref with the sentences that can be used, and a message for each other one; ``DataError`` if there is none."""
+    """Returns a ref with its valid sentences, and a message for each invalid one; ``DataError`` if none is valid."""
     ref_id, ann_ids = ref.get("ref_id"), ref.get("ann_id")
     if not is_id(ref_id):
         raise DataError(f"ref_id is {ref_id!r}; expected an id")
@@ -249,21 +249,21 @@ def _parse_ref(ref: dict[str, Any], false_premises: bool) -> tuple[Ref, list[str
             extra = {key: value for key, value in sentence.items() if key not in ("tokens", "raw")}
             kept.append({"sent_id": number, **extra})
         else:
-            said = str(sentence.get("sent"))[:60]
-            dropped.append(f"sentence {sentence.get('sent_id', number)} must have a text in 'sent', not {said!r}")
+            value = str(sentence.get("sent"))[:60]
+            dropped.append(f"sentence {sentence.get('sent_id', number)} must have a text in 'sent', not {value!r}")
     if not kept:
         raise DataError("no sentence with a text in 'sent'")
-    if len({str(sentence["sent_id"]) for sentence in kept}) < len(kept):  # results are told apart by it
+    if len({str(sentence["sent_id"]) for sentence in kept}) < len(kept):  # results are identified by it
         kept = [{**sentence, "sent_id": number} for number, sentence in enumerate(kept)]
     if false_premises:
         kept = [{**sentence, "false_premise": _is_false(sentence)} for sentence in kept]
         if all(sentence["false_premise"] for sentence in kept):
-            ann_ids = []  # what they were derived from does not matter
+            ann_ids = []  # they belong to the true expressions that these were derived from
     return Ref(ref_id, ann_ids, kept), dropped
 
 
 def _is_false(sentence: dict[str, Any]) -> bool:
-    """What ``exist`` (R-RefCOCO) or ``is_false_premise`` (FP-RefCOCO) says; a sentence without either is true."""
+    """Whether ``exist`` (R-RefCOCO) or ``is_false_premise`` (FP-RefCOCO) marks a false premise; without either, no."""
     for key, false in (("exist", False), ("is_false_premise", True)):
         value = sentence.get(key)
         if not (value is None or isinstance(value, bool)):

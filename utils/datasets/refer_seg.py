@@ -1,4 +1,4 @@
-"""refer_seg: expressions for one object, several (one merged mask) or none, on COCO or SAIAPR images."""
+"""refer_seg: referring expressions for one object, several (one merged mask) or none, on COCO or SAIAPR images."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from utils.datasets.templates import ANSWERS, QUESTIONS, fill_template, joint_tu
 
 
 class ReferSplit:
-    """One split of one data set: the index, and where its images lie."""
+    """A split of a data set: the index, and the folders of its images."""
 
     def __init__(self, name: str, row: DatasetRow, split_by: str, split: str, dataset_dir: Path) -> None:
         self.name = "|".join(part for part in (name, split_by, split) if part)
@@ -38,7 +38,7 @@ class ReferSplit:
                 "refs": [folder / file.replace("{split_by}", split_by) for file in row.annotations],
                 "instances": [folder / "instances.json"],
             },
-            f"check --dataset_dir, and the name: {name}|WHO MADE THE SPLITS|SPLIT, for example refcoco|unc|val",
+            f"check --dataset_dir, and the name: {name}|SPLIT_BY|SPLIT, for example refcoco|unc|val",
         )
         self.folders = [dataset_dir / images for images in row.images]
         self.index: ReferIndex = build_index(self.name, refs, instances, split, row.false_premises)
@@ -53,13 +53,13 @@ class ReferSplit:
 
 
 class ReferSegTrain:
-    """Referring segmentation to train on; an item is an image with some of its expressions.
+    """Training data of referring segmentation; a sample is an image with some of its expressions.
 
     Args:
-        spec: ``refcocog``; ``refcocog|google`` says who made the splits, of which ``train`` is read.
+        spec: ``refcocog``, or ``refcocog|google`` to choose the author of the splits; always split ``train``.
         row: the data set's row.
         dataset_dir: the root of all data.
-        options: how many questions, whether expressions are also asked about jointly.
+        options: ``questions_per_image`` and ``joint_probability``.
     """
 
     def __init__(self, spec: Spec, row: DatasetRow, dataset_dir: Path, options: DataOptions) -> None:
@@ -69,26 +69,26 @@ class ReferSegTrain:
         self.joint = row.joint
         split_by = spec.parts[0] if spec.parts else row.train_split_by or row.split_by
         self.split = ReferSplit(spec.name, row, split_by, "train", dataset_dir)
-        self.split.image_path(self.split.index.images[0])  # a wrong folder shows now, not at the first step
+        self.split.image_path(self.split.index.images[0])  # fail at the start if the folder is wrong
         warn_unusable(self.name, self.split.index.problems)
 
     def __len__(self) -> int:
         return len(self.split.index.images)
 
     def sample(self, index: int, rng: np.random.Generator) -> Sample:
-        """Up to ``questions_per_image`` of the image's refs, with one sentence of each drawn by ``rng``."""
+        """Samples up to ``questions_per_image`` refs of the image and one sentence per ref."""
         record = self.split.index.images[index]
         refs = self.split.index.refs(record)
         chosen = [refs[i] for i in sample_indices(self.options.questions_per_image, len(refs), rng)]
         sentences = [pick(ref.sentences, rng) for ref in chosen]
         targets = [ref.targets(sentence) for ref, sentence in zip(chosen, sentences)]
         if self.joint and rng.random() < self.options.joint_probability:
-            tokens = [SEG if found else REJ for found in targets]
+            tokens = [SEG if ids else REJ for ids in targets]
             texts = [sentence["sent"] for sentence in sentences]
             conversations: list[Conversation] = [(joint_turn(texts, tokens),)]
         else:
-            conversations = [(self.turn(s, len(found), rng),) for s, found in zip(sentences, targets)]
-        masks = [self.split.index.mask(record, ref) for ref, found in zip(chosen, targets) if found]
+            conversations = [(self.turn(s, len(ids), rng),) for s, ids in zip(sentences, targets)]
+        masks = [self.split.index.mask(record, ref) for ref, ids in zip(chosen, targets) if ids]
         return check_sample(
             Sample(
                 source=f"{self.name}/{record['file_name']}",
@@ -99,7 +99,7 @@ class ReferSegTrain:
         )
 
     def turn(self, sentence: dict[str, Any], targets: int, rng: np.random.Generator) -> Turn:
-        """A question about one sentence and its answer; ``targets`` is the number of objects that it means."""
+        """Samples a question about a sentence and its answer; ``targets`` is the number of objects it refers to."""
         kind = ("absent", "target", "merged")[min(targets, 2)]
         return Turn(fill_template(pick(QUESTIONS["phrase"], rng), query=sentence["sent"]), pick(ANSWERS[kind], rng))
 
@@ -108,7 +108,7 @@ class ReferSegTrain:
 
 
 class ReferSegEval:
-    """Every sentence of every ref of a split, grouped by image; one merged mask per sentence, or none.
+    """Evaluation data: all sentences of all refs of a split, grouped by image; one merged mask per sentence, or none.
 
     Args:
         spec: ``refcoco|unc|val``, ``refcoco|val`` or ``refzom|test``.

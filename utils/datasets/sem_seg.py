@@ -1,6 +1,6 @@
 """sem_seg: classes of label images (ADE20K, COCO-Stuff, Mapillary), objects and parts (PACO, PASCAL-Part).
 
-The files are those of docs/data.md. A class is named as it will be asked about ("dog"), a part as "dog:ear".
+Formats: docs/data.md. A class is named as in the question ("dog"), a part as "dog:ear".
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ from utils.datasets.templates import ANSWERS, QUESTIONS, denial, fill_template
 
 @dataclass(frozen=True)
 class Regions:
-    """One image with the classes in it.
+    """An image with its classes and their masks.
 
     Attributes:
         source: for messages.
         image: [H, W, 3] uint8.
-        present: the classes that can be asked about, each once.
-        absent: lists the classes that are certainly not in the image.
+        present: the classes that questions may be about, without duplicates.
+        absent: returns the classes that are certainly not in the image.
         mask: class -> [H, W] uint8 with 0, 1 and 255.
     """
 
@@ -56,7 +56,7 @@ class Regions:
 
 
 class Reader(Protocol):
-    """Where the regions come from. ``problems`` names the records that cannot be used."""
+    """Source of regions. ``problems`` has a message for each unusable record."""
 
     problems: list[str]
 
@@ -68,13 +68,13 @@ class Reader(Protocol):
 
 
 class SemSegTrain:
-    """Semantic and part segmentation to train on; an item is an image with some of its classes, a question for each.
+    """Training data of semantic and part segmentation; a sample is an image with one question per sampled class.
 
-    All regions of a class in an image are one mask: "dog ear" means every ear of every dog.
+    All regions of a class in an image form one mask: "dog ear" refers to every ear of every dog.
 
     Args:
-        spec: the data set; nothing follows its name.
-        row: its row; a ``path`` that ends in .json is COCO-style, another a folder of label images.
+        spec: the data set; no splits.
+        row: the data set's row; a ``path`` that ends in .json is COCO-style, any other a folder of label images.
         dataset_dir: the root of all data.
         options: ``questions_per_image`` (LISA's ``num_classes_per_sample``) and ``negative_sampling_weight``.
     """
@@ -92,7 +92,7 @@ class SemSegTrain:
     def sample(self, index: int, rng: np.random.Generator) -> Sample:
         regions = self.reader.regions(index)
         if not regions.present:
-            raise DataError(f"{regions.source}: no class in it can be asked about")
+            raise DataError(f"{regions.source}: it has no class to ask about")
         conversations: list[Conversation] = []
         masks = []
         for i in sample_indices(self.options.questions_per_image, len(regions.present), rng):
@@ -103,15 +103,15 @@ class SemSegTrain:
             else:
                 conversations.append((_class_turn(regions.present[i], rng),))
                 masks.append(regions.mask(regions.present[i]))
-        masks_nhw = stack_masks(masks, *regions.image.shape[:2])
-        return check_sample(Sample(regions.source, regions.image, conversations, masks_nhw))
+        stacked = stack_masks(masks, *regions.image.shape[:2])
+        return check_sample(Sample(regions.source, regions.image, conversations, stacked))
 
     def describe(self) -> dict[str, int]:
         return {**self.reader.describe(), "unusable": len(self.reader.problems)}
 
 
 def phrase(name: str, rng: np.random.Generator) -> str:
-    """How a class is spoken of; a part in one of two ways ("dog ear", "the ear of the dog")."""
+    """Samples the wording of a class; a part has two ("dog ear", "the ear of the dog")."""
     whole, _, part = name.partition(":")
     if not part:
         return whole
@@ -125,12 +125,12 @@ def _class_turn(name: str, rng: np.random.Generator, correction: str = "", prese
 
 
 def unrelated(candidates: Iterable[str], present: Iterable[str]) -> list[str]:
-    """The candidates that share no word with a class in the image.
+    """Candidates that share no word with a class in the image.
 
-    An image with a "dining table" is no place to deny a "table", nor one with "wall-brick" a "wall".
+    An image with a "dining table" may contain a "table", and one with "wall-brick" a "wall".
     """
-    taken = {word for name in present for word in re.findall(r"\w+", name)}
-    return [name for name in candidates if taken.isdisjoint(re.findall(r"\w+", name))]
+    present_words = {word for name in present for word in re.findall(r"\w+", name)}
+    return [name for name in candidates if present_words.isdisjoint(re.findall(r"\w+", name))]
 
 
 # -- label images ------------------------------------------------------------------------------------------------------
@@ -138,75 +138,77 @@ def unrelated(candidates: Iterable[str], present: Iterable[str]) -> list[str]:
 
 @dataclass(frozen=True)
 class Labels:
-    """What the 8-bit values of a data set's label images mean.
+    """Classes of the 8-bit values in a data set's label images.
 
     Attributes:
         names: value -> class.
-        ignored: values that stand for no class; their pixels are left out of the loss.
-        silent: classes that are not asked about; their pixels are negatives of the others.
-        unsure: classes of which the absence says nothing about the image.
+        ignored: values without a class; their pixels are ignored in the loss.
+        not_asked: classes that no question is about; their pixels are negatives for the other classes.
+        not_denied: classes that may be in an image although no pixel has their label.
     """
 
     names: dict[int, str]
     ignored: frozenset[int]
-    silent: frozenset[str] = frozenset()
-    unsure: frozenset[str] = frozenset()
+    not_asked: frozenset[str] = frozenset()
+    not_denied: frozenset[str] = frozenset()
 
 
-SHIPPED = {
+BUILTIN_LABELS = {
     "ade20k": Labels(dict(enumerate(ADE20K, start=1)), frozenset({0})),
     "cocostuff": Labels(
         dict(enumerate(COCO_STUFF)),
         frozenset({IGNORE_PIXEL}),
-        silent=frozenset(name for name in COCO_STUFF if "-" in name),  # the catch-all ones ("water-other")
-        unsure=COCO_STUFF_NOT_DENIED,
+        not_asked=frozenset(name for name in COCO_STUFF if "-" in name),  # catch-all classes ("water-other")
+        not_denied=COCO_STUFF_NOT_DENIED,
     ),
 }
 
 
 def read_vistas(path: Path) -> Labels:
-    """Mapillary Vistas' list of labels; those that its own evaluation leaves out ("Unlabeled") are ignored."""
+    """Reads the label list of Mapillary Vistas; labels that its evaluation excludes ("Unlabeled") are ignored."""
     rows = read_json(path).get("labels")
     if (
         not isinstance(rows, list)
         or not 0 < len(rows) <= IGNORE_PIXEL
         or not all(isinstance(row, dict) and isinstance(row.get("readable"), str) for row in rows)
     ):
-        raise DataError(f"{path}: 'labels' must be a list of dicts with a text in 'readable', at most {IGNORE_PIXEL}")
+        raise DataError(f"{path}: 'labels' must be a list of dicts with a string in 'readable', at most {IGNORE_PIXEL}")
     ignored = {value for value, row in enumerate(rows) if row.get("evaluate") is False}
     names = {value: row["readable"].lower() for value, row in enumerate(rows) if value not in ignored}
     return Labels(names, frozenset({*ignored, IGNORE_PIXEL}))
 
 
 class LabelReader:
-    """A folder of label images (.png) and the photographs of the same stem (.jpg in any case).
+    """A folder of label images (.png), and photographs with the same stems (.jpg in any case).
 
     Args:
         name: the data set.
-        row: ``path`` holds the label images, ``images`` the photographs; ``annotations`` names the list of classes,
-            relative to the dataset directory, where the project does not ship it.
+        row: ``path`` is the folder of label images, ``images`` those of the photographs; ``annotations`` is the class
+            list, relative to the dataset directory, if it is not built in.
         dataset_dir: the root of all data.
     """
 
     def __init__(self, name: str, row: DatasetRow, dataset_dir: Path) -> None:
         self.name = name
-        homes = [dataset_dir / folder for folder in row.images]
+        image_folders = [dataset_dir / folder for folder in row.images]
         lists = {"list of classes": [dataset_dir / file for file in row.annotations]} if row.annotations else {}
-        self.folder, _, *found = find_paths(name, {"label images": [dataset_dir / row.path], "images": homes, **lists})
-        self.labels = read_vistas(found[0]) if found else SHIPPED[name]
-        hidden = self.labels.silent | self.labels.unsure
-        self.askable = [name for name in dict.fromkeys(self.labels.names.values()) if name not in hidden]
-        self.homes = [folder for folder in homes if folder.is_dir()]
+        self.folder, _, *class_list = find_paths(
+            name, {"label images": [dataset_dir / row.path], "images": image_folders, **lists}
+        )
+        self.labels = read_vistas(class_list[0]) if class_list else BUILTIN_LABELS[name]
+        excluded = self.labels.not_asked | self.labels.not_denied
+        self.askable = [name for name in dict.fromkeys(self.labels.names.values()) if name not in excluded]
+        self.image_folders = [folder for folder in image_folders if folder.is_dir()]
         images: dict[str, tuple[int, str]] = {}
-        for number, folder in reversed(list(enumerate(self.homes))):  # the first home wins
+        for number, folder in reversed(list(enumerate(self.image_folders))):  # the first folder takes precedence
             images |= {Path(file).stem: (number, file) for file in _files(folder, (".jpg", ".jpeg"))}
         records, self.problems = [], []
         for file in _files(self.folder, (".png",)):
             if Path(file).stem in images:
                 records.append([file, *images[Path(file).stem]])
             else:
-                places = ", ".join(map(str, homes))
-                self.problems.append(f"{self.folder / file} has no image of its name (looked in {places})")
+                folders = ", ".join(map(str, image_folders))
+                self.problems.append(f"{self.folder / file} has no image of the same name (looked in {folders})")
         if not records:
             first = (self.problems or ["the folder holds no .png"])[0]
             raise DataError(f"{name}: nothing usable in {self.folder}: {first}")
@@ -218,23 +220,23 @@ class LabelReader:
     def regions(self, index: int) -> Regions:
         file, home, image_file = self.records[index]
         labels = read_label_image(self.folder / file)
-        image = read_image(self.homes[home] / image_file)
+        image = read_image(self.image_folders[home] / image_file)
         check_size(f"{self.name}/{image_file}", image, *labels.shape)
         values = np.flatnonzero(np.bincount(labels.ravel(), minlength=256)).tolist()
-        strange = [value for value in values if value not in self.labels.names and value not in self.labels.ignored]
-        if strange:
-            raise DataError(f"{self.folder / file} holds the values {strange[:5]}, which are no classes of {self.name}")
-        seen = dict.fromkeys(self.labels.names[value] for value in values if value not in self.labels.ignored)
+        unknown = [value for value in values if value not in self.labels.names and value not in self.labels.ignored]
+        if unknown:
+            raise DataError(f"{self.folder / file} has the values {unknown[:5]}, which are not classes of {self.name}")
+        present = dict.fromkeys(self.labels.names[value] for value in values if value not in self.labels.ignored)
         return Regions(
             source=f"{self.name}/{image_file}",
             image=image,
-            present=[name for name in seen if name not in self.labels.silent],
-            absent=lambda: unrelated(self.askable, seen),
+            present=[name for name in present if name not in self.labels.not_asked],
+            absent=lambda: unrelated(self.askable, present),
             mask=lambda name: self.mask(labels, name),
         )
 
     def mask(self, labels: np.ndarray, name: str) -> np.ndarray:
-        """[H, W] uint8: 1 where the label image shows the class, 255 where it shows none."""
+        """Mask [H, W], uint8: 1 = the class, 255 = ignored, 0 = other classes."""
         table = np.zeros(256, dtype=np.uint8)
         table[list(self.labels.ignored)] = IGNORE_PIXEL
         table[[value for value, other in self.labels.names.items() if other == name]] = 1
@@ -254,12 +256,12 @@ def _files(folder: Path, suffixes: tuple[str, ...]) -> list[str]:
 class AnnotationReader:
     """A COCO-style file whose categories are ``object`` or ``object:part``.
 
-    PACO is annotated like LVIS: an image says which categories were looked for and not found (``neg_category_ids``).
-    Where a file has no such list, all categories count as looked for.
+    PACO is annotated like LVIS: each image lists the categories verified to be absent (``neg_category_ids``). Without
+    such a list, all categories that are not annotated count as absent.
 
     Args:
         name: the data set.
-        row: ``path`` is the file, ``images`` the folders that its file names are relative to.
+        row: ``path`` is the annotation file; its file names are relative to one of the folders ``images``.
         dataset_dir: the root of all data.
     """
 
@@ -269,7 +271,7 @@ class AnnotationReader:
         self.folders = [dataset_dir / folder for folder in row.images]
         self.records, notes = load_records(name, [self.path], None, lambda: _read_annotations(name, self.path))
         self.problems, self.count, self.names = notes["problems"], notes["count"], notes["names"]
-        find_image(name, self.records[0]["file_name"], self.folders)  # a wrong folder shows now, not at the first step
+        find_image(name, self.records[0]["file_name"], self.folders)  # fail at the start if the folder is wrong
 
     def __len__(self) -> int:
         return len(self.records)
@@ -288,13 +290,13 @@ class AnnotationReader:
         )
 
     def absent(self, record: dict[str, Any]) -> list[str]:
-        """Classes that are not in the image, as far as the file says."""
-        looked_for = record["looked_for"]
-        candidates = self.names.values() if looked_for is None else filter(None, map(self.names.get, looked_for))
+        """Classes that are absent from the image according to the file."""
+        negatives = record["negatives"]
+        candidates = self.names.values() if negatives is None else filter(None, map(self.names.get, negatives))
         return unrelated(dict.fromkeys(candidates), record["regions"])
 
     def mask(self, record: dict[str, Any], name: str) -> np.ndarray:
-        """[H, W] uint8 with 0 and 1: the union of the annotations of a class."""
+        """Union of the annotations of a class, uint8 [H, W] with 0 and 1."""
         union = np.zeros((record["height"], record["width"]), dtype=np.uint8)
         for annotation_id, segmentation in record["regions"][name]:
             try:
@@ -308,7 +310,7 @@ class AnnotationReader:
 
 
 def _read_annotations(name: str, path: Path) -> tuple[Iterable[dict[str, Any]], Notes]:
-    """A record per image: ``{..., "regions": {class: [[annotation id, segmentation], ...]}, "looked_for"}``."""
+    """A record per image: ``{..., "regions": {class: [[annotation id, segmentation], ...]}, "negatives"}``."""
     content = read_json(path)
     images, categories = (by_id(content, key, path) for key in ("images", "categories"))
     names = {category_id: class_name(row, path) for category_id, row in categories.items()}
@@ -321,7 +323,7 @@ def _read_annotations(name: str, path: Path) -> tuple[Iterable[dict[str, Any]], 
             category = row_of(categories, annotation.get("category_id"), "category", path)
             segmentation = segmentation_of(annotation, image["id"])
             if image["id"] not in records:
-                records[image["id"]] = {**image_record(image), "regions": {}, "looked_for": _negatives(image)}
+                records[image["id"]] = {**image_record(image), "regions": {}, "negatives": _negatives(image)}
         except DataError as error:
             problems.append(f"{name}, annotation {annotation['id']}: {error}")
             continue

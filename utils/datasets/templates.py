@@ -1,7 +1,7 @@
-"""The project's own wording of questions and answers, and the fixed ones used at evaluation.
+"""Templates of questions and answers for training, and the fixed ones for evaluation.
 
-The FIRST word of an answer decides: positive answers begin with "Sure", "It", "They" or "Yes", denials with "No",
-"There" or "Nothing". Few templates of few words: a tiny language model has to learn them all.
+The FIRST word of an answer tells if the target is present: "Sure", "It", "They" or "Yes"; rejections start with "No",
+"There" or "Nothing". Templates are few and short because a tiny language model has to learn them all.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from model.processing.tokens import SEG
 from model.structures import EvalQuery, Turn
 from utils.datasets.base import pick
 
-# {query} is the data set's expression, inserted as it is.
+# {query} is replaced by the data set's expression, verbatim.
 QUESTIONS: dict[str, tuple[str, ...]] = {
     "phrase": (
         "Please segment {query} in this image.",
@@ -55,12 +55,12 @@ ANSWERS: dict[str, tuple[str, ...]] = {
         "Yes, here they are: {list}.",
     ),  # one mask for each: "[SEG] and [SEG]"
     "absent": ("No, it is not here: [REJ].", "There is no such thing here: [REJ].", "Nothing here fits: [REJ]."),
-    "denial": (  # says what is not there
+    "denial": (  # names the absent target
         "No, {query} is not here: [REJ].",
         "There is nothing like {query} here: [REJ].",
         "Nothing here is {query}: [REJ].",
     ),
-    "correction": (  # and what is
+    "correction": (  # also names what is present
         "No, {query} is not here: [REJ]. Did you mean {correction}?",
         "There is nothing like {query} here: [REJ]. But there is {correction}.",
         "Nothing here is {query}: [REJ]. It may be {correction}.",
@@ -68,13 +68,13 @@ ANSWERS: dict[str, tuple[str, ...]] = {
     "joint": ("Sure, {list}.",),  # {list} is "A:[SEG], B:[REJ]"
 }
 
-# The situations that the tiny demo was pre-trained on: another one here changes its tokenizer, so its weights, too.
+# Kinds of templates that the tiny demo was pre-trained on. Changing them changes its tokenizer, and so its weights.
 DEMO_QUESTIONS = ("phrase", "sentence", "joint", "explain")
 DEMO_ANSWERS = ("target", "merged", "absent", "joint")
 
 
 def template_corpus() -> Iterator[str]:
-    """The demo's templates with their placeholders removed, for training its tokenizer."""
+    """Yields the demo's templates without placeholders, for training its tokenizer."""
     chosen = [*(QUESTIONS[kind] for kind in DEMO_QUESTIONS), *(ANSWERS[kind] for kind in DEMO_ANSWERS)]
     for templates in chosen:
         for template in templates:
@@ -82,7 +82,7 @@ def template_corpus() -> Iterator[str]:
 
 
 def fill_template(template: str, **values: str) -> str:
-    """``template`` with its placeholders replaced; braces within the values are left alone.
+    """Replaces the placeholders of a template; braces within the values are kept.
 
     Raises:
         KeyError: for a placeholder without a value.
@@ -91,23 +91,23 @@ def fill_template(template: str, **values: str) -> str:
 
 
 def enumerate_words(words: Sequence[str]) -> str:
-    """``["a", "b", "c"]`` -> ``"a, b and c"``."""
+    """Joins words: ``["a", "b", "c"]`` -> ``"a, b and c"``."""
     return " and ".join(filter(None, (", ".join(words[:-1]), *words[-1:])))
 
 
-def question(kind: str, query: str, which: int = 0) -> str:
-    """Question template ``which`` of ``kind`` (a key of ``QUESTIONS``) about ``query``."""
-    return fill_template(QUESTIONS[kind][which], query=query)
+def question(kind: str, query: str) -> str:
+    """The first question template of ``kind`` (a key of ``QUESTIONS``), filled with ``query``."""
+    return fill_template(QUESTIONS[kind][0], query=query)
 
 
 def denial(query: str, correction: str, rng: np.random.Generator) -> str:
-    """An answer about what is not in the image; it offers ``correction`` unless that is empty."""
+    """Samples a rejection of ``query`` that offers ``correction``, unless that is empty."""
     template = pick(ANSWERS["correction" if correction else "denial"], rng)
     return fill_template(template, query=escape(query), correction=escape(correction))
 
 
 def instance_turn(query: str, count: int, rng: np.random.Generator) -> Turn:
-    """A whole question about ``count`` things, answered by one [SEG] for each."""
+    """Samples a turn about ``count`` instances, answered by one [SEG] per instance."""
     if count == 1:
         return Turn(fill_template(pick(QUESTIONS["sentence"], rng), query=query), pick(ANSWERS["target"], rng))
     answer = fill_template(pick(ANSWERS["instances"], rng), list=enumerate_words([SEG] * count))
@@ -115,9 +115,9 @@ def instance_turn(query: str, count: int, rng: np.random.Generator) -> Turn:
 
 
 def joint_turn(queries: Sequence[str], tokens: Sequence[str]) -> Turn:
-    """All expressions of an image in one question, all in one answer; ``tokens`` holds "[SEG]" or "[REJ]" for each.
+    """Returns a joint question about all expressions of an image; ``tokens`` has "[SEG]" or "[REJ]" for each.
 
-    An expression's literal special tokens are defused in the answer; the prompt builder does so in questions.
+    Literal special tokens in expressions are escaped in the answer; the prompt builder escapes them in questions.
     """
     if len(queries) != len(tokens) or not queries:
         raise ValueError(f"{len(queries)} expressions but {len(tokens)} tokens")
@@ -126,12 +126,13 @@ def joint_turn(queries: Sequence[str], tokens: Sequence[str]) -> Turn:
 
 
 def eval_turn(query: EvalQuery, instances: bool = False) -> Turn:
-    """The fixed question about ``query``, and the answer of the teacher-forced protocol.
+    """Returns the fixed evaluation question about ``query`` and the answer of the teacher-forced protocol.
 
     Args:
-        instances: the question is about several things, whatever their number, and the answer has a [SEG] for each
-            target (MUSE). So it gives their number away, which is why MUSE is generated by default; any other answer
-            never depends on the ground truth.
+        query: the expression and its masks.
+        instances: ask for all instances; the answer has one [SEG] per target (MUSE). It leaks the number of targets,
+            so MUSE answers are generated by default. Without ``instances``, the answer does not depend on the ground
+            truth.
     """
     if instances:
         answer = fill_template(ANSWERS["instances"][0], list=enumerate_words([SEG] * len(query.masks)))
@@ -140,10 +141,9 @@ def eval_turn(query: EvalQuery, instances: bool = False) -> Turn:
 
 
 def eval_joint_turn(queries: Sequence[EvalQuery]) -> Turn:
-    """gRefCOCO, teacher-forced: all sentences of an image in one answer, "Sure, A:[SEG], B:[SEG]."
+    """Returns the joint question of the teacher-forced protocol for gRefCOCO: "Sure, A:[SEG], B:[SEG]."
 
-    The protocol is evaluation.md's ("Two ways of asking"). The answer holds [SEG] for each, present or not, so that no
-    earlier sentence gives the ground truth away; present or absent is read from the logits of [SEG] against [REJ] at
-    the position before each.
+    Protocol: docs/evaluation.md ("Two ways of asking"). The answer has [SEG] for every expression, present or absent,
+    so that no ground truth leaks; rejection is decided from the logits of [SEG] and [REJ] at the position before each.
     """
     return joint_turn([query.text for query in queries], ["[SEG]"] * len(queries))

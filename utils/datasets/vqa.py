@@ -1,4 +1,4 @@
-"""vqa: questions and answers in words, without masks (docs/data.md)."""
+"""vqa: visual question answering, text answers without masks (docs/data.md)."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from utils.datasets.spec import Spec
 
 
 class VqaTrain:
-    """LLaVA-Instruct: an item is an image with one conversation of several turns.
+    """Training data of LLaVA-Instruct; a sample is an image with one conversation of several turns.
 
     Args:
-        spec: the data set; nothing follows its name.
-        row: its row; ``path`` is the JSON file.
+        spec: the data set; no splits.
+        row: the data set's row; ``path`` is the JSON file.
         dataset_dir: the root of all data.
-        options: unused; a conversation is kept whole.
+        options: unused; conversations are kept whole.
     """
 
     def __init__(self, spec: Spec, row: DatasetRow, dataset_dir: Path, options: DataOptions) -> None:
@@ -48,8 +48,10 @@ class VqaTrain:
     def sample(self, index: int, rng: np.random.Generator) -> Sample:
         record = self.records[index]
         image = read_image(find_image(self.name, record["image"], self.folders))
-        talk = tuple(Turn(question, escape(answer)) for question, answer in record["turns"])
-        return check_sample(Sample(f"{self.name}/{record['image']}", image, [talk], stack_masks([], *image.shape[:2])))
+        conversation = tuple(Turn(question, escape(answer)) for question, answer in record["turns"])
+        return check_sample(
+            Sample(f"{self.name}/{record['image']}", image, [conversation], stack_masks([], *image.shape[:2]))
+        )
 
     def describe(self) -> dict[str, int]:
         return {"images": len(self), "expressions": self.notes["turns"], "unusable": len(self.notes["problems"])}
@@ -68,15 +70,15 @@ def _parse_conversation_item(item: Any) -> dict[str, Any]:
     return {"image": image, "turns": read_turns(item.get("conversations"))}
 
 
-def read_turns(said: Any) -> list[tuple[str, str]]:
-    """LLaVA's ``[{"from": "human" | "gpt", "value": str}, ...]`` as (question, answer), without <image>."""
-    if not isinstance(said, list) or not said or len(said) % 2:
-        raise DataError("'conversations' must hold pairs of a human's turn and gpt's")
+def read_turns(messages: Any) -> list[tuple[str, str]]:
+    """Parses LLaVA's ``[{"from": "human" | "gpt", "value": str}, ...]`` as (question, answer) pairs without <image>."""
+    if not isinstance(messages, list) or not messages or len(messages) % 2:
+        raise DataError("'conversations' must be pairs of a turn of 'human' and one of 'gpt'")
     turns = []
-    for human, machine in zip(said[::2], said[1::2]):
+    for human, machine in zip(messages[::2], messages[1::2]):
         for turn, speaker in ((human, "human"), (machine, "gpt")):
             if not isinstance(turn, dict) or turn.get("from") != speaker or not isinstance(turn.get("value"), str):
-                raise DataError(f"a turn of {speaker!r} is due, not {str(turn)[:60]}")
+                raise DataError(f"expected a turn of {speaker!r}, not {str(turn)[:60]}")
         question, answer = human["value"].replace(IMAGE, "").strip(), machine["value"].strip()
         if not question or not answer:
             raise DataError("a question or an answer is empty")
