@@ -392,10 +392,10 @@ def test_text_blind_scores_are_those_of_the_written_masks(root):
             continue
         shapes = masks[ref["image_id"]]
         everything = np.any(list(shapes.values()), axis=0)
-        goal = np.any([np.zeros_like(everything), *(shapes[i] for i in ref["ann_id"] if i > 0)], axis=0)
-        whole.append(_iou(everything, goal))
-        one.append(np.mean([_iou(mask, goal) for mask in shapes.values()]))
-        inter, union = inter + (everything & goal).sum(), union + (everything | goal).sum()
+        target_area = np.any([np.zeros_like(everything), *(shapes[i] for i in ref["ann_id"] if i > 0)], axis=0)
+        whole.append(_iou(everything, target_area))
+        one.append(np.mean([_iou(mask, target_area) for mask in shapes.values()]))
+        inter, union = inter + (everything & target_area).sum(), union + (everything | target_area).sum()
     rows = {(row["set"], row["split"], row["kind"]): row for row in _json(root / demo.SUMMARY)["text_blind"]}
     row = rows["grefcoco", "val", "all"]
     assert row["queries"] == len(whole) == 24

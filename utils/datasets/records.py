@@ -141,10 +141,8 @@ def load_records(
         newest = max(mtime for _, _, mtime, _ in fingerprint["sources"]) / 1e9
         if _fingerprint(name, sources, settings) != fingerprint or start - newest < MIN_SOURCE_AGE:
             return records, notes  # the sources are still being written
-        return (_read_entry(path, fingerprint) if _write_entry(path, fingerprint, records, notes) else None) or (
-            records,
-            notes,
-        )
+        written = _write_entry(path, fingerprint, records, notes)
+        return (_read_entry(path, fingerprint) if written else None) or (records, notes)
 
 
 def load_single_file(

@@ -1,9 +1,9 @@
-"""What the demo's data sets are written with: masks as polygons and RLE, images, counts of what was written.
+"""Writers shared by the demo's data sets: polygons and RLE, images, statistics and query-agnostic baselines.
 
-Polygons come in two conventions. ReasonSeg's are drawn outline and interior, so the pixels on a region's border are its
-vertices: one polygon for each connected part, and none for a region with a hole, which polygons cannot say. Drawn again
-they are the region (IoU 0.99999 on average, at least 0.98: parts of one or two pixels are lost). COCO's run along the
-outer edge of the pixels (IoU 1); a region with a hole is RLE.
+Polygons follow two conventions. ReasonSeg fills outline and interior, so the vertices are border pixels of the region:
+one polygon per connected part, and none for a region with a hole, which polygons cannot represent. Rasterizing them
+gives the region back (IoU 0.99999 on average, at least 0.98: parts of one or two pixels are lost). COCO's polygons run
+along the outer edge of the pixels (IoU 1); a region with a hole becomes RLE.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from utils.demo.scenes import Scene
 
 @dataclass(frozen=True)
 class Sizes:
-    """What decides the content: the seed, images per training set, queries per evaluation split, which sets."""
+    """Arguments that determine the data: seed, images per training set, queries per evaluation split, which sets."""
 
     seed: int
     train: int
@@ -33,20 +33,20 @@ class Sizes:
     all_types: bool = False
 
     def small_split(self, split: str) -> int:
-        """Images in a split of the sets that only ``all_types`` adds."""
+        """Number of images in a split of the sets that only ``all_types`` adds."""
         train = max(6, self.train // 15)
         return train if split == "train" else max(2, train // 3)
 
 
-# -- text-blind scores -------------------------------------------------------------------------------------------------
+# -- query-agnostic baselines ------------------------------------------------------------------------------------------
 
 
 @dataclass
-class Blind:
-    """What answers that ignore the text would score on one kind of query of one split.
+class QueryAgnosticBaseline:
+    """Scores of answers that ignore the query, for one kind of query in one split.
 
-    "all" answers with every shape; "random" with one shape, as an expectation over the shapes. Absent targets count as
-    in gRefCOCO: an answer that is not empty has IoU 0 and adds its pixels to the union.
+    "all" answers with all shapes; "random" with one shape, as an expectation over the shapes. Absent targets count as
+    in gRefCOCO: a non-empty answer has IoU 0 and adds its pixels to the union.
     """
 
     queries: int = 0
@@ -55,15 +55,15 @@ class Blind:
     union: dict[str, float] = field(default_factory=lambda: {"all": 0.0, "random": 0.0})
 
     def add(self, scene: Scene, targets: tuple[int, ...]) -> None:
-        # The visible regions are disjoint: areas say it all.
+        # The visible regions are disjoint, so areas suffice.
         areas = scene.masks.sum(axis=(1, 2)).astype(np.float64)
-        wanted = np.isin(np.arange(len(areas)), targets)
-        goal = areas[wanted].sum()
-        inter = np.where(wanted, areas, 0.0)
-        union = areas + goal - inter
+        is_target = np.isin(np.arange(len(areas)), targets)
+        target_area = areas[is_target].sum()
+        inter = np.where(is_target, areas, 0.0)
+        union = areas + target_area - inter
         self.queries += 1
-        self.iou["all"] += goal / areas.sum()
-        self.inter["all"] += goal
+        self.iou["all"] += target_area / areas.sum()
+        self.inter["all"] += target_area
         self.union["all"] += areas.sum()
         self.iou["random"] += float((inter / union).mean())
         self.inter["random"] += float(inter.mean())
@@ -80,11 +80,11 @@ class Blind:
 
 
 class Ledger:
-    """Counts and text-blind scores of everything that is written."""
+    """Counts and query-agnostic baselines of all data written."""
 
     def __init__(self) -> None:
         self.counts: dict[str, dict[str, dict[str, int]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(int)))
-        self.blind: dict[tuple[str, str, str], Blind] = defaultdict(Blind)
+        self.baselines: dict[tuple[str, str, str], QueryAgnosticBaseline] = defaultdict(QueryAgnosticBaseline)
 
     def count(self, dataset: str, split: str, **numbers: int) -> None:
         for name, number in numbers.items():
@@ -92,12 +92,12 @@ class Ledger:
 
     def query(self, dataset: str, split: str, kinds: tuple[str, ...], scene: Scene, targets: tuple[int, ...]) -> None:
         for kind in kinds:
-            self.blind[dataset, split, kind].add(scene, targets)
+            self.baselines[dataset, split, kind].add(scene, targets)
 
     def rows(self) -> list[dict[str, Any]]:
         return [
-            {"set": key[0], "split": key[1], "kind": key[2], "queries": blind.queries, **blind.scores()}
-            for key, blind in self.blind.items()
+            {"set": key[0], "split": key[1], "kind": key[2], "queries": baseline.queries, **baseline.scores()}
+            for key, baseline in self.baselines.items()
         ]
 
 
@@ -106,20 +106,20 @@ class Ledger:
 
 def _contours(mask: np.ndarray) -> tuple[list[np.ndarray], bool]:
     """Outer border pixels (x, y) [K, 2] of each connected part of a mask [H, W], and whether the mask has a hole."""
-    found, tree = cv2.findContours(mask.astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
-    outer = [points[:, 0] for points, node in zip(found, tree[0]) if node[3] < 0]
-    return outer, len(outer) < len(found)
+    contours, tree = cv2.findContours(mask.astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
+    outer = [points[:, 0] for points, node in zip(contours, tree[0]) if node[3] < 0]
+    return outer, len(outer) < len(contours)
 
 
 def labelme_polygons(mask: np.ndarray) -> list[list[list[int]]] | None:
-    """Polygons for ReasonSeg's rule (outline and interior are drawn), or None where they cannot say the mask."""
+    """Polygons in ReasonSeg's convention (outline and interior are filled); None if they cannot represent the mask."""
     outer, has_hole = _contours(mask)
     polygons = [points.tolist() for points in outer if len(points) >= 3]
     return None if has_hole or not polygons else polygons
 
 
 def coco_segmentation(mask: np.ndarray, as_rle: bool) -> list[list[float]] | dict[str, Any]:
-    """Polygons along the outer edge of the pixels, in COCO's continuous coordinates, or compressed RLE."""
+    """Polygons along the outer pixel edges, in COCO's continuous coordinates, or compressed RLE."""
     fine = 4
     x, y, width, height = cv2.boundingRect(mask.astype(np.uint8))
     window = mask[y : y + height, x : x + width]
@@ -133,7 +133,7 @@ def coco_segmentation(mask: np.ndarray, as_rle: bool) -> list[list[float]] | dic
 
 
 def coco_annotation(number: int, image_id: int, category_id: int, mask: np.ndarray) -> dict[str, Any]:
-    """A row of ``annotations``; every eighth is RLE."""
+    """A row of ``annotations``; every eighth uses RLE."""
     return {
         "id": number,
         "image_id": image_id,
@@ -154,7 +154,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_jpeg(path: Path, image: np.ndarray) -> None:
-    """Quality 95 with full color resolution: coarser color would blur shapes of 20 pixels."""
+    """Writes a JPEG of quality 95 without chroma subsampling, which would blur shapes of 20 pixels."""
     options = [cv2.IMWRITE_JPEG_QUALITY, 95, cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444]
     _, data = cv2.imencode(".jpg", image[:, :, ::-1], options)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -162,6 +162,6 @@ def write_jpeg(path: Path, image: np.ndarray) -> None:
 
 
 def streams(seed: int, stream: int, count: int) -> Iterator[tuple[int, np.random.Generator]]:
-    """(index, its generator) for each image of a split; every split has a stream of its own."""
+    """Yields (index, generator) per image of a split; each split has its own stream."""
     for index in range(count):
         yield index, np.random.default_rng([seed, stream, index])

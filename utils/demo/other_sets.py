@@ -1,6 +1,6 @@
-"""The demo's sem_seg, reason_seg_plus and multi_reason_seg sets: drawn scenes in the layouts of docs/data.md.
+"""The demo's sem_seg, reason_seg_plus and multi_reason_seg sets: synthetic scenes in the layouts of docs/data.md.
 
-ADE20K and COCO-Stuff have fixed lists of classes, so a kind of shape is called by a name of theirs that looks like it.
+ADE20K and COCO-Stuff have fixed class lists, so each kind of shape gets the class that looks most like it.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ COCO_2017 = "coco/train2017"
 
 
 def write_set(root: Path, dataset: str, sizes: Sizes, ledger: Ledger) -> None:
-    """One set with all its splits."""
+    """Writes all splits of a set."""
     for split in STREAMS[dataset]:
         count = sizes.small_split(split)
         rngs = streams(sizes.seed, STREAMS[dataset][split], count)
@@ -59,7 +59,7 @@ def coco_name(dataset: str, split: str, index: int) -> str:
 
 # -- sem_seg: label images ---------------------------------------------------------------------------------------------
 
-_LOOKS = {  # kind -> class of ADE20K, of COCO-Stuff
+_LOOKALIKES = {  # kind -> class of ADE20K, of COCO-Stuff
     "circle": ("ball", "frisbee"),
     "square": ("box", "book"),
     "triangle": ("tent", "tent"),
@@ -70,7 +70,7 @@ _LOOKS = {  # kind -> class of ADE20K, of COCO-Stuff
 
 
 def _labels(scene: Scene, background: int, value: Callable[[int], int], frame: int | None = None) -> np.ndarray:
-    """[H, W] uint8: ``value`` of each shape's index on the background; ``frame`` on the outermost two pixels."""
+    """Label image uint8 [H, W]: ``value(i)`` on shape i, else the background; ``frame`` on the outermost two pixels."""
     labels = np.full(scene.masks.shape[1:], background, dtype=np.uint8)
     for index, mask in enumerate(scene.masks):
         labels[mask] = value(index)
@@ -90,7 +90,7 @@ def _save_labels(path: Path, labels: np.ndarray) -> None:
 def _write_ade20k(root: Path, dataset: str, split: str, rngs: list[np.random.Generator]) -> None:
     for index, rng in enumerate(rngs):
         scene, stem = scenes.sample_scene(rng), f"ADE_train_{index + 1:08d}"
-        numbers = [1 + ADE20K.index(_LOOKS[shape.kind][0]) for shape in scene.shapes]
+        numbers = [1 + ADE20K.index(_LOOKALIKES[shape.kind][0]) for shape in scene.shapes]
         labels = _labels(scene, 1 + ADE20K.index("wall"), numbers.__getitem__, frame=0)
         write_jpeg(root / f"ade20k/images/training/{stem}.jpg", scene.image)
         _save_labels(root / f"ade20k/annotations/training/{stem}.png", labels)
@@ -99,14 +99,14 @@ def _write_ade20k(root: Path, dataset: str, split: str, rngs: list[np.random.Gen
 def _write_cocostuff(root: Path, dataset: str, split: str, rngs: list[np.random.Generator]) -> None:
     for index, rng in enumerate(rngs):
         scene, name = scenes.sample_scene(rng), coco_name(dataset, split, index)
-        numbers = [COCO_STUFF.index(_LOOKS[shape.kind][1]) for shape in scene.shapes]
+        numbers = [COCO_STUFF.index(_LOOKALIKES[shape.kind][1]) for shape in scene.shapes]
         labels = _labels(scene, COCO_STUFF.index("wall-other"), numbers.__getitem__, frame=255)
         write_jpeg(root / COCO_2017 / name, scene.image)
         _save_labels(root / "cocostuff/train2017" / Path(name).with_suffix(".png"), labels)
 
 
 def _write_mapillary(root: Path, dataset: str, split: str, rngs: list[np.random.Generator]) -> None:
-    """The set brings its own list of classes: every pair of color and kind that may be drawn."""
+    """Also writes the class list: all pairs of color and kind that scenes may have."""
     pairs = [(color, kind) for color in COLORS for kind in KINDS if (color, kind) not in HELD_OUT]
     rows = [{"name": f"object--{c}-{k}", "readable": f"{c} {k}".title(), "evaluate": True} for c, k in pairs]
     rows += [
@@ -128,19 +128,19 @@ _HALVES = ("top", "bottom", "left side", "right side")
 
 
 def _halves(mask: np.ndarray) -> dict[str, np.ndarray]:
-    """The parts of a region [H, W]: its halves, cut in the middle of its box."""
+    """Parts of a region [H, W]: its halves, cut at the center of its box."""
     x, y, width, height = cv2.boundingRect(mask.astype(np.uint8))
     rows, columns = np.ogrid[: mask.shape[0], : mask.shape[1]]
     upper, left = rows < y + height // 2, columns < x + width // 2
     return dict(zip(_HALVES, (mask & upper, mask & ~upper, mask & left, mask & ~left)))
 
 
-def _part_file(drawn: list[Scene], names: list[str], categories: list[str]) -> dict[str, Any]:
-    """COCO-style: two parts of each shape, and the whole of it where ``categories`` has it."""
+def _part_file(scene_list: list[Scene], names: list[str], categories: list[str]) -> dict[str, Any]:
+    """COCO-style annotations: two parts of each shape, and the whole shape if it is in ``categories``."""
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     numbers = {name.replace("_(shape)", "").replace("_", " "): i + 1 for i, name in enumerate(categories)}
-    for image_id, (scene, name) in enumerate(zip(drawn, names), start=1):
+    for image_id, (scene, name) in enumerate(zip(scene_list, names), start=1):
         height, width = scene.image.shape[:2]
         images.append({"id": image_id, "file_name": name, "height": height, "width": width})
         for index, (mask, shape) in enumerate(zip(scene.masks, scene.shapes)):
@@ -154,24 +154,24 @@ def _part_file(drawn: list[Scene], names: list[str], categories: list[str]) -> d
 
 
 def _write_pascal_part(root: Path, dataset: str, split: str, rngs: list[np.random.Generator]) -> None:
-    drawn = [scenes.sample_scene(rng) for rng in rngs]
-    names = [f"2010_{index + 1:06d}.jpg" for index in range(len(drawn))]
-    for scene, name in zip(drawn, names):
+    scene_list = [scenes.sample_scene(rng) for rng in rngs]
+    names = [f"2010_{index + 1:06d}.jpg" for index in range(len(scene_list))]
+    for scene, name in zip(scene_list, names):
         write_jpeg(root / "vlpart/pascal_part/VOCdevkit/VOC2010/JPEGImages" / name, scene.image)
     categories = [f"{kind}:{part}" for kind in KINDS for part in _HALVES]
-    write_json(root / "vlpart/pascal_part/train.json", _part_file(drawn, names, categories))
+    write_json(root / "vlpart/pascal_part/train.json", _part_file(scene_list, names, categories))
 
 
 def _write_paco(root: Path, dataset: str, split: str, rngs: list[np.random.Generator]) -> None:
-    """Names as LVIS writes them; an image says which categories were looked for and not found."""
-    drawn = [scenes.sample_scene(rng) for rng in rngs]
-    names = [f"train2017/{coco_name(dataset, split, index)}" for index in range(len(drawn))]
-    for scene, name in zip(drawn, names):
+    """Uses LVIS names; each image lists the categories verified to be absent."""
+    scene_list = [scenes.sample_scene(rng) for rng in rngs]
+    names = [f"train2017/{coco_name(dataset, split, index)}" for index in range(len(scene_list))]
+    for scene, name in zip(scene_list, names):
         write_jpeg(root / "coco" / name, scene.image)
     parts = [part.replace(" ", "_") for part in _HALVES]
     categories = [f"{kind}_(shape){part}" for kind in KINDS for part in ("", *(f":{part}" for part in parts))]
-    content = _part_file(drawn, names, categories)
-    for scene, image in zip(drawn, content["images"]):
+    content = _part_file(scene_list, names, categories)
+    for scene, image in zip(scene_list, content["images"]):
         kinds = {shape.kind for shape in scene.shapes}
         absent = [row["id"] for row in content["categories"] if row["name"].split("_")[0] not in kinds]
         image["neg_category_ids"] = absent
@@ -182,7 +182,7 @@ def _write_paco(root: Path, dataset: str, split: str, rngs: list[np.random.Gener
 
 
 def _outline_polygons(mask: np.ndarray) -> list[list[list[float]]]:
-    """Polygons [[x, y], ...] of a region; a hole in it, which these files cannot say, is filled."""
+    """Polygons [[x, y], ...] of a region; holes, which the format cannot represent, are filled."""
     filled = mask.astype(np.uint8)
     cv2.drawContours(filled, cv2.findContours(filled, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)[0], -1, 1, cv2.FILLED)
     polygons = coco_segmentation(filled.astype(bool), as_rle=False)
@@ -195,22 +195,22 @@ def _name(scene: Scene, index: int) -> str:
     return f"{scene.shapes[index].color} {scene.shapes[index].kind}"
 
 
-def _scene_with(
-    rng: np.random.Generator, generate: Callable[[Scene, np.random.Generator], list[Query]], fewest: int = 1
+def _sample_scene_with(
+    rng: np.random.Generator, generate: Callable[[Scene, np.random.Generator], list[Query]], min_targets: int = 1
 ) -> tuple[Scene, Query]:
-    """A scene with a query that has at least so many targets."""
+    """Samples a scene and a query with at least ``min_targets`` targets."""
     while True:
         scene = scenes.sample_scene(rng)
         for query in generate(scene, rng):
-            if len(query.targets) >= fewest:
+            if len(query.targets) >= min_targets:
                 return scene, query
 
 
 def _instance_item(rng: np.random.Generator, ids: list[int]) -> tuple[Scene, dict[str, Any]]:
-    scene, query = _scene_with(rng, scene_texts.multi_queries)
+    scene, query = _sample_scene_with(rng, scene_texts.multi_queries)
     points: dict[str, Any] = {}
     for index, number in enumerate(ids[: len(scene.shapes)]):
-        key = ("points", "polygon")[index % 2]  # both occur
+        key = ("points", "polygon")[index % 2]  # the real files use both
         polygons = _outline_polygons(scene.masks[index])
         points[str(number)] = {"label name": _name(scene, index), key: polygons if len(polygons) > 1 else polygons[0]}
     question = f"which shapes are meant by {query.text}?"
@@ -222,15 +222,15 @@ def _info(scene: Scene, ids: list[int]) -> dict[str, Any]:
 
 
 def _cot_item(rng: np.random.Generator, ids: list[int]) -> tuple[Scene, dict[str, Any]]:
-    scene, query = _scene_with(rng, scene_texts.reasoning_queries)
+    scene, query = _sample_scene_with(rng, scene_texts.reasoning_queries)
     (target,) = query.targets
     answer = f"{scene_texts.explanation(scene, query)} here it is: <{ids[target]}| {_name(scene, target)}>."
     return scene, {"English Question": query.text, "English Answer": answer, "info": _info(scene, ids)}
 
 
 def _conversation_item(rng: np.random.Generator, ids: list[int]) -> tuple[Scene, dict[str, Any]]:
-    """A question in words, then one for several shapes, whose masks are referred to as a list."""
-    scene, query = _scene_with(rng, scene_texts.multi_queries)
+    """A text-only turn, then a question about several shapes, whose masks are referred to as a list."""
+    scene, query = _sample_scene_with(rng, scene_texts.multi_queries)
     question, answer = scene_texts.questions(scene, rng)[0]
     listed = ", ".join(f"{_name(scene, target)} <{ids[target]}>" for target in query.targets)
     turns = f"<person>: {question} <robot>: {answer} <person>: where is {query.text}? <robot>: they are [{listed}]."
@@ -245,7 +245,7 @@ def _caption_item(rng: np.random.Generator, ids: list[int]) -> tuple[Scene, dict
     return scene, {"English Question": request, "English Answer": answer, "info": _info(scene, ids)}
 
 
-_ITEMS = {  # -> the file, the key of the image's path, what makes an item
+_ITEMS = {  # data set -> part of the file name, key of the image path, function that makes an item
     "instance_seg": ("Instance_Seg", "img_path", _instance_item),
     "cot": ("COT", "image_path", _cot_item),
     "conversations": ("Conversations", "img_pth", _conversation_item),
@@ -269,12 +269,12 @@ def _write_plus(root: Path, dataset: str, split: str, rngs: list[np.random.Gener
 
 
 def _write_muse(root: Path, dataset: str, split: str, rngs: list[np.random.Generator]) -> None:
-    """Two questions per image where there are two; every other answer has a text of its own."""
-    fewest = 3 if split == "test_many" else 2
+    """Up to two questions per image; every other answer has an annotated text."""
+    min_targets = 3 if split == "test_many" else 2
     items = []
     for index, rng in enumerate(rngs):
-        scene, first = _scene_with(rng, scene_texts.multi_queries, fewest)
-        others = [query for query in scene_texts.multi_queries(scene, rng) if len(query.targets) >= fewest]
+        scene, first = _sample_scene_with(rng, scene_texts.multi_queries, min_targets)
+        others = [query for query in scene_texts.multi_queries(scene, rng) if len(query.targets) >= min_targets]
         queries = [first, *(query for query in others if query.targets != first.targets)][:2]
         name, (height, width) = coco_name(dataset, split, index), scene.image.shape[:2]
         rows = []

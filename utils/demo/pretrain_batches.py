@@ -1,4 +1,4 @@
-"""Batches of drawn scenes for pre-training the tiny family, stage by stage (scripts/dev/pretrain_tiny.py).
+"""Batches of synthetic scenes for pre-training the tiny family, per stage (scripts/dev/pretrain_tiny.py).
 
 Legend: n masks, P patches of CLIP's grid.
 """
@@ -29,12 +29,12 @@ STREAM = {"tokenizer": 1000, "vision": 1001, "language": 1002, "sam": 1003, "che
 BATCH = {"vision": 32, "language": 12, "sam": 16, "check": 32}
 QUESTIONS_PER_SCENE = 6
 CONVERSATIONS = {"absent": 0.34, "attribute": 0.24, "reasoning": 0.24, "multi": 0.08, "vqa": 0.07, "caption": 0.03}
-FIRST_TOKEN_WEIGHT = 4.0  # the first word of an answer decides between pointing and refusing
+FIRST_TOKEN_WEIGHT = 4.0  # the first word of an answer decides between segmentation and rejection
 ATTRIBUTES = {"color": tuple(scenes.COLORS), "kind": scenes.KINDS, "size": scenes.SIZES, "texture": scenes.TEXTURES}
 
 
-class DrawnScenes(Dataset):
-    """Batch ``i`` of a stage, drawn on the fly: a function of (seed, stage, i) alone."""
+class SceneBatches(Dataset):
+    """Batches of a stage, generated on the fly: batch i is a function of (seed, stage, i)."""
 
     def __init__(self, stage: str, seed: int, batches: int, make) -> None:
         self.key, self.batches, self.make, self.size = [seed, STREAM[stage]], batches, make, BATCH[stage]
@@ -49,7 +49,7 @@ class DrawnScenes(Dataset):
 
 def stream(stage: str, seed: int, batches: int, make, workers: int) -> DataLoader:
     return DataLoader(
-        DrawnScenes(stage, seed, batches, make),
+        SceneBatches(stage, seed, batches, make),
         batch_size=None,
         num_workers=workers,
         prefetch_factor=8 if workers else None,
@@ -58,16 +58,16 @@ def stream(stage: str, seed: int, batches: int, make, workers: int) -> DataLoade
 
 
 def grid_coverage(masks: np.ndarray, side: int, patch: int) -> torch.Tensor:
-    """[n, H, W] masks of a scene that needs no scaling -> [n, P] covered share of every patch."""
+    """Masks [n, H, W] of an unscaled scene -> covered share of each patch [n, P]."""
     padded = torch.zeros(len(masks), side, side)
     padded[:, : masks.shape[1], : masks.shape[2]] = torch.from_numpy(np.ascontiguousarray(masks)).float()
     return F.avg_pool2d(padded[:, None], patch).flatten(1)
 
 
-def vision_batch(drawn: list, side: int, patch: int) -> dict[str, torch.Tensor]:
-    """Images and, per patch, the attributes and center of the shape that covers it most (-1 background, -2 mixed)."""
+def vision_batch(scenes_and_rngs: list, side: int, patch: int) -> dict[str, torch.Tensor]:
+    """Images and, per patch, attributes and center of the shape that covers most of it (-1 background, -2 mixed)."""
     images, sizes, labels, centers = [], [], [], []
-    for scene, _ in drawn:
+    for scene, _ in scenes_and_rngs:
         image, size = resize_and_pad(scene.image, side)
         coverage = grid_coverage(scene.masks, side, patch)
         share, owner = coverage.max(0)
@@ -89,7 +89,7 @@ def vision_batch(drawn: list, side: int, patch: int) -> dict[str, torch.Tensor]:
 
 
 def conversation(scene: scenes.Scene, rng: np.random.Generator) -> tuple[Turn, tuple[int, ...] | None]:
-    """One question about a scene: its turn and the shapes it means (() = none is there, None = no mask asked for)."""
+    """Samples a question about a scene: its turn and target shapes (() = absent, None = text-only question)."""
     kind = str(rng.choice(list(CONVERSATIONS), p=list(CONVERSATIONS.values())))
     makers = {
         "attribute": attribute_queries,
@@ -106,54 +106,56 @@ def conversation(scene: scenes.Scene, rng: np.random.Generator) -> tuple[Turn, t
         requests = CAPTION_REQUESTS
         return Turn(requests[rng.integers(len(requests))], caption(scene, rng)), None
     query = queries[0]
-    asked = (*QUESTIONS["sentence" if query.is_sentence else "phrase"], "{query}")  # people type the bare query, too
-    said = ANSWERS["absent" if not query.targets else "merged" if len(query.targets) > 1 else "target"]
-    question = asked[rng.integers(len(asked))].replace("{query}", query.text)
-    return Turn(question, said[rng.integers(len(said))]), query.targets
+    templates = (*QUESTIONS["sentence" if query.is_sentence else "phrase"], "{query}")  # users also type the bare query
+    answers = ANSWERS["absent" if not query.targets else "merged" if len(query.targets) > 1 else "target"]
+    question = templates[rng.integers(len(templates))].replace("{query}", query.text)
+    return Turn(question, answers[rng.integers(len(answers))]), query.targets
 
 
-def language_batch(drawn: list, processor: UGroundProcessor) -> dict:
-    """Packed rows with the map targets at each [SEG] and at each question's last prompt token."""
-    samples, wanted, asks_for_map = [], [], []
-    for number, (scene, rng) in enumerate(drawn):
-        talks = [conversation(scene, rng) for _ in range(QUESTIONS_PER_SCENE)]
+def language_batch(scenes_and_rngs: list, processor: UGroundProcessor) -> dict:
+    """Packed sequences with a target map for each [SEG] and for the last prompt token of each question."""
+    samples, target_masks, wants_mask = [], [], []
+    for number, (scene, rng) in enumerate(scenes_and_rngs):
+        sampled = [conversation(scene, rng) for _ in range(QUESTIONS_PER_SCENE)]
         masks = []
-        for _, targets in talks:
+        for _, targets in sampled:
             union = scene.masks[list(targets)].any(0) if targets else np.zeros(scene.image.shape[:2], bool)
-            wanted.append(union)
-            asks_for_map.append(targets is not None)
+            target_masks.append(union)
+            wants_mask.append(targets is not None)
             if targets:
                 masks.append(union)
         stacked = np.stack(masks).astype(np.uint8) if masks else np.zeros((0, *scene.image.shape[:2]), np.uint8)
-        turns: list[tuple[Turn, ...]] = [(turn,) for turn, _ in talks]
-        samples.append(Sample(f"scene {number}", scene.image, turns, stacked, number))
+        conversations: list[tuple[Turn, ...]] = [(turn,) for turn, _ in sampled]
+        samples.append(Sample(f"scene {number}", scene.image, conversations, stacked, number))
     batch = processor.collate(samples)
     width = batch.segment_ids.shape[1]
     first = first_labels(batch)
     batch.label_weights[first] = FIRST_TOKEN_WEIGHT
-    coverage = torch.cat([grid_coverage(mask[None], processor.clip_side, processor.clip_patch) for mask in wanted])
-    has_map = torch.tensor(asks_for_map)
-    found = coverage.sum(1) > 0
+    coverage = torch.cat(
+        [grid_coverage(mask[None], processor.clip_side, processor.clip_patch) for mask in target_masks]
+    )
+    has_map = torch.tensor(wants_mask)
+    has_target = coverage.sum(1) > 0
     ends = batch.label_positions[first]  # one per conversation, in order
     return {
         "batch": batch,
         "positions": torch.cat([batch.seg_positions, ends[has_map]]),
         "rows": torch.cat([batch.seg_rows, ends[has_map] // width]),
-        "coverage": torch.cat([coverage[found & has_map], coverage[has_map]]),
+        "coverage": torch.cat([coverage[has_target & has_map], coverage[has_map]]),
     }
 
 
 def first_labels(batch: Batch) -> torch.Tensor:
-    """Which labels [M] are the first token of an answer, which decides between pointing and refusing."""
+    """Marks the labels [M] that are the first token of an answer."""
     row = batch.label_positions // batch.segment_ids.shape[1]
     owner = row * (max(batch.questions) + 1) + batch.segment_ids.flatten()[batch.label_positions + 1]
     return torch.cat([torch.ones(1, dtype=torch.bool), owner[1:] != owner[:-1]])
 
 
-def sam_batch(drawn: list, side: int, grid: int, mask_side: int) -> dict[str, torch.Tensor]:
+def sam_batch(scenes_and_rngs: list, side: int, grid: int, mask_side: int) -> dict[str, torch.Tensor]:
     """Two prompts per scene: the mask of one shape, a coarse noisy map of it, a point and a box in SAM's frame."""
     images, sizes, masks, maps, points, boxes, which = [], [], [], [], [], [], []
-    for scene, rng in drawn:
+    for scene, rng in scenes_and_rngs:
         image, size = resize_and_pad(scene.image, side)
         height, width = scene.image.shape[:2]
         for target in rng.choice(len(scene.shapes), 2, replace=False):
@@ -187,25 +189,25 @@ def sam_batch(drawn: list, side: int, grid: int, mask_side: int) -> dict[str, to
     }
 
 
-def language_check_batch(drawn: list, processor: UGroundProcessor) -> dict:
-    """One query of every family per scene, with the evaluation's templates; teacher forced."""
+def language_check_batch(scenes_and_rngs: list, processor: UGroundProcessor) -> dict:
+    """One query of each family per scene, with the evaluation templates; teacher-forced."""
     samples, kinds, seg_of = [], [], []
     coverage: list[torch.Tensor] = []
-    for number, (scene, rng) in enumerate(drawn):
+    for number, (scene, rng) in enumerate(scenes_and_rngs):
         queries = {q.family: q for q in attribute_queries(scene, rng)[:1] + absent_queries(scene, rng)[:1]}
         queries |= {q.family: q for q in reasoning_queries(scene, rng) + multi_queries(scene, rng)[:1]}
-        talks: list[tuple[Turn, ...]] = []
+        conversations: list[tuple[Turn, ...]] = []
         masks = []
         for family, query in queries.items():
             template = QUESTIONS["sentence" if query.is_sentence else "phrase"][0]
             answer = ANSWERS["target" if query.targets else "absent"][0]
-            talks.append((Turn(template.replace("{query}", query.text), answer),))
+            conversations.append((Turn(template.replace("{query}", query.text), answer),))
             kinds.append(family)
             seg_of.append(len(coverage))
             if query.targets:
                 masks.append(scene.masks[list(query.targets)].any(0))
                 coverage.append(grid_coverage(masks[-1][None], processor.clip_side, processor.clip_patch))
-        samples.append(Sample(f"check {number}", scene.image, talks, np.stack(masks).astype(np.uint8), number))
+        samples.append(Sample(f"check {number}", scene.image, conversations, np.stack(masks).astype(np.uint8), number))
     batch = processor.collate(samples)
     first = first_labels(batch)
     return {

@@ -1,4 +1,4 @@
-"""The demo's referring sets: drawn scenes in the layouts of docs/data.md."""
+"""The demo's referring sets: synthetic scenes in the layouts of docs/data.md."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from utils.demo.files import Ledger, Sizes, coco_annotation, streams, write_jpeg
 from utils.demo.scene_texts import Query
 from utils.demo.scenes import COLORS, HELD_OUT, KINDS, Scene
 
-Said = tuple[Query, dict[str, Any]]  # a sentence, and what its data set adds to it
-Drawn = tuple[Scene, list[list[Said]]]  # a scene and its refs
+Sentence = tuple[Query, dict[str, Any]]  # a query, and additional keys of its sentence
+SceneRefs = tuple[Scene, list[list[Sentence]]]  # a scene and its refs
 
 
 def _group(queries: list[Query], refs: int, sentences: int) -> list[list[Query]]:
-    """Up to ``refs`` groups of up to ``sentences`` queries that mean the same shapes."""
+    """Groups queries by their targets: up to ``refs`` groups of up to ``sentences`` queries."""
     groups: dict[tuple[int, ...], list[Query]] = {}
     for query in queries:
         groups.setdefault(query.targets, []).append(query)
     return [group[:sentences] for group in list(groups.values())[:refs]]
 
 
-def _without_extras(groups: list[list[Query]]) -> list[list[Said]]:
+def _without_extras(groups: list[list[Query]]) -> list[list[Sentence]]:
     return [[(query, {}) for query in group] for group in groups]
 
 
-def draw_refcoco(rng: np.random.Generator, training: bool) -> Drawn:
-    """One target per ref: 3 refs of 2 sentences for training, else 2 of 2 (so that all splits can say their size)."""
+def sample_refcoco(rng: np.random.Generator, training: bool) -> SceneRefs:
+    """Refs with one target: 3 with 2 sentences each for training, otherwise 2 (so that split sizes are exact)."""
     refs = 3 if training else 2
     while True:
         scene = scenes.sample_scene(rng)
@@ -42,8 +42,8 @@ def draw_refcoco(rng: np.random.Generator, training: bool) -> Drawn:
             return scene, _without_extras(groups[:refs])
 
 
-def draw_grefcoco(rng: np.random.Generator, training: bool) -> Drawn:
-    """As many refs with several targets as with one and with none: 2 each for training, else 1 each."""
+def sample_grefcoco(rng: np.random.Generator, training: bool) -> SceneRefs:
+    """Equally many refs with several targets, one, and none: 2 of each for training, otherwise 1 of each."""
     each = 2 if training else 1
     while True:
         scene = scenes.sample_scene(rng)
@@ -54,8 +54,8 @@ def draw_grefcoco(rng: np.random.Generator, training: bool) -> Drawn:
             return scene, _without_extras(multi + single + absent)
 
 
-def draw_negatives(rng: np.random.Generator, training: bool) -> Drawn:
-    """Two refs of a true sentence and one of which nothing fits, which says so."""
+def sample_negatives(rng: np.random.Generator, training: bool) -> SceneRefs:
+    """Two refs, each with a true sentence and one marked as having no target."""
     while True:
         scene = scenes.sample_scene(rng)
         true = _group(scene_texts.attribute_queries(scene, rng), refs=2, sentences=1)
@@ -64,22 +64,22 @@ def draw_negatives(rng: np.random.Generator, training: bool) -> Drawn:
             return scene, [[(t, {"exist": True}), (f, {"exist": False})] for (t,), f in zip(true, false)]
 
 
-def draw_corrections(rng: np.random.Generator, training: bool) -> Drawn:
-    """Two refs of a true sentence and the same one with a color that nothing in the scene has."""
+def sample_corrections(rng: np.random.Generator, training: bool) -> SceneRefs:
+    """Two refs, each with a true sentence and the same sentence with a color that is absent from the scene."""
     while True:
         scene = scenes.sample_scene(rng)
-        refs: list[list[Said]] = []
+        refs: list[list[Sentence]] = []
         for (true,) in _group(scene_texts.attribute_queries(scene, rng), refs=6, sentences=1):
             if text := _recolored(scene, true, rng):
                 false = Query(text, (), "absent", False)
-                said = {"is_false_premise": True, "gt_sent": true.text}
-                refs.append([(true, {"is_false_premise": False}), (false, said)])
+                correction = {"is_false_premise": True, "gt_sent": true.text}
+                refs.append([(true, {"is_false_premise": False}), (false, correction)])
         if len(refs) >= 2:
             return scene, refs[:2]
 
 
 def _recolored(scene: Scene, query: Query, rng: np.random.Generator) -> str:
-    """Empty where the text names no color."""
+    """The query with an absent color; empty if it names no color."""
     kind = scene.shapes[query.targets[0]].kind
     taken = {shape.color for shape in scene.shapes}
     free = [color for color in COLORS if color not in taken and (color, kind) not in HELD_OUT]
@@ -95,19 +95,21 @@ class ReferSet:
     """A data set's layout and content.
 
     Attributes:
-        stream: of its first split; the others follow.
-        first_image: id of its first image.
-        draw: one image's scene and refs.
-        files: split -> its file of refs.
+        stream: random stream of the first split; the other splits use the next ones.
+        first_image: id of the first image.
+        sample: samples a scene and its refs.
+        files: split -> file of its refs.
         per_image: expressions per image of an evaluation split.
-        images: folder of the images. image_name: of an image's id.
-        lists: ``ann_id`` is a list. none: what it holds where nothing is meant.
-        base: it is drawn without ``all_types`` too, and its text-blind scores are reported.
+        images: folder of the images.
+        image_name: file name of an image id, without suffix.
+        lists: whether ``ann_id`` is a list.
+        none: value of that list for absent targets.
+        base: whether it is written without ``all_types`` too, with its query-agnostic baselines.
     """
 
     stream: int
     first_image: int
-    draw: Callable[[np.random.Generator, bool], Drawn]
+    sample: Callable[[np.random.Generator, bool], SceneRefs]
     files: dict[str, str]
     per_image: float = 4
     images: str = "refer_seg/images/mscoco/images/train2014"
@@ -117,7 +119,7 @@ class ReferSet:
     base: bool = False
 
     def count(self, split: str, sizes: Sizes) -> int:
-        """Images of a split."""
+        """Number of images in a split."""
         if not self.base:
             return sizes.small_split(split)
         queries = sizes.val if split == "val" else sizes.test
@@ -134,35 +136,35 @@ def _false_premise_files(split_by: str, splits: str) -> dict[str, str]:
 
 _UNC, _UMD = "train val testA testB", "train val test"
 REFER_SETS = {
-    "refcoco": ReferSet(11, 100_001, draw_refcoco, _same_file("refs(unc).p", _UNC), base=True),
+    "refcoco": ReferSet(11, 100_001, sample_refcoco, _same_file("refs(unc).p", _UNC), base=True),
     "grefcoco": ReferSet(
-        21, 300_001, draw_grefcoco, _same_file("grefs(unc).json", _UNC), per_image=2.5, lists=True, base=True
+        21, 300_001, sample_grefcoco, _same_file("grefs(unc).json", _UNC), per_image=2.5, lists=True, base=True
     ),
-    "refcoco+": ReferSet(101, 600_001, draw_refcoco, _same_file("refs(unc).p", _UNC)),
-    "refcocog": ReferSet(111, 620_001, draw_refcoco, _same_file("refs(umd).p", _UMD)),
+    "refcoco+": ReferSet(101, 600_001, sample_refcoco, _same_file("refs(unc).p", _UNC)),
+    "refcocog": ReferSet(111, 620_001, sample_refcoco, _same_file("refs(umd).p", _UMD)),
     "refclef": ReferSet(
-        121, 1, draw_refcoco, _same_file("refs(unc).p", _UNC), images="refer_seg/images/saiapr_tc-12", image_name="{}"
+        121, 1, sample_refcoco, _same_file("refs(unc).p", _UNC), images="refer_seg/images/saiapr_tc-12", image_name="{}"
     ),
     "refzom": ReferSet(
         131,
         760_001,
-        draw_grefcoco,
+        sample_grefcoco,
         _same_file("Ref_ZOM.p", "train test"),
         images="refer_seg/refzom/trainval2014",
         lists=True,
         none=(),
     ),
-    "R-refcoco": ReferSet(141, 640_001, draw_negatives, _false_premise_files("unc", "val testA testB")),
-    "R-refcoco+": ReferSet(151, 660_001, draw_negatives, _false_premise_files("unc", "val testA testB")),
-    "R-refcocog": ReferSet(161, 680_001, draw_negatives, _false_premise_files("umd", "val test")),
-    "fprefcoco": ReferSet(171, 700_001, draw_corrections, _false_premise_files("berkeley", "val test")),
-    "fprefcoco+": ReferSet(181, 720_001, draw_corrections, _false_premise_files("berkeley", "val test")),
-    "fprefcocog": ReferSet(191, 740_001, draw_corrections, _false_premise_files("berkeley", "val test")),
+    "R-refcoco": ReferSet(141, 640_001, sample_negatives, _false_premise_files("unc", "val testA testB")),
+    "R-refcoco+": ReferSet(151, 660_001, sample_negatives, _false_premise_files("unc", "val testA testB")),
+    "R-refcocog": ReferSet(161, 680_001, sample_negatives, _false_premise_files("umd", "val test")),
+    "fprefcoco": ReferSet(171, 700_001, sample_corrections, _false_premise_files("berkeley", "val test")),
+    "fprefcoco+": ReferSet(181, 720_001, sample_corrections, _false_premise_files("berkeley", "val test")),
+    "fprefcocog": ReferSet(191, 740_001, sample_corrections, _false_premise_files("berkeley", "val test")),
 }
 
 
 class ReferWriter:
-    """Collects the images, annotations and refs of one COCO-style set."""
+    """Collects images, annotations and refs of a COCO-style set, and writes them."""
 
     def __init__(self, root: Path, dataset: str, ledger: Ledger) -> None:
         self.root, self.dataset, self.ledger = root, dataset, ledger
@@ -172,8 +174,8 @@ class ReferWriter:
         self.refs: list[dict[str, Any]] = []
         self.sentences = 0
 
-    def add(self, split: str, scene: Scene, groups: list[list[Said]]) -> None:
-        """Writes the image and records all of its shapes, then a ref for each group of sentences."""
+    def add(self, split: str, scene: Scene, groups: list[list[Sentence]]) -> None:
+        """Writes the image; adds annotations of all its shapes, and a ref per group of sentences."""
         height, width = scene.image.shape[:2]
         image_id = self.layout.first_image + len(self.images)
         file_name = f"{self.layout.image_name.format(image_id)}.jpg"
@@ -184,7 +186,7 @@ class ReferWriter:
             number, category = len(self.annotations) + 1, KINDS.index(shape.kind) + 1
             self.annotations.append(coco_annotation(number, image_id, category, mask))
         for group in groups:
-            self._refer(split, image_id, [first + target for target in group[0][0].targets], group)
+            self._add_ref(split, image_id, [first + target for target in group[0][0].targets], group)
             for query, _ in group:
                 kind = {"attribute": "one target", "multi": "several targets", "absent": "no target"}[query.family]
                 kinds = ("all", kind) if self.dataset == "grefcoco" else ("all",)
@@ -193,7 +195,7 @@ class ReferWriter:
                 self.ledger.count(self.dataset, split, expressions=1, **{kind.replace(" ", "_"): 1})
         self.ledger.count(self.dataset, split, images=1, refs=len(groups))
 
-    def _refer(self, split: str, image_id: int, ann_ids: list[int], group: list[Said]) -> None:
+    def _add_ref(self, split: str, image_id: int, ann_ids: list[int], group: list[Sentence]) -> None:
         sentences: list[dict[str, Any]] = []
         for query, extra in group:
             self.sentences += 1
@@ -230,9 +232,9 @@ class ReferWriter:
 
 
 def write_refer_set(root: Path, dataset: str, sizes: Sizes, ledger: Ledger) -> None:
-    """One set with all its splits."""
+    """Writes all splits of a set."""
     writer, layout = ReferWriter(root, dataset, ledger), REFER_SETS[dataset]
     for position, split in enumerate(layout.files):
         for _, rng in streams(sizes.seed, layout.stream + position, layout.count(split, sizes)):
-            writer.add(split, *layout.draw(rng, split == "train"))
+            writer.add(split, *layout.sample(rng, split == "train"))
     writer.save()

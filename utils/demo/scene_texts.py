@@ -1,11 +1,11 @@
-"""Texts about drawn scenes, whose answers are known.
+"""Texts about synthetic scenes, with known answers.
 
-From a scene's shapes alone follow short phrases that fit exactly one of them, questions that take a thought, phrases
-that fit several or none, captions, and questions with short answers. Everything is a function of the generator that is
-passed in.
+Generated from the shapes of a scene: phrases that refer to exactly one shape, questions that require reasoning, phrases
+that refer to several shapes or none, captions, and questions with short answers. Everything is a function of the random
+generator passed in.
 
-Margins keep the texts true to the eye: "largest", "leftmost" or "farthest" is asked only where the runner-up is clearly
-behind. The pairs of ``HELD_OUT`` are never named unless the scene is a held-out one.
+Margins make the answers visually unambiguous: "largest", "leftmost" or "farthest" is asked only if the runner-up is
+clearly behind. The pairs of ``HELD_OUT`` are named in held-out scenes only.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ MAX_TEXTS = 8
 
 @dataclass(frozen=True)
 class Query:
-    """A text and the indices of the shapes that it means (none: absent)."""
+    """A text and the indices of its target shapes (empty = absent)."""
 
     text: str
     targets: tuple[int, ...]
@@ -37,7 +37,7 @@ class Query:
 _NOUNS = ("shape", "object", "thing")
 _NUMBERS = ("zero", "one", "two", "three", "four", "five", "six")
 _SUBSETS = tuple(s for k in range(1, 5) for s in combinations(range(4), k))
-# How often a phrase names which attributes (positions in size, texture, color, kind): color and kind come first.
+# Relative frequency of the attributes in a phrase (positions in size, texture, color, kind); color and kind dominate.
 _SUBSET_ODDS = {
     (2, 3): 6.0,
     (0, 2, 3): 3.0,
@@ -52,7 +52,7 @@ _SUBSET_ODDS = {
 
 
 def _bits(shapes: tuple[Shape, ...]) -> dict[str, int]:
-    """For each attribute word, the shapes that have it, as the bits of a number."""
+    """Maps each attribute word to the shapes that have it, as a bit mask."""
     table: dict[str, int] = {}
     for index, shape in enumerate(shapes):
         for word in shape.attributes:
@@ -61,18 +61,19 @@ def _bits(shapes: tuple[Shape, ...]) -> dict[str, int]:
 
 
 def _matches(bits: dict[str, int], words: tuple[str, ...]) -> int:
-    found = -1
+    """Bit mask of the shapes that have all words."""
+    matches = -1
     for word in words:
-        found &= bits.get(word, 0)
-    return found
+        matches &= bits.get(word, 0)
+    return matches
 
 
-def _members(found: int) -> tuple[int, ...]:
-    return tuple(i for i in range(found.bit_length()) if found >> i & 1)
+def _members(matches: int) -> tuple[int, ...]:
+    return tuple(i for i in range(matches.bit_length()) if matches >> i & 1)
 
 
 def _noun_phrase(rng: np.random.Generator, words: tuple[str, ...]) -> str:
-    """The words in order, closed by a general noun when no kind is among them."""
+    """Joins the words; adds a general noun if none of them is a kind."""
     text = " ".join(words)
     return text if words[-1] in KINDS else f"{text} {one_of(rng, _NOUNS)}"
 
@@ -86,24 +87,24 @@ def _with_article(text: str) -> str:
 
 
 def _distinguishing_words(shapes: tuple[Shape, ...], bits: dict[str, int]) -> dict[int, list[tuple[str, ...]]]:
-    """Per shape, the sets of its words that no other shape has all of."""
+    """Per shape, the combinations of its words that identify it uniquely."""
     names: dict[int, list[tuple[str, ...]]] = {}
     for index, shape in enumerate(shapes):
         words = shape.attributes
-        found = [tuple(words[p] for p in subset) for subset in _SUBSETS]
-        names[index] = [name for name in found if _matches(bits, name) == 1 << index]
+        candidates = [tuple(words[p] for p in subset) for subset in _SUBSETS]
+        names[index] = [name for name in candidates if _matches(bits, name) == 1 << index]
     return names
 
 
 def _short_names(rng: np.random.Generator, shapes: tuple[Shape, ...], bits: dict[str, int]) -> dict[int, str]:
-    """For each shape that can be named, a unique phrase: color and kind where they do, else the shortest."""
+    """A unique phrase for each shape that has one: color and kind if they identify it, else the shortest."""
     names = {}
-    for index, found in _distinguishing_words(shapes, bits).items():
+    for index, unique in _distinguishing_words(shapes, bits).items():
         shape = shapes[index]
-        if not found:
+        if not unique:
             continue
         pair = (shape.color, shape.kind)
-        names[index] = "the " + _noun_phrase(rng, pair if pair in found else found[0])
+        names[index] = "the " + _noun_phrase(rng, pair if pair in unique else unique[0])
     return names
 
 
@@ -111,7 +112,7 @@ def _short_names(rng: np.random.Generator, shapes: tuple[Shape, ...], bits: dict
 
 
 def attribute_queries(scene: Scene, rng: np.random.Generator) -> list[Query]:
-    """Noun phrases that fit exactly one shape ("the small striped circle"), mostly such that others fit in part."""
+    """Noun phrases that refer to exactly one shape ("the small striped circle"); most match others in part."""
     bits = _bits(scene.shapes)
     ranked = []
     for index, shape in enumerate(scene.shapes):
@@ -120,7 +121,7 @@ def attribute_queries(scene: Scene, rng: np.random.Generator) -> list[Query]:
         words = shape.attributes
         for subset in _SUBSETS:
             if scene.held_out and not {2, 3} <= set(subset):
-                continue  # the held-out pair is what such a scene is about
+                continue  # texts of a held-out scene name the held-out pair
             name = tuple(words[p] for p in subset)
             if _matches(bits, name) != 1 << index:
                 continue
@@ -140,7 +141,7 @@ _ABSENT_SUBSETS = ((2, 3),) * 5 + ((0, 2, 3), (1, 2, 3), (0, 3), (1, 3), (0, 2))
 
 
 def absent_queries(scene: Scene, rng: np.random.Generator) -> list[Query]:
-    """Phrases like those of ``attribute_queries`` that fit no shape; most words of most of them fit some shape."""
+    """Phrases like those of ``attribute_queries`` that match no shape; most of their words match some shape."""
     bits = _bits(scene.shapes)
     texts: dict[str, Query] = {}
     for _ in range(3 * MAX_TEXTS):
@@ -162,7 +163,7 @@ def absent_queries(scene: Scene, rng: np.random.Generator) -> list[Query]:
 
 
 def multi_queries(scene: Scene, rng: np.random.Generator) -> list[Query]:
-    """Phrases for two or more shapes, though not for all: one kind of them, or two named ones."""
+    """Phrases that refer to two or more shapes but not all: shapes with shared attributes, or two named shapes."""
     shapes, bits = scene.shapes, _bits(scene.shapes)
     everything = (1 << len(shapes)) - 1
     groups: dict[str, tuple[str, ...]] = {word: (word,) for word in bits if word != "plain"}
@@ -171,12 +172,12 @@ def multi_queries(scene: Scene, rng: np.random.Generator) -> list[Query]:
     groups |= {f"{s.color} {s.kind}": (s.color, s.kind) for s in shapes}
     queries = []
     for words in groups.values():
-        found = _matches(bits, words)
-        if found == everything or found.bit_count() < 2:
+        matches = _matches(bits, words)
+        if matches == everything or matches.bit_count() < 2:
             continue
-        one, number = _noun_phrase(rng, words), _NUMBERS[found.bit_count()]
+        one, number = _noun_phrase(rng, words), _NUMBERS[matches.bit_count()]
         forms = [f"all the {_plural(one)}", f"every {one}", f"the {number} {_plural(one)}", f"all {_plural(one)}"]
-        queries.append(Query(one_of(rng, forms), _members(found), "multi", False))
+        queries.append(Query(one_of(rng, forms), _members(matches), "multi", False))
     names = _short_names(rng, shapes, bits)
     pairs = [(i, j) for i in names for j in names if i != j]
     for i, j in shuffled(rng, pairs)[: MAX_TEXTS // 2]:
@@ -187,13 +188,13 @@ def multi_queries(scene: Scene, rng: np.random.Generator) -> list[Query]:
 
 
 def reasoning_queries(scene: Scene, rng: np.random.Generator) -> list[Query]:
-    """Whole questions with exactly one answer: relations to a named shape, superlatives, common sense."""
+    """Questions with exactly one answer: relations to a named shape, superlatives, common sense."""
     queries = []
     for family in (_relations, _superlatives, _commonsense):
-        found = family(scene, rng)
+        candidates = family(scene, rng)
         if scene.held_out:
-            found = [q for q in found if scene.shapes[q.targets[0]].held_out]
-        queries += shuffled(rng, found)[:3]
+            candidates = [q for q in candidates if scene.shapes[q.targets[0]].held_out]
+        queries += shuffled(rng, candidates)[:3]
     return shuffled(rng, queries)[:MAX_TEXTS]
 
 
@@ -260,7 +261,7 @@ def _superlatives(scene: Scene, rng: np.random.Generator) -> list[Query]:
         queries.append(Query(one_of(rng, wordings).format(noun=one_of(rng, _NOUNS)), (target,), "superlative", True))
 
     visible = scene.masks.sum(axis=(1, 2)).tolist()
-    # Radius, whole area and visible area must agree, so that no reading of "large" gives another answer.
+    # Radius, whole area and visible area must agree, so that every reading of "large" gives the same answer.
     order = sorted(range(len(shapes)), key=lambda i: shapes[i].radius)
     first, second, before_last, last = order[0], order[1], order[-2], order[-1]
     if shapes[last].radius > 1.2 * shapes[before_last].radius and all(
@@ -272,16 +273,16 @@ def _superlatives(scene: Scene, rng: np.random.Generator) -> list[Query]:
     ):
         ask(_SMALLEST, first)
     for axis, direction, wordings in _EXTREMES:
-        places = sorted((s.center[axis] * direction, i) for i, s in enumerate(shapes))
+        positions = sorted((s.center[axis] * direction, i) for i, s in enumerate(shapes))
         edges = [s.center[axis] * direction + s.reach for s in shapes]
-        (runner_up, _), (place, index) = places[-2:]
-        # Its center and its edge must both be the outermost.
-        if place - runner_up > 8 * unit and edges[index] >= max(edges) - 0.5:
+        (runner_up, _), (position, index) = positions[-2:]
+        # Both its center and its edge must be outermost.
+        if position - runner_up > 8 * unit and edges[index] >= max(edges) - 0.5:
             ask(wordings, index)
     return queries
 
 
-_COMMONSENSE = (  # attribute words, any of which answers the questions beside them
+_COMMONSENSE = (  # attribute words, and questions that any of them answers
     (("circle",), ("which object could roll down a hill?", "which shape has no corners?", "what looks like a wheel?")),
     (("triangle",), ("which shape has exactly three corners?", "what looks like a mountain?")),
     (("star",), ("which shape shines in the night sky?", "what could sit on top of a christmas tree?")),
@@ -304,11 +305,11 @@ def _commonsense(scene: Scene, rng: np.random.Generator) -> list[Query]:
     bits = _bits(scene.shapes)
     queries = []
     for words, wordings in _COMMONSENSE:
-        found = 0
+        matches = 0
         for word in words:
-            found |= bits.get(word, 0)
-        if found.bit_count() == 1:
-            queries.append(Query(one_of(rng, wordings), _members(found), "commonsense", True))
+            matches |= bits.get(word, 0)
+        if matches.bit_count() == 1:
+            queries.append(Query(one_of(rng, wordings), _members(matches), "commonsense", True))
     return queries
 
 
@@ -330,13 +331,13 @@ CAPTION_REQUESTS = (
 
 
 def explanation(scene: Scene, query: Query) -> str:
-    """A text answer to a query with one target: that shape in full."""
+    """A text answer to a query with one target: all attributes of that shape."""
     shape = scene.shapes[query.targets[0]]
     return "it is the " + " ".join(word for word in shape.attributes if word != "plain") + "."
 
 
 def caption(scene: Scene, rng: np.random.Generator) -> str:
-    """One sentence that lists the shapes in reading order, with color and kind, sometimes size and texture too."""
+    """A sentence that lists the shapes in reading order, with color and kind, sometimes also size and texture."""
     band = scene.image.shape[0] / 3
     order = sorted(scene.shapes, key=lambda s: (int(s.center[1] / band), s.center[0]))
     with_size, with_texture = rng.random() < 0.4, rng.random() < 0.5
@@ -349,13 +350,13 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
 
 
 def questions(scene: Scene, rng: np.random.Generator) -> list[tuple[str, str]]:
-    """Questions with an answer of one word: counts, what a named shape is like, what there is, what is where."""
+    """Questions with one-word answers: counts, attributes, existence, and relative positions."""
     shapes, bits = scene.shapes, _bits(scene.shapes)
     pairs = [_counting(scene, rng, bits) for _ in range(2)] + _yes_or_no(scene, rng, bits)
-    for index, found in _distinguishing_words(shapes, bits).items():
-        found = [name for name in found if len(name) < 4]
-        if found:
-            pairs.append(_attribute_question(rng, shapes[index], one_of(rng, found)))
+    for index, unique in _distinguishing_words(shapes, bits).items():
+        short = [name for name in unique if len(name) < 4]
+        if short:
+            pairs.append(_attribute_question(rng, shapes[index], one_of(rng, short)))
     names = _short_names(rng, shapes, bits)
     couples = shuffled(rng, [(i, j) for i in names for j in names if i != j])[:2]
     unit = max(scene.image.shape) / 120
@@ -377,7 +378,7 @@ def _counting(scene: Scene, rng: np.random.Generator, bits: dict[str, int]) -> t
 
 
 def _yes_or_no(scene: Scene, rng: np.random.Generator, bits: dict[str, int]) -> list[tuple[str, str]]:
-    """ "is there a red star?": one that is there and one whose color and kind are there, but not together."""
+    """Questions such as "is there a red star?": one about a present shape and one about an absent combination."""
     shape = one_of(rng, scene.shapes)
     pairs = [(f"is there {_with_article(f'{shape.color} {shape.kind}')}?", "yes")]
     for _ in range(4):
@@ -388,19 +389,19 @@ def _yes_or_no(scene: Scene, rng: np.random.Generator, bits: dict[str, int]) -> 
 
 
 def _attribute_question(rng: np.random.Generator, shape: Shape, name: tuple[str, ...]) -> tuple[str, str]:
-    """Asks for an attribute of a shape that its name does not give away."""
+    """Asks for an attribute of a shape that its name does not contain."""
     text = "the " + _noun_phrase(rng, name)
-    asked = [
+    candidates = [
         (shape.color, f"what color is {text}?"),
         (shape.kind, f"what shape is {text}?"),
         (shape.size, f"is {text} small or large?"),
         (shape.texture, f"is {text} plain, striped or dotted?"),
     ]
-    return one_of(rng, [(question, word) for word, question in asked if word not in name])
+    return one_of(rng, [(question, word) for word, question in candidates if word not in name])
 
 
 def corpus(rng: np.random.Generator, n: int) -> Iterator[str]:
-    """All texts about ``n`` scenes: what a tokenizer has to know. 500 scenes hold every word that there is."""
+    """Yields all texts about ``n`` scenes, to train a tokenizer. 500 scenes contain the whole vocabulary."""
     for _ in range(n):
         scene = sample_scene(rng)
         yield one_of(rng, CAPTION_REQUESTS)

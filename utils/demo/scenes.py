@@ -1,8 +1,8 @@
-"""Drawn scenes with exact masks: a few colored shapes on a noisy gray background.
+"""Synthetic scenes with exact masks: a few colored shapes on a noisy gray background.
 
-Everything is a function of the generator that is passed in. ``utils/demo/scene_texts.py`` has the texts about them;
-``scripts/dev/pretrain_tiny.py`` draws scenes on the fly, ``scripts/make_demo_data.py`` writes them in the formats of
-the real data sets. The pairs of ``HELD_OUT`` are never drawn unless a held-out scene is asked for.
+Everything is a function of the random generator passed in. ``utils/demo/scene_texts.py`` generates texts about scenes.
+``scripts/dev/pretrain_tiny.py`` samples scenes on the fly, ``scripts/make_demo_data.py`` writes them in the formats of
+the real data sets. The (color, kind) pairs of ``HELD_OUT`` occur in held-out scenes only.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _TILT = math.radians(5)
 
 @dataclass(frozen=True)
 class Shape:
-    """One drawn shape; ``center`` (x, y) and ``radius`` in pixels, ``angle`` in radians (a few degrees at most)."""
+    """A shape in a scene; ``center`` (x, y) and ``radius`` in pixels, ``angle`` in radians (a few degrees at most)."""
 
     kind: str
     color: str
@@ -59,33 +59,33 @@ class Shape:
 
     @property
     def held_out(self) -> bool:
-        """Whether this pair of color and kind is kept out of ordinary scenes."""
+        """Whether its pair of color and kind is excluded from ordinary scenes."""
         return (self.color, self.kind) in HELD_OUT
 
     @property
     def attributes(self) -> tuple[str, str, str, str]:
-        """Size, texture, color and kind: the order of the words in a phrase."""
+        """Size, texture, color and kind, in the order of the words in a phrase."""
         return self.size, self.texture, self.color, self.kind
 
     @property
     def reach(self) -> float:
-        """The distance of the outermost point from the center, in pixels."""
+        """Largest coordinate distance of its outline from the center, in pixels."""
         return self.radius * _REACH[self.kind]
 
     @property
     def area(self) -> float:
-        """The area of the whole shape in square pixels, whatever hides it."""
+        """Area of the whole shape in square pixels, including hidden parts."""
         return self.radius**2 * _AREA[self.kind]
 
 
 @dataclass
 class Scene:
-    """An image and what is in it.
+    """An image with its shapes and their masks.
 
     Attributes:
         image: [H, W, 3] uint8, RGB.
         shapes: n shapes in drawing order (a later one may hide a part of an earlier one).
-        masks: [n, H, W] bool, the visible pixels of each shape: those it covers by half or more.
+        masks: [n, H, W] bool, the visible pixels of each shape: those that it covers by at least half.
     """
 
     image: np.ndarray
@@ -94,12 +94,12 @@ class Scene:
 
     @property
     def held_out(self) -> bool:
-        """Whether a pair of ``HELD_OUT`` is in the scene; its texts are then about that shape."""
+        """Whether a shape of the scene is a held-out pair; all texts are then about that shape."""
         return any(shape.held_out for shape in self.shapes)
 
 
 def _outlines() -> dict[str, np.ndarray]:
-    """Outline [K, 2] per kind for radius 1, scaled so that kinds of one radius look about equally large."""
+    """Outline [K, 2] of each kind for radius 1, scaled so that kinds of equal radius look about equally large."""
 
     def ring(radii: list[float], start: float = -math.pi / 2) -> np.ndarray:
         angles = start + 2 * math.pi * np.arange(len(radii)) / len(radii)
@@ -138,12 +138,12 @@ def shuffled(rng: np.random.Generator, items: list) -> list:
 
 
 def sample_scene(rng: np.random.Generator, held_out: bool = False, long_side: int = 120) -> Scene:
-    """Draws 3 to 6 shapes, each at least 60% visible, some of which share attributes.
+    """Samples and renders a scene of 3 to 6 shapes, each at least 60% visible, some of which share attributes.
 
     Args:
-        rng: the only source of chance.
-        held_out: exactly one shape has a pair of color and kind of ``HELD_OUT``; otherwise none has.
-        long_side: of the canvas, in pixels; shapes grow with it.
+        rng: the only source of randomness.
+        held_out: whether exactly one shape has a (color, kind) pair of ``HELD_OUT``; otherwise none has.
+        long_side: of the canvas, in pixels; shapes scale with it.
     """
     while True:
         across, down = one_of(rng, _CANVASES)
@@ -165,31 +165,31 @@ def _some_share(shapes: tuple[Shape, ...]) -> bool:
 
 
 def _attributes(rng: np.random.Generator, held_out: bool) -> list[tuple[str, str, str, str]]:
-    """Size, texture, color and kind of 3 to 6 shapes; most take color or kind (or both) from an earlier one."""
+    """Samples attributes of 3 to 6 shapes; most copy color or kind (or both) from an earlier shape."""
     count = 3 + int(rng.random() * 4)
     names = tuple(COLORS)
     pairs = [one_of(rng, sorted(HELD_OUT))] if held_out else []
     while len(pairs) < count:
         color, kind = one_of(rng, names), one_of(rng, KINDS)
-        luck = rng.random()
-        if pairs and luck < 0.3:
+        u = rng.random()
+        if pairs and u < 0.3:
             color = one_of(rng, pairs)[0]
-        elif pairs and luck < 0.6:
+        elif pairs and u < 0.6:
             kind = one_of(rng, pairs)[1]
-        elif pairs and luck < 0.66:
+        elif pairs and u < 0.66:
             color, kind = one_of(rng, pairs)
         if (color, kind) not in HELD_OUT:
             pairs.append((color, kind))
     attributes = []
     for color, kind in shuffled(rng, pairs):
         size, texture = one_of(rng, SIZES), one_of(rng, _TEXTURE_ODDS)
-        slender = size == "small" and kind in ("star", "cross")  # too thin to tell stripes from dots
+        slender = size == "small" and kind in ("star", "cross")  # too thin to distinguish stripes from dots
         attributes.append((size, "plain" if slender else texture, color, kind))
     return attributes
 
 
 def _place(rng: np.random.Generator, attributes: list, width: int, height: int, scale: float) -> tuple[Shape, ...]:
-    """Finds a place for each shape, inside the canvas, at most slightly over another; leaves out what finds none."""
+    """Samples a position for each shape within the canvas, with little overlap; drops shapes that do not fit."""
     shapes: list[Shape] = []
     for size, texture, color, kind in attributes:
         low, high = RADII[size]
@@ -214,14 +214,14 @@ def _place(rng: np.random.Generator, attributes: list, width: int, height: int, 
 
 
 def _closeness(other: Shape, color: str, may_overlap: bool) -> float:
-    """How near a shape of ``color`` may come to another: the distance of the centers in sums of the radii."""
+    """Minimum distance of the centers of a shape of ``color`` and another shape, in units of the sum of their radii."""
     if other.color == color:
-        return 1.3  # never touching: nobody could see where the one ends
+        return 1.3  # never touching: the border between them would be invisible
     return 0.68 if may_overlap else 1.0
 
 
 def _background(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
-    """[H, W, 3] uint8: gray with a slight tint, a gradient in some direction, and soft blotches."""
+    """Background [H, W, 3], uint8: gray with a slight tint, a random gradient, and soft blotches."""
     cells = 10
     slope = (rng.random(2) - 0.5) * 50
     ramp = np.linspace(-1, 1, cells)
@@ -233,7 +233,7 @@ def _background(rng: np.random.Generator, width: int, height: int) -> np.ndarray
 
 
 def _paint_shapes(rng: np.random.Generator, image: np.ndarray, shapes: tuple[Shape, ...], scale: float):
-    """Paints ``shapes`` onto ``image`` in place -> (visible masks [n, H, W] bool, the smallest visible share)."""
+    """Renders ``shapes`` onto ``image`` in place -> (visible masks [n, H, W] bool, smallest visible share)."""
     height, width = image.shape[:2]
     masks = np.zeros((len(shapes), height, width), bool)
     wholes = []
@@ -256,7 +256,7 @@ def _paint_shapes(rng: np.random.Generator, image: np.ndarray, shapes: tuple[Sha
 
 
 def _coverage(shape: Shape, x0: int, y0: int, height: int, width: int) -> np.ndarray:
-    """[h, w] uint8: how much of each pixel of a window at (x0, y0) the shape covers, 255 = all."""
+    """Coverage [h, w], uint8, of each pixel of a window at (x0, y0) by the shape; 255 = fully covered."""
     cos, sin = math.cos(shape.angle), math.sin(shape.angle)
     points = _OUTLINES[shape.kind] @ np.array([[cos, sin], [-sin, cos]]) * shape.radius
     points += (shape.center[0] - x0, shape.center[1] - y0)
@@ -268,9 +268,9 @@ def _coverage(shape: Shape, x0: int, y0: int, height: int, width: int) -> np.nda
 
 
 def _surface(rng: np.random.Generator, shape: Shape, inside: np.ndarray, scale: float) -> np.ndarray:
-    """Color per pixel of a window whose mask is ``inside`` [h, w] -> [h, w, 3] or [1, 1, 3] float32.
+    """Surface color of a window whose mask is ``inside`` [h, w] -> [h, w, 3] or [1, 1, 3] float32.
 
-    Dark stripes or dots on the shape's color, which keeps a rim of one pixel, so that its outline stays clear.
+    Dark stripes or dots on the shape's color, except on a rim of one pixel, so that the outline stays visible.
     """
     color = np.array(COLORS[shape.color], np.float32) + (rng.random(3, np.float32) - 0.5) * 20
     color = np.clip(color, 0, 248).reshape(1, 1, 3)

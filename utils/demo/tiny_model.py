@@ -1,4 +1,4 @@
-"""The tiny family's shape: a LLaVA and a SAM of about 2M parameters with the anatomy of the real ones."""
+"""Configurations of the tiny family: a LLaVA and a SAM of about 2M parameters with the real architectures."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from model.sam import SamShape
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int = 800) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer in which the words of ``texts`` become single tokens and any other text still fits."""
+    """Trains a byte-level BPE tokenizer: words of ``texts`` become single tokens; any other text remains encodable."""
     tokenizer = Tokenizer(models.BPE(unk_token=None))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Punctuation("isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -34,7 +34,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 800) -> PreTrainedTo
 
 
 def clip_config(side: int = 120, patch: int = 10, width: int = 96, layers: int = 5) -> CLIPVisionConfig:
-    """The vision tower; LLaVA reads hidden state -2, so the last layer is never used."""
+    """Configuration of the vision tower; LLaVA uses hidden state -2, so the last layer is never used."""
     return CLIPVisionConfig(
         image_size=side,
         patch_size=patch,
@@ -47,7 +47,7 @@ def clip_config(side: int = 120, patch: int = 10, width: int = 96, layers: int =
 
 
 def llama_settings(vocab_size: int, width: int = 128, layers: int = 8, heads: int = 4) -> dict:
-    """LLaMA's part of the configuration."""
+    """Settings of the LLaMA configuration."""
     return {
         "vocab_size": vocab_size,
         "hidden_size": width,
@@ -64,7 +64,7 @@ def llama_settings(vocab_size: int, width: int = 128, layers: int = 8, heads: in
 
 
 def sam_shape(side: int = 120, patch: int = 8, encoder_width: int = 64, depth: int = 2, width: int = 64) -> SamShape:
-    """SAM with a small encoder and a narrow decoder."""
+    """Shape of a SAM with a small encoder and a narrow decoder."""
     return SamShape(
         image_size=side,
         patch_size=patch,
