@@ -72,8 +72,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description="Merges the trained parts of a run into its base weights and writes a folder for from_pretrained, test.py "
-        "and chat.py. Nothing is written unless the merged and the unmerged model agree on a sample.",
+        description="Merges the trained parts of a run into its base weights and writes a folder for from_pretrained, "
+        "test.py and chat.py. Nothing is written unless the merged and the unmerged model agree on a sample.",
         epilog="By default, base weights are loaded from the paths of the run; the last three flags override them.",
     )
     source = parser.add_mutually_exclusive_group(required=True)
