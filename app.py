@@ -1,7 +1,7 @@
-"""The dashboard (paper Fig. 8): an image and an instruction go in, an answer and its masks come out, and why.
+"""The dashboard (paper Fig. 8): answers instructions about an image with text and masks, and explains the masks.
 
-python app.py                        the tiny model of this repository, on this machine alone
-python app.py --version DIR          a merged model (scripts/merge_lora.py), or a released checkpoint
+python app.py                        the tiny model of this repository, for this machine only
+python app.py --version DIR          a merged model (scripts/merge_lora.py), or a published checkpoint
 """
 
 from __future__ import annotations
@@ -39,27 +39,27 @@ TRAINED = "runs/tiny/merged"
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description="Opens the dashboard in the browser's reach: http://127.0.0.1:7860. Without --version it shows the "
-        f"tiny model: {TRAINED} if scripts/demo.sh has been run, otherwise the one in assets/tiny as it is before "
+        description="Serves the dashboard at http://127.0.0.1:7860. Without --version it shows the "
+        f"tiny model: {TRAINED} if scripts/demo.sh has been run, otherwise assets/tiny before "
         "fine-tuning. docs/dashboard.md describes the page and its API.",
-        epilog="Exit codes: 0 stopped, 2 wrong input or the port is taken, 130 interrupted while loading.",
+        epilog="Exit codes: 0 stopped, 2 invalid input or the port is taken, 130 interrupted while loading.",
     )
     add = parser.add_argument
     cli.add_model_flags(parser, default="the tiny model")
     cli.add_layer_flag(parser, "default: the model's own; last for the untrained one")
-    add("--port", type=int, metavar="N", help="default: 7860, or the next one that is free")
+    add("--port", type=int, metavar="N", help="port to listen on (default: 7860, or the next free one)")
     add("--host", default="127.0.0.1", metavar="ADDRESS", help="address to listen on; 0.0.0.0 = the whole network")
-    add("--share", action="store_true", help="also give it a public address, through gradio's servers")
-    add("--queue", type=int, default=64, metavar="N", help="questions that may wait; more are refused (default: 64)")
-    add("--visitors", type=int, default=16, metavar="N", help="whose images stay encoded (default: 16)")
-    add("--max_upload_mb", type=float, default=20, metavar="MB", help="largest file that is taken (default: 20)")
-    add("--max_megapixels", type=float, default=30, metavar="MP", help="largest picture that is taken (default: 30)")
+    add("--share", action="store_true", help="also serve it at a public address, through gradio's servers")
+    add("--queue", type=int, default=64, metavar="N", help="questions that may wait; more are rejected (default: 64)")
+    add("--visitors", type=int, default=16, metavar="N", help="visitors whose images stay encoded (default: 16)")
+    add("--max_upload_mb", type=float, default=20, metavar="MB", help="largest accepted file (default: 20)")
+    add("--max_megapixels", type=float, default=30, metavar="MP", help="largest accepted picture (default: 30)")
     args = parser.parse_args(arguments)
     for name in ("queue", "visitors", "max_upload_mb", "max_megapixels"):
         if getattr(args, name) <= 0:
             parser.error(f"--{name} must be more than 0")
     if args.version is None and (args.vision_tower or args.quantize or args.device_map):
-        parser.error("--vision_tower, --quantize and --device_map need --version: the tiny model does without")
+        parser.error("--vision_tower, --quantize and --device_map need --version: the tiny model does not support them")
     return args
 
 
@@ -68,24 +68,24 @@ def main(arguments: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="uground-dashboard-") as folder:
         dashboard = build_dashboard(args, Path(folder))
         page, _, address = serve(dashboard, args, Path(folder))
-        print(f"{dashboard.name}\n{address} (Ctrl-C ends it)", flush=True)
+        print(f"{dashboard.name}\n{address} (Ctrl-C stops it)", flush=True)
         page.block_thread()
         dashboard.close()
     return 0
 
 
 def build_dashboard(args: argparse.Namespace, folder: Path) -> Dashboard:
-    """Loads the model that ``args`` name, and answers a first question so that the visitors' come fast."""
-    asked_for = args.version
-    if asked_for is None and (ROOT / TRAINED).is_dir():
+    """Loads the model of ``args``, and warms it up with a first question."""
+    requested = args.version
+    if requested is None and (ROOT / TRAINED).is_dir():
         args.version = str(ROOT / TRAINED)
     if args.version is None:
         opened = untrained_tiny(args)
         name = "The tiny model before fine-tuning (assets/tiny): it knows drawn scenes only"
     else:
         opened = cli.open_model(args)
-        name = "The tiny model, trained by the demo: it knows drawn scenes only" if asked_for is None else args.version
-    opened.model.config.layer_rule(args.layer_policy)  # a mistake shows before the page opens
+        name = "The tiny model, trained by the demo: it knows drawn scenes only" if requested is None else args.version
+    opened.model.config.layer_rule(args.layer_policy)  # an invalid rule fails before the page opens
     dashboard = Dashboard(
         opened.model,
         opened.processor,
@@ -101,7 +101,7 @@ def build_dashboard(args: argparse.Namespace, folder: Path) -> Dashboard:
 
 
 def untrained_tiny(args: argparse.Namespace) -> Opened:
-    """assets/tiny as its training would find it, read at the layer that its pre-training taught: the last."""
+    """assets/tiny before fine-tuning, with the layer rule of its pre-training: the last layer."""
     device = pick_device(args.device)
     precision = pick_precision(args.precision, device)
     parts = {"version": "llava", "vision_tower": "clip", "vision_pretrained": "sam.pth"}
@@ -112,16 +112,16 @@ def untrained_tiny(args: argparse.Namespace) -> Opened:
     transformers_logging.disable_progress_bar()
     model, processor, rows = load_for_training(*paths, precision, config.method, config.model.model_max_length)
     model.config.eval_layer_policy = "last"
-    known = fingerprint(model.state_dict().values())
+    weights = fingerprint(model.state_dict().values())
     model.to(device)  # type: ignore[arg-type]  # transformers' annotation is wrong
     sources = {row.module: row.source for row in rows}
     folder = str(ROOT / "assets/tiny")
-    return Opened(model.eval(), processor, device, precision, known, "base", folder, sources)
+    return Opened(model.eval(), processor, device, precision, weights, "base", folder, sources)
 
 
 def serve(dashboard: Dashboard, args: argparse.Namespace, folder: Path) -> tuple[gr.Blocks, Any, str]:
-    """Starts the page in threads of its own: the page, its web application, and its address."""
-    os.environ["GRADIO_TEMP_DIR"] = str(folder / "files")  # gradio clears it of what is old; examples are not in it
+    """Starts the page in background threads; returns the page, its web application, and its address."""
+    os.environ["GRADIO_TEMP_DIR"] = str(folder / "files")  # gradio deletes old files in it; examples are elsewhere
     examples = [draw_example(seed, folder / "examples") for seed in SEEDS]
     page = build_page(dashboard, examples)
     page.queue(max_size=args.queue, default_concurrency_limit=8)

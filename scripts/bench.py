@@ -1,16 +1,16 @@
-"""Measures what model and data cost, and prints tables for docs/benchmarks.md:
+"""Measures time and memory of model and data, and prints tables for docs/benchmarks.md:
 
     python scripts/bench.py --preset medium [--json FILE]              training steps, generation, evaluation
     python scripts/bench.py growth --preset medium                     ... against questions, [SEG], image size, layers
     python scripts/bench.py data                                       start-up and memory of large annotation files
-    python scripts/bench.py loader --config C [--any_setting value]    samples per second, and where their time goes
+    python scripts/bench.py loader --config C [--any_setting value]    samples per second, and time by stage
 
-A preset is a random model of full shape: ``tiny`` and ``medium`` on a CPU, ``7b`` and ``13b`` on a GPU. Baselines (the
-fixed last layer, a row per question, no KV cache) run in turns with what is compared. ``data`` writes annotation files
-of real size (drawn polygons, no images) into a temporary folder and opens them as training does: without the cache, for
-the first time, and again; each in a fresh process, with DataLoader workers that read every record. ``loader`` draws the
-samples of a configuration (``--dataset_dir``, ``--dataset``, ... as for train_ds.py) and makes batches of them, without
-a model.
+A preset is a model of full shape with random weights: ``tiny`` and ``medium`` on a CPU, ``7b`` and ``13b`` on a GPU.
+Baselines (the fixed last layer, a row per question, no KV cache) alternate with what they are compared with. ``data``
+writes annotation files of real size (random polygons, no images) into a temporary folder and opens them as training
+does: without the cache, for the first time, and again; each in a fresh process, with DataLoader workers that read every
+record. ``loader`` samples the mixture of a configuration (``--dataset_dir``, ``--dataset``, ... as for train_ds.py) and
+collates batches, without a model.
 """
 
 from __future__ import annotations
@@ -51,20 +51,20 @@ if TYPE_CHECKING:
     from model.processing.processor import UGroundProcessor
 
 MB = 2**20
-CHUNK = 500  # records that a worker reads between two looks at its memory
+CHUNK = 500  # records that a worker reads between two measurements of its memory
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     _add_preset(parser, required=False)
-    parser.add_argument("--compile", action="store_true", help="also time SAM's encoder compiled (torch.compile)")
+    parser.add_argument("--compile", action="store_true", help="also time SAM's encoder with torch.compile")
     commands = parser.add_subparsers(dest="command")
-    _add_preset(commands.add_parser("growth", help="how a training step grows"), required=True)
+    _add_preset(commands.add_parser("growth", help="scaling of a training step"), required=True)
     data = commands.add_parser("data", help="start-up and memory of large annotation files")
     data.add_argument("--refs", type=int, default=150_000, help="refs in the generated file (default: %(default)s)")
     data.add_argument("--annotations", type=int, default=200_000, help="annotations in it (default: %(default)s)")
     data.add_argument("--workers", type=int, default=2, help="worker processes (default: %(default)s)")
-    loader = commands.add_parser("loader", help="samples per second of a configuration, and where their time goes")
+    loader = commands.add_parser("loader", help="samples per second of a configuration, and time by stage")
     loader.add_argument("--clip_side", type=int, default=336, help="CLIP's input in pixels (default: %(default)s)")
     loader.add_argument("--clip_patch", type=int, default=14, help="its patch (default: %(default)s)")
     loader.add_argument("--sam_side", type=int, default=1024, help="SAM's input in pixels (default: %(default)s)")
@@ -74,7 +74,7 @@ def main(arguments: list[str] | None = None) -> int:
     if args.command != "loader" and rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if args.command is None and args.preset is None:
-        parser.error("nothing to measure: give --preset, growth, data or loader (--help says more)")
+        parser.error("nothing to measure: give --preset, growth, data or loader (see --help)")
     if args.command == "loader":
         lines = bench_loader(args, rest)
     elif args.command == "data":
@@ -88,13 +88,13 @@ def main(arguments: list[str] | None = None) -> int:
 def _add_preset(parser: argparse.ArgumentParser, required: bool) -> None:
     add = parser.add_argument
     add("--preset", choices=("tiny", "medium", "7b", "13b"), required=required, help="the model's size")
-    add("--repeats", type=int, default=5, metavar="N", help="turns after the warm-up (default: %(default)s)")
+    add("--repeats", type=int, default=5, metavar="N", help="repeats after the warm-up (default: %(default)s)")
     add("--device", default="auto", help="cpu, cuda, cuda:1 (default: the GPU if there is one)")
-    add("--json", type=Path, metavar="FILE", help="write all figures here, too")
+    add("--json", type=Path, metavar="FILE", help="also write all numbers to this file")
 
 
 def header() -> str:
-    """What the figures depend on besides the code."""
+    """What the numbers depend on besides the options: commit, versions, machine, load."""
     busy = os.getloadavg()[0]
     return (
         f"commit {git_commit()}, Python {platform.python_version()}, torch {torch.__version__}, "
@@ -106,20 +106,19 @@ def header() -> str:
 
 
 def _preset(args: argparse.Namespace) -> tuple[Any, str]:
-    """The preset and the device to run it on.
+    """The preset, and the device to run it on.
 
     Raises:
-        ValueError: if the preset takes a GPU and there is none.
+        ValueError: if the preset needs a GPU and there is none.
     """
-    from utils.diagnostics.benchmark import (
-        PRESETS,  # here, because the processes that ``data`` measures would carry it too
-    )
+    # here, so that the processes that ``data`` measures do not import it
+    from utils.diagnostics.benchmark import PRESETS
 
     if args.repeats < 1:
-        raise ValueError(f"--repeats {args.repeats}: at least 1 turn can be measured")
+        raise ValueError(f"--repeats {args.repeats}: at least 1 is needed")
     device, preset = pick_device(args.device), PRESETS[args.preset]
     if preset.gpu and not device.startswith("cuda"):
-        raise ValueError(f"--preset {args.preset} takes a GPU, and runs on {device} here; use tiny or medium")
+        raise ValueError(f"--preset {args.preset} needs a GPU, and runs on {device} here; use tiny or medium")
     return preset, device
 
 
@@ -176,7 +175,7 @@ def _model_tables(args: argparse.Namespace, figures: dict[str, Any], tokens: int
     answered = ", ".join(f"{v:.2f} images/s at batch {k}" for k, v in figures["answered_images_per_second"].items())
     used = f", {figures['utilisation']:.0%} of the device's peak" if figures["utilisation"] else ""
     return [
-        f"preset {args.preset} on {figures['device']}, {args.repeats} turns, {clock}",
+        f"preset {args.preset} on {figures['device']}, {args.repeats} repeats, {clock}",
         f"UGround's step with cached SAM features: {tokens} tokens, {speed}{used}",
         f"a question per image, 12 tokens, a mask, with SAM's encoder: {answered}",
         "",
@@ -207,11 +206,11 @@ def bench_growth(args: argparse.Namespace) -> list[str]:
     return [header(), "", markdown([["training step against", "", "seconds", "peak MB"], *cells], "lr")]
 
 
-# -- data: files of real size ------------------------------------------------------------------------------------------
+# -- data: annotation files of real size -------------------------------------------------------------------------------
 
 
 def write_refs(root: Path, refs: int, annotations: int, rng: np.random.Generator) -> None:
-    """``refcoco`` with 2.5 refs per image and 2.8 sentences per ref, as RefCOCO has."""
+    """Writes ``refcoco`` with 2.5 refs per image and 2.8 sentences per ref, as in RefCOCO."""
     folder = root / "refer_seg/refcoco"
     instances = _instances(annotations, max(1, round(refs / 2.5)), "COCO_train2014_{:012d}.jpg", rng)
     words = [f"word{i}" for i in range(400)]
@@ -230,7 +229,7 @@ def write_refs(root: Path, refs: int, annotations: int, rng: np.random.Generator
 
 
 def write_parts(root: Path, annotations: int, rng: np.random.Generator) -> None:
-    """``paco_lvis`` with 10 annotations per image."""
+    """Writes ``paco_lvis`` with 10 annotations per image."""
     instances = _instances(annotations, max(1, annotations // 10), "train2017/{:012d}.jpg", rng)
     instances["categories"] = [{"id": i + 1, "name": f"object{i // 6}:part{i % 6}"} for i in range(500)]
     _save(root / "vlpart/paco/annotations/paco_lvis_v1_train.json", instances)
@@ -238,12 +237,12 @@ def write_parts(root: Path, annotations: int, rng: np.random.Generator) -> None:
 
 
 def _instances(annotations: int, images: int, name: str, rng: np.random.Generator) -> dict[str, Any]:
-    """Wobbly polygons with two decimals, of about as many points as COCO's (740 bytes per annotation)."""
+    """Random polygons with two decimals and about as many points as COCO's (740 bytes per annotation)."""
     rows = []
     for number in range(annotations):
-        turn = np.linspace(0, 2 * np.pi, int(rng.integers(16, 65)), endpoint=False)
-        reach = 60 * (1 + 0.3 * rng.standard_normal(len(turn)).clip(-2, 2))
-        points = np.stack([320 + reach * np.cos(turn), 240 + reach * np.sin(turn)], axis=1)
+        angles = np.linspace(0, 2 * np.pi, int(rng.integers(16, 65)), endpoint=False)
+        radii = 60 * (1 + 0.3 * rng.standard_normal(len(angles)).clip(-2, 2))
+        points = np.stack([320 + radii * np.cos(angles), 240 + radii * np.sin(angles)], axis=1)
         row = {"id": number + 1, "image_id": 1 + number % images, "category_id": 1 + number % 500, "iscrowd": 0}
         rows.append({**row, "bbox": [200.5, 120.25, 240.0, 240.0], "segmentation": [points.round(2).ravel().tolist()]})
     pictures = [{"id": i + 1, "file_name": name.format(i + 1), "height": 480, "width": 640} for i in range(images)]
@@ -256,18 +255,18 @@ def _save(path: Path, value: dict[str, Any]) -> None:
 
 
 def _touch_first(folder: Path, instances: dict[str, Any]) -> None:
-    """A reader looks for its first image when it is opened."""
+    """Creates the first image, which a reader looks for when it is opened."""
     path = folder / instances["images"][0]["file_name"]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.touch()
 
 
-# -- data: starts and memory -------------------------------------------------------------------------------------------
+# -- data: start-up and memory -----------------------------------------------------------------------------------------
 
 
 @dataclass
 class Memory:
-    """Of a process, in bytes: resident, and the part of it that no other process shares."""
+    """Memory of a process in bytes: resident, and the part that it does not share."""
 
     resident: int
     private: int
@@ -278,8 +277,8 @@ class Memory:
         return cls(sizes["Rss"], sizes["Private_Clean"] + sizes["Private_Dirty"])
 
 
-class Reads(Dataset):
-    """Item i reads chunk i of the records, as samples do, and looks at the memory before and after."""
+class ChunkReader(Dataset):
+    """Item i reads chunk i of the records, and returns the process and its memory before and after."""
 
     def __init__(self, records: Any) -> None:
         self.records = records
@@ -295,7 +294,7 @@ class Reads(Dataset):
 
 
 def measure_start(name: str, folder: str, setting: str, workers: int, as_objects: bool, results: Any) -> None:
-    """In a fresh process: opens the data set, then has workers read all of it."""
+    """In a fresh process: opens the data set, then lets workers read all of it."""
     os.environ[CACHE_VARIABLE] = setting
     start = time.perf_counter()
     dataset: Any = get_train_dataset(name, folder)
@@ -306,8 +305,8 @@ def measure_start(name: str, folder: str, setting: str, workers: int, as_objects
         records = list(records)
     first: dict[int, Memory] = {}
     last: dict[int, Memory] = {}
-    # this process was spawned, and would spawn its workers too; training forks them
-    loader = DataLoader(Reads(records), batch_size=None, num_workers=workers, multiprocessing_context="fork")
+    # a spawned process would spawn its workers, too; training forks them
+    loader = DataLoader(ChunkReader(records), batch_size=None, num_workers=workers, multiprocessing_context="fork")
     for process, before, after in loader:
         first.setdefault(process, before)
         last[process] = after
@@ -320,17 +319,19 @@ STARTS = ("no cache", "first start", "next start", "next start, from disk", "no 
 
 def bench_data(args: argparse.Namespace) -> list[str]:
     lines = [header(), ""]
-    head = ["", "seconds", "of first", "peak MB", "worker RSS MB", "its own MB", "+ RSS MB", "+ own MB"]
+    columns = ["", "seconds", "of first", "peak MB", "worker RSS MB", "its own MB", "+ RSS MB", "+ own MB"]
     with tempfile.TemporaryDirectory(prefix="uground-bench-") as folder:
         rng = np.random.default_rng(0)
         write_refs(Path(folder), args.refs, args.annotations, rng)
         write_parts(Path(folder), args.annotations, rng)
-        time.sleep(2.5)  # what was written just now is not kept
+        time.sleep(2.5)  # files written just now are not cached
         for name, what in (("refcoco", f"{args.refs:,} refs, "), ("paco_lvis", "")):
-            found = {start: _in_fresh_process(name, Path(folder), start, args.workers) for start in STARTS}
-            rows = [head]
-            for start, (seconds, peak, before, after) in found.items():
-                share = f"1/{found['first start'][0] / seconds:.0f}" if seconds < found["first start"][0] / 2 else ""
+            measured = {start: _in_fresh_process(name, Path(folder), start, args.workers) for start in STARTS}
+            rows = [columns]
+            for start, (seconds, peak, before, after) in measured.items():
+                share = (
+                    f"1/{measured['first start'][0] / seconds:.0f}" if seconds < measured["first start"][0] / 2 else ""
+                )
                 growth = after.resident - before.resident, after.private - before.private
                 sizes = [value / MB for value in (peak, after.resident, after.private, *growth)]
                 rows.append([start, f"{seconds:.2f}", share, *(f"{size:,.0f}" for size in sizes)])
@@ -359,14 +360,14 @@ def _in_fresh_process(name: str, folder: Path, start: str, workers: int) -> tupl
     arguments = (name, str(folder), setting, workers, "objects" in start, results)
     process = context.Process(target=measure_start, args=arguments)
     process.start()
-    found = results.get()
+    measured = results.get()
     process.join()
-    return found
+    return measured
 
 
 # -- loader ------------------------------------------------------------------------------------------------------------
 
-# Stage -> functions (file, name) whose time, with all that they call, is the stage's; none calls another one.
+# Stage -> functions (file, name) whose cumulative time is the stage's; none of them calls another.
 STAGES = {
     "decode the photograph": (("images.py", "read_image"),),
     "read the label image": (("images.py", "read_label_image"),),
@@ -385,7 +386,7 @@ STAGES = {
 
 
 def bench_loader(args: argparse.Namespace, settings: list[str]) -> list[str]:
-    # here, because the processes that ``data`` measures would carry these libraries too
+    # here, so that the processes that ``data`` measures do not import these libraries
     from transformers import AutoTokenizer
 
     from model.processing.processor import UGroundProcessor
@@ -410,7 +411,7 @@ def bench_loader(args: argparse.Namespace, settings: list[str]) -> list[str]:
     for workers in (0, config.data.workers):
         speed = throughput(mixture, processor, batch, args.batches, workers, one_thread)
         rows.append([str(workers), f"{speed:,.1f}"])
-    profile = cProfile.Profile(time.process_time)  # not the time that other programs take
+    profile = cProfile.Profile(time.process_time)  # processor time: other programs do not count
     profile.runcall(
         lambda: [processor.collate([mixture[i * batch + j] for j in range(batch)]) for i in range(args.batches)]
     )
@@ -420,7 +421,7 @@ def bench_loader(args: argparse.Namespace, settings: list[str]) -> list[str]:
 def throughput(
     mixture: Mixture, processor: UGroundProcessor, batch: int, batches: int, workers: int, init: Callable[[int], None]
 ) -> float:
-    """Samples per second once the workers run."""
+    """Samples per second after the workers have started."""
     warm = 2 * workers + 1
     loader = DataLoader(
         mixture,
@@ -441,12 +442,12 @@ def stages(stats: pstats.Stats, samples: int) -> list[list[str]]:
     total: float = stats.total_tt  # type: ignore[attr-defined]
     times = {}
     for stage, functions in STAGES.items():
-        found = [
+        cumulative = [
             row[3]
             for (file, _, name), row in stats.stats.items()  # type: ignore[attr-defined]
             if (Path(file).name, name) in functions
         ]
-        times[stage] = sum(found)
+        times[stage] = sum(cumulative)
     times["the rest"] = total - sum(times.values())
     rows = [["stage", "CPU ms per sample", "share"]]
     for stage, seconds in sorted(times.items(), key=lambda item: -item[1]):

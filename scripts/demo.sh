@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# The whole path on a bare machine: draws a data set, trains the tiny UGround on it, evaluates it and asks it a question.
-# Two CPU cores, no GPU, about ten minutes after the packages are installed. Run it again to go on where it was
-# interrupted; finished steps are skipped until code, configuration or weights change.
+# The whole path on a bare machine: generates a data set, trains the tiny UGround, evaluates it and asks it a question.
+# Two CPU cores, no GPU, about ten minutes after the packages are installed. An interrupted run resumes when it is
+# started again; finished steps are skipped until code, configuration or weights change.
 #
 #     bash scripts/demo.sh
 set -euo pipefail
@@ -16,25 +16,25 @@ DONE=runs/demo
 SHARED='ReasonSeg|val_short||ReasonSeg|val_long||grefcoco|unc|val'
 TOTAL=10
 
-# Results of other code or weights must not pass for today's: they are put aside.
+# Results of other code or weights are moved away: they must not pass for current ones.
 fingerprint=$( (cat requirements.txt configs/*.yaml configs/deepspeed/*.json ./*.py scripts/*.py scripts/demo.sh \
     assets/tiny/*/* assets/tiny/sam.pth && find model utils -name '*.py' -print0 | sort -z | xargs -0 cat) | sha256sum | cut -c1-16)
 if [ -d "$DONE" ] && [ "$(cat "$DONE/fingerprint" 2>/dev/null)" != "$fingerprint" ]; then
     old="runs/before-$(date +%Y%m%d-%H%M%S)"
-    echo "the code has changed since the last demo; its results go to $old"
+    echo "the code has changed since the last demo; its results are moved to $old"
     mkdir -p "$old"
     for folder in "$DONE" "$RUN" "$LISA"; do
         [ ! -e "$folder" ] || mv "$folder" "$old/"
     done
 fi
 if [ ! -d "$DONE" ] && { [ -e "$RUN" ] || [ -e "$LISA" ]; }; then
-    fail "$RUN or $LISA is there already, and this script did not write it; move it away and run this again"
+    fail "$RUN or $LISA exists and was not written by this script; move it away and run this again"
 fi
 mkdir -p "$DONE"
 echo "$fingerprint" >"$DONE/fingerprint"
 
 number=0
-# step TITLE COMMAND...: runs a step once; its time is kept for the sum at the end
+# step TITLE COMMAND...: runs a step once, and saves its time for the total at the end
 step() {
     number=$((number + 1))
     local title=$1 stamp="$DONE/$number.seconds" start=$SECONDS
@@ -44,7 +44,7 @@ step() {
         return
     fi
     printf '\n[%d/%d] %s\n      %s\n' "$number" "$TOTAL" "$title" "$*"
-    "$@" || fail "step $number failed (messages above). When it is mended, the same command goes on from here."
+    "$@" || fail "step $number failed (messages above). After fixing it, run the same command to resume here."
     echo $((SECONDS - start)) >"$stamp"
 }
 
@@ -53,25 +53,25 @@ evaluate() { # evaluate MODEL BENCHMARKS OUTPUT [MORE...]
         --batch_size 16 --workers 1 "${@:4}"
 }
 
-step "drawing scenes in the layouts of ReasonSeg, RefCOCO, gRefCOCO and LLaVA-Instruct" \
+step "generating scenes in the layouts of ReasonSeg, RefCOCO, gRefCOCO and LLaVA-Instruct" \
     python scripts/make_demo_data.py --out "$DATA" --seed 0
 step "the model before fine-tuning" \
     python scripts/merge_lora.py --config configs/tiny.yaml --output "$RUN/untrained"
 step "training UGround (LoRA, SAM's decoder, policy) with DeepSpeed" \
     deepspeed --num_gpus 1 train_ds.py --config configs/tiny.yaml --auto_resume true
-step "training LISA's way: last layer, [SEG] prompt alone; same data, steps and seed" \
+step "training the LISA-style baseline: last layer, [SEG] prompt only; same data, steps and seed" \
     deepspeed --num_gpus 1 train_ds.py --config configs/tiny_lisa.yaml --auto_resume true
 step "merging LoRA into UGround" \
     python scripts/merge_lora.py --checkpoint "$RUN" --output "$RUN/merged"
-step "merging LoRA into LISA's way" \
+step "merging LoRA into the LISA-style baseline" \
     python scripts/merge_lora.py --checkpoint "$LISA" --output "$LISA/merged"
 step "evaluating the model before fine-tuning, layers sampled from its policy, which is still uniform" \
     evaluate "$RUN/untrained" "$SHARED" "$RUN/untrained-eval" --layer_policy sample
-step "evaluating the model before fine-tuning, reading the layer that its pre-training taught, the last" \
+step "evaluating the model before fine-tuning, with the layer of its pre-training, the last" \
     evaluate "$RUN/untrained" "$SHARED" "$RUN/untrained-last-eval" --layer_policy last
-step "evaluating LISA's way" \
+step "evaluating the LISA-style baseline" \
     evaluate "$LISA/merged" "$SHARED" "$LISA/eval"
-step "evaluating UGround, with the prompts shuffled, too" \
+step "evaluating UGround, also with shuffled prompts" \
     evaluate "$RUN/merged" "$SHARED||ReasonSeg|heldout||refcoco|unc|val" "$RUN/eval" \
     --control shuffled_prompts --save_overlays 12
 
@@ -83,11 +83,11 @@ python chat.py --version "$RUN/merged" --image "$photo" --prompt "Which shape is
 
 printf '\n'
 python scripts/compare.py untrained="$RUN/untrained-eval" "untrained, last=$RUN/untrained-last-eval" \
-    "LISA's way=$LISA/eval" UGround="$RUN/eval" | tee "$RUN/table.txt"
+    "LISA-style=$LISA/eval" UGround="$RUN/eval" | tee "$RUN/table.txt"
 cat <<END
 
 Untrained: before fine-tuning, with layers sampled from the policy as it starts, or always the last.
-Prompts shuffled, "all objects" and "random object": what a model scores that does not read the text.
+Prompts shuffled, "all objects" and "random object": scores of answers that ignore the text.
 Time: $(($(cat "$DONE"/*.seconds | paste -sd+))) s for all steps.
 Pictures: $RUN/overlays.png (from the worst to the best), $RUN/answers/
 Curves:   tensorboard --logdir runs

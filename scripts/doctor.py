@@ -1,14 +1,14 @@
-"""Checks an installation, weights and data, and says what is wrong and how to mend it:
+"""Checks an installation, weights and data, and reports what is wrong and how to fix it:
 
     python scripts/doctor.py                                                  the installation
-    python scripts/doctor.py --config configs/tiny.yaml [--any_setting value]   and all that training with it needs
+    python scripts/doctor.py --config configs/tiny.yaml [--any_setting value]   and everything that training needs
     python scripts/doctor.py --version runs/tiny/merged                       and a finished model
-    python scripts/doctor.py --memory [--config FILE] [--gpus 8] [--offload]  what training takes, from arithmetic alone
+    python scripts/doctor.py --memory [--config FILE] [--gpus 8] [--offload]  expected memory of training, computed only
 
-One line per finding: ok, skipped, warning, or problem -> way out. A check that fails hides no other. With --config
+One line per finding: ok, skipped, warning, or problem -> fix. A failing check does not stop the others. With --config
 (settings as for train_ds.py): files, weights, tokens, memory and disk, data sets, a forward and a backward pass, a
-gradient for every part that trains, and 8 samples that must be learned by heart. Exit code: 0 = no problem, 1 = some,
-2 = wrong flags.
+gradient for every trainable part, and whether training can overfit 8 samples. Exit code: 0 = no problem, 1 = problems,
+2 = invalid flags.
 """
 
 from __future__ import annotations
@@ -29,33 +29,45 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-# Only the standard library here: libraries that are missing or broken are what this is for.
+# Only the standard library at import: missing or broken libraries are what this program reports.
 from utils.diagnostics.findings import Finding, Page, ok, problem, skipped, warning  # noqa: E402
 from utils.diagnostics.process_memory import read_proc  # noqa: E402
 
 INSTALL = "pip install -r requirements.txt (or bash scripts/setup.sh)"
 IMPORTS = ("torch", "torchvision", "transformers", "peft", "deepspeed", "segment_anything", "cv2", "pycocotools.mask")
-SHARED_MEMORY = 1e9  # bytes that a few data workers need for their batches
+SHARED_MEMORY = 1e9  # bytes that a few data workers need to pass batches on
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--config", metavar="FILE", help="YAML file of train_ds.py; every setting of it can be given as a flag, too")
-    add("--version", metavar="DIR", help="a merged model to check; of another folder, the setting of train_ds.py")
-    add("--vision_tower", metavar="DIR", help="CLIP, for --version of a released checkpoint; else the setting")
+    add("--config", metavar="FILE", help="YAML file of train_ds.py; all its settings can be given as flags, too")
+    add(
+        "--version",
+        metavar="DIR",
+        help="a merged model to check; with --config and a base model, the setting of train_ds.py",
+    )
+    add(
+        "--vision_tower",
+        metavar="DIR",
+        help="CLIP for a published checkpoint; with --config, the setting of train_ds.py",
+    )
     add(
         "--overfit",
         choices=("auto", "on", "off"),
         default="auto",
-        help="learn 8 samples by heart (auto: if it is cheap)",
+        help="train until 8 samples are overfit (auto: only if that is cheap)",
     )
     add("--memory", action="store_true", help="only print the expected memory per GPU")
     add("--gpus", type=int, default=0, metavar="N", help="with --memory: GPUs that share the optimizer (default: 1, 8)")
-    add("--offload", action="store_true", help="with --memory: the optimizer lives in the host's memory")
-    add("--measure", action="store_true", help="with --memory: train a random model of medium size, and compare")
+    add("--offload", action="store_true", help="with --memory: offload the optimizer to the host's memory")
+    add(
+        "--measure",
+        action="store_true",
+        help="with --memory: train a random medium-size model, and compare the measured memory",
+    )
     args, settings = parser.parse_known_args(arguments)
-    merged = args.version if args.version and (not args.config or is_finished(args.version)) else None
+    merged = args.version if args.version and (not args.config or is_merged(args.version)) else None
     if args.config:
         settings = ["--config", args.config, *settings]
         settings += ["--version", args.version] if args.version and not merged else []
@@ -68,7 +80,7 @@ def main(arguments: list[str] | None = None) -> int:
     page.heading("Installation")
     works = check_installation(page)
     if not works:
-        page.add(skipped("everything else", "mend the installation first"))
+        page.add(skipped("everything else", "fix the installation first"))
     else:
         if args.config:
             check_configuration(page, settings, args.overfit)
@@ -83,8 +95,8 @@ def main(arguments: list[str] | None = None) -> int:
     return 1 if page.count("problem") else 0
 
 
-def is_finished(folder: str) -> bool:
-    """Whether a folder is a merged model, not a base to train."""
+def is_merged(folder: str) -> bool:
+    """Whether a folder is a merged model (and not a base model to train)."""
     try:
         return json.loads((Path(folder) / "config.json").read_text()).get("model_type") == "uground"
     except (OSError, ValueError, AttributeError):
@@ -95,7 +107,7 @@ def is_finished(folder: str) -> bool:
 
 
 def check_installation(page: Page) -> bool:
-    """Whether the rest can be looked at at all."""
+    """Checks Python, packages and devices; returns whether the other checks can run."""
     if not page.run(check_python):
         return False
     page.run(check_packages)
@@ -111,14 +123,14 @@ def check_python() -> Iterator[Finding]:
     low = tuple(map(int, wanted.groups())) if wanted else (0, 0)
     text = f"Python {platform.python_version()} on {platform.platform()}"
     if sys.version_info[:2] < low:
-        yield problem(text, f"Python {low[0]}.{low[1]} or newer is needed; make a new environment (scripts/setup.sh)")
+        yield problem(text, f"Python {low[0]}.{low[1]} or newer is needed; create a new environment (scripts/setup.sh)")
     else:
         yield ok(text)
 
 
 def check_packages() -> Iterator[Finding]:
-    """Versions against the ranges of pyproject.toml."""
-    import tomllib  # not in Python 3.10, which the check before this one refuses
+    """Compares installed versions with the ranges of pyproject.toml."""
+    import tomllib  # not in Python 3.10, which the previous check rejects
 
     from packaging.requirements import Requirement
 
@@ -134,38 +146,40 @@ def check_packages() -> Iterator[Finding]:
         if not wanted.specifier.contains(found[wanted.name], prereleases=True):
             yield problem(f"{wanted.name} is {found[wanted.name]}, {text} is needed", f"pip install '{text}'")
     shown = ", ".join(f"{name} {found[name]}" for name in ("torch", "transformers", "deepspeed") if name in found)
-    yield ok(f"{len(found)} of {len(project['dependencies'])} packages are there ({shown})")
+    yield ok(f"{len(found)} of {len(project['dependencies'])} packages are installed ({shown})")
 
 
 def check_imports() -> Iterator[Finding]:
-    """Whether the libraries load: a torchvision of another torch, or a system library that is missing, show here."""
+    """Imports the libraries: this reveals a torchvision built for another torch, or missing system libraries."""
     for name in IMPORTS:
         try:
             module = importlib.import_module(name)
             if name == "torch" and not module.cuda.is_available():
-                os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it had to find out
-        except Exception as error:  # anything can come out of a broken library
+                os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it detects the device itself
+        except Exception as error:  # a broken library can raise anything
             reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-            way_out = "torch and torchvision must be of one release; " if name.startswith("torch") else ""
-            yield problem(f"import {name} fails: {reason}", f"{way_out}{INSTALL}")
+            fix = "torch and torchvision must be of one release; " if name.startswith("torch") else ""
+            yield problem(f"import {name} fails: {reason}", f"{fix}{INSTALL}")
     yield ok(f"imported {', '.join(IMPORTS)}")
 
 
 def check_devices() -> Iterator[Finding]:
-    """GPUs that torch can use, and those that are there but it cannot."""
+    """GPUs, and whether torch can use them."""
     import torch
 
     driver = Path("/proc/driver/nvidia/version")
-    there = driver.exists() or Path("/dev/nvidia0").exists() or shutil.which("nvidia-smi")
+    has_gpu = driver.exists() or Path("/dev/nvidia0").exists() or shutil.which("nvidia-smi")
     build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU"
     if not torch.cuda.is_available():
-        if there:
+        if has_gpu:
             number = re.search(r"\d+\.\d+(\.\d+)?", driver.read_text()) if driver.exists() else None
-            text = f"an NVIDIA GPU is there (driver {number.group() if number else 'unknown'}), but torch cannot use it"
-            way_out = f"this torch is a {build} build: update the driver, or install a torch that fits it (pytorch.org)"
-            yield problem(text, way_out)
+            text = (
+                f"an NVIDIA GPU is present (driver {number.group() if number else 'unknown'}), but torch cannot use it"
+            )
+            fix = f"this torch is a {build} build: update the driver, or install a matching torch (pytorch.org)"
+            yield problem(text, fix)
         else:
-            yield ok(f"no GPU; the CPU trains and answers (torch {torch.__version__}, {build} build)")
+            yield ok(f"no GPU; training and inference run on the CPU (torch {torch.__version__}, {build} build)")
         return
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
@@ -180,22 +194,22 @@ def check_devices() -> Iterator[Finding]:
         if value != 64**3:
             yield problem(f"{text} multiplies wrongly ({value} instead of {64**3})", "a damaged driver or GPU")
         elif not torch.cuda.is_bf16_supported(including_emulation=False):
-            yield warning(f"{text}: no bf16 in hardware", "train and answer with --precision fp32")
+            yield warning(f"{text}: no bf16 in hardware", "use --precision fp32")
         else:
             yield ok(f"{text}, bf16")
 
 
 def check_system() -> Iterator[Finding]:
-    """Cores, memory, and shared memory, in which data workers hand their batches over."""
+    """Cores, memory, and the shared memory through which data workers pass batches."""
     yield ok(f"{os.cpu_count()} cores, {available_memory() / 1e9:.1f} GB of memory free")
     shared = Path("/dev/shm")
     if shared.is_dir() and (free := shutil.disk_usage(shared).free) < SHARED_MEMORY:
-        text = f"/dev/shm has {free / 1e6:.0f} MB: data workers die when it is full"
+        text = f"/dev/shm has {free / 1e6:.0f} MB: data workers crash when it is full"
         yield warning(text, "start the container with --shm-size 8g, or train with --workers 0")
 
 
 def available_memory() -> float:
-    """Bytes that can be taken without swapping."""
+    """Bytes that can be allocated without swapping."""
     return float(read_proc("meminfo").get("MemAvailable") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
 
@@ -203,7 +217,7 @@ def available_memory() -> float:
 
 
 def print_memory(args: argparse.Namespace, settings: list[str]) -> int:
-    """Tables of the expected memory; of the configuration, or of the paper's 7B and 13B."""
+    """Prints tables of the expected memory for the configuration, or for the paper's 7B and 13B."""
     from utils.config import load_config
     from utils.diagnostics import memory_model
 
@@ -228,7 +242,7 @@ def print_memory(args: argparse.Namespace, settings: list[str]) -> int:
 
 
 def check_configuration(page: Page, settings: list[str], overfit: str) -> None:
-    """All that training with these settings needs."""
+    """Checks everything that training with these settings needs."""
     import torch
 
     from model.lora import base_of
@@ -245,16 +259,17 @@ def check_configuration(page: Page, settings: list[str], overfit: str) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     paths = page.run(checks.check_paths, config)
     fits = paths and page.run(checks.check_deepspeed, config)
-    found = page.attempt(plan_of, config) if fits else None
-    if found:
-        page.run(checks.check_disk, config, found[0].trainable)
-        room = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
-        fits = page.run(checks.check_memory, found[0], device.type, room)
+    planned = page.attempt(plan_of, config) if fits else None
+    if planned:
+        plan, _ = planned
+        page.run(checks.check_disk, config, plan.trainable)
+        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
+        fits = page.run(checks.check_memory, plan, device.type, free)
 
     page.heading("Weights")
-    built = page.attempt(build_model, config) if found and fits else None
+    built = page.attempt(build_model, config) if planned and fits else None
     if built is None:
-        page.add(skipped("weights, tokens", "they are looked at once the problems above are mended"))
+        page.add(skipped("weights, tokens", "fix the problems above first"))
     else:
         page.run(checks.describe_weights, built[2])
         page.run(checks.check_tokens, base_of(built[0]), built[1])
@@ -270,14 +285,16 @@ def check_configuration(page: Page, settings: list[str], overfit: str) -> None:
     page.heading("Learning")
     batches = page.attempt(checks.collate, config, built[1], mixture, device) if built and mixture else None
     if built is None or batches is None:
-        page.add(skipped("forward and backward pass, learning by heart", "they need the weights and the data"))
+        page.add(skipped("forward and backward pass, overfitting", "they need the weights and the data"))
         return
     model = built[0].to(device)
     if page.run(checks.check_gradients, model, batches[0]):
         if overfit == "on" or (overfit == "auto" and checks.is_cheap(model, device)):
             page.run(checks.check_overfit, model, config, batches)
         else:
-            page.add(skipped("learning 8 samples by heart", f"give --overfit on; {checks.STEPS} steps at most"))
+            page.add(
+                skipped(f"overfitting {checks.SAMPLES} samples", f"give --overfit on; {checks.STEPS} steps at most")
+            )
 
 
 if __name__ == "__main__":

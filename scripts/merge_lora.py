@@ -1,11 +1,11 @@
-"""Turns a training run into a model folder: DeepSpeed's checkpoint, merged into its base, checked, in safetensors.
+"""Exports a training run as a model folder: the checkpoint merged into its base, checked, in safetensors.
 
     python scripts/merge_lora.py --checkpoint runs/tiny --output runs/tiny/merged
-    python scripts/merge_lora.py --config configs/tiny.yaml --output runs/tiny/untrained    # to compare with
-    python scripts/merge_lora.py --checkpoint runs/tiny --adapter_only --output runs/tiny/adapter    # without its base
+    python scripts/merge_lora.py --config configs/tiny.yaml --output runs/tiny/untrained    # before training
+    python scripts/merge_lora.py --checkpoint runs/tiny --adapter_only --output runs/tiny/adapter    # without base
 
-The folder loads with ``UGroundForCausalLM.from_pretrained`` and in test.py and chat.py (``--version``); an adapter in
-the latter two, on top of its base. A model card (README.md) is in it: ``hf upload NAME FOLDER`` shares it.
+The folder loads with ``UGroundForCausalLM.from_pretrained`` and in test.py and chat.py (``--version``); an adapter
+only in the latter two, on top of its base. It contains a model card (README.md): ``hf upload NAME FOLDER`` shares it.
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ from utils.training.engine import build_model
 from utils.training.model_card import model_card
 
 MOVABLE = ("version", "vision_tower", "vision_pretrained")
-TOLERANCE = 1e-4  # of the largest value; float32 noise of a merge is about 1e-6
+TOLERANCE = 1e-4  # relative to the largest value; rounding errors of a merge are about 1e-6
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
     try:
         check_output(args.output)
-        model, processor, config, meta = start_of_run(args) if args.config else end_of_run(args)
+        model, processor, config, meta = initial_state(args) if args.config else trained_state(args)
         if args.adapter_only:
             save = partial(adapter.save, model, dtype=PRECISIONS[config.model.precision])
         else:
@@ -72,29 +72,32 @@ def main(argv: list[str] | None = None) -> int:
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description="Merges what a run trained into its base weights and writes a folder for from_pretrained, test.py "
-        "and chat.py. Merged and unmerged model must agree on a sample, or nothing is written.",
-        epilog="The base weights are looked for where the run found them; the last three flags say where they are now.",
+        description="Merges the trained parts of a run into its base weights and writes a folder for from_pretrained, "
+        "test.py and chat.py. Nothing is written unless the merged and the unmerged model agree on a sample.",
+        epilog="By default, base weights are loaded from the paths of the run; the last three flags override them.",
     )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--checkpoint", type=Path, metavar="DIR", help="a run's folder, or a checkpoint's")
-    source.add_argument(
-        "--config", type=Path, metavar="FILE", help="a YAML of train_ds.py: the model as its training would find it"
-    )
+    source.add_argument("--config", type=Path, metavar="FILE", help="a YAML of train_ds.py: the model before training")
     parser.add_argument(
         "--output", type=Path, required=True, metavar="DIR", help="folder to write; an earlier result is replaced"
     )
     parser.add_argument(
-        "--which", choices=("best", "latest"), help="of a run (default: best, or latest without validation)"
+        "--which",
+        choices=("best", "latest"),
+        help="which checkpoint of a run (default: best, or latest without validation)",
     )
     parser.add_argument(
         "--adapter_only",
         action="store_true",
         help="write LoRA and the parts that trained in full, without the base: hundreds of megabytes instead of 15 GB",
     )
-    parser.add_argument("--name", help="of the model in its card (default: the run's exp_name)")
+    parser.add_argument("--name", help="name of the model in its card (default: the run's exp_name)")
     parser.add_argument(
-        "--license", default="other", metavar="ID", help="of the weights, as the hub names it (default: other)"
+        "--license",
+        default="other",
+        metavar="ID",
+        help="license of the weights, as an identifier of the Hub (default: other)",
     )
     parser.add_argument("--version", metavar="DIR", help="base LLaVA-1.5 folder, if it has moved")
     parser.add_argument("--vision_tower", metavar="DIR", help="CLIP folder, if it has moved")
@@ -102,8 +105,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def start_of_run(args: argparse.Namespace) -> tuple[nn.Module, UGroundProcessor, Config, dict[str, Any]]:
-    """What a configuration starts from: base weights, and the parts that training would draw with its seed."""
+def initial_state(args: argparse.Namespace) -> tuple[nn.Module, UGroundProcessor, Config, dict[str, Any]]:
+    """The state before training: base weights, and the new parts as the seed initializes them."""
     paths = {f"--{name}": getattr(args, name) for name in MOVABLE}
     flags = [part for flag, value in paths.items() if value for part in (flag, value)]
     config = load_config(["--config", str(args.config), *flags])
@@ -112,9 +115,9 @@ def start_of_run(args: argparse.Namespace) -> tuple[nn.Module, UGroundProcessor,
     return model.float().eval(), processor, config, meta | {"step": 0, "metrics": {}, "checkpoint": ""}
 
 
-def end_of_run(args: argparse.Namespace) -> tuple[nn.Module, UGroundProcessor, Config, dict[str, Any]]:
-    """What a run has trained, with its LoRA still in it."""
-    checkpoint = choose(args.checkpoint, args.which)
+def trained_state(args: argparse.Namespace) -> tuple[nn.Module, UGroundProcessor, Config, dict[str, Any]]:
+    """The trained state of a run, with LoRA not yet merged."""
+    checkpoint = choose_checkpoint(args.checkpoint, args.which)
     meta = checkpoints.read_meta(checkpoint)
     print(f"{checkpoint}: step {meta['step']}, {metrics_text(meta['metrics'])}")
     config = config_of(meta, args)
@@ -122,8 +125,8 @@ def end_of_run(args: argparse.Namespace) -> tuple[nn.Module, UGroundProcessor, C
     return model, processor, config, meta | {"checkpoint": str(checkpoint)}
 
 
-def choose(path: Path, which: str | None) -> Path:
-    """The checkpoint that is meant: best where a run knows one, else latest."""
+def choose_checkpoint(path: Path, which: str | None) -> Path:
+    """The requested checkpoint; by default the best, or the latest if the run has no best."""
     return checkpoints.find_checkpoint(path, which or ("best" if "best" in checkpoints.read_index(path) else "latest"))
 
 
@@ -133,7 +136,7 @@ def metrics_text(metrics: dict[str, dict[str, float]]) -> str:
 
 
 def check_output(output: Path) -> None:
-    """A folder that is no earlier result is left alone."""
+    """Raises a ValueError if the folder exists and was not written by this script."""
     if output.exists() and not (output / META).is_file() and not (output.is_dir() and not any(output.iterdir())):
         raise ValueError(
             f"--output {output} exists and was not written by this script; give another folder, or remove it"
@@ -141,7 +144,7 @@ def check_output(output: Path) -> None:
 
 
 def config_of(meta: dict[str, Any], args: argparse.Namespace) -> Config:
-    """The run's configuration, with base weights that have moved."""
+    """The run's configuration, with the new paths of base weights that have moved."""
     moved = {name: getattr(args, name) for name in MOVABLE}
     sections = meta["config"]
     sections["model"] |= {name: value for name, value in moved.items() if value}
@@ -149,31 +152,31 @@ def config_of(meta: dict[str, Any], args: argparse.Namespace) -> Config:
 
 
 def load_trained(checkpoint: Path, meta: dict[str, Any], config: Config) -> tuple[nn.Module, UGroundProcessor]:
-    """Base with LoRA as in training, in float32, holding what was trained.
+    """Base with LoRA as in training, in float32, with the trained weights loaded.
 
     Raises:
-        CheckpointError: if base weights, tokens or names are not those of the run.
+        CheckpointError: if base weights, tokens or trainable parameters differ from the run's.
     """
     model, processor, loaded = build_model(config)
-    for what, now, before in (
+    for part, now, before in (
         ("the base weights", base_fingerprints(loaded), meta["base"]),
         ("the special tokens", vars(processor.tokens), meta["tokens"]),
-        ("what trains", checkpoints.trained_shapes(model), meta["trained"]),
+        ("the trainable parameters", checkpoints.trained_shapes(model), meta["trained"]),
     ):
         if now != before:
             names = sorted(name for name in now.keys() | before.keys() if now.get(name) != before.get(name))
             raise CheckpointError(
-                f"{what} are not those that {checkpoint} was trained with: {', '.join(names[:5])} differ"
+                f"{part} are not those that {checkpoint} was trained with: {', '.join(names[:5])} differ"
             )
     model.float().load_state_dict(checkpoints.trained_weights(checkpoint), strict=False)  # its names were checked
     return model.eval(), processor
 
 
 def merge(model: nn.Module, processor: UGroundProcessor) -> tuple[UGroundForCausalLM, float]:
-    """The model without adapters, and the largest difference to the one with them, relative to the largest value.
+    """The merged model, and its largest difference to the unmerged one, relative to the largest value.
 
     Raises:
-        ValueError: if logits, masks, maps or policy differ by more than float32 noise.
+        ValueError: if logits, masks, maps or policy differ by more than ``TOLERANCE``.
     """
     before = probe(base_of(model), processor)
     merged: Any = model.merge_and_unload(safe_merge=True) if isinstance(model, PeftModel) else model
@@ -183,7 +186,7 @@ def merge(model: nn.Module, processor: UGroundProcessor) -> tuple[UGroundForCaus
         for name, value in before.items()
     }
     worst = max(differences.values())
-    if not worst <= TOLERANCE:  # also when it is not a number
+    if not worst <= TOLERANCE:  # NaN fails, too
         shown = ", ".join(f"{name} {value:.1e}" for name, value in differences.items())
         raise ValueError(f"merged and unmerged model disagree, nothing is written: {shown} (allowed {TOLERANCE})")
     return merged, worst
@@ -191,9 +194,9 @@ def merge(model: nn.Module, processor: UGroundProcessor) -> tuple[UGroundForCaus
 
 @torch.inference_mode()
 def probe(model: UGroundForCausalLM, processor: UGroundProcessor) -> dict[str, torch.Tensor]:
-    """Text logits, mask logits, maps and policy for a drawn image and a given answer with two [SEG].
+    """Text logits, mask logits, maps and policy for a synthetic image and a teacher-forced answer with two [SEG].
 
-    The layer is fixed: two layers that are equally likely must not decide whether models agree.
+    The layer is fixed: otherwise rounding could choose between two equally likely layers.
     """
     rows, columns = np.mgrid[0:48, 0:64]
     image = np.stack([4 * columns, 5 * rows, 255 * ((rows - 24) ** 2 + (columns - 20) ** 2 < 150)], 2).astype(np.uint8)
@@ -205,16 +208,18 @@ def probe(model: UGroundForCausalLM, processor: UGroundProcessor) -> dict[str, t
 
 
 def save_merged(model: PreTrainedModel, folder: Path) -> None:
-    """Writes the model and reads it back.
+    """Writes the model, reads it back and compares.
 
     Raises:
-        ValueError: if the files do not hold the model.
+        ValueError: if the files do not hold the model's tensors.
     """
     model.save_pretrained(folder)
-    saved, own = read_folder(folder), model.state_dict()
-    for key in model.all_tied_weights_keys:  # a second name of what is written once
-        del own[key]
-    wrong = [name for name in own.keys() | saved.keys() if name not in saved or not torch.equal(saved[name], own[name])]
+    saved, state = read_folder(folder), model.state_dict()
+    for key in model.all_tied_weights_keys:  # second names of tensors that are written once
+        del state[key]
+    wrong = [
+        name for name in state.keys() | saved.keys() if name not in saved or not torch.equal(saved[name], state[name])
+    ]
     if wrong:
         raise ValueError(f"{folder} does not hold what was written: {', '.join(sorted(wrong)[:5])}")
 
@@ -222,10 +227,10 @@ def save_merged(model: PreTrainedModel, folder: Path) -> None:
 def write_folder(
     save: Callable[[Path], None], processor: UGroundProcessor, output: Path, meta: dict[str, Any], card: str
 ) -> None:
-    """Writes weights, processor, ``uground_run.json`` and README.md beside ``output``, then puts all in place."""
+    """Writes weights, processor, ``uground_run.json`` and README.md to a temporary folder, then renames it."""
     unfinished, old = output.with_name(f".{output.name}.partial"), output.with_name(f".{output.name}.old")
-    for left_over in (unfinished, old):
-        shutil.rmtree(left_over, ignore_errors=True)
+    for leftover in (unfinished, old):
+        shutil.rmtree(leftover, ignore_errors=True)
     unfinished.mkdir(parents=True)
     try:
         save(unfinished)

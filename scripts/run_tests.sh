@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Runs all tests, and the style checks. Sets everything up by itself. Needs no GPU, and no network after set-up.
-# Tests of the dashboard in a browser run where Chromium is installed (Debian: apt-get install chromium), else they skip.
+# Runs all tests, and the style checks. Sets up the environment first. Needs no GPU, and no network after set-up.
+# Tests of the dashboard in a browser run if Chromium is installed (Debian: apt-get install chromium), else they are skipped.
 #
 #     bash scripts/run_tests.sh                       # everything
 #     bash scripts/run_tests.sh -m "not slow" -k ppm  # arguments go to pytest

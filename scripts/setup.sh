@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Makes the virtual environment .venv with the pinned packages of requirements.txt (about 6 GB, minutes the first time).
-# Sourced by demo.sh and run_tests.sh; does nothing when the environment is up to date, goes on where it was interrupted.
+# Creates the virtual environment .venv with the pinned packages of requirements.txt (about 6 GB, minutes the first time).
+# Sourced by demo.sh and run_tests.sh; does nothing if the environment is up to date; resumes after an interruption.
 #
 #     bash scripts/setup.sh            # then: source .venv/bin/activate
 #     PYTHON=python3.12 bash scripts/setup.sh
@@ -31,12 +31,12 @@ set_up() {
     fi
     if [ ! -x .venv/bin/python ] || ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
         python=$(find_python)
-        echo "making .venv with $("$python" --version)"
-        "$python" -m venv .venv || fail "$python cannot make virtual environments; on Debian: apt install python3-venv"
+        echo "creating .venv with $("$python" --version)"
+        "$python" -m venv .venv || fail "$python cannot create virtual environments; on Debian: apt install python3-venv"
     fi
     echo "installing requirements.txt into .venv: about 3 GB to download, once"
     .venv/bin/python -m pip install --progress-bar on -r requirements.txt ||
-        fail "the packages could not be installed (messages above). Run the same command again to go on. What is needed:" \
+        fail "the packages could not be installed (messages above). Run the same command again to resume. Required:" \
             "access to PyPI, 7 GB of disk, and, where a package has no wheel for this machine, a C++ compiler" \
             "(${CXX:-g++}: $(command -v "${CXX:-g++}" || echo 'not found; on Debian: apt install g++'))"
     cp requirements.txt "$stamp"

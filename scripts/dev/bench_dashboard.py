@@ -1,9 +1,9 @@
-"""Measures the dashboard as its visitors meet it: app.py in a process of its own, asked over HTTP.
+"""Measures the dashboard from its visitors' side: app.py in a separate process, accessed over HTTP.
 
     python scripts/dev/bench_dashboard.py                 # the model that app.py shows by default
     python scripts/dev/bench_dashboard.py --version DIR --requests 50
 
-Prints one line per measurement; docs/dashboard.md has them, with what they should be.
+Prints one line per measurement; docs/dashboard.md lists them, with their targets.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ MB = 2**20
 
 
 class Visitor:
-    """A client with a session: what it asks after its first question is a follow-up on the same image."""
+    """A client with a session: its later questions are follow-ups on the same image."""
 
     def __init__(self, address: str, name: str) -> None:
         self.address, self.name = address, name
@@ -52,7 +52,7 @@ class Visitor:
         return {"path": path, "meta": {"_type": "gradio.FileData"}}
 
     def ask(self, image: dict | None, prompt: str) -> float:
-        """Seconds from the question to its whole answer."""
+        """Seconds from the question to its complete answer."""
         start = time.perf_counter()
         data = [image, prompt, "", "rle", 64]
         self.http.post(
@@ -70,14 +70,16 @@ class Visitor:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--version", metavar="DIR", help="as for app.py")
-    parser.add_argument("--requests", type=int, default=200, metavar="N", help="over which memory is watched")
+    parser.add_argument(
+        "--requests", type=int, default=200, metavar="N", help="new images over which the growth of memory is measured"
+    )
     args = parser.parse_args(argv)
     command = [sys.executable, "-u", str(ROOT / "app.py"), *(["--version", args.version] if args.version else [])]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as server:
         try:
             assert server.stdout is not None
-            found = (re.search(r"http://[\d.:]+", line) for line in server.stdout)
-            address = next(match[0] for match in found if match)
+            matches = (re.search(r"http://[\d.:]+", line) for line in server.stdout)
+            address = next(match[0] for match in matches if match)
             print(f"model: {httpx.get(f'{address}/health').json()['model']}")
             measure_dashboard(address, server.pid, args.requests)
         finally:
@@ -92,8 +94,8 @@ def measure_dashboard(address: str, process: int, requests: int) -> None:
         image = visitor.upload(seed)
         first.append(visitor.ask(image, PROMPTS[0]))
         later += [visitor.ask(None, prompt) for prompt in PROMPTS[1:]]
-    for what, times in (("first answer on a new image", first), ("follow-up", later)):
-        print(f"{what}: median {statistics.median(times):.2f} s, slowest {max(times):.2f} s ({len(times)} questions)")
+    for name, times in (("first answer on a new image", first), ("follow-up", later)):
+        print(f"{name}: median {statistics.median(times):.2f} s, slowest {max(times):.2f} s ({len(times)} questions)")
 
     visitors = [Visitor(address, f"crowd{n}") for n in range(AT_ONCE)]
     images = [visitor.upload(100 + n) for n, visitor in enumerate(visitors)]
@@ -105,7 +107,7 @@ def measure_dashboard(address: str, process: int, requests: int) -> None:
 
     before = resident(process) / MB
     for number in range(requests):
-        visitor = visitors[number % AT_ONCE]  # more visitors than are kept: images are encoded and let go
+        visitor = visitors[number % AT_ONCE]  # more visitors than stay encoded: images are encoded and dropped
         visitor.ask(visitor.upload(1000 + number), PROMPTS[number % len(PROMPTS)])
     after = resident(process) / MB
     growth = (after - before) / before

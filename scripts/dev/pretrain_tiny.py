@@ -1,6 +1,6 @@
 """Pre-trains the tiny family in assets/tiny: stand-ins for LLaVA-1.5 and SAM on a machine without weights.
 
-Four stages, each a seeded function of its settings. Tokenizer and vision are skipped where their result is found:
+Four stages, each a function of its settings and the seed. Tokenizer and vision are skipped if their result exists:
 
     tokenizer  byte-level BPE over the texts of drawn scenes and the prompt templates
     vision     CLIP and projector: patch features name color, kind, size and texture of the shape they lie on, by dot
@@ -99,7 +99,7 @@ def to_device(data: dict, device: str) -> dict:
 
 
 class VisionHeads(nn.Module):
-    """What the vision stage trains beside CLIP and projector, and throws away: a background word, a center."""
+    """Heads that only the vision stage uses: embeddings of a background word, and a center."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -112,7 +112,7 @@ class VisionHeads(nn.Module):
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """features [B, P, D], words per attribute [n, D] -> loss, accuracy per attribute on covered patches."""
         size = features.pow(2).mean(-1).sqrt()
-        loss = 0.1 * (size - 1).pow(2).mean()  # of any size they would name shapes, but drown in the residual stream
+        loss = 0.1 * (size - 1).pow(2).mean()  # features of another size name shapes, but drown in the residual stream
         features, accuracy = F.normalize(features, dim=-1), {"size_of_features": size.mean()}
         for a, (name, embeddings) in enumerate(words.items()):
             table = torch.cat([embeddings, self.background_embed[a : a + 1]])
@@ -129,7 +129,7 @@ class VisionHeads(nn.Module):
 
 
 class MapLoss(nn.Module):
-    """Dense loss on similarity maps: which patches does a state mean? Its scale and bias are thrown away."""
+    """Dense loss on similarity maps: the patches that a state refers to. Its scale and bias are not saved."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -142,14 +142,14 @@ class MapLoss(nn.Module):
         """states [n, D], patches [n, P, D], coverage and valid [n, P] -> scalar."""
         scores = torch.einsum("nd,npd->np", states, patches) / states.shape[-1] ** 0.5 * self.scale
         scores = scores.masked_fill(~valid, -30.0)
-        found = coverage.sum(1) > 0
+        present = coverage.sum(1) > 0
         bce = F.binary_cross_entropy_with_logits(scores + self.bias, coverage, reduction="none")
         loss = 4 * (bce * valid).sum(1).div(valid.sum(1)).mean()
-        if found.any():
-            share = coverage[found] / coverage[found].sum(1, keepdim=True)
-            loss = loss - (share * scores[found].log_softmax(-1)).sum(1).mean()
-            probability = (scores[found] + self.bias).sigmoid()[:, None]
-            loss = loss + dice(probability, coverage[found][:, None]).mean()
+        if present.any():
+            share = coverage[present] / coverage[present].sum(1, keepdim=True)
+            loss = loss - (share * scores[present].log_softmax(-1)).sum(1).mean()
+            probability = (scores[present] + self.bias).sigmoid()[:, None]
+            loss = loss + dice(probability, coverage[present][:, None]).mean()
         return loss
 
 
@@ -194,17 +194,17 @@ def train_language(model: LlavaLlamaForCausalLM, processor: UGroundProcessor, st
         losses = F.cross_entropy(logits, batch.label_ids, reduction="none")
         text = (losses * batch.label_weights).sum() / batch.label_weights.sum()
         patches = last[:, batch.image_start : batch.image_start + valid.shape[1]]
-        found = map_loss(flat[data["positions"]], patches[data["rows"]], data["coverage"], valid[data["rows"]])
-        optimizer.step(text + found)
-        clock.tick(text + found, text=text, map=found)
+        maps = map_loss(flat[data["positions"]], patches[data["rows"]], data["coverage"], valid[data["rows"]])
+        optimizer.step(text + maps)
+        clock.tick(text + maps, text=text, map=maps)
         if clock.is_time_to_check(steps):
-            clock.say(check_language(model, processor, options))
+            clock.print_check(check_language(model, processor, options))
             save_llava(model, options.output)
 
 
 @torch.no_grad()
 def check_language(model: LlavaLlamaForCausalLM, processor: UGroundProcessor, options) -> str:
-    """On scenes that training never draws: share of maps whose peak lies on the target, by kind; refusals."""
+    """On scenes held out from training: share of maps with their peak on the target, by kind; rejection accuracy."""
     model.eval()
     hits: dict[str, list[float]] = {}
     make = partial(language_check_batch, processor=processor)
@@ -218,8 +218,8 @@ def check_language(model: LlavaLlamaForCausalLM, processor: UGroundProcessor, op
         patches = last[:, batch.image_start : batch.image_start + valid.shape[1]][data["rows"]]
         scores = torch.einsum("nd,npd->np", flat[data["positions"]], patches).masked_fill(~valid[data["rows"]], -1e9)
         peak = data["coverage"].gather(1, scores.argmax(1, keepdim=True))[:, 0] > 0.25
-        said = model.lm_head(flat[data["ends"]]).argmax(-1).tolist()
-        for n, (kind, token) in enumerate(zip(data["kinds"], said)):
+        first_tokens = model.lm_head(flat[data["ends"]]).argmax(-1).tolist()
+        for n, (kind, token) in enumerate(zip(data["kinds"], first_tokens)):
             accepted = token in positive
             if kind == "absent":
                 hits.setdefault("N-acc", []).append(not accepted)
@@ -245,8 +245,8 @@ def train_sam(sam: SegmentAnything, steps: int, options) -> None:
         ones = torch.ones(len(data["points"]), 1, device=device)
         points = encoder(points=(data["points"], ones), boxes=None, masks=None)[0]  # a point and SAM's padding point
         boxes = encoder(points=None, boxes=data["boxes"], masks=None)[0]
-        phantom = encoder.not_a_point_embed.weight.expand_as(points)
-        sparse = torch.where(uses_point[:, None, None], points, torch.where(uses_box[:, None, None], boxes, phantom))
+        padding = encoder.not_a_point_embed.weight.expand_as(points)
+        sparse = torch.where(uses_point[:, None, None], points, torch.where(uses_box[:, None, None], boxes, padding))
         dense = encoder.mask_downscaling(data["maps"])
         none = encoder.no_mask_embed.weight.view(1, -1, 1, 1).expand_as(dense)
         dense = torch.where(uses_map[:, None, None, None], dense, none)
@@ -263,30 +263,30 @@ def train_sam(sam: SegmentAnything, steps: int, options) -> None:
 
 
 class Progress:
-    """Prints means of what it is told, about thirty times a stage."""
+    """Prints the means of its values, about thirty times per stage."""
 
     def __init__(self, stage: str, steps: int) -> None:
         self.stage, self.steps, self.every = stage, steps, max(1, steps // 30)
-        self.start, self.done, self.told = time.time(), 0, 0
+        self.start, self.done, self.printed = time.time(), 0, 0
         self.sums: dict[str, torch.Tensor] = {}
 
-    def tick(self, loss: torch.Tensor, **figures: torch.Tensor) -> None:
+    def tick(self, loss: torch.Tensor, **values: torch.Tensor) -> None:
         self.done += 1
-        for name, value in {"loss": loss, **figures}.items():
+        for name, value in {"loss": loss, **values}.items():
             value = torch.nan_to_num(value.detach())
             self.sums[name] = self.sums[name] + value if name in self.sums else value
         if self.done % self.every == 0 or self.done == self.steps:
-            means = {name: float(value) / (self.done - self.told) for name, value in self.sums.items()}
+            means = {name: float(value) / (self.done - self.printed) for name, value in self.sums.items()}
             seconds = time.time() - self.start
             left = seconds / self.done * (self.steps - self.done)
             text = "  ".join(f"{name} {value:.3f}" for name, value in means.items())
             print(f"{self.stage} {self.done}/{self.steps}  {text}  {seconds:.0f} s, {left:.0f} s left", flush=True)
-            self.told, self.sums = self.done, {}
+            self.printed, self.sums = self.done, {}
 
     def is_time_to_check(self, steps: int) -> bool:
         return self.done % max(1, steps // 10) == 0 or self.done == steps
 
-    def say(self, text: str) -> None:
+    def print_check(self, text: str) -> None:
         print(f"{self.stage} {self.done}/{self.steps}  check: {text}", flush=True)
 
 

@@ -1,10 +1,10 @@
-"""Measures what it does to a model's answers that it sees the earlier questions of a conversation.
+"""Measures the effect of a conversation's history on a model's answers.
 
     python scripts/dev/study_history.py --version runs/tiny/merged --dataset_dir data/demo \
         --val_dataset "grefcoco|unc|val"
 
-Every image's questions are asked twice, one after the other (chat.py --history on) and each by itself. The first ones,
-which have nothing before them, are left out. Prints the benchmark's metrics and their paired differences.
+Every image's questions are asked twice: as one conversation (chat.py --history on) and independently. First questions,
+which have no history, are not scored. Prints the benchmark's metrics and their paired differences.
 """
 
 from __future__ import annotations
@@ -32,19 +32,21 @@ from utils.plotting import text_tables
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
     specs = Spec.parse_list(args.val_dataset)
-    datasets = [get_eval_dataset(spec, args.dataset_dir) for spec in specs]  # a typing error shows before the loading
+    datasets = [
+        get_eval_dataset(spec, args.dataset_dir) for spec in specs
+    ]  # an invalid one fails before the model is loaded
     opened = cli.open_model(args)
     for dataset in datasets:
         benchmark = benchmark_of(dataset.spec)
-        apart: list[Record] = []
-        together: list[Record] = []
-        places = range(min(args.limit, len(dataset)))
-        for place in tqdm(places, desc=str(dataset.spec), unit="image", disable=None):
-            for remember, records in ((False, apart), (True, together)):
-                records += later_answers(opened, place, dataset[place], benchmark, args.questions, remember)
-        if not apart:
-            raise ValueError(f"{dataset.spec} has one question per image: none has an earlier one")
-        print("\n".join(lines(dataset.spec, benchmark, apart, together)))
+        independent: list[Record] = []
+        conversation: list[Record] = []
+        indices = range(min(args.limit, len(dataset)))
+        for index in tqdm(indices, desc=str(dataset.spec), unit="image", disable=None):
+            for remember, records in ((False, independent), (True, conversation)):
+                records += later_answers(opened, index, dataset[index], benchmark, args.questions, remember)
+        if not independent:
+            raise ValueError(f"{dataset.spec} has one question per image, so no question has a history")
+        print("\n".join(lines(dataset.spec, benchmark, independent, conversation)))
     return 0
 
 
@@ -63,27 +65,27 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def later_answers(
-    opened: Opened, place: int, sample: EvalSample, benchmark: Benchmark, most: int, remember: bool
+    opened: Opened, index: int, sample: EvalSample, benchmark: Benchmark, limit: int, remember: bool
 ) -> list[Record]:
     """The scored answers to all but the first of an image's questions."""
     [turns] = turns_of([sample], benchmark, "generate")
     session = ImageSession(opened.model, opened.processor, sample.image)
-    predictions = [session.ask(turn.question, remember=remember) for turn in turns[:most]]
-    queries, turns = sample.queries[:most], turns[:most]
+    predictions = [session.ask(turn.question, remember=remember) for turn in turns[:limit]]
+    queries, turns = sample.queries[:limit], turns[:limit]
     sample.queries = queries
     [answers] = by_query([sample], [turns], [predictions], benchmark, "generate")
-    scored = [score(place, sample, query, answer, benchmark) for query, answer in zip(queries, answers, strict=True)]
+    scored = [score(index, sample, query, answer, benchmark) for query, answer in zip(queries, answers, strict=True)]
     return scored[1:]
 
 
-def lines(spec: Spec, benchmark: Benchmark, apart: list[Record], together: list[Record]) -> list[str]:
-    """A line per metric: by itself, after the others, and the difference with its 95% interval."""
-    alone, after = metrics.compute(apart, benchmark), metrics.compute(together, benchmark)
-    differences = metrics.difference(apart, together, benchmark)
+def lines(spec: Spec, benchmark: Benchmark, independent: list[Record], conversation: list[Record]) -> list[str]:
+    """A table of metrics: independent questions, conversations, and their difference with its 95% interval."""
+    alone, after = metrics.compute(independent, benchmark), metrics.compute(conversation, benchmark)
+    differences = metrics.difference(independent, conversation, benchmark)
     rows = [["metric", "by itself", "after others", "difference"]]
     for name, (change, (low, high)) in differences.items():
         rows.append([name, f"{alone[name]:.3f}", f"{after[name]:.3f}", f"{change:+.3f} [{low:+.3f}, {high:+.3f}]"])
-    return [f"{spec}, {len(apart)} answers", *text_tables.aligned(rows, "lrrl")]
+    return [f"{spec}, {len(independent)} answers", *text_tables.aligned(rows, "lrrl")]
 
 
 if __name__ == "__main__":

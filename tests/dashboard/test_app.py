@@ -1,4 +1,4 @@
-"""The dashboard's server: its API, its limits, many clients at once, and what must not be reached through it."""
+"""The dashboard's server: its API, its limits, many clients at once, and what must not be accessible."""
 
 import base64
 import io
@@ -28,7 +28,7 @@ QUEUE = 24
 
 
 class Served:
-    """A page that is being served, and requests to it as a program makes them that knows nothing of gradio."""
+    """A page that is being served, and requests as of a program that does not know gradio."""
 
     def __init__(self, dashboard, address, folder):
         self.dashboard, self.folder = dashboard, folder
@@ -130,7 +130,7 @@ def test_the_api_says_why(served, tmp_path):
         ([True, "the red star", "last", "rle", 10**6], "not between"),
     ],
 )
-def test_wrong_requests_are_told_why(served, tmp_path, data, message):
+def test_invalid_requests_are_explained(served, tmp_path, data, message):
     image = gradio_client.handle_file(upload(tmp_path)) if data[0] else None
     with pytest.raises(Exception, match=message):
         served.client().predict(image, *data[1:], api_name="/ask")
@@ -165,11 +165,11 @@ def refusal(served, image):
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-def test_bad_uploads_are_refused_with_words(served, tmp_path):
+def test_bad_uploads_are_rejected_with_a_message(served, tmp_path):
     text, huge = tmp_path / "note.png", tmp_path / "huge.png"
     text.write_text("this is a text file")
     Image.new("1", (10_000, 10_000)).save(huge)
-    assert "no picture that can be read" in refusal(served, served.upload(text))
+    assert "not a picture that can be read" in refusal(served, served.upload(text))
     assert "10000 x 10000 pixels; at most 1 million" in refusal(served, served.upload(huge))
 
 
@@ -191,13 +191,13 @@ def test_a_hostile_file_name_is_only_a_name(served, tmp_path):
 def test_other_files_are_neither_read_nor_given_out(served, path):
     message = refusal(served, {"path": path, "meta": {"_type": "gradio.FileData"}})
     assert "root:" not in message
-    for place in (f"/gradio_api/file={path}", f"/gradio_api/file=%2e%2e/{path}", f"/static/../../{path}"):
-        assert served.http.get(place).status_code in (400, 403, 404)
+    for url in (f"/gradio_api/file={path}", f"/gradio_api/file=%2e%2e/{path}", f"/static/../../{path}"):
+        assert served.http.get(url).status_code in (400, 403, 404)
 
 
 def test_the_server_fetches_nothing_for_a_visitor(served, monkeypatch):
     message = refusal(served, {"path": f"{served.address}/health", "meta": {"_type": "gradio.FileData"}})
-    assert "no upload" in message
+    assert "not an upload" in message
 
 
 def test_pages_load_nothing_from_elsewhere(served):
@@ -206,7 +206,7 @@ def test_pages_load_nothing_from_elsewhere(served):
     assert "default-src 'self'" in policy
     assert not re.search(r"https?://", policy)
     loaded = re.findall(r"""<(?:script|link|img)[^>]*(?:src|href)=["'](https?://[^"']+)""", page.text)
-    assert [place for place in loaded if not place.startswith(served.address)] == []
+    assert [url for url in loaded if not url.startswith(served.address)] == []
 
 
 # -------------------------------------------------------------------------------------------------------- many at once
@@ -311,8 +311,8 @@ def test_without_flags_a_good_tiny_model_answers(tmp_path, monkeypatch):
     Image.fromarray(scene.image).save(tmp_path / "scene.png")
     *_, visit = board.ask("v", str(tmp_path / "scene.png"), "the red square")
     assert "before fine-tuning" in board.name
-    [found], truth = visit.masks, scene.masks[number]
-    assert (found & truth).sum() / (found | truth).sum() > 0.8
+    [mask], truth = visit.masks, scene.masks[number]
+    assert (mask & truth).sum() / (mask | truth).sum() > 0.8
     *_, visit = board.ask("v", None, "the cyan cross")
     assert "[REJ]" in visit.prediction.text
     assert len(visit.masks) == 0

@@ -1,4 +1,4 @@
-"""The dashboard as a person uses it, in headless Chromium, with the tiny model of assets/tiny.
+"""The dashboard in headless Chromium, with the tiny model of assets/tiny.
 
 Skipped where Chromium is not installed; on Debian: apt-get install chromium
 """
@@ -79,11 +79,11 @@ def visit(browser, address):
 @pytest.fixture(scope="module")
 def scene(tmp_path_factory):
     """A drawn scene with a red square: the file, and the square's mask."""
-    drawn = scenes.sample_scene(np.random.default_rng(1), long_side=160)  # a quarter of what the page shows
+    scene = scenes.sample_scene(np.random.default_rng(1), long_side=160)  # a quarter of what the page shows
     path = tmp_path_factory.mktemp("scene") / "<b>scene<img src=x onerror=alert(9)>.png"
-    Image.fromarray(drawn.image).save(path)
-    (number,) = [n for n, shape in enumerate(drawn.shapes) if (shape.color, shape.kind) == ("red", "square")]
-    return path, drawn.masks[number]
+    Image.fromarray(scene.image).save(path)
+    (number,) = [n for n, shape in enumerate(scene.shapes) if (shape.color, shape.kind) == ("red", "square")]
+    return path, scene.masks[number]
 
 
 def send(page, path):
@@ -131,8 +131,8 @@ def test_upload_ask_toggle_follow_up_and_download(visit, scene):
     plain = shown(page)
     assert "[SEG]" in ask(page, "the red square")
     assert page.locator(f"{ANSWERS} mark").get_attribute("style") == f"--ug: {css_color(0)}"
-    found, expected = np.abs(shown(page) - plain).max(-1) > 30, np.kron(truth, np.ones((4, 4), bool))
-    assert (found & expected).sum() / (found | expected).sum() > 0.75
+    painted, expected = np.abs(shown(page) - plain).max(-1) > 30, np.kron(truth, np.ones((4, 4), bool))
+    assert (painted & expected).sum() / (painted | expected).sum() > 0.75
     _, without = changes(page, lambda: page.uncheck("#ug-masks input"))
     assert np.abs(without - plain).max() == 0
     changes(page, lambda: page.check("#ug-masks input"))
@@ -162,7 +162,7 @@ def test_why_this_mask(visit, scene):
     page.wait_for_selector("#ug-result img")
     ask(page, "the red square")
     page.click("#ug-why > button")
-    assert "read at layer 8" in page.get_attribute("#ug-policy svg", "aria-label")
+    assert "uses layer 8 of" in page.get_attribute("#ug-policy svg", "aria-label")
     assert page.locator("#ug-policy rect").count() == 9
     page.wait_for_selector("#ug-similarity img[alt*='layer 8']")
     page.fill("#ug-layer input[type=number]", "3")
@@ -193,7 +193,7 @@ def test_bad_input_is_told_and_nothing_runs(visit, scene, tmp_path):
     text, huge = tmp_path / "note.png", tmp_path / "huge.png"
     text.write_text("this is a text file")
     Image.new("1", (10_000, 10_000)).save(huge)
-    for path, message in ((text, "no picture that can be read"), (huge, "10000 x 10000 pixels; at most 30 million")):
+    for path, message in ((text, "not a picture that can be read"), (huge, "10000 x 10000 pixels; at most 30 million")):
         send(page, path)
         page.wait_for_function("([s, m]) => document.querySelector(s)?.innerText.includes(m)", arg=[alert, message])
         page.click("#ug-image button[aria-label='Remove Image']")

@@ -1,4 +1,4 @@
-"""The dashboard without a page: uploads and their limits, visitors, answers as they are written, what is shown."""
+"""The dashboard without a page: uploads and their limits, visitors, streamed answers, views."""
 
 import base64
 import io
@@ -95,13 +95,13 @@ def test_too_many_pixels_are_refused_before_decoding(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"this is a text file", "no picture"),
-        (b"", "no picture"),
-        (b"<svg xmlns='http://www.w3.org/2000/svg'><script>alert(1)</script></svg>", "no picture"),
+        (b"this is a text file", "not a picture"),
+        (b"", "not a picture"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'><script>alert(1)</script></svg>", "not a picture"),
         (b"x" * 5000, "at most 0 MB"),
     ],
 )
-def test_what_is_no_picture_is_said(tmp_path, content, message):
+def test_what_is_not_a_picture_is_rejected(tmp_path, content, message):
     path = tmp_path / "note.png"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=message) as caught:
@@ -109,7 +109,7 @@ def test_what_is_no_picture_is_said(tmp_path, content, message):
     assert str(tmp_path) not in str(caught.value)  # a visitor learns nothing about the server's disk
 
 
-def test_damaged_and_missing_files_are_said(tmp_path):
+def test_damaged_and_missing_files_are_rejected(tmp_path):
     path = tmp_path / "cut.png"
     path.write_bytes(Path(upload(tmp_path)).read_bytes()[:2000])
     with pytest.raises(ValueError, match="damaged"):
@@ -118,8 +118,8 @@ def test_damaged_and_missing_files_are_said(tmp_path):
         open_upload(tmp_path / "gone.png", Limits())
 
 
-def test_nobody_draws_without_end(dashboard, tmp_path):
-    with pytest.raises(ValueError, match="mc:600000 draws 600000 samples; at most 64"):
+def test_the_number_of_samples_is_limited(dashboard, tmp_path):
+    with pytest.raises(ValueError, match="mc:600000 takes 600000 samples; at most 64"):
         next(dashboard.ask("v", upload(tmp_path), "the red star", layer_policy="mc:600000"))
     with pytest.raises(ValueError, match="unknown layer policy"):
         next(dashboard.ask("v", upload(tmp_path), "the red star", layer_policy="mc:\u00b2"))
@@ -128,7 +128,7 @@ def test_nobody_draws_without_end(dashboard, tmp_path):
 # ------------------------------------------------------------------------------------------------------------ visitors
 
 
-def test_answers_arrive_piece_by_piece_and_then_whole(dashboard, tmp_path):
+def test_answers_are_streamed_and_then_complete(dashboard, tmp_path):
     *pieces, visit = dashboard.ask("v", upload(tmp_path), "the red star", max_new_tokens=6)
     assert len(pieces) == 6
     assert visit.prediction.text == visit.turns[-1].answer == pieces[-1]
@@ -195,21 +195,21 @@ def test_start_over_keeps_the_image_and_forgets_the_rest(dashboard, tmp_path):
         ("star", {"layer_policy": "best"}, "unknown layer policy"),
     ],
 )
-def test_what_cannot_be_asked_is_said_and_harms_nothing(dashboard, tmp_path, prompt, options, message):
+def test_invalid_questions_are_rejected_and_change_nothing(dashboard, tmp_path, prompt, options, message):
     image = upload(tmp_path)
     with pytest.raises(ValueError, match=message):
         list(dashboard.ask("v", image, prompt, **options))
     assert list(dashboard.ask("v", image, "the red \ud83d star", max_new_tokens=2))  # half a surrogate pair
 
 
-def test_who_leaves_frees_the_place(dashboard, tmp_path):
+def test_leaving_cancels_the_answer(dashboard, tmp_path):
     image, written = upload(tmp_path), []
     read = dashboard.processor.decode
     dashboard.processor.decode = lambda ids: written.append(len(ids)) or read(ids)
     try:
-        news = dashboard.ask("v", image, "the red star", max_new_tokens=500)
-        next(news)
-        news.close()  # as gradio does when the client has gone
+        updates = dashboard.ask("v", image, "the red star", max_new_tokens=500)
+        next(updates)
+        updates.close()  # as gradio does when the client has left
     finally:
         dashboard.processor.decode = read
     assert max(written) < 400
@@ -250,7 +250,7 @@ def test_layer_maps_have_the_images_size(dashboard, answered):
     assert np.allclose(dashboard.layer_map(answered, 1, 3), 0.5)
 
 
-def test_health_says_what_runs(dashboard):
+def test_health_reports_what_runs(dashboard):
     health = dashboard.health(waiting=3)
     assert json.loads(json.dumps(health)) == health
     assert (health["status"], health["model"], health["fingerprint"], health["queue"]) == ("ok", "tiny", "f00", 3)
@@ -304,7 +304,7 @@ def test_segs_have_the_colors_of_their_masks():
         ("[SEG]", ""),
     ],
 )
-def test_words_that_a_seg_belongs_to(answer, words):
+def test_words_that_a_seg_refers_to(answer, words):
     end = answer.rindex("[SEG]")
     assert answer[view.words_before(answer, end) : end].strip() == words
 
@@ -329,9 +329,9 @@ def test_a_mark_can_be_read_on_its_color(number):
         ("mc:16", "sampled layers, most often 3 of 0"),
     ],
 )
-def test_the_panel_says_where_a_mask_comes_from(answered, policy, words):
+def test_the_panel_names_the_layer_of_a_mask(answered, policy, words):
     answered.policy, answered.prediction.layers[0] = policy, 3
-    assert f"[SEG] 1 was read at {words}" in view.policy_html(answered, 0)
+    assert f"[SEG] 1 uses {words}" in view.policy_html(answered, 0)
 
 
 def test_only_the_newest_answer_is_colored():
@@ -347,10 +347,10 @@ def decoded(html):
     return np.array(Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB")).astype(int)
 
 
-def test_chosen_masks_are_drawn_at_the_pages_size(answered):
-    both, none = (decoded(view.masks_html(answered, chosen, 1.0, False)) for chosen in ([0, 1], []))
-    assert both.shape == (480, 640, 3)
-    changed = np.abs(both - none).max(-1) > 40
+def test_chosen_masks_are_painted_at_the_pages_size(answered):
+    painted, plain = (decoded(view.masks_html(answered, chosen, 1.0, False)) for chosen in ([0, 1], []))
+    assert painted.shape == (480, 640, 3)
+    changed = np.abs(painted - plain).max(-1) > 40
     union = np.kron(answered.masks.any(0), np.ones((10, 10), bool))
     assert (changed == union).mean() > 0.97
     only = decoded(view.masks_html(answered, [1], 1.0, False))
@@ -372,12 +372,12 @@ def test_large_images_are_reduced_and_small_ones_enlarged():
     assert view.shown_size(1, 9000) == (1, 1280)
 
 
-def test_policy_chart_says_all_layers(answered):
+def test_policy_chart_shows_all_layers(answered):
     html = view.policy_html(answered, 0)
     assert html.count("<rect") == 5
     assert html.count("ug-chosen") == 1
     assert "layer 3: 30.0%" in html
-    assert "read at layer 4 of 0 to 4" in html
+    assert "uses layer 4 of 0 to 4" in html
     assert "untrained" not in html
     answered.prediction.policy[0] = torch.tensor([0, 0.25, 0.25, 0.25, 0.25])
     assert "untrained" in view.policy_html(answered, 0)
@@ -417,7 +417,7 @@ def test_an_answer_without_masks_has_files_too(answered):
         assert archive.namelist() == []
 
 
-def test_examples_are_drawn_alike_every_time(tmp_path):
+def test_examples_are_reproducible(tmp_path):
     first, again = (draw_example(SEEDS[0], tmp_path / name) for name in ("a", "b"))
     assert first.questions == again.questions
     assert len(first.questions) == 5

@@ -29,7 +29,7 @@ def page(tiny_processor, tmp_path_factory):
 
 
 def ask(page, image, prompt="the red star", tokens=8):
-    """All states of the page while an answer is written."""
+    """All states of the page while an answer is generated."""
     return list(page.answer(image, prompt, "fixed:2", False, tokens, 0.5, True, ME))
 
 
@@ -64,7 +64,7 @@ def test_an_answer_appears_with_its_masks(page, tmp_path):
     assert last[why.layer] == 2 == page.chosen_layer(0, ME)
 
 
-def test_an_answer_can_be_looked_into_and_taken_home(page, tmp_path):
+def test_an_answer_can_be_explained_and_downloaded(page, tmp_path):
     ask(page, upload(tmp_path))
     files = page.files([0], 0.5, True, ME)
     assert [Path(path).name for path in files] == ["overlay.png", "masks.zip", "answer.json"]
@@ -80,12 +80,12 @@ def test_an_answer_can_be_looked_into_and_taken_home(page, tmp_path):
     assert "Uncertainty of [SEG] 1" in page.explain(0, 3, ME)[2]
 
 
-def test_mistakes_are_said_on_the_page(page, tmp_path):
+def test_errors_are_shown_on_the_page(page, tmp_path):
     chat = page.widgets.answer.chat
     assert "the question is empty" in ask(page, upload(tmp_path), "  ")[-1][chat]
     note = tmp_path / "note.png"
     note.write_text("a text")
-    assert "no picture" in page.opened(str(note), ME)[chat]
+    assert "not a picture" in page.opened(str(note), ME)[chat]
     assert "ask for something first" in page.measure(0, NOBODY)
     assert page.look([0], 0.5, True, NOBODY) == (gr.skip(), gr.skip())
 

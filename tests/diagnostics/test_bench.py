@@ -1,4 +1,4 @@
-"""scripts/bench.py: what it measures is there, at a size that takes seconds."""
+"""scripts/bench.py measures everything that it promises, at a size that takes seconds."""
 
 from __future__ import annotations
 
@@ -41,22 +41,22 @@ def test_generated_files_are_what_the_readers_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-def test_measure_says_seconds_and_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_measure_start_reports_seconds_and_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(CACHE_VARIABLE, "")  # restored afterwards
     monkeypatch.setattr(records, "MIN_CACHED_BYTES", 0)
     monkeypatch.setattr(records, "MIN_SOURCE_AGE", 0)
     bench.write_refs(tmp_path, refs=1300, annotations=1300, rng=np.random.default_rng(0))
-    found: queue.Queue = queue.Queue()
+    results: queue.Queue = queue.Queue()
     for _ in range(2):
-        bench.measure_start("refcoco", str(tmp_path), str(tmp_path / "cache"), 1, False, found)
-    for seconds, peak, before, after in (found.get(), found.get()):
+        bench.measure_start("refcoco", str(tmp_path), str(tmp_path / "cache"), 1, False, results)
+    for seconds, peak, before, after in (results.get(), results.get()):
         assert seconds > 0
         assert bench.MB < after.private < after.resident <= peak + 50 * bench.MB
         assert after.private - before.private < 20 * bench.MB
     assert isinstance(get_train_dataset("refcoco", tmp_path).split.index.images, MappedRecords)
 
 
-def test_loader_tells_where_the_time_goes(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_loader_reports_time_by_stage(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     data = str(tmp_path / "data")
     assert make_demo_data.main(["--out", data, "--train", "4", "--val", "1", "--test", "1"]) == 0
     capsys.readouterr()
@@ -87,29 +87,29 @@ SMALL = replace(benchmark.PRESETS["tiny"], llama={"width": 32, "layers": 3, "hea
 
 
 @pytest.mark.slow
-def test_the_model_benchmark_writes_all_that_it_measured(
+def test_the_model_benchmark_writes_all_that_it_measures(
     tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(benchmark.PRESETS, "tiny", SMALL)
     file = tmp_path / "figures.json"
     assert bench.main(["--preset", "tiny", "--repeats", "1", "--device", "cpu", "--json", str(file)]) == 0
-    found, printed = json.loads(file.read_text()), capsys.readouterr().out
-    assert {"preset", "device", "commit", "ratios", "parts", "images_per_second", "tokens_per_second"} <= set(found)
+    figures, printed = json.loads(file.read_text()), capsys.readouterr().out
+    assert {"preset", "device", "commit", "ratios", "parts", "images_per_second", "tokens_per_second"} <= set(figures)
     wanted = {row.name: row.bar for row in benchmark.ratios() if "compiled" not in row.name}  # a minute, with --compile
-    assert wanted.items() <= {name: row["bar"] for name, row in found["ratios"].items()}.items()
-    assert all(found["answered_images_per_second"][images] > 0 for images in ("1", "8"))
-    for name, row in found["ratios"].items():
+    assert wanted.items() <= {name: row["bar"] for name, row in figures["ratios"].items()}.items()
+    assert all(figures["answered_images_per_second"][images] > 0 for images in ("1", "8"))
+    for name, row in figures["ratios"].items():
         assert 0 < row["min"] <= row["median"] <= row["max"], name
         assert f"| {name} " in printed
-    parts = found["parts"]
+    parts = figures["parts"]
     whole = parts.pop("whole step without data")
     assert parts.pop("SAM encoder, an image") > 0
     assert sum(parts.values()) - parts["data"] == pytest.approx(whole, rel=0.2)
 
 
-def test_large_presets_say_that_they_take_a_gpu(capsys: pytest.CaptureFixture) -> None:
+def test_large_presets_need_a_gpu(capsys: pytest.CaptureFixture) -> None:
     assert cli.run(bench.main, ["--preset", "7b", "--device", "cpu"]) == 2
-    assert "takes a GPU" in capsys.readouterr().err
+    assert "needs a GPU" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         bench.main([])
 
@@ -120,11 +120,11 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> benchmark.Bench:
 
 
 def test_baselines_are_the_same_work(small: benchmark.Bench) -> None:
-    """Unpacked rows have the same loss; LISA's way has neither maps nor a policy."""
+    """Unpacked rows have the same loss; the LISA-style baseline has neither maps nor a policy."""
     samples = small.samples(3)
     small.wrapped.eval()
     small.configure(benchmark.UGROUND | {"layer_selection": "fixed:2"})
-    packed, unpacked = (small.model(small.batch(samples, packed=how)).loss for how in (True, False))
+    packed, unpacked = (small.model(small.batch(samples, packed=packed)).loss for packed in (True, False))
     torch.testing.assert_close(packed, unpacked, rtol=1e-4, atol=1e-4)
     assert small.batch(samples).input_ids.shape[0] * 3 == small.batch(samples, packed=False).input_ids.shape[0]
     small.configure(benchmark.LISA)
@@ -139,7 +139,7 @@ def test_answers_have_the_length_and_the_masks_that_are_timed(small: benchmark.B
     batch = small.processor.prompts([sample.image], [[Turn("where is it"), Turn("and this")]])
     small.wrapped.eval()
     for _ in range(2):
-        with small.says(segs=2):
+        with small.scripted_answers(segs=2):
             answers = small.model.answer(batch, max_new_tokens=12).answers
         assert [len(answer) for answer in answers.token_ids[0]] == [12, 12]
         assert len(answers.seg_questions) == 4

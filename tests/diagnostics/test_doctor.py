@@ -1,4 +1,4 @@
-"""scripts/doctor.py: a page of findings about installation, weights, data and learning; what is broken is named."""
+"""scripts/doctor.py: findings about installation, weights, data and learning; every defect is named."""
 
 from __future__ import annotations
 
@@ -84,12 +84,12 @@ def test_broken_installations_are_named(capsys, monkeypatch):
     monkeypatch.setattr(importlib, "import_module", fail)
     assert doctor.main(["--config", "nowhere.yaml"]) == 1
     page = capsys.readouterr().out
-    found = problems(page)
-    assert len(found) == 3
-    assert "transformers is 4.1, transformers<6,>=5.0 is needed" in found[0].replace(">=5.0,<6", "<6,>=5.0")
-    assert "scipy is not installed" in found[1]
-    assert "torchvision fails: RuntimeError: operator torchvision::nms does not exist -> torch and" in found[2]
-    assert "skipped  everything else -> mend the installation first" in page
+    lines = problems(page)
+    assert len(lines) == 3
+    assert "transformers is 4.1, transformers<6,>=5.0 is needed" in lines[0].replace(">=5.0,<6", "<6,>=5.0")
+    assert "scipy is not installed" in lines[1]
+    assert "torchvision fails: RuntimeError: operator torchvision::nms does not exist -> torch and" in lines[2]
+    assert "skipped  everything else -> fix the installation first" in page
 
 
 def test_a_gpu_that_torch_cannot_use_is_a_problem(monkeypatch):
@@ -97,7 +97,7 @@ def test_a_gpu_that_torch_cannot_use_is_a_problem(monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda _: "/usr/bin/nvidia-smi")
     (finding,) = doctor.check_devices()
     assert finding.level == "problem"
-    assert "update the driver" in finding.way_out
+    assert "update the driver" in finding.fix
 
 
 # -- a configuration ---------------------------------------------------------------------------------------------------
@@ -115,7 +115,7 @@ def test_a_right_configuration(examine, data):
         "grefcoco: 3 samples read",
         "ReasonSeg|val_short: ",
         "every part that trains receives a gradient (norms: ",
-        "skipped  learning 8 samples by heart -> give --overfit on",
+        "skipped  overfitting 8 samples -> give --overfit on",
         "0 problems, 0 warnings, 1 skipped",
     ):
         assert expected in page, expected
@@ -135,12 +135,12 @@ def test_a_corrupted_configuration(examine, tmp_path):
 
 def test_files_that_are_missing(examine, tmp_path):
     code, page = examine(version=tmp_path / "no_llava", vision_pretrained=tmp_path / "no.pth")
-    found = problems(page)
+    lines = problems(page)
     assert code == 1
-    assert len(found) == 2
-    assert "no_llava: no such folder -> download it" in found[0]
-    assert "no.pth: no such file" in found[1]
-    assert "grefcoco: 3 samples read" in page  # the data are looked at all the same
+    assert len(lines) == 2
+    assert "no_llava: no such folder -> download it" in lines[0]
+    assert "no.pth: no such file" in lines[1]
+    assert "grefcoco: 3 samples read" in page  # the data are checked nevertheless
     assert "skipped  weights, tokens" in page
     assert "skipped  forward and backward" in page
 
@@ -182,11 +182,11 @@ def test_no_room_on_the_disk_and_in_memory(examine, monkeypatch):
     monkeypatch.setattr(doctor, "available_memory", lambda: 1e6)
     monkeypatch.setattr(checks.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 1000))
     code, page = examine()
-    found = problems(page)
+    lines = problems(page)
     assert code == 1
-    assert len(found) == 2
-    assert "checkpoints take" in found[0]
-    assert "--gradient_checkpointing true" in found[1]
+    assert len(lines) == 2
+    assert "checkpoints take" in lines[0]
+    assert "--gradient_checkpointing true" in lines[1]
 
 
 def test_a_part_without_gradient_is_named(base, data, tmp_path, examine, monkeypatch):
@@ -211,12 +211,12 @@ def test_a_token_without_embedding(tiny_model, tiny_processor):
     assert "has no embedding" in finding.text
 
 
-# -- learning by heart -------------------------------------------------------------------------------------------------
+# -- overfitting -------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def tiny(data):
-    """A configuration on the pretrained tiny family, and what learning by heart takes."""
+    """A configuration on the pretrained tiny family, its model, and batches to overfit."""
     config = load_config(["--config", str(ROOT / "configs/tiny.yaml"), "--dataset_dir", str(data), "--workers", "0"])
     model, processor, _ = build_model(config)
     batches = checks.collate(config, processor, doctor_mixture(config), torch.device("cpu"))
@@ -230,12 +230,12 @@ def doctor_mixture(config):
 
 
 @pytest.mark.slow
-def test_samples_are_learned_by_heart(tiny):
+def test_samples_are_overfit(tiny):
     config, model, batches = tiny
     assert sum(len(batch.sizes) for batch in batches) == checks.SAMPLES
     (finding,) = checks.check_overfit(model, config, batches)
     assert finding.level == "ok", finding
-    assert "learned 8 samples" in finding.text
+    assert "overfit 8 samples" in finding.text
 
 
 @pytest.mark.parametrize("broken", ["lr", "frozen"])
@@ -249,8 +249,8 @@ def test_learning_that_is_broken_fails(tiny, monkeypatch, broken):
         model.get_base_model().ppm.gate.requires_grad_(True)
     (finding,) = checks.check_overfit(model, config, batches)
     assert finding.level == "problem"
-    assert "did not learn 8 samples by heart in 2 steps" in finding.text
-    assert "--lr" in finding.way_out
+    assert "did not overfit 8 samples in 2 steps" in finding.text
+    assert "--lr" in finding.fix
 
 
 # -- a finished model --------------------------------------------------------------------------------------------------
@@ -261,8 +261,8 @@ def test_a_finished_model(tiny_model, tiny_processor, tmp_path, capsys):
     tiny_processor.save_pretrained(tmp_path)
     assert doctor.main(["--version", str(tmp_path)]) == 0
     page = capsys.readouterr().out
-    assert "every key found its place" in page
-    assert "a given [SEG] has a mask of (96, 128)" in page
+    assert "all keys matched" in page
+    assert "a teacher-forced [SEG] has a mask of (96, 128)" in page
     (tmp_path / "uground_processor.json").unlink()
     assert doctor.main(["--version", str(tmp_path)]) == 1
     assert "it has no uground_processor.json" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""The memory calculator: parameters against the paper's, activations against what autograd keeps, and the tables."""
+"""The memory model: parameters against the paper's, activations against what autograd saves, and the tables."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ def test_what_changes_what(plan):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_activations_are_what_autograd_keeps(checkpointing):
-    """Bytes that a forward pass really keeps, of a shape that has all parts; a CPU keeps dropout's mask as floats."""
+def test_activations_are_what_autograd_saves(checkpointing):
+    """Bytes that a forward pass saves, for a shape with all parts; a CPU saves dropout's mask as floats."""
     shape = memory_model.preset("medium")
     shape.num_hidden_layers, shape.sam_config["image_size"] = 4, 512
     flags = [*memory_model.MEDIUM_SETTINGS, "--batch_size", "1", "--lora_dropout", "0"]
@@ -85,7 +85,7 @@ def test_activations_are_what_autograd_keeps(checkpointing):
         memory_model.mask_losses(plan),
     )
     expected = sum(parts)
-    if checkpointing:  # the layer that the backward pass computes again is not there yet
+    if checkpointing:  # the layer that the backward pass recomputes is not counted
         layer = memory_model.language_model(replace(plan, checkpointing=False)) - memory_model.language_model(plan)
         expected -= layer / 3 - 4 * plan.rows * shape.hidden_size / 3
     assert measured / expected == pytest.approx(1, abs=0.15), (measured, parts)

@@ -1,4 +1,4 @@
-"""scripts/dev/study_history.py: the same questions, after others and by themselves."""
+"""scripts/dev/study_history.py: the same questions, in a conversation and independently."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ def run(version, data, spec: str) -> int:
 
 
 def test_later_questions_are_asked_in_both_ways(version, data, capsys, monkeypatch):
-    asked, ask = [], ImageSession.ask
+    calls, ask = [], ImageSession.ask
 
     def remember_it(self, prompt, *, remember):
-        asked.append((remember, len(self.history)))
+        calls.append((remember, len(self.history)))
         return ask(self, prompt, remember=remember, max_new_tokens=2)
 
     monkeypatch.setattr(ImageSession, "ask", remember_it)
     assert run(version, data, "grefcoco|unc|val") == 0
     out = capsys.readouterr().out
     count = int(re.search(r"grefcoco\|unc\|val, (\d+) answers", out)[1])
-    assert len(asked) == 2 * (count + 2)  # two ways; the first question of each of two images is not scored
-    assert {seen for remember, seen in asked if not remember} == {0}
-    assert max(seen for remember, seen in asked if remember) >= 1
+    assert len(calls) == 2 * (count + 2)  # two ways; the first question of each of two images is not scored
+    assert {seen for remember, seen in calls if not remember} == {0}
+    assert max(seen for remember, seen in calls if remember) >= 1
     assert re.search(r"gIoU +\d\.\d+ +\d\.\d+  [+-]\d\.\d+ \[", out)
 
 

@@ -1,4 +1,4 @@
-"""What a policy can learn: figures of made rewards that are known, and of a model's own."""
+"""What a policy can learn: on synthetic rewards with known statistics, and on those of a model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from conftest import drawn_sample
 
 from scripts.dev import study_policy
-from scripts.dev.study_policy import WAYS, Rewarded
+from scripts.dev.study_policy import METHODS, Rewarded
 from utils.config import load_config
 
 TINY = str(Path(__file__).resolve().parents[2] / "configs/tiny.yaml")
@@ -21,11 +21,11 @@ BEST, STEPS = 2, 60
 @pytest.fixture
 def batches():
     """Layer 2 pays 0.1 more than the others, about -1.3; [SEG] differ more than layers do."""
-    generator, found = torch.Generator().manual_seed(0), []
+    generator, batches = torch.Generator().manual_seed(0), []
     for _ in range(STEPS):
         rewards = -1.3 + 0.1 * torch.eye(5)[BEST] + 0.2 * torch.randn(6, 1, generator=generator)
-        found.append(Rewarded(torch.randn(6, 5, 32, generator=generator) + 1, rewards.expand(6, 5)))
-    return found
+        batches.append(Rewarded(torch.randn(6, 5, 32, generator=generator) + 1, rewards.expand(6, 5)))
+    return batches
 
 
 @pytest.fixture
@@ -34,37 +34,38 @@ def config():
 
 
 def test_a_gate_finds_the_best_layer_each_in_its_own_time(make_model, batches, config):
-    made, found = make_model().config, {}
+    model_config, curves = make_model().config, {}
     for name in ("REINFORCE (paper)", "exact gradient"):
-        found[name] = study_policy.learn(made, config, batches, WAYS[name], STEPS, seed=0)
-        assert set(found[name]) == {30, STEPS}
-    assert found["exact gradient"][30] > found["REINFORCE (paper)"][30] > 0.25  # which is where they start
-    assert found["exact gradient"][STEPS] > 0.9
-    assert study_policy.learn(made, config, batches, WAYS["REINFORCE (paper)"], STEPS, 0) == found["REINFORCE (paper)"]
+        curves[name] = study_policy.learn(model_config, config, batches, METHODS[name], STEPS, seed=0)
+        assert set(curves[name]) == {30, STEPS}
+    assert curves["exact gradient"][30] > curves["REINFORCE (paper)"][30] > 0.25  # which is where they start
+    assert curves["exact gradient"][STEPS] > 0.9
+    again = study_policy.learn(model_config, config, batches, METHODS["REINFORCE (paper)"], STEPS, 0)
+    assert again == curves["REINFORCE (paper)"]
 
 
 def test_the_noise_of_a_step(batches):
     ratio = study_policy.signal_to_noise(batches, slice(1, 5))
     assert ratio["exact"] > ratio["mean"] > ratio["zero"] > 0
-    told = study_policy.what_there_is(batches, slice(1, 5))
-    assert "360 [SEG], layers 1 to 4" in told
-    assert re.search(r"the best layer of a \[SEG\], in per cent: 0.0, 100.0, 0.0, 0.0", told)
-    assert "what neither explains 0.0000" in told
+    text = study_policy.describe_rewards(batches, slice(1, 5))
+    assert "360 [SEG], layers 1 to 4" in text
+    assert re.search(r"the best layer of a \[SEG\], in per cent: 0.0, 100.0, 0.0, 0.0", text)
+    assert "residual 0.0000" in text
 
 
 def test_layers_that_cannot_be_chosen_are_left_out(make_model, batches, config):
-    made = make_model(first_candidate_layer=0, last_candidate_layer=1).config
-    assert study_policy.candidates(made) == slice(0, 2)
+    model_config = make_model(first_candidate_layer=0, last_candidate_layer=1).config
+    assert study_policy.candidates(model_config) == slice(0, 2)
     assert study_policy.candidates(make_model().config) == slice(1, 5)
-    assert "per cent: 100.0, 0.0\n" in study_policy.what_there_is(
-        batches, study_policy.candidates(made)
+    assert "per cent: 100.0, 0.0\n" in study_policy.describe_rewards(
+        batches, study_policy.candidates(model_config)
     )  # equal: the first
-    learned = study_policy.learn(made, config, batches, WAYS["exact gradient"], STEPS, seed=0)
+    learned = study_policy.learn(model_config, config, batches, METHODS["exact gradient"], STEPS, seed=0)
     assert learned[STEPS] == pytest.approx(0.5, abs=0.1)  # nothing to choose; layer 2, the best of all, is no candidate
 
 
 def test_a_model_is_read(make_model, tiny_processor, monkeypatch, capsys):
-    """All layers' rewards of its training samples, then a line for each way to learn."""
+    """All layers' rewards of its training samples, then a line per learning method."""
     mixture = [drawn_sample(number) for number in range(4)]
     monkeypatch.setattr(study_policy, "make_mixture", lambda config: mixture)
     opened = SimpleNamespace(model=make_model(), processor=tiny_processor)
@@ -72,6 +73,6 @@ def test_a_model_is_read(make_model, tiny_processor, monkeypatch, capsys):
     flags = ["--version", "x", "--config", TINY, "--steps", "2", "--seeds", "2", "--device", "cpu"]
     assert study_policy.main([*flags, "--batch_size", "2", "--warmup_steps", "2"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.partition(" | ")[0] for line in lines[-len(WAYS) :]] == list(WAYS)
+    assert [line.partition(" | ")[0] for line in lines[-len(METHODS) :]] == list(METHODS)
     assert lines[0].endswith("[SEG], layers 1 to 4")
     assert "-" in lines[1]  # rewards are negative

@@ -1,1 +1,1 @@
-"""The dashboard: its service (no page), what it shows, and the page itself."""
+"""The dashboard: its service (without a page), its views, and the page."""

@@ -1,6 +1,6 @@
-"""The dashboard's page: what stands on it, what its events do, and its API.
+"""The dashboard's page: its widgets, event handlers and API.
 
-``service.py`` answers, ``view.py`` makes what is shown; app.py loads a model and serves the page.
+``service.py`` runs the model, ``view.py`` renders; app.py loads a model and serves the page.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from secrets import token_hex
 from typing import Any
 
-os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before the import: no word about us to anybody
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before the import: no telemetry
 
 import gradio as gr
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -27,7 +27,7 @@ from utils.dashboard.examples import Example
 from utils.dashboard.service import Dashboard, Visit
 
 CSS = Path(__file__).with_name("style.css")
-# One answer at a time, in order of arrival.
+# one answer at a time, in order of arrival
 MODEL_QUEUE: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1}
 POLICY = (
     "default-src 'self' data: blob:; script-src 'self' 'unsafe-inline' 'unsafe-eval'; "
@@ -36,7 +36,7 @@ POLICY = (
 
 
 def theme() -> gr.themes.Base:
-    """Fonts of the visitor's own system, and colors whose contrast is 4.5 or more."""
+    """The visitor's system fonts, and colors with a contrast of at least 4.5."""
     text, code = ["system-ui", "sans-serif"], ["ui-monospace", "monospace"]
     return gr.themes.Default(primary_hue="blue", font=text, font_mono=code).set(
         button_primary_background_fill="*primary_700",
@@ -56,7 +56,7 @@ def style_sheet() -> str:
 
 
 class Headers:
-    """Adds a policy under which the browser loads nothing from elsewhere, whatever the page holds."""
+    """Adds a content security policy under which the browser loads nothing from other servers."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -76,7 +76,7 @@ class Headers:
 
 @dataclass(frozen=True)
 class QuestionColumn:
-    """Where one asks: the picture, examples of pictures and questions, the instruction, buttons, settings."""
+    """The input: picture, examples of pictures and questions, instruction, buttons, settings."""
 
     image: gr.Image
     pictures: gr.Dataset
@@ -92,7 +92,7 @@ class QuestionColumn:
 
 @dataclass(frozen=True)
 class AnswerColumn:
-    """The conversation, the picture with its masks, how these look (``looks``), and files of them (``downloads``)."""
+    """The output: conversation, picture with masks, their display settings (``looks``) and files (``downloads``)."""
 
     chat: gr.HTML
     picture: gr.HTML
@@ -108,7 +108,7 @@ class AnswerColumn:
 
 @dataclass(frozen=True)
 class WhyPanel:
-    """Of one [SEG]: the policy's distribution, the similarity map of a layer, the Monte Carlo uncertainty."""
+    """The panel about one [SEG]: the policy's distribution, a layer's similarity map, the Monte-Carlo uncertainty."""
 
     seg: gr.Radio
     chart: gr.HTML
@@ -120,7 +120,7 @@ class WhyPanel:
 
 @dataclass(frozen=True)
 class Widgets:
-    """What events read and write."""
+    """All widgets that events read and write."""
 
     question: QuestionColumn
     answer: AnswerColumn
@@ -147,15 +147,15 @@ def build_page(dashboard: Dashboard, examples: list[Example]) -> gr.Blocks:
 
 
 def upload_box(**options: Any) -> gr.Image:
-    """An image box that hands an upload on as it is, so that its size is checked before anything decodes it."""
+    """An image box that passes on the uploaded file, so that its size is checked before it is decoded."""
     box = gr.Image(type="filepath", sources=["upload", "clipboard"], **options)
     box.preprocess = lambda payload: payload.path if payload is not None else None  # type: ignore[method-assign]
-    keep = box.async_move_resource_to_block_cache
+    move_to_cache = box.async_move_resource_to_block_cache
 
     async def uploads_only(url_or_file_path: str | Path | None) -> str | None:
         if str(url_or_file_path).startswith(("http:", "https:")):
-            raise gr.Error("an address is no upload: send the picture itself", print_exception=False)
-        return await keep(url_or_file_path)
+            raise gr.Error("a URL is not an upload: send the picture itself", print_exception=False)
+        return await move_to_cache(url_or_file_path)
 
     box.async_move_resource_to_block_cache = uploads_only  # type: ignore[method-assign]
     return box
@@ -172,7 +172,7 @@ def question_column(dashboard: Dashboard, examples: list[Example]) -> QuestionCo
     )
     questions = gr.Dataset(
         components=[gr.Textbox(visible=False)],
-        samples=rows(examples[0]),
+        samples=question_rows(examples[0]),
         type="values",
         label="Examples: questions",
         elem_id="ug-questions",
@@ -193,13 +193,13 @@ def question_column(dashboard: Dashboard, examples: list[Example]) -> QuestionCo
     with gr.Accordion("Settings", open=False):
         own = f"the model's own ({dashboard.layer_policy})"
         choices: list[str | tuple[str, str]] = [(own, ""), *layer_rules.menu(dashboard.num_layers)]
-        policy = gr.Dropdown(choices, value="", label="Layer policy: which layer a [SEG] connects from")
+        policy = gr.Dropdown(choices, value="", label="Layer policy: which layer's hidden state and map a [SEG] uses")
         remember = gr.Checkbox(dashboard.remember, label="The model sees the earlier questions of this conversation")
         length = gr.Slider(1, dashboard.limits.new_tokens, 64, step=1, label="Longest answer, in tokens")
     return QuestionColumn(image, pictures, questions, prompt, ask, stop, clear, policy, remember, length)
 
 
-def rows(example: Example) -> list[list[str]]:
+def question_rows(example: Example) -> list[list[str]]:
     return [[question] for question in example.questions]
 
 
@@ -234,34 +234,34 @@ def why_panel(dashboard: Dashboard) -> WhyPanel:
 
 
 def wire(on: Handlers, widgets: Widgets, examples: list[Example]) -> None:
-    """Says which widgets each event reads and writes."""
+    """Connects events to their handlers, and to the widgets that they read and write."""
     q, a, w = widgets.question, widgets.answer, widgets.why
     quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
     at_once = quiet | {"queue": False}
-    often = at_once | {"trigger_mode": "always_last"}  # a click while the last one is drawn counts
-    drawing, panel = [a.masks, a.opacity, a.outline], [w.chart, w.similarity, w.uncertainty]
+    often = at_once | {"trigger_mode": "always_last"}  # runs once more for events that arrive meanwhile
+    mask_style, panel = [a.masks, a.opacity, a.outline], [w.chart, w.similarity, w.uncertainty]
     shown = [a.chat, a.picture, a.masks, a.looks, a.downloads, w.seg, w.layer, *panel]
     question = [q.image, q.prompt, q.policy, q.remember, q.length, a.opacity, a.outline]
     q.pictures.click(
-        lambda index: (examples[index].path, gr.Dataset(samples=rows(examples[index]), visible=True)),
+        lambda index: (examples[index].path, gr.Dataset(samples=question_rows(examples[index]), visible=True)),
         q.pictures,
         [q.image, q.questions],
         **at_once,
     )
     q.questions.click(lambda row: row[0], q.questions, q.prompt, **at_once)
     q.image.change(on.opened, [q.image], shown, **quiet, **MODEL_QUEUE)
-    asked = [
+    answers = [
         event(on.answer, question, [q.prompt, *shown], **quiet, **MODEL_QUEUE)
         for event in (q.ask.click, q.prompt.submit)
     ]
-    for answered in asked:
-        written = answered.then(on.files, drawing, [a.overlay, a.archive, a.record], **at_once)
+    for answer in answers:
+        written = answer.then(on.files, mask_style, [a.overlay, a.archive, a.record], **at_once)
         written.then(on.explain, [w.seg, w.layer], panel, **at_once)
-    q.stop.click(on.stopped, None, a.chat, cancels=[*asked], **at_once)
-    q.clear.click(on.cleared, [q.image], shown, cancels=[*asked], **quiet, **MODEL_QUEUE)
+    q.stop.click(on.stopped, None, a.chat, cancels=[*answers], **at_once)
+    q.clear.click(on.cleared, [q.image], shown, cancels=[*answers], **quiet, **MODEL_QUEUE)
     for event in (a.masks.input, a.opacity.release, a.outline.input):
-        event(on.look, drawing, [a.picture, a.overlay], **often)
-    a.opacity.input(on.preview, drawing, a.picture, **often)
+        event(on.look, mask_style, [a.picture, a.overlay], **often)
+    a.opacity.input(on.preview, mask_style, a.picture, **often)
     w.seg.input(on.chosen_layer, w.seg, w.layer, **at_once)
     for event in (w.layer.change, w.seg.input):
         event(on.explain, [w.seg, w.layer], panel, **often)
@@ -273,7 +273,7 @@ Changes = dict[gr.blocks.Block, Change]
 
 
 class Handlers:
-    """What the page's events do; every visitor has a conversation of their own (``session_hash``)."""
+    """The page's event handlers. Every visitor has their own conversation (``session_hash``)."""
 
     def __init__(self, dashboard: Dashboard, widgets: Widgets) -> None:
         self.dashboard, self.widgets = dashboard, widgets
@@ -323,14 +323,14 @@ class Handlers:
         turns = visit.turns if visit is not None and visit.source == image else []
         yield {chat: view.transcript_html([*turns, Turn(prompt, "")], writing=True)}
         try:
-            news = self.dashboard.ask(str(request.session_hash), image, prompt, policy, remember, length)
-            with closing(news):
-                for new in news:
-                    if isinstance(new, Visit):
-                        yield self.answered(new, opacity, outline)
+            updates = self.dashboard.ask(str(request.session_hash), image, prompt, policy, remember, length)
+            with closing(updates):
+                for update in updates:
+                    if isinstance(update, Visit):
+                        yield self.answered(update, opacity, outline)
                     else:
-                        written = view.transcript_html([*turns, Turn(prompt, new)], writing=True)
-                        yield {chat: written, self.widgets.question.prompt: ""}
+                        transcript = view.transcript_html([*turns, Turn(prompt, update)], writing=True)
+                        yield {chat: transcript, self.widgets.question.prompt: ""}
         except ValueError as error:
             yield {chat: view.transcript_html(turns, error=str(error))}
 
@@ -398,20 +398,22 @@ Answer = dict[str, Any]  # a JSON object
 
 
 def offer_api(dashboard: Dashboard) -> None:
-    """/ask, /why and /reset for gradio's clients: docs/dashboard.md."""
+    """Adds /ask, /why and /reset for gradio's clients (docs/dashboard.md)."""
 
     def visitor_of(request: gr.Request) -> str:
-        return request.session_hash or token_hex()  # a bare request has no session: nobody shares its conversation
+        return request.session_hash or token_hex()  # a bare request has no session, and gets a conversation of its own
 
     @as_api_errors
     def ask(
         image: str | None, prompt: str, layer_policy: str, masks: str, max_new_tokens: float, request: gr.Request
     ) -> Iterator[Answer]:
         view.check_pictures(masks)
-        news = dashboard.ask(visitor_of(request), image, prompt or "", layer_policy, max_new_tokens=int(max_new_tokens))
-        with closing(news):
-            for new in news:
-                yield {"answer": new} if isinstance(new, str) else view.answer_json(new, dashboard.name, masks)
+        updates = dashboard.ask(
+            visitor_of(request), image, prompt or "", layer_policy, max_new_tokens=int(max_new_tokens)
+        )
+        with closing(updates):
+            for update in updates:
+                yield {"answer": update} if isinstance(update, str) else view.answer_json(update, dashboard.name, masks)
 
     @as_api_errors
     def why(number: float, layer: float, uncertainty: bool, request: gr.Request) -> Iterator[Answer]:
@@ -424,7 +426,7 @@ def offer_api(dashboard: Dashboard) -> None:
 
     with gr.Row(visible=False):
         question = [
-            upload_box(label="image: none = the one of the call before"),
+            upload_box(label="image: none = that of the previous call"),
             gr.Textbox(label="prompt"),
             gr.Textbox("", label="layer_policy: empty = the model's own"),
             gr.Textbox("rle", label="masks: rle or png"),
@@ -440,7 +442,7 @@ def offer_api(dashboard: Dashboard) -> None:
 
 
 def as_api_errors(function: Callable[..., Iterator[Answer]]) -> Callable[..., Iterator[Answer]]:
-    """What the caller can put right becomes gradio's error, which reaches the caller as text."""
+    """Turns ValueErrors, which the caller can fix, into gradio's errors, whose text reaches the caller."""
 
     @wraps(function)
     def wrapped(*arguments: Any) -> Iterator[Answer]:

@@ -1,7 +1,7 @@
-"""What the dashboard does without its page: uploads, visitors with their conversations, answers as they are written.
+"""The dashboard without its page: uploads, visitors with their conversations, streamed answers.
 
-All model work runs on one thread, in the order of the questions. A visitor's image stays encoded while they are among
-the latest few; after that their next question opens it anew.
+The model runs on one thread, in the order of the questions. The images of the latest visitors stay encoded; others are
+encoded again with the visitor's next question.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from utils.datasets.images import DECODE_ERRORS, read_image
 from utils.inference.session import ImageSession
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
-MAX_TURNS = 20  # that a page shows
+MAX_TURNS = 20  # shown on the page
 T = TypeVar("T")
 
 
@@ -49,14 +49,14 @@ def open_upload(path: str | Path, limits: Limits) -> np.ndarray:
     """An uploaded picture as uint8 [H, W, 3], upright. Its size is read from its header before anything is decoded.
 
     Raises:
-        ValueError: if it is no picture, or a larger one than the limits allow.
+        ValueError: if it is not a picture, or exceeds the limits.
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError("the picture is not on the server any more; upload it again")
+        raise ValueError("the picture is no longer on the server; upload it again")
     if (size := path.stat().st_size) > limits.upload_bytes:
         raise ValueError(
-            f"the file has {size / 1e6:.0f} MB; at most {limits.upload_bytes / 1e6:.0f} MB are taken: save it smaller"
+            f"the file has {size / 1e6:.0f} MB; at most {limits.upload_bytes / 1e6:.0f} MB are allowed: save it smaller"
         )
     try:
         with Image.open(path, formats=FORMATS) as image:
@@ -64,11 +64,11 @@ def open_upload(path: str | Path, limits: Limits) -> np.ndarray:
     except Image.DecompressionBombError:
         width = height = 0
     except DECODE_ERRORS as error:
-        raise ValueError("the file is no picture that can be read; use PNG, JPEG or WebP") from error
+        raise ValueError("the file is not a picture that can be read; use PNG, JPEG or WebP") from error
     if not 0 < width * height <= limits.pixels:
         shown = f"{width} x {height} pixels" if width else "hundreds of millions of pixels"
         raise ValueError(
-            f"the picture has {shown}; at most {limits.pixels / 1e6:.0f} million are taken: make it smaller"
+            f"the picture has {shown}; at most {limits.pixels / 1e6:.0f} million are accepted: make it smaller"
         )
     try:
         return read_image(path, apply_exif=True)
@@ -82,10 +82,10 @@ class Visit:
 
     Attributes:
         source: the uploaded file that the image is from.
-        turns: what the page shows; the model sees ``session.history``.
-        prediction: the latest answer; policy: the layer policy that its masks were drawn with.
-        monte_carlo: the latest answer by ``MonteCarloMean``, if it was asked for.
-        folder: holds the files to download.
+        turns: those on the page; the model sees ``session.history``.
+        prediction: the latest answer; policy: the layer policy of its masks.
+        monte_carlo: the latest answer with ``MonteCarloMean``, if requested.
+        folder: of the files to download.
     """
 
     source: str
@@ -106,10 +106,10 @@ class Visit:
 
 
 class Visits:
-    """The latest visitors: at most ``capacity``, the one not seen for longest goes first.
+    """The latest ``capacity`` visitors; the least recently seen is dropped first.
 
     Args:
-        folder: each visit gets one of its own in it, under a name that cannot be guessed.
+        folder: each visit gets a subfolder with an unguessable name.
     """
 
     def __init__(self, capacity: int, folder: Path) -> None:
@@ -130,8 +130,8 @@ class Visits:
         self.drop(visitor)
         with self._lock:
             self._visits[visitor] = visit
-            gone = [self._visits.popitem(last=False)[1] for _ in range(len(self._visits) - self.capacity)]
-        for old in gone:
+            dropped = [self._visits.popitem(last=False)[1] for _ in range(len(self._visits) - self.capacity)]
+        for old in dropped:
             shutil.rmtree(old.folder, ignore_errors=True)
 
     def drop(self, visitor: str) -> None:
@@ -144,17 +144,17 @@ class Visits:
         return self.folder / secrets.token_urlsafe(16)
 
 
-class Gone(Exception):
-    """The visitor left while their answer was being written."""
+class VisitorLeft(Exception):
+    """The visitor left before the answer was complete."""
 
 
 class Dashboard:
-    """A model, its visitors and what they may send.
+    """A model with its visitors, and the limits of their requests.
 
     Args:
-        name: which model it is, in words for people; fingerprint: of its weights.
-        layer_policy: of answers unless a visitor chooses another; None = the model's own.
-        remember: whether the model sees earlier questions unless a visitor says otherwise.
+        name: of the model, as shown to visitors. fingerprint: of its weights.
+        layer_policy: the default of answers; None = the model's own.
+        remember: whether the model sees earlier questions by default.
         folder: for files to download.
         capacity: visitors whose images stay encoded.
     """
@@ -187,7 +187,7 @@ class Dashboard:
         return self.model.ppm.num_layers
 
     def health(self, waiting: int) -> dict[str, Any]:
-        """What ``/health`` says."""
+        """The answer of ``/health``."""
         return {
             "status": "ok",
             "model": self.name,
@@ -200,7 +200,7 @@ class Dashboard:
         }
 
     def warm_up(self) -> None:
-        """Asks something for nobody, so that the first visitor does not wait for what is made once."""
+        """Answers a first question, so that the first visitor does not wait for one-time initialization."""
         gray = np.full((64, 64, 3), 127, np.uint8)
         self._run(lambda: ImageSession(self.model, self.processor, gray).ask("the red star", max_new_tokens=8))
 
@@ -208,7 +208,7 @@ class Dashboard:
         self._worker.shutdown(cancel_futures=True)
 
     def open(self, visitor: str, source: str) -> Visit:
-        """The visitor's conversation about an uploaded file: the one under way if it is about the same.
+        """The visitor's conversation about an uploaded file, continued if it is about the same file.
 
         Raises:
             ValueError: if the file cannot be used.
@@ -230,40 +230,40 @@ class Dashboard:
         remember: bool | None = None,
         max_new_tokens: int = 64,
     ) -> Generator[str | Visit, None, None]:
-        """The answer so far, again and again, and at last the visit that holds all of it.
+        """Yields the answer so far after each token, and finally the visit with the complete answer.
 
-        Closing the generator ends the answer: its place is free at the model's next token.
+        Closing the generator cancels the answer at the next token.
 
         Args:
-            source: the uploaded file; None = the image of the visitor's question before.
+            source: the uploaded file; None = the image of the visitor's previous question.
 
         Raises:
-            ValueError: if there is no image, or the question cannot be asked.
+            ValueError: if there is no image, or the question is invalid.
         """
         if not prompt.strip():
             raise ValueError("the question is empty: say what to look for, for example 'the red star'")
         if len(prompt) > self.limits.prompt_characters:
             raise ValueError(
-                f"the question has {len(prompt)} characters; at most {self.limits.prompt_characters} are read"
+                f"the question has {len(prompt)} characters; at most {self.limits.prompt_characters} are accepted"
             )
         if not 1 <= max_new_tokens <= self.limits.new_tokens:
             raise ValueError(f"max_new_tokens {max_new_tokens} is not between 1 and {self.limits.new_tokens}")
         policy = layer_policy or self.layer_policy
         if (samples := self.model.config.layer_rule(policy).samples) > self.limits.samples:
-            raise ValueError(f"{policy} draws {samples} samples; at most {self.limits.samples} are drawn here")
+            raise ValueError(f"{policy} takes {samples} samples; at most {self.limits.samples} are allowed here")
         if source is None and self.visits.get(visitor) is None:
             raise ValueError("there is no image to ask about: upload one, or pick an example")
-        prompt = prompt.strip().encode("utf-8", "replace").decode()  # lone surrogates are no text
+        prompt = prompt.strip().encode("utf-8", "replace").decode()  # lone surrogates are not text
         visit = self.open(visitor, source) if source is not None else self.visits.get(visitor)
         assert visit is not None
         options: dict[str, Any] = {"layer_policy": policy, "max_new_tokens": max_new_tokens}
         options["remember"] = self.remember if remember is None else remember
         prediction: Prediction | None = None
-        for news in self._stream(lambda on_text: visit.session.ask(prompt, on_text=on_text, **options)):
-            if isinstance(news, str):
-                yield news
+        for update in self._stream(lambda on_text: visit.session.ask(prompt, on_text=on_text, **options)):
+            if isinstance(update, str):
+                yield update
             else:
-                prediction = news
+                prediction = update
         assert prediction is not None
         visit.prediction, visit.policy, visit.monte_carlo = prediction, policy, None
         visit.turns = [*visit.turns, Turn(prompt, prediction.text)][-MAX_TURNS:]
@@ -271,20 +271,20 @@ class Dashboard:
         yield visit
 
     def measure_uncertainty(self, visitor: str) -> Visit:
-        """Decodes the latest answer's masks again from several sampled layers (``MonteCarloMean``), for their spread.
+        """Decodes the latest answer's masks with several sampled layers (``MonteCarloMean``), for their uncertainty.
 
         Raises:
             ValueError: if there is no answer with a mask.
         """
         visit = self.visits.get(visitor)
         if visit is None or visit.prediction is None or not visit.prediction.layers:
-            raise ValueError("there is no mask yet whose uncertainty could be measured; ask for something first")
+            raise ValueError("there is no mask yet to measure the uncertainty of; ask for something first")
         session = visit.session
         visit.monte_carlo = self._run(lambda: session.decode_again(str(MonteCarloMean())))
         return visit
 
     def layer_map(self, visit: Visit, seg: int, layer: int) -> np.ndarray:
-        """[H, W] in [0, 1]: the similarity map of any layer for one [SEG] of the latest answer."""
+        """Similarity map [H, W] in [0, 1] of any layer, for one [SEG] of the latest answer."""
         assert visit.prediction is not None
         config, grid = self.model.config, visit.prediction.layer_maps[seg : seg + 1, layer]
         side = config.map_side or config.clip_side
@@ -301,27 +301,27 @@ class Dashboard:
         return self._worker.submit(work).result()
 
     def _stream(self, work: Callable[[Callable[[str], None]], Prediction]) -> Iterator[str | Prediction]:
-        """Runs ``work`` on the model's thread and passes on what it says; stops it when nobody listens any more."""
-        news: SimpleQueue[str | Prediction | None] = SimpleQueue()
-        gone = threading.Event()
+        """Runs ``work`` on the model's thread and yields its updates; cancels it when the generator is closed."""
+        updates: SimpleQueue[str | Prediction | None] = SimpleQueue()
+        cancelled = threading.Event()
 
         def on_text(text: str) -> None:
-            if gone.is_set():
-                raise Gone
-            news.put(text)
+            if cancelled.is_set():
+                raise VisitorLeft
+            updates.put(text)
 
         def answer() -> None:
             try:
-                if not gone.is_set():
-                    news.put(work(on_text))
+                if not cancelled.is_set():
+                    updates.put(work(on_text))
             finally:
-                news.put(None)
+                updates.put(None)
 
         future = self._worker.submit(answer)
         try:
-            while (item := news.get()) is not None:
-                yield item
+            while (update := updates.get()) is not None:
+                yield update
             future.result()
         finally:
-            gone.set()
+            cancelled.set()
             wait([future])

@@ -1,6 +1,6 @@
-"""What the dashboard shows: answers as HTML, masks over the image, the policy as a chart, and files to download.
+"""Views of the dashboard: answers as HTML, masks over the image, the policy as a chart, files to download.
 
-Whatever a visitor or the model wrote is escaped: it is shown as text and never runs.
+Text by visitors and by the model is escaped: it is shown, and never executed.
 """
 
 from __future__ import annotations
@@ -62,20 +62,20 @@ def palette_css() -> str:
 
 
 def words_before(text: str, end: int) -> int:
-    """Where the words begin that the [SEG] at ``end`` belongs to: "the red star is [SEG]" -> 0; ``end`` = none."""
-    close = COPULA.search(text, 0, end).start()  # type: ignore[union-attr]  # it matches the empty end, too
+    """Start of the words that the [SEG] at ``end`` refers to: "the red star is [SEG]" -> 0; ``end`` if none."""
+    close = COPULA.search(text, 0, end).start()  # type: ignore[union-attr]  # also matches an empty string
     stop = max((match.end() for match in BOUNDARY.finditer(text, 0, close)), default=0)
     words = list(re.finditer(r"\S+", text[stop:close]))
-    kept = end
+    start = end
     for word in reversed(words):
         if word[0].lower() in FUNCTION_WORDS:
             break
-        kept = stop + word.start()
-    return kept
+        start = stop + word.start()
+    return start
 
 
 def answer_html(text: str, colored: bool = True) -> str:
-    """An answer with each [SEG], and the words it belongs to, in the color of its mask."""
+    """An answer with each [SEG], and the words it refers to, in the color of its mask."""
     pieces, done = [], 0
     for number, match in enumerate(re.finditer(re.escape(SEG), text)):
         begin = max(done, words_before(text, match.start()))
@@ -93,16 +93,18 @@ def transcript_html(turns: Sequence[Turn], writing: bool = False, error: str = "
     """The conversation, the newest answer colored.
 
     Args:
-        writing: the last answer is not complete.
-        error: what went wrong, in words.
+        writing: whether the last answer is still being generated.
+        error: a message to show.
     """
     rows = []
-    for place, turn in enumerate(turns):
-        last = place == len(turns) - 1
-        said = answer_html(turn.answer, colored=last) + ('<span class="ug-caret">▍</span>' if last and writing else "")
+    for number, turn in enumerate(turns, start=1):
+        last = number == len(turns)
+        answer = answer_html(turn.answer, colored=last) + (
+            '<span class="ug-caret">▍</span>' if last and writing else ""
+        )
         rows.append(
             f'<p class="ug-question"><span class="ug-who">You</span> {escape(turn.question)}</p>'
-            f'<p class="ug-answer"><span class="ug-who">Model</span> {said}</p>'
+            f'<p class="ug-answer"><span class="ug-who">Model</span> {answer}</p>'
         )
     if error:
         rows.append(error_html(error))
@@ -122,7 +124,7 @@ def error_html(text: str) -> str:
 
 
 def picture_html(picture: np.ndarray, alt: str) -> str:
-    """An image [H, W, 3] inside the page: it is no file that others could fetch."""
+    """An image [H, W, 3] embedded in the page, so that there is no file that others could fetch."""
     stream = io.BytesIO()
     Image.fromarray(picture).save(stream, "WEBP", quality=92, method=1)
     data = base64.b64encode(stream.getvalue()).decode()
@@ -173,33 +175,33 @@ def figure_html(image: np.ndarray, heat: np.ndarray, caption: str) -> str:
 
 
 def uncertainty_html(visit: Visit, seg: int) -> str:
-    """Where the masks of sampled layers differ: their standard deviation per pixel."""
-    found = visit.monte_carlo.uncertainty[seg] if visit.monte_carlo is not None else None
-    if found is None:
+    """The uncertainty of a [SEG]: standard deviation per pixel of the masks of sampled layers."""
+    if visit.monte_carlo is None:
         return ""
-    drawn = [f"{layer} ({share:.0%})" for layer, share in enumerate(found.layers.tolist()) if share]
+    uncertainty = visit.monte_carlo.uncertainty[seg]
+    layers = [f"{layer} ({share:.0%})" for layer, share in enumerate(uncertainty.layers.tolist()) if share]
     caption = (
-        f"Uncertainty of {SEG} {seg + 1}: {found.score:.2f} (0 = all sampled layers draw one mask, 1 = they have "
-        f"nothing in common). Yellow = they differ. Layers drawn: {', '.join(drawn)}."
+        f"Uncertainty of {SEG} {seg + 1}: {uncertainty.score:.2f} (0 = the masks of all sampled layers agree, 1 = they "
+        f"have nothing in common). Yellow = they differ. Sampled layers: {', '.join(layers)}."
     )
-    return figure_html(visit.image, 2 * found.variance.sqrt().numpy(), caption)
+    return figure_html(visit.image, 2 * uncertainty.variance.sqrt().numpy(), caption)
 
 
 def policy_html(visit: Visit, seg: int) -> str:
     """The policy's distribution over layers as bars, the chosen layer in the mask's color."""
     assert visit.prediction is not None
-    chances = visit.prediction.policy[seg].tolist()
-    chosen, highest = visit.prediction.layers[seg], max(chances)
+    policy = visit.prediction.policy[seg].tolist()
+    chosen, highest = visit.prediction.layers[seg], max(policy)
     width, height, base = 600, 150, 120
-    step = width / len(chances)
+    step = width / len(policy)
     bars = []
-    every = -(-len(chances) // 21)  # labels that fit
-    for layer, chance in enumerate(chances):
-        x, tall = layer * step + step * 0.12, base * 0.85 * chance / highest
+    every = -(-len(policy) // 21)  # so that the labels fit
+    for layer, probability in enumerate(policy):
+        x, tall = layer * step + step * 0.12, base * 0.85 * probability / highest
         look = f'class="ug-bar ug-chosen" style="--ug: {css_color(seg)}"' if layer == chosen else 'class="ug-bar"'
         bars.append(
             f'<rect {look} x="{x:.1f}" y="{base - tall:.1f}" width="{step * 0.76:.1f}" height="{max(tall, 0.5):.1f}">'
-            f"<title>layer {layer}: {chance:.1%}</title></rect>"
+            f"<title>layer {layer}: {probability:.1%}</title></rect>"
         )
         if layer % every == 0 or layer == chosen:
             bold = ' font-weight="700"' if layer == chosen else ""
@@ -208,13 +210,13 @@ def policy_html(visit: Visit, seg: int) -> str:
             )
     where = layer_rules.parse(visit.policy).words(chosen)
     caption = (
-        f"{SEG} {seg + 1} was read at {where} of 0 to {len(chances) - 1} (layer policy “{escape(visit.policy)}”). "
-        f"The policy's probability of layer {chosen} is {chances[chosen]:.1%}. "
+        f"{SEG} {seg + 1} uses {where} of 0 to {len(policy) - 1} (layer policy “{escape(visit.policy)}”). "
+        f"The policy's probability of layer {chosen} is {policy[chosen]:.1%}. "
     )
-    if highest - min(chance for chance in chances if chance) < 1e-3:
-        caption += "The policy is untrained: all layers are equally likely."
-    elif chances[chosen] < highest:
-        caption += f"The likeliest is layer {chances.index(highest)} ({highest:.1%})."
+    if highest - min(probability for probability in policy if probability) < 1e-3:
+        caption += "The policy is untrained: all layers are equally probable."
+    elif policy[chosen] < highest:
+        caption += f"The most probable is layer {policy.index(highest)} ({highest:.1%})."
     return (
         f'<figure><svg class="ug-chart" viewBox="0 0 {width} {height}" role="img" aria-label="{caption}">'
         f"{''.join(bars)}</svg><figcaption>{caption}</figcaption></figure>"
@@ -225,17 +227,18 @@ def policy_html(visit: Visit, seg: int) -> str:
 
 
 def answer_json(visit: Visit, model: str, pictures: str = "rle") -> dict[str, Any]:
-    """The latest answer for programs.
+    """The latest answer as a JSON object, for programs.
 
     Args:
         model: its name.
-        pictures: masks as COCO ``rle``, or as ``encode_png`` (0 and 255, base64).
+        pictures: format of the masks: COCO ``rle``, or ``png`` (0 and 255, base64).
     """
     prediction = visit.prediction
     assert prediction is not None
-    drawn = prediction if visit.monte_carlo is None else replace(prediction, uncertainty=visit.monte_carlo.uncertainty)
-    values = answer_files.describe("", visit.image, visit.turns[-1].question, drawn, visit.policy)
-    del values["image"]  # uploads have names that mean nothing to anybody
+    if visit.monte_carlo is not None:
+        prediction = replace(prediction, uncertainty=visit.monte_carlo.uncertainty)
+    values = answer_files.describe("", visit.image, visit.turns[-1].question, prediction, visit.policy)
+    del values["image"]  # names of uploads are random
     for n, (logits, mask, entry) in enumerate(zip(prediction.mask_logits, visit.masks, values["masks"])):
         inside = logits.sigmoid()[torch.from_numpy(mask)]
         score = round(float(inside.mean()), 4) if len(inside) else 0.0
@@ -252,11 +255,11 @@ def check_pictures(kind: str) -> None:
 
 
 def explain(dashboard: Dashboard, visitor: str, number: int, layer: int, uncertainty: bool) -> dict[str, Any]:
-    """The panel "why" for programs: a [SEG]'s layer, policy and similarity map, and its Monte-Carlo uncertainty.
+    """The panel "Why this mask?" for programs: layer, policy, similarity map and Monte-Carlo uncertainty of a [SEG].
 
     Args:
         number: of the [SEG], from 1.
-        layer: whose map is wanted; -1 = the chosen one.
+        layer: of the similarity map; -1 = the chosen one.
         uncertainty: whether to measure it, too.
 
     Raises:
@@ -273,20 +276,20 @@ def explain(dashboard: Dashboard, visitor: str, number: int, layer: int, uncerta
     chosen = visit.prediction.layers[seg]
     layer = chosen if layer == -1 else layer
     similarity = (dashboard.layer_map(visit, seg, layer) * 255 + 0.5).astype(np.uint8)
-    policy = [round(chance, 5) for chance in visit.prediction.policy[seg].tolist()]
-    found: dict[str, Any] = {"number": number, "layer": chosen, "layer_policy": visit.policy, "policy": policy}
-    found |= {"similarity_layer": layer, "similarity_png": base64.b64encode(encode_png(similarity)).decode()}
+    policy = [round(probability, 5) for probability in visit.prediction.policy[seg].tolist()]
+    values: dict[str, Any] = {"number": number, "layer": chosen, "layer_policy": visit.policy, "policy": policy}
+    values |= {"similarity_layer": layer, "similarity_png": base64.b64encode(encode_png(similarity)).decode()}
     if uncertainty:
-        drawn = dashboard.measure_uncertainty(visitor).monte_carlo
-        assert drawn is not None
-        spread = (drawn.uncertainty[seg].variance.sqrt() * 510 + 0.5).clamp(max=255).numpy().astype(np.uint8)
-        found["uncertainty"] = round(drawn.uncertainty[seg].score, 4)
-        found["deviation_png"] = base64.b64encode(encode_png(spread)).decode()
-    return found
+        monte_carlo = dashboard.measure_uncertainty(visitor).monte_carlo
+        assert monte_carlo is not None
+        deviation = (monte_carlo.uncertainty[seg].variance.sqrt() * 510 + 0.5).clamp(max=255).numpy().astype(np.uint8)
+        values["uncertainty"] = round(monte_carlo.uncertainty[seg].score, 4)
+        values["deviation_png"] = base64.b64encode(encode_png(deviation)).decode()
+    return values
 
 
 def encode_png(picture: np.ndarray) -> bytes:
-    """A mask [H, W] bool (as 0 and 255), a map [H, W] or a picture [H, W, 3] as PNG."""
+    """PNG of a mask [H, W] bool (as 0 and 255), or of a uint8 map [H, W] or picture [H, W, 3]."""
     stream = io.BytesIO()
     values = picture.astype(np.uint8) * 255 if picture.dtype == bool else picture
     Image.fromarray(values).save(stream, "PNG")
@@ -294,13 +297,13 @@ def encode_png(picture: np.ndarray) -> bytes:
 
 
 def write_overlay(visit: Visit, chosen: Sequence[int], opacity: float, outline: bool) -> str:
-    """overlay.png: what the page shows, at the image's own size."""
+    """Writes overlay.png: what the page shows, at the image's own size."""
     layers = [(visit.masks[n], color(n)) for n in chosen if n < len(visit.masks)]
     return write_file(visit.folder / "overlay.png", encode_png(paint(visit.image, layers, opacity, outline)))
 
 
 def write_masks(visit: Visit) -> str:
-    """masks.zip: mask_K.png per [SEG], 0 and 255, the image's size."""
+    """Writes masks.zip: a mask_K.png per [SEG], 0 and 255, at the image's size."""
     stream = io.BytesIO()
     with zipfile.ZipFile(stream, "w") as archive:
         for number, mask in enumerate(visit.masks, start=1):
@@ -309,7 +312,7 @@ def write_masks(visit: Visit) -> str:
 
 
 def write_record(visit: Visit, model: str) -> str:
-    """answer.json: see ``answer_json``."""
+    """Writes answer.json (see ``answer_json``)."""
     text = json.dumps(answer_json(visit, model), indent=1, ensure_ascii=False) + "\n"
     return write_file(visit.folder / "answer.json", text.encode())
 

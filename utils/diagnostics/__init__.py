@@ -1,1 +1,1 @@
-"""Checks, memory and speed: what scripts/doctor.py and scripts/bench.py report."""
+"""Checks, memory and speed, for scripts/doctor.py and scripts/bench.py."""

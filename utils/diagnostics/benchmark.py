@@ -1,7 +1,7 @@
-"""The model benchmark of scripts/bench.py: random weights at a preset's full shape, and what it costs.
+"""The model benchmark of scripts/bench.py: time and memory of a model with random weights at a preset's full shape.
 
-Times are processor time on a CPU (other programs may run) and wall time on a GPU. What is compared runs in turns in one
-process, after a warm-up; a ratio is the median over the turns.
+Times are processor time on a CPU (other programs may run) and wall time on a GPU. Compared cases alternate in one
+process, after a warm-up; a ratio is the median over the repeats.
 """
 
 from __future__ import annotations
@@ -42,17 +42,17 @@ UGROUND: dict[str, Any] = {
     "policy_gradient": "reinforce",
 }
 EXACT = UGROUND | {"policy_gradient": "exact"}
-LISA = UGROUND | {"layer_selection": "last", "mask_prompt": False, "map_terms": ()}  # the fixed last layer, no maps
+LISA = UGROUND | {"layer_selection": "last", "mask_prompt": False, "map_terms": ()}  # LISA-style: last layer, no maps
 ANSWER = "Sure, it is [SEG]."
 
 
 @dataclass(frozen=True)
 class Preset:
-    """Shapes and the work of a step.
+    """Shapes of the model and of a training step.
 
     Attributes:
-        llama: of ``llama_settings``, without the vocabulary. size: (height, width) of the photographs.
-        questions: per image. precision: of ``PRECISIONS``. gpu: whether it takes a GPU.
+        llama: arguments of ``llama_settings``, except the vocabulary. batch: images. questions: per image.
+        size: (height, width) of the images. precision: of ``PRECISIONS``. gpu: whether a GPU is required.
     """
 
     llama: dict[str, int]
@@ -85,14 +85,14 @@ PRESETS = {
 
 
 class Bench:
-    """A random model, and the steps to time.
+    """A model with random weights, and the steps to time.
 
     Args:
-        device: ``cpu`` or a GPU; folder: for the cache of SAM's features.
+        device: ``cpu`` or a GPU. folder: of the cache of SAM's features.
     """
 
     def __init__(self, preset: Preset, device: str, folder: str) -> None:
-        self.preset, self.device, self.resting = preset, torch.device(device), process_memory.resident()
+        self.preset, self.device, self.baseline_bytes = preset, torch.device(device), process_memory.resident()
         tokenizer = AutoTokenizer.from_pretrained(ROOT / "assets/tiny/llava")
         vision = preset.clip.to_dict()
         sides = vision["image_size"], vision["patch_size"], preset.sam.image_size
@@ -106,7 +106,7 @@ class Bench:
             rej_token_id=ids.rej,
             **llama_settings(vocabulary, **preset.llama),
         )
-        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")  # peft asks for it by its old name
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")  # peft uses its old name
         torch.manual_seed(0)
         before = torch.get_default_dtype()
         torch.set_default_dtype(PRECISIONS[preset.precision])
@@ -123,7 +123,7 @@ class Bench:
         cache_sam_features(self.model, self.processor, folder, 10.0)
 
     def configure(self, settings: dict[str, Any]) -> None:
-        """Another method on the same weights."""
+        """Switches to another method on the same weights."""
         for name, value in settings.items():
             setattr(self.model.config, name, value)
         set_trainable(self.wrapped)
@@ -131,10 +131,10 @@ class Bench:
     def samples(
         self, questions: int, segs: int = 1, images: int = 0, size: tuple[int, int] | None = None
     ) -> list[Sample]:
-        """Drawn photographs with ``questions`` questions, the answers of which have ``segs`` masks."""
+        """Random images with ``questions`` questions, each answered with ``segs`` masks."""
         height, width = size or self.preset.size
         answer = ANSWER.replace("[SEG]", " and ".join(["[SEG]"] * segs))
-        found = []
+        samples = []
         for number in range(images or self.preset.batch):
             rng = np.random.default_rng(number)
             small = rng.integers(0, 255, (height // 16 + 1, width // 16 + 1, 3), dtype=np.uint8)
@@ -145,18 +145,18 @@ class Bench:
             turns: list[tuple[Turn, ...]] = [
                 (Turn(f"Where is the small blue thing {k} beside it?", answer),) for k in range(questions)
             ]
-            found.append(Sample(f"drawn/{number}", image, turns, masks, number))
-        return found
+            samples.append(Sample(f"random/{number}", image, turns, masks, number))
+        return samples
 
     def batch(self, samples: list[Sample], packed: bool = True) -> Batch:
-        """On the device; SAM's features lie on the disk. Unpacked: a row per question, as LISA has it."""
+        """A batch on the device, its SAM features in the cache. Unpacked: a row per question, as in LISA."""
         if not packed:
             samples = [row for sample in samples for row in separate(sample)]
         batch = self.processor.collate(samples).to(self.device, PRECISIONS[self.preset.precision])
         return self._cached(batch)
 
     def _cached(self, batch: Batch) -> Batch:
-        """Random features on the disk stand for SAM's: nothing that is timed depends on their values."""
+        """Fills the cache with random SAM features: no time depends on their values."""
         sam, cache = self.preset.sam, self.model.visual_model.cache
         grid = sam.image_size // sam.patch_size
         assert cache is not None
@@ -164,21 +164,21 @@ class Bench:
         return batch
 
     def step(self, batch: Batch) -> None:
-        """Forward, backward, optimizer."""
+        """A training step: forward, backward, optimizer."""
         self.wrapped(batch).loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
 
     @contextmanager
-    def says(self, segs: int = 1, length: int = 12) -> Iterator[None]:
-        """The model writes ``length`` tokens, among them ``segs`` [SEG], at the usual cost."""
+    def scripted_answers(self, segs: int = 1, length: int = 12) -> Iterator[None]:
+        """The model generates ``length`` tokens, among them ``segs`` [SEG], at the usual cost."""
         ids = self.processor.tokens
         script: Iterator[int] = iter(())
 
         def force(_module, _inputs, logits: torch.Tensor) -> torch.Tensor:
             nonlocal script
             token = next(script, None)
-            if token is None:  # the next answer begins
+            if token is None:  # the next answer starts
                 script = iter([ids.seg] * segs + [5] * (length - segs - 1) + [ids.eos])
                 token = next(script)
             logits[..., token] = torch.inf
@@ -191,28 +191,28 @@ class Bench:
             hook.remove()
 
     def ask(self, questions: int = 1, answers: bool = False, images: int = 1, **options) -> Callable[[], None]:
-        """A call that answers questions about each image with masks: written in 12 tokens, or given. SAM's features are
-        read from the disk."""
+        """A call that answers questions about each image with masks: 12 generated tokens, or a teacher-forced answer.
+        SAM's features come from the cache."""
         samples = self.samples(questions, images=images)
-        asked = [[talk[0] if answers else Turn(talk[0].question) for talk in row.conversations] for row in samples]
-        batch = self.processor.prompts([sample.image for sample in samples], asked)
+        turns = [[talk[0] if answers else Turn(talk[0].question) for talk in s.conversations] for s in samples]
+        batch = self.processor.prompts([sample.image for sample in samples], turns)
         batch = self._cached(batch.to(self.device, PRECISIONS[self.preset.precision]))
 
         def call() -> None:
             self.wrapped.eval()
-            with self.says():
+            with self.scripted_answers():
                 self.model.predict(batch, max_new_tokens=12, **options)
             self.wrapped.train()
 
         return call
 
-    def write_without_cache(self) -> None:
-        """LLaVA's 12 tokens by reading the whole row for each; the vision tower runs once."""
+    def generate_without_cache(self) -> None:
+        """Generates 12 tokens with a forward pass of the whole sequence for each; the vision tower runs once."""
         sample = self.samples(1, images=1)[0]
         batch = self.processor.prompts([sample.image], [[Turn(sample.conversations[0][0].question)]])
         batch = batch.to(self.device, PRECISIONS[self.preset.precision])
         self.wrapped.eval()
-        with torch.inference_mode(), self.says():
+        with torch.inference_mode(), self.scripted_answers():
             features = self.model.encode_images(batch.clip_images, batch.clip_sizes)
             with replaced(self.model, encode_images=lambda *_: features):
                 for _ in range(12):
@@ -223,17 +223,18 @@ class Bench:
                     batch.position_ids = torch.cat([batch.position_ids, batch.position_ids[:, -1:] + 1], 1)
         self.wrapped.train()
 
-    def write_with_cache(self) -> None:
+    def generate_with_cache(self) -> None:
+        """Generates 12 tokens with the KV cache."""
         sample = self.samples(1, images=1)[0]
         batch = self.processor.prompts([sample.image], [[Turn(sample.conversations[0][0].question)]])
         self.wrapped.eval()
-        with self.says(segs=0):
+        with self.scripted_answers(segs=0):
             self.model.answer(batch.to(self.device, PRECISIONS[self.preset.precision]), max_new_tokens=12)
         self.wrapped.train()
 
     @contextmanager
     def without_sam(self) -> Iterator[None]:
-        """SAM's modules and its upscaling cost nothing; masks, with a gradient, are constant."""
+        """SAM's modules and its upscaling cost nothing; masks are constant, but have a gradient."""
         sam = self.model.visual_model
 
         def decode(embeddings: torch.Tensor, tokens: torch.Tensor, prompts: torch.Tensor | None) -> torch.Tensor:
@@ -243,18 +244,19 @@ class Bench:
             return masks.float().expand(-1, *original)
 
         grid = self.preset.sam.image_size // self.preset.sam.patch_size
-        nothing = torch.zeros(1, self.preset.sam.prompt_width, grid, grid, device=self.device)
-        nothing = nothing.to(PRECISIONS[self.preset.precision])
+        zeros = torch.zeros(1, self.preset.sam.prompt_width, grid, grid, device=self.device)
+        zeros = zeros.to(PRECISIONS[self.preset.precision])
 
         def encode(images: torch.Tensor, keys: list[str]) -> torch.Tensor:
-            return nothing.expand(len(images), -1, -1, -1)
+            return zeros.expand(len(images), -1, -1, -1)
 
         with replaced(sam, encode=encode, decode=decode, upscale=upscale):
             yield
 
-    # -- what is measured ----------------------------------------------------------------------------------------------
+    # -- measurements --------------------------------------------------------------------------------------------------
 
     def now(self) -> float:
+        """Seconds: wall time after the GPU has finished, or processor time on a CPU."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
             return time.perf_counter()
@@ -266,7 +268,7 @@ class Bench:
         return self.now() - start
 
     def peak(self, call: Callable[[], Any]) -> float:
-        """Bytes while ``call`` runs, weights included: of the GPU, or of the process beyond Python."""
+        """Peak bytes while ``call`` runs, weights included: of the GPU, or of the process above its initial size."""
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
@@ -275,17 +277,17 @@ class Bench:
         if not process_memory.CLEAR_REFS.exists():
             return math.nan
         libc = ctypes.CDLL(None)
-        libc.mallopt(-3, 2**16)  # M_MMAP_THRESHOLD: what is freed goes back at once
+        libc.mallopt(-3, 2**16)  # M_MMAP_THRESHOLD: freed memory is returned at once
         libc.malloc_trim(0)
         process_memory.forget_peak()
         call()
-        found = process_memory.peak_resident() - self.resting
+        peak = process_memory.peak_resident() - self.baseline_bytes
         libc.mallopt(-3, 2**25)
-        return found
+        return peak
 
     def parts(self, batch: Batch, samples: list[Sample], repeats: int) -> dict[str, float]:
-        """Median seconds of a step's parts."""
-        model, sam, found = self.model, self.model.visual_model, []
+        """Median seconds of the parts of a step."""
+        model, sam, repeated = self.model, self.model.visual_model, []
         watched = {
             "CLIP": (model, "encode_images"),
             "LLaMA forward": (model, "read"),
@@ -303,15 +305,15 @@ class Bench:
             with replaced(first[0], **first[1]), replaced(second[0], **second[1]):
                 self._step_in_parts(batch, times)
             if turn:
-                found.append(times)
-        return {part: statistics.median(times[part] for times in found) for part in found[0]}
+                repeated.append(times)
+        return {part: statistics.median(times[part] for times in repeated) for part in repeated[0]}
 
     def _timed(self, call: Callable, part: str, times: dict[str, float]) -> Callable:
         def timed(*args, **kwargs):
             start = self.now()
             result = call(*args, **kwargs)
             times[part] = times.get(part, 0.0) + self.now() - start
-            if part == "LLaMA forward":  # its backward pass begins when all that came after it is done
+            if part == "LLaMA forward":  # reached when the backward pass of all later parts is done
                 result.hidden[-1].register_hook(lambda _: times.update(reached=self.now()))
             return result
 
@@ -331,18 +333,18 @@ class Bench:
 
 
 def separate(sample: Sample) -> list[Sample]:
-    """A row per question, the image repeated."""
+    """A sample per question, the image repeated."""
     masks = iter(sample.masks)
     rows = []
     for turns in sample.conversations:
-        own = [next(masks) for _ in range(sum(turn.answer.count("[SEG]") for turn in turns))]
-        rows.append(Sample(sample.source, sample.image, [turns], np.stack(own), sample.sample_id))
+        turn_masks = [next(masks) for _ in range(sum(turn.answer.count("[SEG]") for turn in turns))]
+        rows.append(Sample(sample.source, sample.image, [turns], np.stack(turn_masks), sample.sample_id))
     return rows
 
 
 @contextmanager
 def replaced(owner: torch.nn.Module, **methods: Any) -> Iterator[None]:
-    """Other methods for a while, on this instance alone."""
+    """Temporarily replaces methods of this instance."""
     before = {name: vars(owner)[name] for name in methods if name in vars(owner)}
     vars(owner).update(methods)
     try:
@@ -358,7 +360,11 @@ def replaced(owner: torch.nn.Module, **methods: Any) -> Iterator[None]:
 
 @dataclass
 class Ratio:
-    """Case ``a`` over case ``b``, what it may be at most, and the values of all turns; ``plus``: a case in both."""
+    """A ratio of seconds, (a + plus) / (b + plus), of cases by name.
+
+    Attributes:
+        bar: the largest acceptable median. values: of all repeats.
+    """
 
     name: str
     a: str
@@ -368,8 +374,7 @@ class Ratio:
     values: list[float] = field(default_factory=list)
 
     def summary(self) -> dict[str, float | None]:
-        middle, low, high = statistics.median(self.values), min(self.values), max(self.values)
-        return {"median": middle, "min": low, "max": high, "bar": self.bar}
+        return {**_spread(self.values), "bar": self.bar}
 
 
 def ratios() -> list[Ratio]:
@@ -395,9 +400,9 @@ WARM_UP = ("packed 3", "UGround", "1 question", "1 given", "SAM encoder compiled
 
 
 def cases(bench: Bench, compiled: bool) -> dict[str, Callable[[], Any]]:
-    """Everything that ratios compare, as calls that do it once; ``compiled``: SAM's encoder in that form, too."""
+    """All cases that ratios compare, as calls that run them once; ``compiled``: include the compiled SAM encoder."""
     three, six = bench.samples(3), bench.samples(6)
-    usual = bench.samples(bench.preset.questions)
+    default = bench.samples(bench.preset.questions)
 
     def train(settings: dict[str, Any], batch: Batch, sam: bool = True) -> Callable[[], None]:
         def call() -> None:
@@ -410,8 +415,8 @@ def cases(bench: Bench, compiled: bool) -> dict[str, Callable[[], Any]]:
 
         return call
 
-    packed, unpacked = bench.batch(usual), bench.batch(usual, packed=False)
-    found: dict[str, Callable[[], Any]] = {
+    packed, unpacked = bench.batch(default), bench.batch(default, packed=False)
+    calls: dict[str, Callable[[], Any]] = {
         "packed 3": train(UGROUND, bench.batch(three), sam=False),
         "unpacked 3": train(UGROUND, bench.batch(three, packed=False), sam=False),
         "packed 6": train(UGROUND, bench.batch(six), sam=False),
@@ -420,27 +425,27 @@ def cases(bench: Bench, compiled: bool) -> dict[str, Callable[[], Any]]:
         "LISA": train(LISA, packed),
         "LISA unpacked": train(LISA, unpacked),
         "exact": train(EXACT, packed),
-        "written": bench.write_with_cache,
-        "written without cache": bench.write_without_cache,
+        "written": bench.generate_with_cache,
+        "written without cache": bench.generate_without_cache,
     }
-    found |= {"1 question": bench.ask(1), "8 questions": bench.ask(8), "8 images": bench.ask(images=8)}
-    found |= {"mc:16": bench.ask(1, layer_policy="mc:16")}
-    found |= {"1 given": bench.ask(1, answers=True), "8 given": bench.ask(8, answers=True)}
+    calls |= {"1 question": bench.ask(1), "8 questions": bench.ask(8), "8 images": bench.ask(images=8)}
+    calls |= {"mc:16": bench.ask(1, layer_policy="mc:16")}
+    calls |= {"1 given": bench.ask(1, answers=True), "8 given": bench.ask(8, answers=True)}
     image = bench.batch(bench.samples(1, images=1)).sam_images
     sam = copy.copy(bench.model.visual_model)
     sam.cache = None
-    found["SAM encoder"] = partial(sam.encode, image)
+    calls["SAM encoder"] = partial(sam.encode, image)
     if compiled:
-        twin = copy.deepcopy(sam)
-        twin.compile_encoder()
-        found["SAM encoder compiled"] = partial(twin.encode, image)
-    return found
+        compiled_sam = copy.deepcopy(sam)
+        compiled_sam.compile_encoder()
+        calls["SAM encoder compiled"] = partial(compiled_sam.encode, image)
+    return calls
 
 
 def compare_cases(
     bench: Bench, repeats: int, compiled: bool = False
 ) -> tuple[list[Ratio], dict[str, dict[str, float]]]:
-    """All ratios, and seconds and peak bytes of every case."""
+    """All ratios, and the seconds (for some also peak bytes) of every case."""
     calls = cases(bench, compiled)
     rows = [row for row in ratios() if row.a in calls]
     times: dict[str, list[float]] = {name: [] for name in calls}
@@ -452,25 +457,28 @@ def compare_cases(
             times[name].append(bench.seconds(call))
     for row in rows:
         plus = times[row.plus] if row.plus else [0.0] * repeats
-        row.values = [(a + c) / (b + c) for a, b, c in zip(times[row.a], times[row.b], plus, strict=True)]
+        row.values = [(a + p) / (b + p) for a, b, p in zip(times[row.a], times[row.b], plus, strict=True)]
     memory = {name: bench.peak(calls[name]) for name in ("UGround", "LISA", "LISA unpacked")}
-    share = Ratio("the same, peak memory", "UGround", "LISA", 1.05, values=[memory["UGround"] / memory["LISA"]])
-    rows.insert(1 + [row.name for row in rows].index("UGround / fixed last layer, both packed"), share)
-    spread = {
-        name: {"median": statistics.median(values), "min": min(values), "max": max(values)}
-        | ({"peak_bytes": memory[name]} if name in memory else {})
+    peak = Ratio("the same, peak memory", "UGround", "LISA", 1.05, values=[memory["UGround"] / memory["LISA"]])
+    rows.insert(1 + [row.name for row in rows].index("UGround / fixed last layer, both packed"), peak)
+    seconds = {
+        name: _spread(values) | ({"peak_bytes": memory[name]} if name in memory else {})
         for name, values in times.items()
     }
-    return rows, spread
+    return rows, seconds
+
+
+def _spread(values: list[float]) -> dict[str, float]:
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
 # -- utilisation and growth --------------------------------------------------------------------------------------------
 
-PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16 operations per second, as the maker states them
+PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16 operations per second, from the data sheets
 
 
 def step_flops(bench: Bench, batch: Batch) -> float:
-    """Operations that a step with cached SAM features demands of LLaMA and CLIP; the rest is left out.
+    """Operations of LLaMA and CLIP in a step with cached SAM features; the rest is not counted.
 
     2 x weights x tokens for a pass through linear layers, 4 x width x tokens^2 / 2 for causal attention; LLaMA once
     forward and once backward (frozen weights take no gradient; attention's backward pass is twice its forward), CLIP
@@ -485,7 +493,7 @@ def step_flops(bench: Bench, batch: Batch) -> float:
 
 
 def utilisation(bench: Bench, seconds: float) -> float | None:
-    """Model FLOPs utilisation of the usual step; None on a device whose peak is not known."""
+    """Model FLOPs utilisation of the preset's step; None on a device of unknown peak."""
     if bench.device.type != "cuda":
         return None
     device = torch.cuda.get_device_name(bench.device)
@@ -522,10 +530,10 @@ def growth(preset: Preset, device: str, folder: str, repeats: int) -> list[list[
                 layers = bench.model.config.num_hidden_layers
                 settings["first_candidate_layer"] = max(1, layers + 1 - value)
             else:
-                resting = bench.resting  # memory is counted from before the first model
+                baseline_bytes = bench.baseline_bytes  # memory is counted from before the first model
                 del bench
                 bench = Bench(replace(preset, llama=preset.llama | {"layers": value}), device, folder)
-                bench.resting = resting
+                bench.baseline_bytes = baseline_bytes
                 samples = bench.samples(1)
             bench.configure(settings)
             batch = bench.batch(samples)

@@ -1,4 +1,4 @@
-"""What scripts/doctor.py looks at once the libraries work: settings, weights, tokens, data, gradients, learning."""
+"""Checks of scripts/doctor.py that need the libraries: settings, weights, tokens, data, gradients, overfitting."""
 
 from __future__ import annotations
 
@@ -27,56 +27,56 @@ from utils.diagnostics.memory_model import Plan, expected, on_cuda
 from utils.training.checkpoint import checkpoint_bytes
 from utils.training.engine import deepspeed_settings, parameter_groups
 
-SAMPLES = 8  # that a working configuration learns by heart
-GOAL = 0.8  # mean IoU of their masks, at which it has
+SAMPLES = 8  # that a working configuration can overfit
+GOAL = 0.8  # mean IoU of their masks
 STEPS = 150  # of the optimizer, at most
-MUST_FALL = 0.3  # times its first value: a base that segments well from the start has to learn, too
+MUST_FALL = 0.3  # final loss / first loss at most: a base that segments well from the start must learn, too
 EMBEDDED = ("seg", "rej", "im_start", "im_end", "eos")  # <image> is replaced before it is embedded
-CHEAP = 100e6  # parameters up to which a CPU does so in a minute or two
+CHEAP = 100e6  # parameters up to which a CPU overfits the samples in a minute or two
 
 
 # -- settings ----------------------------------------------------------------------------------------------------------
 
 
 def check_paths(config: Config) -> Iterator[Finding]:
-    """Whether all files are where the settings say."""
+    """Whether all files and folders of the settings exist."""
     missing = missing_paths(config)
-    way_out = "download it (README, Train the 7B model on A100s), or correct the path"
-    yield from (problem(text, way_out) for text in missing)
+    fix = "download it (README, Train the 7B model on A100s), or correct the path"
+    yield from (problem(text, fix) for text in missing)
     if not missing:
         yield ok("all files and folders of the settings exist")
 
 
 def check_deepspeed(config: Config) -> Iterator[Finding]:
-    """Whether DeepSpeed's JSON fits."""
+    """Whether DeepSpeed's JSON agrees with the settings."""
     deepspeed_settings(config, world_size=1)
     yield ok(f"{config.train.deepspeed_config} agrees with the settings")
 
 
 def check_disk(config: Config, trainable: int) -> Iterator[Finding]:
-    """Room for checkpoints: the latest, the best and the one that is being written."""
+    """Disk space for three checkpoints: the latest, the best and the one being written."""
     folder = config.run_folder
     while not folder.exists():
         folder = folder.parent
     needed = 3 * checkpoint_bytes(trainable, PRECISIONS[config.model.precision].itemsize)
     free = shutil.disk_usage(folder).free
-    text = f"checkpoints take {needed / 1e9:.2f} GB (three of them, for a moment); {config.run_folder} has "
+    text = f"checkpoints take {needed / 1e9:.2f} GB (three of them while one is written); {config.run_folder} has "
     if not os.access(folder, os.W_OK):
-        yield problem(f"{folder} cannot be written to", "give --log_base_dir a folder of your own")
+        yield problem(f"{folder} cannot be written to", "set --log_base_dir to a folder that you can write to")
     elif free < needed:
-        yield problem(f"{text}{free / 1e9:.2f} GB", "make room, or give --log_base_dir on another disk")
+        yield problem(f"{text}{free / 1e9:.2f} GB", "free disk space, or set --log_base_dir to another disk")
     else:
         yield ok(f"{text}{free / 1e9:,.0f} GB")
 
 
 def check_memory(plan: Plan, device: str, room: float) -> Iterator[Finding]:
-    """The expected memory of a step on one GPU (or of the one process on the CPU) against what is free there."""
+    """Expected memory of a step on one GPU (or of one process on the CPU) against the free memory."""
     parts = expected(plan)
     needed = on_cuda(parts) if device == "cuda" else parts["total"] + parts["host"]
     text = f"a step of {plan.images} images takes about {needed / 1e9:.1f} GB; {device} has {room / 1e9:.1f} GB free"
     if needed > room:
-        way_out = "--gradient_checkpointing true, a smaller --batch_size, more GPUs or offloading: doctor.py --memory"
-        yield problem(text, way_out)
+        fix = "--gradient_checkpointing true, a smaller --batch_size, more GPUs or offloading: doctor.py --memory"
+        yield problem(text, fix)
     else:
         yield ok(text)
 
@@ -85,7 +85,7 @@ def check_memory(plan: Plan, device: str, room: float) -> Iterator[Finding]:
 
 
 def describe_weights(loaded: list[Loaded]) -> Iterator[Finding]:
-    """What was loaded from where."""
+    """Which weights were loaded from where."""
     for row in loaded:
         text = (
             f"{row.module}: {row.parameters:,} parameters in {row.dtype}, fingerprint {row.fingerprint}, {row.source}"
@@ -94,16 +94,21 @@ def describe_weights(loaded: list[Loaded]) -> Iterator[Finding]:
 
 
 def check_tokens(model: Any, processor: UGroundProcessor) -> Iterator[Finding]:
-    """Whether the special tokens are single, known, embedded, and the same for model and tokenizer."""
+    """Whether the special tokens have embeddings, and the same ids in model and tokenizer."""
     ids, settings = processor.tokens, model.config
     rows = model.get_input_embeddings().weight.shape[0]
     listed = ", ".join(f"{name} {value}" for name, value in vars(ids).items())
     largest = max(getattr(ids, name) for name in EMBEDDED)
     if largest >= rows:
-        yield problem(f"token {largest} of the tokenizer has no embedding ({rows} rows)", "take both from one folder")
+        yield problem(
+            f"token {largest} of the tokenizer has no embedding ({rows} rows)",
+            "take tokenizer and weights from one folder",
+        )
     elif (settings.seg_token_id, settings.rej_token_id) != (ids.seg, ids.rej):
-        mine = f"[SEG] {settings.seg_token_id}, [REJ] {settings.rej_token_id}"
-        yield problem(f"the model has {mine}; the tokenizer: {listed}", "take both from one folder")
+        model_ids = f"[SEG] {settings.seg_token_id}, [REJ] {settings.rej_token_id}"
+        yield problem(
+            f"the model has {model_ids}; the tokenizer: {listed}", "take tokenizer and weights from one folder"
+        )
     else:
         yield ok(f"tokens: {listed}; {rows:,} embeddings")
 
@@ -112,33 +117,33 @@ def check_tokens(model: Any, processor: UGroundProcessor) -> Iterator[Finding]:
 
 
 def describe_data(mixture: Mixture, config: Config) -> Iterator[Finding]:
-    """What is trained on, and how much of it cannot be used."""
+    """The training data, and how many of its records cannot be used."""
     for row in mixture.describe(config.total_steps * config.train.batch_size * config.train.grad_accumulation_steps):
         bad = row.get("unusable", 0)
         text = f"{row['name']}: {row['images']:,} images, {row['share']:.1%} of the samples, {row['epochs']:.2f} epochs"
-        mend = "scripts/inspect_data.py names them; complete or repair the data set"
-        yield warning(f"{text}; {bad:,} records cannot be used", mend) if bad else ok(text)
+        fix = "scripts/inspect_data.py names them; complete or repair the data set"
+        yield warning(f"{text}; {bad:,} records cannot be used", fix) if bad else ok(text)
 
 
 def read_samples(mixture: Mixture, seed: int) -> Iterator[Finding]:
-    """Reads three samples of every data set, the first and the last among them."""
+    """Reads three samples of every data set: the first, the middle and the last."""
     for dataset in mixture.datasets:
-        places = sorted({0, len(dataset) // 2, len(dataset) - 1})
+        indices = sorted({0, len(dataset) // 2, len(dataset) - 1})
         errors = []
-        for place in places:
+        for index in indices:
             try:
-                dataset.sample(place, np.random.default_rng((seed, place)))
+                dataset.sample(index, np.random.default_rng((seed, index)))
             except ValueError as error:
                 errors.append(str(error))
         if errors:
-            text = f"{dataset.name}: {len(errors)} of {len(places)} samples cannot be read: {errors[0]}"
+            text = f"{dataset.name}: {len(errors)} of {len(indices)} samples cannot be read: {errors[0]}"
             yield problem(text, "complete the data set; training would skip such records and warn")
         else:
-            yield ok(f"{dataset.name}: {len(places)} samples read")
+            yield ok(f"{dataset.name}: {len(indices)} samples read")
 
 
 def check_benchmark(spec: str, config: Config) -> Iterator[Finding]:
-    """Whether a benchmark of the validation is complete."""
+    """Whether a validation benchmark is complete."""
     dataset = get_eval_dataset(spec, config.data.dataset_dir)
     check_complete(dataset)
     sample = dataset[0]
@@ -146,32 +151,32 @@ def check_benchmark(spec: str, config: Config) -> Iterator[Finding]:
 
 
 def samples_with_masks(mixture: Mixture) -> list[Sample]:
-    """The first samples of the mixture that have a mask, as many as are learned by heart."""
-    found = []
-    for number in range(20 * SAMPLES):
-        sample = mixture[number]
+    """The first ``SAMPLES`` samples of the mixture that have a mask."""
+    samples = []
+    for sample_id in range(20 * SAMPLES):
+        sample = mixture[sample_id]
         if (sample.masks == 1).any():
-            found.append(sample)
-        if len(found) == SAMPLES:
+            samples.append(sample)
+        if len(samples) == SAMPLES:
             break
-    return found
+    return samples
 
 
 def collate(config: Config, processor: UGroundProcessor, mixture: Mixture, device: torch.device) -> list[Batch]:
-    """Samples with masks as batches of the size that training has."""
+    """Batches of samples with masks, of the size that training uses."""
     samples = samples_with_masks(mixture)
     if not samples:
-        raise ValueError(f"none of the first {20 * SAMPLES} samples has a mask; choose data that have (--dataset)")
+        raise ValueError(f"none of the first {20 * SAMPLES} samples has a mask; choose data with masks (--dataset)")
     size, dtype = config.train.batch_size, PRECISIONS[config.model.precision]
     parts = [samples[start : start + size] for start in range(0, len(samples), size)]
     return [processor.collate(part).to(device, dtype) for part in parts]
 
 
-# -- learning ----------------------------------------------------------------------------------------------------------
+# -- gradients and overfitting -----------------------------------------------------------------------------------------
 
 
 def check_gradients(model: torch.nn.Module, batch: Batch) -> Iterator[Finding]:
-    """One forward and backward pass: a finite loss, and a gradient for every part that trains."""
+    """Whether one forward and backward pass gives a finite loss, and a gradient for every trainable part."""
     model.train()
     model.zero_grad(set_to_none=True)
     started = time.perf_counter()
@@ -189,8 +194,8 @@ def check_gradients(model: torch.nn.Module, batch: Batch) -> Iterator[Finding]:
     listed = ", ".join(f"{part} {norm:.2g}" for part, norm in norms.items())
     silent = [part for part, norm in norms.items() if not (norm > 0 and np.isfinite(norm))]
     if silent:
-        way_out = "a loss weight of 0, or a part that the settings never reach? Its parameters would not learn"
-        yield problem(f"no usable gradient for {', '.join(silent)} (norms: {listed})", way_out)
+        fix = "a loss weight of 0, or a part that the settings do not use? Its parameters would not learn"
+        yield problem(f"no usable gradient for {', '.join(silent)} (norms: {listed})", fix)
     elif not norms:
         yield problem("nothing trains", "no parameter requires a gradient; see model/lora.py")
     else:
@@ -198,7 +203,7 @@ def check_gradients(model: torch.nn.Module, batch: Batch) -> Iterator[Finding]:
 
 
 def norms_per_part(model: torch.nn.Module) -> dict[str, float]:
-    """Norm of the gradient per part that trains."""
+    """Gradient norm per trainable part."""
     squares: dict[str, float] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -208,46 +213,46 @@ def norms_per_part(model: torch.nn.Module) -> dict[str, float]:
 
 
 def is_cheap(model: torch.nn.Module, device: torch.device) -> bool:
-    """Whether learning by heart is a matter of a minute or two."""
+    """Whether ``check_overfit`` takes only a minute or two."""
     return device.type == "cuda" or sum(parameter.numel() for parameter in model.parameters()) < CHEAP
 
 
 def check_overfit(model: torch.nn.Module, config: Config, batches: list[Batch]) -> Iterator[Finding]:
-    """Learns a few samples by heart at the configuration's learning rate; what cannot do that, learns nothing else."""
+    """Whether training overfits a few samples at the configuration's learning rate; if not, it learns nothing else."""
     started = time.perf_counter()
     images = sum(len(batch.sizes) for batch in batches)
-    course: list[tuple[float, float]] = []
-    for now in overfit(model, config, batches):
-        course.append(now)
-        if now[1] >= GOAL and now[0] <= MUST_FALL * course[0][0]:
+    curve: list[tuple[float, float]] = []
+    for point in overfit(model, config, batches):
+        curve.append(point)
+        if point[1] >= GOAL and point[0] <= MUST_FALL * curve[0][0]:
             break
-    (before, iou_before), (loss, iou) = course[0], course[-1]
+    (first_loss, first_iou), (loss, iou) = curve[0], curve[-1]
     seconds = time.perf_counter() - started
     text = (
-        f"{images} samples by heart in {len(course) - 1} steps ({seconds:.0f} s): IoU {iou_before:.2f} -> {iou:.2f}, "
-        f"loss of text and masks {before:.3f} -> {loss:.3f}"
+        f"{images} samples in {len(curve) - 1} steps ({seconds:.0f} s): IoU {first_iou:.2f} -> {iou:.2f}, "
+        f"loss of text and masks {first_loss:.3f} -> {loss:.3f}"
     )
-    if iou >= GOAL and loss <= MUST_FALL * before:
-        yield ok(f"learned {text}")
+    if iou >= GOAL and loss <= MUST_FALL * first_loss:
+        yield ok(f"overfit {text}")
         return
     wanted = f"(IoU {GOAL} and {MUST_FALL:.0%} of the first loss are expected)"
-    way_out = f"try another --lr (now {config.train.lr:g}); then look at the samples with scripts/inspect_data.py"
-    yield problem(f"did not learn {text} {wanted}", way_out)
+    fix = f"try another --lr (now {config.train.lr:g}); then look at the samples with scripts/inspect_data.py"
+    yield problem(f"did not overfit {text} {wanted}", fix)
 
 
 def overfit(model: torch.nn.Module, config: Config, batches: list[Batch]) -> Iterator[tuple[float, float]]:
-    """Loss and mask IoU on the same batches before each step, and after the last one of ``STEPS``.
+    """Yields (loss, mask IoU) on the same batches before each step, and after the last of ``STEPS``.
 
-    The loss is that of text and masks, which can become 0; a map on a coarse grid cannot. As in training, the optimizer
-    keeps its weights in float32, and the learning rate warms up.
+    The loss is that of text and masks, which can reach 0; that of a map on a coarse grid cannot. As in training, the
+    optimizer has float32 master weights, and the learning rate warms up.
     """
     groups = parameter_groups(model, config)
-    exact = [[p.detach().float().clone().requires_grad_() for p in group["params"]] for group in groups]
+    master = [[p.detach().float().clone().requires_grad_() for p in group["params"]] for group in groups]
     betas = config.train.beta1, config.train.beta2
     optimizer = torch.optim.AdamW(
-        [{"params": copies, "lr": group["lr"]} for copies, group in zip(exact, groups)], betas=betas, weight_decay=0.0
+        [{"params": copies, "lr": group["lr"]} for copies, group in zip(master, groups)], betas=betas, weight_decay=0.0
     )
-    pairs = [pair for copies, group in zip(exact, groups) for pair in zip(copies, group["params"])]
+    pairs = [pair for copies, group in zip(master, groups) for pair in zip(copies, group["params"])]
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=0.1, total_iters=10)
     torch.manual_seed(config.train.seed)
     model.train()
@@ -258,7 +263,7 @@ def overfit(model: torch.nn.Module, config: Config, batches: list[Batch]) -> Ite
             output = model(batch)
             (output.loss / len(batches)).backward()
             losses.append(_text_and_masks(output.terms, config))
-            overlaps += [iou for masks, truth in zip(output.mask_logits, batch.masks) for iou in _ious(masks, truth)]
+            overlaps += [iou for logits, masks in zip(output.mask_logits, batch.masks) for iou in _ious(logits, masks)]
         yield float(np.mean(losses)), float(np.mean(overlaps))
         for copy, parameter in pairs:
             copy.grad = None if parameter.grad is None else parameter.grad.float()
@@ -278,37 +283,42 @@ def _text_and_masks(terms: dict[str, torch.Tensor], config: Config) -> float:
 
 
 def _ious(logits: torch.Tensor, masks: torch.Tensor) -> list[float]:
-    """IoU of each mask over the pixels that count: [n, H, W] logits, [n, H, W] uint8."""
-    found, true = (logits > 0) & (masks != 255), masks == 1
-    both, either = (found & true).flatten(1).sum(1), (found | true).flatten(1).sum(1)
-    return torch.where(either > 0, both / either.clamp(min=1), 1.0).tolist()
+    """IoU of each mask over pixels that are not ignored (255): [n, H, W] logits, [n, H, W] uint8."""
+    predicted, target = (logits > 0) & (masks != 255), masks == 1
+    intersection = (predicted & target).flatten(1).sum(1)
+    union = (predicted | target).flatten(1).sum(1)
+    return torch.where(union > 0, intersection / union.clamp(min=1), 1.0).tolist()
 
 
 # -- a finished model --------------------------------------------------------------------------------------------------
 
 
 def check_merged(folder: str, device: str, precision: str, vision_tower: str) -> Iterator[Finding]:
-    """A folder of scripts/merge_lora.py: loads, has its tokens, and answers a question about a drawn image."""
+    """Whether a model folder loads, has its tokens, and answers a question about a synthetic image."""
     opened = load(folder, precision, device, vision_tower=vision_tower)
     model, processor = opened.model, opened.processor
     count = sum(parameter.numel() for parameter in model.parameters())
-    yield ok(f"{folder}: {count:,} parameters, {precision} on {device}; every key found its place")
+    yield ok(f"{folder}: {count:,} parameters, {precision} on {device}; all keys matched")
     yield from describe_weights(opened.report())
     yield from check_tokens(model, processor)
     broken = [name for name, parameter in model.named_parameters() if not parameter.isfinite().all()]
     if broken:
         names = ", ".join(broken[:3])
-        yield problem(f"{folder}: {len(broken)} parameters hold NaN or infinity: {names}", "merge it again")
+        yield problem(f"{folder}: {len(broken)} parameters hold NaN or infinity: {names}", "merge the checkpoint again")
     image = np.full((96, 128, 3), 230, np.uint8)
     image[30:70, 40:90] = (200, 30, 30)
     question = "Where is the red square?"
-    (given,), (written,) = (
+    (teacher_forced,), (generated,) = (
         predict(model, processor, [image], [[Turn(question, answer)]], max_new_tokens=24)
         for answer in ("Sure, it is [SEG].", "")
     )
-    if len(given[0].mask_logits) != 1 or not given[0].mask_logits.isfinite().all():
-        yield problem(f"{folder}: a given [SEG] has no finite mask", "the weights are damaged; merge it again")
+    if len(teacher_forced[0].mask_logits) != 1 or not teacher_forced[0].mask_logits.isfinite().all():
+        yield problem(f"{folder}: a teacher-forced [SEG] has no finite mask", "the weights are damaged; merge again")
     else:
-        yield ok(f"{folder}: a given [SEG] has a mask of {tuple(given[0].mask_logits.shape[1:])}")
-    text = f"{folder}: asked {question!r} about a drawn square, it wrote {written[0].text!r}"
-    yield ok(text) if len(written[0].mask_logits) else warning(text, "no [SEG]: is it trained? See test.py")
+        yield ok(f"{folder}: a teacher-forced [SEG] has a mask of {tuple(teacher_forced[0].mask_logits.shape[1:])}")
+    text = f"{folder}: asked {question!r} about a red square, it generated {generated[0].text!r}"
+    yield (
+        ok(text)
+        if len(generated[0].mask_logits)
+        else warning(text, "no [SEG]: is the model trained? Evaluate it with test.py")
+    )

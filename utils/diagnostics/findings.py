@@ -1,4 +1,4 @@
-"""What a check of scripts/doctor.py found, in a line; needs no library, so that it works where they are broken."""
+"""Findings of the checks of scripts/doctor.py. Imports no library, so that it works where libraries are broken."""
 
 from __future__ import annotations
 
@@ -12,53 +12,56 @@ LEVELS = ("ok", "skipped", "warning", "problem")
 
 @dataclass(frozen=True)
 class Finding:
-    """level: one of ``LEVELS``; text: what was seen; way_out: how to mend it, or to have it checked."""
+    """The result of a check.
+
+    Attributes:
+        level: one of ``LEVELS``. text: what was observed. fix: how to fix it, or to have it checked.
+    """
 
     level: str
     text: str
-    way_out: str = ""
+    fix: str = ""
 
     def __str__(self) -> str:
         line = f"{self.level:<8} {' '.join(self.text.split())}"
-        return f"{line} -> {' '.join(self.way_out.split())}" if self.way_out else line
+        return f"{line} -> {' '.join(self.fix.split())}" if self.fix else line
 
 
 def ok(text: str) -> Finding:
     return Finding("ok", text)
 
 
-def skipped(text: str, way_out: str) -> Finding:
-    return Finding("skipped", text, way_out)
+def skipped(text: str, fix: str) -> Finding:
+    return Finding("skipped", text, fix)
 
 
-def warning(text: str, way_out: str) -> Finding:
-    return Finding("warning", text, way_out)
+def warning(text: str, fix: str) -> Finding:
+    return Finding("warning", text, fix)
 
 
-def problem(text: str, way_out: str) -> Finding:
-    return Finding("problem", text, way_out)
+def problem(text: str, fix: str) -> Finding:
+    return Finding("problem", text, fix)
 
 
 class Page:
-    """Findings under headings, printed as they come.
+    """Findings under headings, printed as they are added.
 
     Attributes:
         findings: all so far.
     """
 
-    def __init__(self, say: Callable[[str], None] = print) -> None:
+    def __init__(self) -> None:
         self.findings: list[Finding] = []
-        self._say = say
 
     def heading(self, title: str) -> None:
-        self._say(f"{chr(10) if self.findings else ''}{title}")
+        print(f"{chr(10) if self.findings else ''}{title}")
 
     def add(self, finding: Finding) -> None:
         self.findings.append(finding)
-        self._say(f"  {finding}")
+        print(f"  {finding}")
 
     def run(self, check: Callable[..., Iterable[Finding]], *args: Any) -> bool:
-        """Adds what a check finds; whether none of it is a problem."""
+        """Adds the findings of a check; returns whether none of them is a problem."""
         before = len(self.findings)
 
         def add_all() -> None:
@@ -69,13 +72,13 @@ class Page:
         return all(finding.level != "problem" for finding in self.findings[before:])
 
     def attempt(self, function: Callable[..., T], *args: Any, name: str = "") -> T | None:
-        """What the function returns; None if it fails, which is a problem then and hides no other."""
+        """Calls the function and returns its result. If it fails, adds a problem and returns None."""
         try:
             return function(*args)
-        except Exception as error:  # whatever it is, the user is told, and the other checks run
+        except Exception as error:  # of any kind: it is reported, and the other checks run
             known = isinstance(error, (ValueError, OSError))
             prefix = "" if known else f"{name or function.__name__}: {type(error).__name__}: "
-            for line in getattr(error, "problems", None) or [str(error) or "no reason is given"]:
+            for line in getattr(error, "problems", None) or [str(error) or "no reason given"]:
                 self.add(problem(prefix + line, "" if known else "unexpected: please report it"))
             return None
 

@@ -1,8 +1,8 @@
-"""How much memory a training step takes, from shapes alone: arithmetic that a person can follow and check.
+"""Memory of a training step, computed from shapes alone, by arithmetic that can be checked by hand.
 
 Legend: b bytes per number (2 in bf16), B images per GPU, T tokens per row, D hidden size, F width of LLaMA's MLP, N
 [SEG] per image, P image tokens, G side of SAM's grid, E its width in the decoder, G x G x E = "image" of the decoder.
-What autograd keeps was counted in PyTorch's own backward formulas and compared with measured runs (docs/scaling.md).
+What autograd saves was counted in PyTorch's backward formulas and compared with measured runs (docs/scaling.md).
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from utils.plotting import text_tables
 
 GB = 1e9
 PARTS = ("weights", "optimizer", "gradients", "language model", "SAM")
-PREFIX, PER_QUESTION, LABELS = 40, 40, 12  # tokens: in front of the questions; of one question with its answer; learned
-PIXELS = 640 * 480  # of an image of COCO
+PREFIX, PER_QUESTION, LABELS = 40, 40, 12  # tokens: of the prefix; per question with answer; per answer, as labels
+PIXELS = 640 * 480  # of a COCO image
 PIXEL_BYTES = 35  # per pixel of a mask: what the losses at the image's size keep (measured, docs/scaling.md)
 CUDA_CONTEXT = 0.8 * GB  # assumed: kernels, cuBLAS, NCCL
 FRAGMENTATION = 0.1  # assumed: share of the activations that the allocator loses
@@ -41,11 +41,13 @@ CLIPS: dict[str, dict[str, Any]] = {
     "large": {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16},
     "small": {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 4},
 }
-SAM_SMALL = SamShape(encoder_width=192, encoder_depth=2, encoder_heads=2, global_attention=(1,))  # its decoder is whole
+SAM_SMALL = SamShape(
+    encoder_width=192, encoder_depth=2, encoder_heads=2, global_attention=(1,)
+)  # with the full decoder
 MEDIUM_SETTINGS = ("--precision", "fp32", "--grad_accumulation_steps", "1")
 CARDS = (24, 40, 80)  # GB
-MARGIN = 0.1  # of a card that is left free: what is assumed here was not measured on a GPU
-VOCABULARY = 32_000 + 5  # Vicuna's, and this project's tokens
+MARGIN = 0.1  # share of a card to leave free: the assumptions were not measured on a GPU
+VOCABULARY = 32_000 + 5  # Vicuna's and this project's tokens
 
 
 @dataclass(frozen=True)
@@ -53,11 +55,11 @@ class Plan:
     """A training step.
 
     Attributes:
-        shape: sizes of the model. parameters, trainable: numbers of them.
+        shape: sizes of the model. parameters, trainable: their numbers.
         precision: bytes per number, b.
-        images: per GPU and micro step, B. tokens: per row, T. labels: learned tokens per image. masks: per image, N.
-        pixels: per image. checkpointing: of LLaMA's layers. dropout: whether the adapters have one.
-        gpus: processes that share the optimizer (ZeRO-2). offload: keep it in the host's memory.
+        images: per GPU and micro step, B. tokens: per row, T. labels: per image. masks: per image, N.
+        pixels: per image. checkpointing: of LLaMA's layers. dropout: whether the adapters use it.
+        gpus: over which the optimizer is sharded (ZeRO-2). offload: of the optimizer, to the host's memory.
         bucket: numbers per message of gradients (DeepSpeed's reduce_bucket_size).
     """
 
@@ -86,16 +88,20 @@ class Plan:
 
 
 def language_model(plan: Plan) -> float:
-    """What LLaMA keeps for its backward pass, in bytes.
+    """Bytes that LLaMA saves for its backward pass.
 
-    A frozen linear layer keeps nothing (its gradient needs the weight alone), so of a decoder layer there remain, per
-    token: the inputs of both norms in float32 (4D each); the layer's output, which PPM reads (bD; in float32 it is the
-    next norm's input); q, k, v and the attention's output (4bD); the inputs of LoRA's two A matrices, each its own copy
-    behind a dropout with its mask of a byte (2(b + 1)D; without dropout both read the same bD); and of the MLP the
-    inputs of SiLU and of the product (3bF). With checkpointing a layer keeps its input (bD), and one layer at a time is
-    computed again.
+    A frozen linear layer saves nothing (its gradient needs only the weight). So a decoder layer saves, per token:
 
-    PPM keeps the image's states of all layers in float32 (4PD per image and layer). The additive mask of attention is
+    - the inputs of both norms in float32 (4D each), and the layer's output, which PPM uses (bD; in float32 it is the
+      next norm's input)
+    - q, k, v and the attention's output (4bD)
+    - the inputs of LoRA's two A matrices: with dropout a copy and a mask of bytes for each (2(b + 1)D), else one (bD)
+    - the inputs of SiLU and of the product in the MLP (3bF)
+
+    With checkpointing a layer saves its input (bD), and one layer at a time is
+    recomputed.
+
+    PPM saves the image states of all layers in float32 (4PD per image and layer). The additive mask of attention is
     b x T x T per image.
     """
     c, b = plan.shape, plan.precision
@@ -103,21 +109,21 @@ def language_model(plan: Plan) -> float:
     attention = (2 * d + 2 * d * (c.num_key_value_heads or c.num_attention_heads) / c.num_attention_heads) * b
     adapters = 2 * (b + 1) * d if plan.dropout else b * d
     layer = 8 * d + (b * d if b < 4 else 0) + attention + adapters + 3 * b * mlp
-    kept = b * d * layers + layer if plan.checkpointing else layer * layers
+    saved = b * d * layers + layer if plan.checkpointing else layer * layers
     similarity = 4.0 * c.num_image_tokens * d * (layers + 1) * plan.images
     mask = b * plan.images * plan.tokens**2
-    return plan.rows * kept + similarity + mask
+    return plan.rows * saved + similarity + mask
 
 
 def text_loss_bytes(plan: Plan) -> float:
-    """Logits at the learned tokens alone: as computed (b), in float32, their log-softmax and its gradient (4 each)."""
+    """Bytes of the logits at the labels: as computed (b), in float32, their log-softmax and its gradient (4 each)."""
     return plan.images * plan.labels * plan.shape.vocab_size * (plan.precision + 12.0)
 
 
 def mask_decoder(plan: Plan) -> float:
-    """What SAM's decoder keeps, in bytes: about 26 "images" (G x G x E numbers) per mask.
+    """Bytes that SAM's decoder saves: about 26 "images" (G x G x E numbers) per mask.
 
-    The two-way transformer keeps 12 (inputs of the projections, their outputs at half the width, the inputs of the
+    The two-way transformer saves 12 (inputs of the projections, their outputs at half the width, the inputs of the
     norms, of two blocks and the last attention), the upscaling 11 (its norm is written out, at four times the pixels
     and a quarter of the channels; two convolutions, two GELUs, the product with the mask tokens), the prompt's
     downscaling and the sum 3: counted in a run (docs/scaling.md).
@@ -128,10 +134,10 @@ def mask_decoder(plan: Plan) -> float:
 
 
 def mask_losses(plan: Plan) -> float:
-    """Masks and maps at the image's size, float32, and what their losses keep: ``PIXEL_BYTES`` per mask pixel.
+    """Bytes of masks and maps at the image's size, and of what their losses save: ``PIXEL_BYTES`` per mask pixel.
 
-    Of a photograph too large for that (``model.losses.PIXELS_AT_ONCE``), logits, map, soft target and mask stay (13),
-    and one part of the masks at a time is worked on.
+    For an image beyond ``model.losses.PIXELS_AT_ONCE``, logits, map, soft target and mask stay (13), and the losses
+    process a part of the masks at a time.
     """
     image = plan.pixels * plan.masks
     if image <= PIXELS_AT_ONCE:
@@ -140,8 +146,8 @@ def mask_losses(plan: Plan) -> float:
 
 
 def image_encoder(plan: Plan) -> float:
-    """The peak of SAM's encoder, which keeps nothing: a global layer's relative positions, G^2 x G^2 per head, of one
-    image at a time (its attention is fused, and has no scores)."""
+    """Peak bytes of SAM's encoder, which saves nothing: a global layer's relative positions, G^2 x G^2 per head, of one
+    image at a time (its attention is fused and materializes no scores)."""
     sam = SamShape(**plan.shape.sam_config)
     grid = (sam.image_size // sam.patch_size) ** 2
     return 1.0 * sam.encoder_heads * grid**2 * plan.precision
@@ -149,13 +155,13 @@ def image_encoder(plan: Plan) -> float:
 
 def optimizer(plan: Plan) -> tuple[float, float]:
     """(GPU, host) bytes of master weights, AdamW's two moments and the summed gradient: 16 per trainable parameter,
-    shared among the GPUs (ZeRO-2). Offloaded, they are the host's."""
+    sharded over the GPUs (ZeRO-2). Offloading moves them to the host."""
     share = 16.0 * plan.trainable / plan.gpus
     return (0.0, share) if plan.offload else (share, 0.0)
 
 
 def gradients(plan: Plan) -> float:
-    """Gradients that wait for their message, at most all of them, and the bucket that they are sent in."""
+    """Bytes of gradients waiting to be reduced, at most all, and of the bucket that they are reduced in."""
     return 1.0 * plan.precision * (plan.trainable + min(plan.bucket, plan.trainable))
 
 
@@ -163,10 +169,10 @@ def gradients(plan: Plan) -> float:
 
 
 def expected(plan: Plan) -> dict[str, float]:
-    """Bytes per GPU by part, and their sum as ``total``; ``host`` is what offloading puts elsewhere.
+    """Bytes per GPU by part, and their sum as ``total``; ``host`` is what offloading moves to the host.
 
-    The language model's states are alive while SAM's encoder runs, whose scratch memory is free again when the decoder
-    and the losses need theirs: the larger of the two counts.
+    The language model's states are alive while SAM's encoder runs. The encoder's temporary memory is free again when
+    the decoder and the losses run: the larger of the two counts.
     """
     on_gpu, host = optimizer(plan)
     parts = {
@@ -180,13 +186,13 @@ def expected(plan: Plan) -> dict[str, float]:
 
 
 def on_cuda(parts: dict[str, float]) -> float:
-    """The total with what CUDA adds, as this file assumes it."""
+    """The total plus this file's assumptions about CUDA's own memory."""
     activations = parts["language model"] + parts["SAM"]
     return parts["total"] + CUDA_CONTEXT + FRAGMENTATION * activations
 
 
 def fits(total: float, card: int) -> bool:
-    """Whether so many bytes leave ``MARGIN`` of a card of ``card`` GB free."""
+    """Whether ``total`` bytes leave ``MARGIN`` of a card of ``card`` GB free."""
     return total <= (1 - MARGIN) * card * GB
 
 
@@ -194,7 +200,7 @@ def fits(total: float, card: int) -> bool:
 
 
 def preset(name: str, **settings: Any) -> UGroundConfig:
-    """The shape of UGround on LLaVA-1.5 ``7b`` or ``13b``; ``medium`` is one that a CPU can train, to measure with."""
+    """The shape of UGround on LLaVA-1.5 ``7b`` or ``13b``; ``medium`` is for measurements: a CPU can train it."""
     shape, small = SHAPES[name], name == "medium"
     clip = CLIPVisionConfig(image_size=336, patch_size=14, **CLIPS["small" if small else "large"])
     settings = {"sam_config": (SAM_SMALL if small else SamShape()).to_dict()} | settings
@@ -205,12 +211,12 @@ def preset(name: str, **settings: Any) -> UGroundConfig:
 
 
 def shape_of(config: Config) -> tuple[UGroundConfig, str]:
-    """The model that a configuration trains, and where its sizes are from.
+    """The model that a configuration trains, and the source of its sizes.
 
-    Weights that are not there yet are taken for LLaVA-1.5 of the size in their name.
+    Weights that do not exist yet are assumed to be LLaVA-1.5 of the size in their name.
 
     Raises:
-        ValueError: if neither the files nor the name say the size.
+        ValueError: if neither the files nor the name give the size.
     """
     paths = config.model
     if all(Path(path).exists() for path in (paths.version, paths.vision_tower, paths.vision_pretrained)):
@@ -219,12 +225,14 @@ def shape_of(config: Config) -> tuple[UGroundConfig, str]:
         return base_config(Path(paths.version), Path(paths.vision_tower), sam, keys, config.method), paths.version
     name = next((size for size in ("13b", "7b") if size in Path(paths.version).name.lower()), None)
     if name is None:
-        raise ValueError(f"--version {paths.version}: the weights are not there, and the name says neither 7b nor 13b")
-    return preset(name, **config.method), f"LLaVA-1.5 {name.upper()} with SAM ViT-H, assumed: the files are not there"
+        raise ValueError(
+            f"--version {paths.version}: the weights do not exist, and the name contains neither 7b nor 13b"
+        )
+    return preset(name, **config.method), f"LLaVA-1.5 {name.upper()} with SAM ViT-H, assumed: the files do not exist"
 
 
 def count_parameters(shape: UGroundConfig, lora_r: int, targets: str = "q_proj,v_proj") -> tuple[int, int]:
-    """(all, trainable) parameters of the model with LoRA, on the meta device: no memory is taken."""
+    """(all, trainable) parameters of the model with LoRA, counted on the meta device, without allocating memory."""
     with torch.device("meta"):
         model = add_lora(UGroundForCausalLM(shape), lora_r, targets=targets)
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
@@ -232,13 +240,13 @@ def count_parameters(shape: UGroundConfig, lora_r: int, targets: str = "q_proj,v
 
 
 def plan_of(config: Config) -> tuple[Plan, str]:
-    """The step that a configuration describes, and where the model's sizes are from."""
+    """The training step of a configuration, and the source of the model's sizes."""
     shape, source = shape_of(config)
     return _plan(shape, config), source
 
 
 def plan_of_preset(name: str, config: Config) -> Plan:
-    """The same with the shape of ``preset``; the paths of the configuration do not matter."""
+    """The training step of a configuration with the shape of ``preset`` in place of its weights."""
     return _plan(preset(name, **config.method), config)
 
 
@@ -266,10 +274,10 @@ def _plan(shape: UGroundConfig, config: Config) -> Plan:
 
 
 def tables(name: str, plan: Plan, source: str, gpus: Sequence[int], offload: bool) -> list[str]:
-    """The plan by parts, then as it is, with checkpointing, with one image, and offloaded, on so many GPUs."""
-    of = f"{plan.images} images of {plan.tokens} tokens and {plan.masks} masks per GPU, {8 * plan.precision} bits"
-    lines = [f"{name}: {plan.parameters:,} parameters, {plan.trainable:,} of them train; {of}"]
-    lines += [f"sizes: {source}"] if source else []
+    """Memory by parts as configured, with checkpointing, one image and offloading, for each number of GPUs."""
+    per_gpu = f"{plan.images} images of {plan.tokens} tokens and {plan.masks} masks per GPU, {8 * plan.precision} bits"
+    lines = [f"{name}: {plan.parameters:,} parameters, {plan.trainable:,} trainable; {per_gpu}"]
+    lines += [f"sizes from: {source}"] if source else []
     rows = [["GB per GPU", *PARTS, "all", "fits on"]]
     variants: dict[str, dict[str, Any]] = {"as configured": {}, "gradient checkpointing": {"checkpointing": True}}
     variants["checkpointing, 1 image"] = {"checkpointing": True, "images": 1}
@@ -279,16 +287,16 @@ def tables(name: str, plan: Plan, source: str, gpus: Sequence[int], offload: boo
                 parts = expected(replace(plan, gpus=count, offload=offloaded, **changes))
                 total = on_cuda(parts)
                 cards = ", ".join(str(card) for card in CARDS if fits(total, card)) or "none"
-                where = f"{count} GPU{'s' if count > 1 else ''}, {title}{', offload' if offloaded else ''}"
+                label = f"{count} GPU{'s' if count > 1 else ''}, {title}{', offload' if offloaded else ''}"
                 sizes = [f"{value / GB:.1f}" for value in (*(parts[part] for part in PARTS), total)]
                 host = f" (host: {parts['host'] / GB:.1f} per GPU)" if offloaded else ""
-                rows.append([where, *sizes, f"{cards}{host}"])
-    note = f"{CUDA_CONTEXT / GB:.1f} GB for CUDA and NCCL and {FRAGMENTATION:.0%} of the activations"
+                rows.append([label, *sizes, f"{cards}{host}"])
+    assumed = f"{CUDA_CONTEXT / GB:.1f} GB for CUDA and NCCL and {FRAGMENTATION:.0%} of the activations"
     return [
         *lines,
         "",
         *text_tables.aligned(rows, "l" + "r" * (len(PARTS) + 1) + "l"),
-        f"all: with {note}, which are assumptions, not measurements; docs/scaling.md",
-        f"fits on: cards (GB) of which {MARGIN:.0%} stay free",
+        f"all: with {assumed}, which are assumptions, not measurements; docs/scaling.md",
+        f"fits on: cards (GB) with {MARGIN:.0%} left free",
         "",
     ]

@@ -1,4 +1,4 @@
-"""The memory of a real training step, with random weights of given shapes: ``memory_model`` is checked against it."""
+"""The measured memory of a training step with random weights of given shapes, to check ``memory_model``."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from utils.diagnostics.memory_model import GB, Plan, expected
 from utils.training.engine import build_engine, deepspeed_settings
 
 TOKENIZER = Path(__file__).resolve().parents[2] / "assets/tiny/llava"
-STEPS = 2  # the optimizer makes its state in the first
+STEPS = 2  # the optimizer creates its state in the first
 
 
 def compare_with_plan(plan: Plan, config: Config) -> str:
-    """Measured and expected memory of a step."""
+    """A line with the measured and the expected memory of a step."""
     actual, measured = measure_step(plan, config)
     parts = expected(actual)
     by_part = ", ".join(f"{name} {value / GB:.2f}" for name, value in parts.items() if name not in ("total", "host"))
@@ -37,10 +37,10 @@ def compare_with_plan(plan: Plan, config: Config) -> str:
 
 
 def measure_step(plan: Plan, config: Config) -> tuple[Plan, float]:
-    """Trains a random model of the plan's shape for a moment.
+    """Trains a model with random weights of the plan's shape for a few steps.
 
     Returns:
-        the plan with the tokens that its rows really had, and the peak in bytes over what the process held before.
+        the plan with the actual number of tokens, and the peak in bytes above what the process held before.
     """
     device = distributed.init()
     torch.manual_seed(0)
@@ -64,19 +64,19 @@ def measure_step(plan: Plan, config: Config) -> tuple[Plan, float]:
 
 
 def random_batch(plan: Plan) -> Batch:
-    """Images of noise with questions of noise, as many and as long as the plan has."""
+    """Random images with meaningless questions, as many and as long as in the plan."""
     shape, rng = plan.shape, np.random.default_rng(0)
     processor = UGroundProcessor(
         AutoTokenizer.from_pretrained(TOKENIZER), shape.clip_side, shape.clip_patch, shape.sam_config["image_size"]
     )
     height = round((plan.pixels * 3 / 4) ** 0.5)
     size = (height, plan.pixels // height)
-    asked = "where is the red star " * max(1, (plan.tokens - shape.num_image_tokens) // plan.masks // 6)
+    question = "where is the red star " * max(1, (plan.tokens - shape.num_image_tokens) // plan.masks // 6)
     samples = []
     for number in range(plan.images):
         masks = np.zeros((plan.masks, *size), np.uint8)
         masks[:, size[0] // 3 : size[0] // 2, size[1] // 3 : size[1] // 2] = 1
-        talks: list[tuple[Turn, ...]] = [(Turn(asked, "Sure, it is [SEG]."),) for _ in range(plan.masks)]
+        talks: list[tuple[Turn, ...]] = [(Turn(question, "Sure, it is [SEG]."),) for _ in range(plan.masks)]
         samples.append(Sample("noise", rng.integers(0, 255, (*size, 3), dtype=np.uint8), talks, masks, number))
     return processor.collate(samples)
 

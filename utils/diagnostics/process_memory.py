@@ -1,4 +1,4 @@
-"""The memory of processes in bytes, as Linux tells it. No library is needed: that would add to what is measured."""
+"""Memory of processes in bytes, from Linux's /proc. Imports no library: that would add to what is measured."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ CLEAR_REFS = Path("/proc/self/clear_refs")
 
 
 def read_proc(file: str) -> dict[str, int]:
-    """The sizes in ``meminfo``, ``self/status`` or ``self/smaps_rollup`` by name; empty where there is no /proc."""
+    """Sizes in ``meminfo``, ``self/status`` or ``self/smaps_rollup`` by name; empty without /proc."""
     path = Path("/proc", file)
     lines = (line.split() for line in path.read_text().splitlines()) if path.is_file() else ()
     return {line[0].removesuffix(":"): 1024 * int(line[1]) for line in lines if line[-1:] == ["kB"]}
 
 
 def resident(process: int | str = "self") -> int:
-    """What a process holds in memory; 0 where there is no /proc."""
+    """Resident memory of a process; 0 without /proc."""
     return read_proc(f"{process}/status").get("VmRSS", 0)
 
 
@@ -26,5 +26,5 @@ def peak_resident() -> int:
 
 
 def forget_peak() -> None:
-    """Starts ``peak_resident`` anew; an OSError where there is no ``CLEAR_REFS``."""
+    """Resets ``peak_resident``; raises an OSError without ``CLEAR_REFS``."""
     CLEAR_REFS.write_text("5")
