@@ -411,7 +411,7 @@ def test_variants_train_validate_and_resume(run_here, term, settings):
     assert [line["step"] for line in after] == list(range(1, 9))
     if "baseline" not in settings:
         mean = float(before["base_model.model.ppm.baseline"])
-        assert mean == pytest.approx(after[3]["baseline"])
+        assert mean == pytest.approx(after[3]["baseline"], rel=1e-5)  # the log has six digits
         assert abs(after[4]["baseline"] - mean) < 0.2 * abs(after[4]["reward"] - mean) + 1e-6  # it moved on from there
 
 
