@@ -1,4 +1,4 @@
-"""A random model of the smallest size that still has every part, its processor, and a few drawn samples."""
+"""A random model of the smallest size that has every part, its processor, and a few samples of drawn circles."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ torch.set_num_threads(1)
 
 @pytest.fixture(scope="session", autouse=True)
 def process_group_stays():
-    """DeepSpeed remembers the first process group for good: a program called in this process must not end it."""
+    """DeepSpeed keeps the first process group for good: a program called in this process must not destroy it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(distributed, "shutdown", lambda: None)
         yield
@@ -100,12 +100,12 @@ def tiny_samples() -> list[Sample]:
     return [drawn_sample(0), drawn_sample(1, (64, 40), (2,)), drawn_sample(2, (50, 50), (0,))]
 
 
-def assert_same_masks(found: torch.Tensor, expected: torch.Tensor, tolerance: float = 2e-3) -> None:
-    """Mask logits of a random SAM are about 1e-5, so they are compared on their own scale, all masks on one."""
-    assert found.shape == expected.shape
+def assert_same_masks(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 2e-3) -> None:
+    """Mask logits of a random SAM are about 1e-5: they are compared relative to the largest of all masks."""
+    assert actual.shape == expected.shape
     if len(expected):
         scale = expected.abs().max()
-        torch.testing.assert_close(found / scale, expected / scale, rtol=0, atol=tolerance)
+        torch.testing.assert_close(actual / scale, expected / scale, rtol=0, atol=tolerance)
 
 
 @pytest.fixture(scope="module")
@@ -118,14 +118,14 @@ def base(tmp_path_factory, tiny_tokenizer, make_model):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Drawn data of all sets that a run needs, a few images each."""
+    """Demo data of all sets that a run needs, a few images each."""
     folder = tmp_path_factory.mktemp("data")
     assert make_demo_data.main(["--out", str(folder), "--train", "8", "--val", "4", "--test", "2"]) == 0
     return folder
 
 
 def save_model(folder: Path, processor, talks: bool) -> str:
-    """A random model on disk; one that talks begins every answer with [SEG]."""
+    """A random model on disk; with ``talks``, every answer begins with [SEG]."""
     model = build_tiny_model(processor)
     if talks:
         image = np.full((48, 64, 3), 90, np.uint8)
@@ -151,7 +151,7 @@ def version(tmp_path_factory, tiny_processor):
 
 @pytest.fixture(scope="module")
 def mute_version(tmp_path_factory, tiny_processor):
-    """Writes something, never [SEG]."""
+    """A model whose answers have no [SEG]."""
     return save_model(tmp_path_factory.mktemp("mute"), tiny_processor, talks=False)
 
 

@@ -1,4 +1,4 @@
-"""What the readers' tests share: small images and JSON files on disk."""
+"""Small images and JSON files on disk, for the data sets' tests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Records as the evaluation makes them, of masks that a test draws."""
+"""Evaluation records of given masks."""
 
 import numpy as np
 
@@ -10,11 +10,10 @@ SHAPE = (13, 17)
 
 
 def make_record(predicted, target=None, index=0, query_id="0", rejected=False, meta=None) -> Record:
-    """A record as the engine makes it; no target = nothing is there."""
+    """A record as the engine makes it; ``target`` None = the target is absent."""
     empty = target is None
-    both, either, p, g = metrics.count_pixels(predicted, np.zeros(SHAPE, np.uint8) if empty else target)
+    pixels = metrics.count_pixels(predicted, np.zeros(SHAPE, np.uint8) if empty else target)
     masks = [encode_mask(predicted)]
     return Record(
-        index, f"image {index}", str(index), query_id, "q", "q?", "a", [3], rejected, empty, both, either, p, g, masks,
-        meta or {},
-    )  # fmt: skip
+        index, f"image {index}", str(index), query_id, "q", "q?", "a", [3], rejected, empty, *pixels, masks, meta or {}
+    )

@@ -1,4 +1,4 @@
-"""A folder opened as the tests compare models: on the CPU, in fp32 unless they say otherwise."""
+"""Loading of model folders on the CPU, in fp32 by default."""
 
 from __future__ import annotations
 

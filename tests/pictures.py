@@ -1,4 +1,4 @@
-"""Pictures of noise, as arrays and as files that a visitor uploads."""
+"""Images of noise, as arrays and as uploaded files."""
 
 import numpy as np
 from PIL import Image

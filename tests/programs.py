@@ -1,4 +1,4 @@
-"""The entry points called in this process, as a user calls them."""
+"""Entry points, called in this process with a user's arguments."""
 
 import importlib.util
 import sys
@@ -12,7 +12,7 @@ SHARED = ROOT.parent / "shared" / "realdata"
 
 
 def load_script(name):
-    """The standard library has a package called test, so test.py is loaded by its path."""
+    """A program as a module, loaded by path: ``import test`` would find the standard library's package."""
     spec = importlib.util.spec_from_file_location(f"{Path(name).name}_script", ROOT / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module

@@ -27,7 +27,7 @@ PATH = re.compile(rf"(?<![\w./+-])(?:{FOLDERS})/[\w./+-]*\w")
 PROGRAM = re.compile(r"(?:[\w.]+/)*\w+\.py")
 FLAG = re.compile(r"--[a-z][\w-]*")
 ELSEWHERE = {"--shm-size"}  # flags of other programs that the text names
-PRIVATE = re.compile(  # words that this project once used for things that have a name
+PRIVATE = re.compile(  # older words of this project for things that have a standard name
     r"LISA's way|connect\w* from|text.blind|by heart|\bmend|way out|stands? once|\bgo(?:es)? on\b|\bdoubt|says? no\b"
 )
 pages = pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES])
@@ -40,7 +40,7 @@ def without_code(text: str) -> str:
 
 
 def code_of(text: str) -> Iterator[str]:
-    """Fenced blocks, indented blocks, and code in lines."""
+    """Fenced blocks, indented blocks, and inline code."""
     yield from re.findall(r"^```\w*\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
     yield from re.findall(r"(?<=\n\n)((?:    .*\n+)+)", text)
     yield from re.findall(r"`([^`\n]+)`", without_code(text))
@@ -48,19 +48,19 @@ def code_of(text: str) -> Iterator[str]:
 
 def paragraphs(text: str) -> list[str]:
     """Paragraphs and items of lists; no headings, tables or pictures."""
-    found = re.split(r"\n\s*\n|\n(?=\s*(?:[-*]|\d+\.) )", without_code(text))
-    return [part.strip() for part in found if not re.match(r"\s*(?:#|\||!\[|$)", part)]
+    parts = re.split(r"\n\s*\n|\n(?=\s*(?:[-*]|\d+\.) )", without_code(text))
+    return [part.strip() for part in parts if not re.match(r"\s*(?:#|\||!\[|$)", part)]
 
 
 def anchors(page: Path) -> set[str]:
-    """What GitHub makes of a page's headings."""
+    """The anchors that GitHub generates for a page's headings."""
     headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def commands(text: str) -> list[tuple[str, list[str]]]:
-    """(program, what follows it) of every command that runs one of this project's programs."""
-    found = []
+    """(program, its arguments) of every command that runs one of this project's programs."""
+    calls = []
     for block in code_of(text):
         for line in block.replace("\\\n", " ").splitlines():
             try:
@@ -68,12 +68,12 @@ def commands(text: str) -> list[tuple[str, list[str]]]:
             except ValueError:  # an apostrophe
                 words = line.split()
             words = list(takewhile(lambda word: word not in (";", "|", "&&"), words))
-            place = next((i for i, word in enumerate(words) if PROGRAM.fullmatch(word)), len(words))
-            before, following = words[:place], words[place + 1 :]
-            launched = {"python", "deepspeed", "torchrun"} & set(before)
-            if place < len(words) and (launched or (not before and FLAG.match(" ".join(following)))):
-                found.append((words[place], following))
-    return found
+            index = next((i for i, word in enumerate(words) if PROGRAM.fullmatch(word)), len(words))
+            launcher, arguments = words[:index], words[index + 1 :]
+            launched = {"python", "deepspeed", "torchrun"} & set(launcher)
+            if index < len(words) and (launched or (not launcher and FLAG.match(" ".join(arguments)))):
+                calls.append((words[index], arguments))
+    return calls
 
 
 @functools.cache
@@ -86,9 +86,9 @@ def help_of(program: str, command: str = "") -> str:
     return shown.getvalue()
 
 
-def flags_of(program: str, following: list[str]) -> set[str]:
-    """All that its --help names, and every setting where it takes a configuration."""
-    command = following[0] if following and re.fullmatch(r"[a-z]+", following[0]) else ""
+def flags_of(program: str, arguments: list[str]) -> set[str]:
+    """The flags in a program's --help, and all settings if it takes a configuration."""
+    command = arguments[0] if arguments and re.fullmatch(r"[a-z]+", arguments[0]) else ""
     shown = help_of(program) + (help_of(program, command) if command else "")
     if "--config" in shown and program != "train_ds.py":
         shown += help_of("train_ds.py")
@@ -112,7 +112,7 @@ def test_a_paragraph_is_counted_without_tables_and_code() -> None:
 
 
 def test_the_first_screen_of_the_readme() -> None:
-    """What it is, a picture, the two commands, a few lines of Python, and where to go next."""
+    """A picture, the two commands, a few lines of Python, and the table of pages."""
     first = "\n".join(README.read_text(encoding="utf-8").splitlines()[:45])
     needed = ("layers.gif", "bash scripts/demo.sh", "bash scripts/run_tests.sh", "from model import load", "| page |")
     assert not [text for text in needed if text not in first]
@@ -130,18 +130,18 @@ def test_the_lines_of_the_readme_run(version: str, photo: Path, monkeypatch: pyt
 
 
 @pages
-def test_pages_speak_the_fields_language(page: Path) -> None:
-    """The left column of the glossary in docs/architecture.md is for readers of older commits alone."""
+def test_pages_use_standard_terms(page: Path) -> None:
+    """The words in brackets in the glossary of docs/architecture.md are only for readers of older commits."""
     text = without_code(page.read_text(encoding="utf-8")).partition("## Glossary")[0]
-    found = [match.group() for match in PRIVATE.finditer(re.sub(r"`[^`]*`", "", text))]
-    assert not found, found
+    private = [match.group() for match in PRIVATE.finditer(re.sub(r"`[^`]*`", "", text))]
+    assert not private, private
 
 
 # -- links and paths ---------------------------------------------------------------------------------------------------
 
 
 @pages
-def test_links_lead_somewhere(page: Path) -> None:
+def test_links_have_targets(page: Path) -> None:
     wrong = []
     for link in re.findall(r"\]\(([^)\s]+)\)", without_code(page.read_text(encoding="utf-8"))):
         if link.startswith(("http:", "https:")):
@@ -160,26 +160,26 @@ def test_every_page_is_reached_from_the_readme() -> None:
 
 @pages
 def test_paths_exist(page: Path) -> None:
-    found = {path for path in PATH.findall(page.read_text(encoding="utf-8")) if "NAME" not in path}
-    wrong = sorted(path for path in found if not (ROOT / path).exists())
+    paths = {path for path in PATH.findall(page.read_text(encoding="utf-8")) if "NAME" not in path}
+    wrong = sorted(path for path in paths if not (ROOT / path).exists())
     assert not wrong, wrong
 
 
 def test_the_tree_names_every_module() -> None:
-    """docs/architecture.md has all modules of model/ and utils/, and no other."""
+    """docs/architecture.md lists all modules of model/ and utils/, and no others."""
     page = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
     tree = page.partition("## The tree")[2].partition("## ")[0]
     named, folders = set(), []
     for line in tree.splitlines():
-        if found := re.match(r"( *)(\w+)/ ", line + " "):
-            folders = [*folders[: len(found[1]) // 2], found[2]]
+        if folder := re.match(r"( *)(\w+)/ ", line + " "):
+            folders = [*folders[: len(folder[1]) // 2], folder[2]]
         elif line.startswith("  "):
             folders = folders[: (len(line) - len(line.lstrip())) // 2]
             named |= {"/".join([*folders, name]) for name in re.findall(r"\w+\.py", line)}
     modules = (path for folder in ("model", "utils") for path in (ROOT / folder).rglob("*.py"))
-    there = {str(path.relative_to(ROOT)) for path in modules if path.name != "__init__.py"}
-    assert not sorted(there - named), "add a line"
-    assert not sorted(named - there), "remove a line"
+    existing = {str(path.relative_to(ROOT)) for path in modules if path.name != "__init__.py"}
+    assert not sorted(existing - named), "add a line"
+    assert not sorted(named - existing), "remove a line"
 
 
 # -- commands ----------------------------------------------------------------------------------------------------------
@@ -188,13 +188,13 @@ def test_the_tree_names_every_module() -> None:
 @pages
 def test_commands_and_their_flags_exist(page: Path) -> None:
     wrong = []
-    for program, following in commands(page.read_text(encoding="utf-8")):
+    for program, arguments in commands(page.read_text(encoding="utf-8")):
         path = next((path for path in (program, f"scripts/{program}") if (ROOT / path).is_file()), None)
         if path is None:
             wrong.append(program)
             continue
-        flags = {flag for word in following for flag in FLAG.findall(word)} - {"--any_setting"}
-        wrong += [f"{program} {flag}" for flag in sorted(flags - flags_of(path, following))]
+        flags = {flag for word in arguments for flag in FLAG.findall(word)} - {"--any_setting"}
+        wrong += [f"{program} {flag}" for flag in sorted(flags - flags_of(path, arguments))]
     assert not wrong, wrong
 
 

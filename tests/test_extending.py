@@ -1,4 +1,4 @@
-"""The worked examples of docs/extending.md form one program that runs as it stands."""
+"""The worked examples of docs/extending.md form one program that runs unchanged."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SECTIONS = ("A data set", "A benchmark", "A layer rule", "A loss", "A setting")
 
 
 def test_the_examples_run(tmp_path: Path) -> None:
-    """In a process of its own, for they add rows to tables that other tests read."""
+    """In a process of its own, because they add rows to tables that other tests use."""
     code = "\n\n".join(re.findall(r"^```python\n(.*?)^```", PAGE, flags=re.DOTALL | re.MULTILINE))
     done = subprocess.run(
         [sys.executable, "-c", code],

@@ -1,4 +1,4 @@
-"""The rule of imports (docs/architecture.md): a room imports from its own floor and from those below, never upwards."""
+"""The rule of imports (docs/architecture.md): a package imports from its own layer and lower ones, never upwards."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-FLOORS = (
+LAYERS = (
     ("model",),
     ("utils.distributed", "utils.config", "utils.plotting"),
     ("utils.datasets",),
@@ -19,11 +19,11 @@ FLOORS = (
     ("utils.diagnostics",),
     ("entry points",),
 )
-FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+LAYER_OF = {package: number for number, packages in enumerate(LAYERS) for package in packages}
 
 
-def room_of(module: str) -> str:
-    """``utils.datasets.base`` -> ``utils.datasets``; whatever is run from a shell is an entry point."""
+def package_of(module: str) -> str:
+    """``utils.datasets.base`` -> ``utils.datasets``; modules that are run from a shell are entry points."""
     parts = module.split(".")
     if parts[0] == "utils":
         return ".".join(parts[:2])
@@ -31,8 +31,8 @@ def room_of(module: str) -> str:
 
 
 def imports() -> list[tuple[str, str, str]]:
-    """(room, room that it imports from, the place and the import) of the whole product."""
-    found = []
+    """(importing package, imported package, place and import) of all imports between packages, tests excluded."""
+    rows = []
     files = [
         *ROOT.glob("*.py"),
         *(path for name in ("model", "utils", "scripts") for path in (ROOT / name).rglob("*.py")),
@@ -49,45 +49,45 @@ def imports() -> list[tuple[str, str, str]]:
             for name in names:
                 if name.split(".")[0] in ("model", "utils", "scripts", "train_ds", "test", "chat", "app"):
                     place = f"{path.relative_to(ROOT)}:{node.lineno} imports {name}"
-                    found.append((room_of(module), room_of(name), place))
-    return [row for row in found if row[0] != row[1]]
+                    rows.append((package_of(module), package_of(name), place))
+    return [row for row in rows if row[0] != row[1]]
 
 
-def test_no_room_imports_upwards() -> None:
-    wrong = [place for room, other, place in imports() if FLOOR_OF[other] > FLOOR_OF[room]]
-    assert not wrong, "\n".join(wrong)
+def test_no_package_imports_upwards() -> None:
+    upwards = [place for package, other, place in imports() if LAYER_OF[other] > LAYER_OF[package]]
+    assert not upwards, "\n".join(upwards)
 
 
-def test_no_rooms_import_each_other() -> None:
+def test_no_packages_import_each_other() -> None:
     below: dict[str, set[str]] = defaultdict(set)
-    for room, other, _ in imports():
-        below[room].add(other)
+    for package, other, _ in imports():
+        below[package].add(other)
 
-    def reached(room: str, seen: set[str]) -> set[str]:
-        for other in below[room] - seen:
+    def reached(package: str, seen: set[str]) -> set[str]:
+        for other in below[package] - seen:
             seen |= {other}
             reached(other, seen)
         return seen
 
-    cycles = [room for room in FLOOR_OF if room in reached(room, set())]
+    cycles = [package for package in LAYER_OF if package in reached(package, set())]
     assert not cycles, cycles
 
 
-@pytest.mark.parametrize("room", [room for room in FLOOR_OF if "." in room])
-def test_every_room_is_there(room: str) -> None:
-    path = ROOT / room.replace(".", "/")
+@pytest.mark.parametrize("room", [package for package in LAYER_OF if "." in package])
+def test_every_package_exists(package: str) -> None:
+    path = ROOT / package.replace(".", "/")
     assert path.with_suffix(".py").is_file() or (path / "__init__.py").is_file()
 
 
-def test_nothing_lies_beside_the_rooms() -> None:
+def test_utils_has_no_modules_outside_of_its_packages() -> None:
     beside = {path.stem for path in (ROOT / "utils").glob("*.py")} - {"__init__"}
-    assert {f"utils.{name}" for name in beside} <= set(FLOOR_OF)
+    assert {f"utils.{name}" for name in beside} <= set(LAYER_OF)
 
 
-def test_pip_installs_the_packages_alone() -> None:
-    """``test`` would shadow the standard library's, and ``app`` anybody's."""
+def test_pip_installs_only_the_packages() -> None:
+    """An installed ``test`` would shadow the standard library's, and ``app`` other people's."""
     packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
-    found = set(pytest.importorskip("setuptools").find_namespace_packages(str(ROOT), **packages["find"]))
-    assert {name.partition(".")[0] for name in found} == {"model", "utils"}
+    installed = set(pytest.importorskip("setuptools").find_namespace_packages(str(ROOT), **packages["find"]))
+    assert {name.partition(".")[0] for name in installed} == {"model", "utils"}
     for path in (*ROOT.glob("model/**/*.py"), *ROOT.glob("utils/**/*.py")):
-        assert ".".join(path.parent.relative_to(ROOT).parts) in found
+        assert ".".join(path.parent.relative_to(ROOT).parts) in installed

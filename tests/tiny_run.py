@@ -1,4 +1,4 @@
-"""A random base on disk, drawn data, and training runs on them in real processes."""
+"""A random base on disk, and the arguments and environment of training runs in real processes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def write_base(folder: Path, model, tokenizer) -> None:
-    """The three parts of a base as users have them: a LLaVA-1.5 folder, a CLIP folder, a SAM ``.pth``."""
+    """Writes a base in the published formats: a LLaVA-1.5 folder, a CLIP folder, a SAM ``.pth``."""
     for part in ("llava", "clip"):
         (folder / part).mkdir(parents=True)
     state = {name: value.contiguous() for name, value in model.state_dict().items()}

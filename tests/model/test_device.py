@@ -1,7 +1,7 @@
-"""The training step's forward pass on a GPU, without one: fake CUDA tensors, which know shape and device but no values.
+"""The training step's forward pass on fake CUDA tensors, which have a shape and a device but no values.
 
-Where two devices meet, or Python asks for a value and would make the host wait for the device, they raise. The backward
-pass needs a real device; so do points as prompts, which segment-anything embeds by boolean indices.
+They raise where devices are mixed, and where Python needs a value, which would synchronize with the device. The
+backward pass needs a real device, as do point prompts, which segment-anything embeds by boolean indexing.
 """
 
 from __future__ import annotations
@@ -57,18 +57,18 @@ def forward(make_model, tiny_processor, tiny_samples):
 
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
-def test_a_step_stays_on_the_gpu_and_never_waits_for_it(forward, settings):
+def test_a_step_stays_on_the_gpu_and_never_synchronizes(forward, settings):
     assert forward(**settings) == "cuda:0"
 
 
-def test_the_fake_gpu_sees_a_tensor_on_the_wrong_device(forward, monkeypatch):
+def test_the_fake_gpu_detects_a_tensor_on_the_wrong_device(forward, monkeypatch):
     choose = StochasticSkip.choose
     monkeypatch.setattr(StochasticSkip, "choose", lambda self, log_policy, noise: choose(self, log_policy, noise.cpu()))
     with pytest.raises(RuntimeError, match="cuda"):
         forward()
 
 
-def test_the_fake_gpu_sees_a_value_that_python_waits_for(forward, monkeypatch):
+def test_the_fake_gpu_detects_a_synchronization(forward, monkeypatch):
     normalise = uground.normalise_maps
     monkeypatch.setattr(uground, "normalise_maps", lambda scores, valid: normalise(scores, valid) * scores.max().item())
     with pytest.raises(DataDependentOutputException):

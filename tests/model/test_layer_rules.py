@@ -1,4 +1,4 @@
-"""The table of layer rules: each is spelled, refused, chosen and offered everywhere, and what it chooses."""
+"""The table of layer rules: each is parsed, validated, documented and offered everywhere; and its choice."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_a_wrong_argument_is_refused(kind):
             parse(text, LAYERS, CANDIDATES, use_of(kind))
 
 
-def test_an_unknown_rule_is_answered_with_all_that_there_are():
+def test_an_unknown_rule_is_refused_with_a_list_of_all_rules():
     for use in layer_rules.EITHER:
         with pytest.raises(ValueError, match="'best' is not one of ") as refused:
             parse("best", use=use)
@@ -120,35 +120,35 @@ def test_a_rule_trains_or_is_refused_by_settings_and_model_alike(make_model, tin
     else:
         with pytest.raises(ValueError, match=f"for training: '{selection}' is not one of policy") as refused:
             make_model(layer_selection=selection)
-        with pytest.raises(ValueError, match="layer_selection") as told:
+        with pytest.raises(ValueError, match="layer_selection") as reported:
             load_config(flags)
-        assert str(refused.value) in str(told.value)
+        assert str(refused.value) in str(reported.value)
 
 
 @every_rule
 def test_a_rule_predicts_or_is_refused(tiny_model, tiny_processor, kind):
     for rule in map(str, kind.examples(LAYERS)):
         if "inference" in kind.uses:
-            found = ask(tiny_model, tiny_processor, rule)
-            assert found.mask_logits.isfinite().all()
-            assert len(found.layers) == len(found.maps) == 2
-            assert len(found.uncertainty) == (2 if parse(rule).samples else 0)
+            prediction = ask(tiny_model, tiny_processor, rule)
+            assert prediction.mask_logits.isfinite().all()
+            assert len(prediction.layers) == len(prediction.maps) == 2
+            assert len(prediction.uncertainty) == (2 if parse(rule).samples else 0)
         else:
             with pytest.raises(ValueError, match=f"for inference: '{rule}' is not one of"):
                 ask(tiny_model, tiny_processor, rule)
 
 
 @every_rule
-def test_a_rule_is_told_wherever_one_is_asked_for(capsys, kind):
+def test_a_rule_is_documented_wherever_one_is_chosen(capsys, kind):
     texts = {"the table": layer_rules.table(), "train_ds.py --help": make_parser().format_help()}
     if "inference" in kind.uses:
         for name, program in (("chat.py", chat), ("test.py", evaluation)):
             texts[f"{name} --help"] = run(capsys, program, "--help")[1]
         texts["chat.py's /help"] = chat.HELP
         assert {str(rule) for rule in kind.examples(LAYERS)} <= set(layer_rules.menu(LAYERS))
-    for place, text in texts.items():
-        assert kind.spelling() in text, place
-        assert kind.help in " ".join(text.split()), place
+    for name, text in texts.items():
+        assert kind.spelling() in text, name
+        assert kind.help in " ".join(text.split()), name
 
 
 # -- what they choose --------------------------------------------------------------------------------------------------
@@ -164,7 +164,7 @@ def test_what_a_rule_chooses(kind):
 
 
 @every_rule
-def test_weights_sum_up_to_one_and_leave_out_what_is_no_candidate(kind):
+def test_weights_sum_to_one_over_the_candidates(kind):
     for rule in kind.examples(LAYERS):
         if (weights := rule.weights(PROBABILITIES.log())) is not None:
             torch.testing.assert_close(weights.sum(-1), torch.ones(2))
@@ -176,12 +176,12 @@ def test_words_for_a_person():
     assert {text: parse(text).words(3) for text in WORDS} == WORDS
 
 
-def test_inference_takes_what_training_taught():
-    taught = {
+def test_inference_uses_the_rule_of_training():
+    at_inference = {
         str(rule): rule.at_inference for kind in RULES if "training" in kind.uses for rule in kind.examples(2)[-1:]
     }
     same = {text: text for text in ("last", "uniform", "fixed:1", "soft")}
-    assert taught == same | {"policy": "argmax", "ce_soft": "soft"}
+    assert at_inference == same | {"policy": "argmax", "ce_soft": "soft"}
 
 
 def test_the_classifiers_masks_do_not_train_the_gate():
@@ -197,7 +197,7 @@ def test_the_menu_ends_with_the_single_layers():
     assert "mc:16" in layer_rules.menu(3)
 
 
-def test_a_fixed_layer_is_the_same_as_the_last_one_by_its_number(tiny_model, tiny_processor):
+def test_the_last_layer_equals_the_fixed_layer_of_its_index(tiny_model, tiny_processor):
     last, fixed = ask(tiny_model, tiny_processor, "last"), ask(tiny_model, tiny_processor, "fixed:4")
     assert last.layers == fixed.layers == [4, 4]
     assert_same_masks(last.mask_logits, fixed.mask_logits)
@@ -209,11 +209,11 @@ def test_a_blend_weighs_the_most_probable_layers():
 
 
 @pytest.mark.parametrize(("rule", "same"), [("blend:1", "argmax"), ("blend:4", "soft"), ("window:1-4", "argmax")])
-def test_blends_and_windows_end_where_other_rules_begin(tiny_model, tiny_processor, rule, same):
-    ours, theirs = ask(tiny_model, tiny_processor, rule), ask(tiny_model, tiny_processor, same)
-    assert ours.layers == theirs.layers
-    assert_same_masks(ours.mask_logits, theirs.mask_logits)
-    torch.testing.assert_close(ours.maps, theirs.maps)
+def test_limits_of_blends_and_windows_are_other_rules(tiny_model, tiny_processor, rule, same):
+    prediction, expected = ask(tiny_model, tiny_processor, rule), ask(tiny_model, tiny_processor, same)
+    assert prediction.layers == expected.layers
+    assert_same_masks(prediction.mask_logits, expected.mask_logits)
+    torch.testing.assert_close(prediction.maps, expected.maps)
 
 
 def test_a_blend_lies_between_the_mode_and_soft_gating(tiny_model, tiny_processor):

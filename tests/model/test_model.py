@@ -1,4 +1,4 @@
-"""Packing, generation and loss aggregation: what the design claims to be exact."""
+"""Packing, generation and loss aggregation: equalities that the design claims to be exact."""
 
 from dataclasses import replace
 
@@ -17,7 +17,7 @@ from model.UGround import UGroundConfig
 
 
 def separate_rows(sample: Sample) -> list[Sample]:
-    """One sample per conversation, as LISA has it."""
+    """One sample per conversation, as in LISA."""
     rows, start = [], 0
     for conversation in sample.conversations:
         count = sum(turn.answer.count("[SEG]") for turn in conversation)
@@ -44,7 +44,7 @@ def test_packed_rows_equal_separate_rows(make_model, tiny_processor, size):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def test_conversations_do_not_see_each_other(tiny_model, tiny_processor):
+def test_conversations_do_not_attend_to_each_other(tiny_model, tiny_processor):
     first = drawn_sample(4, segs=(1, 1))
     second = Sample(first.source, first.image, [first.conversations[0], drawn_sample(5, segs=(0,)).conversations[0]],
                     first.masks[:1], first.sample_id)  # fmt: skip
@@ -53,14 +53,14 @@ def test_conversations_do_not_see_each_other(tiny_model, tiny_processor):
 
 
 @pytest.mark.parametrize("size", [(64, 64), (40, 64), (64, 24)])
-def test_cached_generation_equals_reading_the_answer_anew(make_model, tiny_processor, size):
+def test_cached_generation_equals_generation_without_cache(make_model, tiny_processor, size):
     model = says_seg_often(make_model(seed=1), tiny_processor)
     image = drawn_sample(6, size).image
     questions = ["where is the red star", "circle", "please segment all of the blue shapes in this image"]
     together = predict(model, tiny_processor, [image], [list(map(Turn, questions))], max_new_tokens=6)[0]
     for question, prediction in zip(questions, together):
         ids = []
-        for _ in range(len(prediction.token_ids)):  # no cache: the whole row again for every token
+        for _ in range(len(prediction.token_ids)):  # no cache: a forward pass of the whole row per token
             batch = tiny_processor.prompts([image], [[Turn(question)]])
             tail = torch.tensor([ids], dtype=torch.int64)
             extra = len(ids)
@@ -80,7 +80,7 @@ def test_cached_generation_equals_reading_the_answer_anew(make_model, tiny_proce
         assert_same_masks(a.mask_logits, b.mask_logits)
 
 
-def test_batches_of_images_and_questions_equal_single_ones_read_anew(make_model, tiny_processor, monkeypatch):
+def test_batches_of_images_and_questions_equal_single_ones_without_cache(make_model, tiny_processor, monkeypatch):
     """Square and padded images together, 1 to 4 questions each, answers of 1 to 8 tokens with 0 to 5 [SEG]."""
     images = [drawn_sample(n, size).image for n, size in ((6, (50, 50)), (7, (40, 64)), (8, (64, 24)))]
     questions = [
@@ -92,7 +92,7 @@ def test_batches_of_images_and_questions_equal_single_ones_read_anew(make_model,
     counts, lengths = set(), set()
     for seed in (4, 11):
         model = says_seg_often(make_model(seed=7), tiny_processor)
-        with torch.no_grad():  # its answers end, some sooner than others
+        with torch.no_grad():  # answers of different lengths
             end = torch.randn(model.config.hidden_size, generator=torch.Generator().manual_seed(seed))
             model.lm_head.weight[tiny_processor.tokens.eos] = 0.9 * end
         widths, forward = [], model.forward_packed
@@ -103,43 +103,43 @@ def test_batches_of_images_and_questions_equal_single_ones_read_anew(make_model,
                 lambda e, *a, w=widths, forward=forward, **k: w.append(e.shape[1]) or forward(e, *a, **k),
             )
             together = predict(model, tiny_processor, images, turns, max_new_tokens=8)
-        for image, asked, row in zip(images, questions, together):
-            for question, found in zip(asked, row):
-                written, anew = read_anew(model, tiny_processor, image, (), question, found.token_ids)
-                assert written == found.token_ids
-                torch.testing.assert_close(found.layer_maps, anew.layer_maps, **NEAR)
-                assert found.layers == anew.layers
-                assert_same_masks(found.mask_logits, anew.mask_logits)
-                counts.add(len(found.layers))
-                lengths.add(len(found.token_ids))
-        going = [max(sum(len(a.token_ids) > step for a in row) for row in together) for step in range(1, len(widths))]
-        assert widths[1:] == going  # questions that have ended take no place
+        for image, image_questions, row in zip(images, questions, together):
+            for question, prediction in zip(image_questions, row):
+                token_ids, uncached = read_anew(model, tiny_processor, image, (), question, prediction.token_ids)
+                assert token_ids == prediction.token_ids
+                torch.testing.assert_close(prediction.layer_maps, uncached.layer_maps, **NEAR)
+                assert prediction.layers == uncached.layers
+                assert_same_masks(prediction.mask_logits, uncached.mask_logits)
+                counts.add(len(prediction.layers))
+                lengths.add(len(prediction.token_ids))
+        alive = [max(sum(len(a.token_ids) > step for a in row) for row in together) for step in range(1, len(widths))]
+        assert widths[1:] == alive  # questions that have ended take no slot
     assert counts == {0, 1, 2, 3, 4, 5}
     assert {1, 3, 5, 8} <= lengths
 
 
 def test_generated_masks_equal_teacher_forced_ones(make_model, tiny_processor):
-    """The state that predicted [SEG] while writing is the state read when the same answer is given."""
+    """The state that predicts [SEG] in generation is the one used when the same answer is teacher-forced."""
     model = says_seg_often(make_model(seed=2), tiny_processor)
     tokens = tiny_processor.tokens
     image = drawn_sample(7).image
     questions = ["circle", "star", "square"]
-    written = predict(model, tiny_processor, [image], [list(map(Turn, questions))], max_new_tokens=3)[0]
-    for question, prediction in zip(questions, written):
-        said = prediction.token_ids
-        assert len(prediction.mask_logits) == said.count(tokens.seg)
+    generated = predict(model, tiny_processor, [image], [list(map(Turn, questions))], max_new_tokens=3)[0]
+    for question, prediction in zip(questions, generated):
+        answer = prediction.token_ids
+        assert len(prediction.mask_logits) == answer.count(tokens.seg)
         batch = tiny_processor.prompts([image], [[Turn(question)]])
         width = batch.input_ids.shape[1]
-        batch.input_ids = torch.cat([batch.input_ids, torch.tensor([said])], 1)
-        batch.segment_ids = torch.cat([batch.segment_ids, torch.ones(1, len(said), dtype=torch.int64)], 1)
+        batch.input_ids = torch.cat([batch.input_ids, torch.tensor([answer])], 1)
+        batch.segment_ids = torch.cat([batch.segment_ids, torch.ones(1, len(answer), dtype=torch.int64)], 1)
         batch.position_ids = torch.arange(batch.input_ids.shape[1])[None]
-        positions = torch.tensor([width - 1 + i for i, token in enumerate(said) if token == tokens.seg])
+        positions = torch.tensor([width - 1 + i for i, token in enumerate(answer) if token == tokens.seg])
         batch.label_positions, batch.label_ids = positions, torch.full_like(positions, tokens.seg)
         batch.seg_positions, batch.seg_rows = positions, torch.zeros_like(positions)
         if len(positions):
-            given = model.predict(batch)[0][0]
-            assert_same_masks(prediction.mask_logits, given.mask_logits)
-    assert sum(len(p.mask_logits) for p in written) > 0
+            forced = model.predict(batch)[0][0]
+            assert_same_masks(prediction.mask_logits, forced.mask_logits)
+    assert sum(len(p.mask_logits) for p in generated) > 0
 
 
 def test_predictions_do_not_depend_on_the_batch(tiny_model, tiny_processor, tiny_samples):
@@ -166,8 +166,8 @@ def test_every_trainable_part_gets_a_gradient(make_model, tiny_processor, tiny_s
         if parameter.requires_grad:
             part = part_of(name)
             norms[part] = norms.get(part, 0.0) + float(parameter.grad.norm())
-    wanted = {"lora", "phi", "gate", "sam_mask_decoder", "sam_prompt_encoder", "embed_tokens", "lm_head"}
-    assert set(norms) == wanted
+    expected = {"lora", "phi", "gate", "sam_mask_decoder", "sam_prompt_encoder", "embed_tokens", "lm_head"}
+    assert set(norms) == expected
     assert all(value > 0 for value in norms.values()), norms
     assert parameters_by_part(model)["lora"][1] > 0
 
@@ -175,7 +175,7 @@ def test_every_trainable_part_gets_a_gradient(make_model, tiny_processor, tiny_s
 def test_lora_adapts_only_the_language_model(make_model):
     model = add_lora(make_model(), r=2)
     adapted = {name.split(".lora_")[0] for name, _ in model.named_parameters() if "lora_" in name}
-    expected = {f"base_model.model.model.layers.{i}.self_attn.{which}_proj" for i in range(4) for which in ("q", "v")}
+    expected = {f"base_model.model.model.layers.{i}.self_attn.{name}_proj" for i in range(4) for name in ("q", "v")}
     assert adapted == expected
     with pytest.raises(ValueError, match="gate_proj"):
         add_lora(make_model(), r=2, targets="q_proj,gate_proj")
@@ -228,22 +228,22 @@ def test_monte_carlo_of_one_sample_equals_sample(tiny_model, tiny_processor, tin
     assert all(torch.isfinite(p.mask_logits).all() for p in many)
 
 
-def test_masks_are_drawn_again_by_other_layers_from_one_answer(make_model, tiny_processor, tiny_samples):
+def test_one_language_pass_is_decoded_with_several_layer_rules(make_model, tiny_processor, tiny_samples):
     model = make_model()
     batch = tiny_processor.prompts([tiny_samples[1].image], [[Turn("where is the red star", "it is [SEG] and [SEG].")]])
-    answered = model.answer(batch)
-    for how in ("fixed:1", "fixed:3", "soft", "mc:4"):
-        [[again]], [[anew]] = model.decode_masks(answered, how), model.predict(batch, how)
-        assert again.layers == anew.layers
-        assert torch.equal(again.mask_logits, anew.mask_logits)
-    [[fixed]] = model.decode_masks(answered, "fixed:3")
+    language_pass = model.answer(batch)
+    for layer_rule in ("fixed:1", "fixed:3", "soft", "mc:4"):
+        [[decoded]], [[predicted]] = model.decode_masks(language_pass, layer_rule), model.predict(batch, layer_rule)
+        assert decoded.layers == predicted.layers
+        assert torch.equal(decoded.mask_logits, predicted.mask_logits)
+    [[fixed]] = model.decode_masks(language_pass, "fixed:3")
     enlarged = maps_at(fixed.layer_maps[:, 3], model.config.clip_side, batch.sizes[0])
     torch.testing.assert_close(enlarged, fixed.maps)
 
 
 def test_an_answer_without_seg_needs_no_sam(make_model, tiny_processor, tiny_samples, monkeypatch):
     model = make_model()
-    monkeypatch.setattr(model.visual_model, "encode", lambda images: pytest.fail("encoded for nothing"))
+    monkeypatch.setattr(model.visual_model, "encode", lambda images: pytest.fail("encoded without need"))
     batch = tiny_processor.prompts([tiny_samples[0].image], [[Turn("where is the red star", "there is no such thing")]])
     [[prediction]] = model.predict(batch)
     assert prediction.mask_logits.shape == (0, *tiny_samples[0].image.shape[:2])
@@ -260,12 +260,12 @@ def test_unknown_layer_policies_are_refused(tiny_model, tiny_processor, tiny_sam
     ("settings", "expected"),
     [
         ({}, "argmax"),
-        ({"layer_selection": "last"}, "last"),  # its policy was never trained: the mode means nothing
+        ({"layer_selection": "last"}, "last"),  # its policy is untrained: the mode is meaningless
         ({"layer_selection": "fixed:2"}, "fixed:2"),
         ({"layer_selection": "last", "eval_layer_policy": "argmax"}, "argmax"),
     ],
 )
-def test_prediction_takes_the_layer_that_was_trained(make_model, tiny_processor, tmp_path, settings, expected):
+def test_prediction_uses_the_layer_of_training(make_model, tiny_processor, tmp_path, settings, expected):
     make_model(**settings).config.save_pretrained(tmp_path)
     assert UGroundConfig.from_pretrained(tmp_path).layer_policy == expected
     if expected in ("last", "fixed:2"):
@@ -311,8 +311,8 @@ def test_a_folder_loads_in_bfloat16(tiny_model, tiny_processor, tiny_samples, tm
     torch.testing.assert_close(low, full, rtol=0.1, atol=0.02)
 
 
-def test_a_question_that_is_too_long_is_refused_not_cut(tiny_tokenizer):
-    """Cut, it would lose the end of its prompt, and the model would go on with the question."""
+def test_a_question_that_is_too_long_is_refused_not_truncated(tiny_tokenizer):
+    """Truncated, it would lose the end of its prompt, and the model would continue the question."""
     processor = UGroundProcessor(tiny_tokenizer, 40, 10, 64, system_prompt="", max_tokens=60)
     image = drawn_sample(0).image
     processor.prompts([image], [[Turn("where is the red star")]])
@@ -334,8 +334,8 @@ def test_images_of_one_row_of_pixels(tiny_model, tiny_processor):
     assert torch.isfinite(prediction.mask_logits).all()
 
 
-def test_an_answer_that_is_cut_loses_masks_with_their_tokens(tiny_tokenizer):
-    """``model_max_length``: [SEG] and masks go together, whatever is left of an answer."""
+def test_a_truncated_answer_loses_masks_with_their_tokens(tiny_tokenizer):
+    """``model_max_length``: a [SEG] and its mask are kept or removed together."""
     kept = []
     for longest in range(28, 60):
         processor = UGroundProcessor(tiny_tokenizer, 40, 10, 64, "", max_tokens=longest)
@@ -346,7 +346,7 @@ def test_an_answer_that_is_cut_loses_masks_with_their_tokens(tiny_tokenizer):
 
 
 def test_the_objective_is_a_part_without_parameters_of_its_own(make_model):
-    """It shares the configuration and the gate, and no name in a checkpoint is its."""
+    """It shares the configuration and the gate, and adds no key to checkpoints."""
     model = make_model()
     assert model.objective.config is model.ppm.config is model.config
     assert model.objective.ppm is model.ppm
@@ -355,7 +355,7 @@ def test_the_objective_is_a_part_without_parameters_of_its_own(make_model):
     assert gates == ["ppm.gate"]
 
 
-def test_a_mask_for_each_seg_or_the_sample_is_refused(tiny_processor, tiny_samples):
+def test_a_sample_needs_a_mask_per_seg(tiny_processor, tiny_samples):
     sample = replace(tiny_samples[0], masks=tiny_samples[0].masks[1:])
     with pytest.raises(ValueError, match=rf"{sample.source}: 3 \[SEG\] in the answers but 2 masks"):
         tiny_processor.collate([sample])

@@ -1,4 +1,4 @@
-"""``load`` tells folders apart, ``ask`` takes any image, and neither brings a package called utils along."""
+"""``load`` recognizes kinds of folders, ``ask`` takes any image, and neither imports utils."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def opened(version):
         ("run/checkpoints/step_00000006", "run"),
     ],
 )
-def test_folders_are_told_apart(folder, kind):
+def test_kinds_of_folders_are_recognized(folder, kind):
     assert kind_of(WRITTEN / folder) == kind
 
 
@@ -53,7 +53,7 @@ def test_folders_are_told_apart(folder, kind):
         ("run/nothing", "is no folder; download it first"),
     ],
 )
-def test_what_cannot_be_asked_is_refused(folder, message):
+def test_folders_without_a_model_are_refused(folder, message):
     with pytest.raises(ValueError, match=f"--version: .*{message}"):
         load(WRITTEN / folder)
 
@@ -63,7 +63,7 @@ def test_an_unknown_precision_is_refused():
         load(WRITTEN / "merged", "fp8")
 
 
-def test_the_report_names_where_weights_came_from(monkeypatch):
+def test_the_report_names_the_source_of_weights(monkeypatch):
     monkeypatch.chdir(WRITTEN)
     merged = {row.module: row for row in load("merged", "fp32", "cpu").report()}
     adapter = {row.module: row for row in load("adapter", "fp32", "cpu").report()}
@@ -92,7 +92,7 @@ def test_settings_of_an_adapter_that_are_unknown_are_named(tmp_path, monkeypatch
         load(tmp_path / "adapter")
 
 
-def test_an_adapter_answers_with_the_layer_that_validation_took(tmp_path, monkeypatch):
+def test_an_adapter_uses_the_layer_rule_of_validation(tmp_path, monkeypatch):
     shutil.copytree(WRITTEN / "adapter", tmp_path / "adapter")
     path = tmp_path / "adapter/uground_run.json"
     path.write_text(path.read_text().replace('"val_layer_policy": ""', '"val_layer_policy": "last"'))
@@ -104,11 +104,11 @@ def test_an_adapter_answers_with_the_layer_that_validation_took(tmp_path, monkey
 def test_ask_is_predict_with_one_image(opened, photo):
     pixels = as_pixels(photo)
     [expected] = predict(opened.model, opened.processor, [pixels], [list(map(Turn, QUESTIONS))], max_new_tokens=3)
-    found = opened.ask(pixels, QUESTIONS, max_new_tokens=3)
-    assert [p.text for p in found] == [p.text for p in expected]
-    for one, other in zip(found, expected):
-        assert torch.equal(one.mask_logits, other.mask_logits)
-        assert torch.equal(one.masks, other.mask_logits > 0)
+    answers = opened.ask(pixels, QUESTIONS, max_new_tokens=3)
+    assert [p.text for p in answers] == [p.text for p in expected]
+    for answer, prediction in zip(answers, expected):
+        assert torch.equal(answer.mask_logits, prediction.mask_logits)
+        assert torch.equal(answer.masks, prediction.mask_logits > 0)
     single = opened.ask(pixels, QUESTIONS[0], layer_policy="fixed:2", max_new_tokens=3)
     assert single.masks.shape == (len(single.layers), *pixels.shape[:2])
     assert single.masks.dtype == torch.bool
@@ -117,7 +117,7 @@ def test_ask_is_predict_with_one_image(opened, photo):
 
 
 def test_ask_takes_arrays_pictures_and_paths(opened, tmp_path):
-    """A file and a picture are turned upright; so they are the array that a person sees."""
+    """Files and PIL images are rotated by their EXIF orientation: they equal the array that viewers show."""
     exif = Image.Exif()
     exif[0x0112] = 6
     path = tmp_path / "turned.png"
@@ -132,7 +132,7 @@ def test_ask_takes_arrays_pictures_and_paths(opened, tmp_path):
         assert torch.equal(answer.mask_logits, answers[0].mask_logits)
 
 
-def test_images_that_cannot_be_are_refused(opened, tmp_path):
+def test_invalid_images_are_refused(opened, tmp_path):
     for image in (np.zeros((4, 5), np.uint8), np.zeros((4, 5, 3)), np.zeros((3, 4, 5), np.uint8)):
         with pytest.raises(ValueError, match=r"give uint8 \[H, W, 3\], RGB"):
             opened.ask(image, "star")
@@ -157,8 +157,8 @@ assert "torch" not in sys.modules, "import model is not cheap"
 opened = model.load(sys.argv[1], "fp32", "cpu")
 import numpy as np
 opened.ask(np.zeros((40, 60, 3), np.uint8), "where is the star", max_new_tokens=1)
-found = sorted(name for name in sys.modules if name.partition(".")[0] in ("utils", "deepspeed", "peft", "gradio"))
-assert not found, found
+imported = sorted(name for name in sys.modules if name.partition(".")[0] in ("utils", "deepspeed", "peft", "gradio"))
+assert not imported, imported
 """
 
 

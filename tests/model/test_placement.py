@@ -1,4 +1,4 @@
-"""Precisions, quantized layers, and layers on several devices: the answers stay what they were."""
+"""Precisions, quantized layers, and layers on several devices give the same answers."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ def masks(model, processor, image) -> torch.Tensor:
     return torch.cat([p.mask_logits for p in predict(model, processor, [image], TURNS, layer_policy="last")[0]])
 
 
-def written(model, processor, image) -> list[list[int]]:
+def generated(model, processor, image) -> list[list[int]]:
     turns = [Turn(turn.question) for turn in TURNS[0]]
     return [p.token_ids for p in predict(model, processor, [image], [turns], max_new_tokens=6)[0]]
 
 
-def near(mine: torch.Tensor, exact: torch.Tensor, tolerance: float) -> bool:
-    return bool((mine - exact).abs().max() <= tolerance * exact.abs().max())
+def near(actual: torch.Tensor, exact: torch.Tensor, tolerance: float) -> bool:
+    return bool((actual - exact).abs().max() <= tolerance * exact.abs().max())
 
 
 @pytest.fixture
 def wider_model(tiny_processor) -> UGroundForCausalLM:
-    """bitsandbytes' code for CPUs takes blocks of 64 inputs."""
+    """bitsandbytes' CPU code needs blocks of 64 inputs."""
     torch.manual_seed(0)
     ids = tiny_processor.tokens
     llama = llama_settings(len(tiny_processor.tokenizer), width=64, layers=2, heads=2) | {"intermediate_size": 192}
@@ -58,16 +58,16 @@ def test_quantized_layers(wider_model, tiny_processor, tiny_samples, kind, toler
     placement.place(model, "cpu", quantize=kind)
     changed = {name for name, module in model.named_modules() if type(module) is not before.get(name)}
     assert changed == {name for name, kind in before.items() if kind is nn.Linear and name.startswith("model.layers.")}
-    held = model.model.layers[0].mlp.up_proj.weight
-    assert held.dtype == {"8bit": torch.int8, "4bit": torch.uint8}[kind]
-    assert held.numel() == {"8bit": 64 * 192, "4bit": 64 * 192 // 2}[kind]
-    found = masks(model, tiny_processor, image)
-    assert near(found, exact, tolerance)
-    assert not torch.equal(found, exact)
-    assert written(model, tiny_processor, image)
+    weight = model.model.layers[0].mlp.up_proj.weight
+    assert weight.dtype == {"8bit": torch.int8, "4bit": torch.uint8}[kind]
+    assert weight.numel() == {"8bit": 64 * 192, "4bit": 64 * 192 // 2}[kind]
+    quantized = masks(model, tiny_processor, image)
+    assert near(quantized, exact, tolerance)
+    assert not torch.equal(quantized, exact)
+    assert generated(model, tiny_processor, image)
 
 
-def test_quantization_that_cannot_be(make_model, monkeypatch):
+def test_invalid_quantization_is_refused(make_model, monkeypatch):
     with pytest.raises(ValueError, match="exclude each other"):
         placement.place(make_model(), "cpu", quantize="4bit", device_map="auto")
     if placement.find_spec("bitsandbytes"):
@@ -102,17 +102,17 @@ def test_layers_fill_the_gpus_in_order_and_then_main_memory(make_model):
 
 
 def test_spread_layers_give_the_same_answers(make_model, tiny_processor, tiny_samples):
-    """On one CPU: the layers' weights leave and come back for each pass, as from main memory to a GPU."""
+    """On one CPU: offloaded weights are copied for each forward pass, as from main memory to a GPU."""
     model, image = make_model(), tiny_samples[1].image
-    exact, said = masks(model, tiny_processor, image), written(model, tiny_processor, image)
+    exact, token_ids = masks(model, tiny_processor, image), generated(model, tiny_processor, image)
     placement.spread(model, "cpu", [torch.device("cpu"), "cpu", torch.device("cpu"), "cpu"])
-    away = [all(p.is_meta for p in layer.parameters()) for layer in model.model.layers]
-    assert away == [False, True, False, True]
+    offloaded = [all(p.is_meta for p in layer.parameters()) for layer in model.model.layers]
+    assert offloaded == [False, True, False, True]
     torch.testing.assert_close(masks(model, tiny_processor, image), exact, rtol=0, atol=0)
-    assert written(model, tiny_processor, image) == said
+    assert generated(model, tiny_processor, image) == token_ids
 
 
-def test_devices_that_are_not_there(make_model):
+def test_unavailable_devices_are_refused(make_model):
     with pytest.raises(ValueError, match="nothing to spread"):
         placement.place(make_model(), "cpu", device_map="auto")
     if not torch.backends.mps.is_available():

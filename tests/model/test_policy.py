@@ -26,49 +26,49 @@ def states():
 
 @pytest.fixture
 def rewards():
-    """[3, 5] of every layer: far from zero, as -(BCE + dice) is."""
+    """[3, 5] rewards of every layer, far from zero as -(BCE + dice) is."""
     return -2 + 0.5 * torch.randn(3, 5, generator=torch.Generator().manual_seed(1))
 
 
 def gradient(model, states, sampled, log_policy, layers, layer_rewards=None) -> torch.Tensor:
-    """Of the mean of the policy's term, in the direction that raises the reward."""
+    """Gradient of the mean of the policy's term, in the direction that raises the reward."""
     model.ppm.gate.grad = None
     model.objective.gate_terms(sampled, layers, log_policy, layer_rewards)["policy"].mean().backward()
     return -model.ppm.gate.grad
 
 
-def estimates(model, states, rewards, draws: int = 40, copies: int = 200) -> torch.Tensor:
-    """[draws, L, D] REINFORCE estimates, each the mean over ``copies`` of the states."""
-    found = []
-    for draw in range(draws):
+def estimates(model, states, rewards, trials: int = 40, copies: int = 200) -> torch.Tensor:
+    """[trials, L, D] REINFORCE estimates, each the mean over ``copies`` of the states."""
+    gradients = []
+    for trial in range(trials):
         many, table = states.repeat(copies, 1, 1), rewards.repeat(copies, 1)
         log_policy = model.ppm.log_policy(many)
-        layers = StochasticSkip().choose(log_policy, gumbel_noise([draw], [0] * len(many), 5))
+        layers = StochasticSkip().choose(log_policy, gumbel_noise([trial], [0] * len(many), 5))
         sampled = table[torch.arange(len(many)), layers]
-        found.append(gradient(model, many, sampled, log_policy, layers))
-    return torch.stack(found)
+        gradients.append(gradient(model, many, sampled, log_policy, layers))
+    return torch.stack(gradients)
 
 
 def test_reinforce_estimates_the_gradient_of_the_expected_reward(make_model, states, rewards):
-    """The analytic gradient by enumerating all layers; baselines move no expectation but the variance."""
+    """Against the analytic gradient over all layers; a baseline changes the variance, not the expectation."""
     exact = make_model(policy_gradient="exact")
     whole = gradient(exact, states, rewards[:, 0], exact.ppm.log_policy(states), torch.zeros(3).long(), rewards)
     expected_reward = (exact.ppm.log_policy(states).exp() * rewards).sum(-1).mean()
     (analytic,) = torch.autograd.grad(expected_reward, exact.ppm.gate)
     torch.testing.assert_close(whole, analytic)
 
-    model, variance = make_model(baseline_decay=1.0), {}  # a decay of 1 keeps the baseline where it is
+    model, variance = make_model(baseline_decay=1.0), {}  # a decay of 1 keeps the baseline constant
     for name, baseline in (("without", 0.0), ("with", float(rewards.mean()))):
         model.ppm.baseline.fill_(baseline)
-        found = estimates(model, states, rewards)
+        estimated = estimates(model, states, rewards)
         assert float(model.ppm.baseline) == pytest.approx(baseline)
-        error = found.std(0) / len(found) ** 0.5
+        error = estimated.std(0) / len(estimated) ** 0.5
         used = error > 0  # the embeddings are no candidate
         assert used[1:].all()
         assert not whole[0].any()
-        deviation = ((found.mean(0) - whole)[used] / error[used]).square().mean().sqrt()
+        deviation = ((estimated.mean(0) - whole)[used] / error[used]).square().mean().sqrt()
         assert deviation < 1.5, name  # 1 in expectation, over 128 numbers
-        variance[name] = float(found.var(0).sum())
+        variance[name] = float(estimated.var(0).sum())
     assert variance["with"] < 0.3 * variance["without"]
 
 
@@ -94,8 +94,8 @@ def test_the_policys_loss_reaches_the_gate_and_the_critic_alone(
 
 
 @pytest.mark.parametrize("selection", ["last", "uniform", "fixed:2", "soft", "ce_soft"])
-def test_a_critic_is_nothing_where_no_policy_is_sampled(make_model, tiny_processor, tiny_samples, selection):
-    """Its error would be added to the loss, of a critic that is frozen, or that nobody asks."""
+def test_a_critic_has_no_effect_where_no_policy_is_sampled(make_model, tiny_processor, tiny_samples, selection):
+    """Otherwise the error of a frozen or unused critic would be added to the loss."""
     model, batch = add_lora(make_model(baseline="critic"), r=2), tiny_processor.collate(tiny_samples)
     model.config.layer_selection = selection
     set_trainable(model)
@@ -118,7 +118,7 @@ def test_a_critic_is_nothing_where_no_policy_is_sampled(make_model, tiny_process
     ],
 )
 def test_a_bandit_finds_its_best_arm(make_model, settings):
-    """One layer pays more than the others, with noise; the states differ from [SEG] to [SEG]."""
+    """One layer has a higher reward than the others, with noise; states differ from [SEG] to [SEG]."""
     model, generator = make_model(**settings), torch.Generator().manual_seed(2)
     torch.nn.init.zeros_(model.ppm.gate)
     optimizer = torch.optim.Adam(model.ppm.parameters(), lr=0.05)
@@ -168,8 +168,8 @@ def test_argmax_is_deterministic_and_sampling_is_not(make_model, tiny_processor)
     def layers(policy: str) -> list[list[int]]:
         return [predict(model, tiny_processor, *ask, layer_policy=policy, seed=seed)[0][0].layers for seed in range(8)]
 
-    assert len({tuple(found) for found in layers("argmax")}) == 1
-    assert len({tuple(found) for found in layers("sample")}) > 4
+    assert len({tuple(chosen) for chosen in layers("argmax")}) == 1
+    assert len({tuple(chosen) for chosen in layers("sample")}) > 4
 
 
 # -- two processes -----------------------------------------------------------------------------------------------------
@@ -192,9 +192,9 @@ def gate_gradients(rank: int | None) -> dict[tuple[str, str], torch.Tensor]:
     """(setting, rows) -> gradients of gate and critic, baseline last; of one rank's row, or of both in one batch."""
     tokenizer = train_tokenizer([WORDS] * 4, vocab_size=340)
     processor = UGroundProcessor(tokenizer, clip_side=40, clip_patch=10, sam_side=64, system_prompt="")
-    found = {}
+    results = {}
     for name, settings in RANKED.items():
-        for which, samples in ROWS.items():
+        for rows, samples in ROWS.items():
             model = build_tiny_model(processor, **settings)
             batch = processor.collate(list(samples) if rank is None else [samples[rank]])
             if rank is not None:
@@ -205,8 +205,8 @@ def gate_gradients(rank: int | None) -> dict[tuple[str, str], torch.Tensor]:
             if rank is not None:
                 distributed.all_reduce(gradients)
                 gradients /= 2
-            found[name, which] = torch.cat([gradients, model.ppm.baseline[None]])
-    return found
+            results[name, rows] = torch.cat([gradients, model.ppm.baseline[None]])
+    return results
 
 
 def run_rank(rank: int, folder: str) -> None:
@@ -218,7 +218,7 @@ def run_rank(rank: int, folder: str) -> None:
 
 @pytest.mark.slow
 def test_two_processes_give_the_gate_one_gradient(tmp_path):
-    """Also where a rank has no [SEG]. The critic looks at its own rank's policies: there, ranks only have to agree."""
+    """Also where a rank has no [SEG]. A critic's input is its own rank's policies: there, ranks only need to agree."""
     multiprocessing.spawn(run_rank, (str(tmp_path),), nprocs=2)
     ranks, alone = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)], gate_gradients(None)
     for case, expected in alone.items():

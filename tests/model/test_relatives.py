@@ -1,5 +1,7 @@
-"""Published checkpoints of LISA, GSVA, SESAME and READ, in their own layout with random weights: each gives the masks
-that its own code computes, written down here once more on transformers' and segment-anything's modules alone."""
+"""Published checkpoints of related methods (LISA, GSVA, SESAME, READ), in their own layout with random weights.
+
+Each gives the masks of a reference implementation of its own code, on transformers' and segment-anything's modules.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,7 @@ class Published:
 
 @pytest.fixture
 def publish(tmp_path, make_model, monkeypatch):
-    """publish(name) -> a checkpoint as that method's authors write it, with the model that it was made from."""
+    """publish(name) -> a checkpoint in the layout of that method's authors, with the model that it was made from."""
 
     def write(name: str) -> Published:
         added = ("[SEG]", "[REJ]") if name == "GSVA" else ("[SEG]",)
@@ -68,7 +70,7 @@ def publish(tmp_path, make_model, monkeypatch):
             if not key.startswith(("vision_tower.", "ppm."))
         }
         state["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
-        if name == "GSVA":  # the whole of what was trained, CLIP included, by transformers of its time
+        if name == "GSVA":  # the whole training model, CLIP included, under the keys of older transformers
             tower = "model.vision_tower.vision_tower.vision_model"
             state |= {f"{tower}.{key}": value for key, value in model.vision_tower.state_dict().items()}
             state[f"{tower}.embeddings.position_ids"] = torch.arange(17)[None]
@@ -93,8 +95,8 @@ def publish(tmp_path, make_model, monkeypatch):
     return write
 
 
-def their_states(published: Published, image: np.ndarray, system: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """The last layer's states of the two [SEG] [2, D] and of the image [P, D], without this project's forward pass."""
+def reference_states(published: Published, image: np.ndarray, system: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Reference: the last layer's states of the two [SEG], [2, D], and of the image, [P, D]."""
     model, tokenizer = published.model, published.tokenizer
     side = {"shortest_edge": 40}, {"height": 40, "width": 40}
     pixels = CLIPImageProcessorPil(size=side[0], crop_size=side[1])(image, return_tensors="pt")["pixel_values"]
@@ -108,12 +110,12 @@ def their_states(published: Published, image: np.ndarray, system: str) -> tuple[
     embeddings = torch.cat([embed(torch.tensor(before)), features, embed(torch.tensor(after))])
     last = llama.model(inputs_embeds=embeddings[None]).last_hidden_state[0]
     start = len(before)
-    places = [start + len(features) + i for i, token in enumerate(after) if tokenizer.decode([token]) == "[SEG]"]
-    return last[torch.tensor(places) - 1], last[start : start + len(features)]
+    positions = [start + len(features) + i for i, token in enumerate(after) if tokenizer.decode([token]) == "[SEG]"]
+    return last[torch.tensor(positions) - 1], last[start : start + len(features)]
 
 
-def their_points(scores: list[float], size: tuple[int, int]) -> tuple[list[list[float]], list[int]]:
-    """READ's points for one [SEG], cell by cell: 4x4 similarities -> (x, y) in SAM's 64 px frame, and labels."""
+def reference_points(scores: list[float], size: tuple[int, int]) -> tuple[list[list[float]], list[int]]:
+    """Reference: READ's points for one [SEG], from 4x4 similarities: (x, y) in SAM's 64 px frame, and labels."""
     square = torch.tensor(scores).view(1, 1, 4, 4)
     small = F.interpolate(square, (2, 2), mode="bilinear")[0, 0]
     small = (small - small.min()) / (small.max() - small.min())
@@ -135,14 +137,14 @@ def their_points(scores: list[float], size: tuple[int, int]) -> tuple[list[list[
     return points, labels[:30]
 
 
-def their_masks(published: Published, image: np.ndarray, system: str, with_points: bool) -> torch.Tensor:
-    """[2, H, W] logits by segment-anything's own prompt encoder and mask decoder."""
+def reference_masks(published: Published, image: np.ndarray, system: str, with_points: bool) -> torch.Tensor:
+    """Reference: [2, H, W] logits by segment-anything's own prompt encoder and mask decoder."""
     model, size = published.model, image.shape[:2]
     sam, shape = model.visual_model, model.visual_model.shape
     transformer = TwoWayTransformer(depth=2, embedding_dim=32, num_heads=8, mlp_dim=shape.decoder_mlp)
     decoder = MaskDecoder(transformer_dim=32, transformer=transformer, iou_head_hidden_dim=shape.iou_hidden)
     decoder.load_state_dict(sam.mask_decoder.state_dict())
-    states, image_states = their_states(published, image, system)
+    states, image_states = reference_states(published, image, system)
     scores = states @ image_states.T
     pixels, resized = resize_and_pad(image, 64)
     embedding = sam.image_encoder(pixels[None])
@@ -150,8 +152,8 @@ def their_masks(published: Published, image: np.ndarray, system: str, with_point
     for n in range(2):
         points = None
         if with_points:
-            places, labels = their_points(scores[n].tolist(), size)
-            points = torch.tensor([places]), torch.tensor([labels])
+            coordinates, labels = reference_points(scores[n].tolist(), size)
+            points = torch.tensor([coordinates]), torch.tensor([labels])
         sparse, dense = sam.prompt_encoder(points=points, boxes=None, masks=None)
         sparse = torch.cat([sparse, model.text_hidden_fcs[0](states[n])[None, None]], 1)
         low, _ = decoder(embedding, sam.prompt_encoder.get_dense_pe(), sparse, dense, multimask_output=False)
@@ -163,33 +165,33 @@ def their_masks(published: Published, image: np.ndarray, system: str, with_point
 @pytest.mark.parametrize("size", [(48, 64), (64, 40), (50, 50)])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 @torch.inference_mode()
-def test_masks_are_those_of_their_own_code(publish, name, size):
+def test_masks_equal_those_of_the_reference(publish, name, size):
     published = publish(name)
     model, processor = load_pretrained(str(published.folder), vision_tower=str(published.clip))
     image = np.random.default_rng(3).integers(0, 255, (*size, 3), dtype=np.uint8)
-    [[mine]] = predict(model, processor, [image], [[GIVEN]])
+    [[prediction]] = predict(model, processor, [image], [[GIVEN]])
     system = HUMAN_SYSTEM_PROMPT if name in ("LISA", "GSVA") else SYSTEM_PROMPT
-    theirs = their_masks(published, image, system, with_points=name == "READ")
-    assert mine.layers == [4, 4]
-    torch.testing.assert_close(mine.mask_logits, theirs, rtol=1e-4, atol=1e-4 * theirs.abs().max().item())
+    expected = reference_masks(published, image, system, with_points=name == "READ")
+    assert prediction.layers == [4, 4]
+    torch.testing.assert_close(prediction.mask_logits, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
 
 
-def test_they_open_in_chat_and_as_a_folder_of_this_project(publish, tmp_path, capsys):
+def test_published_checkpoints_open_in_chat_and_can_be_saved(publish, tmp_path, capsys):
     published = publish("LISA")
     photo = tmp_path / "photo.png"
     Image.fromarray(np.full((40, 60, 3), 90, np.uint8)).save(photo)
     ask = ["--image", str(photo), "--prompt", QUESTION, "--max_new_tokens", "4"]
     assert chat.main(["--version", str(published.folder), "--vision_tower", str(published.clip), *ask]) == 0
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     model, processor = load_pretrained(str(published.folder), vision_tower=str(published.clip))
-    assert processor.tokens.rej is None  # never taught: nothing is ever rejected
+    assert processor.tokens.rej is None  # not trained to reject
     [[prediction]] = predict(model, processor, [np.zeros((40, 40, 3), np.uint8)], [[GIVEN]])
     assert prediction.rejected == [False, False]
 
     model.save_pretrained(tmp_path / "own")
     processor.save_pretrained(tmp_path / "own")
     assert chat.main(["--version", str(tmp_path / "own"), *ask]) == 0
-    assert capsys.readouterr().out == said
+    assert capsys.readouterr().out == output
     settings = tmp_path / "own/uground_processor.json"
     settings.write_text(settings.read_text().replace('"crop"', '"pad"'))
     with pytest.raises(ValueError, match=r"clip_fit is crop in config.json, pad in the processor"):
@@ -213,8 +215,8 @@ def test_gsva_rejects(publish):
 )
 def test_the_13b_checkpoints_have_points_of_their_own(name, layers, expected):
     config = {"architectures": [ARCHITECTURES[name]], "num_hidden_layers": layers, "mm_projector_type": "mlp2x_gelu"}
-    found = released_settings(release_of(config), config)
-    assert (found.get("point_rule"), found.get("point_prompts")) == expected
+    settings = released_settings(release_of(config), config)
+    assert (settings.get("point_rule"), settings.get("point_prompts")) == expected
 
 
 def test_wrong_pairs(publish):

@@ -1,4 +1,4 @@
-"""SAM's features on disk: the same masks without the encoder, whatever happens to the folder."""
+"""The cache of SAM's features: the same masks without the encoder, whatever happens to the folder."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def never(images: torch.Tensor) -> torch.Tensor:
 
 @pytest.fixture
 def cached(make_model, tiny_tokenizer, tmp_path):
-    """A model with a cache, its processor, and how many images its encoder was given in each call."""
+    """A model with a cache, its processor, and the number of images in each call of its encoder."""
     model, processor = make_model(), UGroundProcessor(tiny_tokenizer, 40, 10, 64, "")
     cache_sam_features(model, processor, str(tmp_path / "cache"), 1.0)
     calls: list[int] = []
@@ -44,35 +44,35 @@ def cached(make_model, tiny_tokenizer, tmp_path):
 def test_training_and_predictions_are_the_same_without_the_encoder(cached, make_model, tiny_processor):
     model, processor, calls = cached
     samples = [drawn_sample(0), drawn_sample(1, (64, 40), (2,))]
-    plain = make_model()(tiny_processor.collate(samples))
+    uncached = make_model()(tiny_processor.collate(samples))
     for _ in range(2):
         output = model(processor.collate(samples))
-        assert all(map(torch.equal, output.mask_logits, plain.mask_logits))
+        assert all(map(torch.equal, output.mask_logits, uncached.mask_logits))
         output.loss.backward()
     assert calls == [1, 1]  # one image at a time
     ask = ([samples[1].image, drawn_sample(5).image], [[Turn("star", "it is [SEG].")], [Turn("circle", "[SEG]")]])
-    mine, theirs = predict(model, processor, *ask), predict(make_model(), tiny_processor, *ask)
-    assert calls == [1, 1, 1]  # the image that is new
-    for a, b in zip(mine, theirs):
-        torch.testing.assert_close(a[0].mask_logits, b[0].mask_logits)
+    predictions, expected = predict(model, processor, *ask), predict(make_model(), tiny_processor, *ask)
+    assert calls == [1, 1, 1]  # the new image
+    for [actual], [wanted] in zip(predictions, expected):
+        torch.testing.assert_close(actual.mask_logits, wanted.mask_logits)
 
 
-def test_a_batch_without_names_does_not_pass_the_cache_by(cached, tiny_processor):
+def test_a_batch_without_image_keys_is_refused(cached, tiny_processor):
     model, processor, calls = cached
     image = drawn_sample(0).image
     with pytest.raises(ValueError, match=r"1 of the batch's 1 images have no key.*use cache_sam_features"):
         predict(model, tiny_processor, [image], [[Turn("star", "[SEG]")]])
     says_seg_often(model, processor).lm_head.weight.data[processor.tokens.seg] *= -2  # and in this answer
-    for _ in range(2):  # a conversation names its image, too
+    for _ in range(2):  # a conversation's batch has the key, too
         assert ImageSession(model, processor, image).ask("star", max_new_tokens=2).layers
     assert calls == [1]
 
 
 def test_other_pixels_encoder_precision_or_side_are_other_entries(tmp_path):
     FeatureCache(tmp_path, 1, "one").get(KEYS, IMAGES, encode)
-    found = FeatureCache(tmp_path, 1, "one")
-    torch.testing.assert_close(found.get(KEYS, IMAGES, never), encode(IMAGES))
-    assert (found.hits, found.misses) == (3, 0)
+    reopened = FeatureCache(tmp_path, 1, "one")
+    torch.testing.assert_close(reopened.get(KEYS, IMAGES, never), encode(IMAGES))
+    assert (reopened.hits, reopened.misses) == (3, 0)
     for encoder, images in (("two", IMAGES), ("one", IMAGES.bfloat16()), ("one", IMAGES[..., :4, :4])):
         cache = FeatureCache(tmp_path, 1, encoder)
         assert cache.get(KEYS, images, encode).dtype == images.dtype
@@ -107,7 +107,7 @@ def test_the_least_recently_used_entries_go(tmp_path):
     cache.get(["first", "fourth"], IMAGES[:2], never)
 
 
-def test_what_a_killed_process_left_goes_and_what_another_writes_stays(tmp_path, monkeypatch):
+def test_abandoned_temporary_files_are_removed_and_fresh_ones_kept(tmp_path, monkeypatch):
     for name in ("old.tmp", "new.tmp"):
         (tmp_path / name).touch()
     monkeypatch.setattr(sam_cache, "STALE", 1000.0)
@@ -118,13 +118,13 @@ def test_what_a_killed_process_left_goes_and_what_another_writes_stays(tmp_path,
 
 def _use(folder: Path, seed: int) -> None:
     cache = FeatureCache(folder, 1, "one")
-    cache.limit = 40_000  # a few entries: everything is evicted all the time
+    cache.limit = 40_000  # a few entries: evictions all the time
     rng = np.random.default_rng(seed)
     for _ in range(60):
         numbers = rng.choice(30, size=3, replace=False)
         images = torch.from_numpy(numbers).float().view(3, 1, 1, 1).expand(3, 3, 32, 32)
-        found = cache.get([str(n) for n in numbers], images, lambda x: 2 * x[:, :1])
-        assert torch.equal(found, 2 * images[:, :1])
+        embeddings = cache.get([str(n) for n in numbers], images, lambda x: 2 * x[:, :1])
+        assert torch.equal(embeddings, 2 * images[:, :1])
 
 
 def test_processes_share_a_folder(tmp_path):
@@ -138,7 +138,7 @@ def test_processes_share_a_folder(tmp_path):
     assert sum(path.stat().st_size for path in tmp_path.glob("*.sam")) < 60_000
 
 
-def test_a_folder_that_cannot_be_is_refused_and_a_full_disk_is_not(tmp_path, caplog, monkeypatch):
+def test_an_invalid_folder_is_refused_and_a_full_disk_is_not(tmp_path, caplog, monkeypatch):
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="sam_feature_cache"):
         FeatureCache(tmp_path / "file/cache", 1, "one")

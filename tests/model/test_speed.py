@@ -1,4 +1,4 @@
-"""What was made faster computes what it computed before, and the training step never waits for the device."""
+"""Optimized code computes the same as the code that it replaces, and shared work is done once."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from model.structures import Turn
 
 @pytest.fixture(scope="module")
 def sams() -> tuple[ImageEncoderViT, SegmentAnything]:
-    """The package's encoder and ours with the same weights: padded windows, relative positions that matter."""
+    """The package's encoder and this project's with equal weights: padded windows, large relative positions."""
     torch.manual_seed(0)
     shape = SamShape(
         image_size=128, patch_size=8, encoder_width=48, encoder_depth=3, encoder_heads=3, global_attention=(1,),
@@ -52,11 +52,11 @@ def test_fused_attention_in_bf16_is_as_close_to_float32_as_the_package(sams):
     package, ours = sams
     images = torch.randn(2, 3, 128, 128, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        exact, low = package(images), package.to(torch.bfloat16)(images.bfloat16()).float()
+        exact, package_bf16 = package(images), package.to(torch.bfloat16)(images.bfloat16()).float()
     package.float()
-    mine = ours.to(torch.bfloat16).encode(images.bfloat16()).float()
+    fused_bf16 = ours.to(torch.bfloat16).encode(images.bfloat16()).float()
     ours.float()
-    assert float((mine - exact).square().mean()) < 1.1 * float((low - exact).square().mean())
+    assert float((fused_bf16 - exact).square().mean()) < 1.1 * float((package_bf16 - exact).square().mean())
 
 
 @pytest.mark.slow
@@ -70,7 +70,7 @@ def test_a_compiled_encoder_has_the_same_keys_and_numbers():
     assert list(sam.state_dict()) == keys
     torch.testing.assert_close(sam.encode(images), plain, rtol=1e-4, atol=1e-5)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(FusedAttention, "forward", None)  # traced before, and not run any more
+        patch.setattr(FusedAttention, "forward", None)  # already traced: Python no longer runs it
         torch.testing.assert_close(sam.encode(images[:2]), plain[:2], rtol=1e-4, atol=1e-5)
 
 
@@ -81,7 +81,7 @@ def test_images_are_encoded_one_by_one(sams):
 
 
 def test_an_encoded_image_can_be_part_of_a_graph(sams):
-    """Encoded in inference mode, which autograd does not know."""
+    """Embeddings are computed in inference mode, but autograd can save them."""
     embeddings = sams[1].encode(torch.randn(1, 3, 128, 128))
     weight = torch.ones((), requires_grad=True)
     (embeddings * weight).sum().backward()
@@ -96,25 +96,25 @@ def test_blur_is_torchvisions(size, side, sigma):
 
 @pytest.mark.parametrize("positive_weight", ["mask", "image"])
 def test_masks_in_parts_have_the_same_losses_and_gradients(make_model, tiny_processor, monkeypatch, positive_weight):
-    """Large photographs: one mask at a time, its losses computed anew in the backward pass."""
+    """Large photographs: one mask at a time, its losses recomputed in the backward pass."""
     settings = {"positive_weight": positive_weight, "map_terms": ("gaussian_bce", "dice"), "reward_terms": "iou"}
     batch = tiny_processor.collate([drawn_sample(0, segs=(2, 1, 0)), drawn_sample(1, segs=(0,)), drawn_sample(2)])
-    found = []
+    results = []
     for pixels in (10**9, 48 * 64 * 2, 1):
         monkeypatch.setattr(losses, "PIXELS_AT_ONCE", pixels)
         model = make_model(**settings)
         output = model(batch)
         output.loss.backward()
-        found.append((output, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}))
-    (whole, gradients), *others = found
-    for output, again in others:
+        results.append((output, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}))
+    (whole, whole_gradients), *others = results
+    for output, gradients in others:
         torch.testing.assert_close(output.terms, whole.terms, rtol=1e-6, atol=1e-7)
         torch.testing.assert_close(output.rewards, whole.rewards, rtol=1e-6, atol=1e-7)
-        torch.testing.assert_close(again, gradients, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(gradients, whole_gradients, rtol=1e-4, atol=1e-6)
 
 
 def saved_bytes(compute) -> int:
-    """Bytes that autograd keeps for the backward pass of ``compute()``, without what went into it twice."""
+    """Bytes that autograd saves for the backward pass of ``compute()``, each storage counted once."""
     kept: dict[int, int] = {}
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
@@ -134,13 +134,13 @@ def test_masks_in_parts_keep_less_for_the_backward_pass(make_model, monkeypatch)
     for pixels in (10**9, 10_000):
         monkeypatch.setattr(losses, "PIXELS_AT_ONCE", pixels)
         kept[pixels] = saved_bytes(lambda: model.objective.mask_terms([target], [logits], [maps])) / target.numel()
-    assert kept[10_000] < 14  # logits, map and soft target in float32, and the target: what there is anyway
+    assert kept[10_000] < 14  # logits, map and soft target in float32, and the target: the inputs alone
     assert kept[10**9] > 25
 
 
 @pytest.mark.parametrize("mode", ["generate", "teacher_forced"])
-def test_eight_questions_read_the_image_once(make_model, tiny_processor, monkeypatch, mode):
-    """Why eight expressions cost little more than one: CLIP, SAM's encoder and the image's tokens are run once."""
+def test_eight_questions_encode_the_image_once(make_model, tiny_processor, monkeypatch, mode):
+    """Eight expressions cost little more than one: CLIP, SAM's encoder and the image's tokens are run once."""
     model = says_seg_often(make_model(seed=1), tiny_processor)
     images, widths, forward = [], [], model.forward_packed
     for encoder in (model.vision_tower, model.visual_model.image_encoder):
@@ -151,13 +151,13 @@ def test_eight_questions_read_the_image_once(make_model, tiny_processor, monkeyp
         return forward(embeddings, *rest, **more)
 
     monkeypatch.setattr(model, "forward_packed", counted)
-    given, words = mode == "teacher_forced", ("red", "green", "blue", "a", "so", "such", "it", "one")
-    asked = [Turn(f"where is the {word} star", "Sure, it is [SEG]." * given) for word in words]
-    said = predict(model, tiny_processor, [drawn_sample(3).image], [asked], max_new_tokens=4)[0]
-    assert sum(len(answer.mask_logits) for answer in said) > 1
+    has_answers, words = mode == "teacher_forced", ("red", "green", "blue", "a", "so", "such", "it", "one")
+    turns = [Turn(f"where is the {word} star", "Sure, it is [SEG]." * has_answers) for word in words]
+    predictions = predict(model, tiny_processor, [drawn_sample(3).image], [turns], max_new_tokens=4)[0]
+    assert sum(len(prediction.mask_logits) for prediction in predictions) > 1
     assert images == [1, 1]
     prefix = len(tiny_processor.builder.prefix_ids)
     assert prefix > tiny_processor.num_image_tokens
-    alone = [tiny_processor.prompts([drawn_sample(3).image], [[turn]]) for turn in asked]
+    alone = [tiny_processor.prompts([drawn_sample(3).image], [[turn]]) for turn in turns]
     assert widths[0] == prefix + sum(batch.input_ids.shape[1] - prefix for batch in alone)
-    assert len(widths) == 1 if given else max(widths[1:]) < prefix
+    assert len(widths) == 1 if has_answers else max(widths[1:]) < prefix

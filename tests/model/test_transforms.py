@@ -1,4 +1,4 @@
-"""The images' transform: exact values, and written straight into a batch."""
+"""The image transform: exact values, and output in place into a batch."""
 
 from __future__ import annotations
 

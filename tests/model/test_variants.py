@@ -41,13 +41,13 @@ def test_fused_similarity_is_that_of_the_fused_states():
 def test_soft_gating_with_all_weight_on_one_layer_is_that_layer(make_model, tiny_processor):
     soft = make_model(layer_selection="soft", first_candidate_layer=2, last_candidate_layer=2)
     assert soft.config.layer_policy == "soft"
-    for ours, theirs in zip(ask(soft, tiny_processor), ask(soft, tiny_processor, layer_policy="fixed:2")):
-        assert ours.layers == theirs.layers
-        assert_same_masks(ours.mask_logits, theirs.mask_logits)
-        torch.testing.assert_close(ours.maps, theirs.maps, **NEAR)
+    for gated, fixed in zip(ask(soft, tiny_processor), ask(soft, tiny_processor, layer_policy="fixed:2")):
+        assert gated.layers == fixed.layers
+        assert_same_masks(gated.mask_logits, fixed.mask_logits)
+        torch.testing.assert_close(gated.maps, fixed.maps, **NEAR)
     spread = make_model(layer_selection="soft")
-    gated, fixed = (ask(spread, tiny_processor, layer_policy=how)[0].maps for how in ("soft", "fixed:2"))
-    assert (gated - fixed).abs().max() > 0.01
+    gated_maps, fixed_maps = (ask(spread, tiny_processor, layer_policy=rule)[0].maps for rule in ("soft", "fixed:2"))
+    assert (gated_maps - fixed_maps).abs().max() > 0.01
 
 
 def test_what_trains_the_gate(make_model, tiny_processor, tiny_samples):
@@ -73,13 +73,13 @@ def test_what_trains_the_gate(make_model, tiny_processor, tiny_samples):
 def test_all_layers_are_rewarded_as_the_chosen_one_is(make_model, tiny_processor, size):
     """The reward at the map's own resolution is close to that at the image's, for every layer, and ranks them alike."""
     sample, model = drawn_sample(3, size, (2, 1)), make_model(policy_gradient="exact")
-    batch, seen = tiny_processor.collate([sample]), []
+    batch, calls = tiny_processor.collate([sample]), []
     objective = model.objective
-    model.objective = lambda *given: seen.append(given) or objective(*given)
+    model.objective = lambda *inputs: calls.append(inputs) or objective(*inputs)
     model(batch)
     model.objective = objective
     fine = torch.stack([model_with(make_model, f"fixed:{k}")(batch).rewards for k in range(5)], 1)
-    terms = terms_of_all_layers(model, batch, seen[0][-1])
+    terms = terms_of_all_layers(model, batch, calls[0][-1])
     coarse = -(terms["map_bce"] + terms["map_dice"])
     assert coarse.shape == (3, 5)
     torch.testing.assert_close(coarse, fine, rtol=0.1, atol=0.02)
@@ -87,15 +87,15 @@ def test_all_layers_are_rewarded_as_the_chosen_one_is(make_model, tiny_processor
 
 
 @pytest.mark.parametrize("settings", [{}, {"layer_selection": "last"}, {"policy_gradient": "exact"}])
-def test_the_map_loss_of_every_layer_is_told_on_demand(make_model, tiny_processor, tiny_samples, settings):
-    """It changes nothing else, and a layer's is that of a model which always connects from it."""
+def test_the_map_losses_of_all_layers_are_computed_on_request(make_model, tiny_processor, tiny_samples, settings):
+    """Nothing else changes, and a layer's loss is that of a model that always uses this layer."""
     batch = tiny_processor.collate(tiny_samples)
-    plain, told = (make_model(**settings)(batch, all_layers=every) for every in (False, True))
+    plain, requested = (make_model(**settings)(batch, all_layers=all_layers) for all_layers in (False, True))
     assert (plain.layer_losses is None) == ("policy_gradient" not in settings)
-    assert told.terms == plain.terms
-    torch.testing.assert_close(told.loss, plain.loss)
-    assert told.layer_losses.shape == (5,)
-    for layer, loss in enumerate(told.layer_losses):
+    assert requested.terms == plain.terms
+    torch.testing.assert_close(requested.loss, plain.loss)
+    assert requested.layer_losses.shape == (5,)
+    for layer, loss in enumerate(requested.layer_losses):
         terms = model_with(make_model, f"fixed:{layer}")(batch).terms
         assert float(loss) == pytest.approx(float(terms["map_bce"] + terms["map_dice"]), rel=0.1)
 
@@ -126,10 +126,10 @@ def test_the_classifiers_label_is_the_layer_that_overlaps_most(make_model, tiny_
     torch.testing.assert_close(terms["classifier"], -log_policy[torch.arange(2), torch.tensor([3, second])])
 
 
-def test_masks_on_the_grid_leave_padding_and_ignored_pixels_out():
-    mask, keep = torch.zeros(1, 20, 40), torch.ones(1, 20, 40)
-    mask[:, :, :20], keep[:, :10, :20] = 1.0, 0.0
-    values, share = on_grid(mask, keep, side=40, grid=(4, 4))
+def test_masks_on_the_grid_exclude_padding_and_ignored_pixels():
+    mask, valid = torch.zeros(1, 20, 40), torch.ones(1, 20, 40)
+    mask[:, :, :20], valid[:, :10, :20] = 1.0, 0.0
+    values, share = on_grid(mask, valid, side=40, grid=(4, 4))
     assert values[0].tolist() == [[0, 0, 0, 0], [1, 1, 0, 0], [0] * 4, [0] * 4]
     assert share[0].tolist() == [[0, 0, 1, 1], [1, 1, 1, 1], [0] * 4, [0] * 4]
 
@@ -170,20 +170,20 @@ def test_iou_of_binary_maps():
 def test_any_subset_of_constraints(make_model, tiny_processor, tiny_samples):
     batch = tiny_processor.collate(tiny_samples)
 
-    def found(*names: str, **settings):
+    def loss_and_terms(*names: str, **settings):
         output = make_model(map_terms=names, **settings)(batch)
         return output.loss.detach(), output.terms
 
-    nothing, _ = found()
-    torch.testing.assert_close(nothing, found(map_loss_weight=0.0)[0])
+    unconstrained, _ = loss_and_terms()
+    torch.testing.assert_close(unconstrained, loss_and_terms(map_loss_weight=0.0)[0])
     terms = {"gaussian_bce": "map_bce", "gaussian_dice": "map_dice", "bce": "map_hard_bce", "dice": "map_hard_dice"}
     added = {}
     for name, term in terms.items():
-        loss, values = found(name)
-        added[name] = loss - nothing
+        loss, values = loss_and_terms(name)
+        added[name] = loss - unconstrained
         torch.testing.assert_close(added[name], (2 if "bce" in name else 4) * values[term], **NEAR)
     assert abs(added["bce"] - added["gaussian_bce"]) > 1e-3
-    torch.testing.assert_close(found(*terms)[0] - nothing, sum(added.values()), **NEAR)
+    torch.testing.assert_close(loss_and_terms(*terms)[0] - unconstrained, sum(added.values()), **NEAR)
     with pytest.raises(ValueError, match="gaussian_iou"):
         make_model(map_terms=("gaussian_iou",))
 
@@ -218,7 +218,7 @@ def test_points_lie_on_the_maps_peaks_and_valleys():
     scores[0, 5], scores[0, 15] = 1.0, 0.0
     valid[1, 8:], scores[1, 8:] = False, 0.0  # the lower half is padding
     scores[1, 3] = 0.1
-    scores = (40 * scores).requires_grad_()  # so steep that the neighbours weigh nothing
+    scores = (40 * scores).requires_grad_()  # so steep that neighbours have no weight
     points, labels = map_points(scores, valid, 1, side=64)
     assert labels.tolist() == [[1, 0]] * 2
     torch.testing.assert_close(points[0], torch.tensor([[24.0, 24.0], [56.0, 56.0]]), rtol=0, atol=0.1)
@@ -244,7 +244,7 @@ def test_points_lie_on_the_maps_peaks_and_valleys():
     ],
     ids=lambda value: "+".join(sorted(value)) if isinstance(value, set) else "",
 )
-def test_every_choice_of_prompts_trains_and_draws(make_model, tiny_processor, tiny_samples, settings, prompted):
+def test_every_choice_of_prompts_trains_and_decodes_masks(make_model, tiny_processor, tiny_samples, settings, prompted):
     model = add_lora(make_model(**settings), r=2)
     model(tiny_processor.collate(tiny_samples)).loss.backward()
     keys = {

@@ -1,4 +1,4 @@
-"""Weights as users have them: every published format finds its place, and what does not fit is refused by name."""
+"""Loading of weights in every published format; keys that do not fit are refused by name."""
 
 import json
 import pickle
@@ -64,17 +64,17 @@ def edit(path: Path, **changed) -> None:
 
 
 def reshard(folder: Path, kind: str, parts: int) -> None:
-    """Writes model.safetensors again as ``parts`` files of another kind, with an index if there are several."""
+    """Rewrites model.safetensors as ``parts`` files of another kind, with an index if there are several."""
     state = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     stem, end = ("model", "safetensors") if kind == "safetensors" else ("pytorch_model", "bin")
     names = [f"{stem}-{i + 1:05d}-of-{parts:05d}.{end}" for i in range(parts)] if parts > 1 else [f"{stem}.{end}"]
-    where = {key: names[i % parts] for i, key in enumerate(state)}
+    weight_map = {key: names[i % parts] for i, key in enumerate(state)}
     for name in names:
-        own = {key: value for key, value in state.items() if where[key] == name}
+        own = {key: value for key, value in state.items() if weight_map[key] == name}
         save_file(own, folder / name) if kind == "safetensors" else torch.save(own, folder / name)
     if parts > 1:
-        (folder / f"{stem}.{end}.index.json").write_text(json.dumps({"weight_map": where}))
+        (folder / f"{stem}.{end}.index.json").write_text(json.dumps({"weight_map": weight_map}))
 
 
 # -- LLaVA -------------------------------------------------------------------------------------------------------------
@@ -116,8 +116,10 @@ def test_llava_in_transformers_format(base, tiny_model, tiny_tokenizer, layout):
     clip = {k: v for k, v in tiny_model.config.vision_config.items() if k != "model_type"}
     text = {k: getattr(tiny_model.config, k) for k in ("vocab_size", "hidden_size", "intermediate_size")}
     text = LlamaConfig(num_hidden_layers=2, num_attention_heads=2, **text)
-    theirs = LlavaForConditionalGeneration(LlavaConfig(vision_config=CLIPVisionConfig(**clip), text_config=text)).eval()
-    theirs.save_pretrained(base / "hf")
+    reference = LlavaForConditionalGeneration(
+        LlavaConfig(vision_config=CLIPVisionConfig(**clip), text_config=text)
+    ).eval()
+    reference.save_pretrained(base / "hf")
     state = load_file(base / "hf/model.safetensors")
     for old, new in LAYOUTS[layout]:
         state = {new + key.removeprefix(old) if key.startswith(old) else key: value for key, value in state.items()}
@@ -125,15 +127,15 @@ def test_llava_in_transformers_format(base, tiny_model, tiny_tokenizer, layout):
     model = open_base(base, version=base / "hf")
     image, ids = torch.randn(1, 3, 40, 40), torch.tensor([[1, 5, 9, 30]])
     with torch.inference_mode():
-        mine = model.encode_images(image, [(40, 40)])[0][0]
-        features = theirs.get_image_features(pixel_values=image)
-        features = getattr(features, "pooler_output", features)[0]
-        torch.testing.assert_close(mine, features.reshape(mine.shape), rtol=1e-5, atol=1e-6)
-        logits = theirs(input_ids=ids).logits
+        features = model.encode_images(image, [(40, 40)])[0][0]
+        expected = reference.get_image_features(pixel_values=image)
+        expected = getattr(expected, "pooler_output", expected)[0]
+        torch.testing.assert_close(features, expected.reshape(features.shape), rtol=1e-5, atol=1e-6)
+        logits = reference(input_ids=ids).logits
         torch.testing.assert_close(model(input_ids=ids).logits, logits, rtol=1e-5, atol=1e-6)
 
 
-def test_added_tokens_start_at_the_mean_also_where_rows_are_to_spare(base, tiny_model, tiny_tokenizer):
+def test_added_tokens_start_at_the_mean_also_with_spare_rows(base, tiny_model, tiny_tokenizer):
     """transformers' LLaVA-1.5 has 32064 rows for 32002 tokens."""
     known = len(tiny_tokenizer) - 5
     path = base / "llava/tokenizer.json"
@@ -156,7 +158,7 @@ def test_added_tokens_start_at_the_mean_also_where_rows_are_to_spare(base, tiny_
 
 @pytest.mark.parametrize("written", ["once", "twice"])
 def test_a_base_whose_head_is_its_embeddings(base, make_model, tmp_path, tiny_samples, written):
-    """As SmolLM's: tied, and fewer key-value heads; it stays tied through loading, growing, training and saving."""
+    """As SmolLM's: tied, with fewer key-value heads. It stays tied through loading, growing, training and saving."""
     path = base / "llava/model.safetensors"
     state = load_file(path)
     for key in (key for key in list(state) if key.endswith(("k_proj.weight", "v_proj.weight"))):
@@ -205,7 +207,7 @@ def test_a_base_whose_head_is_its_embeddings(base, make_model, tmp_path, tiny_sa
         ("vit_h", 1280, 32, 16, (7, 15, 23, 31)),
     ],
 )
-def test_sam_sizes_are_read_off_the_file(name, width, depth, heads, whole):
+def test_sam_sizes_follow_from_the_file(name, width, depth, heads, whole):
     with torch.device("meta"):
         state = sam_model_registry[name]().state_dict()
     shape = SamShape.from_state_dict(state)
@@ -218,16 +220,16 @@ def test_sam_of_transformers(base, tmp_path):
     prompt = {"hidden_size": 32, "image_size": 64, "patch_size": 8}
     decoder = {"hidden_size": 32, "mlp_dim": 64, "iou_head_hidden_dim": 32}
     config = SamConfig(vision_config=vision, prompt_encoder_config=prompt, mask_decoder_config=decoder)
-    theirs = SamModel(config).eval()
-    theirs.save_pretrained(tmp_path / "sam")
+    reference = SamModel(config).eval()
+    reference.save_pretrained(tmp_path / "sam")
     assert read_sam(str(tmp_path / "sam"))[1].window_size == 5
-    mine = open_base(base, vision_pretrained=tmp_path / "sam").visual_model
+    sam = open_base(base, vision_pretrained=tmp_path / "sam").visual_model
     image, prompts = torch.randn(1, 3, 64, 64), torch.rand(1, 1, 32, 32)
     with torch.inference_mode():
-        embeddings = theirs.get_image_embeddings(image)
-        torch.testing.assert_close(mine.encode(image), embeddings, rtol=1e-4, atol=1e-5)
-        expected = theirs(image_embeddings=embeddings, input_masks=prompts, multimask_output=False).pred_masks
-        torch.testing.assert_close(mine.decode(embeddings, None, prompts), expected[0, 0], rtol=1e-4, atol=1e-5)
+        embeddings = reference.get_image_embeddings(image)
+        torch.testing.assert_close(sam.encode(image), embeddings, rtol=1e-4, atol=1e-5)
+        expected = reference(image_embeddings=embeddings, input_masks=prompts, multimask_output=False).pred_masks
+        torch.testing.assert_close(sam.decode(embeddings, None, prompts), expected[0, 0], rtol=1e-4, atol=1e-5)
 
 
 # -- the paper's release -----------------------------------------------------------------------------------------------
@@ -262,9 +264,9 @@ def test_a_released_folder_opens_as_any_other(base, tmp_path, tiny_model, tiny_t
     assert {name: getattr(model.config, name) for name in RECIPES["released"]} == RECIPES["released"]
     torch.testing.assert_close(model.ppm.gate, tiny_model.ppm.gate, **EXACT)
     ask = ([tiny_samples[0].image], [[Turn("star", "it is [SEG].")]])
-    assert predict(model, processor, *ask)[0][0].layers == [4]  # the last, without being told
+    assert predict(model, processor, *ask)[0][0].layers == [4]  # the last layer, by its own settings
 
-    model.save_pretrained(tmp_path / "own")  # from now on a folder of this project, with CLIP inside
+    model.save_pretrained(tmp_path / "own")  # a folder of this project, which contains CLIP
     processor.save_pretrained(tmp_path / "own")
     again, processor = load_pretrained(str(tmp_path / "own"))
     torch.testing.assert_close(again.state_dict(), model.state_dict(), **EXACT)
@@ -314,7 +316,7 @@ def test_keys_that_do_not_fit_are_named(base):
 
 
 def test_a_tower_that_does_not_fit_is_named(base):
-    """transformers would fill what is missing with noise."""
+    """transformers would initialize missing weights randomly."""
     path = base / "clip/model.safetensors"
     state = load_file(path)
     half = {"text_model.embeddings.token_embedding.weight": torch.zeros(3, 2), "logit_scale": torch.zeros(())}
@@ -332,8 +334,8 @@ def test_a_tower_that_does_not_fit_is_named(base):
             open_base(base)
 
 
-def test_sentencepiece_alone_is_read_as_llama_reads_it(base):
-    """As LLaVA-1.5 is published: tokenizer.model, no tokenizer.json, and a type for which AutoTokenizer errs."""
+def test_sentencepiece_alone_is_loaded_as_llamas_tokenizer(base):
+    """As LLaVA-1.5 is published: tokenizer.model, no tokenizer.json, and a type that AutoTokenizer misreads."""
     folder = base / "llava"
     for path in folder.glob("tokenizer*"):
         path.unlink()
@@ -352,8 +354,8 @@ def test_sentencepiece_alone_is_read_as_llama_reads_it(base):
     for words in ("A chat between a user and a model.", "one\nline", "layer 7"):
         assert tokenizer(words).input_ids == [1, *expected.encode(words)], words
     add_special_tokens(tokenizer)
-    said = tokenizer("it is [SEG].", add_special_tokens=False).input_ids
-    assert said.count(tokenizer.convert_tokens_to_ids("[SEG]")) == 1
+    token_ids = tokenizer("it is [SEG].", add_special_tokens=False).input_ids
+    assert token_ids.count(tokenizer.convert_tokens_to_ids("[SEG]")) == 1
     tokenizer.save_pretrained(folder / "again")
     assert load_tokenizer(folder / "again")("A chat [SEG].").input_ids == tokenizer("A chat [SEG].").input_ids
 
@@ -411,10 +413,10 @@ def memory(name):
     lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
     return 1024 * next(int(line[1]) for line in lines if line[0] == f"{name}:")
 
-import transformers.models.llama.modeling_llama  # what loading imports is not what it loads
+import transformers.models.llama.modeling_llama  # imports are not part of the measurement
 for precision in ("bf16", "fp32"):
     model = None
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = memory("VmRSS")
     model, _, _ = load_for_training(*sys.argv[1:4], precision=precision)
     print((memory("VmHWM") - before) / sum(p.nbytes for p in model.parameters()))
@@ -424,7 +426,7 @@ for precision in ("bf16", "fp32"):
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
 def test_loading_takes_the_memory_of_one_model(tmp_path, tiny_tokenizer):
-    """194 MB in bfloat16, in four shards; where types differ, a shard at a time is there twice."""
+    """194 MB in bfloat16, in four shards; with another dtype, one shard at a time is in memory twice."""
     llama = llama_settings(len(tiny_tokenizer), width=1024, layers=8, heads=8)
     clip, sam = clip_config(40, 10, 32, 3), sam_shape(64, 8, 16, 2, 32).to_dict()
     with no_init_weights():
@@ -440,8 +442,8 @@ def test_loading_takes_the_memory_of_one_model(tmp_path, tiny_tokenizer):
     assert 0.9 < converted < 1.3
 
 
-def test_nothing_is_left_as_it_happened_to_be(base, monkeypatch):
-    """What memory holds when a model is built is not what a load may leave in it."""
+def test_no_weight_is_left_uninitialized(base, monkeypatch):
+    """``build`` leaves weights uninitialized: loading must replace all of them."""
     build = weights.build
 
     def poisoned(*arguments):
@@ -468,7 +470,7 @@ SIZES = {  # hidden, intermediate, layers, LoRA's rank
 
 
 def skeleton(size: str) -> tuple[UGroundForCausalLM, int]:
-    """The model as it is released, 32004 tokens, on the meta device; and LoRA's rank."""
+    """The released model, with 32004 tokens, on the meta device; and LoRA's rank."""
     width, inner, layers, rank = SIZES[size]
     llama = {"hidden_size": width, "intermediate_size": inner, "num_hidden_layers": layers, "vocab_size": 32004}
     heads = {"num_attention_heads": width // 128, "num_key_value_heads": width // 128, "tie_word_embeddings": False}
@@ -494,13 +496,13 @@ def test_full_size(size):
         assert total == pytest.approx(7.75e9, rel=1e-3)
         assert trained == pytest.approx(288.40e6, rel=1e-4)
     adapted = {name.split(".lora_")[0] for name, _ in model.named_parameters() if "lora_" in name}
-    places = {f"model.layers.{i}.self_attn.{part}_proj" for i in range(layers) for part in "qv"}
-    assert adapted == {f"base_model.model.{place}" for place in places}
+    projections = {f"model.layers.{i}.self_attn.{part}_proj" for i in range(layers) for part in "qv"}
+    assert adapted == {f"base_model.model.{name}" for name in projections}
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_published_keys_find_their_place_at_full_size(size):
-    """LLaMA's, LLaVA's and SAM's names and shapes by the libraries that define them, not by this project."""
+def test_published_keys_are_loaded_at_full_size(size):
+    """LLaMA's and SAM's keys and shapes come from the libraries that define them, not from this project."""
     model, _ = skeleton(size)
     with torch.device("meta"):
         llama = LlamaForCausalLM(LlamaConfig(**{k: getattr(model.config, k) for k in LlamaConfig().to_dict() if k in (
