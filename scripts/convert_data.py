@@ -1,11 +1,11 @@
-"""Writes one's own annotations as the JSONL that training and evaluation read (docs/your_own_data.md), and checks it.
+"""Converts annotations to the JSONL that training and evaluation read (docs/your_own_data.md), and checks such a file.
 
     python scripts/convert_data.py labelme photos --output own.jsonl --val 0.2 --absent 1
     python scripts/convert_data.py coco instances.json --images photos --output own.jsonl --query "the {label}"
     python scripts/convert_data.py masks masks --images photos --output own.jsonl --query "the crack"
     python scripts/convert_data.py check own.jsonl --pictures 12
 
-A query is asked of an image once: what has the same label there becomes one line with several masks.
+Each query occurs once per image: objects with the same label become one line with several masks.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from utils.plotting.overlays import Panel, evenly_spaced, save_picture, sheet
 
 @dataclass
 class AnnotatedImage:
-    """An annotated image: per query its masks, as the JSONL has them; no mask = it is not there."""
+    """An image with its queries. Maps each query to its masks in the form of the JSONL; no mask = absent."""
 
     path: Path
     size: tuple[int, int] | None
@@ -54,23 +54,23 @@ def main(argv: list[str] | None = None) -> int:
     if args.source == "check":
         return check_file(args.file, args.pictures)
     if args.output.exists() and not args.overwrite:
-        raise ValueError(f"--output {args.output} is there already; add --overwrite, or give another name")
+        raise ValueError(f"--output {args.output} already exists; add --overwrite, or give another name")
     if "{label}" not in args.query and args.source != "masks":
-        raise ValueError(f"--query {args.query!r} lacks {{label}}: every object would be asked for in the same words")
+        raise ValueError(f"--query {args.query!r} lacks {{label}}: all objects would get the same query")
     skipped: Counter[str] = Counter()
     photos = {"labelme": read_labelme, "coco": read_coco, "masks": read_masks}[args.source](args, skipped)
     if missing := [photo.path for photo in photos if not photo.path.is_file()]:
-        raise DataError(f"{len(missing)} of {len(photos)} images are not there, such as {missing[0]}; check --images")
+        raise DataError(f"{len(missing)} of {len(photos)} images are missing, such as {missing[0]}; check --images")
     lines = lines_of(photos, args.output.parent, args.val, args.absent)
     if not lines:
         raise DataError(f"nothing to write to {args.output}: no label in {len(photos)} images")
     write_lines(lines, args.output)
     for reason, count in sorted(skipped.items()):
-        print(f"left out: {count} x {reason}", file=sys.stderr)
+        print(f"skipped: {count} x {reason}", file=sys.stderr)
     absent, splits = sum(not line["masks"] for line in lines), Counter(line.get("split", "train") for line in lines)
     shares = ", ".join(f"{count} {split}" for split, count in splits.items())
     print(f"wrote {args.output}: {len(photos)} images, {len(lines)} queries ({absent} absent; {shares})")
-    print(f"look at it: python scripts/convert_data.py check {args.output} --pictures 12")
+    print(f"to inspect it: python scripts/convert_data.py check {args.output} --pictures 12")
     return 0
 
 
@@ -79,20 +79,26 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     sources = parser.add_subparsers(dest="source", required=True, metavar="{labelme,coco,masks,check}")
     shared = argparse.ArgumentParser(add_help=False)
     add = shared.add_argument
-    add("--output", type=Path, required=True, metavar="FILE", help="JSONL to write; paths in it are relative to it")
+    add(
+        "--output",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="JSONL to write; paths are relative to its folder",
+    )
     add("--overwrite", action="store_true", help="replace --output")
     add("--query", default="{label}", metavar="TEXT", help='the query, such as "the {label}" (default: {label})')
-    add("--val", type=_share, default=0.0, metavar="P", help="share of the images for the split 'val', such as 0.2")
+    add("--val", type=_share, default=0.0, metavar="P", help="fraction of the images in split 'val', such as 0.2")
     add(
         "--absent",
         type=int,
         default=0,
         metavar="N",
-        help="also ask each image for up to N labels of other images, with the answer that they are not there; only "
-        "where everything is annotated",
+        help="add up to N queries per image for labels of other images, as absent targets; only if every object is "
+        "annotated",
     )
     source = sources.add_parser("labelme", parents=[shared], help="a folder of LabelMe's JSON files")
-    source.add_argument("folder", type=Path, help="looked through with its subfolders")
+    source.add_argument("folder", type=Path, help="folder, searched with its subfolders")
     source = sources.add_parser("coco", parents=[shared], help="a COCO JSON (instances)")
     source.add_argument("file", type=Path)
     source.add_argument("--images", type=Path, metavar="DIR", help="folder of the images (default: the file's)")
@@ -106,11 +112,14 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     source.add_argument("folder", type=Path)
     source.add_argument("--images", type=Path, required=True, metavar="DIR", help="folder of the images NAME.jpg")
     source.add_argument(
-        "--classes", type=Path, metavar="FILE", help="for index PNGs: a text file, line k names value k; 0 is nothing"
+        "--classes",
+        type=Path,
+        metavar="FILE",
+        help="for index PNGs: text file, line k names value k; 0 is background",
     )
-    source = sources.add_parser("check", help="decode every image and mask of a JSONL, and name all that is wrong")
+    source = sources.add_parser("check", help="decode all images and masks of a JSONL, and list all errors")
     source.add_argument("file", type=Path)
-    source.add_argument("--pictures", type=int, default=0, metavar="N", help="also draw N lines into FILE.png")
+    source.add_argument("--pictures", type=int, default=0, metavar="N", help="also plot N lines into FILE.SPLIT.png")
     return parser.parse_args(argv)
 
 
@@ -120,7 +129,7 @@ def _share(text: str) -> float:
     except ValueError:
         share = -1.0
     if not 0 <= share < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a share from 0 to below 1")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a fraction from 0 to below 1")
     return share
 
 
@@ -128,14 +137,14 @@ def _share(text: str) -> float:
 
 
 def read_labelme(args: argparse.Namespace, skipped: Counter[str]) -> list[AnnotatedImage]:
-    """A photo per JSON file. Shapes of one label and group_id are parts of one object.
+    """One image per JSON file. Shapes with the same label and group_id are parts of one object.
 
-    A file that has queries of its own in ``text``, as ReasonSeg's, means its targets by each of them.
+    If a file has queries in ``text``, as ReasonSeg's do, each of them refers to all shapes with the label ``target``.
     """
     files = sorted(args.folder.rglob("*.json"))
     if not files:
         raise DataError(
-            f"{args.folder} holds no .json, in its subfolders neither; give the folder that LabelMe wrote to"
+            f"{args.folder} contains no .json, not even in subfolders; give the folder that LabelMe wrote to"
         )
     photos = []
     for file in files:
@@ -145,7 +154,7 @@ def read_labelme(args: argparse.Namespace, skipped: Counter[str]) -> list[Annota
             isinstance(shape, dict) and isinstance(shape.get("label"), str) and shape["label"].strip()
             for shape in shapes
         ):
-            raise DataError(f"{file} is not LabelMe's: no list 'shapes' of dicts with a 'label'")
+            raise DataError(f"{file} is not a LabelMe file: it has no list 'shapes' of dicts with a 'label'")
         size = (annotation.get("imageHeight"), annotation.get("imageWidth"))
         photo = AnnotatedImage(
             _labelme_image(file, annotation), size if all(type(side) is int for side in size) else None
@@ -172,36 +181,38 @@ def read_labelme(args: argparse.Namespace, skipped: Counter[str]) -> list[Annota
 
 
 def _labelme_image(file: Path, annotation: dict[str, Any]) -> Path:
-    """What ``imagePath`` names (Windows writes backslashes), or the image of the file's own name beside it."""
-    named = str(annotation.get("imagePath") or "").replace("\\", "/")
-    places = [file.parent / named] if named else []
-    places += [
-        path for path in sorted(file.parent.glob(f"{_escaped(file.stem)}.*")) if path.suffix.lower() in IMAGE_SUFFIXES
+    """The image at ``imagePath`` (with backslashes on Windows), or the one of the same name beside the file."""
+    image_path = str(annotation.get("imagePath") or "").replace("\\", "/")
+    candidates = [file.parent / image_path] if image_path else []
+    candidates += [
+        path
+        for path in sorted(file.parent.glob(f"{_escape_glob(file.stem)}.*"))
+        if path.suffix.lower() in IMAGE_SUFFIXES
     ]
-    found = next((place for place in places if place.is_file()), None)
-    if found is None:
-        raise DataError(f"{file} has no image: neither its imagePath {named!r} nor one of its own name is there")
-    return found
+    existing = next((path for path in candidates if path.is_file()), None)
+    if existing is None:
+        raise DataError(f"{file} has no image: neither its imagePath {image_path!r} nor one of the same name exists")
+    return existing
 
 
-def _escaped(name: str) -> str:
-    """A file name without the characters that a glob takes for patterns."""
+def _escape_glob(name: str) -> str:
+    """Escapes the characters of a file name that are special in a glob pattern."""
     return "".join(f"[{character}]" if character in "[]*?" else character for character in name)
 
 
 def _labelme_shape(shape: dict[str, Any], photo: AnnotatedImage) -> list[Any]:
-    """One shape as polygons, [[[x, y], ...]], or RLE; ``DataError`` with the reason if it has no area."""
+    """Converts a shape to polygons [[[x, y], ...]] or RLE; ``DataError`` with the reason if it has no area."""
     kind = shape.get("shape_type") or "polygon"
     try:
         points = np.array(shape.get("points"), dtype=np.float64).reshape(-1, 2).round(2)
     except (TypeError, ValueError) as error:
-        raise DataError("its points are no pairs of numbers") from error
+        raise DataError("its points are not pairs of numbers") from error
     if kind == "mask":
         return [_labelme_mask(shape.get("mask"), points, photo)]
     if kind == "rectangle" and len(points) == 2:
         (x0, y0), (x1, y1) = points
         points = np.array([[x0, y0], [x1, y0], [x1, y1], [x0, y1]])
-    elif kind == "circle" and len(points) == 2:  # its center, and a point on it
+    elif kind == "circle" and len(points) == 2:  # the center, and a point on the circle
         angles = np.linspace(0, 2 * np.pi, 64, endpoint=False)
         radius = np.hypot(*(points[1] - points[0]))
         points = (points[0] + radius * np.stack([np.cos(angles), np.sin(angles)], axis=1)).round(2)
@@ -213,9 +224,9 @@ def _labelme_shape(shape: dict[str, Any], photo: AnnotatedImage) -> list[Any]:
 
 
 def _labelme_mask(encoded: Any, points: np.ndarray, photo: AnnotatedImage) -> dict[str, Any]:
-    """LabelMe's mask: a PNG in base64, to be pasted at the upper left one of two corners."""
+    """Decodes LabelMe's mask, a base64 PNG whose upper left corner is the minimum of ``points``, as RLE."""
     if photo.size is None:
-        raise DataError("the file does not say imageHeight and imageWidth")
+        raise DataError("the file lacks imageHeight and imageWidth")
     try:
         with Image.open(io.BytesIO(base64.b64decode(encoded))) as picture:
             patch = np.asarray(picture) != 0
@@ -233,7 +244,7 @@ def _labelme_mask(encoded: Any, points: np.ndarray, photo: AnnotatedImage) -> di
 
 
 def read_coco(args: argparse.Namespace, skipped: Counter[str]) -> list[AnnotatedImage]:
-    """A photo per image of the file, a mask per annotation."""
+    """One image per image of the file, one mask per annotation."""
     instances = read_json(args.file)
     folder = args.images or args.file.parent
     images = by_id(instances, "images", args.file)
@@ -261,7 +272,7 @@ def read_coco(args: argparse.Namespace, skipped: Counter[str]) -> list[Annotated
 
 
 def _coco_masks(segmentation: Any) -> list[Any]:
-    """COCO's segmentation as items of ``masks``: one of several polygons, or RLE."""
+    """Converts a COCO segmentation to items of ``masks``: a list of polygons, or RLE."""
     if isinstance(segmentation, dict):
         return [segmentation]
     parts = segmentation if isinstance(segmentation, list) else []
@@ -269,14 +280,14 @@ def _coco_masks(segmentation: Any) -> list[Any]:
     return [part for part in parts if isinstance(part, dict)] + [rings] * bool(rings)
 
 
-# -- mask pictures -----------------------------------------------------------------------------------------------------
+# -- mask images -------------------------------------------------------------------------------------------------------
 
 
 def read_masks(args: argparse.Namespace, skipped: Counter[str]) -> list[AnnotatedImage]:
-    """A photo per image that has a PNG. A PNG all black says that its label is not there."""
+    """One image per image that has a PNG. An all-black PNG means that its label is absent."""
     files = sorted(path for path in args.folder.rglob("*") if path.suffix.lower() == ".png")
     if not files:
-        raise DataError(f"{args.folder} holds no .png, in its subfolders neither")
+        raise DataError(f"{args.folder} contains no .png, not even in subfolders")
     images = {path.stem: path for path in sorted(args.images.iterdir()) if path.suffix.lower() in IMAGE_SUFFIXES}
     classes = args.classes.read_text(encoding="utf-8").split("\n") if args.classes else []
     photos: dict[Path, AnnotatedImage] = {}
@@ -296,7 +307,7 @@ def read_masks(args: argparse.Namespace, skipped: Counter[str]) -> list[Annotate
             continue
         label = "" if file.parent == args.folder else file.parent.name
         if not label and "{label}" in args.query:
-            raise DataError(f"{file} says not what it shows: give --query or --classes, or put it into a folder LABEL")
+            raise DataError(f"{file} has no label: give --query or --classes, or put it into a folder LABEL")
         path = relative(file, args.output.parent)
         photo.queries[args.query.replace("{label}", label)] += [path] * bool(labels.any())
     return list(photos.values())
@@ -306,15 +317,15 @@ def read_masks(args: argparse.Namespace, skipped: Counter[str]) -> list[Annotate
 
 
 def lines_of(photos: list[AnnotatedImage], folder: Path, val: float, absent: int) -> list[dict[str, Any]]:
-    """The JSONL's lines; paths are relative to ``folder``. Which images are for validation is always the same."""
+    """Lines of the JSONL; paths are relative to ``folder``. The choice of validation images is deterministic."""
     rng = np.random.default_rng(0)
     for_val = set(rng.permutation(len(photos))[: round(val * len(photos)) or bool(val)].tolist())
-    everywhere = sorted({query for photo in photos for query in photo.queries})
+    all_queries = sorted({query for photo in photos for query in photo.queries})
     lines = []
     for number, photo in enumerate(photos):
-        others = [query for query in everywhere if query not in photo.queries]
-        asked = dict(photo.queries) | {others[i]: [] for i in rng.permutation(len(others))[:absent]}
-        for query, masks in asked.items():
+        others = [query for query in all_queries if query not in photo.queries]
+        queries = dict(photo.queries) | {others[i]: [] for i in rng.permutation(len(others))[:absent]}
+        for query, masks in queries.items():
             line = {"image": relative(photo.path, folder), "query": query, "masks": masks}
             line |= {"size": list(photo.size)} if photo.size else {}
             lines.append(line | ({"split": "val" if number in for_val else "train"} if val else {}))
@@ -326,7 +337,7 @@ def relative(path: Path, folder: Path) -> str:
 
 
 def write_lines(lines: list[dict[str, Any]], output: Path) -> None:
-    """The whole file or none."""
+    """Writes the file atomically."""
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = output.with_name(f".{output.name}.partial")
     try:
@@ -340,14 +351,14 @@ def write_lines(lines: list[dict[str, Any]], output: Path) -> None:
 
 
 def check_file(path: Path, pictures: int) -> int:
-    """Decodes everything; 0 if all is well. ``DataError`` for what reading would refuse at its start."""
+    """Decodes all images and masks and returns 0; ``DataError`` listing all errors."""
     _, splits = scan(path)
     problems: list[str] = []
     for split in splits:
         file = LineFile(Spec.parse(f"custom|{path}|{split}"), path.parent, None)
         print(f"{split}: " + ", ".join(f"{count} {name}" for name, count in file.counts.items()))
         lines = [line for image in range(len(file)) for line in file.lines(image)]
-        problems += [problem for line in lines if (problem := _problem(path.parent, line))]
+        problems += [problem for line in lines if (problem := _decode_error(path.parent, line))]
         if pictures and not problems:
             chosen = [lines[i] for i in evenly_spaced(len(lines), pictures)]
             picture = path.with_name(f"{path.stem}.{split}.png")
@@ -359,7 +370,7 @@ def check_file(path: Path, pictures: int) -> int:
     return 0
 
 
-def _problem(folder: Path, line: Line) -> str:
+def _decode_error(folder: Path, line: Line) -> str:
     try:
         load_lines(folder, [line])
     except DataError as error:
@@ -370,10 +381,12 @@ def _problem(folder: Path, line: Line) -> str:
 def _panels(folder: Path, lines: Iterable[Line]) -> Iterator[Panel]:
     for line in lines:
         image, [masks] = load_lines(folder, [line])
-        said = " / ".join(f"{turn.question} {turn.answer}" for turn in line.turns)
+        conversation = " / ".join(f"{turn.question} {turn.answer}" for turn in line.turns)
         stack = stack_masks(masks, *image.shape[:2])
         truth = stack.max(axis=0, initial=0)
-        yield Panel(image, line.query or said, stack, truth=truth, notes=[f"{len(masks)} masks, line {line.number}"])
+        yield Panel(
+            image, line.query or conversation, stack, truth=truth, notes=[f"{len(masks)} masks, line {line.number}"]
+        )
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""Shows what a configuration trains on, without a model:
+"""Shows the training data of a configuration, without a model:
 
     python scripts/inspect_data.py --config configs/tiny.yaml --pictures 6
 
-Prints a line per data set (type, share of the samples, images, expressions, masks, absent and multiple targets, records
-that cannot be used, epochs of the run), or all that is missing on disk and where it was looked for. ``--pictures N``
-also writes a sheet of N drawn samples per data set: image, question and answer, the mask of each [SEG], and the first
-mask with its ignored pixels. All settings of train_ds.py can be given; those of the model do not matter.
+Prints a line per data set (type, share of the samples, images, expressions, masks, absent and multiple targets,
+unusable records, epochs of the run), or all missing files with the paths tried. ``--pictures N`` also writes a sheet of
+N samples per data set: image, question and answer, the mask of each [SEG], and the first mask with its ignored pixels.
+Accepts all settings of train_ds.py; those of the model have no effect.
 """
 
 from __future__ import annotations
@@ -29,24 +29,28 @@ from utils.plotting.overlays import Panel, evenly_spaced, save_picture, sheet
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )  # --seed is a setting of train_ds.py, not short for another flag
-    parser.add_argument("--pictures", type=int, default=0, metavar="N", help="samples per data set to draw")
-    parser.add_argument("--output", type=Path, default=Path("data_sheets"), help="folder of the sheets")
+    )  # settings of train_ds.py must not match as abbreviations
+    parser.add_argument(
+        "--pictures", type=int, default=0, metavar="N", help="samples per data set to plot (default: 0)"
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path("data_sheets"), help="folder of the sheets (default: %(default)s)"
+    )
     args, rest = parser.parse_known_args(arguments)
     config = load_config(rest, needs=("data",))
     mixture = make_mixture(config)
     images = config.total_steps * config.train.batch_size * config.train.grad_accumulation_steps
     print(mixture.table(images))
-    print(f"epochs: of {images:,} samples, those of one process in the whole run")
+    print(f"epochs: for {images:,} samples, those of one process in the whole run")
     for dataset in mixture.datasets if args.pictures > 0 else ():
         path = args.output / f"{dataset.name.replace('|', '_')}.png"
-        save_picture(path, draw_sheet(dataset, args.pictures, config.train.seed))
+        save_picture(path, make_sheet(dataset, args.pictures, config.train.seed))
         print(f"wrote {path}")
     return 0
 
 
-def draw_sheet(dataset: TrainDataset, number: int, seed: int) -> np.ndarray:
-    """``number`` samples spread over the data set, a row per conversation."""
+def make_sheet(dataset: TrainDataset, number: int, seed: int) -> np.ndarray:
+    """Plots ``number`` evenly spaced samples of a data set, one row per conversation."""
     panels = []
     for index in evenly_spaced(len(dataset), number):
         panels += sample_panels(dataset.sample(index, np.random.default_rng((seed, index))))
@@ -54,18 +58,18 @@ def draw_sheet(dataset: TrainDataset, number: int, seed: int) -> np.ndarray:
 
 
 def sample_panels(sample: Sample) -> list[Panel]:
-    """A row per conversation, with the masks of its own [SEG]."""
+    """One panel per conversation, with the masks of its [SEG] tokens."""
     panels, start = [], 0
-    for talk in sample.conversations:
-        end = start + sum(turn.answer.count("[SEG]") for turn in talk)
-        own, start = sample.masks[start:end], end
+    for conversation in sample.conversations:
+        end = start + sum(turn.answer.count("[SEG]") for turn in conversation)
+        conversation_masks, start = sample.masks[start:end], end
         panels.append(
             Panel(
                 image=sample.image,
-                query=" / ".join(turn.question for turn in talk),
-                masks=own == 1,
-                truth=own[0] if len(own) else None,
-                answer=" / ".join(turn.answer for turn in talk),
+                query=" / ".join(turn.question for turn in conversation),
+                masks=conversation_masks == 1,
+                truth=conversation_masks[0] if len(conversation_masks) else None,
+                answer=" / ".join(turn.answer for turn in conversation),
                 notes=[Path(sample.source).name],
             )
         )

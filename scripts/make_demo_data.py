@@ -1,20 +1,20 @@
-"""Draws the demo's data sets and writes them as a ``--dataset_dir`` in the layouts of the real ones.
+"""Generates the demo's data sets and writes them as a ``--dataset_dir`` in the layouts of the real ones.
 
     python scripts/make_demo_data.py --out data/demo --seed 0
 
-The scenes and texts come from ``utils/demo/scenes.py`` and ``scene_texts.py``. What is written:
+Scenes and texts come from ``utils/demo/scenes.py`` and ``scene_texts.py``. Output:
 
 - ``reason_seg/ReasonSeg/{train,val,test,heldout}``: one image, one target, one to three queries per file; half of the
-  files hold short phrases, half whole questions; ``explanatory/train.json`` has text answers for some. ``heldout`` has
-  short queries about pairs of color and kind that occur nowhere else.
+  files have short phrases, half have questions; ``explanatory/train.json`` has text answers for some. ``heldout`` has
+  short queries about pairs of color and kind that occur in no other split.
 - ``refer_seg/refcoco`` and ``refer_seg/grefcoco``: COCO-style, the latter with several, one and no targets.
 - ``llava_dataset/llava_instruct_150k.json``: captions and question answering in several turns.
 
 ``--all_types`` adds small versions of the other 20 data sets, for all eight types (``utils/demo/refer_sets.py`` and
-``utils/demo/other_sets.py``); what is listed above stays the same to the byte.
+``utils/demo/other_sets.py``); the files listed above stay identical.
 
-Every scene has its own random stream (seed, set and split, index), so no two splits share one. Stream numbers stay
-below 1000; the pre-training uses others.
+Each scene has its own random stream (seed, set and split, index), so no two splits share a scene. Stream numbers are
+below 1000; pre-training uses larger ones.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ from utils.demo.scene_texts import Query  # noqa: E402
 from utils.demo.scenes import Scene  # noqa: E402
 from utils.plotting import text_tables  # noqa: E402
 
-# What is drawn, without and with --all_types: the start of a hash of it (tests/demo/test_make_demo_data.py).
-# Who changes what is drawn changes these, so that data of an older version are not taken for the new ones.
+# First digits of a hash of the generated data, without and with --all_types (tests/demo/test_make_demo_data.py).
+# Update them when the generated data change, so that data of an older version are rejected.
 VERSION = {False: "4527a8ebdff7", True: "fc0648e7a14f"}
 SUMMARY = "demo_data.json"
 REASON_STREAMS = {"train": 1, "val": 2, "test": 3, "heldout": 4}
@@ -57,7 +57,7 @@ MAX_IMAGES = 100_000
 
 
 def _reason_scene(rng: np.random.Generator, family: str, held_out: bool) -> tuple[Scene, list[Query], list]:
-    """A scene, up to three queries of which the first is of ``family`` and all mean one shape, and its polygons."""
+    """Samples a scene, up to three queries for one shape (the first of ``family``), and the polygons of the shape."""
     generate = scene_texts.attribute_queries if family == "attribute" else scene_texts.reasoning_queries
     while True:
         scene = scenes.sample_scene(rng, held_out)
@@ -81,7 +81,7 @@ def _reason_json(queries: list[Query], polygons: list, image_name: str, size: tu
         "imagePath": image_name,
         "imageHeight": size[0],
         "imageWidth": size[1],
-        "meta": {"family": queries[0].family},  # the real files have no such key; reports group by it
+        "meta": {"family": queries[0].family},  # not in the real files; reports group by it
     }
 
 
@@ -119,7 +119,7 @@ def write_reason_seg(root: Path, sizes: Sizes, ledger: Ledger) -> None:
 
 
 def _conversation(rng: np.random.Generator, scene: Scene) -> list[tuple[str, str]]:
-    """Question and answer per turn: a caption in four of ten, otherwise two to four short answers."""
+    """Samples (question, answer) turns: a caption with probability 0.4, otherwise two to four short answers."""
     if rng.random() < 0.4:
         request = scene_texts.CAPTION_REQUESTS[int(rng.integers(len(scene_texts.CAPTION_REQUESTS)))]
         return [(request, scene_texts.caption(scene, rng))]
@@ -148,10 +148,10 @@ def write_llava(root: Path, sizes: Sizes, ledger: Ledger) -> None:
 
 
 def existing_summary(out: Path, sizes: Sizes) -> dict[str, Any] | None:
-    """The summary of finished data in ``out`` with the same arguments, None where there is nothing yet.
+    """The summary of complete data in ``out`` with the same arguments; None if ``out`` is empty or missing.
 
     Raises:
-        ValueError: ``out`` holds something else.
+        ValueError: if ``out`` contains anything else.
     """
     if out.is_file():
         raise ValueError(f"--out {out} is a file; give a folder")
@@ -161,22 +161,22 @@ def existing_summary(out: Path, sizes: Sizes) -> dict[str, Any] | None:
         raise ValueError(f"--out {out} exists and was not written by this script; give another folder")
     try:
         summary = json.loads((out / SUMMARY).read_text(encoding="utf-8"))
-        found = {**summary["arguments"], "version": summary.get("version")}
+        actual = {**summary["arguments"], "version": summary.get("version")}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{out / SUMMARY} cannot be read ({error!r}); remove {out} and run again") from error
-    wanted = {**asdict(sizes), "version": VERSION[sizes.all_types]}
-    if found != wanted:
-        differing = ", ".join(f"{k} {found.get(k)} (now {wanted[k]})" for k in wanted if found.get(k) != wanted[k])
-        raise ValueError(f"{out} holds data made with other settings: {differing}; remove it or give another --out")
+    expected = {**asdict(sizes), "version": VERSION[sizes.all_types]}
+    if actual != expected:
+        differing = ", ".join(f"{k} {actual.get(k)} (now {v})" for k, v in expected.items() if actual.get(k) != v)
+        raise ValueError(f"{out} contains data made with other settings: {differing}; remove it or give another --out")
     return summary
 
 
 def write_data_sets(out: Path, sizes: Sizes) -> dict[str, Any]:
-    """Writes everything beside ``out`` and renames it, so that ``out`` is complete or absent -> the summary."""
+    """Writes all data to a folder beside ``out``, then renames it, so that ``out`` is complete or absent."""
     unfinished = out.with_name(out.name + ".tmp")
     if unfinished.exists():
         if not (unfinished / SUMMARY).is_file():
-            raise ValueError(f"{unfinished} is in the way and not a leftover of this script; remove it")
+            raise ValueError(f"{unfinished} exists and is not a leftover of this script; remove it")
         shutil.rmtree(unfinished)
     unfinished.mkdir(parents=True)
     write_json(unfinished / SUMMARY, {"complete": False})
@@ -209,18 +209,18 @@ def write_data_sets(out: Path, sizes: Sizes) -> dict[str, Any]:
 
 
 def summary_tables(summary: dict[str, Any]) -> str:
-    """Counts per set and split, then the text-blind scores."""
-    drawn = []
+    """Tables of the counts per set and split, and of the query-agnostic baselines."""
+    counts_table = []
     for dataset, splits in summary["counts"].items():
         for split, counts in splits.items():
             numbers = ", ".join(f"{number} {name.replace('_', ' ')}" for name, number in counts.items())
-            drawn.append([dataset, split, numbers])
+            counts_table.append([dataset, split, numbers])
     scores = [["set", "split", "kind", "queries", "all objects: gIoU", "cIoU", "random object: gIoU", "cIoU"]]
     for row in summary["text_blind"]:
         cells = [f"{row[answer][metric]:.2f}" for answer in ("all", "random") for metric in ("gIoU", "cIoU")]
         scores.append([row["set"], row["split"], row["kind"], str(row["queries"]), *cells])
-    lines = ["", "What was drawn", *text_tables.aligned(drawn, "l")]
-    lines += ["", "What an answer that ignores the text scores"]
+    lines = ["", "Data sets", *text_tables.aligned(counts_table, "l")]
+    lines += ["", "Query-agnostic baselines: scores of answers that ignore the text"]
     return "\n".join([*lines, *text_tables.aligned(scores, "lllr")])
 
 
@@ -239,15 +239,15 @@ def _number(low: int, high: int) -> Callable[[str], int]:
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description="Draws small scenes with exact masks and writes them as a --dataset_dir in the layouts of "
+        description="Generates small synthetic scenes with exact masks, as a --dataset_dir in the layouts of "
         "ReasonSeg, RefCOCO, gRefCOCO and LLaVA-Instruct, or of all 24 data sets. The same seed and sizes give the "
-        "same files. Data that are already there with the same settings are left alone; an interrupted run leaves "
-        "nothing half done in --out.",
+        "same files. Existing data with the same settings are kept; an interrupted run leaves nothing incomplete in "
+        "--out.",
         epilog="Then: python train_ds.py --config configs/tiny.yaml --dataset_dir DIR",
     )
     size = _number(1, MAX_IMAGES)
     parser.add_argument(
-        "--out", type=Path, required=True, metavar="DIR", help="folder to write, the later --dataset_dir"
+        "--out", type=Path, required=True, metavar="DIR", help="folder to write; use it as --dataset_dir"
     )
     parser.add_argument(
         "--seed", type=_number(0, 2**32 - 1), default=0, metavar="S", help="seed of all scenes (default: %(default)s)"
@@ -266,15 +266,15 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         default=320,
         metavar="N",
         help="queries per validation split: N short and N long ones in ReasonSeg, at least N expressions in RefCOCO, "
-        "1.2 N in gRefCOCO (a third each with several, one and no targets) (default: %(default)s)",
+        "1.2 N in gRefCOCO, a third each with several, one and no targets (default: %(default)s)",
     )
     parser.add_argument(
         "--test",
         type=size,
         default=320,
         metavar="N",
-        help="the same for ReasonSeg's test, testA and testB; and short queries of ReasonSeg's heldout split, about "
-        "pairs of color and kind that occur nowhere else (default: %(default)s)",
+        help="the same for ReasonSeg's test, testA and testB; also short queries of ReasonSeg's heldout split, about "
+        "pairs of color and kind that occur in no other split (default: %(default)s)",
     )
     parser.add_argument(
         "--all_types",
@@ -292,7 +292,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         summary = existing_summary(out, sizes)
         if summary:
-            print(f"{args.out} already holds these data (seed {args.seed}); nothing to do")
+            print(f"{args.out} already contains these data (seed {args.seed}); nothing to do")
         else:
             summary = write_data_sets(out, sizes)
             print(f"wrote {args.out}")

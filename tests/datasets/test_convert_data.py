@@ -1,4 +1,4 @@
-"""LabelMe folders, COCO files and mask pictures become a JSONL that holds what they held."""
+"""LabelMe folders, COCO files and mask images are converted to JSONL without loss."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ SQUARE = [[5, 5], [15, 5], [15, 15], [5, 15]]
 
 def run(capsys, *arguments: object) -> tuple[int, str, str]:
     code = cli.run(convert_data.main, [str(argument) for argument in arguments])
-    said = capsys.readouterr()
-    return code, said.out, said.err
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
 
 
 def photo(path: Path, height: int = H, width: int = W) -> None:
@@ -44,7 +44,7 @@ def labelme(folder: Path, name: str, *shapes: dict, **more: object) -> None:
 
 
 def masks_of(path: Path, split: str = "train") -> dict[str, np.ndarray]:
-    """``"IMAGE: query"`` -> its merged mask [N, H, W], as evaluation gets it."""
+    """``"IMAGE: query"`` -> merged mask [N, H, W], as in evaluation."""
     dataset = get_eval_dataset(f"custom|{path}|{split}", path.parent)
     samples = (dataset[i] for i in range(len(dataset)))
     return {f"{s.image_id}: {query.text}": query.masks for s in samples for query in s.queries}
@@ -81,24 +81,24 @@ def test_labelme_shapes(capsys, tmp_path):
     )
     assert code == 0, err
     assert "1 images, 6 queries (0 absent; 6 train)" in out
-    assert "left out: 1 x linestrip (it has no area)" in err
-    assert "left out: 1 x polygon (2 points)" in err
+    assert "skipped: 1 x linestrip (it has no area)" in err
+    assert "skipped: 1 x polygon (2 points)" in err
     assert {line["query"]: len(line["masks"]) for line in lines_of(tmp_path / "own.jsonl")} == {
         "the box": 1, "the plate": 1, "the ball": 1, "the leaf": 1, "the pole": 1, "the cup": 2,
     }  # fmt: skip
-    found = {key.split("the ")[1]: masks[0] for key, masks in masks_of(tmp_path / "own.jsonl").items()}
-    assert found["box"].sum() == 100
-    assert found["plate"][10:18, 20:30].all()
-    assert found["plate"].sum() == 80
+    masks_by_key = {key.split("the ")[1]: masks[0] for key, masks in masks_of(tmp_path / "own.jsonl").items()}
+    assert masks_by_key["box"].sum() == 100
+    assert masks_by_key["plate"][10:18, 20:30].all()
+    assert masks_by_key["plate"].sum() == 80
     circle = cv2.circle(np.zeros((H, W), np.uint8), (40, 20), 8, 1, -1)
-    assert (found["ball"] & circle).sum() / (found["ball"] | circle).sum() > 0.85
-    assert np.argwhere(found["leaf"]).min(axis=0).tolist() == [22, 11]
-    assert found["leaf"].sum() == 9
-    assert np.array_equal(found["pole"], found["cup"])
+    assert (masks_by_key["ball"] & circle).sum() / (masks_by_key["ball"] | circle).sum() > 0.85
+    assert np.argwhere(masks_by_key["leaf"]).min(axis=0).tolist() == [22, 11]
+    assert masks_by_key["leaf"].sum() == 9
+    assert np.array_equal(masks_by_key["pole"], masks_by_key["cup"])
 
 
 def test_labelme_images_are_found(capsys, tmp_path):
-    """Also by a path of Windows, in another folder, or beside a file that names none."""
+    """With a Windows path, in another folder, or without imagePath beside the file."""
     labelme(tmp_path / "json/deep", "a", shape("box", SQUARE), imagePath="..\\..\\images\\a.jpg")
     (tmp_path / "json/deep/a.jpg").unlink()
     photo(tmp_path / "images/a.jpg")
@@ -143,7 +143,7 @@ def test_validation_images_and_absent_queries(capsys, tmp_path):
     before = (tmp_path / "own.jsonl").read_bytes()
     code, _, err = run(capsys, *convert, 2)
     assert code == 2
-    assert "is there already; add --overwrite" in err
+    assert "already exists; add --overwrite" in err
     assert (tmp_path / "own.jsonl").read_bytes() == before
     assert run(capsys, *convert, 2, "--overwrite")[0] == 0
     assert len(lines_of(tmp_path / "own.jsonl")) == 10 + 10 * 2 + 2
@@ -188,15 +188,15 @@ def test_coco(capsys, tmp_path, flags, areas):
     files = (tmp_path / "instances.json", "--images", tmp_path / "photos", "--output", tmp_path / "own.jsonl")
     code, _, err = run(capsys, "coco", *files, *flags, "--absent", 1)
     assert code == 0
-    assert "left out: 1 x annotation without a segmentation" in err
-    found = {key.removeprefix("photos/"): masks for key, masks in masks_of(tmp_path / "own.jsonl").items()}
-    assert {key[7:]: masks.sum() for key, masks in found.items() if key.startswith("a")} == areas
-    assert [len(masks) for key, masks in found.items() if key.startswith("b")] == [0]
+    assert "skipped: 1 x annotation without a segmentation" in err
+    masks_by_key = {key.removeprefix("photos/"): masks for key, masks in masks_of(tmp_path / "own.jsonl").items()}
+    assert {key[7:]: masks.sum() for key, masks in masks_by_key.items() if key.startswith("a")} == areas
+    assert [len(masks) for key, masks in masks_by_key.items() if key.startswith("b")] == [0]
 
 
 @pytest.mark.skipif(not REALDATA.is_dir(), reason="the shared real photographs are not here")
 def test_coco_on_a_real_photograph(capsys, tmp_path):
-    """Areas are those that COCO states, within 1%."""
+    """Areas agree with COCO's within 1%."""
     source = REALDATA / "coco/instances_39769.json"
     instances = json.loads(source.read_text())
     for row in instances["annotations"]:
@@ -204,10 +204,10 @@ def test_coco_on_a_real_photograph(capsys, tmp_path):
     (tmp_path / "instances.json").write_text(json.dumps(instances))
     files = (tmp_path / "instances.json", "--images", REALDATA / "coco/train2017", "--output", tmp_path / "own.jsonl")
     assert run(capsys, "coco", *files, "--label", "caption")[0] == 0
-    found = {key.split(": ")[1]: masks.sum() for key, masks in masks_of(tmp_path / "own.jsonl").items()}
-    assert len(found) == len(instances["annotations"]) > 0
+    masks_by_key = {key.split(": ")[1]: masks.sum() for key, masks in masks_of(tmp_path / "own.jsonl").items()}
+    assert len(masks_by_key) == len(instances["annotations"]) > 0
     for row in instances["annotations"]:
-        assert found[row["caption"]] == pytest.approx(row["area"], rel=0.01)
+        assert masks_by_key[row["caption"]] == pytest.approx(row["area"], rel=0.01)
 
 
 # -- mask pictures -----------------------------------------------------------------------------------------------------
@@ -230,7 +230,7 @@ def test_masks_of_one_label_and_of_folders(capsys, tmp_path):
     convert = ("masks", tmp_path / "plain", "--images", tmp_path / "photos", "--output", tmp_path / "own.jsonl")
     code, _, err = run(capsys, *convert)
     assert code == 2
-    assert "a_mask.png says not what it shows: give --query or --classes" in err
+    assert "a_mask.png has no label: give --query or --classes" in err
     assert run(capsys, *convert, "--query", "the crack")[0] == 0
     assert [line["masks"] for line in lines_of(tmp_path / "own.jsonl")] == [["plain/a_mask.png"], []]
     assert {key: masks.shape[0] for key, masks in masks_of(tmp_path / "own.jsonl").items()} == {
@@ -257,8 +257,8 @@ def test_masks_with_classes(capsys, tmp_path):
     code, _, err = run(capsys, "masks", tmp_path / "masks", *files)
     assert code == 0
     assert "value 255, which" in err
-    found = {key: np.flatnonzero(masks[0][:, 0])[0] for key, masks in masks_of(tmp_path / "own.jsonl").items()}
-    assert found == {"photos/a.jpg: road": 5, "photos/a.jpg: car": 10}
+    masks_by_key = {key: np.flatnonzero(masks[0][:, 0])[0] for key, masks in masks_of(tmp_path / "own.jsonl").items()}
+    assert masks_by_key == {"photos/a.jpg: road": 5, "photos/a.jpg: car": 10}
 
 
 # -- what is wrong -----------------------------------------------------------------------------------------------------
@@ -267,10 +267,10 @@ def test_masks_with_classes(capsys, tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.json", None, "holds no .json"),
+        ("a.json", None, "contains no .json"),
         ("a.json", "{", "a.json is not valid JSON"),
-        ("a.json", {"shapes": 3}, "a.json is not LabelMe's"),
-        ("a.json", {"shapes": [{"points": SQUARE}]}, "a.json is not LabelMe's"),
+        ("a.json", {"shapes": 3}, "a.json is not a LabelMe file"),
+        ("a.json", {"shapes": [{"points": SQUARE}]}, "a.json is not a LabelMe file"),
         ("a.json", {"shapes": [{"label": "box", "points": SQUARE}]}, "a.json has no image"),
     ],
 )
@@ -286,8 +286,8 @@ def test_wrong_labelme_folders_are_named(capsys, tmp_path, name, content, messag
 @pytest.mark.parametrize(
     ("wrong", "reason"),
     [
-        (shape("x", [[1, 2], [3]]), "polygon (its points are no pairs of numbers)"),
-        (shape("x", "points"), "polygon (its points are no pairs of numbers)"),
+        (shape("x", [[1, 2], [3]]), "polygon (its points are not pairs of numbers)"),
+        (shape("x", "points"), "polygon (its points are not pairs of numbers)"),
         (shape("x", [[1, 1], [5, 5]], "mask", mask="!"), "mask (its PNG cannot be read)"),
         (shape("x", [[1, 1], [5, 5]], "mask"), "mask (its PNG cannot be read)"),
         (shape("x", [[1, 1]], "point"), "point (it has no area)"),
@@ -298,7 +298,7 @@ def test_wrong_shapes_are_counted(capsys, tmp_path, wrong, reason):
     labelme(tmp_path, "a", wrong, shape("box", SQUARE))
     code, _, err = run(capsys, "labelme", tmp_path, "--output", tmp_path / "own.jsonl")
     assert code == 0
-    assert f"left out: 1 x {reason}" in err
+    assert f"skipped: 1 x {reason}" in err
     assert [line["query"] for line in lines_of(tmp_path / "own.jsonl")] == ["box"]
 
 
@@ -312,7 +312,7 @@ def test_wrong_shapes_are_counted(capsys, tmp_path, wrong, reason):
         ({"annotations": []}, "no label in 2 images"),
         (
             {"images": [{"id": 1, "file_name": "c.jpg", "height": H, "width": W}]},
-            "1 of 1 images are not there, such as",
+            "1 of 1 images are missing, such as",
         ),
     ],
 )
@@ -330,7 +330,7 @@ def test_wrong_masks_and_flags_are_named(capsys, tmp_path):
     photo(tmp_path / "photos/a.jpg")
     (tmp_path / "masks").mkdir()
     convert = ("masks", tmp_path / "masks", "--images", tmp_path / "photos", "--output", tmp_path / "own.jsonl")
-    assert "holds no .png" in run(capsys, *convert)[2]
+    assert "contains no .png" in run(capsys, *convert)[2]
     save_mask(tmp_path / "masks/b.png", 1)
     assert "b.png has no image b.jpg" in run(capsys, *convert)[2]
     labelme(tmp_path / "labelme", "a", shape("box", SQUARE))
@@ -338,7 +338,7 @@ def test_wrong_masks_and_flags_are_named(capsys, tmp_path):
     assert "lacks {label}" in run(capsys, *flags, "--query", "the box")[2]
     with pytest.raises(SystemExit):
         convert_data.main([str(flag) for flag in (*flags, "--val", "1")])
-    assert "'1' is not a share" in capsys.readouterr().err
+    assert "'1' is not a fraction" in capsys.readouterr().err
 
 
 # -- check -------------------------------------------------------------------------------------------------------------
@@ -354,8 +354,8 @@ def test_check_reads_everything(capsys, tmp_path):
     for split in ("train", "val"):
         with Image.open(tmp_path / f"own.{split}.png") as picture:
             assert picture.height > 3 * 220
-    talk = [{"from": "human", "value": "What is it?"}, {"from": "gpt", "value": "A box: [SEG]."}]
-    lines = [{"image": "0.jpg", "conversations": talk, "masks": [SQUARE]}]
+    turns = [{"from": "human", "value": "What is it?"}, {"from": "gpt", "value": "A box: [SEG]."}]
+    lines = [{"image": "0.jpg", "conversations": turns, "masks": [SQUARE]}]
     (tmp_path / "talk.jsonl").write_text(json.dumps(lines[0]) + "\n")
     assert run(capsys, "check", tmp_path / "talk.jsonl", "--pictures", 1)[0] == 0
 

@@ -1,4 +1,4 @@
-"""One's own data: the JSONL in every form it may have, and everything that may be wrong with it."""
+"""User data: all valid forms of the JSONL, and all errors."""
 
 from __future__ import annotations
 
@@ -39,16 +39,16 @@ def truth(x0: int, y0: int, x1: int, y1: int) -> np.ndarray:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Two pictures, two mask pictures, and ``own.jsonl`` with a training and a validation split."""
+    """Two images, two mask images, and ``own.jsonl`` with a training and a validation split."""
     for name in ("a.jpg", "b.png"):
         picture(tmp_path / "pictures" / name)
     Image.fromarray(truth(5, 5, 15, 15) * 255).save(tmp_path / "mask.png")
-    talk = [
+    turns = [
         ("human", "<image>\nWhere are they?"),
         ("gpt", "The cup is [SEG], the dish [SEG]."),
         ("human", "And the cat?"),
     ]
-    talk += [("gpt", "No, it is not here: [REJ].")]
+    turns += [("gpt", "No, it is not here: [REJ].")]
     write(
         tmp_path / "own.jsonl",
         {"image": "pictures/a.jpg", "query": "the cup", "masks": [SQUARE]},
@@ -57,7 +57,7 @@ def folder(tmp_path: Path) -> Path:
         {"image": "pictures/a.jpg", "query": "the cups", "masks": [SQUARE, [FAR, [1, 1, 3, 1, 3, 3]]], "size": [H, W]},
         {
             "image": "./pictures/a.jpg",
-            "conversations": [{"from": speaker, "value": value} for speaker, value in talk],
+            "conversations": [{"from": speaker, "value": value} for speaker, value in turns],
             "masks": ["mask.png", encode_mask(truth(20, 20, 30, 30))],
         },
         {"image": "pictures/a.jpg", "query": "the dog", "masks": [], "split": "train"},
@@ -81,18 +81,18 @@ def test_training_packs_the_lines_of_an_image(folder):
     dataset = get_train_dataset("custom|own.jsonl", folder, DataOptions(questions_per_image=9))
     assert dataset.describe() == {"images": 1, "expressions": 5, "absent": 1, "multi": 1}
     sample = dataset.sample(0, np.random.default_rng(3))
-    answers = {talk[0].question: [turn.answer for turn in talk] for talk in sample.conversations}
+    answers = {turns[0].question: [turn.answer for turn in turns] for turns in sample.conversations}
     assert len(answers) == 4
-    told = {kind: next(a for q, [a, *_] in answers.items() if word in q.lower()) for kind, word in
+    chosen = {kind: next(a for q, [a, *_] in answers.items() if word in q.lower()) for kind, word in
             (("target", "the cup "), ("merged", "the cups"), ("absent", "the dog"))}  # fmt: skip
-    assert all(answer in ANSWERS[kind] for kind, answer in told.items())
+    assert all(answer in ANSWERS[kind] for kind, answer in chosen.items())
     assert answers["Where are they?"] == ["The cup is [SEG], the dish [SEG].", "No, it is not here: [REJ]."]
     areas = iter(sample.masks.sum(axis=(1, 2)).tolist())
-    found = {
-        question: [next(areas) for _ in range(" ".join(said).count("[SEG]"))] for question, said in answers.items()
+    decoded = {
+        question: [next(areas) for _ in range(" ".join(texts).count("[SEG]"))] for question, texts in answers.items()
     }
-    assert found["Where are they?"] == [100, 100]
-    merged = next(areas for question, areas in found.items() if "the cups" in question)
+    assert decoded["Where are they?"] == [100, 100]
+    merged = next(areas for question, areas in decoded.items() if "the cups" in question)
     assert 100 + 90 < merged[0] < 100 + 120
     again = dataset.sample(0, np.random.default_rng(3))
     assert again.conversations == sample.conversations
@@ -134,8 +134,8 @@ def test_evaluation_scores_queries_and_names_conversations(folder):
 )
 def test_forms_of_a_mask_agree(folder, mask):
     one(folder, {**GOOD, "masks": [mask]})
-    [found] = get_train_dataset("custom|one.jsonl", folder).sample(0, np.random.default_rng(0)).masks
-    assert np.array_equal(found, truth(5, 5, 15, 15))
+    [decoded] = get_train_dataset("custom|one.jsonl", folder).sample(0, np.random.default_rng(0)).masks
+    assert np.array_equal(decoded, truth(5, 5, 15, 15))
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "LA", "RGBA", "I;16"])
@@ -157,12 +157,12 @@ def test_mask_pictures_of_any_mode(folder, mode):
     with Image.open(folder / "mode.png") as saved:
         assert saved.mode == mode
     one(folder, {**GOOD, "masks": ["mode.png"]})
-    [found] = get_train_dataset("custom|one.jsonl", folder).sample(0, np.random.default_rng(0)).masks
-    assert np.array_equal(found, mask)
+    [decoded] = get_train_dataset("custom|one.jsonl", folder).sample(0, np.random.default_rng(0)).masks
+    assert np.array_equal(decoded, mask)
 
 
 def test_photographs_are_turned_upright(folder):
-    """Annotation tools show them so; their polygons mean what is seen."""
+    """Annotation tools display rotated images; polygons refer to the displayed pixels."""
     exif = Image.Exif()
     exif[0x0112] = 6
     picture(folder / "turned.jpg", 30, 50, exif=exif)
@@ -219,15 +219,15 @@ def test_splits_are_named(folder):
 
 
 def test_conversations_alone_cannot_be_scored(folder):
-    talk = [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]
-    one(folder, {"image": "pictures/a.jpg", "conversations": talk})
+    turns = [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]
+    one(folder, {"image": "pictures/a.jpg", "conversations": turns})
     with pytest.raises(DataError, match="no query to score"):
         get_eval_dataset("custom|one.jsonl", folder)
     assert get_train_dataset("custom|one.jsonl", folder).sample(0, np.random.default_rng(0)).masks.shape == (0, H, W)
 
 
 def test_a_long_file_is_small_in_memory(folder):
-    """The masks stay on disk: what is kept is 48 bytes a line, whatever the line holds."""
+    """Masks stay on disk: memory is 48 bytes per line, independent of its content."""
     crowded = [[float(n % 50), float(n % 30)] for n in range(500)]
     lines = ({**GOOD, "query": f"cup {n}", "masks": [crowded]} for n in range(300))
     path = write(folder / "long.jsonl", *lines)
@@ -241,8 +241,8 @@ def test_a_long_file_is_small_in_memory(folder):
 HUMAN, GPT = {"from": "human", "value": "Where?"}, {"from": "gpt", "value": "It is [SEG]."}
 
 
-def talking(*said: object, masks: object = (SQUARE,)) -> dict:
-    return {"image": "pictures/a.jpg", "conversations": list(said), "masks": list(masks)}
+def conversation_line(*turns: object, masks: object = (SQUARE,)) -> dict:
+    return {"image": "pictures/a.jpg", "conversations": list(turns), "masks": list(masks)}
 
 
 def without(key: str) -> dict:
@@ -276,14 +276,14 @@ def without(key: str) -> dict:
         ({**GOOD, "size": [40.0, 60]}, "'size' must be"),
         ({**GOOD, "size": [0, 60]}, "'size' must be"),
         ({**GOOD, "meta": "x"}, "'meta' must be an object"),
-        (talking(), "must be pairs"),
-        (talking(HUMAN), "must be pairs"),
-        (talking(GPT, HUMAN), "expected a turn of 'human'"),
-        (talking(HUMAN, {"from": "gpt"}), "expected a turn of 'gpt'"),
-        (talking({**HUMAN, "value": "<image>"}, GPT), "a question or an answer is empty"),
-        (talking(HUMAN, GPT, masks=[]), r"1 \[SEG\] in the answers but 0 in 'masks'"),
-        (talking(HUMAN, GPT, masks=[SQUARE, FAR]), r"1 \[SEG\] in the answers but 2"),
-        (talking(HUMAN, {**GPT, "value": "<image> [SEG]"}), "an answer contains '<image>'"),
+        (conversation_line(), "must be pairs"),
+        (conversation_line(HUMAN), "must be pairs"),
+        (conversation_line(GPT, HUMAN), "expected a turn of 'human'"),
+        (conversation_line(HUMAN, {"from": "gpt"}), "expected a turn of 'gpt'"),
+        (conversation_line({**HUMAN, "value": "<image>"}, GPT), "a question or an answer is empty"),
+        (conversation_line(HUMAN, GPT, masks=[]), r"1 \[SEG\] in the answers but 0 in 'masks'"),
+        (conversation_line(HUMAN, GPT, masks=[SQUARE, FAR]), r"1 \[SEG\] in the answers but 2"),
+        (conversation_line(HUMAN, {**GPT, "value": "<image> [SEG]"}), "an answer contains '<image>'"),
         ("[]", "a list; each line must be one JSON object"),
         ("{'image': 'pictures/a.jpg'}", "not valid JSON"),
         (json.dumps(GOOD)[:40], "not valid JSON"),
@@ -313,7 +313,7 @@ def test_text_that_is_not_utf8_is_named(folder):
 
 
 def test_lines_that_repeat_are_named(folder):
-    """Also across splits: what is trained on must not be scored."""
+    """Also across splits: training data must not be scored."""
     write(folder / "bad.jsonl", GOOD, {**GOOD, "query": "x"}, {**GOOD, "image": "./pictures/a.jpg", "split": "val"})
     with pytest.raises(DataError, match=r"bad\.jsonl, line 3: repeats line 1"):
         get_train_dataset("custom|bad.jsonl", folder)

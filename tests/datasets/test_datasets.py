@@ -1,4 +1,4 @@
-"""The readers, on small files in the true layouts."""
+"""The readers on small files in the real layouts."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def write_reason(
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """A dataset directory with every data set of issue 2; COCO images in both homes."""
+    """A dataset directory with ReasonSeg, the RefCOCO family and LLaVA-Instruct; COCO images in both folders."""
     reason = tmp_path / "reason_seg/ReasonSeg"
     for split in ("train", "val", "heldout"):
         write_reason(reason / split, "a", ["the café", "the inn", "the bar"], False, [("target", square(5, 5))], ".JPG")
@@ -95,11 +95,16 @@ def root(tmp_path: Path) -> Path:
             write_json(folder / "instances.json", instances)
 
     write_image(tmp_path / "coco/train2017/000000000009.jpg")
-    talk = [("human", "<image>\nWhat is it?"), ("gpt", "A [SEG] box."), ("human", "Its color?"), ("gpt", "Blue.")]
-    talk = [{"from": speaker, "value": value} for speaker, value in talk]
+    turns = [
+        ("human", "<image>\nWhat is it?"),
+        ("gpt", "A [SEG] box."),
+        ("human", "Its color?"),
+        ("gpt", "Blue."),
+    ]
+    turns = [{"from": speaker, "value": value} for speaker, value in turns]
     write_json(
         tmp_path / "llava_dataset/llava_instruct_150k.json",
-        [{"id": "9", "image": "000000000009.jpg", "conversations": talk}],
+        [{"id": "9", "image": "000000000009.jpg", "conversations": turns}],
     )
     return tmp_path
 
@@ -118,7 +123,7 @@ def test_reason_seg_train(root: Path) -> None:
     assert len(short.conversations) == 3
     assert short.masks.shape == (3, H, W)
     assert short.masks[0].sum() == 121  # an 11 x 11 square: the outline belongs to it
-    questions = " ".join(talk[0].question for talk in short.conversations)
+    questions = " ".join(turns[0].question for turns in short.conversations)
     assert all(text in questions for text in ("the café", "the inn", "the bar"))
     long = dataset.sample(1, np.random.default_rng(0))
     assert long.conversations[0][0].question.startswith("Which one rolls? ")
@@ -138,11 +143,11 @@ def test_reason_seg_several_splits_and_any_folder(root: Path) -> None:
 
 
 def test_reason_seg_eval_asks_the_first_query_and_names_what_it_skips(root: Path) -> None:
-    both, short, long = (get_eval_dataset(f"ReasonSeg|val{part}", root) for part in ("", "_short", "_long"))
-    assert [len(d) for d in (both, short, long)] == [2, 1, 1]
-    assert both.num_queries == 2
-    assert len(both.skipped) == 1
-    assert "c.jpg" in both.skipped[0]
+    whole, short, long = (get_eval_dataset(f"ReasonSeg|val{part}", root) for part in ("", "_short", "_long"))
+    assert [len(d) for d in (whole, short, long)] == [2, 1, 1]
+    assert whole.num_queries == 2
+    assert len(whole.skipped) == 1
+    assert "c.jpg" in whole.skipped[0]
     query = short[0].queries[0]
     assert (query.text, query.is_sentence, query.masks.shape) == ("the café", False, (1, H, W))
     assert long[0].queries[0].is_sentence
@@ -365,8 +370,10 @@ def test_vqa(root: Path) -> None:
     assert sample.masks.shape == (0, H, W)
     path = root / "llava_dataset/llava_instruct_150k.json"
     good = json.loads(path.read_text())
-    talk = good[0]["conversations"]
-    bad = [{**good[0], "conversations": part} for part in ([], talk[:1], talk[1:3], talk[:1] + talk[:1], [1, 2], None)]
+    turns = good[0]["conversations"]
+    bad = [
+        {**good[0], "conversations": part} for part in ([], turns[:1], turns[1:3], turns[:1] + turns[:1], [1, 2], None)
+    ]
     write_json(path, good + bad + [{"id": 1}, "x", {**good[0], "image": "../x.jpg"}])
     assert get_train_dataset("llava_instruct_150k", root).describe() == {"images": 1, "expressions": 2, "unusable": 9}
     with pytest.raises(DataError, match="no evaluation"):
@@ -526,14 +533,14 @@ def test_undecodable_images_are_named(tmp_path: Path) -> None:
 
 def test_check_sample_finds_every_broken_promise() -> None:
     image = np.zeros((H, W, 3), np.uint8)
-    full, talk = np.ones((1, H, W), np.uint8), [(Turn("q", "It is [SEG]."),)]
-    check_sample(Sample("s", image, talk, full))
+    full, turns = np.ones((1, H, W), np.uint8), [(Turn("q", "It is [SEG]."),)]
+    check_sample(Sample("s", image, turns, full))
     for conversations, masks, message in [
-        (talk, full[:0], r"1 \[SEG\] in the answers"),
+        (turns, full[:0], r"1 \[SEG\] in the answers"),
         ([(Turn("q", "No [REJ]."),)], full, r"0 \[SEG\]"),
-        (talk, full[:, 1:], "the image is"),
-        (talk, full * 255, "is empty"),
-        (talk, full.astype(bool), "bool"),
+        (turns, full[:, 1:], "the image is"),
+        (turns, full * 255, "is empty"),
+        (turns, full.astype(bool), "bool"),
         ([], full[:0], "no question"),
         ([(Turn(" ", "It is [SEG]."),)], full, "a question or an answer is empty"),
     ]:

@@ -1,4 +1,4 @@
-"""R-RefCOCO and FP-RefCOCO: sentences that are false of the image (formats.md, C and D)."""
+"""R-RefCOCO and FP-RefCOCO: expressions with false premises (docs/data.md)."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def write_refs(root: Path, name: str, split_by: str, refs: object) -> Path:
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """All six, with another file for training than for evaluation."""
+    """All six sets, with separate files for training and evaluation."""
     write_image(tmp_path / "coco/train2014/a.jpg")
     instances = {
         "images": [{"id": 1, "file_name": "a.jpg", "height": H, "width": W}],
@@ -48,7 +48,7 @@ def root(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def draws(root: Path, name: str) -> list[Sample]:
+def samples_of(root: Path, name: str) -> list[Sample]:
     dataset = get_train_dataset(name, root)
     return [dataset.sample(0, np.random.default_rng(seed)) for seed in range(40)]
 
@@ -69,7 +69,7 @@ def test_all_six_are_there(root: Path) -> None:
 @pytest.mark.parametrize("name", ["R-refcoco", "fprefcoco"])
 def test_a_false_premise_is_denied_without_a_mask(root: Path, name: str) -> None:
     answers = set()
-    for sample in draws(root, name):
+    for sample in samples_of(root, name):
         ((turn,),) = sample.conversations
         if "blue" in turn.question:
             answers.add(turn.answer)
@@ -101,7 +101,7 @@ def test_what_a_false_sentence_was_derived_from_does_not_matter(root: Path) -> N
     write_refs(root, "fprefcoco", "berkeley_exclude_unified", [ref("train", FALSE["fprefcoco"], ann_id=99)])
     assert get_train_dataset("fprefcoco", root).describe()["absent"] == 1
     write_refs(root, "fprefcoco", "berkeley_exclude_unified", [ref("train", {**FALSE["fprefcoco"], "gt_sent": None})])
-    ((turn,),) = draws(root, "fprefcoco")[0].conversations
+    ((turn,),) = samples_of(root, "fprefcoco")[0].conversations
     assert turn.answer in {answer.replace("{query}", "the blue dog") for answer in ANSWERS["denial"]}
 
 

@@ -1,4 +1,4 @@
-"""scripts/inspect_data.py: what a configuration trains on, without a model."""
+"""scripts/inspect_data.py: the training data of a configuration, without a model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The mixture is a pure function of (seed, number)."""
+"""The mixture is a pure function of (seed, sample index)."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ def root(tmp_path: Path) -> Path:
     images = tmp_path / "coco/train2017"
     images.mkdir(parents=True)
     Image.new("RGB", (20, 16)).save(images / "1.jpg")
-    talk = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "A thing."}]
+    turns = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "A thing."}]
     path = tmp_path / "llava_dataset/llava_instruct_150k.json"
     path.parent.mkdir()
-    path.write_text(json.dumps([{"id": 1, "image": "1.jpg", "conversations": talk}] * 2))
+    path.write_text(json.dumps([{"id": 1, "image": "1.jpg", "conversations": turns}] * 2))
     return tmp_path
 
 
@@ -60,10 +60,10 @@ def test_sample_depends_on_seed_and_number_only(root: Path) -> None:
 
 
 def test_what_a_number_draws_stays(root: Path) -> None:
-    """Published results depend on it: new types, data sets and templates must leave these draws alone."""
+    """Published results depend on it: new types, data sets and templates must not change these samples."""
     mixture = Mixture(root, "reason_seg||vqa", "3,1")
-    drawn = [(sample.source, sample.conversations[0][0]) for sample in (mixture[i] for i in range(4))]
-    assert drawn == [
+    sampled = [(sample.source, sample.conversations[0][0]) for sample in (mixture[i] for i in range(4))]
+    assert sampled == [
         ("ReasonSeg|train/06.jpg", Turn("Can you find thing 6 here?", "It is [SEG].")),
         ("llava_instruct_150k/1.jpg", Turn("What?", "A thing.")),
         ("ReasonSeg|train/03.jpg", Turn("Where is thing 3? Show the mask.", "It is [SEG].")),
@@ -72,7 +72,7 @@ def test_what_a_number_draws_stays(root: Path) -> None:
 
 
 def test_questions_may_follow_each_other(root: Path) -> None:
-    """In one conversation, with the same turns and masks in the same order."""
+    """One conversation with the same turns and masks in the same order."""
     apart = Mixture(root, "reason_seg")
     sometimes, always = (Mixture(root, "reason_seg", options=DataOptions(dialogue_probability=p)) for p in (0.5, 1.0))
     for number in range(20):
@@ -126,13 +126,13 @@ def test_a_broken_record_is_skipped_counted_and_logged_once(root: Path, caplog: 
     hit = next(i for i in range(100) if mixture[i].source.endswith("05.jpg"))
     (root / "reason_seg/ReasonSeg/train/05.jpg").write_bytes(b"broken")
     with caplog.at_level(logging.WARNING):
-        drawn = [key(mixture[hit]) for _ in range(3)]
-    assert drawn[0] == drawn[1] == drawn[2]
-    assert "05.jpg" not in drawn[0][1]
+        sampled = [key(mixture[hit]) for _ in range(3)]
+    assert sampled[0] == sampled[1] == sampled[2]
+    assert "05.jpg" not in sampled[0][1]
     assert mixture.describe()[0]["skipped"] == 3
     assert sum("05.jpg" in record.message for record in caplog.records) == 1
     loader = DataLoader(mixture, batch_sampler=MixtureSampler(1, hit, hit + 1), num_workers=1, collate_fn=first)
-    assert [key(batch[0]) for batch in loader] == drawn[:1]
+    assert [key(batch[0]) for batch in loader] == sampled[:1]
     assert mixture.describe()[0]["skipped"] == 4  # the worker's count arrives here
 
 

@@ -1,4 +1,4 @@
-"""MUSE: questions about several objects, one [SEG] for each (formats.md, H)."""
+"""MUSE: questions about several objects, one [SEG] per object (docs/data.md)."""
 
 from __future__ import annotations
 
@@ -75,10 +75,11 @@ def test_evaluation(root: Path) -> None:
         split: len(get_eval_dataset(f"MultiReasonSeg|{split}", root)) for split in ("val", "test_few", "test_less")
     }
     assert sizes == {"val": 1, "test_few": 1, "test_less": 1}
-    both = get_eval_dataset("MultiReasonSeg|test", root)
-    assert (len(both), both.num_queries, both.skipped, both.spec.name) == (3, 9, [], "MultiReasonSeg")
+    dataset = get_eval_dataset("MultiReasonSeg|test", root)
+    assert (len(dataset), dataset.num_queries, dataset.skipped) == (3, 9, [])
+    assert dataset.spec.name == "MultiReasonSeg"
     assert len(get_eval_dataset("MultiReasonSeg|test_many", root)) == 2
-    samples = [both[i] for i in range(3)]
+    samples = [dataset[i] for i in range(3)]
     assert samples[0].image_id == "000000000003"
     assert len({query.query_id for sample in samples for query in sample.queries}) == 9
     queries = samples[0].queries

@@ -1,4 +1,4 @@
-"""The readers on a few real files (ADE20K, COCO, COCO-Stuff, Mapillary Vistas), where they lie beside the checkout."""
+"""The readers on a few real files (ADE20K, COCO, COCO-Stuff, Mapillary Vistas), if they exist beside the checkout."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ pytestmark = pytest.mark.skipif(not REALDATA.is_dir(), reason="no real data besi
 
 
 def areas(name: str, index: int = 0) -> dict[str, int]:
-    """Class -> pixels of its mask; every class of the image is asked about."""
+    """Class -> pixels of its mask; there is a question about every class of the image."""
     dataset = get_train_dataset(name, REALDATA, DataOptions(questions_per_image=99))
     sample = dataset.sample(index, np.random.default_rng(0))
     patterns = [re.escape(question).replace(re.escape("{query}"), "(.+)") for question in QUESTIONS["phrase"]]
-    found = {}
+    pixels = {}
     for (turn,), mask in zip(sample.conversations, sample.masks, strict=True):
         (match,) = filter(None, (re.fullmatch(pattern, turn.question) for pattern in patterns))
-        found[match[1]] = int((mask == 1).sum())
-    return found
+        pixels[match[1]] = int((mask == 1).sum())
+    return pixels
 
 
 def test_coco_stuff() -> None:

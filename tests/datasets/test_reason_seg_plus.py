@@ -1,4 +1,4 @@
-"""LISA++: references in the text become [SEG], in all of their forms (formats.md, G)."""
+"""LISA++: all forms of references in the text become [SEG] (docs/data.md)."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_forms_of_references(text: str, expected: str) -> None:
 def test_names_of_references() -> None:
     seen: list[tuple[str, str]] = []
     replace_references(
-        "<1| a cup> 《2|cat》 [pizza <3>, big pie <4>] [5| x, 6| y]", lambda found: seen.extend(found) or ""
+        "<1| a cup> 《2|cat》 [pizza <3>, big pie <4>] [5| x, 6| y]", lambda references: seen.extend(references) or ""
     )
     assert seen == [("1", "a cup"), ("2", "cat"), ("3", "pizza"), ("4", "big pie"), ("5", "x"), ("6", "y")]
 
@@ -115,8 +115,8 @@ def test_written_answers(root: Path, name: str) -> None:
 
 
 def test_conversations(root: Path) -> None:
-    (talk,) = first(root, "conversations").conversations
-    assert [(turn.question, turn.answer) for turn in talk] == [
+    (turns,) = first(root, "conversations").conversations
+    assert [(turn.question, turn.answer) for turn in turns] == [
         ("What is it?", "A [SEG] and [SEG]."),
         ("Its color?", "Black."),
     ]

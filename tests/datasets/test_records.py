@@ -1,4 +1,4 @@
-"""Packed records, and the cache of what was read from annotation files."""
+"""Packed records, and the cache of annotation indexes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ NOTES = {"problems": ["one"], "counts": {"images": 3}}
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The cache's folder; files of any size are kept in it."""
+    """The cache folder, for files of any size."""
     monkeypatch.setenv(records.CACHE_VARIABLE, str(tmp_path / "cache"))
     monkeypatch.setattr(records, "MIN_CACHED_BYTES", 0)
     return tmp_path / "cache"
@@ -46,13 +46,13 @@ def source(tmp_path: Path) -> Path:
 
 
 def settled(path: Path) -> Path:
-    """Makes a file look as if it had not been written just now."""
+    """Sets an old modification time."""
     os.utime(path, (time.time() - 100,) * 2)
     return path
 
 
 def load(source: Path, settings: object = None, built: list | None = None) -> tuple[PackedRecords, dict]:
-    """Records of a source; ``built`` grows by one whenever they are made and not found."""
+    """Loads the records of a source; ``built`` grows by one per build."""
 
     def build() -> tuple[list, dict]:
         (built if built is not None else []).append(1)
@@ -81,9 +81,9 @@ def test_packed_records() -> None:
 def test_a_second_start_reads_the_cache(cache: Path, source: Path) -> None:
     built: list = []
     for _ in range(3):
-        found, notes = load(source, built=built)
-        assert isinstance(found, MappedRecords)
-        assert list(found) == [*RECORDS, "content"]
+        loaded, notes = load(source, built=built)
+        assert isinstance(loaded, MappedRecords)
+        assert list(loaded) == [*RECORDS, "content"]
         assert notes == NOTES
     assert len(built) == len(entries(cache)) == 1
 
@@ -110,7 +110,7 @@ def test_what_is_out_of_date_is_read_again(
 
 
 def test_a_file_that_takes_anothers_place_is_noticed(cache: Path, source: Path) -> None:
-    """Of the same size and time: only when it was put there differs."""
+    """Same size and modification time; only the change time differs."""
     load(source)
     other = source.with_name("other")
     other.write_text("CONTENT")
@@ -231,13 +231,13 @@ def test_of_several_processes_one_builds(cache: Path, source: Path, tmp_path: Pa
 
 
 def test_a_spawned_worker_maps_the_same_file(cache: Path, source: Path) -> None:
-    found, _ = load(source)
-    state = pickle.dumps(found)
+    loaded, _ = load(source)
+    state = pickle.dumps(loaded)
     assert len(state) < 500, "the content does not travel"
-    assert list(pickle.loads(state)) == list(found)
+    assert list(pickle.loads(state)) == list(loaded)
     settled(source.write_text("another content") and source)
     load(source)
-    assert found[3] == "content", "what is mapped stays, although its entry was replaced"
+    assert loaded[3] == "content", "what is mapped stays, although its entry was replaced"
     with pytest.raises(DataError, match="was replaced while the run started"):
         pickle.loads(state)
 
@@ -253,8 +253,8 @@ def _write_sets(root: Path) -> None:
     (root / "refer_seg/refcoco/refs(unc).p").write_bytes(pickle.dumps([ref, {**ref, "ann_id": 6}]))
     paco = {**instances, "images": [{**image, "file_name": "train2017/1.jpg"}]}
     write_json(root / "vlpart/paco/annotations/paco_lvis_v1_train.json", paco)
-    talk = [{"from": "human", "value": "what? [SEG]"}, {"from": "gpt", "value": "a cup. [SEG]"}]
-    write_json(root / "llava_dataset/llava_instruct_150k.json", [{"id": "1", "image": "1.jpg", "conversations": talk}])
+    turns = [{"from": "human", "value": "what? [SEG]"}, {"from": "gpt", "value": "a cup. [SEG]"}]
+    write_json(root / "llava_dataset/llava_instruct_150k.json", [{"id": "1", "image": "1.jpg", "conversations": turns}])
     polygon = {"7": {"polygon": box(5, 5)}}
     item = {"image_path": "1.jpg", "English Question": "why?", "English Answer": "<7| cup>", "info": polygon}
     write_json(root / "reason_seg_plus/LISA_Plus_COT.json", [item, 3])
@@ -271,14 +271,14 @@ def test_every_reader_gives_the_same_from_the_cache(
 ) -> None:
     _write_sets(tmp_path)
     cold = get_train_dataset(name, tmp_path)
-    said = caplog.text
+    log = caplog.text
     assert len(entries(cache)) == 1
     for module in (vqa, sem_seg, refer_api, reason_seg_plus, multi_reason_seg):
         for function in ("read_json", "read_pickle", "parse_items"):
             monkeypatch.setattr(module, function, None, raising=False)
     caplog.clear()
     warm = get_train_dataset(name, tmp_path)
-    assert caplog.text == said, "records that cannot be used are named at every start"
+    assert caplog.text == log, "records that cannot be used are named at every start"
     assert warm.describe() == cold.describe()
     first, second = (dataset.sample(0, np.random.default_rng(0)) for dataset in (cold, warm))
     assert first.conversations == second.conversations

@@ -1,4 +1,4 @@
-"""sem_seg: label images and COCO-style parts, on small files in the true layouts (formats.md, A)."""
+"""sem_seg: label images and COCO-style parts, on small files in the real layouts (docs/data.md)."""
 
 from __future__ import annotations
 
@@ -84,13 +84,13 @@ def root(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def draws(root: Path, name: str, number: int = 60, **options: float) -> list[Sample]:
+def samples_of(root: Path, name: str, number: int = 60, **options: float) -> list[Sample]:
     dataset = get_train_dataset(name, root, DataOptions(**{"questions_per_image": 9, **options}))
     return [dataset.sample(i % len(dataset), np.random.default_rng(i)) for i in range(number)]
 
 
-def asked(sample: Sample, *names: str) -> list[str]:
-    """Which of the names each question is about."""
+def queried(sample: Sample, *names: str) -> list[str]:
+    """For each question, the name among ``names`` that it contains."""
     return [next(name for name in names if name in turn.question) for (turn,) in sample.conversations]
 
 
@@ -113,15 +113,15 @@ def test_class_lists() -> None:
 )
 def test_label_images(root: Path, name: str, classes: dict[str, tuple[int, int]], ignored: slice) -> None:
     assert get_train_dataset(name, root).describe() == {"images": 1, "unusable": 0}
-    for sample in draws(root, name, 5):
-        names = asked(sample, *classes)
+    for sample in samples_of(root, name, 5):
+        names = queried(sample, *classes)
         assert sorted(names) == sorted(classes)
         for found, mask in zip(names, sample.masks):
             expected = np.zeros((H, W), np.uint8)
             expected[:, slice(*classes[found])] = 1
             expected[:, ignored] = 255
             np.testing.assert_array_equal(mask, expected)
-    assert len(draws(root, name, 1, questions_per_image=1)[0].masks) == 1
+    assert len(samples_of(root, name, 1, questions_per_image=1)[0].masks) == 1
 
 
 def test_parts(root: Path) -> None:
@@ -135,19 +135,19 @@ def test_parts(root: Path) -> None:
         "dog": [(3, 3), (30, 30)],
     }
     present = set()
-    for sample in draws(root, "paco_lvis"):
-        names = asked(sample, *pixels)
+    for sample in samples_of(root, "paco_lvis"):
+        names = queried(sample, *pixels)
         assert len(names) == len(sample.masks) == 3
         present.update(names)
         assert all(mask[pixel] == 1 for name, mask in zip(names, sample.masks) for pixel in pixels[name])
         assert all(mask.sum() == 32 for name, mask in zip(names, sample.masks) if "ear" in name)
     assert present == set(pixels)
-    for sample in draws(root, "pascal_part", 4):
-        assert asked(sample, "horse muzzle", "the muzzle of the horse")
+    for sample in samples_of(root, "pascal_part", 4):
+        assert queried(sample, "horse muzzle", "the muzzle of the horse")
 
 
 def test_classes_that_are_not_there(root: Path) -> None:
-    samples = draws(root, "cocostuff", 200, negative_sampling_weight=0.5)
+    samples = samples_of(root, "cocostuff", 200, negative_sampling_weight=0.5)
     turns = [turn for sample in samples for (turn,) in sample.conversations]
     denials = [turn for turn in turns if "[REJ]" in turn.answer]
     corrections = [turn for turn in denials if "cat" in turn.answer or "potted plant" in turn.answer]
@@ -162,18 +162,20 @@ def test_classes_that_are_not_there(root: Path) -> None:
         assert not {"cat", "plant", "wall", "brick", "potted"} & set(subjects[0].replace("-", " ").split())
         assert subjects[0] not in COCO_STUFF_NOT_DENIED
         assert "-" not in subjects[0]
-    assert not any("[REJ]" in t.answer for s in draws(root, "cocostuff") for (t,) in s.conversations)
+    assert not any("[REJ]" in t.answer for s in samples_of(root, "cocostuff") for (t,) in s.conversations)
 
 
 def test_only_what_was_looked_for_is_denied(root: Path) -> None:
-    """PACO names the categories that an annotator did not find; the dog's tail is one, but it belongs to a dog."""
-    samples = draws(root, "paco_lvis", 30, negative_sampling_weight=1.0)
-    assert all(set(asked(sample, "traffic light")) == {"traffic light"} for sample in samples)
+    """PACO lists categories verified to be absent; the dog's tail is one, but shares a word with a present class."""
+    samples = samples_of(root, "paco_lvis", 30, negative_sampling_weight=1.0)
+    assert all(set(queried(sample, "traffic light")) == {"traffic light"} for sample in samples)
     content = json.loads((root / PACO).read_text())
     content["images"][0]["neg_category_ids"] = []
     write_json(root / PACO, content)
-    assert all(len(sample.masks) == 3 for sample in draws(root, "paco_lvis", 5, negative_sampling_weight=1.0))
-    samples = draws(root, "pascal_part", 30, negative_sampling_weight=1.0)  # without such a list all categories count
+    assert all(len(sample.masks) == 3 for sample in samples_of(root, "paco_lvis", 5, negative_sampling_weight=1.0))
+    samples = samples_of(
+        root, "pascal_part", 30, negative_sampling_weight=1.0
+    )  # without such a list all categories count
     answers = {turn.answer for sample in samples for (turn,) in sample.conversations}
     assert any("the muzzle of the horse" in answer for answer in answers)
     assert all("foot" in answer for answer in answers)
@@ -191,7 +193,7 @@ def test_both_homes_of_coco_and_images_without_a_partner(root: Path) -> None:
     assert get_train_dataset("cocostuff", root).describe() == {"images": 1, "unusable": 1}
     write_image(root / "coco/train2017/000000000002.jpg")
     assert get_train_dataset("cocostuff", root).describe() == {"images": 2, "unusable": 0}
-    assert {sample.source for sample in draws(root, "cocostuff", 2)} == {
+    assert {sample.source for sample in samples_of(root, "cocostuff", 2)} == {
         f"cocostuff/00000000000{i}.jpg" for i in (1, 2)
     }
 
@@ -223,7 +225,7 @@ def test_bad_label_images_are_named(root: Path, name: str, corrupt: Callable[[Pa
     (path,) = (root / LABELS[name]).iterdir()
     corrupt(path)
     with pytest.raises(DataError, match=message):
-        draws(root, name, 1)
+        samples_of(root, name, 1)
 
 
 @pytest.mark.parametrize(
@@ -232,7 +234,7 @@ def test_bad_label_images_are_named(root: Path, name: str, corrupt: Callable[[Pa
         ("ade20k", "ade20k/annotations/training", r"no label images \(looked in .*ade20k/annotations/training\)"),
         ("ade20k", "ade20k/images", r"no images \(looked in .*ade20k/images/training\)"),
         ("ade20k", "ade20k/images/training/a.jpg", r"a\.png has no image of the same name \(looked in .*training\)"),
-        ("ade20k", "ade20k/annotations/training/a.png", r"nothing usable in .*: the folder holds no \.png"),
+        ("ade20k", "ade20k/annotations/training/a.png", r"nothing usable in .*: the folder contains no \.png"),
         ("cocostuff", "refer_seg", "no images .*refer_seg/images/mscoco/images/train2017.*coco/train2017"),
         ("mapillary", "mapillary/config_v2.0.json", r"no list of classes \(looked in .*config_v2\.0\.json\)"),
         ("paco_lvis", PACO, r"no annotations \(looked in .*paco_lvis_v1_train\.json\)"),
@@ -273,7 +275,7 @@ def test_text_encodings_of_the_list_of_classes(root: Path) -> None:
     text = '{"labels": [\r\n{"readable": "x"}, {"readable": "Café"}, {"readable": "y", "evaluate": false}]}\r\n'
     for encoding in ("utf-8", "utf-8-sig", "cp1252"):
         (root / "mapillary/config_v2.0.json").write_bytes(text.encode(encoding))
-        assert asked(draws(root, "mapillary", 1)[0], "café")
+        assert queried(samples_of(root, "mapillary", 1)[0], "café")
 
 
 @pytest.mark.parametrize(
@@ -301,7 +303,7 @@ def test_bad_annotations_are_named(root: Path, change: dict, message: str) -> No
     content["annotations"][0] |= change
     write_json(root / PASCAL, content)
     with pytest.raises(DataError, match=message):
-        draws(root, "pascal_part", 1)
+        samples_of(root, "pascal_part", 1)
 
 
 @pytest.mark.parametrize(
@@ -333,7 +335,7 @@ def test_bad_annotations_are_named(root: Path, change: dict, message: str) -> No
 def test_bad_annotation_files_are_named(root: Path, change: dict, message: str) -> None:
     write_json(root / PASCAL, {**json.loads((root / PASCAL).read_text()), **change})
     with pytest.raises(DataError, match=message):
-        draws(root, "pascal_part", 1)
+        samples_of(root, "pascal_part", 1)
 
 
 def test_one_bad_annotation_costs_no_other(root: Path) -> None:

@@ -1,4 +1,4 @@
-"""What users write to name data, as a value."""
+"""Specs: parsing, printing, and file names."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The demo's data on disk: layouts and keys of the real sets, exact masks, disjoint splits, text-blind scores."""
+"""The demo's data on disk: layouts and keys of the real sets, exact masks, disjoint splits, query-agnostic baselines."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_the_same_seed_writes_the_same_bytes_and_another_seed_others(root, tmp_p
 
 
 def _digest(folder: Path) -> str:
-    """Of all annotations: JSON and pickles as bytes, label images as pixels (not as one zlib packs them)."""
+    """Hash of all annotations: JSON and pickles as bytes, label images as pixels (zlib output varies)."""
     digest = hashlib.sha256()
     for path in sorted(folder.rglob("*.*")):
         if path.suffix in (".json", ".p", ".png") and path.name != demo.SUMMARY:
@@ -75,8 +75,8 @@ def _digest(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def test_what_is_drawn_stays_what_it_was(root, mixed):
-    """Trained models depend on it: who changes it on purpose changes ``VERSION`` and trains them again."""
+def test_generated_data_do_not_change(root, mixed):
+    """Trained models depend on the data: an intended change must update ``VERSION`` and retrain them."""
     for folder, all_types in ((root, False), (mixed, True)):
         assert _digest(folder)[:12] == demo.VERSION[all_types]
     kept, more = _files(root), _files(mixed)
@@ -147,10 +147,10 @@ def test_polygons_give_the_exact_masks_back():
             height, width = mask.shape
             polygons = labelme_polygons(mask)
             if polygons:
-                drawn = rasterize_polygons(
+                rasterized = rasterize_polygons(
                     [{"label": "target", "points": points} for points in polygons], height, width
                 )
-                reason.append(_iou(drawn == 1, mask))
+                reason.append(_iou(rasterized == 1, mask))
             segmentation = coco_segmentation(mask, as_rle=False)
             coco.append(_iou(decode_segmentation(segmentation, height, width) == 1, mask))
             exact = decode_segmentation(coco_segmentation(mask, as_rle=True), height, width)
@@ -254,7 +254,7 @@ def test_splits_share_no_image_and_only_heldout_names_held_out_pairs(mixed):
 
 
 def test_image_ids_have_room_for_the_largest_sets():
-    """COCO's sets share folders: no name may be given twice, however many images are asked for."""
+    """COCO's sets share folders: names are unique for any number of images."""
     most = Sizes(0, demo.MAX_IMAGES, demo.MAX_IMAGES, demo.MAX_IMAGES, all_types=True)
     ranges = []
     for layout in REFER_SETS.values():
@@ -296,17 +296,17 @@ SPECS = [spec for kind in TYPES.values() for spec in kind.default.split("||") if
 
 @pytest.mark.parametrize("spec", SPECS)
 def test_every_reader_reads_its_set(spec, mixed):
-    """Every record of every one of the 24 data sets makes a sample."""
+    """Every record of all 24 data sets gives a valid sample."""
     dataset = get_train_dataset(spec, mixed, DataOptions(negative_sampling_weight=0.3, joint_probability=0.3))
     assert len(dataset) == {"ReasonSeg|train": 30, "refcoco": 30, "grefcoco": 30, "llava_instruct_150k": 8}.get(spec, 6)
     described = dataset.describe()
     assert described.get("unusable", 0) == 0
-    found = 0
+    num_masks = 0
     for index in range(len(dataset)):
         sample = dataset.sample(index, np.random.default_rng(index))
         assert max(sample.image.shape) == 120
-        found += len(sample.masks)
-    assert found > 0 or spec == "llava_instruct_150k"
+        num_masks += len(sample.masks)
+    assert num_masks > 0 or spec == "llava_instruct_150k"
 
 
 def test_all_24_sets_are_written_and_no_reader_is_left_out():
@@ -347,7 +347,7 @@ def test_muse_asks_for_several(split, fewest, mixed):
 
 
 def test_a_correction_names_what_is_there(mixed):
-    """FP-RefCOCO: the false sentence differs from the true one in its color, which nothing in the image has."""
+    """FP-RefCOCO: the false sentence differs from the true one in a color that is absent from the image."""
     refs = pickle.loads((mixed / "refer_seg/fprefcoco/refs(berkeley_exclude_unified).p").read_bytes())
     for ref in refs:
         true, false = ref["sentences"]
@@ -359,7 +359,7 @@ def test_a_correction_names_what_is_there(mixed):
 
 
 def test_the_mixed_configuration_draws_from_all_sets(mixed):
-    """configs/tiny_mixed.yaml: all 24 sets, every draw usable, no answer cut off."""
+    """configs/tiny_mixed.yaml: all 24 sets, every sample valid, no answer truncated."""
     config = load_config(["--config", str(ROOT / "configs/tiny_mixed.yaml"), "--dataset_dir", str(mixed)])
     mixture = make_mixture(config)
     assert len(mixture.datasets) == 24
@@ -371,13 +371,13 @@ def test_the_mixed_configuration_draws_from_all_sets(mixed):
         sample = mixture[number]
         batch = processor.collate([sample])
         assert len(batch.seg_positions) == len(sample.masks), "no [SEG] is lost"
-        ends = [processor.builder.encode(talk).ids for talk in sample.conversations]
+        ends = [processor.builder.encode(conversation).ids for conversation in sample.conversations]
         longest = max(longest, len(processor.builder.prefix_ids) + max(map(len, ends)))
     assert longest < config.model.model_max_length
     assert int(mixture.skipped.sum()) == 0
 
 
-def test_text_blind_scores_are_those_of_the_written_masks(root):
+def test_query_agnostic_baselines_match_the_written_masks(root):
     """Recomputed for gRefCOCO's val split from the files alone."""
     folder = root / "refer_seg" / "grefcoco"
     instances = _json(folder / "instances.json")
@@ -428,7 +428,7 @@ def test_foreign_folders_are_not_touched(tmp_path, capsys):
     (tmp_path / "new.tmp").mkdir()
     (tmp_path / "new.tmp" / "thesis.txt").write_text("years of work")
     assert demo.main(["--out", str(tmp_path / "new"), *SMALL]) == 1
-    assert "in the way" in capsys.readouterr().err
+    assert "not a leftover" in capsys.readouterr().err
     assert (tmp_path / "new.tmp" / "thesis.txt").exists()
     assert demo.main(["--out", str(tmp_path / "mine" / "thesis.txt"), *SMALL]) == 1
     assert "is a file" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The recipe of assets/tiny runs from end to end, and what it writes is what users' weights look like."""
+"""The recipe of assets/tiny runs end to end, and its output loads like published weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Drawn scenes: masks that are exact, and texts that mean what they say, checked by brute force over the shapes."""
+"""Synthetic scenes: exact masks and correct texts, verified by brute force over the shapes."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ def _draw(index: int, held_out: bool = False) -> tuple[S.Scene, np.random.Genera
 
 
 @pytest.fixture(scope="module")
-def drawn() -> list[tuple[S.Scene, np.random.Generator]]:
+def scenes() -> list[tuple[S.Scene, np.random.Generator]]:
     return [_draw(i) for i in range(COUNT)]
 
 
 @pytest.fixture(scope="module")
-def drawn_held_out() -> list[tuple[S.Scene, np.random.Generator]]:
+def held_out_scenes() -> list[tuple[S.Scene, np.random.Generator]]:
     return [_draw(i, held_out=True) for i in range(COUNT // 2)]
 
 
@@ -54,9 +54,9 @@ def test_the_same_generator_gives_the_same_scene_and_texts():
     assert not np.array_equal(_draw(3)[0].masks, _draw(4)[0].masks)
 
 
-def test_scenes_have_the_promised_form(drawn):
+def test_scenes_have_the_promised_form(scenes):
     sizes, overlaps = set(), 0
-    for scene, _ in drawn:
+    for scene, _ in scenes:
         height, width = scene.image.shape[:2]
         sizes.add((width, height))
         assert scene.image.dtype == np.uint8
@@ -77,9 +77,9 @@ def test_scenes_have_the_promised_form(drawn):
     assert overlaps > COUNT / 10
 
 
-def test_masks_are_what_was_painted(drawn):
-    """Inside a plain shape's mask there is its color up to noise, right outside of all masks there is gray."""
-    for scene, _ in drawn:
+def test_masks_are_what_was_painted(scenes):
+    """Inside a plain shape's mask pixels have its color up to noise; pixels next to all masks are gray."""
+    for scene, _ in scenes:
         image = scene.image.astype(int)
         for shape, mask in zip(scene.shapes, scene.masks):
             core = cv2.erode(mask.astype(np.uint8), np.ones((3, 3))).astype(bool)
@@ -91,7 +91,7 @@ def test_masks_are_what_was_painted(drawn):
 
 
 def test_a_mask_is_half_coverage():
-    """A square without tilt at whole coordinates covers exactly the pixels between its edges."""
+    """An axis-aligned square at integer coordinates covers exactly the pixels between its edges."""
     shape = S.Shape("square", "red", "large", "plain", (50.0, 40.0), 20 / 0.86, 0.0)
     masks, visible = S._paint_shapes(np.random.default_rng(0), np.zeros((90, 120, 3), np.uint8), (shape,), 1.0)
     expected = np.zeros((90, 120), bool)
@@ -106,9 +106,9 @@ def test_a_larger_canvas_draws_larger_shapes():
     assert all(2 * S.RADII[s.size][0] <= s.radius <= 2 * S.RADII[s.size][1] for s in scene.shapes)
 
 
-def test_attribute_phrases_fit_exactly_one_shape(drawn):
+def test_attribute_phrases_fit_exactly_one_shape(scenes):
     helpful = total = 0
-    for scene, rng in drawn:
+    for scene, rng in scenes:
         for query in T.attribute_queries(scene, rng):
             assert _fitting(scene.shapes, query.text) == list(query.targets), query
             assert (query.family, query.is_sentence) == ("attribute", False)
@@ -119,9 +119,9 @@ def test_attribute_phrases_fit_exactly_one_shape(drawn):
     assert helpful > 0.85 * total, "most phrases have a distractor that fits in part"
 
 
-def test_absent_phrases_fit_nothing(drawn):
+def test_absent_phrases_fit_nothing(scenes):
     near = total = 0
-    for scene, rng in drawn:
+    for scene, rng in scenes:
         for query in T.absent_queries(scene, rng):
             assert query.targets == ()
             assert _fitting(scene.shapes, query.text) == [], query
@@ -132,15 +132,15 @@ def test_absent_phrases_fit_nothing(drawn):
     assert near > 0.5 * total
 
 
-def test_multi_phrases_fit_what_they_name(drawn):
-    for scene, rng in drawn:
+def test_multi_phrases_fit_what_they_name(scenes):
+    for scene, rng in scenes:
         for query in T.multi_queries(scene, rng):
             assert len(query.targets) >= 2
             parts = query.text.split(" and ")
-            found = [_fitting(scene.shapes, part) for part in parts]
+            matches = [_fitting(scene.shapes, part) for part in parts]
             if len(parts) == 2:
-                assert [len(f) for f in found] == [1, 1], query
-            assert [i for f in found for i in f] == list(query.targets), query
+                assert [len(f) for f in matches] == [1, 1], query
+            assert [i for f in matches for i in f] == list(query.targets), query
             number = re.match(r"the (two|three|four|five|six) ", query.text)
             if number:
                 assert T._NUMBERS.index(number[1]) == len(query.targets)
@@ -177,10 +177,10 @@ def _check_superlative(scene: S.Scene, query: T.Query) -> None:
     assert int(np.argmax(scores)) == query.targets[0], query
 
 
-def test_questions_of_all_families_have_the_one_right_answer(drawn):
+def test_questions_of_all_families_have_the_one_right_answer(scenes):
     families = {"relation": 0, "superlative": 0, "commonsense": 0}
     answers = {text: words for words, wordings in T._COMMONSENSE for text in wordings}
-    for scene, rng in drawn:
+    for scene, rng in scenes:
         for query in T.reasoning_queries(scene, rng):
             assert query.is_sentence
             assert len(query.targets) == 1
@@ -195,8 +195,8 @@ def test_questions_of_all_families_have_the_one_right_answer(drawn):
     assert min(families.values()) > COUNT
 
 
-def test_visual_questions_have_the_right_answer(drawn):
-    for scene, rng in drawn:
+def test_visual_questions_have_the_right_answer(scenes):
+    for scene, rng in scenes:
         for question, answer in T.questions(scene, rng):
             body = question.rstrip("?")
             if body.startswith("how many"):
@@ -216,25 +216,25 @@ def test_visual_questions_have_the_right_answer(drawn):
                 assert answer == (("left", "right"), ("above", "below"))[axis][not before], question
 
 
-def test_captions_name_every_shape(drawn):
-    for scene, rng in drawn:
+def test_captions_name_every_shape(scenes):
+    for scene, rng in scenes:
         text = T.caption(scene, rng)
         for shape in scene.shapes:
             assert f"{shape.color} {shape.kind}" in text
         assert text.count(",") + 2 == len(scene.shapes)
 
 
-def test_held_out_pairs_are_neither_drawn_nor_named_elsewhere(drawn):
+def test_held_out_pairs_are_neither_drawn_nor_named_elsewhere(scenes):
     assert len(S.HELD_OUT) == 6
     names = [f"{color} {kind}" for color, kind in S.HELD_OUT]
-    for scene, rng in drawn:
+    for scene, rng in scenes:
         assert not scene.held_out
         for text in _texts(scene, rng):
             assert not any(name in text for name in names), text
 
 
-def test_a_held_out_scene_is_about_its_pair(drawn_held_out):
-    for scene, rng in drawn_held_out:
+def test_a_held_out_scene_is_about_its_pair(held_out_scenes):
+    for scene, rng in held_out_scenes:
         special = [i for i, shape in enumerate(scene.shapes) if (shape.color, shape.kind) in S.HELD_OUT]
         assert len(special) == 1
         shape = scene.shapes[special[0]]

@@ -1,4 +1,4 @@
-"""The guide docs/your_own_data.md: its commands run as they are written, its examples are read."""
+"""The guide docs/your_own_data.md: its commands run as written, and its examples parse."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_examples_of_the_format_are_read():
 
 @pytest.fixture
 def checkout(tmp_path: Path, make_model, tiny_tokenizer) -> Path:
-    """The repository as a user has it, with a random tiny base, and six photographs annotated in LabelMe."""
+    """A checkout of the repository with a random tiny base and six photographs annotated in LabelMe."""
     for name in ("model", "utils", "configs", "scripts", "train_ds.py", "test.py", "chat.py"):
         (tmp_path / name).symlink_to(ROOT / name)
     write_base(tmp_path / "assets/tiny", make_model(), tiny_tokenizer)
@@ -55,16 +55,16 @@ def checkout(tmp_path: Path, make_model, tiny_tokenizer) -> Path:
 def test_commands_run_as_written(checkout: Path):
     assert len(COMMANDS) == 8
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    said = {}
+    output = {}
     for command in COMMANDS:
         short = command + SHORT if "train_ds.py" in command else command
         done = subprocess.run(
             ["bash", "-c", short], cwd=checkout, env=environment(PATH=path), capture_output=True, text=True, timeout=300
         )
         assert done.returncode == 0, f"{short}\n{done.stdout[-1500:]}\n{done.stderr[-3000:]}"
-        said[command.split()[1] + command.split()[2]] = done.stdout
-    assert "6 images, 12 queries (6 absent; " in said["scripts/convert_data.pylabelme"]
-    assert "all images and masks can be read" in said["scripts/convert_data.pycheck"]
+        output[command.split()[1] + command.split()[2]] = done.stdout
+    assert "6 images, 12 queries (6 absent; " in output["scripts/convert_data.pylabelme"]
+    assert "all images and masks can be read" in output["scripts/convert_data.pycheck"]
     for name in ("own.train.png", "own.val.png"):
         assert (checkout / "data/mine" / name).is_file()
     [result] = (checkout / "runs/mine/merged/eval").glob("*.json")

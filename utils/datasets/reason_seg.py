@@ -123,7 +123,7 @@ class ReasonSegSplit:
                 }
             )
         if not records:
-            first = (self.problems + self.without_polygon + ["the folder holds no .json"])[0]
+            first = (self.problems + self.without_polygon + ["the folder contains no .json"])[0]
             raise DataError(f"{name}: nothing usable in {folder}: {first}")
         self.records = PackedRecords(records)
 

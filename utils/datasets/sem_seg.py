@@ -210,7 +210,7 @@ class LabelReader:
                 folders = ", ".join(map(str, image_folders))
                 self.problems.append(f"{self.folder / file} has no image of the same name (looked in {folders})")
         if not records:
-            first = (self.problems or ["the folder holds no .png"])[0]
+            first = (self.problems or ["the folder contains no .png"])[0]
             raise DataError(f"{name}: nothing usable in {self.folder}: {first}")
         self.records = PackedRecords(records)
 
