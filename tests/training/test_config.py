@@ -297,6 +297,7 @@ def test_method_settings_without_effect_are_refused(flags):
 def test_sets_of_a_type_that_is_not_mixed(tmp_path):
     messages = problems(*NEEDED, "--dataset", "vqa", "--refer_seg_data", "grefcoco")
     assert messages == ["--refer_seg_data: has no effect: --dataset vqa does not name refer_seg"]
+    assert load_config([*NEEDED, "--dataset", "refer_sg", "--refer_seg_data", "grefcoco"])  # open_data names the typo
     path = written(tmp_path, "data: {dataset: vqa, refer_seg_data: grefcoco}")
     assert "data.refer_seg_data: has no effect" in problems("--config", path, *NEEDED)[0]
     path = written(tmp_path, "data: {dataset: vqa||refer_seg, refer_seg_data: grefcoco}")

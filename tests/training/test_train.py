@@ -231,7 +231,14 @@ def test_resuming_another_run_is_refused(run_here, base, data):
     _, printed = run_here(code=2, no_eval=True)
     assert "holds a run already" in printed
     assert "--auto_resume true" in printed
-    changed = {"lora_r": 4, "seed": 3, "dataset": "reason_seg", "no_eval": True, "auto_resume": True}
+    changed = {
+        "lora_r": 4,
+        "seed": 3,
+        "dataset": "reason_seg",
+        "refer_seg_data": "",
+        "no_eval": True,
+        "auto_resume": True,
+    }
     _, printed = run_here(code=2, **changed)
     for expected in (
         "lora_r: 2 in the checkpoint, now 4",
@@ -411,7 +418,7 @@ def test_variants_train_validate_and_resume(run_here, term, settings):
     assert [line["step"] for line in after] == list(range(1, 9))
     if "baseline" not in settings:
         mean = float(before["base_model.model.ppm.baseline"])
-        assert mean == pytest.approx(after[3]["baseline"])
+        assert mean == pytest.approx(after[3]["baseline"], rel=1e-5)  # the log has six digits
         assert abs(after[4]["baseline"] - mean) < 0.2 * abs(after[4]["reward"] - mean) + 1e-6  # it moved on from there
 
 
