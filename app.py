@@ -81,10 +81,10 @@ def build_dashboard(args: argparse.Namespace, folder: Path) -> Dashboard:
         args.version = str(ROOT / TRAINED)
     if args.version is None:
         opened = untrained_tiny(args)
-        name = "The tiny model before fine-tuning (assets/tiny): it knows drawn scenes only"
+        name = "The tiny model before fine-tuning (assets/tiny): it knows synthetic scenes only"
     else:
         opened = cli.open_model(args)
-        name = "The tiny model, trained by the demo: it knows drawn scenes only" if requested is None else args.version
+        name = args.version if requested else "The tiny model, trained by the demo: it knows synthetic scenes only"
     opened.model.config.layer_rule(args.layer_policy)  # an invalid rule fails before the page opens
     dashboard = Dashboard(
         opened.model,

@@ -135,18 +135,18 @@ def check_packages() -> Iterator[Finding]:
     from packaging.requirements import Requirement
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    found = {}
+    versions = {}
     for text in project["dependencies"]:
         wanted = Requirement(text)
         try:
-            found[wanted.name] = importlib.metadata.version(wanted.name)
+            versions[wanted.name] = importlib.metadata.version(wanted.name)
         except importlib.metadata.PackageNotFoundError:
             yield problem(f"{wanted.name} is not installed ({text} is needed)", INSTALL)
             continue
-        if not wanted.specifier.contains(found[wanted.name], prereleases=True):
-            yield problem(f"{wanted.name} is {found[wanted.name]}, {text} is needed", f"pip install '{text}'")
-    shown = ", ".join(f"{name} {found[name]}" for name in ("torch", "transformers", "deepspeed") if name in found)
-    yield ok(f"{len(found)} of {len(project['dependencies'])} packages are installed ({shown})")
+        if not wanted.specifier.contains(versions[wanted.name], prereleases=True):
+            yield problem(f"{wanted.name} is {versions[wanted.name]}, {text} is needed", f"pip install '{text}'")
+    shown = ", ".join(f"{name} {versions[name]}" for name in ("torch", "transformers", "deepspeed") if name in versions)
+    yield ok(f"{len(versions)} of {len(project['dependencies'])} packages are installed ({shown})")
 
 
 def check_imports() -> Iterator[Finding]:

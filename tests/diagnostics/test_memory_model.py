@@ -66,18 +66,18 @@ def test_activations_are_what_autograd_saves(checkpointing):
     batch = random_batch(plan)
     plan = replace(plan, tokens=batch.input_ids.shape[1], labels=len(batch.label_ids))
     held = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
-    kept: dict[int, torch.UntypedStorage] = {}
+    saved: dict[int, torch.UntypedStorage] = {}
 
     def pack(tensor):
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in held:
-            kept[storage.data_ptr()] = storage
+            saved[storage.data_ptr()] = storage
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         output = model(batch)
     assert output.loss.isfinite()
-    measured = sum(storage.nbytes() for storage in kept.values())
+    measured = sum(storage.nbytes() for storage in saved.values())
     parts = (
         memory_model.language_model(plan),
         memory_model.text_loss_bytes(plan),

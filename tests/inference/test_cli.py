@@ -287,11 +287,11 @@ def test_kill_and_resume(capsys, version, val_data, tmp_path):
         read_results(path)
     assert evaluate(capsys, version, val_data, tmp_path / "out", "ReasonSeg|val", *more, "--resume")[0] == 0
     assert path.read_bytes() == answers(tmp_path / "whole", "generate").read_bytes()
-    found, expected = (
+    values, expected = (
         json.loads(answers(tmp_path / name, "generate").with_suffix(".json").read_text()) for name in ("out", "whole")
     )
     for key in expected.keys() - {"seconds", "command"}:
-        assert found[key] == expected[key]
+        assert values[key] == expected[key]
 
 
 def test_scores_follow_from_the_answers_alone(capsys, version, val_data, tmp_path):

@@ -41,12 +41,12 @@ def test_methods_are_those_of_their_files():
     assert set(rows) == {path.stem for path in (ROOT / "configs/methods").glob("*.yaml")}
     for name, settings in rows.items():
         flags = [part for key, value in settings.items() for part in (f"--{key}", value)]
-        ours, theirs = (
+        config, expected = (
             load_config(["--config", TINY, *flags]),
             load_config(["--config", str(ROOT / f"configs/methods/{name}.yaml")]),
         )
-        assert (ours.ppm, ours.loss) == (theirs.ppm, theirs.loss)
-        assert ours.data == load_config(["--config", TINY]).data
+        assert (config.ppm, config.loss) == (expected.ppm, expected.loss)
+        assert config.data == load_config(["--config", TINY]).data
 
 
 def write_results(folder: Path, hit: int) -> None:

@@ -1,4 +1,4 @@
-"""Checkpoint folders: complete or absent, found by name, compared before a run resumes from them."""
+"""Checkpoint folders: complete or absent, messages by name, compared before a run resumes from them."""
 
 from __future__ import annotations
 
@@ -137,9 +137,9 @@ def test_settings_that_do_not_matter_may_change(meta):
 def test_what_makes_it_another_run(meta, change, expected):
     other = copy.deepcopy(meta)
     change(other)
-    found = differences(other, meta)
-    assert len(found) == 1
-    assert found[0].startswith(expected)
+    messages = differences(other, meta)
+    assert len(messages) == 1
+    assert messages[0].startswith(expected)
 
 
 def test_a_configuration_of_a_newer_version_is_refused(meta):

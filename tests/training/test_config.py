@@ -87,8 +87,8 @@ def test_the_related_methods_differ_in_what_they_are_known_for():
         comment = (folder / f"{name}.yaml").read_text().partition("base:")[0]
         assert "Taken from its paper" in comment
         assert "Not taken" in comment
-    ours = load_config(["--config", str(folder / "uground.yaml")]).method
-    assert ours == load_config(["--config", str(ROOT / "configs/7b_reason_seg.yaml")]).method
+    method = load_config(["--config", str(folder / "uground.yaml")]).method
+    assert method == load_config(["--config", str(ROOT / "configs/7b_reason_seg.yaml")]).method
 
 
 def test_released_settings_are_those_of_the_loader():
@@ -134,8 +134,8 @@ def test_saved_configuration_reads_back(tmp_path):
 
 
 def test_all_problems_at_once():
-    found = problems("--lr", "fast", "--seed", "-1", "--epoch", "3", "--gaussian_kernel", "4", "--precision", "half")
-    text = "\n".join(found)
+    messages = problems("--lr", "fast", "--seed", "-1", "--epoch", "3", "--gaussian_kernel", "4", "--precision", "half")
+    text = "\n".join(messages)
     for expected in (
         "--lr: 'fast' is not a number",
         "--seed: -1 is too small; at least 0",
@@ -146,7 +146,7 @@ def test_all_problems_at_once():
         "--dataset_dir: is missing",
     ):
         assert expected in text
-    assert len(found) == 9  # and nothing twice
+    assert len(messages) == 9  # and nothing twice
 
 
 def test_names_of_other_trainers_are_understood():
@@ -190,10 +190,10 @@ def test_names_of_other_trainers_are_understood():
 )
 def test_a_bad_file_is_named_with_key_and_fix(tmp_path, text, expected):
     path = written(tmp_path, text)
-    found = problems("--config", path, *NEEDED)
-    assert len(found) == 1
-    assert expected in found[0]
-    assert str(tmp_path) in found[0] or found[0].startswith("--warmup_steps")
+    messages = problems("--config", path, *NEEDED)
+    assert len(messages) == 1
+    assert expected in messages[0]
+    assert str(tmp_path) in messages[0] or messages[0].startswith("--warmup_steps")
 
 
 def test_half_a_configuration_needs_half_of_what_is_required():
@@ -288,15 +288,16 @@ def test_an_unknown_recipe_is_refused(tmp_path):
 def test_method_settings_without_effect_are_refused(flags):
     """The last one named does nothing beside the first."""
     name = [flag for flag in flags if flag.startswith("--")][-1]
-    found = problems(*NEEDED, *flags)
-    assert len(found) == 1
-    assert found[0].startswith(f"{name}: ")
-    assert "has no effect" in found[0]
+    messages = problems(*NEEDED, *flags)
+    assert len(messages) == 1
+    assert messages[0].startswith(f"{name}: ")
+    assert "has no effect" in messages[0]
 
 
 def test_sets_of_a_type_that_is_not_mixed(tmp_path):
-    found = problems(*NEEDED, "--dataset", "vqa", "--refer_seg_data", "grefcoco")
-    assert found == ["--refer_seg_data: has no effect: --dataset vqa does not name refer_seg"]
+    messages = problems(*NEEDED, "--dataset", "vqa", "--refer_seg_data", "grefcoco")
+    assert messages == ["--refer_seg_data: has no effect: --dataset vqa does not name refer_seg"]
+    assert load_config([*NEEDED, "--dataset", "refer_sg", "--refer_seg_data", "grefcoco"])  # open_data names the typo
     path = written(tmp_path, "data: {dataset: vqa, refer_seg_data: grefcoco}")
     assert "data.refer_seg_data: has no effect" in problems("--config", path, *NEEDED)[0]
     path = written(tmp_path, "data: {dataset: vqa||refer_seg, refer_seg_data: grefcoco}")

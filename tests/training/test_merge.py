@@ -49,13 +49,13 @@ def test_merged_folder_answers_as_the_trained_model(trained, tmp_path, capsys):
     model, processor = load_pretrained(folder)
     assert model.config.layer_policy == "fixed:2"  # as it was validated
     config = load_config(flags)
-    ours, own_processor, _ = build_model(config)
+    unmerged, own_processor, _ = build_model(config)
     weights = checkpoints.trained_weights(checkpoints.find_checkpoint(run))
-    ours.float().load_state_dict(weights, strict=False)
+    unmerged.float().load_state_dict(weights, strict=False)
     image = np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8)
     ask = ([image], [[Turn("where is the star", "it is [SEG].")]])
     [[left]] = predict(model, processor, *ask, layer_policy="last")
-    [[right]] = predict(ours.get_base_model(), own_processor, *ask, layer_policy="last")
+    [[right]] = predict(unmerged.get_base_model(), own_processor, *ask, layer_policy="last")
     tolerance = 1e-4 if config.model.precision == "fp32" else 0.05  # merged weights are rounded to bf16 again
     for a, b in ((left.mask_logits, right.mask_logits), (left.maps, right.maps), (left.policy, right.policy)):
         assert (a - b).abs().max() <= tolerance * b.abs().max()

@@ -1,4 +1,4 @@
-"""Training runs on drawn data: what they write, resuming, bad input, and two real processes against one."""
+"""Training runs on synthetic data: what they write, resuming, bad input, and two real processes against one."""
 
 from __future__ import annotations
 
@@ -129,11 +129,11 @@ def test_figures_are_logged_only_when_asked(run_here):
 
 
 class Waits(TorchDispatchMode):
-    """Notes who asks for a tensor's value, for which the host of a GPU waits; preparing data on the CPU is left out."""
+    """Records callers that read a tensor's value, which synchronizes with a GPU; collation on the CPU is excluded."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: list[str] = []
+        self.callers: list[str] = []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function.overloadpacket.__name__
@@ -149,7 +149,7 @@ class Waits(TorchDispatchMode):
         packages = ROOT / "model", ROOT / "utils"
         own = [file.name for file in files if file.parent == ROOT or any(map(file.is_relative_to, packages))]
         if "collate.py" not in own:
-            self.found.append("DeepSpeed" if any("deepspeed" in file.parts for file in files) else own[-1])
+            self.callers.append("DeepSpeed" if any("deepspeed" in file.parts for file in files) else own[-1])
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
@@ -165,7 +165,7 @@ def test_a_step_waits_for_no_value(run_here, monkeypatch, accumulation):
             active.append(mode)
             step(run, *rest)
             active.pop()
-        waits.append(Counter(mode.found))
+        waits.append(Counter(mode.callers))
 
     monkeypatch.setattr(train_ds, "train_step", watched)
     run_here(log_every=100, epochs=1, steps_per_epoch=4, no_eval=True, grad_accumulation_steps=accumulation)
@@ -188,7 +188,7 @@ def test_checkpoints_between_epochs(run_here, monkeypatch):
 
 
 def test_best_is_compared_with_its_like(run_here):
-    """A resumed run that is judged by another metric forgets the best value of the old one."""
+    """A run resumed with another validation metric discards the best value of the old one."""
     run, printed = run_here(epochs=1, steps_per_epoch=3, val_metric="gIoU", lr=1e-6)
     assert "1 process on CPU" in printed
     assert "2 images per step = batch_size 2 x grad_accumulation_steps 1 x 1" in printed
@@ -231,7 +231,14 @@ def test_resuming_another_run_is_refused(run_here, base, data):
     _, printed = run_here(code=2, no_eval=True)
     assert "holds a run already" in printed
     assert "--auto_resume true" in printed
-    changed = {"lora_r": 4, "seed": 3, "dataset": "reason_seg", "no_eval": True, "auto_resume": True}
+    changed = {
+        "lora_r": 4,
+        "seed": 3,
+        "dataset": "reason_seg",
+        "refer_seg_data": "",
+        "no_eval": True,
+        "auto_resume": True,
+    }
     _, printed = run_here(code=2, **changed)
     for expected in (
         "lora_r: 2 in the checkpoint, now 4",

@@ -41,14 +41,14 @@ def assert_answers_as_before(folder: Path, **base: str) -> None:
     expected = json.loads((WRITTEN / "expected.json").read_text())
     assert (written.text, written.token_ids) == (expected["text"], expected["token_ids"])
     assert given.layers == expected["layers"]
-    found = {
+    values = {
         "policy": given.policy,
         "logits": logits[:8],
         "mask_logits": given.mask_logits[:, ::12, ::16],
         "mask_sums": given.mask_logits.abs().sum((1, 2)),
         "map_sums": given.maps.sum((1, 2)),
     }
-    for name, value in found.items():
+    for name, value in values.items():
         before = torch.tensor(expected[name])
         assert (value - before).abs().max() <= TOLERANCE * before.abs().max(), name
 

@@ -77,6 +77,7 @@ class Config:
 SECTIONS: dict[str, type] = get_type_hints(Config)
 FIELDS: dict[str, Field] = {f.name: f for section in SECTIONS.values() for f in fields(section)}
 SECTION_OF: dict[str, str] = {f.name: name for name, section in SECTIONS.items() for f in fields(section)}
+DATA_TYPES = {name.removesuffix("_data") for name in FIELDS if name.endswith("_data")}
 KINDS: dict[str, Any] = {name: kind for s in SECTIONS.values() for name, kind in get_type_hints(s).items()}
 METHOD_DEFAULTS = {name: item.default for name, item in METHOD_FIELDS.items()}
 MOVED = dict.fromkeys(vars(ExperimentalSettings()), ("ppm", "loss"))  # sections that hold them in older files
@@ -310,10 +311,8 @@ def _contradictions(config: Config) -> Iterable[tuple[str, str]]:
         yield ("val_layer_policy" if name == "eval_layer_policy" else name), text
     if not data.dataset:
         yield "dataset", "is empty; name at least one type"
-    types = {
-        name.removesuffix("_data") for name in FIELDS if name.endswith("_data")
-    }  # an unknown type is reported later
-    if data.sample_rates and len(data.sample_rates) != len(data.dataset) and types.issuperset(data.dataset):
+    known = DATA_TYPES.issuperset(data.dataset)  # an unknown type is reported later
+    if known and data.sample_rates and len(data.sample_rates) != len(data.dataset):
         named = f"--dataset names {len(data.dataset)} ({'||'.join(data.dataset)})"
         yield "sample_rates", f"{len(data.sample_rates)} rates, but {named}; give --sample_rates one for each"
     if data.sample_rates and not (min(data.sample_rates) >= 0 and sum(data.sample_rates) > 0):
@@ -341,6 +340,8 @@ def _ignored(config: Config, values: Mapping[str, tuple[Any, str]]) -> Iterable[
     lists them: a run may choose a few types of a file that describes more.
     """
     yield from without_effect(config.method)
+    if not DATA_TYPES.issuperset(config.data.dataset):  # reported later
+        return
     source = values["dataset"][1].partition(": ")[0] if "dataset" in values else ""
     for name, (_, origin) in values.items():
         kind = name.removesuffix("_data")
