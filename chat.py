@@ -22,7 +22,7 @@ from model.layer_rules import MonteCarloMean
 from model.processing.pixels import read_pixels
 from model.structures import Prediction
 from utils.inference import cli
-from utils.inference.answer_files import describe, free_stem, save_answer
+from utils.inference.answer_files import answer_record, free_stem, save_answer
 from utils.inference.folder import answer_all, find_images, read_prompts
 from utils.inference.session import ImageSession
 from utils.inference.terminal import AnswerPrinter, picture_codes, picture_protocol, printable
@@ -183,7 +183,7 @@ class Chat:
         """Writes the files of the last answer."""
         assert self.photo is not None
         assert self.last is not None
-        values = describe(str(self.photo.path), self.photo.pixels, self.prompt, self.last, self.layer_policy)
+        values = answer_record(str(self.photo.path), self.photo.pixels, self.prompt, self.last, self.layer_policy)
         save_answer(folder, stem, self.photo.pixels, values, self.last)
         self.files = [str(folder / mask["file"]) for mask in values["masks"]]
 

@@ -58,7 +58,7 @@ def method_of(folder: Path, meta: dict[str, Any]) -> dict[str, Any]:
     """The settings of ``UGroundConfig`` that an adapter was trained with.
 
     Args:
-        meta: of ``read_meta``.
+        meta: of ``read_adapter_meta``.
 
     Raises:
         ValueError: naming every unknown setting.
@@ -126,7 +126,7 @@ def plain_name(name: str) -> str:
     return name.removeprefix("base_model.model.").replace(".default.", ".")
 
 
-def read_meta(folder: Path) -> dict[str, Any]:
+def read_adapter_meta(folder: Path) -> dict[str, Any]:
     """``uground_run.json`` of a folder that merge_lora.py wrote.
 
     Raises:

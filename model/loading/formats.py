@@ -102,7 +102,7 @@ RELEASES = {  # by the architecture that config.json names; docs/weights.md says
     "SESAMEForCausalLM": Release("SESAME", LISA, SYSTEM_PROMPT),
     "READForCausalLM": Release("READ", READ, SYSTEM_PROMPT),
 }
-MODES = {  # mode in UGround's published configurations -> settings for the layers of the map and of phi's input
+UGROUND_MODES = {  # mode in UGround's published configurations -> settings for the layers of the map and of phi's input
     1: {"layer_selection": "last"},
     2: {"phi_layer": "last"},
     3: {},
@@ -181,7 +181,7 @@ def released_settings(release: Release, config: dict) -> dict[str, Any]:
         )
     if release.name == "UGround":
         mode = config.get("mode", 3)
-        if mode not in MODES:
-            raise ValueError(f"mode {mode!r} of the published configuration is unknown; known: {sorted(MODES)}")
-        settings |= MODES[mode] | ({} if config.get("eval_legacy", True) else {"eval_layer_policy": "sample"})
+        if mode not in UGROUND_MODES:
+            raise ValueError(f"mode {mode!r} of the published configuration is unknown; known: {sorted(UGROUND_MODES)}")
+        settings |= UGROUND_MODES[mode] | ({} if config.get("eval_legacy", True) else {"eval_layer_policy": "sample"})
     return settings

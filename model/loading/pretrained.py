@@ -19,7 +19,7 @@ from model.loading.weights import (
     grow_vocabulary,
     load_base,
     load_released,
-    read_json,
+    read_config,
     run_of,
 )
 from model.opened import Opened
@@ -48,7 +48,7 @@ def kind_of(folder: str | Path) -> Kind:
         return "adapter"
     if folder.is_dir() and not (folder / "config.json").is_file() and run_of(folder):
         return "run"
-    config = read_json(folder, "--version")
+    config = read_config(folder, "--version")
     if release_of(config):
         return "released"
     if config.get("model_type") == "uground":
@@ -88,7 +88,7 @@ def load(
     precision = pick_precision(precision, device)
     kind = kind_of(folder)
     if kind not in LOADERS:
-        model_type = read_json(Path(folder), "--version").get("model_type")  # raises for a run, with the fix
+        model_type = read_config(Path(folder), "--version").get("model_type")  # raises for a run, with the fix
         raise ValueError(
             f"--version: {folder} is of type {model_type!r}, not a UGround model; "
             "merge a trained run with scripts/merge_lora.py first"
@@ -130,7 +130,7 @@ def _load_merged(folder: Path, precision: str, paths: dict[str, str]) -> Parts:
 
 
 def _load_adapter(folder: Path, precision: str, paths: dict[str, str]) -> Parts:
-    meta = adapter.read_meta(folder)
+    meta = adapter.read_adapter_meta(folder)
     settings = meta["config"]["model"] | paths
     base = settings["version"], settings["vision_tower"], settings["vision_pretrained"]
     if missing := [path for path in base if not Path(path).exists()]:
@@ -150,7 +150,7 @@ def _load_adapter(folder: Path, precision: str, paths: dict[str, str]) -> Parts:
 
 
 def _load_released(folder: Path, precision: str, paths: dict[str, str]) -> Parts:
-    raw_config = read_json(folder, "--version")
+    raw_config = read_config(folder, "--version")
     release = release_of(raw_config)
     assert release is not None
     vision_tower = paths.get("vision_tower") or raw_config.get("mm_vision_tower", "")
@@ -210,7 +210,7 @@ def load_for_training(
     add_special_tokens(tokenizer)
     grow_vocabulary(model, old_size, len(tokenizer))
     config, sam_side = model.config, model.visual_model.shape.image_size
-    system_prompt = read_json(Path(version), "--version").get("system_prompt", SYSTEM_PROMPT)
+    system_prompt = read_config(Path(version), "--version").get("system_prompt", SYSTEM_PROMPT)
     processor = UGroundProcessor(tokenizer, config.clip_side, config.clip_patch, sam_side, system_prompt, max_tokens)
     ids = processor.tokens
     config.seg_token_id, config.rej_token_id = ids.seg, ids.rej

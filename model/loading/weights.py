@@ -109,7 +109,7 @@ def run_of(folder: Path) -> Path | None:
     return next((run for run in candidates if (run / "checkpoints/index.json").is_file()), None)
 
 
-def read_json(folder: Path, what: str) -> dict:
+def read_config(folder: Path, what: str) -> dict:
     """``config.json`` of a folder.
 
     Args:
@@ -237,13 +237,13 @@ def base_config(version: Path, tower: Path, sam: SamShape, keys: Collection[str]
     Raises:
         ValueError: if the folder is no LLaVA, or its projector was trained for another tower.
     """
-    raw = formats.llava_config(read_json(version, "--version"))
+    raw = formats.llava_config(read_config(version, "--version"))
     if raw.get("model_type") not in LLAVA_TYPES:
         raise ValueError(
             f"--version: {version} is of type {raw.get('model_type')!r}, not a LLaVA-1.5 base "
             f"({' or '.join(LLAVA_TYPES)}); a merged UGround folder is for test.py and chat.py"
         )
-    read_json(tower, "--vision_tower")
+    read_config(tower, "--vision_tower")
     clip = CLIPVisionConfig.from_pretrained(tower)
     expected = raw.get("mm_hidden_size", clip.hidden_size)
     if clip.hidden_size != expected:
@@ -264,7 +264,7 @@ def base_config(version: Path, tower: Path, sam: SamShape, keys: Collection[str]
     )
 
 
-def build(config: UGroundConfig, dtype: torch.dtype) -> UGroundForCausalLM:
+def new_model(config: UGroundConfig, dtype: torch.dtype) -> UGroundForCausalLM:
     """The model with initialized phi and gate; all other weights are uninitialized memory."""
     default = torch.get_default_dtype()
     try:
@@ -327,10 +327,10 @@ def load_base(
         ValueError: if a file is missing, or weights do not fit.
     """
     sam, shape = read_sam(vision_pretrained)
-    nested = "text_config" in read_json(Path(version), "--version")
+    nested = "text_config" in read_config(Path(version), "--version")
     rules = formats.LLAVA_TRANSFORMERS if nested else formats.LLAVA
     llava = formats.renamed(read_folder(Path(version)), rules)
-    model = build(base_config(Path(version), Path(vision_tower), shape, llava.keys(), settings), dtype)
+    model = new_model(base_config(Path(version), Path(vision_tower), shape, llava.keys(), settings), dtype)
     load_strictly(model.visual_model, sam, vision_pretrained)
     has_tower = any(key.startswith("vision_tower.") for key in llava)  # perhaps fine-tuned: it takes precedence
     llava = read_tower(vision_tower) | llava
@@ -357,7 +357,7 @@ def load_released(
         ValueError: if the architecture is unknown, a file is missing, or weights do not fit.
     """
     folder = Path(folder)
-    raw = read_json(folder, "--version")
+    raw = read_config(folder, "--version")
     release = formats.release_of(raw)
     if release is None:
         raise ValueError(f"--version: {folder} names no known architecture ({', '.join(formats.RELEASES)})")
@@ -369,7 +369,7 @@ def load_released(
         hint = ": an adapter that was not merged; merge it with its own code" if wrapped else ""
         raise ValueError(f"--version: {folder} holds no SAM (no {error}){hint}") from error
     method = formats.released_settings(release, raw) | settings
-    model = build(base_config(folder, Path(vision_tower), shape, state.keys(), method), dtype)
+    model = new_model(base_config(folder, Path(vision_tower), shape, state.keys(), method), dtype)
     sources = dict.fromkeys((name for name, _ in model.named_children()), str(folder))
     if not any(key.startswith("vision_tower.") for key in state):
         sources["vision_tower"] = str(vision_tower)

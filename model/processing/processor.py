@@ -16,7 +16,7 @@ from model.processing.transforms import CLIP_FITS
 from model.sam_cache import image_key
 from model.structures import Batch, Sample, Turn
 
-FILE_NAME = "uground_processor.json"
+PROCESSOR_FILE = "uground_processor.json"
 
 
 class UGroundProcessor:
@@ -73,9 +73,11 @@ class UGroundProcessor:
         Raises:
             ValueError: if the folder has no ``uground_processor.json``.
         """
-        path = Path(folder) / FILE_NAME
+        path = Path(folder) / PROCESSOR_FILE
         if not path.is_file():
-            raise ValueError(f"{folder} is no UGround folder: it has no {FILE_NAME} (scripts/merge_lora.py writes one)")
+            raise ValueError(
+                f"{folder} is no UGround folder: it has no {PROCESSOR_FILE} (scripts/merge_lora.py writes one)"
+            )
         settings = json.loads(path.read_text()) | overrides
         return cls(load_tokenizer(folder), **settings)
 
@@ -90,7 +92,7 @@ class UGroundProcessor:
             "clip_fit": self.clip_fit,
         }
         self.tokenizer.save_pretrained(folder)
-        (Path(folder) / FILE_NAME).write_text(json.dumps(settings, indent=2) + "\n")
+        (Path(folder) / PROCESSOR_FILE).write_text(json.dumps(settings, indent=2) + "\n")
 
     def collate(self, samples: Sequence[Sample]) -> Batch:
         """A batch for training. Conversations longer than ``max_tokens`` are truncated, with their masks.
@@ -135,7 +137,7 @@ class UGroundProcessor:
         if room < 1:
             raise ValueError(
                 f"the image and the beginning of the prompt take {len(self.builder.prefix_ids)} tokens, and rows have "
-                f"at most {self.max_tokens}; raise --model_max_length (training) or max_tokens in {FILE_NAME}"
+                f"at most {self.max_tokens}; raise --model_max_length (training) or max_tokens in {PROCESSOR_FILE}"
             )
         for i, (image, image_turns) in enumerate(zip(images, turns, strict=True)):
             if not image_turns:
@@ -145,7 +147,7 @@ class UGroundProcessor:
                 if len(conversation.ids) > room:
                     raise ValueError(
                         f"the question {turn.question[:60]!r} takes {len(conversation.ids)} tokens with its answer, "
-                        f"{room} fit beside the image; ask for less at a time, or raise max_tokens in {FILE_NAME}"
+                        f"{room} fit beside the image; ask for less at a time, or raise max_tokens in {PROCESSOR_FILE}"
                     )
             no_masks = np.zeros((0, *image.shape[:2]), dtype=np.uint8)
             sample_id = sample_ids[i] if sample_ids is not None else i

@@ -56,7 +56,7 @@ from utils.demo.pretrain_batches import (
     vision_batch,
 )
 
-STEPS = {"vision": 2800, "language": 3000, "sam": 4000}
+STAGE_STEPS = {"vision": 2800, "language": 3000, "sam": 4000}
 NO_SYSTEM_PROMPT = ""  # 30 tokens in front of every prompt would cost a tiny model more than they tell it
 
 
@@ -354,7 +354,7 @@ def main() -> None:
     for folder in folders.values():
         folder.mkdir(parents=True, exist_ok=True)
     stages = options.stages.split(",")
-    steps = {stage: max(2, int(count * options.steps)) for stage, count in STEPS.items()}
+    steps = {stage: max(2, int(count * options.steps)) for stage, count in STAGE_STEPS.items()}
     torch.manual_seed(options.seed)
     if "vision" in stages or "language" in stages:
         tokenizer = make_tokenizer(folders["llava"], options.seed)

@@ -127,7 +127,7 @@ def test_baselines_are_the_same_work(small: benchmark.Bench) -> None:
     packed, unpacked = (small.model(small.batch(samples, packed=packed)).loss for packed in (True, False))
     torch.testing.assert_close(packed, unpacked, rtol=1e-4, atol=1e-4)
     assert small.batch(samples).input_ids.shape[0] * 3 == small.batch(samples, packed=False).input_ids.shape[0]
-    small.configure(benchmark.LISA)
+    small.configure(benchmark.LISA_STYLE)
     assert "policy" not in small.model(small.batch(samples)).terms
     assert not small.model.ppm.gate.requires_grad
     small.configure(benchmark.UGROUND)

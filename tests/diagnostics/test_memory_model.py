@@ -43,7 +43,7 @@ def test_what_changes_what(plan):
     assert parts(images=8)["SAM"] > one  # masks at the images' size do grow
     assert parts(pixels=12_000_000)["total"] < before["total"] + 3e9  # the losses of a large photograph go in parts
     for values in (before, offloaded):
-        assert values["total"] == pytest.approx(sum(values[part] for part in memory_model.PARTS))
+        assert values["total"] == pytest.approx(sum(values[part] for part in memory_model.MEMORY_PARTS))
     assert memory_model.on_cuda(before) > before["total"] + memory_model.CUDA_CONTEXT
 
 

@@ -444,17 +444,17 @@ def test_loading_takes_the_memory_of_one_model(tmp_path, tiny_tokenizer):
 
 def test_no_weight_is_left_uninitialized(base, monkeypatch):
     """``build`` leaves weights uninitialized: loading must replace all of them."""
-    build = weights.build
+    new_model = weights.new_model
 
     def poisoned(*arguments):
-        model = build(*arguments)
+        model = new_model(*arguments)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if not name.startswith(weights.NEW_PARTS):
                     parameter.fill_(torch.nan)
         return model
 
-    monkeypatch.setattr(weights, "build", poisoned)
+    monkeypatch.setattr(weights, "new_model", poisoned)
     state = open_base(base).state_dict()
     assert all(value.isfinite().all() and not value.is_meta for value in state.values())
 

@@ -144,7 +144,7 @@ def load_config(argv: Sequence[str] | None = None, needs: Collection[str] = SECT
     for name in FIELDS:
         if (value := getattr(flags, name)) is not None:
             values[name] = (value, f"--{name}")
-    config = build(values, problems, needs)
+    config = build_config(values, problems, needs)
     if ignored := [f"{values[name][1]}: {text}" for name, text in _ignored(config, values) if name in values]:
         raise ConfigError(ignored)
     return config
@@ -153,10 +153,12 @@ def load_config(argv: Sequence[str] | None = None, needs: Collection[str] = SECT
 def config_from(sections: Mapping[str, Mapping[str, Any]], origin: str) -> Config:
     """The configuration from its ``to_dict``, as a checkpoint holds it."""
     problems: list[str] = []
-    return build(_flatten(sections, origin, problems), problems)
+    return build_config(_flatten(sections, origin, problems), problems)
 
 
-def build(values: Mapping[str, tuple[Any, str]], problems: list[str], needs: Collection[str] = SECTIONS) -> Config:
+def build_config(
+    values: Mapping[str, tuple[Any, str]], problems: list[str], needs: Collection[str] = SECTIONS
+) -> Config:
     """Converts and checks values, each given with its origin; raises ``ConfigError`` for all ``problems``."""
     config = Config()
     unchecked = {name for name, item in FIELDS.items() if item.metadata["required"] and SECTION_OF[name] not in needs}
@@ -375,7 +377,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The command line's parser; ``build`` converts the values, which stay text here."""
+    """The command line's parser; ``build_config`` converts the values, which stay text here."""
     parser = _Parser(
         usage="%(prog)s --config FILE [--setting value ...]",
         description="Train UGround: LoRA on LLaVA, Policy-Prompted Masking, SAM's decoder.",

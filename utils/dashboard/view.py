@@ -237,7 +237,7 @@ def answer_json(visit: Visit, model: str, pictures: str = "rle") -> dict[str, An
     assert prediction is not None
     if visit.monte_carlo is not None:
         prediction = replace(prediction, uncertainty=visit.monte_carlo.uncertainty)
-    values = answer_files.describe("", visit.image, visit.turns[-1].question, prediction, visit.policy)
+    values = answer_files.answer_record("", visit.image, visit.turns[-1].question, prediction, visit.policy)
     del values["image"]  # names of uploads are random
     for n, (logits, mask, entry) in enumerate(zip(prediction.mask_logits, visit.masks, values["masks"])):
         inside = logits.sigmoid()[torch.from_numpy(mask)]

@@ -42,7 +42,11 @@ UGROUND: dict[str, Any] = {
     "policy_gradient": "reinforce",
 }
 EXACT = UGROUND | {"policy_gradient": "exact"}
-LISA = UGROUND | {"layer_selection": "last", "mask_prompt": False, "map_terms": ()}  # LISA-style: last layer, no maps
+LISA_STYLE = UGROUND | {
+    "layer_selection": "last",
+    "mask_prompt": False,
+    "map_terms": (),
+}  # LISA-style: last layer, no maps
 ANSWER = "Sure, it is [SEG]."
 
 
@@ -422,8 +426,8 @@ def cases(bench: Bench, compiled: bool) -> dict[str, Callable[[], Any]]:
         "packed 6": train(UGROUND, bench.batch(six), sam=False),
         "unpacked 6": train(UGROUND, bench.batch(six, packed=False), sam=False),
         "UGround": train(UGROUND, packed),
-        "LISA": train(LISA, packed),
-        "LISA unpacked": train(LISA, unpacked),
+        "LISA": train(LISA_STYLE, packed),
+        "LISA unpacked": train(LISA_STYLE, unpacked),
         "exact": train(EXACT, packed),
         "written": bench.generate_with_cache,
         "written without cache": bench.generate_without_cache,

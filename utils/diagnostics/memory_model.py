@@ -26,7 +26,7 @@ from utils.config import Config
 from utils.plotting import text_tables
 
 GB = 1e9
-PARTS = ("weights", "optimizer", "gradients", "language model", "SAM")
+MEMORY_PARTS = ("weights", "optimizer", "gradients", "language model", "SAM")
 PREFIX, PER_QUESTION, LABELS = 40, 40, 12  # tokens: of the prefix; per question with answer; per answer, as labels
 PIXELS = 640 * 480  # of a COCO image
 PIXEL_BYTES = 35  # per pixel of a mask: what the losses at the image's size save (measured, docs/scaling.md)
@@ -278,7 +278,7 @@ def tables(name: str, plan: Plan, source: str, gpus: Sequence[int], offload: boo
     per_gpu = f"{plan.images} images of {plan.tokens} tokens and {plan.masks} masks per GPU, {8 * plan.precision} bits"
     lines = [f"{name}: {plan.parameters:,} parameters, {plan.trainable:,} trainable; {per_gpu}"]
     lines += [f"sizes from: {source}"] if source else []
-    rows = [["GB per GPU", *PARTS, "all", "fits on"]]
+    rows = [["GB per GPU", *MEMORY_PARTS, "all", "fits on"]]
     variants: dict[str, dict[str, Any]] = {"as configured": {}, "gradient checkpointing": {"checkpointing": True}}
     variants["checkpointing, 1 image"] = {"checkpointing": True, "images": 1}
     for count in gpus:
@@ -288,14 +288,14 @@ def tables(name: str, plan: Plan, source: str, gpus: Sequence[int], offload: boo
                 total = on_cuda(parts)
                 cards = ", ".join(str(card) for card in CARDS if fits(total, card)) or "none"
                 label = f"{count} GPU{'s' if count > 1 else ''}, {title}{', offload' if offloaded else ''}"
-                sizes = [f"{value / GB:.1f}" for value in (*(parts[part] for part in PARTS), total)]
+                sizes = [f"{value / GB:.1f}" for value in (*(parts[part] for part in MEMORY_PARTS), total)]
                 host = f" (host: {parts['host'] / GB:.1f} per GPU)" if offloaded else ""
                 rows.append([label, *sizes, f"{cards}{host}"])
     assumed = f"{CUDA_CONTEXT / GB:.1f} GB for CUDA and NCCL and {FRAGMENTATION:.0%} of the activations"
     return [
         *lines,
         "",
-        *text_tables.aligned(rows, "l" + "r" * (len(PARTS) + 1) + "l"),
+        *text_tables.aligned(rows, "l" + "r" * (len(MEMORY_PARTS) + 1) + "l"),
         f"all: with {assumed}, which are assumptions, not measurements; docs/scaling.md",
         f"fits on: cards (GB) with {MARGIN:.0%} left free",
         "",

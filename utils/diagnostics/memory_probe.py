@@ -22,7 +22,7 @@ from utils.diagnostics.memory_model import GB, Plan, expected
 from utils.training.engine import build_engine, deepspeed_settings
 
 TOKENIZER = Path(__file__).resolve().parents[2] / "assets/tiny/llava"
-STEPS = 2  # the optimizer creates its state in the first
+MEASURED_STEPS = 2  # the optimizer creates its state in the first
 
 
 def compare_with_plan(plan: Plan, config: Config) -> str:
@@ -53,7 +53,7 @@ def measure_step(plan: Plan, config: Config) -> tuple[Plan, float]:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     engine = build_engine(adapted, config, deepspeed_settings(config, 1))
     reset_peak(device)
-    for _ in range(STEPS):
+    for _ in range(MEASURED_STEPS):
         output = engine(batch)
         engine.backward(output.loss)
         del output

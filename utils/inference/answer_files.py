@@ -14,7 +14,9 @@ from utils.datasets.masks import encode_mask
 from utils.plotting.overlays import heat_map, overlay, save_picture
 
 
-def describe(image: str, pixels: np.ndarray, prompt: str, prediction: Prediction, layer_policy: str) -> dict[str, Any]:
+def answer_record(
+    image: str, pixels: np.ndarray, prompt: str, prediction: Prediction, layer_policy: str
+) -> dict[str, Any]:
     """An answer as a JSON object; each mask has its box (x, y, width, height; None if it is empty) and COCO RLE.
 
     Args:
@@ -51,7 +53,7 @@ def save_pictures(folder: Path, stem: str, pixels: np.ndarray, values: dict[str,
     With ``mc:T`` also STEM_deviation_K.png: the standard deviation of the T probabilities, yellow where it is 0.5.
 
     Args:
-        values: from ``describe``.
+        values: from ``answer_record``.
     """
     folder.mkdir(parents=True, exist_ok=True)
     masks = (prediction.mask_logits > 0).numpy()

@@ -11,11 +11,11 @@ from typing import Any
 
 from model.opened import Opened
 from model.processing.pixels import read_pixels
-from utils.inference.answer_files import describe, free_stem, save_pictures
+from utils.inference.answer_files import answer_record, free_stem, save_pictures
 from utils.inference.terminal import printable
 
-FILE_NAME = "answers.jsonl"
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+ANSWERS_FILE = "answers.jsonl"
+OPENED_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 PROMPTS_AT_ONCE = 16  # about one image, on one cache
 
 
@@ -27,9 +27,9 @@ def find_images(path: Path) -> list[Path]:
     """
     if not path.is_dir():
         return [path]
-    images = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
+    images = sorted(file for file in path.iterdir() if file.suffix.lower() in OPENED_SUFFIXES)
     if not images:
-        raise ValueError(f"--image: {path} holds no image ({' '.join(IMAGE_SUFFIXES)})")
+        raise ValueError(f"--image: {path} holds no image ({' '.join(OPENED_SUFFIXES)})")
     return images
 
 
@@ -71,7 +71,7 @@ def answer_all(
             f"--output {folder} also holds the image {inside[0].name}; give another folder for the pictures of answers"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / FILE_NAME
+    path = folder / ANSWERS_FILE
     done = _read_done(path, settings)
     options = {name: settings[name] for name in ("layer_policy", "max_new_tokens", "seed")}
     same_stem = Counter(image.stem for image in images)
@@ -91,7 +91,7 @@ def answer_all(
             for start in range(0, len(remaining), PROMPTS_AT_ONCE):
                 part = remaining[start : start + PROMPTS_AT_ONCE]
                 for prompt, prediction in zip(part, opened.ask(pixels, part, **options)):
-                    values = describe(str(image), pixels, prompt, prediction, settings["layer_policy"])
+                    values = answer_record(str(image), pixels, prompt, prediction, settings["layer_policy"])
                     if pictures:
                         save_pictures(folder, free_stem(folder, stem, "_overlay.png"), pixels, values, prediction)
                     file.write(json.dumps(values | {"settings": settings}, ensure_ascii=False) + "\n")

@@ -14,7 +14,7 @@ from model.processing.tokens import SEG
 from utils.plotting.overlays import color
 
 PICTURE_BOX = 900, 500  # pixels; a larger picture would push the conversation off the screen
-CHUNK = 4096  # of kitty's protocol
+KITTY_CHUNK = 4096  # of kitty's protocol
 
 
 class AnswerPrinter:
@@ -80,7 +80,7 @@ def picture_codes(picture: np.ndarray, protocol: str) -> str:
     data = base64.b64encode(file.getvalue()).decode()
     if protocol == "iterm":
         return f"\x1b]1337;File=inline=1;size={len(file.getvalue())}:{data}\a\n"
-    parts = [data[start : start + CHUNK] for start in range(0, len(data), CHUNK)]
+    parts = [data[start : start + KITTY_CHUNK] for start in range(0, len(data), KITTY_CHUNK)]
     heads = ["a=T,f=100,", *[""] * (len(parts) - 1)]
     more = [*[1] * (len(parts) - 1), 0]
     return "".join(f"\x1b_G{h}m={m};{part}\x1b\\" for h, m, part in zip(heads, more, parts)) + "\n"

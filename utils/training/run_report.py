@@ -30,7 +30,7 @@ NAME = "report.html"
 WIDTH = 9.0  # inches of a chart
 BUDGET = 1_800_000  # bytes, for all validation pictures
 NOT_LOSSES = {"step", "epoch", "lr", "images_per_s", "gradient", "skipped", "entropy", "reward", "baseline"}
-STYLE = """
+CSS = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #141414; max-width: 1000px; margin: 2em auto; padding: 0 1em; }
 h1 { margin-bottom: 0; } h2 { margin-top: 2em; border-bottom: 1px solid #ccc; }
 table { border-collapse: collapse; margin: 0.5em 0; display: block; overflow-x: auto; }
@@ -76,7 +76,7 @@ def write_report(folder: Path) -> Path:
     html = (
         f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{title}</title>\n'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
-        f'<meta name="viewport" content="width=device-width">\n<style>{STYLE}</style>\n</head>\n<body>\n'
+        f'<meta name="viewport" content="width=device-width">\n<style>{CSS}</style>\n</head>\n<body>\n'
         + "\n".join(part for part in parts if part)
         + "\n</body>\n</html>\n"
     )
