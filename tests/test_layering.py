@@ -73,7 +73,7 @@ def test_no_packages_import_each_other() -> None:
     assert not cycles, cycles
 
 
-@pytest.mark.parametrize("room", [package for package in LAYER_OF if "." in package])
+@pytest.mark.parametrize("package", [package for package in LAYER_OF if "." in package])
 def test_every_package_exists(package: str) -> None:
     path = ROOT / package.replace(".", "/")
     assert path.with_suffix(".py").is_file() or (path / "__init__.py").is_file()
