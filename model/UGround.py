@@ -326,8 +326,8 @@ class UGroundForCausalLM(LlavaLlamaForCausalLM):
 
         if not rule.samples:
             layers = choose_layers(0)
-            layer_masks = zip(layers.tolist(), decode(grounding, layers))
-            return [MaskPrediction(logits, similarity, layer) for layer, (logits, similarity) in layer_masks]
+            masks = decode(grounding, layers)
+            return [MaskPrediction(*mask, layer) for mask, layer in zip(masks, layers.tolist())]
         sampled = torch.stack([choose_layers(trial) for trial in range(rule.samples)], 1)  # [N, T]
         shares = nn.functional.one_hot(sampled, self.ppm.num_layers).float().mean(1).cpu()  # [N, L]
         means = [MonteCarlo(share) for share in shares]

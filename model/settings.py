@@ -78,7 +78,7 @@ class PpmSettings:
         "baseline of the reward: its moving average, or a critic's estimate (section 4.1)",
         choices=("average", "critic"),
     )
-    # Algorithm 1 leaves the start open. Rewards are far from zero: with a start at zero, first steps are mostly noise.
+    # Algorithm 1 leaves the start open. As rewards are far from zero, a zero start makes the gate's first steps noisy.
     baseline_start: str = setting(
         "zero",
         "start of the moving average: zero, or the first mean reward (the gate learns faster)",
