@@ -1,4 +1,4 @@
-"""The demo's data on disk: layouts and keys of the real sets, exact masks, disjoint splits, baselines."""
+"""The demo data on disk: layouts and keys of the real sets, exact masks, disjoint splits, query-agnostic baselines."""
 
 from __future__ import annotations
 

@@ -143,7 +143,8 @@ def eval_turn(query: EvalQuery, instances: bool = False) -> Turn:
 def eval_joint_turn(queries: Sequence[EvalQuery]) -> Turn:
     """Returns the joint question of the teacher-forced protocol for gRefCOCO: "Sure, A:[SEG], B:[SEG]."
 
-    Protocol: docs/evaluation.md ("Two ways of asking"). The answer has [SEG] for every expression, present or absent,
-    so that no ground truth leaks; rejection is decided from the logits of [SEG] and [REJ] at the position before each.
+    Protocol: docs/evaluation.md ("Generated or teacher-forced answers"). The answer has [SEG] for every expression,
+    present or absent, so that no ground truth leaks; rejection is decided from the logits of [SEG] and [REJ] at the
+    position before each.
     """
     return joint_turn([query.text for query in queries], ["[SEG]"] * len(queries))

@@ -294,10 +294,10 @@ class Bench:
         model, sam, repeated = self.model, self.model.visual_model, []
         watched = {
             "CLIP": (model, "encode_images"),
-            "LLaMA forward": (model, "read"),
+            "LLaMA forward": (model, "forward_packed"),
             "policy + similarity": (model, "ground"),
             "SAM features from disk": (sam, "encode"),
-            "maps, SAM decoder": (model, "draw"),
+            "maps, SAM decoder": (model, "mask_as_prompt"),
             "losses": (model, "objective"),
         }
         for turn in range(repeats + 1):
