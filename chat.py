@@ -90,7 +90,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="interactive: whether the model sees earlier questions and answers about the image (default: off; "
         "models trained on single questions answer worse with it)",
     )
-    cli.add_layer_flag(parser, "default: the model's own, argmax, or last for a released checkpoint")
+    cli.add_layer_flag(parser, "default: the model's own, argmax, or last for a published checkpoint")
     add("--max_new_tokens", type=int, default=64, metavar="N", help="longest answer in tokens (default: 64)")
     add("--seed", type=int, default=0, metavar="S", help="random seed of sampled layers (default: 0)")
     args = parser.parse_args(arguments)

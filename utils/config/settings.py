@@ -63,7 +63,7 @@ class DataSettings:
     weighting: str = setting(
         "size", "within a type, sample data sets by size or uniformly", choices=("size", "uniform")
     )
-    questions_per_image: int = setting(3, "most conversations per image (one packed sequence)", low=1)
+    questions_per_image: int = setting(3, "maximum of conversations per image, in one packed sequence", low=1)
     negative_sampling_weight: float = setting(
         0.0, "sem_seg: probability of a question about a class that is not in the image", low=0.0, high=1.0
     )
@@ -88,7 +88,7 @@ class DataSettings:
     )
     sam_feature_cache_gb: float = setting(
         100.0,
-        "its maximum size; the least recently used embeddings are deleted first",
+        "size limit of that cache; the least recently used embeddings are deleted first",
         above=0.0,
         may_change=True,
     )
