@@ -166,7 +166,7 @@ class SoftGating(LayerRule):
     """Soft gating (Table 9): the gate trains through SAM."""
 
     name = "soft"
-    help = "all layers, weighted by the policy, which trains through SAM (Table 9)"
+    help = "all layers, weighted by the policy; as a selection, the gate trains through SAM (Table 9)"
     gate: ClassVar[Gate] = "masks"
 
     def weights(self, log_policy: torch.Tensor) -> torch.Tensor | None:
@@ -229,7 +229,8 @@ class PolicyBlend(LayerRule):
             raise ValueError(f"'{self}' blends more layers than there are; use at most blend:{num_layers}")
 
     def weights(self, log_policy: torch.Tensor) -> torch.Tensor | None:
-        highest, layers = log_policy.topk(self.count)
+        ranked = log_policy.sort(dim=-1, descending=True, stable=True)  # ties as in argmax, which is reported
+        highest, layers = ranked.values[:, : self.count], ranked.indices[:, : self.count]
         return torch.zeros_like(log_policy).scatter(-1, layers, highest.softmax(-1))
 
     def words(self, layer: int) -> str:
@@ -293,7 +294,7 @@ def parse(
         if (rule := kind.match(text)) is not None:
             rule.check(num_layers, candidates)
             return rule
-    raise ValueError(f"unknown layer policy {text!r} for {use}: {text!r} is not one of {names(use)}")
+    raise ValueError(f"unknown layer rule for {use}: {text!r} is not one of {names(use)}")
 
 
 def rules_for(use: Use) -> list[type[LayerRule]]:

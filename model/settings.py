@@ -208,7 +208,7 @@ def contradictions(method: Mapping[str, Any], num_layers: int | None = None) -> 
     uses: dict[str, layer_rules.Use] = {"layer_selection": "training", "eval_layer_policy": "inference"}
     for name, use in uses.items():
         try:
-            if method[name]:
+            if method[name] is not None:
                 layer_rules.parse(method[name], num_layers, candidates, use)
         except ValueError as error:
             yield name, str(error)
@@ -221,7 +221,8 @@ def contradictions(method: Mapping[str, Any], num_layers: int | None = None) -> 
 def without_effect(method: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """(setting, problem) of changed method settings that others switch off: a run would silently ignore them."""
     changed = {name for name, value in method.items() if value != METHOD_FIELDS[name].default}
-    if (selection := method["layer_selection"]) != "policy":
+    selection = method["layer_selection"]
+    if layer_rules.parse(selection, use="training").gate != "policy":
         for name in ("policy_gradient", "baseline", "entropy_bonus", "scale_advantage"):
             if name in changed:
                 reason = f"layer_selection {selection} trains no policy by rewards; leave it out, or train a policy"

@@ -30,7 +30,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils.config import load_config
+from utils.config import Config, WithoutEffectError, load_config
 from utils.datasets.spec import Spec
 from utils.evaluation import metrics
 from utils.evaluation.benchmarks import benchmark_of
@@ -137,10 +137,12 @@ TABLES: dict[str, tuple[AblationRow, ...]] = {
 
 def main(argv: list[str] | None = None) -> int:
     args, settings = parse_arguments(argv)
-    config = load_config(["--config", str(args.config), *settings])  # errors are raised before the first run
+    config = load_config(["--config", str(args.config), *settings])
     rows, specs = TABLES[args.table], tuple(map(Spec.parse, config.eval.val_dataset))
     if other := [spec for spec in specs if not set(METRICS) <= set(benchmark_of(spec).metrics)]:
         raise ValueError(f"--val_dataset {other[0]} has no {' and '.join(METRICS)}, which the tables report")
+    for row in rows:
+        settings_of(row, args, settings)  # errors are raised before the first run
     results: dict[str, list[Path]] = {}
     for seed in range(args.seeds):  # one seed of the whole table before the next
         for row in rows:
@@ -196,7 +198,7 @@ def run_row(
 ) -> Path:
     """Trains, merges and evaluates one row with one seed; returns the folder of its results."""
     results = folder / "eval"
-    row_settings = [*settings, *(part for key, value in row.settings.items() for part in (f"--{key}", value))]
+    row_settings, config = settings_of(row, args, settings)
     train = ["train_ds.py", "--config", str(args.config), *row_settings, "--seed", str(seed), "--auto_resume", "true"]
     train += ["--log_base_dir", str(folder.parent), "--exp_name", folder.name]
     check_same_settings(folder / "ablate.json", train)
@@ -204,10 +206,25 @@ def run_row(
         return results
     call(folder, train)
     call(folder, ["scripts/merge_lora.py", "--checkpoint", str(folder), "--output", str(folder / "merged")])
-    dataset_dir = load_config(["--config", str(args.config), *row_settings]).data.dataset_dir
-    test = ["test.py", "--version", str(folder / "merged"), "--dataset_dir", dataset_dir, "--mode", "generate"]
+    test = ["test.py", "--version", str(folder / "merged"), "--dataset_dir", config.data.dataset_dir]
+    test += ["--mode", "generate"]
     call(folder, [*test, "--val_dataset", "||".join(map(str, specs)), "--batch_size", "16", "--output", str(results)])
     return results
+
+
+def settings_of(row: AblationRow, args: argparse.Namespace, settings: list[str]) -> tuple[list[str], Config]:
+    """Flags of a row, and its configuration. Settings for all rows that this one switches off are left out."""
+    own = [part for key, value in row.settings.items() for part in (f"--{key}", value)]
+    try:
+        return [*settings, *own], load_config(["--config", str(args.config), *settings, *own])
+    except WithoutEffectError as error:
+        kept, keep = [], True
+        for part in settings:
+            keep = part[2:].partition("=")[0] not in error.names if part.startswith("--") else keep
+            kept += [part] if keep else []
+        if kept == settings:
+            raise
+        return settings_of(row, args, kept)
 
 
 def check_same_settings(path: Path, train: list[str]) -> None:

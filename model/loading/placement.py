@@ -57,8 +57,12 @@ def place(model: LlamaForCausalLM, device: str, quantize: str | None = None, dev
         device_map: ``auto`` = spread decoder layers over all GPUs, and main memory if they are too small.
 
     Raises:
-        ValueError: if bitsandbytes is missing, the device does not support it, or memory is too small.
+        ValueError: for an unknown value, if bitsandbytes is missing, the device does not support it, or memory is too
+            small.
     """
+    for name, value, choices in (("quantize", quantize, QUANTIZATIONS), ("device_map", device_map, ("auto",))):
+        if value and value not in choices:
+            raise ValueError(f"--{name}: {value!r} is not one of {', '.join(choices)}")
     if quantize and device_map:
         raise ValueError("--quantize and --device_map exclude each other: quantized layers stay on one device")
     if quantize:

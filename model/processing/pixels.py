@@ -16,12 +16,14 @@ def as_pixels(image: Picture) -> np.ndarray:
     """An image as uint8 RGB [H, W, 3]; files and PIL images are rotated by their EXIF orientation.
 
     Raises:
-        ValueError: if the file cannot be read, or an array has another dtype or shape.
+        ValueError: if the file cannot be read, or the image is of another type, dtype or shape.
     """
     if isinstance(image, (str, Path)):
         return read_pixels(image, apply_exif=True)
     if isinstance(image, Image.Image):
         return to_rgb(ImageOps.exif_transpose(image))
+    if not isinstance(image, np.ndarray):
+        raise ValueError(f"the image is a {type(image).__name__}; give a path, a PIL image, or uint8 [H, W, 3], RGB")
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
         raise ValueError(f"the image is {image.dtype} {list(image.shape)}; give uint8 [H, W, 3], RGB")
     return image

@@ -16,28 +16,28 @@ from utils.config.config import make_parser
 
 LAYERS, CANDIDATES = 5, range(1, 5)  # of the tiny model
 BAD = {  # of each rule: what is refused, and the message
-    "policy": {"policy:1": "unknown layer policy"},
-    "argmax": {"argmax:": "unknown layer policy"},
-    "sample": {"sample:2": "unknown layer policy"},
-    "last": {"last:1": "unknown layer policy"},
-    "uniform": {"uniform:0.5": "unknown layer policy"},
+    "policy": {"policy:1": "unknown layer rule"},
+    "argmax": {"argmax:": "unknown layer rule"},
+    "sample": {"sample:2": "unknown layer rule"},
+    "last": {"last:1": "unknown layer rule"},
+    "uniform": {"uniform:0.5": "unknown layer rule"},
     "fixed": {
-        "fixed": "unknown layer policy",
-        "fixed:x": "unknown layer policy",
-        "fixed:1-2": "unknown layer policy",
+        "fixed": "unknown layer rule",
+        "fixed:x": "unknown layer rule",
+        "fixed:1-2": "unknown layer rule",
         "fixed:5": r"layer 5 does not exist: choose 0 \(embeddings\) to 4 \(last\)",
         "fixed:-1": "layer -1 does not exist",
     },
-    "soft": {"soft:2": "unknown layer policy"},
-    "ce_soft": {"ce_soft:2": "unknown layer policy"},
-    "mc": {"mc": "unknown layer policy", "mc:\u00b2": "unknown layer policy", "mc:0": "'mc:0' samples no layer"},
+    "soft": {"soft:2": "unknown layer rule"},
+    "ce_soft": {"ce_soft:2": "unknown layer rule"},
+    "mc": {"mc": "unknown layer rule", "mc:\u00b2": "unknown layer rule", "mc:0": "'mc:0' samples no layer"},
     "blend": {
-        "blend": "unknown layer policy",
+        "blend": "unknown layer rule",
         "blend:0": "'blend:0' blends no layer; use blend:1 or more",
         "blend:6": "'blend:6' blends more layers than there are; use at most blend:5",
     },
     "window": {
-        "window:2": "unknown layer policy",
+        "window:2": "unknown layer rule",
         "window:1-5": "layer 5 does not exist",
         "window:3-2": "'window:3-2' is empty; use window:2-3",
         "window:0-0": "'window:0-0' holds no layer that the policy can choose: 1 to 4",
@@ -220,3 +220,16 @@ def test_a_blend_lies_between_the_mode_and_soft_gating(tiny_model, tiny_processo
     one, two, every = (ask(tiny_model, tiny_processor, rule).maps for rule in ("argmax", "blend:2", "soft"))
     assert not torch.allclose(one, two, atol=1e-3)
     assert not torch.allclose(two, every, atol=1e-3)
+
+
+def test_blended_layers_are_those_of_the_mode_under_ties():
+    """A gate that never trained is uniform: ``topk`` and ``argmax`` break ties differently."""
+    log_policy = torch.full((3, 9), -torch.inf)
+    log_policy[:, 1:] = torch.tensor(1 / 8).log()
+    mode = parse("argmax").choose(log_policy, torch.zeros(3, 9))
+    for count in (1, 3, 8):
+        rule = parse(f"blend:{count}")
+        weights = rule.weights(log_policy)
+        assert torch.equal(rule.choose(log_policy, torch.zeros(3, 9)), mode)
+        assert (weights.gather(1, mode[:, None]) > 0).all()
+        assert (weights > 0).sum(1).tolist() == [count] * 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 
@@ -162,3 +163,18 @@ def test_results_of_other_settings_are_refused(commands, tmp_path):
 def test_a_program_that_fails_is_quoted(tmp_path):
     with pytest.raises(ValueError, match=r"train_ds.py failed .*(?s:.*)--nonsense"):
         ablate.call(tmp_path, ["train_ds.py", "--nonsense", "1"])
+
+
+def test_settings_for_all_rows_are_left_out_where_a_row_switches_them_off():
+    args = argparse.Namespace(config=ROOT / "configs/tiny.yaml")
+    common = ["--baseline", "critic", "--epochs", "1"]
+    fixed, policy = ablate.AblationRow("last", {"layer_selection": "last"}), ablate.AblationRow("policy", {})
+    assert ablate.settings_of(policy, args, common)[0] == common
+    assert ablate.settings_of(fixed, args, common)[0] == ["--epochs", "1", "--layer_selection", "last"]
+
+
+def test_every_row_accepts_the_settings_that_the_changelog_recommends():
+    args = argparse.Namespace(config=ROOT / "configs/tiny.yaml")
+    for table in ablate.TABLES.values():
+        for row in table:
+            ablate.settings_of(row, args, ["--baseline_start", "first", "--entropy_bonus", "0.01"])

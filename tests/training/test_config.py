@@ -266,6 +266,8 @@ def test_an_unknown_recipe_is_refused(tmp_path):
         "'relased' is not one of paper, released"
         in problems("--config", written(tmp_path, "recipe: relased"), *NEEDED)[0]
     )
+    assert "is not one of paper, released" in problems("--config", written(tmp_path, "recipe: [released]"), *NEEDED)[0]
+    assert "--layer_selection: " in problems(*NEEDED, "--layer_selection", "")[0]
     assert "--recipe: 'lisa' is not one of paper, released" in problems(*NEEDED, "--recipe", "lisa")[0]
 
 
@@ -295,13 +297,20 @@ def test_method_settings_without_effect_are_refused(flags):
 
 
 def test_sets_of_a_type_that_is_not_mixed(tmp_path):
-    messages = problems(*NEEDED, "--dataset", "vqa", "--refer_seg_data", "grefcoco")
-    assert messages == ["--refer_seg_data: has no effect: --dataset vqa does not name refer_seg"]
-    assert load_config([*NEEDED, "--dataset", "refer_sg", "--refer_seg_data", "grefcoco"])  # open_data names the typo
-    path = written(tmp_path, "data: {dataset: vqa, refer_seg_data: grefcoco}")
-    assert "data.refer_seg_data: has no effect" in problems("--config", path, *NEEDED)[0]
+    found = problems(*NEEDED, "--dataset", "vqa", "--refer_seg_data", "grefcoco")
+    hint = "name it there, or leave it out"
+    assert found == [f"--refer_seg_data: has no effect: --dataset vqa does not name refer_seg; {hint}"]
     path = written(tmp_path, "data: {dataset: vqa||refer_seg, refer_seg_data: grefcoco}")
-    assert load_config(["--config", path, *NEEDED, "--dataset", "vqa"]).data.dataset == ("vqa",)  # chosen out of a file
+    assert load_config(["--config", path, *NEEDED, "--dataset", "vqa"]).data.dataset == ("vqa",)  # chosen from a file
+
+
+def test_the_saved_configuration_of_every_accepted_run_loads(tmp_path):
+    """A run may choose from a file: its config.yaml holds what it did not use."""
+    text = "data: {dataset: vqa||refer_seg, refer_seg_data: grefcoco}\nppm: {baseline: critic}"
+    flags = ["--config", written(tmp_path, text), *NEEDED, "--dataset", "vqa", "--layer_selection", "last"]
+    config = load_config(flags)
+    config.save(tmp_path / "config.yaml")
+    assert load_config(["--config", str(tmp_path / "config.yaml")]) == config
 
 
 def test_a_checkpoint_with_settings_without_effect_still_loads():

@@ -37,6 +37,18 @@ class ConfigError(ValueError):
         super().__init__(f"{count} in the configuration:\n" + "\n".join(f"  - {line}" for line in self.problems))
 
 
+class WithoutEffectError(ConfigError):
+    """Flags that other settings switch off.
+
+    Args:
+        ignored: setting -> problem.
+    """
+
+    def __init__(self, ignored: Mapping[str, str]) -> None:
+        self.names = set(ignored)
+        super().__init__([f"--{name}: {text}" for name, text in ignored.items()])
+
+
 @dataclass
 class Config:
     """All settings. A leaf's name is unique, so that flags are flat: ``config.train.lr`` is ``--lr``."""
@@ -145,8 +157,8 @@ def load_config(argv: Sequence[str] | None = None, needs: Collection[str] = SECT
         if (value := getattr(flags, name)) is not None:
             values[name] = (value, f"--{name}")
     config = build_config(values, problems, needs)
-    if ignored := [f"{values[name][1]}: {text}" for name, text in _ignored(config, values) if name in values]:
-        raise ConfigError(ignored)
+    if ignored := {name: text for name, text in _ignored(config) if values.get(name, ("", ""))[1] == f"--{name}"}:
+        raise WithoutEffectError(ignored)
     return config
 
 
@@ -252,7 +264,7 @@ def read_yaml(path: Path, problems: list[str], above: tuple[Path, ...] = ()) -> 
 
 def _expand_recipe(recipe: Any, origin: str, problems: list[str]) -> dict[str, tuple[Any, str]]:
     """The settings of a recipe; settings of the same file or command line override them."""
-    if recipe not in RECIPES:
+    if not isinstance(recipe, str) or recipe not in RECIPES:
         problems.append(f"{origin}: {recipe!r} is not one of {', '.join(RECIPES)}")
         return {}
     values = {"val_layer_policy" if name == "eval_layer_policy" else name: v for name, v in RECIPES[recipe].items()}
@@ -335,22 +347,18 @@ def _contradictions(config: Config) -> Iterable[tuple[str, str]]:
         yield "val_dataset", "is empty; name a benchmark, or give --no_eval"
 
 
-def _ignored(config: Config, values: Mapping[str, tuple[Any, str]]) -> Iterable[tuple[str, str]]:
+def _ignored(config: Config) -> Iterable[tuple[str, str]]:
     """(setting, problem) of settings that a run would silently ignore.
 
-    Data sets of a type that ``dataset`` does not name are a problem only if a flag, or the file that names the types,
-    lists them: a run may choose a few types of a file that describes more.
+    An error for flags alone: a run may choose from a file that describes more, and its saved configuration must load.
     """
     yield from without_effect(config.method)
     if not DATA_TYPES.issuperset(config.data.dataset):  # reported later
         return
-    source = values["dataset"][1].partition(": ")[0] if "dataset" in values else ""
-    for name, (_, origin) in values.items():
-        kind = name.removesuffix("_data")
-        if kind == name or not getattr(config.data, name) or kind in config.data.dataset:
-            continue
-        if origin.startswith("--") or origin.partition(": ")[0] == source:
-            yield name, f"has no effect: --dataset {'||'.join(config.data.dataset)} does not name {kind}"
+    for kind in sorted(DATA_TYPES.difference(config.data.dataset)):
+        if getattr(config.data, f"{kind}_data"):
+            reason = f"--dataset {'||'.join(config.data.dataset)} does not name {kind}; name it there, or leave it out"
+            yield f"{kind}_data", f"has no effect: {reason}"
 
 
 def missing_paths(config: Config) -> list[str]:
@@ -389,8 +397,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--recipe",
         metavar="{" + ",".join(RECIPES) + "}",
-        help="the method of the paper, or that of its published checkpoints (training and evaluation); single settings "
-        "override it (in a YAML file: recipe, beside base)",
+        help="where they differ, the method of the paper or that of its published checkpoints, training and evaluation; "
+        "as a flag it overrides the file, and other flags override it; in a YAML file: recipe, beside base",
     )
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     names = {bool: "BOOL", int: "INT", float: "FLOAT", str: "TEXT", tuple[str, ...]: "A||B", tuple[float, ...]: "X,Y"}

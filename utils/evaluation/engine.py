@@ -78,14 +78,15 @@ def evaluate(
 
     Args:
         model, processor: of ``model.load``.
-        options: how answers are predicted.
+        options: how answers are predicted; None = in the benchmark's mode, with the model's own layer rule.
         run: how the evaluation runs.
 
     Raises:
         ValueError: listing the images that cannot be read; for an unknown layer policy or protocol; for a journal of
             another evaluation, or of other annotations.
     """
-    options, run = options or InferenceOptions(), run or RunOptions()
+    run = run or RunOptions()
+    options = options or InferenceOptions(benchmark_of(dataset.spec).mode, model.config.layer_policy)
     size = min(len(dataset), run.limit or len(dataset))
     if "shuffled_prompts" in run.controls:
         ShuffledPrompts(dataset, range(size), options.seed)  # raises before hours of work rather than after

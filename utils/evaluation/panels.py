@@ -9,7 +9,7 @@ import numpy as np
 from utils.datasets.base import EvalDataset
 from utils.evaluation import metrics
 from utils.evaluation.benchmarks import benchmark_of
-from utils.evaluation.controls import HEADINGS
+from utils.evaluation.controls import CONTROLS, HEADINGS
 from utils.evaluation.metrics import Record
 from utils.evaluation.paper_tables import missing_note
 from utils.evaluation.predictions import InferenceOptions, predict_queries
@@ -107,7 +107,8 @@ def _rows(summary: Summary, names: Sequence[str]) -> list[list[str]]:
     ]
     rows = [[*labels, *_cells(summary.metrics, names, note, summary.intervals)]]
     for control, scores in summary.controls.items():
-        rows.append([f"  control: {HEADINGS[control]}", "", "", "", "", *_cells(scores, names, note)])
+        kind = "control" if control in CONTROLS else "query-agnostic"
+        rows.append([f"  {kind}: {HEADINGS[control]}", "", "", "", "", *_cells(scores, names, note)])
     for key, groups in summary.breakdown.items():
         for group, scores in groups.items():
             rows.append([f"  {key}: {group}", "", "", "", str(scores["masks"]), *_cells(scores, names, note)])

@@ -56,7 +56,7 @@ def fill(method: str, summaries: Sequence[Summary]) -> list[Table]:
         headed_columns = columns(paper)
         sources = {source for _, spec, _ in headed_columns for source in _sources(spec)}
         relevant = [summary for summary in summaries if summary.spec in sources]
-        rows = [["Method", "setup", *(heading for heading, _, _ in headed_columns)]]
+        rows = [["Method", "asked", *(heading for heading, _, _ in headed_columns)]]
         for setup in dict.fromkeys(map(setup_of, relevant)):
             matching = [summary for summary in relevant if setup_of(summary) == setup]
             cells = [_cell(matching, spec, metric, paper.digits) for _, spec, metric in headed_columns]

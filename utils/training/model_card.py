@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
+from utils.config import SECTIONS
 from utils.datasets.spec import Spec
 from utils.plotting.text_tables import markdown
 
@@ -34,7 +35,7 @@ def model_card(name: str, meta: dict[str, Any], adapter: bool, license: str = "o
         tags=["uground", "referring-expression-segmentation", "reasoning-segmentation", "llava", "sam"],
         eval_results=_results(meta["metrics"]),
     )
-    chosen = {section: meta["config"][section] for section in ("model", "ppm", "loss", "data", "train")}
+    chosen = {section: meta["config"][section] for section in SECTIONS if section in meta["config"]}
     use = "python chat.py --version THIS_FOLDER --image photo.jpg"
     if adapter:
         use += " --base LLAVA_FOLDER --vision_tower CLIP_FOLDER --vision_pretrained SAM_FILE"

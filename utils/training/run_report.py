@@ -184,12 +184,12 @@ def weights_table(start: Mapping[str, Any]) -> str:
 
 def changed_settings(settings: Mapping[str, Mapping[str, Any]]) -> str:
     """Table of the settings that differ from the defaults of ``train_ds.py``."""
-    defaults = to_dict(Config())
+    defaults = {name: value for section in to_dict(Config()).values() for name, value in section.items()}
     rows = [
-        {"setting": name, "value": str(value), "default": str(defaults[part][name])}
-        for part, values in settings.items()
+        {"setting": name, "value": str(value), "default": str(defaults[name])}
+        for values in settings.values()
         for name, value in values.items()
-        if name in defaults.get(part, {}) and value != defaults[part][name]
+        if name in defaults and value != defaults[name]
     ]
     return "<p>Differences from the defaults:</p>" + html_table(rows) if rows else "<p>All settings are defaults.</p>"
 
