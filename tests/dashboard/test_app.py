@@ -125,7 +125,7 @@ def test_the_api_says_why(served, tmp_path):
         ([None, "the red star"], "no image to ask about"),
         ([True, "  "], "question is empty"),
         ([True, "x" * 2001], "2001 characters"),
-        ([True, "the red star", "best"], "unknown layer policy"),
+        ([True, "the red star", "best"], "unknown layer rule"),
         ([True, "the red star", "last", "gif"], "use rle or png"),
         ([True, "the red star", "last", "rle", 10**6], "not between"),
     ],

@@ -121,7 +121,7 @@ def test_damaged_and_missing_files_are_rejected(tmp_path):
 def test_the_number_of_samples_is_limited(dashboard, tmp_path):
     with pytest.raises(ValueError, match="mc:600000 takes 600000 samples; at most 64"):
         next(dashboard.ask("v", upload(tmp_path), "the red star", layer_policy="mc:600000"))
-    with pytest.raises(ValueError, match="unknown layer policy"):
+    with pytest.raises(ValueError, match="unknown layer rule"):
         next(dashboard.ask("v", upload(tmp_path), "the red star", layer_policy="mc:\u00b2"))
 
 
@@ -192,7 +192,7 @@ def test_start_over_keeps_the_image_and_forgets_the_rest(dashboard, tmp_path):
         ("x" * 2001, {}, "2001 characters"),
         ("star", {"max_new_tokens": 0}, "max_new_tokens 0"),
         ("star", {"max_new_tokens": 10**9}, "not between"),
-        ("star", {"layer_policy": "best"}, "unknown layer policy"),
+        ("star", {"layer_policy": "best"}, "unknown layer rule"),
     ],
 )
 def test_invalid_questions_are_rejected_and_change_nothing(dashboard, tmp_path, prompt, options, message):

@@ -221,7 +221,7 @@ def test_the_suite_is_printed_as_the_papers_tables(capsys, version, val_data, tm
     row = f"| {100 * summary['metrics']['gIoU']:.1f} | {100 * summary['metrics']['cIoU']:.1f} | - | - | - | - | - | - |"
     assert row in out
     assert row in (tmp_path / "out" / "tables.md").read_text()
-    assert (tmp_path / "out" / "table_3.csv").read_text().startswith("Method,setup,val overall gIoU")
+    assert (tmp_path / "out" / "table_3.csv").read_text().startswith("Method,asked,val overall gIoU")
     assert "Not evaluated, data not found: ReasonSeg|test, refcoco|unc|val" in out
     assert "not evaluated: refcoco|unc|val: no refs (looked in" in err  # why
     muse = val_data / "multi_reason_seg" / "MultiReasonSeg" / "MUSE_val.json"

@@ -127,7 +127,7 @@ def test_masks_are_decoded_again_without_the_language_model(model, tiny_processo
         assert (again.text, again.layers) == (expected.text, expected.layers)
         assert_same_masks(again.mask_logits, expected.mask_logits)
     for call in (session.decode_again, lambda rule: session.ask("circle", layer_policy=rule)):
-        with pytest.raises(ValueError, match="unknown layer policy 'best'"):
+        with pytest.raises(ValueError, match="unknown layer rule for inference: 'best'"):
             call("best")
 
 
