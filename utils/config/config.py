@@ -397,7 +397,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--recipe",
         metavar="{" + ",".join(RECIPES) + "}",
-        help="where they differ, the method of the paper or that of its published checkpoints, training and evaluation; "
+        help="the method of the paper or of its published checkpoints, where they differ in training and evaluation; "
         "as a flag it overrides the file, and other flags override it; in a YAML file: recipe, beside base",
     )
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
