@@ -92,7 +92,8 @@ class UGroundConfig(LlavaLlamaConfig, PpmSettings, LossSettings, ExperimentalSet
         if self.point_rule != "extremes" and self.clip_fit != "crop":
             problems.append(("point_rule", f"{self.point_rule} needs clip_fit crop: points lie in what a crop shows"))
         if problems:
-            raise ValueError("; ".join(f"{name}: {text}" for name, text in problems))
+            named = {"eval_layer_policy": "eval_layer_policy (a run's --val_layer_policy)"}
+            raise ValueError("; ".join(f"{named.get(name, name)}: {text}" for name, text in problems))
 
 
 AutoConfig.register(UGroundConfig.model_type, UGroundConfig, exist_ok=True)  # AutoTokenizer looks it up

@@ -234,6 +234,8 @@ class PolicyBlend(LayerRule):
         return torch.zeros_like(log_policy).scatter(-1, layers, highest.softmax(-1))
 
     def words(self, layer: int) -> str:
+        if self.count == 1:
+            return super().words(layer)
         return f"the {self.count} most probable layers, most weight on {layer}"
 
 

@@ -177,6 +177,10 @@ def value_problems(values: Mapping[str, Any], items: Mapping[str, Field]) -> Ite
         for choice in value if isinstance(value, (tuple, list)) else (value,):
             if limits["choices"] and choice not in limits["choices"]:
                 yield name, f"{choice!r} is not one of {', '.join(limits['choices'])}"
+        bounded = any(limits[bound] is not None for bound in ("low", "high", "above"))
+        if bounded and not isinstance(value, (int, float)):
+            yield name, f"{value!r} is not a number"
+            continue
         if limits["low"] is not None and not value >= limits["low"]:
             yield name, f"{value} is too small; at least {limits['low']:g}"
         if limits["high"] is not None and not value <= limits["high"]:

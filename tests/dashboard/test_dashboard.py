@@ -377,7 +377,7 @@ def test_policy_chart_shows_all_layers(answered):
     assert html.count("<rect") == 5
     assert html.count("ug-chosen") == 1
     assert "layer 3: 30.0%" in html
-    assert "uses layer 4 of 0 to 4" in html
+    assert "uses layer 4 (layer policy" in html
     assert "untrained" not in html
     answered.prediction.policy[0] = torch.tensor([0, 0.25, 0.25, 0.25, 0.25])
     assert "untrained" in view.policy_html(answered, 0)

@@ -64,6 +64,7 @@ WORDS = {
     "fixed:3": "layer 3",
     "soft": "all layers, most weight on 3",
     "mc:16": "sampled layers, most often 3",
+    "blend:1": "layer 3",
     "blend:2": "the 2 most probable layers, most weight on 3",
     "window:2-3": "layer 3",
 }

@@ -274,6 +274,19 @@ def test_prediction_uses_the_layer_of_training(make_model, tiny_processor, tmp_p
         assert prediction.layers == [{"last": 4, "fixed:2": 2}[expected]]
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"gaussian_sigma": None}, "gaussian_sigma: None is not a number"),
+        ({"point_prompts": "two"}, "point_prompts: 'two' is not a number"),
+        ({"eval_layer_policy": "fixed:9"}, r"eval_layer_policy \(a run's --val_layer_policy\): layer 9 does not exist"),
+    ],
+)
+def test_a_configuration_names_wrong_settings(make_model, settings, message):
+    with pytest.raises(ValueError, match=message):
+        make_model(**settings)
+
+
 def test_save_and_load(tiny_model, tiny_processor, tiny_samples, tmp_path):
     from opening import load_pretrained
 

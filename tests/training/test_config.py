@@ -321,3 +321,10 @@ def test_a_checkpoint_with_settings_without_effect_still_loads():
     del saved["experimental"]
     config = config_from(saved, "meta.json")
     assert (config.experimental.entropy_bonus, config.experimental.critic_loss_weight) == (0.1, 2.0)
+
+
+def test_a_moved_setting_is_given_once():
+    saved = to_dict(load_config(NEEDED))
+    saved["ppm"]["entropy_bonus"] = 0.1
+    with pytest.raises(ConfigError, match=r"experimental.entropy_bonus is given twice, also as ppm.entropy_bonus"):
+        config_from(saved, "meta.json")

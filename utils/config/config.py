@@ -283,7 +283,10 @@ def _flatten(content: Mapping[str, Any], origin: str, problems: list[str]) -> di
             problems.append(f"{origin}: {section}: {entries!r} is not a mapping of settings")
         else:
             for name, value in (entries or {}).items():
-                if SECTION_OF.get(name) == section or section in MOVED.get(name, ()):
+                if name in values:
+                    other = values[name][1].rpartition(" ")[2]
+                    problems.append(f"{origin}: {section}.{name} is given twice, also as {other}")
+                elif SECTION_OF.get(name) == section or section in MOVED.get(name, ()):
                     values[name] = (value, f"{origin}: {section}.{name}")
                 elif name in FIELDS:
                     problems.append(f"{origin}: {section}.{name} belongs in section {SECTION_OF[name]}")

@@ -210,7 +210,7 @@ def policy_html(visit: Visit, seg: int) -> str:
             )
     where = layer_rules.parse(visit.policy).words(chosen)
     caption = (
-        f"{SEG} {seg + 1} uses {where} of 0 to {len(policy) - 1} (layer policy “{escape(visit.policy)}”). "
+        f"{SEG} {seg + 1} uses {where} (layer policy “{escape(visit.policy)}”; layers 0 to {len(policy) - 1}). "
         f"The policy's probability of layer {chosen} is {policy[chosen]:.1%}. "
     )
     if highest - min(probability for probability in policy if probability) < 1e-3:
