@@ -252,8 +252,8 @@ class Objective:
     ) -> dict[str, torch.Tensor]:
         """Terms of the reward for all layers' maps, at the map's own resolution: [N, L] by name.
 
-        The targets are reduced to P patches instead of enlarging L x N maps to the image's size: a few thousand values
-        per [SEG], where one map at the image's size has hundreds of thousands.
+        The targets are reduced to the P patches that CLIP sees, instead of enlarging L x N maps to the image's size: a
+        few thousand values per [SEG], where one map at the image's size has hundreds of thousands.
 
         Args:
             targets: per image [n, H, W] uint8; soft_targets: of ``soft_target``; layer_maps: [N, L, P] in [0, 1].
@@ -264,8 +264,8 @@ class Objective:
         rows = layer_maps.split([len(masks) for masks in targets])
         for target, (soft, weight), maps in zip(targets, soft_targets, rows):
             valid, hard = target != losses.IGNORE, (target == 1).float()
-            soft, share = on_grid(soft, valid, side, grid)
-            hard, _ = on_grid(hard, valid, side, grid)
+            soft, share = on_grid(soft, valid, side, grid, config.clip_fit)
+            hard, _ = on_grid(hard, valid, side, grid, config.clip_fit)
             soft, hard, share, weight = (v.repeat_interleave(num_layers, 0) for v in (soft, hard, share, weight))
             flat = maps.reshape(-1, *grid)
             terms = {
