@@ -19,7 +19,7 @@ from model.geometry import maps_at, mask_prompts, normalise_maps
 from model.layer_rules import LayerRule
 from model.llava import LlavaLlamaForCausalLM
 from model.objective import Objective, UGroundOutput
-from model.points import map_points, read_points
+from model.points import sam_points
 from model.PPM import (
     Grounding,
     PolicyPromptedMasking,
@@ -169,7 +169,8 @@ class UGroundForCausalLM(LlavaLlamaForCausalLM):
         full_maps = [maps_at(rows, side, size, config.clip_fit) for rows, size in per_image]
         tokens, dense = [], None
         if prompts.points:
-            tokens.append(sam.embed_points(*self.points(prompts, maps, seg_valid, grounding.counts, batch.sizes)))
+            sizes = [batch.sizes[row] for row in rows_of(grounding.counts)]
+            tokens.append(sam.embed_points(*sam_points(prompts, maps, seg_valid, sizes, sam.shape.image_size)))
         if prompts.seg:
             phi_input = states if config.phi_layer == "chosen" else grounding.states[:, -1]
             tokens.append(self.text_hidden_fcs[0](phi_input)[:, None])
@@ -181,27 +182,6 @@ class UGroundForCausalLM(LlavaLlamaForCausalLM):
             for rows, resized, size in zip(low_res.split(grounding.counts), batch.sam_sizes, batch.sizes)
         ]
         return logits, full_maps
-
-    def points(
-        self,
-        prompts: Prompts,
-        maps: torch.Tensor,
-        valid: torch.Tensor,
-        counts: list[int],
-        sizes: list[tuple[int, int]],
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Points from similarity maps, by ``prompts.point_rule``: (x, y) in SAM's pixels and labels.
-
-        Args:
-            maps, valid: [N, P]; counts: [SEG] tokens per row; sizes: the images' (H, W).
-
-        Returns:
-            as ``map_points`` and ``read_points``.
-        """
-        count, rule, side = prompts.points, prompts.point_rule, self.visual_model.shape.image_size
-        if rule == "extremes":
-            return map_points(maps, valid, count, side)
-        return read_points(maps, [sizes[row] for row in rows_of(counts)], count, side, rule)
 
     # ------------------------------------------------------------------ inference
 

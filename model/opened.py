@@ -129,12 +129,13 @@ def predict(
     Raises:
         ValueError: as ``UGroundProcessor.prompts`` and ``UGroundForCausalLM.predict``.
     """
+    batch = processor.prompts(images, turns, sample_ids).to(model.device, model.dtype)
     was_training = model.training
     model.eval()
-    batch = processor.prompts(images, turns, sample_ids).to(model.device, model.dtype)
-    predictions = with_text(model.predict(batch, **options), processor)
-    model.train(was_training)
-    return predictions
+    try:
+        return with_text(model.predict(batch, **options), processor)
+    finally:
+        model.train(was_training)
 
 
 def with_text(predictions: list[list[Prediction]], processor: UGroundProcessor) -> list[list[Prediction]]:

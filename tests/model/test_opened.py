@@ -92,6 +92,15 @@ def test_settings_of_an_adapter_that_are_unknown_are_named(tmp_path, monkeypatch
         load(tmp_path / "adapter")
 
 
+def test_a_question_that_fails_leaves_a_model_in_training(tiny_model, tiny_processor):
+    tiny_model.train()
+    image = np.zeros((8, 8, 3), np.uint8)
+    for turn, options in ((Turn(" "), {}), (Turn("star"), {"layer_policy": "best"})):
+        with pytest.raises(ValueError, match=r"empty|unknown layer rule"):
+            predict(tiny_model, tiny_processor, [image], [[turn]], **options)
+        assert tiny_model.training
+
+
 def test_an_adapter_uses_the_layer_rule_of_validation(tmp_path, monkeypatch):
     shutil.copytree(WRITTEN / "adapter", tmp_path / "adapter")
     path = tmp_path / "adapter/uground_run.json"

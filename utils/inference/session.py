@@ -94,7 +94,7 @@ class ImageSession:
 
     def _fit(self, turns: list[Turn], prompt: str, max_new_tokens: int) -> tuple[list[Turn], list[int]]:
         """The latest turns that leave room for the answer, and the token ids of the conversation."""
-        room = self.processor.max_tokens - len(self.processor.builder.prefix_ids)
+        room = self.processor.room
         while True:
             ids = self.processor.builder.encode((*turns, Turn(prompt, ""))).ids
             if not turns or len(ids) + max_new_tokens <= room:
