@@ -222,7 +222,7 @@ def read_sam(path: str) -> tuple[dict[str, torch.Tensor], SamShape]:
     state = formats.sam_renamed(read_folder(folder)) if folder.is_dir() else read_torch_file(folder)
     try:
         return state, SamShape.from_state_dict(state)
-    except (KeyError, StopIteration, IndexError) as error:
+    except (KeyError, IndexError) as error:
         raise ValueError(f"--vision_pretrained: {path} is no segment-anything checkpoint (no {error})") from error
 
 
@@ -364,7 +364,7 @@ def load_released(
     state = formats.renamed(read_folder(folder), formats.LLAVA)
     try:
         shape = SamShape.from_state_dict(formats.below(state, "visual_model."))
-    except KeyError as error:
+    except (KeyError, IndexError) as error:
         wrapped = any(key.startswith("base_model.") for key in state)
         hint = ": an adapter that was not merged; merge it with its own code" if wrapped else ""
         raise ValueError(f"--version: {folder} holds no SAM (no {error}){hint}") from error

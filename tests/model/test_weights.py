@@ -381,6 +381,9 @@ def test_wrong_pairs(base):
     with pytest.raises(ValueError, match="no segment-anything checkpoint"):
         read_sam(str(base / "llava"))
     assert read_sam(sam)[1].image_size == 64
+    torch.save({key: value for key, value in torch.load(sam).items() if "mask_decoder" not in key}, sam)
+    with pytest.raises(ValueError, match=rf"{sam} is no segment-anything checkpoint \(no 'mask_decoder"):
+        read_sam(sam)
 
 
 class Code:

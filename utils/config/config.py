@@ -272,7 +272,7 @@ def _expand_recipe(recipe: Any, origin: str, problems: list[str]) -> dict[str, t
 
 
 def _flatten(content: Mapping[str, Any], origin: str, problems: list[str]) -> dict[str, tuple[Any, str]]:
-    values = {}
+    values: dict[str, tuple[Any, str]] = {}
     for section, entries in content.items():
         if section not in SECTIONS:
             if section in FIELDS:

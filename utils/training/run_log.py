@@ -26,7 +26,15 @@ from utils.plotting import text_tables
 from utils.plotting.charts import png
 
 PICTURES = "pictures"  # in a run's folder: the validation samples, BENCHMARK/step_00000060.png
-GROUPS = {"reward": "policy", "baseline": "policy", "entropy": "policy", "lr": "train", "images_per_s": "train"}
+NOT_LOSSES = {  # logged numbers that are no losses -> their tags in TensorBoard
+    "reward": "policy/reward",
+    "baseline": "policy/baseline",
+    "entropy": "policy/entropy",
+    "lr": "train/lr",
+    "images_per_s": "train/images_per_s",
+    "skipped": "train/skipped",
+    "gradient": "gradient/all",
+}
 
 
 def loading_table(loaded: Sequence[Loaded]) -> str:
@@ -111,8 +119,8 @@ def check_finite(values: dict[str, Any], step: int) -> None:
     bad = [name for name, value in values.items() if isinstance(value, float) and not math.isfinite(value)]
     if bad:
         raise DivergedError(
-            f"step {step}: {', '.join(bad)} not finite; the run cannot recover. Lower --lr, raise --warmup_steps, or "
-            "use --precision bf16 or fp32, and resume from the last checkpoint with --auto_resume true"
+            f"step {step}: {', '.join(bad)} not finite; the run cannot recover. Lower --lr or raise --warmup_steps, "
+            "and resume from the last checkpoint with --auto_resume true"
         )
 
 
@@ -168,8 +176,8 @@ class RunLog:
                 for layer, loss in enumerate(value):
                     self.board.add_scalar(f"map_loss_by_layer/{layer}", loss, step)
             elif name != "layers":
-                self.board.add_scalar(f"{GROUPS.get(name, 'loss')}/{name}", value, step)
-        for part, norm in {"all": values["gradient"], **gradients}.items():
+                self.board.add_scalar(NOT_LOSSES.get(name, f"loss/{name}"), value, step)
+        for part, norm in gradients.items():
             self.board.add_scalar(f"gradient/{part}", norm, step)
         self._histogram("policy/layers", values["layers"], step)
         elapsed = time.perf_counter() - self.started

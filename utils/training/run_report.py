@@ -24,12 +24,11 @@ from utils.config import Config, to_dict
 from utils.plotting import charts, text_tables
 from utils.plotting.overlays import evenly_spaced
 from utils.training.checkpoint import read_index
-from utils.training.run_log import PICTURES
+from utils.training.run_log import NOT_LOSSES, PICTURES
 
 NAME = "report.html"
 WIDTH = 9.0  # inches of a chart
 BUDGET = 1_800_000  # bytes, for all validation pictures
-NOT_LOSSES = {"step", "epoch", "lr", "images_per_s", "gradient", "skipped", "entropy", "reward", "baseline"}
 CSS = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #141414; max-width: 1000px; margin: 2em auto; padding: 0 1em; }
 h1 { margin-bottom: 0; } h2 { margin-top: 2em; border-bottom: 1px solid #ccc; }
@@ -211,8 +210,9 @@ def column(train: Sequence[dict], name: str) -> tuple[list[float], list[float]]:
 
 
 def loss_series(train: Sequence[dict]) -> dict[str, Series]:
+    others = {"epoch", *NOT_LOSSES}
     names = dict.fromkeys(
-        name for line in train for name, value in line.items() if isinstance(value, float) and name not in NOT_LOSSES
+        name for line in train for name, value in line.items() if isinstance(value, float) and name not in others
     )
     return {name: {name: column(train, name)} for name in names}
 
