@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch.nn import functional as F
 
-EPSILON = 1e-6
+from model.structures import EPSILON
 
 
 def resized_size(height: int, width: int, side: int) -> tuple[int, int]:

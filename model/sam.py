@@ -20,7 +20,13 @@ from model.sam_cache import FeatureCache
 
 @dataclass
 class SamShape:
-    """The sizes of a SAM. Defaults: ViT-H."""
+    """The sizes of a SAM. Defaults: ViT-H.
+
+    Attributes:
+        image_size, patch_size: sides of the input and of its patches, in pixels.
+        window_size: side of the windows of local attention, in patches; global_attention: blocks without windows.
+        encoder_width, prompt_width, mask_channels, decoder_mlp, iou_hidden: widths, in channels.
+    """
 
     image_size: int = 1024
     patch_size: int = 16

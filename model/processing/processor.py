@@ -71,14 +71,9 @@ class UGroundProcessor:
         """Longest conversation beside the prefix, in tokens."""
         return self.max_tokens - len(self.builder.prefix_ids)
 
-    @property
-    def num_image_tokens(self) -> int:
-        """P, the number of image placeholders."""
-        return self.builder.num_image_tokens
-
     @classmethod
-    def from_pretrained(cls, folder: str | Path, **overrides) -> UGroundProcessor:
-        """The processor that ``save_pretrained`` wrote to a folder; ``overrides`` replace its settings.
+    def from_pretrained(cls, folder: str | Path) -> UGroundProcessor:
+        """The processor that ``save_pretrained`` wrote to a folder.
 
         Raises:
             ValueError: if the folder has no ``uground_processor.json``.
@@ -88,8 +83,7 @@ class UGroundProcessor:
             raise ValueError(
                 f"{folder} is no UGround folder: it has no {PROCESSOR_FILE} (scripts/merge_lora.py writes one)"
             )
-        settings = json.loads(path.read_text()) | overrides
-        return cls(load_tokenizer(folder), **settings)
+        return cls(load_tokenizer(folder), **json.loads(path.read_text()))
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes the tokenizer's files and ``uground_processor.json``."""

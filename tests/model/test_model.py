@@ -8,12 +8,12 @@ import torch
 from answering import NEAR, read_anew, says_seg_often
 from conftest import assert_same_masks, drawn_sample
 
+from model.config import UGroundConfig
 from model.geometry import maps_at
 from model.lora import add_lora, parameters_by_part
 from model.opened import predict
 from model.processing.processor import UGroundProcessor
 from model.structures import Sample, Turn
-from model.UGround import UGroundConfig
 
 
 def separate_rows(sample: Sample) -> list[Sample]:

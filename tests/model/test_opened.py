@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from tiny_run import ROOT, environment
 
 import model as package
@@ -56,6 +57,16 @@ def test_kinds_of_folders_are_recognized(folder, kind):
 def test_folders_without_a_model_are_refused(folder, message):
     with pytest.raises(ValueError, match=f"--version: .*{message}"):
         load(WRITTEN / folder)
+
+
+def test_weights_of_a_merged_folder_that_do_not_fit_are_counted_and_some_named(tmp_path):
+    shutil.copytree(WRITTEN / "merged", tmp_path / "merged")
+    path = tmp_path / "merged/model.safetensors"
+    state = load_file(path)
+    removed = sorted(key for key in state if key.startswith("mask", len("visual_model.")))[:9]
+    save_file({key: state[key] for key in state.keys() - removed}, path, {"format": "pt"})
+    with pytest.raises(ValueError, match=rf"do not fit: 9 missing: {removed[0]}, .*, and 3 more$"):
+        load(tmp_path / "merged", "fp32", "cpu")
 
 
 def test_an_unknown_precision_is_refused():

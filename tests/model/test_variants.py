@@ -7,13 +7,13 @@ import torch
 from conftest import assert_same_masks, drawn_sample
 
 from model import losses
+from model.config import UGroundConfig
 from model.geometry import maps_at, on_grid
 from model.lora import add_lora
 from model.opened import predict
 from model.points import map_points
 from model.PPM import fuse_layers
 from model.structures import Turn
-from model.UGround import UGroundConfig
 
 NEAR = {"rtol": 2e-4, "atol": 2e-5}
 TURNS = [[Turn("star", "it is [SEG]."), Turn("circle", "[SEG] and [SEG]")]]
