@@ -8,7 +8,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from model.UGround import UGroundOutput
+from model.objective import UGroundOutput
 from utils.training.run_log import DivergedError, Meter, RunLog, check_finite, step_line, truncate_log
 
 VALUES = {
