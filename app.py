@@ -18,7 +18,6 @@ from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
-from transformers.utils import logging as transformers_logging
 
 from model import Opened
 from model.loading.placement import pick_device, pick_precision
@@ -109,14 +108,13 @@ def untrained_tiny(args: argparse.Namespace) -> Opened:
     config = load_config(["--config", str(ROOT / "configs/tiny.yaml"), *flags])
     torch.manual_seed(config.train.seed)
     paths = config.model.version, config.model.vision_tower, config.model.vision_pretrained
-    transformers_logging.disable_progress_bar()
     model, processor, rows = load_for_training(*paths, precision, config.method, config.model.model_max_length)
     model.config.eval_layer_policy = "last"
     weights = fingerprint(model.state_dict().values())
     model.to(device)  # type: ignore[arg-type]  # transformers' annotation is wrong
     sources = {row.module: row.source for row in rows}
     folder = str(ROOT / "assets/tiny")
-    return Opened(model.eval(), processor, device, precision, weights, "base", folder, sources)
+    return Opened(model.eval(), processor, device, precision, weights, folder, sources)
 
 
 def serve(dashboard: Dashboard, args: argparse.Namespace, folder: Path) -> tuple[gr.Blocks, Any, str]:

@@ -20,7 +20,7 @@ import torch
 from model import layer_rules
 from model.layer_rules import MonteCarloMean
 from model.processing.pixels import read_pixels
-from model.structures import Prediction
+from model.structures import MAX_NEW_TOKENS, Prediction
 from utils.inference import cli
 from utils.inference.answer_files import answer_record, free_stem, save_answer
 from utils.inference.folder import answer_all, find_images, read_prompts
@@ -91,7 +91,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "models trained on single questions answer worse with it)",
     )
     cli.add_layer_flag(parser, "default: the model's own, argmax, or last for a published checkpoint")
-    add("--max_new_tokens", type=int, default=64, metavar="N", help="longest answer in tokens (default: 64)")
+    length = "longest answer in tokens (default: %(default)s)"
+    add("--max_new_tokens", type=int, default=MAX_NEW_TOKENS, metavar="N", help=length)
     add("--seed", type=int, default=0, metavar="S", help="random seed of sampled layers (default: 0)")
     args = parser.parse_args(arguments)
     given = [flag for flag in ("prompt", "prompts") if getattr(args, flag) is not None]

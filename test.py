@@ -21,6 +21,7 @@ from typing import Any
 from model import Opened
 from model.loading.placement import pick_device
 from model.opened import cache_sam_features
+from model.structures import MAX_NEW_TOKENS
 from utils import distributed
 from utils.datasets import Spec, get_eval_dataset
 from utils.datasets.base import EvalDataset, MissingDataError, check_complete
@@ -118,7 +119,8 @@ def add_running_flags(parser: argparse.ArgumentParser) -> None:
         help="maximum size of the cache; the least recently used embeddings are deleted first (default: 100)",
     )
     add("--compile_sam", action="store_true", help="torch.compile SAM's image encoder: faster, after half a minute")
-    add("--max_new_tokens", type=_positive, default=64, metavar="N", help="longest generated answer (default: 64)")
+    length = "longest generated answer (default: %(default)s)"
+    add("--max_new_tokens", type=_positive, default=MAX_NEW_TOKENS, metavar="N", help=length)
     add("--seed", type=int, default=0, metavar="S", help="of sampled layers and shuffling (default: 0)")
     add("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # passed by the deepspeed launcher
 

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+if TYPE_CHECKING:
+    from model.config import UGroundConfig
+
 IGNORE_PIXEL = 255
 IGNORE_LABEL = -100
+EPSILON = 1e-6  # keeps denominators and logarithms finite
+MAX_NEW_TOKENS = 64  # of a generated answer, unless the caller says otherwise
 
 
 @dataclass(frozen=True)
@@ -156,7 +161,7 @@ class Prompts:
     point_rule: str = "extremes"
 
     @classmethod
-    def of(cls, config) -> Prompts:
+    def of(cls, config: UGroundConfig) -> Prompts:
         """The prompts of training, by a ``UGroundConfig``."""
         return cls(config.seg_prompt, config.mask_prompt, config.point_prompts, config.point_rule)
 

@@ -39,6 +39,7 @@ from utils.evaluation.results import Summary, read_results, result_path
 from utils.inference import cli
 from utils.plotting import text_tables
 from utils.plotting.charts import LINES, layer_curves, save_chart, training_curves
+from utils.training.run_log import read_log
 from utils.training.versions import git_commit
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -363,8 +364,7 @@ def mean_by_layer(runs: list[Path], spec: Spec, column: str) -> list[float]:
 
 def train_lines(run: Path) -> list[dict[str, Any]]:
     """The training steps in a run's log."""
-    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    return [line for line in lines if line["kind"] == "train"]
+    return [line for line in read_log(run) if line["kind"] == "train"]
 
 
 if __name__ == "__main__":

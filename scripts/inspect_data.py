@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
     args, rest = parser.parse_known_args(arguments)
     config = load_config(rest, needs=("data",))
     mixture = make_mixture(config)
-    images = config.total_steps * config.train.batch_size * config.train.grad_accumulation_steps
+    images = config.total_steps * config.images_per_step()
     print(mixture.table(images))
     print(f"epochs: for {images:,} samples, those of one process in the whole run")
     for dataset in mixture.datasets if args.pictures > 0 else ():

@@ -24,7 +24,7 @@ from PIL import Image
 from model.geometry import maps_at
 from model.layer_rules import MonteCarloMean
 from model.processing.processor import UGroundProcessor
-from model.structures import Prediction, Turn
+from model.structures import MAX_NEW_TOKENS, Prediction, Turn
 from model.UGround import UGroundForCausalLM
 from utils.datasets.images import DECODE_ERRORS, read_image
 from utils.inference.session import ImageSession
@@ -228,7 +228,7 @@ class Dashboard:
         prompt: str,
         layer_policy: str | None = None,
         remember: bool | None = None,
-        max_new_tokens: int = 64,
+        max_new_tokens: int = MAX_NEW_TOKENS,
     ) -> Generator[str | Visit, None, None]:
         """Yields the answer so far after each token, and finally the visit with the complete answer.
 

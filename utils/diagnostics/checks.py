@@ -118,7 +118,7 @@ def check_tokens(model: Any, processor: UGroundProcessor) -> Iterator[Finding]:
 
 def describe_data(mixture: Mixture, config: Config) -> Iterator[Finding]:
     """The training data, and how many of its records cannot be used."""
-    for row in mixture.describe(config.total_steps * config.train.batch_size * config.train.grad_accumulation_steps):
+    for row in mixture.describe(config.total_steps * config.images_per_step()):
         bad = row.get("unusable", 0)
         text = f"{row['name']}: {row['images']:,} images, {row['share']:.1%} of the samples, {row['epochs']:.2f} epochs"
         fix = "scripts/inspect_data.py names them; complete or repair the data set"

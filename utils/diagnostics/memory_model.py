@@ -16,12 +16,13 @@ from typing import Any
 import torch
 from transformers import CLIPVisionConfig
 
+from model.config import UGroundConfig
 from model.loading.placement import PRECISIONS
 from model.loading.weights import base_config, read_sam
 from model.lora import add_lora
 from model.losses import PIXELS_AT_ONCE
 from model.sam import SamShape
-from model.UGround import UGroundConfig, UGroundForCausalLM
+from model.UGround import UGroundForCausalLM
 from utils.config import Config
 from utils.plotting import text_tables
 

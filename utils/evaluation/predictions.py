@@ -10,7 +10,7 @@ import numpy as np
 from model.opened import predict
 from model.processing.conversation import escape
 from model.processing.tokens import SEG
-from model.structures import EvalQuery, EvalSample, MaskUncertainty, Prediction, Turn
+from model.structures import MAX_NEW_TOKENS, EvalQuery, EvalSample, MaskUncertainty, Prediction, Turn
 from utils.datasets.masks import encode_mask
 from utils.datasets.templates import eval_joint_turn, eval_turn
 from utils.evaluation import metrics
@@ -33,7 +33,7 @@ class InferenceOptions:
 
     mode: str = "generate"
     layer_policy: str = "argmax"
-    max_new_tokens: int = 64
+    max_new_tokens: int = MAX_NEW_TOKENS
     seed: int = 0
 
     def __post_init__(self) -> None:
