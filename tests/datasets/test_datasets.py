@@ -21,7 +21,7 @@ from utils.datasets.base import check_sample, read_json
 from utils.datasets.images import read_image
 from utils.datasets.masks import decode_segmentation
 from utils.datasets.reason_seg import rasterize_polygons
-from utils.datasets.refer_api import read_pickle
+from utils.datasets.safe_pickle import read_pickle
 from utils.datasets.templates import (
     ANSWERS,
     QUESTIONS,
