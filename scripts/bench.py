@@ -300,7 +300,7 @@ def measure_start(name: str, folder: str, setting: str, workers: int, as_objects
     dataset: Any = get_train_dataset(name, folder)
     seconds = time.perf_counter() - start
     peak = process_memory.peak_resident()
-    records = dataset.split.index.images if hasattr(dataset, "split") else dataset.reader.records
+    records = dataset.split.images if hasattr(dataset, "split") else dataset.reader.records
     if as_objects:
         records = list(records)
     first: dict[int, Memory] = {}
@@ -375,7 +375,7 @@ STAGES = {
     "masks": (
         ("masks.py", "decode_segmentation"),
         ("reason_seg.py", "rasterize_polygons"),
-        ("sem_seg.py", "mask"),
+        ("sem_seg.py", "label_mask"),
         ("masks.py", "stack_masks"),
     ),
     "check the sample": (("base.py", "check_sample"),),

@@ -29,8 +29,8 @@ from utils.datasets.templates import (
     enumerate_words,
     eval_joint_turn,
     eval_turn,
-    template_corpus,
 )
+from utils.demo.tiny_model import template_corpus
 
 
 def write_reason(

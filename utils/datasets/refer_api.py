@@ -1,21 +1,18 @@
 """Files of referring expressions: ``refs(...).p`` or ``.json`` with ``instances.json`` (docs/data.md).
 
 One reader for refclef, refcoco(+/g), grefcoco and refzom, and for the false-premise sets, whose sentences have
-additional keys (kept). The index has one compact record per image; masks are decoded on access.
+additional keys (kept). There is one compact record per image, whose masks stay encoded.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from utils.datasets.base import DataError, MissingDataError, read_json
 from utils.datasets.coco_file import by_id, image_record, is_id, row_of, segmentation_of
-from utils.datasets.masks import decode_segmentation
 from utils.datasets.records import Notes, PackedRecords, load_records
 from utils.datasets.safe_pickle import read_pickle
 
@@ -40,56 +37,30 @@ class Ref:
         return [] if sentence.get("false_premise") else self.ann_ids
 
 
-@dataclass
-class ReferIndex:
-    """The refs of a split, grouped by image.
-
-    Attributes:
-        name: for messages (``"refcoco|unc|val"``).
-        images: per image ``{"id", "file_name", "height", "width", "refs": [...], "segmentations": {ann id: ...}}``.
-        problems: a message for each unusable record.
-        counts: images, expressions, absent, multi.
-    """
-
-    name: str
-    images: PackedRecords
-    problems: list[str]
-    counts: dict[str, int] = field(default_factory=dict)
-
-    def refs(self, record: dict[str, Any]) -> list[Ref]:
-        return [Ref(**ref) for ref in record["refs"]]
-
-    def mask(self, record: dict[str, Any], ref: Ref) -> np.ndarray:
-        """Decodes the union of the ref's annotations as uint8 [H, W]."""
-        mask = np.zeros((record["height"], record["width"]), dtype=np.uint8)
-        for ann_id in ref.ann_ids:
-            try:
-                mask |= decode_segmentation(record["segmentations"][str(ann_id)], *mask.shape)
-            except DataError as error:
-                raise DataError(f"{self.name}, {record['file_name']}, annotation {ann_id}: {error}") from error
-        return mask
-
-
-def build_index(
+def load_refs(
     name: str, refs_path: Path, instances_path: Path, split: str, false_premises: bool = False
-) -> ReferIndex:
-    """Builds the index of a split, or loads it from the cache. Unusable records are listed, not fatal.
+) -> tuple[PackedRecords, Notes]:
+    """Reads the refs of a split, grouped by image, or loads them from the cache.
 
     Args:
-        name: for messages.
+        name: for messages (``"refcoco|unc|val"``).
         refs_path: the refs, pickle or JSON.
         instances_path: the annotations that the refs point to.
         split: the split of the refs.
         false_premises: whether each sentence has a flag that tells if it is true of the image.
+
+    Returns:
+        Per image ``{"id", "file_name", "height", "width", "refs": [...], "segmentations": {ann id: ...}}``, where a ref
+        has the attributes of ``Ref``; and notes: ``problems``, a message for each unusable record (which is not fatal),
+        and ``counts`` of images, expressions, absent, multi.
     """
     settings = {"split": split, "false_premises": false_premises}
-    images, notes = load_records(
+    return load_records(
         name,
         [refs_path, instances_path],
         settings,
         lambda: _read_refs(name, refs_path, instances_path, split, false_premises),
     )
-    return ReferIndex(name, images, notes["problems"], notes["counts"])
 
 
 def _read_refs(
