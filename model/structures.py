@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from model.processing.tokens import SEG
+
 if TYPE_CHECKING:
     from model.config import UGroundConfig
 
@@ -49,6 +51,12 @@ class Sample:
     conversations: list[Conversation]
     masks: np.ndarray
     sample_id: int = 0
+
+    def by_conversation(self) -> list[tuple[Conversation, np.ndarray]]:
+        """Each conversation with its masks, [n, H, W] for the n ``[SEG]`` of its answers."""
+        counts = [sum(turn.answer.count(SEG) for turn in turns) for turns in self.conversations]
+        parts = np.split(self.masks, np.cumsum(counts)[:-1])
+        return list(zip(self.conversations, parts, strict=True))
 
 
 @dataclass
@@ -181,6 +189,11 @@ class MaskUncertainty:
     variance: torch.Tensor
     layers: torch.Tensor
     score: float
+
+    @property
+    def deviation(self) -> torch.Tensor:
+        """[H, W] float32, the standard deviation per pixel (at most 0.5)."""
+        return self.variance.sqrt()
 
 
 @dataclass

@@ -19,7 +19,7 @@ from transformers.utils import logging as transformers_logging
 
 from model.config import UGroundConfig
 from model.loading import formats
-from model.sam import SamShape
+from model.sam import SamShape, SegmentAnything
 from model.UGround import UGroundForCausalLM
 
 LLAVA_TYPES = ("llava", "llava_llama", "llava_next")
@@ -397,3 +397,19 @@ def grow_vocabulary(model: UGroundForCausalLM, old_size: int, size: int) -> None
 def base_fingerprints(loaded: Iterable[Loaded]) -> dict[str, str]:
     """Module -> fingerprint of its base weights, without the parts that are trained from scratch."""
     return {row.module: row.fingerprint for row in loaded if row.source != "new"}
+
+
+def load_original_sam(path: str, model: UGroundForCausalLM) -> SegmentAnything:
+    """Loads the SAM that a checkpoint was trained from.
+
+    Raises:
+        ValueError: if its image encoder, which training never changes, is not the checkpoint's.
+    """
+    state, shape = read_sam(path)
+    sam = SegmentAnything(shape)
+    load_strictly(sam, state, path)
+    sam = sam.to(model.device, model.dtype).eval()
+    trained, original = (each.image_encoder.state_dict() for each in (model.visual_model, sam))
+    if trained.keys() != original.keys() or any(not torch.equal(trained[name], original[name]) for name in trained):
+        raise ValueError(f"--sam {path}: its image encoder is not the checkpoint's; give the SAM it was trained from")
+    return sam

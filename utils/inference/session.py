@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from model.generation import ConversationCache
+from model.opened import with_text
 from model.processing.processor import UGroundProcessor
 from model.structures import MAX_NEW_TOKENS, Prediction, Turn
 from model.UGround import LanguagePass, UGroundForCausalLM
@@ -111,6 +112,5 @@ class ImageSession:
         return self.embeddings
 
     def _decode_masks(self, language_pass: LanguagePass, layer_policy: str | None, seed: int) -> Prediction:
-        [[prediction]] = self.model.decode_masks(language_pass, layer_policy, seed)
-        prediction.text = self.processor.decode(prediction.token_ids)
+        [[prediction]] = with_text(self.model.decode_masks(language_pass, layer_policy, seed), self.processor)
         return prediction
