@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from utils.datasets.base import DataError
-from utils.datasets.custom import load_lines
+from utils.datasets.custom import load_lines, with_ignored
 from utils.datasets.jsonl import Line, LineFile, scan
 from utils.datasets.masks import stack_masks
 from utils.datasets.spec import Spec
@@ -43,10 +43,10 @@ def _decode_error(folder: Path, line: Line) -> str:
 
 def _panels(folder: Path, lines: Iterable[Line]) -> Iterator[Panel]:
     for line in lines:
-        image, [masks] = load_lines(folder, [line])
+        image, [masks], [ignored] = load_lines(folder, [line])
         conversation = " / ".join(f"{turn.question} {turn.answer}" for turn in line.turns)
         stack = stack_masks(masks, *image.shape[:2])
-        truth = stack.max(axis=0, initial=0)
+        truth = with_ignored(stack.max(axis=0, initial=0), ignored)
         yield Panel(
             image, line.query or conversation, stack, truth=truth, notes=[f"{len(masks)} masks, line {line.number}"]
         )
