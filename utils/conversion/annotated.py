@@ -136,6 +136,8 @@ def number_pairs(points: Any) -> np.ndarray:
         pairs = pairs.reshape(-1, 2)
     if pairs.ndim != 2 or pairs.shape[1] != 2 or not np.isfinite(pairs).all():
         raise DataError("its points are not pairs of numbers")
+    if (abs(pairs) > 1e9).any():  # and arithmetic on them may overflow
+        raise DataError("a point far outside its image")
     return pairs
 
 

@@ -182,7 +182,7 @@ def _reason_seg(file: Path, texts: list[Any], shapes: list[Annotation], result: 
 
 def _part(shape: dict[str, Any], size: tuple[int, int]) -> Any:
     """Converts a shape to a polygon [[x, y], ...] or RLE; ``DataError`` with the reason if it is neither."""
-    kind = shape.get("shape_type") or "polygon"
+    kind = str(shape.get("shape_type") or "polygon")
     try:
         if kind == "mask":
             return _pasted(shape.get("mask"), number_pairs(shape.get("points")), size)
@@ -204,7 +204,7 @@ def _part(shape: dict[str, Any], size: tuple[int, int]) -> Any:
             points = cv2.convexHull(points.astype(np.float32))[:, 0]
         return clean_ring(points.tolist(), size)
     except DataError as error:
-        raise DataError(f"{str(kind)[:40]} ({error})") from error
+        raise DataError(f"{kind[:40]} ({error})") from error
 
 
 def _pasted(encoded: Any, points: np.ndarray, size: tuple[int, int]) -> dict[str, Any]:

@@ -72,7 +72,7 @@ class Summary:
         for first, *others in self.spellings.values():
             if others:
                 text.append(f"  joined: {', '.join(map(repr, others))} with {first!r}")
-        return text
+        return [line.encode("utf-8", "backslashreplace").decode() for line in text]  # lone surrogates cannot be printed
 
 
 def _grouped(reasons: Counter[str]) -> list[str]:
