@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 
 from utils.conversion.annotated import Annotated, AnnotatedImage, Annotation, clean_ring, ellipse_ring, rectangle_ring
-from utils.conversion.images import IMAGE_SUFFIXES, ImageFolder, files_below
+from utils.conversion.images import IMAGE_SUFFIXES, files_below
 from utils.conversion.regions import (
+    Collector,
     Size,
     add_region,
     number,
@@ -30,7 +31,7 @@ from utils.conversion.regions import (
     turned_ring,
     whole,
 )
-from utils.datasets.base import DataError, MissingDataError
+from utils.datasets.base import DataError
 
 WITHOUT_AREA = {
     "polyline": "a line",
@@ -121,23 +122,19 @@ def _children_of_root(file: Path) -> Iterator[ET.Element]:
 # -- images ------------------------------------------------------------------------------------------------------------
 
 
-class _Reader:
-    """What all shapes of a file have in common: where its images are, and what their label is."""
-
+class _Reader(Collector):
     def __init__(self, file: Path, images: Path | None, attribute: str) -> None:
-        self.file, self.attribute = file, attribute
-        self.folder = images or file.parent
-        self.finder = ImageFolder(*([images] if images else [file.parent / "images", file.parent]))
-        self.annotated = Annotated()
+        super().__init__(file, *([images] if images else [file.parent / "images", file.parent]))
+        self.attribute = attribute
         self.attributes: set[str] = set()  # the names that occur
-        self.missing: list[str] = []  # names of images that are not there
 
     def add_image(self, element: ET.Element) -> None:
         """Reads an <image>; one that is not there, or has another size than the file says, is left out."""
         name, subset = element.get("name", ""), element.get("subset", "")
-        path = self._find(name, subset)
+        # projects have a folder per subset; frames of a video have names without a suffix
+        stem = "" if PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES else PurePosixPath(name).name
+        path = self.find(*([f"{subset}/{name}"] if subset else []), name, stem=stem)
         if path is None:
-            self.missing.append(name)
             return
         claimed = size_from(element.get("height"), element.get("width"))
         size = trusted_size(path, claimed, self.annotated.left_out)
@@ -147,19 +144,6 @@ class _Reader:
         for shape in element:
             self.add_shape(image.annotations, shape, shape.get("label", ""), size)
         self.annotated.images.append(image)
-
-    def _find(self, name: str, subset: str) -> Path | None:
-        """Projects have a folder per subset; frames of a video have names without a suffix."""
-        stem = "" if PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES else PurePosixPath(name).name
-        if subset:
-            try:
-                return self.finder.find(f"{subset}/{name}", stem, self.file.parent)
-            except DataError:
-                pass
-        try:
-            return self.finder.find(name, stem, self.file.parent)
-        except MissingDataError:
-            return None
 
     def add_shape(self, annotations: list[Annotation], shape: ET.Element, label: str, size: Size) -> None:
         if shape.tag not in SHAPES:
@@ -176,18 +160,10 @@ class _Reader:
             self.annotated.left_out[f"a shape without {what}"] += 1
 
     def result(self) -> Annotated:
-        """All that was read; ``DataError`` if nothing fits what the caller gave."""
-        if self.missing:
-            if not self.annotated.images:
-                raise DataError(
-                    f"{self.file}: none of its images is below {self.folder}, such as {self.missing[0][:200]!r}; "
-                    "give the folder of the images with --images"
-                )
-            self.annotated.left_out["an image that is missing"] += len(self.missing)
         if self.attribute and self.attribute not in self.attributes and self.annotated.images:
             known = ", ".join(sorted(self.attributes)) or "none"
             raise DataError(f"{self.file}: no shape has an attribute {self.attribute!r}; there are: {known}")
-        return self.annotated
+        return super().result()
 
 
 def _draw(shape: ET.Element, size: Size) -> Any:
@@ -256,14 +232,14 @@ def _add_tracks(reader: _Reader, tracks: list[ET.Element], tasks: list[ET.Elemen
 def _frames(reader: _Reader, tasks: list[ET.Element]) -> dict[int, Path]:
     """Number of a frame -> its image."""
     frames: dict[int, Path] = {}
-    for path in files_below(reader.folder, IMAGE_SUFFIXES, reader.annotated.left_out):
+    for path in files_below(reader.folders[-1], IMAGE_SUFFIXES, reader.annotated.left_out):
         if match := re.fullmatch(r"frame_(\d{6,})", path.stem):
             other = frames.setdefault(int(match[1]), path)
             if other != path:
                 raise DataError(f"{reader.file}: {other} and {path} are the same frame; give --images one folder")
     if not frames:
         raise DataError(
-            f"{reader.file} has tracks of a video, but no frame_000000.png or the like is below {reader.folder}; "
+            f"{reader.file} has tracks of a video, but no frame_000000.png or the like is below {reader.folders[-1]}; "
             "export it with images, or extract its frames: ffmpeg -i VIDEO -start_number 0 frame_%06d.png"
         )
     stops = [stop for task in tasks if (stop := whole(task.findtext("stop_frame"))) is not None]

@@ -11,12 +11,60 @@ from typing import Any
 
 import numpy as np
 
-from utils.conversion.annotated import Annotation
-from utils.conversion.images import upright_size
-from utils.datasets.base import DataError
+from utils.conversion.annotated import Annotated, Annotation
+from utils.conversion.images import ImageFolder, upright_size
+from utils.datasets.base import DataError, MissingDataError
 from utils.datasets.masks import encode_mask
 
 Size = tuple[int, int]  # (height, width)
+
+
+class Collector:
+    """Collects what one annotation file says of its images.
+
+    Args:
+        file: the annotation file.
+        folders: folders of the images, the likeliest first.
+    """
+
+    def __init__(self, file: Path, *folders: Path) -> None:
+        self.file, self.folders = file, folders
+        self.finder = ImageFolder(*folders)
+        self.annotated = Annotated()
+        self.found = 0
+        self.missing: list[str] = []  # names of images that are not there
+
+    def find(self, *names: str, stem: str = "") -> Path | None:
+        """The image that the first possible name leads to, or else the ``stem``; None = counted as missing.
+
+        Raises:
+            DataError: if no name leads to one image, and one of them to several.
+        """
+        ambiguous: DataError | None = None
+        for name in names:
+            try:
+                path = self.finder.find(name, stem, self.file.parent)
+                self.found += 1
+                return path
+            except MissingDataError:
+                continue
+            except DataError as error:
+                ambiguous = error
+        if ambiguous:
+            raise DataError(f"{self.file}: {ambiguous}") from ambiguous
+        self.missing.append(names[0])
+        return None
+
+    def result(self) -> Annotated:
+        """All that was collected; ``DataError`` if the images of the file are elsewhere."""
+        if self.missing and not self.found:
+            raise DataError(
+                f"{self.file}: none of its images is in {' or '.join(map(str, self.folders))}, such as "
+                f"{self.missing[0][:200]!r}; give their folder with --images"
+            )
+        if self.missing:
+            self.annotated.left_out["an image that is missing"] += len(self.missing)
+        return self.annotated
 
 
 def add_region(annotations: list[Annotation], label: str, draw: Callable[[], Any], left_out: Counter[str]) -> None:
