@@ -264,18 +264,15 @@ def _brush_mask(rle: Any, size: Size) -> np.ndarray:
     """
     if not isinstance(rle, list) or not all(type(byte) is int and 0 <= byte < 256 for byte in rle):
         raise DataError("a brush mask that is no list of bytes")
-    bits = np.unpackbits(np.array(rle, dtype=np.uint8))
-    position = 0
-
-    def take(width: int) -> np.ndarray:
-        nonlocal position
-        position += width
-        if position > len(bits):
-            raise DataError("a brush mask that is cut off")
-        return bits[position - width : position]
+    packed, position = bytes(rle), 0
 
     def read(width: int) -> int:
-        return int("".join(map(str, take(width).tolist())), 2)
+        nonlocal position
+        start, position = position, position + width
+        if position > 8 * len(packed):
+            raise DataError("a brush mask that is cut off")
+        touched = int.from_bytes(packed[start // 8 : -(-position // 8)], "big")
+        return touched >> (-position % 8) & ((1 << width) - 1)
 
     if (count := read(32)) != 4 * size[0] * size[1]:
         raise DataError("a brush mask of another size than its image")
@@ -287,7 +284,11 @@ def _brush_mask(rle: Any, size: Size) -> np.ndarray:
     while start < count:
         repeated, length = read(1), 1 + read(widths[read(2)])
         stop = min(start + length, count)
-        values[start:stop] = read(8) if repeated else np.packbits(take(8 * (stop - start)))
+        if repeated:
+            values[start:stop] = read(8)
+        else:
+            single = read(8 * (stop - start)).to_bytes(stop - start, "big")
+            values[start:stop] = np.frombuffer(single, dtype=np.uint8)
         start = stop
     return values.reshape(*size, 4)[..., 3] > 0
 
