@@ -77,6 +77,7 @@ def test_shapes(tmp_path):
         "far": "a point far outside its image",
         "cut": "its points are not pairs of numbers",
         "short": "a mask whose run lengths do not fill its box",
+        "": "a shape without label",
     }
     assert annotated.left_out["a shape without label"] == 1
     assert sum(annotated.left_out.values()) == 10

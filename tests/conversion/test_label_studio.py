@@ -108,6 +108,7 @@ def test_regions(tmp_path):
         "road": "a path",
         "flat": "no area",
         "upside down": "drawn while the image was turned",
+        "": "a region without a label",
     }
     assert annotated.left_out["a region without a label"] == 1
     assert annotated.left_out["a value of the whole image"] == 1

@@ -62,6 +62,7 @@ def test_shapes(tmp_path, project):
         "odd": "its points are not pairs of numbers",
         "two": "2 points",
         "star": "a shape 'star'",
+        "": "a region without 'class'",
     }
     assert annotated.left_out["a region without 'class'"] == 2
 

@@ -57,7 +57,7 @@ def test_boxes_have_no_mask(tmp_path, row):
     [annotation] = annotated.images[0].annotations
     assert (annotation.label, annotation.mask, annotation.reason) == ("cat", None, "a box")
     assert annotation.box == pytest.approx((12, 6, 18, 14))
-    assert annotated.left_out == {"a box": 1}
+    assert annotated.left_out == {}  # the converter decides what becomes of boxes
 
 
 def test_rows_that_cannot_be_used(tmp_path):
@@ -70,7 +70,9 @@ def test_rows_that_cannot_be_used(tmp_path):
     assert reasons_of(image) == {
         "cat": "2 numbers, neither a box nor a polygon",
         "dog": "a polygon that is not in fractions of its image",
+        "": "a row that is not of numbers",
     }
+    assert sum(not annotation.label for annotation in image.annotations) == 5
     assert annotated.left_out == {
         "class 7, which data.yaml does not name": 1,
         "class -1, which data.yaml does not name": 1,
@@ -126,6 +128,8 @@ def test_classes_given_by_hand(tmp_path):
     assert read_yolo(file, classes=classes).left_out == {"class 1, which my.txt does not name": 1}
     with pytest.raises(DataError, match=r"my.txt is empty"):
         read_yolo(file, classes=write(tmp_path / "my.txt", "\n"))
+    with pytest.raises(DataError, match=r"my.txt begins with '__ignore__'"):
+        read_yolo(file, classes=write(tmp_path / "my.txt", "__ignore__\n_background_\ncat\n"))
 
 
 # -- folders -----------------------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from utils.conversion.regions import (
     Collector,
     Size,
     add_region,
+    add_unnamed,
     number,
     numbers,
     pasted_mask,
@@ -157,7 +158,7 @@ class _Reader(Collector):
             add_region(annotations, label, lambda: _draw(shape, size), self.annotated.left_out)
         else:
             what = f"attribute {self.attribute!r}" if self.attribute else "label"
-            self.annotated.left_out[f"a shape without {what}"] += 1
+            add_unnamed(annotations, f"a shape without {what}", self.annotated.left_out)
 
     def result(self) -> Annotated:
         if self.attribute and self.attribute not in self.attributes and self.annotated.images:
@@ -264,8 +265,9 @@ def _add_track(reader: _Reader, track: ET.Element, images: dict[int, tuple[Annot
             continue
         if latest == frame:
             reader.add_shape(image.annotations, shapes[frame], label, size)
-        elif not reader.attribute:
-            image.annotations.append(Annotation(label, None, reason="between two keyframes"))
+        else:
+            hidden = Annotation("" if reader.attribute else label, None, reason="between two keyframes")
+            image.annotations.append(hidden)
             left_out["a shape between two keyframes"] += 1
     if unseen := sum(frame not in images and shape.get("outside") != "1" for frame, shape in shapes.items()):
         left_out["a shape in a frame that is not there as an image"] += unseen

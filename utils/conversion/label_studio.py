@@ -26,6 +26,7 @@ from utils.conversion.regions import (
     Collector,
     Size,
     add_region,
+    add_unnamed,
     number,
     numbers,
     pasted_mask,
@@ -164,7 +165,8 @@ class _Reader(Collector):
         if outline is None:
             left_out["a value of the whole image"] += 1
         elif not labels:
-            left_out[f"a region without {f'a value of {self.attribute!r}' if self.attribute else 'a label'}"] += 1
+            what = f"a value of {self.attribute!r}" if self.attribute else "a label"
+            add_unnamed(image.annotations, f"a region without {what}", left_out)
         else:
             for label in dict.fromkeys(labels):
                 add_region(image.annotations, label, lambda: _draw(outline, size), left_out)

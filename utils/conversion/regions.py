@@ -76,6 +76,12 @@ def add_region(annotations: list[Annotation], label: str, draw: Callable[[], Any
         left_out[str(error)] += 1
 
 
+def add_unnamed(annotations: list[Annotation], reason: str, left_out: Counter[str]) -> None:
+    """Appends an object of which nobody can tell what it is: then nothing is absent in its image."""
+    annotations.append(Annotation("", None, reason=reason))
+    left_out[reason] += 1
+
+
 def number(value: Any) -> float:
     """A finite number, or the text of one; ``DataError`` for anything else."""
     try:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.conversion.annotated import Annotated, AnnotatedImage, clean_ring, ellipse_ring, rectangle_ring
-from utils.conversion.regions import Collector, Size, add_region, numbers, positive, trusted_size, whole
+from utils.conversion.regions import Collector, Size, add_region, add_unnamed, numbers, positive, trusted_size, whole
 from utils.datasets.base import DataError, parse_json, read_text
 
 CSV_COLUMNS = ("filename", "file_size", "region_shape_attributes", "region_attributes")
@@ -191,7 +191,7 @@ def _add_region(
     for name in labels:
         add_region(image.annotations, names.get(name, name), lambda: _draw(shape, size), collector.annotated.left_out)
     if not labels:
-        collector.annotated.left_out[f"a region without {attribute!r}"] += 1
+        add_unnamed(image.annotations, f"a region without {attribute!r}", collector.annotated.left_out)
 
 
 def _draw(shape: Any, size: Size) -> list[Any]:

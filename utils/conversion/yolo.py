@@ -17,14 +17,24 @@ from typing import Any
 
 import yaml
 
-from utils.conversion.annotated import SPLITS, Annotated, AnnotatedImage, Annotation, clean_ring
+from utils.conversion.annotated import SPLITS, Annotated, AnnotatedImage, Annotation, clean_ring, kind_of
 from utils.conversion.images import IMAGE_SUFFIXES, ImageFolder, files_below, plain
-from utils.conversion.regions import Size, add_region, number, trusted_size, whole
+from utils.conversion.regions import Size, add_region, add_unnamed, number, trusted_size, whole
 from utils.datasets.base import DataError, MissingDataError, read_text
 
 YAML_NAMES = ("data.yaml", "data.yml", "dataset.yaml", "dataset.yml")
-CLASS_LISTS = ("classes.txt", "obj.names", "classes.names", "labels.txt", "predefined_classes.txt")
-NO_LABELS = {*CLASS_LISTS, "train.txt", "val.txt", "valid.txt", "test.txt", "trainval.txt", "notes.txt"}
+CLASS_LISTS = ("classes.txt", "obj.names", "classes.names")
+NO_LABELS = {
+    *CLASS_LISTS,
+    "labels.txt",
+    "predefined_classes.txt",
+    "train.txt",
+    "val.txt",
+    "valid.txt",
+    "test.txt",
+    "trainval.txt",
+    "notes.txt",
+}
 FAR = 2.0  # fractions of an image beyond which a coordinate is in pixels, or wrong
 UPLOAD_PREFIX = re.compile(r"^[0-9a-f]{8}-")  # of Label Studio
 
@@ -106,13 +116,16 @@ def _classes(
         if count is not None and count != len(names):
             raise DataError(f"{file} names {len(names)} classes but says nc: {count}; correct it")
         return _Classes(file, names, has_keypoints)
-    places = [place / name for place in (folder, folder.parent) for name in CLASS_LISTS]
+    folders = [folder, folder.parent] if folder.name == "labels" else [folder]
+    places = [place / name for place in folders for name in CLASS_LISTS]
     classes = classes or next((place for place in places if place.is_file()), None)
     if classes is None:
         raise DataError(f"{folder} has no data.yaml with 'names' and no classes.txt; give --classes FILE")
     lines = [line.strip() for line in read_text(classes, encoding).splitlines()]
     if not any(lines):
         raise DataError(f"{classes} is empty; name class k in line k + 1")
+    if kind_of(lines[0]) == "ignored":  # LabelMe's list, from which converters drop lines
+        raise DataError(f"{classes} begins with {lines[0]!r}, which is no class of YOLO's; name class k in line k + 1")
     return _Classes(classes, dict(enumerate(lines)), has_keypoints)
 
 
@@ -285,16 +298,14 @@ def _add_row(annotations: list[Annotation], line: str, classes: _Classes, size: 
     try:
         label_number, *values = map(number, fields)
     except DataError:
-        left_out["a row that is not of numbers"] += 1
-        return
+        return add_unnamed(annotations, "a row that is not of numbers", left_out)
     label = classes.names.get(int(label_number), "") if label_number.is_integer() else ""
     if not label:
-        left_out[f"class {fields[0][:20]}, which {classes.file.name} does not name"] += 1
-        return
+        unknown = f"class {fields[0][:20]}, which {classes.file.name} does not name"
+        return add_unnamed(annotations, unknown, left_out)
     values = _without_scores(values)
     if len(values) != 4 and not classes.has_keypoints:
-        add_region(annotations, label, lambda: _polygon(values, size), left_out)
-        return
+        return add_region(annotations, label, lambda: _polygon(values, size), left_out)
     height, width = size
     reason, box = "a box with keypoints" if classes.has_keypoints else "a box", None
     if len(values) >= 4 and max(map(abs, values[:4])) <= FAR:
@@ -302,8 +313,8 @@ def _add_row(annotations: list[Annotation], line: str, classes: _Classes, size: 
         box = ((x - w / 2) * width, (y - h / 2) * height, (x + w / 2) * width, (y + h / 2) * height)
     else:
         reason = "a box that is not in fractions of its image"
+        left_out[reason] += 1
     annotations.append(Annotation(label, None, box, reason))
-    left_out[reason] += 1
 
 
 def _without_scores(values: list[float]) -> list[float]:
