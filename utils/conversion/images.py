@@ -7,7 +7,7 @@ import re
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable
-from functools import cache
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from urllib.parse import unquote
 
@@ -17,6 +17,7 @@ from utils.datasets.base import DataError, MissingDataError
 from utils.datasets.images import DECODE_ERRORS
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".jfif"}
+FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF")  # of these only: others run programs, such as EPS
 EXIF_ORIENTATION = 0x0112
 
 
@@ -49,7 +50,7 @@ class ImageFolder:
         self.folders = list(dict.fromkeys(folders))
         self._by_name: dict[str, list[Path]] | None = None
 
-    def find(self, name: str, stem: str = "", beside: Path | None = None) -> Path:
+    def find(self, name: str, stem: str = "", beside: Path | None = None, split: str = "") -> Path:
         """The image that a tool wrote as ``name``.
 
         Tried in this order: the path as written (relative to each folder and to ``beside``), the longest ending of it
@@ -59,6 +60,7 @@ class ImageFolder:
             name: with slashes or backslashes, absolute, ``file://``, or with %20; "" = none was written.
             stem: of the annotation file, for files that name no image.
             beside: folder of the annotation file.
+            split: of several images of a name, those below a folder of this name are meant.
 
         Raises:
             MissingDataError: if there is none.
@@ -78,6 +80,8 @@ class ImageFolder:
         candidates = [path for base in base_names for path in self._named(plain(base))]
         if not candidates and stem:
             candidates = self._named(plain(stem), beside)
+        if split:
+            candidates = [path for path in candidates if split in path.parent.parts] or candidates
         return _only(candidates, name or stem, folders)
 
     def _named(self, key: str, beside: Path | None = None) -> list[Path]:
@@ -126,19 +130,30 @@ def _same_content(first: Path, second: Path) -> bool:
     return first.stat().st_size == second.stat().st_size and first.read_bytes() == second.read_bytes()
 
 
-@cache
 def image_sizes(path: Path) -> tuple[tuple[int, int], int]:
     """(height, width) of the stored pixels, and the EXIF orientation (1 to 8; 1 = upright).
 
     Raises:
-        DataError: if the file is no image that can be read.
+        DataError: if the file is no image that can be read to its end.
     """
     try:
-        with Image.open(path) as image:
+        stat = path.stat()
+    except (OSError, ValueError) as error:
+        raise DataError(f"image {path} cannot be read ({error})") from error
+    return _image_sizes(path, stat.st_mtime_ns, stat.st_size)
+
+
+@lru_cache(maxsize=100_000)
+def _image_sizes(path: Path, _changed: int, _bytes: int) -> tuple[tuple[int, int], int]:
+    try:
+        with Image.open(path, formats=FORMATS) as image:
             orientation = image.getexif().get(EXIF_ORIENTATION, 1)
-            return (image.height, image.width), orientation if orientation in range(1, 9) else 1
+            size = image.height, image.width
+            image.draft(image.mode, (1, 1))  # JPEG: an eighth of the pixels shows as well whether the file is whole
+            image.load()
     except DECODE_ERRORS as error:
         raise DataError(f"image {path} cannot be read ({error})") from error
+    return size, orientation if orientation in range(1, 9) else 1
 
 
 def upright_size(path: Path) -> tuple[int, int]:
