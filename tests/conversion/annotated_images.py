@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +39,14 @@ def masks_of(image: AnnotatedImage, height: int = H, width: int = W) -> dict[str
 
 def reasons_of(image: AnnotatedImage) -> dict[str, str]:
     return {annotation.label: annotation.reason for annotation in image.annotations if annotation.mask is None}
+
+
+def kinds(annotated: Annotated) -> dict[str, int]:
+    """What was left out, without the examples after a colon."""
+    counts: Counter[str] = Counter()
+    for reason, count in annotated.left_out.items():
+        counts[reason.partition(": ")[0]] += count
+    return counts
 
 
 def by_name(annotated: Annotated) -> dict[str, AnnotatedImage]:

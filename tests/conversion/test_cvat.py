@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from conversion.annotated_images import H, W, assert_masks, by_name, masks_of, photo, pixels, reasons_of
+from conversion.annotated_images import H, W, assert_masks, by_name, kinds, masks_of, photo, pixels, reasons_of
 
 from utils.conversion.cvat import read_cvat
 from utils.datasets.base import DataError
@@ -77,10 +77,10 @@ def test_shapes(tmp_path):
         "far": "a point far outside its image",
         "cut": "its points are not pairs of numbers",
         "short": "a mask whose run lengths do not fill its box",
-        "": "a shape without label",
+        "": "shape without label",
     }
-    assert annotated.left_out["a shape without label"] == 1
-    assert sum(annotated.left_out.values()) == 10
+    assert kinds(annotated)["shape without label"] == 1
+    assert sum(kinds(annotated).values()) == 10
 
 
 def test_subsets_of_a_project(tmp_path):
@@ -102,7 +102,7 @@ def test_folder_of_an_export_and_images_elsewhere(tmp_path):
     write(tmp_path / "export", image("C:\\data\\deep\\a.jpg", box("cat", 0, 0, 4, 4)), image("gone.jpg"))
     annotated = read_cvat(tmp_path / "export", tmp_path / "photos")
     assert [image.path.name for image in annotated.images] == ["a.jpg"]
-    assert annotated.left_out == {"an image that is missing": 1}
+    assert kinds(annotated) == {"image that is missing": 1}
     with pytest.raises(DataError, match=r"annotations.xml: none of its images is in .*--images"):
         read_cvat(tmp_path / "export")
 
@@ -112,7 +112,7 @@ def test_an_image_of_another_size_is_left_out(tmp_path):
     photo(tmp_path / "b.jpg", W, H)
     annotated = read_cvat(write(tmp_path, image("a.jpg", box("cat", 0, 0, 4, 4)), image("b.jpg")))
     assert [image.path.name for image in annotated.images] == ["b.jpg"]  # turned by EXIF, perhaps; told later
-    assert annotated.left_out == {"an image of another size than its annotations were made for": 1}
+    assert kinds(annotated) == {"image of another size than its annotations were made for": 1}
 
 
 def test_an_attribute_as_the_label(tmp_path):
@@ -121,7 +121,7 @@ def test_an_attribute_as_the_label(tmp_path):
     file = write(tmp_path, image("a.jpg", box("cat", 0, 0, 4, 4, inner=caption), box("cat", 5, 5, 9, 9)))
     annotated = read_cvat(file, attribute="caption")
     assert_masks(annotated.images[0], {"the red cat": pixels(0, 0, 4, 4)})
-    assert annotated.left_out == {"a shape without attribute 'caption'": 1}
+    assert kinds(annotated) == {"shape without attribute 'caption'": 1}
     with pytest.raises(DataError, match="no shape has an attribute 'colour'; there are: age, caption"):
         read_cvat(file, attribute="colour")
 
@@ -155,7 +155,7 @@ def test_tracks(tmp_path):
     assert reasons_of(images["frame_000002.PNG"]) == {"car": "between two keyframes"}
     assert_masks(images["frame_000004.PNG"], {"bus": pixels(0, 6, 4, 10)})
     assert reasons_of(images["frame_000004.PNG"]) == {}  # the car has left
-    assert annotated.left_out["a shape in a frame that is not there as an image"] == 1
+    assert kinds(annotated)["shape in a frame that is not there as an image"] == 1
 
 
 def test_frames_counted_from_one_are_refused(tmp_path):

@@ -8,7 +8,7 @@ import json
 
 import numpy as np
 import pytest
-from conversion.annotated_images import H, W, assert_masks, by_name, masks_of, photo, pixels, reasons_of
+from conversion.annotated_images import H, W, assert_masks, by_name, kinds, masks_of, photo, pixels, reasons_of
 from PIL import Image
 
 from utils.conversion.label_studio import read_label_studio
@@ -108,10 +108,10 @@ def test_regions(tmp_path):
         "road": "a path",
         "flat": "no area",
         "upside down": "drawn while the image was turned",
-        "": "a region without a label",
+        "": "region without a label",
     }
-    assert annotated.left_out["a region without a label"] == 1
-    assert annotated.left_out["a value of the whole image"] == 1
+    assert kinds(annotated)["region without a label"] == 1
+    assert kinds(annotated)["value of the whole image"] == 1
 
 
 @pytest.mark.parametrize(
@@ -149,7 +149,7 @@ def test_tasks_without_a_valid_annotation(tmp_path):
         "a.jpg": {"cat"},
         "d.jpg": set(),
     }
-    assert annotated.left_out == {"a cancelled annotation": 1, "a task without annotation": 2}
+    assert kinds(annotated) == {"cancelled annotation": 1, "task without annotation": 2}
 
 
 def test_several_annotations_are_joined(tmp_path):
@@ -161,7 +161,7 @@ def test_several_annotations_are_joined(tmp_path):
     ]
     annotated = read_label_studio(write(tmp_path, {**task("a.jpg"), "annotations": annotations}))
     assert set(masks_of(annotated.images[0])) == {"cat", "dog"}
-    assert annotated.notes == {"a task with several annotations, which are joined": 1}
+    assert annotated.notes == {"task with several annotations, which are joined": 1}
 
 
 def test_labels_apart_from_their_outline_and_descriptions(tmp_path):
@@ -179,7 +179,7 @@ def test_labels_apart_from_their_outline_and_descriptions(tmp_path):
     assert_masks(read_label_studio(file).images[0], dict.fromkeys(("cat", "pet", "dog"), square))
     captions = read_label_studio(file, attribute="caption")
     assert_masks(captions.images[0], {"the red cat": square})
-    assert captions.left_out == {"a region without a value of 'caption'": 1}
+    assert kinds(captions) == {"region without a value of 'caption'": 1}
     with pytest.raises(DataError, match="no region has a value of the control 'colour'; there are: caption, kind"):
         read_label_studio(file, attribute="colour")
 
@@ -202,7 +202,7 @@ def test_minimal_json(tmp_path):
     file = write(tmp_path, row, {"image": "gone.jpg", "annotation_id": 10})
     annotated = read_label_studio(file)
     assert_masks(annotated.images[0], {"cat": pixels(4, 3, 10, 9), "dog": pixels(5, 5, 15, 25)})
-    assert annotated.left_out == {"an image that is missing": 1}
+    assert kinds(annotated) == {"image that is missing": 1}
     with pytest.raises(DataError, match="JSON_MIN"):
         read_label_studio(file, attribute="scene")
 
@@ -252,9 +252,9 @@ def test_sizes(tmp_path):
     [image] = annotated.images
     assert image.size is None
     assert_masks(image, {"cat": pixels(4, 3, 10, 9)})
-    assert annotated.left_out == {
-        "an image of another size than its annotations were made for": 1,
-        "a task whose regions were drawn on images of several sizes": 1,
+    assert kinds(annotated) == {
+        "image of another size than its annotations were made for": 1,
+        "task whose regions were drawn on images of several sizes": 1,
     }
 
 

@@ -6,7 +6,7 @@ import json
 import math
 
 import pytest
-from conversion.annotated_images import H, assert_masks, by_name, masks_of, photo, pixels, reasons_of
+from conversion.annotated_images import H, assert_masks, by_name, kinds, masks_of, photo, pixels, reasons_of
 
 from utils.conversion.via import read_via
 from utils.datasets.base import DataError
@@ -62,9 +62,9 @@ def test_shapes(tmp_path, project):
         "odd": "its points are not pairs of numbers",
         "two": "2 points",
         "star": "a shape 'star'",
-        "": "a region without 'class'",
+        "": "region without 'class'",
     }
-    assert annotated.left_out["a region without 'class'"] == 2
+    assert kinds(annotated)["region without 'class'"] == 2
 
 
 def test_regions_of_version_1_are_a_dictionary(tmp_path):
@@ -92,7 +92,7 @@ def test_csv(tmp_path, separator, mark, end):
     images = by_name(read_via(file))
     assert set(masks_of(images["a.jpg"])) == {"cat", "Dög\u2028x"}
     assert_masks(images["a.jpg"], masks_of(images["a.jpg"]) | {"cat": pixels(3, 2, 9, 8)})
-    assert reasons_of(images["a.jpg"]) == {"owl": "a region without shape attributes"}
+    assert reasons_of(images["a.jpg"]) == {"owl": "no shape attributes"}
     assert images["b, c.jpg"].annotations == []
 
 
@@ -110,7 +110,7 @@ def test_several_attributes_need_a_choice(tmp_path):
         read_via(file)
     annotated = read_via(file, attribute="age")
     assert set(masks_of(annotated.images[0])) == {"2"}
-    assert annotated.left_out == {"a region without 'age'": 1}
+    assert kinds(annotated) == {"region without 'age'": 1}
     with pytest.raises(DataError, match=r"no region has the attribute 'kind'; there are: 'class'"):
         read_via(file, attribute="kind")
 
@@ -143,7 +143,7 @@ def test_images_of_one_name_are_told_apart_by_their_size(tmp_path):
     file = write(tmp_path, entry("a.jpg", region("cat"), size=size), entry("a.jpg", region("dog"), size=size + 1))
     annotated = read_via(file)
     assert [set(masks_of(image)) for image in annotated.images] == [{"cat"}]
-    assert annotated.left_out == {"an image that is missing": 1}
+    assert kinds(annotated) == {"image that is missing": 1}
     file = write(tmp_path, entry("a.jpg", region("cat"), size=size + 2), entry("a.jpg", region("dog"), size=size + 1))
     with pytest.raises(DataError, match=r"2 images 'a.jpg'; none has"):
         read_via(file)
@@ -154,7 +154,7 @@ def test_addresses_and_missing_images(tmp_path):
     file = write(tmp_path, entry("https://example.org/x/a%20b.jpg", region("cat"), size=-1), entry("gone.jpg"))
     annotated = read_via(file, tmp_path / "photos")
     assert [image.path.name for image in annotated.images] == ["a b.jpg"]
-    assert annotated.left_out == {"an image that is missing": 1}
+    assert kinds(annotated) == {"image that is missing": 1}
     with pytest.raises(DataError, match=r"via.json: none of its images is in .*--images"):
         read_via(write(tmp_path, entry("gone.jpg")))
 
@@ -163,7 +163,7 @@ def test_a_broken_image_is_left_out(tmp_path):
     (tmp_path / "a.jpg").write_text("no image")
     annotated = read_via(write(tmp_path, entry("a.jpg", region("cat"))))
     assert annotated.images == []
-    assert annotated.left_out == {"an image that cannot be read": 1}
+    assert kinds(annotated) == {"image that cannot be read": 1}
 
 
 @pytest.mark.parametrize(

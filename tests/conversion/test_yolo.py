@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from conversion.annotated_images import assert_masks, by_name, masks_of, photo, pixels, reasons_of
+from conversion.annotated_images import assert_masks, by_name, kinds, masks_of, photo, pixels, reasons_of
 
 from utils.conversion.yolo import read_yolo
 from utils.datasets.base import DataError
@@ -57,7 +57,7 @@ def test_boxes_have_no_mask(tmp_path, row):
     [annotation] = annotated.images[0].annotations
     assert (annotation.label, annotation.mask, annotation.reason) == ("cat", None, "a box")
     assert annotation.box == pytest.approx((12, 6, 18, 14))
-    assert annotated.left_out == {}  # the converter decides what becomes of boxes
+    assert kinds(annotated) == {}  # the converter decides what becomes of boxes
 
 
 def test_rows_that_cannot_be_used(tmp_path):
@@ -70,16 +70,16 @@ def test_rows_that_cannot_be_used(tmp_path):
     assert reasons_of(image) == {
         "cat": "2 numbers, neither a box nor a polygon",
         "dog": "a polygon that is not in fractions of its image",
-        "": "a row that is not of numbers",
+        "": "row that is not of numbers",
     }
     assert sum(not annotation.label for annotation in image.annotations) == 5
-    assert annotated.left_out == {
+    assert kinds(annotated) == {
         "class 7, which data.yaml does not name": 1,
         "class -1, which data.yaml does not name": 1,
         "class 0.5, which data.yaml does not name": 1,
-        "a row that is not of numbers": 2,
-        "2 numbers, neither a box nor a polygon": 1,
-        "a polygon that is not in fractions of its image": 1,
+        "row that is not of numbers": 2,
+        "region without a mask (2 numbers, neither a box nor a polygon)": 1,
+        "region without a mask (a polygon that is not in fractions of its image)": 1,
     }
 
 
@@ -125,7 +125,7 @@ def test_lists_that_do_not_fit(tmp_path, names, message):
 def test_classes_given_by_hand(tmp_path):
     file = dataset(tmp_path, f"1 {SQUARE}")
     classes = write(tmp_path / "my.txt", "\ufeffa\r\n\r\n")
-    assert read_yolo(file, classes=classes).left_out == {"class 1, which my.txt does not name": 1}
+    assert kinds(read_yolo(file, classes=classes)) == {"class 1, which my.txt does not name": 1}
     with pytest.raises(DataError, match=r"my.txt is empty"):
         read_yolo(file, classes=write(tmp_path / "my.txt", "\n"))
     with pytest.raises(DataError, match=r"my.txt begins with '__ignore__'"):
@@ -150,10 +150,10 @@ def test_roboflow(tmp_path):
         ("a_jpg.rf.12ab.jpg", "val"): {"cat"},
         ("empty.jpg", "train"): set(),
     }
-    assert annotated.left_out == {
-        "a folder of split 'test' that does not exist": 1,
-        "an image without a label file": 1,
-        "a label file without an image": 1,
+    assert kinds(annotated) == {
+        "folder of a split that does not exist": 1,
+        "image without a label file": 1,
+        "label file without an image": 1,
     }
     assert found(read_yolo(tmp_path)) == found(annotated)
 
@@ -208,7 +208,7 @@ def test_an_image_of_another_split_is_never_taken(tmp_path):
     file.write_text("train: images/train\nval: images/val\nnames: [cat, dog]\n")
     annotated = read_yolo(file)
     assert found(annotated) == {("a.jpg", "train"): {"cat"}}
-    assert annotated.left_out == {"a label file without an image": 1}
+    assert kinds(annotated) == {"label file without an image": 1}
     flat = tmp_path / "flat"
     photo(flat / "a.jpg")
     (tmp_path / "images/train/a.jpg").unlink()
@@ -234,8 +234,8 @@ def test_damaged_files_are_left_out(tmp_path):
     (tmp_path / "labels/train/utf16.txt").write_text(f"0 {SQUARE}\n", encoding="utf-16")
     annotated = read_yolo(file)
     assert set(by_name(annotated)) == {"a.jpg", "utf16.jpg"}
-    assert annotated.left_out["a label file that is no text"] == 1
-    assert annotated.left_out["an image that cannot be read"] == 1
+    assert kinds(annotated)["label file that is no text"] == 1
+    assert kinds(annotated)["image that cannot be read"] == 1
 
 
 def test_nothing_to_read(tmp_path):
@@ -243,5 +243,5 @@ def test_nothing_to_read(tmp_path):
         read_yolo(tmp_path / "gone")
     write(tmp_path / "classes.txt", "cat")
     write(tmp_path / "labels/a.txt", f"0 {SQUARE}")
-    with pytest.raises(DataError, match=r"no image with a label file was found \(1 x a label file without an image\)"):
+    with pytest.raises(DataError, match=r"no image with a label file was found \(1 x label file without an image: .*a\.txt\)"):
         read_yolo(tmp_path)

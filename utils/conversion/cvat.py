@@ -138,7 +138,7 @@ class _Reader(Collector):
         if path is None:
             return
         claimed = size_from(element.get("height"), element.get("width"))
-        size = trusted_size(path, claimed, self.annotated.left_out)
+        size = trusted_size(path, claimed, self.annotated)
         if size is None:
             return
         image = AnnotatedImage(path, claimed, split="" if subset.lower() == "default" else subset)
@@ -148,7 +148,7 @@ class _Reader(Collector):
 
     def add_shape(self, annotations: list[Annotation], shape: ET.Element, label: str, size: Size) -> None:
         if shape.tag not in SHAPES:
-            self.annotated.left_out[f"<{shape.tag[:40]}>, which CVAT does not write"] += 1
+            self.annotated.left_out[f"element <{shape.tag[:40]}>, which CVAT does not write"] += 1
             return
         values = {child.get("name", ""): child.text or "" for child in shape if child.tag == "attribute"}
         self.attributes |= values.keys()
@@ -158,7 +158,7 @@ class _Reader(Collector):
             add_region(annotations, label, lambda: _draw(shape, size), self.annotated.left_out)
         else:
             what = f"attribute {self.attribute!r}" if self.attribute else "label"
-            add_unnamed(annotations, f"a shape without {what}", self.annotated.left_out)
+            add_unnamed(annotations, f"shape without {what}", self.annotated.left_out)
 
     def result(self) -> Annotated:
         if self.attribute and self.attribute not in self.attributes and self.annotated.images:
@@ -223,7 +223,7 @@ def _add_tracks(reader: _Reader, tracks: list[ET.Element], tasks: list[ET.Elemen
     )
     images: dict[int, tuple[AnnotatedImage, Size]] = {}
     for frame, path in sorted(frames.items()):
-        if size := trusted_size(path, claimed, reader.annotated.left_out):
+        if size := trusted_size(path, claimed, reader.annotated):
             images[frame] = (AnnotatedImage(path, claimed), size)
     for track in tracks:
         _add_track(reader, track, images)
@@ -256,7 +256,7 @@ def _add_track(reader: _Reader, track: ET.Element, images: dict[int, tuple[Annot
     label, left_out = track.get("label", ""), reader.annotated.left_out
     shapes = {frame: shape for shape in track if (frame := whole(shape.get("frame"))) is not None}
     if unnumbered := sum(whole(shape.get("frame")) is None for shape in track):
-        left_out["a shape without the number of its frame"] += unnumbered
+        left_out["shape without the number of its frame"] += unnumbered
     numbers_of_shapes = sorted(shapes)
     for frame, (image, size) in images.items():
         position = bisect_right(numbers_of_shapes, frame) - 1
@@ -268,6 +268,6 @@ def _add_track(reader: _Reader, track: ET.Element, images: dict[int, tuple[Annot
         else:
             hidden = Annotation("" if reader.attribute else label, None, reason="between two keyframes")
             image.annotations.append(hidden)
-            left_out["a shape between two keyframes"] += 1
+            left_out["shape between two keyframes"] += 1
     if unseen := sum(frame not in images and shape.get("outside") != "1" for frame, shape in shapes.items()):
-        left_out["a shape in a frame that is not there as an image"] += unseen
+        left_out["shape in a frame that is not there as an image"] += unseen

@@ -91,18 +91,22 @@ class _Reader(Collector):
             raise DataError(
                 f"{self.file}: a task names several images, as {', '.join(names)[:200]}; none is called 'image'"
             )
-        if results is None or not names:
-            left_out["a task without annotation" if names else "a task that names no image"] += 1
+        if not names:
+            left_out["task that names no image"] += 1
             return
         path = self._find_image(names.get("image") or next(iter(names.values())))
+        if results is None:
+            left_out["task without annotation"] += 1
+            self.annotated.not_negative |= {path} if path else set()
+            return
         claimed = {size_from(result.get("original_height"), result.get("original_width")) for result in results} - {
             None
         }
         if len(claimed) > 1:
-            left_out["a task whose regions were drawn on images of several sizes"] += 1
+            left_out["task whose regions were drawn on images of several sizes"] += 1
             return
         claim = next(iter(claimed), None)
-        size = trusted_size(path, claim, left_out) if path else None
+        size = trusted_size(path, claim, self.annotated) if path else None
         if path is None or size is None:
             return
         image = AnnotatedImage(path, claim)
@@ -126,16 +130,16 @@ class _Reader(Collector):
         entries = [entry for entry in annotations if isinstance(entry, dict) and isinstance(entry.get("result"), list)]
         valid = [entry for entry in entries if not entry.get("was_cancelled") and not entry.get("skipped")]
         if cancelled := len(annotations) - len(valid):
-            annotated.left_out["a cancelled annotation"] += cancelled
+            annotated.left_out["cancelled annotation"] += cancelled
         if len(valid) > 1:
-            annotated.notes["a task with several annotations, which are joined"] += 1
+            annotated.notes["task with several annotations, which are joined"] += 1
         results = []
         for position, entry in enumerate(valid):
             for number_, result in enumerate(entry["result"]):
                 if isinstance(result, dict) and isinstance(result.get("value"), dict):
                     results.append({**result, "region": (position, str(result.get("id", f"result {number_}")))})
                 elif not isinstance(result, dict) or result.get("type") != "relation":
-                    annotated.left_out["a result without a value"] += 1
+                    annotated.left_out["result without a value"] += 1
         return data, results if valid else None
 
     def _find_image(self, name: str) -> Path | None:
@@ -163,10 +167,10 @@ class _Reader(Collector):
         outline = next((part for part in parts if GEOMETRY & part["value"].keys()), None)
         left_out = self.annotated.left_out
         if outline is None:
-            left_out["a value of the whole image"] += 1
+            left_out["value of the whole image"] += 1
         elif not labels:
             what = f"a value of {self.attribute!r}" if self.attribute else "a label"
-            add_unnamed(image.annotations, f"a region without {what}", left_out)
+            add_unnamed(image.annotations, f"region without {what}", left_out)
         else:
             for label in dict.fromkeys(labels):
                 add_region(image.annotations, label, lambda: _draw(outline, size), left_out)

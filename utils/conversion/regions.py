@@ -63,7 +63,7 @@ class Collector:
                 f"{self.missing[0][:200]!r}; give their folder with --images"
             )
         if self.missing:
-            self.annotated.left_out["an image that is missing"] += len(self.missing)
+            self.annotated.left_out += Counter(f"image that is missing: {name[:200]}" for name in self.missing)
         return self.annotated
 
 
@@ -73,7 +73,7 @@ def add_region(annotations: list[Annotation], label: str, draw: Callable[[], Any
         annotations.append(Annotation(label, draw()))
     except DataError as error:
         annotations.append(Annotation(label, None, reason=str(error)))
-        left_out[str(error)] += 1
+        left_out[f"region without a mask ({error})"] += 1
 
 
 def add_unnamed(annotations: list[Annotation], reason: str, left_out: Counter[str]) -> None:
@@ -111,7 +111,7 @@ def size_from(height: Any, width: Any) -> Size | None:
     return (sides[0], sides[1]) if sides[0] and sides[1] else None
 
 
-def trusted_size(path: Path, claimed: Size | None, left_out: Counter[str]) -> Size | None:
+def trusted_size(path: Path, claimed: Size | None, annotated: Annotated) -> Size | None:
     """The size for which an image's annotations are read: the claimed one, or else that of the image itself.
 
     None if the image cannot be read, or neither its stored nor its upright pixels have the claimed size: then its masks
@@ -119,13 +119,14 @@ def trusted_size(path: Path, claimed: Size | None, left_out: Counter[str]) -> Si
     """
     try:
         size = upright_size(path)
-    except DataError:
-        left_out["an image that cannot be read"] += 1
-        return None
-    if claimed not in (None, size, size[::-1]):
-        left_out["an image of another size than its annotations were made for"] += 1
-        return None
-    return claimed or size
+        if claimed in (None, size, size[::-1]):
+            return claimed or size
+        problem = f"image of another size than its annotations were made for: {path}"
+    except DataError as error:
+        problem = f"image that cannot be read: {error}"
+    annotated.left_out[problem] += 1
+    annotated.not_negative.add(path)
+    return None
 
 
 def positive(*sides: float) -> None:

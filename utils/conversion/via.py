@@ -52,7 +52,7 @@ def read_via(
         attribute = _label_attribute(records, attribute, path)
     collector = Collector(path, *([images] if images else [path.parent]))
     for image, record in _with_images(records, collector):
-        size = trusted_size(image, None, collector.annotated.left_out)
+        size = trusted_size(image, None, collector.annotated)
         if size is not None:
             annotated = AnnotatedImage(image, None)
             for region in record["regions"]:
@@ -191,13 +191,13 @@ def _add_region(
     for name in labels:
         add_region(image.annotations, names.get(name, name), lambda: _draw(shape, size), collector.annotated.left_out)
     if not labels:
-        add_unnamed(image.annotations, f"a region without {attribute!r}", collector.annotated.left_out)
+        add_unnamed(image.annotations, f"region without {attribute!r}", collector.annotated.left_out)
 
 
 def _draw(shape: Any, size: Size) -> list[Any]:
     """The polygon of a shape; ``DataError`` with the reason if it has no area."""
     if not isinstance(shape, dict):
-        raise DataError("a region without shape attributes")
+        raise DataError("no shape attributes")
     kind = str(shape.get("name"))[:40]
     if kind in WITHOUT_AREA:
         raise DataError(WITHOUT_AREA[kind])

@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from utils.conversion.annotated import SPLITS, Annotated, AnnotatedImage, Annotation, clean_ring, kind_of
+from utils.conversion.annotated import Annotated, AnnotatedImage, Annotation, clean_ring, kind_of, split_of
 from utils.conversion.images import IMAGE_SUFFIXES, ImageFolder, files_below, plain
 from utils.conversion.regions import Size, add_region, add_unnamed, number, trusted_size, whole
 from utils.datasets.base import DataError, MissingDataError, read_text
@@ -33,7 +33,6 @@ NO_LABELS = {
     "valid.txt",
     "test.txt",
     "trainval.txt",
-    "notes.txt",
 }
 FAR = 2.0  # fractions of an image beyond which a coordinate is in pixels, or wrong
 UPLOAD_PREFIX = re.compile(r"^[0-9a-f]{8}-")  # of Label Studio
@@ -64,23 +63,26 @@ def read_yolo(
     folder = path if path.is_dir() else path.parent
     settings = _settings(file, encoding) if file else {}
     named = _classes(folder, file, settings, classes, encoding)
-    layout = _Layout(folder, images)
+    result = Annotated()
+    layout = _Layout(folder, images, result.left_out)
     for rows, image, split in layout.pairs(settings, encoding):
         annotated = AnnotatedImage(image, None, split=split)
-        size = trusted_size(image, None, layout.left_out)
+        size = trusted_size(image, None, result)
         try:
             lines = read_text(rows, encoding).splitlines()
-        except DataError:
-            layout.left_out["a label file that is no text"] += 1
+        except DataError as error:
+            result.left_out[f"label file that is no text: {error}"] += 1
+            result.not_negative.add(image)
             continue
         if size is not None:
             for line in lines:
-                _add_row(annotated.annotations, line, named, size, layout.left_out)
-            layout.images.append(annotated)
-    if not layout.images:
-        reasons = "; ".join(f"{count} x {reason}" for reason, count in layout.left_out.items()) or "no label files"
+                _add_row(annotated.annotations, line, named, size, result.left_out)
+            result.images.append(annotated)
+    if not result.images:
+        first = list(result.left_out.items())[:4]
+        reasons = "; ".join(f"{count} x {reason}" for reason, count in first) or "no label files"
         raise DataError(f"{path}: no image with a label file was found ({reasons}); check --images")
-    return Annotated(layout.images, layout.left_out)
+    return result
 
 
 # -- classes -----------------------------------------------------------------------------------------------------------
@@ -144,11 +146,11 @@ def _names_of(names: Any, file: Path) -> dict[int, str]:
 class _Layout:
     """Which label file belongs to which image."""
 
-    def __init__(self, folder: Path, images: Path | None) -> None:
+    def __init__(self, folder: Path, images: Path | None, left_out: Counter[str]) -> None:
         self.folder, self.given = folder, images
         self.finder = ImageFolder(images) if images else None
-        self.images: list[AnnotatedImage] = []
-        self.left_out: Counter[str] = Counter()
+        self.left_out = left_out
+        self.places: set[Path] = set()  # folders of images
         self.used: dict[Path, Path] = {}  # image -> its label file
         self.met: Counter[Path] = Counter()  # label files
         self._stems: dict[Path, dict[str, list[Path]]] = {}
@@ -161,7 +163,7 @@ class _Layout:
             for entry in [entries] if isinstance(entries, str) else entries if isinstance(entries, list) else []:
                 place = self._place(str(entry), str(settings.get("path") or ""))
                 if place is None:
-                    self.left_out[f"a folder of split {split!r} that does not exist"] += 1
+                    self.left_out[f"folder of a split that does not exist: {entry!r:.200} of {split!r}"] += 1
                     continue
                 listed = True
                 if place.is_file():
@@ -170,6 +172,8 @@ class _Layout:
                     yield from self._below(place, split)
         if not listed:
             yield from self._below(self.folder, None)
+        images = {image.resolve() for place in self.places for image in files_below(place, IMAGE_SUFFIXES, Counter())}
+        self.left_out += Counter(f"image without a label file: {image}" for image in sorted(images - self.used.keys()))
 
     def _place(self, entry: str, root: str) -> Path | None:
         """The folder or list that data.yaml means. Roboflow writes ``../train/images`` for ``train/images``.
@@ -178,33 +182,30 @@ class _Layout:
         """
         entry, root = entry.replace("\\", "/"), root.replace("\\", "/")
         roots = [self.folder / root, self.folder]
-        written = next((place for place in (root / entry for root in roots) if _exists(place)), None)
-        below = next((place for place in (root / entry.removeprefix("../") for root in roots) if _exists(place)), None)
+        written = next(filter(_exists, (place / entry for place in roots)), None)
+        below = next(filter(_exists, (place / entry.removeprefix("../") for place in roots)), None)
         if written and below and written.resolve() != below.resolve():
             raise DataError(f"{self.folder}: {entry!r} may be {written} or {below}; correct it in data.yaml")
         parts = PurePosixPath(entry).parts
         tails = (self.folder.joinpath(*parts[start:]) for start in range(1, len(parts) - 1))
         found = written or below or next(filter(_exists, tails), None)
-        labels = (_swapped(root / entry, "images", "labels") for root in roots)  # of images that are elsewhere
+        labels = (_swapped(place / entry, "images", "labels") for place in roots)  # of images that are elsewhere
         return found or next(filter(_exists, labels), None)
 
     def _below(self, place: Path, split: str | None) -> Iterator[tuple[Path, Path, str]]:
         """The label files of a folder of images (or of both); ``split`` None = as the folders are called."""
         labels = _swapped(place, "images", "labels")
         labels = labels if labels.is_dir() else place
+        self.places |= {self.given or place, place}
         for rows in files_below(labels, [".txt"], self.left_out):
             relative = rows.relative_to(labels)
             if rows.name.lower() in NO_LABELS or rows.name.lower().startswith("readme"):
                 continue
             image = self._image_of(rows, relative.parent)
             if image is None:
-                self.left_out["a label file without an image"] += 1
+                self.left_out[f"label file without an image: {rows}"] += 1
             elif self._is_new(image, rows):
-                yield rows, image, split if split is not None else _split_of(relative)
-        for folder in {self.given or place, place}:
-            for image in files_below(folder, IMAGE_SUFFIXES, Counter()) if folder.is_dir() else ():
-                if image.resolve() not in self.used:
-                    self.left_out["an image without a label file"] += 1
+                yield rows, image, split if split is not None else split_of(_plain_parts(relative))
 
     def _listed(self, file: Path, split: str, encoding: str | None) -> Iterator[tuple[Path, Path, str]]:
         """The images that a text file lists, by their paths."""
@@ -215,14 +216,14 @@ class _Layout:
             try:
                 image = finder.find(line.strip(), beside=file.parent)
             except MissingDataError:
-                self.left_out["an image that is missing"] += 1
+                self.left_out[f"image that is missing: {line.strip()[:200]}"] += 1
                 continue
             places = [_swapped(image.parent, "images", "labels"), image.parent]
             rows = next(
                 (place / f"{image.stem}.txt" for place in places if (place / f"{image.stem}.txt").is_file()), None
             )
             if rows is None:
-                self.left_out["an image without a label file"] += 1
+                self.left_out[f"image without a label file: {image}"] += 1
             elif self._is_new(image, rows):
                 yield rows, image, split
 
@@ -278,13 +279,9 @@ def _swapped(folder: Path, name: str, other: str) -> Path:
     return Path(*parts)
 
 
-def _split_of(relative: Path) -> str:
-    """The part of a path that names a split: labels/train/a.txt, valid/labels/a.txt, obj_train_data/a.txt."""
-    for part in relative.parts[:-1]:
-        name = part.lower().removeprefix("obj_").removesuffix("_data")
-        if name in SPLITS:
-            return name
-    return ""
+def _plain_parts(path: Path) -> Path:
+    """obj_train_data/a.txt, as darknet and CVAT call it -> train/a.txt."""
+    return Path(*(part.removeprefix("obj_").removesuffix("_data") for part in path.parts))
 
 
 # -- rows --------------------------------------------------------------------------------------------------------------
@@ -298,7 +295,7 @@ def _add_row(annotations: list[Annotation], line: str, classes: _Classes, size: 
     try:
         label_number, *values = map(number, fields)
     except DataError:
-        return add_unnamed(annotations, "a row that is not of numbers", left_out)
+        return add_unnamed(annotations, "row that is not of numbers", left_out)
     label = classes.names.get(int(label_number), "") if label_number.is_integer() else ""
     if not label:
         unknown = f"class {fields[0][:20]}, which {classes.file.name} does not name"
