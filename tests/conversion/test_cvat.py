@@ -203,3 +203,17 @@ def test_refused_files(tmp_path, text, message):
     with pytest.raises(DataError, match=message) as error:
         read_cvat(file)
     assert str(file) in str(error.value)
+
+
+def test_the_file_declares_its_encoding(tmp_path):
+    photo(tmp_path / "a.jpg")
+    file = write(tmp_path, image("a.jpg", box("Löwe", 0, 0, 4, 4)))
+    text = file.read_text(encoding="utf-8")
+    file.write_text(text.replace("utf-8", "utf-16"), encoding="utf-16")
+    assert set(masks_of(read_cvat(file).images[0])) == {"Löwe"}
+    file.write_text(text, encoding="latin-1")
+    with pytest.raises(DataError, match="not XML"):
+        read_cvat(file)
+    assert set(masks_of(read_cvat(file, encoding="latin-1").images[0])) == {"Löwe"}
+    with pytest.raises(DataError, match="not XML"):
+        read_cvat(file, encoding="klingon")

@@ -44,13 +44,14 @@ WITHOUT_AREA = {
 SHAPES = {"box", "polygon", "ellipse", "mask", *WITHOUT_AREA}
 
 
-def read_cvat(path: Path, images: Path | None = None, attribute: str = "") -> Annotated:
+def read_cvat(path: Path, images: Path | None = None, attribute: str = "", encoding: str | None = None) -> Annotated:
     """Reads the images, or the frames of videos, that are there as image files.
 
     Args:
         path: the XML file, or the unpacked export with its ``annotations.xml``.
         images: folder of the images; default: that of the file.
         attribute: name of a CVAT attribute whose value is the label, such as a caption; "" = CVAT's label.
+        encoding: of the file, if it is not the one that it declares.
 
     Raises:
         DataError: if the file is not such XML, or has a document type (CVAT writes none, and its entities may expand
@@ -60,7 +61,7 @@ def read_cvat(path: Path, images: Path | None = None, attribute: str = "") -> An
     reader = _Reader(file, images, attribute)
     tracks: list[ET.Element] = []
     tasks: list[ET.Element] = []
-    for element in _children_of_root(file):
+    for element in _children_of_root(file, encoding):
         if element.tag == "meta":
             tasks += [task for task in element.iter() if task.tag in ("task", "job")]
         elif element.tag == "image":
@@ -102,9 +103,9 @@ class _Children(ET.TreeBuilder):
         return element
 
 
-def _children_of_root(file: Path) -> Iterator[ET.Element]:
+def _children_of_root(file: Path, encoding: str | None) -> Iterator[ET.Element]:
     builder = _Children()
-    parser = ET.XMLParser(target=builder)
+    parser = ET.XMLParser(target=builder, encoding=encoding)
     try:
         with file.open("rb") as stream:
             for chunk in iter(lambda: stream.read(1 << 16), b""):
