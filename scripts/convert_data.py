@@ -3,6 +3,8 @@
     python scripts/convert_data.py labelme photos --output own.jsonl --val 0.2 --absent 1
     python scripts/convert_data.py coco instances.json --images photos --output own.jsonl --query "the {label}"
     python scripts/convert_data.py masks masks --images photos --output own.jsonl --query "the crack"
+    python scripts/convert_data.py yolo dataset/data.yaml --output own.jsonl --split
+    python scripts/convert_data.py cvat annotations.xml --output own.jsonl  # also: label-studio, via
     python scripts/convert_data.py check own.jsonl --pictures 12
 
 Each query occurs once per image: objects with the same label become one line with several masks. What was left out, and
@@ -23,11 +25,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from utils.conversion.annotated import Annotated
 from utils.conversion.check import check_file, plot_first
 from utils.conversion.coco import read_coco
+from utils.conversion.cvat import read_cvat
 from utils.conversion.images import IMAGE_SUFFIXES, files_below, image_sizes, upright_size
+from utils.conversion.label_studio import read_label_studio
 from utils.conversion.labelme import read_labelme
 from utils.conversion.lines import add_absent, lines_of, write_lines
 from utils.conversion.mask_images import read_masks
 from utils.conversion.queries import BoxMasks, QueriedImage, Queries, Summary
+from utils.conversion.via import read_via
+from utils.conversion.yolo import read_yolo
 from utils.datasets.base import DataError
 from utils.inference import cli
 
@@ -35,6 +41,10 @@ READERS: dict[str, Callable[[argparse.Namespace], Annotated]] = {
     "labelme": lambda args: read_labelme(args.folder, args.images, args.encoding, extracted(args.output)),
     "coco": lambda args: read_coco(args.file, args.images, args.label, args.encoding),
     "masks": lambda args: read_masks(args.folder, args.images, args.query, args.classes, args.colors, args.encoding),
+    "yolo": lambda args: read_yolo(args.file, args.images, args.classes, args.encoding),
+    "label-studio": lambda args: read_label_studio(args.file, args.images, args.attribute, args.encoding),
+    "via": lambda args: read_via(args.file, args.images, args.attribute, one_query(args), args.encoding),
+    "cvat": lambda args: read_cvat(args.file, args.images, args.attribute, args.encoding),
 }
 
 
@@ -44,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
         return check_file(args.file, args.pictures)
     if args.output.exists() and not args.overwrite:
         raise ValueError(f"--output {args.output} already exists; add --overwrite, or give another name")
-    if "{label}" not in args.query and args.source != "masks":
+    if "{label}" not in args.query and args.source not in ("masks", "via"):
         raise ValueError(f"--query {args.query!r} lacks {{label}}: all objects would get the same query")
     if (args.boxes == "sam") != (args.sam is not None):
         raise ValueError("--boxes sam and --sam FILE belong together: the SAM that segments the boxes")
@@ -93,6 +103,11 @@ def convert(args: argparse.Namespace) -> None:
     print("\n".join(text))
 
 
+def one_query(args: argparse.Namespace) -> str:
+    """The query of all regions, if --query says so; "" = it depends on their labels."""
+    return "" if "{label}" in args.query else args.query
+
+
 def box_masks(args: argparse.Namespace) -> BoxMasks | None:
     if args.boxes is None:
         return None
@@ -128,7 +143,7 @@ def unlisted(args: argparse.Namespace, annotated: Annotated, summary: Summary) -
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    sources = parser.add_subparsers(dest="source", required=True, metavar="{labelme,coco,masks,check}")
+    sources = parser.add_subparsers(dest="source", required=True, metavar=f"{{{','.join([*READERS, 'check'])}}}")
     shared = argparse.ArgumentParser(add_help=False)
     add_shared_flags(shared.add_argument)
     source = sources.add_parser("labelme", parents=[shared], help="a folder of LabelMe's or X-AnyLabeling's JSON files")
@@ -160,10 +175,29 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         metavar="FILE",
         help="for PNGs in colors: CVAT's labelmap.txt, lines R G B NAME, a CSV, JSON {NAME: [R, G, B]}",
     )
+    add_tools(lambda name, text: sources.add_parser(name, parents=[shared], help=text))
     source = sources.add_parser("check", help="decode all images and masks of a JSONL, and list all errors")
     source.add_argument("file", type=Path)
     source.add_argument("--pictures", type=_count, default=0, metavar="N", help="also plot N lines into FILE.SPLIT.png")
     return parser.parse_args(argv)
+
+
+def add_tools(add_parser: Callable[[str, str], argparse.ArgumentParser]) -> None:
+    """The sources whose flags are alike (docs/annotation_tools.md)."""
+    tools = {
+        "yolo": ("YOLO's label files: a data.yaml, or a folder with a classes.txt", ""),
+        "label-studio": ("Label Studio's export as JSON or JSON_MIN", "control for each region, such as a text area"),
+        "via": ("VGG Image Annotator 1 or 2: a project, or an export as JSON or CSV", "region attribute"),
+        "cvat": ("CVAT for images 1.1, or frames of CVAT for video 1.1 (XML)", "CVAT attribute"),
+    }
+    for name, (text, attribute) in tools.items():
+        source = add_parser(name, text)
+        source.add_argument("file", type=Path)
+        source.add_argument("--images", type=Path, metavar="DIR", help="folder of the images, if they are elsewhere")
+        if attribute:
+            source.add_argument("--attribute", default="", metavar="NAME", help=f"{attribute} that holds the label")
+        else:
+            source.add_argument("--classes", type=Path, metavar="FILE", help="text file, line k + 1 names class k")
 
 
 def add_shared_flags(add: Callable[..., argparse.Action]) -> None:
