@@ -79,7 +79,7 @@ def convert(args: argparse.Namespace) -> None:
     if without and not args.negatives:
         text.append(f"  without annotation: {len(without)} images, such as {without[0].path} (--negatives uses them)")
     own = Counter(image.split for image in images if image.split)
-    if own and not args.split:
+    if len(own) > 1 and not args.split:
         shares = ", ".join(f"{count} {name}" for name, count in own.items())
         text.append(f"  the tool's own splits are not used: {shares} (--split uses them)")
     add_absent(images, without if args.negatives else [], args.absent)
@@ -92,7 +92,11 @@ def convert(args: argparse.Namespace) -> None:
             f"nothing to write to {args.output}: {problem if not lines else 'the annotations name no split; use --val'}"
         )
     write_lines(lines, args.output)
-    sheets = plot_first(args.output, args.pictures) if args.pictures else []
+    try:
+        sheets = plot_first(args.output, args.pictures) if args.pictures else []
+    except DataError as error:
+        sheets = []
+        text.append(f"  no pictures: {error}")
     absent, splits = sum(not line["masks"] for line in lines), Counter(line.get("split", "train") for line in lines)
     shares = ", ".join(f"{count} {split}" for split, count in splits.items())
     written = len({line["image"] for line in lines})

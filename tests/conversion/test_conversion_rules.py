@@ -220,6 +220,20 @@ def test_images_are_found_as_tools_write_them(capsys, tmp_path, written):
     assert areas(tmp_path / "own.jsonl") == {("ä b.jpg", "cup"): [100]}
 
 
+def test_an_image_of_another_folder_is_not_taken(capsys, tmp_path):
+    """Of two files of one name, the one whose image is missing does not annotate the other's."""
+    for folder in ("x", "y"):
+        labelme(tmp_path / folder, "0", (f"cup {folder}", SQUARE, "polygon"))
+    (tmp_path / "y/0.jpg").unlink()
+    photo(tmp_path / "0.jpg", grey=7)  # beside x/0.json lies the image that it means
+    out = convert(capsys, tmp_path / "own.jsonl", "labelme", tmp_path)
+    (tmp_path / "0.jpg").unlink()
+    assert [line["image"] for line in lines(tmp_path / "own.jsonl").values()] == ["x/0.jpg", "0.jpg"]
+    out = convert(capsys, tmp_path / "own.jsonl", "labelme", tmp_path, "--overwrite")
+    assert f"of which only another folder's has the name: {tmp_path / 'y/0.json'}" in out
+    assert list(lines(tmp_path / "own.jsonl")) == [("0.jpg", "cup x")]
+
+
 def test_an_image_that_may_be_several_is_named(capsys, tmp_path):
     for number, folder in enumerate(("x", "y")):
         photo(tmp_path / f"images/{folder}/a.jpg", grey=90 * number)

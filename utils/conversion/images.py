@@ -66,23 +66,32 @@ class ImageFolder:
             MissingDataError: if there is none.
             DataError: if several images of different content have the name.
         """
-        folders = list(dict.fromkeys([*self.folders, *([beside] if beside else [])]))
-        for spelling in _spellings(name):
-            parts = PurePosixPath(spelling).parts
-            for folder in folders:
-                if _is_image(path := Path(os.path.normpath(folder / spelling))):
-                    return path
-            for start in range(1, len(parts) - 1):  # a path of another machine: its last parts
-                for folder in folders:
-                    if _is_image(path := Path(os.path.normpath(folder.joinpath(*parts[start:])))):
-                        return path
+        if path := self.as_written(name, beside):
+            return path
         base_names = [PurePosixPath(spelling).name for spelling in _spellings(name)]
         candidates = [path for base in base_names for path in self._named(plain(base))]
         if not candidates and stem:
             candidates = self._named(plain(stem), beside)
         if split:
             candidates = [path for path in candidates if split in path.parent.parts] or candidates
-        return _only(candidates, name or stem, folders)
+        return _only(candidates, name or stem, self._folders(beside))
+
+    def as_written(self, name: str, beside: Path | None = None) -> Path | None:
+        """The image at the path that a tool wrote, or at its longest ending of a folder and a name; None if none is."""
+        for spelling in _spellings(name):
+            parts = PurePosixPath(spelling).parts
+            for tail in (spelling, *("/".join(parts[start:]) for start in range(1, len(parts) - 1))):
+                for folder in self._folders(beside):
+                    if _is_image(path := Path(os.path.normpath(folder / tail))):
+                        return path
+        return None
+
+    def _folders(self, beside: Path | None) -> list[Path]:
+        """The folders in the order of search: a subfolder of the first one before it, another one after all."""
+        if beside is None:
+            return self.folders
+        inside = beside.is_relative_to(self.folders[0])
+        return list(dict.fromkeys([beside, *self.folders] if inside else [*self.folders, beside]))
 
     def _named(self, key: str, beside: Path | None = None) -> list[Path]:
         """The images with a base name; with ``beside`` those with a stem, in that folder if there are any."""

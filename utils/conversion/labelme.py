@@ -60,11 +60,16 @@ def read_labelme(
     if not files:
         raise DataError(f"{folder} contains no .json, not even in subfolders; give the folder that LabelMe wrote to")
     finder = ImageFolder(*([images] if images else []), folder)
+    guessed: dict[int, Path] = {}  # number of an image -> its file, for images that lie elsewhere than the file says
     for file in files:
         text = read_text(file, encoding)
         try:
             content = _content(text, file)
             path = _image(file, content, finder, extract and extract / file.relative_to(folder), result)
+            if images is None and path != finder.as_written(str(content.get("imagePath") or ""), file.parent):
+                guessed |= (
+                    {len(result.images): file} if path.parent != file.parent and path.is_relative_to(folder) else {}
+                )
         except MissingDataError as error:
             result.left_out[f"file without its image: {error}"] += 1
             continue
@@ -79,7 +84,17 @@ def read_labelme(
         except DataError:  # the image is left out, with this reason, where images are checked
             continue
         result.images[-1].annotations = _annotations(file, content, size, result)
+    _drop_wrong_guesses(result, guessed)
     return result
+
+
+def _drop_wrong_guesses(result: Annotated, guessed: dict[int, Path]) -> None:
+    """Leaves out files whose image was found by its name alone and belongs to another file: a wrong image."""
+    sure = {image.path.resolve() for number, image in enumerate(result.images) if number not in guessed}
+    wrong = {number for number in guessed if result.images[number].path.resolve() in sure}
+    for number in wrong:
+        result.left_out[f"file without its image, of which only another folder's has the name: {guessed[number]}"] += 1
+    result.images = [image for number, image in enumerate(result.images) if number not in wrong]
 
 
 class _NotLabelMe(DataError):
