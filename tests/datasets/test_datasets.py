@@ -271,7 +271,7 @@ def test_refs_that_point_nowhere_are_counted(root: Path) -> None:
     rows = json.loads(path.read_text())
     rows[0]["ann_id"], rows[1]["sentences"] = [99], []
     write_json(path, rows)
-    assert get_train_dataset("grefcoco", root).describe()["unusable"] == 2
+    assert get_train_dataset("grefcoco", root).describe()["unusable"] == 1
     size = json.loads((root / "refer_seg/grefcoco/instances.json").read_text())
     size["images"][1]["height"] = H + 1
     write_json(root / "refer_seg/grefcoco/instances.json", size)
@@ -288,6 +288,23 @@ def test_sentences_without_a_text_are_counted(root: Path, sentence: dict) -> Non
     with pytest.raises(DataError, match=f"1 records cannot be evaluated(.|\n)*{re.escape(message)}"):
         get_eval_dataset("grefcoco|unc|val", root)
     assert get_eval_dataset("grefcoco|unc|val", root, allow_missing=True).num_queries == 1
+
+
+def test_refs_without_sentences_ask_nothing(root: Path) -> None:
+    """gRefCOCO's published file has such refs, in val too (github.com/henghuiding/gRefCOCO, issues 3 and 8)."""
+    path = root / "refer_seg/grefcoco/grefs(unc).json"
+    rows = json.loads(path.read_text())
+    empty = [
+        {**GOOD_REF, "ref_id": 90 + k, "split": split, "sentences": []} for k, split in enumerate(("train", "val"))
+    ]
+    write_json(path, rows + empty)
+    dataset = get_eval_dataset("grefcoco|unc|val", root)
+    assert dataset.skipped == ["grefcoco|unc|val, ref 91: it has no sentence, and so asks nothing"]
+    assert (dataset.unusable, dataset.num_queries, len(dataset)) == ([], 3, 2)
+    assert get_train_dataset("grefcoco", root).describe()["unusable"] == 0
+    write_json(path, empty)
+    with pytest.raises(DataError, match=r"no usable ref among 1; the first problem: .*ref 91: it has no sentence"):
+        get_eval_dataset("grefcoco|unc|val", root)
 
 
 GOOD_REF = {"ref_id": 1, "ann_id": [10], "image_id": 1, "split": "train", "sentences": [{"sent": "x"}]}

@@ -45,7 +45,8 @@ class EvalDataset(Protocol):
     """A split of a benchmark: one ``EvalSample`` per image, always in the same order.
 
     Attributes:
-        skipped: records for which the split itself has no target; excluded in every copy of the data.
+        skipped: records of the split itself without a target (ReasonSeg) or without a query (gRefCOCO); excluded in
+            every copy of the data.
         unusable: records that are damaged or lack their image in this copy of the data; excluded.
         not_found: images that are missing for the remaining records; reading those records fails.
     """

@@ -52,7 +52,8 @@ def load_refs(
     Returns:
         Per image ``{"id", "file_name", "height", "width", "refs": [...], "segmentations": {ann id: ...}}``, where a ref
         has the attributes of ``Ref``; and notes: ``problems``, a message for each unusable record (which is not fatal),
-        and ``counts`` of images, expressions, absent, multi.
+        ``skipped``, a message for each ref without sentences (gRefCOCO has such refs; they ask nothing), and ``counts``
+        of images, expressions, absent, multi.
     """
     settings = {"split": split, "false_premises": false_premises}
     return load_records(
@@ -80,9 +81,13 @@ def _read_refs(
 
     records: dict[Any, dict[str, Any]] = {}
     problems: list[str] = []
+    skipped: list[str] = []
     counts = {"images": 0, "expressions": 0, "absent": 0, "multi": 0}
     for ref in chosen:
         label = f"{name}, ref {ref.get('ref_id')}"
+        if ref.get("sentences") == []:
+            skipped.append(f"{label}: it has no sentence, and so asks nothing")
+            continue
         try:
             parsed, dropped = _parse_ref(ref, false_premises)
             image = row_of(images, ref.get("image_id"), "image", instances_path)
@@ -103,8 +108,8 @@ def _read_refs(
         counts["multi"] += sum(number > 1 for number in targets)
     counts["images"] = len(records)
     if not records:
-        raise DataError(f"{name}: no usable ref among {len(chosen)}; the first problem: {problems[0]}")
-    return records.values(), {"problems": problems, "counts": counts}
+        raise DataError(f"{name}: no usable ref among {len(chosen)}; the first problem: {(problems + skipped)[0]}")
+    return records.values(), {"problems": problems, "skipped": skipped, "counts": counts}
 
 
 def _parse_ref(ref: dict[str, Any], false_premises: bool) -> tuple[Ref, list[str]]:

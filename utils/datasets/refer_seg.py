@@ -30,7 +30,7 @@ class ReferSplit:
     """A split of a data set, and the folders of its images.
 
     Attributes:
-        images, problems, counts: of ``load_refs``.
+        images, problems, skipped, counts: of ``load_refs``.
     """
 
     def __init__(self, name: str, row: DatasetRow, split_by: str, split: str, dataset_dir: Path) -> None:
@@ -46,7 +46,7 @@ class ReferSplit:
         )
         self.folders = [dataset_dir / images for images in row.images]
         self.images, notes = load_refs(self.name, refs, instances, split, row.false_premises)
-        self.problems, self.counts = notes["problems"], notes["counts"]
+        self.problems, self.skipped, self.counts = notes["problems"], notes["skipped"], notes["counts"]
 
     def image_path(self, record: dict[str, Any]) -> Path:
         return find_image(self.name, record["file_name"], self.folders)
@@ -133,8 +133,7 @@ class ReferSegEval:
         if not 1 <= len(spec.parts) <= 2:
             raise DataError(f"{str(spec)!r}: write '{spec.name}|SPLIT' or '{spec.name}|SPLIT_BY|SPLIT'")
         self.split = ReferSplit(spec.name, row, spec.split_by or row.split_by, spec.split, dataset_dir)
-        self.skipped: list[str] = []
-        self.unusable = self.split.problems
+        self.skipped, self.unusable = self.split.skipped, self.split.problems
         self.not_found = missing_images(self.split.image_path, self.split.images)
 
     def __len__(self) -> int:

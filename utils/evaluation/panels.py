@@ -90,7 +90,7 @@ def format_table(summaries: Sequence[Summary]) -> str:
         rows += _rows(summary, names)
     lines = text_tables.aligned(rows, "lllrrl")
     rule = "-" * max(map(len, lines))
-    skipped = [f"{s.benchmark}: {s.counts['skipped']} images skipped" for s in summaries if s.counts.get("skipped")]
+    skipped = [f"{s.benchmark}: {s.counts['skipped']} records skipped" for s in summaries if s.counts.get("skipped")]
     return "\n".join([lines[0], rule, *lines[1:], rule, *skipped, "[low, high]: 95% bootstrap interval over images"])
 
 

@@ -71,7 +71,7 @@ class Summary:
     Attributes:
         breakdown: key of the queries' meta -> group -> metrics.
         layers: hidden state -> number of [SEG] that used it.
-        skipped: records without a target in the data set itself.
+        skipped: records without a target or a query in the data set itself.
         missing: images that cannot be read in this copy of the data.
         limit: number of images, the first ones of the split; None = all.
         settings: batch_size, max_new_tokens, seed, processes.
