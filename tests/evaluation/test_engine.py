@@ -529,7 +529,9 @@ def test_both_protocols_of_grefcoco():
     assert generated.summary.protocol == "grefcoco"
     assert metrics.compute(generated.records, BENCHMARKS["grefcoco"], "gsva") == generated.metrics
     assert "protocol" not in run(protocol="gsva").summary.to_dict()  # other benchmarks have one only
-    with pytest.raises(ValueError, match=r"unknown protocol 'voc'; use grefcoco or gsva"):
+    with pytest.raises(
+        ValueError, match=r"unknown protocol 'voc'; use grefcoco or gsva or published or rela or strict"
+    ):
         run(protocol="voc")
 
 

@@ -31,6 +31,7 @@ from utils.datasets.records import PackedRecords
 from utils.datasets.spec import Spec
 from utils.datasets.templates import QUESTIONS, sample_answer, sample_question
 
+WITHOUT_TARGET = "without_target"  # key in the meta of a query whose image has no target
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png"}
 
 
@@ -89,7 +90,8 @@ class ReasonSegSplit:
     Attributes:
         records: per image ``{"stem", "image", "json", "is_sentence", "queries"}``; paths relative to ``folder``.
         problems: a message for each unusable file.
-        without_polygon: a message for each image for which the data set has no target.
+        without_target: the records of images for which the data set has no target; they are in none of ``records``.
+        without_polygon: a message for each of these.
     """
 
     def __init__(self, name: str, folder: Path) -> None:
@@ -100,8 +102,8 @@ class ReasonSegSplit:
         self.problems = [
             f"{folder / images[stem]} has no JSON of the same name" for stem in images if stem not in jsons
         ]
-        self.without_polygon: list[str] = []
-        records = []
+        records: list[dict[str, Any]] = []
+        self.without_target: list[dict[str, Any]] = []
         for stem, file in jsons.items():
             try:
                 if stem not in images:
@@ -110,10 +112,8 @@ class ReasonSegSplit:
             except DataError as error:
                 self.problems.append(str(error))
                 continue
-            if not any("ignore" not in shape["label"].lower() for shape in polygon_shapes(annotation)):
-                self.without_polygon.append(f"{name}/{images[stem]}: no target polygon in its JSON")
-                continue
-            records.append(
+            has_target = any("ignore" not in shape["label"].lower() for shape in polygon_shapes(annotation))
+            (records if has_target else self.without_target).append(
                 {
                     "stem": stem,
                     "image": images[stem],
@@ -122,6 +122,9 @@ class ReasonSegSplit:
                     "queries": len(annotation["text"]),
                 }
             )
+        self.without_polygon = [
+            f"{name}/{each['image']}: no target polygon in its JSON" for each in self.without_target
+        ]
         if not records:
             first = (self.problems + self.without_polygon + ["the folder contains no .json"])[0]
             raise DataError(f"{name}: nothing usable in {folder}: {first}")
@@ -241,10 +244,16 @@ class ReasonSegEval:
 
     ``val_short`` and ``val_long`` are the subsets of ``val`` by ``is_sentence`` (false, true). Any folder is a split.
 
+    Images without a target are no part of the split (``skipped``), but LISA's code scores them: indices from ``len()``
+    on give them, marked in the query's meta, for the protocol ``published``.
+
     Args:
         spec: ``ReasonSeg|val``, ``ReasonSeg|test_long``, ``ReasonSeg|heldout``.
         row: the data set's row.
         dataset_dir: the root of all data.
+
+    Attributes:
+        without_target: number of images without a target.
     """
 
     def __init__(self, spec: Spec, row: DatasetRow, dataset_dir: Path) -> None:
@@ -256,10 +265,17 @@ class ReasonSegEval:
         if len(folders) > 1:
             raise DataError(f"{spec}: evaluation takes one folder, not {', '.join(map(str, folders))}")
         self.split = ReasonSegSplit(f"{spec.name}|{split}", folders[0])
-        self.skipped, self.unusable = self.split.without_polygon, self.split.problems
+        self.unusable = self.split.problems
         self.not_found: list[str] = []  # a JSON without an image counts as unusable
         lengths = {"": (True, False), "short": (False,), "long": (True,)}[length]
         self.indices = [i for i, record in enumerate(self.split.records) if record["is_sentence"] in lengths]
+        left_out = [
+            pair
+            for pair in zip(self.split.without_target, self.split.without_polygon)
+            if pair[0]["is_sentence"] in lengths
+        ]
+        self.left_out, self.skipped = [record for record, _ in left_out], [message for _, message in left_out]
+        self.without_target = len(self.left_out)
         if not self.indices:
             raise DataError(f"{spec}: no {length} query among the {len(self.split.records)} of {folders[0]}")
 
@@ -271,9 +287,12 @@ class ReasonSegEval:
         return len(self.indices)
 
     def __getitem__(self, index: int) -> EvalSample:
-        record = self.split.records[self.indices[index]]
+        usable = index < len(self)
+        record = self.split.records[self.indices[index]] if usable else self.left_out[index - len(self)]
         image, mask, annotation = self.split.load(record)
-        meta = {"length": "long" if annotation["is_sentence"] else "short"}
+        meta: dict[str, Any] = {"length": "long" if annotation["is_sentence"] else "short"}
+        if not usable:
+            meta[WITHOUT_TARGET] = True
         demo_meta = annotation.get("meta")  # scripts/make_demo_data.py stores the family of the query
         if isinstance(demo_meta, dict) and isinstance(demo_meta.get("family"), str):
             meta["family"] = demo_meta["family"]

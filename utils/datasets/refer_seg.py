@@ -31,7 +31,8 @@ class ReferSplit:
     """A split of a data set, and the folders of its images.
 
     Args:
-        split_by: author of the splits. suffixes: of ``split_by`` in the file's name; the first file that exists is read.
+        split_by: author of the splits.
+        suffixes: of ``split_by`` in the file's name; the first file that exists is read.
 
     Attributes:
         annotations: the file of refs that was read, relative to the dataset directory.

@@ -90,8 +90,25 @@ def format_table(summaries: Sequence[Summary]) -> str:
         rows += _rows(summary, names)
     lines = text_tables.aligned(rows, "lllrrl")
     rule = "-" * max(map(len, lines))
-    skipped = [f"{s.benchmark}: {s.counts['skipped']} records skipped" for s in summaries if s.counts.get("skipped")]
-    return "\n".join([lines[0], rule, *lines[1:], rule, *skipped, "[low, high]: 95% bootstrap interval over images"])
+    remarks = [f"{summary.benchmark}: {remark}" for summary in summaries for remark in _remarks(summary)]
+    remarks = list(dict.fromkeys(remarks))  # the modes of a benchmark share most of them
+    return "\n".join([lines[0], rule, *lines[1:], rule, *remarks, "[low, high]: 95% bootstrap interval over images"])
+
+
+def _remarks(summary: Summary) -> list[str]:
+    """What a reader must know to compare the numbers with published ones."""
+    remarks, counts = [], summary.counts
+    if counts.get("skipped"):
+        without_target = benchmark_of(summary.spec).task == "one mask" and summary.protocol == "published"
+        use = "scored against an empty target" if without_target else "left out"
+        remarks.append(f"{counts['skipped']} records skipped, {use}")
+    if summary.annotations:
+        remarks.append(f"read from {summary.annotations}")
+    if several := counts.get("answers_with_several_seg"):
+        scored = {"union": "the union of their masks", "first": "the first mask"}[summary.several_seg]
+        if benchmark_of(summary.spec).task != "instances":
+            remarks.append(f"{several} answers ({summary.mode}) have several [SEG]; {scored} is scored")
+    return remarks
 
 
 def _rows(summary: Summary, names: Sequence[str]) -> list[list[str]]:
