@@ -25,8 +25,9 @@ from utils.datasets.base import (
     unknown,
     warn_unusable,
 )
-from utils.datasets.images import read_image
-from utils.datasets.masks import check_polygon
+from utils.datasets.coco_file import check_extent
+from utils.datasets.images import check_size, read_image
+from utils.datasets.masks import check_polygon, shape_polygon
 from utils.datasets.records import PackedRecords
 from utils.datasets.spec import Spec
 from utils.datasets.templates import QUESTIONS, sample_answer, sample_question
@@ -36,7 +37,10 @@ IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png"}
 
 
 def read_annotation(path: Path) -> dict[str, Any]:
-    """Reads a ReasonSeg JSON and validates ``text`` (blank queries are dropped), ``is_sentence`` and ``shapes``."""
+    """Reads a ReasonSeg JSON and validates ``text`` (blank queries are dropped), ``is_sentence`` and ``shapes``.
+
+    The result has ``polygons`` in addition, of ``polygon_shapes``.
+    """
     annotation = read_json(path)
     texts = annotation.get("text")
     if (
@@ -53,12 +57,33 @@ def read_annotation(path: Path) -> dict[str, Any]:
         for shape in shapes
     ):
         raise DataError(f"{path}: 'shapes' must be a list of dicts with 'label' and 'points'")
-    return {**annotation, "text": [text for text in texts if text.strip()]}
+    try:
+        polygons = polygon_shapes(annotation)
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from error
+    return {**annotation, "text": [text for text in texts if text.strip()], "polygons": polygons}
 
 
 def polygon_shapes(annotation: dict[str, Any]) -> list[dict[str, Any]]:
-    """The shapes that are polygons: no flags, and at least 3 points."""
-    return [s for s in annotation["shapes"] if s["label"].lower() != "flag" and len(s["points"]) >= 3]
+    """The shapes other than flags, with the polygon of each as ``points``.
+
+    Raises:
+        DataError: naming a shape that is not an area: the mask would be wrong without it.
+    """
+    polygons = []
+    for number, shape in enumerate(annotation["shapes"]):
+        if shape["label"].lower() == "flag":
+            continue
+        try:
+            polygons.append({"label": shape["label"], "points": shape_polygon(shape)})
+        except DataError as error:
+            raise DataError(f"shape {number} ({shape['label']!r}) is {error}; draw polygons") from error
+    return polygons
+
+
+def has_target(polygons: list[dict[str, Any]]) -> bool:
+    """Whether a polygon is a target; fewer than 3 points are drawn, as in LISA's code, but are no target alone."""
+    return any("ignore" not in polygon["label"].lower() and len(polygon["points"]) >= 3 for polygon in polygons)
 
 
 def rasterize_polygons(shapes: list[dict[str, Any]], height: int, width: int) -> np.ndarray:
@@ -109,11 +134,11 @@ class ReasonSegSplit:
                 if stem not in images:
                     raise DataError(f"{folder / file} has no image of the same name (.jpg in any case, .jpeg, .png)")
                 annotation = read_annotation(folder / file)
+                is_usable = has_target(annotation["polygons"])
             except DataError as error:
                 self.problems.append(str(error))
                 continue
-            has_target = any("ignore" not in shape["label"].lower() for shape in polygon_shapes(annotation))
-            (records if has_target else self.without_target).append(
+            (records if is_usable else self.without_target).append(
                 {
                     "stem": stem,
                     "image": images[stem],
@@ -131,12 +156,15 @@ class ReasonSegSplit:
         self.records = PackedRecords(records)
 
     def load(self, record: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
-        """Reads the image [H, W, 3], the mask [H, W] and the validated annotation."""
+        """Reads the image [H, W, 3], upright as LISA's code reads it, the mask [H, W] and the validated annotation."""
         path = self.folder / record["json"]
         annotation = read_annotation(path)
-        image = read_image(self.folder / record["image"])
+        image = read_image(self.folder / record["image"], apply_exif=True)
+        size = annotation.get("imageHeight"), annotation.get("imageWidth")
+        if None not in size:
+            check_size(str(path), image, *check_extent(*size, f"{path} has"))
         try:
-            return image, rasterize_polygons(polygon_shapes(annotation), *image.shape[:2]), annotation
+            return image, rasterize_polygons(annotation["polygons"], *image.shape[:2]), annotation
         except DataError as error:
             raise DataError(f"{path}: {error}") from error
 
