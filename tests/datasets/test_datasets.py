@@ -307,6 +307,32 @@ def test_refs_without_sentences_ask_nothing(root: Path) -> None:
         get_eval_dataset("grefcoco|unc|val", root)
 
 
+def test_refs_that_are_there_twice(root: Path) -> None:
+    path = root / "refer_seg/grefcoco/grefs(unc).json"
+    other = {"sentences": [{"sent": "y"}]}
+    refs = [GOOD_REF, GOOD_REF, {**GOOD_REF, "ann_id": [12], "image_id": 2}, {**GOOD_REF, **other}]
+    write_json(path, [{**ref, "split": "val"} for ref in refs])
+    dataset = get_eval_dataset("grefcoco|unc|val", root, allow_missing=True)
+    assert dataset.skipped == ["grefcoco|unc|val, ref 1: it is there twice, and counts once"]
+    assert dataset.unusable == ["grefcoco|unc|val, ref 1: image 1 has another ref with this ref_id"]
+    assert [[query.text for query in dataset[i].queries] for i in range(2)] == [["x"], ["x"]]
+
+
+@pytest.mark.parametrize("key", ["images", "annotations"])
+def test_different_rows_with_one_id_are_named(root: Path, key: str) -> None:
+    """Merged files: an annotation would be lost, or would be that of another image (cvat-ai/datumaro, issue 56)."""
+    path = root / "refer_seg/grefcoco/instances.json"
+    instances = json.loads(path.read_text())
+    instances[key].append(dict(instances[key][0]))
+    write_json(path, instances)
+    assert get_eval_dataset("grefcoco|unc|val", root).num_queries == 3  # the same row twice
+    for row_id in (instances[key][0]["id"], str(instances[key][0]["id"])):
+        instances[key][-1] |= {"id": row_id, "height": H + 1, "bbox": [1, 1, 1, 1]}
+        write_json(path, instances)
+        with pytest.raises(DataError, match=rf"instances\.json: 1 ids in '{key}' stand for different rows, such as 1"):
+            get_eval_dataset("grefcoco|unc|val", root)
+
+
 GOOD_REF = {"ref_id": 1, "ann_id": [10], "image_id": 1, "split": "train", "sentences": [{"sent": "x"}]}
 
 

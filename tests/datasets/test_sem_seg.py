@@ -314,6 +314,7 @@ def test_bad_annotations_are_named(root: Path, change: dict, message: str) -> No
         ({"annotations": []}, "it has no annotations"),
         ({"categories": [{"name": "x"}]}, "no list 'categories' of dicts with an 'id'"),
         ({"categories": [{"id": 1}]}, "category 1 has name None"),
+        ({"categories": [{"id": 1, "name": "a"}, {"id": 1, "name": "b"}]}, "1 ids in 'categories' stand for different"),
         (
             {"categories": [{"id": 1, "name": "a:b:c"}]},
             "category 1 has name 'a:b:c'; expected 'object' or 'object:part'",
@@ -336,6 +337,19 @@ def test_bad_annotation_files_are_named(root: Path, change: dict, message: str) 
     write_json(root / PASCAL, {**json.loads((root / PASCAL).read_text()), **change})
     with pytest.raises(DataError, match=message):
         samples_of(root, "pascal_part", 1)
+
+
+@pytest.mark.parametrize("key", ["images", "annotations", "categories"])
+def test_ids_that_are_there_twice(root: Path, key: str) -> None:
+    content = json.loads((root / PASCAL).read_text())
+    masks = get_train_dataset("pascal_part", root).describe()
+    content[key].append(dict(content[key][0]))
+    write_json(root / PASCAL, content)
+    assert get_train_dataset("pascal_part", root).describe() == masks  # the same row twice counts once
+    content[key][-1] |= {"note": "another"}
+    write_json(root / PASCAL, content)
+    with pytest.raises(DataError, match=rf"train\.json: 1 ids in '{key}' stand for different rows, such as "):
+        get_train_dataset("pascal_part", root)
 
 
 def test_one_bad_annotation_costs_no_other(root: Path) -> None:

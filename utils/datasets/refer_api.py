@@ -52,8 +52,9 @@ def load_refs(
     Returns:
         Per image ``{"id", "file_name", "height", "width", "refs": [...], "segmentations": {ann id: ...}}``, where a ref
         has the attributes of ``Ref``; and notes: ``problems``, a message for each unusable record (which is not fatal),
-        ``skipped``, a message for each ref without sentences (gRefCOCO has such refs; they ask nothing), and ``counts``
-        of images, expressions, absent, multi.
+        ``skipped``, a message for each ref without sentences (gRefCOCO has such refs; they ask nothing) or that is there
+        twice, and ``counts`` of images, expressions, absent, multi. Different refs of an image with one id are a problem:
+        results are identified by it.
     """
     settings = {"split": split, "false_premises": false_premises}
     return load_records(
@@ -80,6 +81,7 @@ def _read_refs(
     images, annotations = by_id(instances, "images", instances_path), by_id(instances, "annotations", instances_path)
 
     records: dict[Any, dict[str, Any]] = {}
+    seen: dict[tuple[str, str], dict[str, Any]] = {}
     problems: list[str] = []
     skipped: list[str] = []
     counts = {"images": 0, "expressions": 0, "absent": 0, "multi": 0}
@@ -91,6 +93,11 @@ def _read_refs(
         try:
             parsed, dropped = _parse_ref(ref, false_premises)
             image = row_of(images, ref.get("image_id"), "image", instances_path)
+            if (other := seen.setdefault((str(image["id"]), str(parsed.ref_id)), ref)) is not ref:
+                if other != ref:
+                    raise DataError(f"image {image['id']} has another ref with this ref_id")
+                skipped.append(f"{label}: it is there twice, and counts once")
+                continue
             rows = [row_of(annotations, ann_id, "annotation", instances_path) for ann_id in parsed.ann_ids]
             segmentations = {str(row["id"]): segmentation_of(row, image["id"]) for row in rows}
             if image["id"] not in records:
