@@ -14,7 +14,7 @@ LAYERS = (
     ("model",),
     ("utils.distributed", "utils.config", "utils.plotting"),
     ("utils.datasets",),
-    ("utils.inference", "utils.demo"),
+    ("utils.inference", "utils.demo", "utils.conversion"),
     ("utils.evaluation", "utils.training", "utils.dashboard"),
     ("utils.diagnostics",),
     ("entry points",),

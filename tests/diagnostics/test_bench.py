@@ -20,7 +20,8 @@ from model.structures import Turn
 from scripts import bench, make_demo_data
 from utils.datasets import get_train_dataset, records
 from utils.datasets.records import CACHE_VARIABLE, MappedRecords
-from utils.diagnostics import benchmark
+from utils.demo.tiny_model import llama_settings
+from utils.diagnostics import benchmark, memory_model
 from utils.inference import cli
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -128,6 +129,16 @@ def test_the_model_benchmark_writes_all_that_it_measures(
     whole = parts.pop("whole step without data")
     assert parts.pop("SAM encoder, an image") > 0
     assert sum(parts.values()) - parts["data"] == pytest.approx(whole, rel=0.2)
+
+
+@pytest.mark.parametrize("name", ["7b", "13b"])
+def test_large_presets_have_the_shapes_of_the_memory_table(name: str) -> None:
+    preset, shape = benchmark.PRESETS[name], memory_model.preset(name)
+    settings = llama_settings(memory_model.VOCABULARY, **preset.llama)
+    for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"):
+        assert settings[key] == getattr(shape, key), key
+    assert (preset.clip.hidden_size, preset.clip.num_hidden_layers, preset.clip.intermediate_size) == (1024, 24, 4096)
+    assert preset.sam.to_dict() == shape.sam_config
 
 
 def test_large_presets_need_a_gpu(capsys: pytest.CaptureFixture) -> None:

@@ -195,7 +195,7 @@ def test_images_without_a_target_are_answered_but_only_published_counts_them(cap
     assert published.metrics["gIoU"] == pytest.approx(strict["metrics"]["gIoU"] * 4 / 5)  # a random model draws
     code, out, _ = evaluate(capsys, version, val_data, tmp_path / "p", "ReasonSeg|val", "--protocol", "published")
     assert "teacher_forced, published" in out
-    assert "ReasonSeg|val: 1 records skipped, scored against an empty target" in out
+    assert "ReasonSeg|val: 1 records skipped, scored as empty targets" in out
     assert json.loads(answers(tmp_path / "p").with_suffix(".json").read_text())["metrics"] == published.metrics
 
 

@@ -8,12 +8,12 @@ import torch
 from answering import NEAR, read_anew, says_seg_often
 from conftest import assert_same_masks, drawn_sample
 
+from model.config import UGroundConfig
 from model.geometry import maps_at
 from model.lora import add_lora, parameters_by_part
 from model.opened import predict
 from model.processing.processor import UGroundProcessor
 from model.structures import Sample, Turn
-from model.UGround import UGroundConfig
 
 
 def separate_rows(sample: Sample) -> list[Sample]:
@@ -332,6 +332,15 @@ def test_a_question_that_is_too_long_is_refused_not_truncated(tiny_tokenizer):
     for answer in ("", "it is [SEG]."):
         with pytest.raises(ValueError, match=r"'where is the red star where is.*fit beside the image"):
             processor.prompts([image], [[Turn("where is the red star " * 20, answer)]])
+
+
+@pytest.mark.parametrize("room", [-320, 0])
+def test_a_length_that_leaves_no_room_beside_the_image_is_refused(tiny_processor, room):
+    """``--model_max_length 300`` with 576 image tokens: training would see rows without a conversation."""
+    prefix = tiny_processor.max_tokens - tiny_processor.room
+    sides = tiny_processor.clip_side, tiny_processor.clip_patch, tiny_processor.sam_side
+    with pytest.raises(ValueError, match=rf"take {prefix} tokens, .* at most {prefix + room}; raise --model_max_len"):
+        UGroundProcessor(tiny_processor.tokenizer, *sides, system_prompt="", max_tokens=prefix + room)
 
 
 def test_turns_with_and_without_an_answer_make_no_batch(tiny_processor):

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from model.config import UGroundConfig
 from model.settings import METHOD_FIELDS, RECIPES
-from model.UGround import UGroundConfig
 from utils.config import FIELDS, SECTIONS, Config, ConfigError, config_from, load_config, make_parser, to_dict
 from utils.datasets import TYPES
 

@@ -59,12 +59,12 @@ def clip_config(side: int = 120, patch: int = 10, width: int = 96, layers: int =
     )
 
 
-def llama_settings(vocab_size: int, width: int = 128, layers: int = 8, heads: int = 4) -> dict:
-    """Settings of the LLaMA configuration."""
+def llama_settings(vocab_size: int, width: int = 128, layers: int = 8, heads: int = 4, mlp: int = 0) -> dict:
+    """Settings of the LLaMA configuration; ``mlp`` = 0 stands for 8/3 of the width, in steps of 16."""
     return {
         "vocab_size": vocab_size,
         "hidden_size": width,
-        "intermediate_size": 8 * width // 3 // 16 * 16,
+        "intermediate_size": mlp or 8 * width // 3 // 16 * 16,
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
         "num_key_value_heads": heads,

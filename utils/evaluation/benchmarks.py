@@ -14,6 +14,10 @@ from utils.datasets.spec import Spec
 
 MODES = ("generate", "teacher_forced")
 SEVERAL_SEG = ("union", "first")  # of an answer with several [SEG] to a query with one target: what is scored
+# Protocols of gRefCOCO (docs/evaluation.md):
+BY_TOKEN = ("published", "rela")  # only the token rejects, not a [SEG] with an empty mask
+DECODED_ANYWAY = ("gsva", "published")  # a rejected target is scored by the mask that is decoded anyway
+UNION_KEPT = ("grefcoco", "rela")  # a rejected target has I = 0, and U of the mask that is decoded anyway
 IOU = {"gIoU": "gIoU", "cIoU": "cIoU"}
 REJECTION = IOU | {"N-acc": "N-acc", "T-acc": "T-acc"}
 FALSE_PREMISES = {"See": "presence", "Segment": "cIoU"}
@@ -96,8 +100,8 @@ class Benchmark:
         """
         if requested and requested not in PROTOCOLS:
             raise ValueError(f"unknown protocol {requested!r}; use {' or '.join(PROTOCOLS)}")
-        supported = self.protocols.get(mode, ())
-        return requested if requested and requested in supported else next(iter(supported), "")
+        supported = self.protocols.get(mode, ("",))
+        return requested if requested and requested in supported else supported[0]
 
 
 REASON_SEG = PaperTable(3, "ReasonSeg", ("gIoU", "cIoU"))

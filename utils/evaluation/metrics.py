@@ -19,13 +19,11 @@ import numpy as np
 
 from model.structures import IGNORE_PIXEL
 from utils.datasets.reason_seg import WITHOUT_TARGET
-from utils.evaluation.benchmarks import Benchmark
+from utils.evaluation.benchmarks import BY_TOKEN, DECODED_ANYWAY, UNION_KEPT, Benchmark
 from utils.evaluation.risk_coverage import ranking
 
 GROUP_KEYS = ("length", "part", "family", "targets")  # of a query's meta, for breakdowns
 RESAMPLES = 1000
-BY_TOKEN = ("published", "rela")  # gRefCOCO: only the token rejects, not a [SEG] with an empty mask
-DECODED_ANYWAY = ("gsva", "published")  # gRefCOCO: a rejected target is scored by the mask that is decoded anyway
 
 
 @dataclass
@@ -159,7 +157,7 @@ def pair(record: Record, protocol: str = "") -> tuple[int, int]:
     if record.rejected and record.expected_empty:
         return 0, 0
     if record.rejected and protocol not in DECODED_ANYWAY:
-        return 0, record.U if protocol in ("grefcoco", "rela") else record.G
+        return 0, record.U if protocol in UNION_KEPT else record.G
     return record.I, record.U
 
 
@@ -186,6 +184,11 @@ def iou(record: Record, protocol: str = "") -> float:
     """An answer's IoU: the mean over its masks."""
     values = ious(record, protocol)
     return math.fsum(values) / len(values)
+
+
+def ranked(records: Iterable[Record], protocol: str = "") -> list[Record]:
+    """The records from the worst to the best IoU."""
+    return sorted(records, key=lambda record: (iou(record, protocol), record.index, record.query_id))
 
 
 # (record, protocol) -> what the record adds to a metric's numerator and denominator
@@ -288,6 +291,7 @@ def _values(formula: Formula | Grouped, records: Sequence[Record], protocol: str
 def _sums(
     records: Sequence[Record], benchmark: Benchmark, protocol: str | None
 ) -> dict[str, tuple[list[float], list[int]]]:
+    """Metric -> numerators and denominators of the records."""
     protocol = benchmark.protocol(protocol)
     formulas = benchmark.formulas(protocol)
     pairs = {name: _values(METRICS[formula], records, protocol) for name, formula in formulas.items()}
@@ -385,15 +389,24 @@ def breakdown(
     records: Sequence[Record], benchmark: Benchmark, protocol: str | None = None
 ) -> dict[str, dict[str, dict[str, float]]]:
     """Metrics per group: ``{"family": {"relation": {"gIoU": ..., "masks": 40}}}``; keys with one value are left out."""
+    result: dict[str, dict[str, dict[str, float]]] = {}
+    for key, parts in groups(records).items():
+        result[key] = {}
+        for name, indices in parts.items():
+            group = [records[index] for index in indices]
+            result[key][name] = compute(group, benchmark, protocol) | {"masks": count_masks(group)}
+    return result
+
+
+def groups(records: Sequence[Record]) -> dict[str, dict[str, list[int]]]:
+    """Key of the queries' meta -> group -> indices of its records; keys with one group are left out."""
     result = {}
     for key in GROUP_KEYS:
         names = sorted({str(record.meta[key]) for record in records if key in record.meta})
-        if len(names) < 2:
-            continue
-        groups = {name: [r for r in records if str(r.meta.get(key)) == name] for name in names}
-        result[key] = {
-            name: compute(group, benchmark, protocol) | {"masks": count_masks(group)} for name, group in groups.items()
-        }
+        if len(names) > 1:
+            result[key] = {
+                name: [n for n, record in enumerate(records) if str(record.meta.get(key)) == name] for name in names
+            }
     return result
 
 

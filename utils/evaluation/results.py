@@ -122,6 +122,12 @@ class Summary:
         protocol = "" if self.protocol == "strict" else self.protocol
         return ", ".join(filter(None, [self.mode, protocol, "first [SEG]" if self.several_seg == "first" else ""]))
 
+    @property
+    def missing_note(self) -> str:
+        """`` (3 missing)``, beside every number of an evaluation with missing images; else empty."""
+        missing = self.counts.get("missing", 0)
+        return f" ({missing} missing)" if missing else ""
+
     def to_dict(self) -> dict[str, Any]:
         """The known values. ``limit`` is known with ``settings``, and None (all images) is a value of its own."""
         known = {name for name, value in vars(self).items() if value not in (None, "")}

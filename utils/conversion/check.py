@@ -1,0 +1,52 @@
+"""The check of a JSONL: decodes all images and masks, lists all errors, plots samples."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from utils.datasets.base import DataError
+from utils.datasets.custom import load_lines
+from utils.datasets.jsonl import Line, LineFile, scan
+from utils.datasets.masks import stack_masks
+from utils.datasets.spec import Spec
+from utils.plotting.overlays import Panel, evenly_spaced, save_picture, sheet
+
+
+def check_file(path: Path, pictures: int) -> int:
+    """Decodes all images and masks and returns 0; ``DataError`` listing all errors."""
+    _, splits = scan(path)
+    problems: list[str] = []
+    for split in splits:
+        file = LineFile(Spec.parse(f"custom|{path}|{split}"), path.parent, None)
+        print(f"{split}: " + ", ".join(f"{count} {name}" for name, count in file.counts.items()))
+        lines = [line for image in range(len(file)) for line in file.lines(image)]
+        problems += [problem for line in lines if (problem := _decode_error(path.parent, line))]
+        if pictures and not problems:
+            chosen = [lines[i] for i in evenly_spaced(len(lines), pictures)]
+            picture = path.with_name(f"{path.stem}.{split}.png")
+            save_picture(picture, sheet(list(_panels(path.parent, chosen)), f"{path}, {split}"))
+            print(f"wrote {picture}")
+    if problems:
+        raise DataError("\n  ".join([f"{path}: {len(problems)} line(s) cannot be used", *problems]))
+    print(f"{path}: all images and masks can be read")
+    return 0
+
+
+def _decode_error(folder: Path, line: Line) -> str:
+    try:
+        load_lines(folder, [line])
+    except DataError as error:
+        return str(error)
+    return ""
+
+
+def _panels(folder: Path, lines: Iterable[Line]) -> Iterator[Panel]:
+    for line in lines:
+        image, [masks] = load_lines(folder, [line])
+        conversation = " / ".join(f"{turn.question} {turn.answer}" for turn in line.turns)
+        stack = stack_masks(masks, *image.shape[:2])
+        truth = stack.max(axis=0, initial=0)
+        yield Panel(
+            image, line.query or conversation, stack, truth=truth, notes=[f"{len(masks)} masks, line {line.number}"]
+        )
