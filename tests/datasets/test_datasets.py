@@ -162,6 +162,27 @@ def test_reason_seg_eval_stops_on_a_broken_file_and_training_goes_on(root: Path)
         get_eval_dataset("ReasonSeg|val", root)
 
 
+@pytest.mark.parametrize(
+    ("query", "encoding", "is_read"),
+    [
+        ("the “café” – isn’t it…”", "cp1252", True),  # as some published files
+        ("the “café”", "utf-8", True),
+        ("the “café”", "utf-16", True),
+        ("红色的杯子", "gbk", False),
+        ("красная чашка", "cp1251", False),
+        ("赤いコップ", "shift_jis", False),
+    ],
+)
+def test_encodings_of_reason_seg(root: Path, query: str, encoding: str, is_read: bool) -> None:
+    path = root / "reason_seg/ReasonSeg/val/a.json"
+    write_json(path, {**json.loads(path.read_bytes().decode("cp1252")), "text": [query]}, encoding)
+    if is_read:
+        assert get_eval_dataset("ReasonSeg|val", root)[0].queries[0].text == query
+    else:
+        with pytest.raises(DataError, match=r"a\.json is not utf-8.* text \(byte .*save it as UTF-8"):
+            get_eval_dataset("ReasonSeg|val", root)
+
+
 def test_explanations(root: Path) -> None:
     dataset = get_train_dataset("ReasonSeg|train", root, DataOptions(explanatory=0.3))
     turns = [dataset.sample(1, np.random.default_rng(i)).conversations[0][0] for i in range(60)]
@@ -513,13 +534,22 @@ def test_json_errors_are_named(tmp_path: Path) -> None:
     for raw, message in (
         (b"[1, 2", "not valid JSON"),
         (b"[]", "holds a list"),
-        (b"\x81\x8d", "neither UTF-8 nor cp1252"),
+        (b'{"a": "\xba\xec"}', r"x\.json is not utf-8 text \(byte 7 is 0xba\); save it as UTF-8"),
+        (b"\xff\xfe{", "x.json is not utf-16 text"),
+        (b'{\0"\0a\0', "NUL at character 1"),
+        (b'{"a": ' + b"1" * 5000 + b"}", "not valid JSON"),
     ):
         path.write_bytes(raw)
         with pytest.raises(DataError, match=message):
             read_json(path)
     path.write_bytes('\ufeff{"a":\r\n "ü"}'.encode())
     assert read_json(path) == {"a": "ü"}
+    path.write_bytes('{"a": "ü"}'.encode("utf-16"))
+    assert read_json(path) == {"a": "ü"}
+    path.write_bytes('{"a": "红"}'.encode("gbk"))
+    assert read_json(path, encoding="gbk") == {"a": "红"}
+    with pytest.raises(DataError, match="'gbq' is not an encoding"):
+        read_json(path, encoding="gbq")
     with pytest.raises(DataError, match="cannot be read"):
         read_json(tmp_path / "missing.json")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,10 @@ from utils.datasets.base import (
     MissingDataError,
     check_sample,
     find_paths,
+    parse_json,
     pick,
     read_json,
+    read_text,
     sample_indices,
     single_split,
     unknown,
@@ -33,7 +36,23 @@ from utils.datasets.spec import Spec
 from utils.datasets.templates import QUESTIONS, sample_answer, sample_question
 
 WITHOUT_TARGET = "without_target"  # key in the meta of a query whose image has no target
+QUOTES_AND_DASHES = "[‘’“”–—…]"
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png"}
+
+
+def _read_text(path: Path) -> str:
+    """Text in UTF-8 or, as some published files are, in cp1252.
+
+    Every text in another encoding is some text in cp1252. But in English, letters outside of ASCII stand alone ("café");
+    side by side they are GBK, Cyrillic or broken UTF-8.
+    """
+    try:
+        return read_text(path)
+    except DataError:
+        text = read_text(path, "cp1252")
+        if re.search(r"[^\x00-\x7f]{2}", re.sub(QUOTES_AND_DASHES, " ", text)):
+            raise
+        return text
 
 
 def read_annotation(path: Path) -> dict[str, Any]:
@@ -41,7 +60,7 @@ def read_annotation(path: Path) -> dict[str, Any]:
 
     The result has ``polygons`` in addition, of ``polygon_shapes``.
     """
-    annotation = read_json(path)
+    annotation = parse_json(_read_text(path), path)
     texts = annotation.get("text")
     if (
         not isinstance(texts, list)

@@ -53,8 +53,8 @@ def load_refs(
         Per image ``{"id", "file_name", "height", "width", "refs": [...], "segmentations": {ann id: ...}}``, where a ref
         has the attributes of ``Ref``; and notes:
 
-        - ``problems``, a message for each unusable record (which is not fatal), also for a ref whose id another ref of the
-          image has: results are identified by it;
+        - ``problems``, a message for each unusable record (which is not fatal), also for a ref whose id another ref of
+          the image has: results are identified by it;
         - ``skipped``, a message for each ref without sentences (gRefCOCO has such refs; they ask nothing) or that is
           there twice;
         - ``counts`` of images, expressions, absent, multi.
