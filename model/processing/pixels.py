@@ -59,7 +59,7 @@ def read_pixels(path: str | Path, apply_exif: bool) -> np.ndarray:
         ValueError: if the path is not a file, or cannot be decoded.
     """
     with _opened(path) as image:
-        deep = image.mode in ("RGB", "RGBA") and any(";16" in str(tile[3]) for tile in image.tile)
+        deep = image.mode in ("RGB", "RGBA") and any(";16" in str(tile[3]) for tile in getattr(image, "tile", ()))
         image.load()
         pixels = to_rgb(ImageOps.exif_transpose(image) if apply_exif else image)
         if deep and 0 < pixels.max(initial=0) <= DEPTHS[1] >> 8:  # Pillow keeps the high byte, little of 12-bit values

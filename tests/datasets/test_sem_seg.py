@@ -15,7 +15,7 @@ from PIL import Image
 from model.structures import Sample
 from utils.datasets import DataError, DataOptions, get_train_dataset
 from utils.datasets.class_names import ADE20K, COCO_STUFF, COCO_STUFF_NOT_DENIED
-from utils.datasets.sem_seg import phrase, unrelated
+from utils.datasets.sem_seg import BUILTIN_LABELS, phrase, unrelated
 from utils.datasets.templates import QUESTIONS
 
 LABELS = {
@@ -99,6 +99,8 @@ def test_class_lists() -> None:
     known = {1: "wall", 45: "chest of drawers", 90: "television", 110: "swimming pool", 139: "ashcan", 150: "flag"}
     assert {number: ADE20K[number - 1] for number in known} == known
     known = {1: "person", 17: "cat", 91: "hair brush", 92: "banner", 93: "blanket", 178: "water-other", 182: "wood"}
+    known[157] = "sky"  # "sky-other" in labels.txt; cocostuff_classes.txt of LISA, GSVA, PixelLM, SESAME has "sky"
+    assert "sky" not in BUILTIN_LABELS["cocostuff"].not_asked
     assert {number: COCO_STUFF[number - 1] for number in known} == known
     assert set(COCO_STUFF) > COCO_STUFF_NOT_DENIED
 

@@ -43,8 +43,8 @@ IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png"}
 def _read_text(path: Path) -> str:
     """Text in UTF-8 or, as some published files are, in cp1252.
 
-    Every text in another encoding is some text in cp1252. But in English, letters outside of ASCII stand alone ("café");
-    side by side they are GBK, Cyrillic or broken UTF-8.
+    Every text in another encoding is some text in cp1252. But in English, letters outside of ASCII stand alone
+    ("café"); side by side they are GBK, Cyrillic or broken UTF-8.
     """
     try:
         return read_text(path)
