@@ -24,10 +24,10 @@ from utils import distributed
 from utils.datasets import Spec, get_eval_dataset
 from utils.datasets.base import EvalDataset, MissingDataError
 from utils.evaluation import evaluate
-from utils.evaluation.benchmarks import MODES, PROTOCOLS, SUITES, benchmark_of
+from utils.evaluation.benchmarks import MODES, PROTOCOLS, SEVERAL_SEG, SUITES, benchmark_of
 from utils.evaluation.controls import CONTROLS, query_agnostic_baselines
 from utils.evaluation.engine import RunOptions, provenance_of
-from utils.evaluation.metrics import Record
+from utils.evaluation.metrics import Record, select
 from utils.evaluation.panels import panels
 from utils.evaluation.paper_tables import fill
 from utils.evaluation.paper_tables import write as write_tables
@@ -70,8 +70,17 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add(
         "--protocol",
         choices=PROTOCOLS,
-        help="of gRefCOCO, for a present target that is rejected: grefcoco scores I = 0, gsva the mask that is decoded "
-        "anyway (default: gsva, as in the paper). A generated rejection has no mask: --mode generate is grefcoco",
+        help="how benchmarks score that have several protocols (docs/evaluation.md). published: as the code behind the "
+        "published numbers counts ReasonSeg, gRefCOCO and MUSE; strict: the default of ReasonSeg and MUSE. gRefCOCO "
+        "also: gsva (default: a rejected target is scored by the mask that is decoded anyway), grefcoco (I = 0), rela "
+        "(the same, and only [REJ] rejects). A generated rejection has no mask: --mode generate is grefcoco or rela",
+    )
+    add(
+        "--several_seg",
+        choices=SEVERAL_SEG,
+        default="union",
+        help="what is scored of an answer with several [SEG] where one mask is expected: the union of their masks "
+        "(default), or the first (SESAME)",
     )
     layer_flags = parser.add_mutually_exclusive_group()
     cli.add_layer_flag(layer_flags, "default: as the model was trained; argmax with a policy")
@@ -165,7 +174,8 @@ def main(arguments: list[str] | None = None) -> int:
             files.append(result.save(output))
             if count := args.save_overlays:
                 protocol = result.provenance.protocol
-                sample_panels = panels(model, processor, dataset, result.records, count, options, protocol)
+                scored = select(result.records, protocol, args.several_seg)
+                sample_panels = panels(model, processor, dataset, scored, count, options, protocol)
                 files.append(save_overlays(output, result, sample_panels, args.version))
     if distributed.is_main():
         tables = fill(args.version, summaries) if args.suite or len(summaries) > 1 else []
@@ -217,6 +227,7 @@ def options_of(
         workers=args.workers,
         limit=args.limit,
         protocol=args.protocol,
+        several_seg=args.several_seg,
         controls=args.control,
         checkpoint=checkpoint,
         quantize=args.quantize or "",

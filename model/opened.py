@@ -68,8 +68,8 @@ class Opened:
         ``utils.inference.session.ImageSession``.
 
         Args:
-            image: uint8 [H, W, 3] RGB, a PIL image, or the path of an image file. The latter two are rotated by their
-                EXIF orientation.
+            image: an array (``as_pixels``), a PIL image, or the path of an image file. The latter two are rotated by
+                their EXIF orientation.
             prompt: a question ("Where is the red star?"), or a list of them.
             layer_policy: rule for the layer whose hidden state and similarity map a ``[SEG]`` uses: ``argmax``,
                 ``fixed:K``, ``mc:T``, ... (``python -m model.layer_rules`` prints all). None = the model's own.

@@ -136,7 +136,8 @@ def paired(
         )
     benchmark = benchmark_of(after_run.spec)
     protocols = [benchmark.protocol(each.protocol, each.mode) for each in (before_run, after_run)]
-    protocol = protocols[1]
+    protocol, several_seg = protocols[1], after_run.several_seg
+    before, after = (metrics.select(records, protocol, several_seg) for records in (before, after))
     gains = metrics.difference(before, after, benchmark, protocol)
     old, new = (metrics.compute(records, benchmark, protocol) for records in (before, after))
     rows = [["metric", before_name, after_name, "difference", "95% interval"]]

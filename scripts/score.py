@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils.evaluation.benchmarks import PROTOCOLS, benchmark_of
+from utils.evaluation.benchmarks import PROTOCOLS, SEVERAL_SEG, benchmark_of
 from utils.evaluation.result_text import format_table
 from utils.evaluation.results import Summary, read_results, summarize
 from utils.inference import cli
@@ -24,10 +24,11 @@ from utils.inference import cli
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", nargs="+", type=Path, metavar="JSONL", help="answers that test.py wrote")
-    parser.add_argument("--protocol", choices=PROTOCOLS, help="of gRefCOCO (default: as it was evaluated)")
+    parser.add_argument("--protocol", choices=PROTOCOLS, help="docs/evaluation.md (default: as it was evaluated)")
+    parser.add_argument("--several_seg", choices=SEVERAL_SEG, help="scored mask of several (default: as evaluated)")
     parser.add_argument("--json", action="store_true", help="print all digits, intervals and counts as JSON")
     args = parser.parse_args(argv)
-    summaries = [rescore(path, args.protocol) for path in args.results]
+    summaries = [rescore(path, args.protocol, args.several_seg) for path in args.results]
     if args.json:
         print(json.dumps([summary.to_dict() for summary in summaries], indent=2, ensure_ascii=False))
         return 0
@@ -35,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def rescore(path: Path, protocol: str | None = None) -> Summary:
+def rescore(path: Path, protocol: str | None = None, several_seg: str | None = None) -> Summary:
     """The summary of a result file.
 
     Raises:
@@ -44,20 +45,25 @@ def rescore(path: Path, protocol: str | None = None) -> Summary:
     if not path.is_file():
         raise ValueError(f"no file matches {path}; give the JSONL that test.py wrote")
     provenance, records = read_results(path)
-    requested = protocol or provenance.protocol
-    provenance = replace(provenance, protocol=benchmark_of(provenance.spec).protocol(requested, provenance.mode))
+    benchmark, mode = benchmark_of(provenance.spec), provenance.mode
+    provenance = replace(
+        provenance,
+        protocol=benchmark.protocol(protocol or provenance.protocol, mode),
+        several_seg=several_seg or provenance.several_seg,
+    )
     summary = replace(summarize(provenance, records), checkpoint=provenance.checkpoint)
     json_path = path.with_suffix(".json")
     if json_path.is_file():
         saved = Summary.load(json_path)
         summary.counts |= {key: saved.counts[key] for key in ("skipped", "missing")}
-        if provenance.mode == "generate" or saved.protocol == summary.protocol:
+        scored_by = benchmark.protocol(saved.protocol, mode), saved.several_seg
+        if scored_by == (summary.protocol, summary.several_seg):
             for key in ("metrics", "intervals", "breakdown", "counts", "layers"):
                 before, now = getattr(saved, key), getattr(summary, key)
                 if before != now:
                     raise ValueError(
                         f"{json_path} has other {key} than follow from {path.name}: {before} there, {now} recomputed; "
-                        "one of the two files was changed"
+                        "one of the two files was changed, or an older version wrote them"
                     )
     return summary
 

@@ -3,64 +3,116 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import cv2
 import numpy as np
 from PIL import Image, ImageOps
 
-Picture = np.ndarray | Image.Image | str | Path  # uint8 RGB [H, W, 3], any PIL image, or a file
+Picture = np.ndarray | Image.Image | str | Path  # RGB [H, W, 3], gray or RGBA; any PIL image; or a file
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # never EPS, which Pillow hands to Ghostscript as a program
 DECODE_ERRORS = (OSError, SyntaxError, ValueError, struct.error, EOFError, Image.DecompressionBombError)
+DEPTHS = (255, 4095, 65535)  # largest values of 8, 12 and 16 bits
+ORIENTATION = 0x0112  # EXIF tag; 1 = upright
 
 
 def as_pixels(image: Picture) -> np.ndarray:
     """An image as uint8 RGB [H, W, 3]; files and PIL images are rotated by their EXIF orientation.
 
+    Arrays are uint8, or floats in [0, 1], of shape [H, W], [H, W, 3] or [H, W, 4] (RGBA, composited onto white).
+
     Raises:
-        ValueError: if the file cannot be read, or the image is of another type, dtype or shape.
+        ValueError: if the file cannot be read, or the image is of another type, dtype, shape or range.
     """
     if isinstance(image, (str, Path)):
         return read_pixels(image, apply_exif=True)
     if isinstance(image, Image.Image):
         return to_rgb(ImageOps.exif_transpose(image))
+    expected = "give a path, a PIL image, or an array, uint8 or float in [0, 1], [H, W, 3] (RGB), [H, W] or [H, W, 4]"
     if not isinstance(image, np.ndarray):
-        raise ValueError(f"the image is a {type(image).__name__}; give a path, a PIL image, or uint8 [H, W, 3], RGB")
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
-        raise ValueError(f"the image is {image.dtype} {list(image.shape)}; give uint8 [H, W, 3], RGB")
-    return image
+        raise ValueError(f"the image is a {type(image).__name__}; {expected}")
+    if not image.size or not (image.ndim == 2 or (image.ndim == 3 and image.shape[2] in (3, 4))):
+        raise ValueError(f"the image is {image.dtype} {list(image.shape)}; {expected}")
+    if np.issubdtype(image.dtype, np.floating):
+        low, high = float(image.min()), float(image.max())
+        if not (low >= 0 and high <= 1):  # also for NaN
+            raise ValueError(f"the image has floats from {low:g} to {high:g}; {expected}")
+        image = np.round(image * 255).astype(np.uint8)
+    if image.dtype != np.uint8:
+        raise ValueError(f"the image is {image.dtype} {list(image.shape)}; {expected}")
+    return image if image.ndim == 3 and image.shape[2] == 3 else to_rgb(Image.fromarray(image))
 
 
 def read_pixels(path: str | Path, apply_exif: bool) -> np.ndarray:
-    """Any image file as uint8 RGB [H, W, 3].
+    """Any image file as uint8 RGB [H, W, 3], of several frames the first.
 
-    Grey becomes three equal channels, 16 bits become 8 (the high byte), transparency is composited onto white.
+    Gray becomes three equal channels, transparency is composited onto white. Values of more than 8 bits are scaled by
+    the depth that they fit into (``DEPTHS``), floats up to 1 by 255.
 
     Args:
-        path: the file.
+        path: the file, of one of ``FORMATS``.
         apply_exif: whether to rotate by the EXIF orientation.
 
     Raises:
         ValueError: if the path is not a file, or cannot be decoded.
     """
+    with _opened(path) as image:
+        deep = image.mode in ("RGB", "RGBA") and any(";16" in str(tile[3]) for tile in getattr(image, "tile", ()))
+        image.load()
+        pixels = to_rgb(ImageOps.exif_transpose(image) if apply_exif else image)
+        if deep and 0 < pixels.max(initial=0) <= DEPTHS[1] >> 8:  # Pillow keeps the high byte, little of 12-bit values
+            pixels = _reread(Path(path), pixels)
+        return pixels
+
+
+def read_orientation(path: str | Path) -> int:
+    """The EXIF orientation of an image file: 1 = upright, also without the tag; ``ValueError`` as ``read_pixels``."""
+    with _opened(path) as image:
+        return image.getexif().get(ORIENTATION, 1)
+
+
+@contextmanager
+def _opened(path: str | Path) -> Iterator[Image.Image]:
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"image {path} {'is not a file' if path.exists() else 'does not exist'}; check the path")
     try:
-        with Image.open(path) as image:
-            image.load()
-            return to_rgb(ImageOps.exif_transpose(image) if apply_exif else image)
+        with Image.open(path, formats=FORMATS) as image:
+            yield image
     except DECODE_ERRORS as error:
         raise ValueError(
-            f"image {path} cannot be decoded ({error}); replace or re-encode it (JPEG and PNG are read)"
+            f"image {path} cannot be decoded ({error}); replace or re-encode it ({', '.join(FORMATS)} are read)"
         ) from error
 
 
+def _reread(path: Path, pixels: np.ndarray) -> np.ndarray:
+    """RGB of 16 bits per channel whose values fit into 12; ``pixels`` are its high bytes."""
+    encoded = np.fromfile(path, np.uint8)
+    values = cv2.imdecode(encoded, cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH | cv2.IMREAD_IGNORE_ORIENTATION)
+    if values is None or values.shape != pixels.shape:  # not what OpenCV reads, or rotated
+        raise ValueError("its 16-bit values are 4095 at most: save it with 8 bits")
+    return _scale(values[..., ::-1])
+
+
+def _scale(values: np.ndarray) -> np.ndarray:
+    """Values of up to 16 bits, or floats, as uint8; the depth is the smallest of ``DEPTHS`` that holds all of them."""
+    is_float = np.issubdtype(values.dtype, np.floating)
+    values = np.nan_to_num(values.astype(np.float64), nan=0.0)
+    low, high = float(values.min(initial=0)), float(values.max(initial=0))
+    if low < 0 or high > DEPTHS[-1]:
+        raise ValueError(f"its values range from {low:g} to {high:g}; 8, 12 or 16 bits, or floats in [0, 1], are read")
+    if is_float and high <= 1:
+        return np.round(values * 255).astype(np.uint8)
+    depth = next(depth for depth in DEPTHS if high <= depth)
+    return (values / ((depth + 1) / 256)).astype(np.uint8)
+
+
 def to_rgb(image: Image.Image) -> np.ndarray:
-    """A PIL image of any mode as uint8 RGB [H, W, 3]."""
-    if image.mode.startswith("I") or image.mode == "F":  # 16-bit grey (older Pillow: mode I); F = 32-bit TIFF
-        grey = np.nan_to_num(np.asarray(image).astype(np.float64), nan=0.0)
-        if grey.size and grey.max() > 255:
-            grey = grey / 256
-        return np.repeat(np.clip(grey, 0, 255).astype(np.uint8)[..., None], 3, axis=2)
+    """A PIL image of any mode as uint8 RGB [H, W, 3]; ``ValueError`` if its values are out of range."""
+    if image.mode.startswith("I") or image.mode == "F":  # 16-bit gray (older Pillow: mode I); F = 32-bit TIFF
+        return np.repeat(_scale(np.asarray(image))[..., None], 3, axis=2)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

@@ -162,6 +162,27 @@ def test_reason_seg_eval_stops_on_a_broken_file_and_training_goes_on(root: Path)
         get_eval_dataset("ReasonSeg|val", root)
 
 
+@pytest.mark.parametrize(
+    ("query", "encoding", "is_read"),
+    [
+        ("the “café” – isn’t it…”", "cp1252", True),  # as some published files
+        ("the “café”", "utf-8", True),
+        ("the “café”", "utf-16", True),
+        ("红色的杯子", "gbk", False),
+        ("красная чашка", "cp1251", False),
+        ("赤いコップ", "shift_jis", False),
+    ],
+)
+def test_encodings_of_reason_seg(root: Path, query: str, encoding: str, is_read: bool) -> None:
+    path = root / "reason_seg/ReasonSeg/val/a.json"
+    write_json(path, {**json.loads(path.read_bytes().decode("cp1252")), "text": [query]}, encoding)
+    if is_read:
+        assert get_eval_dataset("ReasonSeg|val", root)[0].queries[0].text == query
+    else:
+        with pytest.raises(DataError, match=r"a\.json is not utf-8.* text \(byte .*save it as UTF-8"):
+            get_eval_dataset("ReasonSeg|val", root)
+
+
 def test_explanations(root: Path) -> None:
     dataset = get_train_dataset("ReasonSeg|train", root, DataOptions(explanatory=0.3))
     turns = [dataset.sample(1, np.random.default_rng(i)).conversations[0][0] for i in range(60)]
@@ -271,7 +292,7 @@ def test_refs_that_point_nowhere_are_counted(root: Path) -> None:
     rows = json.loads(path.read_text())
     rows[0]["ann_id"], rows[1]["sentences"] = [99], []
     write_json(path, rows)
-    assert get_train_dataset("grefcoco", root).describe()["unusable"] == 2
+    assert get_train_dataset("grefcoco", root).describe()["unusable"] == 1
     size = json.loads((root / "refer_seg/grefcoco/instances.json").read_text())
     size["images"][1]["height"] = H + 1
     write_json(root / "refer_seg/grefcoco/instances.json", size)
@@ -288,6 +309,49 @@ def test_sentences_without_a_text_are_counted(root: Path, sentence: dict) -> Non
     with pytest.raises(DataError, match=f"1 records cannot be evaluated(.|\n)*{re.escape(message)}"):
         get_eval_dataset("grefcoco|unc|val", root)
     assert get_eval_dataset("grefcoco|unc|val", root, allow_missing=True).num_queries == 1
+
+
+def test_refs_without_sentences_ask_nothing(root: Path) -> None:
+    """gRefCOCO's published file has such refs, in val too (github.com/henghuiding/gRefCOCO, issues 3 and 8)."""
+    path = root / "refer_seg/grefcoco/grefs(unc).json"
+    rows = json.loads(path.read_text())
+    empty = [
+        {**GOOD_REF, "ref_id": 90 + k, "split": split, "sentences": []} for k, split in enumerate(("train", "val"))
+    ]
+    write_json(path, rows + empty)
+    dataset = get_eval_dataset("grefcoco|unc|val", root)
+    assert dataset.skipped == ["grefcoco|unc|val, ref 91: it has no sentence, and so asks nothing"]
+    assert (dataset.unusable, dataset.num_queries, len(dataset)) == ([], 3, 2)
+    assert get_train_dataset("grefcoco", root).describe()["unusable"] == 0
+    write_json(path, empty)
+    with pytest.raises(DataError, match=r"no usable ref among 1; the first problem: .*ref 91: it has no sentence"):
+        get_eval_dataset("grefcoco|unc|val", root)
+
+
+def test_refs_that_are_there_twice(root: Path) -> None:
+    path = root / "refer_seg/grefcoco/grefs(unc).json"
+    other = {"sentences": [{"sent": "y"}]}
+    refs = [GOOD_REF, GOOD_REF, {**GOOD_REF, "ann_id": [12], "image_id": 2}, {**GOOD_REF, **other}]
+    write_json(path, [{**ref, "split": "val"} for ref in refs])
+    dataset = get_eval_dataset("grefcoco|unc|val", root, allow_missing=True)
+    assert dataset.skipped == ["grefcoco|unc|val, ref 1: it is there twice, and counts once"]
+    assert dataset.unusable == ["grefcoco|unc|val, ref 1: image 1 has another ref with this ref_id"]
+    assert [[query.text for query in dataset[i].queries] for i in range(2)] == [["x"], ["x"]]
+
+
+@pytest.mark.parametrize("key", ["images", "annotations"])
+def test_different_rows_with_one_id_are_named(root: Path, key: str) -> None:
+    """Merged files: an annotation would be lost, or would be that of another image (cvat-ai/datumaro, issue 56)."""
+    path = root / "refer_seg/grefcoco/instances.json"
+    instances = json.loads(path.read_text())
+    instances[key].append(dict(instances[key][0]))
+    write_json(path, instances)
+    assert get_eval_dataset("grefcoco|unc|val", root).num_queries == 3  # the same row twice
+    for row_id in (instances[key][0]["id"], str(instances[key][0]["id"])):
+        instances[key][-1] |= {"id": row_id, "height": H + 1, "bbox": [1, 1, 1, 1]}
+        write_json(path, instances)
+        with pytest.raises(DataError, match=rf"instances\.json: 1 ids in '{key}' stand for different rows, such as 1"):
+            get_eval_dataset("grefcoco|unc|val", root)
 
 
 GOOD_REF = {"ref_id": 1, "ann_id": [10], "image_id": 1, "split": "train", "sentences": [{"sent": "x"}]}

@@ -32,7 +32,7 @@ def write_refs(root: Path, name: str, split_by: str, refs: object) -> Path:
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """All six sets, with separate files for training and evaluation."""
+    """All six sets, each with the one file that the benchmarks' own code opens."""
     write_image(tmp_path / "coco/train2014/a.jpg")
     instances = {
         "images": [{"id": 1, "file_name": "a.jpg", "height": H, "width": W}],
@@ -42,8 +42,8 @@ def root(tmp_path: Path) -> Path:
         if row.false_premises:
             false = FALSE["R-refcoco" if name.startswith("R-") else "fprefcoco"]
             true = {"sent": "the red dog", "sent_id": 7}
-            write_refs(tmp_path, name, row.train_split_by, [ref("train", true, false)])
-            write_refs(tmp_path, name, row.split_by, [ref("val", true, {**false, "sent_id": 7}, {"sent": "a dog"})])
+            val = ref("val", true, {**false, "sent_id": 7}, {"sent": "a dog"})
+            write_refs(tmp_path, name, row.split_by + row.split_by_suffix, [ref("train", true, false), val])
             write_json(tmp_path / f"refer_seg/{name}/instances.json", instances)
     return tmp_path
 
@@ -58,12 +58,7 @@ def test_all_six_are_there(root: Path) -> None:
     assert names == ["R-refcoco", "R-refcoco+", "R-refcocog", "fprefcoco", "fprefcoco+", "fprefcocog"]
     counts = {"images": 1, "expressions": 2, "absent": 1, "multi": 0, "unusable": 0}
     assert all(get_train_dataset(name, root).describe() == counts for name in names)
-    made_by = [(DATASETS[name].split_by, DATASETS[name].train_split_by) for name in names]
-    assert made_by == [
-        *[("unc", "unc_exclude_unified")] * 2,
-        ("umd", "umd_exclude_unified"),
-        *[("berkeley", "berkeley_exclude_unified")] * 3,
-    ]
+    assert [DATASETS[name].split_by for name in names] == ["unc", "unc", "umd", *["berkeley"] * 3]
 
 
 @pytest.mark.parametrize("name", ["R-refcoco", "fprefcoco"])
@@ -95,6 +90,25 @@ def test_evaluation_has_every_sentence(root: Path, name: str) -> None:
     assert len({query.query_id for query in queries}) == 3  # although two sentences have one sent_id
     with pytest.raises(DataError, match=r"refs\(unc_x\)\.p"):
         get_eval_dataset(f"{name}|unc_x|val", root)
+
+
+def test_evaluation_prefers_the_file_of_the_benchmarks_own_code(root: Path) -> None:
+    """SESAME and the paper's release open refs(*_exclude_unified).p for val, too; the plain file is another one."""
+    folder = "refer_seg/fprefcoco"
+    both = write_refs(root, "fprefcoco", "berkeley", [ref("val", {"sent": "a dog"}), ref("train", {"sent": "a dog"})])
+    dataset = get_eval_dataset("fprefcoco|berkeley|val", root)
+    assert (dataset.annotations, dataset.num_queries) == (f"{folder}/refs(berkeley_exclude_unified).p", 3)
+    named = get_eval_dataset("fprefcoco|berkeley_exclude_unified|val", root)
+    assert (named.annotations, named.num_queries) == (dataset.annotations, 3)
+    (root / folder / "refs(berkeley_exclude_unified).p").unlink()
+    plain = get_eval_dataset("fprefcoco|berkeley|val", root)
+    assert (plain.annotations, plain.num_queries) == (f"{folder}/{both.name}", 1)
+    with pytest.raises(DataError, match=r"no refs \(looked in .*berkeley_exclude_unified"):
+        get_train_dataset("fprefcoco", root)  # it must not train on the other file in silence
+    assert len(get_train_dataset("fprefcoco|berkeley", root)) == 1  # unless it is named
+    both.unlink()
+    with pytest.raises(DataError, match=r"no refs \(looked in .*berkeley_exclude_unified.*refs\(berkeley\)\.p"):
+        get_eval_dataset("fprefcoco|berkeley|val", root)
 
 
 def test_what_a_false_sentence_was_derived_from_does_not_matter(root: Path) -> None:

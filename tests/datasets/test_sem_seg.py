@@ -15,7 +15,7 @@ from PIL import Image
 from model.structures import Sample
 from utils.datasets import DataError, DataOptions, get_train_dataset
 from utils.datasets.class_names import ADE20K, COCO_STUFF, COCO_STUFF_NOT_DENIED
-from utils.datasets.sem_seg import phrase, unrelated
+from utils.datasets.sem_seg import BUILTIN_LABELS, phrase, unrelated
 from utils.datasets.templates import QUESTIONS
 
 LABELS = {
@@ -99,6 +99,8 @@ def test_class_lists() -> None:
     known = {1: "wall", 45: "chest of drawers", 90: "television", 110: "swimming pool", 139: "ashcan", 150: "flag"}
     assert {number: ADE20K[number - 1] for number in known} == known
     known = {1: "person", 17: "cat", 91: "hair brush", 92: "banner", 93: "blanket", 178: "water-other", 182: "wood"}
+    known[157] = "sky"  # "sky-other" in labels.txt; cocostuff_classes.txt of LISA, GSVA, PixelLM, SESAME has "sky"
+    assert "sky" not in BUILTIN_LABELS["cocostuff"].not_asked
     assert {number: COCO_STUFF[number - 1] for number in known} == known
     assert set(COCO_STUFF) > COCO_STUFF_NOT_DENIED
 
@@ -314,6 +316,7 @@ def test_bad_annotations_are_named(root: Path, change: dict, message: str) -> No
         ({"annotations": []}, "it has no annotations"),
         ({"categories": [{"name": "x"}]}, "no list 'categories' of dicts with an 'id'"),
         ({"categories": [{"id": 1}]}, "category 1 has name None"),
+        ({"categories": [{"id": 1, "name": "a"}, {"id": 1, "name": "b"}]}, "1 ids in 'categories' stand for different"),
         (
             {"categories": [{"id": 1, "name": "a:b:c"}]},
             "category 1 has name 'a:b:c'; expected 'object' or 'object:part'",
@@ -336,6 +339,19 @@ def test_bad_annotation_files_are_named(root: Path, change: dict, message: str) 
     write_json(root / PASCAL, {**json.loads((root / PASCAL).read_text()), **change})
     with pytest.raises(DataError, match=message):
         samples_of(root, "pascal_part", 1)
+
+
+@pytest.mark.parametrize("key", ["images", "annotations", "categories"])
+def test_ids_that_are_there_twice(root: Path, key: str) -> None:
+    content = json.loads((root / PASCAL).read_text())
+    masks = get_train_dataset("pascal_part", root).describe()
+    content[key].append(dict(content[key][0]))
+    write_json(root / PASCAL, content)
+    assert get_train_dataset("pascal_part", root).describe() == masks  # the same row twice counts once
+    content[key][-1] |= {"note": "another"}
+    write_json(root / PASCAL, content)
+    with pytest.raises(DataError, match=rf"train\.json: 1 ids in '{key}' stand for different rows, such as "):
+        get_train_dataset("pascal_part", root)
 
 
 def test_one_bad_annotation_costs_no_other(root: Path) -> None:

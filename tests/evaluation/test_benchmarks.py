@@ -22,7 +22,8 @@ MAY_NAME_THEM = (  # the two tables, and what generates data
 @pytest.mark.parametrize("row", BENCHMARKS.values(), ids=list(BENCHMARKS))
 def test_every_row_names_existing_types_metrics_and_splits(row):
     assert TYPES[DATASETS[row.name].type].evaluate
-    assert set(row.metrics.values()) <= set(METRICS)
+    assert {*row.metrics.values(), *row.published.values()} <= set(METRICS)
+    assert set(row.published) <= set(row.metrics)
     assert {row.mode, *row.protocols} <= set(MODES)
     assert {split for name, part in row.parts.items() for split in (name, part.whole)} <= set(row.splits)
     if row.table:
@@ -40,7 +41,13 @@ def test_protocols_apply_only_where_they_are_defined():
              for mode in MODES}  # fmt: skip
     assert found == {"teacher_forced": ["gsva", "gsva", "grefcoco"], "generate": ["grefcoco"] * 3}
     assert BENCHMARKS["refzom"].protocol("gsva") == ""
-    with pytest.raises(ValueError, match="unknown protocol 'voc'; use grefcoco or gsva"):
+    for name in ("ReasonSeg", "MultiReasonSeg"):
+        assert [BENCHMARKS[name].protocol(asked) for asked in (None, "published", "gsva")] == [
+            "strict",
+            "published",
+            "strict",
+        ]
+    with pytest.raises(ValueError, match="unknown protocol 'voc'; use grefcoco or gsva or published or rela or strict"):
         BENCHMARKS["refzom"].protocol("voc")
 
 

@@ -366,7 +366,11 @@ def test_false_premises(benchmark, mode):
     assert [record.rejected for record in result.records] == [False, True, False, not seen, True]
     total = sum(record.G for record in result.records)
     expected = {"See": 1.0 if seen else 0.8, "Segment": 1.0 if seen else 1 - int((paint_objects(1) == 2).sum()) / total}
-    assert result.metrics == pytest.approx(expected | ({"RR": 1.0} if benchmark == "R-refcoco" else {}))
+    if benchmark == "R-refcoco":  # an image is one ref here: the second has object 1 found and object 2 missed
+        first, second = ((paint_objects(1) == k).sum() for k in (1, 2))
+        oiou, riou = expected["Segment"], (1 + first / (first + second)) / 2
+        expected |= {"RR": 1.0, "mIoU": (1 + 0.5) / 2, "oIoU": oiou, "r": 1.0, "rIoU": riou}
+    assert result.metrics == pytest.approx(expected)
 
 
 def test_special_tokens_in_a_query_add_no_mask(monkeypatch):
@@ -530,7 +534,9 @@ def test_both_protocols_of_grefcoco():
     assert generated.summary.protocol == "grefcoco"
     assert metrics.compute(generated.records, BENCHMARKS["grefcoco"], "gsva") == generated.metrics
     assert "protocol" not in run(protocol="gsva").summary.to_dict()  # other benchmarks have one only
-    with pytest.raises(ValueError, match=r"unknown protocol 'voc'; use grefcoco or gsva"):
+    with pytest.raises(
+        ValueError, match=r"unknown protocol 'voc'; use grefcoco or gsva or published or rela or strict"
+    ):
         run(protocol="voc")
 
 

@@ -140,9 +140,10 @@ def test_chat_is_a_unix_tool(version, photo, tmp_path):
 
 # -- test.py -----------------------------------------------------------------------------------------------------------
 
-KEYS = [  # of a result's JSON; a benchmark with protocols has one more
-    "benchmark", "mode", "layer_policy", "metrics", "intervals", "controls", "breakdown", "counts", "layers", "skipped",
-    "missing", "limit", "seconds", "settings", "checkpoint", "command", "precision", "device", "versions",
+KEYS = [  # of a result's JSON; a benchmark with a choice of annotations has one more
+    "benchmark", "mode", "protocol", "layer_policy", "metrics", "intervals", "controls", "breakdown", "counts",
+    "layers", "several_seg", "skipped", "missing", "limit", "seconds", "settings", "checkpoint", "command", "precision",
+    "device", "versions",
 ]  # fmt: skip
 
 
@@ -174,6 +175,28 @@ def test_default_mode_and_limit(capsys, version, val_data, tmp_path):
     assert "teacher_forced" in out
     summary = json.loads((tmp_path / "out" / "ReasonSeg_val.teacher_forced.json").read_text())
     assert (summary["counts"]["images"], summary["limit"]) == (2, 2)
+
+
+def test_images_without_a_target_are_answered_but_only_published_counts_them(capsys, version, val_data, tmp_path):
+    annotation = val_data / "reason_seg/ReasonSeg/val/4.json"
+    annotation.write_text(json.dumps(json.loads(annotation.read_text()) | {"shapes": []}))
+    code, out, err = evaluate(capsys, version, val_data, tmp_path / "out")
+    assert code == 0, err
+    assert "ReasonSeg|val: 1 records skipped, left out" in out
+    path = answers(tmp_path / "out")
+    strict = json.loads(path.with_suffix(".json").read_text())
+    assert (strict["counts"]["masks"], strict["counts"]["skipped"], strict["protocol"]) == (4, 1, "strict")
+    _, records = read_results(path)
+    assert [record.meta.get("without_target", False) for record in records] == [False] * 4 + [True]
+    assert score.rescore(path).metrics == strict["metrics"]
+    published = score.rescore(path, "published")
+    assert (published.counts["masks"], published.counts["split_images"]) == (5, 5)
+    assert published.metrics["cIoU"] == sum(r.I for r in records) / sum(r.U for r in records)
+    assert published.metrics["gIoU"] == pytest.approx(strict["metrics"]["gIoU"] * 4 / 5)  # a random model draws
+    code, out, _ = evaluate(capsys, version, val_data, tmp_path / "p", "ReasonSeg|val", "--protocol", "published")
+    assert "teacher_forced, published" in out
+    assert "ReasonSeg|val: 1 records skipped, scored as empty targets" in out
+    assert json.loads(answers(tmp_path / "p").with_suffix(".json").read_text())["metrics"] == published.metrics
 
 
 def test_breakdown_of_drawn_data(capsys, version, val_data, tmp_path):

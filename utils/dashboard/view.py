@@ -25,7 +25,7 @@ from model import layer_rules
 from model.processing.tokens import REJ, SEG
 from model.structures import Turn
 from utils.dashboard.examples import Example
-from utils.dashboard.service import Dashboard, Visit
+from utils.dashboard.service import FORMATS, Dashboard, Visit
 from utils.inference import answer_files
 from utils.plotting.overlays import PALETTE, color, heat_map, paint
 
@@ -132,7 +132,7 @@ def picture_html(picture: np.ndarray, alt: str) -> str:
 
 
 def thumbnail_html(example: Example, side: int = 120) -> str:
-    with Image.open(example.path) as image:
+    with Image.open(example.path, formats=FORMATS) as image:
         image.thumbnail((side, side))
         return picture_html(np.array(image), f"Example: {example.title}")
 

@@ -62,8 +62,8 @@ _ZOM_IMAGES = tuple(f"refer_seg/refzom/{folder}" for folder in ("trainval2014", 
 
 
 def _false_premises(kind: str, name: str, split_by: str) -> DatasetRow:
-    splits = split_by, f"{split_by}_exclude_unified"
-    return DatasetRow(kind, f"refer_seg/{name}", coco_folders("train2014"), _REFS, *splits, false_premises=True)
+    images, suffix = coco_folders("train2014"), "_exclude_unified"
+    return DatasetRow(kind, f"refer_seg/{name}", images, _REFS, split_by, suffix, false_premises=True)
 
 
 def _lisa_plus(part: str) -> DatasetRow:

@@ -54,9 +54,12 @@ class EvalDataset(Protocol):
     """A split of a benchmark: one ``EvalSample`` per image, always in the same order.
 
     Attributes:
-        skipped: records for which the split itself has no target; excluded in every copy of the data.
+        skipped: records of the split itself without a target (ReasonSeg) or without a query (gRefCOCO); excluded in
+            every copy of the data.
         unusable: records that are damaged or lack their image in this copy of the data; excluded.
         not_found: images that are missing for the remaining records; reading those records fails.
+
+    A reader that has a choice of files also names the one that it read in ``annotations``, for the results.
     """
 
     spec: Spec
@@ -113,7 +116,8 @@ class DatasetRow:
         images: candidate folders of its images.
         annotations: candidate names of the annotation file in ``path``; ``{split_by}`` is filled in.
         split_by: default author of the splits ("unc", "umd").
-        train_split_by: the default for training, if it differs.
+        split_by_suffix: suffix of ``split_by`` in the name of the file that the benchmark's own code opens. Training
+            reads that file alone; evaluation prefers it to the one without the suffix.
         false_premises: whether each sentence has a flag that tells if it is true of the image (docs/data.md).
         joint: whether one question may list all expressions of an image (``DataOptions.joint_probability``).
     """
@@ -123,7 +127,7 @@ class DatasetRow:
     images: tuple[str, ...] = ()
     annotations: tuple[str, ...] = ()
     split_by: str = ""
-    train_split_by: str = ""
+    split_by_suffix: str = ""
     false_premises: bool = False
     joint: bool = False
 

@@ -26,7 +26,8 @@ ADE20K = _names(
     """
 )
 
-# The 182 classes of COCO-Stuff (labels.txt): label k of an image is COCO_STUFF[k].
+# The 182 classes of COCO-Stuff (labels.txt): label k of an image is COCO_STUFF[k]. Classes with a hyphen are not asked
+# about; "sky-other" is "sky" here, as in LISA's cocostuff_classes.txt, so that it is.
 COCO_STUFF = _names(
     """
     person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant, street sign,
@@ -41,7 +42,7 @@ COCO_STUFF = _names(
     curtain, desk-stuff, dirt, door-stuff, fence, floor-marble, floor-other, floor-stone, floor-tile, floor-wood,
     flower, fog, food-other, fruit, furniture-other, grass, gravel, ground-other, hill, house, leaves, light, mat,
     metal, mirror-stuff, moss, mountain, mud, napkin, net, paper, pavement, pillow, plant-other, plastic,
-    platform, playingfield, railing, railroad, river, road, rock, roof, rug, salad, sand, sea, shelf, sky-other,
+    platform, playingfield, railing, railroad, river, road, rock, roof, rug, salad, sand, sea, shelf, sky,
     skyscraper, snow, solid-other, stairs, stone, straw, structural-other, table, tent, textile-other, towel,
     tree, vegetable, wall-brick, wall-concrete, wall-other, wall-panel, wall-stone, wall-tile, wall-wood,
     water-other, waterdrops, window-blind, window-other, wood

@@ -11,11 +11,25 @@ MAX_PIXELS = 2**28  # more than any photograph has; a bogus size must not alloca
 
 
 def by_id(instances: dict, key: str, path: Path) -> dict[Any, dict]:
-    """The rows of list ``key`` by id; ``DataError`` if it is not a list, or a row has no id."""
+    """The rows of list ``key`` by id; rows that are there twice count once.
+
+    Raises:
+        DataError: if it is not a list, if a row has no id, or if different rows have the same id: a mask would be lost,
+            or be that of another image.
+    """
     rows = instances.get(key)
     if not isinstance(rows, list) or not all(isinstance(row, dict) and is_id(row.get("id")) for row in rows):
         raise DataError(f"{path} has no list {key!r} of dicts with an 'id'")
-    return {row["id"]: row for row in rows}
+    by_id = {row["id"]: row for row in rows}
+    by_text = {str(row_id): row for row_id, row in by_id.items()}  # 7 and "7" are one id in our records
+    if len(by_text) < len(rows):
+        twice = list(dict.fromkeys(str(row["id"]) for row in rows if row != by_text[str(row["id"])]))
+        if twice:
+            raise DataError(
+                f"{path}: {len(twice)} ids in {key!r} stand for different rows, such as {', '.join(twice[:5])}; files "
+                "that were merged need new ids"
+            )
+    return by_id
 
 
 def is_id(value: Any) -> TypeGuard[int | str]:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from model.processing.pixels import DECODE_ERRORS, read_pixels
+from model.processing.pixels import DECODE_ERRORS, FORMATS, read_orientation, read_pixels
 from utils.datasets.base import DataError, find_paths
 
 
@@ -34,8 +34,8 @@ def read_image(path: str | Path, apply_exif: bool = False) -> np.ndarray:
 
     Args:
         path: the file.
-        apply_exif: rotate by the EXIF orientation. True for users' photographs (chat); False for data sets,
-            whose annotations refer to the stored pixels.
+        apply_exif: rotate by the EXIF orientation, as OpenCV does, with which the original loaders of the data sets
+            read. Annotations with a size: ``read_annotated``.
     """
     try:
         return read_pixels(path, apply_exif)
@@ -46,10 +46,21 @@ def read_image(path: str | Path, apply_exif: bool = False) -> np.ndarray:
 def read_annotated(path: Path, source: str, height: int, width: int) -> np.ndarray:
     """Decodes the image of an annotation for ``height`` x ``width`` as uint8 RGB [H, W, 3].
 
+    If the file has an EXIF orientation, the size tells whether the annotation is for the stored or the rotated pixels.
+
     Raises:
-        DataError: if it cannot be decoded, or if it has another size (starting with ``source``).
+        DataError: if it cannot be decoded, if it has another size, or if both have the size (starting with ``source``).
     """
-    image = read_image(path)
+    image, orientation = read_image(path), read_orientation(path)
+    if orientation in range(2, 9):
+        rotated = read_image(path, apply_exif=True)
+        fits = [pixels for pixels in (image, rotated) if pixels.shape[:2] == (height, width)]
+        if len(fits) > 1:
+            raise DataError(
+                f"{source}: {path} has the EXIF orientation {orientation}, and its size does not tell whether the "
+                "annotation is for the stored or the rotated pixels; save it upright, without this tag"
+            )
+        image = fits[0] if fits else image
     check_size(source, image, height, width)
     return image
 
@@ -57,7 +68,7 @@ def read_annotated(path: Path, source: str, height: int, width: int) -> np.ndarr
 def read_label_image(path: Path) -> np.ndarray:
     """Decodes an image of class indices, 8-bit gray or palette, as uint8 [H, W]."""
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             mode, values = image.mode, np.array(image)
     except DECODE_ERRORS as error:
         raise DataError(f"label image {path} cannot be decoded ({error}); download it again") from error

@@ -36,6 +36,30 @@ def check_polygon(points: Any, height: int, width: int) -> np.ndarray:
     return array
 
 
+def shape_polygon(shape: dict[str, Any]) -> list[list[float]]:
+    """The polygon of a LabelMe shape; a rectangle or circle is given by 2 points (corners; center and a point on it).
+
+    Raises:
+        DataError: if the shape has no area (a point, a line), or is a mask.
+    """
+    kind, points = shape.get("shape_type") or "polygon", shape.get("points")
+    if not isinstance(points, list) or not points:
+        raise DataError(f"a {kind} without points")
+    if kind == "polygon" or (kind == "rectangle" and len(points) > 2):
+        return points
+    if kind not in ("rectangle", "circle") or len(points) != 2:
+        raise DataError(f"a {kind} of {len(points)} points")
+    try:
+        (x0, y0), (x1, y1) = np.asarray(points, dtype=np.float64).tolist()
+    except (TypeError, ValueError) as error:
+        raise DataError(f"a {kind} whose points are not pairs of numbers: {str(points)[:80]}") from error
+    if kind == "rectangle":
+        return [[x0, y0], [x1, y0], [x1, y1], [x0, y1]]
+    angles = np.linspace(0, 2 * np.pi, 64, endpoint=False)
+    radius = np.hypot(x1 - x0, y1 - y0)
+    return ([x0, y0] + radius * np.stack([np.cos(angles), np.sin(angles)], axis=1)).tolist()
+
+
 def decode_segmentation(segmentation: Any, height: int, width: int) -> np.ndarray:
     """Decodes any form of a COCO segmentation as uint8 [H, W] with 0 and 1.
 

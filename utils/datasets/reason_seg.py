@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -18,25 +19,48 @@ from utils.datasets.base import (
     MissingDataError,
     check_sample,
     find_paths,
+    parse_json,
     pick,
     read_json,
+    read_text,
     sample_indices,
     single_split,
     unknown,
     warn_unusable,
 )
-from utils.datasets.images import read_image
-from utils.datasets.masks import check_polygon
+from utils.datasets.coco_file import check_extent
+from utils.datasets.images import check_size, read_image
+from utils.datasets.masks import check_polygon, shape_polygon
 from utils.datasets.records import PackedRecords
 from utils.datasets.spec import Spec
 from utils.datasets.templates import QUESTIONS, sample_answer, sample_question
 
+WITHOUT_TARGET = "without_target"  # key in the meta of a query whose image has no target
+QUOTES_AND_DASHES = "[‘’“”–—…]"
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png"}
 
 
+def _read_text(path: Path) -> str:
+    """Text in UTF-8 or, as some published files are, in cp1252.
+
+    Every text in another encoding is some text in cp1252. But in English, letters outside of ASCII stand alone
+    ("café"); side by side they are GBK, Cyrillic or broken UTF-8.
+    """
+    try:
+        return read_text(path)
+    except DataError:
+        text = read_text(path, "cp1252")
+        if re.search(r"[^\x00-\x7f]{2}", re.sub(QUOTES_AND_DASHES, " ", text)):
+            raise
+        return text
+
+
 def read_annotation(path: Path) -> dict[str, Any]:
-    """Reads a ReasonSeg JSON and validates ``text`` (blank queries are dropped), ``is_sentence`` and ``shapes``."""
-    annotation = read_json(path, encoding="cp1252")  # of some published files, as in LISA's loader
+    """Reads a ReasonSeg JSON and validates ``text`` (blank queries are dropped), ``is_sentence`` and ``shapes``.
+
+    The result has ``polygons`` in addition, of ``polygon_shapes``.
+    """
+    annotation = parse_json(_read_text(path), path)
     texts = annotation.get("text")
     if (
         not isinstance(texts, list)
@@ -52,12 +76,33 @@ def read_annotation(path: Path) -> dict[str, Any]:
         for shape in shapes
     ):
         raise DataError(f"{path}: 'shapes' must be a list of dicts with 'label' and 'points'")
-    return {**annotation, "text": [text for text in texts if text.strip()]}
+    try:
+        polygons = polygon_shapes(annotation)
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from error
+    return {**annotation, "text": [text for text in texts if text.strip()], "polygons": polygons}
 
 
 def polygon_shapes(annotation: dict[str, Any]) -> list[dict[str, Any]]:
-    """The shapes that are polygons: no flags, and at least 3 points."""
-    return [s for s in annotation["shapes"] if s["label"].lower() != "flag" and len(s["points"]) >= 3]
+    """The shapes other than flags, with the polygon of each as ``points``.
+
+    Raises:
+        DataError: naming a shape that is not an area: the mask would be wrong without it.
+    """
+    polygons = []
+    for number, shape in enumerate(annotation["shapes"]):
+        if shape["label"].lower() == "flag":
+            continue
+        try:
+            polygons.append({"label": shape["label"], "points": shape_polygon(shape)})
+        except DataError as error:
+            raise DataError(f"shape {number} ({shape['label']!r}) is {error}; draw polygons") from error
+    return polygons
+
+
+def has_target(polygons: list[dict[str, Any]]) -> bool:
+    """Whether a polygon is a target; fewer than 3 points are drawn, as in LISA's code, but are no target alone."""
+    return any("ignore" not in polygon["label"].lower() and len(polygon["points"]) >= 3 for polygon in polygons)
 
 
 def rasterize_polygons(shapes: list[dict[str, Any]], height: int, width: int) -> np.ndarray:
@@ -89,7 +134,8 @@ class ReasonSegSplit:
     Attributes:
         records: per image ``{"stem", "image", "json", "is_sentence", "queries"}``; paths relative to ``folder``.
         problems: a message for each unusable file.
-        without_polygon: a message for each image for which the data set has no target.
+        without_target: the records of images for which the data set has no target; they are in none of ``records``.
+        without_polygon: a message for each of these.
     """
 
     def __init__(self, name: str, folder: Path) -> None:
@@ -100,20 +146,18 @@ class ReasonSegSplit:
         self.problems = [
             f"{folder / images[stem]} has no JSON of the same name" for stem in images if stem not in jsons
         ]
-        self.without_polygon: list[str] = []
-        records = []
+        records: list[dict[str, Any]] = []
+        self.without_target: list[dict[str, Any]] = []
         for stem, file in jsons.items():
             try:
                 if stem not in images:
                     raise DataError(f"{folder / file} has no image of the same name (.jpg in any case, .jpeg, .png)")
                 annotation = read_annotation(folder / file)
+                is_usable = has_target(annotation["polygons"])
             except DataError as error:
                 self.problems.append(str(error))
                 continue
-            if not any("ignore" not in shape["label"].lower() for shape in polygon_shapes(annotation)):
-                self.without_polygon.append(f"{name}/{images[stem]}: no target polygon in its JSON")
-                continue
-            records.append(
+            (records if is_usable else self.without_target).append(
                 {
                     "stem": stem,
                     "image": images[stem],
@@ -122,18 +166,24 @@ class ReasonSegSplit:
                     "queries": len(annotation["text"]),
                 }
             )
+        self.without_polygon = [
+            f"{name}/{each['image']}: no target polygon in its JSON" for each in self.without_target
+        ]
         if not records:
             first = (self.problems + self.without_polygon + ["the folder contains no .json"])[0]
             raise DataError(f"{name}: nothing usable in {folder}: {first}")
         self.records = PackedRecords(records)
 
     def load(self, record: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
-        """Reads the image [H, W, 3], the mask [H, W] and the validated annotation."""
+        """Reads the image [H, W, 3], upright as LISA's code reads it, the mask [H, W] and the validated annotation."""
         path = self.folder / record["json"]
         annotation = read_annotation(path)
-        image = read_image(self.folder / record["image"])
+        image = read_image(self.folder / record["image"], apply_exif=True)
+        size = annotation.get("imageHeight"), annotation.get("imageWidth")
+        if None not in size:
+            check_size(str(path), image, *check_extent(*size, f"{path} has"))
         try:
-            return image, rasterize_polygons(polygon_shapes(annotation), *image.shape[:2]), annotation
+            return image, rasterize_polygons(annotation["polygons"], *image.shape[:2]), annotation
         except DataError as error:
             raise DataError(f"{path}: {error}") from error
 
@@ -241,10 +291,16 @@ class ReasonSegEval:
 
     ``val_short`` and ``val_long`` are the subsets of ``val`` by ``is_sentence`` (false, true). Any folder is a split.
 
+    Images without a target are no part of the split (``skipped``), but LISA's code scores them: indices from ``len()``
+    on give them, marked in the query's meta, for the protocol ``published``.
+
     Args:
         spec: ``ReasonSeg|val``, ``ReasonSeg|test_long``, ``ReasonSeg|heldout``.
         row: the data set's row.
         dataset_dir: the root of all data.
+
+    Attributes:
+        without_target: number of images without a target.
     """
 
     def __init__(self, spec: Spec, row: DatasetRow, dataset_dir: Path) -> None:
@@ -256,10 +312,17 @@ class ReasonSegEval:
         if len(folders) > 1:
             raise DataError(f"{spec}: evaluation takes one folder, not {', '.join(map(str, folders))}")
         self.split = ReasonSegSplit(f"{spec.name}|{split}", folders[0])
-        self.skipped, self.unusable = self.split.without_polygon, self.split.problems
+        self.unusable = self.split.problems
         self.not_found: list[str] = []  # a JSON without an image counts as unusable
         lengths = {"": (True, False), "short": (False,), "long": (True,)}[length]
         self.indices = [i for i, record in enumerate(self.split.records) if record["is_sentence"] in lengths]
+        left_out = [
+            pair
+            for pair in zip(self.split.without_target, self.split.without_polygon)
+            if pair[0]["is_sentence"] in lengths
+        ]
+        self.left_out, self.skipped = [record for record, _ in left_out], [message for _, message in left_out]
+        self.without_target = len(self.left_out)
         if not self.indices:
             raise DataError(f"{spec}: no {length} query among the {len(self.split.records)} of {folders[0]}")
 
@@ -271,9 +334,12 @@ class ReasonSegEval:
         return len(self.indices)
 
     def __getitem__(self, index: int) -> EvalSample:
-        record = self.split.records[self.indices[index]]
+        usable = index < len(self)
+        record = self.split.records[self.indices[index]] if usable else self.left_out[index - len(self)]
         image, mask, annotation = self.split.load(record)
-        meta = {"length": "long" if annotation["is_sentence"] else "short"}
+        meta: dict[str, Any] = {"length": "long" if annotation["is_sentence"] else "short"}
+        if not usable:
+            meta[WITHOUT_TARGET] = True
         demo_meta = annotation.get("meta")  # scripts/make_demo_data.py stores the family of the query
         if isinstance(demo_meta, dict) and isinstance(demo_meta.get("family"), str):
             meta["family"] = demo_meta["family"]

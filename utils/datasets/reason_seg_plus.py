@@ -193,7 +193,7 @@ class ReasonSegPlusTrain:
     def sample(self, index: int, rng: np.random.Generator) -> Sample:
         record = self.records[index]
         source = f"{self.name}/{record['file_name']}"
-        image = read_image(find_image(self.name, record["file_name"], self.folders))
+        image = read_image(find_image(self.name, record["file_name"], self.folders), apply_exif=True)
         conversations, masks, problem = [], [], ""
         for i in sample_indices(self.options.questions_per_image, len(record["items"]), rng):
             try:

@@ -51,8 +51,13 @@ def load_refs(
 
     Returns:
         Per image ``{"id", "file_name", "height", "width", "refs": [...], "segmentations": {ann id: ...}}``, where a ref
-        has the attributes of ``Ref``; and notes: ``problems``, a message for each unusable record (which is not fatal),
-        and ``counts`` of images, expressions, absent, multi.
+        has the attributes of ``Ref``; and notes:
+
+        - ``problems``, a message for each unusable record (which is not fatal), also for a ref whose id another ref of
+          the image has: results are identified by it;
+        - ``skipped``, a message for each ref without sentences (gRefCOCO has such refs; they ask nothing) or that is
+          there twice;
+        - ``counts`` of images, expressions, absent, multi.
     """
     settings = {"split": split, "false_premises": false_premises}
     return load_records(
@@ -79,13 +84,23 @@ def _read_refs(
     images, annotations = by_id(instances, "images", instances_path), by_id(instances, "annotations", instances_path)
 
     records: dict[Any, dict[str, Any]] = {}
+    seen: dict[tuple[str, str], dict[str, Any]] = {}
     problems: list[str] = []
+    skipped: list[str] = []
     counts = {"images": 0, "expressions": 0, "absent": 0, "multi": 0}
     for ref in chosen:
         label = f"{name}, ref {ref.get('ref_id')}"
+        if ref.get("sentences") == []:
+            skipped.append(f"{label}: it has no sentence, and so asks nothing")
+            continue
         try:
             parsed, dropped = _parse_ref(ref, false_premises)
             image = row_of(images, ref.get("image_id"), "image", instances_path)
+            if (other := seen.setdefault((str(image["id"]), str(parsed.ref_id)), ref)) is not ref:
+                if other != ref:
+                    raise DataError(f"image {image['id']} has another ref with this ref_id")
+                skipped.append(f"{label}: it is there twice, and counts once")
+                continue
             rows = [row_of(annotations, ann_id, "annotation", instances_path) for ann_id in parsed.ann_ids]
             segmentations = {str(row["id"]): segmentation_of(row, image["id"]) for row in rows}
             if image["id"] not in records:
@@ -103,8 +118,8 @@ def _read_refs(
         counts["multi"] += sum(number > 1 for number in targets)
     counts["images"] = len(records)
     if not records:
-        raise DataError(f"{name}: no usable ref among {len(chosen)}; the first problem: {problems[0]}")
-    return records.values(), {"problems": problems, "counts": counts}
+        raise DataError(f"{name}: no usable ref among {len(chosen)}; the first problem: {(problems + skipped)[0]}")
+    return records.values(), {"problems": problems, "skipped": skipped, "counts": counts}
 
 
 def _parse_ref(ref: dict[str, Any], false_premises: bool) -> tuple[Ref, list[str]]:

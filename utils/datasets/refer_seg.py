@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,24 +30,33 @@ from utils.datasets.templates import joint_turn, sample_answer, sample_question
 class ReferSplit:
     """A split of a data set, and the folders of its images.
 
+    Args:
+        split_by: author of the splits.
+        suffixes: of ``split_by`` in the file's name; the first file that exists is read.
+
     Attributes:
-        images, problems, counts: of ``load_refs``.
+        annotations: the file of refs that was read, relative to the dataset directory.
+        images, problems, skipped, counts: of ``load_refs``.
     """
 
-    def __init__(self, name: str, row: DatasetRow, split_by: str, split: str, dataset_dir: Path) -> None:
+    def __init__(
+        self, name: str, row: DatasetRow, split_by: str, split: str, dataset_dir: Path, suffixes: Sequence[str] = ("",)
+    ) -> None:
         self.name = "|".join(part for part in (name, split_by, split) if part)
         folder = dataset_dir / row.path
+        files = [file.replace("{split_by}", split_by + suffix) for suffix in suffixes for file in row.annotations]
         refs, instances = find_paths(
             self.name,
             {
-                "refs": [folder / file.replace("{split_by}", split_by) for file in row.annotations],
+                "refs": [folder / file for file in files],
                 "instances": [folder / "instances.json"],
             },
             f"check --dataset_dir, and the name: {name}|SPLIT_BY|SPLIT, for example refcoco|unc|val",
         )
+        self.annotations = str(refs.relative_to(dataset_dir))
         self.folders = [dataset_dir / images for images in row.images]
         self.images, notes = load_refs(self.name, refs, instances, split, row.false_premises)
-        self.problems, self.counts = notes["problems"], notes["counts"]
+        self.problems, self.skipped, self.counts = notes["problems"], notes["skipped"], notes["counts"]
 
     def image_path(self, record: dict[str, Any]) -> Path:
         return find_image(self.name, record["file_name"], self.folders)
@@ -80,7 +90,7 @@ class ReferSegTrain:
             raise DataError(f"{str(spec)!r}: for training write {spec.name!r} or '{spec.name}|SPLIT_BY'")
         self.name, self.options = str(spec), options
         self.joint = row.joint
-        split_by = spec.parts[0] if spec.parts else row.train_split_by or row.split_by
+        split_by = spec.parts[0] if spec.parts else row.split_by + row.split_by_suffix
         self.split = ReferSplit(spec.name, row, split_by, "train", dataset_dir)
         self.split.image_path(self.split.images[0])  # fail at the start if the folder is wrong
         warn_unusable(self.name, self.split.problems)
@@ -132,9 +142,10 @@ class ReferSegEval:
         self.spec = spec
         if not 1 <= len(spec.parts) <= 2:
             raise DataError(f"{str(spec)!r}: write '{spec.name}|SPLIT' or '{spec.name}|SPLIT_BY|SPLIT'")
-        self.split = ReferSplit(spec.name, row, spec.split_by or row.split_by, spec.split, dataset_dir)
-        self.skipped: list[str] = []
-        self.unusable = self.split.problems
+        split_by, suffixes = spec.split_by or row.split_by, dict.fromkeys((row.split_by_suffix, ""))
+        self.split = ReferSplit(spec.name, row, split_by, spec.split, dataset_dir, tuple(suffixes))
+        self.annotations = self.split.annotations
+        self.skipped, self.unusable = self.split.skipped, self.split.problems
         self.not_found = missing_images(self.split.image_path, self.split.images)
 
     def __len__(self) -> int:
@@ -155,6 +166,6 @@ class ReferSegEval:
                 masks = stack_masks(merged if targets else [], record["height"], record["width"])
                 query_id = f"{ref.ref_id}_{sentence['sent_id']}"
                 meta = {key: value for key, value in sentence.items() if key not in ("sent", "sent_id")}
-                meta["targets"] = targets
+                meta |= {"targets": targets, "ref": ref.ref_id}
                 queries.append(EvalQuery(query_id, sentence["sent"], masks, meta=meta))
         return EvalSample(f"{self.spec}/{record['file_name']}", str(record["id"]), image, queries)

@@ -47,7 +47,7 @@ class VqaTrain:
 
     def sample(self, index: int, rng: np.random.Generator) -> Sample:
         record = self.records[index]
-        image = read_image(find_image(self.name, record["file_name"], self.folders))
+        image = read_image(find_image(self.name, record["file_name"], self.folders), apply_exif=True)
         conversation = tuple(Turn(question, escape(answer)) for question, answer in record["turns"])
         return check_sample(
             Sample(f"{self.name}/{record['file_name']}", image, [conversation], stack_masks([], *image.shape[:2]))

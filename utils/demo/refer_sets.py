@@ -131,8 +131,8 @@ def _same_file(name: str, splits: str) -> dict[str, str]:
     return dict.fromkeys(splits.split(), name)
 
 
-def _false_premise_files(split_by: str, splits: str) -> dict[str, str]:
-    return {"train": f"refs({split_by}_exclude_unified).p", **_same_file(f"refs({split_by}).p", splits)}
+def _false_premise_file(split_by: str, splits: str) -> dict[str, str]:
+    return _same_file(f"refs({split_by}_exclude_unified).p", splits)
 
 
 _UNC, _UMD = "train val testA testB", "train val test"
@@ -155,12 +155,12 @@ REFER_SETS = {
         lists=True,
         none=(),
     ),
-    "R-refcoco": ReferSet(141, 640_001, sample_negatives, _false_premise_files("unc", "val testA testB")),
-    "R-refcoco+": ReferSet(151, 660_001, sample_negatives, _false_premise_files("unc", "val testA testB")),
-    "R-refcocog": ReferSet(161, 680_001, sample_negatives, _false_premise_files("umd", "val test")),
-    "fprefcoco": ReferSet(171, 700_001, sample_corrections, _false_premise_files("berkeley", "val test")),
-    "fprefcoco+": ReferSet(181, 720_001, sample_corrections, _false_premise_files("berkeley", "val test")),
-    "fprefcocog": ReferSet(191, 740_001, sample_corrections, _false_premise_files("berkeley", "val test")),
+    "R-refcoco": ReferSet(141, 640_001, sample_negatives, _false_premise_file("unc", _UNC)),
+    "R-refcoco+": ReferSet(151, 660_001, sample_negatives, _false_premise_file("unc", _UNC)),
+    "R-refcocog": ReferSet(161, 680_001, sample_negatives, _false_premise_file("umd", _UMD)),
+    "fprefcoco": ReferSet(171, 700_001, sample_corrections, _false_premise_file("berkeley", _UMD)),
+    "fprefcoco+": ReferSet(181, 720_001, sample_corrections, _false_premise_file("berkeley", _UMD)),
+    "fprefcocog": ReferSet(191, 740_001, sample_corrections, _false_premise_file("berkeley", _UMD)),
 }
 
 

@@ -13,9 +13,16 @@ from typing import Literal
 from utils.datasets.spec import Spec
 
 MODES = ("generate", "teacher_forced")
+SEVERAL_SEG = ("union", "first")  # of an answer with several [SEG] to a query with one target: what is scored
+# Protocols of gRefCOCO (docs/evaluation.md):
+BY_TOKEN = ("published", "rela")  # only the token rejects, not a [SEG] with an empty mask
+DECODED_ANYWAY = ("gsva", "published")  # a rejected target is scored by the mask that is decoded anyway
+UNION_KEPT = ("grefcoco", "rela")  # a rejected target has I = 0, and U of the mask that is decoded anyway
 IOU = {"gIoU": "gIoU", "cIoU": "cIoU"}
 REJECTION = IOU | {"N-acc": "N-acc", "T-acc": "T-acc"}
 FALSE_PREMISES = {"See": "presence", "Segment": "cIoU"}
+ROBUST = {"RR": "N-acc", "mIoU": "mIoU of refs", "oIoU": "cIoU of targets", "r": "r of refs", "rIoU": "rIoU of refs"}
+STRICT_OR_PUBLISHED = dict.fromkeys(MODES, ("strict", "published"))
 
 
 @dataclass(frozen=True)
@@ -56,7 +63,8 @@ class Benchmark:
             one question and one answer list all queries of an image; ``instances``: one mask per target of a query,
             matched to the predicted masks.
         rejects: whether an answer may reject the query (the target is absent).
-        protocols: mode -> its protocols, the default first.
+        protocols: mode -> its protocols, the default first (docs/evaluation.md).
+        published: metric -> its formula under the protocol ``published``, where that differs.
         splits: split that suites evaluate -> its heading in ``table`` (empty without a table).
         parts: splits that are computed from the evaluation of another split.
         table: the paper's table that reports the benchmark.
@@ -68,6 +76,7 @@ class Benchmark:
     task: Literal["one mask", "joint question", "instances"] = "one mask"
     rejects: bool = False
     protocols: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    published: Mapping[str, str] = field(default_factory=dict)
     splits: Mapping[str, str] = field(default_factory=dict)
     parts: Mapping[str, Part] = field(default_factory=dict)
     table: PaperTable | None = None
@@ -78,6 +87,10 @@ class Benchmark:
     def is_joint(self, mode: str) -> bool:
         """Whether one question and one answer list all queries of an image."""
         return self.task == "joint question" and mode == "teacher_forced"
+
+    def formulas(self, protocol: str) -> dict[str, str]:
+        """Reported name -> formula under a protocol."""
+        return {**self.metrics, **(self.published if protocol == "published" else {})}
 
     def protocol(self, requested: str | None = None, mode: str = "teacher_forced") -> str:
         """The protocol to score by: ``requested`` if the mode supports it, else the mode's default (or empty).
@@ -103,6 +116,7 @@ _UNC, _UMD = ("unc|val", "unc|testA", "unc|testB"), ("umd|val", "umd|test")
 _ROWS = (
     Benchmark(
         "ReasonSeg",
+        protocols=STRICT_OR_PUBLISHED,
         splits={
             "val": "val overall",
             "test_short": "test short query",
@@ -125,7 +139,10 @@ _ROWS = (
         task="joint question",
         rejects=True,
         # A generated rejection has no [SEG], hence no mask that gsva could score.
-        protocols={"teacher_forced": ("gsva", "grefcoco"), "generate": ("grefcoco",)},
+        protocols={
+            "teacher_forced": ("gsva", "grefcoco", "published", "rela"),
+            "generate": ("grefcoco", "rela"),
+        },
         splits=dict(zip(_UNC, ("Validation Set", "Test Set A", "Test Set B"))),
         table=GREFCOCO,
     ),
@@ -133,6 +150,8 @@ _ROWS = (
         "MultiReasonSeg",
         mode="generate",
         task="instances",
+        protocols=STRICT_OR_PUBLISHED,
+        published={"gIoU": "gIoU of images"},
         splits={
             "val": "Val overall",
             "test_few": "Test few targets",
@@ -163,7 +182,7 @@ _ROWS = (
     *(
         Benchmark(
             f"R-refcoco{which}",
-            metrics=FALSE_PREMISES | {"RR": "N-acc"},
+            metrics=FALSE_PREMISES | ROBUST,
             mode="generate",
             rejects=True,
             splits=dict.fromkeys(splits, ""),

@@ -23,7 +23,7 @@ from utils import distributed
 from utils.datasets.base import EvalDataset
 from utils.datasets.spec import Spec
 from utils.evaluation import metrics
-from utils.evaluation.benchmarks import benchmark_of
+from utils.evaluation.benchmarks import SEVERAL_SEG, benchmark_of
 from utils.evaluation.controls import CONTROLS, ShuffledPrompts
 from utils.evaluation.metrics import Record
 from utils.evaluation.predictions import InferenceOptions, predict_queries, score
@@ -38,7 +38,8 @@ class RunOptions:
         batch_size: images per forward pass.
         workers: processes that load images in the background; 0 = none.
         limit: number of images, the first ones of the split; None = all.
-        protocol: of teacher-forced gRefCOCO: ``grefcoco`` or ``gsva``; None = as the paper reports it.
+        protocol: for benchmarks that have it (docs/evaluation.md); None = each benchmark's default.
+        several_seg: ``union`` or ``first``: what is scored of an answer with several [SEG] where one mask is expected.
         controls: ``shuffled_prompts`` gives each image the queries of another one, scored against its own ground truth.
         checkpoint: fingerprint of the weights, part of the results' provenance.
         quantize: quantization of the layers, such as ``8bit``; empty = none. Part of the provenance, too.
@@ -52,6 +53,7 @@ class RunOptions:
     workers: int = 0
     limit: int | None = None
     protocol: str | None = None
+    several_seg: str = "union"
     controls: Sequence[str] = ()
     checkpoint: str = ""
     quantize: str = ""
@@ -63,6 +65,8 @@ class RunOptions:
     def __post_init__(self) -> None:
         if unknown := sorted(set(self.controls) - set(CONTROLS)):
             raise ValueError(f"unknown control {unknown[0]!r}; use {', '.join(CONTROLS)}")
+        if self.several_seg not in SEVERAL_SEG:
+            raise ValueError(f"several_seg is {self.several_seg!r}; use {' or '.join(SEVERAL_SEG)}")
         if self.batch_size < 1 or (self.limit is not None and self.limit < 1):
             raise ValueError(f"batch_size is {self.batch_size} and limit {self.limit}; both must be at least 1")
 
@@ -94,7 +98,8 @@ def evaluate(
     started = time.perf_counter()
     resumed = run.journal.read(provenance) if run.journal and run.resume else []
     distributed.raise_on_all_ranks(_annotation_change(dataset, resumed))
-    records, unreadable = runner.gather(dataset, range(size), resumed, provenance, run.journal)
+    indices = [*range(size), *range(len(dataset), len(dataset) + (provenance.without_target or 0))]
+    records, unreadable = runner.gather(dataset, indices, resumed, provenance, run.journal)
     missing = [*dataset.unusable, *unreadable]
     summary = replace(
         summarize(provenance, records),
@@ -111,8 +116,9 @@ def evaluate(
     )
     summary.counts |= {"skipped": len(dataset.skipped), "missing": len(missing)}
     if "shuffled_prompts" in run.controls:
-        indices = sorted({record.index for record in records})
+        indices = sorted({record.index for record in records if record.index < len(dataset)})
         control_records, _ = runner.gather(ShuffledPrompts(dataset, indices, options.seed), indices)
+        control_records = metrics.select(control_records, provenance.protocol, provenance.several_seg)
         benchmark = benchmark_of(dataset.spec)
         summary.controls["shuffled_prompts"] = metrics.compute(control_records, benchmark, provenance.protocol)
     return Result(summary, records, provenance)
@@ -132,6 +138,9 @@ def provenance_of(model, dataset: EvalDataset, options: InferenceOptions, run: R
         precision=f"{precision}, {run.quantize}" if run.quantize else precision,
         images=len(dataset),
         queries=dataset.num_queries,
+        several_seg=run.several_seg,
+        annotations=getattr(dataset, "annotations", ""),
+        without_target=0 if run.limit else getattr(dataset, "without_target", 0),
     )
 
 
@@ -281,5 +290,6 @@ def _check_complete(dataset: EvalDataset, records: Sequence[Record], indices: se
             f"{dataset.spec}: images without a record: {sorted(missing)[:5]}; (image, query) with several: "
             f"{duplicates[:5]}. Query ids must be unique within an image"
         )
-    if len(indices) == len(dataset) and len(records) != dataset.num_queries:
-        raise ValueError(f"{dataset.spec}: {len(records)} records for {dataset.num_queries} queries")
+    answered = sum(record.index < len(dataset) for record in records)
+    if indices.issuperset(range(len(dataset))) and answered != dataset.num_queries:
+        raise ValueError(f"{dataset.spec}: {answered} records for {dataset.num_queries} queries")

@@ -1,8 +1,8 @@
 """Metrics: pixel counts per mask, and the benchmarks' metrics from records alone.
 
-A ``Record`` is one scored answer and one line of a result's JSONL. Every metric is a ratio of two sums over records
-(except the ranking by uncertainty). Integers are summed exactly and IoUs with ``math.fsum``, so that neither order,
-batch size nor the number of processes changes the last bit.
+A ``Record`` is one scored answer and one line of a result's JSONL. Every metric is a ratio of two sums over records,
+or over groups of records such as the sentences of a ref (except the ranking by uncertainty). Integers are summed
+exactly and IoUs with ``math.fsum``, so that neither order, batch size nor the number of processes changes the last bit.
 
 Legend: H, W the image's size; P predicted, G true pixels; I = |P and G|, U = |P or G|, without ignored pixels (255).
 """
@@ -10,14 +10,16 @@ Legend: H, W the image's size; P predicted, G true pixels; I = |P and G|, U = |P
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from model.structures import IGNORE_PIXEL
-from utils.evaluation.benchmarks import Benchmark
+from utils.datasets.reason_seg import WITHOUT_TARGET
+from utils.evaluation.benchmarks import BY_TOKEN, DECODED_ANYWAY, UNION_KEPT, Benchmark
 from utils.evaluation.risk_coverage import ranking
 
 GROUP_KEYS = ("length", "part", "family", "targets")  # of a query's meta, for breakdowns
@@ -43,8 +45,12 @@ class Record:
             where several targets are matched (MUSE), sums over the pairs.
         masks: COCO RLE of each [SEG]. Their union is scored, unless masks are matched.
         meta: of the query, for breakdowns.
-        pairs: I and U of each matched pair; empty where one mask is expected.
+        pairs: I and U of each matched pair, then of each surplus prediction or target; empty where one mask is
+            expected.
         uncertainty: of each [SEG] (``MaskUncertainty.score``) with ``mc:T``; else empty.
+        first: I, U, P and G of the first [SEG] alone, if a mask of several is expected to be one; else empty.
+        surplus: of each surplus prediction in ``pairs``, the pixels whose logit lies in [0.5, 1]. The published code of
+            MUSE counts these, because it does not threshold surplus predictions.
     """
 
     index: int
@@ -65,6 +71,8 @@ class Record:
     meta: dict[str, Any] = field(default_factory=dict)
     pairs: list[list[int]] = field(default_factory=list)
     uncertainty: list[float] = field(default_factory=list)
+    first: list[int] = field(default_factory=list)
+    surplus: list[int] = field(default_factory=list)
 
     @property
     def max_uncertainty(self) -> float:
@@ -102,24 +110,74 @@ def merge_targets(masks: np.ndarray, height: int, width: int) -> np.ndarray:
     return merged
 
 
-# -- all masks ---------------------------------------------------------------------------------------------------------
+# -- protocols (docs/evaluation.md) ------------------------------------------------------------------------------------
+
+
+def select(records: Iterable[Record], protocol: str = "", several_seg: str = "union") -> list[Record]:
+    """The answers that a protocol counts, each with the mask that ``several_seg`` scores.
+
+    Raises:
+        ValueError: for answers of an older version, which lack the counts that this takes.
+    """
+    chosen = [record for record in records if protocol == "published" or not record.meta.get(WITHOUT_TARGET)]
+    if protocol == "published" and (short := next(filter(_lacks_surplus, chosen), None)):
+        raise ValueError(f"{short.image}, {short.query!r} was answered by an older version; evaluate again")
+    return [_first_seg(record) for record in chosen] if several_seg == "first" else chosen
+
+
+def _lacks_surplus(record: Record) -> bool:
+    expected = max(0, len(record.masks) - int(record.meta.get("targets", len(record.masks))))
+    return bool(record.pairs) and len(record.surplus) != expected
+
+
+def _first_seg(record: Record) -> Record:
+    if record.pairs or len(record.masks) < 2:
+        return record
+    if not record.first:
+        raise ValueError(f"{record.image}, {record.query!r} was answered by an older version; evaluate again")
+    intersection, union, predicted, true = record.first
+    return replace(record, I=intersection, U=union, P=predicted, G=true)
+
+
+def rejects(record: Record, protocol: str = "") -> bool:
+    """Whether an answer says that the target is absent: by its token, or (strict protocols) by an empty mask."""
+    return record.rejected if protocol in BY_TOKEN else record.predicted_empty
 
 
 def pair(record: Record, protocol: str = "") -> tuple[int, int]:
     """I and U as they enter the metrics: a rejecting answer counts as an empty mask.
 
     For an absent target, a rejection is a perfect 0 / 0, and a mask adds its pixels to U. For a present target, a
-    rejection adds |G| to U with I = 0 (gRefCOCO's rule); ``gsva`` scores the mask that is decoded anyway.
+    rejection has I = 0, and adds |G| to U. gRefCOCO's own evaluator (``grefcoco``, ``rela``) adds |P or G| with the
+    mask that is decoded all the same; ``gsva`` and ``published`` score that mask.
     """
-    if record.rejected and (record.expected_empty or protocol != "gsva"):
-        return 0, record.G
+    if record.pairs:
+        intersections, unions = zip(*pairs_of(record, protocol))
+        return sum(intersections), sum(unions)
+    if record.rejected and record.expected_empty:
+        return 0, 0
+    if record.rejected and protocol not in DECODED_ANYWAY:
+        return 0, record.U if protocol in UNION_KEPT else record.G
     return record.I, record.U
+
+
+def pairs_of(record: Record, protocol: str = "") -> Sequence[Sequence[int]]:
+    """I and U of each mask of an answer."""
+    if not record.pairs:
+        return [pair(record, protocol)]
+    if protocol != "published" or not record.surplus:
+        return record.pairs
+    return [*record.pairs[: -len(record.surplus)], *([0, pixels] for pixels in record.surplus)]
+
+
+# -- all masks ---------------------------------------------------------------------------------------------------------
 
 
 def ious(record: Record, protocol: str = "") -> list[float]:
     """I / U of each mask of an answer; 1 for an empty mask of an empty target."""
-    pairs: Sequence[Sequence[int]] = record.pairs or [pair(record, protocol)]
-    return [intersection / union if union else 1.0 for intersection, union in pairs]
+    if protocol in BY_TOKEN and record.expected_empty and not record.rejected:
+        return [0.0]
+    return [intersection / union if union else 1.0 for intersection, union in pairs_of(record, protocol)]
 
 
 def iou(record: Record, protocol: str = "") -> float:
@@ -147,18 +205,69 @@ def _giou(record: Record, protocol: str) -> tuple[float, int]:
 
 
 def _n_acc(record: Record, protocol: str) -> tuple[float, int]:
-    return int(record.expected_empty and record.predicted_empty), int(record.expected_empty)
+    return int(record.expected_empty and rejects(record, protocol)), int(record.expected_empty)
 
 
 def _t_acc(record: Record, protocol: str) -> tuple[float, int]:
-    return int(not record.expected_empty and not record.predicted_empty), int(not record.expected_empty)
+    return int(not record.expected_empty and not rejects(record, protocol)), int(not record.expected_empty)
 
 
 def _presence(record: Record, protocol: str) -> tuple[float, int]:
-    return int(record.expected_empty == record.predicted_empty), 1
+    return int(record.expected_empty == rejects(record, protocol)), 1
 
 
-METRICS: dict[str, Formula] = {  # benchmarks may report a formula under another name
+@dataclass(frozen=True)
+class Grouped:
+    """A formula of groups of records, such as all sentences of a ref.
+
+    Attributes:
+        key: record -> its group.
+        formula: (records of a group, protocol) -> what the group adds to the numerator and the denominator.
+    """
+
+    key: Callable[[Record], Hashable]
+    formula: Callable[[Sequence[Record], str], tuple[float, int]]
+
+    def values(self, records: Sequence[Record], protocol: str) -> list[tuple[float, int]]:
+        """What each record adds: the first one of a group all of it."""
+        groups: defaultdict[Hashable, list[int]] = defaultdict(list)
+        for position, record in enumerate(records):
+            groups[self.key(record)].append(position)
+        values: list[tuple[float, int]] = [(0, 0)] * len(records)
+        for positions in groups.values():
+            values[positions[0]] = self.formula([records[position] for position in positions], protocol)
+        return values
+
+
+def _ref_of(record: Record) -> Hashable:
+    return record.index, record.meta.get("ref", record.query_id.rpartition("_")[0])
+
+
+def _giou_of_images(records: Sequence[Record], protocol: str) -> tuple[float, int]:
+    """MUSE as published: the IoUs of all pairs of an image, over the larger of its predictions and targets."""
+    targets = sum(len(record.pairs) - len(record.surplus) for record in records)
+    values = [value for record in records for value in ious(record, protocol)]
+    return math.fsum(values), max(targets, sum(len(record.masks) for record in records))
+
+
+def _miou_of_refs(records: Sequence[Record], protocol: str) -> tuple[float, int]:
+    values = [iou(record, protocol) for record in records if not record.expected_empty]
+    return (math.fsum(values) / len(values), 1) if values else (0, 0)
+
+
+def _r_of_refs(records: Sequence[Record], protocol: str) -> tuple[float, int]:
+    rejected = [rejects(record, protocol) for record in records if record.expected_empty]
+    return (sum(rejected) / len(rejected), 1) if rejected else (0, 0)
+
+
+def _riou_of_refs(records: Sequence[Record], protocol: str) -> tuple[float, int]:
+    if all(record.expected_empty for record in records):
+        return 0, 0
+    intersections, unions = zip(*(pair(record, protocol) for record in records))
+    return sum(intersections) / sum(unions), 1
+
+
+METRICS: dict[str, Formula | Grouped] = {  # benchmarks may report a formula under another name
     "gIoU": _giou,
     "cIoU": pair,
     "gIoU of targets": _of_targets(_giou),
@@ -166,17 +275,26 @@ METRICS: dict[str, Formula] = {  # benchmarks may report a formula under another
     "N-acc": _n_acc,
     "T-acc": _t_acc,
     "presence": _presence,
+    "gIoU of images": Grouped(lambda record: record.index, _giou_of_images),
+    "mIoU of refs": Grouped(_ref_of, _miou_of_refs),  # of true sentences
+    "r of refs": Grouped(_ref_of, _r_of_refs),  # share of false sentences that are rejected
+    "rIoU of refs": Grouped(_ref_of, _riou_of_refs),  # U includes the pixels drawn for false sentences
 }
 
 
+def _values(formula: Formula | Grouped, records: Sequence[Record], protocol: str) -> list[tuple[float, int]]:
+    if isinstance(formula, Grouped):
+        return formula.values(records, protocol)
+    return [formula(record, protocol) for record in records]
+
+
 def _sums(
-    records: Iterable[Record], benchmark: Benchmark, protocol: str | None
+    records: Sequence[Record], benchmark: Benchmark, protocol: str | None
 ) -> dict[str, tuple[list[float], list[int]]]:
     """Metric -> numerators and denominators of the records."""
     protocol = benchmark.protocol(protocol)
-    pairs = {
-        name: [METRICS[formula](record, protocol) for record in records] for name, formula in benchmark.metrics.items()
-    }
+    formulas = benchmark.formulas(protocol)
+    pairs = {name: _values(METRICS[formula], records, protocol) for name, formula in formulas.items()}
     return {name: ([n for n, _ in values], [d for _, d in values]) for name, values in pairs.items()}
 
 
@@ -197,7 +315,7 @@ def compute(records: Sequence[Record], benchmark: Benchmark, protocol: str | Non
 
     Args:
         benchmark: defines the metrics and their names.
-        protocol: ``grefcoco`` or ``gsva``, see ``pair``; None = as the paper reports it.
+        protocol: a key of the benchmark's ``protocols``; None = the default.
     """
     sums = _sums(records, benchmark, protocol)
     ratios = {name: math.fsum(above) / sum(below) for name, (above, below) in sums.items() if sum(below)}
@@ -297,14 +415,14 @@ def count_masks(records: Iterable[Record]) -> int:
     return sum(len(record.pairs) or 1 for record in records)
 
 
-def count_records(records: Sequence[Record]) -> dict[str, int]:
+def count_records(records: Sequence[Record], protocol: str = "") -> dict[str, int]:
     """The ``counts`` of a summary."""
     return {
         "masks": count_masks(records),
         "queries": len(records),
         "images": len({record.index for record in records}),
         "expected_empty": sum(record.expected_empty for record in records),
-        "predicted_empty": sum(record.predicted_empty for record in records),
+        "predicted_empty": sum(rejects(record, protocol) for record in records),
         "answers_without_seg": sum(not record.layers for record in records),
         "answers_with_several_seg": sum(len(record.masks) > 1 for record in records),
     }

@@ -152,7 +152,15 @@ def score(
         raise ValueError(
             f"{sample.source}, {query.text!r} has {len(query.masks)} targets; {benchmark.name} expects one"
         )
-    counts = _count_pairs(query, prediction) if matched else [_count_merged(sample, query, prediction)]
+    first: list[int] = []
+    surplus: list[int] = []
+    if matched:
+        counts, surplus = _count_pairs(query, prediction)
+    else:
+        truth = metrics.merge_targets(query.masks, *sample.image.shape[:2])
+        counts = [metrics.count_pixels(prediction.merged, truth)]
+        if len(prediction.masks) > 1:
+            first = list(metrics.count_pixels(prediction.masks[0], truth))
     intersection, union, predicted, true = (sum(column) for column in zip(*counts, strict=True))
     return Record(
         index=index,
@@ -173,23 +181,27 @@ def score(
         meta=query.meta,
         pairs=[list(count[:2]) for count in counts] if matched else [],
         uncertainty=[uncertainty.score for uncertainty in prediction.uncertainty],
+        first=first,
+        surplus=surplus,
     )
 
 
-def _count_merged(sample: EvalSample, query: EvalQuery, prediction: QueryPrediction) -> tuple[int, int, int, int]:
-    return metrics.count_pixels(prediction.merged, metrics.merge_targets(query.masks, *sample.image.shape[:2]))
+def _count_pairs(query: EvalQuery, prediction: QueryPrediction) -> tuple[list[tuple[int, int, int, int]], list[int]]:
+    """I, U, P and G of each matched pair, where unmatched masks are paired with an empty one (MUSE).
 
-
-def _count_pairs(query: EvalQuery, prediction: QueryPrediction) -> list[tuple[int, int, int, int]]:
-    """I, U, P and G of each matched pair; unmatched masks are paired with an empty one (MUSE)."""
+    Also, of each unmatched prediction, the pixels whose logit lies in [0.5, 1] (``Record.surplus``).
+    """
     empty, masks = np.zeros(query.masks.shape[1:], np.uint8), prediction.masks
-    return [
+    pairs = match_masks(prediction.logits, query.masks)
+    counts = [
         metrics.count_pixels(
             empty.astype(bool) if predicted is None else masks[predicted],
             empty if target is None else query.masks[target],
         )
-        for predicted, target in match_masks(prediction.logits, query.masks)
+        for predicted, target in pairs
     ]
+    unmatched = [prediction.logits[k] for k, target in pairs if target is None and k is not None]
+    return counts, [int(np.count_nonzero((logits >= 0.5) & (logits <= 1))) for logits in unmatched]
 
 
 def _separate(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from utils.evaluation import metrics
+from utils.evaluation.benchmarks import benchmark_of
 from utils.evaluation.controls import CONTROLS, HEADINGS
 from utils.evaluation.metrics import Record
 from utils.evaluation.results import Summary
@@ -19,8 +20,25 @@ def format_table(summaries: Sequence[Summary]) -> str:
         rows += _rows(summary, names)
     lines = text_tables.aligned(rows, "lllrrl")
     rule = "-" * max(map(len, lines))
-    skipped = [f"{s.benchmark}: {s.counts['skipped']} images skipped" for s in summaries if s.counts.get("skipped")]
-    return "\n".join([lines[0], rule, *lines[1:], rule, *skipped, "[low, high]: 95% bootstrap interval over images"])
+    remarks = [f"{summary.benchmark}: {remark}" for summary in summaries for remark in _remarks(summary)]
+    remarks = list(dict.fromkeys(remarks))  # the modes of a benchmark share most of them
+    return "\n".join([lines[0], rule, *lines[1:], rule, *remarks, "[low, high]: 95% bootstrap interval over images"])
+
+
+def _remarks(summary: Summary) -> list[str]:
+    """What a reader must know to compare the numbers with published ones."""
+    remarks, counts, benchmark = [], summary.counts, benchmark_of(summary.spec)
+    if counts.get("skipped"):
+        published = summary.protocol == "published" and "strict" in benchmark.protocols.get(summary.mode, ())
+        remarks.append(
+            f"{counts['skipped']} records skipped, " + ("scored as empty targets" if published else "left out")
+        )
+    if summary.annotations:
+        remarks.append(f"read from {summary.annotations}")
+    if benchmark.task != "instances" and (several := counts.get("answers_with_several_seg")):
+        scored = {"union": "the union of their masks", "first": "the first mask"}[summary.several_seg]
+        remarks.append(f"{several} answers ({summary.mode}) have several [SEG]; {scored} is scored")
+    return remarks
 
 
 def _rows(summary: Summary, names: Sequence[str]) -> list[list[str]]:

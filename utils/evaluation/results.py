@@ -29,10 +29,14 @@ class Provenance:
     Attributes:
         benchmark: with its split, such as ``grefcoco|unc|val``.
         mode, layer_policy, max_new_tokens, seed: see ``InferenceOptions``.
-        protocol: of gRefCOCO, else empty. Only the metrics depend on it, not the answers.
+        protocol: where the benchmark has several, else empty. Only the metrics depend on it, not the answers.
         checkpoint: fingerprint of the weights.
         precision: ``float32``, ``bfloat16, 8bit``, ...
         images, queries: numbers in the whole split, readable or not.
+        several_seg: ``union`` or ``first`` [SEG] of an answer with several is scored. It changes no answer either.
+        annotations: the file that was read where there is a choice, relative to the dataset directory; else empty.
+        without_target: number of images without a target that were answered too, for the protocol ``published``; None
+            in files of older versions.
     """
 
     benchmark: str
@@ -45,6 +49,9 @@ class Provenance:
     precision: str
     images: int
     queries: int
+    several_seg: str = "union"
+    annotations: str = ""
+    without_target: int | None = None
 
     @property
     def spec(self) -> Spec:
@@ -53,7 +60,10 @@ class Provenance:
     def check_same(self, other: Provenance, path: Path) -> None:
         """Raises ``ValueError`` unless answers of ``other``, read from ``path``, are those of this evaluation."""
         current, saved = asdict(self), asdict(other)
-        names = [name for name in current if name != "protocol" and current[name] != saved[name]]
+        ignored = {"protocol", "several_seg", "without_target"}
+        if not saved["annotations"]:  # of an older version
+            ignored.add("annotations")
+        names = [name for name in current if name not in ignored and current[name] != saved[name]]
         if names:
             differences = "; ".join(f"{name}: {saved[name]!r} there, {current[name]!r} now" for name in names)
             raise ValueError(
@@ -71,7 +81,8 @@ class Summary:
     Attributes:
         breakdown: key of the queries' meta -> group -> metrics.
         layers: hidden state -> number of [SEG] that used it.
-        skipped: records without a target in the data set itself.
+        several_seg, annotations: of the provenance.
+        skipped: records without a target or a query in the data set itself.
         missing: images that cannot be read in this copy of the data.
         limit: number of images, the first ones of the split; None = all.
         settings: batch_size, max_new_tokens, seed, processes.
@@ -88,6 +99,8 @@ class Summary:
     breakdown: dict[str, dict[str, dict[str, float]]]
     counts: dict[str, int]
     layers: dict[str, int]
+    several_seg: str = "union"
+    annotations: str = ""
     skipped: list[str] | None = None
     missing: list[str] | None = None
     limit: int | None = None
@@ -105,8 +118,9 @@ class Summary:
 
     @property
     def mode_label(self) -> str:
-        """The mode, and the protocol if the benchmark has several: ``teacher_forced, gsva``."""
-        return ", ".join(filter(None, [self.mode, self.protocol]))
+        """The mode, and what differs from the strict protocol: ``teacher_forced, gsva``."""
+        protocol = "" if self.protocol == "strict" else self.protocol
+        return ", ".join(filter(None, [self.mode, protocol, "first [SEG]" if self.several_seg == "first" else ""]))
 
     @property
     def missing_note(self) -> str:
@@ -168,8 +182,17 @@ def result_path(folder: Path, spec: Spec, mode: str) -> Path:
 
 
 def summarize(provenance: Provenance, records: Sequence[Record]) -> Summary:
-    """The summary, as far as it follows from the answers alone."""
+    """The summary, as far as it follows from the answers alone.
+
+    Raises:
+        ValueError: if the answers of an older version lack what the protocol takes.
+    """
     benchmark, protocol = benchmark_of(provenance.spec), provenance.protocol
+    published = protocol == "published"
+    if published and provenance.without_target is None:
+        raise ValueError(f"the answers to {provenance.benchmark} are of an older version, without protocol 'published'")
+    records = metrics.select(records, protocol, provenance.several_seg)
+    images = provenance.images + (provenance.without_target or 0 if published else 0)
     layers = Counter(layer for record in records for layer in record.layers)
     return Summary(
         benchmark=provenance.benchmark,
@@ -180,8 +203,10 @@ def summarize(provenance: Provenance, records: Sequence[Record]) -> Summary:
         intervals=metrics.intervals(records, benchmark, protocol),
         controls={},
         breakdown=metrics.breakdown(records, benchmark, protocol),
-        counts=metrics.count_records(records) | {"split_images": provenance.images},
+        counts=metrics.count_records(records, protocol) | {"split_images": images},
         layers={str(layer): count for layer, count in sorted(layers.items())},
+        several_seg=provenance.several_seg,
+        annotations=provenance.annotations,
     )
 
 
@@ -190,8 +215,10 @@ def summarize(provenance: Provenance, records: Sequence[Record]) -> Summary:
 
 def to_lines(provenance: Provenance, records: Iterable[Record]) -> Iterator[str]:
     """One line of JSON per record."""
+    protocol = provenance.protocol
     for record in records:
-        score = {"predicted_empty": record.predicted_empty, "IoU": metrics.iou(record, provenance.protocol)}
+        [scored] = metrics.select([record], "published", provenance.several_seg)
+        score = {"predicted_empty": metrics.rejects(scored, protocol), "IoU": metrics.iou(scored, protocol)}
         yield json.dumps(asdict(record) | score | {"origin": asdict(provenance)}, ensure_ascii=False) + "\n"
 
 
