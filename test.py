@@ -22,6 +22,7 @@ from model import Opened
 from model.loading.placement import pick_device
 from model.opened import cache_sam_features
 from utils import distributed
+from utils.command_line.parser import Parser
 from utils.datasets import Spec, get_eval_dataset
 from utils.datasets.base import EvalDataset, MissingDataError, check_complete
 from utils.evaluation import evaluate
@@ -39,7 +40,8 @@ from utils.plotting.overlays import Panel, save_picture, sheet
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
+        program="test.py",
         description="Evaluates a trained UGround model. Prints a table; writes BENCHMARK.MODE.json (metrics, "
         "intervals, counts, versions) and BENCHMARK.MODE.jsonl (one line per sample, masks as COCO RLE) to --output.",
         epilog="Several GPUs: deepspeed test.py ... or torchrun --nproc_per_node N test.py ...; they share the images "

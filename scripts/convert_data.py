@@ -17,6 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from utils.command_line.parser import Parser
 from utils.conversion.check import check_file
 from utils.conversion.coco import read_coco
 from utils.conversion.labelme import read_labelme
@@ -52,9 +53,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     sources = parser.add_subparsers(dest="source", required=True, metavar="{labelme,coco,masks,check}")
-    shared = argparse.ArgumentParser(add_help=False)
+    shared = Parser(add_help=False)
     add = shared.add_argument
     add(
         "--output",

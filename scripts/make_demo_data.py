@@ -35,6 +35,7 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+from utils.command_line.parser import Parser  # noqa: E402
 from utils.demo import scene_texts, scenes  # noqa: E402
 from utils.demo.files import Ledger, Sizes, labelme_polygons, streams, write_jpeg, write_json  # noqa: E402
 from utils.demo.other_sets import WRITERS, write_set  # noqa: E402
@@ -238,7 +239,7 @@ def _number(low: int, high: int) -> Callable[[str], int]:
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Generates small synthetic scenes with exact masks, as a --dataset_dir in the layouts of "
         "ReasonSeg, RefCOCO, gRefCOCO and LLaVA-Instruct, or of all 24 data sets. The same seed and sizes give the "
         "same files. Existing data with the same settings are kept; an interrupted run leaves nothing incomplete in "
