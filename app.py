@@ -18,7 +18,6 @@ from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
-from transformers.utils import logging as transformers_logging
 
 from model import Opened
 from model.loading.placement import pick_device, pick_precision
@@ -60,8 +59,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     for name in ("queue", "visitors", "max_upload_mb", "max_megapixels"):
         if getattr(args, name) <= 0:
             parser.error(f"--{name} must be more than 0")
-    if args.version is None and (args.vision_tower or args.quantize or args.device_map):
-        parser.error("--vision_tower, --quantize and --device_map need --version: the tiny model does not support them")
+    of_a_folder = ("vision_tower", "base", "vision_pretrained", "quantize", "device_map")
+    if args.version is None and (given := [f"--{name}" for name in of_a_folder if getattr(args, name)]):
+        parser.error(f"{' and '.join(given)} need --version: the tiny model does not support them")
     return args
 
 
@@ -106,19 +106,16 @@ def untrained_tiny(args: argparse.Namespace) -> Opened:
     """assets/tiny before fine-tuning, with the layer rule of its pre-training: the last layer."""
     device = pick_device(args.device)
     precision = pick_precision(args.precision, device)
-    parts = {"version": "llava", "vision_tower": "clip", "vision_pretrained": "sam.pth"}
-    flags = [text for name, part in parts.items() for text in (f"--{name}", str(ROOT / "assets/tiny" / part))]
-    config = load_config(["--config", str(ROOT / "configs/tiny.yaml"), *flags])
+    folder = ROOT / "assets/tiny"
+    paths = str(folder / "llava"), str(folder / "clip"), str(folder / "sam.pth")
+    config = load_config(["--config", str(ROOT / "configs/tiny.yaml")], needs=())
     torch.manual_seed(config.train.seed)
-    paths = config.model.version, config.model.vision_tower, config.model.vision_pretrained
-    transformers_logging.disable_progress_bar()
     model, processor, rows = load_for_training(*paths, precision, config.method, config.model.model_max_length)
     model.config.eval_layer_policy = "last"
     weights = fingerprint(model.state_dict().values())
     model.to(device)  # type: ignore[arg-type]  # transformers' annotation is wrong
     sources = {row.module: row.source for row in rows}
-    folder = str(ROOT / "assets/tiny")
-    return Opened(model.eval(), processor, device, precision, weights, "base", folder, sources)
+    return Opened(model.eval(), processor, device, precision, weights, str(folder), sources)
 
 
 def serve(dashboard: Dashboard, args: argparse.Namespace, folder: Path) -> tuple[gr.Blocks, Any, str]:
@@ -149,4 +146,4 @@ def serve(dashboard: Dashboard, args: argparse.Namespace, folder: Path) -> tuple
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(main))
+    sys.exit(cli.run(main, out_of_memory=cli.SMALLER_WEIGHTS))

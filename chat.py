@@ -20,7 +20,7 @@ import torch
 from model import layer_rules
 from model.layer_rules import MonteCarloMean
 from model.processing.pixels import read_pixels
-from model.structures import Prediction
+from model.structures import MAX_NEW_TOKENS, Prediction
 from utils.command_line.parser import Parser
 from utils.inference import cli
 from utils.inference.answer_files import answer_record, free_stem, save_answer
@@ -93,7 +93,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "models trained on single questions answer worse with it)",
     )
     cli.add_layer_flag(parser, "default: the model's own, argmax, or last for a published checkpoint")
-    add("--max_new_tokens", type=int, default=64, metavar="N", help="longest answer in tokens (default: 64)")
+    length = "longest answer in tokens (default: %(default)s)"
+    add("--max_new_tokens", type=cli.whole(1), default=MAX_NEW_TOKENS, metavar="N", help=length)
     add("--seed", type=int, default=0, metavar="S", help="random seed of sampled layers (default: 0)")
     args = parser.parse_args(arguments)
     given = [flag for flag in ("prompt", "prompts") if getattr(args, flag) is not None]
@@ -106,8 +107,6 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--image {args.image} is a folder: give --prompt or --prompts")
     if args.many and args.output is None:
         parser.error("many answers need --output")
-    if args.max_new_tokens < 1:
-        parser.error("--max_new_tokens must be at least 1")
     return args
 
 
@@ -196,7 +195,7 @@ class Chat:
             print_status("the answer holds no [SEG], so there is no mask")
         rule = layer_rules.parse(self.layer_policy)
         for number, layer in enumerate(self.last.layers):
-            pixels = int((self.last.mask_logits[number] > 0).sum())
+            pixels = int(self.last.masks[number].sum())
             written = f" -> {self.files[number]}" if self.files else ""
             uncertainty = f", uncertainty {self.last.uncertainty[number].score:.2f}" if self.last.uncertainty else ""
             print_status(f"[SEG] {number + 1}: {rule.words(layer)}, {pixels} pixels{uncertainty}{written}")
@@ -206,7 +205,7 @@ class Chat:
         assert self.photo is not None
         assert self.last is not None
         if (protocol := picture_protocol(sys.stdout, os.environ)) and self.last.layers:
-            picture = overlay(self.photo.pixels, (self.last.mask_logits > 0).numpy())
+            picture = overlay(self.photo.pixels, self.last.masks.numpy())
             print(picture_codes(picture, protocol), end="", flush=True)
 
     # the commands: what a line that begins with / calls
@@ -318,4 +317,4 @@ def print_status(text: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(main))
+    sys.exit(cli.run(main, out_of_memory=cli.SMALLER_WEIGHTS))

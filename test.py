@@ -8,10 +8,8 @@ What the numbers mean is in docs/evaluation.md.
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import logging
 import os
-import platform
 import shlex
 import sys
 from dataclasses import replace
@@ -21,22 +19,25 @@ from typing import Any
 from model import Opened
 from model.loading.placement import pick_device
 from model.opened import cache_sam_features
+from model.structures import MAX_NEW_TOKENS
 from utils import distributed
 from utils.command_line.parser import Parser
 from utils.datasets import Spec, get_eval_dataset
-from utils.datasets.base import EvalDataset, MissingDataError, check_complete
+from utils.datasets.base import EvalDataset, MissingDataError
 from utils.evaluation import evaluate
 from utils.evaluation.benchmarks import MODES, PROTOCOLS, SUITES, benchmark_of
 from utils.evaluation.controls import CONTROLS, query_agnostic_baselines
 from utils.evaluation.engine import RunOptions, provenance_of
 from utils.evaluation.metrics import Record
-from utils.evaluation.panels import format_table, panels
+from utils.evaluation.panels import panels
 from utils.evaluation.paper_tables import fill
 from utils.evaluation.paper_tables import write as write_tables
 from utils.evaluation.predictions import InferenceOptions
+from utils.evaluation.result_text import format_table
 from utils.evaluation.results import Journal, Result, result_path
 from utils.inference import cli
 from utils.plotting.overlays import Panel, save_picture, sheet
+from utils.training.versions import package_versions
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -77,7 +78,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     layer_flags = parser.add_mutually_exclusive_group()
     cli.add_layer_flag(layer_flags, "default: as the model was trained; argmax with a policy")
     layer_flags.add_argument(
-        "--layer", type=_count, metavar="K", help="force hidden state K; short for --layer_policy fixed:K"
+        "--layer",
+        type=lambda text: f"fixed:{cli.whole(0)(text)}",
+        dest="layer_policy",
+        metavar="K",
+        help="force hidden state K; short for --layer_policy fixed:K",
     )
     add_running_flags(parser)
     return parser.parse_args(arguments)
@@ -87,7 +92,9 @@ def add_running_flags(parser: argparse.ArgumentParser) -> None:
     """Flags of how an evaluation runs, and of what it writes."""
     add = parser.add_argument
     add("--output", type=Path, metavar="DIR", help="folder for the results (default: eval/ in the --version folder)")
-    add("--save_overlays", type=_count, default=0, metavar="N", help="also plot N samples, from worst to best IoU")
+    add(
+        "--save_overlays", type=cli.whole(0), default=0, metavar="N", help="also plot N samples, from worst to best IoU"
+    )
     add(
         "--control",
         action="append",
@@ -103,9 +110,9 @@ def add_running_flags(parser: argparse.ArgumentParser) -> None:
         help="leave out images that cannot be read, and print their number beside every result (default: they stop the "
         "evaluation)",
     )
-    add("--limit", type=_positive, metavar="N", help="only the first N images of each benchmark")
-    add("--batch_size", type=_positive, default=4, metavar="N", help="images per step (default: 4)")
-    add("--workers", type=_count, default=0, metavar="N", help="processes that load images ahead (default: 0)")
+    add("--limit", type=cli.whole(1), metavar="N", help="only the first N images of each benchmark")
+    add("--batch_size", type=cli.whole(1), default=4, metavar="N", help="images per step (default: 4)")
+    add("--workers", type=cli.whole(0), default=0, metavar="N", help="processes that load images ahead (default: 0)")
     add(
         "--sam_feature_cache",
         default="",
@@ -120,7 +127,8 @@ def add_running_flags(parser: argparse.ArgumentParser) -> None:
         help="maximum size of the cache; the least recently used embeddings are deleted first (default: 100)",
     )
     add("--compile_sam", action="store_true", help="torch.compile SAM's image encoder: faster, after half a minute")
-    add("--max_new_tokens", type=_positive, default=64, metavar="N", help="longest generated answer (default: 64)")
+    length = "longest generated answer (default: %(default)s)"
+    add("--max_new_tokens", type=cli.whole(1), default=MAX_NEW_TOKENS, metavar="N", help=length)
     add("--seed", type=int, default=0, metavar="S", help="of sampled layers and shuffling (default: 0)")
     add("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # passed by the deepspeed launcher
 
@@ -136,8 +144,6 @@ def main(arguments: list[str] | None = None) -> int:
         cache_sam_features(model, processor, args.sam_feature_cache, args.sam_feature_cache_gb)
     if args.compile_sam:
         model.visual_model.compile_encoder()
-    if args.layer is not None:
-        args.layer_policy = f"fixed:{args.layer}"
     args.layer_policy = args.layer_policy or model.config.layer_policy
     output = args.output or Path(args.version) / "eval"
     output.mkdir(parents=True, exist_ok=True)  # fails, if at all, before hours of work
@@ -147,8 +153,9 @@ def main(arguments: list[str] | None = None) -> int:
         for dataset in datasets
         for mode in modes_of(args.mode, dataset.spec)
     ]
-    for job in jobs:
-        check_resumable(model, *job)
+    for dataset, options, run in jobs:  # a journal of another evaluation is rejected now, not hours later
+        if run.resume and run.journal:
+            run.journal.read(provenance_of(model, dataset, options, run))
 
     summaries, files = [], []
     for dataset, options, run in jobs:
@@ -188,7 +195,7 @@ def open_datasets(args: argparse.Namespace) -> tuple[list[EvalDataset], list[str
     unavailable: dict[str, str] = {}
     for spec in SUITES[args.suite]:
         try:
-            datasets.append(get_eval_dataset(spec, args.dataset_dir, allow_missing=True))
+            datasets.append(get_eval_dataset(spec, args.dataset_dir, args.allow_missing))
         except MissingDataError as error:
             unavailable[str(spec)] = str(error)
     if not datasets:
@@ -197,18 +204,9 @@ def open_datasets(args: argparse.Namespace) -> tuple[list[EvalDataset], list[str
                 args.suite, args.dataset_dir, "\n  ".join(unavailable.values())
             )
         )
-    for dataset in datasets:
-        if not args.allow_missing:
-            check_complete(dataset)
     if distributed.is_main():
         print(*(f"not evaluated: {reason}" for reason in unavailable.values()), sep="\n", file=sys.stderr)
     return datasets, list(unavailable)
-
-
-def check_resumable(model, dataset: EvalDataset, options: InferenceOptions, run: RunOptions) -> None:
-    """Rejects a journal of another evaluation before the first evaluation starts, not hours later."""
-    if run.resume and run.journal:
-        run.journal.read(provenance_of(model, dataset, options, run))
 
 
 def options_of(
@@ -265,29 +263,13 @@ def init_processes(requested: str) -> str:
 
 def describe_run(args: argparse.Namespace, opened: Opened) -> dict[str, Any]:
     """Fields of a summary: checkpoint, command, precision, device, versions."""
-    packages = ("torch", "transformers", "segment-anything", "numpy", "pycocotools")
     return {
         "checkpoint": {"folder": opened.folder, "fingerprint": opened.fingerprint},
         "command": shlex.join(sys.argv),
         "precision": opened.precision,
         "device": opened.device,
-        "versions": {"python": platform.python_version()}
-        | {name: importlib.metadata.version(name) for name in packages},
+        "versions": package_versions("torch", "transformers", "segment-anything", "numpy", "pycocotools"),
     }
-
-
-def _positive(text: str) -> int:
-    return _whole(text, 1)
-
-
-def _count(text: str) -> int:
-    return _whole(text, 0)
-
-
-def _whole(text: str, minimum: int) -> int:
-    if not text.isdecimal() or int(text) < minimum:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {minimum}")
-    return int(text)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from model.structures import Batch
 from model.UGround import UGroundForCausalLM
 from utils import distributed
 from utils.command_line.other_trainers import differences_from_lisa
-from utils.config import Config, ConfigError, load_config, missing_paths
+from utils.config import Config, ConfigError, config_from, load_config, missing_paths
 from utils.datasets import DataError, EvalDataset, get_eval_dataset
 from utils.datasets.mixture import Mixture, MixtureSampler, make_mixture
 from utils.evaluation import evaluate
@@ -123,10 +123,6 @@ class Run:
     step: int = 0
     best: float | None = None
 
-    @property
-    def total_steps(self) -> int:
-        return self.config.total_steps
-
 
 # -- build -------------------------------------------------------------------------------------------------------------
 
@@ -153,19 +149,20 @@ def build_run(config: Config, device: torch.device) -> Run:
     best = saved["best"] if saved.get("best_of") == selection_criterion(config) else None  # else not comparable
     run = Run(config, device, engine, inner, processor, mixture, benchmarks, log, meta, saved["step"], best)
 
-    images = (run.total_steps - run.step) * images_per_step(config)
+    images = (config.total_steps - run.step) * config.images_per_step(distributed.world_size())
     log.print(f"{loading_table(loaded)}\n\n{parameter_table(model)}\n\n{mixture.table(images)}\n")
     log.print(describe_step(config, device))
     weights = [vars(row) for row in loaded]
     log.event("start", run.step, command=shlex.join(sys.argv), resumed=str(start or ""), weights=weights, **meta)
     if start:
-        log.print(f"resuming from {start} (step {run.step} of {run.total_steps})")
-        if (planned := planned_steps(saved)) != run.total_steps:
+        log.print(f"resuming from {start} (step {run.step} of {config.total_steps})")
+        planned = config_from(saved["config"], str(start)).total_steps
+        if planned != config.total_steps:
             log.print(
-                f"warning: the run was planned for {planned} steps and now has {run.total_steps}: the learning rate "
+                f"warning: the run was planned for {planned} steps and now has {config.total_steps}: the learning rate "
                 "follows the new schedule from here on, and may rise"
             )
-    if run.step < run.total_steps:
+    if run.step < config.total_steps:
         trial = validate(run, limit=1)  # a benchmark that fails must not end the run after its first epoch
         if trial:
             selection_metric(run, trial)
@@ -180,12 +177,7 @@ def describe_step(config: Config, device: torch.device) -> str:
     train, world = config.train, distributed.world_size()
     product = f"batch_size {train.batch_size} x grad_accumulation_steps {train.grad_accumulation_steps} x {world}"
     processes = f"{world} process{'es' if world > 1 else ''} on {name}, {config.model.precision}"
-    return f"{processes}; {images_per_step(config)} images per step = {product}\n"
-
-
-def images_per_step(config: Config) -> int:
-    """Images per optimizer step, over all processes."""
-    return config.train.batch_size * config.train.grad_accumulation_steps * distributed.world_size()
+    return f"{processes}; {config.images_per_step(world)} images per step = {product}\n"
 
 
 def open_data(config: Config) -> tuple[Mixture, list[EvalDataset]]:
@@ -239,11 +231,6 @@ def check_steps_left(config: Config, start: Path, step: int) -> None:
         )
 
 
-def planned_steps(saved: dict[str, Any]) -> int:
-    """Total steps in the configuration of a checkpoint's run."""
-    return saved["config"]["train"]["epochs"] * saved["config"]["train"]["steps_per_epoch"]
-
-
 def open_log(config: Config, step: int) -> RunLog:
     """Creates the run folder, saves the effective configuration in it, and opens the log."""
     if distributed.is_main():
@@ -262,13 +249,12 @@ def train(run: Run) -> None:
     meter = Meter(run.device, run.model.ppm.num_layers)
     first, settings = run.step + 1, run.config.train
     run.engine.train()  # LoRA's dropout; evaluation switches it off and on again
-    while run.step < run.total_steps:
+    while run.step < run.config.total_steps:
         number = run.step + 1
         epoch_ends = number % settings.steps_per_epoch == 0
         saves = epoch_ends or (settings.save_every and number % settings.save_every == 0)
-        logged = (
-            number == first or saves or number % settings.log_every == 0
-        )  # a loss that is not finite is seen before it is saved
+        # a step that is saved is logged: a loss that is not finite is seen before
+        logged = number == first or saves or number % settings.log_every == 0
         train_step(run, batches, meter, logged)
         if saves:
             save_step(run, validate(run) if epoch_ends else {})
@@ -315,7 +301,7 @@ def batches_from(run: Run) -> DataLoader:
     sampler = MixtureSampler(
         train_settings.batch_size,
         run.step * accumulation,
-        run.total_steps * accumulation,
+        run.config.total_steps * accumulation,
         distributed.rank(),
         distributed.world_size(),
     )
@@ -362,7 +348,7 @@ def save_step(run: Run, results: dict[str, dict[str, float]]) -> None:
         run.log.validation(run.step, results, is_best)
     meta = run.meta | {
         "step": run.step,
-        "position": run.step * images_per_step(run.config),
+        "position": run.step * run.config.images_per_step(distributed.world_size()),
         "best": run.best,
         "best_of": selection_criterion(run.config),
         "metrics": results,

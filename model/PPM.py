@@ -16,8 +16,7 @@ import torch
 from torch import distributed, nn
 
 from model.config import UGroundConfig
-
-EPSILON = 1e-6
+from model.structures import EPSILON
 
 
 class PolicyPromptedMasking(nn.Module):
@@ -27,7 +26,7 @@ class PolicyPromptedMasking(nn.Module):
 
     def __init__(self, config: UGroundConfig) -> None:
         super().__init__()
-        self.config, num_layers, width = config, config.num_hidden_layers + 1, config.critic_width
+        self.config, num_layers, width = config, config.num_layers, config.critic_width
         self.gate = nn.Parameter(torch.zeros(num_layers, config.hidden_size))  # zeros: the policy starts uniform
         self.register_buffer("baseline", torch.zeros((), dtype=torch.float32))
         self.critic: nn.Sequential | None = None
@@ -68,15 +67,12 @@ class PolicyPromptedMasking(nn.Module):
         Returns:
             [N] float32.
         """
-        total = torch.stack([rewards.sum(), rewards.new_full((), len(rewards))])
-        if distributed.is_available() and distributed.is_initialized():
-            distributed.all_reduce(total)
-        mean = total[0] / total[1].clamp(min=1)
+        mean, count = _mean_over_ranks(rewards)
         decay = self.config.baseline_decay
         updated = decay * self.baseline + (1 - decay) * mean
         if self.config.baseline_start == "first":
             updated = torch.where(self.baseline == 0, mean, updated)  # 0 until the first reward
-        self.baseline.copy_(torch.where(total[1] > 0, updated, self.baseline))
+        self.baseline.copy_(torch.where(count > 0, updated, self.baseline))
         return rewards - self.baseline
 
     def scaled(self, advantage: torch.Tensor) -> torch.Tensor:
@@ -90,10 +86,8 @@ class PolicyPromptedMasking(nn.Module):
         Returns:
             [N] float32.
         """
-        total = torch.stack([advantage.square().sum(), advantage.new_full((), len(advantage))])
-        if distributed.is_available() and distributed.is_initialized():
-            distributed.all_reduce(total)
-        return advantage / (total[0] / total[1].clamp(min=1)).sqrt().clamp(min=EPSILON)
+        mean_square, _ = _mean_over_ranks(advantage.square())
+        return advantage / mean_square.sqrt().clamp(min=EPSILON)
 
     def expected_reward(self, log_policy: torch.Tensor) -> torch.Tensor:
         """The critic's estimate of the reward, a scalar, from the batch's mean policy (section 4.1).
@@ -106,6 +100,14 @@ class PolicyPromptedMasking(nn.Module):
         policy = log_policy.detach().exp().sum(0) / max(1, len(log_policy))
         assert self.critic is not None
         return self.critic(policy.to(self.gate.dtype)).float()[0]
+
+
+def _mean_over_ranks(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean of [N] values over all ranks (0 without any), and their number, both 0-d."""
+    total = torch.stack([values.sum(), values.new_full((), len(values))])
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.all_reduce(total)
+    return total[0] / total[1].clamp(min=1), total[1]
 
 
 def gumbel_noise(sample_ids: list[int], rows: list[int], num_layers: int, seed: int = 0) -> torch.Tensor:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import nn
@@ -20,7 +19,7 @@ from model.geometry import maps_at, mask_prompts, normalise_maps
 from model.layer_rules import LayerRule
 from model.llava import LlavaLlamaForCausalLM
 from model.objective import Objective, UGroundOutput
-from model.points import map_points, read_points
+from model.points import sam_points
 from model.PPM import (
     Grounding,
     PolicyPromptedMasking,
@@ -30,13 +29,11 @@ from model.PPM import (
     similarity_of_all_layers,
 )
 from model.sam import SamShape, SegmentAnything
-from model.structures import Batch, MaskUncertainty, Prediction, Prompts
+from model.structures import MAX_NEW_TOKENS, Batch, MaskUncertainty, Prediction, Prompts
 from model.uncertainty import MonteCarlo
 
 logger = logging.getLogger(__name__)
 MASKS_AT_ONCE = 32  # masks in one call of SAM's decoder, for the mean of several samples
-MaskFn = Callable[[Grounding, torch.Tensor], tuple[list[torch.Tensor], list[torch.Tensor]]]  # ``mask_as_prompt``
-__all__ = ["Grounding", "UGroundConfig", "UGroundForCausalLM", "UGroundOutput"]
 
 
 @dataclass
@@ -102,7 +99,7 @@ class UGroundForCausalLM(LlavaLlamaForCausalLM):
         anchor = sum(p.sum(dtype=torch.float32) for p in self.parameters() if p.requires_grad)
         output, valid = self.forward_language(batch)
         counts = [len(masks) for masks in batch.masks]
-        states = torch.stack([layer.flatten(0, 1)[batch.seg_positions] for layer in output.hidden], dim=1)
+        states = output.at(batch.seg_positions)
         rule = self.config.selection
         grounding = self.ground(output.hidden, states, batch.seg_rows, counts, batch.image_start, rule)
         noise = gumbel_noise(batch.sample_ids, rows_of(counts), self.ppm.num_layers, self.config.policy_seed)
@@ -124,9 +121,9 @@ class UGroundForCausalLM(LlavaLlamaForCausalLM):
         if any(p.requires_grad for p in llama):
             trained = sum(p.numel() for p in self.parameters() if p.requires_grad)
             logger.warning(
-                "the language model trains in full, %s parameters in total: call model.lora.add_lora(model, r) first to "
-                "train LoRA, SAM's decoder, phi, the gate and the embeddings alone (r=0: without LoRA)",
-                f"{trained:,}",
+                "%s parameters train, the language model in full: call model.lora.add_lora(model, r) first to train "
+                "LoRA, phi, the gate, SAM's decoder and the embeddings alone (r=0: the same without LoRA)",
+                format(trained, ","),
             )
 
     def ground(
@@ -145,6 +142,9 @@ class UGroundForCausalLM(LlavaLlamaForCausalLM):
             seg_rows: [N] row of each [SEG]; counts: [SEG] tokens per row, on the host.
             image_start: index of the first image token, the same in every row.
             rule: whether layers are fused, and with which weights.
+
+        Returns:
+            the [SEG] tokens with their scores, from which ``mask_as_prompt`` decodes chosen layers.
         """
         image = slice(image_start, image_start + self.config.num_image_tokens)
         scores = similarity_of_all_layers(hidden, states, seg_rows, image)
@@ -186,7 +186,8 @@ class UGroundForCausalLM(LlavaLlamaForCausalLM):
         full_maps = [maps_at(rows, side, size, config.clip_fit) for rows, size in per_image]
         tokens, dense = [], None
         if prompts.points:
-            tokens.append(sam.embed_points(*self.points(prompts, maps, seg_valid, grounding.counts, batch.sizes)))
+            sizes = [batch.sizes[row] for row in rows_of(grounding.counts)]
+            tokens.append(sam.embed_points(*sam_points(prompts, maps, seg_valid, sizes, sam.shape.image_size)))
         if prompts.seg:
             phi_input = states if config.phi_layer == "chosen" else grounding.states[:, -1]
             tokens.append(self.text_hidden_fcs[0](phi_input)[:, None])
@@ -199,34 +200,13 @@ class UGroundForCausalLM(LlavaLlamaForCausalLM):
         ]
         return logits, full_maps
 
-    def points(
-        self,
-        prompts: Prompts,
-        maps: torch.Tensor,
-        valid: torch.Tensor,
-        counts: list[int],
-        sizes: list[tuple[int, int]],
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Points from similarity maps, by ``prompts.point_rule``: (x, y) in SAM's pixels and labels.
-
-        Args:
-            maps, valid: [N, P]; counts: [SEG] tokens per row; sizes: the images' (H, W).
-
-        Returns:
-            as ``map_points`` and ``read_points``.
-        """
-        count, rule, side = prompts.points, prompts.point_rule, self.visual_model.shape.image_size
-        if rule == "extremes":
-            return map_points(maps, valid, count, side)
-        return read_points(maps, [sizes[row] for row in rows_of(counts)], count, side, rule)
-
     # ------------------------------------------------------------------ inference
 
     def predict(
         self,
         batch: Batch,
         layer_policy: str | None = None,
-        max_new_tokens: int = 64,
+        max_new_tokens: int = MAX_NEW_TOKENS,
         seed: int = 0,
         on_token: Callable[[list[int]], None] | None = None,
     ) -> list[list[Prediction]]:
@@ -246,7 +226,7 @@ class UGroundForCausalLM(LlavaLlamaForCausalLM):
 
     @torch.inference_mode()
     def answer(
-        self, batch: Batch, max_new_tokens: int = 64, on_token: Callable[[list[int]], None] | None = None
+        self, batch: Batch, max_new_tokens: int = MAX_NEW_TOKENS, on_token: Callable[[list[int]], None] | None = None
     ) -> LanguagePass:
         """Runs LLaVA and SAM's encoder, the parts of ``predict`` that do not depend on the layer rule.
 
@@ -297,11 +277,8 @@ class UGroundForCausalLM(LlavaLlamaForCausalLM):
         rows = torch.tensor(rows_of(counts), dtype=torch.int64, device=self.device)
         grounding = self.ground(language_pass.hidden, answers.states, rows, counts, batch.image_start, rule)
         masks: list[MaskPrediction] = []
-        if (embeddings := language_pass.embeddings) is not None:
-            mask_fn = partial(
-                self.mask_as_prompt, embeddings=embeddings, valid=valid, batch=batch, prompts=prompts, sam=sam
-            )
-            masks = self.decode_by_rule(rule, grounding, batch.sample_ids, seed, mask_fn)
+        if language_pass.embeddings is not None:
+            masks = self.decode_by_rule(rule, grounding, language_pass, seed, prompts, sam)
         policy = grounding.log_policy.exp().cpu()
         layer_maps = self.normalised(grounding.scores, valid[rows][:, None]).cpu()
 
@@ -323,22 +300,30 @@ class UGroundForCausalLM(LlavaLlamaForCausalLM):
         return [[prediction(b, k) for k in range(count)] for b, count in enumerate(batch.questions)]
 
     def decode_by_rule(
-        self, rule: LayerRule, grounding: Grounding, sample_ids: list[int], seed: int, mask_fn: MaskFn
+        self,
+        rule: LayerRule,
+        grounding: Grounding,
+        language_pass: LanguagePass,
+        seed: int,
+        prompts: Prompts | None,
+        sam: SegmentAnything | None,
     ) -> list[MaskPrediction]:
         """The N masks. Of a rule with T samples (``mc:T``): the mean masks, and the layers sampled most often.
 
         Args:
-            sample_ids: sample index per row; with ``seed``, it determines the sampled layers.
-            mask_fn: ``mask_as_prompt`` of given [SEG] tokens and layers.
+            language_pass: with SAM's embeddings; its sample indices and ``seed`` determine the sampled layers.
+            prompts, sam: of ``decode_masks``.
         """
+        batch, embeddings, valid = language_pass.batch, language_pass.embeddings, language_pass.valid
+        assert embeddings is not None
         rows = rows_of(grounding.counts)
 
         def choose_layers(trial: int) -> torch.Tensor:
-            noise = gumbel_noise(sample_ids, rows, self.ppm.num_layers, seed + 104_729 * trial)
+            noise = gumbel_noise(batch.sample_ids, rows, self.ppm.num_layers, seed + 104_729 * trial)
             return rule.choose(grounding.log_policy, noise.to(self.device, non_blocking=True))
 
         def decode(grounding: Grounding, layers: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-            logits, maps = mask_fn(grounding, layers)
+            logits, maps = self.mask_as_prompt(grounding, layers, embeddings, valid, batch, prompts, sam)
             return zip((mask for row in logits for mask in row), (mask for row in maps for mask in row))
 
         if not rule.samples:

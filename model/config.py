@@ -6,10 +6,10 @@ from transformers import AutoConfig
 
 from model import layer_rules
 from model.llava import LlavaLlamaConfig
-from model.processing.transforms import CLIP_FITS
 from model.sam import SamShape
 from model.settings import (
     METHOD_FIELDS,
+    RUN_NAMES,
     CheckpointSettings,
     ExperimentalSettings,
     LossSettings,
@@ -49,14 +49,19 @@ class UGroundConfig(LlavaLlamaConfig, PpmSettings, LossSettings, ExperimentalSet
         self.check_settings()
 
     @property
+    def num_layers(self) -> int:
+        """L, hidden states: the embeddings and the output of each decoder layer."""
+        return self.num_hidden_layers + 1
+
+    @property
     def candidates(self) -> range:
         """The layers that the policy can choose."""
-        return range(self.first_candidate_layer, self.last_candidate_layer % (self.num_hidden_layers + 1) + 1)
+        return range(self.first_candidate_layer, self.last_candidate_layer % self.num_layers + 1)
 
     @property
     def selection(self) -> layer_rules.LayerRule:
         """The layer rule of training."""
-        return layer_rules.parse(self.layer_selection, self.num_hidden_layers + 1, self.candidates, "training")
+        return layer_rules.parse(self.layer_selection, self.num_layers, self.candidates, "training")
 
     @property
     def layer_policy(self) -> str:
@@ -69,7 +74,7 @@ class UGroundConfig(LlavaLlamaConfig, PpmSettings, LossSettings, ExperimentalSet
         Raises:
             ValueError: if the rule is unknown, or its argument does not fit the model's layers.
         """
-        return layer_rules.parse(layer_policy or self.layer_policy, self.num_hidden_layers + 1, self.candidates)
+        return layer_rules.parse(layer_policy or self.layer_policy, self.num_layers, self.candidates)
 
     @property
     def rewards_all_layers(self) -> bool:
@@ -85,14 +90,13 @@ class UGroundConfig(LlavaLlamaConfig, PpmSettings, LossSettings, ExperimentalSet
         """
         method = {name: getattr(self, name) for name in METHOD_FIELDS}
         problems = [*value_problems(method, METHOD_FIELDS)]
-        problems = problems or [*contradictions(method, self.num_hidden_layers + 1)]
-        for name, choices in (("clip_fit", CLIP_FITS), ("mm_projector_type", ("mlp2x_gelu", "linear"))):
-            if getattr(self, name) not in choices:
-                problems.append((name, f"{getattr(self, name)!r} is not one of {', '.join(choices)}"))
+        problems = problems or [*contradictions(method, self.num_layers)]
+        if self.mm_projector_type not in (choices := ("mlp2x_gelu", "linear")):
+            problems.append(("mm_projector_type", f"{self.mm_projector_type!r} is not one of {', '.join(choices)}"))
         if self.point_rule != "extremes" and self.clip_fit != "crop":
             problems.append(("point_rule", f"{self.point_rule} needs clip_fit crop: points lie in what a crop shows"))
         if problems:
-            named = {"eval_layer_policy": "eval_layer_policy (a run's --val_layer_policy)"}
+            named = {name: f"{name} (a run's --{run_name})" for name, run_name in RUN_NAMES.items()}
             raise ValueError("; ".join(f"{named.get(name, name)}: {text}" for name, text in problems))
 
 

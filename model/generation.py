@@ -10,12 +10,16 @@ Legend: B rows, K questions per row at most, N [SEG] tokens, L hidden states, D 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from model.llava import LanguageOutput
 from model.structures import Batch
+
+if TYPE_CHECKING:
+    from model.UGround import UGroundForCausalLM
 
 QuestionIndex = tuple[int, int]  # (row, question)
 
@@ -33,11 +37,11 @@ class GenerationOutput:
 
     token_ids: list[list[list[int]]]
     states: torch.Tensor
-    seg_questions: list[QuestionIndex] = field(default_factory=list)
-    rejected: list[bool] = field(default_factory=list)
+    seg_questions: list[QuestionIndex]
+    rejected: list[bool]
 
 
-def teacher_forced_answers(model, batch: Batch, output: LanguageOutput) -> GenerationOutput:
+def teacher_forced_answers(model: UGroundForCausalLM, batch: Batch, output: LanguageOutput) -> GenerationOutput:
     """The answers in the batch with the states of their [SEG] tokens (teacher-forced).
 
     Args:
@@ -49,17 +53,18 @@ def teacher_forced_answers(model, batch: Batch, output: LanguageOutput) -> Gener
     rows = (batch.label_positions // batch.segment_ids.shape[1]).tolist()
     for row, segment, token in zip(rows, segment_ids[batch.label_positions].tolist(), batch.label_ids.tolist()):
         token_ids[row][segment - 1].append(token)
-    states = torch.stack([layer.flatten(0, 1)[batch.seg_positions] for layer in output.hidden], dim=1)
+    states = output.at(batch.seg_positions)
     seg_questions = list(zip(batch.seg_rows.tolist(), (segment_ids[batch.seg_positions] - 1).tolist()))
-    if config.rej_token_id is None:  # a model that knows no [REJ]
-        return GenerationOutput(token_ids, states, seg_questions, [False] * len(seg_questions))
-    pair = torch.tensor([config.seg_token_id, config.rej_token_id], device=device)
-    scores = torch.nn.functional.linear(states[:, -1], model.lm_head.weight[pair]).float()
-    return GenerationOutput(token_ids, states, seg_questions, (scores[:, 1] > scores[:, 0]).tolist())
+    rejected = [False] * len(seg_questions)
+    if config.rej_token_id is not None:  # else a model that knows no [REJ]
+        pair = torch.tensor([config.seg_token_id, config.rej_token_id], device=device)
+        scores = torch.nn.functional.linear(states[:, -1], model.lm_head.weight[pair]).float()
+        rejected = (scores[:, 1] > scores[:, 0]).tolist()
+    return GenerationOutput(token_ids, states, seg_questions, rejected)
 
 
 def generate_answers(
-    model,
+    model: UGroundForCausalLM,
     batch: Batch,
     output: LanguageOutput,
     max_new_tokens: int,
@@ -78,30 +83,17 @@ def generate_answers(
     segment_ids = torch.where(slots <= questions[:, None], slots, -1)  # [B, K]
     last, position_ids = _last_positions(batch, segment_ids)
     rows = torch.arange(num_rows, device=model.device)[:, None]
-    state = DecodeState(tuple(layer[rows, last] for layer in output.hidden), segment_ids, position_ids)
-    return generate_from(model, batch.questions, output, state, max_new_tokens, on_token)
-
-
-@dataclass
-class DecodeState:
-    """The newest token of every question.
-
-    Attributes:
-        hidden: L tensors [B, K, D].
-        segment_ids: [B, K] int64; -1 where a row has fewer questions.
-        position_ids: [B, K] int64.
-    """
-
-    hidden: tuple[torch.Tensor, ...]
-    segment_ids: torch.Tensor
-    position_ids: torch.Tensor
+    hidden = tuple(layer[rows, last] for layer in output.hidden)
+    return generate_from(model, batch.questions, output, hidden, segment_ids, position_ids, max_new_tokens, on_token)
 
 
 def generate_from(
-    model,
+    model: UGroundForCausalLM,
     questions: list[int],
     past: LanguageOutput,
-    state: DecodeState,
+    hidden: tuple[torch.Tensor, ...],
+    segment_ids: torch.Tensor,
+    position_ids: torch.Tensor,
     max_new_tokens: int,
     on_token: Callable[[list[int]], None] | None = None,
 ) -> GenerationOutput:
@@ -110,10 +102,10 @@ def generate_from(
     Args:
         questions: number of questions per row.
         past: output for all tokens so far; its cache is extended in place by all generated tokens but the last.
-        state: the tokens to continue from, the last ones in ``past``.
+        hidden: L tensors [B, K, D], the states of the newest token of every question, the last ones in ``past``.
+        segment_ids, position_ids: [B, K] int64 of these tokens; segment -1 where a row has fewer questions.
     """
     config = model.config
-    hidden, segment_ids, position_ids = state.hidden, state.segment_ids, state.position_ids
     token_ids: list[list[list[int]]] = [[[] for _ in range(count)] for count in questions]
     slots = [[k if k < count else None for k in range(max(questions))] for count in questions]  # None = has ended
     segs: list[tuple[QuestionIndex, int, torch.Tensor]] = []
@@ -146,7 +138,7 @@ def generate_from(
         past = model.forward_packed(embeddings, segment_ids, position_ids, segment_ids >= 0, past=past, use_cache=True)
         hidden = past.hidden
     segs.sort(key=lambda seg: seg[:2])
-    shape = config.num_hidden_layers + 1, config.hidden_size
+    shape = config.num_layers, config.hidden_size
     seg_states = torch.stack([states for *_, states in segs]) if segs else hidden[-1].new_zeros(0, *shape)
     return GenerationOutput(token_ids, seg_states, [question for question, *_ in segs], [False] * len(segs))
 
@@ -168,10 +160,11 @@ class ConversationCache:
     """
 
     @torch.inference_mode()
-    def __init__(self, model, batch: Batch) -> None:
+    def __init__(self, model: UGroundForCausalLM, batch: Batch) -> None:
         self.model = model
         output, self.valid = model.forward_language(batch, use_cache=True)
-        self.hidden, self.keys, self.cache = output.hidden, output.keys, output.cache
+        self.hidden, self.keys = output.hidden, output.keys
+        self.cache: Any = output.cache  # transformers' annotation lacks the layers' keys and values
         self.ids: list[int] = []
 
     @torch.inference_mode()
@@ -184,8 +177,9 @@ class ConversationCache:
         """
         output = self._forward(ids)
         last = torch.tensor([[self.keys.segment_ids.shape[1] + len(ids) - 1]], device=self.model.device)
-        state = DecodeState(tuple(layer[:, -1:] for layer in output.hidden), torch.ones_like(last), last)
-        answers = generate_from(self.model, [1], output, state, max_new_tokens, on_token)
+        hidden = tuple(layer[:, -1:] for layer in output.hidden)
+        segment_ids = torch.ones_like(last)
+        answers = generate_from(self.model, [1], output, hidden, segment_ids, last, max_new_tokens, on_token)
         self.ids = ids + answers.token_ids[0][0][:-1]
         return answers
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch.nn import functional as F
 
-EPSILON = 1e-6
+from model.structures import EPSILON
 
 
 def resized_size(height: int, width: int, side: int) -> tuple[int, int]:
@@ -101,19 +101,26 @@ def mask_prompts(maps: torch.Tensor, side: int) -> torch.Tensor:
 
 
 def on_grid(
-    values: torch.Tensor, valid: torch.Tensor, side: int, grid: tuple[int, int]
+    values: torch.Tensor, valid: torch.Tensor, side: int, grid: tuple[int, int], fit: str = "pad"
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Masks at the resolution of a similarity map: scaled into the padded square, averaged per patch.
+    """Masks at the resolution of a similarity map: scaled into the square of CLIP's input, averaged per patch.
 
     Args:
         values, valid: [n, H, W], masks and their valid (not ignored) pixels.
         side: of the square; grid: (h, w) of its patches.
+        fit: ``crop`` where CLIP's input is a centre crop; what it cuts off does not count.
 
     Returns:
         [n, h, w] means over valid pixels, and [n, h, w] shares of a patch that are valid (0 in the padding).
     """
-    height, width = resized_size(values.shape[-2], values.shape[-1], side)
+    size = values.shape[-2], values.shape[-1]
     stacked = torch.stack([values * valid, valid.expand_as(values).to(values.dtype)], 1)
-    small = F.interpolate(stacked, (height, width), mode="area")
-    pooled = F.adaptive_avg_pool2d(F.pad(small, (0, side - width, 0, side - height)), grid)
+    if fit == "crop":
+        small = F.interpolate(stacked, cropped_size(*size, side), mode="area")
+        square = F.pad(small, [-margin for margin in margins_cut_off(size, side)])
+    else:
+        height, width = resized_size(*size, side)
+        small = F.interpolate(stacked, (height, width), mode="area")
+        square = F.pad(small, (0, side - width, 0, side - height))
+    pooled = F.adaptive_avg_pool2d(square, grid)
     return pooled[:, 0] / pooled[:, 1].clamp(min=EPSILON), pooled[:, 1]

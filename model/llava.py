@@ -23,8 +23,6 @@ class LlavaLlamaConfig(LlamaConfig):
         vision_config: CLIPVisionConfig or its dictionary.
         mm_vision_select_layer: which CLIP hidden state feeds the projector (LLaVA-1.5: -2, no final norm).
         mm_projector_type: ``mlp2x_gelu`` (LLaVA-1.5) or ``linear`` (LLaVA-1).
-        clip_fit: how images are made square for CLIP (``UGroundProcessor``), ``pad`` or ``crop``; it determines which
-            part of the image a similarity map covers.
         padded_patches_attend: whether padded patches, as queries, attend to earlier tokens, as with SDPA and eager
             attention; flash attention excludes them and adds nothing to their states. No token attends to them: only
             the min-max over all patches (``map_normalization`` all) depends on them.
@@ -37,15 +35,14 @@ class LlavaLlamaConfig(LlamaConfig):
         vision_config=None,
         mm_vision_select_layer: int = -2,
         mm_projector_type: str = "mlp2x_gelu",
-        clip_fit: str = "pad",
         padded_patches_attend: bool = True,
         **kwargs,
     ) -> None:
         if isinstance(vision_config, CLIPVisionConfig):
             vision_config = vision_config.to_dict()
         self.vision_config = vision_config or CLIPVisionConfig().to_dict()
-        self.mm_vision_select_layer, self.padded_patches_attend = mm_vision_select_layer, padded_patches_attend
-        self.mm_projector_type, self.clip_fit = mm_projector_type, clip_fit
+        self.mm_vision_select_layer, self.mm_projector_type = mm_vision_select_layer, mm_projector_type
+        self.padded_patches_attend = padded_patches_attend
         super().__init__(**kwargs)
 
     @property
@@ -81,6 +78,10 @@ class LanguageOutput:
     hidden: tuple[torch.Tensor, ...]
     keys: KeySpace
     cache: Cache | None = None
+
+    def at(self, positions: torch.Tensor) -> torch.Tensor:
+        """States [N, L, D] of all layers at [N] flat positions, which index the [B * T] tokens."""
+        return torch.stack([layer.flatten(0, 1)[positions] for layer in self.hidden], dim=1)
 
 
 @dataclass
@@ -181,7 +182,14 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
         return torch.cat([before, features.to(before.dtype), after], dim=1)
 
     def forward_language(self, batch: Batch, use_cache: bool = False) -> tuple[LanguageOutput, torch.Tensor]:
-        """Forward pass of LLaVA over packed rows: its states, and the valid patches [B, P]."""
+        """Forward pass of LLaVA over packed rows.
+
+        Args:
+            use_cache: whether the output has a KV cache, to continue from.
+
+        Returns:
+            the states, and the valid patches [B, P].
+        """
         features, valid = self.encode_images(batch.clip_images, batch.clip_sizes)
         embeddings = self.embed(batch.input_ids, features, batch.image_start)
         key_mask = batch.segment_ids >= 0

@@ -9,30 +9,32 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
+from model.config import UGroundConfig
 from model.UGround import UGroundForCausalLM
 
 LORA_TARGETS = r"model\.layers\.\d+\.self_attn\.({names})"  # the language model only, never CLIP's q_proj and v_proj
+
+PARTS = {  # what the name of a parameter contains -> its part
+    "text_hidden_fcs.": "phi",
+    "ppm.": "gate",
+    "visual_model.mask_decoder.": "sam_mask_decoder",
+    "visual_model.prompt_encoder.": "sam_prompt_encoder",
+    "visual_model.image_encoder.": "sam_image_encoder",
+    "vision_tower.": "clip",
+    "mm_projector.": "projector",
+    "embed_tokens.": "embed_tokens",
+    "lm_head.": "lm_head",
+}
 
 
 def part_of(name: str) -> str:
     """Name of the model's part that a parameter belongs to, for reports and gradient norms."""
     if "lora_" in name:
         return "lora"
-    parts = {
-        "text_hidden_fcs.": "phi",
-        "ppm.": "gate",
-        "visual_model.mask_decoder.": "sam_mask_decoder",
-        "visual_model.prompt_encoder.": "sam_prompt_encoder",
-        "visual_model.image_encoder.": "sam_image_encoder",
-        "vision_tower.": "clip",
-        "mm_projector.": "projector",
-        "embed_tokens.": "embed_tokens",
-        "lm_head.": "lm_head",
-    }
-    return next((part for key, part in parts.items() if key in name), "llama")
+    return next((part for key, part in PARTS.items() if key in name), "llama")
 
 
-def trains_in_full(name: str, config) -> bool:
+def trains_in_full(name: str, config: UGroundConfig) -> bool:
     """Whether a parameter trains beside LoRA: phi, SAM's prompt encoder and mask decoder, embeddings, lm_head, gate.
 
     Parts that the settings leave unused stay frozen: parameters without a gradient are not counted as trainable.
@@ -90,8 +92,9 @@ def base_of(model: nn.Module) -> UGroundForCausalLM:
 
 def set_trainable(model: nn.Module) -> None:
     """Sets ``requires_grad`` of every parameter: LoRA's, and those of ``trains_in_full``."""
+    config = base_of(model).config
     for name, parameter in model.named_parameters():
-        parameter.requires_grad = "lora_" in name or trains_in_full(name, model.config)
+        parameter.requires_grad = "lora_" in name or trains_in_full(name, config)
 
 
 def parameters_by_part(model: nn.Module) -> dict[str, tuple[int, int]]:

@@ -10,8 +10,8 @@ import math
 import torch
 from torch.nn import functional as F
 
-IGNORE = 255
-EPSILON = 1e-6
+from model.structures import EPSILON, IGNORE_PIXEL
+
 DICE_SCALE = 1000.0
 # Pixels of masks processed together. The losses save 35 bytes per pixel for the backward pass, and 13 where an image's
 # masks have more pixels: they are then split, and the backward pass recomputes one part at a time.
@@ -30,7 +30,7 @@ def masked_mean(values: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
 
 def mask_bce(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Per-pixel binary cross-entropy of SAM's masks: [n, H, W] logits, [n, H, W] uint8 -> [n]."""
-    valid = targets != IGNORE
+    valid = targets != IGNORE_PIXEL
     values = F.binary_cross_entropy_with_logits(logits, (targets == 1).float(), reduction="none")
     return masked_mean(values, valid)
 
@@ -44,7 +44,7 @@ def dice(probabilities: torch.Tensor, targets: torch.Tensor, scale: float = 1.0)
 
 def mask_dice(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Dice loss of SAM's masks: [n, H, W] logits, [n, H, W] uint8 -> [n]."""
-    valid = targets != IGNORE
+    valid = targets != IGNORE_PIXEL
     return dice(logits.sigmoid() * valid, (targets == 1).float(), DICE_SCALE)
 
 

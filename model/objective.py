@@ -15,9 +15,8 @@ from model import losses
 from model.config import UGroundConfig
 from model.geometry import grid_of, on_grid
 from model.PPM import PolicyPromptedMasking
-from model.structures import Batch
+from model.structures import EPSILON, IGNORE_PIXEL, Batch
 
-EPSILON = 1e-6
 SoftTarget = tuple[torch.Tensor, torch.Tensor]  # one image's M_sigma [n, H, W], and the weight [n] of its positives
 MAP_LOSSES = {  # constraint of Table 7 -> name of its term
     "gaussian_bce": "map_bce",
@@ -214,7 +213,7 @@ class Objective:
             predicted, similarity: [n, H, W] mask logits and maps; target: [n, H, W] uint8; soft: [n, H, W] M_sigma.
             weight, hard_weight: [n] weights of the positives of soft and hard targets.
         """
-        config, valid = self.config, target != losses.IGNORE
+        config, valid = self.config, target != IGNORE_PIXEL
         terms = {
             "mask_bce": losses.mask_bce(predicted, target),
             "mask_dice": losses.mask_dice(predicted, target),
@@ -252,8 +251,8 @@ class Objective:
     ) -> dict[str, torch.Tensor]:
         """Terms of the reward for all layers' maps, at the map's own resolution: [N, L] by name.
 
-        The targets are reduced to P patches instead of enlarging L x N maps to the image's size: a few thousand values
-        per [SEG], where one map at the image's size has hundreds of thousands.
+        The targets are reduced to the P patches that CLIP sees, instead of enlarging L x N maps to the image's size: a
+        few thousand values per [SEG], where one map at the image's size has hundreds of thousands.
 
         Args:
             targets: per image [n, H, W] uint8; soft_targets: of ``soft_target``; layer_maps: [N, L, P] in [0, 1].
@@ -263,9 +262,9 @@ class Objective:
         collected: dict[str, list[torch.Tensor]] = {}
         rows = layer_maps.split([len(masks) for masks in targets])
         for target, (soft, weight), maps in zip(targets, soft_targets, rows):
-            valid, hard = target != losses.IGNORE, (target == 1).float()
-            soft, share = on_grid(soft, valid, side, grid)
-            hard, _ = on_grid(hard, valid, side, grid)
+            valid, hard = target != IGNORE_PIXEL, (target == 1).float()
+            soft, share = on_grid(soft, valid, side, grid, config.clip_fit)
+            hard, _ = on_grid(hard, valid, side, grid, config.clip_fit)
             soft, hard, share, weight = (v.repeat_interleave(num_layers, 0) for v in (soft, hard, share, weight))
             flat = maps.reshape(-1, *grid)
             terms = {

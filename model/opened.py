@@ -12,7 +12,7 @@ from model.loading.weights import Loaded, fingerprint, report
 from model.processing.pixels import Picture, as_pixels
 from model.processing.processor import UGroundProcessor
 from model.sam_cache import FeatureCache
-from model.structures import Prediction, Turn
+from model.structures import MAX_NEW_TOKENS, Prediction, Turn
 from model.UGround import UGroundForCausalLM
 
 
@@ -23,7 +23,6 @@ class Opened:
     Attributes:
         device: such as ``cuda``; precision: such as ``bf16`` or ``bf16, 4bit``.
         fingerprint: of the weights as loaded, before quantization.
-        kind: of the folder: ``merged``, ``adapter``, ``released`` or ``base`` (see ``kind_of``).
         folder: the folder that was loaded.
         sources: module -> source of its weights.
     """
@@ -33,7 +32,6 @@ class Opened:
     device: str
     precision: str
     fingerprint: str
-    kind: str
     folder: str
     sources: dict[str, str]
 
@@ -61,7 +59,7 @@ class Opened:
         image: Picture,
         prompt: str | list[str],
         layer_policy: str | None = None,
-        max_new_tokens: int = 64,
+        max_new_tokens: int = MAX_NEW_TOKENS,
         seed: int = 0,
     ) -> Prediction | list[Prediction]:
         """Answers one or several independent questions about an image: text, and a mask per ``[SEG]`` in it.
@@ -129,12 +127,13 @@ def predict(
     Raises:
         ValueError: as ``UGroundProcessor.prompts`` and ``UGroundForCausalLM.predict``.
     """
+    batch = processor.prompts(images, turns, sample_ids).to(model.device, model.dtype)
     was_training = model.training
     model.eval()
-    batch = processor.prompts(images, turns, sample_ids).to(model.device, model.dtype)
-    predictions = with_text(model.predict(batch, **options), processor)
-    model.train(was_training)
-    return predictions
+    try:
+        return with_text(model.predict(batch, **options), processor)
+    finally:
+        model.train(was_training)
 
 
 def with_text(predictions: list[list[Prediction]], processor: UGroundProcessor) -> list[list[Prediction]]:

@@ -9,9 +9,24 @@ import torch
 from torch.nn import functional as F
 
 from model.geometry import grid_of, margins_cut_off, normalise_maps, resized_size
+from model.structures import Prompts
 
 READ_POINTS = {"read_7b": (0.8, 2), "read_13b": (0.6, 1)}  # foreground threshold; downscaling of the map before it
 READ_LOW = 0.2  # background threshold
+
+
+def sam_points(
+    prompts: Prompts, maps: torch.Tensor, valid: torch.Tensor, sizes: list[tuple[int, int]], side: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Points of similarity maps by ``prompts.point_rule``, as ``map_points`` and ``read_points`` return them.
+
+    Args:
+        maps: [N, P] in [0, 1]; valid: [N, P] bool; sizes: [N] the images' (H, W).
+        side: of the decoding SAM's input, the frame of the points.
+    """
+    if prompts.point_rule == "extremes":
+        return map_points(maps, valid, prompts.points, side)
+    return read_points(maps, sizes, prompts.points, side, prompts.point_rule)
 
 
 def map_points(scores: torch.Tensor, valid: torch.Tensor, count: int, side: int) -> tuple[torch.Tensor, torch.Tensor]:

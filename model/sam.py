@@ -20,7 +20,13 @@ from model.sam_cache import FeatureCache
 
 @dataclass
 class SamShape:
-    """The sizes of a SAM. Defaults: ViT-H."""
+    """The sizes of a SAM. Defaults: ViT-H.
+
+    Attributes:
+        image_size, patch_size: sides of the input and of its patches, in pixels.
+        window_size: side of the windows of local attention, in patches; global_attention: blocks without windows.
+        encoder_width, prompt_width, mask_channels, decoder_mlp, iou_hidden: widths, in channels.
+    """
 
     image_size: int = 1024
     patch_size: int = 16
@@ -42,6 +48,7 @@ class SamShape:
         Raises:
             KeyError: if the checkpoint lacks a weight that tells a size.
         """
+        decoder = "mask_decoder.transformer.layers"
         patch = state["image_encoder.patch_embed.proj.weight"]
         grid = state["image_encoder.pos_embed"].shape[1]
         relative = {
@@ -52,7 +59,6 @@ class SamShape:
         depth = len(relative)
         is_global = {i: shape[0] == 2 * grid - 1 for i, shape in relative.items()}
         windows = [(shape[0] + 1) // 2 for i, shape in relative.items() if not is_global[i]]
-        decoder = "mask_decoder.transformer.layers"
         return cls(
             image_size=grid * patch.shape[-1],
             patch_size=patch.shape[-1],
@@ -63,8 +69,8 @@ class SamShape:
             window_size=windows[0] if windows else 14,
             prompt_width=state["prompt_encoder.no_mask_embed.weight"].shape[1],
             mask_channels=state["prompt_encoder.mask_downscaling.3.weight"].shape[0],
+            decoder_mlp=state[f"{decoder}.0.mlp.lin1.weight"].shape[0],  # raises if the decoder has no layer
             decoder_depth=1 + max(int(k.split(".")[3]) for k in state if k.startswith(decoder)),
-            decoder_mlp=state[f"{decoder}.0.mlp.lin1.weight"].shape[0],
             iou_hidden=state["mask_decoder.iou_prediction_head.layers.0.weight"].shape[0],
         )
 

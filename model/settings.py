@@ -6,11 +6,13 @@ They are sections of a run's YAML (``utils.config``) and fields of ``UGroundConf
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
 from typing import Any
 
 from model import layer_rules
+from model.processing.transforms import CLIP_FITS
 
 
 def setting(
@@ -32,8 +34,15 @@ def setting(
         required: whether an empty value is an error.
         may_change: whether a run can be resumed with another value (it does not alter what is learned).
     """
-    limits = {"choices": tuple(choices), "low": low, "high": high, "above": above}
-    metadata = {"help": help, "required": required, "may_change": may_change, **limits}
+    metadata = {
+        "help": help,
+        "choices": tuple(choices),
+        "low": low,
+        "high": high,
+        "above": above,
+        "required": required,
+        "may_change": may_change,
+    }
     return field(default=default, metadata=metadata)
 
 
@@ -142,11 +151,19 @@ class CheckpointSettings:
         "READ's two published checkpoints",
         choices=("extremes", "read_7b", "read_13b"),
     )
+    clip_fit: str = setting(
+        "pad",
+        "CLIP's input, and so what a similarity map covers: the whole image, padded (paper), or a centre crop, as in "
+        "LISA and its descendants",
+        choices=tuple(CLIP_FITS),
+    )
     policy_seed: int = setting(0, "seed of sampled layers, together with the sample index", low=0)
 
 
 METHOD = (PpmSettings, LossSettings, ExperimentalSettings, CheckpointSettings)
 METHOD_FIELDS: dict[str, Field] = {item.name: item for section in METHOD for item in fields(section)}
+
+RUN_NAMES = {"eval_layer_policy": "val_layer_policy", "policy_seed": "seed"}  # field -> the run's setting that gives it
 
 _RELEASED: dict[str, Any] = {
     "first_candidate_layer": 0,
@@ -161,7 +178,27 @@ _RELEASED: dict[str, Any] = {
 RECIPES = {"paper": {name: METHOD_FIELDS[name].default for name in _RELEASED}, "released": _RELEASED}
 
 
+def method_of(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of ``UGroundConfig`` among those of a run.
+
+    The layer rule of inference is that of validation: a model answers with the rule that selected the best checkpoint.
+
+    Args:
+        settings: name -> value, of all sections.
+    """
+    run_names = {name: RUN_NAMES.get(name, name) for name in METHOD_FIELDS}
+    method = {name: settings[run_name] for name, run_name in run_names.items() if run_name in settings}
+    return method | {"eval_layer_policy": method["eval_layer_policy"] or None}
+
+
 # -- validation --------------------------------------------------------------------------------------------------------
+
+
+BOUNDS = {
+    "low": (operator.ge, "is too small; at least"),
+    "high": (operator.le, "is too large; at most"),
+    "above": (operator.gt, "must be larger than"),
+}
 
 
 def value_problems(values: Mapping[str, Any], items: Mapping[str, Field]) -> Iterator[tuple[str, str]]:
@@ -177,16 +214,14 @@ def value_problems(values: Mapping[str, Any], items: Mapping[str, Field]) -> Ite
         for choice in value if isinstance(value, (tuple, list)) else (value,):
             if limits["choices"] and choice not in limits["choices"]:
                 yield name, f"{choice!r} is not one of {', '.join(limits['choices'])}"
-        bounded = any(limits[bound] is not None for bound in ("low", "high", "above"))
-        if bounded and not isinstance(value, (int, float)):
+        bounds = {bound: limits[bound] for bound in BOUNDS if limits[bound] is not None}
+        if bounds and not isinstance(value, (int, float)):
             yield name, f"{value!r} is not a number"
             continue
-        if limits["low"] is not None and not value >= limits["low"]:
-            yield name, f"{value} is too small; at least {limits['low']:g}"
-        if limits["high"] is not None and not value <= limits["high"]:
-            yield name, f"{value} is too large; at most {limits['high']:g}"
-        if limits["above"] is not None and not value > limits["above"]:
-            yield name, f"{value} must be larger than {limits['above']:g}"
+        for bound, limit in bounds.items():
+            holds, problem = BOUNDS[bound]
+            if not holds(value, limit):
+                yield name, f"{value} {problem} {limit:g}"
         if isinstance(value, float) and value in (float("inf"), float("-inf")):
             yield name, f"{value} is not finite"
 
@@ -195,7 +230,7 @@ def contradictions(method: Mapping[str, Any], num_layers: int | None = None) -> 
     """(setting, problem) of method settings that exclude each other.
 
     Args:
-        method: setting -> value, all of ``METHOD_FIELDS``.
+        method: setting -> value, all that a run can set.
         num_layers: L, hidden states of the model (decoder layers + 1); None = not known.
     """
     if not (method["seg_prompt"] or method["mask_prompt"] or method["point_prompts"]):

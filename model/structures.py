@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from model.processing.tokens import SEG
+
+if TYPE_CHECKING:
+    from model.config import UGroundConfig
+
 IGNORE_PIXEL = 255
 IGNORE_LABEL = -100
+EPSILON = 1e-6  # keeps denominators and logarithms finite
+MAX_NEW_TOKENS = 64  # of a generated answer, unless the caller says otherwise
 
 
 @dataclass(frozen=True)
@@ -44,6 +51,12 @@ class Sample:
     conversations: list[Conversation]
     masks: np.ndarray
     sample_id: int = 0
+
+    def by_conversation(self) -> list[tuple[Conversation, np.ndarray]]:
+        """Each conversation with its masks, [n, H, W] for the n ``[SEG]`` of its answers."""
+        counts = [sum(turn.answer.count(SEG) for turn in turns) for turns in self.conversations]
+        parts = np.split(self.masks, np.cumsum(counts)[:-1])
+        return list(zip(self.conversations, parts, strict=True))
 
 
 @dataclass
@@ -156,7 +169,7 @@ class Prompts:
     point_rule: str = "extremes"
 
     @classmethod
-    def of(cls, config) -> Prompts:
+    def of(cls, config: UGroundConfig) -> Prompts:
         """The prompts of training, by a ``UGroundConfig``."""
         return cls(config.seg_prompt, config.mask_prompt, config.point_prompts, config.point_rule)
 
@@ -176,6 +189,11 @@ class MaskUncertainty:
     variance: torch.Tensor
     layers: torch.Tensor
     score: float
+
+    @property
+    def deviation(self) -> torch.Tensor:
+        """[H, W] float32, the standard deviation per pixel (at most 0.5)."""
+        return self.variance.sqrt()
 
 
 @dataclass

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from model.structures import MaskUncertainty
-
-EPSILON = 1e-6
+from model.structures import EPSILON, MaskUncertainty
 
 
 class MonteCarlo:
@@ -18,15 +16,15 @@ class MonteCarlo:
 
     def __init__(self, shares: torch.Tensor) -> None:
         self.shares = shares
-        self.mean = self.square = self.similarity = torch.zeros(())
+        self.mean = self.square = self.similarity = torch.zeros(())  # on the CPU: a 0-d tensor adds to any device's
         self.masks: list[tuple[float, torch.Tensor]] = []
 
     def add(self, layer: int, logits: torch.Tensor, similarity: torch.Tensor) -> None:
         """Adds a layer's [H, W] logits and similarity map; call it once for each layer whose share is not 0."""
         share, probability = float(self.shares[layer]), logits.sigmoid()
-        self.mean = self.mean.to(logits.device) + share * probability
-        self.square = self.square.to(logits.device) + share * probability.square()
-        self.similarity = self.similarity.to(logits.device) + share * similarity
+        self.mean = self.mean + share * probability
+        self.square = self.square + share * probability.square()
+        self.similarity = self.similarity + share * similarity
         self.masks.append((share, probability > 0.5))
 
     @property

@@ -40,6 +40,7 @@ from utils.evaluation.results import Summary, read_results, result_path
 from utils.inference import cli
 from utils.plotting import text_tables
 from utils.plotting.charts import LINES, layer_curves, save_chart, training_curves
+from utils.training.run_log import read_log
 from utils.training.versions import git_commit
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -167,7 +168,9 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list[st
         "--table", required=True, choices=sorted(TABLES), help="the paper's number of the table, or what is compared"
     )
     parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="YAML of train_ds.py")
-    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="runs per row, of seeds 0 to N-1 (default 3)")
+    parser.add_argument(
+        "--seeds", type=cli.whole(1), default=3, metavar="N", help="runs per row, of seeds 0 to N-1 (default 3)"
+    )
     parser.add_argument("--output", type=Path, default=Path("runs/ablate"), metavar="DIR", help="default: runs/ablate")
     parser.add_argument(
         "--curves",
@@ -178,8 +181,6 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list[st
         "layer of every run), and the loss of its similarity maps, at the end and over training",
     )
     args, settings = parser.parse_known_args(argv)
-    if args.seeds < 1:
-        parser.error("--seeds must be at least 1")
     names = [row.name for row in TABLES[args.table]]
     if unknown := [name for name in args.curves if name not in names]:
         parser.error(f"--curves: table {args.table} has no row {unknown[0]!r}; it has {'||'.join(names)}")
@@ -362,8 +363,7 @@ def mean_by_layer(runs: list[Path], spec: Spec, column: str) -> list[float]:
 
 def train_lines(run: Path) -> list[dict[str, Any]]:
     """The training steps in a run's log."""
-    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    return [line for line in lines if line["kind"] == "train"]
+    return [line for line in read_log(run) if line["kind"] == "train"]
 
 
 if __name__ == "__main__":

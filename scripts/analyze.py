@@ -24,6 +24,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from model.loading.weights import load_original_sam
 from utils.command_line.parser import Parser
 from utils.datasets import Spec, get_eval_dataset
 from utils.datasets.base import EvalDataset
@@ -35,12 +36,11 @@ from utils.evaluation.layer_analysis import (
     LayerAnalyzer,
     QueryView,
     Study,
-    load_original_sam,
 )
 from utils.evaluation.layer_figures import animate, layer_maps
 from utils.evaluation.metrics import Record
-from utils.evaluation.panels import notes
 from utils.evaluation.predictions import InferenceOptions
+from utils.evaluation.result_text import notes
 from utils.inference import cli
 from utils.plotting.charts import layer_curves, policy_strips, save_chart
 from utils.plotting.overlays import Panel, evenly_spaced, sheet
@@ -62,7 +62,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     which = parser.add_mutually_exclusive_group()
     which.add_argument(
         "--samples",
-        type=int,
+        type=cli.whole(0),
         default=6,
         metavar="N",
         help="plot all layers of N queries of each split, evenly spaced from the worst to the best IoU (default: 6)",
@@ -84,14 +84,10 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         help="default: teacher_forced, which gives every query a [SEG]",
     )
     cli.add_layer_flag(parser, "of the model's own answer; default: as it was trained")
-    add("--limit", type=int, metavar="N", help="only the first N images of each split")
-    add("--batch_size", type=int, default=4, metavar="N", help="images per step (default: 4)")
+    add("--limit", type=cli.whole(1), metavar="N", help="only the first N images of each split")
+    add("--batch_size", type=cli.whole(1), default=4, metavar="N", help="images per step (default: 4)")
     add("--seed", type=int, default=0, metavar="S", help="of sampled layers (default: 0)")
-    args = parser.parse_args(arguments)
-    for name, low in (("samples", 0), ("limit", 1), ("batch_size", 1)):
-        if (value := getattr(args, name)) is not None and value < low:
-            parser.error(f"--{name} is {value}; it must be at least {low}")
-    return args
+    return parser.parse_args(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -159,19 +155,17 @@ def analyze_checkpoint(
         study = checkpoint.studies[dataset.spec] = analyzer.study(dataset, args.limit, progress=True)
         records = selected.setdefault(dataset.spec, select_queries(study, args.samples, args.ids))
         checkpoint.views[dataset.spec] = [analyzer.inspect(dataset, record) for record in records]
-        ranked = study.ranked()
+        ranked = metrics.ranked(study.records, study.benchmark.protocol())
         worst_and_best = ranked if len(ranked) <= 8 else [*ranked[:4], *ranked[-4:]]
-        checkpoint.extremes[dataset.spec] = [
-            analyzer.inspect(dataset, study.records[index]) for index in worst_and_best
-        ]
+        checkpoint.extremes[dataset.spec] = [analyzer.inspect(dataset, record) for record in worst_and_best]
     return checkpoint
 
 
 def select_queries(study: Study, count: int, ids: str | None) -> list[Record]:
     """The queries to plot: those of the given ids, or evenly spaced from the worst to the best IoU."""
     if ids is None:
-        ranked = study.ranked()
-        return [study.records[ranked[index]] for index in evenly_spaced(len(ranked), count)]
+        ranked = metrics.ranked(study.records, study.benchmark.protocol())
+        return [ranked[index] for index in evenly_spaced(len(ranked), count)]
     records = []
     for query_id in map(str.strip, ids.split(",")):
         matching = [r for r in study.records if query_id in (r.image_id, f"{r.image_id}/{r.query_id}")]
@@ -194,13 +188,10 @@ class Report:
     command: str
     entries: list[tuple[str, str]] = field(default_factory=list)
 
-    def caption(self, text: str, spec: Spec | str) -> str:
-        named = "; ".join(f"{each.name} ({each.fingerprint})" for each in self.checkpoints)
-        return f"{text} Checkpoint: {named}. Split: {spec}. Command: {self.command}"
-
     def add(self, name: str, text: str, spec: Spec | str) -> tuple[Path, str]:
         """Adds a file to the index; returns its path and full caption."""
-        caption = self.caption(text, spec)
+        named = "; ".join(f"{each.name} ({each.fingerprint})" for each in self.checkpoints)
+        caption = f"{text} Checkpoint: {named}. Split: {spec}. Command: {self.command}"
         self.entries.append((name, caption))
         return self.folder / name, caption
 
@@ -276,7 +267,7 @@ def write_samples(report: Report, dataset: EvalDataset, animated: bool) -> None:
     spec = dataset.spec
     for n, view in enumerate(report.checkpoints[0].views[spec]):
         views = {each.name: each.views[spec][n] for each in report.checkpoints}
-        about = f'{view.record.image_id}/{view.record.query_id}, "{view.query}", IoU {view.iou:.2f}.'
+        about = f'{view.record.image_id}/{view.record.query_id}, "{view.record.query}", IoU {view.iou:.2f}.'
         path, caption = report.add(
             file_name(spec, f"maps_{n + 1}", "png"),
             f"Fig. 4 to 6: similarity maps of layers 0 (embeddings) to {len(view.maps) - 1}, dark = 0, yellow = 1, and "
@@ -300,10 +291,9 @@ def write_samples(report: Report, dataset: EvalDataset, animated: bool) -> None:
 
 
 def panel(view: QueryView, protocol: str) -> Panel:
-    layers = view.maps[view.layers].max(0, keepdims=True) if view.layers else None
-    return Panel(
-        view.image, view.query, view.mask[None], layers, view.truth, view.record.answer, notes(view.record, protocol)
-    )
+    record = view.record
+    chosen = view.maps[record.layers].max(0, keepdims=True) if record.layers else None
+    return Panel(view.image, record.query, view.mask[None], chosen, view.truth, record.answer, notes(record, protocol))
 
 
 def write_table_2(report: Report, datasets: Sequence[EvalDataset], sam: str) -> None:

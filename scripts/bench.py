@@ -5,7 +5,8 @@
     python scripts/bench.py data                                       start-up and memory of large annotation files
     python scripts/bench.py loader --config C [--any_setting value]    samples per second, and time by stage
 
-A preset is a model of full shape with random weights: ``tiny`` and ``medium`` on a CPU, ``7b`` and ``13b`` on a GPU.
+A preset is a model with random weights: ``tiny`` and ``medium``, small shapes for a CPU, or LLaVA-1.5 ``7b`` and
+``13b`` with SAM ViT-H, for a GPU.
 Baselines (the fixed last layer, a row per question, no KV cache) alternate with what they are compared with. ``data``
 writes annotation files of real size (random polygons, no images) into a temporary folder and opens them as training
 does: without the cache, for the first time, and again; each in a fresh process, with DataLoader workers that read every
@@ -35,22 +36,22 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from model.loading.placement import pick_device  # noqa: E402
-from utils.command_line.parser import Parser, listed  # noqa: E402
-from utils.datasets import get_train_dataset  # noqa: E402
-from utils.datasets.mixture import Mixture, MixtureSampler  # noqa: E402
-from utils.datasets.records import CACHE_VARIABLE  # noqa: E402
-from utils.diagnostics import process_memory  # noqa: E402
-from utils.inference import cli  # noqa: E402
-from utils.plotting.text_tables import markdown  # noqa: E402
-from utils.training.versions import git_commit  # noqa: E402
+from model.loading.placement import pick_device
+from utils.command_line.parser import Parser, listed
+from utils.datasets import get_train_dataset
+from utils.datasets.mixture import Mixture, MixtureSampler
+from utils.datasets.records import CACHE_VARIABLE
+from utils.diagnostics import process_memory
+from utils.inference import cli
+from utils.plotting.text_tables import markdown
+from utils.training.versions import git_commit
 
 if TYPE_CHECKING:
     from model.processing.processor import UGroundProcessor
 
+ROOT = Path(__file__).resolve().parents[1]
 MB = 2**20
 CHUNK = 500  # records that a worker reads between two measurements of its memory
 
@@ -89,7 +90,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _add_preset(parser: argparse.ArgumentParser, required: bool) -> None:
     add = parser.add_argument
     add("--preset", choices=("tiny", "medium", "7b", "13b"), required=required, help="the model's size")
-    add("--repeats", type=int, default=5, metavar="N", help="repeats after the warm-up (default: %(default)s)")
+    add("--repeats", type=cli.whole(1), default=5, metavar="N", help="repeats after the warm-up (default: %(default)s)")
     add("--device", default="auto", help="cpu, cuda, cuda:1 (default: the GPU if there is one)")
     add("--json", type=Path, metavar="FILE", help="also write all numbers to this file")
 
@@ -115,8 +116,6 @@ def _preset(args: argparse.Namespace) -> tuple[Any, str]:
     # here, so that the processes that ``data`` measures do not import it
     from utils.diagnostics.benchmark import PRESETS
 
-    if args.repeats < 1:
-        raise ValueError(f"--repeats {args.repeats}: at least 1 is needed")
     device, preset = pick_device(args.device), PRESETS[args.preset]
     if preset.gpu and not device.startswith("cuda"):
         raise ValueError(f"--preset {args.preset} needs a GPU, and runs on {device} here; use tiny or medium")
@@ -301,7 +300,7 @@ def measure_start(name: str, folder: str, setting: str, workers: int, as_objects
     dataset: Any = get_train_dataset(name, folder)
     seconds = time.perf_counter() - start
     peak = process_memory.peak_resident()
-    records = dataset.split.index.images if hasattr(dataset, "split") else dataset.reader.records
+    records = dataset.split.images if hasattr(dataset, "split") else dataset.reader.records
     if as_objects:
         records = list(records)
     first: dict[int, Memory] = {}
@@ -376,7 +375,7 @@ STAGES = {
     "masks": (
         ("masks.py", "decode_segmentation"),
         ("reason_seg.py", "rasterize_polygons"),
-        ("sem_seg.py", "mask"),
+        ("sem_seg.py", "label_mask"),
         ("masks.py", "stack_masks"),
     ),
     "check the sample": (("base.py", "check_sample"),),

@@ -30,8 +30,7 @@ from utils.evaluation import metrics
 from utils.evaluation.benchmarks import benchmark_of
 from utils.evaluation.controls import HEADINGS
 from utils.evaluation.metrics import Record
-from utils.evaluation.panels import notes
-from utils.evaluation.paper_tables import missing_note
+from utils.evaluation.result_text import notes
 from utils.evaluation.results import Summary, read_results
 from utils.inference import cli
 from utils.plotting import text_tables
@@ -98,7 +97,7 @@ def side_by_side(columns: dict[str, dict[tuple[str, str], Summary]]) -> str:
         name: "/".join(dict.fromkeys(summary.layer_policy for summary in column.values()))
         for name, column in columns.items()
     }
-    return f"{ruled_table(rows)}\nLayers: {'; '.join(f'{name}: {rules}' for name, rules in layers.items())}"
+    return f"{ruled_table(rows, 'lrlr')}\nLayers: {'; '.join(f'{name}: {rules}' for name, rules in layers.items())}"
 
 
 def _score_cell(summary: Summary | None, metric: str, control: str = "") -> str:
@@ -107,11 +106,11 @@ def _score_cell(summary: Summary | None, metric: str, control: str = "") -> str:
     if summary is None or metric not in scores:
         return "-"
     limit = f" (first {summary.limit} images)" if summary.limit else ""
-    return f"{scores[metric]:.3f}{missing_note(summary)}{limit}"
+    return f"{scores[metric]:.3f}{summary.missing_note}{limit}"
 
 
-def ruled_table(rows: list[list[str]]) -> str:
-    head, *lines = text_tables.aligned(rows, "lrlr")
+def ruled_table(rows: list[list[str]], alignment: str) -> str:
+    head, *lines = text_tables.aligned(rows, alignment)
     return "\n".join([head, "-" * len(head), *lines])
 
 
@@ -141,14 +140,14 @@ def paired(
     protocol = protocols[1]
     gains = metrics.difference(before, after, benchmark, protocol)
     old, new = (metrics.compute(records, benchmark, protocol) for records in (before, after))
-    rows = [["metric", before_name, "", after_name, "difference", "95% interval"]]
+    rows = [["metric", before_name, after_name, "difference", "95% interval"]]
     for name, (gain, (low, high)) in gains.items():
-        rows.append([name, f"{old[name]:.4f}", "", f"{new[name]:.4f}", f"{gain:+.4f}", f"[{low:+.4f}, {high:+.4f}]"])
+        rows.append([name, f"{old[name]:.4f}", f"{new[name]:.4f}", f"{gain:+.4f}", f"[{low:+.4f}, {high:+.4f}]"])
     changed = most_changed(before, after, protocol, count)
-    samples = [["image", before_name, "", after_name, "query"]]
+    samples = [["image", before_name, after_name, "query"]]
     for before_record, after_record in changed:
         scores = [f"{metrics.iou(record, protocol):.3f}" for record in (before_record, after_record)]
-        samples.append([after_record.image, scores[0], "", scores[1], after_record.query[:80]])
+        samples.append([after_record.image, *scores, after_record.query[:80]])
     counts = metrics.count_records(after)
     setup = ", ".join(filter(None, [after_run.benchmark, after_run.mode, protocol]))
     lines = [f"{setup}: {counts['masks']} masks on {counts['images']} images"]
@@ -158,8 +157,8 @@ def paired(
         lines.append(
             f"{before_name} was evaluated by {protocols[0]}, {after_name} by {protocol}; both are scored by {protocol}"
         )
-    lines += ["", ruled_table(rows), ""]
-    lines.append(ruled_table(samples) if changed else "no sample changed")
+    lines += ["", ruled_table(rows, "lr"), ""]
+    lines.append(ruled_table(samples, "lrrl") if changed else "no sample changed")
     if sheet_path and dataset_dir and changed:
         dataset = get_eval_dataset(after_run.spec, dataset_dir, allow_missing=True)
         title = f"{setup}: the samples that changed most from {before_name} to {after_name}"

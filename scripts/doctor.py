@@ -25,15 +25,15 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 # Only the standard library at import: missing or broken libraries are what this program reports.
-from utils.command_line.parser import Parser, listed  # noqa: E402
-from utils.diagnostics.findings import Finding, Page, ok, problem, skipped, warning  # noqa: E402
-from utils.diagnostics.process_memory import read_proc  # noqa: E402
+from utils.command_line.parser import Parser, listed
+from utils.diagnostics.findings import Finding, Page, ok, problem, skipped, warning
+from utils.diagnostics.process_memory import read_proc
 
+ROOT = Path(__file__).resolve().parents[1]
 INSTALL = "pip install -r requirements.txt (or bash scripts/setup.sh)"
 IMPORTS = ("torch", "torchvision", "transformers", "peft", "deepspeed", "segment_anything", "cv2", "pycocotools.mask")
 SHARED_MEMORY = 1e9  # bytes that a few data workers need to pass batches on
@@ -152,16 +152,19 @@ def check_packages() -> Iterator[Finding]:
 
 def check_imports() -> Iterator[Finding]:
     """Imports the libraries: this reveals a torchvision built for another torch, or missing system libraries."""
+    imported = []
     for name in IMPORTS:
         try:
             module = importlib.import_module(name)
             if name == "torch" and not module.cuda.is_available():
                 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it detects the device itself
+            imported.append(name)
         except Exception as error:  # a broken library can raise anything
             reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
             fix = "torch and torchvision must be of one release; " if name.startswith("torch") else ""
             yield problem(f"import {name} fails: {reason}", f"{fix}{INSTALL}")
-    yield ok(f"imported {', '.join(IMPORTS)}")
+    if imported:
+        yield ok(f"imported {', '.join(imported)}")
 
 
 def check_devices() -> Iterator[Finding]:

@@ -23,6 +23,7 @@ from utils.command_line.parser import Parser
 from utils.config import load_config
 from utils.datasets.base import TrainDataset
 from utils.datasets.mixture import make_mixture
+from utils.datasets.spec import Spec
 from utils.inference import cli
 from utils.plotting.overlays import Panel, evenly_spaced, save_picture, sheet
 
@@ -38,11 +39,11 @@ def main(arguments: list[str] | None = None) -> int:
     args, rest = parser.parse_known_args(arguments)
     config = load_config(rest, needs=("data",))
     mixture = make_mixture(config)
-    images = config.total_steps * config.train.batch_size * config.train.grad_accumulation_steps
+    images = config.total_steps * config.images_per_step()
     print(mixture.table(images))
     print(f"epochs: for {images:,} samples, those of one process in the whole run")
     for dataset in mixture.datasets if args.pictures > 0 else ():
-        path = args.output / f"{dataset.name.replace('|', '_')}.png"
+        path = args.output / f"{Spec.parse(dataset.name).slug}.png"
         save_picture(path, make_sheet(dataset, args.pictures, config.train.seed))
         print(f"wrote {path}")
     return 0
@@ -58,21 +59,17 @@ def make_sheet(dataset: TrainDataset, number: int, seed: int) -> np.ndarray:
 
 def sample_panels(sample: Sample) -> list[Panel]:
     """One panel per conversation, with the masks of its [SEG] tokens."""
-    panels, start = [], 0
-    for conversation in sample.conversations:
-        end = start + sum(turn.answer.count("[SEG]") for turn in conversation)
-        conversation_masks, start = sample.masks[start:end], end
-        panels.append(
-            Panel(
-                image=sample.image,
-                query=" / ".join(turn.question for turn in conversation),
-                masks=conversation_masks == 1,
-                truth=conversation_masks[0] if len(conversation_masks) else None,
-                answer=" / ".join(turn.answer for turn in conversation),
-                notes=[Path(sample.source).name],
-            )
+    return [
+        Panel(
+            image=sample.image,
+            query=" / ".join(turn.question for turn in conversation),
+            masks=masks == 1,
+            truth=masks[0] if len(masks) else None,
+            answer=" / ".join(turn.answer for turn in conversation),
+            notes=[Path(sample.source).name],
         )
-    return panels
+        for conversation, masks in sample.by_conversation()
+    ]
 
 
 if __name__ == "__main__":

@@ -33,16 +33,17 @@ from typing import Any
 import cv2
 import numpy as np
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-from utils.command_line.parser import Parser  # noqa: E402
-from utils.demo import scene_texts, scenes  # noqa: E402
-from utils.demo.files import Ledger, Sizes, labelme_polygons, streams, write_jpeg, write_json  # noqa: E402
-from utils.demo.other_sets import WRITERS, write_set  # noqa: E402
-from utils.demo.refer_sets import REFER_SETS, write_refer_set  # noqa: E402
-from utils.demo.scene_texts import Query  # noqa: E402
-from utils.demo.scenes import Scene  # noqa: E402
-from utils.plotting import text_tables  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from utils.command_line.parser import Parser
+from utils.datasets.base import pick
+from utils.demo import scene_texts, scenes
+from utils.demo.files import Ledger, Sizes, labelme_polygons, streams, write_jpeg, write_json
+from utils.demo.other_sets import WRITERS, write_set
+from utils.demo.refer_sets import REFER_SETS, write_refer_set
+from utils.demo.scene_texts import Query
+from utils.demo.scenes import Scene
+from utils.plotting import text_tables
 
 # First digits of a hash of the generated data, without and with --all_types (tests/demo/test_make_demo_data.py).
 # Update them when the generated data change, so that data of an older version are rejected.
@@ -122,7 +123,7 @@ def write_reason_seg(root: Path, sizes: Sizes, ledger: Ledger) -> None:
 def _conversation(rng: np.random.Generator, scene: Scene) -> list[tuple[str, str]]:
     """Samples (question, answer) turns: a caption with probability 0.4, otherwise two to four short answers."""
     if rng.random() < 0.4:
-        request = scene_texts.CAPTION_REQUESTS[int(rng.integers(len(scene_texts.CAPTION_REQUESTS)))]
+        request = pick(scene_texts.CAPTION_REQUESTS, rng)
         return [(request, scene_texts.caption(scene, rng))]
     return scene_texts.questions(scene, rng)[: int(rng.integers(2, 5))]
 

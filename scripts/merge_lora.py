@@ -46,7 +46,6 @@ from utils.training.checkpoint import CheckpointError
 from utils.training.engine import build_model
 from utils.training.model_card import model_card
 
-MOVABLE = ("version", "vision_tower", "vision_pretrained")
 TOLERANCE = 1e-4  # relative to the largest value; rounding errors of a merge are about 1e-6
 
 
@@ -109,8 +108,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def initial_state(args: argparse.Namespace) -> tuple[nn.Module, UGroundProcessor, Config, dict[str, Any]]:
     """The state before training: base weights, and the new parts as the seed initializes them."""
-    paths = {f"--{name}": getattr(args, name) for name in MOVABLE}
-    flags = [part for flag, value in paths.items() if value for part in (flag, value)]
+    flags = [part for name, path in moved_paths(args).items() for part in (f"--{name}", path)]
     config = load_config(["--config", str(args.config), *flags])
     model, processor, loaded = build_model(config)
     meta = checkpoints.describe_settings(config, []) | checkpoints.describe_model(model, processor, loaded)
@@ -122,7 +120,8 @@ def trained_state(args: argparse.Namespace) -> tuple[nn.Module, UGroundProcessor
     checkpoint = choose_checkpoint(args.checkpoint, args.which)
     meta = checkpoints.read_meta(checkpoint)
     print(f"{checkpoint}: step {meta['step']}, {metrics_text(meta['metrics'])}")
-    config = config_of(meta, args)
+    meta["config"]["model"] |= moved_paths(args)  # the written folder names them too
+    config = config_from(meta["config"], checkpoints.META)
     model, processor = load_trained(checkpoint, meta, config)
     return model, processor, config, meta | {"checkpoint": str(checkpoint)}
 
@@ -145,12 +144,9 @@ def check_output(output: Path) -> None:
         )
 
 
-def config_of(meta: dict[str, Any], args: argparse.Namespace) -> Config:
-    """The run's configuration, with the new paths of base weights that have moved."""
-    moved = {name: getattr(args, name) for name in MOVABLE}
-    sections = meta["config"]
-    sections["model"] |= {name: value for name, value in moved.items() if value}
-    return config_from(sections, checkpoints.META)
+def moved_paths(args: argparse.Namespace) -> dict[str, str]:
+    """Setting -> new path, of base weights that have moved."""
+    return {name: path for name in ("version", "vision_tower", "vision_pretrained") if (path := getattr(args, name))}
 
 
 def load_trained(checkpoint: Path, meta: dict[str, Any], config: Config) -> tuple[nn.Module, UGroundProcessor]:
@@ -165,8 +161,7 @@ def load_trained(checkpoint: Path, meta: dict[str, Any], config: Config) -> tupl
         ("the special tokens", vars(processor.tokens), meta["tokens"]),
         ("the trainable parameters", checkpoints.trained_shapes(model), meta["trained"]),
     ):
-        if now != before:
-            names = sorted(name for name in now.keys() | before.keys() if now.get(name) != before.get(name))
+        if names := checkpoints.differing(now, before):
             raise CheckpointError(
                 f"{part} are not those that {checkpoint} was trained with: {', '.join(names[:5])} differ"
             )

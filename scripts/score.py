@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils.command_line.parser import Parser
 from utils.evaluation.benchmarks import PROTOCOLS, benchmark_of
-from utils.evaluation.panels import format_table
+from utils.evaluation.result_text import format_table
 from utils.evaluation.results import Summary, read_results, summarize
 from utils.inference import cli
 

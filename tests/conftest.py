@@ -16,9 +16,10 @@ import torch
 from PIL import Image
 from tiny_run import write_base
 
+from model.config import UGroundConfig
 from model.processing.processor import UGroundProcessor
 from model.structures import Sample, Turn
-from model.UGround import UGroundConfig, UGroundForCausalLM
+from model.UGround import UGroundForCausalLM
 from scripts import make_demo_data
 from utils import distributed
 from utils.demo.tiny_model import clip_config, llama_settings, sam_shape, train_tokenizer

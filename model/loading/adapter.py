@@ -18,12 +18,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from model.loading.weights import NEW_PARTS, Loaded, base_fingerprints
-from model.settings import METHOD_FIELDS
+from model.loading.weights import NEW_PARTS, Loaded, base_fingerprints, path_setting
+from model.settings import METHOD_FIELDS, method_of
 
 META = "uground_run.json"
 PARTS, LORA = "trained_parts.safetensors", "adapter_model.safetensors"
-BASES = {"vision_tower": "vision_tower", "visual_model": "vision_pretrained"}  # module -> setting; others: version
 OTHER_SECTIONS = ("model", "data", "train", "eval")  # sections of a run's settings that are not the method's
 WHERE = "Say where its base is with --base (LLaVA), --vision_tower (CLIP), --vision_pretrained (SAM)"
 
@@ -54,7 +53,7 @@ def save(model: nn.Module, folder: Path, dtype: torch.dtype) -> None:
     save_file(parts, folder / PARTS)
 
 
-def method_of(folder: Path, meta: dict[str, Any]) -> dict[str, Any]:
+def settings_of(folder: Path, meta: dict[str, Any]) -> dict[str, Any]:
     """The settings of ``UGroundConfig`` that an adapter was trained with.
 
     Args:
@@ -68,9 +67,7 @@ def method_of(folder: Path, meta: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(
             f"--version: {folder / META}: unknown setting {', '.join(unknown)}; was it written by newer code?"
         )
-    method = {key: value for values in sections.values() for key, value in values.items()}
-    validated_with = meta["config"]["eval"]["val_layer_policy"]
-    return method | {"policy_seed": meta["config"]["train"]["seed"], "eval_layer_policy": validated_with or None}
+    return method_of({key: value for values in meta["config"].values() for key, value in values.items()})
 
 
 def check_base(folder: Path, meta: dict[str, Any], loaded: list[Loaded]) -> None:
@@ -84,7 +81,7 @@ def check_base(folder: Path, meta: dict[str, Any], loaded: list[Loaded]) -> None
     differing = [name for name, trained_on in meta["base"].items() if fingerprints.get(name) != trained_on]
     if differing:
         lines = [
-            f"\n  {name}: {sources.get(name)} has {fingerprints.get(name)}, {paths[BASES.get(name, 'version')]} had "
+            f"\n  {name}: {sources.get(name)} has {fingerprints.get(name)}, {paths[path_setting(name)]} had "
             f"{meta['base'][name]}"
             for name in differing
         ]

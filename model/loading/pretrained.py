@@ -19,6 +19,7 @@ from model.loading.weights import (
     grow_vocabulary,
     load_base,
     load_released,
+    misfits,
     read_config,
     run_of,
 )
@@ -99,7 +100,7 @@ def load(
     weights_fingerprint = fingerprint(model.state_dict().values())  # before layers are quantized or offloaded
     place(model, device, quantize, device_map)
     precision_text = ", ".join(filter(None, (precision, quantize)))
-    return Opened(model.eval(), processor, device, precision_text, weights_fingerprint, kind, str(folder), sources)
+    return Opened(model.eval(), processor, device, precision_text, weights_fingerprint, str(folder), sources)
 
 
 def _load_merged(folder: Path, precision: str, paths: dict[str, str]) -> Parts:
@@ -112,11 +113,8 @@ def _load_merged(folder: Path, precision: str, paths: dict[str, str]) -> Parts:
         ignore_mismatched_sizes=True,  # reported below
     )
     model, info = loaded  # transformers' annotation lacks the pair
-    problems = {
-        kind: sorted(info[kind]) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[kind]
-    }
-    if problems:
-        raise ValueError(f"--version: the weights in {folder} do not fit: {problems}")
+    if problems := misfits(info["missing_keys"], info["unexpected_keys"], info["mismatched_keys"]):
+        raise ValueError(f"--version: the weights in {folder} do not fit: {'; '.join(problems)}")
     for name, in_config, in_processor in (
         ("[SEG]", model.config.seg_token_id, processor.tokens.seg),
         ("[REJ]", model.config.rej_token_id, processor.tokens.rej),
@@ -137,7 +135,7 @@ def _load_adapter(folder: Path, precision: str, paths: dict[str, str]) -> Parts:
         raise ValueError(
             f"--version: the base of the adapter {folder} is not here: {', '.join(missing)}. {adapter.WHERE}"
         )
-    model, _, rows = load_for_training(*base, settings["precision"], adapter.method_of(folder, meta))
+    model, _, rows = load_for_training(*base, settings["precision"], adapter.settings_of(folder, meta))
     adapter.check_base(folder, meta, rows)
     adapter.apply(model, folder, meta)
     cast_parameters(model, precision)
@@ -163,7 +161,7 @@ def _load_released(folder: Path, precision: str, paths: dict[str, str]) -> Parts
     tokenizer.add_tokens([IMAGE], special_tokens=True)  # placeholder of image features; it has no embedding
     ids = token_ids(tokenizer, f"--version: the tokenizer of {folder}")
     settings = {"seg_token_id": ids.seg, "rej_token_id": ids.rej, "eos_token_id": ids.eos, "pad_token_id": ids.pad}
-    model, rows = load_released(folder, vision_tower, PRECISIONS[precision], settings)
+    model, sources = load_released(folder, raw_config, release, vision_tower, PRECISIONS[precision], settings)
     config = model.config
     if (largest := max(ids.seg, ids.rej or 0, ids.im_start, ids.im_end)) >= config.vocab_size:
         raise ValueError(
@@ -172,7 +170,7 @@ def _load_released(folder: Path, precision: str, paths: dict[str, str]) -> Parts
         )
     sides = config.clip_side, config.clip_patch, model.visual_model.shape.image_size
     processor = UGroundProcessor(tokenizer, *sides, release.system_prompt, clip_fit=config.clip_fit)
-    return model, processor, {row.module: row.source for row in rows}
+    return model, processor, sources
 
 
 LOADERS: dict[Kind, Callable[[Path, str, dict[str, str]], Parts]] = {
@@ -204,6 +202,7 @@ def load_for_training(
     Raises:
         ValueError: for wrong paths, weights that do not fit, or a tokenizer without the special tokens.
     """
+    transformers_logging.disable_progress_bar()  # clutters output that goes to a file
     model, rows = load_base(version, vision_tower, vision_pretrained, PRECISIONS[precision], settings or {})
     tokenizer = load_tokenizer(version)
     old_size = len(tokenizer)

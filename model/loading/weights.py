@@ -17,9 +17,10 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.utils import logging as transformers_logging
 
+from model.config import UGroundConfig
 from model.loading import formats
-from model.sam import SamShape
-from model.UGround import UGroundConfig, UGroundForCausalLM
+from model.sam import SamShape, SegmentAnything
+from model.UGround import UGroundForCausalLM
 
 LLAVA_TYPES = ("llava", "llava_llama", "llava_next")
 WEIGHT_FILES = (
@@ -157,11 +158,9 @@ def load_strictly(module: nn.Module, state: dict[str, torch.Tensor], source: str
         for key in sorted(own.keys() & state.keys())
         if own[key].shape != state[key].shape
     ]
-    problems = [("missing", missing), ("unexpected", unexpected), ("of another shape", shapes)]
-    lines = [f"  {len(keys)} {kind}: {_some(keys)}" for kind, keys in problems if keys]
-    if lines:
-        cause = _cause(own.keys(), missing, unexpected, shapes)
-        raise ValueError(f"the weights of {source} do not fit {type(module).__name__} ({cause}):\n" + "\n".join(lines))
+    if problems := misfits(missing, unexpected, shapes):
+        cause, lines = _cause(own.keys(), missing, unexpected, shapes), "\n  ".join(problems)
+        raise ValueError(f"the weights of {source} do not fit {type(module).__name__} ({cause}):\n  {lines}")
     for key in state:
         state[key] = state[key].to(own[key].dtype)
     module.load_state_dict(state, strict=False, assign=True)
@@ -182,8 +181,14 @@ def _cause(own: Collection[str], missing: list[str], unexpected: list[str], shap
     return "another architecture or version"
 
 
-def _some(names: list[str], most: int = 6) -> str:
-    return ", ".join(names[:most]) + (f", and {len(names) - most} more" if len(names) > most else "")
+def misfits(missing: Iterable[Any], unexpected: Iterable[Any], mismatched: Iterable[Any], most: int = 6) -> list[str]:
+    """The keys that do not fit, such as ``2 missing: a, b``, a text per kind that has any."""
+    texts = []
+    for kind, keys in (("missing", missing), ("unexpected", unexpected), ("of another shape", mismatched)):
+        if names := sorted(map(str, keys)):
+            more = f", and {len(names) - most} more" if len(names) > most else ""
+            texts.append(f"{len(names)} {kind}: {', '.join(names[:most])}{more}")
+    return texts
 
 
 def fingerprint(tensors: Iterable[torch.Tensor], most: int = 4096) -> str:
@@ -195,6 +200,11 @@ def fingerprint(tensors: Iterable[torch.Tensor], most: int = 4096) -> str:
         digest.update(str(tuple(tensor.shape)).encode())
         digest.update(flat[::step].float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def path_setting(module: str) -> str:
+    """The setting that names the files of a module's base weights."""
+    return {"vision_tower": "vision_tower", "visual_model": "vision_pretrained"}.get(module, "version")
 
 
 def report(model: nn.Module, sources: dict[str, str]) -> list[Loaded]:
@@ -222,7 +232,7 @@ def read_sam(path: str) -> tuple[dict[str, torch.Tensor], SamShape]:
     state = formats.sam_renamed(read_folder(folder)) if folder.is_dir() else read_torch_file(folder)
     try:
         return state, SamShape.from_state_dict(state)
-    except (KeyError, StopIteration, IndexError) as error:
+    except (KeyError, IndexError) as error:
         raise ValueError(f"--vision_pretrained: {path} is no segment-anything checkpoint (no {error})") from error
 
 
@@ -275,7 +285,6 @@ def new_model(config: UGroundConfig, dtype: torch.dtype) -> UGroundForCausalLM:
             for module in part.modules():
                 if isinstance(module, nn.Linear):
                     module.reset_parameters()
-        nn.init.zeros_(model.ppm.gate)
     finally:
         torch.set_default_dtype(default)
     return model
@@ -300,11 +309,7 @@ def read_tower(folder: str | Path) -> dict[str, torch.Tensor]:
         transformers_logging.set_verbosity(level)
     tower, info = loaded  # transformers' annotation lacks the pair
     unexpected = [key for key in info["unexpected_keys"] if not key.startswith(CLIP_TEXT_KEYS)]
-    misfits = {"missing": info["missing_keys"], "unexpected": unexpected, "of another shape": info["mismatched_keys"]}
-    problems = [
-        f"{len(keys)} {kind} ({', '.join(map(str, sorted(keys)[:5]))})" for kind, keys in misfits.items() if keys
-    ]
-    if problems:
+    if problems := misfits(info["missing_keys"], unexpected, info["mismatched_keys"]):
         raise ValueError(
             f"--vision_tower: the weights in {folder} are not those of its config.json: {'; '.join(problems)}. "
             "Is the download complete, and is it a CLIP?"
@@ -341,30 +346,26 @@ def load_base(
 
 
 def load_released(
-    folder: str | Path, vision_tower: str | Path, dtype: torch.dtype, settings: dict
-) -> tuple[UGroundForCausalLM, list[Loaded]]:
+    folder: Path, raw: dict, release: formats.Release, vision_tower: str | Path, dtype: torch.dtype, settings: dict
+) -> tuple[UGroundForCausalLM, dict[str, str]]:
     """Builds the model of a checkpoint published by the authors of UGround or a related method (``formats.RELEASES``).
 
     The checkpoint has keys of its own and contains SAM; CLIP is in a separate folder.
 
     Args:
+        raw: the folder's ``config.json``; release: its method (``release_of``).
         settings: of ``UGroundConfig``; they override those that reproduce the release.
 
     Returns:
-        the model and the rows of the loading report.
+        the model, and module -> source of its weights.
 
     Raises:
-        ValueError: if the architecture is unknown, a file is missing, or weights do not fit.
+        ValueError: if a file is missing, or weights do not fit.
     """
-    folder = Path(folder)
-    raw = read_config(folder, "--version")
-    release = formats.release_of(raw)
-    if release is None:
-        raise ValueError(f"--version: {folder} names no known architecture ({', '.join(formats.RELEASES)})")
     state = formats.renamed(read_folder(folder), formats.LLAVA)
     try:
         shape = SamShape.from_state_dict(formats.below(state, "visual_model."))
-    except KeyError as error:
+    except (KeyError, IndexError) as error:
         wrapped = any(key.startswith("base_model.") for key in state)
         hint = ": an adapter that was not merged; merge it with its own code" if wrapped else ""
         raise ValueError(f"--version: {folder} holds no SAM (no {error}){hint}") from error
@@ -375,7 +376,7 @@ def load_released(
         sources["vision_tower"] = str(vision_tower)
     state = read_tower(vision_tower) | state
     load_strictly(model, state, str(folder), new=release.absent)
-    return model.eval(), report(model, sources)
+    return model.eval(), sources
 
 
 def grow_vocabulary(model: UGroundForCausalLM, old_size: int, size: int) -> None:
@@ -396,3 +397,19 @@ def grow_vocabulary(model: UGroundForCausalLM, old_size: int, size: int) -> None
 def base_fingerprints(loaded: Iterable[Loaded]) -> dict[str, str]:
     """Module -> fingerprint of its base weights, without the parts that are trained from scratch."""
     return {row.module: row.fingerprint for row in loaded if row.source != "new"}
+
+
+def load_original_sam(path: str, model: UGroundForCausalLM) -> SegmentAnything:
+    """Loads the SAM that a checkpoint was trained from.
+
+    Raises:
+        ValueError: if its image encoder, which training never changes, is not the checkpoint's.
+    """
+    state, shape = read_sam(path)
+    sam = SegmentAnything(shape)
+    load_strictly(sam, state, path)
+    sam = sam.to(model.device, model.dtype).eval()
+    trained, original = (each.image_encoder.state_dict() for each in (model.visual_model, sam))
+    if trained.keys() != original.keys() or any(not torch.equal(trained[name], original[name]) for name in trained):
+        raise ValueError(f"--sam {path}: its image encoder is not the checkpoint's; give the SAM it was trained from")
+    return sam

@@ -19,6 +19,7 @@ class PackedSequence:
 
     Attributes:
         image: [H, W, 3] uint8, RGB.
+        conversations: their token ids and labels, without the prefix.
         masks: [N, H, W] uint8, one per ``[SEG]`` in the labels, or none.
         sample_id: index of the sample in the mixture.
     """

@@ -36,8 +36,8 @@ class UGroundProcessor:
         hash_images: whether batches have ``image_keys``, for the cache of SAM's features.
 
     Raises:
-        ValueError: if ``clip_side`` is not a multiple of ``clip_patch``, ``clip_fit`` is unknown, or the tokenizer does
-            not fit (``token_ids``, ``PromptBuilder``).
+        ValueError: if ``clip_side`` is not a multiple of ``clip_patch``, ``clip_fit`` is unknown, the tokenizer does
+            not fit (``token_ids``, ``PromptBuilder``), or ``max_tokens`` leaves no room beside the prefix.
     """
 
     def __init__(
@@ -60,15 +60,20 @@ class UGroundProcessor:
         self.builder = PromptBuilder(tokenizer, (clip_side // clip_patch) ** 2, system_prompt)
         self.max_tokens, self.clip_fit = max_tokens, clip_fit
         self.hash_images = False
+        if self.room < 1:
+            raise ValueError(
+                f"the image and the beginning of the prompt take {len(self.builder.prefix_ids)} tokens, and rows have "
+                f"at most {max_tokens}; raise --model_max_length (training) or max_tokens in {PROCESSOR_FILE}"
+            )
 
     @property
-    def num_image_tokens(self) -> int:
-        """P, the number of image placeholders."""
-        return self.builder.num_image_tokens
+    def room(self) -> int:
+        """Longest conversation beside the prefix, in tokens."""
+        return self.max_tokens - len(self.builder.prefix_ids)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, **overrides) -> UGroundProcessor:
-        """The processor that ``save_pretrained`` wrote to a folder; ``overrides`` replace its settings.
+    def from_pretrained(cls, folder: str | Path) -> UGroundProcessor:
+        """The processor that ``save_pretrained`` wrote to a folder.
 
         Raises:
             ValueError: if the folder has no ``uground_processor.json``.
@@ -78,8 +83,7 @@ class UGroundProcessor:
             raise ValueError(
                 f"{folder} is no UGround folder: it has no {PROCESSOR_FILE} (scripts/merge_lora.py writes one)"
             )
-        settings = json.loads(path.read_text()) | overrides
-        return cls(load_tokenizer(folder), **settings)
+        return cls(load_tokenizer(folder), **json.loads(path.read_text()))
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes the tokenizer's files and ``uground_processor.json``."""
@@ -107,7 +111,7 @@ class UGroundProcessor:
             segs = sum(c.labels.count(self.tokens.seg) for c in conversations)
             if segs != len(sample.masks):
                 raise ValueError(f"{sample.source}: {segs} [SEG] in the answers but {len(sample.masks)} masks")
-            rows.append(truncate(row, self.max_tokens - len(self.builder.prefix_ids), self.tokens.seg))
+            rows.append(truncate(row, self.room, self.tokens.seg))
         return self._collate(rows)
 
     def prompts(
@@ -133,21 +137,17 @@ class UGroundProcessor:
                 "some turns have an answer and some have none: give all answers (teacher forced), or leave all to the "
                 "model"
             )
-        rows, room = [], self.max_tokens - len(self.builder.prefix_ids)
-        if room < 1:
-            raise ValueError(
-                f"the image and the beginning of the prompt take {len(self.builder.prefix_ids)} tokens, and rows have "
-                f"at most {self.max_tokens}; raise --model_max_length (training) or max_tokens in {PROCESSOR_FILE}"
-            )
+        rows = []
         for i, (image, image_turns) in enumerate(zip(images, turns, strict=True)):
             if not image_turns:
                 raise ValueError(f"image {i} has no question")
             conversations = [self.builder.encode((turn,)) for turn in image_turns]
             for turn, conversation in zip(image_turns, conversations):
-                if len(conversation.ids) > room:
+                if len(conversation.ids) > self.room:
                     raise ValueError(
                         f"the question {turn.question[:60]!r} takes {len(conversation.ids)} tokens with its answer, "
-                        f"{room} fit beside the image; ask for less at a time, or raise max_tokens in {PROCESSOR_FILE}"
+                        f"{self.room} fit beside the image; ask for less at a time, or raise max_tokens in "
+                        f"{PROCESSOR_FILE}"
                     )
             no_masks = np.zeros((0, *image.shape[:2]), dtype=np.uint8)
             sample_id = sample_ids[i] if sample_ids is not None else i

@@ -39,13 +39,12 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(folder)
 
 
-def add_special_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Adds the special tokens that the tokenizer lacks, and a padding token; returns the number of tokens added."""
+def add_special_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Adds the special tokens that the tokenizer lacks, and a padding token."""
     missing = [token for token in SPECIAL_TOKENS if token not in tokenizer.get_vocab()]
-    added = tokenizer.add_tokens(missing, special_tokens=True)
+    tokenizer.add_tokens(missing, special_tokens=True)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
-    return added
 
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, where: str = "the tokenizer") -> TokenIds:

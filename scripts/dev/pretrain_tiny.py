@@ -44,7 +44,6 @@ from model.processing.processor import UGroundProcessor
 from model.sam import SegmentAnything
 from model.structures import Batch
 from utils.command_line.parser import Parser
-from utils.datasets.templates import template_corpus
 from utils.demo import scene_texts, tiny_model
 from utils.demo.muon import Muon
 from utils.demo.pretrain_batches import (
@@ -299,7 +298,7 @@ def make_tokenizer(folder: Path, seed: int) -> PreTrainedTokenizerFast:
     if (folder / "tokenizer.json").is_file():
         return PreTrainedTokenizerFast.from_pretrained(folder)
     rng = np.random.default_rng([seed, STREAM["tokenizer"]])
-    texts = [*scene_texts.corpus(rng, 1000), *list(template_corpus()) * 500, "USER: ASSISTANT:" * 5000]
+    texts = [*scene_texts.corpus(rng, 1000), *list(tiny_model.template_corpus()) * 500, "USER: ASSISTANT:" * 5000]
     texts += [f" {text}" for text in texts]  # a word is another token at the start of a line than after a space
     texts += [f" {word}" for values in ATTRIBUTES.values() for word in values] * 5000
     tokenizer = tiny_model.train_tokenizer(texts)

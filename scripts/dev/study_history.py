@@ -33,9 +33,7 @@ from utils.plotting import text_tables
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
     specs = Spec.parse_list(args.val_dataset)
-    datasets = [
-        get_eval_dataset(spec, args.dataset_dir) for spec in specs
-    ]  # an invalid one fails before the model is loaded
+    datasets = [get_eval_dataset(spec, args.dataset_dir) for spec in specs]  # a typo fails before the model is loaded
     opened = cli.open_model(args)
     for dataset in datasets:
         benchmark = benchmark_of(dataset.spec)
@@ -57,12 +55,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     cli.add_model_flags(parser)
     add("--dataset_dir", required=True, metavar="DIR", help="folder that holds refer_seg/, reason_seg/, ...")
     add("--val_dataset", required=True, metavar="SPEC", help='"grefcoco|unc|val"; several joined by "||"')
-    add("--limit", type=int, default=100, metavar="N", help="the first N images (default: 100)")
-    add("--questions", type=int, default=4, metavar="K", help="the first K of each image (default: 4)")
-    args = parser.parse_args(argv)
-    if args.limit < 1 or args.questions < 2:
-        parser.error("--limit must be at least 1, --questions at least 2")
-    return args
+    add("--limit", type=cli.whole(1), default=100, metavar="N", help="the first N images (default: 100)")
+    add("--questions", type=cli.whole(2), default=4, metavar="K", help="the first K of each image (default: 4)")
+    return parser.parse_args(argv)
 
 
 def later_answers(

@@ -105,7 +105,7 @@ def compute_rewards(model, processor, config: Config, steps: int) -> list[Reward
     for step in range(steps):
         batch = processor.collate([mixture[step * size + k] for k in range(size)]).to(model.device)
         output, valid = model.forward_language(batch)
-        states = torch.stack([layer.flatten(0, 1)[batch.seg_positions] for layer in output.hidden], 1)
+        states = output.at(batch.seg_positions)
         counts = [len(masks) for masks in batch.masks]
         grounding = model.ground(output.hidden, states, batch.seg_rows, counts, batch.image_start, StochasticSkip())
         maps, objective = model.normalised(grounding.scores, valid[batch.seg_rows][:, None]), model.objective

@@ -293,6 +293,8 @@ def test_flags_are_checked(capsys, tmp_path):
         (["--queue", "0"], "--queue"),
         (["--max_megapixels", "-1"], "--max_megapixels"),
         (["--quantize", "8bit"], "--version"),
+        (["--base", "llava"], "--base need --version"),
+        (["--vision_pretrained", "sam.pth"], "--vision_pretrained need --version"),
     ):
         with pytest.raises(SystemExit) as caught:
             app.parse_arguments(flags)

@@ -21,7 +21,7 @@ from utils.datasets.base import check_sample, read_json
 from utils.datasets.images import read_image
 from utils.datasets.masks import decode_segmentation
 from utils.datasets.reason_seg import rasterize_polygons
-from utils.datasets.refer_api import read_pickle
+from utils.datasets.safe_pickle import read_pickle
 from utils.datasets.templates import (
     ANSWERS,
     QUESTIONS,
@@ -29,8 +29,8 @@ from utils.datasets.templates import (
     enumerate_words,
     eval_joint_turn,
     eval_turn,
-    template_corpus,
 )
+from utils.demo.tiny_model import template_corpus
 
 
 def write_reason(

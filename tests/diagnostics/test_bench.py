@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import cProfile
 import json
+import pstats
 import queue
 import re
 import sys
@@ -12,12 +14,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from model.structures import Turn
 from scripts import bench, make_demo_data
 from utils.datasets import get_train_dataset, records
 from utils.datasets.records import CACHE_VARIABLE, MappedRecords
-from utils.diagnostics import benchmark
+from utils.demo.tiny_model import llama_settings
+from utils.diagnostics import benchmark, memory_model
 from utils.inference import cli
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,8 +40,8 @@ def test_generated_files_are_what_the_readers_read(tmp_path: Path) -> None:
     }
     assert 100 <= refs.describe()["expressions"] <= 150
     assert parts.describe() == {"images": 8, "masks": 80, "unusable": 0}
-    index = refs.split.index
-    assert index.mask(index.images[0], index.refs(index.images[0])[0]).sum() > 5000
+    split = refs.split
+    assert split.mask(split.images[0], split.refs(split.images[0])[0]).sum() > 5000
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
@@ -53,7 +57,7 @@ def test_measure_start_reports_seconds_and_memory(tmp_path: Path, monkeypatch: p
         assert seconds > 0
         assert bench.MB < after.private < after.resident <= peak + 50 * bench.MB
         assert after.private - before.private < 20 * bench.MB
-    assert isinstance(get_train_dataset("refcoco", tmp_path).split.index.images, MappedRecords)
+    assert isinstance(get_train_dataset("refcoco", tmp_path).split.images, MappedRecords)
 
 
 def test_loader_reports_time_by_stage(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -83,6 +87,26 @@ def test_stages_name_functions_that_exist() -> None:
             assert f"def {function}(" in path.read_text(), (file, function)
 
 
+def test_stages_count_nothing_twice(tmp_path: Path) -> None:
+    """No function of a stage runs inside another one: their cumulative times would overlap."""
+    bench.write_parts(tmp_path, annotations=20, rng=np.random.default_rng(0))
+    for image in tmp_path.rglob("*.jpg"):
+        Image.new("RGB", (640, 480)).save(image)
+    dataset = get_train_dataset("paco_lvis", tmp_path)
+    profile = cProfile.Profile()
+    profile.runcall(dataset.sample, 0, np.random.default_rng(0))
+    stats = pstats.Stats(profile).stats  # type: ignore[attr-defined]
+    listed = {function for functions in bench.STAGES.values() for function in functions}
+    timed = {key for key in stats if (Path(key[0]).name, key[2]) in listed}
+    assert {"decode_segmentation", "read_image"} <= {name for _, _, name in timed}
+    for function in timed:
+        above, callers = set(), set(stats[function][4])
+        while callers:
+            above |= callers
+            callers = {caller for each in callers for caller in stats[each][4]} - above
+        assert not above & timed, function
+
+
 SMALL = replace(benchmark.PRESETS["tiny"], llama={"width": 32, "layers": 3, "heads": 2}, size=(48, 64), batch=1)
 
 
@@ -105,6 +129,16 @@ def test_the_model_benchmark_writes_all_that_it_measures(
     whole = parts.pop("whole step without data")
     assert parts.pop("SAM encoder, an image") > 0
     assert sum(parts.values()) - parts["data"] == pytest.approx(whole, rel=0.2)
+
+
+@pytest.mark.parametrize("name", ["7b", "13b"])
+def test_large_presets_have_the_shapes_of_the_memory_table(name: str) -> None:
+    preset, shape = benchmark.PRESETS[name], memory_model.preset(name)
+    settings = llama_settings(memory_model.VOCABULARY, **preset.llama)
+    for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"):
+        assert settings[key] == getattr(shape, key), key
+    assert (preset.clip.hidden_size, preset.clip.num_hidden_layers, preset.clip.intermediate_size) == (1024, 24, 4096)
+    assert preset.sam.to_dict() == shape.sam_config
 
 
 def test_large_presets_need_a_gpu(capsys: pytest.CaptureFixture) -> None:

@@ -90,6 +90,8 @@ def test_broken_installations_are_named(capsys, monkeypatch):
     assert "scipy is not installed" in lines[1]
     assert "torchvision fails: RuntimeError: operator torchvision::nms does not exist -> torch and" in lines[2]
     assert "skipped  everything else -> fix the installation first" in page
+    [imported] = [line for line in page.splitlines() if "imported" in line]
+    assert "torch, transformers, " in imported
 
 
 def test_a_gpu_that_torch_cannot_use_is_a_problem(monkeypatch):

@@ -10,12 +10,13 @@ import torch
 from PIL import Image
 
 from model.loading import pretrained
+from model.loading.weights import load_original_sam
 from model.structures import EvalQuery, EvalSample, Prompts, Turn
 from utils.datasets.spec import Spec
 from utils.evaluation import metrics
 from utils.evaluation.benchmarks import BENCHMARKS
 from utils.evaluation.engine import RunOptions, evaluate
-from utils.evaluation.layer_analysis import THRESHOLDS, LayerAnalyzer, best_threshold, load_original_sam
+from utils.evaluation.layer_analysis import THRESHOLDS, LayerAnalyzer, best_threshold
 from utils.evaluation.predictions import InferenceOptions, predict_queries
 from utils.inference import cli
 

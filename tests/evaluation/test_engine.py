@@ -17,8 +17,9 @@ from utils.evaluation import metrics
 from utils.evaluation.benchmarks import BENCHMARKS
 from utils.evaluation.controls import ShuffledPrompts, query_agnostic_baselines
 from utils.evaluation.engine import RunOptions, evaluate
-from utils.evaluation.panels import format_table, panels
+from utils.evaluation.panels import panels
 from utils.evaluation.predictions import InferenceOptions
+from utils.evaluation.result_text import format_table
 from utils.evaluation.results import Journal, Summary, read_results, summarize
 
 SHAPE = (20, 30)

@@ -8,12 +8,12 @@ import torch
 from answering import NEAR, read_anew, says_seg_often
 from conftest import assert_same_masks, drawn_sample
 
+from model.config import UGroundConfig
 from model.geometry import maps_at
 from model.lora import add_lora, parameters_by_part
 from model.opened import predict
 from model.processing.processor import UGroundProcessor
 from model.structures import Sample, Turn
-from model.UGround import UGroundConfig
 
 
 def separate_rows(sample: Sample) -> list[Sample]:
@@ -334,6 +334,15 @@ def test_a_question_that_is_too_long_is_refused_not_truncated(tiny_tokenizer):
             processor.prompts([image], [[Turn("where is the red star " * 20, answer)]])
 
 
+@pytest.mark.parametrize("room", [-320, 0])
+def test_a_length_that_leaves_no_room_beside_the_image_is_refused(tiny_processor, room):
+    """``--model_max_length 300`` with 576 image tokens: training would see rows without a conversation."""
+    prefix = tiny_processor.max_tokens - tiny_processor.room
+    sides = tiny_processor.clip_side, tiny_processor.clip_patch, tiny_processor.sam_side
+    with pytest.raises(ValueError, match=rf"take {prefix} tokens, .* at most {prefix + room}; raise --model_max_len"):
+        UGroundProcessor(tiny_processor.tokenizer, *sides, system_prompt="", max_tokens=prefix + room)
+
+
 def test_turns_with_and_without_an_answer_make_no_batch(tiny_processor):
     image = drawn_sample(0).image
     with pytest.raises(ValueError, match=r"give all answers \(teacher forced\), or leave all to the model"):
@@ -372,3 +381,23 @@ def test_a_sample_needs_a_mask_per_seg(tiny_processor, tiny_samples):
     sample = replace(tiny_samples[0], masks=tiny_samples[0].masks[1:])
     with pytest.raises(ValueError, match=rf"{sample.source}: 3 \[SEG\] in the answers but 2 masks"):
         tiny_processor.collate([sample])
+
+
+def test_training_in_full_is_told_once_with_the_number_of_parameters(make_model, tiny_processor, caplog):
+    batch = tiny_processor.collate([drawn_sample(0)])
+    model = make_model()
+    model.eval()(batch)
+    assert not caplog.messages
+    for _ in range(2):
+        model.train()(batch)
+    [message] = caplog.messages
+    assert message.startswith(f"{sum(p.numel() for p in model.parameters()):,} parameters train")
+    assert "add_lora" in message
+
+
+@pytest.mark.parametrize("r", [0, 2])
+def test_training_with_add_lora_is_told_nothing(r, make_model, tiny_processor, caplog):
+    model = add_lora(make_model(), r).train()
+    model(batch=tiny_processor.collate([drawn_sample(0)]))
+    assert not caplog.messages
+    assert parameters_by_part(model)["llama"][1] == 0

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from tiny_run import ROOT, environment
 
 import model as package
@@ -58,6 +59,16 @@ def test_folders_without_a_model_are_refused(folder, message):
         load(WRITTEN / folder)
 
 
+def test_weights_of_a_merged_folder_that_do_not_fit_are_counted_and_some_named(tmp_path):
+    shutil.copytree(WRITTEN / "merged", tmp_path / "merged")
+    path = tmp_path / "merged/model.safetensors"
+    state = load_file(path)
+    removed = sorted(key for key in state if key.startswith("mask", len("visual_model.")))[:9]
+    save_file({key: state[key] for key in state.keys() - removed}, path, {"format": "pt"})
+    with pytest.raises(ValueError, match=rf"do not fit: 9 missing: {removed[0]}, .*, and 3 more$"):
+        load(tmp_path / "merged", "fp32", "cpu")
+
+
 def test_an_unknown_precision_is_refused():
     with pytest.raises(ValueError, match="--precision fp8 is unknown; use auto, fp32, bf16, fp16"):
         load(WRITTEN / "merged", "fp8")
@@ -90,6 +101,15 @@ def test_settings_of_an_adapter_that_are_unknown_are_named(tmp_path, monkeypatch
     monkeypatch.chdir(WRITTEN)
     with pytest.raises(ValueError, match=rf"uground_run.json: unknown setting {section}\.{key}"):
         load(tmp_path / "adapter")
+
+
+def test_a_question_that_fails_leaves_a_model_in_training(tiny_model, tiny_processor):
+    tiny_model.train()
+    image = np.zeros((8, 8, 3), np.uint8)
+    for turn, options in ((Turn(" "), {}), (Turn("star"), {"layer_policy": "best"})):
+        with pytest.raises(ValueError, match=r"empty|unknown layer rule"):
+            predict(tiny_model, tiny_processor, [image], [[turn]], **options)
+        assert tiny_model.training
 
 
 def test_an_adapter_uses_the_layer_rule_of_validation(tmp_path, monkeypatch):

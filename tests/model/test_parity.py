@@ -16,14 +16,16 @@ import pytest
 import torch
 
 from model import losses
+from model.config import UGroundConfig
 from model.geometry import mask_prompts
 from model.layer_rules import LastLayer
-from model.loading.weights import load_released
-from model.PPM import PolicyPromptedMasking, similarity_of_all_layers
+from model.loading.formats import release_of
+from model.loading.weights import load_released, read_config
+from model.PPM import Grounding, PolicyPromptedMasking, similarity_of_all_layers
 from model.processing.collate import PackedSequence, collate_rows
 from model.processing.conversation import EncodedConversation
 from model.structures import IGNORE_LABEL, Batch
-from model.UGround import Grounding, UGroundConfig, UGroundForCausalLM
+from model.UGround import UGroundForCausalLM
 
 GOLDENS = Path(__file__).resolve().parents[3] / "shared" / "goldens"
 pytestmark = pytest.mark.skipif(not GOLDENS.is_dir(), reason="needs ../shared/goldens")
@@ -63,7 +65,9 @@ def checkpoint():
 def load(**settings) -> UGroundForCausalLM:
     ids = json.loads((GOLDENS / "index.json").read_text())["special_ids"]
     tokens = {"seg_token_id": ids["seg"], "rej_token_id": ids["rej"]}
-    model, _ = load_released(GOLDENS / "checkpoint", GOLDENS / "clip", torch.float32, tokens | settings)
+    folder = GOLDENS / "checkpoint"
+    raw = read_config(folder, "--version")
+    model, _ = load_released(folder, raw, release_of(raw), GOLDENS / "clip", torch.float32, tokens | settings)
     return model
 
 

@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import nn
 
+from model.config import UGroundConfig
 from model.loading import placement
 from model.opened import predict
 from model.structures import Turn
-from model.UGround import UGroundConfig, UGroundForCausalLM
+from model.UGround import UGroundForCausalLM
 from utils.demo.tiny_model import clip_config, llama_settings, sam_shape
 
 TURNS = [[Turn("where is the red star", "it is [SEG]."), Turn("circle", "[SEG] and [SEG]")]]

@@ -157,7 +157,7 @@ def test_eight_questions_encode_the_image_once(make_model, tiny_processor, monke
     assert sum(len(prediction.mask_logits) for prediction in predictions) > 1
     assert images == [1, 1]
     prefix = len(tiny_processor.builder.prefix_ids)
-    assert prefix > tiny_processor.num_image_tokens
+    assert prefix > tiny_processor.builder.num_image_tokens
     alone = [tiny_processor.prompts([drawn_sample(3).image], [[turn]]) for turn in turns]
     assert widths[0] == prefix + sum(batch.input_ids.shape[1] - prefix for batch in alone)
     assert len(widths) == 1 if has_answers else max(widths[1:]) < prefix

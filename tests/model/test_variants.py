@@ -7,13 +7,13 @@ import torch
 from conftest import assert_same_masks, drawn_sample
 
 from model import losses
-from model.geometry import on_grid
+from model.config import UGroundConfig
+from model.geometry import maps_at, on_grid
 from model.lora import add_lora
 from model.opened import predict
 from model.points import map_points
 from model.PPM import fuse_layers
 from model.structures import Turn
-from model.UGround import UGroundConfig
 
 NEAR = {"rtol": 2e-4, "atol": 2e-5}
 TURNS = [[Turn("star", "it is [SEG]."), Turn("circle", "[SEG] and [SEG]")]]
@@ -132,6 +132,27 @@ def test_masks_on_the_grid_exclude_padding_and_ignored_pixels():
     values, share = on_grid(mask, valid, side=40, grid=(4, 4))
     assert values[0].tolist() == [[0, 0, 0, 0], [1, 1, 0, 0], [0] * 4, [0] * 4]
     assert share[0].tolist() == [[0, 0, 1, 1], [1, 1, 1, 1], [0] * 4, [0] * 4]
+
+
+@pytest.mark.parametrize("size", [(80, 40), (40, 80), (40, 40)])
+def test_masks_on_the_grid_are_those_of_a_centre_crop(size):
+    """A map at the image's size (``maps_at``), reduced again, is the map: both know what CLIP sees."""
+    maps = torch.eye(16)[:3]
+    full, valid = maps_at(maps, 40, size, "crop"), torch.ones(3, *size)
+    values, share = on_grid(full, valid, side=40, grid=(4, 4), fit="crop")
+    assert (share == 1).all()
+    torch.testing.assert_close(values, on_grid(maps_at(maps, 40, (40, 40)), torch.ones(3, 40, 40), 40, (4, 4))[0])
+    assert values.flatten(1).argmax(1).tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize(("fit", "iou"), [("crop", 1.0), ("pad", 0.5)])
+def test_layer_maps_are_compared_with_what_clip_sees(make_model, fit, iou):
+    """A target in the middle of a wide image fills the centre crop; what lies beside it does not count."""
+    mask = torch.zeros(1, 40, 80, dtype=torch.uint8)
+    mask[:, :, 20:60] = 1
+    objective = make_model(clip_fit=fit).objective
+    terms = objective.layer_terms([mask], [objective.soft_target(mask)], torch.ones(1, 5, 16))
+    assert terms["map_iou"][0].tolist() == pytest.approx([iou] * 5)
 
 
 def test_candidates_are_a_range(make_model, tiny_processor, tiny_samples):

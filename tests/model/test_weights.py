@@ -24,6 +24,7 @@ from transformers import (
 )
 from transformers.initialization import no_init_weights
 
+from model.config import UGroundConfig
 from model.loading import formats, weights
 from model.loading.pretrained import load_for_training
 from model.loading.weights import (
@@ -41,7 +42,7 @@ from model.processing.tokens import add_special_tokens, load_tokenizer
 from model.sam import SamShape
 from model.settings import RECIPES
 from model.structures import Turn
-from model.UGround import UGroundConfig, UGroundForCausalLM
+from model.UGround import UGroundForCausalLM
 from scripts.merge_lora import save_merged
 from utils.demo.tiny_model import clip_config, llama_settings, sam_shape
 
@@ -324,9 +325,9 @@ def test_a_tower_that_does_not_fit_is_named(base):
     open_base(base)
     layer = next(key for key in state if "layers.1.mlp.fc1.weight" in key)
     damaged = {
-        r"1 missing \(.*layers.1.mlp.fc1.weight": {key: value for key, value in state.items() if key != layer},
-        "1 unexpected .*strange.weight": state | {"strange.weight": torch.zeros(2)},
-        "1 of another shape .*fc1.weight": state | {layer: torch.zeros(2, 2)},
+        r"1 missing: .*layers.1.mlp.fc1.weight": {key: value for key, value in state.items() if key != layer},
+        "1 unexpected: .*strange.weight": state | {"strange.weight": torch.zeros(2)},
+        "1 of another shape: .*fc1.weight": state | {layer: torch.zeros(2, 2)},
     }
     for message, content in damaged.items():
         save_file(content, path, metadata={"format": "pt"})
@@ -381,6 +382,9 @@ def test_wrong_pairs(base):
     with pytest.raises(ValueError, match="no segment-anything checkpoint"):
         read_sam(str(base / "llava"))
     assert read_sam(sam)[1].image_size == 64
+    torch.save({key: value for key, value in torch.load(sam).items() if "mask_decoder" not in key}, sam)
+    with pytest.raises(ValueError, match=rf"{sam} is no segment-anything checkpoint \(no 'mask_decoder"):
+        read_sam(sam)
 
 
 class Code:

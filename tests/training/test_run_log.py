@@ -6,9 +6,10 @@ import json
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from model.UGround import UGroundOutput
-from utils.training.run_log import DivergedError, Meter, check_finite, step_line, truncate_log
+from model.objective import UGroundOutput
+from utils.training.run_log import DivergedError, Meter, RunLog, check_finite, step_line, truncate_log
 
 VALUES = {
     "loss": 3.21,
@@ -102,10 +103,23 @@ def test_step_line():
     assert "skipped 3" in line
 
 
+def test_tensorboard_has_each_number_once_and_only_losses_under_loss(tmp_path):
+    log = RunLog(tmp_path, 0, 600, 100)
+    log.train(120, VALUES, {"gate": 0.1})
+    log.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    tags = set(events.Tags()["scalars"])
+    losses = {"loss", "text", "mask_bce", "mask_dice", "map_bce", "map_dice", "policy"}
+    assert {tag for tag in tags if tag.startswith("loss/")} == {f"loss/{name}" for name in losses}
+    assert tags >= {"gradient/all", "gradient/gate", "train/skipped"}
+    assert len(tags) == len(VALUES)  # without layers, with the gate
+
+
 def test_a_loss_that_is_not_finite():
     check_finite(VALUES, 1)
-    with pytest.raises(DivergedError, match=r"step 7: text not finite.*Lower --lr"):
+    with pytest.raises(DivergedError, match=r"step 7: text not finite.*Lower --lr") as error:
         check_finite(VALUES | {"text": float("nan")}, 7)
+    assert "--precision" not in str(error.value)  # training has bf16 and fp32 only: no advice is left to give
 
 
 def test_log_of_a_resumed_run_has_no_step_twice(tmp_path):

@@ -13,12 +13,13 @@ from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 import yaml
 
 from model.settings import (
-    METHOD_FIELDS,
     RECIPES,
+    RUN_NAMES,
     ExperimentalSettings,
     LossSettings,
     PpmSettings,
     contradictions,
+    method_of,
     value_problems,
     without_effect,
 )
@@ -72,10 +73,12 @@ class Config:
 
     @property
     def method(self) -> dict[str, Any]:
-        """The method's settings as ``UGroundConfig`` takes them. Its layer rule of inference is that of validation: the
-        model answers with the rule that selected the best checkpoint."""
-        other = {"policy_seed": self.train.seed, "eval_layer_policy": self.eval.val_layer_policy or None}
-        return {**vars(self.ppm), **vars(self.loss), **vars(self.experimental), **other}
+        """The method's settings as ``UGroundConfig`` takes them."""
+        return method_of(self.flat())
+
+    def images_per_step(self, processes: int = 1) -> int:
+        """Images per optimizer step, over all processes."""
+        return self.train.batch_size * self.train.grad_accumulation_steps * processes
 
     def flat(self) -> dict[str, Any]:
         """Leaf name -> value."""
@@ -91,7 +94,6 @@ FIELDS: dict[str, Field] = {f.name: f for section in SECTIONS.values() for f in 
 SECTION_OF: dict[str, str] = {f.name: name for name, section in SECTIONS.items() for f in fields(section)}
 DATA_TYPES = {name.removesuffix("_data") for name in FIELDS if name.endswith("_data")}
 KINDS: dict[str, Any] = {name: kind for s in SECTIONS.values() for name, kind in get_type_hints(s).items()}
-METHOD_DEFAULTS = {name: item.default for name, item in METHOD_FIELDS.items()}
 MOVED = dict.fromkeys(vars(ExperimentalSettings()), ("ppm", "loss"))  # sections that hold them in older files
 PROGRAM = "train_ds.py"  # whose settings these are
 EXPECTED = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
@@ -244,7 +246,7 @@ def _expand_recipe(recipe: Any, origin: str, problems: list[str]) -> dict[str, t
     if not isinstance(recipe, str) or recipe not in RECIPES:
         problems.append(f"{origin}: {recipe!r} is not one of {', '.join(RECIPES)}")
         return {}
-    values = {"val_layer_policy" if name == "eval_layer_policy" else name: v for name, v in RECIPES[recipe].items()}
+    values = {RUN_NAMES.get(name, name): value for name, value in RECIPES[recipe].items()}
     return {name: ("" if value is None else value, f"{origin} {recipe}: {name}") for name, value in values.items()}
 
 
@@ -289,8 +291,8 @@ def check(config: Config, origins: Mapping[str, str]) -> list[tuple[str, str]]:
 def _contradictions(config: Config) -> Iterable[tuple[str, str]]:
     """(setting, problem) of combinations of values that cannot be."""
     data, train = config.data, config.train
-    for name, text in contradictions(METHOD_DEFAULTS | config.method):
-        yield ("val_layer_policy" if name == "eval_layer_policy" else name), text
+    for name, text in contradictions(config.method):
+        yield RUN_NAMES.get(name, name), text
     if not data.dataset:
         yield "dataset", "is empty; name at least one type"
     known = DATA_TYPES.issuperset(data.dataset)  # an unknown type is reported later

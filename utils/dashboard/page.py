@@ -21,7 +21,7 @@ import gradio as gr
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from model import layer_rules
-from model.structures import Turn
+from model.structures import MAX_NEW_TOKENS, Turn
 from utils.dashboard import view
 from utils.dashboard.examples import Example
 from utils.dashboard.service import Dashboard, Visit
@@ -195,7 +195,7 @@ def question_column(dashboard: Dashboard, examples: list[Example]) -> QuestionCo
         choices: list[str | tuple[str, str]] = [(own, ""), *layer_rules.menu(dashboard.num_layers)]
         policy = gr.Dropdown(choices, value="", label="Layer policy: which layer's hidden state and map a [SEG] uses")
         remember = gr.Checkbox(dashboard.remember, label="The model sees the earlier questions of this conversation")
-        length = gr.Slider(1, dashboard.limits.new_tokens, 64, step=1, label="Longest answer, in tokens")
+        length = gr.Slider(1, dashboard.limits.new_tokens, MAX_NEW_TOKENS, step=1, label="Longest answer, in tokens")
     return QuestionColumn(image, pictures, questions, prompt, ask, stop, clear, policy, remember, length)
 
 
@@ -430,7 +430,7 @@ def offer_api(dashboard: Dashboard) -> None:
             gr.Textbox(label="prompt"),
             gr.Textbox("", label="layer_policy: empty = the model's own"),
             gr.Textbox("rle", label="masks: rle or png"),
-            gr.Number(64, precision=0, label="max_new_tokens"),
+            gr.Number(MAX_NEW_TOKENS, precision=0, label="max_new_tokens"),
         ]
         reason = [
             gr.Number(1, precision=0, label="number of the [SEG], from 1"),

@@ -10,7 +10,7 @@ import secrets
 import shutil
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +24,7 @@ from PIL import Image
 from model.geometry import maps_at
 from model.layer_rules import MonteCarloMean
 from model.processing.processor import UGroundProcessor
-from model.structures import Prediction, Turn
+from model.structures import MAX_NEW_TOKENS, Prediction, Turn
 from model.UGround import UGroundForCausalLM
 from utils.datasets.images import DECODE_ERRORS, read_image
 from utils.inference.session import ImageSession
@@ -102,7 +102,7 @@ class Visit:
         """[N, H, W] bool of the latest answer."""
         if self.prediction is None:
             return np.zeros((0, *self.image.shape[:2]), bool)
-        return (self.prediction.mask_logits > 0).numpy()
+        return self.prediction.masks.numpy()
 
 
 class Visits:
@@ -228,7 +228,7 @@ class Dashboard:
         prompt: str,
         layer_policy: str | None = None,
         remember: bool | None = None,
-        max_new_tokens: int = 64,
+        max_new_tokens: int = MAX_NEW_TOKENS,
     ) -> Generator[str | Visit, None, None]:
         """Yields the answer so far after each token, and finally the visit with the complete answer.
 
@@ -251,20 +251,14 @@ class Dashboard:
         policy = layer_policy or self.layer_policy
         if (samples := self.model.config.layer_rule(policy).samples) > self.limits.samples:
             raise ValueError(f"{policy} takes {samples} samples; at most {self.limits.samples} are allowed here")
-        if source is None and self.visits.get(visitor) is None:
+        visit = self.visits.get(visitor) if source is None else self.open(visitor, source)
+        if visit is None:
             raise ValueError("there is no image to ask about: upload one, or pick an example")
+        session = visit.session
         prompt = prompt.strip().encode("utf-8", "replace").decode()  # lone surrogates are not text
-        visit = self.open(visitor, source) if source is not None else self.visits.get(visitor)
-        assert visit is not None
         options: dict[str, Any] = {"layer_policy": policy, "max_new_tokens": max_new_tokens}
         options["remember"] = self.remember if remember is None else remember
-        prediction: Prediction | None = None
-        for update in self._stream(lambda on_text: visit.session.ask(prompt, on_text=on_text, **options)):
-            if isinstance(update, str):
-                yield update
-            else:
-                prediction = update
-        assert prediction is not None
+        prediction = yield from self._stream(lambda on_text: session.ask(prompt, on_text=on_text, **options))
         visit.prediction, visit.policy, visit.monte_carlo = prediction, policy, None
         visit.turns = [*visit.turns, Turn(prompt, prediction.text)][-MAX_TURNS:]
         self.answered += 1
@@ -300,9 +294,12 @@ class Dashboard:
     def _run(self, work: Callable[[], T]) -> T:
         return self._worker.submit(work).result()
 
-    def _stream(self, work: Callable[[Callable[[str], None]], Prediction]) -> Iterator[str | Prediction]:
-        """Runs ``work`` on the model's thread and yields its updates; cancels it when the generator is closed."""
-        updates: SimpleQueue[str | Prediction | None] = SimpleQueue()
+    def _stream(self, work: Callable[[Callable[[str], None]], T]) -> Generator[str, None, T]:
+        """Runs ``work`` on the model's thread, yields its updates, and returns its result.
+
+        It is cancelled when the generator is closed.
+        """
+        updates: SimpleQueue[str | None] = SimpleQueue()
         cancelled = threading.Event()
 
         def on_text(text: str) -> None:
@@ -310,10 +307,11 @@ class Dashboard:
                 raise VisitorLeft
             updates.put(text)
 
-        def answer() -> None:
+        def answer() -> T:
             try:
-                if not cancelled.is_set():
-                    updates.put(work(on_text))
+                if cancelled.is_set():
+                    raise VisitorLeft
+                return work(on_text)
             finally:
                 updates.put(None)
 
@@ -321,7 +319,7 @@ class Dashboard:
         try:
             while (update := updates.get()) is not None:
                 yield update
-            future.result()
+            return future.result()
         finally:
             cancelled.set()
             wait([future])

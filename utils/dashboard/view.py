@@ -184,7 +184,7 @@ def uncertainty_html(visit: Visit, seg: int) -> str:
         f"Uncertainty of {SEG} {seg + 1}: {uncertainty.score:.2f} (0 = the masks of all sampled layers agree, 1 = they "
         f"have nothing in common). Yellow = they differ. Sampled layers: {', '.join(layers)}."
     )
-    return figure_html(visit.image, 2 * uncertainty.variance.sqrt().numpy(), caption)
+    return figure_html(visit.image, 2 * uncertainty.deviation.numpy(), caption)
 
 
 def policy_html(visit: Visit, seg: int) -> str:
@@ -282,7 +282,7 @@ def explain(dashboard: Dashboard, visitor: str, number: int, layer: int, uncerta
     if uncertainty:
         monte_carlo = dashboard.measure_uncertainty(visitor).monte_carlo
         assert monte_carlo is not None
-        deviation = (monte_carlo.uncertainty[seg].variance.sqrt() * 510 + 0.5).clamp(max=255).numpy().astype(np.uint8)
+        deviation = (monte_carlo.uncertainty[seg].deviation * 510 + 0.5).clamp(max=255).numpy().astype(np.uint8)
         values["uncertainty"] = round(monte_carlo.uncertainty[seg].score, 4)
         values["deviation_png"] = base64.b64encode(encode_png(deviation)).decode()
     return values

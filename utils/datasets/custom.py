@@ -9,12 +9,12 @@ import numpy as np
 from PIL import Image
 
 from model.structures import EvalQuery, EvalSample, Sample, Turn
-from utils.datasets.base import DataError, DataOptions, DatasetRow, check_sample, pick, sample_indices
+from utils.datasets.base import DataError, DataOptions, DatasetRow, check_sample, sample_indices
 from utils.datasets.images import DECODE_ERRORS, check_size, read_image
 from utils.datasets.jsonl import TRAIN, Line, LineFile
 from utils.datasets.masks import check_polygon, decode_segmentation, stack_masks
 from utils.datasets.spec import Spec
-from utils.datasets.templates import ANSWERS, QUESTIONS
+from utils.datasets.templates import sample_answer, sample_question
 
 
 def read_mask(mask: Any, folder: Path, height: int, width: int) -> np.ndarray:
@@ -124,8 +124,8 @@ def _merge(masks: list[np.ndarray]) -> list[np.ndarray]:
 
 
 def _query_turn(line: Line, rng: np.random.Generator) -> Turn:
-    question = pick(QUESTIONS["sentence" if line.is_sentence else "phrase"], rng).replace("{query}", line.query)
-    return Turn(question, pick(ANSWERS[("absent", "target", "merged")[min(len(line.masks), 2)]], rng))
+    question = sample_question("sentence" if line.is_sentence else "phrase", line.query, rng)
+    return Turn(question, sample_answer(len(line.masks), rng))
 
 
 class CustomEval:

@@ -10,9 +10,8 @@ from typing import Any
 import numpy as np
 
 from model.structures import Turn
-from utils.datasets.base import pick
 from utils.datasets.refer_seg import ReferSegTrain
-from utils.datasets.templates import QUESTIONS, denial, fill_template
+from utils.datasets.templates import denial, sample_question
 
 
 class FpReferSegTrain(ReferSegTrain):
@@ -26,4 +25,4 @@ class FpReferSegTrain(ReferSegTrain):
         if not sentence["false_premise"]:
             return super().turn(sentence, targets, rng)
         text, correction = sentence["sent"], sentence.get("gt_sent") or ""
-        return Turn(fill_template(pick(QUESTIONS["phrase"], rng), query=text), denial(text, correction, rng))
+        return Turn(sample_question("phrase", text, rng), denial(text, correction, rng))

@@ -43,17 +43,27 @@ def read_image(path: str | Path, apply_exif: bool = False) -> np.ndarray:
         raise DataError(str(error)) from error
 
 
+def read_annotated(path: Path, source: str, height: int, width: int) -> np.ndarray:
+    """Decodes the image of an annotation for ``height`` x ``width`` as uint8 RGB [H, W, 3].
+
+    Raises:
+        DataError: if it cannot be decoded, or if it has another size (starting with ``source``).
+    """
+    image = read_image(path)
+    check_size(source, image, height, width)
+    return image
+
+
 def read_label_image(path: Path) -> np.ndarray:
     """Decodes an image of class indices, 8-bit gray or palette, as uint8 [H, W]."""
     try:
         with Image.open(path) as image:
-            if image.mode not in ("L", "P"):
-                raise DataError(f"label image {path} has mode {image.mode}; expected one 8-bit index per pixel")
-            return np.array(image)
-    except DataError:
-        raise
+            mode, values = image.mode, np.array(image)
     except DECODE_ERRORS as error:
         raise DataError(f"label image {path} cannot be decoded ({error}); download it again") from error
+    if mode not in ("L", "P"):
+        raise DataError(f"label image {path} has mode {mode}; expected one 8-bit index per pixel")
+    return values
 
 
 def check_size(source: str, image: np.ndarray, height: int, width: int) -> None:

@@ -6,7 +6,7 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -232,6 +232,6 @@ class LineFile:
         with self.path.open("rb") as file:
             return [self._read(file, row) for row in self._rows[self._first[image] : self._first[image + 1]]]
 
-    def _read(self, file, row: np.ndarray) -> Line:
+    def _read(self, file: BinaryIO, row: np.ndarray) -> Line:
         file.seek(int(row[0]))
         return parse_line(file.readline(), self.path, int(row[1]))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -58,6 +58,21 @@ def decode_segmentation(segmentation: Any, height: int, width: int) -> np.ndarra
     if not mask.any():
         raise DataError("a segmentation decodes to an empty mask")
     return mask
+
+
+def decode_union(segmentations: Iterable[tuple[int | str, Any]], height: int, width: int, source: str) -> np.ndarray:
+    """Decodes the union of the (annotation id, segmentation) pairs as uint8 [H, W] with 0 and 1.
+
+    Raises:
+        DataError: naming ``source`` and the annotation that cannot be decoded.
+    """
+    union = np.zeros((height, width), dtype=np.uint8)
+    for annotation_id, segmentation in segmentations:
+        try:
+            union |= decode_segmentation(segmentation, height, width)
+        except DataError as error:
+            raise DataError(f"{source}, annotation {annotation_id}: {error}") from error
+    return union
 
 
 def _decode_rle(rle: dict, height: int, width: int) -> np.ndarray:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,7 @@ class Mixture(Dataset):
         for name in names:
             for spec in _parse_specs(name, data or {}, problems):
                 try:
-                    self.datasets.append(get_train_dataset(spec, dataset_dir, options))
+                    self.datasets.append(get_train_dataset(spec, dataset_dir, self.options))
                     self.types.append(name)
                 except DataError as error:
                     problems.append(str(error))
@@ -211,12 +212,6 @@ def make_mixture(config: Config) -> Mixture:
     """The mixture of a configuration's data settings; ``DataError`` listing all that is missing."""
     data = config.data
     sets = {kind: getattr(data, f"{kind}_data") for kind in TYPES}
-    options = DataOptions(
-        data.questions_per_image,
-        data.explanatory,
-        data.joint_probability,
-        data.negative_sampling_weight,
-        data.dialogue_probability,
-    )
+    options = DataOptions(**{option.name: getattr(data, option.name) for option in fields(DataOptions)})
     rates = data.sample_rates or None
     return Mixture(data.dataset_dir, data.dataset, rates, sets, options, config.train.seed, data.weighting)

@@ -26,7 +26,7 @@ from utils.datasets.base import (
     warn_unusable,
 )
 from utils.datasets.coco_file import check_extent
-from utils.datasets.images import check_size, missing_images, read_image
+from utils.datasets.images import missing_images, read_annotated
 from utils.datasets.masks import decode_segmentation, stack_masks
 from utils.datasets.records import Notes, load_records
 from utils.datasets.spec import Spec
@@ -79,9 +79,7 @@ class MuseSplit:
 
     def image(self, record: dict[str, Any]) -> np.ndarray:
         path = self.image_path(record)
-        image = read_image(path)
-        check_size(f"{self.name}, {path.name}", image, record["height"], record["width"])
-        return image
+        return read_annotated(path, f"{self.name}, {path.name}", record["height"], record["width"])
 
     def masks(self, record: dict[str, Any], question: dict[str, Any]) -> list[np.ndarray]:
         """Decodes one uint8 mask [H, W] with 0 and 1 per target of the question."""

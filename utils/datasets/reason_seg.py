@@ -29,7 +29,7 @@ from utils.datasets.images import read_image
 from utils.datasets.masks import check_polygon
 from utils.datasets.records import PackedRecords
 from utils.datasets.spec import Spec
-from utils.datasets.templates import ANSWERS, QUESTIONS
+from utils.datasets.templates import QUESTIONS, sample_answer, sample_question
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png"}
 
@@ -195,7 +195,7 @@ class ReasonSegTrain:
 
     def _turn(self, kind: str, text: str, image_name: str, rng: np.random.Generator) -> Turn:
         """Samples a question answered by [SEG], by an explanation if the image has one, or by both."""
-        question, answer = pick(QUESTIONS[kind], rng).replace("{query}", text), pick(ANSWERS["target"], rng)
+        question, answer = sample_question(kind, text, rng), sample_answer(1, rng)
         explanations = self.explanations.get(Path(image_name).stem)
         if explanations is None:
             return Turn(question, answer)
@@ -230,6 +230,12 @@ def _read_explanations(name: str, path: Path) -> dict[str, list[str]]:
     return dict(explanations)
 
 
+def split_length(split: str) -> tuple[str, str]:
+    """``val_short`` -> ``val``, ``short``; no length for a split with queries of both."""
+    name, _, length = split.rpartition("_")
+    return (name, length) if name and length in ("short", "long") else (split, "")
+
+
 class ReasonSegEval:
     """Evaluation data of ReasonSeg: one mask per image, queried by the first entry of ``text``.
 
@@ -244,8 +250,8 @@ class ReasonSegEval:
     def __init__(self, spec: Spec, row: DatasetRow, dataset_dir: Path) -> None:
         self.spec = spec
         root, split, length = dataset_dir / row.path, single_split(spec, "val_short"), ""
-        if split.endswith(("_short", "_long")) and not (root / split).is_dir():
-            split, length = split.rsplit("_", 1)
+        if not (root / split).is_dir():
+            split, length = split_length(split)
         folders = split_folders(str(spec), row, split, dataset_dir)
         if len(folders) > 1:
             raise DataError(f"{spec}: evaluation takes one folder, not {', '.join(map(str, folders))}")

@@ -163,7 +163,7 @@ def _parse_item(kind: str, item: Any) -> dict[str, Any]:
     if not isinstance(path, str):
         raise DataError(f"no image path in 'img_path', 'image_path' or 'img_pth': {path!r}")
     name = check_file_name(Path(path.replace("\\", "/")).name, f"the image's path {path!r} ends in")
-    return {"image": name, **PARSERS[kind](item)}
+    return {"file_name": name, **PARSERS[kind](item)}
 
 
 # -- the data set ------------------------------------------------------------------------------------------------------
@@ -192,8 +192,8 @@ class ReasonSegPlusTrain:
 
     def sample(self, index: int, rng: np.random.Generator) -> Sample:
         record = self.records[index]
-        source = f"{self.name}/{record['image']}"
-        image = read_image(find_image(self.name, record["image"], self.folders))
+        source = f"{self.name}/{record['file_name']}"
+        image = read_image(find_image(self.name, record["file_name"], self.folders))
         conversations, masks, problem = [], [], ""
         for i in sample_indices(self.options.questions_per_image, len(record["items"]), rng):
             try:
@@ -212,17 +212,17 @@ class ReasonSegPlusTrain:
 
 
 def _read_items(name: str, path: Path) -> tuple[list[dict[str, Any]], Notes]:
-    """Groups the items by image: ``{"image", "items"}`` per image."""
+    """Groups the items by image: ``{"file_name", "items"}`` per image."""
     items, problems = parse_items(name, path, lambda item: _parse_item(name, item))
     by_image: dict[str, list[dict]] = {}
     for item in items:
-        by_image.setdefault(item.pop("image"), []).append(item)
+        by_image.setdefault(item.pop("file_name"), []).append(item)
     counts = {
         "images": len(by_image),
         "expressions": sum(len(item["turns"]) for item in items),
         "masks": sum(len(item["masks"]) for item in items),
     }
-    records = [{"image": image, "items": items} for image, items in by_image.items()]
+    records = [{"file_name": file_name, "items": items} for file_name, items in by_image.items()]
     return records, {"problems": problems, "counts": counts}
 
 

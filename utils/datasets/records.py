@@ -150,7 +150,7 @@ def load_single_file(
     row: DatasetRow,
     dataset_dir: Path,
     description: str,
-    read: Callable[[str, Path], tuple[list[dict[str, Any]], Notes]],
+    read: Callable[[str, Path], tuple[Iterable[dict[str, Any]], Notes]],
 ) -> tuple[list[Path], PackedRecords, Notes]:
     """Loads a data set whose ``row.path`` is one file: its image folders, records and notes.
 
@@ -159,7 +159,7 @@ def load_single_file(
         row: the data set's row.
         dataset_dir: the root of all data.
         description: content of the file, for the message that it is missing.
-        read: (name, file) -> records, each with an ``image``, and notes with ``problems``.
+        read: (name, file) -> records, each with a ``file_name``, and notes with ``problems``.
 
     Raises:
         DataError: if the file or the image of the first record is missing, or if ``read`` raises it.
@@ -168,7 +168,7 @@ def load_single_file(
     folders = [dataset_dir / images for images in row.images]
     records, notes = load_records(name, [path], None, lambda: read(name, path))
     warn_unusable(name, notes["problems"])
-    find_image(name, records[0]["image"], folders)  # fail at the start if the folder is wrong
+    find_image(name, records[0]["file_name"], folders)  # fail at the start if the folder is wrong
     return folders, records, notes
 
 

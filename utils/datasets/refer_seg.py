@@ -19,15 +19,19 @@ from utils.datasets.base import (
     sample_indices,
     warn_unusable,
 )
-from utils.datasets.images import check_size, find_image, missing_images, read_image
-from utils.datasets.masks import stack_masks
-from utils.datasets.refer_api import ReferIndex, build_index
+from utils.datasets.images import find_image, missing_images, read_annotated
+from utils.datasets.masks import decode_union, stack_masks
+from utils.datasets.refer_api import Ref, load_refs
 from utils.datasets.spec import Spec
-from utils.datasets.templates import ANSWERS, QUESTIONS, fill_template, joint_turn
+from utils.datasets.templates import joint_turn, sample_answer, sample_question
 
 
 class ReferSplit:
-    """A split of a data set: the index, and the folders of its images."""
+    """A split of a data set, and the folders of its images.
+
+    Attributes:
+        images, problems, counts: of ``load_refs``.
+    """
 
     def __init__(self, name: str, row: DatasetRow, split_by: str, split: str, dataset_dir: Path) -> None:
         self.name = "|".join(part for part in (name, split_by, split) if part)
@@ -41,15 +45,24 @@ class ReferSplit:
             f"check --dataset_dir, and the name: {name}|SPLIT_BY|SPLIT, for example refcoco|unc|val",
         )
         self.folders = [dataset_dir / images for images in row.images]
-        self.index: ReferIndex = build_index(self.name, refs, instances, split, row.false_premises)
+        self.images, notes = load_refs(self.name, refs, instances, split, row.false_premises)
+        self.problems, self.counts = notes["problems"], notes["counts"]
 
     def image_path(self, record: dict[str, Any]) -> Path:
         return find_image(self.name, record["file_name"], self.folders)
 
     def image(self, record: dict[str, Any]) -> np.ndarray:
-        image = read_image(self.image_path(record))
-        check_size(f"{self.name}, {record['file_name']}", image, record["height"], record["width"])
-        return image
+        source = f"{self.name}, {record['file_name']}"
+        return read_annotated(self.image_path(record), source, record["height"], record["width"])
+
+    def refs(self, record: dict[str, Any]) -> list[Ref]:
+        return [Ref(**ref) for ref in record["refs"]]
+
+    def mask(self, record: dict[str, Any], ref: Ref) -> np.ndarray:
+        """Decodes the union of the ref's annotations as uint8 [H, W]."""
+        segmentations = ((ann_id, record["segmentations"][str(ann_id)]) for ann_id in ref.ann_ids)
+        source = f"{self.name}, {record['file_name']}"
+        return decode_union(segmentations, record["height"], record["width"], source)
 
 
 class ReferSegTrain:
@@ -69,16 +82,16 @@ class ReferSegTrain:
         self.joint = row.joint
         split_by = spec.parts[0] if spec.parts else row.train_split_by or row.split_by
         self.split = ReferSplit(spec.name, row, split_by, "train", dataset_dir)
-        self.split.image_path(self.split.index.images[0])  # fail at the start if the folder is wrong
-        warn_unusable(self.name, self.split.index.problems)
+        self.split.image_path(self.split.images[0])  # fail at the start if the folder is wrong
+        warn_unusable(self.name, self.split.problems)
 
     def __len__(self) -> int:
-        return len(self.split.index.images)
+        return len(self.split.images)
 
     def sample(self, index: int, rng: np.random.Generator) -> Sample:
         """Samples up to ``questions_per_image`` refs of the image and one sentence per ref."""
-        record = self.split.index.images[index]
-        refs = self.split.index.refs(record)
+        record = self.split.images[index]
+        refs = self.split.refs(record)
         chosen = [refs[i] for i in sample_indices(self.options.questions_per_image, len(refs), rng)]
         sentences = [pick(ref.sentences, rng) for ref in chosen]
         targets = [ref.targets(sentence) for ref, sentence in zip(chosen, sentences)]
@@ -88,7 +101,7 @@ class ReferSegTrain:
             conversations: list[Conversation] = [(joint_turn(texts, tokens),)]
         else:
             conversations = [(self.turn(s, len(ids), rng),) for s, ids in zip(sentences, targets)]
-        masks = [self.split.index.mask(record, ref) for ref, ids in zip(chosen, targets) if ids]
+        masks = [self.split.mask(record, ref) for ref, ids in zip(chosen, targets) if ids]
         return check_sample(
             Sample(
                 source=f"{self.name}/{record['file_name']}",
@@ -100,11 +113,10 @@ class ReferSegTrain:
 
     def turn(self, sentence: dict[str, Any], targets: int, rng: np.random.Generator) -> Turn:
         """Samples a question about a sentence and its answer; ``targets`` is the number of objects it refers to."""
-        kind = ("absent", "target", "merged")[min(targets, 2)]
-        return Turn(fill_template(pick(QUESTIONS["phrase"], rng), query=sentence["sent"]), pick(ANSWERS[kind], rng))
+        return Turn(sample_question("phrase", sentence["sent"], rng), sample_answer(targets, rng))
 
     def describe(self) -> dict[str, int]:
-        return {**self.split.index.counts, "unusable": len(self.split.index.problems)}
+        return {**self.split.counts, "unusable": len(self.split.problems)}
 
 
 class ReferSegEval:
@@ -122,22 +134,22 @@ class ReferSegEval:
             raise DataError(f"{str(spec)!r}: write '{spec.name}|SPLIT' or '{spec.name}|SPLIT_BY|SPLIT'")
         self.split = ReferSplit(spec.name, row, spec.split_by or row.split_by, spec.split, dataset_dir)
         self.skipped: list[str] = []
-        self.unusable = self.split.index.problems
-        self.not_found = missing_images(self.split.image_path, self.split.index.images)
+        self.unusable = self.split.problems
+        self.not_found = missing_images(self.split.image_path, self.split.images)
 
     def __len__(self) -> int:
-        return len(self.split.index.images)
+        return len(self.split.images)
 
     @property
     def num_queries(self) -> int:
-        return self.split.index.counts["expressions"]
+        return self.split.counts["expressions"]
 
     def __getitem__(self, index: int) -> EvalSample:
-        record = self.split.index.images[index]
+        record = self.split.images[index]
         image = self.split.image(record)
         queries = []
-        for ref in self.split.index.refs(record):
-            merged = [self.split.index.mask(record, ref)] if ref.ann_ids else []
+        for ref in self.split.refs(record):
+            merged = [self.split.mask(record, ref)] if ref.ann_ids else []
             for sentence in ref.sentences:
                 targets = len(ref.targets(sentence))
                 masks = stack_masks(merged if targets else [], record["height"], record["width"])

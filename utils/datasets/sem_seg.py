@@ -29,11 +29,11 @@ from utils.datasets.base import (
 )
 from utils.datasets.class_names import ADE20K, COCO_STUFF, COCO_STUFF_NOT_DENIED
 from utils.datasets.coco_file import by_id, image_record, row_of, segmentation_of
-from utils.datasets.images import check_size, find_image, read_image, read_label_image
-from utils.datasets.masks import decode_segmentation, stack_masks
-from utils.datasets.records import Notes, PackedRecords, load_records
+from utils.datasets.images import find_image, read_annotated, read_label_image
+from utils.datasets.masks import decode_union, stack_masks
+from utils.datasets.records import Notes, PackedRecords, load_single_file
 from utils.datasets.spec import Spec
-from utils.datasets.templates import ANSWERS, QUESTIONS, denial, fill_template
+from utils.datasets.templates import denial, sample_answer, sample_question
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,6 @@ class SemSegTrain:
         self.name, self.options = name, options
         reader = AnnotationReader if row.path.endswith(".json") else LabelReader
         self.reader: Reader = reader(name, row, dataset_dir)
-        warn_unusable(name, self.reader.problems)
 
     def __len__(self) -> int:
         return len(self.reader)
@@ -120,8 +119,8 @@ def phrase(name: str, rng: np.random.Generator) -> str:
 
 def _class_turn(name: str, rng: np.random.Generator, correction: str = "", present: bool = True) -> Turn:
     text = phrase(name, rng)
-    question = fill_template(pick(QUESTIONS["part" if ":" in name else "phrase"], rng), query=text)
-    return Turn(question, pick(ANSWERS["target"], rng) if present else denial(text, correction, rng))
+    question = sample_question("part" if ":" in name else "phrase", text, rng)
+    return Turn(question, sample_answer(1, rng) if present else denial(text, correction, rng))
 
 
 def unrelated(candidates: Iterable[str], present: Iterable[str]) -> list[str]:
@@ -213,6 +212,7 @@ class LabelReader:
             first = (self.problems or ["the folder contains no .png"])[0]
             raise DataError(f"{name}: nothing usable in {self.folder}: {first}")
         self.records = PackedRecords(records)
+        warn_unusable(name, self.problems)
 
     def __len__(self) -> int:
         return len(self.records)
@@ -220,22 +220,22 @@ class LabelReader:
     def regions(self, index: int) -> Regions:
         file, home, image_file = self.records[index]
         labels = read_label_image(self.folder / file)
-        image = read_image(self.image_folders[home] / image_file)
-        check_size(f"{self.name}/{image_file}", image, *labels.shape)
+        source = f"{self.name}/{image_file}"
+        image = read_annotated(self.image_folders[home] / image_file, source, *labels.shape)
         values = np.flatnonzero(np.bincount(labels.ravel(), minlength=256)).tolist()
         unknown = [value for value in values if value not in self.labels.names and value not in self.labels.ignored]
         if unknown:
             raise DataError(f"{self.folder / file} has the values {unknown[:5]}, which are not classes of {self.name}")
         present = dict.fromkeys(self.labels.names[value] for value in values if value not in self.labels.ignored)
         return Regions(
-            source=f"{self.name}/{image_file}",
+            source=source,
             image=image,
             present=[name for name in present if name not in self.labels.not_asked],
             absent=lambda: unrelated(self.askable, present),
-            mask=lambda name: self.mask(labels, name),
+            mask=lambda name: self.label_mask(labels, name),
         )
 
-    def mask(self, labels: np.ndarray, name: str) -> np.ndarray:
+    def label_mask(self, labels: np.ndarray, name: str) -> np.ndarray:
         """Mask [H, W], uint8: 1 = the class, 255 = ignored, 0 = other classes."""
         table = np.zeros(256, dtype=np.uint8)
         table[list(self.labels.ignored)] = IGNORE_PIXEL
@@ -267,11 +267,8 @@ class AnnotationReader:
 
     def __init__(self, name: str, row: DatasetRow, dataset_dir: Path) -> None:
         self.name = name
-        (self.path,) = find_paths(name, {"annotations": [dataset_dir / row.path]})
-        self.folders = [dataset_dir / folder for folder in row.images]
-        self.records, notes = load_records(name, [self.path], None, lambda: _read_annotations(name, self.path))
+        self.folders, self.records, notes = load_single_file(name, row, dataset_dir, "annotations", _read_annotations)
         self.problems, self.count, self.names = notes["problems"], notes["count"], notes["names"]
-        find_image(name, self.records[0]["file_name"], self.folders)  # fail at the start if the folder is wrong
 
     def __len__(self) -> int:
         return len(self.records)
@@ -279,11 +276,10 @@ class AnnotationReader:
     def regions(self, index: int) -> Regions:
         record = self.records[index]
         source = f"{self.name}/{record['file_name']}"
-        image = read_image(find_image(self.name, record["file_name"], self.folders))
-        check_size(source, image, record["height"], record["width"])
+        path = find_image(self.name, record["file_name"], self.folders)
         return Regions(
             source=source,
-            image=image,
+            image=read_annotated(path, source, record["height"], record["width"]),
             present=list(record["regions"]),
             absent=lambda: self.absent(record),
             mask=lambda name: self.mask(record, name),
@@ -297,13 +293,8 @@ class AnnotationReader:
 
     def mask(self, record: dict[str, Any], name: str) -> np.ndarray:
         """Union of the annotations of a class, uint8 [H, W] with 0 and 1."""
-        union = np.zeros((record["height"], record["width"]), dtype=np.uint8)
-        for annotation_id, segmentation in record["regions"][name]:
-            try:
-                union |= decode_segmentation(segmentation, *union.shape)
-            except DataError as error:
-                raise DataError(f"{self.name}/{record['file_name']}, annotation {annotation_id}: {error}") from error
-        return union
+        source = f"{self.name}/{record['file_name']}"
+        return decode_union(record["regions"][name], record["height"], record["width"], source)
 
     def describe(self) -> dict[str, int]:
         return {"images": len(self.records), "masks": self.count}

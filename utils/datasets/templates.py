@@ -7,7 +7,7 @@ The FIRST word of an answer tells if the target is present: "Sure", "It", "They"
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -68,18 +68,6 @@ ANSWERS: dict[str, tuple[str, ...]] = {
     "joint": ("Sure, {list}.",),  # {list} is "A:[SEG], B:[REJ]"
 }
 
-# Kinds of templates that the tiny demo was pre-trained on. Changing them changes its tokenizer, and so its weights.
-DEMO_QUESTIONS = ("phrase", "sentence", "joint", "explain")
-DEMO_ANSWERS = ("target", "merged", "absent", "joint")
-
-
-def template_corpus() -> Iterator[str]:
-    """Yields the demo's templates without placeholders, for training its tokenizer."""
-    chosen = [*(QUESTIONS[kind] for kind in DEMO_QUESTIONS), *(ANSWERS[kind] for kind in DEMO_ANSWERS)]
-    for templates in chosen:
-        for template in templates:
-            yield template.replace("{query}", "").replace("{list}", "A:[SEG], B:[REJ]").strip()
-
 
 def fill_template(template: str, **values: str) -> str:
     """Replaces the placeholders of a template; braces within the values are kept.
@@ -100,6 +88,16 @@ def question(kind: str, query: str) -> str:
     return fill_template(QUESTIONS[kind][0], query=query)
 
 
+def sample_question(kind: str, query: str, rng: np.random.Generator) -> str:
+    """Samples a question template of ``kind`` (a key of ``QUESTIONS``), filled with ``query``."""
+    return fill_template(pick(QUESTIONS[kind], rng), query=query)
+
+
+def sample_answer(targets: int, rng: np.random.Generator) -> str:
+    """Samples an answer about a number of targets: a rejection, or [SEG] for the one or for all of them together."""
+    return pick(ANSWERS[("absent", "target", "merged")[min(targets, 2)]], rng)
+
+
 def denial(query: str, correction: str, rng: np.random.Generator) -> str:
     """Samples a rejection of ``query`` that offers ``correction``, unless that is empty."""
     template = pick(ANSWERS["correction" if correction else "denial"], rng)
@@ -109,9 +107,9 @@ def denial(query: str, correction: str, rng: np.random.Generator) -> str:
 def instance_turn(query: str, count: int, rng: np.random.Generator) -> Turn:
     """Samples a turn about ``count`` instances, answered by one [SEG] per instance."""
     if count == 1:
-        return Turn(fill_template(pick(QUESTIONS["sentence"], rng), query=query), pick(ANSWERS["target"], rng))
+        return Turn(sample_question("sentence", query, rng), sample_answer(1, rng))
     answer = fill_template(pick(ANSWERS["instances"], rng), list=enumerate_words([SEG] * count))
-    return Turn(fill_template(pick(QUESTIONS["instances"], rng), query=query), answer)
+    return Turn(sample_question("instances", query, rng), answer)
 
 
 def joint_turn(queries: Sequence[str], tokens: Sequence[str]) -> Turn:

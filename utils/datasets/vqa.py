@@ -47,10 +47,10 @@ class VqaTrain:
 
     def sample(self, index: int, rng: np.random.Generator) -> Sample:
         record = self.records[index]
-        image = read_image(find_image(self.name, record["image"], self.folders))
+        image = read_image(find_image(self.name, record["file_name"], self.folders))
         conversation = tuple(Turn(question, escape(answer)) for question, answer in record["turns"])
         return check_sample(
-            Sample(f"{self.name}/{record['image']}", image, [conversation], stack_masks([], *image.shape[:2]))
+            Sample(f"{self.name}/{record['file_name']}", image, [conversation], stack_masks([], *image.shape[:2]))
         )
 
     def describe(self) -> dict[str, int]:
@@ -63,11 +63,11 @@ def _read_conversations(name: str, path: Path) -> tuple[list[dict], Notes]:
 
 
 def _parse_conversation_item(item: Any) -> dict[str, Any]:
-    """``{"image", "turns": [[question, answer], ...]}``."""
+    """``{"file_name", "turns": [[question, answer], ...]}``."""
     if not isinstance(item, dict):
         raise DataError("expected a dict with 'image' and 'conversations'")
-    image = check_file_name(item.get("image"), "'image' is")
-    return {"image": image, "turns": read_turns(item.get("conversations"))}
+    file_name = check_file_name(item.get("image"), "'image' is")
+    return {"file_name": file_name, "turns": read_turns(item.get("conversations"))}
 
 
 def read_turns(messages: Any) -> list[tuple[str, str]]:

@@ -17,8 +17,8 @@ from typing import Any
 
 import cv2
 import numpy as np
-from pycocotools import mask as coco_mask
 
+from utils.datasets.masks import encode_mask
 from utils.demo.scenes import Scene
 
 
@@ -127,8 +127,7 @@ def coco_segmentation(mask: np.ndarray, as_rle: bool) -> list[list[float]] | dic
     simple = [cv2.approxPolyDP(points[:, None], fine / 3, closed=True)[:, 0] for points in outer]
     polygons = [((p + 0.5) / fine + (x, y)).round(2).ravel().tolist() for p in simple if len(p) >= 3]
     if as_rle or has_hole or not polygons:
-        rle = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
-        return {"size": list(rle["size"]), "counts": rle["counts"].decode("ascii")}
+        return encode_mask(mask)
     return polygons
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import cv2
 import numpy as np
 
+from utils.datasets.base import pick
 from utils.datasets.class_names import ADE20K, COCO_STUFF
 from utils.datasets.templates import enumerate_words
 from utils.demo import scene_texts, scenes
@@ -240,7 +241,7 @@ def _conversation_item(rng: np.random.Generator, ids: list[int]) -> tuple[Scene,
 def _caption_item(rng: np.random.Generator, ids: list[int]) -> tuple[Scene, dict[str, Any]]:
     scene = scenes.sample_scene(rng)
     parts = [f"a 《{ids[index]}|{_name(scene, index)}》" for index in range(len(scene.shapes))]
-    request = scene_texts.CAPTION_REQUESTS[int(rng.integers(len(scene_texts.CAPTION_REQUESTS)))]
+    request = pick(scene_texts.CAPTION_REQUESTS, rng)
     answer = f"there is {enumerate_words(parts)}."
     return scene, {"English Question": request, "English Answer": answer, "info": _info(scene, ids)}
 

@@ -13,7 +13,9 @@ from torch.utils.data import DataLoader, Dataset
 from model.processing.processor import UGroundProcessor
 from model.processing.transforms import resize_and_pad
 from model.structures import Batch, Sample, Turn
-from utils.datasets.templates import ANSWERS, QUESTIONS
+from utils.datasets.base import pick
+from utils.datasets.masks import stack_masks
+from utils.datasets.templates import ANSWERS, QUESTIONS, sample_answer
 from utils.demo import scenes
 from utils.demo.scene_texts import (
     CAPTION_REQUESTS,
@@ -103,13 +105,11 @@ def conversation(scene: scenes.Scene, rng: np.random.Generator) -> tuple[Turn, t
         if pairs:
             return Turn(*pairs[0]), None
     if not queries:
-        requests = CAPTION_REQUESTS
-        return Turn(requests[rng.integers(len(requests))], caption(scene, rng)), None
+        return Turn(pick(CAPTION_REQUESTS, rng), caption(scene, rng)), None
     query = queries[0]
     templates = (*QUESTIONS["sentence" if query.is_sentence else "phrase"], "{query}")  # users also type the bare query
-    answers = ANSWERS["absent" if not query.targets else "merged" if len(query.targets) > 1 else "target"]
-    question = templates[rng.integers(len(templates))].replace("{query}", query.text)
-    return Turn(question, answers[rng.integers(len(answers))]), query.targets
+    question = pick(templates, rng).replace("{query}", query.text)
+    return Turn(question, sample_answer(len(query.targets), rng)), query.targets
 
 
 def language_batch(scenes_and_rngs: list, processor: UGroundProcessor) -> dict:
@@ -123,8 +123,8 @@ def language_batch(scenes_and_rngs: list, processor: UGroundProcessor) -> dict:
             target_masks.append(union)
             wants_mask.append(targets is not None)
             if targets:
-                masks.append(union)
-        stacked = np.stack(masks).astype(np.uint8) if masks else np.zeros((0, *scene.image.shape[:2]), np.uint8)
+                masks.append(union.astype(np.uint8))
+        stacked = stack_masks(masks, *scene.image.shape[:2])
         conversations: list[tuple[Turn, ...]] = [(turn,) for turn, _ in sampled]
         samples.append(Sample(f"scene {number}", scene.image, conversations, stacked, number))
     batch = processor.collate(samples)
@@ -169,11 +169,11 @@ def sam_batch(scenes_and_rngs: list, side: int, grid: int, mask_side: int) -> di
             fine[..., height:, :] = 0
             fine[..., width:] = 0
             ys, xs = np.nonzero(mask)
-            pick = rng.integers(len(xs))
+            chosen = rng.integers(len(xs))
             jitter = rng.uniform(-2, 2, 4)
             masks.append(torch.from_numpy(mask))
             maps.append(F.interpolate(fine, (mask_side, mask_side), mode="bilinear", antialias=True)[0])
-            points.append(torch.tensor([[float(xs[pick]), float(ys[pick])]]))
+            points.append(torch.tensor([[float(xs[chosen]), float(ys[chosen])]]))
             boxes.append(torch.tensor([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]) + torch.from_numpy(jitter))
             which.append(int(rng.choice(4, p=[0.6, 0.15, 0.15, 0.1])))  # map, point, box, map and point
         images.append(image)

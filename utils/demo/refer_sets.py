@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from utils.datasets.base import pick
 from utils.demo import scene_texts, scenes
 from utils.demo.files import Ledger, Sizes, coco_annotation, streams, write_jpeg, write_json
 from utils.demo.scene_texts import Query
@@ -86,7 +87,7 @@ def _recolored(scene: Scene, query: Query, rng: np.random.Generator) -> str:
     words = query.text.split()
     if not free or not any(word in COLORS for word in words):
         return ""
-    other = free[int(rng.integers(len(free)))]
+    other = pick(free, rng)
     return " ".join(other if word in COLORS else word for word in words)
 
 

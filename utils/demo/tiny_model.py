@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import CLIPVisionConfig, PreTrainedTokenizerFast
 
 from model.processing.tokens import add_special_tokens
 from model.sam import SamShape
+from utils.datasets.templates import ANSWERS, QUESTIONS
+
+# Kinds of templates that the tiny demo was pre-trained on. Changing them changes its tokenizer, and so its weights.
+DEMO_QUESTIONS = ("phrase", "sentence", "joint", "explain")
+DEMO_ANSWERS = ("target", "merged", "absent", "joint")
+
+
+def template_corpus() -> Iterator[str]:
+    """Yields the demo's templates without placeholders, for training its tokenizer."""
+    chosen = [*(QUESTIONS[kind] for kind in DEMO_QUESTIONS), *(ANSWERS[kind] for kind in DEMO_ANSWERS)]
+    for templates in chosen:
+        for template in templates:
+            yield template.replace("{query}", "").replace("{list}", "A:[SEG], B:[REJ]").strip()
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int = 800) -> PreTrainedTokenizerFast:
@@ -46,12 +59,12 @@ def clip_config(side: int = 120, patch: int = 10, width: int = 96, layers: int =
     )
 
 
-def llama_settings(vocab_size: int, width: int = 128, layers: int = 8, heads: int = 4) -> dict:
-    """Settings of the LLaMA configuration."""
+def llama_settings(vocab_size: int, width: int = 128, layers: int = 8, heads: int = 4, mlp: int = 0) -> dict:
+    """Settings of the LLaMA configuration; ``mlp`` = 0 stands for 8/3 of the width, in steps of 16."""
     return {
         "vocab_size": vocab_size,
         "hidden_size": width,
-        "intermediate_size": 8 * width // 3 // 16 * 16,
+        "intermediate_size": mlp or 8 * width // 3 // 16 * 16,
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
         "num_key_value_heads": heads,

@@ -1,4 +1,4 @@
-"""The model benchmark of scripts/bench.py: time and memory of a model with random weights at a preset's full shape.
+"""The model benchmark of scripts/bench.py: time and memory of a model with random weights and a preset's shape.
 
 Times are processor time on a CPU (other programs may run) and wall time on a GPU. Compared cases alternate in one
 process, after a warm-up; a ratio is the median over the repeats.
@@ -14,7 +14,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -24,15 +24,16 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer, CLIPVisionConfig
 
+from model.config import UGroundConfig
 from model.loading.placement import PRECISIONS
 from model.lora import add_lora, set_trainable
 from model.opened import cache_sam_features
 from model.processing.processor import UGroundProcessor
 from model.sam import SamShape
 from model.structures import Batch, Sample, Turn
-from model.UGround import UGroundConfig, UGroundForCausalLM
+from model.UGround import UGroundForCausalLM
 from utils.demo.tiny_model import clip_config, llama_settings, sam_shape
-from utils.diagnostics import process_memory
+from utils.diagnostics import memory_model, process_memory
 
 ROOT = Path(__file__).resolve().parents[2]
 UGROUND: dict[str, Any] = {
@@ -42,17 +43,16 @@ UGROUND: dict[str, Any] = {
     "policy_gradient": "reinforce",
 }
 EXACT = UGROUND | {"policy_gradient": "exact"}
-LISA_STYLE = UGROUND | {
-    "layer_selection": "last",
-    "mask_prompt": False,
-    "map_terms": (),
-}  # LISA-style: last layer, no maps
+LISA_STYLE = UGROUND | {"layer_selection": "last", "mask_prompt": False, "map_terms": ()}  # the last layer, no maps
 ANSWER = "Sure, it is [SEG]."
 
 
 @dataclass(frozen=True)
 class Preset:
     """Shapes of the model and of a training step.
+
+    ``tiny`` has the layers of assets/tiny. ``medium`` is for a CPU: a small LLaMA with CLIP at its full input and SAM
+    ViT-B; it is not the ``medium`` of ``memory_model``, whose SAM is smaller.
 
     Attributes:
         llama: arguments of ``llama_settings``, except the vocabulary. batch: images. questions: per image.
@@ -70,11 +70,18 @@ class Preset:
     gpu: bool = False
 
 
-def _large(width: int, layers: int, lora_r: int) -> Preset:
-    clip = clip_config(336, 14, 1024, 24)
-    clip.num_attention_heads = 16
-    llama = {"width": width, "layers": layers, "heads": width // 128}
-    return Preset(llama, clip, SamShape(), lora_r=lora_r, precision="bf16", gpu=True)
+def _large(name: str, lora_r: int) -> Preset:
+    """LLaVA-1.5 ``7b`` or ``13b`` with SAM ViT-H, of the shapes that scripts/doctor.py --memory computes with."""
+    shape = memory_model.preset(name)
+    llama = {
+        "width": shape.hidden_size,
+        "layers": shape.num_hidden_layers,
+        "heads": shape.num_attention_heads,
+        "mlp": shape.intermediate_size,
+    }
+    return Preset(
+        llama, CLIPVisionConfig.from_dict(shape.vision_config), SamShape(), lora_r=lora_r, precision="bf16", gpu=True
+    )
 
 
 SAM_VIT_B = SamShape(encoder_width=768, encoder_depth=12, encoder_heads=12, global_attention=(2, 5, 8, 11))
@@ -83,8 +90,8 @@ PRESETS = {
     "medium": Preset(
         {"width": 512, "layers": 12, "heads": 8}, clip_config(336, 14, 256, 6), SAM_VIT_B, batch=1, questions=3
     ),
-    "7b": _large(4096, 32, 8),
-    "13b": _large(5120, 40, 64),
+    "7b": _large("7b", 8),
+    "13b": _large("13b", 64),
 }
 
 
@@ -102,7 +109,7 @@ class Bench:
         sides = vision["image_size"], vision["patch_size"], preset.sam.image_size
         self.processor = UGroundProcessor(tokenizer, *sides)
         ids = self.processor.tokens
-        vocabulary = 32_004 if preset.gpu else len(tokenizer)
+        vocabulary = memory_model.VOCABULARY if preset.gpu else len(tokenizer)
         config = UGroundConfig(
             vision_config=vision,
             sam_config=preset.sam.to_dict(),
@@ -210,11 +217,14 @@ class Bench:
 
         return call
 
-    def generate_without_cache(self) -> None:
-        """Generates 12 tokens with a forward pass of the whole sequence for each; the vision tower runs once."""
+    def _one_question(self) -> Batch:
         sample = self.samples(1, images=1)[0]
         batch = self.processor.prompts([sample.image], [[Turn(sample.conversations[0][0].question)]])
-        batch = batch.to(self.device, PRECISIONS[self.preset.precision])
+        return batch.to(self.device, PRECISIONS[self.preset.precision])
+
+    def generate_without_cache(self) -> None:
+        """Generates 12 tokens with a forward pass of the whole sequence for each; the vision tower runs once."""
+        batch = self._one_question()
         self.wrapped.eval()
         with torch.inference_mode(), self.scripted_answers():
             features = self.model.encode_images(batch.clip_images, batch.clip_sizes)
@@ -229,11 +239,10 @@ class Bench:
 
     def generate_with_cache(self) -> None:
         """Generates 12 tokens with the KV cache."""
-        sample = self.samples(1, images=1)[0]
-        batch = self.processor.prompts([sample.image], [[Turn(sample.conversations[0][0].question)]])
+        batch = self._one_question()
         self.wrapped.eval()
         with self.scripted_answers(segs=0):
-            self.model.answer(batch.to(self.device, PRECISIONS[self.preset.precision]), max_new_tokens=12)
+            self.model.answer(batch, max_new_tokens=12)
         self.wrapped.train()
 
     @contextmanager
@@ -305,8 +314,9 @@ class Bench:
             changes: dict[int, tuple[Any, dict[str, Any]]] = {}
             for part, (owner, name) in watched.items():
                 changes.setdefault(id(owner), (owner, {}))[1][name] = self._timed(getattr(owner, name), part, times)
-            (first, second) = changes.values()
-            with replaced(first[0], **first[1]), replaced(second[0], **second[1]):
+            with ExitStack() as stack:
+                for owner, methods in changes.values():
+                    stack.enter_context(replaced(owner, **methods))
                 self._step_in_parts(batch, times)
             if turn:
                 repeated.append(times)
@@ -338,12 +348,9 @@ class Bench:
 
 def separate(sample: Sample) -> list[Sample]:
     """A sample per question, the image repeated."""
-    masks = iter(sample.masks)
-    rows = []
-    for turns in sample.conversations:
-        turn_masks = [next(masks) for _ in range(sum(turn.answer.count("[SEG]") for turn in turns))]
-        rows.append(Sample(sample.source, sample.image, [turns], np.stack(turn_masks), sample.sample_id))
-    return rows
+    return [
+        replace(sample, conversations=[conversation], masks=masks) for conversation, masks in sample.by_conversation()
+    ]
 
 
 @contextmanager

@@ -20,7 +20,6 @@ from model.processing.processor import UGroundProcessor
 from model.structures import Batch, Sample, Turn
 from utils.config import Config, missing_paths
 from utils.datasets import get_eval_dataset
-from utils.datasets.base import check_complete
 from utils.datasets.mixture import Mixture
 from utils.diagnostics.findings import Finding, ok, problem, warning
 from utils.diagnostics.memory_model import Plan, expected, on_cuda
@@ -118,10 +117,10 @@ def check_tokens(model: Any, processor: UGroundProcessor) -> Iterator[Finding]:
 
 def describe_data(mixture: Mixture, config: Config) -> Iterator[Finding]:
     """The training data, and how many of its records cannot be used."""
-    for row in mixture.describe(config.total_steps * config.train.batch_size * config.train.grad_accumulation_steps):
+    for row in mixture.describe(config.total_steps * config.images_per_step()):
         bad = row.get("unusable", 0)
         text = f"{row['name']}: {row['images']:,} images, {row['share']:.1%} of the samples, {row['epochs']:.2f} epochs"
-        fix = "scripts/inspect_data.py names them; complete or repair the data set"
+        fix = "scripts/inspect_data.py prints the first of them; complete or repair the data set"
         yield warning(f"{text}; {bad:,} records cannot be used", fix) if bad else ok(text)
 
 
@@ -144,8 +143,7 @@ def read_samples(mixture: Mixture, seed: int) -> Iterator[Finding]:
 
 def check_benchmark(spec: str, config: Config) -> Iterator[Finding]:
     """Whether a validation benchmark is complete."""
-    dataset = get_eval_dataset(spec, config.data.dataset_dir)
-    check_complete(dataset)
+    dataset = get_eval_dataset(spec, config.data.dataset_dir)  # raises DataError if it is incomplete
     sample = dataset[0]
     yield ok(f"{spec}: {len(dataset):,} images, {dataset.num_queries:,} queries; the first was read ({sample.source})")
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 T = TypeVar("T")
-LEVELS = ("ok", "skipped", "warning", "problem")
 
 
 @dataclass(frozen=True)
@@ -15,7 +14,7 @@ class Finding:
     """The result of a check.
 
     Attributes:
-        level: one of ``LEVELS``. text: what was observed. fix: how to fix it, or to have it checked.
+        level: ok, skipped, warning or problem. text: what was observed. fix: how to fix it, or to have it checked.
     """
 
     level: str

@@ -16,12 +16,13 @@ from typing import Any
 import torch
 from transformers import CLIPVisionConfig
 
+from model.config import UGroundConfig
 from model.loading.placement import PRECISIONS
 from model.loading.weights import base_config, read_sam
 from model.lora import add_lora
 from model.losses import PIXELS_AT_ONCE
 from model.sam import SamShape
-from model.UGround import UGroundConfig, UGroundForCausalLM
+from model.UGround import UGroundForCausalLM
 from utils.config import Config
 from utils.plotting import text_tables
 
@@ -41,9 +42,8 @@ CLIPS: dict[str, dict[str, Any]] = {
     "large": {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16},
     "small": {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 4},
 }
-SAM_SMALL = SamShape(
-    encoder_width=192, encoder_depth=2, encoder_heads=2, global_attention=(1,)
-)  # with the full decoder
+# with the full decoder
+SAM_SMALL = SamShape(encoder_width=192, encoder_depth=2, encoder_heads=2, global_attention=(1,))
 MEDIUM_SETTINGS = ("--precision", "fp32", "--grad_accumulation_steps", "1")
 CARDS = (24, 40, 80)  # GB
 MARGIN = 0.1  # share of a card to leave free: the assumptions were not measured on a GPU
@@ -98,8 +98,7 @@ def language_model(plan: Plan) -> float:
     - the inputs of LoRA's two A matrices: with dropout a copy and a mask of bytes for each (2(b + 1)D), else one (bD)
     - the inputs of SiLU and of the product in the MLP (3bF)
 
-    With checkpointing a layer saves its input (bD), and one layer at a time is
-    recomputed.
+    With checkpointing a layer saves its input (bD), and one layer at a time is recomputed.
 
     PPM saves the image states of all layers in float32 (4PD per image and layer). The additive mask of attention is
     b x T x T per image.

@@ -87,8 +87,8 @@ class Benchmark:
         """
         if requested and requested not in PROTOCOLS:
             raise ValueError(f"unknown protocol {requested!r}; use {' or '.join(PROTOCOLS)}")
-        supported = self.protocols.get(mode, ())
-        return requested if requested and requested in supported else next(iter(supported), "")
+        supported = self.protocols.get(mode, ("",))
+        return requested if requested and requested in supported else supported[0]
 
 
 REASON_SEG = PaperTable(3, "ReasonSeg", ("gIoU", "cIoU"))

@@ -11,6 +11,7 @@ import numpy as np
 
 from model.structures import EvalSample
 from utils.datasets.base import EvalDataset
+from utils.datasets.reason_seg import split_length
 from utils.datasets.spec import Spec
 
 CONTROLS = ("shuffled_prompts",)  # those that are evaluated with the model
@@ -63,10 +64,8 @@ def query_agnostic_baselines(dataset_dir: Path, spec: Spec) -> dict[str, dict[st
     path = Path(dataset_dir) / "demo_data.json"
     if not path.is_file():
         return {}
-    split, kinds = spec.split, {"all", "short", "long"}
-    if split.endswith(("_short", "_long")):
-        split, kind = split.rsplit("_", 1)
-        kinds = {kind}
+    split, length = split_length(spec.split)
+    kinds = {length} if length else {"all", "short", "long"}
     rows = json.loads(path.read_text(encoding="utf-8"))["text_blind"]
     rows = [row for row in rows if (row["set"], row["split"]) == (spec.name, split) and row["kind"] in kinds]
     names = {"text_blind_all_objects": "all", "text_blind_random_object": "random"}

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,6 @@ import torch
 from tqdm import tqdm
 
 from model.geometry import maps_at
-from model.loading.weights import load_strictly, read_sam
 from model.opened import with_text
 from model.sam import SegmentAnything
 from model.structures import EvalQuery, EvalSample, Prediction, Prompts
@@ -86,10 +86,8 @@ class Study:
     def groups(self) -> dict[tuple[str, str], list[int]]:
         """(key, group) -> indices of its queries: all queries, then by every key of their meta with several values."""
         groups = {("all", self.benchmark.name): list(range(len(self.records)))}
-        for key in metrics.GROUP_KEYS:
-            names = sorted({str(record.meta[key]) for record in self.records if key in record.meta})
-            for name in names if len(names) > 1 else ():
-                groups[key, name] = [n for n, record in enumerate(self.records) if str(record.meta.get(key)) == name]
+        for key, parts in metrics.groups(self.records).items():
+            groups |= {(key, name): indices for name, indices in parts.items()}
         return groups
 
     def policy(self, indices: Sequence[int]) -> dict[str, Any]:
@@ -111,12 +109,6 @@ class Study:
             "entropy": sum(token.entropy for token in tokens) / count,
         }
 
-    def ranked(self) -> list[int]:
-        """Indices of all queries from the worst to the best IoU."""
-        protocol = self.benchmark.protocol()
-        key = [(metrics.iou(record, protocol), record.index, record.query_id) for record in self.records]
-        return sorted(range(len(key)), key=key.__getitem__)
-
 
 @dataclass
 class QueryView:
@@ -126,11 +118,10 @@ class QueryView:
         maps: [L, H, W] in [0, 1], the maximum over its [SEG].
         masks: [L, H, W] bool with each layer forced, the union over its [SEG]; ious: [L] of these.
         policy: [L], the mean over its [SEG].
-        mask, layers, iou: of the model's own answer.
+        record, mask, iou: of the model's own answer.
     """
 
     image: np.ndarray
-    query: str
     truth: np.ndarray
     record: Record
     maps: np.ndarray
@@ -139,10 +130,6 @@ class QueryView:
     policy: np.ndarray
     mask: np.ndarray
     iou: float
-
-    @property
-    def layers(self) -> list[int]:
-        return self.record.layers
 
 
 @dataclass
@@ -193,7 +180,6 @@ class LayerAnalyzer:
         *ious, iou = [metrics.iou(each, protocol) for each in records]
         return QueryView(
             image=sample.image,
-            query=query.text,
             truth=metrics.merge_targets(query.masks, *size),
             record=records[-1],
             maps=self.upsample(grid, size).amax(0).numpy() if len(grid) else np.zeros((len(by_layer), *size)),
@@ -228,17 +214,12 @@ class LayerAnalyzer:
                 study.tokens.append([SegToken(*pair) for pair in zip(distribution.numpy(), losses)])
                 if not query.masks.any():
                     continue
-
-                def at_best_threshold(
-                    maps: np.ndarray, b=b, sample=sample, query=query, answer=answers[b][k]
-                ) -> Record:
-                    return threshold_map(indices[b], sample, query, answer, maps, study.benchmark)
-
+                m_iou = partial(threshold_map, indices[b], sample, query, answers[b][k], study.benchmark)
                 full = self.upsample(grid, sample.image.shape[:2]).numpy()
-                of_layers = [at_best_threshold(full[:, layer]) for layer in range(study.num_layers)]
+                of_layers = [m_iou(full[:, layer]) for layer in range(study.num_layers)]
                 for records, record in zip(study.maps_by_layer, of_layers):
                     records.append(record)
-                study.table["M_IoU", "chosen"].append(at_best_threshold(answers[b][k].similarities))
+                study.table["M_IoU", "chosen"].append(m_iou(answers[b][k].similarities))
                 study.table["M_IoU", "last"].append(of_layers[-1])
 
     def _map_losses(self, query: EvalQuery, grid: torch.Tensor) -> np.ndarray:
@@ -293,22 +274,6 @@ class LayerProbe:
         return prediction.policy, prediction.layer_maps
 
 
-def load_original_sam(path: str, model: UGroundForCausalLM) -> SegmentAnything:
-    """Loads the SAM that a checkpoint was trained from.
-
-    Raises:
-        ValueError: if its image encoder, which training never changes, is not the checkpoint's.
-    """
-    state, shape = read_sam(path)
-    sam = SegmentAnything(shape)
-    load_strictly(sam, state, path)
-    sam = sam.to(model.device, model.dtype).eval()
-    trained, original = (each.image_encoder.state_dict() for each in (model.visual_model, sam))
-    if trained.keys() != original.keys() or any(not torch.equal(trained[name], original[name]) for name in trained):
-        raise ValueError(f"--sam {path}: its image encoder is not the checkpoint's; give the SAM it was trained from")
-    return sam
-
-
 def best_threshold(similarity: np.ndarray, truth: np.ndarray) -> float:
     """The lowest of ``THRESHOLDS`` with the largest IoU; similarity [H, W] in [0, 1], truth [H, W] with 0, 1, 255."""
     above = np.searchsorted(THRESHOLDS, similarity.astype(np.float32))  # number of thresholds below each pixel
@@ -319,7 +284,7 @@ def best_threshold(similarity: np.ndarray, truth: np.ndarray) -> float:
 
 
 def threshold_map(
-    index: int, sample: EvalSample, query: EvalQuery, answer: QueryPrediction, maps: np.ndarray, benchmark: Benchmark
+    index: int, sample: EvalSample, query: EvalQuery, answer: QueryPrediction, benchmark: Benchmark, maps: np.ndarray
 ) -> Record:
     """M_IoU of a query: its maps [N, H, W] at the one threshold that gives their union the largest IoU."""
     threshold = 0.5

@@ -32,7 +32,7 @@ def layer_maps(views: Mapping[str, QueryView]) -> Figure:
     ratio = min(2.0, first.image.shape[0] / first.image.shape[1])
     rows = 1 + max(-(-len(view.maps) // COLUMNS) for view in views.values())
     width = COLUMN * len(views)
-    title = textwrap.wrap(first.query, int(width * LETTERS_PER_INCH))
+    title = textwrap.wrap(first.record.query, int(width * LETTERS_PER_INCH))
     height = rows * (0.9 * COLUMN / COLUMNS * ratio + 0.17) + 0.14 * (len(title) + 1)
     with figure(width, height) as fig:
         fig.suptitle("\n".join(title))
@@ -46,17 +46,17 @@ def layer_maps(views: Mapping[str, QueryView]) -> Figure:
 
 def _map_grid(cells: np.ndarray, view: QueryView) -> None:
     """Draws image, ground truth and answer in the first row, then one map per layer."""
-    panel = _scaled_panel(view)
+    panel, truth, similarities = _scaled_panel(view)
     for ax in cells.flat:
         ax.set_axis_off()
-    faded, truth, similarities = _faded(panel), *_truth_and_maps(panel)
+    faded = _faded(panel.image)
     answer = f"IoU {view.iou:.2f}", overlay(faded, panel.masks[-1:])
     pictures = [("image", panel.image), ("truth", truth_overlay(faded, truth)), answer]
     for ax, (name, picture) in zip(cells[0], pictures):
         ax.imshow(picture)
         ax.set_title(name, pad=2)
     for layer, (ax, similarity) in enumerate(zip(cells[1:].flat, similarities)):
-        chosen = layer in view.layers
+        chosen = layer in view.record.layers
         ax.imshow(heat_map(panel.image, similarity))
         _outline(ax, truth)
         ax.set_title(f"{layer} chosen" if chosen else f"{layer}", pad=2, fontweight="bold" if chosen else "normal")
@@ -69,31 +69,38 @@ def _map_grid(cells: np.ndarray, view: QueryView) -> None:
 
 def animate(view: QueryView, path: Path, dpi: int = 110) -> None:
     """Writes a GIF with one frame per layer: map, mask, IoU, and the policy's probability."""
-    panel = _scaled_panel(view)
     candidates = [layer for layer in range(len(view.maps)) if view.policy[layer] > 0] or list(range(len(view.maps)))
-    frames = [Image.fromarray(pixels(frame, dpi)) for frame in _frames(view, panel, candidates)]
+    frames = [Image.fromarray(pixels(frame, dpi)) for frame in _frames(view, candidates)]
     palette = Image.fromarray(np.concatenate([np.array(frame) for frame in frames])).quantize(255)
     palette_frames = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
-    durations = [2200 if layer in view.layers else 650 for layer in candidates]
+    durations = [2200 if layer in view.record.layers else 650 for layer in candidates]
     path.parent.mkdir(parents=True, exist_ok=True)
     palette_frames[0].save(
         path, save_all=True, append_images=palette_frames[1:], duration=durations, loop=0, optimize=True
     )
 
 
-def _frames(view: QueryView, panel: Panel, candidates: list[int]) -> Iterator[Figure]:
+def _frames(view: QueryView, candidates: list[int]) -> Iterator[Figure]:
     """One frame per candidate layer."""
+    panel, truth, similarities = _scaled_panel(view)
+    faded = _faded(panel.image)
     ratio = min(1.2, view.image.shape[0] / view.image.shape[1])
-    title = "\n".join(textwrap.wrap(view.query, int(2 * COLUMN * LETTERS_PER_INCH * 0.85)))
+    title = "\n".join(textwrap.wrap(view.record.query, int(2 * COLUMN * LETTERS_PER_INCH * 0.85)))
     for layer in candidates:
+        chosen = ", the policy's choice" if layer in view.record.layers else ""
+        pictures = [
+            ("image and truth", panel.image),
+            (f"similarity map, layer {layer}{chosen}", heat_map(panel.image, similarities[layer])),
+            (f"SAM's mask, IoU {view.ious[layer]:.2f}", overlay(faded, panel.masks[layer : layer + 1])),
+        ]
         with figure(2 * COLUMN, 2.15 * ratio + 1.55) as fig:
             fig.suptitle(title, fontsize=8)
             above, below = fig.subfigures(2, 1, squeeze=False, height_ratios=[2.15 * ratio + 0.2, 1.1])[:, 0]
-            for ax, (name, picture) in zip(above.subplots(1, 3), _frame_pictures(view, panel, layer)):
+            for ax, (name, picture) in zip(above.subplots(1, 3), pictures):
                 ax.imshow(picture)
                 ax.set_axis_off()
                 ax.set_title(name, fontsize=8)
-                _outline(ax, _truth_and_maps(panel)[0])
+                _outline(ax, truth)
             ax = below.subplots()
             colors = [BLUE if each == layer else "0.75" for each in candidates]
             ax.bar(candidates, view.policy[candidates], color=colors, label="policy")
@@ -104,30 +111,20 @@ def _frames(view: QueryView, panel: Panel, candidates: list[int]) -> Iterator[Fi
             yield fig
 
 
-def _frame_pictures(view: QueryView, panel: Panel, layer: int) -> list[tuple[str, np.ndarray]]:
-    chosen = ", the policy's choice" if layer in view.layers else ""
-    return [
-        ("image and truth", panel.image),
-        (f"similarity map, layer {layer}{chosen}", heat_map(panel.image, _truth_and_maps(panel)[1][layer])),
-        (f"SAM's mask, IoU {view.ious[layer]:.2f}", overlay(_faded(panel), panel.masks[layer : layer + 1])),
-    ]
+def _scaled_panel(view: QueryView) -> tuple[Panel, np.ndarray, np.ndarray]:
+    """The query's pictures at display size, their ground truth and similarity maps.
 
-
-def _scaled_panel(view: QueryView) -> Panel:
-    """The query's pictures at display size; its masks are those of all layers, then that of the answer."""
+    The panel's masks are those of all layers, then that of the answer.
+    """
     masks = np.concatenate([view.masks, view.mask[None]])
-    return fit(Panel(view.image, view.query, masks, view.maps, view.truth), CELL, CELL)
-
-
-def _truth_and_maps(panel: Panel) -> tuple[np.ndarray, np.ndarray]:
-    """Ground truth and similarity maps, which are never None for a ``QueryView``."""
+    panel = fit(Panel(view.image, view.record.query, masks, view.maps, view.truth), CELL, CELL)
     assert panel.truth is not None
     assert panel.similarities is not None
-    return panel.truth, panel.similarities
+    return panel, panel.truth, panel.similarities
 
 
-def _faded(panel: Panel) -> np.ndarray:
-    grey = (panel.image.mean(-1, keepdims=True) / 2 + 110).astype(np.uint8)
+def _faded(image: np.ndarray) -> np.ndarray:
+    grey = (image.mean(-1, keepdims=True) / 2 + 110).astype(np.uint8)
     return np.repeat(grey, 3, axis=2)
 
 

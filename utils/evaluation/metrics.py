@@ -128,6 +128,11 @@ def iou(record: Record, protocol: str = "") -> float:
     return math.fsum(values) / len(values)
 
 
+def ranked(records: Iterable[Record], protocol: str = "") -> list[Record]:
+    """The records from the worst to the best IoU."""
+    return sorted(records, key=lambda record: (iou(record, protocol), record.index, record.query_id))
+
+
 # (record, protocol) -> what the record adds to a metric's numerator and denominator
 Formula = Callable[[Record, str], tuple[float, int]]
 
@@ -167,6 +172,7 @@ METRICS: dict[str, Formula] = {  # benchmarks may report a formula under another
 def _sums(
     records: Iterable[Record], benchmark: Benchmark, protocol: str | None
 ) -> dict[str, tuple[list[float], list[int]]]:
+    """Metric -> numerators and denominators of the records."""
     protocol = benchmark.protocol(protocol)
     pairs = {
         name: [METRICS[formula](record, protocol) for record in records] for name, formula in benchmark.metrics.items()
@@ -265,15 +271,24 @@ def breakdown(
     records: Sequence[Record], benchmark: Benchmark, protocol: str | None = None
 ) -> dict[str, dict[str, dict[str, float]]]:
     """Metrics per group: ``{"family": {"relation": {"gIoU": ..., "masks": 40}}}``; keys with one value are left out."""
+    result: dict[str, dict[str, dict[str, float]]] = {}
+    for key, parts in groups(records).items():
+        result[key] = {}
+        for name, indices in parts.items():
+            group = [records[index] for index in indices]
+            result[key][name] = compute(group, benchmark, protocol) | {"masks": count_masks(group)}
+    return result
+
+
+def groups(records: Sequence[Record]) -> dict[str, dict[str, list[int]]]:
+    """Key of the queries' meta -> group -> indices of its records; keys with one group are left out."""
     result = {}
     for key in GROUP_KEYS:
         names = sorted({str(record.meta[key]) for record in records if key in record.meta})
-        if len(names) < 2:
-            continue
-        groups = {name: [r for r in records if str(r.meta.get(key)) == name] for name in names}
-        result[key] = {
-            name: compute(group, benchmark, protocol) | {"masks": count_masks(group)} for name, group in groups.items()
-        }
+        if len(names) > 1:
+            result[key] = {
+                name: [n for n, record in enumerate(records) if str(record.meta.get(key)) == name] for name in names
+            }
     return result
 
 

@@ -1,4 +1,4 @@
-"""Results as text and pictures: the table that test.py prints, and panels of samples."""
+"""Panels of samples: query, masks, similarity maps, ground truth and answer."""
 
 from __future__ import annotations
 
@@ -6,15 +6,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from model.structures import EvalQuery
 from utils.datasets.base import EvalDataset
 from utils.evaluation import metrics
 from utils.evaluation.benchmarks import benchmark_of
-from utils.evaluation.controls import CONTROLS, HEADINGS
 from utils.evaluation.metrics import Record
-from utils.evaluation.paper_tables import missing_note
-from utils.evaluation.predictions import InferenceOptions, predict_queries
-from utils.evaluation.results import Summary
-from utils.plotting import text_tables
+from utils.evaluation.predictions import InferenceOptions, QueryPrediction, predict_queries
+from utils.evaluation.result_text import notes
 from utils.plotting.overlays import Panel, evenly_spaced, sheet
 
 
@@ -31,7 +29,7 @@ def panels(
 
     Predicts these samples again, as keeping all similarity maps would take too much memory.
     """
-    ranked = sorted(records, key=lambda record: (metrics.iou(record, protocol), record.index, record.query_id))
+    ranked = metrics.ranked(records, protocol)
     result, benchmark = [], benchmark_of(dataset.spec)
     for record in (ranked[index] for index in evenly_spaced(len(ranked), count)):
         sample = dataset[record.index]
@@ -39,21 +37,7 @@ def panels(
         query, prediction = next(
             pair for pair in zip(sample.queries, predictions, strict=True) if pair[0].query_id == record.query_id
         )
-        result.append(
-            (
-                record,
-                Panel(
-                    image=sample.image,
-                    query=query.text,
-                    masks=prediction.masks,
-                    similarities=prediction.similarities,
-                    truth=metrics.merge_targets(query.masks, *sample.image.shape[:2]),
-                    answer=prediction.text,
-                    notes=notes(record, protocol),
-                    deviations=prediction.deviations,
-                ),
-            )
-        )
+        result.append((record, _panel(sample.image, query, prediction, notes(record, protocol))))
     return result
 
 
@@ -63,64 +47,19 @@ def validation_sheet(model, processor, dataset: EvalDataset, options: InferenceO
     for index in evenly_spaced(len(dataset), count):
         sample = dataset[index]
         sample.queries = sample.queries[:1]
-        [query] = sample.queries
         [[prediction]] = predict_queries(model, processor, [sample], [index], benchmark_of(dataset.spec), options)
-        truth = metrics.merge_targets(query.masks, *sample.image.shape[:2])
-        panels.append(
-            Panel(sample.image, query.text, prediction.masks, prediction.similarities, truth, prediction.text)
-        )
+        panels.append(_panel(sample.image, sample.queries[0], prediction))
     return sheet(panels)
 
 
-def notes(record: Record, protocol: str = "") -> list[str]:
-    """The notes of an answer's panel: IoU, layers, uncertainty, groups."""
-    expected = ", nothing to find" if record.expected_empty else ""
-    rejected = ", rejected" if record.rejected else ""
-    layers = f"layer {', '.join(map(str, record.layers))}" if record.layers else "no [SEG]"
-    uncertainty = [f"uncertainty {record.max_uncertainty:.2f}"] if record.uncertainty else []
-    groups = [f"{key}: {record.meta[key]}" for key in metrics.GROUP_KEYS if key in record.meta]
-    return [f"IoU {metrics.iou(record, protocol):.2f}{expected}{rejected}", layers, *uncertainty, *groups]
-
-
-def format_table(summaries: Sequence[Summary]) -> str:
-    """Results as an aligned table: one line per benchmark and mode, its controls and groups indented below."""
-    names = list(dict.fromkeys(name for summary in summaries for name in summary.metrics))
-    rows = [["benchmark", "mode", "layers", "images", "masks", *names]]
-    for summary in summaries:
-        rows += _rows(summary, names)
-    lines = text_tables.aligned(rows, "lllrrl")
-    rule = "-" * max(map(len, lines))
-    skipped = [f"{s.benchmark}: {s.counts['skipped']} images skipped" for s in summaries if s.counts.get("skipped")]
-    return "\n".join([lines[0], rule, *lines[1:], rule, *skipped, "[low, high]: 95% bootstrap interval over images"])
-
-
-def _rows(summary: Summary, names: Sequence[str]) -> list[list[str]]:
-    """The line of a result, followed by those of its controls and groups."""
-    counts, note = summary.counts, missing_note(summary)
-    images = str(counts["images"]) if counts["images"] == counts["split_images"] else "{images}/{split_images}"
-    labels = [
-        summary.benchmark,
-        summary.mode_label,
-        summary.layer_policy,
-        images.format(**counts),
-        str(counts["masks"]),
-    ]
-    rows = [[*labels, *_cells(summary.metrics, names, note, summary.intervals)]]
-    for control, scores in summary.controls.items():
-        kind = "control" if control in CONTROLS else "query-agnostic"
-        rows.append([f"  {kind}: {HEADINGS[control]}", "", "", "", "", *_cells(scores, names, note)])
-    for key, groups in summary.breakdown.items():
-        for group, scores in groups.items():
-            rows.append([f"  {key}: {group}", "", "", "", str(scores["masks"]), *_cells(scores, names, note)])
-    return rows
-
-
-def _cells(
-    scores: dict[str, float], names: Sequence[str], note: str, bounds: dict[str, list[float]] | None = None
-) -> list[str]:
-    """``0.653 [0.601, 0.702] (3 missing)`` for each metric."""
-    cells = []
-    for name in names:
-        interval = " [{:.3f}, {:.3f}]".format(*bounds[name]) if bounds and name in bounds else ""
-        cells.append(f"{scores[name]:.3f}{interval}{note}" if name in scores else "-")
-    return cells
+def _panel(image: np.ndarray, query: EvalQuery, prediction: QueryPrediction, notes: Sequence[str] = ()) -> Panel:
+    return Panel(
+        image=image,
+        query=query.text,
+        masks=prediction.masks,
+        similarities=prediction.similarities,
+        truth=metrics.merge_targets(query.masks, *image.shape[:2]),
+        answer=prediction.text,
+        notes=notes,
+        deviations=prediction.deviations,
+    )

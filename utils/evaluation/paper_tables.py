@@ -49,13 +49,12 @@ def fill(method: str, summaries: Sequence[Summary]) -> list[Table]:
 
     Args:
         method: name of the model, in the first column.
-        summaries: of ``utils.evaluation.engine``; those of the same setup share a row.
+        summaries: of ``utils.evaluation.evaluate``; those of the same setup share a row.
     """
     tables = []
     for paper in TABLES:
         headed_columns = columns(paper)
-        sources = {source for _, spec, _ in headed_columns for source in _sources(spec)}
-        relevant = [summary for summary in summaries if summary.spec in sources]
+        relevant = [each for each in summaries if any(_scores(each, spec) for _, spec, _ in headed_columns)]
         rows = [["Method", "asked", *(heading for heading, _, _ in headed_columns)]]
         for setup in dict.fromkeys(map(setup_of, relevant)):
             matching = [summary for summary in relevant if setup_of(summary) == setup]
@@ -73,25 +72,20 @@ def setup_of(summary: Summary) -> str:
     return ", ".join([summary.mode_label, f"layer {summary.layer_policy}", *limit])
 
 
-def _sources(spec: Spec) -> tuple[Spec, ...]:
-    return (spec, PARTS[spec][0]) if spec in PARTS else (spec,)
+def _scores(summary: Summary, spec: Spec) -> dict[str, float]:
+    """The metrics of ``spec`` in a summary of it, or of the split that it is a part of; empty in any other."""
+    if summary.spec == spec:
+        return summary.metrics
+    whole, key, group = PARTS.get(spec, (None, "", ""))
+    return summary.breakdown.get(key, {}).get(group, {}) if summary.spec == whole else {}
 
 
 def _cell(summaries: Sequence[Summary], spec: Spec, metric: str, digits: int) -> str:
     for summary in summaries:
-        scores = summary.metrics
-        if summary.spec != spec:
-            whole, key, group = PARTS.get(spec, (None, "", ""))
-            scores = summary.breakdown.get(key, {}).get(group, {}) if summary.spec == whole else {}
+        scores = _scores(summary, spec)
         if metric in scores:
-            return f"{100 * scores[metric]:.{digits}f}{missing_note(summary)}"
+            return f"{100 * scores[metric]:.{digits}f}{summary.missing_note}"
     return "-"
-
-
-def missing_note(summary: Summary) -> str:
-    """`` (3 missing)``, beside every number of an evaluation with missing images; else empty."""
-    missing = summary.counts.get("missing", 0)
-    return f" ({missing} missing)" if missing else ""
 
 
 def write(folder: Path, tables: Iterable[Table], notes: Sequence[str] = ()) -> list[Path]:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
 from model.opened import predict
-from model.processing.conversation import escape
 from model.processing.tokens import SEG
-from model.structures import EvalQuery, EvalSample, MaskUncertainty, Prediction, Turn
+from model.structures import MAX_NEW_TOKENS, EvalQuery, EvalSample, MaskUncertainty, Prediction, Turn
 from utils.datasets.masks import encode_mask
 from utils.datasets.templates import eval_joint_turn, eval_turn
 from utils.evaluation import metrics
@@ -33,7 +32,7 @@ class InferenceOptions:
 
     mode: str = "generate"
     layer_policy: str = "argmax"
-    max_new_tokens: int = 64
+    max_new_tokens: int = MAX_NEW_TOKENS
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -77,7 +76,7 @@ class QueryPrediction:
         """[N, H, W] standard deviation of each mask's probability over the layers sampled by ``mc:T``, at most 0.5."""
         if not self.uncertainty:
             return None
-        return np.stack([uncertainty.variance.sqrt().numpy() for uncertainty in self.uncertainty])
+        return np.stack([uncertainty.deviation.numpy() for uncertainty in self.uncertainty])
 
 
 def predict_queries(
@@ -110,9 +109,7 @@ def predict_queries(
 def turns_of(samples: Sequence[EvalSample], benchmark: Benchmark, mode: str) -> list[list[Turn]]:
     """[image][turn]: one turn per query or one joint turn; with the answer if teacher-forced."""
     if benchmark.is_joint(mode):
-        # The answer repeats the queries; a literal [SEG] in a query must not become a token
-        escaped = [[replace(query, text=escape(query.text)) for query in sample.queries] for sample in samples]
-        return [[eval_joint_turn(queries)] for queries in escaped]
+        return [[eval_joint_turn(sample.queries)] for sample in samples]
     turns = [[eval_turn(query, benchmark.task == "instances") for query in sample.queries] for sample in samples]
     return turns if mode == "teacher_forced" else [[Turn(turn.question) for turn in row] for row in turns]
 

@@ -108,6 +108,12 @@ class Summary:
         """The mode, and the protocol if the benchmark has several: ``teacher_forced, gsva``."""
         return ", ".join(filter(None, [self.mode, self.protocol]))
 
+    @property
+    def missing_note(self) -> str:
+        """`` (3 missing)``, beside every number of an evaluation with missing images; else empty."""
+        missing = self.counts.get("missing", 0)
+        return f" ({missing} missing)" if missing else ""
+
     def to_dict(self) -> dict[str, Any]:
         """The known values. ``limit`` is known with ``settings``, and None (all images) is a value of its own."""
         known = {name for name, value in vars(self).items() if value not in (None, "")}

@@ -1,1 +1,1 @@
-"""Inference: loading a model with its processor, conversations, folders of images, answer files."""
+"""Inference: flags of a model, conversations, folders of images, answer files."""

@@ -23,7 +23,7 @@ def answer_record(
         image: its name; pixels: uint8 [H, W, 3].
     """
     masks = []
-    for number, mask in enumerate((prediction.mask_logits > 0).numpy()):
+    for number, mask in enumerate(prediction.masks.numpy()):
         entry = {
             "layer": prediction.layers[number],
             "policy": [round(share, 4) for share in prediction.policy[number].tolist()],
@@ -56,13 +56,13 @@ def save_pictures(folder: Path, stem: str, pixels: np.ndarray, values: dict[str,
         values: from ``answer_record``.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    masks = (prediction.mask_logits > 0).numpy()
+    masks = prediction.masks.numpy()
     for number, (mask, entry) in enumerate(zip(masks, values["masks"]), start=1):
         entry["file"] = f"{stem}_mask_{number}.png"
         save_picture(folder / entry["file"], mask.astype(np.uint8) * 255)
     for number, (uncertainty, entry) in enumerate(zip(prediction.uncertainty, values["masks"]), start=1):
         entry["uncertainty"]["file"] = f"{stem}_deviation_{number}.png"
-        deviation = heat_map(pixels, 2 * uncertainty.variance.sqrt().numpy())
+        deviation = heat_map(pixels, 2 * uncertainty.deviation.numpy())
         save_picture(folder / entry["uncertainty"]["file"], deviation)
     values["overlay"] = f"{stem}_overlay.png"
     save_picture(folder / values["overlay"], overlay(pixels, masks))

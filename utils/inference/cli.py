@@ -16,9 +16,18 @@ from model.loading.placement import PRECISIONS, QUANTIZATIONS
 from model.loading.pretrained import load
 from model.opened import Opened
 
+SMALLER_BATCH = "lower --batch_size or use --precision bf16"
+SMALLER_WEIGHTS = "use --precision bf16 or --quantize 8bit"  # for programs without batches
 
-def run(main: Callable[[list[str] | None], int], arguments: list[str] | None = None) -> int:
-    """Calls ``main`` and returns its exit code; 2 for errors that the user can fix, 130 for Ctrl-C (no tracebacks)."""
+
+def run(
+    main: Callable[[list[str] | None], int], arguments: list[str] | None = None, out_of_memory: str = SMALLER_BATCH
+) -> int:
+    """Calls ``main`` and returns its exit code; 2 for errors that the user can fix, 130 for Ctrl-C (no tracebacks).
+
+    Args:
+        out_of_memory: what to do if the GPU's memory is too small, with flags of the program.
+    """
     name = Path(sys.argv[0]).name
     try:
         return main(arguments)
@@ -26,7 +35,7 @@ def run(main: Callable[[list[str] | None], int], arguments: list[str] | None = N
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except torch.OutOfMemoryError as error:
-        message = f"out of memory on the GPU: lower --batch_size or use --precision bf16 ({error})"
+        message = f"out of memory on the GPU: {out_of_memory} ({error})"
     except (ValueError, OSError, SafetensorError) as error:
         message = str(error)
     except KeyboardInterrupt:
@@ -34,6 +43,17 @@ def run(main: Callable[[list[str] | None], int], arguments: list[str] | None = N
         return 130
     print(f"{name}: error: {message}", file=sys.stderr)
     return 2
+
+
+def whole(low: int) -> Callable[[str], int]:
+    """The type of a flag whose value is a whole number of at least ``low``."""
+
+    def parse(text: str) -> int:
+        if not text.isdecimal() or int(text) < low:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {low}")
+        return int(text)
+
+    return parse
 
 
 def add_model_flags(parser: argparse.ArgumentParser, default: str = "") -> None:

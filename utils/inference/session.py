@@ -13,8 +13,9 @@ import numpy as np
 import torch
 
 from model.generation import ConversationCache
+from model.opened import with_text
 from model.processing.processor import UGroundProcessor
-from model.structures import Prediction, Turn
+from model.structures import MAX_NEW_TOKENS, Prediction, Turn
 from model.UGround import LanguagePass, UGroundForCausalLM
 
 
@@ -42,7 +43,7 @@ class ImageSession:
         prompt: str,
         *,
         layer_policy: str | None = None,
-        max_new_tokens: int = 64,
+        max_new_tokens: int = MAX_NEW_TOKENS,
         seed: int = 0,
         on_text: Callable[[str], None] | None = None,
         remember: bool = True,
@@ -94,7 +95,7 @@ class ImageSession:
 
     def _fit(self, turns: list[Turn], prompt: str, max_new_tokens: int) -> tuple[list[Turn], list[int]]:
         """The latest turns that leave room for the answer, and the token ids of the conversation."""
-        room = self.processor.max_tokens - len(self.processor.builder.prefix_ids)
+        room = self.processor.room
         while True:
             ids = self.processor.builder.encode((*turns, Turn(prompt, ""))).ids
             if not turns or len(ids) + max_new_tokens <= room:
@@ -111,6 +112,5 @@ class ImageSession:
         return self.embeddings
 
     def _decode_masks(self, language_pass: LanguagePass, layer_policy: str | None, seed: int) -> Prediction:
-        [[prediction]] = self.model.decode_masks(language_pass, layer_policy, seed)
-        prediction.text = self.processor.decode(prediction.token_ids)
+        [[prediction]] = with_text(self.model.decode_masks(language_pass, layer_policy, seed), self.processor)
         return prediction

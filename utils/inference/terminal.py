@@ -80,7 +80,8 @@ def picture_codes(picture: np.ndarray, protocol: str) -> str:
     data = base64.b64encode(file.getvalue()).decode()
     if protocol == "iterm":
         return f"\x1b]1337;File=inline=1;size={len(file.getvalue())}:{data}\a\n"
-    parts = [data[start : start + KITTY_CHUNK] for start in range(0, len(data), KITTY_CHUNK)]
-    heads = ["a=T,f=100,", *[""] * (len(parts) - 1)]
-    more = [*[1] * (len(parts) - 1), 0]
-    return "".join(f"\x1b_G{h}m={m};{part}\x1b\\" for h, m, part in zip(heads, more, parts)) + "\n"
+    codes = []
+    for start in range(0, len(data), KITTY_CHUNK):
+        head, more = "" if start else "a=T,f=100,", int(start + KITTY_CHUNK < len(data))
+        codes.append(f"\x1b_G{head}m={more};{data[start : start + KITTY_CHUNK]}\x1b\\")
+    return "".join(codes) + "\n"

@@ -14,14 +14,15 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from model.loading.weights import Loaded, base_fingerprints
+from model.loading.weights import Loaded, base_fingerprints, path_setting
+from model.processing.processor import UGroundProcessor
 from utils import distributed
 from utils.config import FIELDS, Config, config_from, to_dict
 from utils.training.versions import git_commit, package_versions
@@ -31,6 +32,16 @@ FOLDER, INDEX, META = "checkpoints", "index.json", "meta.json"
 
 class CheckpointError(ValueError):
     """A checkpoint cannot be written, found or resumed; the message names the reason and the fix."""
+
+
+def step_name(step: int) -> str:
+    """Name of what belongs to a step: its checkpoint, its pictures; sorted names are in the order of the steps."""
+    return f"step_{step:08d}"
+
+
+def step_of(name: str) -> int:
+    """The step of a ``step_name``."""
+    return int(name.removeprefix("step_"))
 
 
 # -- metadata ----------------------------------------------------------------------------------------------------------
@@ -53,7 +64,7 @@ def describe_settings(config: Config, data: list[dict]) -> dict[str, Any]:
     }
 
 
-def describe_model(model: nn.Module, processor, loaded: Iterable[Loaded]) -> dict[str, Any]:
+def describe_model(model: nn.Module, processor: UGroundProcessor, loaded: Iterable[Loaded]) -> dict[str, Any]:
     """Metadata of a built model: base weights, tokens, trained parameters, code versions."""
     return {
         "base": base_fingerprints(loaded),
@@ -109,7 +120,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 # -- saving ------------------------------------------------------------------------------------------------------------
 
 
-def save_checkpoint(engine, run_folder: Path, meta: dict[str, Any], best: bool) -> Path:
+def save_checkpoint(engine, run_folder: Path, meta: dict[str, Any], best: bool) -> None:
     """Writes a checkpoint. All processes must call it.
 
     Args:
@@ -120,7 +131,7 @@ def save_checkpoint(engine, run_folder: Path, meta: dict[str, Any], best: bool) 
         CheckpointError: if the disk is full or cannot be written; earlier checkpoints stay intact.
     """
     folder = run_folder / FOLDER
-    name = f"step_{meta['step']:08d}"
+    name = step_name(meta["step"])
     partial = folder / f"partial_{name}"
     distributed.raise_on_all_ranks(
         _prepare(folder, partial, engine) if distributed.is_main() else None, CheckpointError
@@ -133,7 +144,6 @@ def save_checkpoint(engine, run_folder: Path, meta: dict[str, Any], best: bool) 
     distributed.raise_on_all_ranks(
         _publish(folder, partial, name, meta, best) if distributed.is_main() else None, CheckpointError
     )
-    return folder / name
 
 
 def checkpoint_bytes(trained: int, itemsize: int) -> int:
@@ -210,27 +220,24 @@ def differences(run: dict[str, Any], saved: dict[str, Any]) -> list[str]:
     """Differences between two runs' metadata that forbid resuming; ``run`` may lack the part of ``describe_model``."""
     problems = []
     now, before = (config_from(meta["config"], META).flat() for meta in (run, saved))
-    for name, item in FIELDS.items():
-        if now[name] != before[name] and not item.metadata["may_change"]:
+    for name in differing(now, before):
+        if not FIELDS[name].metadata["may_change"]:
             problems.append(f"{name}: {before[name]!r} in the checkpoint, now {now[name]!r}")
-    flags = {"vision_tower": "--vision_tower", "visual_model": "--vision_pretrained"}
-    for module in sorted(run["base"].keys() | saved["base"].keys()) if "base" in run else ():
-        if run["base"].get(module) != saved["base"].get(module):
-            problems.append(f"{flags.get(module, '--version')}: the base weights of {module} are not the same")
+    for module in differing(run["base"], saved["base"]) if "base" in run else ():
+        problems.append(f"--{path_setting(module)}: the base weights of {module} are not the same")
     now, before = ({row["name"]: row for row in meta["data"]} for meta in (run, saved))
-    for name in sorted(now.keys() | before.keys()):
-        if now.get(name) != before.get(name):
-            problems.append(f"data set {name}: {before.get(name)} in the checkpoint, now {now.get(name)}")
+    for name in differing(now, before):
+        problems.append(f"data set {name}: {before.get(name)} in the checkpoint, now {now.get(name)}")
     if run["processes"] != saved["processes"]:
         problems.append(f"processes: {saved['processes']} in the checkpoint, now {run['processes']}")
-    if "trained" in run and run["trained"] != saved["trained"]:
-        names = sorted(name for name, _ in set(_items(run["trained"])) ^ set(_items(saved["trained"])))
+    if "trained" in run and (names := differing(run["trained"], saved["trained"])):
         problems.append(f"trainable parameters: {', '.join(names[:5])}")
     return problems
 
 
-def _items(shapes: dict[str, list[int]]) -> Iterable[tuple]:
-    return ((name, tuple(shape)) for name, shape in shapes.items())
+def differing(now: Mapping[str, Any], before: Mapping[str, Any]) -> list[str]:
+    """The keys whose values are not the same, or that only one has, sorted."""
+    return sorted(key for key in now.keys() | before.keys() if now.get(key) != before.get(key))
 
 
 def check_same_run(checkpoint: Path, run: dict[str, Any]) -> dict[str, Any]:
@@ -280,10 +287,8 @@ def trained_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
             )
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise CheckpointError(f"{checkpoint} cannot be read by DeepSpeed: {error}") from error
-    expected = read_meta(checkpoint)["trained"]
     shapes = {name: list(tensor.shape) for name, tensor in state.items()}
-    if shapes != expected:
-        names = sorted(name for name, _ in set(_items(shapes)) ^ set(_items(expected)))
+    if names := differing(shapes, read_meta(checkpoint)["trained"]):
         raise CheckpointError(
             f"{checkpoint} does not hold exactly what was trained; it differs in {', '.join(names[:5])}"
         )

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.utils import logging as transformers_logging
 
 from model.loading.pretrained import load_for_training
 from model.loading.weights import Loaded
@@ -25,7 +24,6 @@ def build_model(config: Config) -> tuple[nn.Module, UGroundProcessor, list[Loade
     Returns:
         the model (a ``PeftModel`` unless lora_r is 0), its processor, and the rows of the loading report.
     """
-    transformers_logging.disable_progress_bar()
     torch.manual_seed(config.train.seed)
     base, processor, loaded = load_for_training(
         config.model.version,
@@ -39,11 +37,6 @@ def build_model(config: Config) -> tuple[nn.Module, UGroundProcessor, list[Loade
     model = add_lora(base, config.model.lora_r, config.model.lora_alpha, config.model.lora_dropout, targets)
     if config.model.gradient_checkpointing:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    empty = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
-    if empty:
-        raise ValueError(
-            f"--version {config.model.version} left {len(empty)} tensors without values: {', '.join(empty[:5])}"
-        )
     return model, processor, loaded
 
 
@@ -97,7 +90,7 @@ def deepspeed_settings(config: Config, world_size: int) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": (train.batch_size, "batch_size"),
         "gradient_accumulation_steps": (train.grad_accumulation_steps, "grad_accumulation_steps"),
         "train_batch_size": (
-            train.batch_size * train.grad_accumulation_steps * world_size,
+            config.images_per_step(world_size),
             "batch_size x grad_accumulation_steps x processes",
         ),
         "gradient_clipping": (train.gradient_clipping, "gradient_clipping"),

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
-from utils.config import SECTIONS
+from model.loading.weights import path_setting
 from utils.datasets.spec import Spec
 from utils.plotting.text_tables import markdown
 
@@ -25,8 +25,6 @@ def model_card(name: str, meta: dict[str, Any], adapter: bool, license: str = "o
         name: of the model; meta: as in ``uground_run.json``; adapter: whether the folder needs its base.
         license: an identifier of the Hub.
     """
-    model = meta["config"]["model"]
-    bases = {part: Path(model[part]).name for part in ("version", "vision_tower", "vision_pretrained")}
     data = ModelCardData(
         model_name=name,
         license=license,
@@ -35,7 +33,6 @@ def model_card(name: str, meta: dict[str, Any], adapter: bool, license: str = "o
         tags=["uground", "referring-expression-segmentation", "reasoning-segmentation", "llava", "sam"],
         eval_results=_results(meta["metrics"]),
     )
-    chosen = {section: meta["config"][section] for section in SECTIONS if section in meta["config"]}
     use = "python chat.py --version THIS_FOLDER --image photo.jpg"
     if adapter:
         use += " --base LLAVA_FOLDER --vision_tower CLIP_FOLDER --vision_pretrained SAM_FILE"
@@ -46,7 +43,7 @@ def model_card(name: str, meta: dict[str, Any], adapter: bool, license: str = "o
         "for each of them a policy chooses a transformer layer, whose similarity map prompts SAM.",
         f"This folder is {'an adapter: it is loaded on top of its base' if adapter else 'complete'}.",
         f"```bash\n{use}\n```",
-        "## Base\n\n" + _base_table(bases, meta["base"]),
+        "## Base\n\n" + _base_table(meta["config"]["model"], meta["base"]),
         "## Data\n\n" + _data_table(meta["data"]),
         f"Optimizer steps: {meta['step']}; processes: {meta['processes']}; seed: {meta['config']['train']['seed']}.",
         "## Results\n\n" + _metrics_table(meta["metrics"]),
@@ -54,16 +51,15 @@ def model_card(name: str, meta: dict[str, Any], adapter: bool, license: str = "o
         f"## Reproduce\n\nCode: commit `{meta['commit']}`; "
         + ", ".join(f"{package} {version}" for package, version in meta["versions"].items())
         + ".\n\n```yaml\n"
-        + yaml.safe_dump(chosen, sort_keys=False).rstrip()
+        + yaml.safe_dump(meta["config"], sort_keys=False).rstrip()
         + "\n```",
         f"## Licences\n\n{LICENCES}",
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def _base_table(files: dict[str, str], fingerprints: dict[str, str]) -> str:
-    where = {"vision_tower": files["vision_tower"], "visual_model": files["vision_pretrained"]}
-    rows = [[module, where.get(module, files["version"]), f"`{value}`"] for module, value in fingerprints.items()]
+def _base_table(model: dict[str, Any], fingerprints: dict[str, str]) -> str:
+    rows = [[module, Path(model[path_setting(module)]).name, f"`{value}`"] for module, value in fingerprints.items()]
     return markdown([["part", "file", "fingerprint"], *rows])
 
 

@@ -19,14 +19,24 @@ from tqdm import tqdm
 
 from model.loading.weights import Loaded
 from model.lora import parameters_by_part
-from model.UGround import UGroundOutput
+from model.objective import UGroundOutput
 from utils import distributed
 from utils.datasets.spec import Spec
 from utils.plotting import text_tables
 from utils.plotting.charts import png
+from utils.training.checkpoint import step_name, step_of
 
+LOG = "log.jsonl"  # in a run's folder: a line per logged step
 PICTURES = "pictures"  # in a run's folder: the validation samples, BENCHMARK/step_00000060.png
-GROUPS = {"reward": "policy", "baseline": "policy", "entropy": "policy", "lr": "train", "images_per_s": "train"}
+NOT_LOSSES = {  # logged numbers that are no losses -> their tags in TensorBoard
+    "reward": "policy/reward",
+    "baseline": "policy/baseline",
+    "entropy": "policy/entropy",
+    "lr": "train/lr",
+    "images_per_s": "train/images_per_s",
+    "skipped": "train/skipped",
+    "gradient": "gradient/all",
+}
 
 
 def loading_table(loaded: Sequence[Loaded]) -> str:
@@ -80,9 +90,13 @@ class Meter:
         self.micro_steps += 1
 
     def collect(self) -> dict[str, Any]:
-        """Values since the last call, over all processes: loss and text averaged over micro steps, other terms over
-        micro steps with a mask, the last baseline, counts of chosen layers, every layer's map loss where it was
-        computed, images per second. All processes must call it."""
+        """Values since the last call, over all processes. All of them must call it.
+
+        Returns:
+            means of loss and text over micro steps, and of other terms over micro steps with a mask; the last
+            ``baseline``; ``layers``: [L] counts of chosen layers; ``map_loss_by_layer``: [L], where it was computed;
+            ``images_per_s``.
+        """
         over = {"baseline": 1, "loss": self.micro_steps, "text": self.micro_steps}
         with_masks = self.with_masks.clamp(min=1)
         means = [value / over.get(name, with_masks) for name, value in self.sums.items()]
@@ -111,8 +125,8 @@ def check_finite(values: dict[str, Any], step: int) -> None:
     bad = [name for name, value in values.items() if isinstance(value, float) and not math.isfinite(value)]
     if bad:
         raise DivergedError(
-            f"step {step}: {', '.join(bad)} not finite; the run cannot recover. Lower --lr, raise --warmup_steps, or "
-            "use --precision bf16 or fp32, and resume from the last checkpoint with --auto_resume true"
+            f"step {step}: {', '.join(bad)} not finite; the run cannot recover. Lower --lr or raise --warmup_steps, "
+            "and resume from the last checkpoint with --auto_resume true"
         )
 
 
@@ -131,11 +145,11 @@ class RunLog:
             return
         from torch.utils.tensorboard import SummaryWriter  # slow to import
 
-        self.lines = folder / "log.jsonl"
+        self.lines = folder / LOG
         truncate_log(self.lines, start_step)
         self.pictures = folder / PICTURES
         for old in self.pictures.glob("*/step_*.png"):
-            if int(old.stem.removeprefix("step_")) > start_step:
+            if step_of(old.stem) > start_step:
                 old.unlink()
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
         self.bar = tqdm(total=total_steps, initial=start_step, unit="step", dynamic_ncols=True, disable=None)
@@ -168,8 +182,8 @@ class RunLog:
                 for layer, loss in enumerate(value):
                     self.board.add_scalar(f"map_loss_by_layer/{layer}", loss, step)
             elif name != "layers":
-                self.board.add_scalar(f"{GROUPS.get(name, 'loss')}/{name}", value, step)
-        for part, norm in {"all": values["gradient"], **gradients}.items():
+                self.board.add_scalar(NOT_LOSSES.get(name, f"loss/{name}"), value, step)
+        for part, norm in gradients.items():
             self.board.add_scalar(f"gradient/{part}", norm, step)
         self._histogram("policy/layers", values["layers"], step)
         elapsed = time.perf_counter() - self.started
@@ -192,7 +206,7 @@ class RunLog:
         """Logs an RGB picture [H, W, 3] of a benchmark; also writes it to a file, for the report."""
         if self.main:
             self.board.add_image(f"val/{name}", image, step, dataformats="HWC")
-            path = self.pictures / name / f"step_{step:08d}.png"
+            path = self.pictures / name / f"{step_name(step)}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(png(image, f"{name}, step {step}"))
 
@@ -233,28 +247,42 @@ def step_line(step: int, total: int, epoch: float, values: dict[str, Any], secon
     parts.append(f"reward {values['reward']:.2f} (baseline {values['baseline']:.2f})")
     if counts.sum():
         layers = np.arange(len(counts))
-        mean = (layers * counts).sum() / counts.sum()
-        parts.append(
-            f"layer {mean:.1f}±{((layers - mean) ** 2 * counts).sum().item() ** 0.5 / counts.sum() ** 0.5:.1f}"
-        )
+        mean = np.average(layers, weights=counts)
+        deviation = np.average((layers - mean) ** 2, weights=counts) ** 0.5
+        parts.append(f"layer {mean:.1f}±{deviation:.1f}")
     parts += [f"lr {values['lr']:.1e}", f"|g| {values['gradient']:.2f}", f"{values['images_per_s']:.1f} img/s"]
     if values.get("skipped"):
         parts.append(f"skipped {values['skipped']}")
     return "  ".join([*parts, f"eta {tqdm.format_interval(int(seconds_left))}"])
 
 
+def read_log(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a run's ``log.jsonl``, without incomplete ones (still being written, or cut off).
+
+    Raises:
+        ValueError: if the folder is not a training run.
+    """
+    path = folder / LOG
+    if not path.is_file():
+        raise ValueError(f"{folder} is not a training run: it has no {LOG}; give a folder that train_ds.py wrote")
+    lines = map(_parsed, path.read_text(encoding="utf-8", errors="replace").splitlines())
+    return [line for line in lines if line]
+
+
 def truncate_log(path: Path, step: int) -> None:
     """Deletes the lines of ``log.jsonl`` after ``step``: a resumed run writes them again."""
     if path.is_file():
-        lines = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
+        lines = [line for line in path.read_text().splitlines() if _parsed(line).get("step", math.inf) <= step]
         path.write_text("".join(f"{line}\n" for line in lines))
 
 
-def _step_of(line: str) -> float:
+def _parsed(line: str) -> dict[str, Any]:
+    """A line of the log; empty if it was cut off when the run was killed."""
     try:
-        return json.loads(line)["step"]
-    except (json.JSONDecodeError, KeyError):
-        return math.inf  # cut off when the run was killed
+        values = json.loads(line)
+    except json.JSONDecodeError:
+        return {}
+    return values if isinstance(values, dict) else {}
 
 
 def _rounded(value: Any) -> Any:

@@ -7,9 +7,9 @@ may be finished, resumed, or still running.
 from __future__ import annotations
 
 import base64
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from functools import reduce
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -23,13 +23,12 @@ from model.lora import part_of
 from utils.config import Config, to_dict
 from utils.plotting import charts, text_tables
 from utils.plotting.overlays import evenly_spaced
-from utils.training.checkpoint import read_index
-from utils.training.run_log import PICTURES
+from utils.training.checkpoint import read_index, step_name, step_of
+from utils.training.run_log import LOG, NOT_LOSSES, PICTURES, read_log
 
 NAME = "report.html"
 WIDTH = 9.0  # inches of a chart
 BUDGET = 1_800_000  # bytes, for all validation pictures
-NOT_LOSSES = {"step", "epoch", "lr", "images_per_s", "gradient", "skipped", "entropy", "reward", "baseline"}
 CSS = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #141414; max-width: 1000px; margin: 2em auto; padding: 0 1em; }
 h1 { margin-bottom: 0; } h2 { margin-top: 2em; border-bottom: 1px solid #ccc; }
@@ -39,7 +38,8 @@ img { max-width: 100%; height: auto; } pre { background: #f5f5f5; padding: 0.8em
 pre.wrap { white-space: pre-wrap; overflow-wrap: anywhere; } figcaption, .note { color: #555; font-size: 13px; }
 figure { margin: 1em 0; }
 """
-Series = dict[str, tuple[list[float], list[float]]]  # name -> x and y
+Points = tuple[list[float], list[float]]  # x and y
+Series = dict[str, Points]  # the curves of a chart by name
 
 
 def write_report(folder: Path) -> Path:
@@ -52,21 +52,29 @@ def write_report(folder: Path) -> Path:
     starts, train, val = ([line for line in lines if line.get("kind") == kind] for kind in ("start", "train", "val"))
     if not starts:
         raise ValueError(
-            f"{folder} is not a training run: its log.jsonl has no start; give a folder that train_ds.py wrote"
+            f"{folder} is not a training run: its {LOG} has no start; give a folder that train_ds.py wrote"
         )
     settings = read_settings(folder, starts[-1])
     parts = [
         head(folder, settings, starts, lines),
         section("Validation", validation_table(val, read_index(folder)), validation_charts(val)),
         section("Losses", chart(loss_series(train), "Unweighted terms of the objective; loss is their weighted sum.")),
-        section("Policy", chart(policy_series(train), POLICY_CAPTION), layer_chart(train)),
+        section(
+            "Policy",
+            chart(policy_series(train), "Reward and its baseline; entropy of the policy in nats."),
+            layer_chart(train),
+        ),
         section(
             "Gradients and speed", chart(speed_series(train), "Gradient norms before clipping, per part and in total.")
         ),
         section("Validation pictures", *sheets(folder)),
         section("Data", html_table(starts[-1].get("data", []))),
-        section("Parameters", html_table(parameters(starts[-1])), weights_table(starts[-1])),
-        section("Settings", changed_settings(settings), f"<pre>{escape(dump(settings))}</pre>"),
+        section("Parameters", html_table(parameters(starts[-1])), html_table(starts[-1].get("weights", []))),
+        section(
+            "Settings",
+            changed_settings(settings),
+            f"<pre>{escape(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))}</pre>",
+        ),
         section(
             "Versions", html_table([starts[-1].get("versions", {}) | {"commit": starts[-1].get("commit", "unknown")}])
         ),
@@ -86,22 +94,6 @@ def write_report(folder: Path) -> Path:
 
 
 # -- reading -----------------------------------------------------------------------------------------------------------
-
-
-def read_log(folder: Path) -> list[dict[str, Any]]:
-    """The lines of ``log.jsonl``, without incomplete ones (still being written, or cut off)."""
-    path = folder / "log.jsonl"
-    if not path.is_file():
-        raise ValueError(f"{folder} is not a training run: it has no log.jsonl; give a folder that train_ds.py wrote")
-    lines = []
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            line = json.loads(text)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(line, dict):
-            lines.append(line)
-    return lines
 
 
 def read_settings(folder: Path, start: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -157,7 +149,7 @@ def validation_table(val: Sequence[dict], index: Mapping[str, str], most: int = 
         scores = {
             f"{spec} {name}": value for spec, metrics in line["metrics"].items() for name, value in metrics.items()
         }
-        is_best = best == f"step_{line['step']:08d}"
+        is_best = best == step_name(line["step"])
         rows.append({"step": line["step"], **scores, "": "best" if is_best else ""})
     omitted = max(0, len(rows) - most)
     shown_rows = [row for n, row in enumerate(rows) if n >= omitted or row[""]]
@@ -174,14 +166,6 @@ def parameters(start: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [*rows, {"part": "all", "trained parameters": sum(counts.values())}] if rows else []
 
 
-def weights_table(start: Mapping[str, Any]) -> str:
-    """Table of the base weights that the run started from."""
-    return html_table(
-        start.get("weights")
-        or [{"module": name, "fingerprint": value} for name, value in start.get("base", {}).items()]
-    )
-
-
 def changed_settings(settings: Mapping[str, Mapping[str, Any]]) -> str:
     """Table of the settings that differ from the defaults of ``train_ds.py``."""
     defaults = {name: value for section in to_dict(Config()).values() for name, value in section.items()}
@@ -194,25 +178,20 @@ def changed_settings(settings: Mapping[str, Mapping[str, Any]]) -> str:
     return "<p>Differences from the defaults:</p>" + html_table(rows) if rows else "<p>All settings are defaults.</p>"
 
 
-def dump(settings: Mapping[str, Any]) -> str:
-    return yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True)
-
-
 # -- charts ------------------------------------------------------------------------------------------------------------
 
 
-POLICY_CAPTION = "Reward and its baseline; entropy of the policy in nats."
-
-
-def column(train: Sequence[dict], name: str) -> tuple[list[float], list[float]]:
-    """(steps, values) of one key of the log."""
-    lines = [line for line in train if isinstance(line.get(name), int | float)]
-    return [line["step"] for line in lines], [line[name] for line in lines]
+def column(lines: Sequence[dict], *path: str) -> Points:
+    """(steps, values) of one number of the log, given by the keys that lead to it; lines without it are omitted."""
+    values: list[Any] = [reduce(lambda inner, key: inner.get(key, {}), path, line) for line in lines]
+    points = [(line["step"], value) for line, value in zip(lines, values) if isinstance(value, int | float)]
+    return [step for step, _ in points], [value for _, value in points]
 
 
 def loss_series(train: Sequence[dict]) -> dict[str, Series]:
+    others = {"epoch", *NOT_LOSSES}
     names = dict.fromkeys(
-        name for line in train for name, value in line.items() if isinstance(value, float) and name not in NOT_LOSSES
+        name for line in train for name, value in line.items() if isinstance(value, float) and name not in others
     )
     return {name: {name: column(train, name)} for name in names}
 
@@ -226,8 +205,7 @@ def speed_series(train: Sequence[dict]) -> dict[str, Series]:
     names = {"gradient": "gradient, all", "lr": "learning rate", "images_per_s": "images per second"}
     series: dict[str, Series] = {title: {title: column(train, name)} for name, title in names.items()}
     for part in dict.fromkeys(part for line in train for part in line.get("gradients", {})):
-        lines = [line for line in train if part in line.get("gradients", {})]
-        series[part] = {part: ([line["step"] for line in lines], [line["gradients"][part] for line in lines])}
+        series[part] = {part: column(train, "gradients", part)}
     return series
 
 
@@ -251,12 +229,8 @@ def chart(series: Mapping[str, Series], caption: str, columns: int = 4) -> str:
 def validation_charts(val: Sequence[dict]) -> str:
     series: dict[str, Series] = {}
     for spec in dict.fromkeys(spec for line in val for spec in line["metrics"]):
-        lines = [line for line in val if spec in line["metrics"]]
-        names = dict.fromkeys(name for line in lines for name in line["metrics"][spec])
-        series[spec] = {}
-        for name in names:
-            with_it = [line for line in lines if name in line["metrics"][spec]]
-            series[spec][name] = [line["step"] for line in with_it], [line["metrics"][spec][name] for line in with_it]
+        names = dict.fromkeys(name for line in val for name in line["metrics"].get(spec, {}))
+        series[spec] = {name: column(val, "metrics", spec, name) for name in names}
     return chart(series, "Metrics by step.") if len(val) > 1 else ""
 
 
@@ -306,7 +280,7 @@ def sheets(folder: Path) -> Iterable[str]:
         if sum(path.stat().st_size for path in chosen) <= BUDGET:
             break
     for path in chosen if files else ():
-        yield inline(path.read_bytes(), f"{path.parent.name}, step {int(path.stem.removeprefix('step_'))}")
+        yield inline(path.read_bytes(), f"{path.parent.name}, step {step_of(path.stem)}")
 
 
 def pick_steps(paths: Sequence[Path], most: int) -> list[Path]:
