@@ -12,9 +12,7 @@ from typing import Any, NoReturn
 from utils.command_line.other_trainers import answer_of
 
 MOST_CHANGES = 2  # letters added or dropped in a misspelling; a wrong or swapped letter counts as one of each
-LEAST_LETTERS = (
-    5  # of a word that may be misspelled: one letter makes another word of a short one (ce, bce; mode, model)
-)
+LEAST_LETTERS = 5  # of a misspelled word: one letter makes another word of a short one (ce, bce; mode, model)
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
