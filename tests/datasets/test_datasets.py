@@ -470,13 +470,22 @@ def test_json_errors_are_named(tmp_path: Path) -> None:
     for raw, message in (
         (b"[1, 2", "not valid JSON"),
         (b"[]", "holds a list"),
-        (b"\x81\x8d", "neither UTF-8 nor cp1252"),
+        (b'{"a": "\xba\xec"}', r"x\.json is not utf-8 text \(byte 7 is 0xba\); save it as UTF-8"),
+        (b"\xff\xfe{", "x.json is not utf-16 text"),
+        (b'{\0"\0a\0', "NUL at character 1"),
+        (b'{"a": ' + b"1" * 5000 + b"}", "not valid JSON"),
     ):
         path.write_bytes(raw)
         with pytest.raises(DataError, match=message):
             read_json(path)
     path.write_bytes('\ufeff{"a":\r\n "ü"}'.encode())
     assert read_json(path) == {"a": "ü"}
+    path.write_bytes('{"a": "ü"}'.encode("utf-16"))
+    assert read_json(path) == {"a": "ü"}
+    path.write_bytes('{"a": "红"}'.encode("gbk"))
+    assert read_json(path, encoding="gbk") == {"a": "红"}
+    with pytest.raises(DataError, match="'gbq' is not an encoding"):
+        read_json(path, encoding="gbq")
     with pytest.raises(DataError, match="cannot be read"):
         read_json(tmp_path / "missing.json")
 

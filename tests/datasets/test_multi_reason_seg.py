@@ -170,7 +170,7 @@ def test_bad_files_are_named(root: Path) -> None:
         with pytest.raises(DataError, match=message):
             get_train_dataset("MultiReasonSeg", root)
     text = json.dumps([{**GOOD, "questions": ["Café?"] * 3}], ensure_ascii=False, indent=1).replace("\n", "\r\n")
-    path.write_bytes(text.encode("cp1252"))
+    path.write_bytes(text.encode("utf-16"))
     assert first(root).conversations[0][0].question.startswith("Café?")
     write_json(path, [{**GOOD, "width": W + 1}])
     with pytest.raises(DataError, match=r"000000000001\.jpg: the image is 60x40 but its annotation says 61x40"):

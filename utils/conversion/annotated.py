@@ -1,17 +1,182 @@
-"""What a reader of a tool's annotations returns."""
+"""What a reader of a tool's annotations returns, and the shapes that all readers clean alike.
+
+A reader takes the paths of its subcommand and returns ``Annotated``. It raises ``DataError`` only where a file as a
+whole is not of its format, or where a guess could give wrong labels. A row that it cannot use is counted in
+``left_out``; if the row's label is known, an ``Annotation`` without a mask stays, so that its label is never absent in
+that image.
+"""
 
 from __future__ import annotations
 
-from collections import defaultdict
+import re
+import unicodedata
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+import numpy as np
+
+from utils.datasets.base import DataError
+from utils.datasets.masks import check_polygon
+
+Kind = Literal["target", "ignored", "background", "absent"]
+IGNORED_LABELS = {"__ignore__", "_ignore_"}
+BACKGROUND_LABELS = {"_background_", "__background__", "background"}
+SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+
+
+@dataclass
+class Annotation:
+    """One object, or one region that carries a label.
+
+    Attributes:
+        label: what ``{label}`` stands for, or a whole query; stripped and in Unicode's NFC. "" = unknown: then nothing
+            is absent in its image.
+        mask: an item of the JSONL's ``masks`` (polygon rings, COCO RLE, path of a PNG); None = it has none.
+        box: x0, y0, x1, y1 in pixels of the image, where that is all there is. ``--boxes`` decides what becomes of it,
+            so the reader does not count it in ``left_out``.
+        reason: why there is no mask: "a box", "a line", "2 points".
+        kind: labels that tools reserve (``__ignore__``, ``_background_``) are recognized here; "absent" = the file says
+            that the image lacks it, as a black mask image does.
+        is_query: whether ``label`` is a whole query, which ``--query`` leaves as it is.
+    """
+
+    label: str
+    mask: Any | None
+    box: tuple[float, float, float, float] | None = None
+    reason: str = ""
+    kind: Kind = "target"
+    is_query: bool = False
+
+    def __post_init__(self) -> None:
+        self.label = unicodedata.normalize("NFC", self.label.strip())
+        if self.kind == "target" and not self.is_query:
+            self.kind = kind_of(self.label)
 
 
 @dataclass
 class AnnotatedImage:
-    """An image with its queries. Maps each query to its masks in the form of the JSONL; no mask = absent."""
+    """An image with its annotations.
+
+    Attributes:
+        path: the image file; it exists.
+        size: (height, width) that the annotations were made for; None = that of the image, upright by EXIF.
+        split: the tool's own split as it is spelled there ("train", "valid", "Test"); "" = none.
+    """
 
     path: Path
     size: tuple[int, int] | None
-    queries: dict[str, list[Any]] = field(default_factory=lambda: defaultdict(list))
+    annotations: list[Annotation] = field(default_factory=list)
+    split: str = ""
+
+
+@dataclass
+class Annotated:
+    """What a reader returns.
+
+    Attributes:
+        images: two entries of one file are joined later, not by the reader.
+        left_out: reason -> count of what could not be used: rows, files, images. A reason is a phrase that names the
+            kind ("box without a mask"); after a colon it may name a file or value, of which the first is shown.
+        notes: the same for what was used in a way that the user should know of.
+        not_negative: files that ``--negatives`` must not take for images without annotation: mask images, and images
+            whose annotations could not be read.
+    """
+
+    images: list[AnnotatedImage] = field(default_factory=list)
+    left_out: Counter[str] = field(default_factory=Counter)
+    notes: Counter[str] = field(default_factory=Counter)
+    not_negative: set[Path] = field(default_factory=set)
+
+
+def kind_of(label: str) -> Kind:
+    """Whether a label is one that annotation tools reserve."""
+    name = label.strip().lower()
+    return "ignored" if name in IGNORED_LABELS else "background" if name in BACKGROUND_LABELS else "target"
+
+
+def split_name(name: str) -> str:
+    """A tool's split as the JSONL names it: ``valid`` is ``val``; others keep their name."""
+    name = name.strip()
+    return SPLITS.get(name.lower(), re.sub(r"[|/\\]", "_", name))
+
+
+def split_of(path: Path) -> str:
+    """The split that a path within a data set names: the last folder such as ``train`` or ``valid``; "" = none."""
+    return next((part for part in reversed(path.parent.parts) if part.lower() in SPLITS), "")
+
+
+def label_key(label: str) -> str:
+    """What tells labels apart: neither case nor white space nor the Unicode normalization does."""
+    return " ".join(unicodedata.normalize("NFC", label).casefold().split())
+
+
+def extent(height: Any, width: Any) -> tuple[int, int] | None:
+    """(height, width) as a file states them; None if it states none, or none that an image can have."""
+    sides = [int(side) if isinstance(side, float) and side.is_integer() else side for side in (height, width)]
+    if not all(type(side) is int and 0 < side < 10**9 for side in sides):
+        return None
+    return sides[0], sides[1]
+
+
+def number_pairs(points: Any) -> np.ndarray:
+    """Points in any spelling as float64 [n, 2]; ``DataError`` if they are not pairs of finite numbers.
+
+    Args:
+        points: ``[x, y, x, y, ...]``, ``[[x, y], ...]`` or ``[{"x": x, "y": y}, ...]``.
+    """
+    if isinstance(points, (list, tuple)) and points and all(isinstance(point, dict) for point in points):
+        points = [[point.get("x"), point.get("y")] for point in points]
+    try:
+        pairs = np.array([] if _holds_other_than_numbers(points) else points, dtype=np.float64)
+    except (ValueError, OverflowError, RecursionError):  # unequal lengths; too large for a float; lists in lists
+        pairs = np.zeros(0)
+    if pairs.ndim == 1 and pairs.size and pairs.size % 2 == 0:
+        pairs = pairs.reshape(-1, 2)
+    if pairs.ndim != 2 or pairs.shape[1] != 2 or not np.isfinite(pairs).all():
+        raise DataError("its points are not pairs of numbers")
+    if (abs(pairs) > 1e9).any():  # and arithmetic on them may overflow
+        raise DataError("a point far outside its image")
+    return pairs
+
+
+def _holds_other_than_numbers(points: Any) -> bool:
+    if isinstance(points, (list, tuple)):
+        return any(map(_holds_other_than_numbers, points))
+    return isinstance(points, bool) or not isinstance(points, (int, float))
+
+
+def clean_ring(points: Any, size: tuple[int, int]) -> list[list[float]]:
+    """The ring of a polygon, rounded to 1/100 pixel: [[x, y], ...].
+
+    Args:
+        points: as in ``number_pairs``.
+        size: (height, width) of the image.
+
+    Raises:
+        DataError: with the reason: fewer than 3 points, no numbers, or a coordinate far outside the image.
+    """
+    ring = number_pairs(points)
+    try:
+        check_polygon(ring, *size)
+    except DataError as error:
+        raise DataError("a point far outside its image") from error
+    if len(ring) < 3:
+        raise DataError("1 point" if len(ring) == 1 else f"{len(ring)} points")
+    return ring.round(2).tolist()
+
+
+def rectangle_ring(x0: float, y0: float, x1: float, y1: float) -> list[list[float]]:
+    """The corners of a rectangle, given by two opposite ones."""
+    return [[x0, y0], [x1, y0], [x1, y1], [x0, y1]]
+
+
+def ellipse_ring(x: float, y: float, rx: float, ry: float, degrees: float = 0.0) -> list[list[float]]:
+    """64 points of an ellipse around (x, y), turned clockwise as seen in an image whose y axis points down."""
+    angles = np.linspace(0, 2 * np.pi, 64, endpoint=False)
+    turn = np.deg2rad(degrees)
+    along, across = rx * np.cos(angles), ry * np.sin(angles)
+    xs = x + along * np.cos(turn) - across * np.sin(turn)
+    ys = y + along * np.sin(turn) + across * np.cos(turn)
+    return np.stack([xs, ys], axis=1).round(2).tolist()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import difflib
 import json
 import logging
@@ -19,6 +20,14 @@ from utils.datasets.spec import Spec
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+BYTE_ORDER_MARKS = (  # UTF-32 first: its little-endian mark begins with that of UTF-16
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF8, "utf-8-sig"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
 
 
 class DataError(ValueError):
@@ -176,22 +185,56 @@ def check_file_name(value: Any, what: str) -> str:
     return value
 
 
-def read_json(path: Path, expected: type = dict) -> Any:
-    """Parses JSON in UTF-8 (with or without BOM) or cp1252; its top level must be of type ``expected``."""
+def read_text(path: Path, encoding: str | None = None) -> str:
+    """A text file in UTF-8 or, if its byte order mark says so, UTF-16 or UTF-32; no other encoding is guessed.
+
+    Args:
+        path: the file.
+        encoding: of a file that is not UTF-8, such as "gbk"; None = that is an error.
+
+    Raises:
+        DataError: if the file cannot be read, or a byte does not belong to the encoding.
+    """
     try:
         raw = path.read_bytes()
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError:
+    marked = next((name for mark, name in BYTE_ORDER_MARKS if raw.startswith(mark)), None)
+    text = _decode(path, raw, [marked] if marked else ["utf-8", *([encoding] if encoding else [])])
+    if "\0" in text:
+        raise DataError(
+            f"{path} has a NUL at character {text.index(chr(0))}; it is UTF-16 or no text: save it as UTF-8"
+        )
+    return text
+
+
+def _decode(path: Path, raw: bytes, encodings: Sequence[str]) -> str:
+    """Decodes with the first encoding that fits."""
+    problem: Exception = ValueError()
+    for encoding in encodings:
         try:
-            text = raw.decode("cp1252")
+            return raw.decode(encoding)
         except UnicodeDecodeError as error:
-            raise DataError(f"{path} is neither UTF-8 nor cp1252 text ({error}); download it again") from error
+            problem = error
+            place = f"byte {error.start} is 0x{raw[error.start]:02x}"
+        except LookupError as error:
+            raise DataError(f"{encoding!r} is not an encoding that Python knows, such as gbk or cp1252") from error
+    raise DataError(
+        f"{path} is not {' or '.join(encodings)} text ({place}); save it as UTF-8 (convert_data.py also takes its "
+        "encoding: --encoding gbk)"
+    ) from problem
+
+
+def read_json(path: Path, expected: type = dict, encoding: str | None = None) -> Any:
+    """Parses the JSON of ``read_text``; its top level must be of type ``expected``."""
+    return parse_json(read_text(path, encoding), path, expected)
+
+
+def parse_json(text: str, path: Path, expected: type = dict) -> Any:
+    """Parses the text of a JSON file; ``DataError`` naming the file if it is none, or not of type ``expected``."""
     try:
         value = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: also an integer of thousands of digits
         raise DataError(f"{path} is not valid JSON ({error}); it may be truncated: download it again") from error
     if not isinstance(value, expected):
         raise DataError(f"{path} holds a {type(value).__name__} at its top level; expected a {expected.__name__}")

@@ -20,7 +20,7 @@ def check_polygon(points: Any, height: int, width: int) -> np.ndarray:
     """
     try:
         array = np.asarray(points, dtype=np.float64)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise DataError(f"a polygon's points are not a list of numbers: {str(points)[:80]}") from error
     if array.ndim == 1 and array.size % 2 == 0:
         array = array.reshape(-1, 2)

@@ -36,7 +36,7 @@ IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png"}
 
 def read_annotation(path: Path) -> dict[str, Any]:
     """Reads a ReasonSeg JSON and validates ``text`` (blank queries are dropped), ``is_sentence`` and ``shapes``."""
-    annotation = read_json(path)
+    annotation = read_json(path, encoding="cp1252")  # of some published files, as in LISA's loader
     texts = annotation.get("text")
     if (
         not isinstance(texts, list)

@@ -1,0 +1,162 @@
+"""Finding the image that an annotation file means, and its size."""
+
+from __future__ import annotations
+
+import os
+import re
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from functools import lru_cache
+from pathlib import Path, PurePosixPath
+from urllib.parse import unquote
+
+from PIL import Image
+
+from utils.datasets.base import DataError, MissingDataError
+from utils.datasets.images import DECODE_ERRORS
+
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".jfif"}
+FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF")  # of these only: others run programs, such as EPS
+EXIF_ORIENTATION = 0x0112
+
+
+def files_below(folder: Path, suffixes: Iterable[str], left_out: Counter[str]) -> list[Path]:
+    """All files below a folder with one of the suffixes (lower case), sorted, without those that a Mac adds."""
+    wanted, files = set(suffixes), []
+    for path in sorted(folder.rglob("*")):
+        if path.suffix.lower() not in wanted or not path.is_file():
+            continue
+        if any(part.startswith(".") or part == "__MACOSX" for part in path.relative_to(folder).parts):
+            left_out["hidden file of the operating system (such as ._NAME, __MACOSX)"] += 1
+            continue
+        files.append(path)
+    return files
+
+
+def plain(name: str) -> str:
+    """A file name for comparison: Unicode's NFC, lower case."""
+    return unicodedata.normalize("NFC", name).lower()
+
+
+class ImageFolder:
+    """The images that annotation files may mean: those in the given folders, and those that a written path leads to.
+
+    Args:
+        folders: searched with their subfolders, the first one first: --images, then the folder of the annotations.
+    """
+
+    def __init__(self, *folders: Path) -> None:
+        self.folders = list(dict.fromkeys(folders))
+        self._by_name: dict[str, list[Path]] | None = None
+
+    def find(self, name: str, stem: str = "", beside: Path | None = None, split: str = "") -> Path:
+        """The image that a tool wrote as ``name``.
+
+        Tried in this order: the path as written (relative to each folder and to ``beside``), the longest ending of it
+        that exists in a folder, an image of the same base name anywhere in the folders, an image named ``stem``.
+
+        Args:
+            name: with slashes or backslashes, absolute, ``file://``, or with %20; "" = none was written.
+            stem: of the annotation file, for files that name no image.
+            beside: folder of the annotation file.
+            split: of several images of a name, those below a folder of this name are meant.
+
+        Raises:
+            MissingDataError: if there is none.
+            DataError: if several images of different content have the name.
+        """
+        folders = list(dict.fromkeys([*self.folders, *([beside] if beside else [])]))
+        for spelling in _spellings(name):
+            parts = PurePosixPath(spelling).parts
+            for folder in folders:
+                if _is_image(path := Path(os.path.normpath(folder / spelling))):
+                    return path
+            for start in range(1, len(parts) - 1):  # a path of another machine: its last parts
+                for folder in folders:
+                    if _is_image(path := Path(os.path.normpath(folder.joinpath(*parts[start:])))):
+                        return path
+        base_names = [PurePosixPath(spelling).name for spelling in _spellings(name)]
+        candidates = [path for base in base_names for path in self._named(plain(base))]
+        if not candidates and stem:
+            candidates = self._named(plain(stem), beside)
+        if split:
+            candidates = [path for path in candidates if split in path.parent.parts] or candidates
+        return _only(candidates, name or stem, folders)
+
+    def _named(self, key: str, beside: Path | None = None) -> list[Path]:
+        """The images with a base name; with ``beside`` those with a stem, in that folder if there are any."""
+        if self._by_name is None:
+            self._by_name = defaultdict(list)
+            for folder in self.folders:
+                for path in files_below(folder, IMAGE_SUFFIXES, Counter()):
+                    self._by_name[plain(path.name)].append(path)
+                    self._by_name[f"stem {plain(path.stem)}"].append(path)
+        if beside is None:
+            return self._by_name.get(key, [])
+        found = self._by_name.get(f"stem {key}", [])
+        return [path for path in found if path.parent == beside] or found
+
+
+def _spellings(name: str) -> list[str]:
+    """A written path with slashes, and the same with %20 and the like decoded; [] for no path."""
+    text = re.sub(r"^file://(localhost)?", "", name.strip(), flags=re.IGNORECASE).replace("\\", "/")
+    text = re.sub(r"^/?[A-Za-z]:/", "/", text)
+    spellings = dict.fromkeys([text, unquote(text), unquote(text).split("?")[0]])
+    return [spelling for spelling in spellings if spelling and "\0" not in spelling and len(spelling) < 4096]
+
+
+def _is_image(path: Path) -> bool:
+    try:
+        return path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
+    except (OSError, ValueError):  # a name that is too long, or that the system cannot encode
+        return False
+
+
+def _only(candidates: list[Path], name: str, folders: list[Path]) -> Path:
+    unique = list({path.resolve(): path for path in candidates}.values())
+    if not unique:
+        raise MissingDataError(f"no image {name[:200]!r} in {', '.join(map(str, folders))}")
+    first = unique[0]
+    if any(not _same_content(first, other) for other in unique[1:]):
+        shown = ", ".join(map(str, unique[:4]))
+        raise DataError(
+            f"{name!r} may be one of {len(unique)} different images: {shown}; give --images the right folder"
+        )
+    return first
+
+
+def _same_content(first: Path, second: Path) -> bool:
+    return first.stat().st_size == second.stat().st_size and first.read_bytes() == second.read_bytes()
+
+
+def image_sizes(path: Path) -> tuple[tuple[int, int], int]:
+    """(height, width) of the stored pixels, and the EXIF orientation (1 to 8; 1 = upright).
+
+    Raises:
+        DataError: if the file is no image that can be read to its end.
+    """
+    try:
+        stat = path.stat()
+    except (OSError, ValueError) as error:
+        raise DataError(f"image {path} cannot be read ({error})") from error
+    return _image_sizes(path, stat.st_mtime_ns, stat.st_size)
+
+
+@lru_cache(maxsize=100_000)
+def _image_sizes(path: Path, _changed: int, _bytes: int) -> tuple[tuple[int, int], int]:
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            orientation = image.getexif().get(EXIF_ORIENTATION, 1)
+            size = image.height, image.width
+            image.draft(image.mode, (1, 1))  # JPEG: an eighth of the pixels shows as well whether the file is whole
+            image.load()
+    except DECODE_ERRORS as error:
+        raise DataError(f"image {path} cannot be read ({error})") from error
+    return size, orientation if orientation in range(1, 9) else 1
+
+
+def upright_size(path: Path) -> tuple[int, int]:
+    """(height, width) of an image turned by its EXIF orientation, as training reads it; ``DataError`` as above."""
+    (height, width), orientation = image_sizes(path)
+    return (width, height) if orientation >= 5 else (height, width)
