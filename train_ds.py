@@ -29,6 +29,7 @@ from model.processing.processor import UGroundProcessor
 from model.structures import Batch
 from model.UGround import UGroundForCausalLM
 from utils import distributed
+from utils.command_line.other_trainers import differences_from_lisa
 from utils.config import Config, ConfigError, config_from, load_config, missing_paths
 from utils.datasets import DataError, EvalDataset, get_eval_dataset
 from utils.datasets.mixture import Mixture, MixtureSampler, make_mixture
@@ -48,7 +49,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     run = None
     try:
         config = load_config(argv)
-        run = build_run(config, distributed.init())
+        device = distributed.init()
+        if distributed.is_main():
+            for line in differences_from_lisa(sys.argv[1:] if argv is None else argv, config.flat()):
+                print(line)
+        run = build_run(config, device)
         train(run)
         report_run(run)
         warn_of_skipped(run)

@@ -22,6 +22,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from utils.command_line.parser import Parser
 from utils.conversion.annotated import Annotated
 from utils.conversion.check import check_file, plot_first
 from utils.conversion.coco import read_coco
@@ -146,9 +147,9 @@ def unlisted(args: argparse.Namespace, annotated: Annotated, summary: Summary) -
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     sources = parser.add_subparsers(dest="source", required=True, metavar=f"{{{','.join([*READERS, 'check'])}}}")
-    shared = argparse.ArgumentParser(add_help=False)
+    shared = Parser(add_help=False)
     add_shared_flags(shared.add_argument)
     source = sources.add_parser("labelme", parents=[shared], help="a folder of LabelMe's or X-AnyLabeling's JSON files")
     source.add_argument("folder", type=Path, help="folder, searched with its subfolders")

@@ -35,6 +35,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from utils.command_line.parser import Parser
 from utils.datasets.base import pick
 from utils.demo import scene_texts, scenes
 from utils.demo.files import Ledger, Sizes, labelme_polygons, streams, write_jpeg, write_json
@@ -239,7 +240,7 @@ def _number(low: int, high: int) -> Callable[[str], int]:
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Generates small synthetic scenes with exact masks, as a --dataset_dir in the layouts of "
         "ReasonSeg, RefCOCO, gRefCOCO and LLaVA-Instruct, or of all 24 data sets. The same seed and sizes give the "
         "same files. Existing data with the same settings are kept; an interrupted run leaves nothing incomplete in "

@@ -39,6 +39,7 @@ from model.lora import base_of
 from model.processing.processor import UGroundProcessor
 from model.structures import Turn
 from model.UGround import UGroundForCausalLM
+from utils.command_line.parser import Parser
 from utils.config import Config, config_from, load_config
 from utils.training import checkpoint as checkpoints
 from utils.training.checkpoint import CheckpointError
@@ -70,7 +71,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
+        program="scripts/merge_lora.py",
         description="Merges the trained parts of a run into its base weights and writes a folder for from_pretrained, "
         "test.py and chat.py. Nothing is written unless the merged and the unmerged model agree on a sample.",
         epilog="By default, base weights are loaded from the paths of the run; the last three flags override them.",

@@ -18,6 +18,8 @@ import pytest
 import torch
 from programs import load_script
 
+from utils.command_line.other_trainers import THEIRS, rows
+
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 PAGES = [README, ROOT / "CHANGELOG.md", ROOT / "assets/tiny/README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -41,8 +43,10 @@ def without_code(text: str) -> str:
 
 
 def code_of(text: str) -> Iterator[str]:
-    """Fenced blocks, indented blocks, and inline code."""
-    yield from re.findall(r"^```\w*\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
+    """Fenced blocks, indented blocks, and inline code; no ``text``, which is of other projects."""
+    for language, block in re.findall(r"^```(\w*)\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE):
+        if language != "text":
+            yield block
     yield from re.findall(r"(?<=\n\n)((?:    .*\n+)+)", text)
     yield from re.findall(r"`([^`\n]+)`", without_code(text))
 
@@ -204,6 +208,8 @@ def test_flags_in_the_text_exist(page: Path) -> None:
     programs = [*ROOT.glob("*.py"), *(ROOT / "scripts").rglob("*.py")]
     known = ELSEWHERE.union(*(flags_of(str(path.relative_to(ROOT)), []) for path in programs))
     known = known.union(*(flags_of("scripts/convert_data.py", [source]) for source in SOURCES))
+    if page.name == "migrating.md":
+        known |= {f"--{row.flag}" for program in THEIRS for row in rows(program)} | {"--vision-tower"}
     named = re.findall(r"`(--[a-z][\w-]*)", without_code(page.read_text(encoding="utf-8")))
     assert set(named) <= known, set(named) - known
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import re
+import shlex
 from dataclasses import fields
 from pathlib import Path
 
@@ -152,6 +154,24 @@ def test_all_problems_at_once():
 def test_names_of_other_trainers_are_understood():
     assert "did you mean --lr?" in problems(*NEEDED, "--learning_rate", "1")[0]
     assert problems(*NEEDED, "--eval_only", "true")[0].endswith("unknown flag --eval_only: evaluate with test.py")
+    assert problems(*NEEDED, "--weight", "w")[0].startswith("unknown flag --weight: training starts from LLaVA")
+
+
+def test_the_mixing_example_names_every_referring_set():
+    """docs/training.md; without --refer_seg_data the file's refcocog would be the only one."""
+    text = (ROOT / "docs/training.md").read_text()
+    [command] = re.findall(r"train_ds.py (--config \S+ --dataset .*?\n.*?)\n\n", text, flags=re.DOTALL)
+    config = load_config(shlex.split(command.replace("\\\n", " ")))
+    assert config.data.refer_seg_data == tuple(TYPES["refer_seg"].default.split("||"))
+    assert len(config.data.dataset) == len(config.data.sample_rates) == 3
+
+
+def test_the_commands_of_the_page_for_other_projects_are_read():
+    text = (ROOT / "docs/migrating.md").read_text()
+    commands = re.findall(r"```bash\n.*?train_ds.py (.*?)```", text, flags=re.DOTALL)
+    assert len(commands) == 2
+    for command in commands:
+        load_config(shlex.split(command.replace("\\\n", " ")))
 
 
 @pytest.mark.parametrize(
