@@ -119,7 +119,7 @@ def test_regions(tmp_path):
     [
         ([1, 2, 3], "a brush mask that is cut off"),
         (pack(np.zeros(4 * H * W, np.uint8))[:-1], "a brush mask that is cut off"),
-        (pack(np.zeros(4 * H * W, np.uint8)), "an empty mask"),
+        (pack(np.zeros(4 * H * W, np.uint8)), "a mask outside its image, or empty"),
         (pack(np.zeros(4 * H * W + 4, np.uint8)), "a brush mask of another size than its image"),
         ([255] * 4000, "a brush mask of another size than its image"),
         ([0.5], "a brush mask that is no list of bytes"),

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 
 from utils.datasets.base import DataError
-from utils.datasets.masks import check_polygon
+from utils.datasets.masks import check_polygon, encode_mask
 
 Kind = Literal["target", "ignored", "background", "absent"]
 IGNORED_LABELS = {"__ignore__", "_ignore_"}
@@ -112,12 +112,17 @@ def label_key(label: str) -> str:
     return " ".join(unicodedata.normalize("NFC", label).casefold().split())
 
 
+def whole(text: Any) -> int | None:
+    """A number of at most 9 digits, as a JSON number or as text; None for anything else."""
+    if isinstance(text, float) and text.is_integer():
+        text = int(text)
+    return int(text) if not isinstance(text, bool) and re.fullmatch(r"[0-9]{1,9}", str(text).strip()) else None
+
+
 def extent(height: Any, width: Any) -> tuple[int, int] | None:
-    """(height, width) as a file states them; None if it states none, or none that an image can have."""
-    sides = [int(side) if isinstance(side, float) and side.is_integer() else side for side in (height, width)]
-    if not all(type(side) is int and 0 < side < 10**9 for side in sides):
-        return None
-    return sides[0], sides[1]
+    """(height, width) as a file states them, in numbers or text; None if it states none that an image can have."""
+    sides = whole(height), whole(width)
+    return (sides[0], sides[1]) if sides[0] and sides[1] else None
 
 
 def number_pairs(points: Any) -> np.ndarray:
@@ -180,3 +185,15 @@ def ellipse_ring(x: float, y: float, rx: float, ry: float, degrees: float = 0.0)
     xs = x + along * np.cos(turn) - across * np.sin(turn)
     ys = y + along * np.sin(turn) + across * np.cos(turn)
     return np.stack([xs, ys], axis=1).round(2).tolist()
+
+
+def pasted_mask(patch: np.ndarray, left: int, top: int, size: tuple[int, int]) -> dict[str, Any]:
+    """COCO RLE of the image whose pixels from (left, top) on are ``patch``, bool [h, w]; the overhang is clipped."""
+    height, width = size
+    mask = np.zeros(size, dtype=bool)
+    inside = patch[max(-top, 0) : max(height - top, 0), max(-left, 0) : max(width - left, 0)]
+    y, x = max(top, 0), max(left, 0)
+    mask[y : y + inside.shape[0], x : x + inside.shape[1]] = inside
+    if not mask.any():
+        raise DataError("a mask outside its image, or empty")
+    return encode_mask(mask)

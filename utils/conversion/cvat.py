@@ -16,7 +16,17 @@ from typing import Any
 
 import numpy as np
 
-from utils.conversion.annotated import Annotated, AnnotatedImage, Annotation, clean_ring, ellipse_ring, rectangle_ring
+from utils.conversion.annotated import (
+    Annotated,
+    AnnotatedImage,
+    Annotation,
+    clean_ring,
+    ellipse_ring,
+    extent,
+    pasted_mask,
+    rectangle_ring,
+    whole,
+)
 from utils.conversion.images import IMAGE_SUFFIXES, files_below
 from utils.conversion.regions import (
     Collector,
@@ -25,12 +35,9 @@ from utils.conversion.regions import (
     add_unnamed,
     number,
     numbers,
-    pasted_mask,
     positive,
-    size_from,
     trusted_size,
     turned_ring,
-    whole,
 )
 from utils.datasets.base import DataError
 
@@ -138,7 +145,7 @@ class _Reader(Collector):
         path = self.find(*([f"{subset}/{name}"] if subset else []), name, stem=stem)
         if path is None:
             return
-        claimed = size_from(element.get("height"), element.get("width"))
+        claimed = extent(element.get("height"), element.get("width"))
         size = trusted_size(path, claimed, self.annotated)
         if size is None:
             return
@@ -218,9 +225,7 @@ def _add_tracks(reader: _Reader, tracks: list[ET.Element], tasks: list[ET.Elemen
         )
     frames = _frames(reader, tasks)
     claimed = (
-        size_from(tasks[0].findtext("original_size/height"), tasks[0].findtext("original_size/width"))
-        if tasks
-        else None
+        extent(tasks[0].findtext("original_size/height"), tasks[0].findtext("original_size/width")) if tasks else None
     )
     images: dict[int, tuple[AnnotatedImage, Size]] = {}
     for frame, path in sorted(frames.items()):

@@ -13,11 +13,11 @@ from urllib.parse import unquote
 
 from PIL import Image
 
+from model.processing.pixels import FORMATS
 from utils.datasets.base import DataError, MissingDataError
 from utils.datasets.images import DECODE_ERRORS
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".jfif"}
-FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF")  # of these only: others run programs, such as EPS
 EXIF_ORIENTATION = 0x0112
 
 

@@ -20,7 +20,15 @@ from urllib.parse import parse_qs, urlsplit
 import numpy as np
 from PIL import Image
 
-from utils.conversion.annotated import Annotated, AnnotatedImage, clean_ring, ellipse_ring, rectangle_ring
+from utils.conversion.annotated import (
+    Annotated,
+    AnnotatedImage,
+    clean_ring,
+    ellipse_ring,
+    extent,
+    pasted_mask,
+    rectangle_ring,
+)
 from utils.conversion.images import IMAGE_SUFFIXES, files_below
 from utils.conversion.regions import (
     Collector,
@@ -29,9 +37,7 @@ from utils.conversion.regions import (
     add_unnamed,
     number,
     numbers,
-    pasted_mask,
     positive,
-    size_from,
     trusted_size,
     turned_ring,
 )
@@ -99,9 +105,7 @@ class _Reader(Collector):
             left_out["task without annotation"] += 1
             self.annotated.not_negative |= {path} if path else set()
             return
-        claimed = {size_from(result.get("original_height"), result.get("original_width")) for result in results} - {
-            None
-        }
+        claimed = {extent(result.get("original_height"), result.get("original_width")) for result in results} - {None}
         if len(claimed) > 1:
             left_out["task whose regions were drawn on images of several sizes"] += 1
             return

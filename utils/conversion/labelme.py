@@ -26,13 +26,13 @@ from utils.conversion.annotated import (
     ellipse_ring,
     extent,
     number_pairs,
+    pasted_mask,
     rectangle_ring,
     split_of,
 )
 from utils.conversion.images import ImageFolder, files_below, image_sizes, upright_size
 from utils.datasets.base import DataError, MissingDataError, parse_json, read_text
 from utils.datasets.images import DECODE_ERRORS
-from utils.datasets.masks import encode_mask
 
 WITHOUT_AREA = {"line": "a line", "linestrip": "a line", "point": "a point", "points": "points"}
 POLYGONS = {"polygon", "rectangle", "rotation", "oriented_rectangle", "quadrilateral"}
@@ -229,10 +229,5 @@ def _pasted(encoded: Any, points: np.ndarray, size: tuple[int, int]) -> dict[str
             patch = np.asarray(picture.convert("L")) != 0
     except (*DECODE_ERRORS, binascii.Error, TypeError) as error:
         raise DataError("its PNG cannot be read") from error
-    x, y = (int(corner) for corner in np.clip(points.min(axis=0).round(), -(10**6), 10**6))
-    (height, width), mask = size, np.zeros(size, dtype=bool)
-    inside = patch[max(-y, 0) : max(height - y, 0), max(-x, 0) : max(width - x, 0)]
-    mask[max(y, 0) : max(y, 0) + len(inside), max(x, 0) : max(x, 0) + inside.shape[1]] = inside
-    if not mask.any():
-        raise DataError("outside its image, or empty")
-    return encode_mask(mask)
+    left, top = (int(corner) for corner in np.clip(points.min(axis=0).round(), -(10**6), 10**6))
+    return pasted_mask(patch, left, top, size)

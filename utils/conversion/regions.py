@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from utils.conversion.annotated import Annotated, Annotation
 from utils.conversion.images import ImageFolder, upright_size
 from utils.datasets.base import DataError, MissingDataError
-from utils.datasets.masks import encode_mask
 
 Size = tuple[int, int]  # (height, width)
 
@@ -98,19 +94,6 @@ def numbers(record: Any, *names: str) -> list[float]:
     return [number(record.get(name)) for name in names]
 
 
-def whole(text: Any) -> int | None:
-    """A number of at most 9 digits, as a JSON number or as text; None for anything else."""
-    if isinstance(text, float) and text.is_integer():
-        text = int(text)
-    return int(text) if not isinstance(text, bool) and re.fullmatch(r"[0-9]{1,9}", str(text).strip()) else None
-
-
-def size_from(height: Any, width: Any) -> Size | None:
-    """The size that a file claims for an image; None if it claims none that an image can have."""
-    sides = whole(height), whole(width)
-    return (sides[0], sides[1]) if sides[0] and sides[1] else None
-
-
 def trusted_size(path: Path, claimed: Size | None, annotated: Annotated) -> Size | None:
     """The size for which an image's annotations are read: the claimed one, or else that of the image itself.
 
@@ -141,15 +124,3 @@ def turned_ring(ring: Sequence[Sequence[float]], degrees: float, x: float, y: fl
         return [list(point) for point in ring]
     cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
     return [[x + (px - x) * cos - (py - y) * sin, y + (px - x) * sin + (py - y) * cos] for px, py in ring]
-
-
-def pasted_mask(patch: np.ndarray, left: int, top: int, size: tuple[int, int]) -> dict[str, Any]:
-    """COCO RLE of the image whose pixels from (left, top) on are ``patch``, bool [h, w]; the overhang is clipped."""
-    height, width = size
-    mask = np.zeros(size, dtype=bool)
-    inside = patch[max(-top, 0) : max(height - top, 0), max(-left, 0) : max(width - left, 0)]
-    y, x = max(top, 0), max(left, 0)
-    mask[y : y + inside.shape[0], x : x + inside.shape[1]] = inside
-    if not mask.any():
-        raise DataError("an empty mask")
-    return encode_mask(mask)

@@ -17,8 +17,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from utils.conversion.annotated import Annotated, AnnotatedImage, clean_ring, ellipse_ring, rectangle_ring
-from utils.conversion.regions import Collector, Size, add_region, add_unnamed, numbers, positive, trusted_size, whole
+from utils.conversion.annotated import Annotated, AnnotatedImage, clean_ring, ellipse_ring, rectangle_ring, whole
+from utils.conversion.regions import Collector, Size, add_region, add_unnamed, numbers, positive, trusted_size
 from utils.datasets.base import DataError, parse_json, read_text
 
 CSV_COLUMNS = ("filename", "file_size", "region_shape_attributes", "region_attributes")

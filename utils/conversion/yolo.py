@@ -17,9 +17,9 @@ from typing import Any
 
 import yaml
 
-from utils.conversion.annotated import Annotated, AnnotatedImage, Annotation, clean_ring, kind_of, split_of
+from utils.conversion.annotated import Annotated, AnnotatedImage, Annotation, clean_ring, kind_of, split_of, whole
 from utils.conversion.images import IMAGE_SUFFIXES, ImageFolder, files_below, plain
-from utils.conversion.regions import Size, add_region, add_unnamed, number, trusted_size, whole
+from utils.conversion.regions import Size, add_region, add_unnamed, number, trusted_size
 from utils.datasets.base import DataError, MissingDataError, read_text
 
 YAML_NAMES = ("data.yaml", "data.yml", "dataset.yaml", "dataset.yml")
