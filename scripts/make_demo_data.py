@@ -47,7 +47,7 @@ from utils.plotting import text_tables
 
 # First digits of a hash of the generated data, without and with --all_types (tests/demo/test_make_demo_data.py).
 # Update them when the generated data change, so that data of an older version are rejected.
-VERSION = {False: "4527a8ebdff7", True: "fc0648e7a14f"}
+VERSION = {False: "4527a8ebdff7", True: "b9bd2e6cd209"}
 SUMMARY = "demo_data.json"
 REASON_STREAMS = {"train": 1, "val": 2, "test": 3, "heldout": 4}
 LLAVA_STREAM, LLAVA_FIRST_IMAGE = 31, 500_001

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +14,20 @@ from PIL import Image, ImageOps
 
 Picture = np.ndarray | Image.Image | str | Path  # RGB [H, W, 3], gray or RGBA; any PIL image; or a file
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # never EPS, which Pillow hands to Ghostscript as a program
-DECODE_ERRORS = (OSError, SyntaxError, ValueError, struct.error, EOFError, Image.DecompressionBombError)
+DECODE_ERRORS = (  # what Pillow's decoders raise for damaged files
+    OSError,
+    EOFError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    ArithmeticError,
+    LookupError,
+    RuntimeError,
+    MemoryError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
 DEPTHS = (255, 4095, 65535)  # largest values of 8, 12 and 16 bits
 ORIENTATION = 0x0112  # EXIF tag; 1 = upright
 

@@ -196,15 +196,19 @@ def test_bad_items_are_named(root: Path, name: str, change: dict, message: str) 
         ({"size": [H, W], "counts": [5]}, "covers 5 pixels"),
     ],
 )
-def test_a_mask_that_cannot_be_drawn_is_dropped_with_its_token(root: Path, points: object, message: str) -> None:
+def test_a_mask_that_cannot_be_drawn_is_an_error(root: Path, points: object, message: str) -> None:
+    """The mixture counts such records; without its token the answer would be another one."""
     answer = "<380| a> and <348| b>."
-    write_json(path_of(root, "cot"), [{**COT, "English Answer": answer, "info": {"380": points, "348": square(2, 2)}}])
-    sample = first(root, "cot")
-    assert sample.conversations[0][0].answer == "and [SEG]."
-    assert len(sample.masks) == 1
-    write_json(path_of(root, "cot"), [{**COT, "English Answer": answer, "info": {"380": points}}])
-    with pytest.raises(DataError, match=f"cot/1.jpg: mask 380: .*{message}"):
-        first(root, "cot")
+    for others in ({}, {"348": square(2, 2)}):
+        write_json(path_of(root, "cot"), [{**COT, "English Answer": answer, "info": {"380": points, **others}}])
+        with pytest.raises(DataError, match=f"cot/1.jpg: mask 380: .*{message}"):
+            first(root, "cot")
+
+
+@pytest.mark.parametrize(("name", "dropped"), [("instance_seg", 2), ("cot", 1), ("conversations", 0)])
+def test_references_without_a_polygon_are_counted(root: Path, name: str, dropped: int) -> None:
+    counts = get_train_dataset(name, root).describe()
+    assert (counts["dropped"], counts["unusable"]) == (dropped, 0)
 
 
 @pytest.mark.parametrize(
@@ -213,7 +217,7 @@ def test_a_mask_that_cannot_be_drawn_is_dropped_with_its_token(root: Path, point
         (b'[{"img_path": ', "not valid JSON"),
         (b"{}", "holds a dict"),
         (b"[]", "the list is empty"),
-        (b"\x81\x8d", "neither UTF-8 nor cp1252"),
+        (b"\x81\x8d", "is not utf-8 text"),
     ],
 )
 def test_bad_files_are_named(root: Path, raw: bytes, message: str) -> None:
@@ -225,7 +229,7 @@ def test_bad_files_are_named(root: Path, raw: bytes, message: str) -> None:
 def test_encodings_and_missing_files(root: Path) -> None:
     path = path_of(root, "caption")
     text = json.dumps([{**COT, "English Question": "Le café?"}], ensure_ascii=False, indent=1).replace("\n", "\r\n")
-    for encoding in ("utf-8", "utf-8-sig", "cp1252"):
+    for encoding in ("utf-8", "utf-8-sig", "utf-16"):
         path.write_bytes(text.encode(encoding))
         assert first(root, "caption").conversations[0][0].question == "Le café?"
     path.unlink()

@@ -6,10 +6,11 @@ import codecs
 import difflib
 import json
 import logging
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeGuard, TypeVar
 
 import numpy as np
 
@@ -20,6 +21,9 @@ from utils.datasets.spec import Spec
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+LONGEST_FILE_NAME = 255  # bytes
+SURROGATES = re.compile("[\ud800-\udfff]")  # JSON may hold them, but no file or tokenizer takes them
 
 BYTE_ORDER_MARKS = (  # UTF-32 first: its little-endian mark begins with that of UTF-16
     (codecs.BOM_UTF32_LE, "utf-32"),
@@ -32,6 +36,9 @@ BYTE_ORDER_MARKS = (  # UTF-32 first: its little-endian mark begins with that of
 
 class DataError(ValueError):
     """The data on disk are missing or invalid; the message names the file, the problem and the fix."""
+
+    def __str__(self) -> str:
+        return SURROGATES.sub("\N{REPLACEMENT CHARACTER}", super().__str__())  # a value in it may be anything
 
 
 class MissingDataError(DataError):
@@ -180,9 +187,14 @@ def splitless_name(spec: Spec) -> str:
     return spec.name
 
 
+def is_text(value: Any) -> TypeGuard[str]:
+    """Whether a value is a text with more than blanks, and without halves of characters (lone surrogates)."""
+    return isinstance(value, str) and not value.isspace() and value != "" and not SURROGATES.search(value)
+
+
 def check_file_name(value: Any, what: str) -> str:
     """Returns ``value`` if it is a relative path within its folder; ``what`` starts the message ("'image' is")."""
-    if not isinstance(value, str) or not 0 < len(value) < 256 or "\0" in value:
+    if not is_text(value) or len(value.encode()) > LONGEST_FILE_NAME or "\0" in value:
         raise DataError(f"{what} {str(value)[:80]!r}, which is not a file name")
     if Path(value).is_absolute() or ".." in Path(value).parts:
         raise DataError(f"{what} {value!r}, which is not a file name within its folder")
@@ -265,7 +277,7 @@ def parse_items(name: str, path: Path, parse: Callable[[Any], dict]) -> tuple[li
 def warn_unusable(name: str, problems: Sequence[str]) -> None:
     """Logs one warning with the number of unusable records and the first problem."""
     if problems:
-        logger.warning("%s: %d records cannot be used, the first: %s", name, len(problems), problems[0])
+        logger.warning("%s: %d records cannot be used, the first: %s", name, len(problems), DataError(problems[0]))
 
 
 def check_complete(dataset: EvalDataset) -> None:
@@ -303,8 +315,10 @@ def check_sample(sample: Sample) -> Sample:
     num_seg = sum(turn.answer.count(SEG) for conversation in sample.conversations for turn in conversation)
     if not sample.conversations or not all(sample.conversations):
         raise DataError(f"{sample.source}: no question to ask about this image")
-    if any(not turn.question.strip() or not turn.answer.strip() for turns in sample.conversations for turn in turns):
-        raise DataError(f"{sample.source}: a question or an answer is empty")
+    if not all(
+        is_text(text) for turns in sample.conversations for turn in turns for text in (turn.question, turn.answer)
+    ):
+        raise DataError(f"{sample.source}: a question or an answer is empty, or has halves of characters")
     if masks.ndim != 3 or len(masks) != num_seg:
         raise DataError(f"{sample.source}: {num_seg} [SEG] in the answers but masks of shape {masks.shape}")
     if masks.dtype != np.uint8 or masks.shape[1:] != size:

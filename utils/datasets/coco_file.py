@@ -62,7 +62,7 @@ def image_record(image: dict[str, Any]) -> dict[str, Any]:
 
 def check_extent(height: Any, width: Any, what: str) -> tuple[int, int]:
     """Returns a valid (height, width) of an annotation file; ``what`` starts the message ("image 3 has")."""
-    if not (isinstance(height, int) and isinstance(width, int) and height > 0 and width > 0):
+    if not (type(height) is type(width) is int and height > 0 and width > 0):  # True is no size
         raise DataError(f"{what} height {height!r} and width {width!r}; expected whole numbers above 0")
     if height * width > MAX_PIXELS:
         raise DataError(f"{what} height {height} and width {width}; that is too large for a photograph")

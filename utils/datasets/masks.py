@@ -10,6 +10,8 @@ from pycocotools import mask as coco_mask
 
 from utils.datasets.base import DataError
 
+MAX_SHIFT = 40  # bits before the last digit of a run length in COCO's compression
+
 
 def check_polygon(points: Any, height: int, width: int) -> np.ndarray:
     """Returns a polygon, [[x, y], ...] or [x, y, x, y, ...], as float64 [n, 2].
@@ -42,7 +44,7 @@ def shape_polygon(shape: dict[str, Any]) -> list[list[float]]:
     Raises:
         DataError: if the shape has no area (a point, a line), or is a mask.
     """
-    kind, points = shape.get("shape_type") or "polygon", shape.get("points")
+    kind, points = str(shape.get("shape_type") or "polygon")[:40], shape.get("points")
     if not isinstance(points, list) or not points:
         raise DataError(f"a {kind} without points")
     if kind == "polygon" or (kind == "rectangle" and len(points) > 2):
@@ -51,7 +53,7 @@ def shape_polygon(shape: dict[str, Any]) -> list[list[float]]:
         raise DataError(f"a {kind} of {len(points)} points")
     try:
         (x0, y0), (x1, y1) = np.asarray(points, dtype=np.float64).tolist()
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise DataError(f"a {kind} whose points are not pairs of numbers: {str(points)[:80]}") from error
     if kind == "rectangle":
         return [[x0, y0], [x1, y0], [x1, y1], [x0, y1]]
@@ -126,6 +128,8 @@ def _unpack_counts(packed: bytes) -> list[int]:
         digit = character - 48
         if not 0 <= digit < 64:
             raise DataError("an RLE's counts contain a character that COCO's compression does not use")
+        if shift > MAX_SHIFT:
+            raise DataError("an RLE's counts contain a number beyond any image")
         value |= (digit & 0x1F) << shift
         shift += 5
         if not digit & 0x20:

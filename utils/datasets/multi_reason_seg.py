@@ -19,6 +19,7 @@ from utils.datasets.base import (
     check_sample,
     coco_folders,
     find_paths,
+    is_text,
     parse_items,
     sample_indices,
     single_split,
@@ -137,13 +138,13 @@ def _parse_image_item(item: Any, with_answers: bool) -> dict[str, Any]:
 
 
 def _parse_question(question: Any, targets: Any, text: Any) -> dict[str, Any]:
-    if not isinstance(question, str) or not question.strip():
+    if not is_text(question):
         raise DataError(f"it must be a non-empty string, not {str(question)[:60]!r}")
     if not isinstance(targets, list) or not targets or not all(isinstance(target, dict) for target in targets):
         raise DataError(f"its answer must be a list of annotations, not {str(targets)[:60]}")
     if not all(target.get("segmentation") for target in targets):
         raise DataError("a target has no segmentation")
-    if text is not None and (not isinstance(text, str) or text.count("{seg}") != len(targets)):
+    if text is not None and (not is_text(text) or text.count("{seg}") != len(targets)):
         raise DataError(f"its text answer must contain {{seg}} {len(targets)} times: {str(text)[:80]!r}")
     segmentations = [target["segmentation"] for target in targets]
     return {"text": question.strip(), "answer": text or "", "targets": segmentations}

@@ -19,6 +19,7 @@ from utils.datasets.base import (
     MissingDataError,
     check_sample,
     find_paths,
+    is_text,
     parse_json,
     pick,
     read_json,
@@ -64,8 +65,8 @@ def read_annotation(path: Path) -> dict[str, Any]:
     texts = annotation.get("text")
     if (
         not isinstance(texts, list)
-        or not all(isinstance(text, str) for text in texts)
-        or not any(map(str.strip, texts))
+        or not all(text == "" or (isinstance(text, str) and text.isspace()) or is_text(text) for text in texts)
+        or not any(map(is_text, texts))
     ):
         raise DataError(f"{path}: 'text' must be a list of queries, not {str(texts)[:60]}")
     if not isinstance(annotation.get("is_sentence"), bool):
@@ -80,7 +81,7 @@ def read_annotation(path: Path) -> dict[str, Any]:
         polygons = polygon_shapes(annotation)
     except DataError as error:
         raise DataError(f"{path}: {error}") from error
-    return {**annotation, "text": [text for text in texts if text.strip()], "polygons": polygons}
+    return {**annotation, "text": list(filter(is_text, texts)), "polygons": polygons}
 
 
 def polygon_shapes(annotation: dict[str, Any]) -> list[dict[str, Any]]:
@@ -140,7 +141,7 @@ class ReasonSegSplit:
 
     def __init__(self, name: str, folder: Path) -> None:
         self.name, self.folder = name, folder
-        files = sorted(path.name for path in folder.iterdir() if path.is_file())
+        files = sorted(path.name for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
         images = {Path(file).stem: file for file in files if Path(file).suffix.lower() in IMAGE_SUFFIXES}
         jsons = {Path(file).stem: file for file in files if Path(file).suffix.lower() == ".json"}
         self.problems = [
@@ -274,7 +275,7 @@ def _read_explanations(name: str, path: Path) -> dict[str, list[str]]:
     explanations: defaultdict[str, list[str]] = defaultdict(list)
     for number, item in enumerate(read_json(path, list)):
         image, text = (item.get("image"), item.get("outputs")) if isinstance(item, dict) else (None, None)
-        if not (isinstance(image, str) and image.strip() and isinstance(text, str) and text.strip()):
+        if not (is_text(image) and is_text(text)):
             raise DataError(f"{path}, item {number}: expected a dict with strings in 'image' and 'outputs'")
         explanations[Path(image).stem].append(text)
     return dict(explanations)

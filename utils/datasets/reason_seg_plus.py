@@ -18,6 +18,7 @@ from utils.datasets.base import (
     DatasetRow,
     check_file_name,
     check_sample,
+    is_text,
     parse_items,
     sample_indices,
     splitless_name,
@@ -81,7 +82,8 @@ def _parse_instances(item: dict[str, Any]) -> dict[str, Any]:
     valid = {str(number): masks[str(number)] for number in ids if str(number) in masks}
     if not valid:
         raise DataError("no id in 'ID' has a polygon in 'points'")
-    return {"turns": [[_parse_text(item, "English Question"), ""]], "masks": valid}
+    dropped = len({str(number) for number in ids}) - len(valid)
+    return {"turns": [[_parse_text(item, "English Question"), ""]], "masks": valid, "dropped": dropped}
 
 
 def _parse_answer(item: dict[str, Any]) -> dict[str, Any]:
@@ -111,7 +113,7 @@ def _with_masks(turns: list[list[str]], item: dict[str, Any]) -> dict[str, Any]:
     valid = {number: polygons for number, polygons in masks.items() if number in mentioned}
     if not valid:
         raise DataError(f"none of the masks {mentioned[:5]} that the answer refers to has a polygon in 'info'")
-    return {"turns": turns, "masks": valid}
+    return {"turns": turns, "masks": valid, "dropped": len(set(mentioned)) - len(valid)}
 
 
 PARSERS = {
@@ -124,7 +126,7 @@ PARSERS = {
 
 def _parse_text(item: dict[str, Any], key: str) -> str:
     value = item.get(key)
-    if not isinstance(value, str) or not value.strip():
+    if not is_text(value):
         raise DataError(f"{key!r} must be a non-empty string, not {str(value)[:60]}")
     return value.strip()
 
@@ -160,7 +162,7 @@ def _parse_item(kind: str, item: Any) -> dict[str, Any]:
     if not isinstance(item, dict):
         raise DataError(f"expected a dict, not a {type(item).__name__}")
     path = next((item[key] for key in ("img_path", "image_path", "img_pth") if item.get(key)), None)
-    if not isinstance(path, str):
+    if not is_text(path):
         raise DataError(f"no image path in 'img_path', 'image_path' or 'img_pth': {path!r}")
     name = check_file_name(Path(path.replace("\\", "/")).name, f"the image's path {path!r} ends in")
     return {"file_name": name, **PARSERS[kind](item)}
@@ -173,7 +175,7 @@ class ReasonSegPlusTrain:
     """Training data of LISA++, one of its four sets; a sample is an image with some of its questions or conversations.
 
     Each reference to a mask in an answer becomes one [SEG] (lists are joined by commas and "and"). References to masks
-    without a valid polygon are dropped.
+    without a polygon are dropped, and counted as ``dropped``; a polygon that cannot be drawn is damage.
 
     Args:
         spec: ``instance_seg``, ``cot``, ``conversations`` or ``caption``.
@@ -194,17 +196,14 @@ class ReasonSegPlusTrain:
         record = self.records[index]
         source = f"{self.name}/{record['file_name']}"
         image = read_image(find_image(self.name, record["file_name"], self.folders), apply_exif=True)
-        conversations, masks, problem = [], [], ""
+        conversations, masks = [], []
         for i in sample_indices(self.options.questions_per_image, len(record["items"]), rng):
             try:
                 conversation, conversation_masks = _build(record["items"][i], image.shape[0], image.shape[1], rng)
             except DataError as error:
-                problem = str(error)
-                continue
+                raise DataError(f"{source}: {error}") from error
             conversations.append(conversation)
             masks += conversation_masks
-        if not conversations:
-            raise DataError(f"{source}: {problem}")
         return check_sample(Sample(source, image, conversations, stack_masks(masks, *image.shape[:2])))
 
     def describe(self) -> dict[str, int]:
@@ -221,21 +220,20 @@ def _read_items(name: str, path: Path) -> tuple[list[dict[str, Any]], Notes]:
         "images": len(by_image),
         "expressions": sum(len(item["turns"]) for item in items),
         "masks": sum(len(item["masks"]) for item in items),
+        "dropped": sum(item.pop("dropped") for item in items),
     }
     records = [{"file_name": file_name, "items": items} for file_name, items in by_image.items()]
     return records, {"problems": problems, "counts": counts}
 
 
 def _build(item: dict, height: int, width: int, rng: np.random.Generator) -> tuple[Conversation, list[np.ndarray]]:
-    """Builds the conversation and one mask, uint8 [H, W], per [SEG]; ``DataError`` if no mask is valid."""
-    decoded, problem = {}, ""
+    """Builds the conversation and one mask, uint8 [H, W], per [SEG]; ``DataError`` if a mask cannot be drawn."""
+    decoded = {}
     for number, segmentation in item["masks"].items():
         try:
             decoded[number] = decode_segmentation(segmentation, height, width)
         except DataError as error:
-            problem = f"mask {number}: {error}"
-    if not decoded:
-        raise DataError(problem)
+            raise DataError(f"mask {number}: {error}") from error
     if not item["turns"][0][1]:
         return (instance_turn(item["turns"][0][0], len(decoded), rng),), list(decoded.values())
     masks: list[np.ndarray] = []

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from utils.datasets.base import DataError, MissingDataError, read_json
+from utils.datasets.base import DataError, MissingDataError, is_text, read_json
 from utils.datasets.coco_file import by_id, image_record, is_id, row_of, segmentation_of
 from utils.datasets.records import Notes, PackedRecords, load_records
 from utils.datasets.safe_pickle import read_pickle
@@ -118,7 +118,8 @@ def _read_refs(
         counts["multi"] += sum(number > 1 for number in targets)
     counts["images"] = len(records)
     if not records:
-        raise DataError(f"{name}: no usable ref among {len(chosen)}; the first problem: {(problems + skipped)[0]}")
+        first = (problems + skipped)[0]
+        raise DataError(f"{name}: no usable ref among {len(chosen)} of {refs_path}; the first problem: {first}")
     return records.values(), {"problems": problems, "skipped": skipped, "counts": counts}
 
 
@@ -136,12 +137,13 @@ def _parse_ref(ref: dict[str, Any], false_premises: bool) -> tuple[Ref, list[str
         raise DataError("'sentences' is not a list of dicts")
     kept, dropped = [], []
     for number, sentence in enumerate(sentences):
-        if isinstance(sentence.get("sent"), str) and sentence["sent"].strip():
+        if is_text(sentence.get("sent")):
             extra = {key: value for key, value in sentence.items() if key not in ("tokens", "raw")}
             kept.append({"sent_id": number, **extra})
         else:
             value = str(sentence.get("sent"))[:60]
-            dropped.append(f"sentence {sentence.get('sent_id', number)} must have a text in 'sent', not {value!r}")
+            sent_id = str(sentence.get("sent_id", number))[:60]
+            dropped.append(f"sentence {sent_id} must have a text in 'sent', not {value!r}")
     if not kept:
         raise DataError("no sentence with a text in 'sent'")
     if len({str(sentence["sent_id"]) for sentence in kept}) < len(kept):  # results are identified by it
@@ -160,7 +162,7 @@ def _is_false(sentence: dict[str, Any]) -> bool:
         if not (value is None or isinstance(value, bool)):
             raise DataError(f"sentence {sentence['sent']!r} has {key} {value!r}; expected true or false")
         if value is false:
-            if not isinstance(sentence.get("gt_sent") or "", str):
+            if not (sentence.get("gt_sent") in (None, "") or is_text(sentence["gt_sent"])):
                 raise DataError(f"sentence {sentence['sent']!r} has gt_sent {sentence['gt_sent']!r}; expected a text")
             return True
     return False

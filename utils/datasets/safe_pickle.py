@@ -1,16 +1,24 @@
-"""Pickles of plain data: an unpickler that builds containers, numbers and strings, and runs no code."""
+"""Pickles of plain data: an unpickler that builds containers, numbers and strings, and runs no code.
+
+Time and memory are bounded by the file's size. Otherwise a few bytes can stand for 10^9 items, for a tuple whose hash
+takes years, or (a single flipped bit) for a memo of 60 GB. Hence Python's own unpickler, whose memo is a dict and whose
+steps can be replaced; it takes a second per 10 MB, before the index is cached (``utils.datasets.records``).
+"""
 
 from __future__ import annotations
 
 import io
 import pickle
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from utils.datasets.base import DataError
+
+MAX_GROWTH = 64  # items and characters per byte; a name that is referred to takes 2 bytes
 
 
 class _ScalarType:
@@ -46,24 +54,81 @@ def _decode_text(value: str | bytes) -> str:
     return value
 
 
+def _list(items: Iterable[Any] = ()) -> list[Any]:
+    return list(items)
+
+
+def _dict(pairs: Iterable[tuple[Any, Any]] = ()) -> dict[Any, Any]:
+    return _checked_dict([value for pair in pairs for value in pair])
+
+
+def _checked_dict(values: list[Any]) -> dict[Any, Any]:
+    """A dict of keys and values in turn; keys must be atoms, because hashing a nested tuple can take for ever."""
+    if not all(type(key) in _ATOMS or type(key) is bytes for key in values[::2]):
+        raise pickle.UnpicklingError("a key of a dict is neither a number nor a string")
+    return dict(zip(values[::2], values[1::2], strict=True))
+
+
+_ATOMS = frozenset((str, int, float, bool, type(None)))
 _ALLOWED = {
     ("numpy", "dtype"): _ScalarType,
     ("numpy.core.multiarray", "scalar"): _scalar,
     ("numpy._core.multiarray", "scalar"): _scalar,
     ("_codecs", "encode"): _encode,
-    ("builtins", "set"): set,
-    ("builtins", "frozenset"): frozenset,
-    ("__builtin__", "set"): set,  # written by Python 2
-    ("__builtin__", "frozenset"): frozenset,
-    ("collections", "OrderedDict"): dict,
+    ("builtins", "set"): _list,
+    ("builtins", "frozenset"): _list,
+    ("__builtin__", "set"): _list,  # written by Python 2
+    ("__builtin__", "frozenset"): _list,
+    ("collections", "OrderedDict"): _dict,
 }
 
 
-class _PlainUnpickler(pickle.Unpickler):
+class _PlainUnpickler(pickle._Unpickler):  # type: ignore[name-defined]  # the one in Python
+    """Sets become lists, so that nothing but the keys of dicts is hashed."""
+
+    dispatch = dict(pickle._Unpickler.dispatch)  # type: ignore[attr-defined]
+
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _ALLOWED:
             raise DataError(f"refers to {module}.{name}, which could run code")
         return _ALLOWED[module, name]
+
+    def load_setitem(self) -> None:
+        value, key = self.stack.pop(), self.stack.pop()
+        self.stack[-1].update(_checked_dict([key, value]))
+
+    def load_setitems(self) -> None:
+        items = self.pop_mark()
+        self.stack[-1].update(_checked_dict(items))
+
+    def load_dict(self) -> None:
+        items = self.pop_mark()  # first: it replaces self.append
+        self.append(_checked_dict(items))
+
+    def load_empty_set(self) -> None:
+        self.append([])
+
+    def load_additems(self) -> None:
+        items = self.pop_mark()
+        self.stack[-1].extend(items)
+
+    def load_frozenset(self) -> None:
+        items = self.pop_mark()
+        self.append(items)
+
+    def load_bytearray8(self) -> None:
+        raise DataError("contains a bytearray")
+
+    for opcode, step in (
+        (pickle.SETITEM, load_setitem),
+        (pickle.SETITEMS, load_setitems),
+        (pickle.DICT, load_dict),
+        (pickle.EMPTY_SET, load_empty_set),
+        (pickle.ADDITEMS, load_additems),
+        (pickle.FROZENSET, load_frozenset),
+        (pickle.BYTEARRAY8, load_bytearray8),
+    ):
+        dispatch[opcode[0]] = step
 
 
 def read_pickle(path: Path) -> Any:
@@ -77,25 +142,40 @@ def read_pickle(path: Path) -> Any:
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
     try:
-        return _plain(_PlainUnpickler(io.BytesIO(raw), encoding="bytes").load())
+        return _Plain(MAX_GROWTH * len(raw)).convert(_PlainUnpickler(io.BytesIO(raw), encoding="bytes").load())
     except DataError as error:
         raise DataError(f"{path} is rejected: it {error}; expected plain lists, dicts, numbers and strings") from error
     except Exception as error:  # a damaged pickle can raise nearly anything
         raise DataError(f"{path} is not a readable pickle ({error}); it may be truncated: download it again") from error
 
 
-_ATOMS = frozenset((str, int, float, bool, type(None)))
+class _Plain:
+    """Converts tuples to lists, and Python 2's byte strings to text.
 
+    Args:
+        room: maximum number of items and characters; those of what is referred to several times count each time.
+    """
 
-def _plain(value: Any) -> Any:
-    """Converts sets and tuples to lists, and Python 2's byte strings to text; atoms take a shortcut for speed."""
-    kind = type(value)
-    if kind in _ATOMS:
-        return value
-    if kind in (list, tuple, set, frozenset):
-        return [item if type(item) in _ATOMS else _plain(item) for item in value]
-    if kind is dict:
-        return {_plain(key): item if type(item) in _ATOMS else _plain(item) for key, item in value.items()}
-    if kind is bytes:
-        return _decode_text(value)
-    raise DataError(f"contains a {kind.__name__}")
+    def __init__(self, room: int) -> None:
+        self.room = room
+
+    def convert(self, value: Any) -> Any:
+        kind = type(value)
+        self.room -= 1 + (len(value) if kind is str or kind is bytes else 0)
+        if self.room < 0:
+            raise DataError(f"stands for more than {MAX_GROWTH} times its size")
+        if kind is str:
+            return value
+        if kind is int:
+            if not -(2**63) <= value < 2**63:
+                raise DataError("contains an integer of more than 64 bits")
+            return value
+        if kind is list or kind is tuple:
+            return [self.convert(item) for item in value]
+        if kind is dict:
+            return {self.convert(key): self.convert(item) for key, item in value.items()}
+        if kind is bytes:
+            return _decode_text(value)
+        if kind in _ATOMS:
+            return value
+        raise DataError(f"contains a {kind.__name__}")

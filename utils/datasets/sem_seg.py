@@ -21,6 +21,7 @@ from utils.datasets.base import (
     DatasetRow,
     check_sample,
     find_paths,
+    is_text,
     pick,
     read_json,
     sample_indices,
@@ -169,7 +170,7 @@ def read_vistas(path: Path) -> Labels:
     if (
         not isinstance(rows, list)
         or not 0 < len(rows) <= IGNORE_PIXEL
-        or not all(isinstance(row, dict) and isinstance(row.get("readable"), str) for row in rows)
+        or not all(isinstance(row, dict) and is_text(row.get("readable")) for row in rows)
     ):
         raise DataError(f"{path}: 'labels' must be a list of dicts with a string in 'readable', at most {IGNORE_PIXEL}")
     ignored = {value for value, row in enumerate(rows) if row.get("evaluate") is False}
@@ -208,6 +209,13 @@ class LabelReader:
             else:
                 folders = ", ".join(map(str, image_folders))
                 self.problems.append(f"{self.folder / file} has no image of the same name (looked in {folders})")
+        if Path(row.path).parts[0] == Path(row.images[0]).parts[0]:  # the photographs are this data set's alone
+            labeled = {Path(file).stem for file, *_ in records}
+            self.problems += [
+                f"{self.image_folders[home] / file} has no label image in {self.folder}"
+                for stem, (home, file) in sorted(images.items())
+                if stem not in labeled
+            ]
         if not records:
             first = (self.problems or ["the folder contains no .png"])[0]
             raise DataError(f"{name}: nothing usable in {self.folder}: {first}")
@@ -247,7 +255,8 @@ class LabelReader:
 
 
 def _files(folder: Path, suffixes: tuple[str, ...]) -> list[str]:
-    return sorted(file for file in os.listdir(folder) if file.lower().endswith(suffixes))
+    """Names of the files with a suffix, without hidden ones (a Mac adds ``._NAME`` to archives)."""
+    return sorted(file for file in os.listdir(folder) if file.lower().endswith(suffixes) and not file.startswith("."))
 
 
 # -- annotations -------------------------------------------------------------------------------------------------------
@@ -334,7 +343,7 @@ def class_name(category: dict[str, Any], path: Path) -> str:
         DataError: if the category has no name, or the name has more than one colon.
     """
     name = category.get("name")
-    parts = name.split(":") if isinstance(name, str) else []
+    parts = name.split(":") if is_text(name) else []
     plain = [" ".join(re.sub(r"\([^)]*\)", " ", part).replace("_", " ").split()) for part in parts]
     if not 1 <= len(plain) <= 2 or not all(plain):
         raise DataError(f"{path}: category {category['id']} has name {name!r}; expected 'object' or 'object:part'")

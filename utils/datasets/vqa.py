@@ -16,6 +16,7 @@ from utils.datasets.base import (
     DatasetRow,
     check_file_name,
     check_sample,
+    is_text,
     parse_items,
     splitless_name,
 )
@@ -80,7 +81,7 @@ def read_turns(messages: Any) -> list[tuple[str, str]]:
             if not isinstance(turn, dict) or turn.get("from") != speaker or not isinstance(turn.get("value"), str):
                 raise DataError(f"expected a turn of {speaker!r}, not {str(turn)[:60]}")
         question, answer = human["value"].replace(IMAGE, "").strip(), machine["value"].strip()
-        if not question or not answer:
-            raise DataError("a question or an answer is empty")
+        if not (is_text(question) and is_text(answer)):
+            raise DataError("a question or an answer is empty, or has halves of characters")
         turns.append((question, answer))
     return turns
