@@ -259,7 +259,8 @@ def test_every_setting_is_read_somewhere():
     unread = [name for name in FIELDS if name not in read and name not in method and not name.endswith("_data")]
     assert unread == []
     mixture = (ROOT / "utils/datasets/mixture.py").read_text()
-    assert 'getattr(data, f"{kind}_data")' in mixture and "getattr(data, option.name)" in mixture
+    assert 'getattr(data, f"{kind}_data")' in mixture
+    assert "getattr(data, option.name)" in mixture
 
 
 def test_the_method_settings_are_those_of_the_model():
