@@ -12,6 +12,7 @@ import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -91,12 +92,19 @@ def warn_of_skipped(run: Run) -> None:
             f"warning: {skipped} sampled records could not be read and were replaced by others (named above); is the "
             "data set complete?"
         )
+    if truncated := int(run.mixture.truncated):
+        run.log.print(
+            f"warning: {truncated} samples were cut off, with answers and [SEG] (named above); raise --model_max_length"
+        )
 
 
 def print_error(error: ValueError) -> None:
     """Prints an error once: the main process always, others only errors that may be theirs alone."""
     if distributed.is_main():
-        print(f"error: {error}", file=sys.stderr)
+        message = str(error)
+        if "\nOriginal Traceback (most recent call last):\n" in message:  # torch's, of a worker's DataError
+            message = message.rpartition("DataError: ")[2].strip()
+        print(f"error: {message}", file=sys.stderr)
     elif not getattr(error, "shared", False):
         print(f"error in process {distributed.rank()}: {str(error).splitlines()[0]}", file=sys.stderr)
 
@@ -267,6 +275,7 @@ def train_step(run: Run, batches: Iterator[Batch], meter: Meter, logged: bool) -
     dtype, lr, gradients = PRECISIONS[run.config.model.precision], run.engine.get_lr()[0], {}
     window = list(islice(batches, accumulation))
     counts = distributed.mean(torch.stack([batch.counts for batch in window]).mean(0).to(run.device))
+    check_answers(window, counts, run.step + 1)
     last = (run.step + 1) * accumulation - 1
     for micro, part in enumerate(window, start=run.step * accumulation):
         batch = replace(part, counts=counts).to(run.device, dtype)
@@ -294,6 +303,15 @@ def train_step(run: Run, batches: Iterator[Batch], meter: Meter, logged: bool) -
             )
 
 
+def check_answers(window: Sequence[Batch], counts: torch.Tensor, step: int) -> None:
+    """Raises ``DataError`` if truncation left no answer in a step; ``counts`` are the means over all processes."""
+    if not any(len(batch.label_ids) for batch in window) and counts[0] == 0:  # true in all processes or in none
+        raise DataError(
+            f"step {step} has no answer to learn: its conversations are so long that --model_max_length cuts all of "
+            "them off; raise it, or shorten the questions"
+        )
+
+
 def batches_from(run: Run) -> DataLoader:
     """All remaining batches, from the run's position in the mixture on."""
     train_settings, accumulation = run.config.train, run.config.train.grad_accumulation_steps
@@ -308,7 +326,7 @@ def batches_from(run: Run) -> DataLoader:
     return DataLoader(
         run.mixture,
         batch_sampler=sampler,
-        collate_fn=run.processor.collate,
+        collate_fn=partial(run.processor.collate, on_truncated=run.mixture.count_truncated),
         num_workers=workers,
         prefetch_factor=1 + -(-accumulation // workers) if workers else None,  # a whole step is fetched at once
         worker_init_fn=one_thread,

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from model.structures import Sample
 from utils.command_line.parser import Parser
 from utils.config import load_config
-from utils.datasets.base import TrainDataset
+from utils.datasets.base import DataError, TrainDataset
 from utils.datasets.mixture import make_mixture
 from utils.datasets.spec import Spec
 from utils.inference import cli
@@ -38,23 +38,30 @@ def main(arguments: list[str] | None = None) -> int:
     )
     args, rest = parser.parse_known_args(arguments)
     config = load_config(rest, needs=("data",))
-    mixture = make_mixture(config)
+    mixture = make_mixture(config, check=False)
     images = config.total_steps * config.images_per_step()
     print(mixture.table(images))
     print(f"epochs: for {images:,} samples, those of one process in the whole run")
     for dataset in mixture.datasets if args.pictures > 0 else ():
         path = args.output / f"{Spec.parse(dataset.name).slug}.png"
-        save_picture(path, make_sheet(dataset, args.pictures, config.train.seed))
-        print(f"wrote {path}")
+        panels, problems = read_panels(dataset, args.pictures, config.train.seed)
+        if panels:
+            save_picture(path, sheet(panels, f"{dataset.name}: {len(dataset):,} images"))
+            print(f"wrote {path}")
+        print(*(f"{dataset.name}: unusable: {problem}" for problem in problems), sep="\n", end="\n" if problems else "")
     return 0
 
 
-def make_sheet(dataset: TrainDataset, number: int, seed: int) -> np.ndarray:
-    """Plots ``number`` evenly spaced samples of a data set, one row per conversation."""
-    panels = []
+def read_panels(dataset: TrainDataset, number: int, seed: int) -> tuple[list[Panel], list[str]]:
+    """The panels of ``number`` evenly spaced samples, one per conversation; a message for each that is unusable."""
+    panels: list[Panel] = []
+    problems = []
     for index in evenly_spaced(len(dataset), number):
-        panels += sample_panels(dataset.sample(index, np.random.default_rng((seed, index))))
-    return sheet(panels, f"{dataset.name}: {len(dataset):,} images")
+        try:
+            panels += sample_panels(dataset.sample(index, np.random.default_rng((seed, index))))
+        except DataError as error:
+            problems.append(str(error))
+    return panels, problems
 
 
 def sample_panels(sample: Sample) -> list[Panel]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -98,8 +98,13 @@ class UGroundProcessor:
         self.tokenizer.save_pretrained(folder)
         (Path(folder) / PROCESSOR_FILE).write_text(json.dumps(settings, indent=2) + "\n")
 
-    def collate(self, samples: Sequence[Sample]) -> Batch:
+    def collate(
+        self, samples: Sequence[Sample], on_truncated: Callable[[Sample, int, int], None] | None = None
+    ) -> Batch:
         """A batch for training. Conversations longer than ``max_tokens`` are truncated, with their masks.
+
+        Args:
+            on_truncated: called with a sample, the number of its truncated conversations, and the tokens that fit.
 
         Raises:
             ValueError: if the numbers of ``[SEG]`` and of masks differ in a sample, or a question is empty.
@@ -111,6 +116,9 @@ class UGroundProcessor:
             segs = sum(c.labels.count(self.tokens.seg) for c in conversations)
             if segs != len(sample.masks):
                 raise ValueError(f"{sample.source}: {segs} [SEG] in the answers but {len(sample.masks)} masks")
+            too_long = sum(len(conversation.ids) > self.room for conversation in conversations)
+            if too_long and on_truncated:
+                on_truncated(sample, too_long, self.room)
             rows.append(truncate(row, self.room, self.tokens.seg))
         return self._collate(rows)
 

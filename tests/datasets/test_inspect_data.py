@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -44,6 +45,24 @@ def test_table_and_sheets(root: Path, capsys: pytest.CaptureFixture) -> None:
             assert min(picture.size) > 200
     with pytest.raises(DataError, match=r"1 problem(.|\n)*no annotations \(looked in .*train\.json"):
         main(["--dataset_dir", str(root), "--dataset", "sem_seg", "--sem_seg_data", "pascal_part"])
+
+
+def test_a_bad_record_is_listed_and_the_others_are_drawn(root: Path, capsys: pytest.CaptureFixture) -> None:
+    folder = root / "reason_seg/ReasonSeg/train"
+    for name in ("0", "b"):
+        (folder / f"{name}.json").write_bytes((folder / "a.json").read_bytes())
+        (folder / f"{name}.jpg").write_bytes(b"broken")
+    settings = ["--dataset_dir", str(root), "--dataset", "reason_seg", "--pictures", "3", "--output", str(root / "out")]
+    assert main(settings) == 0
+    out = capsys.readouterr().out
+    assert "wrote" in out
+    assert re.findall(r"^ReasonSeg\|train: unusable: image .*/(\w)\.jpg cannot be decoded", out, re.MULTILINE) == [
+        "0",
+        "b",
+    ]
+    (folder / "a.jpg").write_bytes(b"broken")
+    assert main(settings) == 0
+    assert "wrote" not in capsys.readouterr().out
 
 
 def test_each_conversation_shows_its_own_masks(root: Path) -> None:

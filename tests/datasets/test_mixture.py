@@ -5,16 +5,20 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
+import train_ds
+from model.processing.processor import UGroundProcessor
 from model.structures import Sample, Turn
 from utils.datasets import DataError, DataOptions
-from utils.datasets.mixture import MAX_TRIES, Mixture, MixtureSampler
+from utils.datasets.mixture import MAX_IN_A_ROW, Mixture, MixtureSampler
 
 
 @pytest.fixture
@@ -140,8 +144,65 @@ def test_it_gives_up_when_nothing_can_be_used(root: Path) -> None:
     mixture = Mixture(root, "reason_seg")
     for path in (root / "reason_seg/ReasonSeg/train").glob("*.jpg"):
         path.unlink()
-    with pytest.raises(DataError, match=f"{MAX_TRIES} records in a row"):
+    with pytest.raises(
+        DataError, match=rf"ReasonSeg\|train: {MAX_IN_A_ROW} records in a row .*\d\d\.jpg does not exist"
+    ):
         mixture[0]
+
+
+def test_a_data_set_of_which_little_can_be_read_is_named_at_the_start(root: Path) -> None:
+    images = sorted((root / "reason_seg/ReasonSeg/train").glob("*.jpg"))
+    mixture = Mixture(root, "reason_seg||vqa")
+    for path in images[:6]:  # half of them
+        path.write_bytes(b"broken")
+    mixture.check_readable()
+    images[6].write_bytes(b"broken")
+    with pytest.raises(
+        DataError, match=r"ReasonSeg\|train: 7 of 12 records cannot be used; the first: .*00\.jpg"
+    ) as error:
+        mixture.check_readable()
+    assert "llava" not in str(error.value)
+
+
+def test_a_workers_error_is_its_message_alone(root: Path, capsys: pytest.CaptureFixture) -> None:
+    mixture = Mixture(root, "reason_seg")
+    for path in (root / "reason_seg/ReasonSeg/train").glob("*.jpg"):
+        path.write_bytes(b"broken")
+    loader = DataLoader(mixture, batch_sampler=MixtureSampler(1, 0, 1), num_workers=1, collate_fn=first)
+    with pytest.raises(DataError) as error:
+        next(iter(loader))
+    train_ds.print_error(error.value)
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: ReasonSeg|train: {MAX_IN_A_ROW} records in a row are unusable; the last: image ")
+
+
+def test_samples_that_are_cut_off_are_counted_and_named(
+    root: Path, tiny_processor, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = root / "reason_seg/ReasonSeg/train"
+    for path in folder.glob("*.json"):
+        long = " ".join(["the red star"] * 40)
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"text": [long]}))
+    mixture = Mixture(root, "reason_seg")
+    room = 60  # tokens beside the image
+    processor = UGroundProcessor(
+        tiny_processor.tokenizer, 40, 10, 64, system_prompt="", max_tokens=len(tiny_processor.builder.prefix_ids) + room
+    )
+    collate = partial(processor.collate, on_truncated=mixture.count_truncated)
+    loader = DataLoader(mixture, batch_sampler=MixtureSampler(2, 0, 2), collate_fn=collate)
+    with caplog.at_level(logging.WARNING):
+        batches = list(loader)
+    assert int(mixture.truncated) == 4
+    assert (
+        f"the end of 1 of its 1 conversations is cut off, with its [SEG]: they are longer than the {processor.room}"
+        in (caplog.text)
+    )
+    assert [len(batch.label_ids) for batch in batches] == [0, 0]
+    with pytest.raises(DataError, match="step 3 has no answer to learn"):
+        train_ds.check_answers(batches, torch.zeros(2), 3)
+    train_ds.check_answers(batches, torch.ones(2), 3)  # another process has answers
+    list(DataLoader(mixture, batch_sampler=MixtureSampler(2, 0, 1), collate_fn=tiny_processor.collate))
+    assert int(mixture.truncated) == 4
 
 
 def test_all_problems_are_reported_at_once(root: Path) -> None:

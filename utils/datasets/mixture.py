@@ -22,6 +22,8 @@ from utils.plotting import text_tables
 logger = logging.getLogger(__name__)
 
 MAX_TRIES = 100  # records sampled in place of unusable ones
+MAX_IN_A_ROW = 50  # unusable records of one data set, without a usable one between them
+NUM_CHECKED = 20  # records read at the start if the first one is unusable
 MAX_LOGGED = 10  # unusable records logged per process
 
 
@@ -40,6 +42,10 @@ class Mixture(Dataset):
         options: how samples are built.
         seed: seed of the mixture.
         weighting: sampling weight of a data set within its type: its ``"size"`` in images, or ``"uniform"``.
+
+    Attributes:
+        skipped: unusable records sampled so far, per data set.
+        truncated: samples that were cut off (``count_truncated``).
 
     Raises:
         DataError: listing all unknown names and all missing files at once.
@@ -77,7 +83,19 @@ class Mixture(Dataset):
         self.shares = np.array([rate_of[kind] * w / totals[kind] for w, kind in zip(weights, self.types)])
         # shared memory, so that the main process sees the counts of its workers
         self.skipped = torch.zeros(len(self.datasets), dtype=torch.int64).share_memory_()
+        self.truncated = torch.zeros(1, dtype=torch.int64).share_memory_()
+        self._in_a_row = [0] * len(self.datasets)
         self._logged: set[str] = set()
+
+    def check_readable(self) -> None:
+        """Reads one record of each data set; if it is unusable, up to ``NUM_CHECKED``, spread over the data set.
+
+        Raises:
+            DataError: listing the data sets of which most of these cannot be used. Others would take their place.
+        """
+        problems = [problem for dataset in self.datasets if (problem := _unreadable(dataset))]
+        if problems:
+            raise DataError("these data cannot be read:\n  " + "\n  ".join(problems))
 
     def __len__(self) -> int:
         """Number of images in all data sets, a nominal epoch; any index >= 0 is valid."""
@@ -96,8 +114,15 @@ class Mixture(Dataset):
             except DataError as error:
                 problem = str(error)
                 self.skipped[dataset_index] += 1
-                self._log(dataset.name, problem)
+                self._in_a_row[dataset_index] += 1
+                self._log(f"{dataset.name}: skipped a record: {problem}")
+                if self._in_a_row[dataset_index] == MAX_IN_A_ROW:
+                    raise DataError(
+                        f"{dataset.name}: {MAX_IN_A_ROW} records in a row are unusable; the last: {problem}; most of "
+                        "the data set seems to be missing or damaged"
+                    ) from error
                 continue
+            self._in_a_row[dataset_index] = 0
             sample.sample_id = sample_index
             if rng.random() < self.options.dialogue_probability:
                 sample.conversations = [tuple(turn for turns in sample.conversations for turn in turns)]
@@ -107,13 +132,21 @@ class Mixture(Dataset):
             "most of the data seem to be missing or damaged"
         )
 
-    def _log(self, name: str, message: str) -> None:
+    def count_truncated(self, sample: Sample, conversations: int, room: int) -> None:
+        """Counts and logs a sample of which ``conversations`` are longer than ``room`` tokens (``collate``)."""
+        self.truncated += 1
+        self._log(
+            f"{sample.source}: the end of {conversations} of its {len(sample.conversations)} conversations is cut off, "
+            f"with its [SEG]: they are longer than the {room} tokens beside the image; raise --model_max_length"
+        )
+
+    def _log(self, message: str) -> None:
         if message in self._logged or len(self._logged) > MAX_LOGGED:
             return
         self._logged.add(message)
         if len(self._logged) > MAX_LOGGED:
-            message = f"{MAX_LOGGED} unusable records are logged; further ones are only counted (column skipped)"
-        logger.warning("%s: skipped a record: %s", name, message)
+            message = f"{MAX_LOGGED} unusable or truncated records are logged; further ones are only counted"
+        logger.warning("%s", message)
 
     def describe(self, num_samples: int | None = None) -> list[dict[str, Any]]:
         """Per data set: type, name, share of the samples, counts, and records skipped so far.
@@ -133,6 +166,22 @@ class Mixture(Dataset):
         """``describe`` as a text table."""
         rows = text_tables.from_mappings(self.describe(num_samples), _count_cell)
         return "\n".join(text_tables.aligned(rows, "llr"))
+
+
+def _unreadable(dataset: TrainDataset) -> str:
+    """The message that most of a data set cannot be used; empty if it can."""
+    problems: list[str] = []
+    indices = sorted({len(dataset) * k // NUM_CHECKED for k in range(NUM_CHECKED)})
+    for index in indices:
+        try:
+            dataset.sample(index, np.random.default_rng(0))
+        except DataError as error:
+            problems.append(str(error))
+        if not problems:
+            return ""  # the first one is usable
+    if 2 * len(problems) <= len(indices):
+        return ""
+    return f"{dataset.name}: {len(problems)} of {len(indices)} records cannot be used; the first: {problems[0]}"
 
 
 def _count_cell(column: str, value: Any) -> str:
@@ -208,10 +257,20 @@ class MixtureSampler(Sampler[list[int]]):
             yield list(range(first, first + self.batch_size))
 
 
-def make_mixture(config: Config) -> Mixture:
-    """The mixture of a configuration's data settings; ``DataError`` listing all that is missing."""
+def make_mixture(config: Config, check: bool = True) -> Mixture:
+    """The mixture of a configuration's data settings.
+
+    Args:
+        check: read a record of each data set (``Mixture.check_readable``).
+
+    Raises:
+        DataError: listing all that is missing, or cannot be read.
+    """
     data = config.data
     sets = {kind: getattr(data, f"{kind}_data") for kind in TYPES}
     options = DataOptions(**{option.name: getattr(data, option.name) for option in fields(DataOptions)})
     rates = data.sample_rates or None
-    return Mixture(data.dataset_dir, data.dataset, rates, sets, options, config.train.seed, data.weighting)
+    mixture = Mixture(data.dataset_dir, data.dataset, rates, sets, options, config.train.seed, data.weighting)
+    if check:
+        mixture.check_readable()
+    return mixture
