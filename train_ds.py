@@ -40,6 +40,7 @@ from utils.evaluation.engine import RunOptions
 from utils.evaluation.panels import validation_sheet
 from utils.evaluation.predictions import InferenceOptions
 from utils.training import checkpoint as checkpoints
+from utils.training.data_content import content_of
 from utils.training.engine import build_engine, build_model, deepspeed_settings, gradient_norms
 from utils.training.run_lock import lock_run
 from utils.training.run_log import DivergedError, Meter, RunLog, check_finite, loading_table, parameter_table
@@ -153,7 +154,9 @@ def build_run(config: Config, device: torch.device) -> Run:
     mixture, benchmarks = open_data(config)
     lock = lock_folder(config) if config.run_folder.is_dir() else None
     start = find_start(config)
-    meta = checkpoints.describe_settings(config, mixture.describe())
+    contents = [{"content": content_of(dataset)} for dataset in mixture.datasets]
+    rows = [row | content for row, content in zip(mixture.describe(), contents, strict=True)]
+    meta = checkpoints.describe_settings(config, rows)
     if start:
         saved_meta = checkpoints.check_same_run(start, meta)  # before minutes of loading
         check_steps_left(config, start, saved_meta["step"])

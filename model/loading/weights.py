@@ -84,7 +84,9 @@ def read_folder(folder: Path) -> dict[str, torch.Tensor]:
             for path in files:
                 state |= read_safetensors(path) if path.suffix == ".safetensors" else read_torch_file(path)
             return state
-    raise ValueError(f"{folder} holds no weights (looked for model.safetensors and pytorch_model.bin, whole or in shards)")
+    raise ValueError(
+        f"{folder} holds no weights (looked for model.safetensors and pytorch_model.bin, whole or in shards)"
+    )
 
 
 def run_of(folder: Path) -> Path | None:

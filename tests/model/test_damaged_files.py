@@ -7,6 +7,7 @@ import pickle
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import build_tiny_model, save_model
@@ -15,7 +16,9 @@ from tiny_run import ROOT, write_base
 from model.loading.files import read_torch_file
 from model.loading.pretrained import load, load_for_training
 from model.loading.weights import read_sam
+from model.opened import predict
 from model.processing.tokens import load_tokenizer
+from model.structures import Turn
 
 ADAPTER = ROOT / "tests/fixtures/written_before/adapter"
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0b5c\nsize 13541\n"
@@ -142,6 +145,15 @@ def test_a_tokenizer_that_is_code_is_refused_without_a_question(whole, tmp_path,
     path.write_text((whole / "merged/tokenizer_config.json").read_text())
     load(folder, device="cpu")
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("answer", ["", "it is [SEG]."])
+def test_a_weight_that_is_not_a_number_ends_the_answer(tiny_model, tiny_processor, answer):
+    with torch.no_grad():
+        tiny_model.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
+    image = np.full((48, 64, 3), 90, np.uint8)
+    with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.up_proj\.weight is NaN or infinite \(in float32\)"):
+        predict(tiny_model, tiny_processor, [image], [[Turn("where is the red star", answer)]])
 
 
 # -- .pth --------------------------------------------------------------------------------------------------------------

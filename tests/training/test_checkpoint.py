@@ -17,9 +17,12 @@ from tiny_run import ROOT
 
 from model.lora import add_lora
 from utils.config import Config, config_from, to_dict
+from utils.datasets import DataOptions, get_train_dataset
+from utils.datasets.spec import Spec
 from utils.training import checkpoint as checkpoints
 from utils.training.checkpoint import differences, find_checkpoint, read_index, save_checkpoint
 from utils.training.checkpoint_files import CheckpointError, check_files, plain_data
+from utils.training.data_content import comparable, content_of
 from utils.training.run_lock import lock_run
 from utils.training.run_log import truncate_log
 
@@ -111,7 +114,8 @@ def meta():
     return {
         "config": to_dict(config),
         "base": {"model": "aa", "visual_model": "bb"},
-        "data": [{"name": "ReasonSeg|train", "images": 239}],
+        "data": [{"name": "ReasonSeg|train", "images": 239, "content": "v1:0a"}],
+        "vocabulary": "10",
         "trained": {"a": [2, 3], "b": [1]},
         "processes": 1,
     }
@@ -129,6 +133,30 @@ def test_settings_that_do_not_matter_may_change(meta):
     assert differences(other, meta) == []
 
 
+def test_what_older_checkpoints_or_other_readers_say_of_content_is_not_compared(meta):
+    for change in ({"content": None}, {"content": "v2:0b"}):
+        other = copy.deepcopy(meta)
+        other["data"][0].update(change)
+        assert differences(meta, other) == []
+    del other["vocabulary"]
+    assert differences(meta, other) == []
+
+
+def test_annotations_that_change_behind_a_name_change_the_content(val_data):
+    folder = val_data / "reason_seg/ReasonSeg/val"
+    folder = folder.rename(folder.with_name("train"))
+
+    def content() -> str:
+        return content_of(get_train_dataset(Spec.parse("ReasonSeg|train"), val_data, DataOptions()))
+
+    before = content()
+    assert before == content()
+    path = folder / "3.json"
+    path.write_text(path.read_text().replace("red star", "red disc"))
+    assert comparable(content(), before)
+    assert content() != before
+
+
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
@@ -140,6 +168,8 @@ def test_settings_that_do_not_matter_may_change(meta):
         ),
         (lambda m: m["base"].update(model="cc"), "--version: the base weights of model are not the same"),
         (lambda m: m["data"][0].update(images=240), "data set ReasonSeg|train"),
+        (lambda m: m["data"][0].update(content="v1:0b"), "data set ReasonSeg|train: its annotations have changed"),
+        (lambda m: m.update(vocabulary="11"), "--version: the tokenizer's vocabulary"),
         (lambda m: m.update(processes=8), "processes: 1 in the checkpoint, now 8"),
         (lambda m: m["trained"].update(b=[2]), "trainable parameters: b"),
     ],

@@ -13,6 +13,7 @@ import contextlib
 import io
 import json
 import shutil
+import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from utils import distributed
 from utils.config import FIELDS, Config, config_from, to_dict
 from utils.files import sync, write_atomically
 from utils.training.checkpoint_files import CheckpointError, check_files, describe_files, plain_data
+from utils.training.data_content import comparable
 from utils.training.versions import git_commit, package_versions
 
 FOLDER, INDEX, META = "checkpoints", "index.json", "meta.json"
@@ -77,10 +79,17 @@ def describe_model(model: nn.Module, processor: UGroundProcessor, loaded: Iterab
     return {
         "base": base_fingerprints(loaded),
         "tokens": vars(processor.tokens),
+        "vocabulary": _vocabulary(processor),
         "trained": trained_shapes(model),
         "commit": git_commit(),
         "versions": package_versions("torch", "transformers", "peft", "deepspeed", "segment-anything"),
     }
+
+
+def _vocabulary(processor: UGroundProcessor) -> str:
+    """Checksum of all tokens with their ids."""
+    text = json.dumps(sorted(processor.tokenizer.get_vocab().items()))
+    return f"{zlib.crc32(text.encode()):08x}"
 
 
 # -- finding -----------------------------------------------------------------------------------------------------------
@@ -245,7 +254,15 @@ def differences(run: dict[str, Any], saved: dict[str, Any]) -> list[str]:
             problems.append(f"{name}: {before[name]!r} in the checkpoint, now {now[name]!r}")
     for module in differing(run["base"], saved["base"]) if "base" in run else ():
         problems.append(f"--{path_setting(module)}: the base weights of {module} are not the same")
+    if "vocabulary" in run and run["vocabulary"] != saved.get("vocabulary", run["vocabulary"]):
+        problems.append("--version: the tokenizer's vocabulary is not the same")
     now, before = ({row["name"]: row for row in meta["data"]} for meta in (run, saved))
+    for name in now.keys() & before.keys():
+        contents = [rows[name].get("content") for rows in (now, before)]
+        if comparable(*contents) and contents[0] != contents[1]:
+            problems.append(f"data set {name}: its annotations have changed since the checkpoint was written")
+        for rows in (now, before):
+            rows[name] = {key: value for key, value in rows[name].items() if key != "content"}
     for name in differing(now, before):
         problems.append(f"data set {name}: {before.get(name)} in the checkpoint, now {now.get(name)}")
     if run["processes"] != saved["processes"]:

@@ -22,7 +22,7 @@ class CheckpointError(ValueError):
 
 def describe_files(folder: Path) -> dict[str, list[int]]:
     """Name -> [size in bytes, CRC-32] of all files in a folder."""
-    return {path.name: [path.stat().st_size, _crc(path)] for path in sorted(folder.iterdir())}
+    return {path.name: [path.stat().st_size, file_crc(path)] for path in sorted(folder.iterdir())}
 
 
 def check_files(checkpoint: Path, meta: dict[str, Any]) -> None:
@@ -39,7 +39,7 @@ def check_files(checkpoint: Path, meta: dict[str, Any]) -> None:
         try:
             found = path.stat().st_size
             problem = f"has {found} bytes of {size}" if found != size else ""
-            problem = problem or ("has changed since it was written (CRC-32)" if _crc(path) != crc else "")
+            problem = problem or ("has changed since it was written (CRC-32)" if file_crc(path) != crc else "")
         except OSError as error:
             problem = f"cannot be read: {error.strerror}"
         if problem:
@@ -96,7 +96,8 @@ def plain_data(checkpoint: Path) -> Iterator[None]:
             ) from error
 
 
-def _crc(path: Path) -> int:
+def file_crc(path: Path) -> int:
+    """CRC-32 of a file's content."""
     crc = 0
     with path.open("rb") as file:
         while chunk := file.read(CHUNK):
