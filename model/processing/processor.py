@@ -19,8 +19,8 @@ from model.sam_cache import image_key
 from model.structures import Batch, Sample, Turn
 
 PROCESSOR_FILE = "uground_processor.json"
-REQUIRED = {"clip_side": int, "clip_patch": int, "sam_side": int}  # in the file, with their types
-OPTIONAL = {"system_prompt": str, "max_tokens": int, "clip_fit": str}
+REQUIRED: dict[str, type] = {"clip_side": int, "clip_patch": int, "sam_side": int}  # in the file, with their types
+OPTIONAL: dict[str, type] = {"system_prompt": str, "max_tokens": int, "clip_fit": str}
 
 
 class UGroundProcessor:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import zlib
 from typing import Any
 
 from utils.datasets.jsonl import LineFile
+from utils.datasets.reason_seg import ReasonSegSplit
 from utils.datasets.records import PackedRecords, code_version
 from utils.training.checkpoint_files import file_crc
 
@@ -12,7 +14,7 @@ from utils.training.checkpoint_files import file_crc
 def content_of(dataset: Any) -> str:
     """``VERSION:CRC,CRC``: the version of the code that reads records, and a CRC-32 per index or JSONL file.
 
-    Annotations are covered, pixels are not. Contents with another version cannot be compared.
+    Annotations are covered, pixels (also of label images) are not. Contents with another version cannot be compared.
     """
     return f"{code_version()}:{','.join(f'{crc:08x}' for crc in _checksums(dataset))}"
 
@@ -26,6 +28,9 @@ def _checksums(value: Any) -> list[int]:
     """Of the indexes and files that a data set holds itself or through its readers, in a fixed order."""
     if isinstance(value, PackedRecords):
         return [value.checksum()]
+    if isinstance(value, ReasonSegSplit):  # a file per image, whose texts and polygons are read when it is sampled
+        crcs = [file_crc(value.folder / record["json"]) for record in value.records]
+        return [value.records.checksum(), zlib.crc32(str(crcs).encode())]
     if isinstance(value, LineFile):
         return [file_crc(value.path)]
     if isinstance(value, list | tuple):
