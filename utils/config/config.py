@@ -25,6 +25,7 @@ from model.settings import (
 )
 from utils.command_line.parser import Parser, hint
 from utils.config.settings import DataSettings, EvalSettings, ModelSettings, TrainSettings
+from utils.files import write_atomically
 
 
 class ConfigError(ValueError):
@@ -86,7 +87,7 @@ class Config:
 
     def save(self, path: str | Path) -> None:
         """Writes a YAML file that loads as this configuration."""
-        Path(path).write_text(yaml.safe_dump(to_dict(self), sort_keys=False, allow_unicode=True))
+        write_atomically(Path(path), yaml.safe_dump(to_dict(self), sort_keys=False, allow_unicode=True))
 
 
 SECTIONS: dict[str, type] = get_type_hints(Config)
