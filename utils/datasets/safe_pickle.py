@@ -10,9 +10,9 @@ from __future__ import annotations
 import io
 import pickle
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -86,7 +86,10 @@ _ALLOWED = {
 class _PlainUnpickler(pickle._Unpickler):  # type: ignore[name-defined]  # the one in Python
     """Sets become lists, so that nothing but the keys of dicts is hashed."""
 
-    dispatch = dict(pickle._Unpickler.dispatch)  # type: ignore[attr-defined]
+    dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)  # type: ignore[attr-defined]
+    stack: list[Any]  # of the base class, which has no annotations
+    append: Callable[[Any], None]
+    pop_mark: Callable[[], list[Any]]
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _ALLOWED:
