@@ -13,25 +13,18 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from starlette.middleware import Middleware
-from starlette.requests import Request
-from starlette.responses import JSONResponse
-from starlette.routing import Route
-
 from model import Opened
-from model.loading.placement import pick_device, pick_precision
-from model.loading.pretrained import load_for_training
-from model.loading.weights import fingerprint
 from utils.command_line.parser import Parser
 from utils.config import load_config
 from utils.dashboard.examples import SEEDS, draw_example
-from utils.dashboard.page import Headers, build_page, style_sheet, theme
-from utils.dashboard.service import Dashboard, Limits
 from utils.inference import cli
 
 if TYPE_CHECKING:
     import gradio as gr
+    from starlette.requests import Request
+    from starlette.responses import JSONResponse
+
+    from utils.dashboard.service import Dashboard
 
 ROOT = Path(__file__).resolve().parent
 TRAINED = "runs/tiny/merged"
@@ -78,6 +71,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def build_dashboard(args: argparse.Namespace, folder: Path) -> Dashboard:
     """Loads the model of ``args``, and warms it up with a first question."""
+    from utils.dashboard.service import Dashboard, Limits
+
     requested = args.version
     if requested is None and (ROOT / TRAINED).is_dir():
         args.version = str(ROOT / TRAINED)
@@ -104,6 +99,12 @@ def build_dashboard(args: argparse.Namespace, folder: Path) -> Dashboard:
 
 def untrained_tiny(args: argparse.Namespace) -> Opened:
     """assets/tiny before fine-tuning, with the layer rule of its pre-training: the last layer."""
+    import torch
+
+    from model.loading.placement import pick_device, pick_precision
+    from model.loading.pretrained import load_for_training
+    from model.loading.weights import fingerprint
+
     device = pick_device(args.device)
     precision = pick_precision(args.precision, device)
     folder = ROOT / "assets/tiny"
@@ -120,6 +121,12 @@ def untrained_tiny(args: argparse.Namespace) -> Opened:
 
 def serve(dashboard: Dashboard, args: argparse.Namespace, folder: Path) -> tuple[gr.Blocks, Any, str]:
     """Starts the page in background threads; returns the page, its web application, and its address."""
+    from starlette.middleware import Middleware
+    from starlette.responses import JSONResponse
+    from starlette.routing import Route
+
+    from utils.dashboard.page import Headers, build_page, style_sheet, theme
+
     os.environ["GRADIO_TEMP_DIR"] = str(folder / "files")  # gradio deletes old files in it; examples are elsewhere
     examples = [draw_example(seed, folder / "examples") for seed in SEEDS]
     page = build_page(dashboard, examples)

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from model import layer_rules
 from model.layer_rules import MonteCarloMean
@@ -248,6 +247,8 @@ class Chat:
 
 def run_interactive(chat: Chat, folder: Path) -> int:
     """Handles questions and commands until the end of the input; returns the exit code."""
+    import torch
+
     if sys.stdin.isatty():
         import readline  # gives input() line editing and a history
 

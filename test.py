@@ -14,20 +14,17 @@ import shlex
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from model import Opened
-from model.loading.placement import pick_device
 from model.opened import cache_sam_features
 from model.structures import MAX_NEW_TOKENS
 from utils import distributed
 from utils.command_line.parser import Parser
 from utils.datasets import Spec, get_eval_dataset
 from utils.datasets.base import EvalDataset, MissingDataError
-from utils.evaluation import evaluate
 from utils.evaluation.benchmarks import MODES, PROTOCOLS, SEVERAL_SEG, SUITES, benchmark_of
 from utils.evaluation.controls import CONTROLS, query_agnostic_baselines
-from utils.evaluation.engine import RunOptions, provenance_of
 from utils.evaluation.metrics import Record, select
 from utils.evaluation.panels import panels
 from utils.evaluation.paper_tables import fill
@@ -38,6 +35,9 @@ from utils.evaluation.results import Journal, Result, result_path
 from utils.inference import cli
 from utils.plotting.overlays import Panel, save_picture, sheet
 from utils.training.versions import package_versions
+
+if TYPE_CHECKING:
+    from utils.evaluation.engine import RunOptions
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -144,6 +144,9 @@ def add_running_flags(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     args = parse_arguments(arguments)
+
+    from utils.evaluation.engine import evaluate, provenance_of
+
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     device = init_processes(args.device)
     datasets, unavailable = open_datasets(args)  # a typo fails before the model is loaded
@@ -223,6 +226,8 @@ def options_of(
     args: argparse.Namespace, dataset: EvalDataset, mode: str, output: Path, checkpoint: str
 ) -> tuple[InferenceOptions, RunOptions]:
     """The options of one benchmark in one mode."""
+    from utils.evaluation.engine import RunOptions
+
     options = InferenceOptions(mode, args.layer_policy, args.max_new_tokens, args.seed)
     run = RunOptions(
         batch_size=args.batch_size,
@@ -267,6 +272,8 @@ def modes_of(mode: str, spec: Spec) -> tuple[str, ...]:
 
 def init_processes(requested: str) -> str:
     """This process's device; initializes torch.distributed under a launcher."""
+    from model.loading.placement import pick_device
+
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         return str(distributed.init())
     return pick_device(requested)

@@ -16,37 +16,34 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # workers are forked
 
 import cv2
-import torch
 from safetensors import SafetensorError
-from torch.utils.data import DataLoader
 
-from model.loading.placement import PRECISIONS
-from model.lora import base_of
 from model.opened import cache_sam_features
-from model.processing.processor import UGroundProcessor
 from model.structures import Batch
-from model.UGround import UGroundForCausalLM
 from utils import distributed
 from utils.command_line.other_trainers import differences_from_lisa
 from utils.config import Config, ConfigError, config_from, load_config, missing_paths
 from utils.datasets import DataError, EvalDataset, get_eval_dataset
-from utils.datasets.mixture import Mixture, MixtureSampler, make_mixture
-from utils.evaluation import evaluate
 from utils.evaluation.benchmarks import benchmark_of
-from utils.evaluation.engine import RunOptions
 from utils.evaluation.panels import validation_sheet
 from utils.evaluation.predictions import InferenceOptions
 from utils.training import checkpoint as checkpoints
 from utils.training.data_content import content_of
-from utils.training.engine import build_engine, build_model, deepspeed_settings, gradient_norms
 from utils.training.run_lock import lock_run
 from utils.training.run_log import DivergedError, Meter, RunLog, check_finite, loading_table, parameter_table
-from utils.training.run_report import write_report
+
+if TYPE_CHECKING:
+    import torch
+    from torch.utils.data import DataLoader
+
+    from model.processing.processor import UGroundProcessor
+    from model.UGround import UGroundForCausalLM
+    from utils.datasets.mixture import Mixture
 
 RESUME = "resume from the last checkpoint, if there is one, with --auto_resume true"
 ENDED = {  # in a RuntimeError's message -> what has ended, and stopped this process
@@ -101,6 +98,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def report_run(run: Run) -> None:
     """Writes report.html; a failure here does not fail the run."""
+    from utils.training.run_report import write_report
+
     if not distributed.is_main():
         return
     folder = run.config.run_folder
@@ -164,6 +163,9 @@ class Run:
 
 def build_run(config: Config, device: torch.device) -> Run:
     """Builds and checks everything that training needs; raises a ValueError that names what is wrong."""
+    from model.lora import base_of
+    from utils.training.engine import build_engine, build_model, deepspeed_settings
+
     mixture, benchmarks = open_data(config)
     lock = lock_folder(config) if config.run_folder.is_dir() else None
     start = find_start(config)
@@ -213,6 +215,8 @@ def build_run(config: Config, device: torch.device) -> Run:
 
 def describe_step(config: Config, device: torch.device) -> str:
     """Device and images per step, so that a run on the CPU, or with eight times the intended batch, is noticed."""
+    import torch
+
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     if device.type == "cpu" and Path("/dev/nvidia0").exists():
         name += " (an NVIDIA GPU is present, but this torch cannot use it: is the driver too old?)"
@@ -224,6 +228,8 @@ def describe_step(config: Config, device: torch.device) -> str:
 
 def open_data(config: Config) -> tuple[Mixture, list[EvalDataset]]:
     """The mixture and the benchmarks; raises a ConfigError that names everything missing on disk."""
+    from utils.datasets.mixture import make_mixture
+
     problems, folder = missing_paths(config), config.data.dataset_dir
     mixture, benchmarks = None, []
     try:
@@ -323,6 +329,11 @@ def train(run: Run) -> None:
 
 def train_step(run: Run, batches: Iterator[Batch], meter: Meter, logged: bool) -> None:
     """One optimizer step: micro steps whose accumulated gradient is that of one large batch."""
+    import torch
+
+    from model.loading.placement import PRECISIONS
+    from utils.training.engine import gradient_norms
+
     accumulation, seed = run.config.train.grad_accumulation_steps, run.config.train.seed
     dtype, lr, gradients = PRECISIONS[run.config.model.precision], run.engine.get_lr()[0], {}
     window = list(islice(batches, accumulation))
@@ -366,6 +377,10 @@ def check_answers(window: Sequence[Batch], counts: torch.Tensor, step: int) -> N
 
 def batches_from(run: Run) -> DataLoader:
     """All remaining batches, from the run's position in the mixture on."""
+    from torch.utils.data import DataLoader
+
+    from utils.datasets.mixture import MixtureSampler
+
     train_settings, accumulation = run.config.train, run.config.train.grad_accumulation_steps
     workers = run.config.data.workers
     sampler = MixtureSampler(
@@ -388,6 +403,8 @@ def batches_from(run: Run) -> DataLoader:
 
 def one_thread(_worker: int) -> None:
     """Limits a worker to one thread: workers already share the cores."""
+    import torch
+
     torch.set_num_threads(1)
     cv2.setNumThreads(0)
 
@@ -397,6 +414,9 @@ def one_thread(_worker: int) -> None:
 
 def validate(run: Run, limit: int | None = None) -> dict[str, dict[str, float]]:
     """Metrics per benchmark; with ``limit``, a trial on that many images, which is not logged."""
+    from utils.evaluation import evaluate
+    from utils.evaluation.engine import RunOptions
+
     settings, results = run.config.eval, {}
     options = InferenceOptions(settings.val_mode, run.model.config.layer_policy, seed=run.config.train.seed)
     run_options = RunOptions(settings.val_batch_size, limit=limit or settings.val_limit or None)

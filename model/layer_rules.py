@@ -9,11 +9,14 @@ Legend: N [SEG] tokens, L hidden states (embeddings first).
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, fields
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-import torch
+if TYPE_CHECKING:
+    import torch
+
 
 Use = Literal["training", "inference"]
 Gate = Literal["", "policy", "classifier", "masks"]
@@ -139,7 +142,7 @@ class UniformLayer(LayerRule):
     help = "one layer sampled uniformly from the candidates"
 
     def choose(self, log_policy: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        return torch.where(log_policy.isfinite(), noise, -torch.inf).argmax(-1)
+        return noise.masked_fill(~log_policy.isfinite(), -math.inf).argmax(-1)
 
 
 @dataclass(frozen=True)
@@ -231,7 +234,7 @@ class PolicyBlend(LayerRule):
     def weights(self, log_policy: torch.Tensor) -> torch.Tensor | None:
         ranked = log_policy.sort(dim=-1, descending=True, stable=True)  # ties as in argmax, which is reported
         highest, layers = ranked.values[:, : self.count], ranked.indices[:, : self.count]
-        return torch.zeros_like(log_policy).scatter(-1, layers, highest.softmax(-1))
+        return log_policy.new_zeros(log_policy.shape).scatter(-1, layers, highest.softmax(-1))
 
     def words(self, layer: int) -> str:
         if self.count == 1:
@@ -331,7 +334,7 @@ def table() -> str:
 
 def _constant(log_policy: torch.Tensor, layer: int) -> torch.Tensor:
     """[N] times ``layer``."""
-    return torch.full(log_policy.shape[:1], layer, dtype=torch.int64, device=log_policy.device)
+    return log_policy.argmax(-1).fill_(layer)
 
 
 def _check_layer(layer: int, num_layers: int | None) -> None:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import overload
+from typing import TYPE_CHECKING, overload
 
 import numpy as np
 
-from model.loading.weights import Loaded, fingerprint, report
 from model.processing.pixels import Picture, as_pixels
-from model.processing.processor import UGroundProcessor
-from model.sam_cache import FeatureCache
 from model.structures import MAX_NEW_TOKENS, Prediction, Turn
-from model.UGround import UGroundForCausalLM
+
+if TYPE_CHECKING:
+    from model.loading.weights import Loaded
+    from model.processing.processor import UGroundProcessor
+    from model.UGround import UGroundForCausalLM
 
 
 @dataclass
@@ -37,6 +38,8 @@ class Opened:
 
     def report(self) -> list[Loaded]:
         """The loading report: source, size, dtype and fingerprint of each module."""
+        from model.loading.weights import report
+
         return report(self.model, self.sources)
 
     @overload
@@ -105,6 +108,9 @@ def cache_sam_features(model: UGroundForCausalLM, processor: UGroundProcessor, f
     Raises:
         ValueError: if the folder cannot be created or written to, or ``gigabytes`` is not positive.
     """
+    from model.loading.weights import fingerprint
+    from model.sam_cache import FeatureCache
+
     encoder = model.visual_model.image_encoder
     model.visual_model.cache = FeatureCache(folder, gigabytes, fingerprint(encoder.state_dict().values()))
     processor.hash_images = True

@@ -12,7 +12,9 @@ from dataclasses import Field, dataclass, field, fields
 from typing import Any
 
 from model import layer_rules
-from model.processing.transforms import CLIP_FITS
+
+PRECISION_NAMES = ("fp32", "bf16", "fp16")
+QUANTIZATIONS = ("8bit", "4bit")
 
 
 def setting(
@@ -155,7 +157,7 @@ class CheckpointSettings:
         "pad",
         "CLIP's input, and so what a similarity map covers: the whole image, padded (paper), or a centre crop, as in "
         "LISA and its descendants",
-        choices=tuple(CLIP_FITS),
+        choices=("pad", "crop"),
     )
     policy_seed: int = setting(0, "seed of sampled layers, together with the sample index", low=0)
 

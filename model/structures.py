@@ -6,11 +6,12 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from model.processing.tokens import SEG
 
 if TYPE_CHECKING:
+    import torch
+
     from model.config import UGroundConfig
 
 IGNORE_PIXEL = 255
@@ -138,6 +139,8 @@ class Batch:
 
     def pin_memory(self) -> Batch:
         """A copy in pinned memory, from which ``to`` copies asynchronously; ``DataLoader`` calls this."""
+        import torch
+
         pinned: dict[str, Any] = {
             name: value.pin_memory() for name, value in vars(self).items() if isinstance(value, torch.Tensor)
         }
@@ -145,6 +148,8 @@ class Batch:
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Batch:
         """A copy with tensors on ``device``, and images in ``dtype``."""
+        import torch
+
         moved = dict(vars(self))
         for name, value in moved.items():
             if isinstance(value, torch.Tensor):

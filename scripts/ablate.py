@@ -39,7 +39,7 @@ from utils.evaluation.metrics import Record
 from utils.evaluation.results import Summary, read_results, result_path
 from utils.inference import cli
 from utils.plotting import text_tables
-from utils.plotting.charts import LINES, layer_curves, save_chart, training_curves
+from utils.plotting.overlays import LINES
 from utils.training.run_log import read_log
 from utils.training.versions import git_commit
 
@@ -317,6 +317,8 @@ def plot_curves(
     rows: list[AblationRow], results: dict[str, list[Path]], specs: tuple[Spec, ...], dataset_dir: str, output: Path
 ) -> list[Path]:
     """Writes Fig. 2 of every split, and the losses over training; means over seeds. Returns the paths."""
+    from utils.plotting.charts import layer_curves, save_chart, training_curves
+
     runs = {row.name: [folder.parent for folder in results[row.name]] for row in rows}
     for run in itertools.chain(*runs.values()):
         if not (run / "analysis" / "index.md").is_file():

@@ -18,32 +18,25 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from model.loading.weights import load_original_sam
 from utils.command_line.parser import Parser
 from utils.datasets import Spec, get_eval_dataset
 from utils.datasets.base import EvalDataset
 from utils.evaluation import metrics
 from utils.evaluation.benchmarks import MODES
-from utils.evaluation.layer_analysis import (
-    LAYER_ROWS,
-    TABLE_2_COLUMNS,
-    LayerAnalyzer,
-    QueryView,
-    Study,
-)
-from utils.evaluation.layer_figures import animate, layer_maps
 from utils.evaluation.metrics import Record
 from utils.evaluation.predictions import InferenceOptions
 from utils.evaluation.result_text import notes
 from utils.inference import cli
-from utils.plotting.charts import layer_curves, policy_strips, save_chart
 from utils.plotting.overlays import Panel, evenly_spaced, sheet
+
+if TYPE_CHECKING:
+    from utils.evaluation.layer_analysis import QueryView, Study
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -145,6 +138,9 @@ def analyze_checkpoint(
     selected: dict[Spec, list[Record]],
 ) -> Checkpoint:
     """Analyzes every split. The first checkpoint also selects the queries to plot for all, into ``selected``."""
+    from model.loading.weights import load_original_sam
+    from utils.evaluation.layer_analysis import LayerAnalyzer
+
     opened = cli.open_model(argparse.Namespace(**vars(args) | {"version": folder}))
     model = opened.model
     options = InferenceOptions(args.mode, args.layer_policy or model.config.layer_policy, seed=args.seed)
@@ -214,6 +210,8 @@ class Report:
 
 def write_layers(report: Report, dataset: EvalDataset) -> None:
     """Writes Fig. 2, its numbers, and a line per query."""
+    from utils.plotting.charts import layer_curves, save_chart
+
     spec = dataset.spec
     rows, ciou, loss, lines = [], {}, {}, []
     for each in report.checkpoints:
@@ -264,6 +262,9 @@ def sample_row(checkpoint: Checkpoint, study: Study, index: int) -> dict[str, An
 
 def write_samples(report: Report, dataset: EvalDataset, animated: bool) -> None:
     """Writes Fig. 4 to 6, and the worst and best answers."""
+    from utils.evaluation.layer_figures import animate, layer_maps
+    from utils.plotting.charts import save_chart
+
     spec = dataset.spec
     for n, view in enumerate(report.checkpoints[0].views[spec]):
         views = {each.name: each.views[spec][n] for each in report.checkpoints}
@@ -298,6 +299,8 @@ def panel(view: QueryView, protocol: str) -> Panel:
 
 def write_table_2(report: Report, datasets: Sequence[EvalDataset], sam: str) -> None:
     """Writes Table 2 for every split."""
+    from utils.evaluation.layer_analysis import LAYER_ROWS, TABLE_2_COLUMNS
+
     rows = []
     for dataset in datasets:
         for each in report.checkpoints:
@@ -320,6 +323,8 @@ def write_table_2(report: Report, datasets: Sequence[EvalDataset], sam: str) -> 
 
 def write_policy(report: Report, datasets: Sequence[EvalDataset]) -> None:
     """Writes which layers the [SEG] tokens use, by data set and kind of query."""
+    from utils.plotting.charts import policy_strips, save_chart
+
     rows = []
     for dataset in datasets:
         for each in report.checkpoints:

@@ -33,15 +33,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch.utils.data import DataLoader, Dataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from model.loading.placement import pick_device
 from utils.command_line.parser import Parser, listed
 from utils.datasets import get_train_dataset
-from utils.datasets.mixture import Mixture, MixtureSampler
 from utils.datasets.records import CACHE_VARIABLE
 from utils.diagnostics import process_memory
 from utils.inference import cli
@@ -50,6 +46,7 @@ from utils.training.versions import git_commit
 
 if TYPE_CHECKING:
     from model.processing.processor import UGroundProcessor
+    from utils.datasets.mixture import Mixture
 
 ROOT = Path(__file__).resolve().parents[1]
 MB = 2**20
@@ -97,6 +94,8 @@ def _add_preset(parser: argparse.ArgumentParser, required: bool) -> None:
 
 def header() -> str:
     """What the numbers depend on besides the options: commit, versions, machine, load."""
+    import torch
+
     busy = os.getloadavg()[0]
     return (
         f"commit {git_commit()}, Python {platform.python_version()}, torch {torch.__version__}, "
@@ -114,6 +113,7 @@ def _preset(args: argparse.Namespace) -> tuple[Any, str]:
         ValueError: if the preset needs a GPU and there is none.
     """
     # here, so that the processes that ``data`` measures do not import it
+    from model.loading.placement import pick_device
     from utils.diagnostics.benchmark import PRESETS
 
     device, preset = pick_device(args.device), PRESETS[args.preset]
@@ -123,6 +123,8 @@ def _preset(args: argparse.Namespace) -> tuple[Any, str]:
 
 
 def bench_model(args: argparse.Namespace) -> list[str]:
+    import torch
+
     from utils.diagnostics import benchmark
 
     preset, device = _preset(args)
@@ -277,7 +279,7 @@ class Memory:
         return cls(sizes["Rss"], sizes["Private_Clean"] + sizes["Private_Dirty"])
 
 
-class ChunkReader(Dataset):
+class ChunkReader:
     """Item i reads chunk i of the records, and returns the process and its memory before and after."""
 
     def __init__(self, records: Any) -> None:
@@ -295,6 +297,8 @@ class ChunkReader(Dataset):
 
 def measure_start(name: str, folder: str, setting: str, workers: int, as_objects: bool, results: Any) -> None:
     """In a fresh process: opens the data set, then lets workers read all of it."""
+    from torch.utils.data import DataLoader
+
     os.environ[CACHE_VARIABLE] = setting
     start = time.perf_counter()
     dataset: Any = get_train_dataset(name, folder)
@@ -306,7 +310,8 @@ def measure_start(name: str, folder: str, setting: str, workers: int, as_objects
     first: dict[int, Memory] = {}
     last: dict[int, Memory] = {}
     # a spawned process would spawn its workers, too; training forks them
-    loader = DataLoader(ChunkReader(records), batch_size=None, num_workers=workers, multiprocessing_context="fork")
+    reader: Any = ChunkReader(records)
+    loader = DataLoader(reader, batch_size=None, num_workers=workers, multiprocessing_context="fork")
     for process, before, after in loader:
         first.setdefault(process, before)
         last[process] = after
@@ -422,6 +427,10 @@ def throughput(
     mixture: Mixture, processor: UGroundProcessor, batch: int, batches: int, workers: int, init: Callable[[int], None]
 ) -> float:
     """Samples per second after the workers have started."""
+    from torch.utils.data import DataLoader
+
+    from utils.datasets.mixture import MixtureSampler
+
     warm = 2 * workers + 1
     loader = DataLoader(
         mixture,

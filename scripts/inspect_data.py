@@ -22,7 +22,6 @@ from model.structures import Sample
 from utils.command_line.parser import Parser
 from utils.config import load_config
 from utils.datasets.base import DataError, TrainDataset
-from utils.datasets.mixture import make_mixture
 from utils.datasets.spec import Spec
 from utils.inference import cli
 from utils.plotting.overlays import Panel, evenly_spaced, save_picture, sheet
@@ -38,6 +37,9 @@ def main(arguments: list[str] | None = None) -> int:
     )
     args, rest = parser.parse_known_args(arguments)
     config = load_config(rest, needs=("data",))
+
+    from utils.datasets.mixture import make_mixture
+
     mixture = make_mixture(config, check=False)
     images = config.total_steps * config.images_per_step()
     print(mixture.table(images))

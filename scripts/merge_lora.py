@@ -18,39 +18,39 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import numpy as np
-import torch
-from peft import PeftModel
 from safetensors import SafetensorError
-from torch import nn
-from transformers import PreTrainedModel
 
-from model.loading import adapter
-from model.loading.adapter import META
-from model.loading.placement import PRECISIONS
-from model.loading.pretrained import cast_parameters
-from model.loading.weights import base_fingerprints, read_folder
-from model.lora import base_of
-from model.processing.processor import UGroundProcessor
 from model.structures import Turn
-from model.UGround import UGroundForCausalLM
 from utils.command_line.parser import Parser
 from utils.config import Config, config_from, load_config
 from utils.training import checkpoint as checkpoints
 from utils.training.checkpoint import CheckpointError
-from utils.training.engine import build_model
 from utils.training.model_card import model_card
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from transformers import PreTrainedModel
+
+    from model.processing.processor import UGroundProcessor
+    from model.UGround import UGroundForCausalLM
 
 TOLERANCE = 1e-4  # relative to the largest value; rounding errors of a merge are about 1e-6
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
+
+    from model.loading import adapter
+    from model.loading.placement import PRECISIONS
+    from model.loading.pretrained import cast_parameters
+
     try:
         check_output(args.output)
         model, processor, config, meta = initial_state(args) if args.config else trained_state(args)
@@ -111,6 +111,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def initial_state(args: argparse.Namespace) -> tuple[nn.Module, UGroundProcessor, Config, dict[str, Any]]:
     """The state before training: base weights, and the new parts as the seed initializes them."""
+    from utils.training.engine import build_model
+
     flags = [part for name, path in moved_paths(args).items() for part in (f"--{name}", path)]
     config = load_config(["--config", str(args.config), *flags])
     model, processor, loaded = build_model(config)
@@ -142,6 +144,8 @@ def metrics_text(metrics: dict[str, dict[str, float]]) -> str:
 
 def check_output(output: Path) -> None:
     """Raises a ValueError if the folder exists and was not written by this script."""
+    from model.loading.adapter import META
+
     if output.exists() and not (output / META).is_file() and not (output.is_dir() and not any(output.iterdir())):
         raise ValueError(
             f"--output {output} exists and was not written by this script; give another folder, or remove it"
@@ -159,6 +163,9 @@ def load_trained(checkpoint: Path, meta: dict[str, Any], config: Config) -> tupl
     Raises:
         CheckpointError: if base weights, tokens or trainable parameters differ from the run's.
     """
+    from model.loading.weights import base_fingerprints
+    from utils.training.engine import build_model
+
     model, processor, loaded = build_model(config)
     for part, now, before in (
         ("the base weights", base_fingerprints(loaded), meta["base"]),
@@ -179,6 +186,10 @@ def merge(model: nn.Module, processor: UGroundProcessor) -> tuple[UGroundForCaus
     Raises:
         ValueError: if logits, masks, maps or policy differ by more than ``TOLERANCE``.
     """
+    from peft import PeftModel
+
+    from model.lora import base_of
+
     before = probe(base_of(model), processor)
     merged: Any = model.merge_and_unload(safe_merge=True) if isinstance(model, PeftModel) else model
     after = probe(merged, processor)
@@ -193,18 +204,20 @@ def merge(model: nn.Module, processor: UGroundProcessor) -> tuple[UGroundForCaus
     return merged, worst
 
 
-@torch.inference_mode()
 def probe(model: UGroundForCausalLM, processor: UGroundProcessor) -> dict[str, torch.Tensor]:
     """Text logits, mask logits, maps and policy for a synthetic image and a teacher-forced answer with two [SEG].
 
     The layer is fixed: otherwise rounding could choose between two equally likely layers.
     """
+    import torch
+
     rows, columns = np.mgrid[0:48, 0:64]
     image = np.stack([4 * columns, 5 * rows, 255 * ((rows - 24) ** 2 + (columns - 20) ** 2 < 150)], 2).astype(np.uint8)
     batch = processor.prompts([image], [[Turn("Where is the blue disc?", "Here it is: [SEG] and [SEG].")]])
-    output, _ = model.forward_language(batch)
-    [[prediction]] = model.predict(batch, layer_policy="last")
-    logits = model.lm_head(output.hidden[-1])
+    with torch.inference_mode():
+        output, _ = model.forward_language(batch)
+        [[prediction]] = model.predict(batch, layer_policy="last")
+        logits = model.lm_head(output.hidden[-1])
     return {"logits": logits, "masks": prediction.mask_logits, "maps": prediction.maps, "policy": prediction.policy}
 
 
@@ -214,6 +227,10 @@ def save_merged(model: PreTrainedModel, folder: Path) -> None:
     Raises:
         ValueError: if the files do not hold the model's tensors.
     """
+    import torch
+
+    from model.loading.weights import read_folder
+
     model.save_pretrained(folder)
     saved, state = read_folder(folder), model.state_dict()
     for key in model.all_tied_weights_keys:  # second names of tensors that are written once
@@ -229,6 +246,10 @@ def write_folder(
     save: Callable[[Path], None], processor: UGroundProcessor, output: Path, meta: dict[str, Any], card: str
 ) -> None:
     """Writes weights, processor, ``uground_run.json`` and README.md to a temporary folder, then renames it."""
+    from safetensors import SafetensorError
+
+    from model.loading.adapter import META
+
     unfinished, old = output.with_name(f".{output.name}.partial"), output.with_name(f".{output.name}.old")
     for leftover in (unfinished, old):
         shutil.rmtree(leftover, ignore_errors=True)

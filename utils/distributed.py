@@ -6,10 +6,10 @@ import logging
 import os
 import sys
 from datetime import timedelta
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
-import torch
-from torch import distributed
+if TYPE_CHECKING:
+    import torch
 
 
 def init(timeout_minutes: int = 60) -> torch.device:
@@ -17,6 +17,9 @@ def init(timeout_minutes: int = 60) -> torch.device:
 
     The backend is NCCL on CUDA and gloo on the CPU. DeepSpeed reuses the group.
     """
+    import torch
+    from torch import distributed
+
     local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
@@ -35,12 +38,23 @@ def init(timeout_minutes: int = 60) -> torch.device:
     return device
 
 
+def _group() -> Any:
+    """torch.distributed if there is a process group, else None; imports no torch (there is no group without it)."""
+    if "torch" not in sys.modules:
+        return None
+    from torch import distributed
+
+    return distributed if distributed.is_initialized() else None
+
+
 def rank() -> int:
-    return distributed.get_rank() if distributed.is_initialized() else int(os.environ.get("RANK", "0"))
+    group = _group()
+    return group.get_rank() if group else int(os.environ.get("RANK", "0"))
 
 
 def world_size() -> int:
-    return distributed.get_world_size() if distributed.is_initialized() else 1
+    group = _group()
+    return group.get_world_size() if group else 1
 
 
 def is_main() -> bool:
@@ -50,7 +64,7 @@ def is_main() -> bool:
 
 def barrier() -> None:
     if world_size() > 1:
-        distributed.barrier()
+        _group().barrier()
 
 
 def all_gather(item: Any) -> list[Any]:
@@ -58,14 +72,14 @@ def all_gather(item: Any) -> list[Any]:
     if world_size() == 1:
         return [item]
     items = [None] * world_size()
-    distributed.all_gather_object(items, item)
+    _group().all_gather_object(items, item)
     return items
 
 
 def mean(values: torch.Tensor) -> torch.Tensor:
     """The mean over processes. All processes must call it."""
     if world_size() > 1:
-        distributed.all_reduce(values)
+        _group().all_reduce(values)
         values /= world_size()
     return values
 
@@ -80,8 +94,8 @@ def raise_on_all_ranks(problem: str | None, error: type[Exception] = ValueError)
 
 
 def shutdown() -> None:
-    if distributed.is_initialized():
-        distributed.destroy_process_group()
+    if group := _group():
+        group.destroy_process_group()
 
 
 def exit_process(code: int) -> NoReturn:

@@ -9,10 +9,10 @@ import re
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from safetensors.torch import load_file
+if TYPE_CHECKING:
+    import torch
 
 INCOMPLETE = "is not completely downloaded"
 SAM_2 = ("sam_mask_decoder.", "memory_attention.", "memory_encoder.")  # prefixes that only SAM 2 has
@@ -25,6 +25,8 @@ def blame(what: str | Path) -> Iterator[None]:
     For code of other projects, which raises what the bytes of a damaged file make it raise. Running out of memory
     stays what it is.
     """
+    import torch  # here and below, as --help need not wait for it
+
     try:
         yield
     except (MemoryError, torch.OutOfMemoryError):
@@ -72,6 +74,8 @@ def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
     Raises:
         ValueError: if the file is missing or damaged.
     """
+    from safetensors.torch import load_file
+
     check_downloaded(path)
     with blame(f"{path} {INCOMPLETE}, or is damaged"):
         return load_file(path)
@@ -83,6 +87,8 @@ def read_torch_file(path: Path) -> dict[str, torch.Tensor]:
     Raises:
         ValueError: if the file is missing, truncated, or holds anything but tensors.
     """
+    import torch
+
     check_downloaded(path)
     mapped = zipfile.is_zipfile(path)  # torch before 1.6 wrote another format, which cannot be mapped
     try:

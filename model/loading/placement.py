@@ -12,8 +12,9 @@ import torch
 from torch import nn
 from transformers import LlamaForCausalLM
 
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-QUANTIZATIONS = ("8bit", "4bit")
+from model.settings import PRECISION_NAMES, QUANTIZATIONS
+
+PRECISIONS = dict(zip(PRECISION_NAMES, (torch.float32, torch.bfloat16, torch.float16)))
 USABLE = 0.8  # share of a device's free memory for weights; the rest is for activations (SAM at 1024 px) and KV cache
 
 

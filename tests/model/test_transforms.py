@@ -7,7 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from model.processing.transforms import PIXEL_MEAN, PIXEL_STD, resize_and_pad
+from model.processing.transforms import CLIP_FITS, PIXEL_MEAN, PIXEL_STD, resize_and_pad
+from model.settings import CheckpointSettings
 
 
 @pytest.mark.parametrize(("height", "width", "inside"), [(30, 40, (48, 64)), (100, 50, (64, 32)), (64, 64, (64, 64))])
@@ -23,3 +24,7 @@ def test_values(height: int, width: int, inside: tuple[int, int]) -> None:
     assert resize_and_pad(image, 64, batch[1])[1] == inside
     assert torch.equal(batch[1], expected)
     assert not batch[0].any()
+
+
+def test_every_way_to_fit_clip_can_be_set() -> None:
+    assert CheckpointSettings.__dataclass_fields__["clip_fit"].metadata["choices"] == tuple(CLIP_FITS)

@@ -13,6 +13,7 @@ from drawn_records import SHAPE, make_record
 from scripts import ablate
 from utils.config import load_config
 from utils.evaluation.results import Provenance, Result, summarize
+from utils.plotting import charts
 from utils.plotting.charts import layer_curves, running_mean, training_curves
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -113,7 +114,7 @@ def test_a_table_is_trained_evaluated_and_printed(commands, tmp_path, capsys):
 
 def test_curves_are_drawn_from_logs_and_forced_layers(commands, tmp_path, monkeypatch):
     drawn = {}
-    monkeypatch.setattr(ablate, "layer_curves", lambda *lines: drawn.setdefault("fig2", lines) and layer_curves(*lines))
+    monkeypatch.setattr(charts, "layer_curves", lambda *lines: drawn.setdefault("fig2", lines) and layer_curves(*lines))
     arguments = ["--table", "baselines", "--config", TINY, "--seeds", "2", "--output", str(tmp_path)]
     names = [row.name for row in ablate.TABLES["baselines"]]
     for _ in range(2):

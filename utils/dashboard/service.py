@@ -16,18 +16,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from queue import SimpleQueue
 from time import monotonic
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from PIL import Image
 
-from model.geometry import maps_at
 from model.layer_rules import MonteCarloMean
-from model.processing.processor import UGroundProcessor
 from model.structures import MAX_NEW_TOKENS, Prediction, Turn
-from model.UGround import UGroundForCausalLM
 from utils.datasets.images import DECODE_ERRORS, read_image
 from utils.inference.session import ImageSession
+
+if TYPE_CHECKING:
+    from model.processing.processor import UGroundProcessor
+    from model.UGround import UGroundForCausalLM
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 MAX_TURNS = 20  # shown on the page
@@ -279,6 +280,8 @@ class Dashboard:
 
     def layer_map(self, visit: Visit, seg: int, layer: int) -> np.ndarray:
         """Similarity map [H, W] in [0, 1] of any layer, for one [SEG] of the latest answer."""
+        from model.geometry import maps_at
+
         assert visit.prediction is not None
         config, grid = self.model.config, visit.prediction.layer_maps[seg : seg + 1, layer]
         side = config.map_side or config.clip_side

@@ -13,8 +13,8 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from utils.evaluation.layer_analysis import QueryView
-from utils.plotting.charts import COLUMN, LINES, figure, pixels
-from utils.plotting.overlays import Panel, fit, heat_map, overlay, truth_overlay
+from utils.plotting.charts import COLUMN, figure, pixels
+from utils.plotting.overlays import LINES, Panel, fit, heat_map, overlay, truth_overlay
 
 COLUMNS = 5  # maps per row, in the width of a paper's column
 LETTERS_PER_INCH = 15  # at 7 points

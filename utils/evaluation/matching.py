@@ -6,7 +6,6 @@ Legend: N predicted masks, M targets, H, W the image's size.
 from __future__ import annotations
 
 import numpy as np
-from scipy.optimize import linear_sum_assignment
 
 from model.structures import IGNORE_PIXEL
 
@@ -41,6 +40,8 @@ def match_masks(logits: np.ndarray, targets: np.ndarray) -> list[tuple[int | Non
     Returns:
         pairs (prediction, target): matched ones by prediction, then ``(k, None)`` and ``(None, k)``.
     """
+    from scipy.optimize import linear_sum_assignment
+
     rows, columns = (indices.tolist() for indices in linear_sum_assignment(matching_cost(logits, targets)))
     pairs: list[tuple[int | None, int | None]] = list(zip(rows, columns))
     pairs += [(k, None) for k in range(len(logits)) if k not in rows]

@@ -7,14 +7,15 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 from safetensors import SafetensorError
 
 from model import layer_rules
-from model.loading.placement import PRECISIONS, QUANTIZATIONS
-from model.loading.pretrained import load
-from model.opened import Opened
+from model.settings import PRECISION_NAMES, QUANTIZATIONS
+
+if TYPE_CHECKING:
+    from model.opened import Opened
 
 SMALLER_BATCH = "lower --batch_size or use --precision bf16"
 SMALLER_WEIGHTS = "use --precision bf16 or --quantize 8bit"  # for programs without batches
@@ -34,7 +35,9 @@ def run(
     except BrokenPipeError:  # the reader of our output (head, less) has exited
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported before a model is needed
+            raise
         message = f"out of memory on the GPU: {out_of_memory} ({error})"
     except (ValueError, OSError, SafetensorError) as error:
         message = str(error)
@@ -71,7 +74,9 @@ def add_model_flags(parser: argparse.ArgumentParser, default: str = "") -> None:
         "SESAME or READ" + (f" (default: {default})" if default else ""),
     )
     add("--vision_tower", default="", metavar="DIR", help="CLIP's folder, for a published checkpoint or an adapter")
-    add("--precision", choices=("auto", *PRECISIONS), default="auto", help="default: bf16 on a GPU, fp32 elsewhere")
+    add(
+        "--precision", choices=("auto", *PRECISION_NAMES), default="auto", help="default: bf16 on a GPU, fp32 elsewhere"
+    )
     add("--device", default="auto", help="cpu, cuda, cuda:1, mps (default: the NVIDIA GPU if there is one, else cpu)")
     add("--base", default="", metavar="DIR", help="LLaVA's folder for an adapter (--adapter_only), if it has moved")
     add("--vision_pretrained", default="", metavar="FILE", help="SAM for an adapter, if it has moved")
@@ -111,6 +116,8 @@ def open_model(args: argparse.Namespace, device: str | None = None) -> Opened:
     Raises:
         ValueError: for a wrong folder, or a device that is missing or unsuitable.
     """
+    from model.loading.pretrained import load
+
     if args.device_map and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("--device_map is for one process that uses all GPUs; start it without a launcher")
     return load(

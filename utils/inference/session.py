@@ -8,15 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
-from model.generation import ConversationCache
 from model.opened import with_text
-from model.processing.processor import UGroundProcessor
 from model.structures import MAX_NEW_TOKENS, Prediction, Turn
-from model.UGround import LanguagePass, UGroundForCausalLM
+
+if TYPE_CHECKING:
+    import torch
+
+    from model.processing.processor import UGroundProcessor
+    from model.UGround import LanguagePass, UGroundForCausalLM
 
 
 class ImageSession:
@@ -31,6 +34,8 @@ class ImageSession:
     """
 
     def __init__(self, model: UGroundForCausalLM, processor: UGroundProcessor, image: np.ndarray) -> None:
+        from model.generation import ConversationCache
+
         self.model, self.processor = model, processor
         self.batch = replace(processor.prefix(image).to(model.device, model.dtype), questions=[1])
         self.cache = ConversationCache(model, self.batch)
@@ -60,6 +65,8 @@ class ImageSession:
         Raises:
             ValueError: if the question is empty or too long, or the layer policy is unknown.
         """
+        from model.UGround import LanguagePass
+
         self.model.config.layer_rule(layer_policy)  # raises before the answer is generated
         earlier = self.history if remember else []
         earlier, ids = self._fit(earlier, prompt, max_new_tokens)
@@ -105,10 +112,12 @@ class ImageSession:
             raise ValueError(f"the question has {len(ids)} tokens, {room} fit beside the image; ask for less at a time")
         return turns, ids
 
-    @torch.inference_mode()
     def _image_embeddings(self) -> torch.Tensor:
+        import torch
+
         if self.embeddings is None:
-            self.embeddings = self.model.visual_model.encode(self.batch.sam_images, self.batch.image_keys)
+            with torch.inference_mode():
+                self.embeddings = self.model.visual_model.encode(self.batch.sam_images, self.batch.image_keys)
         return self.embeddings
 
     def _decode_masks(self, language_pass: LanguagePass, layer_policy: str | None, seed: int) -> Prediction:

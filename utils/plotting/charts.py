@@ -22,7 +22,7 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from utils.plotting.overlays import PALETTE
+from utils.plotting.overlays import LINES
 
 COLUMN = 3.3  # inches
 STYLE = {
@@ -42,10 +42,6 @@ STYLE = {
     "image.interpolation": "nearest",
     "text.parse_math": False,  # a query may hold a dollar sign
 }
-LINES = [  # blue, vermilion, green, orange, pink; dashes distinguish them, too
-    {"color": PALETTE[n] / 255, "linestyle": dash, "marker": marker}
-    for n, dash, marker in ((5, "-", "o"), (6, "--", "s"), (3, "-.", "^"), (0, ":", "D"), (2, (0, (5, 1)), "v"))
-]
 
 
 @contextmanager

@@ -29,6 +29,10 @@ PALETTE = np.array(
     ],
     dtype=np.uint8,
 )
+LINES = [  # of charts: blue, vermilion, green, orange, pink; dashes distinguish them, too
+    {"color": PALETTE[n] / 255, "linestyle": dash, "marker": marker}
+    for n, dash, marker in ((5, "-", "o"), (6, "--", "s"), (3, "-.", "^"), (0, ":", "D"), (2, (0, (5, 1)), "v"))
+]
 TRUTH_COLOR = (0, 114, 178)
 IGNORED_COLOR = (60, 60, 60)
 INK, PALE, PAPER = (20, 20, 20), (110, 110, 110), (255, 255, 255)

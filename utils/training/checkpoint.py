@@ -16,20 +16,22 @@ import shutil
 import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from model.loading.files import read_json
-from model.loading.weights import Loaded, base_fingerprints, path_setting
-from model.processing.processor import UGroundProcessor
 from utils import distributed
 from utils.config import FIELDS, Config, config_from, to_dict
 from utils.files import sync, write_atomically
 from utils.training.checkpoint_files import CheckpointError, check_files, describe_files, plain_data
 from utils.training.data_content import comparable
 from utils.training.versions import git_commit, package_versions
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from model.loading.weights import Loaded
+    from model.processing.processor import UGroundProcessor
 
 FOLDER, INDEX, META = "checkpoints", "index.json", "meta.json"
 META_KINDS = {  # what meta.json holds at least
@@ -76,6 +78,8 @@ def describe_settings(config: Config, data: list[dict]) -> dict[str, Any]:
 
 def describe_model(model: nn.Module, processor: UGroundProcessor, loaded: Iterable[Loaded]) -> dict[str, Any]:
     """Metadata of a built model: base weights, tokens, trained parameters, code versions."""
+    from model.loading.weights import base_fingerprints
+
     return {
         "base": base_fingerprints(loaded),
         "tokens": vars(processor.tokens),
@@ -247,6 +251,8 @@ def _cannot_write(path: Path, error: Exception) -> str:
 
 def differences(run: dict[str, Any], saved: dict[str, Any]) -> list[str]:
     """Differences between two runs' metadata that forbid resuming; ``run`` may lack the part of ``describe_model``."""
+    from model.loading.weights import path_setting
+
     problems = []
     now, before = (config_from(meta["config"], META).flat() for meta in (run, saved))
     for name in differing(now, before):

@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-import torch
-
 from model.loading.files import forbidden
 
 CHUNK = 1 << 24  # bytes read at once for a checksum
@@ -62,6 +60,7 @@ def plain_data(checkpoint: Path) -> Iterator[None]:
     Raises:
         CheckpointError: naming a file that refers to anything else, or is damaged.
     """
+    import torch
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address

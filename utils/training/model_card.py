@@ -8,7 +8,6 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
-from model.loading.weights import path_setting
 from utils.datasets.spec import Spec
 from utils.plotting.text_tables import markdown
 
@@ -59,6 +58,8 @@ def model_card(name: str, meta: dict[str, Any], adapter: bool, license: str = "o
 
 
 def _base_table(model: dict[str, Any], fingerprints: dict[str, str]) -> str:
+    from model.loading.weights import path_setting
+
     rows = [[module, Path(model[path_setting(module)]).name, f"`{value}`"] for module, value in fingerprints.items()]
     return markdown([["part", "file", "fingerprint"], *rows])
 

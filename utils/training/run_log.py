@@ -10,22 +10,23 @@ import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import nn
 from tqdm import tqdm
 
-from model.loading.weights import Loaded
-from model.lora import parameters_by_part
-from model.objective import UGroundOutput
 from utils import distributed
 from utils.datasets.spec import Spec
 from utils.files import write_atomically
 from utils.plotting import text_tables
-from utils.plotting.charts import png
 from utils.training.checkpoint import step_name, step_of
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from model.loading.weights import Loaded
+    from model.objective import UGroundOutput
 
 LOG = "log.jsonl"  # in a run's folder: a line per logged step
 PICTURES = "pictures"  # in a run's folder: the validation samples, BENCHMARK/step_00000060.png
@@ -49,6 +50,8 @@ def loading_table(loaded: Sequence[Loaded]) -> str:
 
 def parameter_table(model: nn.Module) -> str:
     """Table of parameters and trainable parameters, per part and in total."""
+    from model.lora import parameters_by_part
+
     counts = parameters_by_part(model)
     total, trained = (sum(column) for column in zip(*counts.values()))
     rows = [["part", "parameters", "trainable", ""]]
@@ -70,6 +73,8 @@ class Meter:
 
     def restart(self) -> None:
         """Resets all sums. Call it after a pause (validation), too, which images/s must not include."""
+        import torch
+
         self.sums: dict[str, torch.Tensor] = {}
         self.layers = torch.zeros(self.num_layers, device=self.device)
         self.layer_losses = torch.zeros(self.num_layers, device=self.device)
@@ -79,6 +84,8 @@ class Meter:
 
     def add(self, output: UGroundOutput, images: int) -> None:
         """Adds one micro step; does not synchronize with the device."""
+        import torch
+
         for name, value in {"loss": output.loss.detach(), **output.terms}.items():
             new = value.float()
             self.sums[name] = new if name == "baseline" or name not in self.sums else self.sums[name] + new
@@ -98,6 +105,8 @@ class Meter:
             ``baseline``; ``layers``: [L] counts of chosen layers; ``map_loss_by_layer``: [L], where it was computed;
             ``images_per_s``.
         """
+        import torch
+
         over = {"baseline": 1, "loss": self.micro_steps, "text": self.micro_steps}
         with_masks = self.with_masks.clamp(min=1)
         means = [value / over.get(name, with_masks) for name, value in self.sums.items()]
@@ -205,6 +214,8 @@ class RunLog:
 
     def picture(self, step: int, name: str, image: np.ndarray) -> None:
         """Logs an RGB picture [H, W, 3] of a benchmark; also writes it to a file, for the report."""
+        from utils.plotting.charts import png
+
         if self.main:
             self.board.add_image(f"val/{name}", image, step, dataformats="HWC")
             path = self.pictures / name / f"{step_name(step)}.png"
