@@ -10,9 +10,9 @@ from __future__ import annotations
 import io
 import pickle
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -83,10 +83,13 @@ _ALLOWED = {
 }
 
 
-class _PlainUnpickler(pickle._Unpickler):  # type: ignore[name-defined]  # the one in Python
+class _PlainUnpickler(pickle._Unpickler):  # the one in Python
     """Sets become lists, so that nothing but the keys of dicts is hashed."""
 
-    dispatch = dict(pickle._Unpickler.dispatch)  # type: ignore[attr-defined]
+    stack: list[Any]
+    append: Callable[[Any], None]
+    pop_mark: Callable[[], list[Any]]
+    dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _ALLOWED:

@@ -202,10 +202,11 @@ class LabelReader:
         images: dict[str, tuple[int, str]] = {}
         for number, folder in reversed(list(enumerate(self.image_folders))):  # the first folder takes precedence
             images |= {Path(file).stem: (number, file) for file in _files(folder, (".jpg", ".jpeg"))}
-        records, self.problems = [], []
+        records: list[tuple[str, int, str]] = []
+        self.problems: list[str] = []
         for file in _files(self.folder, (".png",)):
             if Path(file).stem in images:
-                records.append([file, *images[Path(file).stem]])
+                records.append((file, *images[Path(file).stem]))
             else:
                 folders = ", ".join(map(str, image_folders))
                 self.problems.append(f"{self.folder / file} has no image of the same name (looked in {folders})")
