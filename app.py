@@ -23,6 +23,7 @@ from model import Opened
 from model.loading.placement import pick_device, pick_precision
 from model.loading.pretrained import load_for_training
 from model.loading.weights import fingerprint
+from utils.command_line.parser import Parser
 from utils.config import load_config
 from utils.dashboard.examples import SEEDS, draw_example
 from utils.dashboard.page import Headers, build_page, style_sheet, theme
@@ -37,7 +38,8 @@ TRAINED = "runs/tiny/merged"
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
+        program="app.py",
         description="Serves the dashboard at http://127.0.0.1:7860. Without --version it shows the "
         f"tiny model: {TRAINED} if scripts/demo.sh has been run, otherwise assets/tiny before "
         "fine-tuning. docs/dashboard.md describes the page and its API.",

@@ -21,6 +21,7 @@ from model import layer_rules
 from model.layer_rules import MonteCarloMean
 from model.processing.pixels import read_pixels
 from model.structures import MAX_NEW_TOKENS, Prediction
+from utils.command_line.parser import Parser
 from utils.inference import cli
 from utils.inference.answer_files import answer_record, free_stem, save_answer
 from utils.inference.folder import answer_all, find_images, read_prompts
@@ -55,7 +56,8 @@ class Photo:
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
+        program="chat.py",
         description="Asks a UGround model about an image. With --prompt it answers once: the text goes to stdout, an "
         "overlay, a lossless mask (0/255, the image's size) per [SEG] and a JSON with the chosen layers to --output. "
         "With --prompts, or a folder as --image, it answers all prompts about all images: a JSON line each in "

@@ -21,6 +21,7 @@ from model.loading.placement import pick_device
 from model.opened import cache_sam_features
 from model.structures import MAX_NEW_TOKENS
 from utils import distributed
+from utils.command_line.parser import Parser
 from utils.datasets import Spec, get_eval_dataset
 from utils.datasets.base import EvalDataset, MissingDataError
 from utils.evaluation import evaluate
@@ -40,7 +41,8 @@ from utils.training.versions import package_versions
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
+        program="test.py",
         description="Evaluates a trained UGround model. Prints a table; writes BENCHMARK.MODE.json (metrics, "
         "intervals, counts, versions) and BENCHMARK.MODE.jsonl (one line per sample, masks as COCO RLE) to --output.",
         epilog="Several GPUs: deepspeed test.py ... or torchrun --nproc_per_node N test.py ...; they share the images "

@@ -7,6 +7,7 @@ python train_ds.py --help                                                      e
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import sys
@@ -15,12 +16,13 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # workers are forked
 
 import cv2
 import torch
+from safetensors import SafetensorError
 from torch.utils.data import DataLoader
 
 from model.loading.placement import PRECISIONS
@@ -30,6 +32,7 @@ from model.processing.processor import UGroundProcessor
 from model.structures import Batch
 from model.UGround import UGroundForCausalLM
 from utils import distributed
+from utils.command_line.other_trainers import differences_from_lisa
 from utils.config import Config, ConfigError, config_from, load_config, missing_paths
 from utils.datasets import DataError, EvalDataset, get_eval_dataset
 from utils.datasets.mixture import Mixture, MixtureSampler, make_mixture
@@ -39,9 +42,18 @@ from utils.evaluation.engine import RunOptions
 from utils.evaluation.panels import validation_sheet
 from utils.evaluation.predictions import InferenceOptions
 from utils.training import checkpoint as checkpoints
+from utils.training.data_content import content_of
 from utils.training.engine import build_engine, build_model, deepspeed_settings, gradient_norms
+from utils.training.run_lock import lock_run
 from utils.training.run_log import DivergedError, Meter, RunLog, check_finite, loading_table, parameter_table
 from utils.training.run_report import write_report
+
+RESUME = "resume from the last checkpoint, if there is one, with --auto_resume true"
+ENDED = {  # in a RuntimeError's message -> what has ended, and stopped this process
+    "DataLoader worker": "a worker that reads data was ended; is memory too small? Lower --workers or --batch_size",
+    "Connection closed by peer": "another process of the run has ended; its own output says why",
+    "Connection reset by peer": "another process of the run has ended; its own output says why",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,7 +61,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     run = None
     try:
         config = load_config(argv)
-        run = build_run(config, distributed.init())
+        device = distributed.init()
+        if distributed.is_main():
+            for line in differences_from_lisa(sys.argv[1:] if argv is None else argv, config.flat()):
+                print(line)
+        run = build_run(config, device)
         train(run)
         report_run(run)
         warn_of_skipped(run)
@@ -58,13 +74,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except (ConfigError, DataError, checkpoints.CheckpointError, DivergedError) as error:
         print_error(error)
+    except KeyboardInterrupt:
+        if distributed.is_main():
+            print(f"\ninterrupted; {RESUME}", file=sys.stderr)
+        return 130
+    except (OSError, SafetensorError) as error:
+        print_error(ValueError(f"{error}. Is the disk full, or the folder read-only? {RESUME}"))
+    except RuntimeError as error:
+        if not (ended := next((text for sign, text in ENDED.items() if sign in str(error)), None)):
+            raise
+        reason = " ".join(str(error).split())[:200]
+        print_error(ValueError(f"{ended} ({reason}); {RESUME}"))
     except ValueError as error:
         if run is not None:  # while training: a bug
             raise
         print_error(error)
     finally:
         if run is not None:
-            run.log.close()
+            with contextlib.suppress(OSError):  # a full disk, which was reported
+                run.log.close()
+            if run.lock:
+                run.lock.close()
         distributed.shutdown()
     return 2
 
@@ -111,6 +141,7 @@ class Run:
     Attributes:
         model: UGround with LoRA inside, as evaluation calls it; the engine trains the same weights.
         meta: the metadata in every checkpoint.
+        lock: of the run's folder, as long as it is open; None on other processes than the main one.
         step: optimizer steps done. best: the best validation metric so far.
     """
 
@@ -123,6 +154,7 @@ class Run:
     benchmarks: list[EvalDataset]
     log: RunLog
     meta: dict[str, Any]
+    lock: TextIO | None = None
     step: int = 0
     best: float | None = None
 
@@ -133,8 +165,11 @@ class Run:
 def build_run(config: Config, device: torch.device) -> Run:
     """Builds and checks everything that training needs; raises a ValueError that names what is wrong."""
     mixture, benchmarks = open_data(config)
+    lock = lock_folder(config) if config.run_folder.is_dir() else None
     start = find_start(config)
-    meta = checkpoints.describe_settings(config, mixture.describe())
+    contents = [{"content": content_of(dataset)} for dataset in mixture.datasets]
+    rows = [row | content for row, content in zip(mixture.describe(), contents, strict=True)]
+    meta = checkpoints.describe_settings(config, rows)
     if start:
         saved_meta = checkpoints.check_same_run(start, meta)  # before minutes of loading
         check_steps_left(config, start, saved_meta["step"])
@@ -148,9 +183,13 @@ def build_run(config: Config, device: torch.device) -> Run:
     engine = build_engine(model, config, settings)
     meta |= checkpoints.describe_model(model, processor, loaded)
     saved: dict[str, Any] = checkpoints.resume(engine, start, meta) if start else {"step": 0, "best": None}
+    if lock is None:
+        lock = lock_folder(config)
+        if find_start(config) != start:
+            raise checkpoints.CheckpointError(f"{config.run_folder} was trained meanwhile; start again")
     log = open_log(config, saved["step"])
     best = saved["best"] if saved.get("best_of") == selection_criterion(config) else None  # else not comparable
-    run = Run(config, device, engine, inner, processor, mixture, benchmarks, log, meta, saved["step"], best)
+    run = Run(config, device, engine, inner, processor, mixture, benchmarks, log, meta, lock, saved["step"], best)
 
     images = (config.total_steps - run.step) * config.images_per_step(distributed.world_size())
     log.print(f"{loading_table(loaded)}\n\n{parameter_table(model)}\n\n{mixture.table(images)}\n")
@@ -234,10 +273,28 @@ def check_steps_left(config: Config, start: Path, step: int) -> None:
         )
 
 
-def open_log(config: Config, step: int) -> RunLog:
-    """Creates the run folder, saves the effective configuration in it, and opens the log."""
+def lock_folder(config: Config) -> TextIO | None:
+    """Creates and locks the run's folder. All processes must call it.
+
+    Raises:
+        CheckpointError: if another run trains in it.
+    """
+    lock, problem = None, None
     if distributed.is_main():
-        config.run_folder.mkdir(parents=True, exist_ok=True)
+        try:
+            config.run_folder.mkdir(parents=True, exist_ok=True)
+            lock = lock_run(config.run_folder)
+        except checkpoints.CheckpointError as error:
+            problem = str(error)
+        except OSError as error:
+            problem = f"--log_base_dir: {config.run_folder} cannot be written: {error.strerror}"
+    distributed.raise_on_all_ranks(problem, checkpoints.CheckpointError)
+    return lock
+
+
+def open_log(config: Config, step: int) -> RunLog:
+    """Saves the effective configuration in the run folder, and opens the log."""
+    if distributed.is_main():
         config.save(config.run_folder / "config.yaml")
     distributed.barrier()
     return RunLog(config.run_folder, step, config.total_steps, config.train.steps_per_epoch)

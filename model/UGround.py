@@ -6,6 +6,7 @@ E, G width and side of SAM's image embedding, H x W an image's own size.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -31,6 +32,7 @@ from model.sam import SamShape, SegmentAnything
 from model.structures import MAX_NEW_TOKENS, Batch, MaskUncertainty, Prediction, Prompts
 from model.uncertainty import MonteCarlo
 
+logger = logging.getLogger(__name__)
 MASKS_AT_ONCE = 32  # masks in one call of SAM's decoder, for the mean of several samples
 
 
@@ -66,6 +68,7 @@ class UGroundForCausalLM(LlavaLlamaForCausalLM):
 
     config_class = UGroundConfig
     config: UGroundConfig  # type: ignore[assignment]  # transformers declares it less narrowly
+    warned_of_full_training = False
 
     def __init__(self, config: UGroundConfig) -> None:
         super().__init__(config)
@@ -89,6 +92,8 @@ class UGroundForCausalLM(LlavaLlamaForCausalLM):
         """
         if batch is None:
             return super().forward(**kwargs)
+        if self.training and not self.warned_of_full_training:
+            self.warn_of_full_training()
         # A rank without masks must touch every parameter too, in the same order on all ranks: ZeRO reduces gradients
         # as they arrive. Computed first, this sum comes last in the backward pass, and completes them all.
         anchor = sum(p.sum(dtype=torch.float32) for p in self.parameters() if p.requires_grad)
@@ -108,6 +113,18 @@ class UGroundForCausalLM(LlavaLlamaForCausalLM):
         result = self.objective(batch, logits, mask_logits, maps, layers, grounding.log_policy, layer_maps)
         result.loss = result.loss + 0.0 * anchor
         return result
+
+    def warn_of_full_training(self) -> None:
+        """Logs once if the language model's own weights train, as they do without ``model.lora.add_lora``."""
+        self.warned_of_full_training = True
+        llama = (p for name, p in self.model.layers.named_parameters() if "lora_" not in name)
+        if any(p.requires_grad for p in llama):
+            trained = sum(p.numel() for p in self.parameters() if p.requires_grad)
+            logger.warning(
+                "%s parameters train, the language model in full: call model.lora.add_lora(model, r) first to train "
+                "LoRA, phi, the gate, SAM's decoder and the embeddings alone (r=0: the same without LoRA)",
+                format(trained, ","),
+            )
 
     def ground(
         self,

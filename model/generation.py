@@ -46,6 +46,9 @@ def teacher_forced_answers(model: UGroundForCausalLM, batch: Batch, output: Lang
 
     Args:
         output: of ``forward_language(batch)``.
+
+    Raises:
+        ValueError: if states are NaN or infinite.
     """
     config, device = model.config, model.device
     segment_ids = batch.segment_ids.flatten()
@@ -54,6 +57,8 @@ def teacher_forced_answers(model: UGroundForCausalLM, batch: Batch, output: Lang
     for row, segment, token in zip(rows, segment_ids[batch.label_positions].tolist(), batch.label_ids.tolist()):
         token_ids[row][segment - 1].append(token)
     states = output.at(batch.seg_positions)
+    if not states.isfinite().all() or not output.hidden[-1].flatten(0, 1)[batch.label_positions].isfinite().all():
+        raise not_finite(model)
     seg_questions = list(zip(batch.seg_rows.tolist(), (segment_ids[batch.seg_positions] - 1).tolist()))
     rejected = [False] * len(seg_questions)
     if config.rej_token_id is not None:  # else a model that knows no [REJ]
@@ -104,6 +109,9 @@ def generate_from(
         past: output for all tokens so far; its cache is extended in place by all generated tokens but the last.
         hidden: L tensors [B, K, D], the states of the newest token of every question, the last ones in ``past``.
         segment_ids, position_ids: [B, K] int64 of these tokens; segment -1 where a row has fewer questions.
+
+    Raises:
+        ValueError: if states are NaN or infinite.
     """
     config = model.config
     token_ids: list[list[list[int]]] = [[[] for _ in range(count)] for count in questions]
@@ -111,11 +119,14 @@ def generate_from(
     segs: list[tuple[QuestionIndex, int, torch.Tensor]] = []
     for step in range(max_new_tokens):
         tokens = model.lm_head(hidden[-1]).argmax(-1)  # [B, K]
-        newest = tokens.tolist()  # the only synchronization with the device in a step
+        finite = hidden[-1].isfinite().all(-1)
+        newest = torch.where(finite, tokens, -1).tolist()  # the only synchronization with the device in a step
         for b, row in enumerate(slots):
             for k, question in enumerate(row):
                 if question is None:
                     continue
+                if newest[b][k] < 0:
+                    raise not_finite(model)
                 token_ids[b][question].append(token := newest[b][k])
                 if token == config.seg_token_id:
                     segs.append(((b, question), step, torch.stack([layer[b, k] for layer in hidden])))
@@ -140,7 +151,21 @@ def generate_from(
     segs.sort(key=lambda seg: seg[:2])
     shape = config.num_layers, config.hidden_size
     seg_states = torch.stack([states for *_, states in segs]) if segs else hidden[-1].new_zeros(0, *shape)
+    if not seg_states.isfinite().all():
+        raise not_finite(model)
     return GenerationOutput(token_ids, seg_states, [question for question, *_ in segs], [False] * len(segs))
+
+
+def not_finite(model: UGroundForCausalLM) -> ValueError:
+    """The error for states that are NaN or infinite, from which any token and any layer could follow."""
+    broken = next((name for name, weight in model.named_parameters() if not weight.isfinite().all()), None)
+    precision = str(model.dtype).removeprefix("torch.")
+    reason = (
+        f"its weight {broken} is NaN or infinite (in {precision}): convert or train the weights again"
+        if broken
+        else f"the numbers overflow in {precision}: use --precision fp32 or bf16"
+    )
+    return ValueError(f"the language model's hidden states are NaN or infinite; {reason}")
 
 
 def _alive_first(row: list[int | None]) -> list[int]:

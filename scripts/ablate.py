@@ -30,6 +30,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from utils.command_line.parser import Parser
 from utils.config import Config, WithoutEffectError, load_config
 from utils.datasets.spec import Spec
 from utils.evaluation import metrics
@@ -162,9 +163,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )  # --seed is a setting of train_ds.py, not short for another flag
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--table", required=True, choices=sorted(TABLES), help="the paper's number of the table, or what is compared"
     )

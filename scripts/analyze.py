@@ -25,6 +25,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from model.loading.weights import load_original_sam
+from utils.command_line.parser import Parser
 from utils.datasets import Spec, get_eval_dataset
 from utils.datasets.base import EvalDataset
 from utils.evaluation import metrics
@@ -46,7 +47,7 @@ from utils.plotting.overlays import Panel, evenly_spaced, sheet
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(program="test.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     cli.add_model_flags(parser)
     add(

@@ -39,6 +39,7 @@ from torch.utils.data import DataLoader, Dataset
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from model.loading.placement import pick_device
+from utils.command_line.parser import Parser, listed
 from utils.datasets import get_train_dataset
 from utils.datasets.mixture import Mixture, MixtureSampler
 from utils.datasets.records import CACHE_VARIABLE
@@ -56,7 +57,7 @@ CHUNK = 500  # records that a worker reads between two measurements of its memor
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     _add_preset(parser, required=False)
     parser.add_argument("--compile", action="store_true", help="also time SAM's encoder with torch.compile")
     commands = parser.add_subparsers(dest="command")
@@ -73,7 +74,7 @@ def main(arguments: list[str] | None = None) -> int:
     loader.add_argument("--tokenizer", default=str(ROOT / "assets/tiny/llava"), help="folder of a LLaVA tokenizer")
     args, rest = parser.parse_known_args(arguments)
     if args.command != "loader" and rest:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        parser.error(listed(parser.explain(rest, arguments)))
     if args.command is None and args.preset is None:
         parser.error("nothing to measure: give --preset, growth, data or loader (see --help)")
     if args.command == "loader":

@@ -22,6 +22,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from utils.command_line.parser import Parser
 from utils.datasets import get_eval_dataset
 from utils.datasets.base import EvalDataset
 from utils.datasets.masks import decode_mask
@@ -37,7 +38,7 @@ from utils.plotting.overlays import Panel, save_picture, sheet
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", nargs="+", type=named_path, metavar="NAME=PATH", help="folders, or two JSONL files")
     parser.add_argument(
         "--most", type=int, default=10, metavar="N", help="number of samples that changed most (default: 10)"

@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 # Only the standard library at import: missing or broken libraries are what this program reports.
+from utils.command_line.parser import Parser, listed
 from utils.diagnostics.findings import Finding, Page, ok, problem, skipped, warning
 from utils.diagnostics.process_memory import read_proc
 
@@ -39,7 +40,7 @@ SHARED_MEMORY = 1e9  # bytes that a few data workers need to pass batches on
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--config", metavar="FILE", help="YAML file of train_ds.py; all its settings can be given as flags, too")
     add(
@@ -73,7 +74,7 @@ def main(arguments: list[str] | None = None) -> int:
         settings += ["--version", args.version] if args.version and not merged else []
         settings += ["--vision_tower", args.vision_tower] if args.vision_tower else []
     elif settings:
-        parser.error(f"unrecognized arguments: {' '.join(settings)} (settings of train_ds.py need --config)")
+        parser.error(listed(parser.explain(settings)) + " (settings of train_ds.py need --config)")
     if args.memory:
         return print_memory(args, settings)
     page = Page()

@@ -19,6 +19,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from model.structures import Sample
+from utils.command_line.parser import Parser
 from utils.config import load_config
 from utils.datasets.base import DataError, TrainDataset
 from utils.datasets.mixture import make_mixture
@@ -28,9 +29,7 @@ from utils.plotting.overlays import Panel, evenly_spaced, save_picture, sheet
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )  # settings of train_ds.py must not match as abbreviations
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--pictures", type=int, default=0, metavar="N", help="samples per data set to plot (default: 0)"
     )

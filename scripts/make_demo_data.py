@@ -35,6 +35,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from utils.command_line.parser import Parser
 from utils.datasets.base import pick
 from utils.demo import scene_texts, scenes
 from utils.demo.files import Ledger, Sizes, labelme_polygons, streams, write_jpeg, write_json
@@ -46,7 +47,7 @@ from utils.plotting import text_tables
 
 # First digits of a hash of the generated data, without and with --all_types (tests/demo/test_make_demo_data.py).
 # Update them when the generated data change, so that data of an older version are rejected.
-VERSION = {False: "4527a8ebdff7", True: "fc0648e7a14f"}
+VERSION = {False: "4527a8ebdff7", True: "b9bd2e6cd209"}
 SUMMARY = "demo_data.json"
 REASON_STREAMS = {"train": 1, "val": 2, "test": 3, "heldout": 4}
 LLAVA_STREAM, LLAVA_FIRST_IMAGE = 31, 500_001
@@ -239,7 +240,7 @@ def _number(low: int, high: int) -> Callable[[str], int]:
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Generates small synthetic scenes with exact masks, as a --dataset_dir in the layouts of "
         "ReasonSeg, RefCOCO, gRefCOCO and LLaVA-Instruct, or of all 24 data sets. The same seed and sizes give the "
         "same files. Existing data with the same settings are kept; an interrupted run leaves nothing incomplete in "

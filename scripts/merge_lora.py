@@ -39,6 +39,7 @@ from model.lora import base_of
 from model.processing.processor import UGroundProcessor
 from model.structures import Turn
 from model.UGround import UGroundForCausalLM
+from utils.command_line.parser import Parser
 from utils.config import Config, config_from, load_config
 from utils.training import checkpoint as checkpoints
 from utils.training.checkpoint import CheckpointError
@@ -62,15 +63,19 @@ def main(argv: list[str] | None = None) -> int:
             save, meta = partial(save_merged, merged), meta | {"merge_difference": difference}
         card = model_card(args.name or config.train.exp_name, meta, args.adapter_only, args.license)
         write_folder(save, processor, args.output, meta, card)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, SafetensorError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted; nothing was written", file=sys.stderr)
+        return 130
     print(f"wrote {args.output}")
     return 0
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
+        program="scripts/merge_lora.py",
         description="Merges the trained parts of a run into its base weights and writes a folder for from_pretrained, "
         "test.py and chat.py. Nothing is written unless the merged and the unmerged model agree on a sample.",
         epilog="By default, base weights are loaded from the paths of the run; the last three flags override them.",
@@ -117,6 +122,7 @@ def trained_state(args: argparse.Namespace) -> tuple[nn.Module, UGroundProcessor
     """The trained state of a run, with LoRA not yet merged."""
     checkpoint = choose_checkpoint(args.checkpoint, args.which)
     meta = checkpoints.read_meta(checkpoint)
+    meta.pop("files", None)  # of the checkpoint, not of the folder that is written
     print(f"{checkpoint}: step {meta['step']}, {metrics_text(meta['metrics'])}")
     meta["config"]["model"] |= moved_paths(args)  # the written folder names them too
     config = config_from(meta["config"], checkpoints.META)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from utils.command_line.parser import Parser
 from utils.evaluation.benchmarks import PROTOCOLS, SEVERAL_SEG, benchmark_of
 from utils.evaluation.result_text import format_table
 from utils.evaluation.results import Summary, read_results, summarize
@@ -22,7 +23,7 @@ from utils.inference import cli
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", nargs="+", type=Path, metavar="JSONL", help="answers that test.py wrote")
     parser.add_argument("--protocol", choices=PROTOCOLS, help="docs/evaluation.md (default: as it was evaluated)")
     parser.add_argument("--several_seg", choices=SEVERAL_SEG, help="scored mask of several (default: as evaluated)")

@@ -18,6 +18,8 @@ import pytest
 import torch
 from programs import load_script
 
+from utils.command_line.other_trainers import THEIRS, rows
+
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 PAGES = [README, ROOT / "CHANGELOG.md", ROOT / "assets/tiny/README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -26,6 +28,7 @@ FOLDERS = "model|utils|scripts|configs|docs|tests|assets"
 PATH = re.compile(rf"(?<![\w./+-])(?:{FOLDERS})/[\w./+-]*\w")
 PROGRAM = re.compile(r"(?:[\w.]+/)*\w+\.py")
 FLAG = re.compile(r"--[a-z][\w-]*")
+SOURCES = ("labelme", "coco", "masks", "yolo", "label-studio", "via", "cvat")  # of scripts/convert_data.py
 ELSEWHERE = {"--shm-size"}  # flags of other programs that the text names
 PRIVATE = re.compile(  # older words of this project for things that have a standard name
     r"LISA's way|connect\w* from|text.blind|by heart|\bmend|way out|stands? once|\bgo(?:es)? on\b|\bdoubt|says? no\b"
@@ -40,8 +43,10 @@ def without_code(text: str) -> str:
 
 
 def code_of(text: str) -> Iterator[str]:
-    """Fenced blocks, indented blocks, and inline code."""
-    yield from re.findall(r"^```\w*\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
+    """Fenced blocks, indented blocks, and inline code; no ``text``, which is of other projects."""
+    for language, block in re.findall(r"^```(\w*)\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE):
+        if language != "text":
+            yield block
     yield from re.findall(r"(?<=\n\n)((?:    .*\n+)+)", text)
     yield from re.findall(r"`([^`\n]+)`", without_code(text))
 
@@ -202,7 +207,9 @@ def test_commands_and_their_flags_exist(page: Path) -> None:
 def test_flags_in_the_text_exist(page: Path) -> None:
     programs = [*ROOT.glob("*.py"), *(ROOT / "scripts").rglob("*.py")]
     known = ELSEWHERE.union(*(flags_of(str(path.relative_to(ROOT)), []) for path in programs))
-    known = known.union(*(flags_of("scripts/convert_data.py", [source]) for source in ("labelme", "coco", "masks")))
+    known = known.union(*(flags_of("scripts/convert_data.py", [source]) for source in SOURCES))
+    if page.name == "migrating.md":
+        known |= {f"--{row.flag}" for program in THEIRS for row in rows(program)} | {"--vision-tower"}
     named = re.findall(r"`(--[a-z][\w-]*)", without_code(page.read_text(encoding="utf-8")))
     assert set(named) <= known, set(named) - known
 

@@ -10,14 +10,14 @@ scripts/merge_lora.py --adapter_only writes them.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
+from model.loading.files import blame, read_json, read_safetensors
 from model.loading.weights import NEW_PARTS, Loaded, base_fingerprints, path_setting
 from model.settings import METHOD_FIELDS, method_of
 
@@ -95,8 +95,9 @@ def apply(model: nn.Module, folder: Path, meta: dict[str, Any]) -> None:
     Raises:
         ValueError: if a weight is unknown, of another shape, or missing.
     """
-    parts, settings = load_file(folder / PARTS), meta["config"]["model"]
-    lora = load_file(folder / LORA) if (folder / LORA).is_file() else {}
+    with blame("--version"):
+        parts = read_safetensors(folder / PARTS)
+        lora = read_safetensors(folder / LORA) if (folder / LORA).is_file() else {}
     own = model.state_dict()
     misfits = [name for name, value in parts.items() if name not in own or own[name].shape != value.shape]
     if misfits:
@@ -110,12 +111,13 @@ def apply(model: nn.Module, folder: Path, meta: dict[str, Any]) -> None:
     model.load_state_dict(parts, strict=False)
     if not lora:
         return
-    scale = settings["lora_alpha"] / settings["lora_r"]
-    for key in (key for key in lora if key.endswith(".lora_A.weight")):
-        name = key.removeprefix("base_model.model.").replace(".lora_A", "")
-        weight = model.get_parameter(name)
-        product = lora[key.replace("lora_A", "lora_B")] @ lora[key]
-        weight.data = (weight.float() + product * scale).to(weight.dtype)
+    with blame(f"--version: {folder / LORA} does not fit its base and {META}"):
+        scale = meta["config"]["model"]["lora_alpha"] / meta["config"]["model"]["lora_r"]
+        for key in (key for key in lora if key.endswith(".lora_A.weight")):
+            name = key.removeprefix("base_model.model.").replace(".lora_A", "")
+            weight = model.get_parameter(name)
+            product = lora[key.replace("lora_A", "lora_B")] @ lora[key]
+            weight.data = (weight.float() + product * scale).to(weight.dtype)
 
 
 def plain_name(name: str) -> str:
@@ -127,9 +129,13 @@ def read_adapter_meta(folder: Path) -> dict[str, Any]:
     """``uground_run.json`` of a folder that merge_lora.py wrote.
 
     Raises:
-        ValueError: if it cannot be read.
+        ValueError: if it cannot be read, or lacks a part.
     """
-    try:
-        return json.loads((folder / META).read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"--version: {folder / META} cannot be read: {error}") from error
+    with blame("--version"):
+        meta = read_json(folder / META)
+    parts = {name: meta.get(name) for name in ("config", "base", "trained")}
+    if isinstance(parts["config"], dict):
+        parts |= {f"config.{name}": part for name, part in {"model": None, **parts["config"]}.items()}
+    if lacking := [name for name, part in parts.items() if not isinstance(part, dict)]:
+        raise ValueError(f"--version: {folder / META}: {', '.join(lacking)} must be objects; was it edited?")
+    return meta

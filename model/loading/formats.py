@@ -161,7 +161,9 @@ def release_of(config: dict) -> Release | None:
     """The method whose published checkpoint has this ``config.json``; None for bases and folders of this project."""
     if config.get("model_type") == "uground":
         return None
-    return next((RELEASES[name] for name in config.get("architectures") or [] if name in RELEASES), None)
+    names = config.get("architectures")
+    known = [RELEASES[name] for name in names if str(name) in RELEASES] if isinstance(names, list) else []
+    return known[0] if known else None
 
 
 def released_settings(release: Release, config: dict) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from model.loading import adapter
+from model.loading.files import blame
 from model.loading.formats import release_of
 from model.loading.placement import PRECISIONS, pick_device, pick_precision, place
 from model.loading.weights import (
@@ -21,6 +22,7 @@ from model.loading.weights import (
     load_released,
     misfits,
     read_config,
+    read_folder,
     run_of,
 )
 from model.opened import Opened
@@ -105,13 +107,17 @@ def load(
 
 def _load_merged(folder: Path, precision: str, paths: dict[str, str]) -> Parts:
     processor = UGroundProcessor.from_pretrained(folder)
-    loaded: Any = UGroundForCausalLM.from_pretrained(
-        folder,
-        dtype=PRECISIONS[precision],
-        output_loading_info=True,
-        local_files_only=True,
-        ignore_mismatched_sizes=True,  # reported below
-    )
+    with blame("--version"):
+        read_folder(folder)  # mapped, not read: transformers' errors name no file
+    with blame(f"--version: {folder / 'config.json'} does not describe a model that can be built"):
+        loaded: Any = UGroundForCausalLM.from_pretrained(
+            folder,
+            dtype=PRECISIONS[precision],
+            output_loading_info=True,
+            local_files_only=True,
+            ignore_mismatched_sizes=True,  # reported below
+            trust_remote_code=False,
+        )
     model, info = loaded  # transformers' annotation lacks the pair
     if problems := misfits(info["missing_keys"], info["unexpected_keys"], info["mismatched_keys"]):
         raise ValueError(f"--version: the weights in {folder} do not fit: {'; '.join(problems)}")

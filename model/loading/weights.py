@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import pickle
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, PreTrainedModel
 from transformers.initialization import no_init_weights
@@ -19,6 +16,7 @@ from transformers.utils import logging as transformers_logging
 
 from model.config import UGroundConfig
 from model.loading import formats
+from model.loading.files import blame, read_json, read_safetensors, read_torch_file
 from model.sam import SamShape, SegmentAnything
 from model.UGround import UGroundForCausalLM
 
@@ -64,34 +62,19 @@ class Loaded:
     fingerprint: str
 
 
-def read_torch_file(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a ``.pth`` or ``.bin``; a file that contains code is refused.
-
-    Raises:
-        ValueError: if the file is missing, truncated, or holds anything but tensors.
-    """
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist or is no file")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{path} is no checkpoint of plain tensors, or is damaged: {reason}") from error
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise ValueError(f"{path} holds no dictionary of tensors")
-    return state
-
-
 def read_folder(folder: Path) -> dict[str, torch.Tensor]:
     """All weights of a transformers-style folder: safetensors or ``.bin``, one file or shards.
 
     Raises:
-        ValueError: if the folder has no weights, or the index names a shard that is missing.
+        ValueError: if the folder has no weights, a file is damaged, or the index names a shard that is missing.
     """
     for pattern, index_name in WEIGHT_FILES:
         index = folder / index_name
         if index.is_file():
-            files = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+            weight_map = read_json(index).get("weight_map")
+            if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+                raise ValueError(f"{index} has no weight_map, an object of names of files")
+            files = [folder / name for name in sorted(set(weight_map.values()))]
         else:
             files = sorted(folder.glob(pattern))
         if missing := [str(path) for path in files if not path.is_file()]:
@@ -99,9 +82,11 @@ def read_folder(folder: Path) -> dict[str, torch.Tensor]:
         if files:
             state: dict[str, torch.Tensor] = {}  # memory-mapped: read from disk when used
             for path in files:
-                state |= load_file(path) if path.suffix == ".safetensors" else read_torch_file(path)
+                state |= read_safetensors(path) if path.suffix == ".safetensors" else read_torch_file(path)
             return state
-    raise ValueError(f"{folder} holds no weights (looked for model*.safetensors and pytorch_model*.bin)")
+    raise ValueError(
+        f"{folder} holds no weights (looked for model.safetensors and pytorch_model.bin, whole or in shards)"
+    )
 
 
 def run_of(folder: Path) -> Path | None:
@@ -117,7 +102,7 @@ def read_config(folder: Path, what: str) -> dict:
         what: the flag that gave the folder, for messages.
 
     Raises:
-        ValueError: if there is no such folder or file, or the file is no JSON.
+        ValueError: if there is no such folder or file, or the file is no JSON object.
     """
     path = folder / "config.json"
     if not folder.is_dir():
@@ -129,10 +114,8 @@ def read_config(folder: Path, what: str) -> dict:
                 f"python scripts/merge_lora.py --checkpoint {run} --output {run / 'merged'}, and give that folder"
             )
         raise ValueError(f"{what}: {folder} has no config.json")
-    try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{what}: {path} is no valid JSON ({error})") from error
+    with blame(what):
+        return read_json(path)
 
 
 def load_strictly(module: nn.Module, state: dict[str, torch.Tensor], source: str, new: tuple[str, ...] = ()) -> None:
@@ -247,14 +230,18 @@ def base_config(version: Path, tower: Path, sam: SamShape, keys: Collection[str]
     Raises:
         ValueError: if the folder is no LLaVA, or its projector was trained for another tower.
     """
-    raw = formats.llava_config(read_config(version, "--version"))
+    file = f"--version: {version / 'config.json'}"
+    raw = read_config(version, "--version")
+    with blame(file):
+        raw = formats.llava_config(raw)
     if raw.get("model_type") not in LLAVA_TYPES:
         raise ValueError(
             f"--version: {version} is of type {raw.get('model_type')!r}, not a LLaVA-1.5 base "
             f"({' or '.join(LLAVA_TYPES)}); a merged UGround folder is for test.py and chat.py"
         )
     read_config(tower, "--vision_tower")
-    clip = CLIPVisionConfig.from_pretrained(tower)
+    with blame(f"--vision_tower: {tower / 'config.json'}"):
+        clip = CLIPVisionConfig.from_pretrained(tower)
     expected = raw.get("mm_hidden_size", clip.hidden_size)
     if clip.hidden_size != expected:
         raise ValueError(
@@ -265,13 +252,14 @@ def base_config(version: Path, tower: Path, sam: SamShape, keys: Collection[str]
             f"--vision_tower: {tower} reads images of {clip.image_size} pixels, {version} was trained with {side}"
         )
     llama = {key: raw[key] for key in LLAMA_KEYS if raw.get(key) is not None}
-    return UGroundConfig(
-        vision_config=clip,
-        mm_vision_select_layer=raw.get("mm_vision_select_layer", -2),
-        mm_projector_type="linear" if "mm_projector.weight" in keys else "mlp2x_gelu",
-        sam_config=sam.to_dict(),
-        **(llama | settings),
-    )
+    with blame(file):
+        return UGroundConfig(
+            vision_config=clip,
+            mm_vision_select_layer=raw.get("mm_vision_select_layer", -2),
+            mm_projector_type="linear" if "mm_projector.weight" in keys else "mlp2x_gelu",
+            sam_config=sam.to_dict(),
+            **(llama | settings),
+        )
 
 
 def new_model(config: UGroundConfig, dtype: torch.dtype) -> UGroundForCausalLM:
@@ -294,17 +282,19 @@ def read_tower(folder: str | Path) -> dict[str, torch.Tensor]:
     """CLIP's vision tower under this project's keys, without the text encoder of a whole CLIP.
 
     Raises:
-        ValueError: naming keys that are missing, unexpected or of another shape, which transformers would initialize
-            randomly.
+        ValueError: naming a file that is damaged, or keys that are missing, unexpected or of another shape, which
+            transformers would initialize randomly.
     """
+    read_config(Path(folder), "--vision_tower")
+    with blame("--vision_tower"):
+        read_folder(Path(folder))  # mapped, not read: transformers' errors name no file
     level = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # transformers warns of every weight of the text encoder
     try:
-        loaded: Any = CLIPVisionModel.from_pretrained(
-            folder, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True
-        )
-    except OSError as error:
-        raise ValueError(f"--vision_tower: {folder} cannot be loaded: {error}") from error
+        with blame(f"--vision_tower: {Path(folder) / 'config.json'} does not describe a CLIP that can be loaded"):
+            loaded: Any = CLIPVisionModel.from_pretrained(
+                folder, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True, trust_remote_code=False
+            )
     finally:
         transformers_logging.set_verbosity(level)
     tower, info = loaded  # transformers' annotation lacks the pair
@@ -335,7 +325,9 @@ def load_base(
     nested = "text_config" in read_config(Path(version), "--version")
     rules = formats.LLAVA_TRANSFORMERS if nested else formats.LLAVA
     llava = formats.renamed(read_folder(Path(version)), rules)
-    model = new_model(base_config(Path(version), Path(vision_tower), shape, llava.keys(), settings), dtype)
+    config = base_config(Path(version), Path(vision_tower), shape, llava.keys(), settings)
+    with blame(f"--version: {Path(version) / 'config.json'} does not describe a LLaVA that can be built"):
+        model = new_model(config, dtype)
     load_strictly(model.visual_model, sam, vision_pretrained)
     has_tower = any(key.startswith("vision_tower.") for key in llava)  # perhaps fine-tuned: it takes precedence
     llava = read_tower(vision_tower) | llava
@@ -369,8 +361,11 @@ def load_released(
         wrapped = any(key.startswith("base_model.") for key in state)
         hint = ": an adapter that was not merged; merge it with its own code" if wrapped else ""
         raise ValueError(f"--version: {folder} holds no SAM (no {error}){hint}") from error
-    method = formats.released_settings(release, raw) | settings
-    model = new_model(base_config(folder, Path(vision_tower), shape, state.keys(), method), dtype)
+    with blame(f"--version: {folder / 'config.json'}"):
+        method = formats.released_settings(release, raw) | settings
+    config = base_config(folder, Path(vision_tower), shape, state.keys(), method)
+    with blame(f"--version: {folder / 'config.json'} does not describe a model that can be built"):
+        model = new_model(config, dtype)
     sources = dict.fromkeys((name for name, _ in model.named_children()), str(folder))
     if not any(key.startswith("vision_tower.") for key in state):
         sources["vision_tower"] = str(vision_tower)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from model.loading.files import read_json
 from model.processing.collate import PackedSequence, collate_rows, truncate
 from model.processing.conversation import SYSTEM_PROMPT, PromptBuilder
 from model.processing.tokens import load_tokenizer, token_ids
@@ -17,6 +19,8 @@ from model.sam_cache import image_key
 from model.structures import Batch, Sample, Turn
 
 PROCESSOR_FILE = "uground_processor.json"
+REQUIRED: dict[str, type] = {"clip_side": int, "clip_patch": int, "sam_side": int}  # in the file, with their types
+OPTIONAL: dict[str, type] = {"system_prompt": str, "max_tokens": int, "clip_fit": str}
 
 
 class UGroundProcessor:
@@ -56,7 +60,8 @@ class UGroundProcessor:
             raise ValueError(f"clip_fit {clip_fit!r} is unknown; use {' or '.join(CLIP_FITS)}")
         self.tokenizer = tokenizer
         self.clip_side, self.clip_patch, self.sam_side = clip_side, clip_patch, sam_side
-        self.tokens = token_ids(tokenizer)
+        folder = tokenizer.name_or_path
+        self.tokens = token_ids(tokenizer, f"the tokenizer of {folder}" if folder else "the tokenizer")
         self.builder = PromptBuilder(tokenizer, (clip_side // clip_patch) ** 2, system_prompt)
         self.max_tokens, self.clip_fit = max_tokens, clip_fit
         self.hash_images = False
@@ -76,14 +81,14 @@ class UGroundProcessor:
         """The processor that ``save_pretrained`` wrote to a folder.
 
         Raises:
-            ValueError: if the folder has no ``uground_processor.json``.
+            ValueError: if the folder has no ``uground_processor.json``, or a file is damaged.
         """
         path = Path(folder) / PROCESSOR_FILE
         if not path.is_file():
             raise ValueError(
                 f"{folder} is no UGround folder: it has no {PROCESSOR_FILE} (scripts/merge_lora.py writes one)"
             )
-        return cls(load_tokenizer(folder), **json.loads(path.read_text()))
+        return cls(load_tokenizer(folder), **_read_settings(path))
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes the tokenizer's files and ``uground_processor.json``."""
@@ -186,3 +191,17 @@ class UGroundProcessor:
         if self.hash_images:
             batch.image_keys = [image_key(row.image) for row in rows]
         return batch
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    """``uground_processor.json``, whose keys and types are checked."""
+    settings, kinds = read_json(path), REQUIRED | OPTIONAL
+    problems = [f"{key} is missing" for key in REQUIRED if key not in settings]
+    for key, value in settings.items():
+        if key not in kinds:
+            problems.append(f"{key} is unknown (known: {', '.join(kinds)})")
+        elif type(value) is not kinds[key] or (isinstance(value, int) and value < 1):
+            problems.append(f"{key} is {value!r}, not a {'text' if kinds[key] is str else 'positive whole number'}")
+    if problems:
+        raise ValueError(f"{path}: {'; '.join(problems)}")
+    return settings

@@ -11,6 +11,13 @@ if TYPE_CHECKING:
 
 SEG, REJ, IMAGE, IM_START, IM_END = "[SEG]", "[REJ]", "<image>", "<im_start>", "<im_end>"
 SPECIAL_TOKENS = (SEG, REJ, IM_START, IM_END, IMAGE)
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
 
 
 @dataclass(frozen=True)
@@ -31,12 +38,28 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
 
     LLaVA-1.5 is published with SentencePiece's file alone. For its ``model_type``, AutoTokenizer picks a class that
     omits the space before the first word, so that prompts would begin with a token the model was not trained on.
-    """
-    from transformers import AutoTokenizer, LlamaTokenizer  # here: data sets need only the special tokens' names
 
-    if (Path(folder) / "tokenizer.model").is_file() and not (Path(folder) / "tokenizer.json").is_file():
-        return LlamaTokenizer.from_pretrained(folder)
-    return AutoTokenizer.from_pretrained(folder)
+    Raises:
+        ValueError: if a file is damaged or not completely downloaded, or the tokenizer is code (``auto_map``).
+    """
+    # here: data sets need only the special tokens' names
+    from transformers import AutoTokenizer, LlamaTokenizer
+
+    from model.loading.files import blame, check_downloaded, read_json
+
+    folder = Path(folder)
+    present = [path for name in TOKENIZER_FILES if (path := folder / name).is_file()]
+    if not present:
+        raise ValueError(f"{folder} holds no tokenizer (looked for {', '.join(TOKENIZER_FILES)})")
+    for path in present:
+        if path.suffix != ".json":
+            check_downloaded(path)
+        elif "auto_map" in read_json(path):
+            raise ValueError(f"{path}: the tokenizer is code of its own (auto_map), which is not run")
+    with blame(f"the tokenizer cannot be loaded from {', '.join(map(str, present))}"):
+        if folder / "tokenizer.model" in present and folder / "tokenizer.json" not in present:
+            return LlamaTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
 def add_special_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -73,7 +96,7 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, where: str = "the tokenizer") 
         if tokenizer.encode(token, add_special_tokens=False) != [ids[name]]:
             raise ValueError(f"{where} splits {token} into {tokenizer.tokenize(token)}; it must be one special token")
     if tokenizer.eos_token_id is None:
-        raise ValueError(f"{where} has no end-of-sequence token")
+        raise ValueError(f"{where} has no end-of-sequence token (eos_token in tokenizer_config.json)")
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     rej = ids.pop("rej", None)
     return TokenIds(**ids, rej=rej, eos=tokenizer.eos_token_id, pad=pad)

@@ -8,7 +8,6 @@ Prints one line per measurement; docs/dashboard.md lists them, with their target
 
 from __future__ import annotations
 
-import argparse
 import io
 import json
 import re
@@ -25,6 +24,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from utils.command_line.parser import Parser
 from utils.demo import scenes
 from utils.diagnostics.process_memory import resident
 
@@ -68,7 +68,7 @@ class Visitor:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = Parser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--version", metavar="DIR", help="as for app.py")
     parser.add_argument(
         "--requests", type=int, default=200, metavar="N", help="new images over which the growth of memory is measured"

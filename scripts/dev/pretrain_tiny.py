@@ -43,6 +43,7 @@ from model.losses import dice
 from model.processing.processor import UGroundProcessor
 from model.sam import SegmentAnything
 from model.structures import Batch
+from utils.command_line.parser import Parser
 from utils.demo import scene_texts, tiny_model
 from utils.demo.muon import Muon
 from utils.demo.pretrain_batches import (
@@ -335,7 +336,7 @@ def save_llava(model: LlavaLlamaForCausalLM, output: Path) -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("assets/tiny"), help="folder for llava/, clip/ and sam.pth")
     parser.add_argument("--seed", type=int, default=0, help="seeds weights and scenes (default 0)")
     parser.add_argument(

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from model import Opened
 from model.structures import EvalSample
+from utils.command_line.parser import Parser
 from utils.datasets import Spec, get_eval_dataset
 from utils.evaluation import metrics
 from utils.evaluation.benchmarks import Benchmark, benchmark_of
@@ -49,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     cli.add_model_flags(parser)
     add("--dataset_dir", required=True, metavar="DIR", help="folder that holds refer_seg/, reason_seg/, ...")

@@ -30,6 +30,7 @@ from model.layer_rules import StochasticSkip
 from model.loading.pretrained import load
 from model.objective import Objective
 from model.PPM import PolicyPromptedMasking, gumbel_noise
+from utils.command_line.parser import Parser
 from utils.config import Config, load_config
 from utils.datasets.mixture import make_mixture
 from utils.inference import cli
@@ -70,9 +71,7 @@ class Rewarded:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )  # --seed is a setting of train_ds.py, not short for another flag
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--version", required=True, metavar="DIR", help="merged model, as scripts/merge_lora.py writes it")
     add("--config", required=True, metavar="FILE", help="YAML of train_ds.py: data, batch size, rates")

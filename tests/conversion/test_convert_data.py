@@ -81,8 +81,8 @@ def test_labelme_shapes(capsys, tmp_path):
     )
     assert code == 0, err
     assert "1 images, 6 queries (0 absent; 6 train)" in out
-    assert "skipped: 1 x linestrip (it has no area)" in err
-    assert "skipped: 1 x polygon (2 points)" in err
+    assert "left out: 1 x linestrip (a line has no area)" in out
+    assert "left out: 1 x polygon (2 points)" in out
     assert {line["query"]: len(line["masks"]) for line in lines_of(tmp_path / "own.jsonl")} == {
         "the box": 1, "the plate": 1, "the ball": 1, "the leaf": 1, "the pole": 1, "the cup": 2,
     }  # fmt: skip
@@ -106,7 +106,7 @@ def test_labelme_images_are_found(capsys, tmp_path):
     assert run(capsys, "labelme", tmp_path / "json", "--output", tmp_path / "out/own.jsonl")[0] == 0
     lines = lines_of(tmp_path / "out/own.jsonl")
     assert [line["image"] for line in lines] == ["../json/b [1].jpg", "../images/a.jpg"]
-    assert ["size" in line for line in lines] == [False, True]
+    assert [line["size"] for line in lines] == [[H, W], [H, W]]
     assert all(masks.sum() == 100 for masks in masks_of(tmp_path / "out/own.jsonl").values())
 
 
@@ -133,19 +133,22 @@ def test_validation_images_and_absent_queries(capsys, tmp_path):
     convert = ("labelme", tmp_path, "--output", tmp_path / "own.jsonl", "--val", "0.3", "--absent")
     code, out, _ = run(capsys, *convert, 1)
     assert code == 0
-    assert "11 images, 21 queries (11 absent; " in out
+    assert "without annotation: 1 images, such as" in out
+    assert "10 images, 20 queries (10 absent; 14 train, 6 val)" in out
     lines = lines_of(tmp_path / "own.jsonl")
     by_image = {line["image"]: line["split"] for line in lines}
     assert sorted(by_image.values()).count("val") == 3
     assert all(by_image[line["image"]] == line["split"] for line in lines)
     assert all(line["query"] in ("box", "cup", "dish") for line in lines)
-    assert len(get_train_dataset(f"custom|{tmp_path / 'own.jsonl'}", tmp_path)) == 8
+    assert len(get_train_dataset(f"custom|{tmp_path / 'own.jsonl'}", tmp_path)) == 7
     before = (tmp_path / "own.jsonl").read_bytes()
     code, _, err = run(capsys, *convert, 2)
     assert code == 2
     assert "already exists; add --overwrite" in err
     assert (tmp_path / "own.jsonl").read_bytes() == before
     assert run(capsys, *convert, 2, "--overwrite")[0] == 0
+    assert len(lines_of(tmp_path / "own.jsonl")) == 10 + 10 * 2
+    assert run(capsys, *convert, 2, "--overwrite", "--negatives")[0] == 0
     assert len(lines_of(tmp_path / "own.jsonl")) == 10 + 10 * 2 + 2
 
 
@@ -186,9 +189,10 @@ def test_coco(capsys, tmp_path, flags, areas):
         photo(tmp_path / f"photos/{name}.jpg")
     (tmp_path / "instances.json").write_text(json.dumps(coco()))
     files = (tmp_path / "instances.json", "--images", tmp_path / "photos", "--output", tmp_path / "own.jsonl")
-    code, _, err = run(capsys, "coco", *files, *flags, "--absent", 1)
+    code, out, _ = run(capsys, "coco", *files, *flags, "--absent", 1, "--negatives")
     assert code == 0
-    assert "skipped: 1 x annotation without a segmentation" in err
+    assert "left out: 1 x segmentation that cannot be used (2 points)" in out
+    assert "left out: 1 x part of a segmentation (2 points)" in out
     masks_by_key = {key.removeprefix("photos/"): masks for key, masks in masks_of(tmp_path / "own.jsonl").items()}
     assert {key[7:]: masks.sum() for key, masks in masks_by_key.items() if key.startswith("a")} == areas
     assert [len(masks) for key, masks in masks_by_key.items() if key.startswith("b")] == [0]
@@ -254,9 +258,9 @@ def test_masks_with_classes(capsys, tmp_path):
     save_mask(tmp_path / "masks/a.png", 1, 2, 255)
     (tmp_path / "classes.txt").write_text("road\r\ncar\r\n")
     files = ("--images", tmp_path / "photos", "--output", tmp_path / "own.jsonl", "--classes", tmp_path / "classes.txt")
-    code, _, err = run(capsys, "masks", tmp_path / "masks", *files)
+    code, out, _ = run(capsys, "masks", tmp_path / "masks", *files)
     assert code == 0
-    assert "value 255, which" in err
+    assert "value 255, which" in out
     masks_by_key = {key: np.flatnonzero(masks[0][:, 0])[0] for key, masks in masks_of(tmp_path / "own.jsonl").items()}
     assert masks_by_key == {"photos/a.jpg: road": 5, "photos/a.jpg: car": 10}
 
@@ -269,16 +273,16 @@ def test_masks_with_classes(capsys, tmp_path):
     [
         ("a.json", None, "contains no .json"),
         ("a.json", "{", "a.json is not valid JSON"),
-        ("a.json", {"shapes": 3}, "a.json is not a LabelMe file"),
-        ("a.json", {"shapes": [{"points": SQUARE}]}, "a.json is not a LabelMe file"),
+        ("a.json", {"shapes": 3}, "JSON that is not a LabelMe file, without a list 'shapes': "),
+        ("a.json", {"shapes": [{"points": SQUARE}]}, "a.json has no image"),
         ("a.json", {"shapes": [{"label": "box", "points": SQUARE}]}, "a.json has no image"),
     ],
 )
 def test_wrong_labelme_folders_are_named(capsys, tmp_path, name, content, message):
     if content is not None:
         (tmp_path / name).write_text(content if isinstance(content, str) else json.dumps(content))
-    code, out, err = run(capsys, "labelme", tmp_path, "--output", tmp_path / "own.jsonl")
-    assert (code, out) == (2, "")
+    code, _, err = run(capsys, "labelme", tmp_path, "--output", tmp_path / "own.jsonl")
+    assert code == 2
     assert message in err
     assert not (tmp_path / "own.jsonl").exists()
 
@@ -290,15 +294,21 @@ def test_wrong_labelme_folders_are_named(capsys, tmp_path, name, content, messag
         (shape("x", "points"), "polygon (its points are not pairs of numbers)"),
         (shape("x", [[1, 1], [5, 5]], "mask", mask="!"), "mask (its PNG cannot be read)"),
         (shape("x", [[1, 1], [5, 5]], "mask"), "mask (its PNG cannot be read)"),
-        (shape("x", [[1, 1]], "point"), "point (it has no area)"),
-        (shape("x", [[1, 1]], "circle"), "circle (it has no area)"),
+        (shape("x", [[1, 1]], "point"), "point (a point has no area)"),
+        (shape("x", [[1, 1]], "circle"), "circle (a circle of 1 points; it needs 2)"),
+        (shape("x", SQUARE, "star"), "star (a kind of shape that is not known)"),
+        (shape("x", [[1, 1], [10**400, 5], [5, 5]]), "polygon (its points are not pairs of numbers)"),
+        (shape("x", [[1, 1], [10**6, 5], [5, 5]]), "polygon (a point far outside its image)"),
+        (shape("x", [[-9, -9], [-5, -9], [-5, -5]]), "mask outside its image, or empty"),
+        (shape("\ud83d", SQUARE), "label with half a character"),
+        (shape(" ", SQUARE), "annotation without a label"),
     ],
 )
 def test_wrong_shapes_are_counted(capsys, tmp_path, wrong, reason):
     labelme(tmp_path, "a", wrong, shape("box", SQUARE))
-    code, _, err = run(capsys, "labelme", tmp_path, "--output", tmp_path / "own.jsonl")
-    assert code == 0
-    assert f"skipped: 1 x {reason}" in err
+    code, out, err = run(capsys, "labelme", tmp_path, "--output", tmp_path / "own.jsonl")
+    assert code == 0, err
+    assert f"left out: 1 x {reason}" in out
     assert [line["query"] for line in lines_of(tmp_path / "own.jsonl")] == ["box"]
 
 
@@ -306,10 +316,10 @@ def test_wrong_shapes_are_counted(capsys, tmp_path, wrong, reason):
     ("change", "message"),
     [
         ({"images": None}, "no list 'images'"),
-        ({"annotations": [{"id": 1, "image_id": 9, "category_id": 3}]}, "image 9 is not in"),
-        ({"annotations": [{"id": 1, "image_id": 1, "category_id": 9}]}, "category 9 is not in"),
-        ({"categories": [{"id": 3, "name": ""}, {"id": 4}]}, "annotation 1 has the category ''"),
-        ({"annotations": []}, "no label in 2 images"),
+        ({"annotations": [{"id": 1, "image_id": 9, "category_id": 3}]}, "that is not in the file: image_id 9"),
+        ({"annotations": [{"id": 1, "image_id": 1, "category_id": 9}]}, "that the file names: category_id 9"),
+        ({"categories": [{"id": 3, "name": ""}, {"id": 4}]}, "3 x annotation without a category that the file names"),
+        ({"annotations": []}, "no query in 2 images"),
         (
             {"images": [{"id": 1, "file_name": "c.jpg", "height": H, "width": W}]},
             "1 of 1 images are missing, such as",
@@ -320,8 +330,8 @@ def test_wrong_coco_files_are_named(capsys, tmp_path, change, message):
     (tmp_path / "instances.json").write_text(json.dumps(coco(**change)))
     for name in "ab":
         photo(tmp_path / f"{name}.jpg")
-    code, out, err = run(capsys, "coco", tmp_path / "instances.json", "--output", tmp_path / "own.jsonl")
-    assert (code, out) == (2, "")
+    code, _, err = run(capsys, "coco", tmp_path / "instances.json", "--output", tmp_path / "own.jsonl")
+    assert code == 2
     assert message in err
     assert not (tmp_path / "own.jsonl").exists()
 
@@ -332,7 +342,7 @@ def test_wrong_masks_and_flags_are_named(capsys, tmp_path):
     convert = ("masks", tmp_path / "masks", "--images", tmp_path / "photos", "--output", tmp_path / "own.jsonl")
     assert "contains no .png" in run(capsys, *convert)[2]
     save_mask(tmp_path / "masks/b.png", 1)
-    assert "b.png has no image b.jpg" in run(capsys, *convert)[2]
+    assert "mask without an image of its name in" in run(capsys, *convert)[2]
     labelme(tmp_path / "labelme", "a", shape("box", SQUARE))
     flags = ("labelme", tmp_path / "labelme", "--output", tmp_path / "own.jsonl")
     assert "lacks {label}" in run(capsys, *flags, "--query", "the box")[2]

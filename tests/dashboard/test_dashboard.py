@@ -323,10 +323,10 @@ def test_a_mark_can_be_read_on_its_color(number):
 @pytest.mark.parametrize(
     ("policy", "words"),
     [
-        ("argmax", "layer 3 of 0"),
-        ("fixed:3", "layer 3 of 0"),
-        ("soft", "all layers, most weight on 3 of 0"),
-        ("mc:16", "sampled layers, most often 3 of 0"),
+        ("argmax", "layer 3 (layer policy"),
+        ("fixed:3", "layer 3 (layer policy"),
+        ("soft", "all layers, most weight on 3 (layer policy"),
+        ("mc:16", "sampled layers, most often 3 (layer policy"),
     ],
 )
 def test_the_panel_names_the_layer_of_a_mask(answered, policy, words):

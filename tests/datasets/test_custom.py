@@ -138,6 +138,24 @@ def test_forms_of_a_mask_agree(folder, mask):
     assert np.array_equal(decoded, truth(5, 5, 15, 15))
 
 
+def test_ignored_regions_count_neither_way(folder):
+    """255 where no target covers them, in training and evaluation; an absent target has no mask to carry them."""
+    region = [[5, 5], [25, 5], [25, 15], [5, 15]]
+    turns = [{"from": "human", "value": "Which?"}, {"from": "gpt", "value": "[SEG] and [SEG]."}]
+    lines = [{"query": "the cup", "masks": [SQUARE, FAR]}, {"query": "the dog", "masks": []}]
+    lines += [{"conversations": turns, "masks": [SQUARE, FAR]}]
+    path = write(folder / "ignore.jsonl", *({"image": "pictures/a.jpg", "ignore": [region], **line} for line in lines))
+    expected = np.where(truth(5, 5, 25, 15) > 0, 255, 0).astype(np.uint8)
+    expected[5:15, 5:15] = 1
+    cup, dog = get_eval_dataset(f"custom|{path}", folder)[0].queries
+    assert np.array_equal(cup.masks[0][:, :26], expected[:, :26])
+    assert len(dog.masks) == 0
+    sample = get_train_dataset(f"custom|{path}", folder).sample(0, np.random.default_rng(0))
+    order = sorted(sample.masks, key=lambda mask: int((mask == 1).sum()))
+    assert [int((mask == 255).sum()) for mask in order] in ([100, 200, 100], [200, 100, 100])
+    assert any(np.array_equal(mask, expected) for mask in order)
+
+
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "LA", "RGBA", "I;16"])
 def test_mask_pictures_of_any_mode(folder, mode):
     mask = truth(5, 5, 15, 15)
@@ -269,6 +287,10 @@ def without(key: str) -> dict:
         ({**GOOD, "masks": "mask.png"}, "'masks' must be a list"),
         ({**GOOD, "masks": [5, 5, 15, 5, 15, 15]}, "'masks' must be a list"),
         ({**GOOD, "masks": [None]}, "'masks' must be a list"),
+        ({**GOOD, "ignore": 3}, "'ignore' must be a list of polygons, RLE or PNG paths, not 3"),
+        ({**GOOD, "masks": ["./pictures/../pictures/a.jpg"]}, "a.jpg is both the 'image' and in 'masks'"),
+        ({**GOOD, "ignore": ["pictures/a.jpg"]}, "a.jpg is both the 'image' and in 'ignore'"),
+        ('{"image": "pictures/a.jpg", "query": "x", "masks": [' + "1" * 5000 + "]}", "not valid JSON"),
         ({**GOOD, "mask": []}, "unknown key 'mask'. Did you mean 'masks'"),
         ({**GOOD, "split": ""}, "'split' must be a non-empty string"),
         ({**GOOD, "split": 1}, "'split' must be a non-empty string"),
@@ -306,7 +328,7 @@ def test_all_wrong_lines_are_named_at_once(folder):
 
 
 def test_text_that_is_not_utf8_is_named(folder):
-    for encoding in ("cp1252", "utf-16"):  # an old editor; PowerShell's ">"
+    for encoding in ("cp1252", "utf-16", "utf-16-le", "gbk"):  # an old editor; PowerShell's ">"; a Chinese Windows
         write(folder / "bad.jsonl", {**GOOD, "query": "the café"}, encoding=encoding)
         with pytest.raises(DataError, match=r"bad\.jsonl, line 1: not UTF-8 text .*save the file as UTF-8"):
             get_train_dataset("custom|bad.jsonl", folder)
@@ -342,6 +364,8 @@ def test_files_without_a_line_are_named(folder, raw):
         ({"masks": [[[1, 1], [5, 5], [float("nan"), 9]]]}, "NaN"),
         ({"masks": [[[1, 1], [5, 5], [float("inf"), 9]]]}, "NaN or infinite"),
         ({"masks": [[[1, 1], [5, 5], [1e7, 9]]]}, "far outside"),
+        ({"masks": [[[1, 1], [5, 5], [10**400, 9]]]}, "not a list of numbers"),
+        ({"ignore": [[[1, 1], [5, 5]]]}, "a polygon has 2 points; it needs 3"),
         ({"masks": [[[W + 2, 1], [W + 9, 1], [W + 9, 9]]]}, "empty mask"),
         ({"masks": [encode_mask(np.ones((W, H), bool))]}, r"an RLE has size \[60, 40\]; its image is \[40, 60\]"),
         ({"masks": [encode_mask(np.zeros((H, W), bool))]}, "empty mask"),
@@ -350,7 +374,7 @@ def test_files_without_a_line_are_named(folder, raw):
         ({"masks": ["small.png"]}, r"small\.png is 30x20; its image is 60x40"),
         ({"masks": ["black.png"]}, r"black\.png is empty"),
         ({"masks": ["none.png"]}, r"none\.png cannot be read"),
-        ({"masks": ["pictures/a.jpg"]}, "is JPEG; masks must be PNG"),
+        ({"masks": ["mask.jpg"]}, "is JPEG; masks must be PNG"),
         ({"masks": ["cut.png"]}, r"cut\.png cannot be read"),
         ({"size": [W, H]}, "the image is 60x40 but its annotation says 40x60"),
         ({"image": "broken.jpg"}, r"broken\.jpg cannot be decoded"),
@@ -359,6 +383,7 @@ def test_files_without_a_line_are_named(folder, raw):
 def test_wrong_masks_and_images_are_named(folder, change, message):
     Image.fromarray(np.ones((20, 30), np.uint8)).save(folder / "small.png")
     Image.fromarray(np.zeros((H, W), np.uint8)).save(folder / "black.png")
+    picture(folder / "mask.jpg")
     (folder / "cut.png").write_bytes((folder / "mask.png").read_bytes()[:60])
     (folder / "broken.jpg").write_bytes((folder / "pictures/a.jpg").read_bytes()[:200])
     write(folder / "bad.jsonl", {**GOOD, "image": "pictures/b.png"}, {**GOOD, **change})

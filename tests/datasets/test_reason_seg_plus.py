@@ -91,7 +91,7 @@ def test_names_of_references() -> None:
 
 def test_instances_have_one_token_each(root: Path) -> None:
     assert get_train_dataset("instance_seg", root).describe() == {
-        "images": 1, "expressions": 1, "masks": 2, "unusable": 0,
+        "images": 1, "expressions": 1, "masks": 2, "dropped": 2, "unusable": 0,
     }  # fmt: skip
     sample = first(root, "instance_seg")
     ((turn,),) = sample.conversations

@@ -381,3 +381,23 @@ def test_a_sample_needs_a_mask_per_seg(tiny_processor, tiny_samples):
     sample = replace(tiny_samples[0], masks=tiny_samples[0].masks[1:])
     with pytest.raises(ValueError, match=rf"{sample.source}: 3 \[SEG\] in the answers but 2 masks"):
         tiny_processor.collate([sample])
+
+
+def test_training_in_full_is_told_once_with_the_number_of_parameters(make_model, tiny_processor, caplog):
+    batch = tiny_processor.collate([drawn_sample(0)])
+    model = make_model()
+    model.eval()(batch)
+    assert not caplog.messages
+    for _ in range(2):
+        model.train()(batch)
+    [message] = caplog.messages
+    assert message.startswith(f"{sum(p.numel() for p in model.parameters()):,} parameters train")
+    assert "add_lora" in message
+
+
+@pytest.mark.parametrize("r", [0, 2])
+def test_training_with_add_lora_is_told_nothing(r, make_model, tiny_processor, caplog):
+    model = add_lora(make_model(), r).train()
+    model(batch=tiny_processor.collate([drawn_sample(0)]))
+    assert not caplog.messages
+    assert parameters_by_part(model)["llama"][1] == 0

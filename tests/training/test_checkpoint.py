@@ -4,16 +4,29 @@ from __future__ import annotations
 
 import copy
 import errno
+import inspect
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from tiny_run import ROOT
 
 from model.lora import add_lora
 from utils.config import Config, config_from, to_dict
+from utils.datasets import DataOptions, get_train_dataset
+from utils.datasets.spec import Spec
 from utils.training import checkpoint as checkpoints
-from utils.training.checkpoint import CheckpointError, differences, find_checkpoint, read_index, save_checkpoint
+from utils.training.checkpoint import differences, find_checkpoint, read_index, save_checkpoint
+from utils.training.checkpoint_files import CheckpointError, check_files, plain_data
+from utils.training.data_content import comparable, content_of
+from utils.training.run_lock import lock_run
+from utils.training.run_log import truncate_log
+
+META = {name: kind() for name, kind in checkpoints.META_KINDS.items()}
 
 
 class Engine:
@@ -38,10 +51,10 @@ def names(run: Path) -> set[str]:
 
 def test_latest_and_best_stay_and_others_go(tmp_path):
     for step, best in ((1, True), (2, False), (3, True), (4, False), (5, False)):
-        save_checkpoint(Engine(), tmp_path, {"step": step}, best)
+        save_checkpoint(Engine(), tmp_path, META | {"step": step}, best)
     assert read_index(tmp_path) == {"latest": "step_00000005", "best": "step_00000003"}
     assert names(tmp_path) == {"index.json", "step_00000003", "step_00000005"}
-    assert checkpoints.read_meta(find_checkpoint(tmp_path, "best")) == {"step": 3}
+    assert checkpoints.read_meta(find_checkpoint(tmp_path, "best"))["step"] == 3
     assert find_checkpoint(tmp_path / "checkpoints/step_00000005").name == "step_00000005"
 
 
@@ -50,32 +63,32 @@ def test_latest_and_best_stay_and_others_go(tmp_path):
     [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("PytorchStreamWriter failed writing file")],
 )
 def test_a_failed_save_changes_nothing(tmp_path, failure):
-    save_checkpoint(Engine(), tmp_path, {"step": 1}, True)
+    save_checkpoint(Engine(), tmp_path, META | {"step": 1}, True)
     with pytest.raises(
         CheckpointError, match=r"could not be written .*(No space|failed writing).*Earlier checkpoints are"
     ):
-        save_checkpoint(Engine(failure), tmp_path, {"step": 2}, True)
+        save_checkpoint(Engine(failure), tmp_path, META | {"step": 2}, True)
     assert names(tmp_path) == {"index.json", "step_00000001"}
     assert read_index(tmp_path) == {"latest": "step_00000001", "best": "step_00000001"}
     assert (find_checkpoint(tmp_path) / "states.pt").read_text() == "whole"
 
 
 def test_a_failure_while_publishing_keeps_the_old_index(tmp_path, monkeypatch):
-    save_checkpoint(Engine(), tmp_path, {"step": 1}, True)
+    save_checkpoint(Engine(), tmp_path, META | {"step": 1}, True)
     monkeypatch.setattr(checkpoints, "write_atomically", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
     with pytest.raises(CheckpointError, match="No space left"):
-        save_checkpoint(Engine(), tmp_path, {"step": 2}, True)
+        save_checkpoint(Engine(), tmp_path, META | {"step": 2}, True)
     assert read_index(tmp_path)["latest"] == "step_00000001"
     assert (find_checkpoint(tmp_path) / "states.pt").read_text() == "whole"
     monkeypatch.undo()
-    save_checkpoint(Engine(), tmp_path, {"step": 2}, True)  # what was left of step 2 is in nobody's way
+    save_checkpoint(Engine(), tmp_path, META | {"step": 2}, True)  # what was left of step 2 is in nobody's way
     assert names(tmp_path) == {"index.json", "step_00000002"}
 
 
 def test_left_overs_of_a_killed_process_go(tmp_path):
     left = tmp_path / "checkpoints/partial_step_00000007"
     left.mkdir(parents=True)
-    save_checkpoint(Engine(), tmp_path, {"step": 1}, False)
+    save_checkpoint(Engine(), tmp_path, META | {"step": 1}, False)
     assert names(tmp_path) == {"index.json", "step_00000001"}
     assert read_index(tmp_path) == {"latest": "step_00000001"}
 
@@ -83,7 +96,7 @@ def test_left_overs_of_a_killed_process_go(tmp_path):
 def test_what_cannot_be_found_is_said(tmp_path):
     with pytest.raises(CheckpointError, match="holds no checkpoint"):
         find_checkpoint(tmp_path)
-    save_checkpoint(Engine(), tmp_path, {"step": 1}, False)
+    save_checkpoint(Engine(), tmp_path, META | {"step": 1}, False)
     with pytest.raises(CheckpointError, match="'best'"):
         find_checkpoint(tmp_path, "best")
     (find_checkpoint(tmp_path) / "meta.json").unlink()
@@ -101,7 +114,8 @@ def meta():
     return {
         "config": to_dict(config),
         "base": {"model": "aa", "visual_model": "bb"},
-        "data": [{"name": "ReasonSeg|train", "images": 239}],
+        "data": [{"name": "ReasonSeg|train", "images": 239, "content": "v1:0a"}],
+        "vocabulary": "10",
         "trained": {"a": [2, 3], "b": [1]},
         "processes": 1,
     }
@@ -119,6 +133,30 @@ def test_settings_that_do_not_matter_may_change(meta):
     assert differences(other, meta) == []
 
 
+def test_what_older_checkpoints_or_other_readers_say_of_content_is_not_compared(meta):
+    for change in ({"content": None}, {"content": "v2:0b"}):
+        other = copy.deepcopy(meta)
+        other["data"][0].update(change)
+        assert differences(meta, other) == []
+    del other["vocabulary"]
+    assert differences(meta, other) == []
+
+
+def test_annotations_that_change_behind_a_name_change_the_content(val_data):
+    folder = val_data / "reason_seg/ReasonSeg/val"
+    folder = folder.rename(folder.with_name("train"))
+
+    def content() -> str:
+        return content_of(get_train_dataset(Spec.parse("ReasonSeg|train"), val_data, DataOptions()))
+
+    before = content()
+    assert before == content()
+    path = folder / "3.json"
+    path.write_text(path.read_text().replace("red star", "red disc"))
+    assert comparable(content(), before)
+    assert content() != before
+
+
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
@@ -130,6 +168,8 @@ def test_settings_that_do_not_matter_may_change(meta):
         ),
         (lambda m: m["base"].update(model="cc"), "--version: the base weights of model are not the same"),
         (lambda m: m["data"][0].update(images=240), "data set ReasonSeg|train"),
+        (lambda m: m["data"][0].update(content="v1:0b"), "data set ReasonSeg|train: its annotations have changed"),
+        (lambda m: m.update(vocabulary="11"), "--version: the tokenizer's vocabulary"),
         (lambda m: m.update(processes=8), "processes: 1 in the checkpoint, now 8"),
         (lambda m: m["trained"].update(b=[2]), "trainable parameters: b"),
     ],
@@ -157,3 +197,119 @@ def test_trained_shapes_are_parameters_that_train_and_buffers(tiny_model):
     assert not any("vision_tower" in name for name in shapes)
     frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
     assert not set(frozen) & set(shapes)
+
+
+# -- damage ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def saved(tmp_path):
+    save_checkpoint(Engine(), tmp_path, META | {"step": 1}, False)
+    return find_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda path: path.write_text("wh"), r"states\.pt has 2 bytes of 5"),
+        (lambda path: path.write_text("wholf"), r"states\.pt has changed since it was written"),
+        (lambda path: path.unlink(), r"states\.pt cannot be read: No such file"),
+    ],
+)
+def test_files_that_are_not_those_written_are_named(saved, change, message):
+    check_files(saved, checkpoints.read_meta(saved))
+    change(saved / "states.pt")
+    with pytest.raises(CheckpointError, match=message):
+        check_files(saved, checkpoints.read_meta(saved))
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"latest": 3}', "\0\0", "{", ""])
+def test_an_index_that_names_no_checkpoint_is_refused(saved, content):
+    """Not taken for a run that has not begun: the old one would be overwritten."""
+    (saved.parent / "index.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"index\.json"):
+        read_index(saved.parents[1])
+
+
+@pytest.mark.parametrize("content", [b"[]", b"\xff", b'{"step": 4}', b'{"step": "4"}', b""])
+def test_metadata_that_lack_a_part_are_named(saved, content):
+    (saved / "meta.json").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"meta\.json"):
+        checkpoints.read_meta(saved)
+
+
+def test_what_ended_a_save_is_not_blamed_on_the_disk(tmp_path):
+    ended = RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+    with pytest.raises(RuntimeError, match="killed by signal"):
+        save_checkpoint(Engine(ended), tmp_path, META | {"step": 1}, False)
+    assert names(tmp_path) == set()
+
+
+class Code:
+    def __reduce__(self):
+        return os.system, ("touch ran",)
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+def test_no_code_of_a_checkpoint_is_run(tmp_path, monkeypatch, mapped):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "states.pt"
+    torch.save({"note": Code()}, path)
+    with pytest.raises(CheckpointError, match=r"states\.pt refers to posix\.system: no code"), plain_data(tmp_path):
+        torch.load(path, weights_only=False, mmap=mapped)
+    assert not (tmp_path / "ran").exists()
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(CheckpointError, match=r"states\.pt is damaged"), plain_data(tmp_path):
+        torch.load(path, weights_only=False)
+    assert torch.load.__name__ == "load"
+    assert "weights_only" in inspect.signature(torch.load).parameters
+
+
+@pytest.mark.parametrize("scaler", ["LossScaler", "DynamicLossScaler"])
+def test_what_deepspeed_writes_is_read(tmp_path, scaler):
+    from deepspeed.runtime.fp16 import loss_scaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+
+    options = (1.0,) if scaler == "LossScaler" else (2.0**16, 2.0, 1000, 1.0, 1, False)
+    torch.save({"stage": ZeroStageEnum(2), "scaler": getattr(loss_scaler, scaler)(*options)}, tmp_path / "states.pt")
+    with plain_data(tmp_path):
+        state = torch.load(tmp_path / "states.pt", weights_only=False)
+    assert state["stage"] == 2
+
+
+# -- two runs of one name ----------------------------------------------------------------------------------------------
+
+HOLD = "import sys; from pathlib import Path; from utils.training.run_lock import lock_run\n"
+HOLD += "lock = lock_run(Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()"
+
+
+def test_a_run_is_locked_until_its_process_ends(tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path)],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "held\n"
+    with pytest.raises(CheckpointError, match=rf"is in use by process {process.pid} on .*another --exp_name"):
+        lock_run(tmp_path)
+    process.kill()
+    process.wait()
+    lock_run(tmp_path).close()
+
+
+# -- small files -------------------------------------------------------------------------------------------------------
+
+
+def test_a_log_that_cannot_be_written_anew_keeps_its_lines(tmp_path, monkeypatch):
+    path = tmp_path / "log.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n')
+    monkeypatch.setattr("utils.files.sync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match="No space"):
+        truncate_log(path, 1)
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+    assert [path.name for path in tmp_path.iterdir()] == ["log.jsonl"]
+    monkeypatch.undo()
+    truncate_log(path, 1)
+    assert path.read_text() == '{"step": 1}\n'

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import re
+import shlex
 from dataclasses import fields
 from pathlib import Path
 
@@ -12,7 +14,7 @@ import yaml
 from model.config import UGroundConfig
 from model.settings import METHOD_FIELDS, RECIPES
 from utils.config import FIELDS, SECTIONS, Config, ConfigError, config_from, load_config, make_parser, to_dict
-from utils.datasets import TYPES
+from utils.datasets import TYPES, DataOptions
 
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = sorted(path for path in (ROOT / "configs").glob("**/*.yaml") if path.name != "base.yaml")
@@ -152,6 +154,24 @@ def test_all_problems_at_once():
 def test_names_of_other_trainers_are_understood():
     assert "did you mean --lr?" in problems(*NEEDED, "--learning_rate", "1")[0]
     assert problems(*NEEDED, "--eval_only", "true")[0].endswith("unknown flag --eval_only: evaluate with test.py")
+    assert problems(*NEEDED, "--weight", "w")[0].startswith("unknown flag --weight: training starts from LLaVA")
+
+
+def test_the_mixing_example_names_every_referring_set():
+    """docs/training.md; without --refer_seg_data the file's refcocog would be the only one."""
+    text = (ROOT / "docs/training.md").read_text()
+    [command] = re.findall(r"train_ds.py (--config \S+ --dataset .*?\n.*?)\n\n", text, flags=re.DOTALL)
+    config = load_config(shlex.split(command.replace("\\\n", " ")))
+    assert config.data.refer_seg_data == tuple(TYPES["refer_seg"].default.split("||"))
+    assert len(config.data.dataset) == len(config.data.sample_rates) == 3
+
+
+def test_the_commands_of_the_page_for_other_projects_are_read():
+    text = (ROOT / "docs/migrating.md").read_text()
+    commands = re.findall(r"```bash\n.*?train_ds.py (.*?)```", text, flags=re.DOTALL)
+    assert len(commands) == 2
+    for command in commands:
+        load_config(shlex.split(command.replace("\\\n", " ")))
 
 
 @pytest.mark.parametrize(
@@ -234,10 +254,13 @@ def test_every_setting_is_read_somewhere():
     read = attributes(next(node for node in own.body if getattr(node, "name", "") == "Config"))
     for path in (ROOT / "train_ds.py", ROOT / "utils/training/engine.py", ROOT / "utils/datasets/mixture.py"):
         read |= attributes(ast.parse(path.read_text()))
+    read |= {option.name for option in fields(DataOptions)}  # handed over by name in mixture.py
     method = Config().method  # handed over as a whole, see the next test
     unread = [name for name in FIELDS if name not in read and name not in method and not name.endswith("_data")]
     assert unread == []
-    assert 'getattr(data, f"{kind}_data")' in (ROOT / "utils/datasets/mixture.py").read_text()
+    mixture = (ROOT / "utils/datasets/mixture.py").read_text()
+    assert 'getattr(data, f"{kind}_data")' in mixture
+    assert "getattr(data, option.name)" in mixture
 
 
 def test_the_method_settings_are_those_of_the_model():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import os
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -24,7 +23,9 @@ from model.settings import (
     value_problems,
     without_effect,
 )
+from utils.command_line.parser import Parser, hint
 from utils.config.settings import DataSettings, EvalSettings, ModelSettings, TrainSettings
+from utils.files import write_atomically
 
 
 class ConfigError(ValueError):
@@ -86,7 +87,7 @@ class Config:
 
     def save(self, path: str | Path) -> None:
         """Writes a YAML file that loads as this configuration."""
-        Path(path).write_text(yaml.safe_dump(to_dict(self), sort_keys=False, allow_unicode=True))
+        write_atomically(Path(path), yaml.safe_dump(to_dict(self), sort_keys=False, allow_unicode=True))
 
 
 SECTIONS: dict[str, type] = get_type_hints(Config)
@@ -95,27 +96,7 @@ SECTION_OF: dict[str, str] = {f.name: name for name, section in SECTIONS.items()
 DATA_TYPES = {name.removesuffix("_data") for name in FIELDS if name.endswith("_data")}
 KINDS: dict[str, Any] = {name: kind for s in SECTIONS.values() for name, kind in get_type_hints(s).items()}
 MOVED = dict.fromkeys(vars(ExperimentalSettings()), ("ppm", "loss"))  # sections that hold them in older files
-OTHER_NAMES = {  # names of settings in other trainers
-    "learning_rate": "lr",
-    "num_workers": "workers",
-    "gradient_accumulation_steps": "grad_accumulation_steps",
-    "ce_loss_weight": "text_loss_weight",
-    "num_classes_per_sample": "questions_per_image",
-    "print_freq": "log_every",
-}
-REMOVED = {  # settings of other trainers that do not exist here, and what to do instead
-    "eval_only": "evaluate with test.py",
-    "start_epoch": "--auto_resume true resumes the run where it stopped",
-    "image_size": "the input's size is read from SAM's weights",
-    "out_dim": "phi's width is read from SAM's weights",
-    "use_mm_start_end": "images always stand between their two tokens",
-    "train_mask_decoder": "SAM's mask decoder always trains",
-    "conv_type": "the template is always LLaVA-1.5's",
-    "exclude_val": 'name the splits to train on, as in --reason_seg_data "ReasonSeg|train"',
-    "vis_save_path": "chat.py writes to its --output",
-    "load_in_8bit": "test.py, chat.py and app.py take --quantize 8bit",
-    "load_in_4bit": "test.py, chat.py and app.py take --quantize 4bit",
-}
+PROGRAM = "train_ds.py"  # whose settings these are
 EXPECTED = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 
 
@@ -140,14 +121,11 @@ def load_config(argv: Sequence[str] | None = None, needs: Collection[str] = SECT
     Raises:
         ConfigError: with all unknown keys, wrong types and invalid values.
     """
-    flags, unknown = make_parser().parse_known_args(argv)
+    parser = make_parser()
+    flags, unknown = parser.parse_known_args(argv)
     if flags.local_rank is not None:  # the launcher passes it
         os.environ.setdefault("LOCAL_RANK", str(flags.local_rank))
-    problems = [
-        _unknown_argument(text)
-        for before, text in zip(["", *unknown], unknown)
-        if text.startswith("-") or not before.startswith("-")  # the value of an unknown flag is not reported again
-    ]
+    problems = parser.explain(unknown)
     values: dict[str, tuple[Any, str]] = {}
     if flags.config:
         values |= read_yaml(Path(flags.config), problems)
@@ -298,20 +276,8 @@ def _flatten(content: Mapping[str, Any], origin: str, problems: list[str]) -> di
 
 
 def _hint(name: Any, known: Sequence[str]) -> str:
-    if name in REMOVED:
-        return f": {REMOVED[name]}"
-    matches = (
-        [OTHER_NAMES[name]] if name in OTHER_NAMES else difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
-    )
-    return f"; did you mean {matches[0]}?" if matches else ""
-
-
-def _unknown_argument(text: str) -> str:
-    if not text.startswith("-"):
-        return f"unexpected argument {text!r}; settings are given as --name value"
-    flag = text.partition("=")[0]
-    close = _hint(flag.lstrip("-").replace("-", "_"), (*FIELDS, "config", "recipe"))
-    return f"unknown flag {flag}{close.replace('mean ', 'mean --') or '; see --help'}"
+    """What follows an unknown name of a YAML file in a message."""
+    return hint(str(name), known, PROGRAM, dashes="")
 
 
 # -- checking ----------------------------------------------------------------------------------------------------------
@@ -384,19 +350,19 @@ def missing_paths(config: Config) -> list[str]:
 # -- flags -------------------------------------------------------------------------------------------------------------
 
 
-class _Parser(argparse.ArgumentParser):
+class _Parser(Parser):
     def error(self, message: str) -> NoReturn:
         raise ConfigError([message])
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> Parser:
     """The command line's parser; ``build_config`` converts the values, which stay text here."""
     parser = _Parser(
         usage="%(prog)s --config FILE [--setting value ...]",
         description="Train UGround: LoRA on LLaVA, Policy-Prompted Masking, SAM's decoder.",
         epilog="Values: A||B for several names, 9,3,1 for several numbers, true or false for switches "
         "(a switch without a value is true). Flags override the YAML file, which overrides the defaults shown here.",
-        allow_abbrev=False,
+        program=PROGRAM,
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file with settings (sections as below); see configs/")
     parser.add_argument(

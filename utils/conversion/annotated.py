@@ -8,9 +8,9 @@ that image.
 
 from __future__ import annotations
 
+import re
 import unicodedata
-from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -18,9 +18,9 @@ from typing import Any, Literal
 import numpy as np
 
 from utils.datasets.base import DataError
-from utils.datasets.masks import check_polygon
+from utils.datasets.masks import check_polygon, encode_mask
 
-Kind = Literal["target", "ignored", "background"]
+Kind = Literal["target", "ignored", "background", "absent"]
 IGNORED_LABELS = {"__ignore__", "_ignore_"}
 BACKGROUND_LABELS = {"_background_", "__background__", "background"}
 SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
@@ -31,11 +31,14 @@ class Annotation:
     """One object, or one region that carries a label.
 
     Attributes:
-        label: what ``{label}`` stands for, or a whole query; stripped and in Unicode's NFC.
+        label: what ``{label}`` stands for, or a whole query; stripped and in Unicode's NFC. "" = unknown: then nothing
+            is absent in its image.
         mask: an item of the JSONL's ``masks`` (polygon rings, COCO RLE, path of a PNG); None = it has none.
-        box: x0, y0, x1, y1 in pixels of the image, where that is all there is.
+        box: x0, y0, x1, y1 in pixels of the image, where that is all there is. ``--boxes`` decides what becomes of it,
+            so the reader does not count it in ``left_out``.
         reason: why there is no mask: "a box", "a line", "2 points".
-        kind: of its label; labels that tools reserve (``__ignore__``, ``_background_``) are recognized here.
+        kind: labels that tools reserve (``__ignore__``, ``_background_``) are recognized here; "absent" = the file says
+            that the image lacks it, as a black mask image does.
         is_query: whether ``label`` is a whole query, which ``--query`` leaves as it is.
     """
 
@@ -66,7 +69,6 @@ class AnnotatedImage:
     size: tuple[int, int] | None
     annotations: list[Annotation] = field(default_factory=list)
     split: str = ""
-    queries: dict[str, list[Any]] = field(default_factory=lambda: defaultdict(list))
 
 
 @dataclass
@@ -76,13 +78,16 @@ class Annotated:
     Attributes:
         images: two entries of one file are joined later, not by the reader.
         left_out: reason -> count of what could not be used: rows, files, images. A reason is a phrase that names the
-            kind ("box without a mask"), and the file or value of singular things.
-        notes: reason -> count of what was used in a way that the user should know of.
+            kind ("box without a mask"); after a colon it may name a file or value, of which the first is shown.
+        notes: the same for what was used in a way that the user should know of.
+        not_negative: files that ``--negatives`` must not take for images without annotation: mask images, and images
+            whose annotations could not be read.
     """
 
     images: list[AnnotatedImage] = field(default_factory=list)
     left_out: Counter[str] = field(default_factory=Counter)
     notes: Counter[str] = field(default_factory=Counter)
+    not_negative: set[Path] = field(default_factory=set)
 
 
 def kind_of(label: str) -> Kind:
@@ -91,36 +96,80 @@ def kind_of(label: str) -> Kind:
     return "ignored" if name in IGNORED_LABELS else "background" if name in BACKGROUND_LABELS else "target"
 
 
-def clean_ring(points: Any, size: tuple[int, int]) -> list[list[float]]:
-    """The ring of a polygon in any spelling, rounded to 1/100 pixel: [[x, y], ...].
+def split_name(name: str) -> str:
+    """A tool's split as the JSONL names it: ``valid`` is ``val``; others keep their name."""
+    name = name.strip()
+    return SPLITS.get(name.lower(), re.sub(r"[|/\\]", "_", name))
+
+
+def split_of(path: Path) -> str:
+    """The split that a path within a data set names: the last folder such as ``train`` or ``valid``; "" = none."""
+    return next((part for part in reversed(path.parent.parts) if part.lower() in SPLITS), "")
+
+
+def label_key(label: str) -> str:
+    """What tells labels apart: neither case nor white space nor the Unicode normalization does."""
+    return " ".join(unicodedata.normalize("NFC", label).casefold().split())
+
+
+def whole(text: Any) -> int | None:
+    """A number of at most 9 digits, as a JSON number or as text; None for anything else."""
+    if isinstance(text, float) and text.is_integer():
+        text = int(text)
+    return int(text) if not isinstance(text, bool) and re.fullmatch(r"[0-9]{1,9}", str(text).strip()) else None
+
+
+def extent(height: Any, width: Any) -> tuple[int, int] | None:
+    """(height, width) as a file states them, in numbers or text; None if it states none that an image can have."""
+    sides = whole(height), whole(width)
+    return (sides[0], sides[1]) if sides[0] and sides[1] else None
+
+
+def number_pairs(points: Any) -> np.ndarray:
+    """Points in any spelling as float64 [n, 2]; ``DataError`` if they are not pairs of finite numbers.
 
     Args:
         points: ``[x, y, x, y, ...]``, ``[[x, y], ...]`` or ``[{"x": x, "y": y}, ...]``.
+    """
+    if isinstance(points, (list, tuple)) and points and all(isinstance(point, dict) for point in points):
+        points = [[point.get("x"), point.get("y")] for point in points]
+    try:
+        pairs = np.array([] if _holds_other_than_numbers(points) else points, dtype=np.float64)
+    except (ValueError, OverflowError, RecursionError):  # unequal lengths; too large for a float; lists in lists
+        pairs = np.zeros(0)
+    if pairs.ndim == 1 and pairs.size and pairs.size % 2 == 0:
+        pairs = pairs.reshape(-1, 2)
+    if pairs.ndim != 2 or pairs.shape[1] != 2 or not np.isfinite(pairs).all():
+        raise DataError("its points are not pairs of numbers")
+    if (abs(pairs) > 1e9).any():  # and arithmetic on them may overflow
+        raise DataError("a point far outside its image")
+    return pairs
+
+
+def _holds_other_than_numbers(points: Any) -> bool:
+    if isinstance(points, (list, tuple)):
+        return any(map(_holds_other_than_numbers, points))
+    return isinstance(points, bool) or not isinstance(points, (int, float))
+
+
+def clean_ring(points: Any, size: tuple[int, int]) -> list[list[float]]:
+    """The ring of a polygon, rounded to 1/100 pixel: [[x, y], ...].
+
+    Args:
+        points: as in ``number_pairs``.
         size: (height, width) of the image.
 
     Raises:
         DataError: with the reason: fewer than 3 points, no numbers, or a coordinate far outside the image.
     """
-    if isinstance(points, Sequence) and points and all(isinstance(point, dict) for point in points):
-        points = [[point.get("x"), point.get("y")] for point in points]
-    if _holds_text(points):  # numpy would parse "1"
-        raise DataError("its points are not pairs of numbers")
+    ring = number_pairs(points)
     try:
-        ring = check_polygon(points, *size)
+        check_polygon(ring, *size)
     except DataError as error:
-        far = "far outside" in str(error)
-        raise DataError("a point far outside its image" if far else "its points are not pairs of numbers") from error
-    except OverflowError as error:
         raise DataError("a point far outside its image") from error
     if len(ring) < 3:
-        raise DataError(f"{len(ring)} points" if len(ring) != 1 else "1 point")
+        raise DataError("1 point" if len(ring) == 1 else f"{len(ring)} points")
     return ring.round(2).tolist()
-
-
-def _holds_text(points: Any) -> bool:
-    if isinstance(points, (list, tuple)):
-        return any(_holds_text(point) for point in points)
-    return points is None or isinstance(points, (str, bool, dict))
 
 
 def rectangle_ring(x0: float, y0: float, x1: float, y1: float) -> list[list[float]]:
@@ -136,3 +185,15 @@ def ellipse_ring(x: float, y: float, rx: float, ry: float, degrees: float = 0.0)
     xs = x + along * np.cos(turn) - across * np.sin(turn)
     ys = y + along * np.sin(turn) + across * np.cos(turn)
     return np.stack([xs, ys], axis=1).round(2).tolist()
+
+
+def pasted_mask(patch: np.ndarray, left: int, top: int, size: tuple[int, int]) -> dict[str, Any]:
+    """COCO RLE of the image whose pixels from (left, top) on are ``patch``, bool [h, w]; the overhang is clipped."""
+    height, width = size
+    mask = np.zeros(size, dtype=bool)
+    inside = patch[max(-top, 0) : max(height - top, 0), max(-left, 0) : max(width - left, 0)]
+    y, x = max(top, 0), max(left, 0)
+    mask[y : y + inside.shape[0], x : x + inside.shape[1]] = inside
+    if not mask.any():
+        raise DataError("a mask outside its image, or empty")
+    return encode_mask(mask)

@@ -7,12 +7,13 @@ import re
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable
-from functools import cache
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from urllib.parse import unquote
 
 from PIL import Image
 
+from model.processing.pixels import FORMATS
 from utils.datasets.base import DataError, MissingDataError
 from utils.datasets.images import DECODE_ERRORS
 
@@ -49,7 +50,7 @@ class ImageFolder:
         self.folders = list(dict.fromkeys(folders))
         self._by_name: dict[str, list[Path]] | None = None
 
-    def find(self, name: str, stem: str = "", beside: Path | None = None) -> Path:
+    def find(self, name: str, stem: str = "", beside: Path | None = None, split: str = "") -> Path:
         """The image that a tool wrote as ``name``.
 
         Tried in this order: the path as written (relative to each folder and to ``beside``), the longest ending of it
@@ -59,26 +60,38 @@ class ImageFolder:
             name: with slashes or backslashes, absolute, ``file://``, or with %20; "" = none was written.
             stem: of the annotation file, for files that name no image.
             beside: folder of the annotation file.
+            split: of several images of a name, those below a folder of this name are meant.
 
         Raises:
             MissingDataError: if there is none.
             DataError: if several images of different content have the name.
         """
-        folders = list(dict.fromkeys([*self.folders, *([beside] if beside else [])]))
-        for spelling in _spellings(name):
-            parts = PurePosixPath(spelling).parts
-            for folder in folders:
-                if _is_image(path := Path(os.path.normpath(folder / spelling))):
-                    return path
-            for start in range(1, len(parts) - 1):  # a path of another machine: its last parts
-                for folder in folders:
-                    if _is_image(path := Path(os.path.normpath(folder.joinpath(*parts[start:])))):
-                        return path
+        if path := self.as_written(name, beside):
+            return path
         base_names = [PurePosixPath(spelling).name for spelling in _spellings(name)]
         candidates = [path for base in base_names for path in self._named(plain(base))]
         if not candidates and stem:
             candidates = self._named(plain(stem), beside)
-        return _only(candidates, name or stem, folders)
+        if split:
+            candidates = [path for path in candidates if split in path.parent.parts] or candidates
+        return _only(candidates, name or stem, self._folders(beside))
+
+    def as_written(self, name: str, beside: Path | None = None) -> Path | None:
+        """The image at the path that a tool wrote, or at its longest ending of a folder and a name; None if none is."""
+        for spelling in _spellings(name):
+            parts = PurePosixPath(spelling).parts
+            for tail in (spelling, *("/".join(parts[start:]) for start in range(1, len(parts) - 1))):
+                for folder in self._folders(beside):
+                    if _is_image(path := Path(os.path.normpath(folder / tail))):
+                        return path
+        return None
+
+    def _folders(self, beside: Path | None) -> list[Path]:
+        """The folders in the order of search: a subfolder of the first one before it, another one after all."""
+        if beside is None:
+            return self.folders
+        inside = beside.is_relative_to(self.folders[0])
+        return list(dict.fromkeys([beside, *self.folders] if inside else [*self.folders, beside]))
 
     def _named(self, key: str, beside: Path | None = None) -> list[Path]:
         """The images with a base name; with ``beside`` those with a stem, in that folder if there are any."""
@@ -126,19 +139,30 @@ def _same_content(first: Path, second: Path) -> bool:
     return first.stat().st_size == second.stat().st_size and first.read_bytes() == second.read_bytes()
 
 
-@cache
 def image_sizes(path: Path) -> tuple[tuple[int, int], int]:
     """(height, width) of the stored pixels, and the EXIF orientation (1 to 8; 1 = upright).
 
     Raises:
-        DataError: if the file is no image that can be read.
+        DataError: if the file is no image that can be read to its end.
     """
     try:
-        with Image.open(path) as image:
+        stat = path.stat()
+    except (OSError, ValueError) as error:
+        raise DataError(f"image {path} cannot be read ({error})") from error
+    return _image_sizes(path, stat.st_mtime_ns, stat.st_size)
+
+
+@lru_cache(maxsize=100_000)
+def _image_sizes(path: Path, _changed: int, _bytes: int) -> tuple[tuple[int, int], int]:
+    try:
+        with Image.open(path, formats=FORMATS) as image:
             orientation = image.getexif().get(EXIF_ORIENTATION, 1)
-            return (image.height, image.width), orientation if orientation in range(1, 9) else 1
+            size = image.height, image.width
+            image.draft(image.mode, (1, 1))  # JPEG: an eighth of the pixels shows as well whether the file is whole
+            image.load()
     except DECODE_ERRORS as error:
         raise DataError(f"image {path} cannot be read ({error})") from error
+    return size, orientation if orientation in range(1, 9) else 1
 
 
 def upright_size(path: Path) -> tuple[int, int]:

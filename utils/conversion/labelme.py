@@ -1,124 +1,233 @@
-"""LabelMe: a JSON file per image."""
+"""LabelMe: a JSON file per image; also X-AnyLabeling's, and ReasonSeg's with its queries in ``text``.
+
+The formats are those that the tools' own code writes: LabelMe 2 to 6 (labelme/_label_file.py, shape.py) and
+X-AnyLabeling (label_file.py); ReasonSeg's rules are those of LISA's loader (utils/data_processing.py).
+"""
 
 from __future__ import annotations
 
-import argparse
 import base64
 import binascii
 import io
-from collections import Counter, defaultdict
+import math
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 from PIL import Image
 
-from utils.conversion.annotated import AnnotatedImage
-from utils.datasets.base import DataError, read_json
+from utils.conversion.annotated import (
+    Annotated,
+    AnnotatedImage,
+    Annotation,
+    clean_ring,
+    ellipse_ring,
+    extent,
+    number_pairs,
+    pasted_mask,
+    rectangle_ring,
+    split_of,
+)
+from utils.conversion.images import ImageFolder, files_below, image_sizes, upright_size
+from utils.datasets.base import DataError, MissingDataError, parse_json, read_text
 from utils.datasets.images import DECODE_ERRORS
-from utils.datasets.masks import encode_mask
-from utils.datasets.reason_seg import IMAGE_SUFFIXES
+
+WITHOUT_AREA = {"line": "a line", "linestrip": "a line", "point": "a point", "points": "points"}
+POLYGONS = {"polygon", "rectangle", "rotation", "oriented_rectangle", "quadrilateral"}
 
 
-def read_labelme(args: argparse.Namespace, skipped: Counter[str]) -> list[AnnotatedImage]:
-    """One image per JSON file. Shapes with the same label and group_id are parts of one object.
+def read_labelme(
+    folder: Path, images: Path | None = None, encoding: str | None = None, extract: Path | None = None
+) -> Annotated:
+    """Reads every LabelMe file below a folder. Shapes with the same label and group_id are parts of one object.
 
-    If a file has queries in ``text``, as ReasonSeg's do, each of them refers to all shapes with the label ``target``.
+    If a file has queries in ``text``, as ReasonSeg's do, each refers to all its shapes but those labelled "ignore",
+    which are ignored regions, and "flag", which are none.
+
+    Args:
+        folder: of the JSON files.
+        images: folder of the images, where they are neither beside the files nor where ``imagePath`` says.
+        encoding: of files that are not UTF-8.
+        extract: folder for images that a file holds itself (``imageData``) and that are nowhere else.
+
+    Raises:
+        DataError: if there is no LabelMe file, a file is not text, or an image may be one of several.
     """
-    files = sorted(args.folder.rglob("*.json"))
+    result = Annotated()
+    files = files_below(folder, {".json"}, result.left_out)
     if not files:
-        raise DataError(
-            f"{args.folder} contains no .json, not even in subfolders; give the folder that LabelMe wrote to"
-        )
-    photos = []
+        raise DataError(f"{folder} contains no .json, not even in subfolders; give the folder that LabelMe wrote to")
+    finder = ImageFolder(*([images] if images else []), folder)
+    guessed: dict[int, Path] = {}  # number of an image -> its file, for images that lie elsewhere than the file says
     for file in files:
-        annotation = read_json(file)
-        shapes = annotation.get("shapes")
-        if not isinstance(shapes, list) or not all(
-            isinstance(shape, dict) and isinstance(shape.get("label"), str) and shape["label"].strip()
-            for shape in shapes
-        ):
-            raise DataError(f"{file} is not a LabelMe file: it has no list 'shapes' of dicts with a 'label'")
-        size = (annotation.get("imageHeight"), annotation.get("imageWidth"))
-        photo = AnnotatedImage(
-            _labelme_image(file, annotation), size if all(type(side) is int for side in size) else None
-        )
-        objects: dict[Any, list[Any]] = defaultdict(list)
-        for number, shape in enumerate(shapes):
-            try:
-                parts = _labelme_shape(shape, photo)
-            except DataError as error:
-                skipped[f"{shape.get('shape_type')} ({error})"] += 1
-                continue
-            group = shape.get("group_id")
-            objects[shape["label"].strip(), number if group is None else f"group {group}"] += parts
-        texts = annotation.get("text")
-        for (label, _), parts in objects.items():
-            queries = [args.query.replace("{label}", label)]
-            if isinstance(texts, list):
-                queries = [str(text).strip() for text in texts if label == "target"]
-            rings = [part for part in parts if isinstance(part, list)]
-            for query in filter(None, queries):
-                photo.queries[query] += [rings] * bool(rings) + [part for part in parts if isinstance(part, dict)]
-        photos.append(photo)
-    return photos
+        text = read_text(file, encoding)
+        try:
+            content = _content(text, file)
+            path = _image(file, content, finder, extract and extract / file.relative_to(folder), result)
+            if images is None and path != finder.as_written(str(content.get("imagePath") or ""), file.parent):
+                guessed |= (
+                    {len(result.images): file} if path.parent != file.parent and path.is_relative_to(folder) else {}
+                )
+        except MissingDataError as error:
+            result.left_out[f"file without its image: {error}"] += 1
+            continue
+        except _NotLabelMe as error:
+            result.left_out[str(error)] += 1
+            result.not_negative |= {path for path in file.parent.iterdir() if path.stem == file.stem}
+            continue
+        claimed = extent(content.get("imageHeight"), content.get("imageWidth"))
+        result.images.append(AnnotatedImage(path, claimed, split=split_of(file.relative_to(folder))))
+        try:
+            size = claimed if claimed == image_sizes(path)[0] else upright_size(path)
+        except DataError:  # the image is left out, with this reason, where images are checked
+            continue
+        result.images[-1].annotations = _annotations(file, content, size, result)
+    _drop_wrong_guesses(result, guessed)
+    return result
 
 
-def _labelme_image(file: Path, annotation: dict[str, Any]) -> Path:
-    """The image at ``imagePath`` (with backslashes on Windows), or the one of the same name beside the file."""
-    image_path = str(annotation.get("imagePath") or "").replace("\\", "/")
-    candidates = [file.parent / image_path] if image_path else []
-    candidates += [
-        path
-        for path in sorted(file.parent.glob(f"{_escape_glob(file.stem)}.*"))
-        if path.suffix.lower() in IMAGE_SUFFIXES
-    ]
-    existing = next((path for path in candidates if path.is_file()), None)
-    if existing is None:
-        raise DataError(f"{file} has no image: neither its imagePath {image_path!r} nor one of the same name exists")
-    return existing
+def _drop_wrong_guesses(result: Annotated, guessed: dict[int, Path]) -> None:
+    """Leaves out files whose image was found by its name alone and belongs to another file: a wrong image."""
+    sure = {image.path.resolve() for number, image in enumerate(result.images) if number not in guessed}
+    wrong = {number for number in guessed if result.images[number].path.resolve() in sure}
+    for number in wrong:
+        result.left_out[f"file without its image, of which only another folder's has the name: {guessed[number]}"] += 1
+    result.images = [image for number, image in enumerate(result.images) if number not in wrong]
 
 
-def _escape_glob(name: str) -> str:
-    """Escapes the characters of a file name that are special in a glob pattern."""
-    return "".join(f"[{character}]" if character in "[]*?" else character for character in name)
+class _NotLabelMe(DataError):
+    """A file is left out; the others are read."""
 
 
-def _labelme_shape(shape: dict[str, Any], photo: AnnotatedImage) -> list[Any]:
-    """Converts a shape to polygons [[[x, y], ...]] or RLE; ``DataError`` with the reason if it has no area."""
-    kind = shape.get("shape_type") or "polygon"
+def _content(text: str, file: Path) -> dict[str, Any]:
     try:
-        points = np.array(shape.get("points"), dtype=np.float64).reshape(-1, 2).round(2)
-    except (TypeError, ValueError) as error:
-        raise DataError("its points are not pairs of numbers") from error
-    if kind == "mask":
-        return [_labelme_mask(shape.get("mask"), points, photo)]
-    if kind == "rectangle" and len(points) == 2:
-        (x0, y0), (x1, y1) = points
-        points = np.array([[x0, y0], [x1, y0], [x1, y1], [x0, y1]])
-    elif kind == "circle" and len(points) == 2:  # the center, and a point on the circle
-        angles = np.linspace(0, 2 * np.pi, 64, endpoint=False)
-        radius = np.hypot(*(points[1] - points[0]))
-        points = (points[0] + radius * np.stack([np.cos(angles), np.sin(angles)], axis=1)).round(2)
-    elif kind not in ("polygon", "rectangle"):
-        raise DataError("it has no area")
-    if len(points) < 3:
-        raise DataError(f"{len(points)} points")
-    return [points.tolist()]
+        content = parse_json(text, file, object)
+    except DataError as error:
+        raise _NotLabelMe(f"JSON that cannot be read: {error}") from error
+    if not isinstance(content, dict) or not isinstance(content.get("shapes"), list):
+        raise _NotLabelMe(f"JSON that is not a LabelMe file, without a list 'shapes': {file}")
+    return content
 
 
-def _labelme_mask(encoded: Any, points: np.ndarray, photo: AnnotatedImage) -> dict[str, Any]:
-    """Decodes LabelMe's mask, a base64 PNG whose upper left corner is the minimum of ``points``, as RLE."""
-    if photo.size is None:
-        raise DataError("the file lacks imageHeight and imageWidth")
+# -- images ------------------------------------------------------------------------------------------------------------
+
+
+def _image(file: Path, content: dict[str, Any], finder: ImageFolder, target: Path | None, result: Annotated) -> Path:
+    """The image of a file: at ``imagePath``, of the same name, or its own ``imageData``, written to ``target``."""
+    name = content.get("imagePath")
+    try:
+        return finder.find(name if isinstance(name, str) else "", file.stem, file.parent)
+    except MissingDataError as error:
+        data = _embedded(content.get("imageData"))
+        if data is None or target is None:
+            raise MissingDataError(f"{file} has no image: {error}, nor one of the same name") from error
+        path = target.with_suffix(data[1])
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data[0])
+        result.notes[f"image that was only in the JSON itself (imageData), written to {path.parent}"] += 1
+        return path
+
+
+def _embedded(encoded: Any) -> tuple[bytes, str] | None:
+    """The bytes of an image in base64, and the suffix of its format; None if it is no image."""
+    if not isinstance(encoded, str):
+        return None
+    try:
+        data = base64.b64decode(encoded.rpartition(",")[2])
+        with Image.open(io.BytesIO(data)) as image:
+            suffix = {"JPEG": ".jpg", "PNG": ".png"}.get(str(image.format))
+    except (*DECODE_ERRORS, binascii.Error):
+        return None
+    return (data, suffix) if suffix else None
+
+
+# -- shapes ------------------------------------------------------------------------------------------------------------
+
+
+def _annotations(file: Path, content: dict[str, Any], size: tuple[int, int], result: Annotated) -> list[Annotation]:
+    """The annotations of a file for an image of ``size``; shapes that cannot be used are counted."""
+    texts = content.get("text")
+    is_reason_seg = isinstance(texts, list)
+    objects: dict[tuple[str, str], list[Any]] = defaultdict(list)  # (label, group) -> polygons and RLE
+    for number, shape in enumerate(content["shapes"]):
+        label = shape.get("label") if isinstance(shape, dict) else None
+        if not isinstance(label, str) or not label.strip():
+            label = ""  # counted where annotations without a label are
+        parts = objects[label.strip(), _group(shape, number)]
+        if is_reason_seg and label.lower() == "flag":
+            continue
+        try:
+            parts += [_part(shape if isinstance(shape, dict) else {}, size)]
+        except DataError as error:
+            result.left_out[str(error)] += 1
+    annotations = []
+    for (label, _), parts in objects.items():
+        rings = [part for part in parts if isinstance(part, list)]
+        masks = [rings] * bool(rings) + [part for part in parts if isinstance(part, dict)]
+        annotations += [Annotation(label, mask) for mask in masks] or [Annotation(label, None, reason="no area")]
+    return _reason_seg(file, texts, annotations, result) if isinstance(texts, list) else annotations
+
+
+def _group(shape: Any, number: int) -> str:
+    group = shape.get("group_id") if isinstance(shape, dict) else None
+    return f"shape {number}" if group is None else f"group {group!r}"
+
+
+def _reason_seg(file: Path, texts: list[Any], shapes: list[Annotation], result: Annotated) -> list[Annotation]:
+    """The annotations of ReasonSeg: every query refers to all targets."""
+    queries = [text.strip() for text in texts if isinstance(text, str) and text.strip()]
+    if not queries:
+        result.left_out[f"file without a query in 'text': {file}"] += 1
+    annotations = []
+    for shape in shapes:
+        if shape.label.lower() == "flag":
+            result.left_out["shape labelled 'flag'"] += 1
+        elif "ignore" in shape.label.lower():
+            shape.kind = "ignored"
+            annotations.append(shape)
+        else:
+            annotations += [Annotation(query, shape.mask, is_query=True) for query in queries]
+    if not any(annotation.mask and annotation.is_query for annotation in annotations):
+        annotations += [Annotation(query, None, reason="no target", is_query=True) for query in queries]
+        result.left_out[f"file without a target: {file}"] += 1
+    return annotations
+
+
+def _part(shape: dict[str, Any], size: tuple[int, int]) -> Any:
+    """Converts a shape to a polygon [[x, y], ...] or RLE; ``DataError`` with the reason if it is neither."""
+    kind = str(shape.get("shape_type") or "polygon")
+    try:
+        if kind == "mask":
+            return _pasted(shape.get("mask"), number_pairs(shape.get("points")), size)
+        if kind in WITHOUT_AREA:
+            raise DataError(f"{WITHOUT_AREA[kind]} has no area")
+        if kind not in (*POLYGONS, "circle", "cuboid"):
+            raise DataError("a kind of shape that is not known")
+        points = number_pairs(shape.get("points"))
+        if kind == "rectangle" and len(points) == 2:
+            (x0, y0), (x1, y1) = points.tolist()
+            points = np.array(rectangle_ring(x0, y0, x1, y1))
+        elif kind == "circle":  # the center, and a point on the circle
+            if len(points) != 2:
+                raise DataError(f"a circle of {len(points)} points; it needs 2")
+            (x, y), (radius_x, radius_y) = points[0].tolist(), (points[1] - points[0]).tolist()
+            radius = math.hypot(radius_x, radius_y)
+            points = np.array(ellipse_ring(x, y, radius, radius))
+        elif kind == "cuboid" and len(points) > 3:  # its corners, in the image
+            points = cv2.convexHull(points.astype(np.float32))[:, 0]
+        return clean_ring(points.tolist(), size)
+    except DataError as error:
+        raise DataError(f"{kind[:40]} ({error})") from error
+
+
+def _pasted(encoded: Any, points: np.ndarray, size: tuple[int, int]) -> dict[str, Any]:
+    """LabelMe's mask as RLE: a base64 PNG whose upper left corner is the minimum of ``points``, clipped."""
     try:
         with Image.open(io.BytesIO(base64.b64decode(encoded))) as picture:
-            patch = np.asarray(picture) != 0
+            patch = np.asarray(picture.convert("L")) != 0
     except (*DECODE_ERRORS, binascii.Error, TypeError) as error:
         raise DataError("its PNG cannot be read") from error
-    mask = np.zeros(photo.size, dtype=bool)
-    x, y = (int(corner) for corner in points.min(axis=0)) if len(points) else (0, 0)
-    if patch.ndim != 2 or x < 0 or y < 0 or mask[y : y + len(patch), x : x + patch.shape[1]].shape != patch.shape:
-        raise DataError("its PNG does not fit into the image")
-    mask[y : y + len(patch), x : x + patch.shape[1]] = patch
-    return encode_mask(mask)
+    left, top = (int(corner) for corner in np.clip(points.min(axis=0).round(), -(10**6), 10**6))
+    return pasted_mask(patch, left, top, size)

@@ -9,35 +9,72 @@ from typing import Any
 
 import numpy as np
 
-from utils.conversion.annotated import AnnotatedImage
+from utils.conversion.annotated import label_key
+from utils.conversion.queries import QueriedImage
+from utils.datasets.jsonl import TRAIN, scan
 
 
-def lines_of(photos: list[AnnotatedImage], folder: Path, val: float, absent: int) -> list[dict[str, Any]]:
-    """Lines of the JSONL; paths are relative to ``folder``. The choice of validation images is deterministic."""
+def add_absent(images: list[QueriedImage], negatives: list[QueriedImage], count: int) -> None:
+    """Adds up to ``count`` queries of other images to every image that has annotations, as absent targets.
+
+    Negatives, images without annotation, get up to ``count`` of them, and at least one. The choice is deterministic.
+    """
     rng = np.random.default_rng(0)
-    for_val = set(rng.permutation(len(photos))[: round(val * len(photos)) or bool(val)].tolist())
-    all_queries = sorted({query for photo in photos for query in photo.queries})
+    pool = sorted({query for image in images for query, masks in image.queries.items() if masks})
+    for image in [*images, *negatives]:
+        taken = image.annotated | {label_key(query) for query in image.queries}
+        others = [query for query in pool if label_key(query) not in taken]
+        wanted = count if image.is_annotated else max(count, 1)
+        if not image.has_unknown:
+            image.queries |= {others[i]: [] for i in rng.permutation(len(others))[:wanted]}
+
+
+def draw_val(count: int, share: float) -> set[int]:
+    """Which of ``count`` images are for validation: at least one and never all, if there are two or more."""
+    wanted = min(max(round(share * count), 1), count - 1) if share else 0
+    return set(np.random.default_rng(0).permutation(count)[:wanted].tolist())
+
+
+def lines_of(images: list[QueriedImage], folder: Path, val: float, own_split: bool) -> list[dict[str, Any]]:
+    """The lines of all images that have a query; paths are relative to ``folder``, wherever links lead.
+
+    Args:
+        val: share of the images for validation.
+        own_split: whether the images' own splits are written.
+    """
+    images = [image for image in images if image.queries]
+    for_val = draw_val(len(images), val)
     lines = []
-    for number, photo in enumerate(photos):
-        others = [query for query in all_queries if query not in photo.queries]
-        queries = dict(photo.queries) | {others[i]: [] for i in rng.permutation(len(others))[:absent]}
-        for query, masks in queries.items():
-            line = {"image": relative(photo.path, folder), "query": query, "masks": masks}
-            line |= {"size": list(photo.size)} if photo.size else {}
-            lines.append(line | ({"split": "val" if number in for_val else "train"} if val else {}))
+    for number, image in enumerate(images):
+        shared: dict[str, Any] = {"size": list(image.size)}
+        if own_split:
+            shared["split"] = image.split or TRAIN
+        elif val:
+            shared["split"] = "val" if number in for_val else TRAIN
+        if image.ignore:
+            shared["ignore"] = [_portable(mask, folder) for mask in image.ignore]
+        for query, masks in image.queries.items():
+            written = [_portable(mask, folder) for mask in masks]
+            lines.append({"image": relative(image.path, folder), "query": query, "masks": written} | shared)
     return lines
 
 
+def _portable(mask: Any, folder: Path) -> Any:
+    return relative(Path(mask), folder) if isinstance(mask, str) else mask
+
+
 def relative(path: Path, folder: Path) -> str:
-    return Path(os.path.relpath(path, folder)).as_posix()
+    """A path as the JSONL in ``folder`` holds it, without links: the system follows them before ``..``."""
+    return Path(os.path.relpath(path.resolve(), folder.resolve())).as_posix()
 
 
 def write_lines(lines: list[dict[str, Any]], output: Path) -> None:
-    """Writes the file atomically."""
+    """Writes the file atomically, once its reader finds every line valid and every image."""
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = output.with_name(f".{output.name}.partial")
     try:
         partial.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+        scan(partial)
         partial.replace(output)
     finally:
         partial.unlink(missing_ok=True)

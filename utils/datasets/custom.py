@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from model.structures import EvalQuery, EvalSample, Sample, Turn
+from model.structures import IGNORE_PIXEL, EvalQuery, EvalSample, Sample, Turn
 from utils.datasets.base import DataError, DataOptions, DatasetRow, check_sample, sample_indices
 from utils.datasets.images import DECODE_ERRORS, check_size, read_image
 from utils.datasets.jsonl import TRAIN, Line, LineFile
@@ -70,18 +70,30 @@ def read_labels(path: Path) -> np.ndarray:
     return np.any(values, axis=2).astype(np.uint8)
 
 
-def load_lines(folder: Path, lines: list[Line]) -> tuple[np.ndarray, list[list[np.ndarray]]]:
-    """Decodes the lines of an image: image [H, W, 3], rotated by EXIF, and the masks of each line, uint8 [H, W]."""
-    masks, line = [], lines[0]
+def load_lines(folder: Path, lines: list[Line]) -> tuple[np.ndarray, list[list[np.ndarray]], list[np.ndarray]]:
+    """Decodes the lines of an image.
+
+    Returns:
+        image [H, W, 3], rotated by EXIF; the masks of each line, uint8 [H, W]; the ignored region of each line, bool
+        [H, W].
+    """
+    masks, ignored, line = [], [], lines[0]
     try:
         image = read_image(folder / line.image, apply_exif=True)
         for line in lines:
             masks.append([read_mask(mask, folder, *image.shape[:2]) for mask in line.masks])
+            regions = [read_mask(mask, folder, *image.shape[:2]) for mask in line.ignore]
+            ignored.append(stack_masks(regions, *image.shape[:2]).max(axis=0, initial=0) > 0)
     except DataError as error:
         raise DataError(f"{line.location}: {error}") from error
     for line in lines:
         check_size(line.location, image, *(line.size or image.shape[:2]))
-    return image, masks
+    return image, masks, ignored
+
+
+def with_ignored(mask: np.ndarray, ignored: np.ndarray) -> np.ndarray:
+    """A mask [H, W] of 0 and 1 with 255 in the ignored region, except where the target covers it."""
+    return np.where(ignored & (mask == 0), np.uint8(IGNORE_PIXEL), mask)
 
 
 class CustomTrain:
@@ -107,11 +119,11 @@ class CustomTrain:
     def sample(self, index: int, rng: np.random.Generator) -> Sample:
         lines = self.file.lines(index)
         lines = [lines[i] for i in sample_indices(self.options.questions_per_image, len(lines), rng)]
-        image, masks = load_lines(self.file.path.parent, lines)
+        image, masks, ignored = load_lines(self.file.path.parent, lines)
         conversations = [line.turns or (_query_turn(line, rng),) for line in lines]
         flat = []
-        for line, line_masks in zip(lines, masks):
-            flat += line_masks if line.turns else _merge(line_masks)
+        for line, line_masks, region in zip(lines, masks, ignored):
+            flat += [with_ignored(mask, region) for mask in (line_masks if line.turns else _merge(line_masks))]
         return check_sample(Sample(lines[0].location, image, conversations, stack_masks(flat, *image.shape[:2])))
 
     def describe(self) -> dict[str, int]:
@@ -155,10 +167,10 @@ class CustomEval:
 
     def __getitem__(self, index: int) -> EvalSample:
         lines = self.file.lines(index)
-        image, masks = load_lines(self.file.path.parent, lines)
+        image, masks, ignored = load_lines(self.file.path.parent, lines)
         queries = []
-        for line, line_masks in zip(lines, masks):
+        for line, line_masks, region in zip(lines, masks, ignored):
             meta = {"length": "long" if line.is_sentence else "short", "targets": len(line_masks), **line.meta}
-            truth = stack_masks(_merge(line_masks), *image.shape[:2])
+            truth = stack_masks([with_ignored(mask, region) for mask in _merge(line_masks)], *image.shape[:2])
             queries.append(EvalQuery(str(line.number), line.query, truth, line.is_sentence, meta))
         return EvalSample(f"{self.spec}/{lines[0].image}", lines[0].image, image, queries)

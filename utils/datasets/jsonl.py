@@ -16,7 +16,7 @@ from utils.datasets.base import DataError, find_paths, unknown
 from utils.datasets.spec import Spec
 from utils.datasets.vqa import read_turns
 
-KEYS = ("image", "query", "conversations", "masks", "split", "size", "meta")
+KEYS = ("image", "query", "conversations", "masks", "ignore", "split", "size", "meta")
 TRAIN = "train"  # the split of a line that names none
 MAX_SHOWN = 10
 
@@ -31,6 +31,7 @@ class Line:
         image: path, relative to the file's folder.
         query: the expression to segment; empty for a conversation.
         turns: the turns of a conversation; empty for a query.
+        ignore: encoded masks of regions that count neither as target nor as background.
         size: (height, width) of the annotated image, if given.
         meta: keys by which reports group the scores (``{"family": "scratches"}``).
     """
@@ -41,6 +42,7 @@ class Line:
     query: str
     turns: tuple[Turn, ...]
     masks: list[Any]
+    ignore: list[Any]
     split: str
     size: tuple[int, int] | None
     meta: dict[str, Any]
@@ -59,13 +61,15 @@ def parse_line(raw: bytes, path: Path, number: int) -> Line:
     location = f"{path}, line {number}"
     try:
         record = _read_object(raw)
+        image = os.path.normpath(_text(record, "image"))
         return Line(
             location,
             number,
-            os.path.normpath(_text(record, "image")),
+            image,
             _text(record, "query") if "query" in record else "",
             turns := _turns(record["conversations"]) if "conversations" in record else (),
-            _masks(record, turns),
+            _masks(record, turns, image),
+            _mask_list(record, "ignore", image) if "ignore" in record else [],
             _text(record, "split") if "split" in record else TRAIN,
             _size(record.get("size")),
             _meta(record.get("meta", {})),
@@ -75,11 +79,13 @@ def parse_line(raw: bytes, path: Path, number: int) -> Line:
 
 
 def _read_object(raw: bytes) -> dict[str, Any]:
+    if b"\0" in raw:
+        raise DataError("not UTF-8 text (a NUL, as in UTF-16); save the file as UTF-8")
     try:
         record = json.loads(raw.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise DataError(f"not UTF-8 text ({error.reason} at byte {error.start}); save the file as UTF-8") from error
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: also an integer of thousands of digits
         raise DataError(f"not valid JSON ({error}); each line must be one complete object") from error
     if not isinstance(record, dict):
         raise DataError(f"a {type(record).__name__}; each line must be one JSON object")
@@ -110,14 +116,22 @@ def _turns(conversations: Any) -> tuple[Turn, ...]:
     return turns
 
 
-def _masks(record: dict[str, Any], turns: tuple[Turn, ...]) -> list[Any]:
-    masks = record.get("masks", [] if turns else None)
-    if not isinstance(masks, list) or not all(isinstance(mask, (str, list, dict)) for mask in masks):
-        problem = f"not {str(masks)[:60]}" if "masks" in record else "but is missing"
-        raise DataError(f"'masks' must be a list of polygons, RLE or PNG paths ([] = absent), {problem}")
+def _masks(record: dict[str, Any], turns: tuple[Turn, ...], image: str) -> list[Any]:
+    masks = [] if turns and "masks" not in record else _mask_list(record, "masks", image)
     num_seg = sum(turn.answer.count(SEG) for turn in turns)
     if turns and num_seg != len(masks):
         raise DataError(f"{num_seg} [SEG] in the answers but {len(masks)} in 'masks'")
+    return masks
+
+
+def _mask_list(record: dict[str, Any], key: str, image: str) -> list[Any]:
+    masks = record.get(key)
+    if not isinstance(masks, list) or not all(isinstance(mask, (str, list, dict)) for mask in masks):
+        problem = f"not {str(masks)[:60]}" if key in record else "but is missing"
+        meaning = " ([] = absent)" if key == "masks" else ""
+        raise DataError(f"{key!r} must be a list of polygons, RLE or PNG paths{meaning}, {problem}")
+    if any(isinstance(mask, str) and os.path.normpath(mask) == image for mask in masks):
+        raise DataError(f"{image} is both the 'image' and in {key!r}; a file is one or the other")
     return masks
 
 

@@ -66,6 +66,15 @@ class PackedRecords:
     def __iter__(self) -> Iterator[Any]:
         return (self[i] for i in range(len(self)))
 
+    def checksum(self) -> int:
+        """CRC-32 of all records, uncompressed: libraries compress differently."""
+        crc, start = 0, 0
+        for end in self._ends.tolist():
+            chunk = self._bytes[start:end].tobytes()
+            crc = zlib.crc32(zlib.decompress(chunk) if chunk[:1] == ZLIB_PREFIX else chunk, crc)
+            start = end
+        return crc
+
 
 class MappedRecords(PackedRecords):
     """Packed records in a cache entry, mapped into memory; unpickling maps the same entry again.
@@ -202,6 +211,11 @@ def _source_hash() -> str:
     for path in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()
+
+
+def code_version() -> str:
+    """Short hash of the code that makes records: those of other versions may differ for the same files."""
+    return _source_hash()[:8]
 
 
 def _cache_path(fingerprint: dict[str, Any]) -> Path | None:

@@ -83,13 +83,13 @@ _ALLOWED = {
 }
 
 
-class _PlainUnpickler(pickle._Unpickler):  # the one in Python
+class _PlainUnpickler(pickle._Unpickler):  # type: ignore[name-defined]  # the one in Python
     """Sets become lists, so that nothing but the keys of dicts is hashed."""
 
-    stack: list[Any]
+    dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)  # type: ignore[attr-defined]
+    stack: list[Any]  # of the base class, which has no annotations
     append: Callable[[Any], None]
     pop_mark: Callable[[], list[Any]]
-    dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _ALLOWED:

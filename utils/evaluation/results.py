@@ -20,6 +20,7 @@ from utils.datasets.spec import Spec
 from utils.evaluation import metrics
 from utils.evaluation.benchmarks import benchmark_of
 from utils.evaluation.metrics import Record
+from utils.files import write_atomically
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ class Summary:
         return {name: value for name, value in vars(self).items() if name in known}
 
     def save(self, path: Path) -> None:
-        path.write_text(json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_atomically(path, json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n")
 
     @classmethod
     def load(cls, path: Path) -> Summary:

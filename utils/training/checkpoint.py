@@ -12,8 +12,8 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import os
 import shutil
+import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,17 +21,27 @@ from typing import Any
 import torch
 from torch import nn
 
+from model.loading.files import read_json
 from model.loading.weights import Loaded, base_fingerprints, path_setting
 from model.processing.processor import UGroundProcessor
 from utils import distributed
 from utils.config import FIELDS, Config, config_from, to_dict
+from utils.files import sync, write_atomically
+from utils.training.checkpoint_files import CheckpointError, check_files, describe_files, plain_data
+from utils.training.data_content import comparable
 from utils.training.versions import git_commit, package_versions
 
 FOLDER, INDEX, META = "checkpoints", "index.json", "meta.json"
-
-
-class CheckpointError(ValueError):
-    """A checkpoint cannot be written, found or resumed; the message names the reason and the fix."""
+META_KINDS = {  # what meta.json holds at least
+    "step": int,
+    "config": dict,
+    "data": list,
+    "processes": int,
+    "base": dict,
+    "tokens": dict,
+    "trained": dict,
+    "metrics": dict,
+}
 
 
 def step_name(step: int) -> str:
@@ -69,19 +79,39 @@ def describe_model(model: nn.Module, processor: UGroundProcessor, loaded: Iterab
     return {
         "base": base_fingerprints(loaded),
         "tokens": vars(processor.tokens),
+        "vocabulary": _vocabulary(processor),
         "trained": trained_shapes(model),
         "commit": git_commit(),
         "versions": package_versions("torch", "transformers", "peft", "deepspeed", "segment-anything"),
     }
 
 
+def _vocabulary(processor: UGroundProcessor) -> str:
+    """Checksum of all tokens with their ids."""
+    text = json.dumps(sorted(processor.tokenizer.get_vocab().items()))
+    return f"{zlib.crc32(text.encode()):08x}"
+
+
 # -- finding -----------------------------------------------------------------------------------------------------------
 
 
 def read_index(run_folder: Path) -> dict[str, str]:
-    """{"latest": folder name, "best": folder name}; empty when the run has no checkpoint."""
+    """{"latest": folder name, "best": folder name}; empty when the run has no checkpoint.
+
+    Raises:
+        CheckpointError: if the index cannot be read, or names no checkpoint: the run's own must not be lost.
+    """
     path = run_folder / FOLDER / INDEX
-    return _read_json(path) if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    index = _read_json(path)
+    if "latest" not in index or not all(isinstance(name, str) for name in index.values()):
+        kept = ", ".join(sorted(folder.name for folder in path.parent.glob("step_*"))) or "none"
+        raise CheckpointError(
+            f'{path} names no checkpoint; restore it, as {{"latest": "step_00000500"}} (in the folder: {kept}), or '
+            "start a new run with another --exp_name"
+        )
+    return index
 
 
 def find_checkpoint(path: str | Path, which: str = "latest") -> Path:
@@ -106,14 +136,24 @@ def find_checkpoint(path: str | Path, which: str = "latest") -> Path:
 
 
 def read_meta(checkpoint: Path) -> dict[str, Any]:
-    """``meta.json`` of a checkpoint folder."""
-    return _read_json(checkpoint / META)
+    """``meta.json`` of a checkpoint folder.
+
+    Raises:
+        CheckpointError: if it cannot be read, or lacks a part.
+    """
+    meta = _read_json(checkpoint / META)
+    kinds = META_KINDS | ({"files": dict} if "files" in meta else {})
+    if wrong := [name for name, kind in kinds.items() if not isinstance(meta.get(name), kind)]:
+        raise CheckpointError(
+            f"{checkpoint / META} lacks {', '.join(wrong)}, or holds something else there; copy it again"
+        )
+    return meta
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
+        return read_json(path)
+    except ValueError as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
 
 
@@ -140,6 +180,8 @@ def save_checkpoint(engine, run_folder: Path, meta: dict[str, Any], best: bool) 
         engine.save_checkpoint(str(folder), tag=partial.name, save_latest=False, exclude_frozen_parameters=True)
     except (OSError, RuntimeError) as error:
         shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, RuntimeError) and not any(sign in str(error) for sign in WRITING):
+            raise  # not of writing: a worker or another process has ended
         raise CheckpointError(_cannot_write(partial, error)) from error
     distributed.raise_on_all_ranks(
         _publish(folder, partial, name, meta, best) if distributed.is_main() else None, CheckpointError
@@ -173,9 +215,10 @@ def _prepare(folder: Path, partial: Path, engine) -> str | None:
 def _publish(folder: Path, partial: Path, name: str, meta: dict[str, Any], best: bool) -> str | None:
     """Syncs, renames and indexes a complete checkpoint, then deletes those that the index does not name."""
     try:
+        meta = meta | {"files": describe_files(partial)}
         (partial / META).write_text(json.dumps(meta, indent=1) + "\n")
         for path in (*partial.iterdir(), partial):
-            _sync(path)
+            sync(path)
         shutil.rmtree(folder / name, ignore_errors=True)  # left by a run that was killed at this point
         partial.rename(folder / name)
         index = read_index(folder.parent) | {"latest": name} | ({"best": name} if best else {})
@@ -188,29 +231,15 @@ def _publish(folder: Path, partial: Path, name: str, meta: dict[str, Any], best:
     return None
 
 
+WRITING = ("PytorchStreamWriter", "inline_container", "No space left")  # in messages of torch.save
+
+
 def _cannot_write(path: Path, error: Exception) -> str:
     reason = " ".join(str(error).split())
     return (
         f"the checkpoint {path} could not be written ({reason[:200]}); is the disk full, or a quota reached? "
         "Earlier checkpoints are intact: free disk space and resume with --auto_resume true"
     )
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replaces a small file atomically: readers see either the old or the new content."""
-    temporary = path.with_name(f".{path.name}.new")
-    temporary.write_text(text)
-    _sync(temporary)
-    os.replace(temporary, path)
-    _sync(path.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 # -- resuming ----------------------------------------------------------------------------------------------------------
@@ -225,7 +254,15 @@ def differences(run: dict[str, Any], saved: dict[str, Any]) -> list[str]:
             problems.append(f"{name}: {before[name]!r} in the checkpoint, now {now[name]!r}")
     for module in differing(run["base"], saved["base"]) if "base" in run else ():
         problems.append(f"--{path_setting(module)}: the base weights of {module} are not the same")
+    if "vocabulary" in run and run["vocabulary"] != saved.get("vocabulary", run["vocabulary"]):
+        problems.append("--version: the tokenizer's vocabulary is not the same")
     now, before = ({row["name"]: row for row in meta["data"]} for meta in (run, saved))
+    for name in now.keys() & before.keys():
+        contents = [rows[name].get("content") for rows in (now, before)]
+        if comparable(*contents) and contents[0] != contents[1]:
+            problems.append(f"data set {name}: its annotations have changed since the checkpoint was written")
+        for rows in (now, before):
+            rows[name] = {key: value for key, value in rows[name].items() if key != "content"}
     for name in differing(now, before):
         problems.append(f"data set {name}: {before.get(name)} in the checkpoint, now {now.get(name)}")
     if run["processes"] != saved["processes"]:
@@ -248,7 +285,12 @@ def check_same_run(checkpoint: Path, run: dict[str, Any]) -> dict[str, Any]:
     """
     saved = read_meta(checkpoint)
     problem = None
-    if problems := differences(run, saved):
+    if "base" not in run and distributed.is_main():  # once per start, before the model is built
+        try:
+            check_files(checkpoint, saved)
+        except CheckpointError as error:
+            problem = str(error)
+    if not problem and (problems := differences(run, saved)):
         problem = (
             f"{checkpoint} belongs to another run:\n  "
             + "\n  ".join(problems)
@@ -266,7 +308,8 @@ def resume(engine, checkpoint: Path, run: dict[str, Any]) -> dict[str, Any]:
         CheckpointError: if the checkpoint is not this run's, or cannot be loaded.
     """
     saved = check_same_run(checkpoint, run)
-    loaded, _ = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name, load_module_strict=False)
+    with plain_data(checkpoint):
+        loaded, _ = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name, load_module_strict=False)
     if loaded is None or engine.global_steps != saved["step"]:
         raise CheckpointError(f"{checkpoint} could not be loaded by DeepSpeed (step {saved['step']} expected)")
     return saved
@@ -276,19 +319,23 @@ def trained_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
     """Trained parameters in float32 and buffers, by their names in the training model.
 
     Raises:
-        CheckpointError: if names or shapes are not exactly those that ``meta.json`` lists.
+        CheckpointError: if a file is damaged or refers to code, or names or shapes are not exactly those that
+            ``meta.json`` lists.
     """
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        try:
-            state = get_fp32_state_dict_from_zero_checkpoint(
-                str(checkpoint.parent), tag=checkpoint.name, exclude_frozen_parameters=True
-            )
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
-            raise CheckpointError(f"{checkpoint} cannot be read by DeepSpeed: {error}") from error
+    meta = read_meta(checkpoint)
+    check_files(checkpoint, meta)
+    with (
+        plain_data(checkpoint),
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(io.StringIO()),
+    ):
+        state = get_fp32_state_dict_from_zero_checkpoint(
+            str(checkpoint.parent), tag=checkpoint.name, exclude_frozen_parameters=True
+        )
     shapes = {name: list(tensor.shape) for name, tensor in state.items()}
-    if names := differing(shapes, read_meta(checkpoint)["trained"]):
+    if names := differing(shapes, meta["trained"]):
         raise CheckpointError(
             f"{checkpoint} does not hold exactly what was trained; it differs in {', '.join(names[:5])}"
         )

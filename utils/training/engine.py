@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from model.loading.files import blame, read_json
 from model.loading.pretrained import load_for_training
 from model.loading.weights import Loaded
 from model.lora import add_lora, part_of
@@ -82,10 +82,11 @@ def deepspeed_settings(config: Config, world_size: int) -> dict[str, Any]:
         ValueError: if the file cannot be read, or contradicts the configuration; names all contradictions.
     """
     path, train = Path(config.train.deepspeed_config), config.train
-    try:
-        settings = json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"--deepspeed_config {path}: cannot be read: {error}") from error
+    with blame("--deepspeed_config"):
+        settings = read_json(path)
+    sections = [key for key in ("bf16", "fp16", "zero_optimization") if not isinstance(settings.get(key, {}), dict)]
+    if sections:
+        raise ValueError(f"--deepspeed_config {path}: {', '.join(sections)} must be objects")
     expected = {
         "train_micro_batch_size_per_gpu": (train.batch_size, "batch_size"),
         "gradient_accumulation_steps": (train.grad_accumulation_steps, "grad_accumulation_steps"),

@@ -22,6 +22,7 @@ from model.lora import parameters_by_part
 from model.objective import UGroundOutput
 from utils import distributed
 from utils.datasets.spec import Spec
+from utils.files import write_atomically
 from utils.plotting import text_tables
 from utils.plotting.charts import png
 from utils.training.checkpoint import step_name, step_of
@@ -273,7 +274,7 @@ def truncate_log(path: Path, step: int) -> None:
     """Deletes the lines of ``log.jsonl`` after ``step``: a resumed run writes them again."""
     if path.is_file():
         lines = [line for line in path.read_text().splitlines() if _parsed(line).get("step", math.inf) <= step]
-        path.write_text("".join(f"{line}\n" for line in lines))
+        write_atomically(path, "".join(f"{line}\n" for line in lines))
 
 
 def _parsed(line: str) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from matplotlib.ticker import MaxNLocator
 
 from model.lora import part_of
 from utils.config import Config, to_dict
+from utils.files import write_atomically
 from utils.plotting import charts, text_tables
 from utils.plotting.overlays import evenly_spaced
 from utils.training.checkpoint import read_index, step_name, step_of
@@ -89,7 +90,7 @@ def write_report(folder: Path) -> Path:
         + "\n</body>\n</html>\n"
     )
     path = folder / NAME
-    path.write_text(html, encoding="utf-8")
+    write_atomically(path, html)
     return path
 
 

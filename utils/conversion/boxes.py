@@ -1,0 +1,69 @@
+"""Boxes as masks, on request: filled, or segmented by SAM with the box as its prompt."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from model.loading.formats import below
+from model.loading.weights import load_strictly, read_folder, read_sam
+from model.processing.transforms import resize_and_pad
+from model.sam import SamShape, SegmentAnything
+from utils.conversion.annotated import rectangle_ring
+from utils.conversion.queries import Box
+from utils.datasets.images import read_image
+from utils.datasets.masks import encode_mask
+
+BATCH = 16  # boxes decoded at once; their masks have the size of the image
+
+
+def filled(path: Path, boxes: list[Box]) -> list[Any]:
+    """Boxes as polygons."""
+    return [[rectangle_ring(*box)] for box in boxes]
+
+
+class SamBoxes:
+    """Masks of boxes by SAM, as its own predictor makes them with one mask per prompt.
+
+    Args:
+        path: segment-anything's ``.pth``, a folder of transformers' SamModel, or a merged UGround folder.
+
+    Raises:
+        ValueError: if the path is none of these.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        state, shape = _read(path)
+        self.sam = SegmentAnything(shape)
+        load_strictly(self.sam, state, str(path))
+        self.sam.to(self.device).float().eval()
+
+    @torch.inference_mode()
+    def __call__(self, path: Path, boxes: list[Box]) -> list[Any]:
+        """COCO RLE for each box of an image, which is encoded once; an empty mask where SAM finds nothing."""
+        image = read_image(path, apply_exif=True)
+        size = image.shape[0], image.shape[1]
+        pixels, resized = resize_and_pad(image, self.sam.shape.image_size)
+        embedding = self.sam.encode(pixels[None].to(self.device))
+        scale = torch.tensor([resized[1] / size[1], resized[0] / size[0]] * 2)
+        prompts = self.sam.prompt_encoder._embed_boxes((torch.tensor(boxes) * scale).float().to(self.device))
+        masks: list[np.ndarray] = []
+        for tokens in prompts.split(BATCH):
+            low_res = self.sam.decode(embedding.expand(len(tokens), -1, -1, -1), tokens, None)
+            masks += list((self.sam.upscale(low_res, resized, size) > 0).cpu().numpy())
+        return [encode_mask(mask) for mask in masks]
+
+
+def _read(path: Path) -> tuple[dict[str, torch.Tensor], SamShape]:
+    if path.is_dir():
+        inner = below(read_folder(path), "visual_model.")
+        if inner:
+            return inner, SamShape.from_state_dict(inner)
+    try:
+        return read_sam(str(path))
+    except ValueError as error:
+        raise ValueError(str(error).replace("--vision_pretrained", "--sam")) from error
