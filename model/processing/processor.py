@@ -192,7 +192,7 @@ def _read_settings(path: Path) -> dict[str, Any]:
     for key, value in settings.items():
         if key not in kinds:
             problems.append(f"{key} is unknown (known: {', '.join(kinds)})")
-        elif type(value) is not kinds[key] or (kinds[key] is int and value < 1):
+        elif type(value) is not kinds[key] or (isinstance(value, int) and value < 1):
             problems.append(f"{key} is {value!r}, not a {'text' if kinds[key] is str else 'positive whole number'}")
     if problems:
         raise ValueError(f"{path}: {'; '.join(problems)}")
