@@ -9,6 +9,9 @@ from pathlib import Path
 def write_atomically(path: Path, text: str) -> None:
     """Replaces a small file (UTF-8) atomically. A link stays one: its target is replaced."""
     path = path.resolve()
+    if path.exists() and not path.is_file():  # a device or a pipe
+        path.write_text(text, encoding="utf-8")
+        return
     temporary = path.with_name(f".{path.name}.new")
     try:
         temporary.write_text(text, encoding="utf-8")

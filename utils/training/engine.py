@@ -82,7 +82,7 @@ def deepspeed_settings(config: Config, world_size: int) -> dict[str, Any]:
         ValueError: if the file cannot be read, or contradicts the configuration; names all contradictions.
     """
     path, train = Path(config.train.deepspeed_config), config.train
-    with blame("--deepspeed_config"):
+    with blame(f"--deepspeed_config {path}: cannot be read"):
         settings = read_json(path)
     sections = [key for key in ("bf16", "fp16", "zero_optimization") if not isinstance(settings.get(key, {}), dict)]
     if sections:
