@@ -22,7 +22,7 @@ from model.processing.pixels import read_pixels
 from model.structures import MAX_NEW_TOKENS, Prediction
 from utils.inference import cli
 from utils.inference.answer_files import answer_record, free_stem, save_answer
-from utils.inference.folder import answer_all, find_images, read_prompts
+from utils.inference.folder import answer_all, find_images, read_lines, read_prompts
 from utils.inference.session import ImageSession
 from utils.inference.terminal import AnswerPrinter, picture_codes, picture_protocol, printable
 from utils.plotting.overlays import overlay
@@ -139,8 +139,7 @@ def _prompts(args: argparse.Namespace) -> list[str]:
         return [args.prompt]
     if args.prompts == "-":
         return read_prompts(sys.stdin)
-    with open(args.prompts, encoding="utf-8", errors="replace") as file:
-        return read_prompts(file)
+    return read_prompts(read_lines(Path(args.prompts)))
 
 
 class Chat:
