@@ -7,7 +7,9 @@ python app.py --version DIR          a merged model (scripts/merge_lora.py), or 
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -16,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from model import Opened
 from utils.command_line.parser import Parser
 from utils.config import load_config
-from utils.dashboard.examples import SEEDS, draw_example
+from utils.dashboard.examples import SEEDS, Example, draw_example, read_examples
 from utils.inference import cli
 
 if TYPE_CHECKING:
@@ -44,6 +46,13 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--port", type=int, metavar="N", help="port to listen on (default: 7860, or the next free one)")
     add("--host", default="127.0.0.1", metavar="ADDRESS", help="address to listen on; 0.0.0.0 = the whole network")
     add("--share", action="store_true", help="also serve it at a public address, through gradio's servers")
+    add(
+        "--examples",
+        type=Path,
+        metavar="DIR",
+        help="folder of example images, and of their questions in prompts.txt, one per line (default: drawn scenes for "
+        "the tiny model, none for others)",
+    )
     add("--queue", type=int, default=64, metavar="N", help="questions that may wait; more are rejected (default: 64)")
     add("--visitors", type=int, default=16, metavar="N", help="visitors whose images stay encoded (default: 16)")
     add("--max_upload_mb", type=float, default=20, metavar="MB", help="largest accepted file (default: 20)")
@@ -60,12 +69,16 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     args = parse_arguments(arguments)
-    with tempfile.TemporaryDirectory(prefix="uground-dashboard-") as folder:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # docker stop, systemd: leaves by the way of an exception
+    with tempfile.TemporaryDirectory(prefix="uground-dashboard-", ignore_cleanup_errors=True) as folder:
         dashboard = build_dashboard(args, Path(folder))
         page, _, address = serve(dashboard, args, Path(folder))
         print(f"{dashboard.name}\n{address} (Ctrl-C stops it)", flush=True)
-        page.block_thread()
-        dashboard.close()
+        try:
+            page.block_thread()
+        finally:
+            page.close(verbose=False)
+    dashboard.close()
     return 0
 
 
@@ -126,21 +139,23 @@ def serve(dashboard: Dashboard, args: argparse.Namespace, folder: Path) -> tuple
     from starlette.routing import Route
 
     from utils.dashboard.page import Headers, build_page, style_sheet, theme
+    from utils.dashboard.uploads import Quota, Uploads
 
     os.environ["GRADIO_TEMP_DIR"] = str(folder / "files")  # gradio deletes old files in it; examples are elsewhere
-    examples = [draw_example(seed, folder / "examples") for seed in SEEDS]
+    examples = examples_of(args, dashboard, folder / "examples")
     page = build_page(dashboard, examples)
     page.queue(max_size=args.queue, default_concurrency_limit=8)
+
+    uploads = Middleware(Uploads, Quota(bytes=20 * dashboard.limits.upload_bytes), dashboard.limits.upload_bytes)
 
     def health(_: Request) -> JSONResponse:
         return JSONResponse(dashboard.health(len(page._queue)))
 
-    application, address, shared = page.launch(
-        server_name=args.host,
-        server_port=args.port,
-        share=args.share,
+    application, address, shared = launch(
+        page,
+        args,
         max_file_size=dashboard.limits.upload_bytes,
-        app_kwargs={"routes": [Route("/health", health)], "middleware": [Middleware(Headers)]},
+        app_kwargs={"routes": [Route("/health", health)], "middleware": [Middleware(Headers), uploads]},
         theme=theme(),
         css=style_sheet(),
         footer_links=["api"],
@@ -150,6 +165,30 @@ def serve(dashboard: Dashboard, args: argparse.Namespace, folder: Path) -> tuple
         prevent_thread_lock=True,
     )
     return page, application, shared or address
+
+
+def launch(page: gr.Blocks, args: argparse.Namespace, **options: Any) -> Any:
+    """``page.launch`` on the host and port of ``args``.
+
+    Raises:
+        ValueError: if the port is taken.
+    """
+    try:
+        return page.launch(server_name=args.host, server_port=args.port, share=args.share, **options)
+    except OSError as error:
+        if "empty port" not in str(error):
+            raise
+        taken = f"port {args.port} is" if args.port else "all ports from 7860 to 7959 are"
+        raise ValueError(f"{taken} taken by another program; give a free one with --port") from error
+
+
+def examples_of(args: argparse.Namespace, dashboard: Dashboard, folder: Path) -> list[Example]:
+    """The examples of --examples; by default drawn scenes for a model that knows the tiny family's words alone."""
+    if args.examples is not None:
+        return read_examples(args.examples, folder)
+    words = json.loads((ROOT / "assets/tiny/llava/tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"]
+    tiny = dashboard.processor.tokenizer.get_vocab().items() >= words.items()
+    return [draw_example(seed, folder) for seed in SEEDS] if tiny else []
 
 
 if __name__ == "__main__":

@@ -3,11 +3,18 @@
 import base64
 import io
 import json
+import os
 import re
+import signal
+import socket
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import numpy as np
@@ -16,10 +23,13 @@ from answering import says_seg_often
 from conftest import build_tiny_model
 from pictures import upload
 from PIL import Image
+from transformers import PreTrainedTokenizerFast
 
 import app
 from model import layer_rules
+from utils.dashboard.examples import LONG_SIDE, draw_example, example_queries
 from utils.dashboard.service import Dashboard, Limits, Visit
+from utils.dashboard.uploads import Quota
 from utils.datasets.masks import decode_mask
 from utils.demo import scenes
 
@@ -65,7 +75,9 @@ def served(tiny_processor, tmp_path_factory):
     board = Dashboard(
         model, tiny_processor, "tiny", "f00", folder / "files" / "answers", limits=limits, capacity=4, remember=False
     )
-    args = app.parse_arguments(["--queue", str(QUEUE)])
+    album = tmp_path_factory.mktemp("album")
+    upload(album)
+    args = app.parse_arguments(["--queue", str(QUEUE), "--examples", str(album)])
     page, _, address = app.serve(board, args, folder)
     yield Served(board, address, folder)
     page.close()
@@ -169,7 +181,10 @@ def test_bad_uploads_are_rejected_with_a_message(served, tmp_path):
     text, huge = tmp_path / "note.png", tmp_path / "huge.png"
     text.write_text("this is a text file")
     Image.new("1", (10_000, 10_000)).save(huge)
-    assert "not a picture that can be read" in refusal(served, served.upload(text))
+    sent = served.http.post("/gradio_api/upload", files={"files": ("note.png", text.read_bytes())})
+    assert sent.status_code == 415
+    assert "not a picture that can be read" in sent.text
+    assert not list((served.folder / "files").rglob("note.png"))
     assert "10000 x 10000 pixels; at most 1 million" in refusal(served, served.upload(huge))
 
 
@@ -198,6 +213,36 @@ def test_other_files_are_neither_read_nor_given_out(served, path):
 def test_the_server_fetches_nothing_for_a_visitor(served, monkeypatch):
     message = refusal(served, {"path": f"{served.address}/health", "meta": {"_type": "gradio.FileData"}})
     assert "not an upload" in message
+
+
+def test_no_widget_fetches_an_address(served):
+    """Not only image boxes: gradio fetches for whatever input holds a file."""
+    asked: list[str] = []
+
+    class Site(BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            self.send_response(200)
+            self.end_headers()
+
+    site = HTTPServer(("127.0.0.1", 0), Site)
+    threading.Thread(target=site.serve_forever, daemon=True).start()
+    monkeypatch_public = pytest.MonkeyPatch()
+    monkeypatch_public.setattr("safehttpx.is_public_ip", lambda ip: True)
+    address = {"path": f"http://127.0.0.1:{site.server_port}/x", "meta": {"_type": "gradio.FileData"}}
+    try:
+        functions = served.http.get("/config").json()["dependencies"]
+        for number, function in enumerate(functions):
+            session = f"fetch{number}"
+            join = {"data": [address] * len(function["inputs"]), "fn_index": function["id"], "session_hash": session}
+            served.http.post("/gradio_api/queue/join", json=join)
+            served.http.post("/gradio_api/run/predict", json=join)
+        time.sleep(1)
+    finally:
+        monkeypatch_public.undo()
+        site.shutdown()
+    assert len(functions) > 15
+    assert asked == []
 
 
 def test_pages_load_nothing_from_elsewhere(served):
@@ -318,13 +363,88 @@ def test_without_flags_a_good_tiny_model_answers(tmp_path, monkeypatch):
     *_, visit = board.ask("v", None, "the cyan cross")
     assert "[REJ]" in visit.prediction.text
     assert len(visit.masks) == 0
+    for seed in app.SEEDS:  # the examples' questions, too
+        rng = np.random.default_rng(seed)
+        scene = scenes.sample_scene(rng, long_side=LONG_SIDE)
+        path = draw_example(seed, tmp_path).path
+        for query in example_queries(scene, rng):
+            *_, visit = board.ask("v", path, query.text)
+            truth, masks = scene.masks[list(query.targets)].any(0), visit.masks.any(0)
+            assert (masks & truth).sum() >= 0.75 * (masks | truth).sum(), (seed, query.text)
     board.close()
 
 
 def test_old_files_go_and_examples_stay(served, tmp_path):
     examples = sorted((served.folder / "examples").iterdir())
-    assert len(examples) == len(app.SEEDS)
+    assert len(examples) == 1
     sent = served.upload(upload(tmp_path))
     cleared = served.folder / "files"  # what gradio clears
     assert cleared in Path(sent["path"]).parents
     assert all(cleared not in example.parents for example in examples)
+
+
+def test_the_models_words_decide_on_the_built_in_examples(tmp_path):
+    words = PreTrainedTokenizerFast.from_pretrained(Path(app.__file__).parent / "assets/tiny/llava").get_vocab()
+
+    def offered(vocabulary):
+        tokenizer = SimpleNamespace(get_vocab=lambda: vocabulary)
+        dashboard = SimpleNamespace(processor=SimpleNamespace(tokenizer=tokenizer))
+        return len(app.examples_of(app.parse_arguments([]), dashboard, tmp_path))
+
+    assert offered(words | {"[SEG]": len(words)}) == len(app.SEEDS)
+    assert offered({"photograph": 0}) == 0
+
+
+def test_examples_of_a_folder(served, tmp_path):
+    album, copies = tmp_path / "album", tmp_path / "copies"
+    album.mkdir()
+    Image.new("RGB", (40, 30)).save(album / "beach.jpg")
+    (album / "prompts.txt").write_bytes("\ufeffthe dog\r\nthe caf\u00e9\r\n".encode("utf-16-le"))
+    [example] = app.examples_of(app.parse_arguments(["--examples", str(album)]), served.dashboard, copies)
+    assert example.questions == ("the dog", "the caf\u00e9")
+    assert Path(example.path) == copies / "beach.jpg"
+    with pytest.raises(ValueError, match="holds no image"):
+        app.examples_of(app.parse_arguments(["--examples", str(copies.parent)]), served.dashboard, copies)
+
+
+def test_a_taken_port_is_said_in_one_line(served):
+    port = int(served.address.rsplit(":", 1)[1])
+    page = app_page()
+    with pytest.raises(ValueError, match=f"port {port} is taken by another program; give a free one with --port"):
+        app.launch(page, app.parse_arguments(["--port", str(port)]), quiet=True)
+
+
+def app_page():
+    import gradio
+
+    with gradio.Blocks() as page:
+        gradio.HTML("")
+    return page
+
+
+def test_an_address_cannot_fill_the_disk():
+    quota = Quota(files=3, bytes=100, everyone=2)
+    assert [quota.admit("a", size) for size in (60, 60, 40, 0, 0)] == [True, False, True, True, False]
+    assert quota.admit("b", 100)
+    assert not quota.admit("c", 1)  # all addresses together
+
+
+def test_sigterm_deletes_the_uploads(tmp_path):
+    """docker stop, systemd and kill end the server as Ctrl-C does."""
+    environment = os.environ | {"TMPDIR": str(tmp_path), "PYTHONUNBUFFERED": "1"}
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "app.py", "--port", str(port)]
+    root = Path(app.__file__).parent
+    with subprocess.Popen(command, cwd=root, env=environment, stdout=subprocess.PIPE, text=True) as server:
+        assert any("Ctrl-C" in line for line in server.stdout)
+        picture = upload(tmp_path)
+        sent = httpx.post(
+            f"http://127.0.0.1:{port}/gradio_api/upload", files={"files": ("holiday.png", Path(picture).read_bytes())}
+        )
+        stored = Path(sent.json()[0])
+        assert stored.is_file()
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(60) == 0
+    assert not list(tmp_path.glob("uground-dashboard-*"))

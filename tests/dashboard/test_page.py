@@ -98,3 +98,16 @@ def test_a_conversation_is_stopped_and_cleared(page, tmp_path):
     assert "the red star" not in page.cleared(image, ME)[chat]
     page.opened(None, ME)
     assert page.visit(ME) is None
+
+
+def test_start_over_removes_a_refused_picture(page, tmp_path):
+    image, widgets = upload(tmp_path), page.widgets
+    ask(page, image)
+    note = tmp_path / "note.png"
+    note.write_text("a text")
+    refused = page.opened(str(note), ME)
+    assert refused[widgets.why.seg].value is None  # nothing of the answer before stays chosen
+    assert page.visit(ME) is None
+    cleared = page.cleared(str(note), ME)
+    assert cleared[widgets.question.image] is None
+    assert "not a picture" not in cleared[widgets.answer.chat]

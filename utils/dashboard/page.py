@@ -26,9 +26,19 @@ from utils.dashboard import view
 from utils.dashboard.examples import Example
 from utils.dashboard.service import Dashboard, Visit
 
+
+async def refuse_address(*_: Any, **__: Any) -> str:
+    """Stands for gradio's download: any widget's input may name an address, which gradio would fetch."""
+    raise gr.Error("a URL is not an upload: send the picture itself", print_exception=False)
+
+
+gr.processing_utils.async_ssrf_protected_download = refuse_address
+
 CSS = Path(__file__).with_name("style.css")
 # one answer at a time, in order of arrival
 MODEL_QUEUE: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1}
+# pictures and files of an answer: in the queue, too, so that what waits is bounded
+VIEW_QUEUE: dict[str, Any] = {"concurrency_id": "view", "concurrency_limit": 2}
 POLICY = (
     "default-src 'self' data: blob:; script-src 'self' 'unsafe-inline' 'unsafe-eval'; "
     "style-src 'self' 'unsafe-inline'; frame-ancestors 'self'; form-action 'self'; base-uri 'self'"
@@ -150,14 +160,6 @@ def upload_box(**options: Any) -> gr.Image:
     """An image box that passes on the uploaded file, so that its size is checked before it is decoded."""
     box = gr.Image(type="filepath", sources=["upload", "clipboard"], **options)
     box.preprocess = lambda payload: payload.path if payload is not None else None  # type: ignore[method-assign]
-    move_to_cache = box.async_move_resource_to_block_cache
-
-    async def uploads_only(url_or_file_path: str | Path | None) -> str | None:
-        if str(url_or_file_path).startswith(("http:", "https:")):
-            raise gr.Error("a URL is not an upload: send the picture itself", print_exception=False)
-        return await move_to_cache(url_or_file_path)
-
-    box.async_move_resource_to_block_cache = uploads_only  # type: ignore[method-assign]
     return box
 
 
@@ -169,10 +171,11 @@ def question_column(dashboard: Dashboard, examples: list[Example]) -> QuestionCo
         type="index",
         label="Examples: pictures",
         elem_id="ug-pictures",
+        visible=bool(examples),
     )
     questions = gr.Dataset(
         components=[gr.Textbox(visible=False)],
-        samples=question_rows(examples[0]),
+        samples=question_rows(examples[0]) if examples else [],
         type="values",
         label="Examples: questions",
         elem_id="ug-questions",
@@ -180,7 +183,7 @@ def question_column(dashboard: Dashboard, examples: list[Example]) -> QuestionCo
     )
     prompt = gr.Textbox(
         label="Instruction",
-        placeholder="the red star, or: which shape is the largest?",
+        placeholder=placeholder(examples),
         max_length=dashboard.limits.prompt_characters,
         lines=1,
         autofocus=True,
@@ -197,6 +200,12 @@ def question_column(dashboard: Dashboard, examples: list[Example]) -> QuestionCo
         remember = gr.Checkbox(dashboard.remember, label="The model sees the earlier questions of this conversation")
         length = gr.Slider(1, dashboard.limits.new_tokens, MAX_NEW_TOKENS, step=1, label="Longest answer, in tokens")
     return QuestionColumn(image, pictures, questions, prompt, ask, stop, clear, policy, remember, length)
+
+
+def placeholder(examples: list[Example]) -> str:
+    """A question of the first example; without examples, one that any photograph can be asked."""
+    questions = examples[0].questions if examples else ()
+    return questions[0] if questions else "the person on the left, or: what could one sit on?"
 
 
 def question_rows(example: Example) -> list[list[str]]:
@@ -238,16 +247,17 @@ def wire(on: Handlers, widgets: Widgets, examples: list[Example]) -> None:
     q, a, w = widgets.question, widgets.answer, widgets.why
     quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
     at_once = quiet | {"queue": False}
-    often = at_once | {"trigger_mode": "always_last"}  # runs once more for events that arrive meanwhile
+    soon = quiet | VIEW_QUEUE
+    often = soon | {"trigger_mode": "always_last"}  # runs once more for events that arrive meanwhile
     mask_style, panel = [a.masks, a.opacity, a.outline], [w.chart, w.similarity, w.uncertainty]
     shown = [a.chat, a.picture, a.masks, a.looks, a.downloads, w.seg, w.layer, *panel]
     question = [q.image, q.prompt, q.policy, q.remember, q.length, a.opacity, a.outline]
-    q.pictures.click(
-        lambda index: (examples[index].path, gr.Dataset(samples=question_rows(examples[index]), visible=True)),
-        q.pictures,
-        [q.image, q.questions],
-        **at_once,
-    )
+
+    def take(index: int) -> tuple[Change, Change]:
+        rows = question_rows(examples[index])
+        return examples[index].path, gr.Dataset(samples=rows, visible=bool(rows))
+
+    q.pictures.click(take, q.pictures, [q.image, q.questions], **at_once)
     q.questions.click(lambda row: row[0], q.questions, q.prompt, **at_once)
     q.image.change(on.opened, [q.image], shown, **quiet, **MODEL_QUEUE)
     answers = [
@@ -255,10 +265,10 @@ def wire(on: Handlers, widgets: Widgets, examples: list[Example]) -> None:
         for event in (q.ask.click, q.prompt.submit)
     ]
     for answer in answers:
-        written = answer.then(on.files, mask_style, [a.overlay, a.archive, a.record], **at_once)
-        written.then(on.explain, [w.seg, w.layer], panel, **at_once)
+        written = answer.then(on.files, mask_style, [a.overlay, a.archive, a.record], **soon)
+        written.then(on.explain, [w.seg, w.layer], panel, **soon)
     q.stop.click(on.stopped, None, a.chat, cancels=[*answers], **at_once)
-    q.clear.click(on.cleared, [q.image], shown, cancels=[*answers], **quiet, **MODEL_QUEUE)
+    q.clear.click(on.cleared, [q.image], [q.image, *shown], cancels=[*answers], **quiet, **MODEL_QUEUE)
     for event in (a.masks.input, a.opacity.release, a.outline.input):
         event(on.look, mask_style, [a.picture, a.overlay], **often)
     a.opacity.input(on.preview, mask_style, a.picture, **often)
@@ -290,7 +300,7 @@ class Handlers:
             a.masks: gr.CheckboxGroup(choices=[], value=[], visible=False),
             a.looks: gr.Row(visible=False),
             a.downloads: gr.Row(visible=False),
-            w.seg: gr.Radio(choices=[], visible=False),
+            w.seg: gr.Radio(choices=[], value=None, visible=False),
             w.layer: gr.skip(),
             w.chart: view.NO_MASK,
             w.similarity: "",
@@ -305,6 +315,7 @@ class Handlers:
         try:
             visit = self.dashboard.open(visitor, image)
         except ValueError as error:
+            self.dashboard.visits.drop(visitor)  # of the picture before
             return self.blank(view.transcript_html([], error=str(error)))
         return self.blank(view.transcript_html(visit.turns), view.masks_html(visit, [], 0, False))
 
@@ -387,6 +398,10 @@ class Handlers:
         return view.transcript_html(visit.turns if visit is not None else [], error="Stopped.")
 
     def cleared(self, image: str | None, request: gr.Request) -> Changes:
+        """Forgets the conversation, and removes a picture that was refused."""
+        visit = self.visit(request)
+        if visit is None or visit.source != image:
+            return {self.widgets.question.image: None, **self.opened(None, request)}
         self.dashboard.reset(str(request.session_hash))
         return self.opened(image, request)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
 from collections import Counter
@@ -31,6 +32,21 @@ def find_images(path: Path) -> list[Path]:
     if not images:
         raise ValueError(f"--image: {path} holds no image ({' '.join(OPENED_SUFFIXES)})")
     return images
+
+
+def read_lines(path: Path) -> list[str]:
+    """Lines of a text file in UTF-8 or, if its byte order mark says so, UTF-16; they end in any system's way.
+
+    Raises:
+        ValueError: if it is in another encoding.
+    """
+    raw = path.read_bytes()
+    encoding = "utf-16" if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
+    try:
+        text = raw.decode(encoding)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not {encoding} text (byte {error.start}); save it as UTF-8") from error
+    return text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
 
 
 def read_prompts(lines: Iterable[str]) -> list[str]:
