@@ -167,7 +167,8 @@ def build_run(config: Config, device: torch.device) -> Run:
     from utils.training.engine import build_engine, build_model, deepspeed_settings
 
     mixture, benchmarks = open_data(config)
-    lock = lock_folder(config) if config.run_folder.is_dir() else None
+    exists = distributed.all_gather(config.run_folder.is_dir())[0]  # as the main process sees it
+    lock = lock_folder(config) if exists else None
     start = find_start(config)
     contents = [{"content": content_of(dataset)} for dataset in mixture.datasets]
     rows = [row | content for row, content in zip(mixture.describe(), contents, strict=True)]
@@ -185,7 +186,7 @@ def build_run(config: Config, device: torch.device) -> Run:
     engine = build_engine(model, config, settings)
     meta |= checkpoints.describe_model(model, processor, loaded)
     saved: dict[str, Any] = checkpoints.resume(engine, start, meta) if start else {"step": 0, "best": None}
-    if lock is None:
+    if not exists:
         lock = lock_folder(config)
         if find_start(config) != start:
             raise checkpoints.CheckpointError(f"{config.run_folder} was trained meanwhile; start again")
