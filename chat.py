@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import fill
 
 import numpy as np
 
@@ -29,15 +30,19 @@ from utils.inference.terminal import AnswerPrinter, picture_codes, picture_proto
 from utils.plotting.overlays import overlay
 
 MC_SAMPLES = MonteCarloMean.samples
-RULES = "\n".join(f"{'':21}{rule.spelling():<12}{rule.help}" for rule in layer_rules.rules_for("inference"))
+RULES = "\n".join(
+    fill(rule.help, 79, initial_indent=f"{'':6}{rule.spelling():<12}", subsequent_indent=" " * 18)
+    for rule in layer_rules.rules_for("inference")
+)
 HELP = f"""Type what to look for, for example: Please segment the red star in this image.
   /image PATH        ask about another image
-  /layer [RULE]      use another layer rule for the last answer's masks and all that follow:
+  /layer [RULE]      use another layer rule, also for the last answer's masks:
 {RULES}
-  /mc [T]            short for /layer mc:T: the mean mask of T sampled layers ({MC_SAMPLES}), and their uncertainty
-  /history [on|off]  whether the model sees earlier questions and answers about the image
+  /mc [T]            short for /layer mc:T (T = {MC_SAMPLES})
+  /history [on|off]  whether the model sees the earlier questions and answers
   /reset             forget them
-  /save PATH         save the last answer again: PATH_overlay.png, PATH_mask_1.png, PATH.json
+  /save PATH         save the last answer again: PATH_overlay.png,
+                     PATH_mask_1.png, ..., PATH.json
   /help              this text
   /quit              quit (also Ctrl-D); Ctrl-C interrupts an answer"""
 
@@ -156,6 +161,7 @@ class Chat:
         self.prompt = ""
         self.last: Prediction | None = None
         self.files: list[str] = []
+        self.overlay = ""  # the file of the last answer's masks over the image
 
     def set_photo(self, photo: Photo) -> None:
         """Starts a conversation about an image."""
@@ -184,11 +190,14 @@ class Chat:
         assert self.last is not None
         values = answer_record(str(self.photo.path), self.photo.pixels, self.prompt, self.last, self.layer_policy)
         save_answer(folder, stem, self.photo.pixels, values, self.last)
+        self.overlay = str(folder / values["overlay"])
         self.files = [str(folder / mask["file"]) for mask in values["masks"]]
 
     def print_masks(self) -> None:
         """Prints layer, size and file of every mask to stderr."""
         assert self.last is not None
+        if self.last.cut:
+            print_status(f"the answer was cut at {self.max_new_tokens} tokens; see --max_new_tokens")
         if not self.last.layers:
             print_status("the answer holds no [SEG], so there is no mask")
         rule = layer_rules.parse(self.layer_policy)
@@ -197,6 +206,8 @@ class Chat:
             written = f" -> {self.files[number]}" if self.files else ""
             uncertainty = f", uncertainty {self.last.uncertainty[number].score:.2f}" if self.last.uncertainty else ""
             print_status(f"[SEG] {number + 1}: {rule.words(layer)}, {pixels} pixels{uncertainty}{written}")
+        if self.overlay:
+            print_status(f"all masks over the image -> {self.overlay}")
 
     def show_overlay(self) -> None:
         """Shows the masks over the image, in a terminal that can show pictures."""
@@ -209,6 +220,9 @@ class Chat:
     # the commands: what a line that begins with / calls
 
     def image(self, path: str) -> None:
+        if not path:
+            shown = f"the image is {printable(str(self.photo.path))}; " if self.photo else ""
+            raise ValueError(f"{shown}/image needs a path: /image photo.jpg")
         quoted = len(path) > 1 and path[0] == path[-1] and path[0] in "'\""  # as terminals paste a dragged file
         self.set_photo(Photo.open(path[1:-1] if quoted else path))
 
@@ -224,16 +238,17 @@ class Chat:
             raise ValueError("/history takes on or off")
         self.remember = wanted == "on" if wanted else self.remember
         turns = len(self.session.history) if self.session else 0
-        seen = (
-            f"the model sees {turns} earlier questions" if self.remember else "each question is answered independently"
-        )
-        print_status(f"history: {'on' if self.remember else 'off'}, {seen}")
+        if self.remember:
+            print_status(f"history: on, the model sees {turns} earlier questions (/reset forgets them)")
+        else:
+            print_status("history: off, each question is answered independently (/history on changes that)")
 
     def reset(self) -> None:
+        turns = len(self.session.history) if self.session else 0
         if self.session is not None:
             self.session.reset()
         self.last = None
-        print_status("the conversation was reset")
+        print_status(f"the conversation was reset: {turns} earlier questions are forgotten, the image stays")
 
     def save(self, path: str) -> None:
         if self.last is None:

@@ -282,6 +282,8 @@ class UGroundForCausalLM(LlavaLlamaForCausalLM):
         policy = grounding.log_policy.exp().cpu()
         layer_maps = self.normalised(grounding.scores, valid[rows][:, None]).cpu()
 
+        generated = len(batch.label_ids) == 0
+
         def prediction(row: int, question: int) -> Prediction:
             segs = [n for n, owner in enumerate(answers.seg_questions) if owner == (row, question)]
             no_masks = torch.zeros(0, *batch.sizes[row])
@@ -295,6 +297,7 @@ class UGroundForCausalLM(LlavaLlamaForCausalLM):
                 layer_maps=layer_maps[segs],
                 rejected=[answers.rejected[n] for n in segs],
                 uncertainty=[uncertainty for n in segs if (uncertainty := masks[n].uncertainty) is not None],
+                cut=generated and answers.token_ids[row][question][-1:] != [self.config.eos_token_id],
             )
 
         return [[prediction(b, k) for k in range(count)] for b, count in enumerate(batch.questions)]

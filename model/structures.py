@@ -216,6 +216,7 @@ class Prediction:
             (``model.geometry.maps_at`` enlarges them).
         rejected: per ``[SEG]``, whether ``[REJ]`` was more likely at its position; always False in generated answers.
         uncertainty: per ``[SEG]`` with ``mc:T``; empty otherwise.
+        cut: whether a generated answer reached the longest length before its end token.
     """
 
     text: str
@@ -227,6 +228,7 @@ class Prediction:
     layer_maps: torch.Tensor
     rejected: list[bool]
     uncertainty: list[MaskUncertainty] = field(default_factory=list)
+    cut: bool = False
 
     @property
     def masks(self) -> torch.Tensor:

@@ -7,6 +7,7 @@ import json
 import os
 import pty
 import select
+import shutil
 import subprocess
 import sys
 import time
@@ -20,8 +21,9 @@ from tiny_run import ROOT
 
 from utils.datasets.images import read_image
 from utils.datasets.masks import decode_mask
-from utils.inference.folder import read_prompts
+from utils.inference.folder import read_lines, read_prompts
 from utils.inference.terminal import AnswerPrinter, picture_codes, picture_protocol
+from utils.plotting import overlays
 
 # -- interactive -------------------------------------------------------------------------------------------------------
 
@@ -243,12 +245,74 @@ def test_an_interrupted_run_resumes(capsys, version, album):
     path.write_text("\n".join([*lines[:3], lines[3][:40]]))  # killed while it wrote the fourth
     code, _, err, again = ask_many(capsys, version, album, *more)
     assert (code, again) == (0, lines)
-    assert err.splitlines()[-2:] == [f"2/3 {album / '1.png'}: 1 answers", f"3/3 {album / '2.png'}: 2 answers"]
+    assert err.splitlines()[-4:] == [
+        f"2/3 {album / '1.png'}: 1 answers",
+        f"3/3 {album / '2.png'}: 2 answers",
+        "3 answers were there already",
+        f"results: {path}",
+    ]
     code, _, err, again = ask_many(capsys, version, album, *more, "--layer_policy", "fixed:1")
     assert (code, again) == (2, lines)
     assert "holds answers of other settings (layer_policy: 'argmax' there, 'fixed:1' now)" in err
     path.write_text('{"image": 1}\n')
     assert "line 1 is not an answer" in ask_many(capsys, version, album, *more)[2]
+
+
+def test_a_replaced_image_is_asked_about_again(capsys, version, album, monkeypatch):
+    more = ("--prompt", "the red star", "--no_pictures")
+    lines = ask_many(capsys, version, album, *more)[3]
+    path = album.parent / "out" / "answers.jsonl"
+    older = [
+        json.dumps({name: value for name, value in json.loads(line).items() if name != "content"}) for line in lines
+    ]
+    path.write_text("\n".join(older) + "\n")  # as an earlier version wrote them
+    monkeypatch.chdir(album.parent)  # one image, whichever way its path is given
+    relative = ("--version", version, "--image", "album", "--output", "out", "--max_new_tokens", 2)
+    code, _, err = run(capsys, chat, *relative, *more)
+    assert (code, path.read_text().splitlines()) == (0, older)
+    assert "3 answers were there already" in err
+    write_jpg(album / "1.png", 7, (20, 20))
+    _, _, err, again = ask_many(capsys, version, album, *more)
+    assert "2/3" in err
+    assert "1 of them again: the image was replaced" in err
+    assert [json.loads(line)["width"] for line in again[3:]] == [20]
+    write_jpg(album / "1.png", 8, (20, 20))  # other content, same size
+    again = ask_many(capsys, version, album, *more)[3]
+    assert len(again) == 5
+    assert len(ask_many(capsys, version, album, *more)[3]) == 5
+
+
+def test_a_killed_run_goes_on_to_the_same_files(capsys, version, album, monkeypatch):
+    more = ("--prompts", album.parent / "prompts.txt")
+
+    def files():
+        return {path.name: path.read_bytes() for path in (album.parent / "out").iterdir()}
+
+    ask_many(capsys, version, album, *more)
+    whole = files()
+    shutil.rmtree(album.parent / "out")
+    save, written = overlays.Image.Image.save, []
+
+    def dies(image, path, **options):
+        written.append(path)
+        if len(written) == 9:
+            save(image, path, **options)
+            raise KeyboardInterrupt
+        save(image, path, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(overlays.Image.Image, "save", dies)
+        assert ask_many(capsys, version, album, *more)[0] == 130
+    assert set(files()) < set(whole)
+    ask_many(capsys, version, album, *more)
+    assert files() == whole
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_prompts_of_any_system(tmp_path, encoding, end):
+    (tmp_path / "prompts.txt").write_bytes(end.join(["caf\u00e9", "", "star", ""]).encode(encoding))
+    assert read_prompts(read_lines(tmp_path / "prompts.txt")) == ["caf\u00e9", "star"]
 
 
 def test_answers_do_not_overwrite_each_others_pictures(capsys, version, album):

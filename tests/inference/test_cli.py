@@ -88,6 +88,14 @@ def test_an_answer_without_seg(capsys, version, mute_version, photo, tmp_path):
     assert np.array_equal(read_image(tmp_path / "photo_overlay.png"), read_image(photo))
 
 
+def test_an_answer_that_was_cut_says_so(capsys, version, mute_version, photo, tmp_path):
+    """``version`` never ends an answer; ``mute_version`` ends at once."""
+    _, _, err = ask(capsys, version, photo, tmp_path)
+    assert "the answer was cut at" in err
+    assert json.loads((tmp_path / "photo.json").read_text())["cut"] is True
+    assert f"all masks over the image -> {tmp_path / 'photo_overlay.png'}" in err
+
+
 # -- chat.py, a conversation -------------------------------------------------------------------------------------------
 
 
@@ -107,6 +115,8 @@ def test_conversation(monkeypatch, capsys, version, photo, tmp_path):
         " ",
         "/help",
         "/fly",
+        "/image",
+        "/history",
         "and the blue one",
         f"/image {other}",
         "a",
@@ -116,6 +126,9 @@ def test_conversation(monkeypatch, capsys, version, photo, tmp_path):
     assert out == "[SEG]\n" * 3
     assert "nowhere.jpg does not exist" in err
     assert "unknown command /fly" in err
+    assert f"the image is {photo}; /image needs a path" in err
+    assert "(/history on changes that)" in err
+    assert max(len(line) for line in chat.HELP.splitlines()) <= 80
     written = {path.name for path in (tmp_path / "out").glob("*.json")}
     assert written == {"photo_001.json", "photo_002.json", "other_001.json"}
     assert read_image(tmp_path / "out" / "other_001_overlay.png").shape == (30, 20, 3)

@@ -350,7 +350,7 @@ class Handlers:
         assert visit.prediction is not None
         names = [(f"[SEG] {n + 1}", n) for n in numbers]
         return {
-            a.chat: view.transcript_html(visit.turns),
+            a.chat: view.transcript_html(visit.turns, cut=visit.prediction.cut),
             a.picture: view.masks_html(visit, numbers, opacity, outline),
             a.masks: gr.CheckboxGroup(choices=names, value=numbers, visible=bool(numbers)),
             a.looks: gr.Row(visible=bool(numbers)),

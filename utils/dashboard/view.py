@@ -89,12 +89,13 @@ def answer_html(text: str, colored: bool = True) -> str:
     return "".join(pieces) + rest
 
 
-def transcript_html(turns: Sequence[Turn], writing: bool = False, error: str = "") -> str:
+def transcript_html(turns: Sequence[Turn], writing: bool = False, error: str = "", cut: bool = False) -> str:
     """The conversation, the newest answer colored.
 
     Args:
         writing: whether the last answer is still being generated.
         error: a message to show.
+        cut: whether the last answer reached the longest length.
     """
     rows = []
     for number, turn in enumerate(turns, start=1):
@@ -106,6 +107,8 @@ def transcript_html(turns: Sequence[Turn], writing: bool = False, error: str = "
             f'<p class="ug-question"><span class="ug-who">You</span> {escape(turn.question)}</p>'
             f'<p class="ug-answer"><span class="ug-who">Model</span> {answer}</p>'
         )
+    if cut:
+        rows.append('<p class="ug-hint">The answer was cut at the longest length, which “Settings” can raise.</p>')
     if error:
         rows.append(error_html(error))
     if not rows:

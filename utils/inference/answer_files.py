@@ -19,6 +19,8 @@ def answer_record(
 ) -> dict[str, Any]:
     """An answer as a JSON object; each mask has its box (x, y, width, height; None if it is empty) and COCO RLE.
 
+    ``cut`` is there, and true, if the answer reached the longest length before its end.
+
     Args:
         image: its name; pixels: uint8 [H, W, 3].
     """
@@ -44,7 +46,7 @@ def answer_record(
         "answer": prediction.text,
         "layer_policy": layer_policy,
         "masks": masks,
-    }
+    } | ({"cut": True} if prediction.cut else {})
 
 
 def save_pictures(folder: Path, stem: str, pixels: np.ndarray, values: dict[str, Any], prediction: Prediction) -> None:

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import codecs
+import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from model.opened import Opened
 from model.processing.pixels import read_pixels
-from utils.inference.answer_files import answer_record, free_stem, save_pictures
+from model.structures import Prediction
+from utils.inference.answer_files import answer_record, save_pictures
 from utils.inference.terminal import printable
 
 ANSWERS_FILE = "answers.jsonl"
@@ -88,52 +94,119 @@ def answer_all(
         )
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / ANSWERS_FILE
-    done = _read_done(path, settings)
+    done = Done.read(path, settings)
     options = {name: settings[name] for name in ("layer_policy", "max_new_tokens", "seed")}
     same_stem = Counter(image.stem for image in images)
-    unreadable = 0
+    unreadable = kept = 0
     with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
         for number, image in enumerate(images, start=1):
-            remaining = [prompt for prompt in prompts if (str(image), prompt) not in done]
-            if not remaining:
-                continue
             try:
+                content = hashlib.sha256(image.read_bytes()).hexdigest()[:16]
+                if all(done.holds(image, prompt, content) for prompt in prompts):
+                    kept += len(prompts)
+                    continue
                 pixels = read_pixels(image, apply_exif=True)
-            except ValueError as error:
+            except (ValueError, OSError) as error:
                 report(f"error: {error}")
                 unreadable += 1
                 continue
+            size = pixels.shape[1], pixels.shape[0]
+            remaining = [prompt for prompt in prompts if not done.holds(image, prompt, content, size)]
+            kept += len(prompts) - len(remaining)
+            if not remaining:
+                continue
+            replaced = sum(done.knows(image, prompt) for prompt in remaining)
             stem = image.stem if same_stem[image.stem] == 1 else image.name
-            for start in range(0, len(remaining), PROMPTS_AT_ONCE):
-                part = remaining[start : start + PROMPTS_AT_ONCE]
-                for prompt, prediction in zip(part, opened.ask(pixels, part, **options)):
-                    values = answer_record(str(image), pixels, prompt, prediction, settings["layer_policy"])
-                    if pictures:
-                        save_pictures(folder, free_stem(folder, stem, "_overlay.png"), pixels, values, prediction)
-                    file.write(json.dumps(values | {"settings": settings}, ensure_ascii=False) + "\n")
-                file.flush()
-            report(printable(f"{number}/{len(images)} {image}: {len(remaining)} answers"))
+            for prompt, prediction in _ask(opened, pixels, remaining, options):
+                values = answer_record(str(image), pixels, prompt, prediction, settings["layer_policy"])
+                values["content"] = content
+                if pictures:
+                    save_pictures(folder, done.free_stem(folder, stem), pixels, values, prediction)
+                file.write(json.dumps(values | {"settings": settings}, ensure_ascii=False) + "\n")
+                file.flush()  # pictures without a line are of an answer that a killed run did not finish
+            again = f", {replaced} of them again: the image was replaced" if replaced else ""
+            report(printable(f"{number}/{len(images)} {image}: {len(remaining)} answers{again}"))
+    if kept:
+        report(f"{kept} answers were there already")
+    report(printable(f"results: {path}"))
     return unreadable
 
 
-def _read_done(path: Path, settings: dict[str, Any]) -> set[tuple[str, str]]:
-    """(image, prompt) of all finished answers. Cuts off the incomplete line that an interrupted run left."""
-    if not path.exists():
-        return set()
-    text = path.read_bytes()
-    complete = text[: text.rfind(b"\n") + 1]
-    done = set()
-    for number, line in enumerate(complete.decode("utf-8").split("\n")[:-1], start=1):
-        try:
-            values = json.loads(line)
-            key, saved = (values["image"], values["prompt"]), values["settings"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}, line {number} is not an answer ({error!r}); give another --output") from error
-        if saved != settings:
-            changes = [f"{name}: {saved.get(name)!r} there, {settings[name]!r} now" for name in settings
-                       if saved.get(name) != settings[name]]  # fmt: skip
-            raise ValueError(f"{path} holds answers of other settings ({'; '.join(changes)}); give another --output")
-        done.add(key)
-    if len(complete) < len(text):
-        os.truncate(path, len(complete))
-    return done
+def _ask(
+    opened: Opened, pixels: np.ndarray, prompts: list[str], options: dict[str, Any]
+) -> Iterator[tuple[str, Prediction]]:
+    """Prompts and their answers; ``PROMPTS_AT_ONCE`` share a pass."""
+    for start in range(0, len(prompts), PROMPTS_AT_ONCE):
+        part = prompts[start : start + PROMPTS_AT_ONCE]
+        yield from zip(part, opened.ask(pixels, part, **options))
+
+
+@dataclass
+class Done:
+    """Finished answers in ``answers.jsonl``.
+
+    Attributes:
+        answers: (absolute path, prompt) -> (width, height) and fingerprint ("" in older lines) of the image file.
+        overlays: file names of overlays that lines name.
+    """
+
+    answers: dict[tuple[str, str], tuple[tuple[int, int], str]] = field(default_factory=dict)
+    overlays: set[str] = field(default_factory=set)
+
+    @classmethod
+    def read(cls, path: Path, settings: dict[str, Any]) -> Done:
+        """Reads a file, if there is one. Cuts off the incomplete line that an interrupted run left.
+
+        Raises:
+            ValueError: if a line is no answer, or one of other settings.
+        """
+        done = cls()
+        if not path.exists():
+            return done
+        text = path.read_bytes()
+        complete = text[: text.rfind(b"\n") + 1]
+        for number, line in enumerate(complete.decode("utf-8").split("\n")[:-1], start=1):
+            try:
+                values = json.loads(line)
+                key, saved = (absolute(values["image"]), values["prompt"]), values["settings"]
+                state = (values["width"], values["height"]), values.get("content", "")
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(
+                    f"{path}, line {number} is not an answer ({error!r}); give another --output"
+                ) from error
+            if saved != settings:
+                changes = [f"{name}: {saved.get(name)!r} there, {settings[name]!r} now" for name in settings
+                           if saved.get(name) != settings[name]]  # fmt: skip
+                raise ValueError(
+                    f"{path} holds answers of other settings ({'; '.join(changes)}); give another --output"
+                )
+            done.answers[key] = state
+            done.overlays.add(values.get("overlay", ""))
+        if len(complete) < len(text):
+            os.truncate(path, len(complete))
+        return done
+
+    def knows(self, image: Path, prompt: str) -> bool:
+        """Whether the prompt was answered about an image of that path, whatever it showed."""
+        return (absolute(image), prompt) in self.answers
+
+    def holds(self, image: Path, prompt: str, content: str, size: tuple[int, int] | None = None) -> bool:
+        """Whether the prompt was answered about this file: its fingerprint or, in older lines, its size decides."""
+        known_size, known_content = self.answers.get((absolute(image), prompt), (None, None))
+        return known_content == content or (known_content == "" and known_size == size)
+
+    def free_stem(self, folder: Path, stem: str) -> str:
+        """``STEM_001``, or the first number that no answer has; pictures that a killed run left have no answer."""
+        names = (f"{stem}_{n:03d}" for n in count(1))
+        name = next(
+            name
+            for name in names
+            if f"{name}_overlay.png" not in self.overlays and not (folder / f"{name}.json").exists()
+        )
+        self.overlays.add(f"{name}_overlay.png")
+        return name
+
+
+def absolute(image: str | Path) -> str:
+    """One name for a file, given from any folder."""
+    return os.path.abspath(image)

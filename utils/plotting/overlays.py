@@ -160,9 +160,14 @@ def sheet(panels: Sequence[Panel], title: str = "", cell: int = 220) -> np.ndarr
 
 
 def save_picture(path: Path, picture: np.ndarray) -> None:
-    """Writes RGB [H, W, 3], or a mask [H, W] of 0 and 255, as a PNG."""
+    """Writes RGB [H, W, 3], or a mask [H, W] of 0 and 255, as a PNG, under a temporary name until it is complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(picture).save(path, format="PNG")
+    unfinished = path.with_name(f".{path.name}.partial")
+    try:
+        Image.fromarray(picture).save(unfinished, format="PNG")
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def fit(panel: Panel, width: int, height: int) -> Panel:
