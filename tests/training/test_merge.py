@@ -14,7 +14,9 @@ from safetensors.torch import load_file, save_file
 from tiny_run import arguments, write_base
 
 import train_ds
+from model.loading.adapter import META
 from model.opened import predict
+from model.processing.processor import UGroundProcessor
 from model.structures import Turn
 from scripts import make_demo_data, merge_lora
 from utils.config import SECTION_OF, load_config
@@ -61,7 +63,7 @@ def test_merged_folder_answers_as_the_trained_model(trained, tmp_path, capsys):
         assert (a - b).abs().max() <= tolerance * b.abs().max()
     assert model.ppm.baseline.item() == pytest.approx(weights["base_model.model.ppm.baseline"].item(), rel=1e-6)
     assert model.ppm.baseline != 0
-    meta = json.loads((folder / merge_lora.META).read_text())
+    meta = json.loads((folder / META).read_text())
     assert (meta["step"], meta["config"]["model"]["lora_r"]) == (6, 2)
     assert processor.tokens == own_processor.tokens
 
@@ -79,7 +81,7 @@ def test_untrained_folder_is_where_training_starts(trained, tmp_path):
     start, _, _ = build_model(load_config(flags))
     start = start.merge_and_unload().float().state_dict()
     assert all(torch.equal(value, start[name]) for name, value in model.state_dict().items())
-    assert json.loads((folder / merge_lora.META).read_text())["step"] == 0
+    assert json.loads((folder / META).read_text())["step"] == 0
 
 
 def test_training_changed_every_part(trained):
@@ -106,7 +108,7 @@ def test_best_is_the_default_and_repeating_replaces(trained, tmp_path, capsys):
     best = checkpoints.read_meta(checkpoints.find_checkpoint(run, "best"))["step"]
     for _ in range(2):
         folder = merged(trained, tmp_path)
-        assert json.loads((folder / merge_lora.META).read_text())["step"] == best
+        assert json.loads((folder / META).read_text())["step"] == best
     assert [path.name for path in tmp_path.iterdir()] == ["merged"]
 
 
@@ -156,15 +158,15 @@ def test_disagreement_writes_nothing(trained, tmp_path, capsys, monkeypatch):
 
 def test_full_disk_leaves_the_earlier_folder(trained, tmp_path, capsys, monkeypatch):
     folder = merged(trained, tmp_path)
-    before = (folder / merge_lora.META).read_bytes()
+    before = (folder / META).read_bytes()
 
     def no_space(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(merge_lora.UGroundProcessor, "save_pretrained", no_space)
+    monkeypatch.setattr(UGroundProcessor, "save_pretrained", no_space)
     merged(trained, tmp_path, code=2)
     assert "is the disk full?" in capsys.readouterr().err
-    assert (folder / merge_lora.META).read_bytes() == before
+    assert (folder / META).read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["merged"]
 
 
@@ -232,7 +234,7 @@ def test_model_card(trained, tmp_path):
     folder = merged(trained, tmp_path, "--license", "apache-2.0", "--name", "My UGround")
     card = ModelCard.load(folder / "README.md")
     assert card.data.license == "apache-2.0"
-    meta = json.loads((folder / merge_lora.META).read_text())
+    meta = json.loads((folder / META).read_text())
     assert meta["commit"] in card.text
     assert all(value in card.text for value in meta["base"].values())
     results = {(r.dataset_name, r.metric_type): r.metric_value for r in card.data.eval_results}
