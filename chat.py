@@ -22,9 +22,10 @@ from model.layer_rules import MonteCarloMean
 from model.processing.pixels import read_pixels
 from model.structures import MAX_NEW_TOKENS, Prediction
 from utils.command_line.parser import Parser
+from utils.datasets.base import read_text
 from utils.inference import cli
 from utils.inference.answer_files import answer_record, free_stem, save_answer
-from utils.inference.folder import answer_all, find_images, read_lines, read_prompts
+from utils.inference.folder import answer_all, find_images, read_prompts
 from utils.inference.session import ImageSession
 from utils.inference.terminal import AnswerPrinter, picture_codes, picture_protocol, printable
 from utils.plotting.overlays import overlay
@@ -146,7 +147,7 @@ def _prompts(args: argparse.Namespace) -> list[str]:
         return [args.prompt]
     if args.prompts == "-":
         return read_prompts(sys.stdin)
-    return read_prompts(read_lines(Path(args.prompts)))
+    return read_prompts(read_text(Path(args.prompts)).splitlines())
 
 
 class Chat:

@@ -235,11 +235,13 @@ def test_wrong_numbers(capsys, version, val_data, tmp_path):
 
 
 def test_answers_without_seg_are_scored_as_empty(capsys, mute_version, val_data, tmp_path):
-    code, _, err = evaluate(capsys, mute_version, val_data, tmp_path / "out", "ReasonSeg|val", "--mode", "generate")
+    more = ("--mode", "generate", "--max_new_tokens", 3)
+    code, out, err = evaluate(capsys, mute_version, val_data, tmp_path / "out", "ReasonSeg|val", *more)
     assert code == 0, err
     summary = json.loads((tmp_path / "out" / "ReasonSeg_val.generate.json").read_text())
     assert summary["metrics"] == {"gIoU": 0.0, "cIoU": 0.0}
-    assert summary["counts"]["answers_without_seg"] == 5
+    assert summary["counts"]["answers_without_seg"] == summary["counts"]["answers_cut"] == 5
+    assert "5 answers (generate) were cut off before their end; raise --max_new_tokens" in out
 
 
 def test_missing_flags_are_named(capsys):

@@ -19,9 +19,10 @@ from PIL import Image
 from programs import chat, run
 from tiny_run import ROOT
 
+from utils.datasets.base import read_text
 from utils.datasets.images import read_image
 from utils.datasets.masks import decode_mask
-from utils.inference.folder import read_lines, read_prompts
+from utils.inference.folder import find_images, read_prompts
 from utils.inference.terminal import AnswerPrinter, picture_codes, picture_protocol
 from utils.plotting import overlays
 
@@ -308,11 +309,17 @@ def test_a_killed_run_goes_on_to_the_same_files(capsys, version, album, monkeypa
     assert files() == whole
 
 
+def test_a_folder_without_the_files_that_a_mac_adds(tmp_path):
+    for name in ("a.jpg", "._a.jpg"):
+        (tmp_path / name).touch()
+    assert find_images(tmp_path) == [tmp_path / "a.jpg"]
+
+
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
 def test_prompts_of_any_system(tmp_path, encoding, end):
     (tmp_path / "prompts.txt").write_bytes(end.join(["caf\u00e9", "", "star", ""]).encode(encoding))
-    assert read_prompts(read_lines(tmp_path / "prompts.txt")) == ["caf\u00e9", "star"]
+    assert read_prompts(read_text(tmp_path / "prompts.txt").splitlines()) == ["caf\u00e9", "star"]
 
 
 def test_answers_do_not_overwrite_each_others_pictures(capsys, version, album):

@@ -136,7 +136,7 @@ def _embedded(encoded: Any) -> tuple[bytes, str] | None:
         return None
     try:
         data = base64.b64decode(encoded.rpartition(",")[2])
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as image:
             suffix = {"JPEG": ".jpg", "PNG": ".png"}.get(str(image.format))
     except (*DECODE_ERRORS, binascii.Error):
         return None
@@ -225,7 +225,7 @@ def _part(shape: dict[str, Any], size: tuple[int, int]) -> Any:
 def _pasted(encoded: Any, points: np.ndarray, size: tuple[int, int]) -> dict[str, Any]:
     """LabelMe's mask as RLE: a base64 PNG whose upper left corner is the minimum of ``points``, clipped."""
     try:
-        with Image.open(io.BytesIO(base64.b64decode(encoded))) as picture:
+        with Image.open(io.BytesIO(base64.b64decode(encoded)), formats=("PNG",)) as picture:
             patch = np.asarray(picture.convert("L")) != 0
     except (*DECODE_ERRORS, binascii.Error, TypeError) as error:
         raise DataError("its PNG cannot be read") from error

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import numpy as np
 
+from utils.datasets.base import read_text
 from utils.datasets.images import read_image
 from utils.demo import scene_texts, scenes
 from utils.demo.scene_texts import Query
 from utils.demo.scenes import Scene
-from utils.inference.folder import OPENED_SUFFIXES, read_lines, read_prompts
+from utils.inference.folder import OPENED_SUFFIXES, is_image, read_prompts
 from utils.plotting.overlays import save_picture
 
 SEEDS = (5, 1, 2, 9)  # the tiny model answers all of their questions
@@ -38,10 +39,10 @@ def read_examples(folder: Path, copies: Path) -> list[Example]:
         ValueError: if there is no image, or one cannot be read.
     """
     prompts = folder / "prompts.txt"
-    questions = tuple(read_prompts(read_lines(prompts))) if prompts.is_file() else ()
+    questions = tuple(read_prompts(read_text(prompts).splitlines())) if prompts.is_file() else ()
     if not folder.is_dir():
         raise ValueError(f"--examples {folder} is not a folder")
-    paths = [path for path in sorted(folder.iterdir()) if path.suffix.lower() in OPENED_SUFFIXES]
+    paths = [path for path in sorted(folder.iterdir()) if is_image(path)]
     if not paths:
         raise ValueError(f"--examples {folder} holds no image ({' '.join(OPENED_SUFFIXES)})")
     copies.mkdir(parents=True, exist_ok=True)

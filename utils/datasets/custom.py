@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from model.processing.pixels import FORMATS
 from model.structures import IGNORE_PIXEL, EvalQuery, EvalSample, Sample, Turn
 from utils.datasets.base import DataError, DataOptions, DatasetRow, check_sample, sample_indices
 from utils.datasets.images import DECODE_ERRORS, check_size, read_image
@@ -57,7 +58,7 @@ def read_mask_png(path: Path, height: int, width: int) -> np.ndarray:
 def read_labels(path: Path) -> np.ndarray:
     """Values of a PNG [H, W]: gray levels or palette indices as stored; colors become 0 (black) and 1."""
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             file_format, mode, values = image.format, image.mode, np.asarray(image)
     except DECODE_ERRORS as error:
         raise DataError(f"mask {path} cannot be read ({error})") from error

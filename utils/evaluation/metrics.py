@@ -51,6 +51,7 @@ class Record:
         first: I, U, P and G of the first [SEG] alone, if a mask of several is expected to be one; else empty.
         surplus: of each surplus prediction in ``pairs``, the pixels whose logit lies in [0.5, 1]. The published code of
             MUSE counts these, because it does not threshold surplus predictions.
+        cut: whether the generated answer reached the longest length before its end token.
     """
 
     index: int
@@ -73,6 +74,7 @@ class Record:
     uncertainty: list[float] = field(default_factory=list)
     first: list[int] = field(default_factory=list)
     surplus: list[int] = field(default_factory=list)
+    cut: bool = False
 
     @property
     def max_uncertainty(self) -> float:
@@ -425,4 +427,5 @@ def count_records(records: Sequence[Record], protocol: str = "") -> dict[str, in
         "predicted_empty": sum(rejects(record, protocol) for record in records),
         "answers_without_seg": sum(not record.layers for record in records),
         "answers_with_several_seg": sum(len(record.masks) > 1 for record in records),
+        "answers_cut": sum(record.cut for record in records),
     }

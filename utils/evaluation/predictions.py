@@ -51,6 +51,7 @@ class QueryPrediction:
         layers: [N] the hidden state that each [SEG] used.
         rejected: whether the answer says that the target is absent.
         uncertainty: [N] of each [SEG] with ``mc:T``; else empty.
+        cut: whether the answer reached the longest length before its end token.
     """
 
     question: str
@@ -60,6 +61,7 @@ class QueryPrediction:
     layers: list[int]
     rejected: bool
     uncertainty: Sequence[MaskUncertainty] = ()
+    cut: bool = False
 
     @property
     def masks(self) -> np.ndarray:
@@ -183,6 +185,7 @@ def score(
         uncertainty=[uncertainty.score for uncertainty in prediction.uncertainty],
         first=first,
         surplus=surplus,
+        cut=prediction.cut,
     )
 
 
@@ -236,6 +239,7 @@ def _query_prediction(turn: Turn, prediction: Prediction, segs: slice, rejected:
         layers=prediction.layers[segs],
         rejected=rejected,
         uncertainty=prediction.uncertainty[segs],
+        cut=prediction.cut,
     )
 
 

@@ -33,6 +33,8 @@ def _remarks(summary: Summary) -> list[str]:
         remarks.append(
             f"{counts['skipped']} records skipped, " + ("scored as empty targets" if published else "left out")
         )
+    if cut := counts.get("answers_cut"):
+        remarks.append(f"{cut} answers ({summary.mode}) were cut off before their end; raise --max_new_tokens")
     if summary.annotations:
         remarks.append(f"read from {summary.annotations}")
     if benchmark.task != "instances" and (several := counts.get("answers_with_several_seg")):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import hashlib
 import json
 import os
@@ -34,25 +33,15 @@ def find_images(path: Path) -> list[Path]:
     """
     if not path.is_dir():
         return [path]
-    images = sorted(file for file in path.iterdir() if file.suffix.lower() in OPENED_SUFFIXES)
+    images = sorted(file for file in path.iterdir() if is_image(file))
     if not images:
         raise ValueError(f"--image: {path} holds no image ({' '.join(OPENED_SUFFIXES)})")
     return images
 
 
-def read_lines(path: Path) -> list[str]:
-    """Lines of a text file in UTF-8 or, if its byte order mark says so, UTF-16; they end in any system's way.
-
-    Raises:
-        ValueError: if it is in another encoding.
-    """
-    raw = path.read_bytes()
-    encoding = "utf-16" if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
-    try:
-        text = raw.decode(encoding)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not {encoding} text (byte {error.start}); save it as UTF-8") from error
-    return text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+def is_image(file: Path) -> bool:
+    """Whether a file is an image by its name; hidden ones, such as a Mac's ``._a.jpg``, are not."""
+    return file.suffix.lower() in OPENED_SUFFIXES and not file.name.startswith(".")
 
 
 def read_prompts(lines: Iterable[str]) -> list[str]:
