@@ -23,6 +23,7 @@ import re
 import shutil
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -279,8 +280,9 @@ def check_configuration(page: Page, settings: list[str], overfit: str) -> None:
         page.run(checks.check_tokens, base_of(built[0]), built[1])
 
     page.heading("Data")
-    is_there, check = Path(config.data.dataset_dir).is_dir(), False  # ``read_samples`` does
-    mixture = page.attempt(make_mixture, config, check) if is_there else None
+    unchecked = partial(make_mixture, check=False)  # ``read_samples`` checks it
+    is_there = Path(config.data.dataset_dir).is_dir()
+    mixture = page.attempt(unchecked, config, name="make_mixture") if is_there else None
     if mixture is not None:
         page.run(checks.describe_data, mixture, config)
         page.run(checks.read_samples, mixture, config.train.seed)
