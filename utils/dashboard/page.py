@@ -265,7 +265,7 @@ def wire(on: Handlers, widgets: Widgets, examples: list[Example]) -> None:
         for event in (q.ask.click, q.prompt.submit)
     ]
     for answer in answers:
-        written = answer.then(on.files, mask_style, [a.overlay, a.archive, a.record], **soon)
+        written = answer.then(on.files, mask_style, [a.overlay, a.archive, a.record, a.downloads], **soon)
         written.then(on.explain, [w.seg, w.layer], panel, **soon)
     q.stop.click(on.stopped, None, a.chat, cancels=[*answers], **at_once)
     q.clear.click(on.cleared, [q.image], [q.image, *shown], cancels=[*answers], **quiet, **MODEL_QUEUE)
@@ -354,7 +354,7 @@ class Handlers:
             a.picture: view.masks_html(visit, numbers, opacity, outline),
             a.masks: gr.CheckboxGroup(choices=names, value=numbers, visible=bool(numbers)),
             a.looks: gr.Row(visible=bool(numbers)),
-            a.downloads: gr.Row(visible=True),
+            a.downloads: gr.Row(visible=False),  # until its files are written
             w.seg: gr.Radio(choices=names, value=0 if numbers else None, visible=len(numbers) > 1),
             w.layer: visit.prediction.layers[0] if numbers else gr.skip(),
         }
@@ -362,9 +362,9 @@ class Handlers:
     def files(self, chosen: list[int], opacity: float, outline: bool, request: gr.Request) -> tuple[Change, ...]:
         visit = self.visit(request)
         if visit is None or visit.prediction is None:
-            return gr.skip(), gr.skip(), gr.skip()
+            return (gr.skip(),) * 4
         overlay = view.write_overlay(visit, chosen, opacity, outline)
-        return overlay, view.write_masks(visit), view.write_record(visit, self.dashboard.name)
+        return overlay, view.write_masks(visit), view.write_record(visit, self.dashboard.name), gr.Row(visible=True)
 
     def preview(self, chosen: list[int], opacity: float, outline: bool, request: gr.Request) -> Change:
         visit = self.visit(request)
