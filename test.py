@@ -12,6 +12,7 @@ import logging
 import os
 import shlex
 import sys
+import textwrap
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -186,8 +187,9 @@ def main(arguments: list[str] | None = None) -> int:
         tables = fill(args.version, summaries) if args.suite or len(summaries) > 1 else []
         notes = [f"Not evaluated, data not found: {', '.join(unavailable)}"] if unavailable else []
         files += write_tables(output, tables, notes) if tables else []
+        wrapped = (textwrap.fill(note, 110, break_on_hyphens=False) for note in notes)
         print(f"{args.version} (fingerprint {opened.fingerprint}), {opened.precision} on {device}\n")
-        print("\n\n".join([format_table(summaries), *(table.markdown() for table in tables), *notes]))
+        print("\n\n".join([format_table(summaries), *(table.text() for table in tables), *wrapped]))
         print("\n" + "\n".join(f"wrote {path}" for path in files))
     distributed.shutdown()
     return 0

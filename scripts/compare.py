@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -48,6 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--dataset_dir", metavar="DIR", help="the data that were evaluated")
     args = parser.parse_args(argv)
+    args.results = with_names(args.results)
     files = [path for _, path in args.results if path.suffix == ".jsonl"]
     if files and (len(files) != 2 or len(args.results) != 2):
         raise ValueError("give two JSONL files to compare them sample by sample, or folders")
@@ -61,8 +63,33 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def named_path(text: str) -> tuple[str, Path]:
+    """A name, empty if none is given, and a path."""
     name, equals, path = text.partition("=")
-    return (name, Path(path)) if equals else (Path(text).name, Path(text))
+    return (name, Path(path)) if equals else ("", Path(text))
+
+
+def with_names(results: Sequence[tuple[str, Path]]) -> list[tuple[str, Path]]:
+    """Each path with the name that was given, or with the part of the path that tells the unnamed ones apart.
+
+    ``a/eval/x.jsonl`` and ``b/eval/x.jsonl`` are ``a`` and ``b``.
+
+    Raises:
+        ValueError: if different paths have one name.
+    """
+    unnamed = list(dict.fromkeys(path for name, path in results if not name))
+    names = {path: path.name for path in unnamed}
+    ends = [path.parts for path in unnamed]
+    while len(ends) > 1 and len({parts[-1:] for parts in ends}) == 1:
+        ends = [parts[:-1] for parts in ends]
+    for length in range(1, max(map(len, ends), default=0) + 1):
+        tails = [str(Path(*parts[-length:])) for parts in ends]
+        if len(set(tails)) == len(ends) > 1:
+            names = dict(zip(unnamed, tails))
+            break
+    named = [(name or names[path], path) for name, path in results]
+    if twice := [name for name, count in Counter(name for name, _ in dict.fromkeys(named)).items() if count > 1]:
+        raise ValueError(f"two results are named {twice[0]!r}; name each: before=PATH after=PATH")
+    return named
 
 
 def read_summaries(folder: Path) -> dict[tuple[str, str], Summary]:
@@ -97,7 +124,8 @@ def side_by_side(columns: dict[str, dict[tuple[str, str], Summary]]) -> str:
         name: "/".join(dict.fromkeys(summary.layer_policy for summary in column.values()))
         for name, column in columns.items()
     }
-    return f"{ruled_table(rows, 'lrlr')}\nLayers: {'; '.join(f'{name}: {rules}' for name, rules in layers.items())}"
+    layers_used = "; ".join(f"{name}: {rules}" for name, rules in layers.items())
+    return f"{ruled_table(rows, 'lrlr')}\nMetrics are fractions, 0 to 1. Layers: {layers_used}"
 
 
 def _score_cell(summary: Summary | None, metric: str, control: str = "") -> str:

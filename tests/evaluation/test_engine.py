@@ -14,10 +14,11 @@ from utils.datasets.base import DataError
 from utils.datasets.masks import decode_mask
 from utils.datasets.spec import Spec
 from utils.evaluation import metrics
-from utils.evaluation.benchmarks import BENCHMARKS
-from utils.evaluation.controls import ShuffledPrompts, query_agnostic_baselines
+from utils.evaluation.benchmarks import BENCHMARKS, SUITES, benchmark_of
+from utils.evaluation.controls import HEADINGS, ShuffledPrompts, query_agnostic_baselines
 from utils.evaluation.engine import RunOptions, evaluate
 from utils.evaluation.panels import panels
+from utils.evaluation.paper_tables import fill
 from utils.evaluation.predictions import InferenceOptions
 from utils.evaluation.result_text import format_table
 from utils.evaluation.results import Journal, Summary, read_results, summarize
@@ -658,9 +659,8 @@ def test_the_number_of_missing_images_is_beside_every_metric(tmp_path):
     assert [text.split()[0] for text in result.summary.missing] == ["fake/9.json", "image", "image"]
     assert result.summary.counts | {"missing": 3, "images": 5, "split_images": 7} == result.summary.counts
     lines = format_table([result.summary]).splitlines()
-    assert " 5/7 " in lines[2]
-    for line in lines[2:-2]:  # the result, its control and groups
-        assert line.count("(3 missing)") == line.count("0.") - 2 * line.count("[")
+    assert " 5/7 " in lines[3]
+    assert all("(3 missing)" in line for line in lines[3:-2])  # the result, its intervals, control and groups
     again = run(None, dataset, allow_missing=True, batch_size=2, journal=Journal(tmp_path / "a.jsonl"), resume=True)
     assert len(again.records) == len(result.records)
 
@@ -673,17 +673,39 @@ def test_a_split_without_readable_images_is_an_error():
 # -- tables and pictures -----------------------------------------------------------------------------------------------
 
 
-def test_the_table_shows_results_controls_and_groups():
+def test_tables_show_results_controls_and_groups():
+    """A table per setup and set of metrics."""
     result = run(dataset=FakeDataset(size=5), controls=["shuffled_prompts"], layer_policy="mc:4")
     table = format_table([result.summary, run(dataset=FakeDataset(benchmark="grefcoco", absent=True)).summary])
-    lines = table.splitlines()
-    assert lines[0].split() == ["benchmark", "mode", "layers", "images", "masks", "gIoU", "cIoU", "AURC", "AUSE",
-                                "N-acc", "T-acc"]  # fmt: skip
-    assert lines[2].split()[:5] == ["fake|val", "generate", "mc:4", "5", "9"]
-    assert f"{result.metrics['gIoU']:.3f} [" in lines[2]
-    assert "control: prompts shuffled" in lines[3]
-    assert "family: even" in lines[4]
-    assert "1.000" in lines[6]  # N-acc of the second
+    first, second = (part.splitlines() for part in table.split("\n\n")[:2])
+    assert first[0] == "generate, layer mc:4"
+    assert first[1].split() == ["benchmark", "images", "masks", "gIoU", "cIoU", "AURC", "AUSE"]
+    assert first[3].split()[:4] == ["fake|val", "5", "9", f"{result.metrics['gIoU']:.3f}"]
+    low, high = result.summary.intervals["gIoU"]
+    assert first[4].split()[:4] == ["95%", "interval:", "from", f"{low:.3f}"]
+    assert first[5].split()[:4] == ["95%", "interval:", "to", f"{high:.3f}"]
+    assert "control: prompts shuffled" in first[6]
+    assert "family: even" in first[7]
+    assert second[0] == "generate, grefcoco, layer argmax"
+    assert second[1].split()[3:] == ["gIoU", "cIoU", "N-acc", "T-acc"]
+    assert "1.000" in second[3]  # N-acc
+
+
+def test_tables_of_all_benchmarks_fit_a_terminal():
+    """With all metrics of a benchmark, uncertainty among them, and images that are missing."""
+    summaries = []
+    for spec in SUITES["all"]:
+        protocol = benchmark_of(spec).protocol()
+        scores = dict.fromkeys([*benchmark_of(spec).metrics, "AURC", "AUSE"], 0.123)
+        intervals = {name: [0.1, 0.2] for name in scores}
+        counts = {"images": 1500, "split_images": 1500, "masks": 10834, "missing": 12}
+        controls = dict.fromkeys(HEADINGS, scores)
+        summaries.append(
+            Summary(str(spec), "teacher_forced", protocol, "mc:16", scores, intervals, controls, {}, counts, {})
+        )
+    text = "\n".join([format_table(summaries), *(table.text() for table in fill("tiny", summaries))]).splitlines()
+    assert 100 < max(map(len, text)) <= 120
+    assert sum(line.startswith("R-refcocog|umd|test") for line in text) == 1
 
 
 def test_panels_run_from_the_worst_to_the_best():

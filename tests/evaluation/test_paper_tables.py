@@ -68,6 +68,11 @@ def test_each_setup_has_its_row(tmp_path):
     assert lines[0] == "**Table 5: gRefCOCO (percent)**"
     assert lines[4].startswith("| a\\|b | teacher_forced, gsva, layer argmax | 72.46 | 60.00 | 50.00 | - |")
     assert {line.replace("\\|", "").count("|") for line in lines[2:]} == {12}
+    assert five.text().splitlines()[:3] == [
+        "Table 5: gRefCOCO (percent)",
+        "                      teacher_forced, gsva, layer argmax  generate, gsva, layer argmax, first 8 images",
+        "Validation Set gIoU                                72.46                                         50.00",
+    ]
     paths = paper_tables.write(tmp_path, [five, thirteen], ["Not evaluated: x"])
     assert [path.name for path in paths] == ["tables.md", "table_5.csv", "table_13.csv"]
     with paths[1].open(newline="") as file:

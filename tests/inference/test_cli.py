@@ -177,7 +177,7 @@ def test_evaluation_writes_what_it_prints(capsys, version, val_data, tmp_path):
             assert list(summary) == KEYS
             _, records = read_results(out_dir / f"{name}.jsonl")
             assert metrics.compute(records, BENCHMARKS["ReasonSeg"]) == summary["metrics"]
-            assert f"{summary['metrics']['gIoU']:.3f} [" in out
+            assert f" {summary['metrics']['gIoU']:.3f}  {summary['metrics']['cIoU']:.3f}\n" in out
             assert len(list((out_dir / f"{name}.overlays").iterdir())) == count
     assert "control: prompts shuffled" in out
 
@@ -255,10 +255,11 @@ def test_the_suite_is_printed_as_the_papers_tables(capsys, version, val_data, tm
     assert code == 0, err
     summary = json.loads(answers(tmp_path / "out").with_suffix(".json").read_text())
     row = f"| {100 * summary['metrics']['gIoU']:.1f} | {100 * summary['metrics']['cIoU']:.1f} | - | - | - | - | - | - |"
-    assert row in out
+    assert re.search(rf"val overall gIoU +{100 * summary['metrics']['gIoU']:.1f}\n", out)
     assert row in (tmp_path / "out" / "tables.md").read_text()
     assert (tmp_path / "out" / "table_3.csv").read_text().startswith("Method,asked,val overall gIoU")
     assert "Not evaluated, data not found: ReasonSeg|test, refcoco|unc|val" in out
+    assert max(map(len, out.splitlines())) <= 120 + len(str(tmp_path))
     assert "not evaluated: refcoco|unc|val: no refs (looked in" in err  # why
     muse = val_data / "multi_reason_seg" / "MultiReasonSeg" / "MUSE_val.json"
     muse.parent.mkdir(parents=True)
@@ -282,7 +283,7 @@ def test_missing_images_can_be_allowed(capsys, version, val_data, tmp_path):
     summary = json.loads(answers(tmp_path / "out").with_suffix(".json").read_text())
     assert (summary["counts"]["images"], summary["counts"]["missing"]) == (3, 2)
     assert all(name in " ".join(summary["missing"]) for name in ("2.json", "3.jpg"))
-    assert "] (2 missing)" in out
+    assert "ReasonSeg|val (2 missing) " in out
 
 
 def test_results_of_another_checkpoint_are_not_gone_on_from(capsys, version, mute_version, val_data, tmp_path):
@@ -346,7 +347,7 @@ def test_scores_follow_from_the_answers_alone(capsys, version, val_data, tmp_pat
     assert (code, "has other metrics than follow from ReasonSeg_val" in err) == (2, True)
     beside.unlink()
     code, out, _ = run(capsys, score, answers(tmp_path / "out"))
-    assert (code, f"{again['metrics']['gIoU']:.3f} [" in out) == (0, True)
+    assert (code, f" {again['metrics']['gIoU']:.3f} " in out) == (0, True)
 
 
 def test_a_pattern_that_matches_nothing_is_named(capsys, tmp_path):
@@ -424,8 +425,26 @@ def test_folders_are_compared_with_what_was_asked_and_what_is_missing(capsys, tm
     code, out, err = run(capsys, compare, tmp_path / "a", tmp_path / "b")
     assert code == 0, err
     assert "grefcoco|unc|val (teacher_forced, gsva) " in out
-    assert "Layers: a: argmax; b: last" in out
+    assert "Metrics are fractions, 0 to 1. Layers: a: argmax; b: last" in out
     assert re.search(r"gIoU +0\.800 \(3 missing\) +0\.800 \(first 8 images\)", out)
+
+
+@pytest.mark.parametrize(
+    ("paths", "names"),
+    [
+        (["runs/a/eval/val.jsonl", "runs/b/eval/val.jsonl"], ["a", "b"]),
+        (["runs/a/eval", "runs/a/untrained-eval"], ["eval", "untrained-eval"]),
+        (["x/runs/eval", "runs/eval", "eval"], ["x/runs", "runs", "."]),
+        (["a/x/1", "b/x/2", "c/y/2"], ["x/1", "x/2", "y/2"]),
+        (["a", "LISA-style=b/a"], ["a", "LISA-style"]),
+        (["a/x", "a/x"], ["x", "x"]),
+    ],
+)
+def test_columns_are_told_apart_by_their_paths(paths, names):
+    named = compare.with_names([compare.named_path(path) for path in paths])
+    assert [name for name, _ in named] == names
+    with pytest.raises(ValueError, match="two results are named 'x'"):
+        compare.with_names([compare.named_path(path) for path in ("x=a", "b/x")])
 
 
 def test_other_json_beside_results_is_named(capsys, tmp_path):

@@ -39,9 +39,20 @@ class Table:
     paper: PaperTable
     rows: list[list[str]]
 
+    @property
+    def title(self) -> str:
+        return f"Table {self.paper.number}: {self.paper.title} (percent)"
+
     def markdown(self) -> str:
-        title = f"Table {self.paper.number}: {self.paper.title} (percent)"
-        return f"**{title}**\n\n{text_tables.markdown(self.rows)}"
+        """The table as the paper has it: a row per setup."""
+        return f"**{self.title}**\n\n{text_tables.markdown(self.rows)}"
+
+    def text(self) -> str:
+        """The table for a terminal: a line per column of the paper, a column per setup; no method."""
+        (_, _, *headings), *setups = self.rows
+        head = ["", *(setup for _, setup, *_ in setups)]
+        cells = zip(headings, *(values for _, _, *values in setups), strict=True)
+        return "\n".join([self.title, *text_tables.aligned([head, *map(list, cells)], "lr")])
 
 
 def fill(method: str, summaries: Sequence[Summary]) -> list[Table]:

@@ -2,27 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from utils.evaluation import metrics
 from utils.evaluation.benchmarks import benchmark_of
-from utils.evaluation.controls import CONTROLS, HEADINGS
+from utils.evaluation.controls import HEADINGS
 from utils.evaluation.metrics import Record
 from utils.evaluation.results import Summary
 from utils.plotting import text_tables
 
 
 def format_table(summaries: Sequence[Summary]) -> str:
-    """Results as an aligned table: one line per benchmark and mode, its controls and groups indented below."""
-    names = list(dict.fromkeys(name for summary in summaries for name in summary.metrics))
-    rows = [["benchmark", "mode", "layers", "images", "masks", *names]]
+    """Results as aligned tables: one per mode, layer rule and set of metrics, so that each fits a terminal.
+
+    A line per benchmark, its intervals, controls and groups indented below.
+    """
+    tables: dict[tuple[str, ...], list[Summary]] = {}
     for summary in summaries:
-        rows += _rows(summary, names)
-    lines = text_tables.aligned(rows, "lllrrl")
-    rule = "-" * max(map(len, lines))
+        tables.setdefault((f"{summary.mode_label}, layer {summary.layer_policy}", *summary.metrics), []).append(summary)
     remarks = [f"{summary.benchmark}: {remark}" for summary in summaries for remark in _remarks(summary)]
     remarks = list(dict.fromkeys(remarks))  # the modes of a benchmark share most of them
-    return "\n".join([lines[0], rule, *lines[1:], rule, *remarks, "[low, high]: 95% bootstrap interval over images"])
+    remarks.append("Metrics are fractions, 0 to 1. Intervals are 95% bootstraps over images.")
+    return "\n".join([*(_table(setup, names, group) for (setup, *names), group in tables.items()), *remarks])
+
+
+def _table(setup: str, names: Sequence[str], summaries: Sequence[Summary]) -> str:
+    """The results of one setup in the same metrics, under a heading."""
+    rows = [["benchmark", "images", "masks", *names]]
+    for summary in summaries:
+        rows += _rows(summary, names)
+    head, *lines = text_tables.aligned(rows, "lr")
+    return "\n".join([setup, head, "-" * max(map(len, (head, *lines))), *lines, ""])
 
 
 def _remarks(summary: Summary) -> list[str]:
@@ -44,29 +54,23 @@ def _remarks(summary: Summary) -> list[str]:
 
 
 def _rows(summary: Summary, names: Sequence[str]) -> list[list[str]]:
-    """The line of a result, followed by those of its controls and groups."""
+    """The line of a result, followed by those of its intervals, controls and groups."""
     counts, note = summary.counts, summary.missing_note
     images = "/".join(dict.fromkeys(str(counts[key]) for key in ("images", "split_images")))
-    labels = [summary.benchmark, summary.mode_label, summary.layer_policy, images, str(counts["masks"])]
-    rows = [[*labels, *_cells(summary.metrics, names, note, summary.intervals)]]
+    rows = [[f"{summary.benchmark}{note}", images, str(counts["masks"]), *_cells(summary.metrics, names)]]
+    for end, position in (("from", 0), ("to", 1)) if summary.intervals else ():
+        bounds = {name: interval[position] for name, interval in summary.intervals.items()}
+        rows.append([f"  95% interval{note}: {end}", "", "", *_cells(bounds, names)])
     for control, scores in summary.controls.items():
-        kind = "control" if control in CONTROLS else "query-agnostic"
-        rows.append([f"  {kind}: {HEADINGS[control]}", "", "", "", "", *_cells(scores, names, note)])
+        rows.append([f"  control{note}: {HEADINGS[control]}", "", "", *_cells(scores, names)])
     for key, groups in summary.breakdown.items():
         for group, scores in groups.items():
-            rows.append([f"  {key}: {group}", "", "", "", str(scores["masks"]), *_cells(scores, names, note)])
+            rows.append([f"  {key}{note}: {group}", "", str(scores["masks"]), *_cells(scores, names)])
     return rows
 
 
-def _cells(
-    scores: dict[str, float], names: Sequence[str], note: str, bounds: dict[str, list[float]] | None = None
-) -> list[str]:
-    """``0.653 [0.601, 0.702] (3 missing)`` for each metric."""
-    cells = []
-    for name in names:
-        interval = " [{:.3f}, {:.3f}]".format(*bounds[name]) if bounds and name in bounds else ""
-        cells.append(f"{scores[name]:.3f}{interval}{note}" if name in scores else "-")
-    return cells
+def _cells(scores: Mapping[str, float], names: Sequence[str]) -> list[str]:
+    return [f"{scores[name]:.3f}" if name in scores else "-" for name in names]
 
 
 def notes(record: Record, protocol: str = "") -> list[str]:
