@@ -13,6 +13,7 @@ import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     import torch
     from torch.utils.data import DataLoader
 
+    from model.loading.weights import Loaded
     from model.processing.processor import UGroundProcessor
     from model.UGround import UGroundForCausalLM
     from utils.datasets.mixture import Mixture
@@ -197,8 +199,7 @@ def build_run(config: Config, device: torch.device) -> Run:
     images = (config.total_steps - run.step) * config.images_per_step(distributed.world_size())
     log.print(f"{loading_table(loaded)}\n\n{parameter_table(model)}\n\n{mixture.table(images)}\n")
     log.print(describe_step(config, device))
-    weights = [vars(row) for row in loaded]
-    log.event("start", run.step, command=shlex.join(sys.argv), resumed=str(start or ""), weights=weights, **meta)
+    log.event("start", run.step, **describe_start(run, loaded, start), **meta)
     if start:
         log.print(f"resuming from {start} (step {run.step} of {config.total_steps})")
         planned = config_from(saved["config"], str(start)).total_steps
@@ -214,11 +215,29 @@ def build_run(config: Config, device: torch.device) -> Run:
     return run
 
 
-def describe_step(config: Config, device: torch.device) -> str:
-    """Device and images per step, so that a run on the CPU, or with eight times the intended batch, is noticed."""
+def describe_start(run: Run, loaded: Sequence[Loaded], start: Path | None) -> dict[str, Any]:
+    """When, where and from what a run starts; ``parameters``: part -> number of its parameters, and of trained ones."""
+    from model.lora import parameters_by_part
+
+    return {
+        "command": shlex.join(sys.argv),
+        "resumed": str(start or ""),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "device": device_name(run.device),
+        "weights": [vars(row) for row in loaded],
+        "parameters": parameters_by_part(run.engine.module),
+    }
+
+
+def device_name(device: torch.device) -> str:
     import torch
 
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+
+
+def describe_step(config: Config, device: torch.device) -> str:
+    """Device and images per step, so that a run on the CPU, or with eight times the intended batch, is noticed."""
+    name = device_name(device)
     if device.type == "cpu" and Path("/dev/nvidia0").exists():
         name += " (an NVIDIA GPU is present, but this torch cannot use it: is the driver too old?)"
     train, world = config.train, distributed.world_size()

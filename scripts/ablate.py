@@ -31,7 +31,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils.command_line.parser import Parser
-from utils.config import Config, WithoutEffectError, load_config
+from utils.config import Config, WithoutEffectError, load_config, make_parser
 from utils.datasets.spec import Spec
 from utils.evaluation import metrics
 from utils.evaluation.benchmarks import benchmark_of
@@ -163,7 +163,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(program="train_ds.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--table", required=True, choices=sorted(TABLES), help="the paper's number of the table, or what is compared"
     )
@@ -180,7 +180,7 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list[st
         help=f"also plot Fig. 2 for these rows, {len(LINES)} at most: cIoU with each layer forced (evaluates every "
         "layer of every run), and the loss of its similarity maps, at the end and over training",
     )
-    args, settings = parser.parse_known_args(argv)
+    args, settings = parser.parse_with_settings(make_parser(), argv)
     names = [row.name for row in TABLES[args.table]]
     if unknown := [name for name in args.curves if name not in names]:
         parser.error(f"--curves: table {args.table} has no row {unknown[0]!r}; it has {'||'.join(names)}")

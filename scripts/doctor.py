@@ -41,7 +41,7 @@ SHARED_MEMORY = 1e9  # bytes that a few data workers need to pass batches on
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(program="train_ds.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--config", metavar="FILE", help="YAML file of train_ds.py; all its settings can be given as flags, too")
     add(
@@ -68,14 +68,20 @@ def main(arguments: list[str] | None = None) -> int:
         action="store_true",
         help="with --memory: train a random medium-size model, and compare the measured memory",
     )
-    args, settings = parser.parse_known_args(arguments)
+    try:
+        from utils.config import make_parser
+    except ImportError:  # YAML's library, which the page reports
+        args, settings = parser.parse_known_args(arguments)
+    else:
+        args, settings = parser.parse_with_settings(make_parser(), arguments)
     merged = args.version if args.version and (not args.config or is_merged(args.version)) else None
     if args.config:
         settings = ["--config", args.config, *settings]
         settings += ["--version", args.version] if args.version and not merged else []
         settings += ["--vision_tower", args.vision_tower] if args.vision_tower else []
     elif settings:
-        parser.error(listed(parser.explain(settings)) + " (settings of train_ds.py need --config)")
+        flags = ", ".join(word.partition("=")[0] for word in settings if word.startswith("-"))
+        parser.error(f"{flags}: a setting of train_ds.py needs --config" if flags else listed(parser.explain(settings)))
     if args.memory:
         return print_memory(args, settings)
     page = Page()

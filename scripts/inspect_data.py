@@ -3,8 +3,8 @@
     python scripts/inspect_data.py --config configs/tiny.yaml --pictures 6
 
 Prints a line per data set (type, share of the samples, images, expressions, masks, absent and multiple targets,
-unusable records, epochs of the run), or all missing files with the paths tried. ``--pictures N`` also writes a sheet of
-N samples per data set: image, question and answer, the mask of each [SEG], and the first mask with its ignored pixels.
+unusable records, passes over its images), or all missing files with the paths tried. ``--pictures N`` also writes a
+sheet of N samples per data set: image, question and answer, the mask of each [SEG], and the same with ignored pixels.
 Accepts all settings of train_ds.py; those of the model have no effect.
 """
 
@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from model.structures import Sample
 from utils.command_line.parser import Parser
-from utils.config import load_config
+from utils.config import load_config, make_parser
 from utils.datasets.base import DataError, TrainDataset
 from utils.datasets.spec import Spec
 from utils.inference import cli
@@ -28,14 +28,14 @@ from utils.plotting.overlays import Panel, evenly_spaced, save_picture, sheet
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(program="train_ds.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--pictures", type=int, default=0, metavar="N", help="samples per data set to plot (default: 0)"
     )
     parser.add_argument(
         "--output", type=Path, default=Path("data_sheets"), help="folder of the sheets (default: %(default)s)"
     )
-    args, rest = parser.parse_known_args(arguments)
+    args, rest = parser.parse_with_settings(make_parser(), arguments)
     config = load_config(rest, needs=("data",))
 
     from utils.datasets.mixture import make_mixture
@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
     mixture = make_mixture(config, check=False)
     images = config.total_steps * config.images_per_step()
     print(mixture.table(images))
-    print(f"epochs: for {images:,} samples, those of one process in the whole run")
+    print(f"passes over the images of a data set: by the run's {images:,} samples, in one process")
     for dataset in mixture.datasets if args.pictures > 0 else ():
         path = args.output / f"{Spec.parse(dataset.name).slug}.png"
         panels, problems = read_panels(dataset, args.pictures, config.train.seed)
@@ -73,7 +73,7 @@ def sample_panels(sample: Sample) -> list[Panel]:
             image=sample.image,
             query=" / ".join(turn.question for turn in conversation),
             masks=masks == 1,
-            truth=masks[0] if len(masks) else None,
+            truth=masks if len(masks) else None,
             answer=" / ".join(turn.answer for turn in conversation),
             notes=[Path(sample.source).name],
         )

@@ -82,6 +82,41 @@ def test_flags_of_a_command(capsys) -> None:
     assert "unknown flag --number_of_squares" in capsys.readouterr().err
 
 
+def test_a_refused_value_gets_the_note_of_the_table(capsys) -> None:
+    load_train = ["--config", str(ROOT / "configs/tiny.yaml"), "--precision", "fp16", "--dice_loss_weight", "-1"]
+    with pytest.raises(ConfigError) as error:
+        load_script("train_ds").load_config(load_train)
+    assert "'fp16' is not one of fp32, bf16 (fp16 does not exist in training: use bf16 or fp32)" in str(error.value)
+    assert "at least 0 (also weighs the loss of the similarity maps)" in str(error.value)
+    evaluation = ["--version", "a", "--dataset_dir", "b", "--val_dataset", "c"]
+    for more, expected in (
+        (["--mode", "3"], "did you mean --layer_policy? (the release's mode 1: last"),
+        (["--precision", "half"], "invalid choice: 'half'"),
+        (["--resume", "x"], "unexpected argument 'x' after --resume (without a value: it resumes the evaluation in"),
+    ):
+        with pytest.raises(SystemExit):
+            load_script("test").main([*evaluation, *more])
+        assert expected in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["inspect_data", "ablate", "doctor"])
+def test_programs_that_take_settings_know_both_kinds_of_flags(name: str, capsys) -> None:
+    own = {"inspect_data": "picture", "ablate": "tabel", "doctor": "ofload"}[name]
+    with pytest.raises(SystemExit):
+        load_script(f"scripts/{name}").main([f"--{own}", "6", "--batchsize", "2", "--lr", "1", "--ce_loss_weight", "1"])
+    text = capsys.readouterr().err
+    assert f"unknown flag --{own}; did you mean --" in text
+    assert "unknown flag --batchsize; did you mean --batch_size?" in text
+    assert "unknown flag --ce_loss_weight; did you mean --text_loss_weight?" in text
+    assert "--lr" not in text
+
+
+def test_doctor_needs_a_configuration_for_settings(capsys) -> None:
+    with pytest.raises(SystemExit):
+        load_script("scripts/doctor").main(["--lr", "1"])
+    assert "--lr: a setting of train_ds.py needs --config" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("typed", "expected"),
     [

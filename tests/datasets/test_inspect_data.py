@@ -38,6 +38,7 @@ def test_table_and_sheets(root: Path, capsys: pytest.CaptureFixture) -> None:
     assert main([*settings, "--pictures", "2", "--output", str(root / "sheets")]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split()[:3] == ["type", "name", "share"]
+    assert "passes" in lines[0].split()
     assert lines[1].split()[:3] == ["reason_seg", "ReasonSeg|train", "75.0%"]
     assert lines[2].split()[:3] == ["multi_reason_seg", "MultiReasonSeg|train", "25.0%"]
     for name in ("ReasonSeg_train", "MultiReasonSeg_train"):
@@ -69,5 +70,7 @@ def test_each_conversation_shows_its_own_masks(root: Path) -> None:
     several = get_train_dataset("MultiReasonSeg", root).sample(0, np.random.default_rng(0))
     (panel,) = sample_panels(several)
     assert panel.masks[:, [8, 25], [8, 35]].tolist() == [[True, False], [False, True]]
+    assert panel.truth is not None
+    assert panel.truth[:, [8, 25], [8, 35]].tolist() == [[1, 0], [0, 1]]
     panels = sample_panels(get_train_dataset("ReasonSeg|train", root).sample(0, np.random.default_rng(0)))
     assert [len(panel.masks) for panel in panels] == [1, 1]

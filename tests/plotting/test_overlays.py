@@ -5,7 +5,18 @@ import pytest
 from PIL import Image
 
 from utils.plotting import overlays
-from utils.plotting.overlays import Panel, font, overlay, save_picture, sheet, wrap
+from utils.plotting.overlays import (
+    TRUTH_COLOR,
+    Panel,
+    color,
+    fit,
+    font,
+    overlay,
+    save_picture,
+    sheet,
+    truth_overlay,
+    wrap,
+)
 
 
 def gray(height, width):
@@ -123,3 +134,21 @@ def test_evenly_spaced_indices_run_from_the_first_to_the_last():
     assert overlays.evenly_spaced(3, 5) == [0, 1, 2]
     assert overlays.evenly_spaced(7, 1) == [0]
     assert overlays.evenly_spaced(0, 4) == []
+
+
+def test_the_truth_of_several_targets_has_a_color_each():
+    image = np.zeros((40, 60, 3), np.uint8)
+    targets = np.zeros((2, 40, 60), np.uint8)
+    targets[0, 5:15, 5:15], targets[1, 25:35, 40:50], targets[1, :3] = 1, 1, 255
+    picture = truth_overlay(image, targets)
+    shades = {
+        name: picture[y, x].tolist() for name, (y, x) in {"a": (10, 10), "b": (30, 45), "ignored": (1, 30)}.items()
+    }
+    assert shades["a"] == [round(0.55 * value) for value in color(0)]
+    assert shades["b"] == [round(0.55 * value) for value in color(1)]
+    assert len(set(shades["ignored"])) == 1
+    one = truth_overlay(image, targets[0])
+    assert one[10, 10].tolist() == [round(0.55 * value) for value in TRUTH_COLOR]
+    panel = Panel(image, "two", targets == 1, truth=targets)
+    assert fit(panel, 30, 20).truth.shape == (2, 20, 30)
+    assert sheet([panel]).shape[1] > 200

@@ -145,9 +145,12 @@ def test_training_curves_have_a_line_per_layer():
     assert running_mean(np.array([1.0, 2.0, 3.0, 4.0, 10.0]), 3) == pytest.approx([1.5, 2, 3, 17 / 3, 7])
 
 
-def test_a_wrong_setting_ends_before_the_first_run(commands, tmp_path):
-    with pytest.raises(ValueError, match="--lrr"):
+def test_a_wrong_setting_ends_before_the_first_run(commands, tmp_path, capsys):
+    with pytest.raises(SystemExit):
         ablate.main(["--table", "6", "--config", TINY, "--output", str(tmp_path), "--lrr", "1"])
+    assert "unknown flag --lrr" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="--lr: 'x' is not a number"):
+        ablate.main(["--table", "6", "--config", TINY, "--output", str(tmp_path), "--lr", "x"])
     assert not commands
 
 

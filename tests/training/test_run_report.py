@@ -23,13 +23,19 @@ EVIL = '<script>alert("x")</script> $a_b$'
 def start(step=0, **values):
     given = {"command": f"train_ds.py --exp_name {EVIL}", "resumed": "", "commit": "abc", "processes": 2}
     data = [{"type": "reason_seg", "name": EVIL, "share": 0.5, "images": 1500}]
-    versions, trained = {"torch": "2.0"}, {"ppm.gate": [9, 128], "text_hidden_fcs.0.0.weight": [4, 4]}
-    return {"kind": "start", "step": step, "data": data, "versions": versions, "trained": trained} | given | values
+    given |= {"date": "2026-11-25T12:30:00+00:00", "device": "NVIDIA H100"}
+    parameters = {"gate": [1152, 1152], "phi": [16, 16], "clip": [5000, 0]}
+    return (
+        {"kind": "start", "step": step, "data": data, "versions": {"torch": "2.0"}, "parameters": parameters}
+        | given
+        | values
+    )
 
 
 def train_line(step, **values):
     figures = {"loss": 3.0 / step, "text": 0.5, "reward": -1.2, "baseline": -1.3, "entropy": 2.0, "lr": 1e-3}
     layers = {"layers": [0, 3, step], "map_loss_by_layer": [1.4, 1.3, 1.2]}
+    figures |= {"epoch": step / 2, "seconds": 100.0 * step}
     return {"kind": "train", "step": step, **figures, **layers, "gradient": 2.0, "gradients": {"gate": 0.1}} | values
 
 
@@ -68,8 +74,9 @@ def test_everything_is_in_one_file_and_nothing_is_executed(make_run):
     assert base64.b64encode(sheet.read_bytes()).decode() in text
     assert "Step 4 of 4 (finished), 2 processes" in text
     assert re.search(r"<td>2</td><td>0.1235</td><td>0.4</td><td>best</td>", text)
-    assert "<td>gate</td><td>1,152</td>" in text
-    assert "<td>all</td><td>1,168</td>" in text
+    assert "<p>started: 2026-11-25 12:30:00 UTC; time: 0:06:40; device: NVIDIA H100; commit: abc</p>" in text
+    assert "<td>gate</td><td>1,152</td><td>1,152</td>" in text
+    assert "<td>all</td><td>6,168</td><td>1,168</td>" in text
     assert "<td>epochs</td><td>2</td>" in text  # a difference from the defaults
     assert "<td>lr</td>" not in text
     assert text.count("<figure>") == 6  # validation, losses, policy, layers, gradients, a sheet
@@ -82,6 +89,7 @@ def test_a_run_that_is_still_running(make_run):
     text = write_report(folder).read_text()
     assert "Step 2 of 4 (not finished)" in text
     assert "train_ds.py --auto_resume true    # from step 1" in text
+    assert "time: 0:05:00" in text  # 100 s before the interruption, 200 s after it
     assert "<h2>Validation</h2>" not in text
 
 
@@ -89,6 +97,14 @@ def test_a_run_that_has_only_started_and_one_of_text_alone(make_run):
     assert "Step 0 of 4" in write_report(make_run([start()])).read_text()
     bare = {"kind": "train", "step": 1, "loss": float("nan"), "layers": [0, 0, 0], "gradients": {}}
     assert "<h2>Losses</h2>" in write_report(make_run([start(), bare])).read_text()
+
+
+def test_a_log_of_an_older_version_has_neither_times_nor_parameters(make_run):
+    lines = [start(date="", device="", parameters={}), train_line(1)]
+    del lines[1]["seconds"]
+    text = write_report(make_run(lines)).read_text()
+    assert "<p>commit: abc</p>" in text
+    assert "<h2>Parameters</h2>" not in text
 
 
 def test_many_large_pictures_are_thinned_out(make_run):

@@ -58,6 +58,14 @@ def hint(name: str, known: Iterable[str], program: str = "", dashes: str = "--")
     return f"; did you mean {dashes}{near}?" if near else ""
 
 
+def value_hint(name: str, program: str) -> str:
+    """What follows a message about the value of a flag that other projects have, too; else ""."""
+    answer = answer_of(program, name)
+    if answer and answer.here == name:
+        return f" ({answer.note})" if answer.note else ""
+    return hint(name, (), program)
+
+
 class Parser(argparse.ArgumentParser):
     """``argparse``'s parser, with messages that help a user of another project.
 
@@ -70,6 +78,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, *args: Any, program: str = "", **kwargs: Any) -> None:
         super().__init__(*args, **{"allow_abbrev": False} | kwargs)
         self.program = program
+        self.settings: Parser | None = None
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         arguments = list(sys.argv[1:] if args is None else args)
@@ -77,8 +86,19 @@ class Parser(argparse.ArgumentParser):
             self.error(listed(problems))  # first: a required flag may be missing because it was given another name
         parsed, rest = self.parse_known_args(arguments, namespace)
         if rest:
-            self.error(listed(self.explain(rest)))
+            self.error(listed(self.explain(rest, arguments)))
         return parsed
+
+    def parse_with_settings(self, settings: Parser, args: Sequence[str] | None = None) -> tuple[Any, list[str]]:
+        """The values of this parser's flags, and the other words: flags of ``settings`` with their values.
+
+        A flag that neither has is explained by both.
+        """
+        self.settings = settings
+        arguments = list(sys.argv[1:] if args is None else args)
+        if not {"-h", "--help"} & set(arguments) and (problems := self.unknown_flags(arguments)):
+            self.error(listed(problems))
+        return self.parse_known_args(arguments)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         words = sys.argv[1:] if args is None else args
@@ -87,7 +107,7 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Exits with the message; a wrong value gets the table's hint if the flag means another one elsewhere."""
         flag = re.match(r"argument --(\w+): invalid", message)
-        super().error(message + (hint(flag[1], (), self.program) if flag else ""))
+        super().error(message + (value_hint(flag[1], self.program) if flag else ""))
 
     def unknown_flags(self, arguments: Sequence[str]) -> list[str]:
         """A message for every word of a command line that looks like a flag and is none."""
@@ -110,14 +130,16 @@ class Parser(argparse.ArgumentParser):
         words = sys.argv[1:] if arguments is None else arguments
         names = [flag.lstrip("-") for flag in self._known(words) if flag.startswith("--")]
         return [
-            self._message(text, names)
+            self._message(text, names, words)
             for before, text in zip(["", *unknown], unknown)
             if text.startswith("-") or not before.startswith("-")
         ]
 
-    def _message(self, text: str, names: Sequence[str]) -> str:
+    def _message(self, text: str, names: Sequence[str], words: Sequence[str]) -> str:
         if not text.startswith("-"):
-            return f"unexpected argument {text!r}; see --help"
+            before = words[words.index(text) - 1] if text in words[1:] else ""
+            note = value_hint(before[2:], self.program) if before[2:] in names else ""
+            return f"unexpected argument {text!r}{f' after {before}{note}' if note else ''}; see --help"
         flag = text.partition("=")[0]
         close = hint(flag.lstrip("-").replace("-", "_"), names, self.program)
         return f"unknown flag {flag}{close or '; see --help'}"
@@ -130,8 +152,8 @@ class Parser(argparse.ArgumentParser):
         return f"{joined}{equals}{value}" if word.startswith("--") and flag not in known and joined in known else word
 
     def _known(self, arguments: Sequence[str] = ()) -> set[str]:
-        """The flags, with those of the commands that ``arguments`` name."""
-        known = set(self._option_string_actions)
+        """The flags, with those of ``settings`` and of the commands that ``arguments`` name."""
+        known = set(self._option_string_actions) | (self.settings._known() if self.settings else set())
         for action in self._actions:
             if isinstance(action, argparse._SubParsersAction):
                 for command in set(arguments) & set(action.choices):

@@ -23,7 +23,7 @@ from model.settings import (
     value_problems,
     without_effect,
 )
-from utils.command_line.parser import Parser, hint
+from utils.command_line.parser import Parser, hint, value_hint
 from utils.config.settings import DataSettings, EvalSettings, ModelSettings, TrainSettings
 from utils.files import write_atomically
 
@@ -159,9 +159,13 @@ def build_config(
             setattr(getattr(config, SECTION_OF[name]), name, convert(value, KINDS[name]))
         except ValueError as error:
             unchecked.add(name)
-            problems.append(f"{origin}: {value!r} is not {error}")
+            problems.append(f"{origin}: {value!r} is not {error}{value_hint(name, PROGRAM)}")
     origins = {name: values[name][1] if name in values else f"--{name}" for name in FIELDS}
-    problems += [line for name, line in check(config, origins) if name not in unchecked]
+    problems += [
+        line + (value_hint(name, PROGRAM) if name in values else "")
+        for name, line in check(config, origins)
+        if name not in unchecked
+    ]
     if problems:
         raise ConfigError(problems)
     return config

@@ -163,8 +163,9 @@ class Mixture(Dataset):
         return rows
 
     def table(self, num_samples: int | None = None) -> str:
-        """``describe`` as a text table."""
+        """``describe`` as a text table, where ``passes`` are its epochs: those of the run are counted in steps."""
         rows = text_tables.from_mappings(self.describe(num_samples), _count_cell)
+        rows[0] = ["passes" if column == "epochs" else column for column in rows[0]]
         return "\n".join(text_tables.aligned(rows, "llr"))
 
 

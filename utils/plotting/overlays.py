@@ -47,7 +47,7 @@ class Panel:
         image: [H, W, 3] uint8.
         query: the expression.
         masks: [N, H, W] bool; similarities: [N, H, W] in [0, 1], or None.
-        truth: [H, W] uint8 with 0, 1 and 255, or None if unknown.
+        truth: [H, W] or, of several targets, [N, H, W] uint8 with 0, 1 and 255; None if unknown.
         answer: text of the model's answer.
         notes: short lines such as "IoU 0.83".
         deviations: [N, H, W] in [0, 0.5], standard deviation of the probabilities over layers (``mc:T``), or None.
@@ -86,9 +86,11 @@ def overlay(image: np.ndarray, masks: np.ndarray, opacity: float = 0.55) -> np.n
 
 
 def truth_overlay(image: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """Blends the ground truth [H, W] over an image, ignored pixels (255) in grey."""
-    layers = [(truth == IGNORE_PIXEL, IGNORED_COLOR), (truth == 1, TRUTH_COLOR)]
-    return paint(image, layers, opacity=0.55)
+    """Blends the ground truth over an image: [H, W], or [N, H, W] in the colors of N [SEG]; ignored pixels in grey."""
+    targets = truth.reshape(-1, *image.shape[:2])
+    colors = [TRUTH_COLOR] if len(targets) == 1 else map(color, range(len(targets)))
+    layers = [((targets == IGNORE_PIXEL).any(axis=0), IGNORED_COLOR)]
+    return paint(image, [*layers, *((target == 1, rgb) for target, rgb in zip(targets, colors))], opacity=0.55)
 
 
 def paint(
@@ -185,7 +187,9 @@ def fit(panel: Panel, width: int, height: int) -> Panel:
 
     truth = panel.truth
     if truth is not None:
-        truth = np.where(resize(truth == IGNORE_PIXEL) > 0.5, IGNORE_PIXEL, resize(truth == 1) > 0.5).astype(np.uint8)
+        targets = truth.reshape(-1, old_height, old_width)
+        ignored, inside = stack(targets == IGNORE_PIXEL) > 0.5, stack(targets == 1) > 0.5
+        truth = np.where(ignored, IGNORE_PIXEL, inside).astype(np.uint8)
     return replace(
         panel,
         image=np.array(Image.fromarray(panel.image).resize(size, Image.Resampling.LANCZOS)),

@@ -181,12 +181,15 @@ class RunLog:
             self.bar.update(1)
 
     def train(self, step: int, values: dict[str, Any], gradients: dict[str, float]) -> None:
-        """Logs a step: ``values`` of the meter with ``lr`` and ``gradient``, and the gradient's norm per part."""
+        """Logs a step: ``values`` of the meter with ``lr`` and ``gradient``, and the gradient's norm per part.
+
+        ``log.jsonl`` also gets the epoch and the ``seconds`` since this process began to log.
+        """
         if not self.main:
             return
-        epoch = step / self.steps_per_epoch
-        line = {"kind": "train", "step": step, "epoch": round(epoch, 3), **values, "gradients": gradients}
-        self._write(line)
+        epoch, elapsed = step / self.steps_per_epoch, time.perf_counter() - self.started
+        line = {"kind": "train", "step": step, "epoch": round(epoch, 3), "seconds": elapsed, **values}
+        self._write(line | {"gradients": gradients})
         for name, value in values.items():
             if name == "map_loss_by_layer":
                 for layer, loss in enumerate(value):
@@ -196,7 +199,6 @@ class RunLog:
         for part, norm in gradients.items():
             self.board.add_scalar(f"gradient/{part}", norm, step)
         self._histogram("policy/layers", values["layers"], step)
-        elapsed = time.perf_counter() - self.started
         left = elapsed / max(1, step - self.start_step) * (self.total_steps - step)
         self.print(step_line(step, self.total_steps, epoch, values, left))
 

@@ -7,8 +7,8 @@ may be finished, resumed, or still running.
 from __future__ import annotations
 
 import base64
-import math
 from collections.abc import Iterable, Mapping, Sequence
+from datetime import timedelta
 from functools import reduce
 from html import escape
 from pathlib import Path
@@ -19,7 +19,6 @@ import yaml
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from model.lora import part_of
 from utils.config import Config, to_dict
 from utils.files import write_atomically
 from utils.plotting import charts, text_tables
@@ -107,7 +106,7 @@ def read_settings(folder: Path, start: Mapping[str, Any]) -> dict[str, dict[str,
 
 
 def head(folder: Path, settings: Mapping[str, Any], starts: Sequence[dict], lines: Sequence[dict]) -> str:
-    """Name, progress and commands of the run."""
+    """Name, progress, date, device, commit and commands of the run."""
     train = settings.get("train", {})
     total, step = train.get("epochs", 0) * train.get("steps_per_epoch", 0), max(line.get("step", 0) for line in lines)
     state = "finished" if total and step >= total else "not finished"
@@ -115,11 +114,29 @@ def head(folder: Path, settings: Mapping[str, Any], starts: Sequence[dict], line
         f"{line.get('command', '')}" + (f"    # from step {line['step']}" if line.get("step") else "")
         for line in starts
     )
-    processes = starts[-1].get("processes", 1)
+    start, processes = starts[-1], starts[-1].get("processes", 1)
+    facts = {
+        "started": starts[0].get("date", "").replace("T", " ").replace("+00:00", " UTC"),
+        "time": duration(lines),
+        "device": start.get("device", ""),
+        "commit": start.get("commit", ""),
+    }
+    known = "; ".join(f"{name}: {value}" for name, value in facts.items() if value)
     return (
         f"<h1>{escape(folder.resolve().name)}</h1>\n<p>Step {step} of {total} ({state}), {processes} "
-        f"process{'es' if processes > 1 else ''}.</p>\n" + f'<pre class="wrap">{escape(commands)}</pre>'
+        f"process{'es' if processes > 1 else ''}.</p>\n<p>{escape(known)}</p>\n"
+        f'<pre class="wrap">{escape(commands)}</pre>'
     )
+
+
+def duration(lines: Sequence[Mapping[str, Any]]) -> str:
+    """Time of a run, ``1:02:03``: the last time of each process that wrote to the log; empty in older logs."""
+    total, last = 0.0, 0.0
+    for line in lines:
+        if line.get("kind") == "start":
+            total, last = total + last, 0.0
+        last = line.get("seconds", last)
+    return str(timedelta(seconds=round(total + last))) if total + last else ""
 
 
 def section(title: str, *parts: str) -> str:
@@ -154,17 +171,16 @@ def validation_table(val: Sequence[dict], index: Mapping[str, str], most: int = 
         rows.append({"step": line["step"], **scores, "": "best" if is_best else ""})
     omitted = max(0, len(rows) - most)
     shown_rows = [row for n, row in enumerate(rows) if n >= omitted or row[""]]
-    note = f'<p class="note">{len(rows) - len(shown_rows)} earlier validations are omitted.</p>' if omitted else ""
-    return html_table(shown_rows) + note
+    note = "Metrics are fractions, 0 to 1."
+    note += f" {len(rows) - len(shown_rows)} earlier validations are omitted." if omitted else ""
+    return f'{html_table(shown_rows)}<p class="note">{note}</p>' if rows else ""
 
 
 def parameters(start: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Number of trained parameters per part and in total."""
-    counts: dict[str, int] = {}
-    for name, shape in start.get("trained", {}).items():
-        counts[part_of(name)] = counts.get(part_of(name), 0) + math.prod(shape)
-    rows = [{"part": part, "trained parameters": count} for part, count in counts.items()]
-    return [*rows, {"part": "all", "trained parameters": sum(counts.values())}] if rows else []
+    """Number of parameters and of trained ones, per part and in total; empty for older logs, which do not tell."""
+    counts: dict[str, Sequence[int]] = start.get("parameters", {})
+    total = {"all": [sum(column) for column in zip(*counts.values())]} if counts else {}
+    return [{"part": part, "parameters": n, "trained": trained} for part, (n, trained) in (counts | total).items()]
 
 
 def changed_settings(settings: Mapping[str, Mapping[str, Any]]) -> str:
@@ -190,7 +206,7 @@ def column(lines: Sequence[dict], *path: str) -> Points:
 
 
 def loss_series(train: Sequence[dict]) -> dict[str, Series]:
-    others = {"epoch", *NOT_LOSSES}
+    others = {"epoch", "seconds", *NOT_LOSSES}
     names = dict.fromkeys(
         name for line in train for name, value in line.items() if isinstance(value, float) and name not in others
     )
