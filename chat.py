@@ -29,6 +29,7 @@ from utils.inference.folder import answer_all, find_images, read_prompts
 from utils.inference.session import ImageSession
 from utils.inference.terminal import AnswerPrinter, picture_codes, picture_protocol, printable
 from utils.plotting.overlays import overlay
+from utils.wording import counted
 
 MC_SAMPLES = MonteCarloMean.samples
 RULES = "\n".join(
@@ -222,8 +223,9 @@ class Chat:
 
     def image(self, path: str) -> None:
         if not path:
-            shown = f"the image is {printable(str(self.photo.path))}; " if self.photo else ""
-            raise ValueError(f"{shown}/image needs a path: /image photo.jpg")
+            shown = printable(str(self.photo.path)) if self.photo else "none yet"
+            print_status(f"image: {shown} (another one: /image PATH)")
+            return
         quoted = len(path) > 1 and path[0] == path[-1] and path[0] in "'\""  # as terminals paste a dragged file
         self.set_photo(Photo.open(path[1:-1] if quoted else path))
 
@@ -240,7 +242,7 @@ class Chat:
         self.remember = wanted == "on" if wanted else self.remember
         turns = len(self.session.history) if self.session else 0
         if self.remember:
-            print_status(f"history: on, the model sees {turns} earlier questions (/reset forgets them)")
+            print_status(f"history: on, the model sees {counted(turns, 'earlier question')} (/reset forgets them)")
         else:
             print_status("history: off, each question is answered independently (/history on changes that)")
 
@@ -249,7 +251,7 @@ class Chat:
         if self.session is not None:
             self.session.reset()
         self.last = None
-        print_status(f"the conversation was reset: {turns} earlier questions are forgotten, the image stays")
+        print_status(f"the conversation was reset: {counted(turns, 'earlier question')} forgotten, the image stays")
 
     def save(self, path: str) -> None:
         if self.last is None:
@@ -257,7 +259,7 @@ class Chat:
         if not path:
             raise ValueError("/save needs a path: /save star writes star_overlay.png, star_mask_1.png, star.json")
         self.save_files(Path(path).expanduser().parent, Path(path).name)
-        print_status(f"saved {path}_overlay.png, {len(self.files)} masks, {path}.json")
+        print_status(f"saved {path}_overlay.png, {counted(len(self.files), 'mask')}, {path}.json")
 
 
 def run_interactive(chat: Chat, folder: Path) -> int:

@@ -37,6 +37,7 @@ from utils.training import checkpoint as checkpoints
 from utils.training.data_content import content_of
 from utils.training.run_lock import lock_run
 from utils.training.run_log import DivergedError, Meter, RunLog, check_finite, loading_table, parameter_table
+from utils.wording import counted
 
 if TYPE_CHECKING:
     import torch
@@ -115,12 +116,13 @@ def warn_of_skipped(run: Run) -> None:
     """Warns if records were replaced: an incomplete data set must not pass for a complete one."""
     if skipped := int(run.mixture.skipped.sum()):
         run.log.print(
-            f"warning: {skipped} sampled records could not be read and were replaced by others (named above); is the "
+            f"warning: {counted(skipped, 'sample')} could not be read, replaced by others (named above); is the "
             "data set complete?"
         )
     if truncated := int(run.mixture.truncated):
         run.log.print(
-            f"warning: {truncated} samples were cut off, with answers and [SEG] (named above); raise --model_max_length"
+            f"warning: {counted(truncated, 'sample')} cut off, with answers and [SEG] (named above); raise "
+            "--model_max_length"
         )
 
 
@@ -242,8 +244,8 @@ def describe_step(config: Config, device: torch.device) -> str:
         name += " (an NVIDIA GPU is present, but this torch cannot use it: is the driver too old?)"
     train, world = config.train, distributed.world_size()
     product = f"batch_size {train.batch_size} x grad_accumulation_steps {train.grad_accumulation_steps} x {world}"
-    processes = f"{world} process{'es' if world > 1 else ''} on {name}, {config.model.precision}"
-    return f"{processes}; {config.images_per_step(world)} images per step = {product}\n"
+    processes = f"{counted(world, 'process', 'processes')} on {name}, {config.model.precision}"
+    return f"{processes}; {counted(config.images_per_step(world), 'image')} per step = {product}\n"
 
 
 def open_data(config: Config) -> tuple[Mixture, list[EvalDataset]]:

@@ -36,6 +36,7 @@ from utils.evaluation.results import Summary, read_results
 from utils.inference import cli
 from utils.plotting import text_tables
 from utils.plotting.overlays import Panel, save_picture, sheet
+from utils.wording import counted
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -133,7 +134,7 @@ def _score_cell(summary: Summary | None, metric: str, control: str = "") -> str:
     scores = (summary.controls.get(control, {}) if control else summary.metrics) if summary else {}
     if summary is None or metric not in scores:
         return "-"
-    limit = f" (first {summary.limit} images)" if summary.limit else ""
+    limit = f" (first {counted(summary.limit, 'image')})" if summary.limit else ""
     return f"{scores[metric]:.3f}{summary.missing_note}{limit}"
 
 
@@ -179,7 +180,7 @@ def paired(
         samples.append([after_record.image, *scores, after_record.query[:80]])
     counts = metrics.count_records(after)
     setup = ", ".join(filter(None, [after_run.benchmark, after_run.mode, protocol]))
-    lines = [f"{setup}: {counts['masks']} masks on {counts['images']} images"]
+    lines = [f"{setup}: {counted(counts['masks'], 'mask')} on {counted(counts['images'], 'image')}"]
     for name, each in ((before_name, before_run), (after_name, after_run)):
         lines.append(f"{name}: layer {each.layer_policy}, {each.precision}")
     if protocols[0] != protocol:

@@ -37,6 +37,7 @@ from utils.conversion.via import read_via
 from utils.conversion.yolo import read_yolo
 from utils.datasets.base import DataError
 from utils.inference import cli
+from utils.wording import counted
 
 READERS: dict[str, Callable[[argparse.Namespace], Annotated]] = {
     "labelme": lambda args: read_labelme(args.folder, args.images, args.encoding, extracted(args.output)),
@@ -78,7 +79,9 @@ def convert(args: argparse.Namespace) -> None:
     images = [image for image in images if image.is_annotated]
     text = summary.lines()
     if without and not args.negatives:
-        text.append(f"  without annotation: {len(without)} images, such as {without[0].path} (--negatives uses them)")
+        text.append(
+            f"  without annotation: {counted(len(without), 'image')}, such as {without[0].path} (--negatives uses them)"
+        )
     own = Counter(image.split for image in images if image.split)
     if len(own) > 1 and not args.split:
         shares = ", ".join(f"{count} {name}" for name, count in own.items())
@@ -88,7 +91,7 @@ def convert(args: argparse.Namespace) -> None:
     if not lines or (args.split and not own):
         print("\n".join(text))
         reasons = "; ".join(line.strip() for line in text[1:4]) or "no annotation has a label"
-        problem = f"no query in {summary.images} images ({reasons})"
+        problem = f"no query in {counted(summary.images, 'image')} ({reasons})"
         raise DataError(
             f"nothing to write to {args.output}: {problem if not lines else 'the annotations name no split; use --val'}"
         )
@@ -102,7 +105,10 @@ def convert(args: argparse.Namespace) -> None:
     shares = ", ".join(f"{count} {split}" for split, count in splits.items())
     written = len({line["image"] for line in lines})
     # printed once all is written: whoever reads our output may stop after a line
-    text.append(f"wrote {args.output}: {written} images, {len(lines)} queries ({absent} absent; {shares})")
+    text.append(
+        f"wrote {args.output}: {counted(written, 'image')}, {counted(len(lines), 'query', 'queries')} "
+        f"({absent} absent; {shares})"
+    )
     text += [f"wrote {sheet}" for sheet in sheets]
     text.append(f"to check every image and mask: python scripts/convert_data.py check {args.output}")
     print("\n".join(text))

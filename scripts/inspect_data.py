@@ -25,6 +25,7 @@ from utils.datasets.base import DataError, TrainDataset
 from utils.datasets.spec import Spec
 from utils.inference import cli
 from utils.plotting.overlays import Panel, evenly_spaced, save_picture, sheet
+from utils.wording import counted
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -48,7 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
         path = args.output / f"{Spec.parse(dataset.name).slug}.png"
         panels, problems = read_panels(dataset, args.pictures, config.train.seed)
         if panels:
-            save_picture(path, sheet(panels, f"{dataset.name}: {len(dataset):,} images"))
+            save_picture(path, sheet(panels, f"{dataset.name}: {counted(len(dataset), 'image')}"))
             print(f"wrote {path}")
         print(*(f"{dataset.name}: unusable: {problem}" for problem in problems), sep="\n", end="\n" if problems else "")
     return 0

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = (
     ("model",),
-    ("utils.command_line", "utils.distributed", "utils.files", "utils.config", "utils.plotting"),
+    ("utils.command_line", "utils.distributed", "utils.files", "utils.wording", "utils.config", "utils.plotting"),
     ("utils.datasets",),
     ("utils.inference", "utils.demo", "utils.conversion"),
     ("utils.evaluation", "utils.training", "utils.dashboard"),

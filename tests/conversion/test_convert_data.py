@@ -80,7 +80,7 @@ def test_labelme_shapes(capsys, tmp_path):
         capsys, "labelme", tmp_path / "photos", "--output", tmp_path / "own.jsonl", "--query", "the {label}"
     )
     assert code == 0, err
-    assert "1 images, 6 queries (0 absent; 6 train)" in out
+    assert "1 image, 6 queries (0 absent; 6 train)" in out
     assert "left out: 1 x linestrip (a line has no area)" in out
     assert "left out: 1 x polygon (2 points)" in out
     assert {line["query"]: len(line["masks"]) for line in lines_of(tmp_path / "own.jsonl")} == {
@@ -133,7 +133,7 @@ def test_validation_images_and_absent_queries(capsys, tmp_path):
     convert = ("labelme", tmp_path, "--output", tmp_path / "own.jsonl", "--val", "0.3", "--absent")
     code, out, _ = run(capsys, *convert, 1)
     assert code == 0
-    assert "without annotation: 1 images, such as" in out
+    assert "without annotation: 1 image, such as" in out
     assert "10 images, 20 queries (10 absent; 14 train, 6 val)" in out
     lines = lines_of(tmp_path / "own.jsonl")
     by_image = {line["image"]: line["split"] for line in lines}

@@ -57,7 +57,7 @@ def test_cvat_with_an_attribute(capsys, tmp_path):
     caption = '<attribute name="caption">the red cat</attribute>'
     test_cvat.write(tmp_path, test_cvat.image("a.jpg", test_cvat.box("cat", 0, 0, 4, 4, inner=caption)))
     out = convert(capsys, "cvat", tmp_path, "--attribute", "caption", output=tmp_path / "own.jsonl")
-    assert "1 images, 1 queries" in out
+    assert "1 image, 1 query" in out
     [line] = lines_of(tmp_path / "own.jsonl")
     assert line["query"] == "the red cat"
     assert line["masks"] == [[[[0, 0], [4, 0], [4, 4], [0, 4]]]]

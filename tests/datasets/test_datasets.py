@@ -281,7 +281,7 @@ def test_refer_eval_groups_all_sentences_of_an_image(root: Path) -> None:
 def test_refer_eval_refuses_a_missing_image_and_training_a_missing_folder(root: Path) -> None:
     os.remove(root / "coco/train2014/COCO_train2014_000000000001.jpg")
     with pytest.raises(
-        DataError, match=r"1 records cannot be evaluated(.|\n)*mscoco/images/train2014(.|\n)*coco/train2014"
+        DataError, match=r"1 record cannot be evaluated(.|\n)*mscoco/images/train2014(.|\n)*coco/train2014"
     ):
         get_eval_dataset("refcoco|unc|val", root)
     assert len(get_eval_dataset("refcoco|unc|val", root, allow_missing=True).not_found) == 1
@@ -306,7 +306,7 @@ def test_sentences_without_a_text_are_counted(root: Path, sentence: dict) -> Non
     path = root / "refer_seg/grefcoco/grefs(unc).json"
     write_json(path, [{**GOOD_REF, "split": "val", "sentences": sentences}])
     message = "grefcoco|unc|val, ref 1: sentence 70 must have a text in 'sent', not "
-    with pytest.raises(DataError, match=f"1 records cannot be evaluated(.|\n)*{re.escape(message)}"):
+    with pytest.raises(DataError, match=f"1 record cannot be evaluated(.|\n)*{re.escape(message)}"):
         get_eval_dataset("grefcoco|unc|val", root)
     assert get_eval_dataset("grefcoco|unc|val", root, allow_missing=True).num_queries == 1
 

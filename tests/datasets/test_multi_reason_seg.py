@@ -120,7 +120,7 @@ def test_bad_items_are_named(root: Path, change: dict, message: str) -> None:
     write_json(path, [{**GOOD, **change}, BARE, 7])
     assert get_train_dataset("MultiReasonSeg", root).describe()["unusable"] == 2
     write_json(root / FOLDER / "MUSE_val.json", [{**GOOD, **change}, BARE])
-    with pytest.raises(DataError, match="1 records cannot be evaluated, which would change the benchmark"):
+    with pytest.raises(DataError, match="1 record cannot be evaluated, which would change the benchmark"):
         get_eval_dataset("MultiReasonSeg|val", root)
 
 
@@ -178,7 +178,7 @@ def test_bad_files_are_named(root: Path) -> None:
     (root / "coco/train2017/000000000001.jpg").unlink()
     with pytest.raises(DataError, match=r"no image 000000000001\.jpg \(looked in .*mscoco.*coco/train2017"):
         get_train_dataset("MultiReasonSeg", root)
-    with pytest.raises(DataError, match=r"1 records cannot be evaluated(.|\n)*no image 000000000001\.jpg"):
+    with pytest.raises(DataError, match=r"1 record cannot be evaluated(.|\n)*no image 000000000001\.jpg"):
         get_eval_dataset("MultiReasonSeg|val", root)
     incomplete = get_eval_dataset("MultiReasonSeg|val", root, allow_missing=True)
     assert (len(incomplete), len(incomplete.not_found), incomplete.unusable) == (1, 1, [])

@@ -115,7 +115,7 @@ def test_a_conversation_at_a_terminal(version, tmp_path):
     terminal.line("the blue circle")
     assert "the model sees 1 earlier" in terminal.line("/history")
     assert "takes on or off" in terminal.line("/history maybe")
-    assert "star_overlay.png, 1 masks" in terminal.line(f"/save {tmp_path / 'kept' / 'star'}")
+    assert "star_overlay.png, 1 mask" in terminal.line(f"/save {tmp_path / 'kept' / 'star'}")
     assert mask_of(tmp_path / "kept", "star").shape == (48, 64)
     assert "needs a path" in terminal.line("/save")
     assert "was reset" in terminal.line("/reset")
@@ -247,9 +247,9 @@ def test_an_interrupted_run_resumes(capsys, version, album):
     code, _, err, again = ask_many(capsys, version, album, *more)
     assert (code, again) == (0, lines)
     assert err.splitlines()[-4:] == [
-        f"2/3 {album / '1.png'}: 1 answers",
+        f"2/3 {album / '1.png'}: 1 answer",
         f"3/3 {album / '2.png'}: 2 answers",
-        "3 answers were there already",
+        "there already: 3 answers",
         f"results: {path}",
     ]
     code, _, err, again = ask_many(capsys, version, album, *more, "--layer_policy", "fixed:1")
@@ -271,7 +271,7 @@ def test_a_replaced_image_is_asked_about_again(capsys, version, album, monkeypat
     relative = ("--version", version, "--image", "album", "--output", "out", "--max_new_tokens", 2)
     code, _, err = run(capsys, chat, *relative, *more)
     assert (code, path.read_text().splitlines()) == (0, older)
-    assert "3 answers were there already" in err
+    assert "there already: 3 answers" in err
     write_jpg(album / "1.png", 7, (20, 20))
     _, _, err, again = ask_many(capsys, version, album, *more)
     assert "2/3" in err

@@ -126,7 +126,7 @@ def test_conversation(monkeypatch, capsys, version, photo, tmp_path):
     assert out == "[SEG]\n" * 3
     assert "nowhere.jpg does not exist" in err
     assert "unknown command /fly" in err
-    assert f"the image is {photo}; /image needs a path" in err
+    assert f"image: {photo} (another one: /image PATH)" in err
     assert "(/history on changes that)" in err
     assert max(len(line) for line in chat.HELP.splitlines()) <= 80
     written = {path.name for path in (tmp_path / "out").glob("*.json")}
@@ -195,7 +195,7 @@ def test_images_without_a_target_are_answered_but_only_published_counts_them(cap
     annotation.write_text(json.dumps(json.loads(annotation.read_text()) | {"shapes": []}))
     code, out, err = evaluate(capsys, version, val_data, tmp_path / "out")
     assert code == 0, err
-    assert "ReasonSeg|val: 1 records skipped, left out" in out
+    assert "ReasonSeg|val: 1 record skipped, left out" in out
     path = answers(tmp_path / "out")
     strict = json.loads(path.with_suffix(".json").read_text())
     assert (strict["counts"]["masks"], strict["counts"]["skipped"], strict["protocol"]) == (4, 1, "strict")
@@ -208,7 +208,7 @@ def test_images_without_a_target_are_answered_but_only_published_counts_them(cap
     assert published.metrics["gIoU"] == pytest.approx(strict["metrics"]["gIoU"] * 4 / 5)  # a random model draws
     code, out, _ = evaluate(capsys, version, val_data, tmp_path / "p", "ReasonSeg|val", "--protocol", "published")
     assert "teacher_forced, published" in out
-    assert "ReasonSeg|val: 1 records skipped, scored as empty targets" in out
+    assert "ReasonSeg|val: 1 record skipped, scored as empty targets" in out
     assert json.loads(answers(tmp_path / "p").with_suffix(".json").read_text())["metrics"] == published.metrics
 
 

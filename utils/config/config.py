@@ -26,6 +26,7 @@ from model.settings import (
 from utils.command_line.parser import Parser, hint, value_hint
 from utils.config.settings import DataSettings, EvalSettings, ModelSettings, TrainSettings
 from utils.files import write_atomically
+from utils.wording import counted
 
 
 class ConfigError(ValueError):
@@ -35,8 +36,10 @@ class ConfigError(ValueError):
 
     def __init__(self, problems: Sequence[str]) -> None:
         self.problems = list(problems)
-        count = f"{len(self.problems)} problem{'s' if len(self.problems) > 1 else ''}"
-        super().__init__(f"{count} in the configuration:\n" + "\n".join(f"  - {line}" for line in self.problems))
+        super().__init__(
+            f"{counted(len(self.problems), 'problem')} in the configuration:\n"
+            + "\n".join(f"  - {line}" for line in self.problems)
+        )
 
 
 class WithoutEffectError(ConfigError):

@@ -16,6 +16,7 @@ from utils.conversion.images import image_sizes, upright_size
 from utils.datasets.base import DataError
 from utils.datasets.custom import read_mask
 from utils.datasets.masks import encode_mask
+from utils.wording import counted
 
 Box = tuple[float, float, float, float]
 BoxMasks = Callable[[Path, list[Box]], list[Any]]  # image, boxes -> a mask per box
@@ -65,7 +66,8 @@ class Summary:
 
     def lines(self) -> list[str]:
         """The summary as text; what occurs 0 times is not in it."""
-        text = [f"read: {self.images} images, {self.annotations} annotations, {len(self.spellings)} labels"]
+        counts = {"image": self.images, "annotation": self.annotations, "label": len(self.spellings)}
+        text = ["read: " + ", ".join(counted(number, noun) for noun, number in counts.items())]
         text += [f"  left out: {line}" for line in _grouped(self.left_out)]
         text += [f"  reserved: {count} x {label!r}, {fate}" for (label, fate), count in (+self.reserved).items()]
         text += [f"  note: {line}" for line in _grouped(self.notes)]

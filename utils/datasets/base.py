@@ -17,6 +17,7 @@ import numpy as np
 from model.processing.tokens import SEG
 from model.structures import EvalSample, Sample
 from utils.datasets.spec import Spec
+from utils.wording import counted
 
 logger = logging.getLogger(__name__)
 
@@ -286,8 +287,8 @@ def check_complete(dataset: EvalDataset) -> None:
     if problems:
         shown = "\n  ".join(problems[:5])
         raise DataError(
-            f"{dataset.spec}: {len(problems)} records cannot be evaluated, which would change the benchmark; complete "
-            f"the download (test.py --allow_missing skips and counts them). The first:\n  {shown}"
+            f"{dataset.spec}: {counted(len(problems), 'record')} cannot be evaluated, which would change the "
+            f"benchmark; complete the download (test.py --allow_missing skips and counts them). The first:\n  {shown}"
         )
 
 

@@ -28,6 +28,7 @@ from utils.evaluation.controls import CONTROLS, ShuffledPrompts
 from utils.evaluation.metrics import Record
 from utils.evaluation.predictions import InferenceOptions, predict_queries, score
 from utils.evaluation.results import Journal, Provenance, Result, summarize
+from utils.wording import counted
 
 
 @dataclass(frozen=True)
@@ -256,8 +257,8 @@ def _unreadable(spec: Spec, errors: Sequence[str], max_shown: int = 10) -> str:
     shown = "".join(f"\n  {error}" for error in errors[:max_shown])
     more = f"\n  and {len(errors) - max_shown} more" if len(errors) > max_shown else ""
     return (
-        f"{spec}: {len(errors)} images cannot be evaluated, which would change the result (test.py --allow_missing "
-        f"leaves them out and reports their number):{shown}{more}"
+        f"{spec}: {counted(len(errors), 'image')} cannot be evaluated, which would change the result (test.py "
+        f"--allow_missing leaves them out and reports their number):{shown}{more}"
     )
 
 

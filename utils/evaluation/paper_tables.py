@@ -11,6 +11,7 @@ from utils.datasets.spec import Spec
 from utils.evaluation.benchmarks import BENCHMARKS, TABLES, PaperTable
 from utils.evaluation.results import Summary
 from utils.plotting import text_tables
+from utils.wording import counted
 
 
 def columns(table: PaperTable) -> list[tuple[str, Spec, str]]:
@@ -79,7 +80,7 @@ def fill(method: str, summaries: Sequence[Summary]) -> list[Table]:
 
 def setup_of(summary: Summary) -> str:
     """``teacher_forced, gsva, layer argmax``, and the limit if only a part of the split was evaluated."""
-    limit = [f"first {summary.limit} images"] if summary.limit else []
+    limit = [f"first {counted(summary.limit, 'image')}"] if summary.limit else []
     return ", ".join([summary.mode_label, f"layer {summary.layer_policy}", *limit])
 
 

@@ -10,6 +10,7 @@ from utils.evaluation.controls import HEADINGS
 from utils.evaluation.metrics import Record
 from utils.evaluation.results import Summary
 from utils.plotting import text_tables
+from utils.wording import counted
 
 
 def format_table(summaries: Sequence[Summary]) -> str:
@@ -41,15 +42,16 @@ def _remarks(summary: Summary) -> list[str]:
     if counts.get("skipped"):
         published = summary.protocol == "published" and "strict" in benchmark.protocols.get(summary.mode, ())
         remarks.append(
-            f"{counts['skipped']} records skipped, " + ("scored as empty targets" if published else "left out")
+            f"{counted(counts['skipped'], 'record')} skipped, "
+            + ("scored as empty targets" if published else "left out")
         )
     if cut := counts.get("answers_cut"):
-        remarks.append(f"{cut} answers ({summary.mode}) were cut off before their end; raise --max_new_tokens")
+        remarks.append(f"cut off before their end: {counted(cut, 'answer')} ({summary.mode}); raise --max_new_tokens")
     if summary.annotations:
         remarks.append(f"read from {summary.annotations}")
     if benchmark.task != "instances" and (several := counts.get("answers_with_several_seg")):
         scored = {"union": "the union of their masks", "first": "the first mask"}[summary.several_seg]
-        remarks.append(f"{several} answers ({summary.mode}) have several [SEG]; {scored} is scored")
+        remarks.append(f"several [SEG] in {counted(several, 'answer')} ({summary.mode}); {scored} is scored")
     return remarks
 
 

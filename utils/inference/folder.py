@@ -19,6 +19,7 @@ from model.processing.pixels import read_pixels
 from model.structures import Prediction
 from utils.inference.answer_files import answer_record, save_pictures
 from utils.inference.terminal import printable
+from utils.wording import counted
 
 ANSWERS_FILE = "answers.jsonl"
 OPENED_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
@@ -114,9 +115,9 @@ def answer_all(
                 file.write(json.dumps(values | {"settings": settings}, ensure_ascii=False) + "\n")
                 file.flush()  # pictures without a line are of an answer that a killed run did not finish
             again = f", {replaced} of them again: the image was replaced" if replaced else ""
-            report(printable(f"{number}/{len(images)} {image}: {len(remaining)} answers{again}"))
+            report(printable(f"{number}/{len(images)} {image}: {counted(len(remaining), 'answer')}{again}"))
     if kept:
-        report(f"{kept} answers were there already")
+        report(f"there already: {counted(kept, 'answer')}")
     report(printable(f"results: {path}"))
     return unreadable
 

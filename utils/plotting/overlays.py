@@ -189,7 +189,7 @@ def fit(panel: Panel, width: int, height: int) -> Panel:
     if truth is not None:
         targets = truth.reshape(-1, old_height, old_width)
         ignored, inside = stack(targets == IGNORE_PIXEL) > 0.5, stack(targets == 1) > 0.5
-        truth = np.where(ignored, IGNORE_PIXEL, inside).astype(np.uint8)
+        truth = np.where(ignored, IGNORE_PIXEL, inside).astype(np.uint8).reshape(*truth.shape[:-2], *size[::-1])
     return replace(
         panel,
         image=np.array(Image.fromarray(panel.image).resize(size, Image.Resampling.LANCZOS)),

@@ -25,6 +25,7 @@ from utils.plotting import charts, text_tables
 from utils.plotting.overlays import evenly_spaced
 from utils.training.checkpoint import read_index, step_name, step_of
 from utils.training.run_log import LOG, NOT_LOSSES, PICTURES, read_log
+from utils.wording import counted
 
 NAME = "report.html"
 WIDTH = 9.0  # inches of a chart
@@ -123,8 +124,8 @@ def head(folder: Path, settings: Mapping[str, Any], starts: Sequence[dict], line
     }
     known = "; ".join(f"{name}: {value}" for name, value in facts.items() if value)
     return (
-        f"<h1>{escape(folder.resolve().name)}</h1>\n<p>Step {step} of {total} ({state}), {processes} "
-        f"process{'es' if processes > 1 else ''}.</p>\n<p>{escape(known)}</p>\n"
+        f"<h1>{escape(folder.resolve().name)}</h1>\n<p>Step {step} of {total} ({state}), "
+        f"{counted(processes, 'process', 'processes')}.</p>\n<p>{escape(known)}</p>\n"
         f'<pre class="wrap">{escape(commands)}</pre>'
     )
 
@@ -172,7 +173,7 @@ def validation_table(val: Sequence[dict], index: Mapping[str, str], most: int = 
     omitted = max(0, len(rows) - most)
     shown_rows = [row for n, row in enumerate(rows) if n >= omitted or row[""]]
     note = "Metrics are fractions, 0 to 1."
-    note += f" {len(rows) - len(shown_rows)} earlier validations are omitted." if omitted else ""
+    note += f" Omitted: {counted(len(rows) - len(shown_rows), 'earlier validation')}." if omitted else ""
     return f'{html_table(shown_rows)}<p class="note">{note}</p>' if rows else ""
 
 
