@@ -123,11 +123,14 @@ def test_the_first_screen_of_the_readme() -> None:
     assert not [text for text in needed if text not in first]
 
 
-def test_the_lines_of_the_readme_run(version: str, photo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    [code] = re.findall(r"^```python\n(.*?)^```", README.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+@pytest.mark.parametrize("page", [README, ROOT / "docs/inference.md"], ids=["README.md", "inference.md"])
+def test_the_python_of_a_page_runs(page: Path, version: str, photo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All blocks in turn, as in one session."""
+    blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
     monkeypatch.chdir(photo.parent)
     names: dict[str, Any] = {}
-    exec(code.replace("runs/tiny/merged", version), names)
+    for block in blocks:
+        exec(block.replace("runs/tiny/merged", version), names)
     masks = names["answer"].masks
     assert masks.dtype == torch.bool
     assert masks.shape[1:] == (48, 64)

@@ -28,3 +28,10 @@ def test_values(height: int, width: int, inside: tuple[int, int]) -> None:
 
 def test_every_way_to_fit_clip_can_be_set() -> None:
     assert CheckpointSettings.__dataclass_fields__["clip_fit"].metadata["choices"] == tuple(CLIP_FITS)
+
+
+@pytest.mark.filterwarnings("error")
+def test_an_array_that_cannot_be_written_gives_no_warning() -> None:
+    image = np.asarray(Image.new("RGB", (64, 64), "red"))
+    assert not image.flags.writeable
+    assert resize_and_pad(image, 64)[1] == (64, 64)
