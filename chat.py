@@ -199,7 +199,7 @@ class Chat:
         """Prints layer, size and file of every mask to stderr."""
         assert self.last is not None
         if self.last.cut:
-            print_status(f"the answer was cut at {self.max_new_tokens} tokens; see --max_new_tokens")
+            print_status(f"the answer was cut at {counted(len(self.last.token_ids), 'token')}; see --max_new_tokens")
         if not self.last.layers:
             print_status("the answer holds no [SEG], so there is no mask")
         rule = layer_rules.parse(self.layer_policy)

@@ -9,6 +9,7 @@ Legend: B rows, K questions per row at most, N [SEG] tokens, L hidden states, D 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from model.llava import LanguageOutput
-from model.structures import Batch
+from model.structures import MAX_SEGS, Batch
 
 if TYPE_CHECKING:
     from model.UGround import UGroundForCausalLM
@@ -75,7 +76,7 @@ def generate_answers(
     max_new_tokens: int,
     on_token: Callable[[list[int]], None] | None = None,
 ) -> GenerationOutput:
-    """Generates the answer to every question greedily, until its end token or ``max_new_tokens``.
+    """Generates the answer to every question greedily, until its end token, ``max_new_tokens`` or ``MAX_SEGS``.
 
     Args:
         output: of ``forward_language(batch, use_cache=True)``.
@@ -117,6 +118,7 @@ def generate_from(
     token_ids: list[list[list[int]]] = [[[] for _ in range(count)] for count in questions]
     slots = [[k if k < count else None for k in range(max(questions))] for count in questions]  # None = has ended
     segs: list[tuple[QuestionIndex, int, torch.Tensor]] = []
+    segs_of: Counter[QuestionIndex] = Counter()
     for step in range(max_new_tokens):
         tokens = model.lm_head(hidden[-1]).argmax(-1)  # [B, K]
         finite = hidden[-1].isfinite().all(-1)
@@ -130,14 +132,18 @@ def generate_from(
                 token_ids[b][question].append(token := newest[b][k])
                 if token == config.seg_token_id:
                     segs.append(((b, question), step, torch.stack([layer[b, k] for layer in hidden])))
-                if token == config.eos_token_id:
+                    segs_of[b, question] += 1
+                if token == config.eos_token_id or segs_of[b, question] == MAX_SEGS:
                     row[k] = None
         if on_token is not None:
             on_token([answer[-1] for answers in token_ids for answer in answers])
         alive = max(len(row) - row.count(None) for row in slots)
         if step + 1 == max_new_tokens or not alive:
             break
-        segment_ids, position_ids = segment_ids.masked_fill(tokens == config.eos_token_id, -1), position_ids + 1
+        ended = tokens == config.eos_token_id
+        if MAX_SEGS in segs_of.values():
+            ended |= torch.tensor([[slot is None for slot in row] for row in slots], device=ended.device)
+        segment_ids, position_ids = segment_ids.masked_fill(ended, -1), position_ids + 1
         if alive < len(slots[0]):  # drop the slots of questions that have ended
             kept = [_alive_first(row)[:alive] for row in slots]
             slots = [[row[k] for k in indices] for row, indices in zip(slots, kept)]

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 IGNORE_PIXEL = 255
 IGNORE_LABEL = -100
 EPSILON = 1e-6  # keeps denominators and logarithms finite
-MAX_NEW_TOKENS = 64  # of a generated answer, unless the caller says otherwise
+MAX_NEW_TOKENS = 512  # of a generated answer, unless the caller says otherwise; as SESAME, READ and PixelLM
+MAX_SEGS = 64  # of a generated answer: a model that repeats [SEG] without end must not fill the memory with masks
 
 
 @dataclass(frozen=True)
@@ -216,7 +217,7 @@ class Prediction:
             (``model.geometry.maps_at`` enlarges them).
         rejected: per ``[SEG]``, whether ``[REJ]`` was more likely at its position; always False in generated answers.
         uncertainty: per ``[SEG]`` with ``mc:T``; empty otherwise.
-        cut: whether a generated answer reached the longest length before its end token.
+        cut: whether a generated answer reached the longest length, or ``MAX_SEGS``, before its end token.
     """
 
     text: str

@@ -151,3 +151,15 @@ def test_turns_that_do_not_fit_are_dropped(model, tiny_tokenizer):
     with pytest.raises(ValueError, match="a question is empty"):
         session.ask("  ")
     assert session.history == history
+
+
+def test_the_longest_answer_leaves_room_for_history(model, tiny_tokenizer):
+    """A quarter of the room is reserved for an answer, not all that it may have."""
+    processor = UGroundProcessor(tiny_tokenizer, 40, 10, 64, "", max_tokens=200)
+    session = ImageSession(model, processor, drawn_sample(6).image)
+    session.history = [Turn("the red star", "[SEG]")]
+    kept, ids = session._fit(session.history, "the circle", 512)
+    assert kept == session.history
+    assert len(ids) <= processor.room * 3 // 4
+    long = [Turn("the red star " * 40, "[SEG]"), *session.history]
+    assert session._fit(long, "the circle", 512)[0] == session.history

@@ -401,3 +401,31 @@ def test_training_with_add_lora_is_told_nothing(r, make_model, tiny_processor, c
     model(batch=tiny_processor.collate([drawn_sample(0)]))
     assert not caplog.messages
     assert parameters_by_part(model)["llama"][1] == 0
+
+
+def test_an_answer_ends_at_the_largest_number_of_segs(make_model, tiny_processor, monkeypatch):
+    """Alone, and beside others that continue."""
+    model, seg = says_seg_often(make_model(seed=7), tiny_processor), tiny_processor.tokens.seg
+    with torch.no_grad():  # answers of different lengths, as above
+        end = torch.randn(model.config.hidden_size, generator=torch.Generator().manual_seed(4))
+        model.lm_head.weight[tiny_processor.tokens.eos] = 0.9 * end
+    image = drawn_sample(6, (50, 50)).image
+    questions = ["where is the red star", "circle", "please segment all of the blue shapes in this image", "a square"]
+
+    def ask(*asked):
+        return predict(model, tiny_processor, [image], [list(map(Turn, asked))], max_new_tokens=8)[0]
+
+    def cut(answer):
+        places = [k for k, token in enumerate(answer.token_ids) if token == seg]
+        return answer.token_ids[: places[1] + 1] if len(places) > 1 else answer.token_ids
+
+    expected = [cut(answer) for answer in ask(*questions)]
+    assert len(set(map(len, expected))) > 1
+    monkeypatch.setattr("model.generation.MAX_SEGS", 2)
+    together = ask(*questions)
+    assert [answer.token_ids for answer in together] == expected
+    for question, answer in zip(questions, together):
+        [alone] = ask(question)
+        assert alone.token_ids == answer.token_ids
+        assert_same_masks(alone.mask_logits, answer.mask_logits)
+        assert answer.cut == (answer.token_ids[-1] != tiny_processor.tokens.eos)

@@ -101,11 +101,15 @@ class ImageSession:
         self.history, self.last = [], None
 
     def _fit(self, turns: list[Turn], prompt: str, max_new_tokens: int) -> tuple[list[Turn], list[int]]:
-        """The latest turns that leave room for the answer, and the token ids of the conversation."""
+        """The latest turns that leave room for the answer, and the token ids of the conversation.
+
+        A quarter of the room is enough: most answers are far shorter than the longest, and history is worth more.
+        """
         room = self.processor.room
+        reserved = min(max_new_tokens, room // 4)
         while True:
             ids = self.processor.builder.encode((*turns, Turn(prompt, ""))).ids
-            if not turns or len(ids) + max_new_tokens <= room:
+            if not turns or len(ids) + reserved <= room:
                 break
             turns = turns[1:]
         if len(ids) > room:
