@@ -36,7 +36,8 @@ def resize_and_pad(
         image = np.array(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
     out = torch.zeros(3, side, side) if out is None else out
     # in place: at 1024 px, a copy is 12 MB and takes longer than the arithmetic
-    pixels = out[:, :height, :width].copy_(torch.from_numpy(np.require(image, requirements="CW")).permute(2, 0, 1))
+    source = torch.from_numpy(np.require(image, requirements=["C", "W"]))  # torch warns of arrays that are read-only
+    pixels = out[:, :height, :width].copy_(source.permute(2, 0, 1))
     pixels.sub_(PIXEL_MEAN).div_(PIXEL_STD)
     return out, (height, width)
 

@@ -168,7 +168,8 @@ class Done:
                 changes = [f"{name}: {saved.get(name)!r} there, {settings[name]!r} now" for name in settings
                            if saved.get(name) != settings[name]]  # fmt: skip
                 raise ValueError(
-                    f"{path} holds answers of other settings ({'; '.join(changes)}); give another --output, or the same settings"
+                    f"{path} holds answers of other settings ({'; '.join(changes)}); give another --output, or "
+                    "the same settings"
                 )
             done.answers[key] = state
             done.overlays.add(values.get("overlay", ""))
