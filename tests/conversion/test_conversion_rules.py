@@ -9,10 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from segment_anything import SamPredictor
 from segment_anything.modeling import Sam
 
+from model import load
 from scripts import convert_data
 from utils.conversion.boxes import SamBoxes
 from utils.conversion.class_lists import read_classes, read_colors
@@ -119,8 +121,8 @@ def test_ignored_and_background_labels(capsys, tmp_path):
         "a",
         ("cup", SQUARE, "polygon"),
         ("__ignore__", inner, "polygon"),
-        ("__ignore__", [[20, 0], [60, 0], [60, 40], [20, 40]], "polygon"),
-        ("dish", [[30, 10], [40, 20]], "rectangle"),
+        ("__ignore__", [[20, 0], [60, 40]], "rectangle"),  # a region, whatever --boxes says
+        ("dish", [[30, 10], [40, 10], [40, 20], [30, 20]], "polygon"),
         ("_background_", SQUARE, "polygon"),
     )
     out = convert(capsys, tmp_path / "own.jsonl", "labelme", tmp_path)
@@ -323,7 +325,7 @@ def test_shapes_of_new_and_other_tools(capsys, tmp_path):
     over = {"label": "mask", "points": [[54.6, 35], [64, 44]], "shape_type": "mask", "mask": encoded, "group_id": [1]}
     content["shapes"].append(over)
     (tmp_path / "a.json").write_text(json.dumps(content))
-    convert(capsys, tmp_path / "own.jsonl", "labelme", tmp_path)
+    convert(capsys, tmp_path / "own.jsonl", "labelme", tmp_path, "--boxes", "rectangle")
     expected = {("a.jpg", f"{kind}"): [100] for kind in kinds}
     assert areas(tmp_path / "own.jsonl") == {**expected, ("a.jpg", "mask"): [5 * 5]}
 
@@ -398,6 +400,81 @@ def test_boxes_become_rectangles(capsys, tmp_path):
     assert areas(tmp_path / "own.jsonl") == {("a.jpg", "cup"): [100], ("a.jpg", "dish"): [100]}
 
 
+TOOLS = ["labelme", "label-studio", "via", "cvat"]
+
+
+def one_box_one_outline(tmp_path: Path, tool: str) -> tuple[str, Path]:
+    """A tool's export for a.jpg: the box of a cup, the outline of a dish, both SQUARE. -> its name and its path."""
+    percent = {"x": 500 / W, "y": 500 / H, "width": 1000 / W, "height": 1000 / H}
+    results = [
+        {"id": name, "type": kind, "from_name": "label", "value": {**value, f"{kind}labels": [name]}}
+        for name, kind, value in (
+            ("cup", "rectangle", percent),
+            ("dish", "polygon", {"points": [[100 * x / W, 100 * y / H] for x, y in SQUARE]}),
+        )
+    ]
+    regions = {
+        "cup": {"name": "rect", "x": 5, "y": 5, "width": 10, "height": 10},
+        "dish": {"name": "polygon", "all_points_x": [5, 15, 15, 5], "all_points_y": [5, 5, 15, 15]},
+    }
+    via = {"filename": "a.jpg", "size": -1, "regions": [
+        {"shape_attributes": shape, "region_attributes": {"class": name}} for name, shape in regions.items()
+    ]}  # fmt: skip
+    xml = (
+        f'<annotations><image id="0" name="a.jpg" width="{W}" height="{H}"><box label="cup" xtl="5" ytl="5" xbr="15" '
+        'ybr="15"/><polygon label="dish" points="5,5;15,5;15,15;5,15"/></image></annotations>'
+    )
+    if tool == "labelme":
+        labelme(tmp_path, "a", ("cup", [[15, 5], [5, 15]], "rectangle"), ("dish", SQUARE, "polygon"))
+    (tmp_path / "label-studio").write_text(
+        json.dumps([{"data": {"image": "a.jpg"}, "annotations": [{"result": results}]}])
+    )
+    (tmp_path / "via").write_text(json.dumps({"a.jpg-1": via}))
+    (tmp_path / "cvat").write_text(xml)
+    return tool, tmp_path if tool == "labelme" else tmp_path / tool
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_upright_rectangles_of_all_tools_are_boxes(capsys, tmp_path, tool):
+    photo(tmp_path / "a.jpg")
+    source, out = one_box_one_outline(tmp_path, tool), tmp_path / "own.jsonl"
+    assert "left out: 1 x box without a mask (--boxes rectangle or" in convert(capsys, out, *source)
+    assert areas(out) == {("a.jpg", "dish"): [100]}
+    assert "1 x box made into a mask" in convert(capsys, out, *source, "--overwrite", "--boxes", "rectangle")
+    assert areas(out) == {("a.jpg", "cup"): [100], ("a.jpg", "dish"): [100]}
+
+
+@pytest.mark.parametrize("tool", [*TOOLS, "coco", "yolo", "masks"])
+@pytest.mark.parametrize("orientation", [2, 3, 4])
+def test_images_that_exif_mirrors_or_turns_by_180_degrees(capsys, tmp_path, tool, orientation):
+    """Their size does not tell what annotations were made for: the upright image, which tools show, is taken."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    photo(tmp_path / "a.jpg", exif=exif)
+    if tool == "coco":
+        images = [{"id": 1, "file_name": "a.jpg", "height": H, "width": W}]
+        rows = [{"id": 1, "image_id": 1, "category_id": 2, "segmentation": [FLAT]}]
+        source = ("coco", coco(tmp_path / "c.json", images, rows))
+    elif tool == "yolo":
+        (tmp_path / "classes.txt").write_text("dish\n")
+        corners = " ".join(f"{x / W} {y / H}" for x, y in SQUARE)
+        (tmp_path / "a.txt").write_text(f"0 {corners} {SQUARE[0][0] / W} {SQUARE[0][1] / H}\n")
+        source = ("yolo", tmp_path)
+    elif tool == "masks":
+        (tmp_path / "masks/dish").mkdir(parents=True)
+        Image.fromarray(square_mask()).save(tmp_path / "masks/dish/a.png")
+        source = ("masks", tmp_path / "masks", "--images", tmp_path)
+    else:
+        source = one_box_one_outline(tmp_path, tool)
+    printed = convert(capsys, tmp_path / "own.jsonl", *source, "--boxes", "rectangle")
+    assert "note: 1 x image that its EXIF data turn or mirror, and whose size does not tell" in printed
+    dataset = get_eval_dataset(f"custom|{tmp_path / 'own.jsonl'}", tmp_path)
+    queries = {query.text: query.masks[0] for query in dataset[0].queries}
+    assert set(queries) == ({"cup", "dish"} if tool in TOOLS else {"dish"})
+    for mask in queries.values():
+        assert np.array_equal(mask, square_mask())
+
+
 def test_boxes_become_masks_of_sam(capsys, tmp_path):
     """The same as segment-anything's own predictor makes of each box; a box outside the image has none."""
     weights = ROOT / "assets/tiny/sam.pth"
@@ -417,6 +494,31 @@ def test_boxes_become_masks_of_sam(capsys, tmp_path):
     flags = ("coco", file, "--boxes", "sam", "--overwrite")
     assert "--sam FILE belong together" in convert(capsys, tmp_path / "own.jsonl", *flags, code=2)
     assert "c.json" in convert(capsys, tmp_path / "own.jsonl", *flags, "--sam", file, code=2)
+
+
+def test_sam_may_be_that_of_a_merged_model(capsys, tmp_path, version):
+    convert(capsys, tmp_path / "own.jsonl", "coco", boxes(tmp_path), "--boxes", "sam", "--sam", version)
+    found = SamBoxes(Path(version)).sam.cpu().state_dict()
+    expected = load(version).model.visual_model.state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_the_image_in_the_mirrored_subfolder_is_meant(capsys, tmp_path):
+    for number, part in enumerate(("train", "val")):
+        photo(tmp_path / "images" / part / "a.jpg", grey=90 + number)
+        labelme(tmp_path / "labels" / part, "a", ("cup", SQUARE, "polygon"))
+        (tmp_path / "labels" / part / "a.jpg").unlink()
+    source = ("labelme", tmp_path / "labels", "--images", tmp_path / "images", "--split")
+    convert(capsys, tmp_path / "own.jsonl", *source)
+    rows = [json.loads(line) for line in (tmp_path / "own.jsonl").read_text().splitlines()]
+    assert {row["image"]: row["split"] for row in rows} == {f"images/{part}/a.jpg": part for part in ("train", "val")}
+    photo(tmp_path / "images/other/b.jpg")
+    photo(tmp_path / "images/more/b.jpg", grey=7)
+    labelme(tmp_path / "labels/train", "b", ("cup", SQUARE, "polygon"))
+    (tmp_path / "labels/train/b.jpg").unlink()
+    message = convert(capsys, tmp_path / "own.jsonl", *source, "--overwrite", code=2)
+    assert "'b.jpg' may be one of 2 different images" in message
 
 
 # -- mask images -------------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ import numpy as np
 from utils.datasets.base import DataError
 from utils.datasets.masks import check_polygon, encode_mask
 
+Box = tuple[float, float, float, float]  # x0, y0, x1, y1 in pixels
 Kind = Literal["target", "ignored", "background", "absent"]
 IGNORED_LABELS = {"__ignore__", "_ignore_"}
 BACKGROUND_LABELS = {"_background_", "__background__", "background"}
@@ -44,7 +45,7 @@ class Annotation:
 
     label: str
     mask: Any | None
-    box: tuple[float, float, float, float] | None = None
+    box: Box | None = None
     reason: str = ""
     kind: Kind = "target"
     is_query: bool = False
@@ -175,6 +176,12 @@ def clean_ring(points: Any, size: tuple[int, int]) -> list[list[float]]:
 def rectangle_ring(x0: float, y0: float, x1: float, y1: float) -> list[list[float]]:
     """The corners of a rectangle, given by two opposite ones."""
     return [[x0, y0], [x1, y0], [x1, y1], [x0, y1]]
+
+
+def rectangle_box(x0: float, y0: float, x1: float, y1: float, size: tuple[int, int]) -> Box:
+    """The same as a box, which has no mask of its own; ``DataError`` if it lies far outside the image."""
+    clean_ring(rectangle_ring(x0, y0, x1, y1), size)
+    return min(x0, x1), min(y0, y1), max(x0, x1), max(y0, y1)
 
 
 def ellipse_ring(x: float, y: float, rx: float, ry: float, degrees: float = 0.0) -> list[list[float]]:

@@ -12,8 +12,7 @@ from model.loading.formats import below
 from model.loading.weights import load_strictly, read_folder, read_sam
 from model.processing.transforms import resize_and_pad
 from model.sam import SamShape, SegmentAnything
-from utils.conversion.annotated import rectangle_ring
-from utils.conversion.queries import Box
+from utils.conversion.annotated import Box, rectangle_ring
 from utils.datasets.images import read_image
 from utils.datasets.masks import encode_mask
 

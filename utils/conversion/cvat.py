@@ -24,6 +24,7 @@ from utils.conversion.annotated import (
     ellipse_ring,
     extent,
     pasted_mask,
+    rectangle_box,
     rectangle_ring,
     whole,
 )
@@ -176,7 +177,7 @@ class _Reader(Collector):
 
 
 def _draw(shape: ET.Element, size: Size) -> Any:
-    """The mask of a shape; ``DataError`` with the reason if it has no area."""
+    """The mask or the box of a shape; ``DataError`` with the reason if it has no area."""
     if shape.tag in WITHOUT_AREA:
         raise DataError(WITHOUT_AREA[shape.tag])
     if shape.tag == "mask":
@@ -192,6 +193,8 @@ def _draw(shape: ET.Element, size: Size) -> Any:
         return [clean_ring(ellipse_ring(x, y, rx, ry, degrees), size)]
     x0, y0, x1, y1 = numbers(shape, "xtl", "ytl", "xbr", "ybr")
     positive(abs(x1 - x0), abs(y1 - y0))
+    if not degrees:
+        return rectangle_box(x0, y0, x1, y1, size)
     return [clean_ring(turned_ring(rectangle_ring(x0, y0, x1, y1), degrees, (x0 + x1) / 2, (y0 + y1) / 2), size)]
 
 

@@ -54,7 +54,8 @@ class ImageFolder:
         """The image that a tool wrote as ``name``.
 
         Tried in this order: the path as written (relative to each folder and to ``beside``), the longest ending of it
-        that exists in a folder, an image of the same base name anywhere in the folders, an image named ``stem``.
+        that exists in a folder, an image of the same base name anywhere in the folders, an image named ``stem``. Of
+        several, the one in the same subfolder is meant: labels/train/a.json, images/train/a.jpg.
 
         Args:
             name: with slashes or backslashes, absolute, ``file://``, or with %20; "" = none was written.
@@ -72,6 +73,7 @@ class ImageFolder:
         candidates = [path for base in base_names for path in self._named(plain(base))]
         if not candidates and stem:
             candidates = self._named(plain(stem), beside)
+        candidates = self._mirrored(candidates, beside) or candidates
         if split:
             candidates = [path for path in candidates if split in path.parent.parts] or candidates
         return _only(candidates, name or stem, self._folders(beside))
@@ -92,6 +94,14 @@ class ImageFolder:
             return self.folders
         inside = beside.is_relative_to(self.folders[0])
         return list(dict.fromkeys([beside, *self.folders] if inside else [*self.folders, beside]))
+
+    def _mirrored(self, candidates: list[Path], beside: Path | None) -> list[Path]:
+        """The candidates in the subfolder of a folder that ``beside`` is of its own."""
+        if beside is None:
+            return []
+        inside = [beside.relative_to(folder) for folder in self.folders if beside.is_relative_to(folder)]
+        meant = {folder / part for part in inside for folder in self.folders if part != Path()}
+        return [path for path in candidates if path.parent in meant]
 
     def _named(self, key: str, beside: Path | None = None) -> list[Path]:
         """The images with a base name; with ``beside`` those with a stem, in that folder if there are any."""

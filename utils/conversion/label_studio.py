@@ -27,6 +27,7 @@ from utils.conversion.annotated import (
     ellipse_ring,
     extent,
     pasted_mask,
+    rectangle_box,
     rectangle_ring,
 )
 from utils.conversion.images import IMAGE_SUFFIXES, files_below
@@ -232,7 +233,7 @@ def _values(value: Result) -> tuple[list[str], bool]:
 
 
 def _draw(result: Result, size: Size) -> Any:
-    """The mask of a region; ``DataError`` with the reason if it has none."""
+    """The mask or the box of a region; ``DataError`` with the reason if it has neither."""
     value = result["value"]
     if result.get("image_rotation"):  # versions differ in whether its coordinates were turned back
         raise DataError("drawn while the image was turned")
@@ -261,6 +262,8 @@ def _draw(result: Result, size: Size) -> Any:
     w, h = numbers(value, "width", "height")
     positive(w, h)
     left, top = x * width, y * height
+    if not degrees:
+        return rectangle_box(left, top, left + w * width, top + h * height, size)
     return [
         clean_ring(turned_ring(rectangle_ring(left, top, left + w * width, top + h * height), degrees, left, top), size)
     ]

@@ -27,6 +27,7 @@ from utils.conversion.annotated import (
     extent,
     number_pairs,
     pasted_mask,
+    rectangle_box,
     rectangle_ring,
     split_of,
 )
@@ -164,10 +165,18 @@ def _annotations(file: Path, content: dict[str, Any], size: tuple[int, int], res
             result.left_out[str(error)] += 1
     annotations = []
     for (label, _), parts in objects.items():
-        rings = [part for part in parts if isinstance(part, list)]
-        masks = [rings] * bool(rings) + [part for part in parts if isinstance(part, dict)]
-        annotations += [Annotation(label, mask) for mask in masks] or [Annotation(label, None, reason="no area")]
+        annotations += _annotations_of(label, parts, is_reason_seg)
     return _reason_seg(file, texts, annotations, result) if isinstance(texts, list) else annotations
+
+
+def _annotations_of(label: str, parts: list[Any], boxes_are_drawn: bool) -> list[Annotation]:
+    """The annotations of an object: its polygons as one mask, each RLE. It is a box if rectangles are all it has."""
+    boxes = [part for part in parts if isinstance(part, tuple)]
+    if boxes and len(boxes) == len(parts) and not boxes_are_drawn:
+        return [Annotation(label, None, box, "a box") for box in boxes]
+    rings = [rectangle_ring(*part) if isinstance(part, tuple) else part for part in parts if not isinstance(part, dict)]
+    masks = [rings] * bool(rings) + [part for part in parts if isinstance(part, dict)]
+    return [Annotation(label, mask) for mask in masks] or [Annotation(label, None, reason="no area")]
 
 
 def _group(shape: Any, number: int) -> str:
@@ -196,7 +205,7 @@ def _reason_seg(file: Path, texts: list[Any], shapes: list[Annotation], result: 
 
 
 def _part(shape: dict[str, Any], size: tuple[int, int]) -> Any:
-    """Converts a shape to a polygon [[x, y], ...] or RLE; ``DataError`` with the reason if it is neither."""
+    """Converts a shape to a polygon [[x, y], ...], RLE, or a box; ``DataError`` with the reason if it is none."""
     kind = str(shape.get("shape_type") or "polygon")
     try:
         if kind == "mask":
@@ -206,9 +215,11 @@ def _part(shape: dict[str, Any], size: tuple[int, int]) -> Any:
         if kind not in (*POLYGONS, "circle", "cuboid"):
             raise DataError("a kind of shape that is not known")
         points = number_pairs(shape.get("points"))
-        if kind == "rectangle" and len(points) == 2:
-            (x0, y0), (x1, y1) = points.tolist()
-            points = np.array(rectangle_ring(x0, y0, x1, y1))
+        if kind == "rectangle" and len(points) in (2, 4):  # LabelMe writes two corners, X-AnyLabeling all four
+            (x0, y0), (x1, y1) = points.min(axis=0).tolist(), points.max(axis=0).tolist()
+            corners = {(x, y) for x in (x0, x1) for y in (y0, y1)}
+            if len(points) == 2 or {tuple(point) for point in points.tolist()} == corners:
+                return rectangle_box(x0, y0, x1, y1, size)
         elif kind == "circle":  # the center, and a point on the circle
             if len(points) != 2:
                 raise DataError(f"a circle of {len(points)} points; it needs 2")

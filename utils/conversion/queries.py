@@ -11,14 +11,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from utils.conversion.annotated import Annotated, AnnotatedImage, Annotation, label_key, split_name
+from utils.conversion.annotated import Annotated, AnnotatedImage, Annotation, Box, label_key, rectangle_ring, split_name
 from utils.conversion.images import image_sizes, upright_size
 from utils.datasets.base import DataError
 from utils.datasets.custom import read_mask
 from utils.datasets.masks import encode_mask
 from utils.wording import counted
 
-Box = tuple[float, float, float, float]
 BoxMasks = Callable[[Path, list[Box]], list[Any]]  # image, boxes -> a mask per box
 TURNS = {  # EXIF orientations that swap height and width: stored -> upright
     5: Image.Transpose.TRANSPOSE,
@@ -144,6 +143,11 @@ class Queries:
             left_out[f"image whose file name is not UTF-8: {str(entry.path)!a}"] += 1
             return False
         if entry.size in (None, upright):
+            if orientation != 1 and (entry.size is None or stored == upright):
+                self.summary.notes[
+                    "image that its EXIF data turn or mirror, and whose size does not tell; its annotations were taken "
+                    f"as made for the upright one: {entry.path}"
+                ] += 1
             return True
         if entry.size == stored and orientation in TURNS:
             self.summary.notes[f"image whose annotations were turned with it, as its EXIF data say: {entry.path}"] += 1
@@ -184,12 +188,18 @@ class Queries:
                 annotation.mask = encode_mask(np.array(Image.fromarray(mask).transpose(turn)))
 
     def _fill_boxes(self, image: QueriedImage, annotations: list[Annotation]) -> None:
-        """Gives annotations that have only a box a mask; without ``box_masks`` they are counted."""
-        boxed = [
-            annotation
-            for annotation in annotations
-            if annotation.box and annotation.mask is None and annotation.kind in ("target", "ignored")
-        ]
+        """Gives annotations that have only a box a mask; without ``box_masks`` they are counted.
+
+        An ignored region is its box in any case: what is in it, as background, would be trained as such.
+        """
+        boxed = []
+        for annotation in annotations:
+            if annotation.box is None or annotation.mask is not None:
+                continue
+            if annotation.kind == "ignored" and (box := _clipped(annotation.box, image.size)):
+                annotation.mask = [rectangle_ring(*box)]
+            elif annotation.kind in ("target", "ignored"):
+                boxed.append(annotation)
         left_out = self.summary.left_out
         if self.box_masks is None:
             left_out["box without a mask (--boxes rectangle or --boxes sam makes one of it)"] += len(boxed)

@@ -64,9 +64,14 @@ class Collector:
 
 
 def add_region(annotations: list[Annotation], label: str, draw: Callable[[], Any], left_out: Counter[str]) -> None:
-    """Appends a region with the mask that ``draw`` returns; if it raises ``DataError``, without mask and counted."""
+    """Appends a region with the mask, or the box (a tuple), that ``draw`` returns.
+
+    If it raises ``DataError``, the region has no mask and is counted.
+    """
     try:
-        annotations.append(Annotation(label, draw()))
+        drawn = draw()
+        is_box = isinstance(drawn, tuple)
+        annotations.append(Annotation(label, None, drawn, "a box") if is_box else Annotation(label, drawn))
     except DataError as error:
         annotations.append(Annotation(label, None, reason=str(error)))
         left_out[f"region without a mask ({error})"] += 1

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from utils.conversion.annotated import Annotated, AnnotatedImage, clean_ring, ellipse_ring, rectangle_ring, whole
+from utils.conversion.annotated import Annotated, AnnotatedImage, Box, clean_ring, ellipse_ring, rectangle_box, whole
 from utils.conversion.regions import Collector, Size, add_region, add_unnamed, numbers, positive, trusted_size
 from utils.datasets.base import DataError, parse_json, read_text
 
@@ -194,8 +194,8 @@ def _add_region(
         add_unnamed(image.annotations, f"region without {attribute!r}", collector.annotated.left_out)
 
 
-def _draw(shape: Any, size: Size) -> list[Any]:
-    """The polygon of a shape; ``DataError`` with the reason if it has no area."""
+def _draw(shape: Any, size: Size) -> list[Any] | Box:
+    """The polygon or the box of a shape; ``DataError`` with the reason if it has no area."""
     if not isinstance(shape, dict):
         raise DataError("no shape attributes")
     kind = str(shape.get("name"))[:40]
@@ -209,7 +209,7 @@ def _draw(shape: Any, size: Size) -> list[Any]:
     if kind == "rect":
         x, y, width, height = numbers(shape, "x", "y", "width", "height")
         positive(width, height)
-        return [clean_ring(rectangle_ring(x, y, x + width, y + height), size)]
+        return rectangle_box(x, y, x + width, y + height, size)
     if kind not in ("circle", "ellipse"):
         raise DataError(f"a shape {kind!r}")
     x, y = numbers(shape, "cx", "cy")
