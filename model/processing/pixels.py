@@ -28,7 +28,7 @@ DECODE_ERRORS = (  # what Pillow's decoders raise for damaged files
     zlib.error,
     Image.DecompressionBombError,
 )
-DEPTHS = (255, 4095, 65535)  # largest values of 8, 12 and 16 bits
+DEPTHS = (255, 1023, 4095, 16383, 65535)  # largest values of 8, 10, 12, 14 and 16 bits
 ORIENTATION = 0x0112  # EXIF tag; 1 = upright
 
 
@@ -63,7 +63,8 @@ def read_pixels(path: str | Path, apply_exif: bool) -> np.ndarray:
     """Any image file as uint8 RGB [H, W, 3], of several frames the first.
 
     Gray becomes three equal channels, transparency is composited onto white. Values of more than 8 bits are scaled by
-    the depth that they fit into (``DEPTHS``), floats up to 1 by 255.
+    the depth that they fit into (``DEPTHS``), floats up to 1 by 255: files do not tell how many of 16 bits a camera
+    fills. So an image darker than a quarter of its depth becomes brighter.
 
     Args:
         path: the file, of one of ``FORMATS``.
@@ -76,8 +77,8 @@ def read_pixels(path: str | Path, apply_exif: bool) -> np.ndarray:
         deep = image.mode in ("RGB", "RGBA") and any(";16" in str(tile[3]) for tile in getattr(image, "tile", ()))
         image.load()
         pixels = to_rgb(ImageOps.exif_transpose(image) if apply_exif else image)
-        if deep and 0 < pixels.max(initial=0) <= DEPTHS[1] >> 8:  # Pillow keeps the high byte, little of 12-bit values
-            pixels = _reread(Path(path), pixels)
+        if deep and 0 < pixels.max(initial=0) <= DEPTHS[-2] >> 8:  # Pillow keeps the high byte, little of 12-bit values
+            pixels = _reread(Path(path), image.getexif().get(ORIENTATION, 1) if apply_exif else 1)
         return pixels
 
 
@@ -101,13 +102,18 @@ def _opened(path: str | Path) -> Iterator[Image.Image]:
         ) from error
 
 
-def _reread(path: Path, pixels: np.ndarray) -> np.ndarray:
-    """RGB of 16 bits per channel whose values fit into 12; ``pixels`` are its high bytes."""
+def _reread(path: Path, orientation: int) -> np.ndarray:
+    """RGB of 16 bits per channel whose values fit into 14 or less, of which Pillow keeps the high bytes alone."""
     encoded = np.fromfile(path, np.uint8)
     values = cv2.imdecode(encoded, cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH | cv2.IMREAD_IGNORE_ORIENTATION)
-    if values is None or values.shape != pixels.shape:  # not what OpenCV reads, or rotated
-        raise ValueError("its 16-bit values are 4095 at most: save it with 8 bits")
-    return _scale(values[..., ::-1])
+    if values is None:
+        raise ValueError("its 16-bit values are 16383 at most: save it with 8 bits")
+    channels = []
+    for channel in np.moveaxis(values[..., ::-1], -1, 0):
+        image = Image.fromarray(channel)
+        image.getexif()[ORIENTATION] = orientation
+        channels.append(np.asarray(ImageOps.exif_transpose(image)))
+    return _scale(np.stack(channels, axis=-1))
 
 
 def _scale(values: np.ndarray) -> np.ndarray:

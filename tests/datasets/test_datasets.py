@@ -171,13 +171,21 @@ def test_reason_seg_eval_stops_on_a_broken_file_and_training_goes_on(root: Path)
         ("红色的杯子", "gbk", False),
         ("красная чашка", "cp1251", False),
         ("赤いコップ", "shift_jis", False),
+        ("紅色的杯子", "big5", False),
+        ("빨간 컵", "euc_kr", False),
     ],
 )
-def test_encodings_of_reason_seg(root: Path, query: str, encoding: str, is_read: bool) -> None:
+def test_encodings_of_reason_seg(
+    root: Path, query: str, encoding: str, is_read: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """No other encoding than UTF is taken for cp1252, and cp1252 is named once."""
     path = root / "reason_seg/ReasonSeg/val/a.json"
     write_json(path, {**json.loads(path.read_bytes().decode("cp1252")), "text": [query]}, encoding)
     if is_read:
-        assert get_eval_dataset("ReasonSeg|val", root)[0].queries[0].text == query
+        for _ in range(2):
+            assert get_eval_dataset("ReasonSeg|val", root)[0].queries[0].text == query
+        named = [record.message for record in caplog.records if "are read as cp1252" in record.message]
+        assert len(named) == (encoding == "cp1252")
     else:
         with pytest.raises(DataError, match=r"a\.json is not utf-8.* text \(byte .*save it as UTF-8"):
             get_eval_dataset("ReasonSeg|val", root)

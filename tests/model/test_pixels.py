@@ -32,6 +32,8 @@ def saved(folder: Path, values: np.ndarray | Image.Image, name: str) -> Path:
         (65535, ">u2", "a.tif"),
         (4095, np.uint16, "a.png"),  # 12 bits in 16
         (4095, np.uint16, "a.tif"),
+        (1023, np.uint16, "a.png"),  # 10
+        (16383, np.uint16, "a.tif"),  # 14
         (65535, np.int32, "a.tif"),
         (4095, np.int32, "a.tif"),
         (1, np.float32, "a.tif"),
@@ -47,7 +49,7 @@ def test_brightness_of_gray_images(tmp_path: Path, high: int, dtype: object, nam
     assert np.abs(pixels / 255 - RAMP[..., None]).max() < 1.01 / 255
 
 
-@pytest.mark.parametrize("high", [65535, 4095])
+@pytest.mark.parametrize("high", [65535, 16383, 4095, 1023])
 @pytest.mark.parametrize("suffix", ["png", "tif"])
 def test_brightness_of_rgb_with_16_bits(tmp_path: Path, high: int, suffix: str) -> None:
     cv2 = pytest.importorskip("cv2")
@@ -147,19 +149,21 @@ def test_pil_images_of_16_bits() -> None:
     assert np.abs(as_pixels(image)[..., 0] / 255 - RAMP).max() < 1.01 / 255
 
 
-def test_rotated_rgb_of_12_bits_is_an_error_and_not_black(tmp_path: Path) -> None:
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_rotated_rgb_of_12_bits(tmp_path: Path, orientation: int) -> None:
+    """As the same image with 8 bits."""
     cv2 = pytest.importorskip("cv2")
+    colors = np.round(np.stack([RAMP, RAMP[::-1], RAMP[:, ::-1]], axis=2) * 4095).astype(np.uint16)
     path = tmp_path / "a.png"
-    cv2.imwrite(str(path), np.full((6, 8, 3), 4000, np.uint16))
-    raw = path.read_bytes()
+    cv2.imwrite(str(path), colors[..., ::-1])
     exif = Image.Exif()
-    exif[ORIENTATION] = 6
-    chunk = exif.tobytes().removeprefix(b"Exif\0\0")
+    exif[ORIENTATION] = orientation
+    Image.fromarray((colors >> 4).astype(np.uint8)).save(tmp_path / "b.png", exif=exif)
+    raw, chunk = path.read_bytes(), exif.tobytes().removeprefix(b"Exif\0\0")
     extra = len(chunk).to_bytes(4, "big") + b"eXIf" + chunk + zlib.crc32(b"eXIf" + chunk).to_bytes(4, "big")
     path.write_bytes(raw[:33] + extra + raw[33:])
-    assert (read_pixels(path, apply_exif=False) == 250).all()
-    with pytest.raises(ValueError, match=r"a\.png cannot be decoded \(its 16-bit values are 4095 at most"):
-        read_pixels(path, apply_exif=True)
+    for apply_exif in (True, False):
+        assert np.array_equal(read_pixels(path, apply_exif), read_pixels(tmp_path / "b.png", apply_exif))
 
 
 # -- formats -----------------------------------------------------------------------------------------------------------

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections import defaultdict
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,7 @@ from utils.datasets.records import PackedRecords
 from utils.datasets.spec import Spec
 from utils.datasets.templates import QUESTIONS, sample_answer, sample_question
 
+logger = logging.getLogger(__name__)
 WITHOUT_TARGET = "without_target"  # key in the meta of a query whose image has no target
 QUOTES_AND_DASHES = "[‘’“”–—…]"
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png"}
@@ -45,7 +48,7 @@ def _read_text(path: Path) -> str:
     """Text in UTF-8 or, as some published files are, in cp1252.
 
     Every text in another encoding is some text in cp1252. But in English, letters outside of ASCII stand alone
-    ("café"); side by side they are GBK, Cyrillic or broken UTF-8.
+    ("café"); side by side they are GBK, Cyrillic or broken UTF-8. What is left is still a guess, so it is logged.
     """
     try:
         return read_text(path)
@@ -53,7 +56,17 @@ def _read_text(path: Path) -> str:
         text = read_text(path, "cp1252")
         if re.search(r"[^\x00-\x7f]{2}", re.sub(QUOTES_AND_DASHES, " ", text)):
             raise
+        _log_guess(str(path.parent))
         return text
+
+
+@cache
+def _log_guess(folder: str) -> None:
+    """Once per folder and process: some published files are in cp1252."""
+    logger.warning(
+        "%s has files that are not UTF-8; they are read as cp1252. Save them as UTF-8 if their queries look wrong",
+        folder,
+    )
 
 
 def read_annotation(path: Path) -> dict[str, Any]:
