@@ -44,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
     mixture = make_mixture(config, check=False)
     images = config.total_steps * config.images_per_step()
     print(mixture.table(images))
-    print(f"passes over the images of a data set: by the run's {images:,} samples, in one process")
+    print(f"passes: over a data set's images, in a run of {counted(images, 'sample')} (one process)")
     for dataset in mixture.datasets if args.pictures > 0 else ():
         path = args.output / f"{Spec.parse(dataset.name).slug}.png"
         panels, problems = read_panels(dataset, args.pictures, config.train.seed)
