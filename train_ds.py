@@ -116,8 +116,8 @@ def warn_of_skipped(run: Run) -> None:
     """Warns if records were replaced: an incomplete data set must not pass for a complete one."""
     if skipped := int(run.mixture.skipped.sum()):
         run.log.print(
-            f"warning: {counted(skipped, 'sample')} could not be read, replaced by others (named above); is the "
-            "data set complete?"
+            f"warning: {counted(skipped, 'sampled record')} could not be read, replaced by others (named above); is "
+            "the data set complete?"
         )
     if truncated := int(run.mixture.truncated):
         run.log.print(
