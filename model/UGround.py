@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -63,6 +64,20 @@ class MaskPrediction:
     uncertainty: MaskUncertainty | None = None
 
 
+class TouchAll(torch.autograd.Function):
+    """A zero that depends on all tensors given, with a gradient of zero. It reads none of them."""
+
+    @staticmethod
+    def forward(ctx: Any, device: torch.device, *tensors: torch.Tensor) -> torch.Tensor:
+        ctx.shapes = [(tensor.shape, tensor.dtype) for tensor in tensors]
+        return torch.zeros((), device=device)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        zeros = {dtype: torch.zeros((), dtype=dtype, device=gradient.device) for _, dtype in ctx.shapes}
+        return None, *(zeros[dtype].expand(shape) for shape, dtype in ctx.shapes)
+
+
 class UGroundForCausalLM(LlavaLlamaForCausalLM):
     """LLaVA with Policy-Prompted Masking in front of SAM's decoder."""
 
@@ -95,8 +110,8 @@ class UGroundForCausalLM(LlavaLlamaForCausalLM):
         if self.training and not self.warned_of_full_training:
             self.warn_of_full_training()
         # A rank without masks must touch every parameter too, in the same order on all ranks: ZeRO reduces gradients
-        # as they arrive. Computed first, this sum comes last in the backward pass, and completes them all.
-        anchor = sum(p.sum(dtype=torch.float32) for p in self.parameters() if p.requires_grad)
+        # as they arrive. Computed first, this zero comes last in the backward pass, and completes them all.
+        touched = TouchAll.apply(self.device, *(p for p in self.parameters() if p.requires_grad))
         output, valid = self.forward_language(batch)
         counts = [len(masks) for masks in batch.masks]
         states = output.at(batch.seg_positions)
@@ -111,7 +126,7 @@ class UGroundForCausalLM(LlavaLlamaForCausalLM):
         if all_layers or self.config.rewards_all_layers:
             layer_maps = self.normalised(grounding.scores.detach(), valid[grounding.rows][:, None])
         result = self.objective(batch, logits, mask_logits, maps, layers, grounding.log_policy, layer_maps)
-        result.loss = result.loss + 0.0 * anchor
+        result.loss = result.loss + touched
         return result
 
     def warn_of_full_training(self) -> None:

@@ -95,6 +95,8 @@ def margins_cut_off(size: tuple[int, int], side: int) -> tuple[int, int, int, in
 
 def mask_prompts(maps: torch.Tensor, side: int) -> torch.Tensor:
     """SAM mask prompts [n, 1, side, side] of maps [n, H, W]: longest side scaled (antialiased), padded with zeros."""
+    if not len(maps):  # CUDA's antialiased kernel fails on zero maps
+        return maps.new_zeros(0, 1, side, side)
     size = resized_size(maps.shape[-2], maps.shape[-1], side)
     small = F.interpolate(maps[:, None], size, mode="bilinear", align_corners=False, antialias=True)
     return F.pad(small, (0, side - size[1], 0, side - size[0]))

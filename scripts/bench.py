@@ -134,8 +134,9 @@ def bench_model(args: argparse.Namespace) -> list[str]:
         batch = bench.batch(samples)
         parts = bench.parts(batch, samples, args.repeats)
         rows, times = benchmark.compare_cases(bench, args.repeats, args.compile)
+        step, tokens = times["UGround"]["median"], int((batch.segment_ids >= 0).sum())
+        utilisation = benchmark.utilisation(bench, step)
     parts["SAM encoder, an image"] = times["SAM encoder"]["median"]
-    step, tokens = times["UGround"]["median"], int((batch.segment_ids >= 0).sum())
     figures = {
         "preset": args.preset,
         "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else "CPU",
@@ -149,7 +150,7 @@ def bench_model(args: argparse.Namespace) -> list[str]:
             images: images / (times[case]["median"] + images * times["SAM encoder"]["median"])
             for images, case in ((1, "1 question"), (8, "8 images"))
         },
-        "utilisation": benchmark.utilisation(bench, step),
+        "utilisation": utilisation,
     }
     if args.json:
         args.json.write_text(json.dumps(figures, indent=2) + "\n")

@@ -8,6 +8,8 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# the numbers are the CPU's, on a machine with a GPU, too; scripts/gpu_check.py compares a GPU with them
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import cv2
 import numpy as np

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from utils.conversion.annotated import Annotated, AnnotatedImage, rectangle_ring
+from utils.conversion.annotated import Annotated, AnnotatedImage
 from utils.datasets.masks import decode_segmentation
 
 H, W = 20, 30
@@ -28,20 +28,17 @@ def pixels(top: int, left: int, bottom: int, right: int, height: int = H, width:
 
 
 def masks_of(image: AnnotatedImage, height: int = H, width: int = W) -> dict[str, np.ndarray]:
-    """Label -> the union of its masks, decoded as for training; boxes are filled (``--boxes rectangle``)."""
+    """Label -> the union of its masks, decoded as for training."""
     union: dict[str, np.ndarray] = {}
     for annotation in image.annotations:
-        drawn = [rectangle_ring(*annotation.box)] if annotation.box else annotation.mask
-        if drawn is not None:
-            mask = decode_segmentation(drawn, height, width)
+        if annotation.mask is not None:
+            mask = decode_segmentation(annotation.mask, height, width)
             union[annotation.label] = union.get(annotation.label, 0) | mask
     return union
 
 
 def reasons_of(image: AnnotatedImage) -> dict[str, str]:
-    """Label -> why there is no mask, boxes aside."""
-    without = (annotation for annotation in image.annotations if annotation.mask is None)
-    return {annotation.label: annotation.reason for annotation in without if annotation.reason != "a box"}
+    return {annotation.label: annotation.reason for annotation in image.annotations if annotation.mask is None}
 
 
 def kinds(annotated: Annotated) -> dict[str, int]:

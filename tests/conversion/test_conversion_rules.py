@@ -121,8 +121,8 @@ def test_ignored_and_background_labels(capsys, tmp_path):
         "a",
         ("cup", SQUARE, "polygon"),
         ("__ignore__", inner, "polygon"),
-        ("__ignore__", [[20, 0], [60, 40]], "rectangle"),  # a region, whatever --boxes says
-        ("dish", [[30, 10], [40, 10], [40, 20], [30, 20]], "polygon"),
+        ("__ignore__", [[20, 0], [60, 40]], "rectangle"),
+        ("dish", [[30, 10], [40, 20]], "rectangle"),
         ("_background_", SQUARE, "polygon"),
     )
     out = convert(capsys, tmp_path / "own.jsonl", "labelme", tmp_path)
@@ -325,7 +325,7 @@ def test_shapes_of_new_and_other_tools(capsys, tmp_path):
     over = {"label": "mask", "points": [[54.6, 35], [64, 44]], "shape_type": "mask", "mask": encoded, "group_id": [1]}
     content["shapes"].append(over)
     (tmp_path / "a.json").write_text(json.dumps(content))
-    convert(capsys, tmp_path / "own.jsonl", "labelme", tmp_path, "--boxes", "rectangle")
+    convert(capsys, tmp_path / "own.jsonl", "labelme", tmp_path)
     expected = {("a.jpg", f"{kind}"): [100] for kind in kinds}
     assert areas(tmp_path / "own.jsonl") == {**expected, ("a.jpg", "mask"): [5 * 5]}
 
@@ -435,13 +435,14 @@ def one_box_one_outline(tmp_path: Path, tool: str) -> tuple[str, Path]:
 
 
 @pytest.mark.parametrize("tool", TOOLS)
-def test_upright_rectangles_of_all_tools_are_boxes(capsys, tmp_path, tool):
+def test_drawn_rectangles_are_filled_or_segmented(capsys, tmp_path, tool):
     photo(tmp_path / "a.jpg")
     source, out = one_box_one_outline(tmp_path, tool), tmp_path / "own.jsonl"
-    assert "left out: 1 x box without a mask (--boxes rectangle or" in convert(capsys, out, *source)
-    assert areas(out) == {("a.jpg", "dish"): [100]}
-    assert "1 x box made into a mask" in convert(capsys, out, *source, "--overwrite", "--boxes", "rectangle")
+    assert "note: 1 x drawn rectangle, filled (--boxes sam" in convert(capsys, out, *source)
     assert areas(out) == {("a.jpg", "cup"): [100], ("a.jpg", "dish"): [100]}
+    flags = ("--overwrite", "--boxes", "sam", "--sam", ROOT / "assets/tiny/sam.pth")
+    assert "left out: 1 x box in which there is no mask" in convert(capsys, out, *source, *flags)  # the photo is gray
+    assert areas(out) == {("a.jpg", "dish"): [100]}
 
 
 @pytest.mark.parametrize("tool", [*TOOLS, "coco", "yolo", "masks"])
@@ -466,7 +467,7 @@ def test_images_that_exif_mirrors_or_turns_by_180_degrees(capsys, tmp_path, tool
         source = ("masks", tmp_path / "masks", "--images", tmp_path)
     else:
         source = one_box_one_outline(tmp_path, tool)
-    printed = convert(capsys, tmp_path / "own.jsonl", *source, "--boxes", "rectangle")
+    printed = convert(capsys, tmp_path / "own.jsonl", *source)
     assert "note: 1 x image that its EXIF data turn or mirror, and whose size does not tell" in printed
     dataset = get_eval_dataset(f"custom|{tmp_path / 'own.jsonl'}", tmp_path)
     queries = {query.text: query.masks[0] for query in dataset[0].queries}

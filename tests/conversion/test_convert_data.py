@@ -77,9 +77,8 @@ def test_labelme_shapes(capsys, tmp_path):
     ]
     labelme(tmp_path / "photos", "a", *shapes)
     code, out, err = run(
-        capsys, "labelme", tmp_path / "photos", "--output", tmp_path / "own.jsonl", "--query", "the {label}", "--boxes",
-        "rectangle",
-    )  # fmt: skip
+        capsys, "labelme", tmp_path / "photos", "--output", tmp_path / "own.jsonl", "--query", "the {label}"
+    )
     assert code == 0, err
     assert "1 image, 6 queries (0 absent; 6 train)" in out
     assert "left out: 1 x linestrip (a line has no area)" in out

@@ -37,8 +37,7 @@ def test_label_studio_without_denying_a_point(capsys, tmp_path):
         test_label_studio.task("b.jpg", test_label_studio.rectangle("dog")),
     ]
     file, output = test_label_studio.write(tmp_path, *tasks), tmp_path / "own.jsonl"
-    flags = ("--query", "the {label}", "--absent", 2, "--boxes", "rectangle")
-    convert(capsys, "label-studio", file, *flags, output=output)
+    convert(capsys, "label-studio", file, "--query", "the {label}", "--absent", 2, output=output)
     queries = {(line["image"], line["query"]): len(line["masks"]) for line in lines_of(output)}
     assert queries == {("a.jpg", "the cat"): 1, ("b.jpg", "the dog"): 1, ("b.jpg", "the cat"): 0}
     np.testing.assert_array_equal(masks_of(output)["a.jpg: the cat"][0], pixels(5, 5, 15, 25))
@@ -47,8 +46,7 @@ def test_label_studio_without_denying_a_point(capsys, tmp_path):
 def test_via_with_one_query(capsys, tmp_path):
     photo(tmp_path / "a.jpg")
     file = test_via.write(tmp_path, test_via.entry("a.jpg", test_via.region("", attribute="")))
-    flags = ("--query", "the balloon", "--boxes", "rectangle")
-    convert(capsys, "via", file, *flags, output=tmp_path / "own.jsonl")
+    convert(capsys, "via", file, "--query", "the balloon", output=tmp_path / "own.jsonl")
     [line] = lines_of(tmp_path / "own.jsonl")
     assert line["query"] == "the balloon"
     assert line["size"] == [H, W]
@@ -58,8 +56,7 @@ def test_cvat_with_an_attribute(capsys, tmp_path):
     photo(tmp_path / "images/a.jpg")
     caption = '<attribute name="caption">the red cat</attribute>'
     test_cvat.write(tmp_path, test_cvat.image("a.jpg", test_cvat.box("cat", 0, 0, 4, 4, inner=caption)))
-    flags = ("--attribute", "caption", "--boxes", "rectangle")
-    out = convert(capsys, "cvat", tmp_path, *flags, output=tmp_path / "own.jsonl")
+    out = convert(capsys, "cvat", tmp_path, "--attribute", "caption", output=tmp_path / "own.jsonl")
     assert "1 image, 1 query" in out
     [line] = lines_of(tmp_path / "own.jsonl")
     assert line["query"] == "the red cat"

@@ -60,13 +60,14 @@ def test_an_answer_appears_with_its_masks(page, tmp_path):
     numbers = list(range(len(visit.masks)))
     assert numbers
     assert last[answer.masks].value == numbers
-    assert last[answer.downloads].visible is True
+    assert last[answer.downloads].visible is False  # until the files are written
     assert last[why.layer] == 2 == page.chosen_layer(0, ME)
 
 
 def test_an_answer_can_be_explained_and_downloaded(page, tmp_path):
     ask(page, upload(tmp_path))
-    files = page.files([0], 0.5, True, ME)
+    *files, downloads = page.files([0], 0.5, True, ME)
+    assert downloads.visible is True
     assert [Path(path).name for path in files] == ["overlay.png", "masks.zip", "answer.json"]
     assert all(Path(path).is_file() for path in files)
     picture, overlay = page.look([0], 0.5, True, ME)

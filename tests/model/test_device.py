@@ -6,14 +6,18 @@ backward pass needs a real device, as do point prompts, which segment-anything e
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
+import torch.nn.functional as F
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 import model.UGround as uground
 from model.layer_rules import StochasticSkip
 from model.lora import add_lora
 from model.settings import RECIPES
+from model.structures import Turn
 
 SETTINGS = {
     "policy": {},
@@ -73,3 +77,22 @@ def test_the_fake_gpu_detects_a_synchronization(forward, monkeypatch):
     monkeypatch.setattr(uground, "normalise_maps", lambda scores, valid: normalise(scores, valid) * scores.max().item())
     with pytest.raises(DataDependentOutputException):
         forward()
+
+
+def test_an_image_without_masks_needs_no_kernel_that_fails_on_zero_maps(
+    make_model, tiny_processor, tiny_samples, monkeypatch
+):
+    resize, calls = F.interpolate, []
+
+    def strict(values, *args, antialias=False, **options):
+        calls.append(antialias)
+        assert len(values) or not antialias, "CUDA error: invalid argument"  # as PyTorch 2.11 does
+        return resize(values, *args, antialias=antialias, **options)
+
+    monkeypatch.setattr(F, "interpolate", strict)
+    answer = Turn("where is the star", "There is no such thing: [REJ]")
+    absent = replace(tiny_samples[0], conversations=[(answer,)], masks=tiny_samples[0].masks[:0])
+    model = add_lora(make_model(), r=2).train()
+    model(tiny_processor.collate([absent, tiny_samples[1]])).loss.backward()
+    assert True in calls
+    model(tiny_processor.collate([absent])).loss.backward()

@@ -35,8 +35,8 @@ class Annotation:
         label: what ``{label}`` stands for, or a whole query; stripped and in Unicode's NFC. "" = unknown: then nothing
             is absent in its image.
         mask: an item of the JSONL's ``masks`` (polygon rings, COCO RLE, path of a PNG); None = it has none.
-        box: x0, y0, x1, y1 in pixels of the image, where that is all there is. ``--boxes`` decides what becomes of it,
-            so the reader does not count it in ``left_out``.
+        box: x0, y0, x1, y1 in pixels of the image, where that is all there is, or what was drawn. ``--boxes`` decides
+            what becomes of it, so the reader does not count it in ``left_out``.
         reason: why there is no mask: "a box", "a line", "2 points".
         kind: labels that tools reserve (``__ignore__``, ``_background_``) are recognized here; "absent" = the file says
             that the image lacks it, as a black mask image does.
@@ -179,9 +179,14 @@ def rectangle_ring(x0: float, y0: float, x1: float, y1: float) -> list[list[floa
 
 
 def rectangle_box(x0: float, y0: float, x1: float, y1: float, size: tuple[int, int]) -> Box:
-    """The same as a box, which has no mask of its own; ``DataError`` if it lies far outside the image."""
+    """A drawn rectangle as a box; ``DataError`` if it lies far outside the image."""
     clean_ring(rectangle_ring(x0, y0, x1, y1), size)
     return min(x0, x1), min(y0, y1), max(x0, x1), max(y0, y1)
+
+
+def drawn_rectangle(label: str, box: Box) -> Annotation:
+    """An upright rectangle that was drawn as a region: filled, unless ``--boxes sam`` segments what is in it."""
+    return Annotation(label, [rectangle_ring(*box)], box)
 
 
 def ellipse_ring(x: float, y: float, rx: float, ry: float, degrees: float = 0.0) -> list[list[float]]:

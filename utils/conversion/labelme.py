@@ -23,6 +23,7 @@ from utils.conversion.annotated import (
     AnnotatedImage,
     Annotation,
     clean_ring,
+    drawn_rectangle,
     ellipse_ring,
     extent,
     number_pairs,
@@ -169,11 +170,10 @@ def _annotations(file: Path, content: dict[str, Any], size: tuple[int, int], res
     return _reason_seg(file, texts, annotations, result) if isinstance(texts, list) else annotations
 
 
-def _annotations_of(label: str, parts: list[Any], boxes_are_drawn: bool) -> list[Annotation]:
-    """The annotations of an object: its polygons as one mask, each RLE. It is a box if rectangles are all it has."""
-    boxes = [part for part in parts if isinstance(part, tuple)]
-    if boxes and len(boxes) == len(parts) and not boxes_are_drawn:
-        return [Annotation(label, None, box, "a box") for box in boxes]
+def _annotations_of(label: str, parts: list[Any], is_reason_seg: bool) -> list[Annotation]:
+    """The annotations of an object: its polygons as one mask, each RLE. It is a box if one rectangle is all it has."""
+    if len(parts) == 1 and isinstance(parts[0], tuple) and not is_reason_seg:
+        return [drawn_rectangle(label, parts[0])]
     rings = [rectangle_ring(*part) if isinstance(part, tuple) else part for part in parts if not isinstance(part, dict)]
     masks = [rings] * bool(rings) + [part for part in parts if isinstance(part, dict)]
     return [Annotation(label, mask) for mask in masks] or [Annotation(label, None, reason="no area")]

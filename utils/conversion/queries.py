@@ -190,11 +190,12 @@ class Queries:
     def _fill_boxes(self, image: QueriedImage, annotations: list[Annotation]) -> None:
         """Gives annotations that have only a box a mask; without ``box_masks`` they are counted.
 
-        An ignored region is its box in any case: what is in it, as background, would be trained as such.
+        A drawn rectangle is filled. An ignored region is its box in any case: what is in it, as background, would be
+        trained as such.
         """
         boxed = []
         for annotation in annotations:
-            if annotation.box is None or annotation.mask is not None:
+            if annotation.box is None:
                 continue
             if annotation.kind == "ignored" and (box := _clipped(annotation.box, image.size)):
                 annotation.mask = [rectangle_ring(*box)]
@@ -202,7 +203,9 @@ class Queries:
                 boxed.append(annotation)
         left_out = self.summary.left_out
         if self.box_masks is None:
-            left_out["box without a mask (--boxes rectangle or --boxes sam makes one of it)"] += len(boxed)
+            drawn = sum(annotation.mask is not None for annotation in boxed)
+            left_out["box without a mask (--boxes rectangle or --boxes sam makes one of it)"] += len(boxed) - drawn
+            self.summary.notes["drawn rectangle, filled (--boxes sam segments what is in it)"] += drawn
             return
         clipped = [(annotation, box) for annotation in boxed if (box := _clipped(annotation.box, image.size))]
         left_out["box outside its image"] += len(boxed) - len(clipped)
@@ -212,6 +215,7 @@ class Queries:
                 read_mask(mask, Path(), *image.size)
             except DataError:
                 left_out["box in which there is no mask"] += 1
+                annotation.mask = None
                 continue
             annotation.mask = mask
             self.summary.notes["box made into a mask by --boxes"] += 1

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from utils.conversion.annotated import Annotated, Annotation
+from utils.conversion.annotated import Annotated, Annotation, drawn_rectangle
 from utils.conversion.images import ImageFolder, upright_size
 from utils.datasets.base import DataError, MissingDataError
 
@@ -64,14 +64,13 @@ class Collector:
 
 
 def add_region(annotations: list[Annotation], label: str, draw: Callable[[], Any], left_out: Counter[str]) -> None:
-    """Appends a region with the mask, or the box (a tuple), that ``draw`` returns.
+    """Appends a region with the mask, or the rectangle (a tuple), that ``draw`` returns.
 
     If it raises ``DataError``, the region has no mask and is counted.
     """
     try:
         drawn = draw()
-        is_box = isinstance(drawn, tuple)
-        annotations.append(Annotation(label, None, drawn, "a box") if is_box else Annotation(label, drawn))
+        annotations.append(drawn_rectangle(label, drawn) if isinstance(drawn, tuple) else Annotation(label, drawn))
     except DataError as error:
         annotations.append(Annotation(label, None, reason=str(error)))
         left_out[f"region without a mask ({error})"] += 1

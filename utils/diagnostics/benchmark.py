@@ -34,6 +34,7 @@ from model.structures import Batch, Sample, Turn
 from model.UGround import UGroundForCausalLM
 from utils.demo.tiny_model import clip_config, llama_settings, sam_shape
 from utils.diagnostics import memory_model, process_memory
+from utils.diagnostics.memory_probe import random_weights
 
 ROOT = Path(__file__).resolve().parents[2]
 UGROUND: dict[str, Any] = {
@@ -119,14 +120,9 @@ class Bench:
         )
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")  # peft uses its old name
         torch.manual_seed(0)
-        before = torch.get_default_dtype()
-        torch.set_default_dtype(PRECISIONS[preset.precision])
-        try:
-            with self.device:
-                self.model = UGroundForCausalLM(config)
-                self.wrapped = add_lora(self.model, preset.lora_r)
-        finally:
-            torch.set_default_dtype(before)
+        with random_weights(self.device, PRECISIONS[preset.precision]):
+            self.model = UGroundForCausalLM(config)
+            self.wrapped = add_lora(self.model, preset.lora_r)
         self.wrapped.train()
         self.configure(UGROUND)
         trained = [parameter for parameter in self.wrapped.parameters() if parameter.requires_grad]

@@ -241,15 +241,16 @@ def count_parameters(shape: UGroundConfig, lora_r: int, targets: str = "q_proj,v
 def plan_of(config: Config) -> tuple[Plan, str]:
     """The training step of a configuration, and the source of the model's sizes."""
     shape, source = shape_of(config)
-    return _plan(shape, config), source
+    return plan_of_shape(shape, config), source
 
 
 def plan_of_preset(name: str, config: Config) -> Plan:
-    """The training step of a configuration with the shape of ``preset`` in place of its weights."""
-    return _plan(preset(name, **config.method), config)
+    """The same with the shape of ``preset``."""
+    return plan_of_shape(preset(name, **config.method), config)
 
 
-def _plan(shape: UGroundConfig, config: Config) -> Plan:
+def plan_of_shape(shape: UGroundConfig, config: Config) -> Plan:
+    """The training step of a configuration with another shape in place of its weights."""
     total, trainable = count_parameters(shape, config.model.lora_r, config.model.lora_target_modules)
     zero = json.loads(Path(config.train.deepspeed_config).read_text()).get("zero_optimization", {})
     questions = config.data.questions_per_image

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,45 +24,71 @@ from utils.diagnostics.memory_model import GB, Plan, expected
 from utils.training.engine import build_engine, deepspeed_settings
 
 TOKENIZER = Path(__file__).resolve().parents[2] / "assets/tiny/llava"
-MEASURED_STEPS = 2  # the optimizer creates its state in the first
+MEASURED_STEPS = 4  # the optimizer creates its state in the first
 
 
 def compare_with_plan(plan: Plan, config: Config) -> str:
     """A line with the measured and the expected memory of a step."""
-    actual, measured = measure_step(plan, config)
-    parts = expected(actual)
+    measured = measure_step(plan, config)
+    parts = expected(measured.plan)
     by_part = ", ".join(f"{name} {value / GB:.2f}" for name, value in parts.items() if name not in ("total", "host"))
     return (
-        f"measured {measured / GB:.2f} GB, expected {parts['total'] / GB:.2f} GB, "
-        f"ratio {measured / parts['total']:.2f} ({actual.images} rows of {actual.tokens} tokens; {by_part})"
+        f"measured {measured.peak / GB:.2f} GB, expected {parts['total'] / GB:.2f} GB, ratio "
+        f"{measured.peak / parts['total']:.2f} ({plan.images} rows of {measured.plan.tokens} tokens; {by_part})"
     )
 
 
-def measure_step(plan: Plan, config: Config) -> tuple[Plan, float]:
-    """Trains a model with random weights of the plan's shape for a few steps.
+@dataclass(frozen=True)
+class Measured:
+    """A measured step.
 
-    Returns:
-        the plan with the actual number of tokens, and the peak in bytes above what the process held before.
+    Attributes:
+        plan: with the actual number of tokens. peak: bytes above what the process held before. seconds: of the last
+            step.
     """
+
+    plan: Plan
+    peak: float
+    seconds: float
+
+
+def measure_step(plan: Plan, config: Config) -> Measured:
+    """Trains a model with random weights of the plan's shape for a few steps, under DeepSpeed."""
     device = distributed.init()
     torch.manual_seed(0)
     batch = random_batch(plan).to(device, PRECISIONS[config.model.precision])
     before = memory_now(device)
-    model: Any = UGroundForCausalLM(plan.shape)  # transformers' annotation of ``to`` is wrong
-    model.to(device, PRECISIONS[config.model.precision])
-    adapted = add_lora(model, config.model.lora_r, dropout=config.model.lora_dropout)
+    with random_weights(device, PRECISIONS[config.model.precision]):
+        model = UGroundForCausalLM(plan.shape)
+        adapted = add_lora(model, config.model.lora_r, dropout=config.model.lora_dropout)
     if plan.checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     engine = build_engine(adapted, config, deepspeed_settings(config, 1))
     reset_peak(device)
     for _ in range(MEASURED_STEPS):
+        start = time.perf_counter()
         output = engine(batch)
         engine.backward(output.loss)
         del output
         engine.step()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - start
     width = batch.input_ids.shape[1]
-    actual = replace(plan, tokens=width, labels=len(batch.label_ids) // plan.images, gpus=1, offload=False)
-    return actual, peak_memory(device) - before
+    actual = replace(plan, tokens=width, labels=len(batch.label_ids) // plan.images, gpus=1)
+    return Measured(actual, peak_memory(device) - before, seconds)
+
+
+@contextmanager
+def random_weights(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """New modules get their weights on the device and in this precision, without a copy in main memory."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with device:
+            yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def random_batch(plan: Plan) -> Batch:

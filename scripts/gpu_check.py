@@ -1,0 +1,93 @@
+"""Checks a GPU for training and inference, without downloads, in a few minutes:
+
+    python scripts/gpu_check.py [--preset 7b|13b] [--json FILE]       on a machine with one GPU
+    python scripts/gpu_check.py --device cpu --preset tiny            the same code on a CPU
+
+Parts: versions; losses, gradients and answers of a tiny model against the CPU's; where a step waits for the GPU; the
+programs (train_ds.py with DeepSpeed, resuming, merging, test.py, chat.py) on drawn scenes; quantized layers; steps
+of a model of full size with random weights, with gradient checkpointing and offloading: seconds and memory; the tables
+of scripts/bench.py. A part that fails is named, and the next one runs. Exit code: 0 = no problem, 1 = problems, 2 =
+invalid flags.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+# Only the standard library at import: missing libraries are what the first part reports.
+from utils.command_line.parser import Parser
+from utils.diagnostics.findings import Finding, Page, ok, problem, skipped
+
+SCRIPTS = Path(__file__).resolve().parent
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--preset", choices=("tiny", "medium", "7b", "13b"), default="7b", help="size of the measured model")
+    add("--device", default="auto", help="cuda, cuda:1, cpu (default: the GPU if there is one)")
+    add("--repeats", default="5", metavar="N", help="repeats of the benchmark (default: %(default)s)")
+    add("--json", type=Path, metavar="FILE", help="also write findings and figures to this file")
+    args = parser.parse_args(arguments)
+    page, figures = Page(), dict[str, Any]()
+    page.heading("Installation")
+    page.run(check_installation)
+    try:
+        from model.loading.placement import pick_device
+        from utils.diagnostics import device_checks as checks
+    except ImportError as error:
+        page.add(skipped("everything else", f"fix the installation first ({error})"))
+    else:
+        device = pick_device(args.device)
+        page.heading("Numbers")
+        for check in (checks.check_training_numbers, checks.check_answers, checks.check_synchronizations):
+            page.run(check, device)
+        page.heading("Programs")
+        page.run(checks.check_programs, device)
+        page.run(checks.check_quantization, device)
+        page.heading(f"Steps of {args.preset}")
+        page.run(checks.check_steps, device, args.preset)
+        page.heading("Benchmark")
+        page.run(run_benchmark, device, args.preset, args.repeats, figures)
+    print(f"\n{page.summary()}")
+    if args.json:
+        findings = [asdict(finding) for finding in page.findings]
+        args.json.write_text(json.dumps({"findings": findings, "bench": figures}, indent=2) + "\n")
+    return 1 if page.count("problem") else 0
+
+
+def check_installation() -> Iterator[Finding]:
+    """doctor.py, in a process of its own."""
+    done = subprocess.run([sys.executable, str(SCRIPTS / "doctor.py")], stdout=subprocess.PIPE, text=True)
+    print("\n".join(done.stdout.splitlines()[1:-2]))
+    yield ok("doctor.py") if done.returncode == 0 else problem("doctor.py found problems", "see above")
+
+
+def run_benchmark(device: str, preset: str, repeats: str, figures: dict[str, Any]) -> Iterator[Finding]:
+    """bench.py, in a process of its own; adds its figures to ``figures``."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "figures.json"
+        command = ["bench.py", "--preset", preset, "--device", device, "--repeats", repeats, "--json", str(path)]
+        command += ["--compile"] if device.startswith("cuda") else []
+        code = subprocess.run([sys.executable, str(SCRIPTS / command[0]), *command[1:]]).returncode
+        if code:
+            yield problem(f"bench.py: exit code {code}", "see above")
+        else:
+            figures |= json.loads(path.read_text())
+            yield ok("bench.py")
+
+
+if __name__ == "__main__":
+    from utils.inference.cli import run
+
+    sys.exit(run(main))

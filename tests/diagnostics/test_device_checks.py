@@ -1,0 +1,108 @@
+"""scripts/gpu_check.py on the CPU: its parts agree with themselves, and each finds what it is for."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from model.UGround import UGroundForCausalLM
+from scripts import gpu_check
+from utils.diagnostics import device_checks
+from utils.diagnostics.findings import Finding, ok, problem
+
+
+def levels(findings: list[Finding]) -> set[str]:
+    return {finding.level for finding in findings}
+
+
+@pytest.fixture
+def one_method(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device_checks, "METHODS", {"policy": device_checks.UGROUND})
+
+
+def test_a_device_that_agrees(one_method: None) -> None:
+    findings = [*device_checks.check_training_numbers("cpu"), *device_checks.check_answers("cpu")]
+    assert levels(findings) == {"ok"}, findings
+    assert sum("no mask in the batch" in finding.text for finding in findings) == 2
+
+
+def test_a_device_that_computes_something_else(one_method: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, right = [], device_checks.loss_and_gradients
+
+    def wrong(model, batch) -> dict[str, float]:
+        calls.append(batch)
+        values = right(model, batch)
+        return values if len(calls) % 3 == 1 else values | {"loss": values["loss"] * 1.1}  # the CPU comes first
+
+    monkeypatch.setattr(device_checks, "loss_and_gradients", wrong)
+    findings = list(device_checks.check_training_numbers("cpu"))
+    assert levels(findings) == {"problem"}
+    assert "policy, float32: loss differs by 1.0e-01" in findings[0].text
+
+
+def test_other_layers_and_tokens_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    models, predict = [], UGroundForCausalLM.predict
+
+    def wrong(self, batch, **options):
+        models.append(self) if self not in models else None
+        rows = predict(self, batch, **options)
+        for prediction in (p for row in rows for p in row if self is not models[0]):
+            prediction.layers = [0 for _ in prediction.layers]
+            prediction.token_ids = prediction.token_ids if len(batch.label_ids) else [5]
+        return rows
+
+    monkeypatch.setattr(UGroundForCausalLM, "predict", wrong)
+    written, given, sampled, _ = device_checks.check_answers("cpu")
+    assert (written.level, given.level, sampled.level) == ("problem",) * 3
+    assert "other tokens" in written.text
+    assert "other layers" in given.text
+
+
+def test_a_step_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = {"checkpointing": device_checks.STEPS["checkpointing, offloaded"]}
+    monkeypatch.setattr(device_checks, "STEPS", chosen)
+    (finding,) = device_checks.check_steps("cpu", "tiny")
+    assert finding.level == "ok"
+    seconds, measured, formula = re.search(
+        r"checkpointing: ([\d.]+) s, .* ([\d.]+) GB m.* ([\d.]+) GB", finding.text
+    ).groups()
+    assert float(seconds) > 0
+    assert 0.05 < float(measured) < 1
+    assert 0.05 < float(formula) < 1
+
+
+def test_a_program_that_fails_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(command, **_options) -> subprocess.CompletedProcess:
+        code = int("--auto_resume" in command)
+        return subprocess.CompletedProcess(command, code, stdout="", stderr="Traceback\nRuntimeError: CUDA error")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    findings = list(device_checks.check_programs("cpu"))
+    assert [finding.level for finding in findings] == ["ok", "ok", "problem"]
+    assert findings[-1].text == "resume: exit code 1: Traceback / RuntimeError: CUDA error"
+
+
+def test_a_part_that_fails_does_not_stop_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def check_training_numbers(device: str):
+        raise torch.AcceleratorError("CUDA error: invalid argument") if device == "cpu" else AssertionError
+
+    for name in ("check_answers", "check_synchronizations", "check_programs", "check_quantization", "check_steps"):
+        monkeypatch.setattr(device_checks, name, lambda *_: [ok("fine")])
+    monkeypatch.setattr(device_checks, "check_training_numbers", check_training_numbers)
+    monkeypatch.setattr(gpu_check, "check_installation", lambda: [problem("no gradio", "install it")])
+    monkeypatch.setattr(gpu_check, "run_benchmark", lambda *args: args[-1].update(ratio=1) or [ok("bench.py")])
+    path = tmp_path / "figures.json"
+    assert gpu_check.main(["--device", "cpu", "--preset", "tiny", "--json", str(path)]) == 1
+    page = capsys.readouterr().out
+    assert "AcceleratorError: CUDA error: invalid argument" in page
+    assert page.count("fine") == 5
+    written = json.loads(path.read_text())
+    assert [finding["level"] for finding in written["findings"]] == ["problem", "problem", *["ok"] * 6]
+    assert written["bench"] == {"ratio": 1}
