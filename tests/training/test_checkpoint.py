@@ -223,7 +223,19 @@ def test_files_that_are_not_those_written_are_named(saved, change, message):
         check_files(saved, checkpoints.read_meta(saved))
 
 
-@pytest.mark.parametrize("content", ["[]", "{}", '{"latest": 3}', "\0\0", "{", ""])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "[]",
+        "{}",
+        '{"latest": 3}',
+        '{"latest": "../step_00000001"}',
+        '{"latest": "step_00000001", "bess": "step_00000001"}',
+        "\0\0",
+        "{",
+        "",
+    ],
+)
 def test_an_index_that_names_no_checkpoint_is_refused(saved, content):
     """Not taken for a run that has not begun: the old one would be overwritten."""
     (saved.parent / "index.json").write_text(content)
@@ -236,6 +248,19 @@ def test_metadata_that_lack_a_part_are_named(saved, content):
     (saved / "meta.json").write_bytes(content)
     with pytest.raises(CheckpointError, match=r"meta\.json"):
         checkpoints.read_meta(saved)
+
+
+def test_metadata_that_have_changed_are_named(saved):
+    path = saved / "meta.json"
+    text = path.read_text()
+    assert checkpoints.read_meta(saved)["step"] == 1
+    path.write_text(text.replace('"step": 1', '"step": 3'))
+    with pytest.raises(CheckpointError, match=r"meta\.json has changed since it was written"):
+        checkpoints.read_meta(saved)
+    meta = json.loads(text)
+    del meta["checksum"]  # as in checkpoints of older code
+    path.write_text(json.dumps(meta))
+    assert checkpoints.read_meta(saved) == meta
 
 
 def test_what_ended_a_save_is_not_blamed_on_the_disk(tmp_path):

@@ -25,7 +25,7 @@ from model.settings import (
 )
 from utils.command_line.parser import Parser, hint
 from utils.config.settings import DataSettings, EvalSettings, ModelSettings, TrainSettings
-from utils.files import write_atomically
+from utils.files import ShallowAliases, write_atomically
 
 
 class ConfigError(ValueError):
@@ -201,7 +201,7 @@ def _convert_list(value: Any, kind: type) -> tuple:
         raise ValueError(example) from None
 
 
-class _StrictLoader(yaml.SafeLoader):
+class _StrictLoader(ShallowAliases, yaml.SafeLoader):
     """A YAML loader that rejects duplicate keys."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
