@@ -236,20 +236,21 @@ def base_config(version: Path, tower: Path, sam: SamShape, keys: Collection[str]
         raw = formats.llava_config(raw)
     if raw.get("model_type") not in LLAVA_TYPES:
         raise ValueError(
-            f"--version: {version} is of type {raw.get('model_type')!r}, not a LLaVA-1.5 base "
+            f"{file} is of type {raw.get('model_type')!r}, not a LLaVA-1.5 base "
             f"({' or '.join(LLAVA_TYPES)}); a merged UGround folder is for test.py and chat.py"
         )
     read_config(tower, "--vision_tower")
-    with blame(f"--vision_tower: {tower / 'config.json'}"):
+    tower_file = f"--vision_tower: {tower / 'config.json'}"
+    with blame(tower_file):
         clip = CLIPVisionConfig.from_pretrained(tower)
     expected = raw.get("mm_hidden_size", clip.hidden_size)
     if clip.hidden_size != expected:
         raise ValueError(
-            f"--vision_tower: {tower} has width {clip.hidden_size}, the projector of {version} expects {expected}"
+            f"{tower_file} has width {clip.hidden_size}, the projector of {version / 'config.json'} expects {expected}"
         )
     if (side := formats.tower_side(raw)) not in (None, clip.image_size):
         raise ValueError(
-            f"--vision_tower: {tower} reads images of {clip.image_size} pixels, {version} was trained with {side}"
+            f"{tower_file} reads images of {clip.image_size} pixels, {version / 'config.json'} was trained with {side}"
         )
     llama = {key: raw[key] for key in LLAMA_KEYS if raw.get(key) is not None}
     with blame(file):

@@ -219,7 +219,7 @@ def read_yaml(path: Path, problems: list[str], above: tuple[Path, ...] = ()) -> 
     except OSError as error:
         problems.append(f"{path}: cannot be read: {error.strerror}" + (f" (base of {above[-1]})" if above else ""))
         return {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         position, reason = "", " ".join(str(error).split())
         if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
             position, reason = f" (line {error.problem_mark.line + 1})", str(error.problem)

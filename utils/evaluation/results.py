@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
@@ -18,7 +19,7 @@ from typing import Any, TextIO
 from utils import distributed
 from utils.datasets.spec import Spec
 from utils.evaluation import metrics
-from utils.evaluation.benchmarks import benchmark_of
+from utils.evaluation.benchmarks import PROTOCOLS, benchmark_of
 from utils.evaluation.metrics import Record
 from utils.files import write_atomically
 
@@ -153,7 +154,12 @@ class Summary:
             raise ValueError(
                 f"{path} is no result of test.py (it has no {', '.join(absent)}); give the folder that test.py wrote"
             )
-        return cls(**{field.name: values[field.name] for field in fields(cls) if field.name in values})
+        known = {field.name: values[field.name] for field in fields(cls) if field.name in values}
+        if wrong := [name for name, value in known.items() if not _is_like(value, cls.__annotations__[name])]:
+            raise ValueError(f"{path} is no result of test.py ({', '.join(wrong)}: of another type); evaluate again")
+        if known["protocol"] not in ("", *PROTOCOLS):
+            raise ValueError(f"{path}: protocol {known['protocol']!r} is unknown; evaluate again")
+        return cls(**known)
 
 
 @dataclass
@@ -175,6 +181,20 @@ class Result:
         path = path.with_suffix(".json")
         self.summary.save(path)
         return path
+
+
+def _is_like(value: Any, annotation: str) -> bool:
+    """Whether a JSON value has the type of an annotation such as ``dict[str, float] | None``, its items aside."""
+    kinds: dict[str, Any] = {
+        "str": str,
+        "dict": dict,
+        "list": list,
+        "int": int,
+        "float": (int, float),
+        "None": type(None),
+    }
+    names = re.sub(r"\[[^|]*\]", "", annotation).split(" | ")
+    return any(isinstance(value, kinds[name]) for name in names)
 
 
 def result_path(folder: Path, spec: Spec, mode: str) -> Path:

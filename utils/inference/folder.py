@@ -154,9 +154,9 @@ class Done:
             return done
         text = path.read_bytes()
         complete = text[: text.rfind(b"\n") + 1]
-        for number, line in enumerate(complete.decode("utf-8").split("\n")[:-1], start=1):
+        for number, line in enumerate(complete.split(b"\n")[:-1], start=1):
             try:
-                values = json.loads(line)
+                values = json.loads(line.decode("utf-8"))
                 key, saved = (absolute(values["image"]), values["prompt"]), values["settings"]
                 state = (values["width"], values["height"]), values.get("content", "")
             except (ValueError, KeyError, TypeError) as error:

@@ -164,6 +164,12 @@ def read_meta(checkpoint: Path) -> dict[str, Any]:
     return meta
 
 
+def write_meta(checkpoint: Path, meta: dict[str, Any]) -> None:
+    """Writes ``meta.json``, with checksums of all other files in the folder and its own."""
+    meta = meta | {"files": describe_files(checkpoint)}
+    (checkpoint / META).write_text(json.dumps(meta | {CHECKSUM: _checksum(meta)}, indent=1) + "\n")
+
+
 def _checksum(meta: dict[str, Any]) -> str:
     """CRC-32 of metadata without their own checksum; they are the same before they are written and when read."""
     return f"{zlib.crc32(json.dumps(meta).encode()):08x}"
@@ -234,8 +240,7 @@ def _prepare(folder: Path, partial: Path, engine) -> str | None:
 def _publish(folder: Path, partial: Path, name: str, meta: dict[str, Any], best: bool) -> str | None:
     """Syncs, renames and indexes a complete checkpoint, then deletes those that the index does not name."""
     try:
-        meta = meta | {"files": describe_files(partial)}
-        (partial / META).write_text(json.dumps(meta | {CHECKSUM: _checksum(meta)}, indent=1) + "\n")
+        write_meta(partial, meta)
         for path in (*partial.iterdir(), partial):
             sync(path)
         shutil.rmtree(folder / name, ignore_errors=True)  # left by a run that was killed at this point
