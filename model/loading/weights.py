@@ -126,7 +126,7 @@ def load_strictly(module: nn.Module, state: dict[str, torch.Tensor], source: str
 
     Args:
         state: its values are replaced by the module's tensors.
-        source: path of the weights, for messages.
+        source: path of the weights, or of the configuration beside them, for messages.
         new: prefixes of keys that ``state`` may lack.
 
     Raises:
@@ -143,7 +143,7 @@ def load_strictly(module: nn.Module, state: dict[str, torch.Tensor], source: str
     ]
     if problems := misfits(missing, unexpected, shapes):
         cause, lines = _cause(own.keys(), missing, unexpected, shapes), "\n  ".join(problems)
-        raise ValueError(f"the weights of {source} do not fit {type(module).__name__} ({cause}):\n  {lines}")
+        raise ValueError(f"{source}: the weights do not fit {type(module).__name__} ({cause}):\n  {lines}")
     for key in state:
         state[key] = state[key].to(own[key].dtype)
     module.load_state_dict(state, strict=False, assign=True)
@@ -332,7 +332,7 @@ def load_base(
     load_strictly(model.visual_model, sam, vision_pretrained)
     has_tower = any(key.startswith("vision_tower.") for key in llava)  # perhaps fine-tuned: it takes precedence
     llava = read_tower(vision_tower) | llava
-    load_strictly(model, llava, version, new=("visual_model.", *NEW_PARTS))
+    load_strictly(model, llava, str(Path(version) / "config.json"), new=("visual_model.", *NEW_PARTS))
     sources = dict.fromkeys(("model", "lm_head", "mm_projector"), version)
     sources |= {"vision_tower": version if has_tower else vision_tower, "visual_model": vision_pretrained}
     return model.eval(), report(model, sources)
@@ -371,7 +371,7 @@ def load_released(
     if not any(key.startswith("vision_tower.") for key in state):
         sources["vision_tower"] = str(vision_tower)
     state = read_tower(vision_tower) | state
-    load_strictly(model, state, str(folder), new=release.absent)
+    load_strictly(model, state, str(folder / "config.json"), new=release.absent)
     return model.eval(), sources
 
 

@@ -98,6 +98,10 @@ def fingerprint(state: dict[str, torch.Tensor], *more: Any) -> str:
     return digest.hexdigest()
 
 
+def checksum(text: str) -> str:
+    return hashlib.sha256(text.encode(errors="backslashreplace")).hexdigest()
+
+
 def of_model(model: UGroundForCausalLM, processor: Any) -> str:
     texts = ["where is the red star [SEG]", "<image> USER: please, segment"]
     settings = {key: value for key, value in vars(processor).items() if isinstance(value, (int, str, float))}
@@ -248,9 +252,6 @@ class Fuzzer:
 
     Args:
         seconds: limit of a trial.
-
-    Raises:
-        RuntimeError: if the undamaged files cannot be read.
     """
 
     def __init__(self, name: str, folder: Path, seconds: float = 30) -> None:
@@ -258,11 +259,7 @@ class Fuzzer:
         folder.mkdir(parents=True, exist_ok=True)
         self.kind.write(folder)
         self.files = self.kind.files(folder)
-        self.whole = ""
-        first = self.read(self.files[0])
-        if first.way != "changed":
-            raise RuntimeError(f"{name} cannot be read: {first.error}\n{first.trace}")
-        self.whole = first.error
+        self.whole = checksum(self.kind.read(folder))  # here, so that forked processes have all imports
 
     def trial(self, seed: int, number: int) -> Trial:
         """Damages a file, reads, and restores it."""
@@ -311,7 +308,7 @@ class Fuzzer:
         os.dup2(silence, 1)
         os.dup2(silence, 2)
         try:
-            answer = {"read": hashlib.sha256(self.kind.read(self.folder).encode(errors="replace")).hexdigest()}
+            answer = {"read": checksum(self.kind.read(self.folder))}
         except (ValueError, OSError) as error:  # what the programs print as a message
             answer = {"error": str(error) or repr(error), "trace": traceback.format_exc()}
         except BaseException as error:

@@ -328,6 +328,9 @@ def test_deepspeed_file_must_not_contradict(tmp_path):
     filled = deepspeed_settings(load_config([*flags, "--grad_accumulation_steps", "3"]), world_size=4)
     assert (filled["train_batch_size"], filled["gradient_clipping"]) == (24, 1.0)
     assert (filled["bf16"], filled["fp16"]) == ({"enabled": False}, {"enabled": False})
+    path.write_text(json.dumps(settings | {"zero_optimization": {"stage": 2, "overlap_com": True}}))
+    with pytest.raises(ValueError, match=r"--deepspeed_config .*ds\.json: .*overlap_com\b"):
+        deepspeed_settings(load_config(flags), world_size=2)
     path.write_text("{")
     with pytest.raises(ValueError, match="cannot be read"):
         deepspeed_settings(load_config(flags), world_size=1)

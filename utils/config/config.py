@@ -129,6 +129,8 @@ def load_config(argv: Sequence[str] | None = None, needs: Collection[str] = SECT
     values: dict[str, tuple[Any, str]] = {}
     if flags.config:
         values |= read_yaml(Path(flags.config), problems)
+        if not problems and not values:
+            problems.append(f"{flags.config}: holds no setting")
         if problems and not values:  # the file could not be read: missing settings are no further problem
             raise ConfigError(problems)
     if flags.recipe is not None:

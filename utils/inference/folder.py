@@ -21,6 +21,7 @@ from utils.inference.answer_files import answer_record, save_pictures
 from utils.inference.terminal import printable
 
 ANSWERS_FILE = "answers.jsonl"
+ANSWER_START = b'{"image": "'  # of a line
 OPENED_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 PROMPTS_AT_ONCE = 16  # about one image, on one cache
 
@@ -147,7 +148,7 @@ class Done:
         """Reads a file, if there is one. Cuts off the incomplete line that an interrupted run left.
 
         Raises:
-            ValueError: if a line is no answer, or one of other settings.
+            ValueError: if a line, also an incomplete one, is no answer, or one of other settings.
         """
         done = cls()
         if not path.exists():
@@ -171,7 +172,10 @@ class Done:
                 )
             done.answers[key] = state
             done.overlays.add(values.get("overlay", ""))
-        if len(complete) < len(text):
+        rest = text[len(complete) :]
+        if not rest.startswith(ANSWER_START[: len(rest)]):
+            raise ValueError(f"{path} does not end with an answer, or the beginning of one; give another --output")
+        if rest:
             os.truncate(path, len(complete))
         return done
 
