@@ -116,6 +116,7 @@ def meta():
         "base": {"model": "aa", "visual_model": "bb"},
         "data": [{"name": "ReasonSeg|train", "images": 239, "content": "v1:0a"}],
         "vocabulary": "10",
+        "probe": [3, 4],
         "trained": {"a": [2, 3], "b": [1]},
         "processes": 1,
     }
@@ -138,7 +139,7 @@ def test_what_older_checkpoints_or_other_readers_say_of_content_is_not_compared(
         other = copy.deepcopy(meta)
         other["data"][0].update(change)
         assert differences(meta, other) == []
-    del other["vocabulary"]
+    del other["vocabulary"], other["probe"]
     assert differences(meta, other) == []
 
 
@@ -170,6 +171,7 @@ def test_annotations_that_change_behind_a_name_change_the_content(val_data):
         (lambda m: m["data"][0].update(images=240), "data set ReasonSeg|train"),
         (lambda m: m["data"][0].update(content="v1:0b"), "data set ReasonSeg|train: its annotations have changed"),
         (lambda m: m.update(vocabulary="11"), "--version: the tokenizer's vocabulary"),
+        (lambda m: m.update(probe=[4, 3]), "--version: the tokenizer splits 'Can you"),
         (lambda m: m.update(processes=8), "processes: 1 in the checkpoint, now 8"),
         (lambda m: m["trained"].update(b=[2]), "trainable parameters: b"),
     ],

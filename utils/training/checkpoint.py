@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 FOLDER, INDEX, META = "checkpoints", "index.json", "meta.json"
 CHECKSUM = "checksum"  # in meta.json: of all else there. Checkpoints of before 2026-11-26 have none
+PROBE = "Can you segment the left-most of 2 red mugs, please? It is [SEG]."  # tells tokenizers apart
 META_KINDS = {  # what meta.json holds at least
     "step": int,
     "config": dict,
@@ -90,6 +91,7 @@ def describe_model(model: nn.Module, processor: UGroundProcessor, loaded: Iterab
         "base": base_fingerprints(loaded),
         "tokens": vars(processor.tokens),
         "vocabulary": _vocabulary(processor),
+        "probe": processor.tokenizer.encode(PROBE),
         "trained": trained_shapes(model),
         "commit": git_commit(),
         "versions": package_versions("torch", "transformers", "peft", "deepspeed", "segment-anything"),
@@ -282,6 +284,8 @@ def differences(run: dict[str, Any], saved: dict[str, Any]) -> list[str]:
         problems.append(f"--{path_setting(module)}: the base weights of {module} are not the same")
     if "vocabulary" in run and run["vocabulary"] != saved.get("vocabulary", run["vocabulary"]):
         problems.append("--version: the tokenizer's vocabulary is not the same")
+    elif "probe" in run and run["probe"] != saved.get("probe", run["probe"]):
+        problems.append(f"--version: the tokenizer splits {PROBE!r} otherwise")
     now, before = ({row["name"]: row for row in meta["data"]} for meta in (run, saved))
     for name in now.keys() & before.keys():
         contents = [rows[name].get("content") for rows in (now, before)]
