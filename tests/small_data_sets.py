@@ -80,8 +80,8 @@ def write_data_sets(root: Path) -> None:
     (root / "refer_seg/refclef/refs(unc).p").write_bytes(pickle.dumps(REFS, protocol=2))
 
 
-def read_all(name: str, root: Path) -> str:
-    """Opens a data set, and reads all its samples twice; returns a checksum of what was read."""
+def read_all(name: str, root: Path) -> tuple[str, int]:
+    """Reads all samples of a data set twice; returns a checksum of them, and the number of records left out."""
     digest = hashlib.sha256()
     dataset = get_train_dataset(name, root, DataOptions(questions_per_image=3))
     for index in range(2 * len(dataset)):
@@ -89,8 +89,11 @@ def read_all(name: str, root: Path) -> str:
         digest.update(
             repr(sample.conversations).encode(errors="replace") + sample.image.tobytes() + sample.masks.tobytes()
         )
+    counts = dataset.describe()
+    lost = sum(counts.get(kind, 0) for kind in ("unusable", "skipped", "dropped"))
     if name.startswith(("refc", "grefcoco", "R-")):
         split = get_eval_dataset(f"{name}|val", root, allow_missing=True)
+        lost += sum(map(len, (split.skipped, split.unusable, split.not_found)))
         for index in range(len(split)):
             digest.update(json.dumps([query.text for query in split[index].queries], ensure_ascii=False).encode())
-    return digest.hexdigest()
+    return digest.hexdigest(), lost

@@ -9,6 +9,7 @@ memory. It ends in one of these ways:
 
     same       what was read equals what was written: the damage is where nothing reads it, or it was seen and ignored
     changed    something else was read, and nothing was said
+    counted    records were left out, and counted (data sets)
     named      an error names the file
     other      an error names another file of the folder
     unnamed    an error names no file
@@ -46,8 +47,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
 
 import torch
 from conftest import build_tiny_model, build_tiny_processor, make_demo_data, save_model, write_jpg
+from conversion.test_fuzz import H, W, coco, labelme
 from damage import damaged
-from programs import compare, evaluation, score
+from programs import compare, evaluation, load_script, score
 from small_data_sets import JSON_FILES, read_all, write_data_sets
 from tiny_run import ROOT, write_base
 
@@ -62,10 +64,12 @@ from utils.training import checkpoint as checkpoints
 from utils.training.engine import deepspeed_settings
 from utils.training.run_report import write_report
 
+convert_data = load_script("scripts/convert_data")
 BEFORE = ROOT / "tests/fixtures/written_before"
 BASE = {"base": "llava", "vision_tower": "clip", "vision_pretrained": "sam.pth"}
-WAYS = ("same", "changed", "named", "other", "unnamed", "traceback", "hang", "crash")
-BAD = WAYS[4:]
+WAYS = ("same", "changed", "counted", "named", "other", "unnamed", "traceback", "hang", "crash")
+COUNTED = "records left out: "
+BAD = WAYS[5:]
 MEMORY = 3 << 30  # bytes that a trial may take beyond what the process has mapped
 
 
@@ -133,9 +137,14 @@ def read_base(folder: Path) -> str:
     return of_model(model, processor)
 
 
-def write_checkpoint(folder: Path) -> None:
-    """The checkpoint of the fixtures, with checksums as today's have them."""
+def write_old_checkpoint(folder: Path) -> None:
+    """The checkpoint of the fixtures, which has no checksums."""
     shutil.copytree(BEFORE / "run", folder, dirs_exist_ok=True)
+
+
+def write_checkpoint(folder: Path) -> None:
+    """The same with checksums, as today's checkpoints have them."""
+    write_old_checkpoint(folder)
     checkpoint = checkpoints.find_checkpoint(folder)
     meta = checkpoints.read_meta(checkpoint)
     (checkpoint / checkpoints.META).unlink()
@@ -217,8 +226,34 @@ def read_settings(folder: Path) -> str:
     return repr((config, deepspeed_settings(config, 1)))
 
 
+def write_annotations(folder: Path) -> None:
+    for seed, name in enumerate("ab"):
+        write_jpg(folder / f"{name}.jpg", seed, (H, W))
+        (folder / f"{name}.json").write_text(json.dumps(labelme(f"{name}.jpg")))
+    (folder / "coco").mkdir()
+    (folder / "coco/coco.json").write_text(json.dumps(coco()))
+
+
+def read_annotations(folder: Path) -> str:
+    """As convert_data.py reads the files of LabelMe and of COCO; what it wrote is checked by its own ``check``."""
+    written = []
+    for flags in (["labelme", folder], ["coco", folder / "coco/coco.json", "--images", folder]):
+        output = folder / "out/own.jsonl"
+        called(convert_data, *flags, "--output", output, "--pictures", 0)
+        written.append(output.read_text())
+        try:
+            called(convert_data, "check", output)
+        except ValueError as error:
+            raise RuntimeError(f"{output} was written, and is refused: {error}") from error
+        shutil.rmtree(output.parent)
+    return repr(written)
+
+
 def read_data(folder: Path) -> str:
-    return repr([read_all(name, folder) for name in (*JSON_FILES, "refclef")])
+    read = [read_all(name, folder) for name in (*JSON_FILES, "refclef")]
+    if lost := sum(count for _, count in read):
+        raise ValueError(f"{COUNTED}{lost}")
+    return repr(read)
 
 
 KINDS = {
@@ -226,7 +261,9 @@ KINDS = {
     "adapter": Kind(lambda folder: shutil.copytree(BEFORE / "adapter", folder, dirs_exist_ok=True), read_adapter),
     "base": Kind(write_tiny_base, read_base),
     "checkpoint": Kind(write_checkpoint, read_checkpoint, ("checkpoints/**/*",)),
+    "old_checkpoint": Kind(write_old_checkpoint, read_checkpoint, ("checkpoints/**/*",)),
     "data": Kind(write_data_sets, read_data),
+    "annotations": Kind(write_annotations, read_annotations),
     "results": Kind(write_results, read_result_files, ("*.json*",)),
     "answers": Kind(write_answers, read_answers, ("*.jsonl",)),
     "log": Kind(write_log, read_log),
@@ -322,6 +359,8 @@ class Fuzzer:
             return Trial(name, "same" if read == self.whole else "changed", read)
         if unhandled:
             return Trial(name, "traceback", unhandled, trace)
+        if error.startswith(COUNTED):
+            return Trial(name, "counted", error)
         others = any(file.name in error for file in self.files)
         return Trial(name, "named" if named(path.name, error) else "other" if others else "unnamed", error, trace)
 

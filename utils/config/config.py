@@ -138,7 +138,11 @@ def load_config(argv: Sequence[str] | None = None, needs: Collection[str] = SECT
     for name in FIELDS:
         if (value := getattr(flags, name)) is not None:
             values[name] = (value, f"--{name}")
-    config = build_config(values, problems, needs)
+    try:
+        config = build_config(values, problems, needs)
+    except ConfigError as error:
+        unset = f"; {flags.config} does not set it" if flags.config else ""
+        raise ConfigError([line + unset * (": is missing (" in line) for line in error.problems]) from None
     if ignored := {name: text for name, text in _ignored(config) if values.get(name, ("", ""))[1] == f"--{name}"}:
         raise WithoutEffectError(ignored)
     return config

@@ -154,7 +154,7 @@ def read_meta(checkpoint: Path) -> dict[str, Any]:
         CheckpointError: if it cannot be read, or lacks a part.
     """
     meta = _read_json(checkpoint / META)
-    if meta.pop(CHECKSUM, None) not in (None, _checksum(meta)):
+    if CHECKSUM in meta and meta.pop(CHECKSUM) != _checksum(meta):
         raise CheckpointError(
             f"{checkpoint / META} has changed since it was written (CRC-32); {other_ways(checkpoint)}"
         )
@@ -367,6 +367,6 @@ def trained_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
     shapes = {name: list(tensor.shape) for name, tensor in state.items()}
     if names := differing(shapes, meta["trained"]):
         raise CheckpointError(
-            f"{checkpoint} does not hold exactly what was trained; it differs in {', '.join(names[:5])}"
+            f"{checkpoint} does not hold exactly what {META} lists; it differs in {', '.join(names[:5])}"
         )
     return dict(state)
