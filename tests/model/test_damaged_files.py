@@ -96,6 +96,8 @@ def test_a_damaged_file_is_named(whole, tmp_path, kind, name, damage):
         ("config.json", {"num_hidden_layers": "4"}, r"/config\.json"),
         ("config.json", {"architectures": 3, "hidden_size": None}, r"/config\.json"),
         ("config.json", {"sam_config": {"side": 3}}, r"/config\.json"),
+        ("config.json", {"reward": ["seg"]}, r"/config\.json: reward: \['seg'\] is a list; expected one value"),
+        ("config.json", {"mm_vision_select_layer": [-2]}, r"/config\.json: mm_vision_select_layer: \[-2\] is not"),
         ("uground_processor.json", {"clip_pitch": 10}, r"uground_processor\.json: clip_pitch is unknown"),
         ("uground_processor.json", {"clip_side": "40"}, r"uground_processor\.json: clip_side is '40', not a positive"),
         ("uground_processor.json", {"clip_patch": 0}, "clip_patch is 0, not a positive whole number"),
