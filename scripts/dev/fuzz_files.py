@@ -11,7 +11,7 @@ memory. It ends in one of these ways:
     changed    something else was read, and nothing was said
     counted    records were left out, and counted (data sets)
     named      an error names the file
-    other      an error names another file of the folder
+    other      an error names another file of the folder, or an image that is looked for
     unnamed    an error names no file
     traceback  an exception that the programs do not catch
     hang       more than --seconds
@@ -362,7 +362,7 @@ class Fuzzer:
             return Trial(name, "traceback", unhandled, trace)
         if error.startswith(COUNTED):
             return Trial(name, "counted", error)
-        others = any(file.name in error for file in self.files)
+        others = "no image " in error or any(file.name in error for file in self.files)
         return Trial(name, "named" if named(path.name, error) else "other" if others else "unnamed", error, trace)
 
 

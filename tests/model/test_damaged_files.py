@@ -82,7 +82,7 @@ def test_a_damaged_file_is_named(whole, tmp_path, kind, name, damage):
     shutil.copytree(whole / kind, folder)
     (folder / name).write_bytes(DAMAGES[damage]((folder / name).read_bytes()))
     of_another_kind = Path(name).name == "config.json" and damage == "object"
-    expected = "is of type None|--vision_tower" if of_another_kind else "/" + Path(name).name.replace(".", r"\.")
+    expected = "is of type None|--vision_tower" if of_another_kind else r"(?<!\w)" + Path(name).name.replace(".", r"\.")
     with pytest.raises(ValueError, match=expected) as failure:
         open_kind(folder, kind)
     assert str(folder) in str(failure.value)
