@@ -335,14 +335,15 @@ def train(run: Run) -> None:
     """Trains to the last step, with validation and a checkpoint after each epoch."""
     batches = iter(batches_from(run))
     meter = Meter(run.device, run.model.ppm.num_layers)
-    first, settings = run.step + 1, run.config.train
+    settings = run.config.train
     run.engine.train()  # LoRA's dropout; evaluation switches it off and on again
     while run.step < run.config.total_steps:
         number = run.step + 1
         epoch_ends = number % settings.steps_per_epoch == 0
         saves = epoch_ends or (settings.save_every and number % settings.save_every == 0)
-        # a step that is saved is logged: a loss that is not finite is seen before
-        logged = number == first or saves or number % settings.log_every == 0
+        # a step that is saved is logged: a loss that is not finite is seen before, and a resumed run's means are those
+        # of the uninterrupted one
+        logged = number == 1 or saves or number % settings.log_every == 0
         train_step(run, batches, meter, logged)
         if saves:
             save_step(run, validate(run) if epoch_ends else {})

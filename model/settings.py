@@ -213,7 +213,11 @@ def value_problems(values: Mapping[str, Any], items: Mapping[str, Field]) -> Ite
         limits = items[name].metadata
         if limits["required"] and not value:
             yield name, f"is missing ({limits['help']})"
-        for choice in value if isinstance(value, (tuple, list)) else (value,):
+        several = isinstance(value, (tuple, list))
+        if several and not str(items[name].type).startswith("tuple"):
+            yield name, f"{value!r} is a list; expected one value"
+            continue
+        for choice in value if several else (value,):
             if limits["choices"] and choice not in limits["choices"]:
                 yield name, f"{choice!r} is not one of {', '.join(limits['choices'])}"
         bounds = {bound: limits[bound] for bound in BOUNDS if limits[bound] is not None}

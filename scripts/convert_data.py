@@ -91,7 +91,8 @@ def convert(args: argparse.Namespace) -> None:
     if not lines or (args.split and not own):
         print("\n".join(text))
         reasons = "; ".join(line.strip() for line in text[1:4]) or "no annotation has a label"
-        problem = f"no query in {counted(summary.images, 'image')} ({reasons})"
+        read = args.folder if "folder" in args else args.file
+        problem = f"no query in {counted(summary.images, 'image')} of {read} ({reasons})"
         raise DataError(
             f"nothing to write to {args.output}: {problem if not lines else 'the annotations name no split; use --val'}"
         )

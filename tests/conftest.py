@@ -48,14 +48,19 @@ WORDS = (
 )
 
 
-@pytest.fixture(scope="session")
-def tiny_tokenizer():
-    return train_tokenizer([WORDS] * 4, vocab_size=340)
+def build_tiny_processor() -> UGroundProcessor:
+    tokenizer = train_tokenizer([WORDS] * 4, vocab_size=340)
+    return UGroundProcessor(tokenizer, clip_side=40, clip_patch=10, sam_side=64, system_prompt="")
 
 
 @pytest.fixture(scope="session")
-def tiny_processor(tiny_tokenizer) -> UGroundProcessor:
-    return UGroundProcessor(tiny_tokenizer, clip_side=40, clip_patch=10, sam_side=64, system_prompt="")
+def tiny_processor() -> UGroundProcessor:
+    return build_tiny_processor()
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer(tiny_processor):
+    return tiny_processor.tokenizer
 
 
 def build_tiny_model(processor: UGroundProcessor, seed: int = 0, **settings) -> UGroundForCausalLM:

@@ -1,9 +1,12 @@
-"""Small files that are replaced as a whole: readers, a kill and a full disk see the old content or the new."""
+"""Small files: replaced as a whole, so that readers, a kill and a full disk see the old content or the new; YAML."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -30,3 +33,24 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+class ShallowAliases(yaml.composer.Composer):
+    """Part of a YAML loader: an alias stands for a value, or a list or mapping of values.
+
+    Ten lines of aliases of aliases expand to gigabytes.
+
+    Raises:
+        yaml.MarkedYAMLError: for an alias of nested values.
+    """
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        event, node = self.peek_event(), super().compose_node(parent, index)  # type: ignore[attr-defined]
+        if isinstance(event, yaml.AliasEvent) and isinstance(node, yaml.CollectionNode):
+            parts = [part for item in node.value for part in (item if isinstance(item, tuple) else (item,))]
+            if not all(isinstance(part, yaml.ScalarNode) for part in parts):
+                raise yaml.MarkedYAMLError(
+                    problem=f"*{event.anchor} stands for nested values; write them out",
+                    problem_mark=event.start_mark,  # type: ignore[arg-type]
+                )
+        return node

@@ -85,7 +85,9 @@ def check_base(folder: Path, meta: dict[str, Any], loaded: list[Loaded]) -> None
             f"{meta['base'][name]}"
             for name in differing
         ]
-        raise ValueError(f"--version: the adapter {folder} was trained on another base:{''.join(lines)}\n{WHERE}")
+        raise ValueError(
+            f"--version: the adapter {folder / META} was trained on another base:{''.join(lines)}\n{WHERE}"
+        )
 
 
 @torch.no_grad()
@@ -101,7 +103,7 @@ def apply(model: nn.Module, folder: Path, meta: dict[str, Any]) -> None:
     own = model.state_dict()
     misfits = [name for name, value in parts.items() if name not in own or own[name].shape != value.shape]
     if misfits:
-        raise ValueError(f"--version: {folder} does not fit its base: {', '.join(misfits[:5])}")
+        raise ValueError(f"--version: {folder / PARTS} does not fit its base: {', '.join(misfits[:5])}")
     expected = {plain_name(name) for name in meta["trained"]} | {name for name in own if name.startswith(NEW_PARTS)}
     if missing := sorted(expected - parts.keys() - {plain_name(name) for name in lora}):
         raise ValueError(

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from transformers import GenerationConfig
 from transformers.utils import logging as transformers_logging
 
+from model.config import UGroundConfig
 from model.loading import adapter
 from model.loading.files import blame
 from model.loading.formats import release_of
@@ -93,7 +95,7 @@ def load(
     if kind not in LOADERS:
         model_type = read_config(Path(folder), "--version").get("model_type")  # raises for a run, with the fix
         raise ValueError(
-            f"--version: {folder} is of type {model_type!r}, not a UGround model; "
+            f"--version: {Path(folder) / 'config.json'} is of type {model_type!r}, not a UGround model; "
             "merge a trained run with scripts/merge_lora.py first"
         )
     paths = {"version": base, "vision_tower": vision_tower, "vision_pretrained": vision_pretrained}
@@ -106,6 +108,11 @@ def load(
 
 
 def _load_merged(folder: Path, precision: str, paths: dict[str, str]) -> Parts:
+    with blame(f"--version: {folder / 'config.json'}"):
+        UGroundConfig.from_pretrained(folder)  # before the tokenizer, which reads it, too
+    if (generation := folder / "generation_config.json").is_file():
+        with blame(f"--version: {generation}"):
+            GenerationConfig.from_pretrained(folder)
     processor = UGroundProcessor.from_pretrained(folder)
     with blame("--version"):
         read_folder(folder)  # mapped, not read: transformers' errors name no file
@@ -120,7 +127,7 @@ def _load_merged(folder: Path, precision: str, paths: dict[str, str]) -> Parts:
         )
     model, info = loaded  # transformers' annotation lacks the pair
     if problems := misfits(info["missing_keys"], info["unexpected_keys"], info["mismatched_keys"]):
-        raise ValueError(f"--version: the weights in {folder} do not fit: {'; '.join(problems)}")
+        raise ValueError(f"--version: {folder / 'config.json'} and the weights do not fit: {'; '.join(problems)}")
     for name, in_config, in_processor in (
         ("[SEG]", model.config.seg_token_id, processor.tokens.seg),
         ("[REJ]", model.config.rej_token_id, processor.tokens.rej),
@@ -160,7 +167,7 @@ def _load_released(folder: Path, precision: str, paths: dict[str, str]) -> Parts
     vision_tower = paths.get("vision_tower") or raw_config.get("mm_vision_tower", "")
     if not vision_tower or not Path(vision_tower).is_dir():
         raise ValueError(
-            f"--version: {folder} is a published checkpoint, which holds no CLIP; give --vision_tower, "
+            f"--version: {folder} is a published checkpoint (config.json), which holds no CLIP; give --vision_tower, "
             f"the folder of the tower that it was trained with ({vision_tower or 'its configuration has no name'})"
         )
     tokenizer = load_tokenizer(folder)

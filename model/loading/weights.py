@@ -126,7 +126,7 @@ def load_strictly(module: nn.Module, state: dict[str, torch.Tensor], source: str
 
     Args:
         state: its values are replaced by the module's tensors.
-        source: path of the weights, for messages.
+        source: path of the weights, or of the configuration beside them, for messages.
         new: prefixes of keys that ``state`` may lack.
 
     Raises:
@@ -143,7 +143,7 @@ def load_strictly(module: nn.Module, state: dict[str, torch.Tensor], source: str
     ]
     if problems := misfits(missing, unexpected, shapes):
         cause, lines = _cause(own.keys(), missing, unexpected, shapes), "\n  ".join(problems)
-        raise ValueError(f"the weights of {source} do not fit {type(module).__name__} ({cause}):\n  {lines}")
+        raise ValueError(f"{source}: the weights do not fit {type(module).__name__} ({cause}):\n  {lines}")
     for key in state:
         state[key] = state[key].to(own[key].dtype)
     module.load_state_dict(state, strict=False, assign=True)
@@ -236,20 +236,21 @@ def base_config(version: Path, tower: Path, sam: SamShape, keys: Collection[str]
         raw = formats.llava_config(raw)
     if raw.get("model_type") not in LLAVA_TYPES:
         raise ValueError(
-            f"--version: {version} is of type {raw.get('model_type')!r}, not a LLaVA-1.5 base "
+            f"{file} is of type {raw.get('model_type')!r}, not a LLaVA-1.5 base "
             f"({' or '.join(LLAVA_TYPES)}); a merged UGround folder is for test.py and chat.py"
         )
     read_config(tower, "--vision_tower")
-    with blame(f"--vision_tower: {tower / 'config.json'}"):
+    tower_file = f"--vision_tower: {tower / 'config.json'}"
+    with blame(tower_file):
         clip = CLIPVisionConfig.from_pretrained(tower)
     expected = raw.get("mm_hidden_size", clip.hidden_size)
     if clip.hidden_size != expected:
         raise ValueError(
-            f"--vision_tower: {tower} has width {clip.hidden_size}, the projector of {version} expects {expected}"
+            f"{tower_file} has width {clip.hidden_size}, the projector of {version / 'config.json'} expects {expected}"
         )
     if (side := formats.tower_side(raw)) not in (None, clip.image_size):
         raise ValueError(
-            f"--vision_tower: {tower} reads images of {clip.image_size} pixels, {version} was trained with {side}"
+            f"{tower_file} reads images of {clip.image_size} pixels, {version / 'config.json'} was trained with {side}"
         )
     llama = {key: raw[key] for key in LLAMA_KEYS if raw.get(key) is not None}
     with blame(file):
@@ -331,7 +332,7 @@ def load_base(
     load_strictly(model.visual_model, sam, vision_pretrained)
     has_tower = any(key.startswith("vision_tower.") for key in llava)  # perhaps fine-tuned: it takes precedence
     llava = read_tower(vision_tower) | llava
-    load_strictly(model, llava, version, new=("visual_model.", *NEW_PARTS))
+    load_strictly(model, llava, str(Path(version) / "config.json"), new=("visual_model.", *NEW_PARTS))
     sources = dict.fromkeys(("model", "lm_head", "mm_projector"), version)
     sources |= {"vision_tower": version if has_tower else vision_tower, "visual_model": vision_pretrained}
     return model.eval(), report(model, sources)
@@ -370,7 +371,7 @@ def load_released(
     if not any(key.startswith("vision_tower.") for key in state):
         sources["vision_tower"] = str(vision_tower)
     state = read_tower(vision_tower) | state
-    load_strictly(model, state, str(folder), new=release.absent)
+    load_strictly(model, state, str(folder / "config.json"), new=release.absent)
     return model.eval(), sources
 
 

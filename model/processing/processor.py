@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from model.loading.files import read_json
+from model.loading.files import blame, read_json
 from model.processing.collate import PackedSequence, collate_rows, truncate
 from model.processing.conversation import SYSTEM_PROMPT, PromptBuilder
 from model.processing.tokens import load_tokenizer, token_ids
@@ -88,7 +88,9 @@ class UGroundProcessor:
             raise ValueError(
                 f"{folder} is no UGround folder: it has no {PROCESSOR_FILE} (scripts/merge_lora.py writes one)"
             )
-        return cls(load_tokenizer(folder), **_read_settings(path))
+        tokenizer, settings = load_tokenizer(folder), _read_settings(path)
+        with blame(f"{path} and the tokenizer beside it do not fit"):
+            return cls(tokenizer, **settings)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes the tokenizer's files and ``uground_processor.json``."""

@@ -56,10 +56,13 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
             check_downloaded(path)
         elif "auto_map" in read_json(path):
             raise ValueError(f"{path}: the tokenizer is code of its own (auto_map), which is not run")
-    with blame(f"the tokenizer cannot be loaded from {', '.join(map(str, present))}"):
+    read = [*present, *folder.glob("config.json")]  # AutoTokenizer reads this one, too
+    with blame(f"the tokenizer cannot be loaded from {', '.join(map(str, read))}"):
         if folder / "tokenizer.model" in present and folder / "tokenizer.json" not in present:
             return LlamaTokenizer.from_pretrained(folder)
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer.encode(SEG)  # fails, if at all, where the files are known
+        return tokenizer
 
 
 def add_special_tokens(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import io
 import json
 import random
@@ -12,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from damage import damaged_json
 from PIL import Image
 
 from scripts import convert_data
@@ -19,10 +19,6 @@ from utils.datasets.masks import encode_mask
 from utils.inference import cli
 
 H, W = 20, 30
-ODD: list[Any] = [
-    None, True, 0, -1, 7.5, 10**400, 1e308, float("nan"), float("inf"), "", " ", "x", "\ud83d", "a\0b", "../..", "/",
-    "é" * 300, [], {}, [[]], [None], [[[[1]]]], {"x": 1}, [1, 2, 3], "a.jpg", "b.jpg", [[1, 1], [9, 1], [9, 9]],
-]  # fmt: skip
 SQUARE = [[2, 2], [12, 2], [12, 12], [2, 12]]
 
 
@@ -53,34 +49,11 @@ def coco() -> dict[str, Any]:
     return {"images": images, "annotations": rows, "categories": [{"id": 1, "name": "cup"}, {"id": 2, "name": "dish"}]}
 
 
-def places(value: Any, here: tuple = ()) -> list[tuple]:
-    """The paths to all values of a JSON tree."""
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    return [here, *(place for key, item in items for place in places(item, (*here, key)))]
-
-
 def mutated(value: Any, rng: random.Random) -> bytes:
-    """One to three values replaced, removed, doubled or nested; sometimes the text is cut or gets other bytes."""
-    root = {"root": copy.deepcopy(value)}
+    """One to three damages of the values; sometimes the text is cut or gets other bytes."""
+    raw = json.dumps(value).encode()
     for _ in range(rng.randint(1, 3)):
-        *above, key = rng.choice(places(root)[1:])
-        parent: Any = root
-        for step in above:
-            parent = parent[step]
-        change = rng.randrange(6)
-        if change == 0:
-            del parent[key]
-            if "root" not in root:
-                root["root"] = rng.choice(ODD)
-        elif change == 1 and isinstance(parent, list):
-            parent.append(copy.deepcopy(parent[key]))
-        elif change == 2:
-            parent[key] = [parent[key]]
-        elif change == 3:
-            parent[key] = str(parent[key])
-        else:
-            parent[key] = copy.deepcopy(rng.choice(ODD))
-    raw = json.dumps(root["root"]).encode()
+        raw = damaged_json(raw, rng)
     if rng.random() < 0.1:
         raw = raw[: rng.randrange(len(raw))]
     if rng.random() < 0.05:

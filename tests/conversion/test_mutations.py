@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from conversion import test_cvat, test_label_studio, test_via
 from conversion.annotated_images import H, W, photo
+from damage import damaged_json
 
 from utils.conversion.annotated import Annotated
 from utils.conversion.cvat import read_cvat
@@ -19,40 +20,6 @@ from utils.conversion.via import read_via
 from utils.conversion.yolo import read_yolo
 from utils.datasets.base import DataError
 from utils.datasets.masks import decode_segmentation
-
-ODD = [
-    None,
-    True,
-    "",
-    "x",
-    "1e999",
-    -1,
-    0,
-    1e308,
-    10**30,
-    float("nan"),
-    [],
-    {},
-    [[]],
-    {"a": []},
-    "\ud800",
-    "../..",
-    [[1]],
-]
-
-
-def mutated_json(value, rng: random.Random):
-    """The value with one part replaced by an odd one, or removed."""
-    if isinstance(value, (dict, list)) and value and rng.random() < 0.85:
-        keys = list(value) if isinstance(value, dict) else list(range(len(value)))
-        key = rng.choice(keys)
-        copy = value.copy()
-        if rng.random() < 0.1:
-            del copy[key]
-        else:
-            copy[key] = mutated_json(value[key], rng)
-        return copy
-    return rng.choice(ODD)
 
 
 def mutated_text(text: bytes, rng: random.Random) -> bytes:
@@ -113,7 +80,7 @@ def test_json(folder):
     for number in range(160):
         read, value = ((read_label_studio, [task]), (read_via, project), (read_via, {"a": image}))[number % 3]
         file = folder / "some.json"
-        file.write_text(json.dumps(mutated_json(value, rng)))
+        file.write_bytes(damaged_json(json.dumps(value).encode(), rng))
         check(read, file, folder)
 
 

@@ -80,6 +80,11 @@ def test_a_truncated_line_is_named(path, records):
         (lambda lines: [*lines, "[]\n"], "line 7 is not a result"),
         (lambda lines: [*lines, lines[2]], "line 7: query 'a' of a.jpg is a duplicate"),
         (lambda lines: [*lines[:5], lines[5].replace('"abc"', '"def"')], "line 6 is of another evaluation than line 1"),
+        (
+            lambda lines: [lines[0].replace('"P": ', '"P": 0.'), *lines[1:]],
+            "line 1 is not a result .P: of another type",
+        ),
+        (lambda lines: [line.replace('"seed": 0', '"seed": "0"') for line in lines], "seed: of another type"),
         (lambda lines: [], "holds no results"),
     ],
 )

@@ -217,7 +217,7 @@ def ask_many(capsys, version, album, *more):
     words = ("--version", version, "--image", album, "--output", output, "--max_new_tokens", 2)
     code, out, err = run(capsys, chat, *words, *more)
     path = output / "answers.jsonl"
-    return code, out, err, path.read_text().splitlines() if path.exists() else []
+    return code, out, err, path.read_text(errors="replace").splitlines() if path.exists() else []
 
 
 def test_many_prompts_about_many_images(capsys, version, album):
@@ -257,6 +257,10 @@ def test_an_interrupted_run_resumes(capsys, version, album):
     assert "holds answers of other settings (layer_policy: 'argmax' there, 'fixed:1' now)" in err
     path.write_text('{"image": 1}\n')
     assert "line 1 is not an answer" in ask_many(capsys, version, album, *more)[2]
+    for damaged in (b"\xff\n", bytes(900), f"{lines[0]}\n<html>".encode()):
+        path.write_bytes(damaged)
+        code, _, err, _ = ask_many(capsys, version, album, *more)
+        assert (code, str(path) in err, path.read_bytes()) == (2, True, damaged)  # not emptied
 
 
 def test_a_replaced_image_is_asked_about_again(capsys, version, album, monkeypatch):

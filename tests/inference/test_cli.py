@@ -345,6 +345,20 @@ def test_scores_follow_from_the_answers_alone(capsys, version, val_data, tmp_pat
     beside.write_text(json.dumps(summary))
     code, _, err = run(capsys, score, answers(tmp_path / "out"))
     assert (code, "has other metrics than follow from ReasonSeg_val" in err) == (2, True)
+    summary["metrics"], counts = again["metrics"], dict(summary["counts"])
+    del summary["counts"]["answers_cut"]  # as older versions wrote it
+    beside.write_text(json.dumps(summary))
+    assert run(capsys, score, answers(tmp_path / "out"))[0] == 0
+    for change, message in (
+        ({"counts": {"missing": 0}}, "has other counts than follow"),
+        ({"mode": "generate"}, "has other mode than follow"),
+        ({"metrics": {"gIoU": "0.5"}}, "metrics: of another type"),
+        ({"protocol": "voc"}, "protocol 'voc' is unknown"),
+        ({"several_seg": "last"}, "several_seg 'last' is unknown"),
+    ):
+        beside.write_text(json.dumps(summary | {"counts": counts} | change))
+        code, _, err = run(capsys, score, answers(tmp_path / "out"))
+        assert (code, message in err, str(beside) in err) == (2, True, True), err
     beside.unlink()
     code, out, _ = run(capsys, score, answers(tmp_path / "out"))
     assert (code, f" {again['metrics']['gIoU']:.3f} " in out) == (0, True)

@@ -116,6 +116,7 @@ def meta():
         "base": {"model": "aa", "visual_model": "bb"},
         "data": [{"name": "ReasonSeg|train", "images": 239, "content": "v1:0a"}],
         "vocabulary": "10",
+        "probe": [3, 4],
         "trained": {"a": [2, 3], "b": [1]},
         "processes": 1,
     }
@@ -138,7 +139,7 @@ def test_what_older_checkpoints_or_other_readers_say_of_content_is_not_compared(
         other = copy.deepcopy(meta)
         other["data"][0].update(change)
         assert differences(meta, other) == []
-    del other["vocabulary"]
+    del other["vocabulary"], other["probe"]
     assert differences(meta, other) == []
 
 
@@ -170,6 +171,7 @@ def test_annotations_that_change_behind_a_name_change_the_content(val_data):
         (lambda m: m["data"][0].update(images=240), "data set ReasonSeg|train"),
         (lambda m: m["data"][0].update(content="v1:0b"), "data set ReasonSeg|train: its annotations have changed"),
         (lambda m: m.update(vocabulary="11"), "--version: the tokenizer's vocabulary"),
+        (lambda m: m.update(probe=[4, 3]), "--version: the tokenizer splits 'Can you"),
         (lambda m: m.update(processes=8), "processes: 1 in the checkpoint, now 8"),
         (lambda m: m["trained"].update(b=[2]), "trainable parameters: b"),
     ],
@@ -223,7 +225,19 @@ def test_files_that_are_not_those_written_are_named(saved, change, message):
         check_files(saved, checkpoints.read_meta(saved))
 
 
-@pytest.mark.parametrize("content", ["[]", "{}", '{"latest": 3}', "\0\0", "{", ""])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "[]",
+        "{}",
+        '{"latest": 3}',
+        '{"latest": "../step_00000001"}',
+        '{"latest": "step_00000001", "bess": "step_00000001"}',
+        "\0\0",
+        "{",
+        "",
+    ],
+)
 def test_an_index_that_names_no_checkpoint_is_refused(saved, content):
     """Not taken for a run that has not begun: the old one would be overwritten."""
     (saved.parent / "index.json").write_text(content)
@@ -236,6 +250,19 @@ def test_metadata_that_lack_a_part_are_named(saved, content):
     (saved / "meta.json").write_bytes(content)
     with pytest.raises(CheckpointError, match=r"meta\.json"):
         checkpoints.read_meta(saved)
+
+
+def test_metadata_that_have_changed_are_named(saved):
+    path = saved / "meta.json"
+    text = path.read_text()
+    assert checkpoints.read_meta(saved)["step"] == 1
+    path.write_text(text.replace('"step": 1', '"step": 3'))
+    with pytest.raises(CheckpointError, match=r"meta\.json has changed since it was written"):
+        checkpoints.read_meta(saved)
+    meta = json.loads(text)
+    del meta["checksum"]  # as in checkpoints of older code
+    path.write_text(json.dumps(meta))
+    assert checkpoints.read_meta(saved) == meta
 
 
 def test_what_ended_a_save_is_not_blamed_on_the_disk(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import itertools
 import re
 import shlex
 from dataclasses import fields
@@ -191,6 +192,7 @@ def test_the_commands_of_the_page_for_other_projects_are_read():
         ("train: 3", "train: 3 is not a mapping of settings"),
         ("train: {lr: .nan}", "nan must be larger than 0"),
         ("train: {lr: 1, lr: 2}", "lr given twice"),
+        ("train: {x: &a [[1]], y: *a}", "(line 1): is not valid YAML: *a stands for nested values; write them out"),
         ("train: {lr: 1", "is not valid YAML"),
         ("- a\n- b", "holds a list"),
         ("base: nowhere.yaml", "nowhere.yaml: cannot be read: No such file or directory (base of"),
@@ -351,3 +353,11 @@ def test_a_moved_setting_is_given_once():
     saved["ppm"]["entropy_bonus"] = 0.1
     with pytest.raises(ConfigError, match=r"experimental.entropy_bonus is given twice, also as ppm.entropy_bonus"):
         config_from(saved, "meta.json")
+
+
+def test_short_aliases_are_read_and_a_bomb_of_them_is_refused_at_once(tmp_path):
+    path = written(tmp_path, "train: {lr: &rate 0.001, warmup_steps: 3, epochs: 5}\nloss: {dice_loss_weight: *rate}")
+    assert load_config(["--config", str(path), *NEEDED]).loss.dice_loss_weight == 0.001
+    levels = [f"{name}: &{name} [{', '.join([f'*{above}'] * 9)}]" for above, name in itertools.pairwise("abcdefghij")]
+    path = written(tmp_path, "\n".join(["a: &a [x]", *levels, "data: {dataset: *j}"]))
+    assert "*b stands for nested values" in problems("--config", path, *NEEDED)[0]

@@ -201,7 +201,8 @@ def test_best_is_compared_with_its_like(run_here):
 
 
 def test_resumed_run_is_the_uninterrupted_one(run_here, monkeypatch):
-    whole, _ = run_here(exp_name="whole", grad_accumulation_steps=2)
+    settings = {"grad_accumulation_steps": 2, "log_every": 5}  # logged: steps 1, 5, and 3 and 6, which are saved
+    whole, _ = run_here(exp_name="whole", **settings)
     saved = train_ds.save_step
 
     def save_and_die(run, results):
@@ -209,9 +210,9 @@ def test_resumed_run_is_the_uninterrupted_one(run_here, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(train_ds, "save_step", save_and_die)
-    run_here(code=130, exp_name="cut", grad_accumulation_steps=2)
+    run_here(code=130, exp_name="cut", **settings)
     monkeypatch.setattr(train_ds, "save_step", saved)
-    cut, printed = run_here(exp_name="cut", grad_accumulation_steps=2, auto_resume=True)
+    cut, printed = run_here(exp_name="cut", auto_resume=True, **settings)
     assert "resuming from" in printed
     assert_same_curve(cut, whole, 1e-6)  # with dropout: its seed is the step's
     resumed, expected = (
@@ -220,9 +221,9 @@ def test_resumed_run_is_the_uninterrupted_one(run_here, monkeypatch):
     assert all(torch.equal(resumed[name], expected[name]) for name in expected)
     assert resumed["base_model.model.ppm.baseline"] != 0
     # and once more: it is finished
-    _, printed = run_here(exp_name="cut", grad_accumulation_steps=2, auto_resume=True)
+    _, printed = run_here(exp_name="cut", auto_resume=True, **settings)
     assert "step 6 of 6" in printed
-    assert len(log_lines(cut, "train")) == 6
+    assert len(log_lines(cut, "train")) == 4
 
 
 def test_resuming_another_run_is_refused(run_here, base, data):
@@ -327,6 +328,9 @@ def test_deepspeed_file_must_not_contradict(tmp_path):
     filled = deepspeed_settings(load_config([*flags, "--grad_accumulation_steps", "3"]), world_size=4)
     assert (filled["train_batch_size"], filled["gradient_clipping"]) == (24, 1.0)
     assert (filled["bf16"], filled["fp16"]) == ({"enabled": False}, {"enabled": False})
+    path.write_text(json.dumps(settings | {"zero_optimization": {"stage": 2, "overlap_com": True}}))
+    with pytest.raises(ValueError, match=r"--deepspeed_config .*ds\.json: .*overlap_com\b"):
+        deepspeed_settings(load_config(flags), world_size=2)
     path.write_text("{")
     with pytest.raises(ValueError, match="cannot be read"):
         deepspeed_settings(load_config(flags), world_size=1)

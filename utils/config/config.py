@@ -25,7 +25,7 @@ from model.settings import (
 )
 from utils.command_line.parser import Parser, hint, value_hint
 from utils.config.settings import DataSettings, EvalSettings, ModelSettings, TrainSettings
-from utils.files import write_atomically
+from utils.files import ShallowAliases, write_atomically
 from utils.wording import counted
 
 
@@ -132,6 +132,8 @@ def load_config(argv: Sequence[str] | None = None, needs: Collection[str] = SECT
     values: dict[str, tuple[Any, str]] = {}
     if flags.config:
         values |= read_yaml(Path(flags.config), problems)
+        if not problems and not values:
+            problems.append(f"{flags.config}: holds no setting")
         if problems and not values:  # the file could not be read: missing settings are no further problem
             raise ConfigError(problems)
     if flags.recipe is not None:
@@ -139,7 +141,11 @@ def load_config(argv: Sequence[str] | None = None, needs: Collection[str] = SECT
     for name in FIELDS:
         if (value := getattr(flags, name)) is not None:
             values[name] = (value, f"--{name}")
-    config = build_config(values, problems, needs)
+    try:
+        config = build_config(values, problems, needs)
+    except ConfigError as error:
+        unset = f"; {flags.config} does not set it" if flags.config else ""
+        raise ConfigError([line + unset * (": is missing (" in line) for line in error.problems]) from None
     if ignored := {name: text for name, text in _ignored(config) if values.get(name, ("", ""))[1] == f"--{name}"}:
         raise WithoutEffectError(ignored)
     return config
@@ -208,7 +214,7 @@ def _convert_list(value: Any, kind: type) -> tuple:
         raise ValueError(example) from None
 
 
-class _StrictLoader(yaml.SafeLoader):
+class _StrictLoader(ShallowAliases, yaml.SafeLoader):
     """A YAML loader that rejects duplicate keys."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
@@ -226,7 +232,7 @@ def read_yaml(path: Path, problems: list[str], above: tuple[Path, ...] = ()) -> 
     except OSError as error:
         problems.append(f"{path}: cannot be read: {error.strerror}" + (f" (base of {above[-1]})" if above else ""))
         return {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         position, reason = "", " ".join(str(error).split())
         if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
             position, reason = f" (line {error.problem_mark.line + 1})", str(error.problem)

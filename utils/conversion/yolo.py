@@ -21,6 +21,7 @@ from utils.conversion.annotated import Annotated, AnnotatedImage, Annotation, cl
 from utils.conversion.images import IMAGE_SUFFIXES, ImageFolder, files_below, plain
 from utils.conversion.regions import Size, add_region, add_unnamed, number, trusted_size
 from utils.datasets.base import DataError, MissingDataError, read_text
+from utils.files import ShallowAliases
 
 YAML_NAMES = ("data.yaml", "data.yml", "dataset.yaml", "dataset.yml")
 CLASS_LISTS = ("classes.txt", "obj.names", "classes.names")
@@ -88,10 +89,14 @@ def read_yolo(
 # -- classes -----------------------------------------------------------------------------------------------------------
 
 
+class _TextLoader(ShallowAliases, yaml.BaseLoader):
+    """A YAML loader whose values are texts."""
+
+
 def _settings(file: Path, encoding: str | None) -> dict[str, Any]:
     """data.yaml with all values as texts: YAML would read the name ``no`` as False."""
     try:
-        settings = yaml.load(read_text(file, encoding), Loader=yaml.BaseLoader)
+        settings = yaml.load(read_text(file, encoding), Loader=_TextLoader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         if isinstance(error, DataError):
             raise

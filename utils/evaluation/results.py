@@ -12,13 +12,15 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
+from functools import cache
 from pathlib import Path
-from typing import Any, TextIO
+from types import UnionType
+from typing import Any, TextIO, get_args, get_origin, get_type_hints
 
 from utils import distributed
 from utils.datasets.spec import Spec
 from utils.evaluation import metrics
-from utils.evaluation.benchmarks import benchmark_of
+from utils.evaluation.benchmarks import PROTOCOLS, SEVERAL_SEG, benchmark_of
 from utils.evaluation.metrics import Record
 from utils.files import write_atomically
 
@@ -153,7 +155,13 @@ class Summary:
             raise ValueError(
                 f"{path} is no result of test.py (it has no {', '.join(absent)}); give the folder that test.py wrote"
             )
-        return cls(**{field.name: values[field.name] for field in fields(cls) if field.name in values})
+        known = {field.name: values[field.name] for field in fields(cls) if field.name in values}
+        if wrong := mismatched(known, cls):
+            raise ValueError(f"{path} is no result of test.py ({', '.join(wrong)}: of another type); evaluate again")
+        for name, choices in (("protocol", ("", *PROTOCOLS)), ("several_seg", SEVERAL_SEG)):
+            if known.get(name, choices[0]) not in choices:
+                raise ValueError(f"{path}: {name} {known[name]!r} is unknown; evaluate again")
+        return cls(**known)
 
 
 @dataclass
@@ -175,6 +183,27 @@ class Result:
         path = path.with_suffix(".json")
         self.summary.save(path)
         return path
+
+
+def mismatched(values: dict[str, Any], of: type) -> list[str]:
+    """The names of JSON values that do not have the type of the field of their name in a dataclass."""
+    hints = _hints(of)
+    return [name for name, value in values.items() if not _matches(value, hints[name])]
+
+
+_hints = cache(get_type_hints)
+
+
+def _matches(value: Any, hint: Any) -> bool:
+    kind, args = get_origin(hint) or hint, get_args(hint)
+    if kind is UnionType:
+        return any(_matches(value, arg) for arg in args)
+    if kind in (dict, list):
+        items = value.values() if isinstance(value, dict) else value
+        return isinstance(value, kind) and (not args or all(_matches(item, args[-1]) for item in items))
+    if kind is float:
+        return type(value) in (int, float)
+    return kind is Any or type(value) is kind
 
 
 def result_path(folder: Path, spec: Spec, mode: str) -> Path:
@@ -240,8 +269,10 @@ def read_results(path: Path, allow_truncated: bool = False) -> tuple[Provenance,
                 break
             try:
                 values = json.loads(line)
-                record = Record(**{name: value for name, value in values.items() if name in names})
-                line_provenance = Provenance(**values["origin"])
+                row = {name: value for name, value in values.items() if name in names}
+                if wrong := mismatched(row, Record) + mismatched(values["origin"], Provenance):
+                    raise TypeError(f"{', '.join(wrong)}: of another type")
+                record, line_provenance = Record(**row), Provenance(**values["origin"])
             except (json.JSONDecodeError, TypeError, AttributeError, KeyError) as error:
                 hint = (
                     "evaluate again" if line.endswith("\n") else "it is cut off: test.py --resume continues from here"

@@ -22,6 +22,7 @@ from utils.inference.terminal import printable
 from utils.wording import counted
 
 ANSWERS_FILE = "answers.jsonl"
+ANSWER_START = b'{"image": "'  # of a line
 OPENED_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 PROMPTS_AT_ONCE = 16  # about one image, on one cache
 
@@ -148,16 +149,16 @@ class Done:
         """Reads a file, if there is one. Cuts off the incomplete line that an interrupted run left.
 
         Raises:
-            ValueError: if a line is no answer, or one of other settings.
+            ValueError: if a line, also an incomplete one, is no answer, or one of other settings.
         """
         done = cls()
         if not path.exists():
             return done
         text = path.read_bytes()
         complete = text[: text.rfind(b"\n") + 1]
-        for number, line in enumerate(complete.decode("utf-8").split("\n")[:-1], start=1):
+        for number, line in enumerate(complete.split(b"\n")[:-1], start=1):
             try:
-                values = json.loads(line)
+                values = json.loads(line.decode("utf-8"))
                 key, saved = (absolute(values["image"]), values["prompt"]), values["settings"]
                 state = (values["width"], values["height"]), values.get("content", "")
             except (ValueError, KeyError, TypeError) as error:
@@ -173,7 +174,10 @@ class Done:
                 )
             done.answers[key] = state
             done.overlays.add(values.get("overlay", ""))
-        if len(complete) < len(text):
+        rest = text[len(complete) :]
+        if not rest.startswith(ANSWER_START[: len(rest)]):
+            raise ValueError(f"{path} does not end with an answer, or the beginning of one; give another --output")
+        if rest:
             os.truncate(path, len(complete))
         return done
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import re
 import shutil
 import zlib
 from collections.abc import Iterable, Mapping
@@ -22,7 +23,7 @@ from model.loading.files import read_json
 from utils import distributed
 from utils.config import FIELDS, Config, config_from, to_dict
 from utils.files import sync, write_atomically
-from utils.training.checkpoint_files import CheckpointError, check_files, describe_files, plain_data
+from utils.training.checkpoint_files import CheckpointError, check_files, describe_files, other_ways, plain_data
 from utils.training.data_content import comparable
 from utils.training.versions import git_commit, package_versions
 
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
     from model.processing.processor import UGroundProcessor
 
 FOLDER, INDEX, META = "checkpoints", "index.json", "meta.json"
+CHECKSUM = "checksum"  # in meta.json: of all else there. Checkpoints of before 2026-11-26 have none
+PROBE = "Can you segment the left-most of 2 red mugs, please? It is [SEG]."  # tells tokenizers apart
 META_KINDS = {  # what meta.json holds at least
     "step": int,
     "config": dict,
@@ -54,6 +57,10 @@ def step_name(step: int) -> str:
 def step_of(name: str) -> int:
     """The step of a ``step_name``."""
     return int(name.removeprefix("step_"))
+
+
+def _is_step(name: Any) -> bool:
+    return isinstance(name, str) and bool(re.fullmatch(r"step_\d{8,}", name))
 
 
 # -- metadata ----------------------------------------------------------------------------------------------------------
@@ -84,6 +91,7 @@ def describe_model(model: nn.Module, processor: UGroundProcessor, loaded: Iterab
         "base": base_fingerprints(loaded),
         "tokens": vars(processor.tokens),
         "vocabulary": _vocabulary(processor),
+        "probe": processor.tokenizer.encode(PROBE),
         "trained": trained_shapes(model),
         "commit": git_commit(),
         "versions": package_versions("torch", "transformers", "peft", "deepspeed", "segment-anything"),
@@ -109,7 +117,7 @@ def read_index(run_folder: Path) -> dict[str, str]:
     if not path.is_file():
         return {}
     index = _read_json(path)
-    if "latest" not in index or not all(isinstance(name, str) for name in index.values()):
+    if "latest" not in index or index.keys() - {"latest", "best"} or not all(map(_is_step, index.values())):
         kept = ", ".join(sorted(folder.name for folder in path.parent.glob("step_*"))) or "none"
         raise CheckpointError(
             f'{path} names no checkpoint; restore it, as {{"latest": "step_00000500"}} (in the folder: {kept}), or '
@@ -146,12 +154,27 @@ def read_meta(checkpoint: Path) -> dict[str, Any]:
         CheckpointError: if it cannot be read, or lacks a part.
     """
     meta = _read_json(checkpoint / META)
+    if CHECKSUM in meta and meta.pop(CHECKSUM) != _checksum(meta):
+        raise CheckpointError(
+            f"{checkpoint / META} has changed since it was written (CRC-32); {other_ways(checkpoint)}"
+        )
     kinds = META_KINDS | ({"files": dict} if "files" in meta else {})
     if wrong := [name for name, kind in kinds.items() if not isinstance(meta.get(name), kind)]:
         raise CheckpointError(
             f"{checkpoint / META} lacks {', '.join(wrong)}, or holds something else there; copy it again"
         )
     return meta
+
+
+def write_meta(checkpoint: Path, meta: dict[str, Any]) -> None:
+    """Writes ``meta.json``, with checksums of all other files in the folder and its own."""
+    meta = meta | {"files": describe_files(checkpoint)}
+    (checkpoint / META).write_text(json.dumps(meta | {CHECKSUM: _checksum(meta)}, indent=1) + "\n")
+
+
+def _checksum(meta: dict[str, Any]) -> str:
+    """CRC-32 of metadata without their own checksum; they are the same before they are written and when read."""
+    return f"{zlib.crc32(json.dumps(meta).encode()):08x}"
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -219,8 +242,7 @@ def _prepare(folder: Path, partial: Path, engine) -> str | None:
 def _publish(folder: Path, partial: Path, name: str, meta: dict[str, Any], best: bool) -> str | None:
     """Syncs, renames and indexes a complete checkpoint, then deletes those that the index does not name."""
     try:
-        meta = meta | {"files": describe_files(partial)}
-        (partial / META).write_text(json.dumps(meta, indent=1) + "\n")
+        write_meta(partial, meta)
         for path in (*partial.iterdir(), partial):
             sync(path)
         shutil.rmtree(folder / name, ignore_errors=True)  # left by a run that was killed at this point
@@ -262,6 +284,8 @@ def differences(run: dict[str, Any], saved: dict[str, Any]) -> list[str]:
         problems.append(f"--{path_setting(module)}: the base weights of {module} are not the same")
     if "vocabulary" in run and run["vocabulary"] != saved.get("vocabulary", run["vocabulary"]):
         problems.append("--version: the tokenizer's vocabulary is not the same")
+    elif "probe" in run and run["probe"] != saved.get("probe", run["probe"]):
+        problems.append(f"--version: the tokenizer splits {PROBE!r} otherwise")
     now, before = ({row["name"]: row for row in meta["data"]} for meta in (run, saved))
     for name in now.keys() & before.keys():
         contents = [rows[name].get("content") for rows in (now, before)]
@@ -343,6 +367,6 @@ def trained_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
     shapes = {name: list(tensor.shape) for name, tensor in state.items()}
     if names := differing(shapes, meta["trained"]):
         raise CheckpointError(
-            f"{checkpoint} does not hold exactly what was trained; it differs in {', '.join(names[:5])}"
+            f"{checkpoint} does not hold exactly what {META} lists; it differs in {', '.join(names[:5])}"
         )
     return dict(state)

@@ -79,8 +79,11 @@ def deepspeed_settings(config: Config, world_size: int) -> dict[str, Any]:
     """DeepSpeed's JSON, completed from the configuration.
 
     Raises:
-        ValueError: if the file cannot be read, or contradicts the configuration; names all contradictions.
+        ValueError: if the file cannot be read, DeepSpeed does not know a key or value, or it contradicts the
+            configuration; names all contradictions.
     """
+    from deepspeed.runtime.config import DeepSpeedConfig
+
     path, train = Path(config.train.deepspeed_config), config.train
     with blame(f"--deepspeed_config {path}: cannot be read"):
         settings = read_json(path)
@@ -113,6 +116,8 @@ def deepspeed_settings(config: Config, world_size: int) -> dict[str, Any]:
         problems.append(f"zero_optimization.stage is {stage}; checkpoints and gradient norms support stage 2 only")
     if problems:
         raise ValueError(f"--deepspeed_config {path} contradicts the settings:\n  " + "\n  ".join(problems))
+    with blame(f"--deepspeed_config {path}"):  # DeepSpeed's own check, before minutes of loading
+        DeepSpeedConfig({key: value for key, value in settings.items() if key != "train_batch_size"})
     return settings
 
 

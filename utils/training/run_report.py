@@ -100,7 +100,17 @@ def write_report(folder: Path) -> Path:
 def read_settings(folder: Path, start: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """The effective configuration by section: ``config.yaml``, or the log's copy of it."""
     path = folder / "config.yaml"
-    return yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else start.get("config", {})
+    if not path.is_file():
+        return start.get("config", {})
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{path} is not valid YAML ({' '.join(str(error).split())[:300]}); without it, {LOG} is read"
+        ) from error
+    if not isinstance(settings, dict) or not all(isinstance(section, dict) for section in settings.values()):
+        raise ValueError(f"{path} holds no sections of settings; without it, {LOG} is read")
+    return settings
 
 
 # -- sections ----------------------------------------------------------------------------------------------------------
