@@ -209,7 +209,8 @@ class Chat:
             uncertainty = f", uncertainty {self.last.uncertainty[number].score:.2f}" if self.last.uncertainty else ""
             print_status(f"[SEG] {number + 1}: {rule.words(layer)}, {pixels} pixels{uncertainty}{written}")
         if self.overlay:
-            print_status(f"all masks over the image -> {self.overlay}")
+            shown = "all masks over the image" if self.last.layers else "the image without masks"
+            print_status(f"{shown} -> {self.overlay}")
 
     def show_overlay(self) -> None:
         """Shows the masks over the image, in a terminal that can show pictures."""

@@ -11,6 +11,6 @@ if [ $# -eq 0 ]; then
     .venv/bin/ruff check .
     .venv/bin/ruff format --check .
     .venv/bin/mypy
-    set -- -n 2 --dist loadgroup
+    set -- -n 2
 fi
 OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE exec .venv/bin/python -m pytest "$@"

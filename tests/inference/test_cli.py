@@ -83,6 +83,7 @@ def test_an_answer_without_seg(capsys, version, mute_version, photo, tmp_path):
     code, _, err = ask(capsys, mute_version, photo, tmp_path)
     assert code == 0
     assert "no [SEG]" in err
+    assert f"the image without masks -> {tmp_path / 'photo_overlay.png'}" in err
     assert not list(tmp_path.glob("photo_mask_*.png"))
     assert json.loads((tmp_path / "photo.json").read_text())["masks"] == []
     assert np.array_equal(read_image(tmp_path / "photo_overlay.png"), read_image(photo))

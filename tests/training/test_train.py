@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import re
 import resource
 import shutil
@@ -461,13 +463,18 @@ def start_two(*flags: str) -> list[subprocess.Popen]:
 
 @pytest.fixture(scope="module")
 def two(base, data, tmp_path_factory):
-    """A run of two processes with a batch of 1 each."""
-    folder = tmp_path_factory.mktemp("runs")
-    launch(*arguments(base, data, folder, exp_name="two", batch_size=1, **SAME))
+    """A run of two processes with a batch of 1 each, trained once for all of xdist's workers."""
+    folder = tmp_path_factory.getbasetemp()
+    folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "two-processes"
+    folder.mkdir(exist_ok=True)
+    with (folder / "only-one").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "trained").exists():
+            launch(*arguments(base, data, folder, exp_name="two", batch_size=1, **SAME))
+            (folder / "trained").touch()
     return folder / "two"
 
 
-@pytest.mark.xdist_group("two")
 def test_two_processes_are_one(two, run_here, data):
     """The same global batch: loss curve, rewards, layers, and the gradient of every part, the policy's gate included.
 
@@ -501,7 +508,6 @@ def test_micro_steps_are_one_batch(run_here, data):
             assert norm == pytest.approx(other["gradients"][part], rel=2e-3, abs=2e-4), (line["step"], part)
 
 
-@pytest.mark.xdist_group("two")
 def test_two_killed_processes_resume(two, base, data, tmp_path):
     """kill -9 after the first checkpoint; the rest of the curve is that of the run that nobody killed."""
     flags = arguments(base, data, tmp_path, exp_name="killed", batch_size=1, **SAME)
@@ -541,7 +547,6 @@ def test_an_offloaded_optimizer_changes_no_number(run_here, tmp_path):
     assert len(log_lines(offloaded, "train")) == 6
 
 
-@pytest.mark.xdist_group("two")
 def test_two_machines_are_one(two, base, data, tmp_path):
     """A launcher per "machine", which meet on loopback as they would over a network, each with one process and an
     offloaded optimizer: the losses and gradients of two processes on one machine without it."""
