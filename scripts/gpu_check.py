@@ -49,6 +49,8 @@ def main(arguments: list[str] | None = None) -> int:
         page.add(skipped("everything else", f"fix the installation first ({error})"))
     else:
         device = pick_device(args.device)
+        if args.preset in ("7b", "13b") and not device.startswith("cuda"):
+            raise ValueError(f"--preset {args.preset} needs a GPU, and this runs on {device}; use --preset tiny")
         page.heading("Numbers")
         for check in (checks.check_training_numbers, checks.check_answers, checks.check_synchronizations):
             page.run(check, device)

@@ -106,3 +106,9 @@ def test_a_part_that_fails_does_not_stop_the_next(
     written = json.loads(path.read_text())
     assert [finding["level"] for finding in written["findings"]] == ["problem", "problem", *["ok"] * 6]
     assert written["bench"] == {"ratio": 1}
+
+
+def test_a_large_model_is_refused_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_check, "check_installation", lambda: [])
+    with pytest.raises(ValueError, match="--preset 7b needs a GPU, and this runs on cpu; use --preset tiny"):
+        gpu_check.main(["--device", "cpu"])
