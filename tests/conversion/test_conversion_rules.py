@@ -232,7 +232,7 @@ def test_an_image_of_another_folder_is_not_taken(capsys, tmp_path):
     (tmp_path / "0.jpg").unlink()
     assert [line["image"] for line in lines(tmp_path / "own.jsonl").values()] == ["x/0.jpg", "0.jpg"]
     out = convert(capsys, tmp_path / "own.jsonl", "labelme", tmp_path, "--overwrite")
-    assert f"of which only another folder's has the name: {tmp_path / 'y/0.json'}" in out
+    assert f"may be another entry's (check --images): {tmp_path / 'y/0.json'}" in out
     assert list(lines(tmp_path / "own.jsonl")) == [("0.jpg", "cup x")]
 
 

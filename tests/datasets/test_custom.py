@@ -163,7 +163,7 @@ def test_mask_pictures_of_any_mode(folder, mode):
         image = Image.fromarray(mask)
         if mode == "P":
             image = Image.fromarray(mask, "P")
-            image.putpalette([255, 255, 255, 0, 0, 0])  # what counts is the index, not its color
+            image.putpalette([255, 255, 255, 9, 0, 0])  # what counts is the index, not its color
     elif mode == "I;16":
         image = Image.fromarray(mask.astype(np.uint16))
     elif mode in ("LA", "RGBA"):
@@ -177,6 +177,29 @@ def test_mask_pictures_of_any_mode(folder, mode):
     one(folder, {**GOOD, "masks": ["mode.png"]})
     [decoded] = get_train_dataset("custom|one.jsonl", folder).sample(0, np.random.default_rng(0)).masks
     assert np.array_equal(decoded, mask)
+
+
+@pytest.mark.parametrize("size", [1, 2])  # transparent: index 1 of 2, 2 of 3
+def test_transparent_colors_of_a_palette_are_no_target(folder, size):
+    mask = truth(5, 5, 15, 15)
+    image = Image.fromarray(np.where(mask, size - 1, size).astype(np.uint8), "P")
+    image.putpalette([0, 0, 0, 255, 0, 0, 255, 255, 255])
+    image.save(folder / "mode.png", transparency=size)
+    path = one(folder, {**GOOD, "masks": ["mode.png"]})
+    if size == 1:  # the target is black
+        with pytest.raises(DataError, match="another color than black"):
+            get_eval_dataset("custom|one.jsonl", folder)[0]
+    else:
+        assert np.array_equal(get_eval_dataset(f"custom|{path}", folder)[0].queries[0].masks[0], mask)
+
+
+def test_a_palette_in_which_black_may_be_the_target_is_an_error(folder):
+    image = Image.fromarray(truth(5, 5, 15, 15), "P")
+    image.putpalette([255, 255, 255, 0, 0, 0])
+    image.save(folder / "mode.png")
+    one(folder, {**GOOD, "masks": ["mode.png"]})
+    with pytest.raises(DataError, match="its palette has black at index 1"):
+        get_eval_dataset("custom|one.jsonl", folder)[0]
 
 
 def test_photographs_are_turned_upright(folder):

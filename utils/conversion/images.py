@@ -6,7 +6,7 @@ import os
 import re
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from urllib.parse import unquote
@@ -22,9 +22,12 @@ EXIF_ORIENTATION = 0x0112
 
 
 def files_below(folder: Path, suffixes: Iterable[str], left_out: Counter[str]) -> list[Path]:
-    """All files below a folder with one of the suffixes (lower case), sorted, without those that a Mac adds."""
+    """All files below a folder with one of the suffixes (lower case), sorted, without those that a Mac adds.
+
+    Linked folders are followed, each folder once.
+    """
     wanted, files = set(suffixes), []
-    for path in sorted(folder.rglob("*")):
+    for path in sorted(_below(folder)):
         if path.suffix.lower() not in wanted or not path.is_file():
             continue
         if any(part.startswith(".") or part == "__MACOSX" for part in path.relative_to(folder).parts):
@@ -32,6 +35,17 @@ def files_below(folder: Path, suffixes: Iterable[str], left_out: Counter[str]) -
             continue
         files.append(path)
     return files
+
+
+def _below(folder: Path) -> Iterator[Path]:
+    met = set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        folders.sort()
+        if (real := os.path.realpath(place)) in met:
+            folders.clear()
+            continue
+        met.add(real)
+        yield from (Path(place, name) for name in names)
 
 
 def plain(name: str) -> str:
@@ -87,6 +101,11 @@ class ImageFolder:
                     if _is_image(path := Path(os.path.normpath(folder / tail))):
                         return path
         return None
+
+    def guess(self, path: Path, names: Sequence[str], beside: Path | None = None) -> str:
+        """The first of the names by which an image was found, if it is at none of these paths; else ""."""
+        is_sure = self._mirrored([path], beside) or any(self.as_written(name, beside) == path for name in names)
+        return "" if is_sure else names[0]
 
     def _folders(self, beside: Path | None) -> list[Path]:
         """The folders in the order of search: a subfolder of the first one before it, another one after all."""

@@ -101,7 +101,8 @@ class _Reader(Collector):
         if not names:
             left_out["task that names no image"] += 1
             return
-        path = self._find_image(names.get("image") or next(iter(names.values())))
+        name = names.get("image") or next(iter(names.values()))
+        path = self._find_image(name)
         if results is None:
             left_out["task without annotation"] += 1
             self.annotated.not_negative |= {path} if path else set()
@@ -114,7 +115,7 @@ class _Reader(Collector):
         size = trusted_size(path, claim, self.annotated) if path else None
         if path is None or size is None:
             return
-        image = AnnotatedImage(path, claim)
+        image = AnnotatedImage(path, claim, guess=self.guess(path, name))
         regions: dict[Any, list[Result]] = defaultdict(list)
         for result in results:
             regions[result["region"]].append(result)

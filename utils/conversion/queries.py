@@ -123,6 +123,7 @@ class Queries:
                 annotations = [annotation for entry in usable for annotation in entry.annotations]
                 size, split = upright_size(path), self._split(usable)
                 image = QueriedImage(path, size, is_annotated=bool(annotations), split=split)
+                image.has_unknown = len(usable) < len(entries)
                 for entry in usable:
                     self._check_masks(entry, size)
                 self._fill_boxes(image, annotations)

@@ -54,7 +54,8 @@ def read_via(
     for image, record in _with_images(records, collector):
         size = trusted_size(image, None, collector.annotated)
         if size is not None:
-            annotated = AnnotatedImage(image, None)
+            is_sure = whole(record.get("size")) == image.stat().st_size
+            annotated = AnnotatedImage(image, None, guess="" if is_sure else collector.guess(image, record["filename"]))
             for region in record["regions"]:
                 _add_region(annotated, region, attribute, label, names.get(attribute, {}), size, collector)
             collector.annotated.images.append(annotated)

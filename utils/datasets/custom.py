@@ -56,19 +56,36 @@ def read_mask_png(path: Path, height: int, width: int) -> np.ndarray:
 
 
 def read_labels(path: Path) -> np.ndarray:
-    """Values of a PNG [H, W]: gray levels or palette indices as stored; colors become 0 (black) and 1."""
+    """Values of a PNG [H, W]: gray levels or palette indices as stored; colors as 0 (black) and 1; 0 if transparent.
+
+    Raises:
+        DataError: if it is no PNG, or it may be black that is the target: a palette has it elsewhere than at index 0,
+            or all is black or transparent.
+    """
     try:
         with Image.open(path, formats=FORMATS) as image:
-            file_format, mode, values = image.format, image.mode, np.asarray(image)
+            file_format, mode, values, palette = image.format, image.mode, np.asarray(image), image.getpalette("RGB")
+            alpha = np.asarray(image.convert("RGBA"))[..., 3] if image.has_transparency_data else None
     except DECODE_ERRORS as error:
         raise DataError(f"mask {path} cannot be read ({error})") from error
     if file_format != "PNG":
         raise DataError(f"mask {path} is {file_format}; masks must be PNG (JPEG alters the values)")
-    if values.ndim == 2:
+    if palette and any(palette[:3]):
+        used = np.unique(values if alpha is None else values[alpha > 0]).tolist()
+        if black := [index for index in used if not any(palette[3 * index : 3 * index + 3])]:
+            raise DataError(
+                f"mask {path}: its palette has black at index {black[0]}, and another color at index 0, which is the "
+                "background; save it as gray"
+            )
+    if values.ndim == 3:
+        channels = values[..., :-1] if mode in ("LA", "RGBA") else values
+        values = np.any(channels, axis=2).astype(np.uint8)
+    if alpha is None:
         return values
-    if mode in ("LA", "RGBA"):
-        values = values[..., :-1] * (values[..., -1:] > 0)
-    return np.any(values, axis=2).astype(np.uint8)
+    labels = values * (alpha > 0)
+    if not labels.any() and alpha.any() and not alpha.all():
+        raise DataError(f"mask {path} is black or transparent everywhere; paint the object in another color than black")
+    return labels
 
 
 def load_lines(folder: Path, lines: list[Line]) -> tuple[np.ndarray, list[list[np.ndarray]], list[np.ndarray]]:
