@@ -27,7 +27,7 @@ from utils.conversion.annotated import Annotated
 from utils.conversion.check import check_file, plot_first
 from utils.conversion.coco import read_coco
 from utils.conversion.cvat import read_cvat
-from utils.conversion.images import IMAGE_SUFFIXES, files_below, image_sizes, upright_size
+from utils.conversion.images import IMAGE_SUFFIXES, files_below, first_of_copies, image_sizes, upright_size
 from utils.conversion.label_studio import read_label_studio
 from utils.conversion.labelme import read_labelme
 from utils.conversion.lines import add_absent, lines_of, write_lines
@@ -87,6 +87,8 @@ def convert(args: argparse.Namespace) -> None:
         shares = ", ".join(f"{count} {name}" for name, count in own.items())
         text.append(f"  the tool's own splits are not used: {shares} (--split uses them)")
     add_absent(images, without if args.negatives else [], args.absent)
+    if args.val and not args.split and len([image for image in images if image.queries]) < 2:
+        text.append("  note: --val needs two images with queries; all are for training")
     lines = lines_of([*images, *(without if args.negatives else [])], args.output.parent, args.val, args.split)
     if not lines or (args.split and not own):
         print("\n".join(text))
@@ -136,10 +138,12 @@ def unlisted(args: argparse.Namespace, annotated: Annotated, summary: Summary) -
     """The images in the folder of which the annotations say nothing."""
     source = args.images or (args.folder if "folder" in args else args.file if args.file.is_dir() else args.file.parent)
     known = {entry.path.resolve() for entry in annotated.images} | {path.resolve() for path in annotated.not_negative}
+    files = files_below(source, IMAGE_SUFFIXES, Counter())
+    first = first_of_copies([*known, *(path.resolve() for path in files)])
     images = []
-    for path in files_below(source, IMAGE_SUFFIXES, Counter()):
+    for path in files:
         sheet_of = path.with_name(path.stem.rpartition(".")[0] + ".jsonl")  # FILE.SPLIT.png of ``check``
-        if path.resolve() in known or sheet_of.is_file() or sheet_of == args.output:
+        if first[path.resolve()] in known or sheet_of.is_file() or sheet_of == args.output:
             continue
         if not args.negatives:  # counted only
             images.append(QueriedImage(path, (0, 0)))

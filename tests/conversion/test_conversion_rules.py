@@ -5,11 +5,13 @@ from __future__ import annotations
 import base64
 import io
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conversion.annotated_images import gray_of
 from PIL import Image
 from segment_anything import SamPredictor
 from segment_anything.modeling import Sam
@@ -43,7 +45,7 @@ def convert(capsys, output: Path, *arguments: object, code: int = 0, pictures: i
 
 def photo(path: Path, height: int = H, width: int = W, grey: int = 90, **options) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", (width, height), (grey, grey, grey)).save(path, **options)
+    Image.new("RGB", (width, height), (gray_of(path, grey),) * 3).save(path, **options)
     return path
 
 
@@ -641,3 +643,37 @@ def test_lists_of_colors_that_fail_are_named(tmp_path, text, message):
     (tmp_path / "colors").write_text(text)
     with pytest.raises(DataError, match=rf"colors.*{message}"):
         read_colors(tmp_path / "colors")
+
+
+# -- copies and words --------------------------------------------------------------------------------------------------
+
+
+def test_a_copy_under_another_name_is_the_same_image(capsys, tmp_path):
+    """What one file shows, the other does not lack; nor are they in different splits."""
+    for name, label in (("a", "cup"), ("b", "dish"), ("c", "cup"), ("d", "dish")):
+        labelme(tmp_path, name, (label, SQUARE, "polygon"))
+    for name in ("b", "copy"):
+        shutil.copy(tmp_path / "a.jpg", tmp_path / f"{name}.jpg")
+    out = convert(capsys, tmp_path / "own.jsonl", "labelme", tmp_path, "--absent", 1, "--val", 0.3, "--negatives")
+    assert f"1 x image that is there twice, used as one: {tmp_path / 'b.jpg'} is {tmp_path / 'a.jpg'}" in out
+    written = {key: bool(line["masks"]) for key, line in lines(tmp_path / "own.jsonl").items()}
+    assert {key for key, there in written.items() if there} == {
+        ("a.jpg", "cup"), ("a.jpg", "dish"), ("c.jpg", "cup"), ("d.jpg", "dish"),
+    }  # fmt: skip
+    assert {key for key, there in written.items() if not there} == {("c.jpg", "dish"), ("d.jpg", "cup")}
+
+
+def test_a_label_is_not_absent_beside_one_that_has_its_words(capsys, tmp_path):
+    for name, label in (("a", "red cup"), ("b", "Cup"), ("c", "dish")):
+        labelme(tmp_path, name, (label, SQUARE, "polygon"))
+    convert(capsys, tmp_path / "own.jsonl", "labelme", tmp_path, "--absent", 9, "--query", "the {label}")
+    absent = {key for key, line in lines(tmp_path / "own.jsonl").items() if not line["masks"]}
+    assert absent == {
+        ("a.jpg", "the dish"), ("b.jpg", "the dish"), ("c.jpg", "the red cup"), ("c.jpg", "the Cup"),
+    }  # fmt: skip
+
+
+def test_one_image_cannot_be_split(capsys, tmp_path):
+    labelme(tmp_path, "a", ("cup", SQUARE, "polygon"))
+    out = convert(capsys, tmp_path / "own.jsonl", "labelme", tmp_path, "--val", 0.5)
+    assert "note: --val needs two images with queries; all are for training" in out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import unicodedata
@@ -166,6 +167,21 @@ def _only(candidates: list[Path], name: str, folders: list[Path]) -> Path:
 
 def _same_content(first: Path, second: Path) -> bool:
     return first.stat().st_size == second.stat().st_size and first.read_bytes() == second.read_bytes()
+
+
+def first_of_copies(paths: Iterable[Path]) -> dict[Path, Path]:
+    """Each file -> the first with the same bytes. Only files of the same size are read."""
+    first: dict[tuple[int, bytes], Path] = {}
+    sizes = {path: path.stat().st_size for path in dict.fromkeys(paths)}
+    shared = {size for size, count in Counter(sizes.values()).items() if count > 1}
+    return {
+        path: first.setdefault((size, _digest(path)), path) if size in shared else path for path, size in sizes.items()
+    }
+
+
+def _digest(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
 
 
 def image_sizes(path: Path) -> tuple[tuple[int, int], int]:
