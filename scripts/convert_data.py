@@ -27,6 +27,7 @@ from utils.conversion.annotated import Annotated
 from utils.conversion.check import check_file, plot_first
 from utils.conversion.coco import read_coco
 from utils.conversion.cvat import read_cvat
+from utils.conversion.formats import check_path, hint
 from utils.conversion.images import IMAGE_SUFFIXES, files_below, first_of_copies, image_sizes, upright_size
 from utils.conversion.label_studio import read_label_studio
 from utils.conversion.labelme import read_labelme
@@ -72,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def convert(args: argparse.Namespace) -> None:
     """Reads, joins, prints the summary and writes; ``DataError`` if there is nothing to write."""
-    annotated = READERS[args.source](args)
+    annotated = read(args)
     summary = Summary()
     images = Queries(args.query, box_masks(args), summary).images_of(annotated)
     without = [image for image in images if not image.is_annotated] + unlisted(args, annotated, summary)
@@ -114,6 +115,24 @@ def convert(args: argparse.Namespace) -> None:
     text += [f"wrote {sheet}" for sheet in sheets]
     text.append(f"to check every image and mask: python scripts/convert_data.py check {args.output}")
     print("\n".join(text))
+
+
+def read(args: argparse.Namespace) -> Annotated:
+    """What the reader of the source finds; ``DataError`` that says what the path is, if it is something else."""
+    path = args.folder if "folder" in args else args.file
+    check_path(path)
+    if path.is_file() and args.source in ("labelme", "masks"):
+        raise DataError(f"{path} is a file; give the folder that holds it{hint(path, args.source)}")
+    if path.is_dir() and args.source in ("label-studio", "via"):
+        raise DataError(f"{path} is a folder; give the exported file in it{hint(path, args.source)}")
+    try:
+        annotated = READERS[args.source](args)
+    except DataError as error:
+        raise DataError(f"{error}{hint(path, args.source)}") from error
+    if not annotated.images and (other := hint(path, args.source)):
+        reasons = "; ".join(+annotated.left_out) or "no annotations"
+        raise DataError(f"{path} cannot be used ({reasons}){other}")
+    return annotated
 
 
 def one_query(args: argparse.Namespace) -> str:

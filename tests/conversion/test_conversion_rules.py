@@ -677,3 +677,11 @@ def test_one_image_cannot_be_split(capsys, tmp_path):
     labelme(tmp_path, "a", ("cup", SQUARE, "polygon"))
     out = convert(capsys, tmp_path / "own.jsonl", "labelme", tmp_path, "--val", 0.5)
     assert "note: --val needs two images with queries; all are for training" in out
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+def test_utf_16_without_its_mark_can_be_named(capsys, tmp_path, encoding):
+    labelme(tmp_path, "a", ("cup", SQUARE, "polygon"), encoding=encoding)
+    assert "it is UTF-16 or no text" in convert(capsys, tmp_path / "own.jsonl", "labelme", tmp_path, code=2)
+    convert(capsys, tmp_path / "own.jsonl", "labelme", tmp_path, "--encoding", encoding)
+    assert list(lines(tmp_path / "own.jsonl")) == [("a.jpg", "cup")]

@@ -15,6 +15,7 @@ from utils.conversion.cvat import read_cvat
 from utils.conversion.label_studio import read_label_studio
 from utils.conversion.labelme import read_labelme
 from utils.conversion.via import read_via
+from utils.datasets.base import DataError
 
 SQUARE = [[5, 5], [15, 5], [15, 15], [5, 15]]
 
@@ -71,3 +72,19 @@ def test_one_image_for_two_names_is_neither(tmp_path, read):
     assert Counter(image.path.name for image in result.images) == {"2.jpg": 1}
     assert kinds(result)[WRONG_GUESS] == 2
     assert tmp_path / "1.jpg" in result.not_negative
+
+
+@pytest.mark.parametrize("read", [coco, cvat, label_studio])
+def test_folders_of_another_case_or_normalization(tmp_path, read):
+    """A Mac writes names in Unicode's NFD; Windows does not tell case."""
+    for folder in ("e\u0301t\u00e9", "Val"):
+        photo(tmp_path / folder / "1.JPG", grey=len(folder))
+    result = read(tmp_path, ["\u00e9te\u0301/1.jpg", "val/1.jpg"])
+    assert [image.path.parent.name for image in result.images] == ["e\u0301t\u00e9", "Val"]
+    assert not +result.left_out
+
+
+def test_a_format_that_is_not_read_is_named(tmp_path):
+    (tmp_path / "1.heic").write_bytes(b"ftypheic")
+    with pytest.raises(DataError, match=r"\.heic is not read: save it as JPEG or PNG"):
+        coco(tmp_path, ["1.heic"])

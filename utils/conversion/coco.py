@@ -115,7 +115,7 @@ class _File:
 
     def _images(self) -> dict[str, AnnotatedImage]:
         """The images by id; one that is missing has an empty path, and is counted."""
-        images, missing = {}, []
+        images, missing, problem = {}, [], MissingDataError()
         for row_id, row in self._by_id("images", *NAMES).items():
             names = [name for name in map(row.get, NAMES) if isinstance(name, str) and name.strip()]
             size = extent(row.get("height"), row.get("width"))
@@ -124,13 +124,14 @@ class _File:
                 guess = self.finder.guess(path, names, self.file.parent)
                 images[row_id] = AnnotatedImage(path, size, split=self.split, guess=guess)
             except MissingDataError as error:
+                problem = error
                 images[row_id] = AnnotatedImage(Path(), size)
                 missing.append(f"{names[0]!r:.200}" if names else f"image {row_id}, which has no file_name")
                 self._count(f"image that is missing: {error}")
         if missing and len(missing) == len(images):
             raise DataError(
                 f"{self.file}: {len(missing)} of {len(images)} images are missing, such as {missing[0]}; check "
-                f"--images (looked in {', '.join(map(str, self.finder.folders))})"
+                f"--images ({problem})"
             )
         return images
 

@@ -9,6 +9,8 @@ import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
+from itertools import accumulate
+from operator import and_, eq
 from pathlib import Path, PurePosixPath
 from urllib.parse import unquote
 
@@ -19,6 +21,7 @@ from utils.datasets.base import DataError, MissingDataError
 from utils.datasets.images import DECODE_ERRORS
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".jfif"}
+UNREAD_SUFFIXES = {".heic", ".heif", ".avif", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raw", ".dcm", ".psd", ".svg"}
 EXIF_ORIENTATION = 0x0112
 
 
@@ -88,7 +91,7 @@ class ImageFolder:
         candidates = [path for base in base_names for path in self._named(plain(base))]
         if not candidates and stem:
             candidates = self._named(plain(stem), beside)
-        candidates = self._mirrored(candidates, beside) or candidates
+        candidates = self._mirrored(candidates, beside) or _with_longest_ending(candidates, name)
         if split:
             candidates = [path for path in candidates if split in path.parent.parts] or candidates
         return _only(candidates, name or stem, self._folders(beside))
@@ -105,8 +108,9 @@ class ImageFolder:
 
     def guess(self, path: Path, names: Sequence[str], beside: Path | None = None) -> str:
         """The first of the names by which an image was found, if it is at none of these paths; else ""."""
-        is_sure = self._mirrored([path], beside) or any(self.as_written(name, beside) == path for name in names)
-        return "" if is_sure else names[0]
+        folders = {plain(PurePosixPath(spelling).parent.name) for name in names for spelling in _spellings(name)} - {""}
+        is_sure = plain(path.parent.name) in folders or self._mirrored([path], beside)  # of another case, or in NFD
+        return "" if is_sure or any(self.as_written(name, beside) == path for name in names) else names[0]
 
     def _folders(self, beside: Path | None) -> list[Path]:
         """The folders in the order of search: a subfolder of the first one before it, another one after all."""
@@ -137,6 +141,14 @@ class ImageFolder:
         return [path for path in found if path.parent == beside] or found
 
 
+def _with_longest_ending(candidates: list[Path], name: str) -> list[Path]:
+    """The candidates that share the most parts with a written path: folders of other case, or in Unicode's NFD."""
+    written = [plain(part) for part in PurePosixPath(unquote(name.replace("\\", "/"))).parts[::-1]]
+    endings = ([plain(part) for part in path.parts[::-1]] for path in candidates)
+    shared = [sum(accumulate(map(eq, written, ending), and_)) for ending in endings]
+    return [path for path, count in zip(candidates, shared) if count == max(shared)]
+
+
 def _spellings(name: str) -> list[str]:
     """A written path with slashes, and the same with %20 and the like decoded; [] for no path."""
     text = re.sub(r"^file://(localhost)?", "", name.strip(), flags=re.IGNORECASE).replace("\\", "/")
@@ -155,7 +167,9 @@ def _is_image(path: Path) -> bool:
 def _only(candidates: list[Path], name: str, folders: list[Path]) -> Path:
     unique = list({path.resolve(): path for path in candidates}.values())
     if not unique:
-        raise MissingDataError(f"no image {name[:200]!r} in {', '.join(map(str, folders))}")
+        suffix = PurePosixPath(name.replace("\\", "/")).suffix.lower()
+        unread = f" ({suffix} is not read: save it as JPEG or PNG)" if suffix in UNREAD_SUFFIXES else ""
+        raise MissingDataError(f"no image {name[:200]!r} in {', '.join(map(str, folders))}{unread}")
     first = unique[0]
     if any(not _same_content(first, other) for other in unique[1:]):
         shown = ", ".join(map(str, unique[:4]))
