@@ -429,3 +429,40 @@ def test_a_file_that_changes_meanwhile_is_named(folder):
     write(folder / "own.jsonl", "x" * 40, GOOD)
     with pytest.raises(DataError, match=r"own\.jsonl, line 1: not valid JSON"):
         dataset.sample(0, np.random.default_rng(0))
+
+
+# -- files of other systems, and slips ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ({**GOOD, "image": "pictures\\a.jpg"}, r"write / instead of"),
+        ({**GOOD, "image": "pictures/A.JPG"}, r"there is 'a\.jpg': another case"),
+        ({**GOOD, "masks": [[[0.1, 0.1], [0.5, 0.1], [0.5, 0.5]]]}, r"they count pixels, not fractions"),
+        ({**GOOD, "masks": ["masks\\a.png"]}, r"does not exist \(write / instead of"),
+    ],
+)
+def test_paths_and_points_of_other_conventions(folder, line, message):
+    one(folder, line)
+    with pytest.raises(DataError, match=message):
+        get_eval_dataset("custom|one.jsonl", folder)[0]
+
+
+def test_lines_that_end_with_cr_alone(folder):
+    (folder / "one.jsonl").write_bytes(b"\r".join([json.dumps(GOOD).encode()] * 2))
+    with pytest.raises(DataError, match="end with CR alone"):
+        get_eval_dataset("custom|one.jsonl", folder)
+
+
+def test_a_query_is_not_absent_in_another_spelling(folder):
+    path = folder / "one.jsonl"
+    lines = [GOOD, {**GOOD, "query": "The  cup"}]
+    for masks in (GOOD["masks"], []):
+        lines[1]["masks"] = masks
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        if masks:
+            assert get_eval_dataset("custom|one.jsonl", folder).num_queries == 2
+        else:
+            with pytest.raises(DataError, match="line 2: contradicts line 1"):
+                get_eval_dataset("custom|one.jsonl", folder)

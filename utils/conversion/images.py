@@ -16,12 +16,11 @@ from urllib.parse import unquote
 
 from PIL import Image
 
-from model.processing.pixels import FORMATS
+from model.processing.pixels import FORMATS, SUFFIXES, UNREAD_SUFFIXES
 from utils.datasets.base import DataError, MissingDataError
 from utils.datasets.images import DECODE_ERRORS
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".jfif"}
-UNREAD_SUFFIXES = {".heic", ".heif", ".avif", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raw", ".dcm", ".psd", ".svg"}
+IMAGE_SUFFIXES = frozenset(SUFFIXES)
 EXIF_ORIENTATION = 0x0112
 
 

@@ -188,6 +188,8 @@ class Queries:
                 self.summary.left_out[reason] += 1
                 annotation.mask = None
                 continue
+            if mask.all() and annotation.kind == "target":
+                self.summary.notes[f"mask that covers its whole image: {entry.path}"] += 1
             if turn is not None:
                 annotation.mask = encode_mask(np.array(Image.fromarray(mask).transpose(turn)))
 

@@ -12,7 +12,7 @@ from model.processing.pixels import FORMATS
 from model.structures import IGNORE_PIXEL, EvalQuery, EvalSample, Sample, Turn
 from utils.datasets.base import DataError, DataOptions, DatasetRow, check_sample, sample_indices
 from utils.datasets.images import DECODE_ERRORS, check_size, read_image
-from utils.datasets.jsonl import TRAIN, Line, LineFile
+from utils.datasets.jsonl import TRAIN, Line, LineFile, spelled_otherwise
 from utils.datasets.masks import check_polygon, decode_segmentation, stack_masks
 from utils.datasets.spec import Spec
 from utils.datasets.templates import sample_answer, sample_question
@@ -35,6 +35,10 @@ def read_mask(mask: Any, folder: Path, height: int, width: int) -> np.ndarray:
             points = check_polygon(part, height, width)
             if len(points) < 3:
                 raise DataError(f"a polygon has {len(points)} points; it needs 3")
+            if max(height, width) > 2 and points.min() >= 0 and points.max() <= 1:
+                raise DataError(
+                    "a polygon's coordinates are all from 0 to 1; they count pixels, not fractions of the image"
+                )
     return decode_segmentation(mask, height, width)
 
 
@@ -66,6 +70,8 @@ def read_labels(path: Path) -> np.ndarray:
         with Image.open(path, formats=FORMATS) as image:
             file_format, mode, values, palette = image.format, image.mode, np.asarray(image), image.getpalette("RGB")
             alpha = np.asarray(image.convert("RGBA"))[..., 3] if image.has_transparency_data else None
+    except FileNotFoundError as error:
+        raise DataError(f"mask {path} cannot be read: it does not exist{spelled_otherwise(path)}") from error
     except DECODE_ERRORS as error:
         raise DataError(f"mask {path} cannot be read ({error})") from error
     if file_format != "PNG":
