@@ -685,3 +685,34 @@ def test_utf_16_without_its_mark_can_be_named(capsys, tmp_path, encoding):
     assert "it is UTF-16 or no text" in convert(capsys, tmp_path / "own.jsonl", "labelme", tmp_path, code=2)
     convert(capsys, tmp_path / "own.jsonl", "labelme", tmp_path, "--encoding", encoding)
     assert list(lines(tmp_path / "own.jsonl")) == [("a.jpg", "cup")]
+
+
+@pytest.mark.parametrize(
+    "other", ["CUP\u200b of\u00a0tea", "cup_of-tea", "\uff43\uff55\uff50 of tea", "\ufeffCup  of tea"]
+)
+def test_spellings_of_one_label(capsys, tmp_path, other):
+    """As copied from web pages, in full width, or as an identifier."""
+    labelme(tmp_path, "a", ("cup of tea", SQUARE, "polygon"))
+    labelme(tmp_path, "b", (other, SQUARE, "polygon"))
+    convert(capsys, tmp_path / "own.jsonl", "labelme", tmp_path, "--absent", 1)
+    assert list(lines(tmp_path / "own.jsonl")) == [("a.jpg", "cup of tea"), ("b.jpg", "cup of tea")]
+
+
+@pytest.mark.parametrize("labels", [("1", "-1"), ("cup", "cups"), ("x_", "y_"), ("\u0645\u06cc", "\u0645")])
+def test_labels_that_are_told_apart(capsys, tmp_path, labels):
+    for name, label in zip("ab", labels):
+        labelme(tmp_path, name, (label, SQUARE, "polygon"))
+    convert(capsys, tmp_path / "own.jsonl", "labelme", tmp_path)
+    assert list(lines(tmp_path / "own.jsonl")) == [("a.jpg", labels[0]), ("b.jpg", labels[1])]
+
+
+@pytest.mark.parametrize("name", ["b", "other"])
+def test_an_image_whose_json_is_broken_is_no_negative(capsys, tmp_path, name):
+    labelme(tmp_path / "photos", "a", ("cup", SQUARE, "polygon"))
+    photo(tmp_path / "photos/b.jpg")
+    (tmp_path / "json").mkdir()
+    (tmp_path / "photos/a.json").rename(tmp_path / "json/a.json")
+    (tmp_path / f"json/{name}.json").write_text('{"imagePath": "b.jpg", "shapes": [{"label": "cu')
+    flags = ("--images", tmp_path / "photos", "--negatives")
+    convert(capsys, tmp_path / "own.jsonl", "labelme", tmp_path / "json", *flags)
+    assert list(lines(tmp_path / "own.jsonl")) == [("a.jpg", "cup")]

@@ -82,3 +82,12 @@ def test_linked_folders_are_searched_once(tmp_path):
     (tmp_path / "far/round").symlink_to(tmp_path / "masks")
     result = read_masks(tmp_path / "masks", tmp_path / "images")
     assert [(image.path.name, image.annotations[0].label) for image in result.images] == [("a.jpg", "cat")]
+
+
+def test_a_mask_may_have_the_whole_name_of_its_image(tmp_path):
+    for name in ("a.jpg", "a.b.jpg", "a.jpeg"):
+        photo(tmp_path / "images" / name)
+    save(tmp_path / "masks/a.jpg.png", SQUARE)
+    save(tmp_path / "masks/a.b.png", SQUARE)
+    result = read_masks(tmp_path / "masks", tmp_path / "images", query="the cat")
+    assert sorted(image.path.name for image in result.images) == ["a.b.jpg", "a.jpg"]

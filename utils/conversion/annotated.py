@@ -130,8 +130,14 @@ def split_of(path: Path) -> str:
 
 
 def label_key(label: str) -> str:
-    """What tells labels apart: neither case nor white space nor the Unicode normalization does."""
-    return " ".join(unicodedata.normalize("NFC", label).casefold().split())
+    """What tells labels apart: all but what merely spells one otherwise.
+
+    That is case, white space, ``_`` and ``-`` between words, full width, Unicode's normalization, invisible characters.
+    """
+    label = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", label).casefold())
+    if not label.isascii():
+        label = "".join(character for character in label if unicodedata.category(character) != "Cf")
+    return " ".join(re.sub(r"(?<=\w)[_-]+(?=[^\W_])", " ", label).split())
 
 
 def whole(text: Any) -> int | None:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import io
 import math
+import re
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -73,7 +75,7 @@ def read_labelme(
             continue
         except _NotLabelMe as error:
             result.left_out[str(error)] += 1
-            result.not_negative |= {path for path in file.parent.iterdir() if path.stem == file.stem}
+            result.not_negative |= _images_of_unread(file, text, finder)
             continue
         claimed = extent(content.get("imageHeight"), content.get("imageWidth"))
         is_beside = path.parent == file.parent
@@ -120,6 +122,15 @@ def _image(file: Path, content: dict[str, Any], finder: ImageFolder, target: Pat
         path.write_bytes(data[0])
         result.notes[f"image that was only in the JSON itself (imageData), written to {path.parent}"] += 1
         return path
+
+
+def _images_of_unread(file: Path, text: str, finder: ImageFolder) -> set[Path]:
+    """The images that a file may mean that is not valid JSON, so that none of them seems to be without annotation."""
+    images = {path for path in file.parent.iterdir() if path.stem == file.stem}
+    for name in re.findall(r'"imagePath"\s*:\s*"([^"]+)"', text) or [""]:
+        with contextlib.suppress(DataError):
+            images.add(finder.find(name, file.stem, file.parent))
+    return images
 
 
 def _embedded(encoded: Any) -> tuple[bytes, str] | None:

@@ -104,6 +104,7 @@ def _pairs(folder: Path, images: Path, result: Annotated) -> dict[Path, Path]:
     by_stem: dict[str, list[Path]] = defaultdict(list)
     for path in _outside(files_below(images, IMAGE_SUFFIXES, result.left_out), images, folder):
         by_stem[plain(path.stem)].append(path)
+        by_stem[plain(path.name)].append(path)  # a.jpg.png
     pairs = {}
     for file in pngs:
         stem = plain(file.stem)
