@@ -27,7 +27,8 @@ from utils.conversion.annotated import Annotated
 from utils.conversion.check import check_file, plot_first
 from utils.conversion.coco import read_coco
 from utils.conversion.cvat import read_cvat
-from utils.conversion.images import IMAGE_SUFFIXES, files_below, image_sizes, upright_size
+from utils.conversion.formats import check_path, hint
+from utils.conversion.images import IMAGE_SUFFIXES, files_below, first_of_copies, image_sizes, upright_size
 from utils.conversion.label_studio import read_label_studio
 from utils.conversion.labelme import read_labelme
 from utils.conversion.lines import add_absent, lines_of, write_lines
@@ -72,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def convert(args: argparse.Namespace) -> None:
     """Reads, joins, prints the summary and writes; ``DataError`` if there is nothing to write."""
-    annotated = READERS[args.source](args)
+    annotated = read(args)
     summary = Summary()
     images = Queries(args.query, box_masks(args), summary).images_of(annotated)
     without = [image for image in images if not image.is_annotated] + unlisted(args, annotated, summary)
@@ -87,6 +88,8 @@ def convert(args: argparse.Namespace) -> None:
         shares = ", ".join(f"{count} {name}" for name, count in own.items())
         text.append(f"  the tool's own splits are not used: {shares} (--split uses them)")
     add_absent(images, without if args.negatives else [], args.absent)
+    if args.val and not args.split and len([image for image in images if image.queries]) < 2:
+        text.append("  note: --val needs two images with queries; all are for training")
     lines = lines_of([*images, *(without if args.negatives else [])], args.output.parent, args.val, args.split)
     if not lines or (args.split and not own):
         print("\n".join(text))
@@ -115,6 +118,24 @@ def convert(args: argparse.Namespace) -> None:
     print("\n".join(text))
 
 
+def read(args: argparse.Namespace) -> Annotated:
+    """What the reader of the source finds; ``DataError`` that says what the path is, if it is something else."""
+    path = args.folder if "folder" in args else args.file
+    check_path(path)
+    if path.is_file() and args.source in ("labelme", "masks"):
+        raise DataError(f"{path} is a file; give the folder that holds it{hint(path, args.source)}")
+    if path.is_dir() and args.source in ("label-studio", "via"):
+        raise DataError(f"{path} is a folder; give the exported file in it{hint(path, args.source)}")
+    try:
+        annotated = READERS[args.source](args)
+    except DataError as error:
+        raise DataError(f"{error}{hint(path, args.source)}") from error
+    if not annotated.images and (other := hint(path, args.source)):
+        reasons = "; ".join(+annotated.left_out) or "no annotations"
+        raise DataError(f"{path} cannot be used ({reasons}){other}")
+    return annotated
+
+
 def one_query(args: argparse.Namespace) -> str:
     """The query of all regions, if --query says so; "" = it depends on their labels."""
     return "" if "{label}" in args.query else args.query
@@ -137,10 +158,12 @@ def unlisted(args: argparse.Namespace, annotated: Annotated, summary: Summary) -
     """The images in the folder of which the annotations say nothing."""
     source = args.images or (args.folder if "folder" in args else args.file if args.file.is_dir() else args.file.parent)
     known = {entry.path.resolve() for entry in annotated.images} | {path.resolve() for path in annotated.not_negative}
+    files = files_below(source, IMAGE_SUFFIXES, Counter())
+    first = first_of_copies([*known, *(path.resolve() for path in files)])
     images = []
-    for path in files_below(source, IMAGE_SUFFIXES, Counter()):
+    for path in files:
         sheet_of = path.with_name(path.stem.rpartition(".")[0] + ".jsonl")  # FILE.SPLIT.png of ``check``
-        if path.resolve() in known or sheet_of.is_file() or sheet_of == args.output:
+        if first[path.resolve()] in known or sheet_of.is_file() or sheet_of == args.output:
             continue
         if not args.negatives:  # counted only
             images.append(QueriedImage(path, (0, 0)))

@@ -77,13 +77,15 @@ class PromptBuilder:
         """Token ids and labels of one conversation. An empty answer in the last turn is left to generation.
 
         Raises:
-            ValueError: if a question is empty, or the tokenizer merges across the end of the prefix.
+            ValueError: if a question is empty or not UTF-8, or the tokenizer merges across the end of the prefix.
         """
         eos = self.tokenizer.eos_token
         text, spans = self.prefix_text, []
         for i, turn in enumerate(turns):
             if not turn.question.strip():
                 raise ValueError("a question is empty: say what to look for, for example 'the red star'")
+            if any("\ud800" <= character <= "\udfff" for character in turn.question):
+                raise ValueError(f"a question contains bytes that are not UTF-8: {turn.question[:60]!a}")
             text += ("" if i == 0 else "USER: ") + f"{escape(turn.question.strip())} ASSISTANT:"
             if turn.answer:
                 start = len(text)

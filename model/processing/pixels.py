@@ -14,6 +14,8 @@ from PIL import Image, ImageOps
 
 Picture = np.ndarray | Image.Image | str | Path  # RGB [H, W, 3], gray or RGBA; any PIL image; or a file
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # never EPS, which Pillow hands to Ghostscript as a program
+SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")  # of files of these formats
+UNREAD_SUFFIXES = (".heic", ".heif", ".avif", ".jp2", ".dng", ".cr2", ".cr3", ".nef", ".arw")  # images, but not read
 DECODE_ERRORS = (  # what Pillow's decoders raise for damaged files
     OSError,
     EOFError,

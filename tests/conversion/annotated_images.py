@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections import Counter
 from pathlib import Path
 
@@ -16,8 +17,13 @@ H, W = 20, 30
 
 def photo(path: Path, height: int = H, width: int = W, grey: int = 90) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", (width, height), (grey, grey, grey)).save(path)
+    Image.new("RGB", (width, height), (gray_of(path, grey),) * 3).save(path)
     return path
+
+
+def gray_of(path: Path, grey: int) -> int:
+    """A level of gray, other for another name: images of different names are no copies of each other."""
+    return (grey + zlib.crc32(path.name.encode("utf-8", "surrogateescape"))) % 256
 
 
 def pixels(top: int, left: int, bottom: int, right: int, height: int = H, width: int = W) -> np.ndarray:

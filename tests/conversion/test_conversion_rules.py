@@ -5,11 +5,13 @@ from __future__ import annotations
 import base64
 import io
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conversion.annotated_images import gray_of
 from PIL import Image
 from segment_anything import SamPredictor
 from segment_anything.modeling import Sam
@@ -43,7 +45,7 @@ def convert(capsys, output: Path, *arguments: object, code: int = 0, pictures: i
 
 def photo(path: Path, height: int = H, width: int = W, grey: int = 90, **options) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", (width, height), (grey, grey, grey)).save(path, **options)
+    Image.new("RGB", (width, height), (gray_of(path, grey),) * 3).save(path, **options)
     return path
 
 
@@ -232,7 +234,7 @@ def test_an_image_of_another_folder_is_not_taken(capsys, tmp_path):
     (tmp_path / "0.jpg").unlink()
     assert [line["image"] for line in lines(tmp_path / "own.jsonl").values()] == ["x/0.jpg", "0.jpg"]
     out = convert(capsys, tmp_path / "own.jsonl", "labelme", tmp_path, "--overwrite")
-    assert f"of which only another folder's has the name: {tmp_path / 'y/0.json'}" in out
+    assert f"may be another entry's (check --images): {tmp_path / 'y/0.json'}" in out
     assert list(lines(tmp_path / "own.jsonl")) == [("0.jpg", "cup x")]
 
 
@@ -641,3 +643,76 @@ def test_lists_of_colors_that_fail_are_named(tmp_path, text, message):
     (tmp_path / "colors").write_text(text)
     with pytest.raises(DataError, match=rf"colors.*{message}"):
         read_colors(tmp_path / "colors")
+
+
+# -- copies and words --------------------------------------------------------------------------------------------------
+
+
+def test_a_copy_under_another_name_is_the_same_image(capsys, tmp_path):
+    """What one file shows, the other does not lack; nor are they in different splits."""
+    for name, label in (("a", "cup"), ("b", "dish"), ("c", "cup"), ("d", "dish")):
+        labelme(tmp_path, name, (label, SQUARE, "polygon"))
+    for name in ("b", "copy"):
+        shutil.copy(tmp_path / "a.jpg", tmp_path / f"{name}.jpg")
+    out = convert(capsys, tmp_path / "own.jsonl", "labelme", tmp_path, "--absent", 1, "--val", 0.3, "--negatives")
+    assert f"1 x image that is there twice, used as one: {tmp_path / 'b.jpg'} is {tmp_path / 'a.jpg'}" in out
+    written = {key: bool(line["masks"]) for key, line in lines(tmp_path / "own.jsonl").items()}
+    assert {key for key, there in written.items() if there} == {
+        ("a.jpg", "cup"), ("a.jpg", "dish"), ("c.jpg", "cup"), ("d.jpg", "dish"),
+    }  # fmt: skip
+    assert {key for key, there in written.items() if not there} == {("c.jpg", "dish"), ("d.jpg", "cup")}
+
+
+def test_a_label_is_not_absent_beside_one_that_has_its_words(capsys, tmp_path):
+    for name, label in (("a", "red cup"), ("b", "Cup"), ("c", "dish")):
+        labelme(tmp_path, name, (label, SQUARE, "polygon"))
+    convert(capsys, tmp_path / "own.jsonl", "labelme", tmp_path, "--absent", 9, "--query", "the {label}")
+    absent = {key for key, line in lines(tmp_path / "own.jsonl").items() if not line["masks"]}
+    assert absent == {
+        ("a.jpg", "the dish"), ("b.jpg", "the dish"), ("c.jpg", "the red cup"), ("c.jpg", "the Cup"),
+    }  # fmt: skip
+
+
+def test_one_image_cannot_be_split(capsys, tmp_path):
+    labelme(tmp_path, "a", ("cup", SQUARE, "polygon"))
+    out = convert(capsys, tmp_path / "own.jsonl", "labelme", tmp_path, "--val", 0.5)
+    assert "note: --val needs two images with queries; all are for training" in out
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+def test_utf_16_without_its_mark_can_be_named(capsys, tmp_path, encoding):
+    labelme(tmp_path, "a", ("cup", SQUARE, "polygon"), encoding=encoding)
+    assert "it is UTF-16 or no text" in convert(capsys, tmp_path / "own.jsonl", "labelme", tmp_path, code=2)
+    convert(capsys, tmp_path / "own.jsonl", "labelme", tmp_path, "--encoding", encoding)
+    assert list(lines(tmp_path / "own.jsonl")) == [("a.jpg", "cup")]
+
+
+@pytest.mark.parametrize(
+    "other", ["CUP\u200b of\u00a0tea", "cup_of-tea", "\uff43\uff55\uff50 of tea", "\ufeffCup  of tea"]
+)
+def test_spellings_of_one_label(capsys, tmp_path, other):
+    """As copied from web pages, in full width, or as an identifier."""
+    labelme(tmp_path, "a", ("cup of tea", SQUARE, "polygon"))
+    labelme(tmp_path, "b", (other, SQUARE, "polygon"))
+    convert(capsys, tmp_path / "own.jsonl", "labelme", tmp_path, "--absent", 1)
+    assert list(lines(tmp_path / "own.jsonl")) == [("a.jpg", "cup of tea"), ("b.jpg", "cup of tea")]
+
+
+@pytest.mark.parametrize("labels", [("1", "-1"), ("cup", "cups"), ("x_", "y_"), ("\u0645\u06cc", "\u0645")])
+def test_labels_that_are_told_apart(capsys, tmp_path, labels):
+    for name, label in zip("ab", labels):
+        labelme(tmp_path, name, (label, SQUARE, "polygon"))
+    convert(capsys, tmp_path / "own.jsonl", "labelme", tmp_path)
+    assert list(lines(tmp_path / "own.jsonl")) == [("a.jpg", labels[0]), ("b.jpg", labels[1])]
+
+
+@pytest.mark.parametrize("name", ["b", "other"])
+def test_an_image_whose_json_is_broken_is_no_negative(capsys, tmp_path, name):
+    labelme(tmp_path / "photos", "a", ("cup", SQUARE, "polygon"))
+    photo(tmp_path / "photos/b.jpg")
+    (tmp_path / "json").mkdir()
+    (tmp_path / "photos/a.json").rename(tmp_path / "json/a.json")
+    (tmp_path / f"json/{name}.json").write_text('{"imagePath": "b.jpg", "shapes": [{"label": "cu')
+    flags = ("--images", tmp_path / "photos", "--negatives")
+    convert(capsys, tmp_path / "own.jsonl", "labelme", tmp_path / "json", *flags)
+    assert list(lines(tmp_path / "own.jsonl")) == [("a.jpg", "cup")]

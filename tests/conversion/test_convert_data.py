@@ -10,6 +10,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from conversion.annotated_images import gray_of
 from PIL import Image
 
 from scripts import convert_data
@@ -30,7 +31,7 @@ def run(capsys, *arguments: object) -> tuple[int, str, str]:
 
 def photo(path: Path, height: int = H, width: int = W) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", (width, height), (30, 60, 90)).save(path)
+    Image.new("RGB", (width, height), (gray_of(path, 30),) * 3).save(path)
 
 
 def shape(label: str, points: list, kind: str | None = "polygon", **more: object) -> dict:

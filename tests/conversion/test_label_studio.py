@@ -275,3 +275,17 @@ def test_refused_files(tmp_path, text, message):
     with pytest.raises(DataError, match=message) as error:
         read_label_studio(file)
     assert str(file) in str(error.value)
+
+
+def test_tasks_of_several_pages_are_left_out(tmp_path):
+    """A region of the second page is not on the first; neither page is an image without annotation."""
+    for name in "abc":
+        photo(tmp_path / f"{name}.jpg")
+    pages = {"pages": ["/data/upload/1/a.jpg", "/data/upload/1/b.jpg"]}
+    on_second = {**rectangle("cat"), "item_index": 1}
+    for data in (pages, pages | {"image": "/data/upload/1/a.jpg"}):
+        tasks = [task("", on_second) | {"data": data}, task("c.jpg", rectangle("dog"))]
+        result = read_label_studio(write(tmp_path, *tasks))
+        assert list(by_name(result)) == ["c.jpg"]
+        assert kinds(result) == {"task of several pages, which are not read": 1}
+        assert {path.name for path in result.not_negative} == {"a.jpg", "b.jpg"}

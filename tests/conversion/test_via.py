@@ -191,3 +191,18 @@ def test_size_of_the_image_limits_points(tmp_path):
     photo(tmp_path / "a.jpg")
     file = write(tmp_path, entry("a.jpg", region("far", "rect", x=1, y=1, width=9, height=10 * H * H)))
     assert reasons_of(read_via(file).images[0]) == {"far": "a point far outside its image"}
+
+
+def test_csv_with_commas_in_file_names(tmp_path):
+    """VIA does not quote them."""
+    for name in ("a, b.jpg", "c.jpg"):
+        photo(tmp_path / name)
+    shape = '"{""name"":""rect"",""x"":2,""y"":3,""width"":5,""height"":4}"'
+    rows = [f'{name},9,"{{}}",1,0,{shape},"{{""class"":""cat""}}"' for name in ("a, b.jpg", "c.jpg")]
+    header = "filename,file_size,file_attributes,region_count,region_id,region_shape_attributes,region_attributes"
+    (tmp_path / "via.csv").write_text("\n".join([header, *rows]))
+    result = read_via(tmp_path / "via.csv")
+    assert {name: list(masks_of(image)) for name, image in by_name(result).items()} == {
+        "a, b.jpg": ["cat"],
+        "c.jpg": ["cat"],
+    }

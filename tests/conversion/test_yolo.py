@@ -245,3 +245,14 @@ def test_nothing_to_read(tmp_path):
     write(tmp_path / "labels/a.txt", f"0 {SQUARE}")
     with pytest.raises(DataError, match=r"no image with a label file .* \(1 x label file without an image: .*a\.txt\)"):
         read_yolo(tmp_path)
+
+
+@pytest.mark.parametrize("listed", ["classes.txt", "_darknet.labels", "train/_darknet.labels"])
+def test_an_image_called_train(tmp_path, listed):
+    """Its train.txt has rows, and is no list of images."""
+    photo(tmp_path / "train/train.jpg")
+    (tmp_path / "train/train.txt").write_text(f"0 {SQUARE}")
+    (tmp_path / "train.txt").write_text("train/train.jpg\n")
+    (tmp_path / listed).write_text("cat\n")
+    [image] = read_yolo(tmp_path).images
+    assert_masks(image, {"cat": SQUARE_PIXELS})

@@ -163,7 +163,7 @@ def test_mask_pictures_of_any_mode(folder, mode):
         image = Image.fromarray(mask)
         if mode == "P":
             image = Image.fromarray(mask, "P")
-            image.putpalette([255, 255, 255, 0, 0, 0])  # what counts is the index, not its color
+            image.putpalette([255, 255, 255, 9, 0, 0])  # what counts is the index, not its color
     elif mode == "I;16":
         image = Image.fromarray(mask.astype(np.uint16))
     elif mode in ("LA", "RGBA"):
@@ -177,6 +177,29 @@ def test_mask_pictures_of_any_mode(folder, mode):
     one(folder, {**GOOD, "masks": ["mode.png"]})
     [decoded] = get_train_dataset("custom|one.jsonl", folder).sample(0, np.random.default_rng(0)).masks
     assert np.array_equal(decoded, mask)
+
+
+@pytest.mark.parametrize("size", [1, 2])  # transparent: index 1 of 2, 2 of 3
+def test_transparent_colors_of_a_palette_are_no_target(folder, size):
+    mask = truth(5, 5, 15, 15)
+    image = Image.fromarray(np.where(mask, size - 1, size).astype(np.uint8), "P")
+    image.putpalette([0, 0, 0, 255, 0, 0, 255, 255, 255])
+    image.save(folder / "mode.png", transparency=size)
+    path = one(folder, {**GOOD, "masks": ["mode.png"]})
+    if size == 1:  # the target is black
+        with pytest.raises(DataError, match="another color than black"):
+            get_eval_dataset("custom|one.jsonl", folder)[0]
+    else:
+        assert np.array_equal(get_eval_dataset(f"custom|{path}", folder)[0].queries[0].masks[0], mask)
+
+
+def test_a_palette_in_which_black_may_be_the_target_is_an_error(folder):
+    image = Image.fromarray(truth(5, 5, 15, 15), "P")
+    image.putpalette([255, 255, 255, 0, 0, 0])
+    image.save(folder / "mode.png")
+    one(folder, {**GOOD, "masks": ["mode.png"]})
+    with pytest.raises(DataError, match="its palette has black at index 1"):
+        get_eval_dataset("custom|one.jsonl", folder)[0]
 
 
 def test_photographs_are_turned_upright(folder):
@@ -406,3 +429,40 @@ def test_a_file_that_changes_meanwhile_is_named(folder):
     write(folder / "own.jsonl", "x" * 40, GOOD)
     with pytest.raises(DataError, match=r"own\.jsonl, line 1: not valid JSON"):
         dataset.sample(0, np.random.default_rng(0))
+
+
+# -- files of other systems, and slips ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ({**GOOD, "image": "pictures\\a.jpg"}, r"write / instead of"),
+        ({**GOOD, "image": "pictures/A.JPG"}, r"there is 'a\.jpg': another case"),
+        ({**GOOD, "masks": [[[0.1, 0.1], [0.5, 0.1], [0.5, 0.5]]]}, r"they count pixels, not fractions"),
+        ({**GOOD, "masks": ["masks\\a.png"]}, r"does not exist \(write / instead of"),
+    ],
+)
+def test_paths_and_points_of_other_conventions(folder, line, message):
+    one(folder, line)
+    with pytest.raises(DataError, match=message):
+        get_eval_dataset("custom|one.jsonl", folder)[0]
+
+
+def test_lines_that_end_with_cr_alone(folder):
+    (folder / "one.jsonl").write_bytes(b"\r".join([json.dumps(GOOD).encode()] * 2))
+    with pytest.raises(DataError, match="end with CR alone"):
+        get_eval_dataset("custom|one.jsonl", folder)
+
+
+def test_a_query_is_not_absent_in_another_spelling(folder):
+    path = folder / "one.jsonl"
+    lines = [GOOD, {**GOOD, "query": "The  cup"}]
+    for masks in (GOOD["masks"], []):
+        lines[1]["masks"] = masks
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        if masks:
+            assert get_eval_dataset("custom|one.jsonl", folder).num_queries == 2
+        else:
+            with pytest.raises(DataError, match="line 2: contradicts line 1"):
+                get_eval_dataset("custom|one.jsonl", folder)

@@ -314,9 +314,9 @@ def test_a_killed_run_goes_on_to_the_same_files(capsys, version, album, monkeypa
 
 
 def test_a_folder_without_the_files_that_a_mac_adds(tmp_path):
-    for name in ("a.jpg", "._a.jpg"):
+    for name in ("a.jpg", "._a.jpg", "b.JFIF", "c.heic", "d.txt"):
         (tmp_path / name).touch()
-    assert find_images(tmp_path) == [tmp_path / "a.jpg"]
+    assert [path.name for path in find_images(tmp_path)] == ["a.jpg", "b.JFIF", "c.heic"]  # c is reported as not read
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
@@ -324,6 +324,7 @@ def test_a_folder_without_the_files_that_a_mac_adds(tmp_path):
 def test_prompts_of_any_system(tmp_path, encoding, end):
     (tmp_path / "prompts.txt").write_bytes(end.join(["caf\u00e9", "", "star", ""]).encode(encoding))
     assert read_prompts(read_text(tmp_path / "prompts.txt").splitlines()) == ["caf\u00e9", "star"]
+    assert read_prompts(["\ufeffstar\n", "\ufeff\n"]) == ["star"]  # as a pipe of Windows begins
 
 
 def test_answers_do_not_overwrite_each_others_pictures(capsys, version, album):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +24,7 @@ Box = tuple[float, float, float, float]  # x0, y0, x1, y1 in pixels
 Kind = Literal["target", "ignored", "background", "absent"]
 IGNORED_LABELS = {"__ignore__", "_ignore_"}
 BACKGROUND_LABELS = {"_background_", "__background__", "background"}
+WRONG_GUESS = "image that was found by its name alone and may be another entry's (check --images)"
 SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 
 
@@ -64,12 +65,14 @@ class AnnotatedImage:
         path: the image file; it exists.
         size: (height, width) that the annotations were made for; None = that of the image, upright by EXIF.
         split: the tool's own split as it is spelled there ("train", "valid", "Test"); "" = none.
+        guess: what the file calls the image, if nothing but the last part of that path led to it; "" = more did.
     """
 
     path: Path
     size: tuple[int, int] | None
     annotations: list[Annotation] = field(default_factory=list)
     split: str = ""
+    guess: str = ""
 
 
 @dataclass
@@ -91,6 +94,24 @@ class Annotated:
     not_negative: set[Path] = field(default_factory=set)
 
 
+def without_wrong_guesses(images: list[AnnotatedImage], result: Annotated) -> list[AnnotatedImage]:
+    """The entries of a file without those whose image may be another one: train/1.jpg, as val/1.jpg is missing.
+
+    Such are the guesses where entries that call their image by different names have the same one. They are counted.
+    """
+    names: dict[Path, set[str]] = defaultdict(set)
+    for image in images:
+        names[image.path.resolve()].add(image.guess)
+    kept = []
+    for image in images:
+        if not image.guess or len(names[image.path.resolve()]) == 1:
+            kept.append(image)
+            continue
+        result.left_out[f"{WRONG_GUESS}: {image.guess[:200]}"] += 1
+        result.not_negative.add(image.path)
+    return kept
+
+
 def kind_of(label: str) -> Kind:
     """Whether a label is one that annotation tools reserve."""
     name = label.strip().lower()
@@ -109,8 +130,14 @@ def split_of(path: Path) -> str:
 
 
 def label_key(label: str) -> str:
-    """What tells labels apart: neither case nor white space nor the Unicode normalization does."""
-    return " ".join(unicodedata.normalize("NFC", label).casefold().split())
+    """What tells labels apart: all but what merely spells one otherwise.
+
+    That is case, white space, ``_`` and ``-`` between words, full width, Unicode's normalization, invisible characters.
+    """
+    label = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", label).casefold())
+    if not label.isascii():
+        label = "".join(character for character in label if unicodedata.category(character) != "Cf")
+    return " ".join(re.sub(r"(?<=\w)[_-]+(?=[^\W_])", " ", label).split())
 
 
 def whole(text: Any) -> int | None:

@@ -20,6 +20,7 @@ from utils.conversion.annotated import (
     number_pairs,
     split_name,
     split_of,
+    without_wrong_guesses,
 )
 from utils.conversion.images import ImageFolder, files_below, image_sizes, upright_size
 from utils.datasets.base import DataError, MissingDataError, read_json
@@ -79,7 +80,8 @@ class _File:
                 self._count(f"annotation of an image that is not in the file: image_id {row.get('image_id')!r:.40}")
             elif image.path != Path():
                 image.annotations.append(self._annotation(row, image, categories))
-        self.result.images += [image for image in images.values() if image.path != Path()]
+        found = [image for image in images.values() if image.path != Path()]
+        self.result.images += without_wrong_guesses(found, self.result)
 
     def _count(self, reason: str) -> None:
         self.result.left_out[reason] += 1
@@ -113,20 +115,23 @@ class _File:
 
     def _images(self) -> dict[str, AnnotatedImage]:
         """The images by id; one that is missing has an empty path, and is counted."""
-        images, missing = {}, []
+        images, missing, problem = {}, [], MissingDataError()
         for row_id, row in self._by_id("images", *NAMES).items():
             names = [name for name in map(row.get, NAMES) if isinstance(name, str) and name.strip()]
             size = extent(row.get("height"), row.get("width"))
             try:
-                images[row_id] = AnnotatedImage(self._find(names), size, split=self.split)
+                path = self._find(names)
+                guess = self.finder.guess(path, names, self.file.parent)
+                images[row_id] = AnnotatedImage(path, size, split=self.split, guess=guess)
             except MissingDataError as error:
+                problem = error
                 images[row_id] = AnnotatedImage(Path(), size)
                 missing.append(f"{names[0]!r:.200}" if names else f"image {row_id}, which has no file_name")
                 self._count(f"image that is missing: {error}")
         if missing and len(missing) == len(images):
             raise DataError(
                 f"{self.file}: {len(missing)} of {len(images)} images are missing, such as {missing[0]}; check "
-                f"--images (looked in {', '.join(map(str, self.finder.folders))})"
+                f"--images ({problem})"
             )
         return images
 

@@ -143,14 +143,16 @@ class _Reader(Collector):
         name, subset = element.get("name", ""), element.get("subset", "")
         # projects have a folder per subset; frames of a video have names without a suffix
         stem = "" if PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES else PurePosixPath(name).name
-        path = self.find(*([f"{subset}/{name}"] if subset else []), name, stem=stem)
+        names = [f"{subset}/{name}"] * bool(subset) + [name]
+        path = self.find(*names, stem=stem)
         if path is None:
             return
         claimed = extent(element.get("height"), element.get("width"))
         size = trusted_size(path, claimed, self.annotated)
         if size is None:
             return
-        image = AnnotatedImage(path, claimed, split="" if subset.lower() == "default" else subset)
+        split, guess = "" if subset.lower() == "default" else subset, "" if stem else self.guess(path, *names)
+        image = AnnotatedImage(path, claimed, split=split, guess=guess)
         for shape in element:
             self.add_shape(image.annotations, shape, shape.get("label", ""), size)
         self.annotated.images.append(image)

@@ -2,29 +2,35 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
+from itertools import accumulate
+from operator import and_, eq
 from pathlib import Path, PurePosixPath
 from urllib.parse import unquote
 
 from PIL import Image
 
-from model.processing.pixels import FORMATS
+from model.processing.pixels import FORMATS, SUFFIXES, UNREAD_SUFFIXES
 from utils.datasets.base import DataError, MissingDataError
 from utils.datasets.images import DECODE_ERRORS
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".jfif"}
+IMAGE_SUFFIXES = frozenset(SUFFIXES)
 EXIF_ORIENTATION = 0x0112
 
 
 def files_below(folder: Path, suffixes: Iterable[str], left_out: Counter[str]) -> list[Path]:
-    """All files below a folder with one of the suffixes (lower case), sorted, without those that a Mac adds."""
+    """All files below a folder with one of the suffixes (lower case), sorted, without those that a Mac adds.
+
+    Linked folders are followed, each folder once.
+    """
     wanted, files = set(suffixes), []
-    for path in sorted(folder.rglob("*")):
+    for path in sorted(_below(folder)):
         if path.suffix.lower() not in wanted or not path.is_file():
             continue
         if any(part.startswith(".") or part == "__MACOSX" for part in path.relative_to(folder).parts):
@@ -32,6 +38,17 @@ def files_below(folder: Path, suffixes: Iterable[str], left_out: Counter[str]) -
             continue
         files.append(path)
     return files
+
+
+def _below(folder: Path) -> Iterator[Path]:
+    met = set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        folders.sort()
+        if (real := os.path.realpath(place)) in met:
+            folders.clear()
+            continue
+        met.add(real)
+        yield from (Path(place, name) for name in names)
 
 
 def plain(name: str) -> str:
@@ -73,7 +90,7 @@ class ImageFolder:
         candidates = [path for base in base_names for path in self._named(plain(base))]
         if not candidates and stem:
             candidates = self._named(plain(stem), beside)
-        candidates = self._mirrored(candidates, beside) or candidates
+        candidates = self._mirrored(candidates, beside) or _with_longest_ending(candidates, name)
         if split:
             candidates = [path for path in candidates if split in path.parent.parts] or candidates
         return _only(candidates, name or stem, self._folders(beside))
@@ -87,6 +104,12 @@ class ImageFolder:
                     if _is_image(path := Path(os.path.normpath(folder / tail))):
                         return path
         return None
+
+    def guess(self, path: Path, names: Sequence[str], beside: Path | None = None) -> str:
+        """The first of the names by which an image was found, if it is at none of these paths; else ""."""
+        folders = {plain(PurePosixPath(spelling).parent.name) for name in names for spelling in _spellings(name)} - {""}
+        is_sure = plain(path.parent.name) in folders or self._mirrored([path], beside)  # of another case, or in NFD
+        return "" if is_sure or any(self.as_written(name, beside) == path for name in names) else names[0]
 
     def _folders(self, beside: Path | None) -> list[Path]:
         """The folders in the order of search: a subfolder of the first one before it, another one after all."""
@@ -117,6 +140,14 @@ class ImageFolder:
         return [path for path in found if path.parent == beside] or found
 
 
+def _with_longest_ending(candidates: list[Path], name: str) -> list[Path]:
+    """The candidates that share the most parts with a written path: folders of other case, or in Unicode's NFD."""
+    written = [plain(part) for part in PurePosixPath(unquote(name.replace("\\", "/"))).parts[::-1]]
+    endings = ([plain(part) for part in path.parts[::-1]] for path in candidates)
+    shared = [sum(accumulate(map(eq, written, ending), and_)) for ending in endings]
+    return [path for path, count in zip(candidates, shared) if count == max(shared)]
+
+
 def _spellings(name: str) -> list[str]:
     """A written path with slashes, and the same with %20 and the like decoded; [] for no path."""
     text = re.sub(r"^file://(localhost)?", "", name.strip(), flags=re.IGNORECASE).replace("\\", "/")
@@ -135,7 +166,9 @@ def _is_image(path: Path) -> bool:
 def _only(candidates: list[Path], name: str, folders: list[Path]) -> Path:
     unique = list({path.resolve(): path for path in candidates}.values())
     if not unique:
-        raise MissingDataError(f"no image {name[:200]!r} in {', '.join(map(str, folders))}")
+        suffix = PurePosixPath(name.replace("\\", "/")).suffix.lower()
+        unread = f" ({suffix} is not read: save it as JPEG or PNG)" if suffix in UNREAD_SUFFIXES else ""
+        raise MissingDataError(f"no image {name[:200]!r} in {', '.join(map(str, folders))}{unread}")
     first = unique[0]
     if any(not _same_content(first, other) for other in unique[1:]):
         shown = ", ".join(map(str, unique[:4]))
@@ -147,6 +180,21 @@ def _only(candidates: list[Path], name: str, folders: list[Path]) -> Path:
 
 def _same_content(first: Path, second: Path) -> bool:
     return first.stat().st_size == second.stat().st_size and first.read_bytes() == second.read_bytes()
+
+
+def first_of_copies(paths: Iterable[Path]) -> dict[Path, Path]:
+    """Each file -> the first with the same bytes. Only files of the same size are read."""
+    first: dict[tuple[int, bytes], Path] = {}
+    sizes = {path: path.stat().st_size for path in dict.fromkeys(paths)}
+    shared = {size for size, count in Counter(sizes.values()).items() if count > 1}
+    return {
+        path: first.setdefault((size, _digest(path)), path) if size in shared else path for path, size in sizes.items()
+    }
+
+
+def _digest(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
 
 
 def image_sizes(path: Path) -> tuple[tuple[int, int], int]:

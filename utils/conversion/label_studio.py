@@ -94,6 +94,12 @@ class _Reader(Collector):
         left_out = self.annotated.left_out
         data, results = self._data_and_results(task)
         names = _image_names(data)
+        if pages := _pages(data, results or []):
+            left_out["task of several pages, which are not read: make a task of each image"] += 1
+            self.annotated.not_negative |= {
+                path for name in {*names.values(), *pages} if (path := self._find_image(name))
+            }
+            return
         if len(names) > 1 and "image" not in names:
             raise DataError(
                 f"{self.file}: a task names several images, as {', '.join(names)[:200]}; none is called 'image'"
@@ -101,7 +107,8 @@ class _Reader(Collector):
         if not names:
             left_out["task that names no image"] += 1
             return
-        path = self._find_image(names.get("image") or next(iter(names.values())))
+        name = names.get("image") or next(iter(names.values()))
+        path = self._find_image(name)
         if results is None:
             left_out["task without annotation"] += 1
             self.annotated.not_negative |= {path} if path else set()
@@ -109,12 +116,13 @@ class _Reader(Collector):
         claimed = {extent(result.get("original_height"), result.get("original_width")) for result in results} - {None}
         if len(claimed) > 1:
             left_out["task whose regions were drawn on images of several sizes"] += 1
+            self.annotated.not_negative |= {path} if path else set()
             return
         claim = next(iter(claimed), None)
         size = trusted_size(path, claim, self.annotated) if path else None
         if path is None or size is None:
             return
-        image = AnnotatedImage(path, claim)
+        image = AnnotatedImage(path, claim, guess=self.guess(path, name))
         regions: dict[Any, list[Result]] = defaultdict(list)
         for result in results:
             regions[result["region"]].append(result)
@@ -205,6 +213,15 @@ def _image_names(data: Result) -> dict[str, str]:
     """Key -> path, for the values of a task that name an image."""
     paths = {key: _path_of(value) for key, value in data.items() if isinstance(value, str) and len(value) < 4096}
     return {key: path for key, path in paths.items() if PurePosixPath(path).suffix.lower() in IMAGE_SUFFIXES}
+
+
+def _pages(data: Result, results: list[Result]) -> list[str]:
+    """The paths of a task's pages, if it has no other image or regions of a page beyond the first; else []."""
+    paths = [
+        _path_of(page) for value in data.values() if isinstance(value, list) for page in value if isinstance(page, str)
+    ]
+    pages = [path for path in paths if PurePosixPath(path).suffix.lower() in IMAGE_SUFFIXES]
+    return pages if any(result.get("item_index") for result in results) or not _image_names(data) else []
 
 
 def _path_of(address: str) -> str:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import io
 import math
+import re
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,7 @@ from utils.conversion.annotated import (
     rectangle_box,
     rectangle_ring,
     split_of,
+    without_wrong_guesses,
 )
 from utils.conversion.images import ImageFolder, files_below, image_sizes, upright_size
 from utils.datasets.base import DataError, MissingDataError, parse_json, read_text
@@ -62,41 +65,30 @@ def read_labelme(
     if not files:
         raise DataError(f"{folder} contains no .json, not even in subfolders; give the folder that LabelMe wrote to")
     finder = ImageFolder(*([images] if images else []), folder)
-    guessed: dict[int, Path] = {}  # number of an image -> its file, for images that lie elsewhere than the file says
     for file in files:
         text = read_text(file, encoding)
         try:
             content = _content(text, file)
             path = _image(file, content, finder, extract and extract / file.relative_to(folder), result)
-            if images is None and path != finder.as_written(str(content.get("imagePath") or ""), file.parent):
-                guessed |= (
-                    {len(result.images): file} if path.parent != file.parent and path.is_relative_to(folder) else {}
-                )
         except MissingDataError as error:
             result.left_out[f"file without its image: {error}"] += 1
             continue
         except _NotLabelMe as error:
             result.left_out[str(error)] += 1
-            result.not_negative |= {path for path in file.parent.iterdir() if path.stem == file.stem}
+            result.not_negative |= _images_of_unread(file, text, finder)
             continue
         claimed = extent(content.get("imageHeight"), content.get("imageWidth"))
-        result.images.append(AnnotatedImage(path, claimed, split=split_of(file.relative_to(folder))))
+        is_beside = path.parent == file.parent
+        guess = not is_beside and finder.guess(path, [str(content.get("imagePath") or file.stem)], file.parent)
+        split = split_of(file.relative_to(folder))
+        result.images.append(AnnotatedImage(path, claimed, split=split, guess=str(file) if guess else ""))
         try:
             size = claimed if claimed == image_sizes(path)[0] else upright_size(path)
         except DataError:  # the image is left out, with this reason, where images are checked
             continue
         result.images[-1].annotations = _annotations(file, content, size, result)
-    _drop_wrong_guesses(result, guessed)
+    result.images = without_wrong_guesses(result.images, result)
     return result
-
-
-def _drop_wrong_guesses(result: Annotated, guessed: dict[int, Path]) -> None:
-    """Leaves out files whose image was found by its name alone and belongs to another file: a wrong image."""
-    sure = {image.path.resolve() for number, image in enumerate(result.images) if number not in guessed}
-    wrong = {number for number in guessed if result.images[number].path.resolve() in sure}
-    for number in wrong:
-        result.left_out[f"file without its image, of which only another folder's has the name: {guessed[number]}"] += 1
-    result.images = [image for number, image in enumerate(result.images) if number not in wrong]
 
 
 class _NotLabelMe(DataError):
@@ -130,6 +122,15 @@ def _image(file: Path, content: dict[str, Any], finder: ImageFolder, target: Pat
         path.write_bytes(data[0])
         result.notes[f"image that was only in the JSON itself (imageData), written to {path.parent}"] += 1
         return path
+
+
+def _images_of_unread(file: Path, text: str, finder: ImageFolder) -> set[Path]:
+    """The images that a file may mean that is not valid JSON, so that none of them seems to be without annotation."""
+    images = {path for path in file.parent.iterdir() if path.stem == file.stem}
+    for name in re.findall(r'"imagePath"\s*:\s*"([^"]+)"', text) or [""]:
+        with contextlib.suppress(DataError):
+            images.add(finder.find(name, file.stem, file.parent))
+    return images
 
 
 def _embedded(encoded: Any) -> tuple[bytes, str] | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +18,21 @@ from utils.datasets.jsonl import TRAIN, scan
 def add_absent(images: list[QueriedImage], negatives: list[QueriedImage], count: int) -> None:
     """Adds up to ``count`` queries of other images to every image that has annotations, as absent targets.
 
-    Negatives, images without annotation, get up to ``count`` of them, and at least one. The choice is deterministic.
+    Negatives, images without annotation, get up to ``count`` of them, and at least one. The choice is deterministic. A
+    query is never absent beside one that has all its words, or only some of them: "cup" and "red cup".
     """
     rng = np.random.default_rng(0)
     pool = sorted({query for image in images for query, masks in image.queries.items() if masks})
+    words = {query: frozenset(label_key(query).split()) for query in pool}
     for image in [*images, *negatives]:
         taken = image.annotated | {label_key(query) for query in image.queries}
         others = [query for query in pool if label_key(query) not in taken]
         wanted = count if image.is_annotated else max(count, 1)
         if not image.has_unknown:
-            image.queries |= {others[i]: [] for i in rng.permutation(len(others))[:wanted]}
+            there = [frozenset(key.split()) for key in image.annotated]
+            drawn = (others[i] for i in rng.permutation(len(others)))
+            absent = (query for query in drawn if not any(words[query] <= one or one <= words[query] for one in there))
+            image.queries |= {query: [] for query in islice(absent, wanted)}
 
 
 def draw_val(count: int, share: float) -> set[int]:

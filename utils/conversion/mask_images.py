@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -18,6 +18,12 @@ from utils.datasets.custom import read_labels
 from utils.datasets.images import DECODE_ERRORS
 from utils.datasets.masks import encode_mask
 
+INSTANCES = {"segmentationobject", "segmentationobjectpng"}  # VOC's folders of masks whose values number objects
+INSTANCE_MASK = "mask of single objects, not of classes (SegmentationObject)"
+NO_LABELS = {  # names of folders that hold masks of one label, or of all
+    *("mask", "masks", "label", "labels", "annotation", "annotations", "gt", "groundtruth", "ground_truth"),
+    *("segmentation", "segmentations", "segmentationclass", "segmentationclasspng"),
+}
 MASK_SUFFIX = re.compile(r"[_.-](mask|masks)$")  # NAME_mask.png
 
 
@@ -42,10 +48,13 @@ def read_masks(
         encoding: of lists that are not UTF-8.
 
     Raises:
-        DataError: if there is no PNG, a mask may belong to several images, one has no label, or colors have no list.
+        DataError: if there is no PNG, a mask may belong to several images, an image has several masks of all labels,
+            one has no label, or colors have no list.
     """
     result = Annotated()
     pairs = _pairs(folder, images, result)
+    if classes or colors:
+        _check_one_each(pairs)
     values = read_classes(classes, encoding) if classes else None
     table = read_colors(colors, encoding) if colors else None
     found: set[int] = set()
@@ -62,7 +71,7 @@ def read_masks(
                 size, annotations = _one_object(file, label, query, folder, result)
         except _UnusableMask as error:
             result.left_out[f"mask that cannot be used: {error}"] += 1
-            continue
+            size, annotations = None, [Annotation("", None, reason="a mask that cannot be used")]
         within = file.relative_to(folder)
         split = split_of(image.relative_to(images)) or split_of(within if are_splits else within.parent)
         result.images.append(AnnotatedImage(image, size, annotations, split))
@@ -83,12 +92,19 @@ class _UnusableMask(DataError):
 
 def _pairs(folder: Path, images: Path, result: Annotated) -> dict[Path, Path]:
     """Mask -> image. Each file is one or the other, also if both are in one folder."""
-    pngs = _outside(files_below(folder, {".png"}, result.left_out), folder, images)
+    files = _outside(files_below(folder, IMAGE_SUFFIXES, result.left_out), folder, images)
+    are_instances = [{part.lower() for part in file.relative_to(folder).parts[:-1]} & INSTANCES for file in files]
+    files = [file for file, is_instance in zip(files, are_instances) if not is_instance]
+    result.left_out += Counter(INSTANCE_MASK for is_instance in are_instances if is_instance)
+    pngs = [file for file in files if file.suffix.lower() == ".png"]
+    others = [file for file in files if file.suffix.lower() != ".png"]
     if not pngs:
-        raise DataError(f"{folder} contains no .png, not even in subfolders")
+        found = f", but {others[0].name}: JPEG and the like alter the values; save masks as PNG" if others else ""
+        raise DataError(f"{folder} contains no .png, not even in subfolders{found}")
     by_stem: dict[str, list[Path]] = defaultdict(list)
     for path in _outside(files_below(images, IMAGE_SUFFIXES, result.left_out), images, folder):
         by_stem[plain(path.stem)].append(path)
+        by_stem[plain(path.name)].append(path)  # a.jpg.png
     pairs = {}
     for file in pngs:
         stem = plain(file.stem)
@@ -99,6 +115,7 @@ def _pairs(folder: Path, images: Path, result: Annotated) -> dict[Path, Path]:
         if image := _nearest(file, folder, candidates, images):
             pairs[file] = image
     in_use = {path.resolve() for path in pairs.values()}
+    _leave_out_other_formats(others, by_stem, result)
     result.not_negative |= set(pairs)
     for file in pngs:
         if file in pairs and file.resolve() in in_use:
@@ -106,6 +123,28 @@ def _pairs(folder: Path, images: Path, result: Annotated) -> dict[Path, Path]:
         if file not in pairs and not any(_same(file, path) for path in by_stem.get(plain(file.stem), [])):
             result.left_out[f"mask without an image of its name in {images}: {file}"] += 1
     return pairs
+
+
+def _leave_out_other_formats(files: list[Path], images: Mapping[str, list[Path]], result: Annotated) -> None:
+    """Counts masks that are no PNG: nobody can tell what their images lack."""
+    for file in files:
+        stem = plain(file.stem)
+        base = MASK_SUFFIX.sub("", stem)
+        is_image = base == stem and any(_same(file, path) for path in images.get(stem, []))
+        if is_image or file.parent.name.lower().endswith("visualization"):  # LabelMe's masks above the image
+            continue
+        for image in images.get(base, []) or images.get(stem, []):
+            result.left_out[f"mask that is no PNG (JPEG and the like alter the values): {file}"] += 1
+            result.not_negative.add(file)
+            result.images.append(AnnotatedImage(image, None, [Annotation("", None, reason="no PNG")]))
+
+
+def _check_one_each(pairs: Mapping[Path, Path]) -> None:
+    """``DataError`` if an image has two masks: the values of one of them may mean something else."""
+    first: dict[Path, Path] = {}
+    for file, image in pairs.items():
+        if (other := first.setdefault(image.resolve(), file)) != file:
+            raise DataError(f"{other} and {file} are both masks of {image}; give the folder of those of the classes")
 
 
 def _outside(files: list[Path], folder: Path, other: Path) -> list[Path]:
@@ -143,6 +182,11 @@ def _one_object(
     if not label and "{label}" in query:
         listed = next((f" (--classes {path}?)" for path in file.parent.glob("_classes.csv")), "")
         raise DataError(f"{file} has no label: give --query or --classes{listed}, or put it into a folder LABEL")
+    if "{label}" in query and label.lower() in NO_LABELS:
+        raise DataError(
+            f"{file}: the folder {label!r} is hardly a label; say what the masks show with --query, --classes or "
+            "--colors, or call the folder so"
+        )
     try:
         labels = read_labels(file)
     except DataError as error:

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from utils.conversion.annotated import Annotated, AnnotatedImage, Annotation, Box, label_key, rectangle_ring, split_name
-from utils.conversion.images import image_sizes, upright_size
+from utils.conversion.images import first_of_copies, image_sizes, upright_size
 from utils.datasets.base import DataError
 from utils.datasets.custom import read_mask
 from utils.datasets.masks import encode_mask
@@ -104,13 +104,16 @@ class Queries:
         self._first: dict[str, str] = {}  # key of a query -> its spelling where it was met first
 
     def images_of(self, annotated: Annotated) -> list[QueriedImage]:
-        """The images of all entries that can be used, one per file."""
+        """The images of all entries that can be used, one per file; a copy under another name is the same image."""
         summary = self.summary
         summary.left_out += annotated.left_out
         summary.notes += annotated.notes
         files: dict[Path, list[AnnotatedImage]] = {}
+        first = first_of_copies(entry.path.resolve() for entry in annotated.images)
+        for copy, path in first.items():
+            summary.notes[f"image that is there twice, used as one: {copy} is {path}"] += copy != path
         for entry in annotated.images:
-            files.setdefault(entry.path.resolve(), []).append(entry)
+            files.setdefault(first[entry.path.resolve()], []).append(entry)
             for annotation in entry.annotations:
                 summary.annotations += bool(annotation.label or annotation.kind != "background")
                 if annotation.label and annotation.kind in ("target", "absent"):
@@ -123,6 +126,7 @@ class Queries:
                 annotations = [annotation for entry in usable for annotation in entry.annotations]
                 size, split = upright_size(path), self._split(usable)
                 image = QueriedImage(path, size, is_annotated=bool(annotations), split=split)
+                image.has_unknown = len(usable) < len(entries)
                 for entry in usable:
                     self._check_masks(entry, size)
                 self._fill_boxes(image, annotations)
@@ -184,6 +188,8 @@ class Queries:
                 self.summary.left_out[reason] += 1
                 annotation.mask = None
                 continue
+            if mask.all() and annotation.kind == "target":
+                self.summary.notes[f"mask that covers its whole image: {entry.path}"] += 1
             if turn is not None:
                 annotation.mask = encode_mask(np.array(Image.fromarray(mask).transpose(turn)))
 

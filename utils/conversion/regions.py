@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from utils.conversion.annotated import Annotated, Annotation, drawn_rectangle
+from utils.conversion.annotated import Annotated, Annotation, drawn_rectangle, without_wrong_guesses
 from utils.conversion.images import ImageFolder, upright_size
 from utils.datasets.base import DataError, MissingDataError
 
@@ -51,6 +51,10 @@ class Collector:
         self.missing.append(names[0])
         return None
 
+    def guess(self, path: Path, *names: str) -> str:
+        """See ``AnnotatedImage.guess``; the names are those of ``find``."""
+        return self.finder.guess(path, names, self.file.parent)
+
     def result(self) -> Annotated:
         """All that was collected; ``DataError`` if the images of the file are elsewhere."""
         if self.missing and not self.found:
@@ -60,6 +64,7 @@ class Collector:
             )
         if self.missing:
             self.annotated.left_out += Counter(f"image that is missing: {name[:200]}" for name in self.missing)
+        self.annotated.images = without_wrong_guesses(self.annotated.images, self.annotated)
         return self.annotated
 
 

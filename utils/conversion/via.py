@@ -13,7 +13,8 @@ import json
 import math
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,8 @@ def read_via(
     for image, record in _with_images(records, collector):
         size = trusted_size(image, None, collector.annotated)
         if size is not None:
-            annotated = AnnotatedImage(image, None)
+            is_sure = whole(record.get("size")) == image.stat().st_size
+            annotated = AnnotatedImage(image, None, guess="" if is_sure else collector.guess(image, record["filename"]))
             for region in record["regions"]:
                 _add_region(annotated, region, attribute, label, names.get(attribute, {}), size, collector)
             collector.annotated.images.append(annotated)
@@ -86,7 +88,7 @@ def _records_of_csv(text: str, path: Path) -> list[Record]:
     limit = csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # polygons of thousands of points
     try:
         lines = io.StringIO(text.lstrip("#"), newline=None)
-        rows = list(csv.DictReader(lines, delimiter=";" if header.count(";") > header.count(",") else ","))
+        rows = _csv_rows(lines, ";" if header.count(";") > header.count(",") else ",")
     except csv.Error as error:
         raise DataError(f"{path} is not valid CSV ({error}); export it again") from error
     finally:
@@ -101,6 +103,14 @@ def _records_of_csv(text: str, path: Path) -> list[Record]:
         if shape != {}:  # an image without regions has one row with "{}"
             record["regions"].append({"shape_attributes": shape, "region_attributes": attributes})
     return list(records.values())
+
+
+def _csv_rows(lines: Iterable[str], separator: str) -> list[dict[str, str]]:
+    """Rows by column. VIA does not quote file names, the first column: one with separators fills several cells."""
+    header, *rows = [*csv.reader(lines, delimiter=separator)] or [[]]
+    surplus = [max(len(row) - len(header), 0) for row in rows]
+    cells = [[separator.join(row[: extra + 1]), *row[extra + 1 :]] for row, extra in zip(rows, surplus) if row]
+    return [dict(zip_longest(header, row[: len(header)], fillvalue="")) for row in cells]
 
 
 def _parsed(text: str | None) -> Any:

@@ -24,7 +24,7 @@ from utils.datasets.base import DataError, MissingDataError, read_text
 from utils.files import ShallowAliases
 
 YAML_NAMES = ("data.yaml", "data.yml", "dataset.yaml", "dataset.yml")
-CLASS_LISTS = ("classes.txt", "obj.names", "classes.names")
+CLASS_LISTS = ("classes.txt", "obj.names", "classes.names", "_darknet.labels")
 NO_LABELS = {
     *CLASS_LISTS,
     "labels.txt",
@@ -123,7 +123,7 @@ def _classes(
         if count is not None and count != len(names):
             raise DataError(f"{file} names {len(names)} classes but says nc: {count}; correct it")
         return _Classes(file, names, has_keypoints)
-    folders = [folder, folder.parent] if folder.name == "labels" else [folder]
+    folders = [folder, folder.parent] if folder.name == "labels" else [folder, folder / "train"]
     places = [place / name for place in folders for name in CLASS_LISTS]
     classes = classes or next((place for place in places if place.is_file()), None)
     if classes is None:
@@ -204,9 +204,9 @@ class _Layout:
         self.places |= {self.given or place, place}
         for rows in files_below(labels, [".txt"], self.left_out):
             relative = rows.relative_to(labels)
-            if rows.name.lower() in NO_LABELS or rows.name.lower().startswith("readme"):
-                continue
             image = self._image_of(rows, relative.parent)
+            if image is None and (rows.name.lower() in NO_LABELS or rows.name.lower().startswith("readme")):
+                continue
             if image is None:
                 self.left_out[f"label file without an image: {rows}"] += 1
             elif self._is_new(image, rows):

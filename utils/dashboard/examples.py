@@ -8,12 +8,13 @@ from pathlib import Path
 
 import numpy as np
 
+from model.processing.pixels import SUFFIXES
 from utils.datasets.base import read_text
 from utils.datasets.images import read_image
 from utils.demo import scene_texts, scenes
 from utils.demo.scene_texts import Query
 from utils.demo.scenes import Scene
-from utils.inference.folder import OPENED_SUFFIXES, is_image, read_prompts
+from utils.inference.folder import is_image, read_prompts
 from utils.plotting.overlays import save_picture
 
 SEEDS = (5, 1, 2, 9)  # the tiny model answers all of their questions
@@ -44,7 +45,7 @@ def read_examples(folder: Path, copies: Path) -> list[Example]:
         raise ValueError(f"--examples {folder} is not a folder")
     paths = [path for path in sorted(folder.iterdir()) if is_image(path)]
     if not paths:
-        raise ValueError(f"--examples {folder} holds no image ({' '.join(OPENED_SUFFIXES)})")
+        raise ValueError(f"--examples {folder} holds no image ({' '.join(SUFFIXES)})")
     copies.mkdir(parents=True, exist_ok=True)
     for path in paths:
         read_image(path)

@@ -230,7 +230,9 @@ def _decode(path: Path, raw: bytes, encodings: Sequence[str]) -> str:
     problem: Exception = ValueError()
     for encoding in encodings:
         try:
-            return raw.decode(encoding)
+            text = raw.decode(encoding)
+            if "\0" not in text or encoding == encodings[-1]:
+                return text
         except UnicodeDecodeError as error:
             problem = error
             place = f"byte {error.start} is 0x{raw[error.start]:02x}"

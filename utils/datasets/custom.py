@@ -12,7 +12,7 @@ from model.processing.pixels import FORMATS
 from model.structures import IGNORE_PIXEL, EvalQuery, EvalSample, Sample, Turn
 from utils.datasets.base import DataError, DataOptions, DatasetRow, check_sample, sample_indices
 from utils.datasets.images import DECODE_ERRORS, check_size, read_image
-from utils.datasets.jsonl import TRAIN, Line, LineFile
+from utils.datasets.jsonl import TRAIN, Line, LineFile, spelled_otherwise
 from utils.datasets.masks import check_polygon, decode_segmentation, stack_masks
 from utils.datasets.spec import Spec
 from utils.datasets.templates import sample_answer, sample_question
@@ -35,6 +35,10 @@ def read_mask(mask: Any, folder: Path, height: int, width: int) -> np.ndarray:
             points = check_polygon(part, height, width)
             if len(points) < 3:
                 raise DataError(f"a polygon has {len(points)} points; it needs 3")
+            if max(height, width) > 2 and points.min() >= 0 and points.max() <= 1:
+                raise DataError(
+                    "a polygon's coordinates are all from 0 to 1; they count pixels, not fractions of the image"
+                )
     return decode_segmentation(mask, height, width)
 
 
@@ -56,19 +60,38 @@ def read_mask_png(path: Path, height: int, width: int) -> np.ndarray:
 
 
 def read_labels(path: Path) -> np.ndarray:
-    """Values of a PNG [H, W]: gray levels or palette indices as stored; colors become 0 (black) and 1."""
+    """Values of a PNG [H, W]: gray levels or palette indices as stored; colors as 0 (black) and 1; 0 if transparent.
+
+    Raises:
+        DataError: if it is no PNG, or it may be black that is the target: a palette has it elsewhere than at index 0,
+            or all is black or transparent.
+    """
     try:
         with Image.open(path, formats=FORMATS) as image:
-            file_format, mode, values = image.format, image.mode, np.asarray(image)
+            file_format, mode, values, palette = image.format, image.mode, np.asarray(image), image.getpalette("RGB")
+            alpha = np.asarray(image.convert("RGBA"))[..., 3] if image.has_transparency_data else None
+    except FileNotFoundError as error:
+        raise DataError(f"mask {path} cannot be read: it does not exist{spelled_otherwise(path)}") from error
     except DECODE_ERRORS as error:
         raise DataError(f"mask {path} cannot be read ({error})") from error
     if file_format != "PNG":
         raise DataError(f"mask {path} is {file_format}; masks must be PNG (JPEG alters the values)")
-    if values.ndim == 2:
+    if palette and any(palette[:3]):
+        used = np.unique(values if alpha is None else values[alpha > 0]).tolist()
+        if black := [index for index in used if not any(palette[3 * index : 3 * index + 3])]:
+            raise DataError(
+                f"mask {path}: its palette has black at index {black[0]}, and another color at index 0, which is the "
+                "background; save it as gray"
+            )
+    if values.ndim == 3:
+        channels = values[..., :-1] if mode in ("LA", "RGBA") else values
+        values = np.any(channels, axis=2).astype(np.uint8)
+    if alpha is None:
         return values
-    if mode in ("LA", "RGBA"):
-        values = values[..., :-1] * (values[..., -1:] > 0)
-    return np.any(values, axis=2).astype(np.uint8)
+    labels = values * (alpha > 0)
+    if not labels.any() and alpha.any() and not alpha.all():
+        raise DataError(f"mask {path} is black or transparent everywhere; paint the object in another color than black")
+    return labels
 
 
 def load_lines(folder: Path, lines: list[Line]) -> tuple[np.ndarray, list[list[np.ndarray]], list[np.ndarray]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -81,6 +82,8 @@ def parse_line(raw: bytes, path: Path, number: int) -> Line:
 def _read_object(raw: bytes) -> dict[str, Any]:
     if b"\0" in raw:
         raise DataError("not UTF-8 text (a NUL, as in UTF-16); save the file as UTF-8")
+    if b"\r" in raw.strip():
+        raise DataError("its lines end with CR alone, as on old Macs; save the file with LF")
     try:
         record = json.loads(raw.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
@@ -164,6 +167,7 @@ def scan(path: Path) -> tuple[np.ndarray, list[str]]:
     """
     rows, problems = [], []
     images, splits, seen = dict[str, int](), dict[str, int](), dict[int, int]()
+    present = dict[int, tuple[bool, int]]()  # query, in any spelling -> whether it has masks, and its line
     end = 0
     with path.open("rb") as file:
         for number, raw in enumerate(file, start=1):
@@ -178,8 +182,17 @@ def scan(path: Path) -> tuple[np.ndarray, list[str]]:
             first = seen.setdefault(hash((line.image, line.query, line.turns)), number)
             if first != number:
                 problems.append(f"{line.location}: repeats line {first} (same image, same question); join their masks")
+            spelling = hash((line.image, " ".join(line.query.casefold().split()), line.turns))
+            there, other = present.setdefault(spelling, (bool(line.masks), number))
+            if there != bool(line.masks) and first == number:
+                problems.append(
+                    f"{line.location}: contradicts line {other}: one of them says that the query, but for case and "
+                    "spaces the same, is absent"
+                )
             if line.image not in images and not (path.parent / line.image).is_file():
-                problems.append(f"{line.location}: no image {path.parent / line.image}")
+                missing = path.parent / line.image
+                hint = spelled_otherwise(missing) if len(problems) < MAX_SHOWN else ""
+                problems.append(f"{line.location}: no image {missing}{hint}")
             image = images.setdefault(line.image, len(images))
             split = splits.setdefault(line.split, len(splits))
             rows.append((start, number, image, split, len(line.masks), len(line.turns)))
@@ -188,6 +201,16 @@ def scan(path: Path) -> tuple[np.ndarray, list[str]]:
         shown = "\n  ".join([f"{path}: {len(problems)} problem(s)", *problems[:MAX_SHOWN], *omitted])
         raise DataError(shown if problems else f"{path} has no line")
     return np.array(rows, dtype=np.int64), list(splits)
+
+
+def spelled_otherwise(path: Path) -> str:
+    """What to write for a file that is missing, in parentheses: its path with slashes, or as the folder has it."""
+    if "\\" in str(path):
+        return " (write / instead of \\)"
+    plain = unicodedata.normalize("NFC", path.name).casefold()
+    names = os.listdir(path.parent) if path.parent.is_dir() else []
+    found = next((name for name in names if unicodedata.normalize("NFC", name).casefold() == plain), "")
+    return f" (there is {found!a}: another case or Unicode normalization)" if found else ""
 
 
 class LineFile:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from model.opened import Opened
-from model.processing.pixels import read_pixels
+from model.processing.pixels import SUFFIXES, UNREAD_SUFFIXES, read_pixels
 from model.structures import Prediction
 from utils.inference.answer_files import answer_record, save_pictures
 from utils.inference.terminal import printable
@@ -23,27 +23,26 @@ from utils.wording import counted
 
 ANSWERS_FILE = "answers.jsonl"
 ANSWER_START = b'{"image": "'  # of a line
-OPENED_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 PROMPTS_AT_ONCE = 16  # about one image, on one cache
 
 
 def find_images(path: Path) -> list[Path]:
-    """The image files of a folder by name, or the file itself.
+    """The image files of a folder by name, or the file itself. Those of formats that are not read are among them.
 
     Raises:
         ValueError: if there is none.
     """
     if not path.is_dir():
         return [path]
-    images = sorted(file for file in path.iterdir() if is_image(file))
+    images = sorted(file for file in path.iterdir() if is_image(file, (*SUFFIXES, *UNREAD_SUFFIXES)))
     if not images:
-        raise ValueError(f"--image: {path} holds no image ({' '.join(OPENED_SUFFIXES)})")
+        raise ValueError(f"--image: {path} holds no image ({' '.join(SUFFIXES)})")
     return images
 
 
-def is_image(file: Path) -> bool:
+def is_image(file: Path, suffixes: tuple[str, ...] = SUFFIXES) -> bool:
     """Whether a file is an image by its name; hidden ones, such as a Mac's ``._a.jpg``, are not."""
-    return file.suffix.lower() in OPENED_SUFFIXES and not file.name.startswith(".")
+    return file.suffix.lower() in suffixes and not file.name.startswith(".")
 
 
 def read_prompts(lines: Iterable[str]) -> list[str]:
@@ -52,7 +51,8 @@ def read_prompts(lines: Iterable[str]) -> list[str]:
     Raises:
         ValueError: if there is none.
     """
-    prompts = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
+    stripped = (line.strip().strip("\ufeff") for line in lines)  # a byte order mark, from a pipe of Windows
+    prompts = list(dict.fromkeys(line for line in stripped if line))
     if not prompts:
         raise ValueError("--prompts holds no prompt; write one per line")
     return prompts
