@@ -1,9 +1,9 @@
 """Checks an installation, weights and data, and reports what is wrong and how to fix it:
 
-    python scripts/doctor.py                                                  the installation
-    python scripts/doctor.py --config configs/tiny.yaml [--any_setting value]   and everything that training needs
-    python scripts/doctor.py --version runs/tiny/merged                       and a finished model
-    python scripts/doctor.py --memory [--config FILE] [--gpus 8] [--offload]  expected memory of training, computed only
+    python scripts/doctor.py                                  the installation
+    python scripts/doctor.py --config configs/tiny.yaml       ... and everything that training needs
+    python scripts/doctor.py --version runs/tiny/merged       ... and a finished model
+    python scripts/doctor.py --memory [--config FILE] [--gpus 8] [--offload]   computed memory
 
 One line per finding: ok, skipped, warning, or problem -> fix. A failing check does not stop the others. With --config
 (settings as for train_ds.py): files, weights, tokens, memory and disk, data sets, a forward and a backward pass, a
@@ -41,7 +41,7 @@ SHARED_MEMORY = 1e9  # bytes that a few data workers need to pass batches on
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = Parser(program="train_ds.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(program="train_ds.py", description=__doc__)
     add = parser.add_argument
     add("--config", metavar="FILE", help="YAML file of train_ds.py; all its settings can be given as flags, too")
     add(

@@ -12,7 +12,6 @@ invalid flags.
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
@@ -32,7 +31,7 @@ SCRIPTS = Path(__file__).resolve().parent
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--preset", choices=("tiny", "medium", "7b", "13b"), default="7b", help="size of the measured model")
     add("--device", default="auto", help="cuda, cuda:1, cpu (default: the GPU if there is one)")

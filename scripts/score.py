@@ -7,7 +7,6 @@ The numbers equal test.py's to the last bit; this is checked if its JSON is besi
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from dataclasses import replace
@@ -23,7 +22,7 @@ from utils.inference import cli
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("results", nargs="+", type=Path, metavar="JSONL", help="answers that test.py wrote")
     parser.add_argument("--protocol", choices=PROTOCOLS, help="docs/evaluation.md (default: as it was evaluated)")
     parser.add_argument("--several_seg", choices=SEVERAL_SEG, help="scored mask of several (default: as evaluated)")

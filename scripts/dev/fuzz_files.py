@@ -1,13 +1,15 @@
 """Damages files at random and opens them as the programs do; counts what happens.
 
-    OMP_NUM_THREADS=1 python scripts/dev/fuzz_files.py --count 1000                     # of every kind
+    OMP_NUM_THREADS=1 python scripts/dev/fuzz_files.py --count 1000   # of every kind
     OMP_NUM_THREADS=1 python scripts/dev/fuzz_files.py --what merged --count 5000 --seed 7
-    OMP_NUM_THREADS=1 python scripts/dev/fuzz_files.py --what merged --seed 7 --trial 42   # one of them, with its error
+    OMP_NUM_THREADS=1 python scripts/dev/fuzz_files.py --what merged --seed 7 --trial 42
+
+The last one shows a single trial, with its error.
 
 A trial damages one file of a tiny folder (tests/damage.py) and opens the folder in a process with bounded time and
 memory. It ends in one of these ways:
 
-    same       what was read equals what was written: the damage is where nothing reads it, or it was seen and ignored
+    same       what was read equals what was written: nothing reads the damage, or it is ignored
     changed    something else was read, and nothing was said
     counted    records were left out, and counted (data sets)
     named      an error names the file
@@ -407,8 +409,9 @@ def report(name: str, trials: list[Trial]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = Parser(program="scripts/dev/fuzz_files.py", description=str(__doc__))
-    parser.add_argument("--what", action="append", choices=KINDS, help="default: all")
+    parser = Parser(description=__doc__)
+    kinds = f"default: all ({', '.join(KINDS)})"
+    parser.add_argument("--what", action="append", choices=KINDS, metavar="KIND", help=kinds)
     parser.add_argument("--count", type=int, default=200, metavar="N", help="trials of each kind (default: 200)")
     parser.add_argument("--seed", type=int, default=0, metavar="S")
     parser.add_argument("--trial", type=int, metavar="N", help="only this one, with its error")

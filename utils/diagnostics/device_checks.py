@@ -31,6 +31,7 @@ from utils.config import load_config
 from utils.diagnostics.benchmark import EXACT, LISA_STYLE, PRESETS, UGROUND, Bench
 from utils.diagnostics.findings import Finding, ok, problem, skipped, warning
 from utils.diagnostics.memory_model import GB, expected, on_cuda, plan_of_preset, plan_of_shape
+from utils.wording import counted
 
 ROOT = Path(__file__).resolve().parents[2]
 METHODS: dict[str, dict[str, Any]] = {
@@ -179,7 +180,7 @@ def check_synchronizations(device: str) -> Iterator[Finding]:
         finally:
             torch.cuda.set_sync_debug_mode("default")
     places = sorted({f"{Path(w.filename).name}:{w.lineno}" for w in caught if "synchroniz" in str(w.message)})
-    text = f"a step waits for the device at {len(places)} places: {', '.join(places) or 'none'}"
+    text = f"a step waits for the device at {counted(len(places), 'place')}: {', '.join(places) or 'none'}"
     yield ok(text) if not places else warning(text, "values that Python reads stop the queue of kernels")
 
 
