@@ -140,9 +140,7 @@ def generate_from(
         alive = max(len(row) - row.count(None) for row in slots)
         if step + 1 == max_new_tokens or not alive:
             break
-        ended = tokens == config.eos_token_id
-        if MAX_SEGS in segs_of.values():
-            ended |= torch.tensor([[slot is None for slot in row] for row in slots], device=ended.device)
+        ended = torch.tensor([[slot is None for slot in row] for row in slots], device=tokens.device)
         segment_ids, position_ids = segment_ids.masked_fill(ended, -1), position_ids + 1
         if alive < len(slots[0]):  # drop the slots of questions that have ended
             kept = [_alive_first(row)[:alive] for row in slots]

@@ -55,10 +55,8 @@ def rescore(path: Path, protocol: str | None = None, several_seg: str | None = N
     json_path = path.with_suffix(".json")
     if json_path.is_file():
         saved = Summary.load(json_path)
-        summary.counts |= {key: saved.counts.get(key, -1) for key in ("skipped", "missing")}
-        saved.counts = {
-            "answers_cut": summary.counts["answers_cut"]
-        } | saved.counts  # older versions did not count them
+        summary.counts |= {key: saved.counts.get(key, 0) for key in ("skipped", "missing")}
+        saved.counts.setdefault("answers_cut", summary.counts["answers_cut"])  # older versions did not count them
         scored_by = benchmark.protocol(saved.protocol, mode), saved.several_seg
         if scored_by == (summary.protocol, summary.several_seg):
             for key in ("benchmark", "mode", "layer_policy", "metrics", "intervals", "breakdown", "counts", "layers"):
