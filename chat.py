@@ -20,7 +20,7 @@ import numpy as np
 from model import layer_rules
 from model.layer_rules import MonteCarloMean
 from model.processing.pixels import read_pixels
-from model.structures import MAX_NEW_TOKENS, Prediction
+from model.structures import MAX_NEW_TOKENS, MAX_SEGS, Prediction
 from utils.command_line.parser import Parser
 from utils.datasets.base import read_text
 from utils.inference import cli
@@ -199,7 +199,8 @@ class Chat:
         """Prints layer, size and file of every mask to stderr."""
         assert self.last is not None
         if self.last.cut:
-            print_status(f"the answer was cut at {counted(len(self.last.token_ids), 'token')}; see --max_new_tokens")
+            length = f"{counted(len(self.last.token_ids), 'token')}, {len(self.last.layers)} [SEG]"
+            print_status(f"the answer was cut at {length}; at most: {self.max_new_tokens} tokens, {MAX_SEGS} [SEG]")
         if not self.last.layers:
             print_status("the answer holds no [SEG], so there is no mask")
         rule = layer_rules.parse(self.layer_policy)

@@ -127,9 +127,9 @@ def generate_from(
             for k, question in enumerate(row):
                 if question is None:
                     continue
-                if newest[b][k] < 0:
+                if (token := newest[b][k]) < 0:
                     raise not_finite(model)
-                token_ids[b][question].append(token := newest[b][k])
+                token_ids[b][question].append(token)
                 if token == config.seg_token_id:
                     segs.append(((b, question), step, torch.stack([layer[b, k] for layer in hidden])))
                     segs_of[b, question] += 1
@@ -140,26 +140,23 @@ def generate_from(
         alive = max(len(row) - row.count(None) for row in slots)
         if step + 1 == max_new_tokens or not alive:
             break
-        ended = tokens == config.eos_token_id
-        if MAX_SEGS in segs_of.values():
-            ended |= torch.tensor([[slot is None for slot in row] for row in slots], device=ended.device)
+        ended = torch.tensor([[slot is None for slot in row] for row in slots], device=tokens.device)
         segment_ids, position_ids = segment_ids.masked_fill(ended, -1), position_ids + 1
-        if alive < len(slots[0]):  # drop the slots of questions that have ended
-            kept = [_alive_first(row)[:alive] for row in slots]
-            slots = [[row[k] for k in indices] for row, indices in zip(slots, kept)]
-            index = torch.tensor(kept, device=tokens.device)
-            tokens, segment_ids, position_ids = (
-                torch.gather(values, 1, index) for values in (tokens, segment_ids, position_ids)
-            )
+        if alive < len(slots[0]):
+            slots, (tokens, segment_ids, position_ids) = _open(slots, alive, (tokens, segment_ids, position_ids))
         embeddings = model.get_input_embeddings()(tokens)
         past = model.forward_packed(embeddings, segment_ids, position_ids, segment_ids >= 0, past=past, use_cache=True)
         hidden = past.hidden
     segs.sort(key=lambda seg: seg[:2])
-    shape = config.num_layers, config.hidden_size
-    seg_states = torch.stack([states for *_, states in segs]) if segs else hidden[-1].new_zeros(0, *shape)
+    seg_states = _stacked([states for *_, states in segs], hidden)
     if not seg_states.isfinite().all():
         raise not_finite(model)
     return GenerationOutput(token_ids, seg_states, [question for question, *_ in segs], [False] * len(segs))
+
+
+def _stacked(states: list[torch.Tensor], hidden: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """[N, L, D] of N states [L, D], which may be none; ``hidden``: L tensors [..., D] of their kind."""
+    return torch.stack(states) if states else hidden[-1].new_zeros(0, len(hidden), hidden[-1].shape[-1])
 
 
 def not_finite(model: UGroundForCausalLM) -> ValueError:
@@ -174,9 +171,14 @@ def not_finite(model: UGroundForCausalLM) -> ValueError:
     return ValueError(f"the language model's hidden states are NaN or infinite; {reason}")
 
 
-def _alive_first(row: list[int | None]) -> list[int]:
-    """[None, 1, None, 3] -> [1, 3, 0, 2]: slots of open questions, then of those that have ended."""
-    return sorted(range(len(row)), key=lambda k: row[k] is None)
+def _open(
+    slots: list[list[int | None]], alive: int, values: tuple[torch.Tensor, ...]
+) -> tuple[list[list[int | None]], list[torch.Tensor]]:
+    """Keeps ``alive`` slots per row, those of open questions first; the same of ``values``, which are [B, K]."""
+    kept = [sorted(range(len(row)), key=lambda k: row[k] is None)[:alive] for row in slots]
+    index = torch.tensor(kept, device=values[0].device)
+    slots = [[row[k] for k in indices] for row, indices in zip(slots, kept)]
+    return slots, [torch.gather(each, 1, index) for each in values]
 
 
 class ConversationCache:

@@ -1,7 +1,7 @@
 """Trains and evaluates the rows of an ablation table over several seeds, and prints them beside the paper's numbers.
 
     python scripts/ablate.py --table 6 --config configs/tiny.yaml --seeds 3
-    python scripts/ablate.py --table layers --config configs/tiny.yaml --seeds 3 --curves "policy||last||uniform"
+    python scripts/ablate.py --table layers --config configs/tiny.yaml --curves "policy||last"
 
 ``layers`` compares layer rules, ``baselines`` ways to learn the policy, ``methods`` UGround and related methods (the
 ppm and loss sections of configs/methods/*.yaml, with --config's base and data).
@@ -163,7 +163,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
-    parser = Parser(program="train_ds.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(program="train_ds.py", description=__doc__)
     parser.add_argument(
         "--table", required=True, choices=sorted(TABLES), help="the paper's number of the table, or what is compared"
     )

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = Parser(program="test.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(program="test.py", description=__doc__)
     add = parser.add_argument
     cli.add_model_flags(parser)
     add(

@@ -1,12 +1,13 @@
 """Measures time and memory of model and data, and prints tables for docs/benchmarks.md:
 
-    python scripts/bench.py --preset medium [--json FILE]              training steps, generation, evaluation
-    python scripts/bench.py growth --preset medium                     ... against questions, [SEG], image size, layers
-    python scripts/bench.py data                                       start-up and memory of large annotation files
-    python scripts/bench.py loader --config C [--any_setting value]    samples per second, and time by stage
+    python scripts/bench.py --preset medium [--json FILE]   training steps, generation, evaluation
+    python scripts/bench.py growth --preset medium          ... by questions, [SEG], size, layers
+    python scripts/bench.py data                            start-up with large annotation files
+    python scripts/bench.py loader --config C [--lr 1 ...]  samples per second, and time by stage
 
 A preset is a model with random weights: ``tiny`` and ``medium``, small shapes for a CPU, or LLaVA-1.5 ``7b`` and
 ``13b`` with SAM ViT-H, for a GPU.
+
 Baselines (the fixed last layer, a row per question, no KV cache) alternate with what they are compared with. ``data``
 writes annotation files of real size (random polygons, no images) into a temporary folder and opens them as training
 does: without the cache, for the first time, and again; each in a fresh process, with DataLoader workers that read every
@@ -36,7 +37,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils.command_line.parser import Parser, listed
+from utils.command_line.parser import Parser
+from utils.config import load_config, make_parser
 from utils.datasets import get_train_dataset
 from utils.datasets.records import CACHE_VARIABLE
 from utils.diagnostics import process_memory
@@ -54,7 +56,7 @@ CHUNK = 500  # records that a worker reads between two measurements of its memor
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(program="train_ds.py", description=__doc__)
     _add_preset(parser, required=False)
     parser.add_argument("--compile", action="store_true", help="also time SAM's encoder with torch.compile")
     commands = parser.add_subparsers(dest="command")
@@ -69,14 +71,15 @@ def main(arguments: list[str] | None = None) -> int:
     loader.add_argument("--sam_side", type=int, default=1024, help="SAM's input in pixels (default: %(default)s)")
     loader.add_argument("--batches", type=int, default=40, help="batches to time (default: %(default)s)")
     loader.add_argument("--tokenizer", default=str(ROOT / "assets/tiny/llava"), help="folder of a LLaVA tokenizer")
-    args, rest = parser.parse_known_args(arguments)
-    if args.command != "loader" and rest:
-        parser.error(listed(parser.explain(rest, arguments)))
+    words = sys.argv[1:] if arguments is None else arguments
+    if "loader" in words:
+        args, settings = parser.parse_with_settings(make_parser(), words)
+        print("\n".join(bench_loader(args, settings)))
+        return 0
+    args = parser.parse_args(words)
     if args.command is None and args.preset is None:
         parser.error("nothing to measure: give --preset, growth, data or loader (see --help)")
-    if args.command == "loader":
-        lines = bench_loader(args, rest)
-    elif args.command == "data":
+    if args.command == "data":
         lines = bench_data(args)
     else:
         lines = bench_growth(args) if args.command == "growth" else bench_model(args)
@@ -397,7 +400,6 @@ def bench_loader(args: argparse.Namespace, settings: list[str]) -> list[str]:
 
     from model.processing.processor import UGroundProcessor
     from train_ds import one_thread
-    from utils.config import load_config
     from utils.datasets.mixture import make_mixture
 
     config = load_config(settings, needs=("data",))

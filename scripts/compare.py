@@ -13,7 +13,6 @@ both), and the samples that changed most.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -40,7 +39,7 @@ from utils.wording import counted
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("results", nargs="+", type=named_path, metavar="NAME=PATH", help="folders, or two JSONL files")
     parser.add_argument(
         "--most", type=int, default=10, metavar="N", help="number of samples that changed most (default: 10)"

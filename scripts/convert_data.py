@@ -1,10 +1,10 @@
 """Converts annotations to the JSONL that training and evaluation read (docs/your_own_data.md), and checks such a file.
 
     python scripts/convert_data.py labelme photos --output own.jsonl --val 0.2 --absent 1
-    python scripts/convert_data.py coco instances.json --images photos --output own.jsonl --query "the {label}"
-    python scripts/convert_data.py masks masks --images photos --output own.jsonl --query "the crack"
+    python scripts/convert_data.py coco instances.json --images photos --output own.jsonl
+    python scripts/convert_data.py masks masks --images photos --output own.jsonl --query "a crack"
     python scripts/convert_data.py yolo dataset/data.yaml --output own.jsonl --split
-    python scripts/convert_data.py cvat annotations.xml --output own.jsonl  # also: label-studio, via
+    python scripts/convert_data.py cvat annotations.xml --output own.jsonl  # or label-studio, via
     python scripts/convert_data.py check own.jsonl --pictures 12
 
 Each query occurs once per image: objects with the same label become one line with several masks. What was left out, and
@@ -94,8 +94,8 @@ def convert(args: argparse.Namespace) -> None:
     if not lines or (args.split and not own):
         print("\n".join(text))
         reasons = "; ".join(line.strip() for line in text[1:4]) or "no annotation has a label"
-        read = args.folder if "folder" in args else args.file
-        problem = f"no query in {counted(summary.images, 'image')} of {read} ({reasons})"
+        source = args.folder if "folder" in args else args.file
+        problem = f"no query in {counted(summary.images, 'image')} of {source} ({reasons})"
         raise DataError(
             f"nothing to write to {args.output}: {problem if not lines else 'the annotations name no split; use --val'}"
         )
@@ -177,7 +177,7 @@ def unlisted(args: argparse.Namespace, annotated: Annotated, summary: Summary) -
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     sources = parser.add_subparsers(dest="source", required=True, metavar=f"{{{','.join([*READERS, 'check'])}}}")
     shared = Parser(add_help=False)
     add_shared_flags(shared.add_argument)

@@ -1,9 +1,9 @@
 """Checks an installation, weights and data, and reports what is wrong and how to fix it:
 
-    python scripts/doctor.py                                                  the installation
-    python scripts/doctor.py --config configs/tiny.yaml [--any_setting value]   and everything that training needs
-    python scripts/doctor.py --version runs/tiny/merged                       and a finished model
-    python scripts/doctor.py --memory [--config FILE] [--gpus 8] [--offload]  expected memory of training, computed only
+    python scripts/doctor.py                                  the installation
+    python scripts/doctor.py --config configs/tiny.yaml       ... and everything that training needs
+    python scripts/doctor.py --version runs/tiny/merged       ... and a finished model
+    python scripts/doctor.py --memory [--config FILE] [--gpus 8] [--offload]   computed memory
 
 One line per finding: ok, skipped, warning, or problem -> fix. A failing check does not stop the others. With --config
 (settings as for train_ds.py): files, weights, tokens, memory and disk, data sets, a forward and a backward pass, a
@@ -40,8 +40,9 @@ IMPORTS = ("torch", "torchvision", "transformers", "peft", "deepspeed", "segment
 SHARED_MEMORY = 1e9  # bytes that a few data workers need to pass batches on
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = Parser(program="train_ds.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse_arguments(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    """The flags, and the settings of train_ds.py; ``args.merged`` is the merged model to check, or None."""
+    parser = Parser(program="train_ds.py", description=__doc__)
     add = parser.add_argument
     add("--config", metavar="FILE", help="YAML file of train_ds.py; all its settings can be given as flags, too")
     add(
@@ -74,14 +75,19 @@ def main(arguments: list[str] | None = None) -> int:
         args, settings = parser.parse_known_args(arguments)
     else:
         args, settings = parser.parse_with_settings(make_parser(), arguments)
-    merged = args.version if args.version and (not args.config or is_merged(args.version)) else None
+    args.merged = args.version if args.version and (not args.config or is_merged(args.version)) else None
     if args.config:
         settings = ["--config", args.config, *settings]
-        settings += ["--version", args.version] if args.version and not merged else []
+        settings += ["--version", args.version] if args.version and not args.merged else []
         settings += ["--vision_tower", args.vision_tower] if args.vision_tower else []
     elif settings:
         flags = ", ".join(word.partition("=")[0] for word in settings if word.startswith("-"))
         parser.error(f"{flags}: a setting of train_ds.py needs --config" if flags else listed(parser.explain(settings)))
+    return args, settings
+
+
+def main(arguments: list[str] | None = None) -> int:
+    args, settings = parse_arguments(arguments)
     if args.memory:
         return print_memory(args, settings)
     page = Page()
@@ -92,13 +98,13 @@ def main(arguments: list[str] | None = None) -> int:
     else:
         if args.config:
             check_configuration(page, settings, args.overfit)
-        if merged:
+        if args.merged:
             page.heading("Model")
             from model.loading.placement import pick_device, pick_precision
             from utils.diagnostics.checks import check_merged
 
             device = pick_device("auto")
-            page.run(check_merged, merged, device, pick_precision("auto", device), args.vision_tower or "")
+            page.run(check_merged, args.merged, device, pick_precision("auto", device), args.vision_tower or "")
     print(f"\n{page.summary()}")
     return 1 if page.count("problem") else 0
 

@@ -12,7 +12,6 @@ invalid flags.
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
@@ -32,11 +31,11 @@ SCRIPTS = Path(__file__).resolve().parent
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--preset", choices=("tiny", "medium", "7b", "13b"), default="7b", help="size of the measured model")
     add("--device", default="auto", help="cuda, cuda:1, cpu (default: the GPU if there is one)")
-    add("--repeats", default="5", metavar="N", help="repeats of the benchmark (default: %(default)s)")
+    add("--repeats", type=int, default=5, metavar="N", help="repeats of the benchmark (default: %(default)s)")
     add("--json", type=Path, metavar="FILE", help="also write findings and figures to this file")
     args = parser.parse_args(arguments)
     page, figures = Page(), dict[str, Any]()
@@ -75,11 +74,11 @@ def check_installation() -> Iterator[Finding]:
     yield ok("doctor.py") if done.returncode == 0 else problem("doctor.py found problems", "see above")
 
 
-def run_benchmark(device: str, preset: str, repeats: str, figures: dict[str, Any]) -> Iterator[Finding]:
+def run_benchmark(device: str, preset: str, repeats: int, figures: dict[str, Any]) -> Iterator[Finding]:
     """bench.py, in a process of its own; adds its figures to ``figures``."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "figures.json"
-        command = ["bench.py", "--preset", preset, "--device", device, "--repeats", repeats, "--json", str(path)]
+        command = ["bench.py", "--preset", preset, "--device", device, "--repeats", str(repeats), "--json", str(path)]
         command += ["--compile"] if device.startswith("cuda") else []
         code = subprocess.run([sys.executable, str(SCRIPTS / command[0]), *command[1:]]).returncode
         if code:

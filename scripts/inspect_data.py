@@ -10,7 +10,6 @@ Accepts all settings of train_ds.py; those of the model have no effect.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -29,7 +28,7 @@ from utils.wording import counted
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = Parser(program="train_ds.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(program="train_ds.py", description=__doc__)
     parser.add_argument(
         "--pictures", type=int, default=0, metavar="N", help="samples per data set to plot (default: 0)"
     )

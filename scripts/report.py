@@ -7,7 +7,6 @@ train_ds.py does so at the end of a run. This also works for a run that is still
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ from utils.inference import cli
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("run", type=Path, metavar="RUN_DIR", help="a folder that train_ds.py wrote, runs/NAME")
     args = parser.parse_args(arguments)
 

@@ -7,7 +7,6 @@ The numbers equal test.py's to the last bit; this is checked if its JSON is besi
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from dataclasses import replace
@@ -23,7 +22,7 @@ from utils.inference import cli
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("results", nargs="+", type=Path, metavar="JSONL", help="answers that test.py wrote")
     parser.add_argument("--protocol", choices=PROTOCOLS, help="docs/evaluation.md (default: as it was evaluated)")
     parser.add_argument("--several_seg", choices=SEVERAL_SEG, help="scored mask of several (default: as evaluated)")
@@ -56,10 +55,8 @@ def rescore(path: Path, protocol: str | None = None, several_seg: str | None = N
     json_path = path.with_suffix(".json")
     if json_path.is_file():
         saved = Summary.load(json_path)
-        summary.counts |= {key: saved.counts.get(key, -1) for key in ("skipped", "missing")}
-        saved.counts = {
-            "answers_cut": summary.counts["answers_cut"]
-        } | saved.counts  # older versions did not count them
+        summary.counts |= {key: saved.counts.get(key, 0) for key in ("skipped", "missing")}
+        saved.counts.setdefault("answers_cut", summary.counts["answers_cut"])  # older versions did not count them
         scored_by = benchmark.protocol(saved.protocol, mode), saved.several_seg
         if scored_by == (summary.protocol, summary.several_seg):
             for key in ("benchmark", "mode", "layer_policy", "metrics", "intervals", "breakdown", "counts", "layers"):

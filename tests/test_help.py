@@ -1,7 +1,8 @@
-"""``--help`` and mistakes in flags are answered at once: programs import the model and the page after parsing."""
+"""``--help`` fits 100 columns and is answered at once: programs import the model and the page after parsing."""
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -32,8 +33,9 @@ print("IMPORTED", *sorted(set(sys.modules) & {slow}))
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_help_imports_nothing_slow(program: str) -> None:
     code = HELP.replace("{slow}", repr(SLOW))
-    done = subprocess.run(
-        [sys.executable, "-c", code, program], cwd=ROOT, capture_output=True, text=True, timeout=120, check=True
-    )
-    assert "usage:" in done.stdout
-    assert done.stdout.splitlines()[-2:] == ["EXIT 0", "IMPORTED"]
+    command, environment = [sys.executable, "-c", code, program], os.environ | {"COLUMNS": "100"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=True)
+    *lines, code, imported = done.stdout.splitlines()
+    assert lines[0].startswith("usage:")
+    assert max(map(len, lines)) <= 100
+    assert (code, imported) == ("EXIT 0", "IMPORTED")

@@ -1,13 +1,15 @@
 """Damages files at random and opens them as the programs do; counts what happens.
 
-    OMP_NUM_THREADS=1 python scripts/dev/fuzz_files.py --count 1000                     # of every kind
+    OMP_NUM_THREADS=1 python scripts/dev/fuzz_files.py --count 1000   # of every kind
     OMP_NUM_THREADS=1 python scripts/dev/fuzz_files.py --what merged --count 5000 --seed 7
-    OMP_NUM_THREADS=1 python scripts/dev/fuzz_files.py --what merged --seed 7 --trial 42   # one of them, with its error
+    OMP_NUM_THREADS=1 python scripts/dev/fuzz_files.py --what merged --seed 7 --trial 42
+
+The last one shows a single trial, with its error.
 
 A trial damages one file of a tiny folder (tests/damage.py) and opens the folder in a process with bounded time and
 memory. It ends in one of these ways:
 
-    same       what was read equals what was written: the damage is where nothing reads it, or it was seen and ignored
+    same       what was read equals what was written: nothing reads the damage, or it is ignored
     changed    something else was read, and nothing was said
     counted    records were left out, and counted (data sets)
     named      an error names the file
@@ -37,8 +39,8 @@ import sys
 import tempfile
 import traceback
 from collections import Counter, defaultdict
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -296,73 +298,83 @@ class Fuzzer:
         self.name, self.kind, self.folder, self.seconds = name, KINDS[name], folder, seconds
         folder.mkdir(parents=True, exist_ok=True)
         self.kind.write(folder)
-        self.files = self.kind.files(folder)
+        self.content = {path: path.read_bytes() for path in self.kind.files(folder)}
         self.whole = checksum(self.kind.read(folder))  # here, so that forked processes have all imports
 
-    def trial(self, seed: int, number: int) -> Trial:
-        """Damages a file, reads, and restores it."""
-        rng = random.Random(f"{self.name} {seed} {number}")
-        path, other = rng.choice(self.files), rng.choice(self.files)
-        raw = path.read_bytes()
-        changed = damaged(raw, rng, other.read_bytes())
-        try:
-            path.write_bytes(changed)
-            return self.read(path) if changed != raw else Trial(self.relative(path), "same")
-        finally:
-            path.write_bytes(raw)
+    def trials(self, seed: int, numbers: Sequence[int], per_process: int = 1) -> list[Trial]:
+        """Runs trials in forked processes: one for each is independent of the others, one for several is faster."""
+        done: list[Trial] = []
+        while len(done) < len(numbers):
+            done += self._forked(seed, numbers[len(done) : len(done) + per_process])
+        return done
 
-    def relative(self, path: Path) -> str:
-        return str(path.relative_to(self.folder))
-
-    def read(self, path: Path) -> Trial:
-        """Reads the folder in a forked process, where ``path`` is damaged."""
+    def _forked(self, seed: int, numbers: Sequence[int]) -> list[Trial]:
+        """Trials in one forked process, up to the first that hangs or crashes."""
         receiver, sender = os.pipe()
         process = os.fork()
         if process == 0:
             os.close(receiver)
-            self._read_and_exit(sender)
+            self._run_and_exit(sender, seed, numbers)
         os.close(sender)
-        answer, ready = b"", True
-        while ready:
-            ready = bool(select.select([receiver], [], [], self.seconds)[0])
-            if not ready or not (part := os.read(receiver, 1 << 16)):
-                break
-            answer += part
+        sent, ended = b"", False
+        while not ended and select.select([receiver], [], [], self.seconds)[0]:
+            part = os.read(receiver, 1 << 16)
+            sent, ended = sent + part, not part
         os.close(receiver)
-        if not ready:
+        if not ended:
             os.kill(process, signal.SIGKILL)
         _, status = os.waitpid(process, 0)
-        name = self.relative(path)
-        if not ready:
-            return Trial(name, "hang")
-        if not answer:
-            return Trial(name, "crash", f"wait status {status}")
-        return self.judge(path, **json.loads(answer))
+        found = [Trial(**json.loads(line)) for line in sent.split(b"\n")[:-1]]
+        if len(found) < len(numbers):
+            path, _ = self.damage(seed, numbers[len(found)])
+            path.write_bytes(self.content[path])
+            found.append(Trial(self.relative(path), "crash" if ended else "hang", f"wait status {status}"))
+        return found
 
-    def _read_and_exit(self, sender: int) -> None:
+    def _run_and_exit(self, sender: int, seed: int, numbers: Sequence[int]) -> None:
         mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (mapped + MEMORY, mapped + MEMORY))
         silence = os.open(os.devnull, os.O_WRONLY)
         os.dup2(silence, 1)
         os.dup2(silence, 2)
         try:
-            answer = {"read": checksum(self.kind.read(self.folder))}
-        except (ValueError, OSError) as error:  # what the programs print as a message
-            answer = {"error": str(error) or repr(error), "trace": traceback.format_exc()}
-        except BaseException as error:
-            answer = {"unhandled": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()}
-        os.write(sender, json.dumps(answer).encode())
-        os._exit(0)
+            for number in numbers:
+                os.write(sender, json.dumps(asdict(self.trial(seed, number))).encode() + b"\n")
+        finally:
+            os._exit(0)
 
-    def judge(self, path: Path, read: str = "", error: str = "", unhandled: str = "", trace: str = "") -> Trial:
+    def damage(self, seed: int, number: int) -> tuple[Path, bytes]:
+        """The file that a trial damages, and what becomes of it."""
+        rng = random.Random(f"{self.name} {seed} {number}")
+        path, other = rng.choice([*self.content]), rng.choice([*self.content])
+        return path, damaged(self.content[path], rng, self.content[other])
+
+    def trial(self, seed: int, number: int) -> Trial:
+        """Damages a file, reads the folder in this process, and restores the file."""
+        path, changed = self.damage(seed, number)
+        if changed == self.content[path]:
+            return Trial(self.relative(path), "same")
+        path.write_bytes(changed)
+        try:
+            return self.judge(path, read=checksum(self.kind.read(self.folder)))
+        except (ValueError, OSError) as error:  # what the programs print as a message
+            return self.judge(path, error=str(error) or repr(error), trace=traceback.format_exc())
+        except BaseException as error:
+            return Trial(self.relative(path), "traceback", f"{type(error).__name__}: {error}", traceback.format_exc())
+        finally:
+            path.write_bytes(self.content[path])
+
+    def relative(self, path: Path) -> str:
+        return str(path.relative_to(self.folder))
+
+    def judge(self, path: Path, read: str = "", error: str = "", trace: str = "") -> Trial:
+        """The trial that damaged ``path``, from the checksum of what was read, or the message of a program."""
         name = self.relative(path)
         if read:
             return Trial(name, "same" if read == self.whole else "changed", read)
-        if unhandled:
-            return Trial(name, "traceback", unhandled, trace)
         if error.startswith(COUNTED):
             return Trial(name, "counted", error)
-        others = "no image " in error or any(file.name in error for file in self.files)
+        others = "no image " in error or any(file.name in error for file in self.content)
         return Trial(name, "named" if named(path.name, error) else "other" if others else "unnamed", error, trace)
 
 
@@ -397,8 +409,9 @@ def report(name: str, trials: list[Trial]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = Parser(program="scripts/dev/fuzz_files.py", description=str(__doc__))
-    parser.add_argument("--what", action="append", choices=KINDS, help="default: all")
+    parser = Parser(description=__doc__)
+    kinds = f"default: all ({', '.join(KINDS)})"
+    parser.add_argument("--what", action="append", choices=KINDS, metavar="KIND", help=kinds)
     parser.add_argument("--count", type=int, default=200, metavar="N", help="trials of each kind (default: 200)")
     parser.add_argument("--seed", type=int, default=0, metavar="S")
     parser.add_argument("--trial", type=int, metavar="N", help="only this one, with its error")
@@ -410,10 +423,10 @@ def main(argv: list[str] | None = None) -> int:
         for name in args.what or KINDS:
             fuzzer = Fuzzer(name, Path(temporary) / name, args.seconds)
             if args.trial is not None:
-                trial = fuzzer.trial(args.seed, args.trial)
+                [trial] = fuzzer.trials(args.seed, [args.trial])
                 print(trial.file, trial.way, trial.error, trial.trace, sep="\n")
                 continue
-            trials = [fuzzer.trial(args.seed, number) for number in range(args.count)]
+            trials = fuzzer.trials(args.seed, range(args.count))
             report(name, trials)
             bad += sum(trial.way in BAD for trial in trials)
     return 1 if bad else 0

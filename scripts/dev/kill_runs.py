@@ -1,6 +1,6 @@
 """Kills training, merging, evaluation and batch chat, starts them again, and compares with what nobody killed.
 
-    OMP_NUM_THREADS=1 python scripts/dev/kill_runs.py                               # 20 trials of each program
+    OMP_NUM_THREADS=1 python scripts/dev/kill_runs.py         # 20 trials of each program
     OMP_NUM_THREADS=1 python scripts/dev/kill_runs.py --what train --count 100 --seed 1
 
 A trial starts a program on a tiny random model, kills it (SIGKILL) after a random time or right before a random change
@@ -257,7 +257,7 @@ def prepare(folder: Path) -> dict[str, Program]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = Parser(program="scripts/dev/kill_runs.py", description=str(__doc__))
+    parser = Parser(description=__doc__)
     parser.add_argument("--what", action="append", choices=("train", "merge", "evaluate", "chat"), help="default: all")
     parser.add_argument("--count", type=int, default=20, metavar="N", help="trials of each program (default: 20)")
     parser.add_argument("--seed", type=int, default=0, metavar="S")

@@ -3,19 +3,22 @@
 Four stages, each a function of its settings and the seed. Tokenizer and vision are skipped if their result exists:
 
     tokenizer  byte-level BPE over the texts of drawn scenes and the prompt templates
-    vision     CLIP and projector: patch features name color, kind, size and texture of the shape they lie on, by dot
-               product with the language model's word embeddings, and point to its center
-    language   everything together: captions, questions with short answers, and finding what a text means. The last
-               layer's similarity map between [SEG] (and the last prompt token) and the patches is trained to cover the
-               target, to be empty when nothing fits. Only the LAST layer's, so that map quality rises with depth, as it
-               does in a real LLaVA
-    sam        segment-anything's classes, small: masks of one shape from a point, a box, a coarse noisy map, or both
+    vision     CLIP and projector: patch features name color, kind, size and texture of the
+               shape they lie on, by dot product with the language model's word embeddings, and
+               point to its center
+    language   everything together: captions, questions with short answers, and finding what a
+               text means. The last layer's similarity map between [SEG] (and the last prompt
+               token) and the patches is trained to cover the target, to be empty when nothing
+               fits. Only the LAST layer's, so that map quality rises with depth, as it does in
+               a real LLaVA
+    sam        segment-anything's classes, small: masks of one shape from a point, a box, a
+               coarse noisy map, or both
 
 The real LLaVA-1.5 never saw [SEG]; ours has, because minutes of fine-tuning cannot teach a random language model what
 "the shape farthest from the green square" means. The parts that UGround adds (phi, gate) are not touched here.
 
-    python scripts/dev/pretrain_tiny.py --output assets/tiny            # under two hours on 2 cores
-    python scripts/dev/pretrain_tiny.py --output /tmp/tiny --steps 0.01 # a quick look at every stage
+    python scripts/dev/pretrain_tiny.py --output assets/tiny             # two hours on 2 cores
+    python scripts/dev/pretrain_tiny.py --output /tmp/tiny --steps 0.01  # a look at every stage
 """
 
 from __future__ import annotations
@@ -336,7 +339,7 @@ def save_llava(model: LlavaLlamaForCausalLM, output: Path) -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("assets/tiny"), help="folder for llava/, clip/ and sam.pth")
     parser.add_argument("--seed", type=int, default=0, help="seeds weights and scenes (default 0)")
     parser.add_argument(

@@ -1,4 +1,4 @@
-"""Measures the effect of a conversation's history on a model's answers.
+r"""Measures the effect of a conversation's history on a model's answers.
 
     python scripts/dev/study_history.py --version runs/tiny/merged --dataset_dir data/demo \
         --val_dataset "grefcoco|unc|val"
@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     cli.add_model_flags(parser)
     add("--dataset_dir", required=True, metavar="DIR", help="folder that holds refer_seg/, reason_seg/, ...")

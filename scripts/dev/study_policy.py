@@ -1,6 +1,6 @@
 """What a policy over layers can learn on a checkpoint, and how fast each learning method learns it.
 
-    python scripts/dev/study_policy.py --version runs/tiny/merged --config configs/tiny.yaml --seeds 10
+    python scripts/dev/study_policy.py --version runs/tiny/merged --config configs/tiny.yaml
 
 Computes states and rewards of all layers' maps (at their own resolution) for training samples of --config, and prints
 
@@ -14,7 +14,6 @@ Legend: N [SEG] tokens, L hidden states, D hidden size.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -31,7 +30,7 @@ from model.loading.pretrained import load
 from model.objective import Objective
 from model.PPM import PolicyPromptedMasking, gumbel_noise
 from utils.command_line.parser import Parser
-from utils.config import Config, load_config
+from utils.config import Config, load_config, make_parser
 from utils.datasets.mixture import make_mixture
 from utils.inference import cli
 from utils.plotting.text_tables import mean_cell
@@ -71,14 +70,14 @@ class Rewarded:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(program="train_ds.py", description=__doc__)
     add = parser.add_argument
     add("--version", required=True, metavar="DIR", help="merged model, as scripts/merge_lora.py writes it")
     add("--config", required=True, metavar="FILE", help="YAML of train_ds.py: data, batch size, rates")
     add("--steps", type=int, default=180, metavar="N", help="of the optimizer (default: 180)")
     add("--seeds", type=int, default=10, metavar="N", help="fresh gates per way to learn (default: 10)")
     add("--device", default="auto", help="cpu, cuda, cuda:1 (default: the GPU if there is one)")
-    args, settings = parser.parse_known_args(argv)
+    args, settings = parser.parse_with_settings(make_parser(), argv)
     if args.steps < 1 or args.seeds < 1:
         parser.error("--steps and --seeds must be at least 1")
     config = load_config(["--config", args.config, *settings], needs=("data",))

@@ -99,11 +99,12 @@ def test_a_refused_value_gets_the_note_of_the_table(capsys) -> None:
         assert expected in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["inspect_data", "ablate", "doctor"])
+@pytest.mark.parametrize("name", ["inspect_data", "ablate", "doctor", "bench", "dev/study_policy"])
 def test_programs_that_take_settings_know_both_kinds_of_flags(name: str, capsys) -> None:
-    own = {"inspect_data": "picture", "ablate": "tabel", "doctor": "ofload"}[name]
+    own = {"inspect_data": "picture", "ablate": "tabel", "doctor": "ofload", "bench": "batchess"}.get(name, "seedss")
+    flags = [f"--{own}", "6", "--batchsize", "2", "--lr", "1", "--ce_loss_weight", "1"]
     with pytest.raises(SystemExit):
-        load_script(f"scripts/{name}").main([f"--{own}", "6", "--batchsize", "2", "--lr", "1", "--ce_loss_weight", "1"])
+        load_script(f"scripts/{name}").main([*["loader"] * (name == "bench"), *flags])
     text = capsys.readouterr().err
     assert f"unknown flag --{own}; did you mean --" in text
     assert "unknown flag --batchsize; did you mean --batch_size?" in text
@@ -139,8 +140,18 @@ def test_near_is_a_misspelling_only(typed: str, expected: str | None) -> None:
 
 @pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: path.stem)
 def test_every_program_has_this_parser(path: Path) -> None:
-    assert "argparse.ArgumentParser(" not in path.read_text(encoding="utf-8")
+    text = path.read_text(encoding="utf-8")
+    assert "argparse.ArgumentParser(" not in text
+    assert "formatter_class" not in text
     assert issubclass(Parser, argparse.ArgumentParser)
+
+
+def test_help_wraps_paragraphs_and_lists_and_keeps_commands(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "32")
+    text = "One paragraph of words\nin two lines.\n\n    a   command\n    another\n\n- an item that is too long\n- b"
+    assert Parser(prog="p", add_help=False, description=text).format_help().split("\n", 2)[2] == (
+        "One paragraph of words in two\nlines.\n\n    a   command\n    another\n\n- an item that is too long\n- b\n"
+    )
 
 
 ARGUMENTS = {  # program -> what it needs before it looks at settings

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import subprocess
@@ -12,7 +13,7 @@ import torch
 
 from model.UGround import UGroundForCausalLM
 from scripts import gpu_check
-from utils.diagnostics import device_checks
+from utils.diagnostics import device_checks, memory_probe
 from utils.diagnostics.findings import Finding, ok, problem
 
 
@@ -32,14 +33,8 @@ def test_a_device_that_agrees(one_method: None) -> None:
 
 
 def test_a_device_that_computes_something_else(one_method: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls, right = [], device_checks.loss_and_gradients
-
-    def wrong(model, batch) -> dict[str, float]:
-        calls.append(batch)
-        values = right(model, batch)
-        return values if len(calls) % 3 == 1 else values | {"loss": values["loss"] * 1.1}  # the CPU comes first
-
-    monkeypatch.setattr(device_checks, "loss_and_gradients", wrong)
+    losses = itertools.cycle([2.0, 2.2, 2.2])  # of the CPU; of the device in float32 and bf16
+    monkeypatch.setattr(device_checks, "loss_and_gradients", lambda *_: {"loss": next(losses), "gate": 1.0})
     findings = list(device_checks.check_training_numbers("cpu"))
     assert levels(findings) == {"problem"}
     assert "policy, float32: loss differs by 1.0e-01" in findings[0].text
@@ -66,6 +61,7 @@ def test_other_layers_and_tokens_are_found(monkeypatch: pytest.MonkeyPatch) -> N
 def test_a_step_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = {"checkpointing": device_checks.STEPS["checkpointing, offloaded"]}
     monkeypatch.setattr(device_checks, "STEPS", chosen)
+    monkeypatch.setattr(memory_probe, "MEASURED_STEPS", 2)
     (finding,) = device_checks.check_steps("cpu", "tiny")
     assert finding.level == "ok"
     seconds, measured, formula = re.search(

@@ -241,7 +241,7 @@ def test_answers_without_seg_are_scored_as_empty(capsys, mute_version, val_data,
     summary = json.loads((tmp_path / "out" / "ReasonSeg_val.generate.json").read_text())
     assert summary["metrics"] == {"gIoU": 0.0, "cIoU": 0.0}
     assert summary["counts"]["answers_without_seg"] == summary["counts"]["answers_cut"] == 5
-    assert "cut off before their end: 5 answers (generate); raise --max_new_tokens" in out
+    assert "cut off at --max_new_tokens or 64 [SEG]: 5 answers (generate)" in out
 
 
 def test_missing_flags_are_named(capsys):

@@ -252,6 +252,21 @@ def test_metadata_that_lack_a_part_are_named(saved, content):
         checkpoints.read_meta(saved)
 
 
+@pytest.mark.parametrize("row", ["ReasonSeg|train", {"images": 3}, {"name": None}, ["name"]])
+def test_data_sets_in_metadata_need_names(saved, row):
+    """In checkpoints without a checksum of ``meta.json``, as older ones are."""
+    meta = checkpoints.read_meta(saved)
+    (saved / "meta.json").write_text(json.dumps(meta | {"data": [row]}))
+    with pytest.raises(CheckpointError, match=r"meta\.json lacks data"):
+        checkpoints.read_meta(saved)
+
+
+def test_the_file_whose_content_deepspeed_does_not_know_is_named(tmp_path):
+    torch.save({"optimizer_state": 1}, tmp_path / "states.pt")
+    with pytest.raises(CheckpointError, match=r"'optimizer_state_dict'; last read: states\.pt"), plain_data(tmp_path):
+        torch.load(tmp_path / "states.pt")["optimizer_state_dict"]
+
+
 def test_metadata_that_have_changed_are_named(saved):
     path = saved / "meta.json"
     text = path.read_text()

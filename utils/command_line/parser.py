@@ -6,6 +6,7 @@ import argparse
 import difflib
 import re
 import sys
+import textwrap
 from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
@@ -66,6 +67,21 @@ def value_hint(name: str, program: str) -> str:
     return hint(name, (), program)
 
 
+class Formatter(argparse.HelpFormatter):
+    """Wraps the paragraphs and lists of a docstring; blocks that are indented, such as commands, stay as they are."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        def wrapped(item: str) -> str:
+            more = indent + "  " * item.startswith("- ")
+            words = " ".join(item.split())
+            return textwrap.fill(words, width, initial_indent=indent, subsequent_indent=more, break_on_hyphens=False)
+
+        return "\n\n".join(
+            block if block.startswith(" ") else "\n".join(map(wrapped, re.split(r"\n(?=- )", block)))
+            for block in text.strip("\n").split("\n\n")
+        )
+
+
 class Parser(argparse.ArgumentParser):
     """``argparse``'s parser, with messages that help a user of another project.
 
@@ -76,14 +92,13 @@ class Parser(argparse.ArgumentParser):
     """
 
     def __init__(self, *args: Any, program: str = "", **kwargs: Any) -> None:
-        super().__init__(*args, **{"allow_abbrev": False} | kwargs)
+        defaults: dict[str, Any] = {"allow_abbrev": False, "formatter_class": Formatter}
+        super().__init__(*args, **defaults | kwargs)
         self.program = program
         self.settings: Parser | None = None
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
-        arguments = list(sys.argv[1:] if args is None else args)
-        if not {"-h", "--help"} & set(arguments) and (problems := self.unknown_flags(arguments)):
-            self.error(listed(problems))  # first: a required flag may be missing because it was given another name
+        arguments = self._checked(args)
         parsed, rest = self.parse_known_args(arguments, namespace)
         if rest:
             self.error(listed(self.explain(rest, arguments)))
@@ -95,10 +110,14 @@ class Parser(argparse.ArgumentParser):
         A flag that neither has is explained by both.
         """
         self.settings = settings
+        return self.parse_known_args(self._checked(args))
+
+    def _checked(self, args: Sequence[str] | None) -> list[str]:
+        """The words of a command line; exits with all unknown flags, which parsing would call missing ones."""
         arguments = list(sys.argv[1:] if args is None else args)
         if not {"-h", "--help"} & set(arguments) and (problems := self.unknown_flags(arguments)):
             self.error(listed(problems))
-        return self.parse_known_args(arguments)
+        return arguments
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         words = sys.argv[1:] if args is None else args

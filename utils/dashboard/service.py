@@ -42,7 +42,7 @@ class Limits:
     upload_bytes: int = 20_000_000
     pixels: int = 30_000_000
     prompt_characters: int = 2000
-    new_tokens: int = 512
+    new_tokens: int = MAX_NEW_TOKENS
     samples: int = 64  # of layers, for one mask
 
 

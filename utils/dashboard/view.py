@@ -95,7 +95,7 @@ def transcript_html(turns: Sequence[Turn], writing: bool = False, error: str = "
     Args:
         writing: whether the last answer is still being generated.
         error: a message to show.
-        cut: whether the last answer reached the longest length.
+        cut: whether the last answer was cut off before its end.
     """
     rows = []
     for number, turn in enumerate(turns, start=1):
@@ -108,7 +108,7 @@ def transcript_html(turns: Sequence[Turn], writing: bool = False, error: str = "
             f'<p class="ug-answer"><span class="ug-who">Model</span> {answer}</p>'
         )
     if cut:
-        rows.append('<p class="ug-hint">The answer was cut at the longest length, which “Settings” can raise.</p>')
+        rows.append('<p class="ug-hint">The answer was cut off before its end.</p>')
     if error:
         rows.append(error_html(error))
     if not rows:

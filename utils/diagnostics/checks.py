@@ -25,6 +25,7 @@ from utils.diagnostics.findings import Finding, ok, problem, warning
 from utils.diagnostics.memory_model import Plan, expected, on_cuda
 from utils.training.checkpoint import checkpoint_bytes
 from utils.training.engine import deepspeed_settings, parameter_groups
+from utils.wording import counted
 
 SAMPLES = 8  # that a working configuration can overfit
 GOAL = 0.8  # mean IoU of their masks
@@ -119,9 +120,10 @@ def describe_data(mixture: Mixture, config: Config) -> Iterator[Finding]:
     """The training data, and how many of its records cannot be used."""
     for row in mixture.describe(config.total_steps * config.images_per_step()):
         bad = row.get("unusable", 0)
-        text = f"{row['name']}: {row['images']:,} images, {row['share']:.1%} of the samples, {row['epochs']:.2f} epochs"
+        images, passes = counted(row["images"], "image"), f"{row['epochs']:.2f} passes"
+        text = f"{row['name']}: {images}, {row['share']:.1%} of the samples, {passes} over them"
         fix = "scripts/inspect_data.py prints the first of them; complete or repair the data set"
-        yield warning(f"{text}; {bad:,} records cannot be used", fix) if bad else ok(text)
+        yield warning(f"{text}; {counted(bad, 'record')} cannot be used", fix) if bad else ok(text)
 
 
 def read_samples(mixture: Mixture, seed: int) -> Iterator[Finding]:
@@ -138,14 +140,15 @@ def read_samples(mixture: Mixture, seed: int) -> Iterator[Finding]:
             text = f"{dataset.name}: {len(errors)} of {len(indices)} samples cannot be read: {errors[0]}"
             yield problem(text, "complete the data set; training would skip such records and warn")
         else:
-            yield ok(f"{dataset.name}: {len(indices)} samples read")
+            yield ok(f"{dataset.name}: {counted(len(indices), 'sample')} read")
 
 
 def check_benchmark(spec: str, config: Config) -> Iterator[Finding]:
     """Whether a validation benchmark is complete."""
     dataset = get_eval_dataset(spec, config.data.dataset_dir)  # raises DataError if it is incomplete
     sample = dataset[0]
-    yield ok(f"{spec}: {len(dataset):,} images, {dataset.num_queries:,} queries; the first was read ({sample.source})")
+    size = f"{counted(len(dataset), 'image')}, {counted(dataset.num_queries, 'query', 'queries')}"
+    yield ok(f"{spec}: {size}; the first was read ({sample.source})")
 
 
 def samples_with_masks(mixture: Mixture) -> list[Sample]:
@@ -186,7 +189,8 @@ def check_gradients(model: torch.nn.Module, batch: Batch) -> Iterator[Finding]:
         yield problem(f"the loss is {loss} ({terms})", "damaged weights, or a precision that overflows?")
     else:
         yield ok(
-            f"forward and backward pass of {len(batch.sizes)} images in {seconds:.1f} s: loss {loss:.3f} ({terms})"
+            f"forward and backward pass of {counted(len(batch.sizes), 'image')} in {seconds:.1f} s: "
+            f"loss {loss:.3f} ({terms})"
         )
     norms = norms_per_part(model)
     listed = ", ".join(f"{part} {norm:.2g}" for part, norm in norms.items())
@@ -302,7 +306,9 @@ def check_merged(folder: str, device: str, precision: str, vision_tower: str) ->
     broken = [name for name, parameter in model.named_parameters() if not parameter.isfinite().all()]
     if broken:
         names = ", ".join(broken[:3])
-        yield problem(f"{folder}: {len(broken)} parameters hold NaN or infinity: {names}", "merge the checkpoint again")
+        yield problem(
+            f"{folder}: NaN or infinity in {counted(len(broken), 'parameter')}: {names}", "merge the checkpoint again"
+        )
     image = np.full((96, 128, 3), 230, np.uint8)
     image[30:70, 40:90] = (200, 30, 30)
     question = "Where is the red square?"

@@ -31,6 +31,7 @@ from utils.config import load_config
 from utils.diagnostics.benchmark import EXACT, LISA_STYLE, PRESETS, UGROUND, Bench
 from utils.diagnostics.findings import Finding, ok, problem, skipped, warning
 from utils.diagnostics.memory_model import GB, expected, on_cuda, plan_of_preset, plan_of_shape
+from utils.wording import counted
 
 ROOT = Path(__file__).resolve().parents[2]
 METHODS: dict[str, dict[str, Any]] = {
@@ -43,9 +44,14 @@ METHODS: dict[str, dict[str, Any]] = {
 TOLERANCE = 1e-3  # relative, of losses and gradient norms in float32 without TF32
 ROUNDING = 0.05  # the same in bf16
 DRAWN = ("--train", "24", "--val", "8", "--test", "4")  # images of each drawn data set
-STEPS = {"as configured": (), "gradient checkpointing": ("--gradient_checkpointing", "true")}
-STEPS["offloaded optimizer"] = ("--deepspeed_config", str(ROOT / "configs/deepspeed/zero2_offload.json"))
-STEPS["checkpointing, offloaded"] = (*STEPS["gradient checkpointing"], *STEPS["offloaded optimizer"])
+CHECKPOINTING = ("--gradient_checkpointing", "true")
+OFFLOADED = ("--deepspeed_config", str(ROOT / "configs/deepspeed/zero2_offload.json"))
+STEPS = {
+    "as configured": (),
+    "gradient checkpointing": CHECKPOINTING,
+    "offloaded optimizer": OFFLOADED,
+    "checkpointing, offloaded": (*CHECKPOINTING, *OFFLOADED),
+}
 
 
 # -- numbers -----------------------------------------------------------------------------------------------------------
@@ -128,8 +134,8 @@ def check_answers(device: str) -> Iterator[Finding]:
         bench = tiny_bench(folder)
         bench.model.visual_model.cache = None
         bench.wrapped.eval()
-        model: Any = bench.model
-        there = copy.deepcopy(model).to(device)
+        here: Any = bench.model
+        there = copy.deepcopy(here).to(device)
         samples = mixed_samples(bench)
 
         def ask(model: Any, chosen: list[Sample], given: bool, **options: Any) -> list[Prediction]:
@@ -143,7 +149,7 @@ def check_answers(device: str) -> Iterator[Finding]:
             ("given", True, "argmax"),
             ("given, mc:8", True, "mc:8"),
         ):
-            wanted = ask(bench.model, samples, given, layer_policy=rule)
+            wanted = ask(here, samples, given, layer_policy=rule)
             found = ask(there, samples, given, layer_policy=rule)
             yield compare_answers(f"{name} answers, {len(samples)} images, with the CPU's", found, wanted)
         alone = [prediction for sample in samples for prediction in ask(there, [sample], False)]
@@ -179,7 +185,7 @@ def check_synchronizations(device: str) -> Iterator[Finding]:
         finally:
             torch.cuda.set_sync_debug_mode("default")
     places = sorted({f"{Path(w.filename).name}:{w.lineno}" for w in caught if "synchroniz" in str(w.message)})
-    text = f"a step waits for the device at {len(places)} places: {', '.join(places) or 'none'}"
+    text = f"a step waits for the device at {counted(len(places), 'place')}: {', '.join(places) or 'none'}"
     yield ok(text) if not places else warning(text, "values that Python reads stop the queue of kernels")
 
 
@@ -204,7 +210,7 @@ def check_programs(device: str) -> Iterator[Finding]:
             "resume": [*train, "--epochs", "2", "--auto_resume", "true"],
             "train in bf16, checkpointing, offload, feature cache, compiled SAM": [
                 *[*train, "--epochs", "1", "--exp_name", "bf16", "--precision", "bf16", "--compile_sam", "true"],
-                *["--sam_feature_cache", str(folder / "features"), *STEPS["checkpointing, offloaded"]],
+                *["--sam_feature_cache", str(folder / "features"), *CHECKPOINTING, *OFFLOADED],
             ],
             "merge": ["scripts/merge_lora.py", "--checkpoint", str(runs / "tiny"), "--output", str(merged)],
             "evaluate": [*evaluate, "--val_dataset", "ReasonSeg|val_short||grefcoco|unc|val", "--mode", "generate"],

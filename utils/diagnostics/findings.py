@@ -1,10 +1,12 @@
-"""Findings of the checks of scripts/doctor.py. Imports no library, so that it works where libraries are broken."""
+"""Findings of doctor.py and gpu_check.py. Imports no library, so that it works where libraries are broken."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, TypeVar
+
+from utils.wording import counted
 
 T = TypeVar("T")
 
@@ -85,4 +87,5 @@ class Page:
         return sum(finding.level == level for finding in self.findings)
 
     def summary(self) -> str:
-        return f"{self.count('problem')} problems, {self.count('warning')} warnings, {self.count('skipped')} skipped"
+        problems, warnings = (counted(self.count(level), level) for level in ("problem", "warning"))
+        return f"{problems}, {warnings}, {self.count('skipped')} skipped"

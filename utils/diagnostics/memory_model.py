@@ -25,6 +25,7 @@ from model.sam import SamShape
 from model.UGround import UGroundForCausalLM
 from utils.config import Config
 from utils.plotting import text_tables
+from utils.wording import counted
 
 GB = 1e9
 MEMORY_PARTS = ("weights", "optimizer", "gradients", "language model", "SAM")
@@ -287,7 +288,7 @@ def tables(name: str, plan: Plan, source: str, gpus: Sequence[int], offload: boo
                 parts = expected(replace(plan, gpus=count, offload=offloaded, **changes))
                 total = on_cuda(parts)
                 cards = ", ".join(str(card) for card in CARDS if fits(total, card)) or "none"
-                label = f"{count} GPU{'s' if count > 1 else ''}, {title}{', offload' if offloaded else ''}"
+                label = f"{counted(count, 'GPU')}, {title}{', offload' if offloaded else ''}"
                 sizes = [f"{value / GB:.1f}" for value in (*(parts[part] for part in MEMORY_PARTS), total)]
                 host = f" (host: {parts['host'] / GB:.1f} per GPU)" if offloaded else ""
                 rows.append([label, *sizes, f"{cards}{host}"])

@@ -51,7 +51,7 @@ class QueryPrediction:
         layers: [N] the hidden state that each [SEG] used.
         rejected: whether the answer says that the target is absent.
         uncertainty: [N] of each [SEG] with ``mc:T``; else empty.
-        cut: whether the answer reached the longest length before its end token.
+        cut: whether the answer was cut off before its end token (``model.structures.Prediction``).
     """
 
     question: str

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from model.structures import MAX_SEGS
 from utils.evaluation import metrics
 from utils.evaluation.benchmarks import benchmark_of
 from utils.evaluation.controls import HEADINGS
@@ -46,7 +47,7 @@ def _remarks(summary: Summary) -> list[str]:
             + ("scored as empty targets" if published else "left out")
         )
     if cut := counts.get("answers_cut"):
-        remarks.append(f"cut off before their end: {counted(cut, 'answer')} ({summary.mode}); raise --max_new_tokens")
+        remarks.append(f"cut off at --max_new_tokens or {MAX_SEGS} [SEG]: {counted(cut, 'answer')} ({summary.mode})")
     if summary.annotations:
         remarks.append(f"read from {summary.annotations}")
     if benchmark.task != "instances" and (several := counts.get("answers_with_several_seg")):

@@ -79,11 +79,7 @@ def answer_all(
     Raises:
         ValueError: if the file holds answers of other settings, or ``folder`` holds an image.
     """
-    if inside := [image for image in images if image.resolve().parent == folder.resolve()]:
-        raise ValueError(
-            f"--output {folder} also holds the image {inside[0].name}; give another folder for the pictures of answers"
-        )
-    folder.mkdir(parents=True, exist_ok=True)
+    make_output(folder, images)
     path = folder / ANSWERS_FILE
     done = Done.read(path, settings)
     options = {name: settings[name] for name in ("layer_policy", "max_new_tokens", "seed")}
@@ -121,6 +117,15 @@ def answer_all(
         report(f"there already: {counted(kept, 'answer')}")
     report(printable(f"results: {path}"))
     return unreadable
+
+
+def make_output(folder: Path, images: list[Path]) -> None:
+    """Makes the folder of the answers; ``ValueError`` if one of the images is in it."""
+    if inside := [image for image in images if image.resolve().parent == folder.resolve()]:
+        raise ValueError(
+            f"--output {folder} also holds the image {inside[0].name}; give another folder for the pictures of answers"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
 
 
 def _ask(

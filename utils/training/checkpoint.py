@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from model.processing.processor import UGroundProcessor
 
 FOLDER, INDEX, META = "checkpoints", "index.json", "meta.json"
-CHECKSUM = "checksum"  # in meta.json: of all else there. Checkpoints of before 2026-11-26 have none
+CHECKSUM = "checksum"  # in meta.json: of all else there; older checkpoints have none
 PROBE = "Can you segment the left-most of 2 red mugs, please? It is [SEG]."  # tells tokenizers apart
 META_KINDS = {  # what meta.json holds at least
     "step": int,
@@ -159,7 +159,12 @@ def read_meta(checkpoint: Path) -> dict[str, Any]:
             f"{checkpoint / META} has changed since it was written (CRC-32); {other_ways(checkpoint)}"
         )
     kinds = META_KINDS | ({"files": dict} if "files" in meta else {})
-    if wrong := [name for name, kind in kinds.items() if not isinstance(meta.get(name), kind)]:
+    wrong = [name for name, kind in kinds.items() if not isinstance(meta.get(name), kind)]
+    if "data" not in wrong and not all(
+        isinstance(row, dict) and isinstance(row.get("name"), str) for row in meta["data"]
+    ):
+        wrong.append("data")
+    if wrong:
         raise CheckpointError(
             f"{checkpoint / META} lacks {', '.join(wrong)}, or holds something else there; copy it again"
         )

@@ -24,7 +24,7 @@ def describe_files(folder: Path) -> dict[str, list[int]]:
 
 
 def check_files(checkpoint: Path, meta: dict[str, Any]) -> None:
-    """Checks that a checkpoint holds what was written. Checkpoints of before 2026-11 do not say, and pass.
+    """Checks that a checkpoint holds what was written. Older checkpoints do not say, and pass.
 
     Args:
         meta: of ``read_meta``.
@@ -65,9 +65,11 @@ def plain_data(checkpoint: Path) -> Iterator[None]:
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
 
-    original = torch.load
+    original, last_read = torch.load, "no file"
 
     def load(file: Any, *args: Any, **options: Any) -> Any:
+        nonlocal last_read
+        last_read = str(file)
         try:
             return original(file, *args, **(options | {"weights_only": True}))
         except torch.OutOfMemoryError:
@@ -91,7 +93,8 @@ def plain_data(checkpoint: Path) -> Iterator[None]:
                 raise
             reason = " ".join(str(error).split())[:300] or type(error).__name__
             raise CheckpointError(
-                f"{checkpoint} cannot be read by DeepSpeed ({reason}); {other_ways(checkpoint)}"
+                f"{checkpoint} cannot be read by DeepSpeed ({reason}; last read: {Path(last_read).name}); "
+                f"{other_ways(checkpoint)}"
             ) from error
 
 
