@@ -61,6 +61,8 @@ def main(argv: list[str] | None = None) -> int:
         raise ValueError(f"--query {args.query!r} lacks {{label}}: all objects would get the same query")
     if (args.boxes == "sam") != (args.sam is not None):
         raise ValueError("--boxes sam and --sam FILE belong together: the SAM that segments the boxes")
+    if args.split and args.val:
+        raise ValueError("--split and --val exclude each other: the splits are the tool's own, or drawn")
     had_extracted = extracted(args.output).exists()
     try:
         convert(args)
@@ -88,9 +90,9 @@ def convert(args: argparse.Namespace) -> None:
         shares = ", ".join(f"{count} {name}" for name, count in own.items())
         text.append(f"  the tool's own splits are not used: {shares} (--split uses them)")
     add_absent(images, without if args.negatives else [], args.absent)
-    if args.val and not args.split and len([image for image in images if image.queries]) < 2:
-        text.append("  note: --val needs two images with queries; all are for training")
     lines = lines_of([*images, *(without if args.negatives else [])], args.output.parent, args.val, args.split)
+    if args.val and all(line["split"] == "train" for line in lines):
+        text.append("  note: --val needs two images with queries; all are for training")
     if not lines or (args.split and not own):
         print("\n".join(text))
         reasons = "; ".join(line.strip() for line in text[1:4]) or "no annotation has a label"

@@ -676,7 +676,13 @@ def test_a_label_is_not_absent_beside_one_that_has_its_words(capsys, tmp_path):
 def test_one_image_cannot_be_split(capsys, tmp_path):
     labelme(tmp_path, "a", ("cup", SQUARE, "polygon"))
     out = convert(capsys, tmp_path / "own.jsonl", "labelme", tmp_path, "--val", 0.5)
-    assert "note: --val needs two images with queries; all are for training" in out
+    note = "note: --val needs two images with queries; all are for training"
+    assert note in out
+    photo(tmp_path / "b.jpg")
+    flags = ("labelme", tmp_path, "--overwrite", "--val", 0.5)
+    assert note not in convert(capsys, tmp_path / "own.jsonl", *flags, "--negatives")
+    err = convert(capsys, tmp_path / "own.jsonl", *flags, "--split", code=2)
+    assert "--split and --val exclude each other" in err
 
 
 @pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])

@@ -131,6 +131,15 @@ def test_reason_seg_train(root: Path) -> None:
     assert (long.masks[0, 20:26, 20:26] == 255).all()
 
 
+def test_reason_seg_does_not_choose_between_two_images(root: Path) -> None:
+    """A mask that was saved beside the photograph, under its name, is not the photograph."""
+    for split in ("train", "val"):
+        write_image(root / f"reason_seg/ReasonSeg/{split}/b.png")
+    assert len(get_train_dataset("ReasonSeg|train", root)) == 1
+    with pytest.raises(DataError, match=r"b\.json may be of b\.jpg or b\.png; keep the photograph alone"):
+        get_eval_dataset("ReasonSeg|val", root)
+
+
 def test_reason_seg_several_splits_and_any_folder(root: Path) -> None:
     assert len(get_train_dataset("ReasonSeg|train_val", root)) == 4
     assert (

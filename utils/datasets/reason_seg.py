@@ -155,7 +155,11 @@ class ReasonSegSplit:
     def __init__(self, name: str, folder: Path) -> None:
         self.name, self.folder = name, folder
         files = sorted(path.name for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
-        images = {Path(file).stem: file for file in files if Path(file).suffix.lower() in IMAGE_SUFFIXES}
+        named = defaultdict[str, list[str]](list)
+        for file in files:
+            if Path(file).suffix.lower() in IMAGE_SUFFIXES:
+                named[Path(file).stem].append(file)
+        images = {stem: same[0] for stem, same in named.items()}
         jsons = {Path(file).stem: file for file in files if Path(file).suffix.lower() == ".json"}
         self.problems = [
             f"{folder / images[stem]} has no JSON of the same name" for stem in images if stem not in jsons
@@ -166,6 +170,8 @@ class ReasonSegSplit:
             try:
                 if stem not in images:
                     raise DataError(f"{folder / file} has no image of the same name (.jpg in any case, .jpeg, .png)")
+                if len(named[stem]) > 1:
+                    raise DataError(f"{folder / file} may be of {' or '.join(named[stem])}; keep the photograph alone")
                 annotation = read_annotation(folder / file)
                 is_usable = has_target(annotation["polygons"])
             except DataError as error:
