@@ -616,7 +616,7 @@ def test_results_of_another_evaluation_are_rejected_and_kept(tmp_path, changed, 
     path = tmp_path / "fake_val.generate.jsonl"
     interrupted_run(path, 1, batch_size=2, checkpoint="old")
     before = path.read_bytes()
-    with pytest.raises(ValueError, match=f"{message}.*give another --output, or leave --resume out"):
+    with pytest.raises(ValueError, match=f"{message}.*give the same settings, another --output, or leave --resume out"):
         run(**{"batch_size": 2, "checkpoint": "old", "journal": Journal(path), "resume": True} | changed)
     assert path.read_bytes() == before
 

@@ -99,6 +99,22 @@ def test_a_run_that_has_only_started_and_one_of_text_alone(make_run):
     assert "<h2>Losses</h2>" in write_report(make_run([start(), bare])).read_text()
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("train: {epochs: [", "is not valid YAML"),
+        ("[]", "holds no sections of settings"),
+        ("train: 3", "holds no sections of settings"),
+        ("train: {steps_per_epoch: }", "train.steps_per_epoch is None, not a whole number"),
+    ],
+)
+def test_a_damaged_configuration_is_named(make_run, content, message):
+    folder = make_run([start(), train_line(1)])
+    (folder / "config.yaml").write_text(content)
+    with pytest.raises(ValueError, match=rf"config\.yaml:? {message}"):
+        write_report(folder)
+
+
 def test_a_log_of_an_older_version_has_neither_times_nor_parameters(make_run):
     lines = [start(date="", device="", parameters={}), train_line(1)]
     del lines[1]["seconds"]

@@ -71,7 +71,7 @@ class Provenance:
             differences = "; ".join(f"{name}: {saved[name]!r} there, {current[name]!r} now" for name in names)
             raise ValueError(
                 f"{path} holds results of another evaluation ({differences}); "
-                "give another --output, or leave --resume out to replace them"
+                "give the same settings, another --output, or leave --resume out to replace them"
             )
 
 

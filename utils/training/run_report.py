@@ -110,6 +110,9 @@ def read_settings(folder: Path, start: Mapping[str, Any]) -> dict[str, dict[str,
         ) from error
     if not isinstance(settings, dict) or not all(isinstance(section, dict) for section in settings.values()):
         raise ValueError(f"{path} holds no sections of settings; without it, {LOG} is read")
+    for name, value in settings.get("train", {}).items():
+        if name in ("epochs", "steps_per_epoch") and not isinstance(value, int):
+            raise ValueError(f"{path}: train.{name} is {value!r}, not a whole number; without the file, {LOG} is read")
     return settings
 
 
