@@ -382,7 +382,7 @@ def test_check_names_every_line_that_cannot_be_decoded(capsys, tmp_path):
     (tmp_path / "bad.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     code, _, err = run(capsys, "check", tmp_path / "bad.jsonl", "--pictures", 3)
     assert code == 2
-    assert "2 line(s) cannot be used" in err
+    assert "2 lines cannot be used" in err
     assert "line 2: a polygon has 2 points" in err
     assert "line 3: the image is 60x40" in err
     assert not (tmp_path / "bad.train.png").exists()

@@ -11,6 +11,7 @@ from utils.datasets.jsonl import Line, LineFile, scan
 from utils.datasets.masks import stack_masks
 from utils.datasets.spec import Spec
 from utils.plotting.overlays import Panel, evenly_spaced, save_picture, sheet
+from utils.wording import counted
 
 
 def check_file(path: Path, pictures: int) -> int:
@@ -23,7 +24,7 @@ def check_file(path: Path, pictures: int) -> int:
         if pictures and not problems:
             print(f"wrote {_plot(path, split, [lines[i] for i in evenly_spaced(len(lines), pictures)])}")
     if problems:
-        raise DataError("\n  ".join([f"{path}: {len(problems)} line(s) cannot be used", *problems]))
+        raise DataError("\n  ".join([f"{path}: {counted(len(problems), 'line')} cannot be used", *problems]))
     print(f"{path}: all images and masks can be read")
     return 0
 
@@ -66,5 +67,5 @@ def _panels(folder: Path, lines: Iterable[Line]) -> Iterator[Panel]:
         conversation = " / ".join(f"{turn.question} {turn.answer}" for turn in line.turns)
         stack = stack_masks(masks, *image.shape[:2])
         truth = with_ignored(stack.max(axis=0, initial=0), ignored)
-        count = f"{len(masks)} mask{'s' * (len(masks) != 1)}" if masks else "absent" if line.query else "no mask"
+        count = counted(len(masks), "mask") if masks else "absent" if line.query else "no mask"
         yield Panel(image, line.query or conversation, stack, truth=truth, notes=[f"{count}, line {line.number}"])
