@@ -29,11 +29,6 @@ from utils.demo.tiny_model import clip_config, llama_settings, sam_shape, train_
 torch.set_num_threads(1)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Slow tests first, so that no worker waits at the end for another's last one."""
-    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
-
-
 @pytest.fixture(scope="session", autouse=True)
 def process_group_stays():
     """DeepSpeed keeps the first process group for good: a program called in this process must not destroy it."""
