@@ -254,7 +254,9 @@ def parse_json(text: str, path: Path, expected: type = dict) -> Any:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:  # ValueError: also an integer of thousands of digits
-        raise DataError(f"{path} is not valid JSON ({error}); it may be truncated: download it again") from error
+        raise DataError(
+            f"{path} is not valid JSON ({error}); it may be truncated: download or export it again"
+        ) from error
     if not isinstance(value, expected):
         raise DataError(f"{path} holds a {type(value).__name__} at its top level; expected a {expected.__name__}")
     return value
