@@ -35,6 +35,7 @@ from utils.evaluation.panels import validation_sheet
 from utils.evaluation.predictions import InferenceOptions
 from utils.training import checkpoint as checkpoints
 from utils.training.data_content import content_of
+from utils.training.lineage import adopt
 from utils.training.run_lock import lock_run
 from utils.training.run_log import DivergedError, Meter, RunLog, check_finite, loading_table, parameter_table
 from utils.wording import counted
@@ -171,6 +172,7 @@ def build_run(config: Config, device: torch.device) -> Run:
     from utils.training.engine import build_engine, build_model, deepspeed_settings
 
     mixture, benchmarks = open_data(config)
+    adopt(config)
     exists = distributed.all_gather(config.run_folder.is_dir())[0]  # as the main process sees it
     lock = lock_folder(config) if exists else None
     start = find_start(config)
@@ -199,7 +201,7 @@ def build_run(config: Config, device: torch.device) -> Run:
     run = Run(config, device, engine, inner, processor, mixture, benchmarks, log, meta, lock, saved["step"], best)
 
     images = (config.total_steps - run.step) * config.images_per_step(distributed.world_size())
-    log.print(f"{loading_table(loaded)}\n\n{parameter_table(model)}\n\n{mixture.table(images)}\n")
+    log.print(f"{loading_table(loaded)}\n{unread_paths(config)}\n{parameter_table(model)}\n\n{mixture.table(images)}\n")
     log.print(describe_step(config, device))
     log.event("start", run.step, **describe_start(run, loaded, start), **meta)
     if start:
@@ -215,6 +217,15 @@ def build_run(config: Config, device: torch.device) -> Run:
         if trial:
             selection_metric(run, trial)
     return run
+
+
+def unread_paths(config: Config) -> str:
+    """A line that names the paths that a finished model in ``--version`` makes needless, if there are any."""
+    from model.loading.pretrained import paths_beside
+
+    unread = [name for name, use in paths_beside(config.model.version).items() if use == "unread"]
+    given = [f"--{name} {path}" for name in unread if (path := getattr(config.model, name))]
+    return f"not read, as --version holds these parts: {', '.join(given)}\n" if given else ""
 
 
 def describe_start(run: Run, loaded: Sequence[Loaded], start: Path | None) -> dict[str, Any]:

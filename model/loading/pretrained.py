@@ -1,8 +1,8 @@
-"""Loading of any model folder with its processor (``load``), and of base weights for training."""
+"""Loading of any model folder with its processor: ``load`` for inference, ``load_for_training``."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +13,7 @@ from transformers.utils import logging as transformers_logging
 from model.config import UGroundConfig
 from model.loading import adapter
 from model.loading.files import blame
-from model.loading.formats import release_of
+from model.loading.formats import release_of, released_settings
 from model.loading.placement import PRECISIONS, pick_device, pick_precision, place
 from model.loading.weights import (
     LLAVA_TYPES,
@@ -22,18 +22,23 @@ from model.loading.weights import (
     grow_vocabulary,
     load_base,
     load_released,
+    load_strictly,
     misfits,
+    new_model,
     read_config,
     read_folder,
+    report,
     run_of,
 )
 from model.opened import Opened
 from model.processing.conversation import SYSTEM_PROMPT
 from model.processing.processor import UGroundProcessor
 from model.processing.tokens import IMAGE, add_special_tokens, load_tokenizer, token_ids
+from model.settings import METHOD_FIELDS, kept_settings
 from model.UGround import UGroundForCausalLM
 
 Kind = Literal["merged", "adapter", "released", "base", "run", "unknown"]
+CRITIC = "ppm.critic."
 Parts = tuple[UGroundForCausalLM, UGroundProcessor, dict[str, str]]  # model, processor, module -> source of its weights
 
 
@@ -144,7 +149,7 @@ def _load_adapter(folder: Path, precision: str, paths: dict[str, str]) -> Parts:
     meta = adapter.read_adapter_meta(folder)
     settings = meta["config"]["model"] | paths
     base = settings["version"], settings["vision_tower"], settings["vision_pretrained"]
-    if missing := [path for path in base if not Path(path).exists()]:
+    if missing := [path for path in base if path and not Path(path).exists()]:
         raise ValueError(
             f"--version: the base of the adapter {folder} is not here: {', '.join(missing)}. {adapter.WHERE}"
         )
@@ -193,41 +198,127 @@ LOADERS: dict[Kind, Callable[[Path, str, dict[str, str]], Parts]] = {
 }
 
 
+def paths_beside(version: str | Path) -> dict[str, Literal["needed", "optional", "unread"]]:
+    """How the paths beside ``version`` (``vision_tower``, ``vision_pretrained``) are used with a folder of its kind."""
+    try:
+        kind = kind_of(version)
+    except ValueError:  # reported where the folder is loaded
+        kind = "base"
+    if kind == "merged":
+        return {"vision_tower": "unread", "vision_pretrained": "unread"}
+    if kind == "adapter":
+        return {"vision_tower": "optional", "vision_pretrained": "optional"}
+    if kind == "released":
+        named = read_config(Path(version), "--version").get("mm_vision_tower", "")
+        return {"vision_tower": "optional" if Path(named).is_dir() else "needed", "vision_pretrained": "unread"}
+    return {"vision_tower": "needed", "vision_pretrained": "needed"}
+
+
 def load_for_training(
     version: str,
-    vision_tower: str,
-    vision_pretrained: str,
+    vision_tower: str = "",
+    vision_pretrained: str = "",
     precision: str = "bf16",
-    settings: dict | None = None,
+    settings: dict[str, Any] | None = None,
     max_tokens: int = 2048,
 ) -> tuple[UGroundForCausalLM, UGroundProcessor, list[Loaded]]:
-    """UGround from base weights: a LLaVA-1.5 folder, a CLIP folder, a SAM ``.pth``.
+    """The model that training starts from: base weights (LLaVA, CLIP, SAM), or any model that ``load`` opens.
+
+    A finished model keeps all weights that it holds; what the settings need beyond them (a critic), and tokens that its
+    tokenizer lacks (LISA's has no [REJ]), are new.
 
     Args:
-        version, vision_tower, vision_pretrained: paths of LLaVA, CLIP and SAM.
+        version: folder of a LLaVA-1.5, or of a finished model.
+        vision_tower, vision_pretrained: paths of CLIP and SAM; of CLIP alone for a published checkpoint; not read for a
+            merged folder.
         precision: ``fp32``, ``bf16`` or ``fp16``.
-        settings: of ``UGroundConfig`` (layer_selection, loss weights, ...).
+        settings: of ``UGroundConfig`` (layer_selection, loss weights, ...); a finished model's where none is given.
         max_tokens: longest conversation with its prefix, in tokens (``--model_max_length``).
 
     Returns:
         the model, its processor, and the rows of the loading report.
 
     Raises:
-        ValueError: for wrong paths, weights that do not fit, or a tokenizer without the special tokens.
+        ValueError: for wrong paths, weights that do not fit, a tokenizer without the special tokens, or settings that
+            contradict those of a finished model (``kept_settings``).
     """
     transformers_logging.disable_progress_bar()  # clutters output that goes to a file
-    model, rows = load_base(version, vision_tower, vision_pretrained, PRECISIONS[precision], settings or {})
-    tokenizer = load_tokenizer(version)
+    settings, kind = settings or {}, kind_of(version)
+    if kind in LOADERS:
+        check_kept(version, settings)
+        paths = {"vision_tower": vision_tower, "vision_pretrained": vision_pretrained}
+        loaded, finished, sources = LOADERS[kind](
+            Path(version), precision, {k: path for k, path in paths.items() if path}
+        )
+        model, new = with_settings(loaded, settings, str(version))
+        tokenizer, system_prompt = finished.tokenizer, finished.builder.system_prompt
+    else:
+        model, sources = load_base(version, vision_tower, vision_pretrained, PRECISIONS[precision], settings)
+        new = {}
+        tokenizer = load_tokenizer(version)
+        system_prompt = read_config(Path(version), "--version").get("system_prompt", SYSTEM_PROMPT)
     old_size = len(tokenizer)
-    add_special_tokens(tokenizer)
+    added = add_special_tokens(tokenizer)
     grow_vocabulary(model, old_size, len(tokenizer))
     config, sam_side = model.config, model.visual_model.shape.image_size
-    system_prompt = read_config(Path(version), "--version").get("system_prompt", SYSTEM_PROMPT)
-    processor = UGroundProcessor(tokenizer, config.clip_side, config.clip_patch, sam_side, system_prompt, max_tokens)
+    sides = config.clip_side, config.clip_patch, sam_side
+    processor = UGroundProcessor(tokenizer, *sides, system_prompt, max_tokens, config.clip_fit)
     ids = processor.tokens
     config.seg_token_id, config.rej_token_id = ids.seg, ids.rej
     config.eos_token_id, config.pad_token_id = ids.eos, ids.pad
-    return model, processor, rows
+    new |= {name: ", ".join(added) for name in ("model", "lm_head") if added}
+    return model, processor, report(model, sources, new)
+
+
+def settings_of(folder: str | Path) -> dict[str, Any]:
+    """The settings of ``UGroundConfig`` that a finished model was trained with; {} for base weights.
+
+    Raises:
+        ValueError: as ``kind_of``, or if the folder's settings cannot be read.
+    """
+    folder, kind = Path(folder), kind_of(folder)
+    raw: dict[str, Any] | None = None
+    if kind == "adapter":
+        raw = adapter.settings_of(folder, adapter.read_adapter_meta(folder))
+    elif kind == "released" and (release := release_of(read_config(folder, "--version"))):
+        with blame(f"--version: {folder / 'config.json'}"):
+            raw = released_settings(release, read_config(folder, "--version"))
+    elif kind == "merged":
+        with blame(f"--version: {folder / 'config.json'}"):
+            raw = vars(UGroundConfig.from_pretrained(folder))
+    return {} if raw is None else {name: raw.get(name, item.default) for name, item in METHOD_FIELDS.items()}
+
+
+def check_kept(folder: str | Path, settings: Mapping[str, Any]) -> None:
+    """Raises a ValueError if settings contradict a finished model's (``kept_settings``), naming both values."""
+    trained = settings_of(folder)
+    problems = [
+        f"{name} is {settings[name]}, {folder} was trained with {trained[name]}"
+        for name in (kept_settings(trained) if trained else ())
+        if name in settings and settings[name] != trained[name]
+    ]
+    if problems:
+        raise ValueError(f"--version: {'; '.join(problems)}: leave it out, or start from base weights")
+
+
+def with_settings(
+    model: UGroundForCausalLM, settings: dict[str, Any], source: str
+) -> tuple[UGroundForCausalLM, dict[str, str]]:
+    """A finished model's weights under other settings.
+
+    Args:
+        source: of the weights, for messages.
+
+    Returns:
+        the model, which takes over the tensors, and module -> what is new in it: parts that only these settings need.
+    """
+    config = UGroundConfig.from_dict(model.config.to_dict() | settings)
+    had_critic, has_critic = model.ppm.critic is not None, config.baseline == "critic"
+    state = {key: value for key, value in model.state_dict().items() if has_critic or not key.startswith(CRITIC)}
+    needs_critic = has_critic and not had_critic
+    started = new_model(config, model.dtype)
+    load_strictly(started, state, source, new=(CRITIC,) if needs_critic else ())
+    return started.eval(), {"ppm": "critic"} if needs_critic else {}
 
 
 def cast_parameters(model: torch.nn.Module, precision: str) -> None:

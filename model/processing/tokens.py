@@ -65,12 +65,13 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
         return tokenizer
 
 
-def add_special_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Adds the special tokens that the tokenizer lacks, and a padding token."""
+def add_special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Adds the special tokens that the tokenizer lacks, which are returned, and a padding token."""
     missing = [token for token in SPECIAL_TOKENS if token not in tokenizer.get_vocab()]
     tokenizer.add_tokens(missing, special_tokens=True)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    return missing
 
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, where: str = "the tokenizer") -> TokenIds:

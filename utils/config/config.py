@@ -19,6 +19,7 @@ from model.settings import (
     LossSettings,
     PpmSettings,
     contradictions,
+    kept_settings,
     method_of,
     value_problems,
     without_effect,
@@ -66,6 +67,9 @@ class Config:
     eval: EvalSettings = field(default_factory=EvalSettings)
     experimental: ExperimentalSettings = field(default_factory=ExperimentalSettings)
 
+    def __post_init__(self) -> None:
+        self.origins: dict[str, str] = {}  # of the settings that a file or a flag gives, for messages
+
     @property
     def run_folder(self) -> Path:
         return Path(self.train.log_base_dir) / self.train.exp_name
@@ -86,7 +90,7 @@ class Config:
 
     def flat(self) -> dict[str, Any]:
         """Leaf name -> value."""
-        return {name: value for section in vars(self).values() for name, value in vars(section).items()}
+        return {name: value for section in SECTIONS for name, value in vars(getattr(self, section)).items()}
 
     def save(self, path: str | Path) -> None:
         """Writes a YAML file that loads as this configuration."""
@@ -162,6 +166,7 @@ def build_config(
 ) -> Config:
     """Converts and checks values, each given with its origin; raises ``ConfigError`` for all ``problems``."""
     config = Config()
+    config.origins = {name: origin for name, (_, origin) in values.items()}
     unchecked = {name for name, item in FIELDS.items() if item.metadata["required"] and SECTION_OF[name] not in needs}
     for name, (value, origin) in values.items():
         try:
@@ -345,18 +350,54 @@ def _ignored(config: Config) -> Iterable[tuple[str, str]]:
             yield f"{kind}_data", f"has no effect: {reason}"
 
 
+def keep_trained(config: Config, trained: Mapping[str, Any], source: str) -> None:
+    """Sets what further training of a finished model must keep (``kept_settings``) to the values it was trained with.
+
+    Args:
+        trained: the method's settings of the model; source: its folder, for messages.
+
+    Raises:
+        ConfigError: naming every file or flag that gives another value.
+    """
+    problems = []
+    for name in kept_settings(trained):
+        section = getattr(config, SECTION_OF[name])
+        value = getattr(section, name)
+        if value != trained[name] and name in config.origins:
+            problems.append(
+                f"{config.origins[name]}: {value!r} contradicts --version {source}, which was trained with "
+                f"{trained[name]!r}; leave it out, or start from base weights"
+            )
+        setattr(section, name, trained[name])
+    problems = problems or [line for _, line in check(config, {name: f"--{name}" for name in FIELDS} | config.origins)]
+    if problems:
+        raise ConfigError(problems)
+
+
 def missing_paths(config: Config) -> list[str]:
-    """A message for every file and folder of the settings that does not exist."""
-    folders = {"version": config.model.version, "vision_tower": config.model.vision_tower}
-    folders["dataset_dir"] = config.data.dataset_dir
-    files = {
-        "vision_pretrained": config.model.vision_pretrained,
-        "deepspeed_config": config.train.deepspeed_config,
-    }
-    missing = [f"--{name} {path}: no such folder" for name, path in folders.items() if not Path(path).is_dir()]
-    missing += [f"--{name} {path}: no such file" for name, path in files.items() if not Path(path).exists()]
-    if config.train.resume and not Path(config.train.resume).is_dir():
-        missing.append(f"--resume {config.train.resume}: no such folder")
+    """A message for every file and folder that the settings need and that does not exist."""
+    from model.loading.pretrained import paths_beside
+
+    paths, train = config.model, config.train
+    missing = []
+    if not Path(paths.version).is_dir():
+        missing.append(f"--version {paths.version}: no such folder")
+    for name, use in paths_beside(paths.version).items():
+        path = getattr(paths, name)
+        if use == "unread" or (use == "optional" and not path):
+            continue
+        if not path:
+            missing.append(f"--{name}: is missing ({FIELDS[name].metadata['help']})")
+        elif name == "vision_tower" and not Path(path).is_dir():
+            missing.append(f"--{name} {path}: no such folder")
+        elif not Path(path).exists():
+            missing.append(f"--{name} {path}: no such file")
+    if not Path(config.data.dataset_dir).is_dir():
+        missing.append(f"--dataset_dir {config.data.dataset_dir}: no such folder")
+    if not Path(train.deepspeed_config).exists():
+        missing.append(f"--deepspeed_config {train.deepspeed_config}: no such file")
+    if train.resume and not Path(train.resume).is_dir():
+        missing.append(f"--resume {train.resume}: no such folder")
     return missing
 
 

@@ -13,10 +13,19 @@ class ModelSettings:
     """model: base weights, LoRA, precision"""
 
     # the paths may change: a checkpoint identifies the weights by their fingerprints
-    version: str = setting("", "folder of the base LLaVA-1.5 weights", required=True, may_change=True)
-    vision_tower: str = setting("", "folder of the CLIP vision tower", required=True, may_change=True)
+    version: str = setting(
+        "",
+        "folder to start from: LLaVA-1.5, or a finished model: merged, an adapter, a published checkpoint",
+        required=True,
+        may_change=True,
+    )
+    vision_tower: str = setting(
+        "", "folder of the CLIP vision tower, for LLaVA and published checkpoints", may_change=True
+    )
     vision_pretrained: str = setting(
-        "", "SAM: .pth, or folder of transformers' SamModel; its size is detected", required=True, may_change=True
+        "",
+        "SAM, for LLaVA: .pth, or folder of transformers' SamModel; its size is detected",
+        may_change=True,
     )
     model_max_length: int = setting(2048, "longest sequence in tokens: image, prompt and one conversation", low=16)
     precision: str = setting("bf16", "floating-point format of training", choices=("fp32", "bf16"))
@@ -109,7 +118,7 @@ class TrainSettings:
     steps_per_epoch: int = setting(500, "optimizer steps per epoch", low=1)
     batch_size: int = setting(2, "images per process and micro step", low=1)
     grad_accumulation_steps: int = setting(10, "micro steps per optimizer step", low=1)
-    lr: float = setting(3e-4, "peak learning rate of AdamW", above=0.0)
+    lr: float = setting(3e-4, "peak learning rate of AdamW; 0 changes nothing", low=0.0)
     gate_lr_factor: float = setting(1.0, "learning rate of the policy gate, as a multiple of lr", above=0.0)
     warmup_steps: int = setting(
         100, "steps of linear warm-up (the first two have rate 0), then linear decay to 0: WarmupDecayLR", low=2

@@ -25,6 +25,7 @@ from utils.config import FIELDS, Config, config_from, to_dict
 from utils.files import sync, write_atomically
 from utils.training.checkpoint_files import CheckpointError, check_files, describe_files, other_ways, plain_data
 from utils.training.data_content import comparable
+from utils.training.lineage import lineage_of
 from utils.training.versions import git_commit, package_versions
 
 if TYPE_CHECKING:
@@ -75,8 +76,9 @@ def trained_shapes(model: nn.Module) -> dict[str, list[int]]:
 
 
 def describe_settings(config: Config, data: list[dict]) -> dict[str, Any]:
-    """Metadata of a run before its model is built: settings, data (``Mixture.describe``), processes."""
+    """Metadata of a run before its model is built: settings, data (``Mixture.describe``), processes, lineage."""
     return {
+        "lineage": lineage_of(config.model.version),
         "config": to_dict(config),
         "data": [{key: value for key, value in row.items() if key != "skipped"} for row in data],
         "processes": distributed.world_size(),

@@ -10,6 +10,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from utils.datasets.spec import Spec
 from utils.plotting.text_tables import markdown
+from utils.training.lineage import own_entry
 
 LICENCES = """The code is Apache-2.0. Weights carry the licences of the models they derive from: LLaVA-1.5 on Vicuna the
 LLaMA 2 Community License, CLIP the MIT licence, SAM Apache-2.0; LLaVA's instruction data are CC BY 4.0, and the
@@ -43,6 +44,7 @@ def model_card(name: str, meta: dict[str, Any], adapter: bool, license: str = "o
         f"This folder is {'an adapter: it is loaded on top of its base' if adapter else 'complete'}.",
         f"```bash\n{use}\n```",
         "## Base\n\n" + _base_table(meta["config"]["model"], meta["base"]),
+        "## Lineage\n\n" + _lineage_table(meta),
         "## Data\n\n" + _data_table(meta["data"]),
         f"Optimizer steps: {meta['step']}; processes: {meta['processes']}; seed: {meta['config']['train']['seed']}.",
         "## Results\n\n" + _metrics_table(meta["metrics"]),
@@ -60,8 +62,25 @@ def model_card(name: str, meta: dict[str, Any], adapter: bool, license: str = "o
 def _base_table(model: dict[str, Any], fingerprints: dict[str, str]) -> str:
     from model.loading.weights import path_setting
 
-    rows = [[module, Path(model[path_setting(module)]).name, f"`{value}`"] for module, value in fingerprints.items()]
+    def name(module: str) -> str:  # a finished model holds all modules
+        return Path(model[path_setting(module)] or model["version"]).name
+
+    rows = [[module, name(module), f"`{value}`"] for module, value in fingerprints.items()]
     return markdown([["part", "file", "fingerprint"], *rows])
+
+
+def _lineage_table(meta: dict[str, Any]) -> str:
+    rows = [
+        [
+            entry["name"],
+            entry["source"],
+            f"{entry['steps']:,}" if "steps" in entry else "?",
+            ", ".join(entry.get("data", ["?"])),
+            f"`{entry['commit']}`" if "commit" in entry else "?",
+        ]
+        for entry in (*meta.get("lineage", []), own_entry(meta))
+    ]
+    return markdown([["model", "trained from", "steps", "data", "code"], *rows])
 
 
 def _data_table(data: list[dict[str, Any]]) -> str:
