@@ -18,6 +18,7 @@ from model.loading.placement import PRECISIONS, pick_device, pick_precision, pla
 from model.loading.weights import (
     LLAVA_TYPES,
     Loaded,
+    base_config,
     fingerprint,
     grow_vocabulary,
     load_base,
@@ -27,6 +28,8 @@ from model.loading.weights import (
     new_model,
     read_config,
     read_folder,
+    read_sam,
+    released_config,
     report,
     run_of,
 )
@@ -287,6 +290,27 @@ def settings_of(folder: str | Path) -> dict[str, Any]:
         with blame(f"--version: {folder / 'config.json'}"):
             raw = vars(UGroundConfig.from_pretrained(folder))
     return {} if raw is None else {name: raw.get(name, item.default) for name, item in METHOD_FIELDS.items()}
+
+
+def config_of(version: str, vision_tower: str, vision_pretrained: str, settings: dict[str, Any]) -> UGroundConfig:
+    """The configuration of the model that ``load_for_training`` would build, without its weights.
+
+    Raises:
+        ValueError: as ``load_for_training``.
+    """
+    folder, kind = Path(version), kind_of(version)
+    if kind == "merged":
+        with blame(f"--version: {folder / 'config.json'}"):
+            return UGroundConfig.from_dict(UGroundConfig.from_pretrained(folder).to_dict() | settings)
+    if kind == "adapter":
+        paths = adapter.read_adapter_meta(folder)["config"]["model"]
+        tower, sam = vision_tower or paths["vision_tower"], vision_pretrained or paths["vision_pretrained"]
+        return config_of(paths["version"], tower, sam, settings_of(folder) | settings)
+    raw = read_config(folder, "--version")
+    if release := release_of(raw):
+        return released_config(folder, raw, release, vision_tower or raw["mm_vision_tower"], settings)[0]
+    keys = ["mm_projector.2.weight"]  # LLaVA-1.5's; another one weighs as little
+    return base_config(folder, Path(vision_tower), read_sam(vision_pretrained)[1], keys, settings)
 
 
 def check_kept(folder: str | Path, settings: Mapping[str, Any]) -> None:

@@ -346,6 +346,26 @@ def load_base(
     return model.eval(), sources
 
 
+def released_config(
+    folder: Path, raw: dict, release: formats.Release, vision_tower: str | Path, settings: dict
+) -> tuple[UGroundConfig, dict[str, torch.Tensor]]:
+    """The configuration of a published checkpoint, and its tensors under this project's names.
+
+    Args and errors are those of ``load_released``.
+    """
+    state = formats.renamed(read_folder(folder), formats.LLAVA)
+    try:
+        shape = SamShape.from_state_dict(formats.below(state, "visual_model."))
+    except (KeyError, IndexError) as error:
+        wrapped = any(key.startswith("base_model.") for key in state)
+        hint = ": an adapter that was not merged; merge it with its own code" if wrapped else ""
+        raise ValueError(f"--version: {folder} holds no SAM (no {error}){hint}") from error
+    with blame(f"--version: {folder / 'config.json'}"):
+        method = formats.released_settings(release, raw) | settings
+    config = base_config(folder, Path(vision_tower), shape, state.keys(), method)
+    return config, state
+
+
 def load_released(
     folder: Path, raw: dict, release: formats.Release, vision_tower: str | Path, dtype: torch.dtype, settings: dict
 ) -> tuple[UGroundForCausalLM, dict[str, str]]:
@@ -363,16 +383,7 @@ def load_released(
     Raises:
         ValueError: if a file is missing, or weights do not fit.
     """
-    state = formats.renamed(read_folder(folder), formats.LLAVA)
-    try:
-        shape = SamShape.from_state_dict(formats.below(state, "visual_model."))
-    except (KeyError, IndexError) as error:
-        wrapped = any(key.startswith("base_model.") for key in state)
-        hint = ": an adapter that was not merged; merge it with its own code" if wrapped else ""
-        raise ValueError(f"--version: {folder} holds no SAM (no {error}){hint}") from error
-    with blame(f"--version: {folder / 'config.json'}"):
-        method = formats.released_settings(release, raw) | settings
-    config = base_config(folder, Path(vision_tower), shape, state.keys(), method)
+    config, state = released_config(folder, raw, release, vision_tower, settings)
     with blame(f"--version: {folder / 'config.json'} does not describe a model that can be built"):
         model = new_model(config, dtype)
     sources = dict.fromkeys((name for name, _ in model.named_children()), str(folder))

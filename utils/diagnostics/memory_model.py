@@ -18,7 +18,7 @@ from transformers import CLIPVisionConfig
 
 from model.config import UGroundConfig
 from model.loading.placement import PRECISIONS
-from model.loading.weights import base_config, read_sam
+from model.loading.pretrained import config_of, paths_beside
 from model.lora import add_lora
 from model.losses import PIXELS_AT_ONCE
 from model.sam import SamShape
@@ -219,10 +219,9 @@ def shape_of(config: Config) -> tuple[UGroundConfig, str]:
         ValueError: if neither the files nor the name give the size.
     """
     paths = config.model
-    if all(Path(path).exists() for path in (paths.version, paths.vision_tower, paths.vision_pretrained)):
-        sam = read_sam(paths.vision_pretrained)[1]
-        keys = ["mm_projector.2.weight"]  # LLaVA-1.5's; another one weighs as little
-        return base_config(Path(paths.version), Path(paths.vision_tower), sam, keys, config.method), paths.version
+    beside = [getattr(paths, name) for name, use in paths_beside(paths.version).items() if use == "needed"]
+    if all(Path(path).exists() for path in (paths.version, *beside)):
+        return config_of(paths.version, paths.vision_tower, paths.vision_pretrained, config.method), paths.version
     name = next((size for size in ("13b", "7b") if size in Path(paths.version).name.lower()), None)
     if name is None:
         raise ValueError(
