@@ -15,6 +15,7 @@ from model import layer_rules
 
 PRECISION_NAMES = ("fp32", "bf16", "fp16")
 QUANTIZATIONS = ("8bit", "4bit")
+FREEZABLE = ("phi", "gate", "sam_prompt_encoder", "sam_mask_decoder", "embed_tokens", "lm_head")  # parts that train
 
 
 def setting(

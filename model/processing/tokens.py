@@ -32,6 +32,11 @@ class TokenIds:
     eos: int
     pad: int
 
+    @property
+    def added(self) -> tuple[int, ...]:
+        """Ids of the added tokens that the language model reads or writes; ``<image>`` has no embedding."""
+        return tuple(token for token in (self.seg, self.rej, self.im_start, self.im_end) if token is not None)
+
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     """A checkpoint's tokenizer.

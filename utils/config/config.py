@@ -328,6 +328,8 @@ def _contradictions(config: Config) -> Iterable[tuple[str, str]]:
             f"{train.warmup_steps} steps of warm-up do not fit into a run of {config.total_steps} "
             f"({train.epochs} epochs of {train.steps_per_epoch}); lower it, or train longer",
         )
+    if config.model.train_tables == "new" and not config.model.lora_r:
+        yield "train_tables", "new needs LoRA, whose library trains the rows; set lora_r, or train the tables in full"
     if train.resume and train.auto_resume:
         yield "resume", "together with auto_resume is ambiguous; give one of them"
     if not re.fullmatch(r"[\w][\w.+=-]*", train.exp_name):

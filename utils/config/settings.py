@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from model import layer_rules
-from model.settings import setting
+from model.settings import FREEZABLE, setting
 
 
 @dataclass
@@ -33,6 +33,13 @@ class ModelSettings:
     lora_alpha: int = setting(16, "scale of LoRA: alpha / r multiplies the adapters", low=1)
     lora_dropout: float = setting(0.05, "dropout on the adapters' inputs", low=0.0, high=0.99)
     lora_target_modules: str = setting("q_proj,v_proj", "projections of LLaMA's attention that LoRA adapts")
+    train_tables: str = setting(
+        "full",
+        "train embeddings and lm_head in full (paper), or only the rows of the added tokens: a tenth of the optimizer's "
+        "state, the checkpoint and the adapter",
+        choices=("full", "new"),
+    )
+    freeze: tuple[str, ...] = setting((), "parts that do not train, A||B", choices=FREEZABLE)
     gradient_checkpointing: bool = setting(
         False, "recompute the language model's layers in the backward pass: less memory, more time", may_change=True
     )

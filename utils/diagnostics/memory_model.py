@@ -49,6 +49,7 @@ MEDIUM_SETTINGS = ("--precision", "fp32", "--grad_accumulation_steps", "1")
 CARDS = (24, 40, 80)  # GB
 MARGIN = 0.1  # share of a card to leave free: the assumptions were not measured on a GPU
 VOCABULARY = 32_000 + 5  # Vicuna's and this project's tokens
+ADDED = 4  # of these five have an embedding that is used: <image> has none
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ class Plan:
     Attributes:
         shape: sizes of the model. parameters, trainable: their numbers.
         precision: bytes per number, b.
+        token_rows: of both tables that train alone; () = the tables train in full. frozen: parts that do not train.
         images: per GPU and micro step, B. tokens: per row, T. labels: per image. masks: per image, N.
         pixels: per image. checkpointing: of LLaMA's layers. dropout: whether the adapters use it.
         gpus: over which the optimizer is sharded (ZeRO-2). offload: of the optimizer, to the host's memory.
@@ -67,6 +69,8 @@ class Plan:
     shape: UGroundConfig
     parameters: int
     trainable: int
+    token_rows: tuple[int, ...] = ()
+    frozen: tuple[str, ...] = ()
     precision: int = 2
     images: int = 2
     tokens: int = 576 + PREFIX + 3 * PER_QUESTION
@@ -118,6 +122,15 @@ def language_model(plan: Plan) -> float:
 def text_loss_bytes(plan: Plan) -> float:
     """Bytes of the logits at the labels: as computed (b), in float32, their log-softmax and its gradient (4 each)."""
     return plan.images * plan.labels * plan.shape.vocab_size * (plan.precision + 12.0)
+
+
+def token_rows(plan: Plan) -> float:
+    """Bytes of ``train_tables: new``: peft copies the rows into both tables, whose gradients are whole tables, too.
+
+    The copy of the embeddings is released once they are looked up; that of ``lm_head`` stays for the backward pass.
+    """
+    table = plan.shape.vocab_size * plan.shape.hidden_size * plan.precision
+    return 2.0 * table if plan.token_rows else 0.0
 
 
 def mask_decoder(plan: Plan) -> float:
@@ -179,7 +192,7 @@ def expected(plan: Plan) -> dict[str, float]:
         "weights": float(plan.parameters * plan.precision),
         "optimizer": on_gpu,
         "gradients": gradients(plan),
-        "language model": language_model(plan) + text_loss_bytes(plan),
+        "language model": language_model(plan) + text_loss_bytes(plan) + token_rows(plan),
         "SAM": max(image_encoder(plan), mask_decoder(plan) + mask_losses(plan)),
     }
     return parts | {"total": sum(parts.values()), "host": host}
@@ -230,10 +243,16 @@ def shape_of(config: Config) -> tuple[UGroundConfig, str]:
     return preset(name, **config.method), f"LLaVA-1.5 {name.upper()} with SAM ViT-H, assumed: the files do not exist"
 
 
-def count_parameters(shape: UGroundConfig, lora_r: int, targets: str = "q_proj,v_proj") -> tuple[int, int]:
+def count_parameters(
+    shape: UGroundConfig,
+    lora_r: int,
+    targets: str = "q_proj,v_proj",
+    token_rows: Sequence[int] = (),
+    frozen: Sequence[str] = (),
+) -> tuple[int, int]:
     """(all, trainable) parameters of the model with LoRA, counted on the meta device, without allocating memory."""
     with torch.device("meta"):
-        model = add_lora(UGroundForCausalLM(shape), lora_r, targets=targets)
+        model = add_lora(UGroundForCausalLM(shape), lora_r, targets=targets, token_rows=token_rows, frozen=frozen)
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
     return sum(size for size, _ in sizes), sum(size for size, trains in sizes if trains)
 
@@ -251,20 +270,24 @@ def plan_of_preset(name: str, config: Config) -> Plan:
 
 def plan_of_shape(shape: UGroundConfig, config: Config) -> Plan:
     """The training step of a configuration with another shape in place of its weights."""
-    total, trainable = count_parameters(shape, config.model.lora_r, config.model.lora_target_modules)
+    part = config.model
+    rows = tuple(range(ADDED)) if part.train_tables == "new" else ()
+    total, trainable = count_parameters(shape, part.lora_r, part.lora_target_modules, rows, part.freeze)
     zero = json.loads(Path(config.train.deepspeed_config).read_text()).get("zero_optimization", {})
     questions = config.data.questions_per_image
     return Plan(
         shape=shape,
         parameters=total,
         trainable=trainable,
-        precision=PRECISIONS[config.model.precision].itemsize,
+        token_rows=rows,
+        frozen=part.freeze,
+        precision=PRECISIONS[part.precision].itemsize,
         images=config.train.batch_size,
         tokens=shape.num_image_tokens + PREFIX + questions * PER_QUESTION,
         labels=questions * LABELS,
         masks=questions,
-        checkpointing=config.model.gradient_checkpointing,
-        dropout=config.model.lora_dropout > 0,
+        checkpointing=part.gradient_checkpointing,
+        dropout=part.lora_dropout > 0,
         offload="offload_optimizer" in zero,
         bucket=int(zero.get("reduce_bucket_size", 500_000_000)),
     )

@@ -33,8 +33,10 @@ def build_model(config: Config) -> tuple[nn.Module, UGroundProcessor, list[Loade
         config.method,
         config.model.model_max_length,
     )
-    targets = config.model.lora_target_modules
-    model = add_lora(base, config.model.lora_r, config.model.lora_alpha, config.model.lora_dropout, targets)
+    part = config.model
+    rows = processor.tokens.added if part.train_tables == "new" else ()
+    lora = part.lora_r, part.lora_alpha, part.lora_dropout, part.lora_target_modules
+    model = add_lora(base, *lora, token_rows=rows, frozen=part.freeze)
     if config.model.gradient_checkpointing:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model, processor, loaded
