@@ -268,7 +268,7 @@ def add_shared_flags(add: Callable[..., argparse.Action]) -> None:
         choices=("rectangle", "sam"),
         help="masks for annotations that are only boxes: the rectangle, which is coarse, or what SAM finds in it",
     )
-    add("--sam", type=Path, metavar="FILE", help="for --boxes sam: segment-anything's .pth, or a merged model's folder")
+    add("--sam", metavar="FILE", help="for --boxes sam: SAM, as train_ds.py --vision_pretrained, or a merged model")
     add("--encoding", metavar="NAME", help="encoding of text files that are not UTF-8, such as gbk")
     add("--pictures", type=_count, default=12, metavar="N", help="plot the first N lines (default: 12; 0 = none)")
 

@@ -16,6 +16,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -103,9 +104,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         metavar="ID",
         help="license of the weights, as an identifier of the Hub (default: other)",
     )
-    parser.add_argument("--version", metavar="DIR", help="base LLaVA-1.5 folder, if it has moved")
-    parser.add_argument("--vision_tower", metavar="DIR", help="CLIP folder, if it has moved")
-    parser.add_argument("--vision_pretrained", metavar="FILE", help="SAM checkpoint, if it has moved")
+    parser.add_argument("--version", metavar="DIR", help="base LLaVA-1.5, folder or hub id, if it has moved")
+    parser.add_argument("--vision_tower", metavar="DIR", help="CLIP, folder or hub id, if it has moved")
+    parser.add_argument("--vision_pretrained", metavar="FILE", help="SAM, file or hub id, if it has moved")
     return parser.parse_args(argv)
 
 
@@ -126,9 +127,13 @@ def trained_state(args: argparse.Namespace) -> tuple[nn.Module, UGroundProcessor
     meta = checkpoints.read_meta(checkpoint)
     meta.pop("files", None)  # of the checkpoint, not of the folder that is written
     print(f"{checkpoint}: step {meta['step']}, {metrics_text(meta['metrics'])}")
-    meta["config"]["model"] |= moved_paths(args)  # the written folder names them too
+    moved = moved_paths(args)
+    meta["config"]["model"] |= moved  # the written folder names them too
     config = config_from(meta["config"], checkpoints.META)
-    model, processor = load_trained(checkpoint, meta, config)
+    # a branch of the hub may have moved on since the run: its commit is loaded
+    loading = replace(config, model=replace(config.model, **(meta.get("resolved", {}) | moved)))
+    model, processor = load_trained(checkpoint, meta, loading)
+    meta["resolved"] = checkpoints.describe_settings(loading, [])["resolved"]
     return model, processor, config, meta | {"checkpoint": str(checkpoint)}
 
 

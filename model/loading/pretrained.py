@@ -11,7 +11,7 @@ from transformers import GenerationConfig
 from transformers.utils import logging as transformers_logging
 
 from model.config import UGroundConfig
-from model.loading import adapter
+from model.loading import adapter, hub
 from model.loading.files import blame
 from model.loading.formats import release_of
 from model.loading.placement import PRECISIONS, pick_device, pick_precision, place
@@ -76,10 +76,10 @@ def load(
 
     Args:
         folder: written by ``scripts/merge_lora.py``, with or without ``--adapter_only``, or a published checkpoint of
-            UGround, LISA, GSVA, SESAME or READ.
+            UGround, LISA, GSVA, SESAME or READ; a path, or a repository of the hub (``hub.resolve_folder``).
         precision: ``fp32``, ``bf16``, ``fp16``, or ``auto`` = bf16 on a GPU, fp32 elsewhere.
         device: ``cpu``, ``cuda``, ``cuda:1``, ``mps``, or ``auto`` = the GPU if there is one.
-        vision_tower: folder of CLIP for a published checkpoint, which holds none.
+        vision_tower: folder of CLIP for a published checkpoint, which holds none; by default, what it names.
         base, vision_tower, vision_pretrained: LLaVA, CLIP and SAM for an adapter whose base has moved.
         quantize: ``8bit`` or ``4bit``, of the language model's layers, by bitsandbytes.
         device_map: ``auto`` = spread the language model's layers over all GPUs and main memory.
@@ -91,20 +91,22 @@ def load(
     transformers_logging.disable_progress_bar()  # clutters output that goes to a file
     device = pick_device(device)
     precision = pick_precision(precision, device)
+    folder = hub.resolve_folder(folder, "--version").path
     kind = kind_of(folder)
     if kind not in LOADERS:
-        model_type = read_config(Path(folder), "--version").get("model_type")  # raises for a run, with the fix
+        model_type = read_config(folder, "--version").get("model_type")  # raises for a run, with the fix
         raise ValueError(
-            f"--version: {Path(folder) / 'config.json'} is of type {model_type!r}, not a UGround model; "
+            f"--version: {folder / 'config.json'} is of type {model_type!r}, not a UGround model; "
             "merge a trained run with scripts/merge_lora.py first"
         )
     paths = {"version": base, "vision_tower": vision_tower, "vision_pretrained": vision_pretrained}
     paths = {name: path for name, path in paths.items() if path}
-    model, processor, sources = LOADERS[kind](Path(folder), precision, paths)
+    model, processor, sources = LOADERS[kind](folder, precision, paths)
+    sources = {module: hub.name_of(source) for module, source in sources.items()}
     weights_fingerprint = fingerprint(model.state_dict().values())  # before layers are quantized or offloaded
     place(model, device, quantize, device_map)
     precision_text = ", ".join(filter(None, (precision, quantize)))
-    return Opened(model.eval(), processor, device, precision_text, weights_fingerprint, str(folder), sources)
+    return Opened(model.eval(), processor, device, precision_text, weights_fingerprint, hub.name_of(folder), sources)
 
 
 def _load_merged(folder: Path, precision: str, paths: dict[str, str]) -> Parts:
@@ -142,11 +144,11 @@ def _load_merged(folder: Path, precision: str, paths: dict[str, str]) -> Parts:
 
 def _load_adapter(folder: Path, precision: str, paths: dict[str, str]) -> Parts:
     meta = adapter.read_adapter_meta(folder)
-    settings = meta["config"]["model"] | paths
+    settings = meta["config"]["model"] | meta.get("resolved", {}) | paths
     base = settings["version"], settings["vision_tower"], settings["vision_pretrained"]
-    if missing := [path for path in base if not Path(path).exists()]:
+    if problems := hub.base_problems(*base, version_flag="--base"):
         raise ValueError(
-            f"--version: the base of the adapter {folder} is not here: {', '.join(missing)}. {adapter.WHERE}"
+            f"--version: the base of the adapter {folder} is not here: {'; '.join(problems)}. {adapter.WHERE}"
         )
     model, _, rows = load_for_training(*base, settings["precision"], adapter.settings_of(folder, meta))
     adapter.check_base(folder, meta, rows)
@@ -154,7 +156,8 @@ def _load_adapter(folder: Path, precision: str, paths: dict[str, str]) -> Parts:
     cast_parameters(model, precision)
     trained = {adapter.plain_name(name).split(".")[0] for name in meta["trained"]}
     sources = {
-        row.module: f"{row.source}, trained parts of {folder}" if row.module in trained else row.source for row in rows
+        row.module: f"{row.source}, trained parts of {hub.name_of(folder)}" if row.module in trained else row.source
+        for row in rows
     }
     sources |= {row.module: str(folder) for row in rows if row.source == "new"}
     return model, UGroundProcessor.from_pretrained(folder), sources
@@ -164,12 +167,16 @@ def _load_released(folder: Path, precision: str, paths: dict[str, str]) -> Parts
     raw_config = read_config(folder, "--version")
     release = release_of(raw_config)
     assert release is not None
-    vision_tower = paths.get("vision_tower") or raw_config.get("mm_vision_tower", "")
-    if not vision_tower or not Path(vision_tower).is_dir():
+    tower = paths.get("vision_tower") or str(raw_config.get("mm_vision_tower") or "")
+    try:
+        if not tower:
+            raise ValueError("its configuration has no name")
+        vision_tower = hub.resolve_folder(tower, "--vision_tower").path
+    except ValueError as error:
         raise ValueError(
             f"--version: {folder} is a published checkpoint (config.json), which holds no CLIP; give --vision_tower, "
-            f"the folder of the tower that it was trained with ({vision_tower or 'its configuration has no name'})"
-        )
+            f"the folder of the tower that it was trained with ({error})"
+        ) from error
     tokenizer = load_tokenizer(folder)
     tokenizer.add_tokens([IMAGE], special_tokens=True)  # placeholder of image features; it has no embedding
     ids = token_ids(tokenizer, f"--version: the tokenizer of {folder}")
@@ -204,7 +211,7 @@ def load_for_training(
     """UGround from base weights: a LLaVA-1.5 folder, a CLIP folder, a SAM ``.pth``.
 
     Args:
-        version, vision_tower, vision_pretrained: paths of LLaVA, CLIP and SAM.
+        version, vision_tower, vision_pretrained: paths or hub ids of LLaVA, CLIP and SAM.
         precision: ``fp32``, ``bf16`` or ``fp16``.
         settings: of ``UGroundConfig`` (layer_selection, loss weights, ...).
         max_tokens: longest conversation with its prefix, in tokens (``--model_max_length``).
@@ -216,6 +223,8 @@ def load_for_training(
         ValueError: for wrong paths, weights that do not fit, or a tokenizer without the special tokens.
     """
     transformers_logging.disable_progress_bar()  # clutters output that goes to a file
+    found = hub.resolve_base(version, vision_tower, vision_pretrained)
+    version, vision_tower, vision_pretrained = (str(part.path) for part in found.values())
     model, rows = load_base(version, vision_tower, vision_pretrained, PRECISIONS[precision], settings or {})
     tokenizer = load_tokenizer(version)
     old_size = len(tokenizer)

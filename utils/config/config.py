@@ -12,6 +12,7 @@ from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
 import yaml
 
+from model.loading.hub import base_problems
 from model.settings import (
     RECIPES,
     RUN_NAMES,
@@ -346,15 +347,13 @@ def _ignored(config: Config) -> Iterable[tuple[str, str]]:
 
 
 def missing_paths(config: Config) -> list[str]:
-    """A message for every file and folder of the settings that does not exist."""
-    folders = {"version": config.model.version, "vision_tower": config.model.vision_tower}
-    folders["dataset_dir"] = config.data.dataset_dir
-    files = {
-        "vision_pretrained": config.model.vision_pretrained,
-        "deepspeed_config": config.train.deepspeed_config,
-    }
-    missing = [f"--{name} {path}: no such folder" for name, path in folders.items() if not Path(path).is_dir()]
-    missing += [f"--{name} {path}: no such file" for name, path in files.items() if not Path(path).exists()]
+    """A message for every file and folder of the settings that does not exist. Fetches weights from the hub."""
+    model, deepspeed_config = config.model, config.train.deepspeed_config
+    missing = base_problems(model.version, model.vision_tower, model.vision_pretrained)
+    if not Path(config.data.dataset_dir).is_dir():
+        missing.append(f"--dataset_dir {config.data.dataset_dir}: no such folder")
+    if not Path(deepspeed_config).exists():
+        missing.append(f"--deepspeed_config {deepspeed_config}: no such file")
     if config.train.resume and not Path(config.train.resume).is_dir():
         missing.append(f"--resume {config.train.resume}: no such folder")
     return missing

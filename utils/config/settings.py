@@ -13,10 +13,15 @@ class ModelSettings:
     """model: base weights, LoRA, precision"""
 
     # the paths may change: a checkpoint identifies the weights by their fingerprints
-    version: str = setting("", "folder of the base LLaVA-1.5 weights", required=True, may_change=True)
-    vision_tower: str = setting("", "folder of the CLIP vision tower", required=True, may_change=True)
+    version: str = setting(
+        "", "base LLaVA-1.5: folder, or hub id such as org/name@revision", required=True, may_change=True
+    )
+    vision_tower: str = setting("", "CLIP vision tower: folder, or hub id", required=True, may_change=True)
     vision_pretrained: str = setting(
-        "", "SAM: .pth, or folder of transformers' SamModel; its size is detected", required=True, may_change=True
+        "",
+        "SAM: .pth, folder of transformers' SamModel, hub id (org/name:file), or sam_vit_b, sam_vit_l, sam_vit_h",
+        required=True,
+        may_change=True,
     )
     model_max_length: int = setting(2048, "longest sequence in tokens: image, prompt and one conversation", low=16)
     precision: str = setting("bf16", "floating-point format of training", choices=("fp32", "bf16"))

@@ -41,7 +41,7 @@ CHEAP = 100e6  # parameters up to which a CPU overfits the samples in a minute o
 def check_paths(config: Config) -> Iterator[Finding]:
     """Whether all files and folders of the settings exist."""
     missing = missing_paths(config)
-    fix = "download it (README, Train the 7B model on A100s), or correct the path"
+    fix = "correct it (README, Train the 7B model on A100s)"
     yield from (problem(text, fix) for text in missing)
     if not missing:
         yield ok("all files and folders of the settings exist")

@@ -17,6 +17,7 @@ import torch
 from transformers import CLIPVisionConfig
 
 from model.config import UGroundConfig
+from model.loading.hub import resolve_base
 from model.loading.placement import PRECISIONS
 from model.loading.weights import base_config, read_sam
 from model.lora import add_lora
@@ -213,22 +214,26 @@ def preset(name: str, **settings: Any) -> UGroundConfig:
 def shape_of(config: Config) -> tuple[UGroundConfig, str]:
     """The model that a configuration trains, and the source of its sizes.
 
-    Weights that do not exist yet are assumed to be LLaVA-1.5 of the size in their name.
+    Weights that are not on this machine yet are assumed to be LLaVA-1.5 of the size in their name.
 
     Raises:
         ValueError: if neither the files nor the name give the size.
     """
     paths = config.model
-    if all(Path(path).exists() for path in (paths.version, paths.vision_tower, paths.vision_pretrained)):
-        sam = read_sam(paths.vision_pretrained)[1]
+    try:
+        found = resolve_base(paths.version, paths.vision_tower, paths.vision_pretrained, download=False)
+    except ValueError:
+        found = {}
+    if found:
+        version, tower, sam = (part.path for part in found.values())
         keys = ["mm_projector.2.weight"]  # LLaVA-1.5's; another one weighs as little
-        return base_config(Path(paths.version), Path(paths.vision_tower), sam, keys, config.method), paths.version
+        return base_config(version, tower, read_sam(str(sam))[1], keys, config.method), paths.version
     name = next((size for size in ("13b", "7b") if size in Path(paths.version).name.lower()), None)
     if name is None:
         raise ValueError(
-            f"--version {paths.version}: the weights do not exist, and the name contains neither 7b nor 13b"
+            f"--version {paths.version}: the weights are not here, and the name contains neither 7b nor 13b"
         )
-    return preset(name, **config.method), f"LLaVA-1.5 {name.upper()} with SAM ViT-H, assumed: the files do not exist"
+    return preset(name, **config.method), f"LLaVA-1.5 {name.upper()} with SAM ViT-H, assumed: the files are not here"
 
 
 def count_parameters(shape: UGroundConfig, lora_r: int, targets: str = "q_proj,v_proj") -> tuple[int, int]:

@@ -19,6 +19,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from model.loading import hub
 from model.loading.files import read_json
 from utils import distributed
 from utils.config import FIELDS, Config, config_from, to_dict
@@ -75,9 +76,11 @@ def trained_shapes(model: nn.Module) -> dict[str, list[int]]:
 
 
 def describe_settings(config: Config, data: list[dict]) -> dict[str, Any]:
-    """Metadata of a run before its model is built: settings, data (``Mixture.describe``), processes."""
+    """Metadata of a run before its model is built: settings, base weights by name, data (``Mixture.describe``)."""
+    base = hub.resolve_base(config.model.version, config.model.vision_tower, config.model.vision_pretrained)
     return {
         "config": to_dict(config),
+        "resolved": {setting: part.name for setting, part in base.items()},
         "data": [{key: value for key, value in row.items() if key != "skipped"} for row in data],
         "processes": distributed.world_size(),
     }
@@ -286,7 +289,10 @@ def differences(run: dict[str, Any], saved: dict[str, Any]) -> list[str]:
         if not FIELDS[name].metadata["may_change"]:
             problems.append(f"{name}: {before[name]!r} in the checkpoint, now {now[name]!r}")
     for module in differing(run["base"], saved["base"]) if "base" in run else ():
-        problems.append(f"--{path_setting(module)}: the base weights of {module} are not the same")
+        setting = path_setting(module)
+        names = [meta.get("resolved", {}).get(setting, "unknown") for meta in (saved, run)]
+        moved = f": {names[0]} in the checkpoint, now {names[1]}" if names[0] != names[1] else ""
+        problems.append(f"--{setting}: the base weights of {module} are not the same{moved}")
     if "vocabulary" in run and run["vocabulary"] != saved.get("vocabulary", run["vocabulary"]):
         problems.append("--version: the tokenizer's vocabulary is not the same")
     elif "probe" in run and run["probe"] != saved.get("probe", run["probe"]):
