@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import os
@@ -14,7 +15,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-TOKEN = "hf_reader"
+TOKEN, WRITER = "hf_reader", "hf_writer"  # the second may write to ``org``
 LARGE = (".safetensors", ".bin", ".pth", ".parquet")  # by Git LFS
 
 
@@ -24,6 +25,7 @@ class Repository:
 
     Attributes:
         gated: whether files need a token, as on the hub, where the list of files is public; private: all needs one.
+        commits: messages of those that were uploaded.
         wrong: file -> bytes that are sent in its place; cut: files whose first transfer breaks off in the middle.
     """
 
@@ -33,6 +35,7 @@ class Repository:
     private: bool = False
     wrong: dict[str, bytes] = field(default_factory=dict)
     cut: set[str] = field(default_factory=set)
+    commits: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -54,11 +57,13 @@ def git_sha1(content: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
-def lay_out(cache: Path, name: str, files: dict[str, bytes] | Path, commit: str, branch: str = "main") -> Path:
+def lay_out(
+    cache: Path, name: str, files: dict[str, bytes] | Path, commit: str, branch: str = "main", kind: str = "models"
+) -> Path:
     """Writes a cache as huggingface_hub does, without its list of files; returns the snapshot's folder."""
     if isinstance(files, Path):
         files = {path.name: path.read_bytes() for path in files.iterdir()}
-    repository = cache / f"models--{name.replace('/', '--')}"
+    repository = cache / f"{kind}--{name.replace('/', '--')}"
     snapshot = repository / "snapshots" / commit
     for file, content in files.items():
         blob = repository / "blobs" / (sha256(content) if file.endswith(LARGE) else git_sha1(content))
@@ -118,7 +123,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _repository(self, name: str, revision: str, of_files: bool) -> Repository | None:
         """The repository, unless an error was answered."""
         repository = self.hub.repositories.get(name)
-        allowed = self.headers.get("authorization") == f"Bearer {TOKEN}"
+        allowed = self.headers.get("authorization") in (f"Bearer {TOKEN}", f"Bearer {WRITER}")
         if repository is None or (repository.private and not allowed):
             return self._error(401 if not allowed else 404, "RepoNotFound")
         if repository.gated and of_files and not allowed:
@@ -132,7 +137,8 @@ class _Handler(BaseHTTPRequestHandler):
             return None
         if not tree:
             siblings = [{"rfilename": file} for file in repository.files]
-            return self._json({"id": name.removeprefix("datasets/"), "sha": repository.commit, "siblings": siblings})
+            about = {"id": name.removeprefix("datasets/"), "private": repository.private}
+            return self._json(about | {"sha": repository.commit, "siblings": siblings})
         entries = []
         for file, content in repository.files.items():
             entry = {"type": "file", "path": file, "size": len(content), "oid": git_sha1(content)}
@@ -162,6 +168,72 @@ class _Handler(BaseHTTPRequestHandler):
             headers |= {"Content-Range": f"bytes {start}-{end}/{len(content)}"}
             return self._send(206, content[start : end + 1], headers)
         return self._send(200, content, headers)
+
+    # -- uploading, by Git LFS ---------------------------------------------------------------------------------------
+
+    def do_POST(self) -> None:
+        self.hub.requests.append(f"{self.command} {self.path}")
+        body = self._body()
+        if self.path == "/api/validate-yaml":
+            return self._json({"errors": [], "warnings": []})
+        if self.path == "/api/repos/create":
+            return self._create(json.loads(body))
+        match = re.fullmatch(
+            r"/(?:api/models/)?(org/[^/.]+)(?:/(preupload|commit)/main|\.git/info/lfs/objects/batch)", self.path
+        )
+        if match is None or self.headers.get("authorization") != f"Bearer {WRITER}":
+            return self._error(403, "Forbidden")
+        if match[2] == "commit":
+            return self._commit(match[1], [json.loads(line) for line in body.splitlines()])
+        if match[2] == "preupload":
+            modes = [
+                {"path": file["path"], "uploadMode": "lfs" if file["path"].endswith(LARGE) else "regular"}
+                for file in json.loads(body)["files"]
+            ]
+            return self._json({"files": [mode | {"shouldIgnore": False} for mode in modes]})
+        objects = json.loads(body)["objects"]
+        actions = [item | {"actions": {"upload": {"href": f"{self.hub.url}/upload/{item['oid']}"}}} for item in objects]
+        return self._json({"transfer": "basic", "objects": actions})
+
+    def do_PUT(self) -> None:
+        content = self._body()
+        self.hub.uploads[sha256(content)] = content
+        self._send(200, b"", {})
+
+    def _create(self, wanted: dict) -> None:
+        name = f"{wanted['organization']}/{wanted['name']}"
+        if self.headers.get("authorization") != f"Bearer {WRITER}" or wanted["organization"] != "org":
+            return self._error(403, "Forbidden")
+        if name in self.hub.repositories:
+            return self._json({"error": "exists", "url": f"{self.hub.url}/{name}"}, 409)
+        self.hub.repositories[name] = Repository({}, private=wanted.get("visibility") == "private")
+        return self._json({"url": f"{self.hub.url}/{name}"})
+
+    def _commit(self, name: str, lines: list[dict]) -> None:
+        repository = self.hub.repositories[name]
+        for line in lines:
+            value = line["value"]
+            if line["key"] == "file":
+                repository.files[value["path"]] = base64.b64decode(value["content"])
+            elif line["key"] == "lfsFile":
+                repository.files[value["path"]] = self.hub.uploads[value["oid"]]
+            elif line["key"] == "deletedFile":
+                del repository.files[value["path"]]
+            else:
+                repository.commits.append(value["summary"])
+        self._json({"commitUrl": f"{self.hub.url}/{name}/commit/{'e' * 40}", "commitOid": "e" * 40})
+
+    def _body(self) -> bytes:
+        if self.headers.get("transfer-encoding") != "chunked":
+            return self.rfile.read(int(self.headers["content-length"]))
+        parts = []
+        while size := int(self.rfile.readline(), 16):
+            parts.append(self.rfile.read(size))
+            self.rfile.readline()
+        self.rfile.readline()
+        return b"".join(parts)
+
+    # -- answers -------------------------------------------------------------------------------------------------------
 
     def _json(self, value: object, status: int = 200) -> None:
         self._send(status, json.dumps(value).encode(), {"Content-Type": "application/json"})
