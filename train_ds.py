@@ -34,7 +34,7 @@ from utils.evaluation.benchmarks import benchmark_of
 from utils.evaluation.panels import validation_sheet
 from utils.evaluation.predictions import InferenceOptions
 from utils.training import checkpoint as checkpoints
-from utils.training.data_content import content_of
+from utils.training.data_content import content_of, source_of
 from utils.training.run_lock import lock_run
 from utils.training.run_log import DivergedError, Meter, RunLog, check_finite, loading_table, parameter_table
 from utils.wording import counted
@@ -174,7 +174,7 @@ def build_run(config: Config, device: torch.device) -> Run:
     exists = distributed.all_gather(config.run_folder.is_dir())[0]  # as the main process sees it
     lock = lock_folder(config) if exists else None
     start = find_start(config)
-    contents = [{"content": content_of(dataset)} for dataset in mixture.datasets]
+    contents = [{"content": content_of(dataset)} | source_of(dataset) for dataset in mixture.datasets]
     rows = [row | content for row, content in zip(mixture.describe(), contents, strict=True)]
     meta = checkpoints.describe_settings(config, rows)
     if start:

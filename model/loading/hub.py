@@ -18,12 +18,15 @@ from functools import partial
 from pathlib import Path
 
 ID = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w.-]+)(@(?P<revision>[^:@\s]+))?(:(?P<file>[^:\s]+))?")
-CACHED = re.compile(r".*/models--(.+?)--(.+?)/snapshots/([0-9a-f]{40})(?:/(.+))?")  # of a path in the hub's cache
+CACHED = re.compile(
+    r".*/(?:models|datasets)--(.+?)--(.+?)/snapshots/([0-9a-f]{40})(?:/(.+))?"
+)  # of a path in the hub's cache
 COMMIT = re.compile(r"[0-9a-f]{40}")
 EXPLICIT = "hub:"  # an id, even where a folder has its name
 SMALL = ("*.json", "*.txt", "*.model", "README.md")  # settings and tokenizers
 SAFETENSORS = ("model*.safetensors", "adapter_model.safetensors", "trained_parts.safetensors")
 SHARDS = ("pytorch_model*.bin",)
+DATA = ("jsonl", "parquet", "jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff")  # of data sets, in either case
 SAM_REPOSITORY = "ybelkada/segment-anything"
 SAM_FILES = {  # short name -> Meta's file in SAM_REPOSITORY, its SHA-256
     "sam_vit_b": (
@@ -158,6 +161,26 @@ def resolve_file(text: str | Path, flag: str, download: bool = True) -> Resolved
             f"{what}: is not Meta's file, whose SHA-256 is {sha256}; download that from segment-anything's "
             "page and give its path"
         )
+    return Resolved(path, name_of(path))
+
+
+def resolve_dataset(text: str, flag: str) -> Resolved:
+    """A data set's folder or file: a path, or ``hub:org/name``, ``hub:org/name@revision``, ``hub:org/name:file``.
+
+    JSONL and parquet files and images are downloaded, with their folders.
+
+    Raises:
+        ValueError: as ``resolve_folder``.
+    """
+    if not text.startswith(EXPLICIT):
+        return Resolved(Path(text), text)
+    parts = _parse(text, flag, "data set", f", {EXPLICIT}org/name:file")
+    assert parts is not None, "an explicit id is no path"
+    patterns = tuple(f"*.{suffix}" for name in DATA for suffix in (name, name.upper()))
+    path = _snapshot(parts, "dataset", patterns, f"{flag} {text}") / parts.file
+    if not path.exists():
+        page = f"{_page(parts.repo, 'dataset')}/tree/{parts.revision or 'main'}"
+        raise ValueError(f"{flag} {text}: the repository has no such file; {page} lists what it has")
     return Resolved(path, name_of(path))
 
 

@@ -21,7 +21,8 @@ from utils.training import checkpoint as checkpoints
 WRITTEN = ROOT / "tests/fixtures/written_before"
 A, B = "a" * 40, "b" * 40
 CASES = """
-import json, sys
+import json, sys, time
+time.sleep = lambda seconds: None  # between a broken transfer and its second try
 from model.loading.hub import resolve_file, resolve_folder
 results = {}
 for line in json.loads(sys.argv[1]):

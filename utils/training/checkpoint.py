@@ -77,10 +77,10 @@ def trained_shapes(model: nn.Module) -> dict[str, list[int]]:
 
 def describe_settings(config: Config, data: list[dict]) -> dict[str, Any]:
     """Metadata of a run before its model is built: settings, base weights by name, data (``Mixture.describe``)."""
-    base = hub.resolve_base(config.model.version, config.model.vision_tower, config.model.vision_pretrained)
+    found = hub.resolve_base(config.model.version, config.model.vision_tower, config.model.vision_pretrained)
     return {
         "config": to_dict(config),
-        "resolved": {setting: part.name for setting, part in base.items()},
+        "resolved": {setting: part.name for setting, part in found.items()},
         "data": [{key: value for key, value in row.items() if key != "skipped"} for row in data],
         "processes": distributed.world_size(),
     }
@@ -303,7 +303,7 @@ def differences(run: dict[str, Any], saved: dict[str, Any]) -> list[str]:
         if comparable(*contents) and contents[0] != contents[1]:
             problems.append(f"data set {name}: its annotations have changed since the checkpoint was written")
         for rows in (now, before):
-            rows[name] = {key: value for key, value in rows[name].items() if key != "content"}
+            rows[name] = {key: value for key, value in rows[name].items() if key not in ("content", "source")}
     for name in differing(now, before):
         problems.append(f"data set {name}: {before.get(name)} in the checkpoint, now {now.get(name)}")
     if run["processes"] != saved["processes"]:

@@ -77,7 +77,7 @@ def _base_table(paths: dict[str, str], fingerprints: dict[str, str]) -> str:
 
 
 def _data_table(data: list[dict[str, Any]]) -> str:
-    rows = [[row["name"], row["type"], f"{row['images']:,}", f"{row['share']:.1%}"] for row in data]
+    rows = [[row.get("source", row["name"]), row["type"], f"{row['images']:,}", f"{row['share']:.1%}"] for row in data]
     return markdown([["data set", "type", "images", "share"], *rows]) if rows else "None: not trained."
 
 
