@@ -101,7 +101,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 def add_running_flags(parser: argparse.ArgumentParser) -> None:
     """Flags of how an evaluation runs, and of what it writes."""
     add = parser.add_argument
-    add("--output", type=Path, metavar="DIR", help="folder for the results (default: eval/ in the --version folder)")
+    add(
+        "--output",
+        type=Path,
+        metavar="DIR",
+        help="folder for the results (default: eval/ in the --version folder; for a hub id runs/ORG--NAME/eval)",
+    )
     add(
         "--save_overlays", type=cli.whole(0), default=0, metavar="N", help="also plot N samples, from worst to best IoU"
     )

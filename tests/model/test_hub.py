@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from loopback_hub import TOKEN, Repository, lay_out, serve
+from programs import evaluation
 from tiny_run import ROOT, environment
 
 from model.loading import hub
@@ -228,6 +229,11 @@ def test_names():
     assert repository_of(name_of(f"{path}/sam.pth")) == "org/a-b"
     assert repository_of("weights/llava") is None
     assert repository_of("org/name@main") is None
+
+
+def test_results_of_a_model_of_the_hub_are_not_written_to_a_folder_of_its_name(tmp_path):
+    assert evaluation.output_of("hub:org/name@v1") == Path("runs/org--name@v1/eval")
+    assert evaluation.output_of(str(tmp_path)) == tmp_path / "eval"
 
 
 # -- loading -----------------------------------------------------------------------------------------------------------
