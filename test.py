@@ -101,7 +101,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 def add_running_flags(parser: argparse.ArgumentParser) -> None:
     """Flags of how an evaluation runs, and of what it writes."""
     add = parser.add_argument
-    add("--output", type=Path, metavar="DIR", help="folder for the results (default: eval/ in the --version folder)")
+    add(
+        "--output",
+        type=Path,
+        metavar="DIR",
+        help="folder for the results (default: eval/ in the --version folder; for a hub id runs/ORG--NAME/eval)",
+    )
     add(
         "--save_overlays", type=cli.whole(0), default=0, metavar="N", help="also plot N samples, from worst to best IoU"
     )
@@ -158,7 +163,7 @@ def main(arguments: list[str] | None = None) -> int:
     if args.compile_sam:
         model.visual_model.compile_encoder()
     args.layer_policy = args.layer_policy or model.config.layer_policy
-    output = args.output or Path(args.version) / "eval"
+    output = args.output or output_of(args.version)
     output.mkdir(parents=True, exist_ok=True)  # fails, if at all, before hours of work
     run_info = describe_run(args, opened)
     jobs = [
@@ -264,6 +269,12 @@ def save_overlays(folder: Path, result: Result, sample_panels: list[tuple[Record
     path = folder / f"{name}.overlays.png"
     save_picture(path, sheet([panel for _, panel in sample_panels], title))
     return path
+
+
+def output_of(version: str) -> Path:
+    """The folder of results without ``--output``: inside the model's, or ``runs/org--name`` for one of the hub."""
+    folder = Path(version) if Path(version).is_dir() else Path("runs", version.removeprefix("hub:").replace("/", "--"))
+    return folder / "eval"
 
 
 def modes_of(mode: str, spec: Spec) -> tuple[str, ...]:

@@ -34,7 +34,7 @@ from utils.evaluation.benchmarks import benchmark_of
 from utils.evaluation.panels import validation_sheet
 from utils.evaluation.predictions import InferenceOptions
 from utils.training import checkpoint as checkpoints
-from utils.training.data_content import content_of
+from utils.training.data_content import content_of, source_of
 from utils.training.lineage import adopt
 from utils.training.run_lock import lock_run
 from utils.training.run_log import DivergedError, Meter, RunLog, check_finite, loading_table, parameter_table
@@ -176,7 +176,7 @@ def build_run(config: Config, device: torch.device) -> Run:
     exists = distributed.all_gather(config.run_folder.is_dir())[0]  # as the main process sees it
     lock = lock_folder(config) if exists else None
     start = find_start(config)
-    contents = [{"content": content_of(dataset)} for dataset in mixture.datasets]
+    contents = [{"content": content_of(dataset)} | source_of(dataset) for dataset in mixture.datasets]
     rows = [row | content for row, content in zip(mixture.describe(), contents, strict=True)]
     meta = checkpoints.describe_settings(config, rows)
     if start:
@@ -221,10 +221,11 @@ def build_run(config: Config, device: torch.device) -> Run:
 
 def unread_paths(config: Config) -> str:
     """A line that names the paths that a finished model in ``--version`` makes needless, if there are any."""
-    from model.loading.pretrained import paths_beside
+    from model.loading.pretrained import resolve_start, unread_beside
 
-    unread = [name for name, use in paths_beside(config.model.version).items() if use == "unread"]
-    given = [f"--{name} {path}" for name in unread if (path := getattr(config.model, name))]
+    paths = config.model
+    folder = resolve_start(paths.version, paths.vision_tower, paths.vision_pretrained)["version"].path
+    given = [f"--{name} {path}" for name in unread_beside(folder) if (path := getattr(paths, name))]
     return f"not read, as --version holds these parts: {', '.join(given)}\n" if given else ""
 
 

@@ -5,6 +5,7 @@
     python scripts/convert_data.py masks masks --images photos --output own.jsonl --query "a crack"
     python scripts/convert_data.py yolo dataset/data.yaml --output own.jsonl --split
     python scripts/convert_data.py cvat annotations.xml --output own.jsonl  # or label-studio, via
+    python scripts/convert_data.py parquet hub:Ricky06662/ReasonSeg_test --output own.jsonl  # or a folder
     python scripts/convert_data.py check own.jsonl --pictures 12
 
 Each query occurs once per image: objects with the same label become one line with several masks. What was left out, and
@@ -22,6 +23,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from model.loading.hub import resolve_dataset
 from utils.command_line.parser import Parser
 from utils.conversion.annotated import Annotated
 from utils.conversion.check import check_file, plot_first
@@ -33,6 +35,7 @@ from utils.conversion.label_studio import read_label_studio
 from utils.conversion.labelme import read_labelme
 from utils.conversion.lines import add_absent, lines_of, write_lines
 from utils.conversion.mask_images import read_masks
+from utils.conversion.parquet import read_parquet
 from utils.conversion.queries import BoxMasks, QueriedImage, Queries, Summary
 from utils.conversion.via import read_via
 from utils.conversion.yolo import read_yolo
@@ -48,6 +51,7 @@ READERS: dict[str, Callable[[argparse.Namespace], Annotated]] = {
     "label-studio": lambda args: read_label_studio(args.file, args.images, args.attribute, args.encoding),
     "via": lambda args: read_via(args.file, args.images, args.attribute, one_query(args), args.encoding),
     "cvat": lambda args: read_cvat(args.file, args.images, args.attribute, args.encoding),
+    "parquet": lambda args: read_parquet(args.folder, extracted(args.output)),
 }
 
 
@@ -75,6 +79,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def convert(args: argparse.Namespace) -> None:
     """Reads, joins, prints the summary and writes; ``DataError`` if there is nothing to write."""
+    if args.source == "parquet":
+        args.folder = resolve_dataset(str(args.folder), "parquet").path
     annotated = read(args)
     summary = Summary()
     images = Queries(args.query, box_masks(args), summary).images_of(annotated)
@@ -212,6 +218,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         metavar="FILE",
         help="for PNGs in colors: CVAT's labelmap.txt, lines R G B NAME, a CSV, JSON {NAME: [R, G, B]}",
     )
+    source = sources.add_parser(
+        "parquet", parents=[shared], help="ReasonSeg or RefCOCO in parquet files: columns image, text, mask"
+    )
+    source.add_argument("folder", type=Path, help="folder, file, or data set of the hub: hub:org/name[@revision]")
+    source.set_defaults(images=None)
     add_tools(lambda name, text: sources.add_parser(name, parents=[shared], help=text))
     source = sources.add_parser("check", help="decode all images and masks of a JSONL, and list all errors")
     source.add_argument("file", type=Path)
@@ -268,7 +279,7 @@ def add_shared_flags(add: Callable[..., argparse.Action]) -> None:
         choices=("rectangle", "sam"),
         help="masks for annotations that are only boxes: the rectangle, which is coarse, or what SAM finds in it",
     )
-    add("--sam", type=Path, metavar="FILE", help="for --boxes sam: segment-anything's .pth, or a merged model's folder")
+    add("--sam", metavar="FILE", help="for --boxes sam: SAM, as train_ds.py --vision_pretrained, or a merged model")
     add("--encoding", metavar="NAME", help="encoding of text files that are not UTF-8, such as gbk")
     add("--pictures", type=_count, default=12, metavar="N", help="plot the first N lines (default: 12; 0 = none)")
 

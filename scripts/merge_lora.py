@@ -3,9 +3,10 @@
     python scripts/merge_lora.py --checkpoint runs/tiny --output runs/tiny/merged
     python scripts/merge_lora.py --config configs/tiny.yaml --output runs/tiny/untrained    # before training
     python scripts/merge_lora.py --checkpoint runs/tiny --adapter_only --output runs/tiny/adapter    # without base
+    python scripts/merge_lora.py --checkpoint runs/tiny --output runs/tiny/merged --push org/name    # and share it
 
 The folder loads with ``UGroundForCausalLM.from_pretrained`` and in test.py and chat.py (``--version``); an adapter
-only in the latter two, on top of its base. It contains a model card (README.md): ``hf upload NAME FOLDER`` shares it.
+only in the latter two, on top of its base. It contains a model card (README.md).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +35,7 @@ from utils.training import checkpoint as checkpoints
 from utils.training.checkpoint import CheckpointError
 from utils.training.lineage import adopt
 from utils.training.model_card import model_card
+from utils.training.push import check_push, push
 
 if TYPE_CHECKING:
     import torch
@@ -54,6 +57,10 @@ def main(argv: list[str] | None = None) -> int:
 
     try:
         check_output(args.output)
+        if args.push:
+            check_push(args.push)
+        elif args.private:
+            raise ValueError("--private is for the repository of --push; give both, or neither")
         model, processor, config, meta = initial_state(args) if args.config else trained_state(args)
         if args.adapter_only:
             save = partial(adapter.save, model, dtype=PRECISIONS[config.model.precision])
@@ -64,13 +71,15 @@ def main(argv: list[str] | None = None) -> int:
             save, meta = partial(save_merged, merged), meta | {"merge_difference": difference}
         card = model_card(args.name or config.train.exp_name, meta, args.adapter_only, args.license)
         write_folder(save, processor, args.output, meta, card)
+        print(f"wrote {args.output}")
+        if args.push:
+            print(f"pushed to {push(args.output, args.push, args.private)}")
     except (ValueError, OSError, SafetensorError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\ninterrupted; nothing was written", file=sys.stderr)
+        print("\ninterrupted; what was not announced as written is not there", file=sys.stderr)
         return 130
-    print(f"wrote {args.output}")
     return 0
 
 
@@ -104,9 +113,16 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         metavar="ID",
         help="license of the weights, as an identifier of the Hub (default: other)",
     )
-    parser.add_argument("--version", metavar="DIR", help="base LLaVA-1.5 folder, if it has moved")
-    parser.add_argument("--vision_tower", metavar="DIR", help="CLIP folder, if it has moved")
-    parser.add_argument("--vision_pretrained", metavar="FILE", help="SAM checkpoint, if it has moved")
+    parser.add_argument(
+        "--push",
+        metavar="ORG/NAME",
+        help="then upload the folder to this repository of the Hugging Face hub, in one commit; it is created if it "
+        "does not exist",
+    )
+    parser.add_argument("--private", action="store_true", help="create the repository of --push as private")
+    parser.add_argument("--version", metavar="DIR", help="base LLaVA-1.5, folder or hub id, if it has moved")
+    parser.add_argument("--vision_tower", metavar="DIR", help="CLIP, folder or hub id, if it has moved")
+    parser.add_argument("--vision_pretrained", metavar="FILE", help="SAM, file or hub id, if it has moved")
     return parser.parse_args(argv)
 
 
@@ -128,9 +144,13 @@ def trained_state(args: argparse.Namespace) -> tuple[nn.Module, UGroundProcessor
     meta = checkpoints.read_meta(checkpoint)
     meta.pop("files", None)  # of the checkpoint, not of the folder that is written
     print(f"{checkpoint}: step {meta['step']}, {metrics_text(meta['metrics'])}")
-    meta["config"]["model"] |= moved_paths(args)  # the written folder names them too
+    moved = moved_paths(args)
+    meta["config"]["model"] |= moved  # the written folder names them too
     config = config_from(meta["config"], checkpoints.META)
-    model, processor = load_trained(checkpoint, meta, config)
+    # a branch of the hub may have moved on since the run: its commit is loaded
+    loading = replace(config, model=replace(config.model, **(meta.get("resolved", {}) | moved)))
+    model, processor = load_trained(checkpoint, meta, loading)
+    meta["resolved"] = checkpoints.describe_settings(loading, [])["resolved"]
     return model, processor, config, meta | {"checkpoint": str(checkpoint)}
 
 

@@ -10,6 +10,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # the numbers are the CPU's, on a machine with a GPU, too; scripts/gpu_check.py compares a GPU with them
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
+os.environ["HF_HUB_OFFLINE"] = "1"  # a mistyped path must not be looked for on the hub; tests of it have their own
 
 import cv2
 import numpy as np
@@ -19,6 +20,7 @@ from PIL import Image
 from tiny_run import write_base
 
 from model.config import UGroundConfig
+from model.loading import hub
 from model.processing.processor import UGroundProcessor
 from model.structures import Sample, Turn
 from model.UGround import UGroundForCausalLM
@@ -181,3 +183,14 @@ def val_data(tmp_path):
         values["meta"] = {"family": "attribute" if number < 2 else "relation"}  # as in scripts/make_demo_data.py
         (folder / f"{number}.json").write_text(json.dumps(values))
     return tmp_path / "data"
+
+
+@pytest.fixture
+def hub_cache(tmp_path, monkeypatch):
+    """The folder of an empty cache of the hub; this process is offline."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub_cache"))
+    hub._download.cache_clear()
+    yield tmp_path / "hub_cache"
+    hub._download.cache_clear()

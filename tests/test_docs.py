@@ -28,7 +28,7 @@ FOLDERS = "model|utils|scripts|configs|docs|tests|assets"
 PATH = re.compile(rf"(?<![\w./+-])(?:{FOLDERS})/[\w./+-]*\w")
 PROGRAM = re.compile(r"(?:[\w.]+/)*\w+\.py")
 FLAG = re.compile(r"--[a-z][\w-]*")
-SOURCES = ("labelme", "coco", "masks", "yolo", "label-studio", "via", "cvat")  # of scripts/convert_data.py
+SOURCES = ("labelme", "coco", "masks", "yolo", "label-studio", "via", "cvat", "parquet")  # of scripts/convert_data.py
 ELSEWHERE = {"--shm-size"}  # flags of other programs that the text names
 PRIVATE = re.compile(  # older words of this project for things that have a standard name
     r"LISA's way|connect\w* from|text.blind|by heart|\bmend|way out|stands? once|\bgo(?:es)? on\b|\bdoubt|says? no\b"

@@ -17,7 +17,7 @@ PROGRAMS = [
     "app.py",
     *sorted(f"scripts/{p.name}" for p in ROOT.glob("scripts/*.py")),
 ]
-SLOW = {"torch", "transformers", "peft", "deepspeed", "gradio", "matplotlib", "scipy"}
+SLOW = {"torch", "transformers", "peft", "deepspeed", "gradio", "matplotlib", "scipy", "huggingface_hub"}
 HELP = """
 import runpy, sys
 sys.argv = [sys.argv[1], "--help"]

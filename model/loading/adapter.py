@@ -121,7 +121,7 @@ def apply(model: nn.Module, folder: Path, meta: dict[str, Any]) -> None:
 
 def _merge(model: nn.Module, lora: dict[str, torch.Tensor], meta: dict[str, Any], folder: Path) -> None:
     """Adds LoRA's products, and copies the rows of added tokens, which peft numbers in its configuration."""
-    tokens = read_json(folder / "adapter_config.json").get("trainable_token_indices") if lora else None
+    tokens = (read_json(folder / "adapter_config.json") if lora else {}).get("trainable_token_indices") or {}
     settings = meta["config"]["model"]
     for key, value in lora.items():
         name = plain_name(key)

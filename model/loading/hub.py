@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import os
 import re
 import time
 from dataclasses import dataclass
@@ -15,10 +16,15 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 ID = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w.-]+)(@(?P<revision>[^:@\s]+))?(:(?P<file>[^:\s]+))?")
+CACHED = re.compile(
+    r".*/(?:models|datasets)--(.+?)--(.+?)/snapshots/([0-9a-f]{40})(?:/(.+))?"
+)  # of a path in the hub's cache
+COMMIT = re.compile(r"[0-9a-f]{40}")
 EXPLICIT = "hub:"  # an id, even where a folder has its name
 SMALL = ("*.json", "*.txt", "*.model", "README.md")  # settings and tokenizers
 SAFETENSORS = ("model*.safetensors", "adapter_model.safetensors", "trained_parts.safetensors")
 SHARDS = ("pytorch_model*.bin",)
+DATA = ("jsonl", "parquet", "jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff")  # of data sets, in either case
 SAM_REPOSITORY = "ybelkada/segment-anything"
 SAM_FILES = {  # short name -> Meta's file in SAM_REPOSITORY, its SHA-256
     "sam_vit_b": (
@@ -57,26 +63,42 @@ class _DamagedError(Exception):
     """A file of the cache that is not the hub's."""
 
 
-def resolve_folder(text: str, flag: str) -> Resolved:
+def name_of(path: str | Path) -> str:
+    """The name of a path as ``Resolved`` has it: ``org/name@<commit hash>[:file]`` in the hub's cache."""
+    match = CACHED.fullmatch(str(path))
+    return f"{match[1]}/{match[2]}@{match[3]}" + (f":{match[4]}" if match[4] else "") if match else str(path)
+
+
+def repository_of(name: str) -> str | None:
+    """``org/name`` of a name with a commit hash; None for a path."""
+    match = ID.fullmatch(name)
+    return match["repo"] if match and COMMIT.fullmatch(match["revision"] or "") else None
+
+
+def resolve_folder(text: str | Path, flag: str, download: bool = True) -> Resolved:
     """The folder of a model: a path, or a repository of the hub, which is downloaded unless the cache holds it.
 
     Args:
         text: a path, ``org/name`` or ``org/name@revision`` (a branch, tag or commit). A path that exists comes first;
             ``hub:org/name`` is never a path.
         flag: that gave the text, for messages.
+        download: what the cache lacks; otherwise that is an error.
 
     Raises:
         ValueError: if there is neither such a folder nor such a repository, or the hub refuses, cannot be reached, or
             gives another file than it lists.
     """
-    if (parts := _parse(text, flag)) is None:
+    text = str(text)
+    if (parts := _parse(text, flag, "folder")) is None:
+        if not Path(text).is_dir():
+            raise ValueError(f"{flag} {text}: is no folder")
         return Resolved(Path(text), text)
     if parts.file:
         raise ValueError(f"{flag} {text}: names a file; this takes a whole repository, such as {parts.repo}")
-    return _folder(parts, f"{flag} {text}")
+    return _folder(parts, f"{flag} {text}", download)
 
 
-def resolve_file(text: str, flag: str) -> Resolved:
+def resolve_file(text: str | Path, flag: str, download: bool = True) -> Resolved:
     """A SAM: a path, ``org/name:file``, ``org/name@revision:file``, or a short name of Meta's files (``SAM_FILES``).
 
     ``org/name`` without a file is a folder of transformers' ``SamModel``, as for ``resolve_folder``.
@@ -84,14 +106,15 @@ def resolve_file(text: str, flag: str) -> Resolved:
     Raises:
         ValueError: as ``resolve_folder``, and if the file is not the one that a short name stands for.
     """
+    text = str(text)
     short, sha256 = SAM_FILES.get(text, ("", ""))
     address = f"{SAM_REPOSITORY}:{short}" if short and not Path(text).exists() else text
-    if (parts := _parse(address, flag, f", org/name:file, or {', '.join(SAM_FILES)}")) is None:
+    if (parts := _parse(address, flag, "file", f", org/name:file, or {', '.join(SAM_FILES)}")) is None:
         return Resolved(Path(text), text)
     what = f"{flag} {address}"
     if not parts.file:
-        return _folder(parts, what)
-    folder = _snapshot(parts, "model", (parts.file,), what)
+        return _folder(parts, what, download)
+    folder = _snapshot(parts, "model", (parts.file,), what, download)
     path = folder / parts.file
     if not path.is_file():
         raise ValueError(
@@ -102,14 +125,34 @@ def resolve_file(text: str, flag: str) -> Resolved:
             f"{what}: is not Meta's file, whose SHA-256 is {sha256}; download that from segment-anything's "
             "page and give its path"
         )
-    return Resolved(path, f"{parts.repo}@{folder.name}:{parts.file}")
+    return Resolved(path, name_of(path))
 
 
-def _parse(text: str, flag: str, forms: str = "") -> _Parts | None:
+def resolve_dataset(text: str, flag: str) -> Resolved:
+    """A data set's folder or file: a path, or ``hub:org/name``, ``hub:org/name@revision``, ``hub:org/name:file``.
+
+    JSONL and parquet files and images are downloaded, with their folders.
+
+    Raises:
+        ValueError: as ``resolve_folder``.
+    """
+    if not text.startswith(EXPLICIT):
+        return Resolved(Path(text), text)
+    parts = _parse(text, flag, "data set", f", {EXPLICIT}org/name:file")
+    assert parts is not None, "an explicit id is no path"
+    patterns = tuple(f"*.{suffix}" for name in DATA for suffix in (name, name.upper()))
+    path = _snapshot(parts, "dataset", patterns, f"{flag} {text}") / parts.file
+    if not path.exists():
+        page = f"{_page(parts.repo, 'dataset')}/tree/{parts.revision or 'main'}"
+        raise ValueError(f"{flag} {text}: the repository has no such file; {page} lists what it has")
+    return Resolved(path, name_of(path))
+
+
+def _parse(text: str, flag: str, kind: str, forms: str = "") -> _Parts | None:
     """The parts of an id; None for a path that exists.
 
     Args:
-        forms: that the flag takes beside ``org/name``, for messages.
+        kind: ``file`` or ``folder``, for messages; forms: that the flag takes beside ``org/name``, for messages.
     """
     explicit = text.startswith(EXPLICIT)
     if text and not explicit and Path(text).exists():
@@ -117,35 +160,35 @@ def _parse(text: str, flag: str, forms: str = "") -> _Parts | None:
     match = ID.fullmatch(text.removeprefix(EXPLICIT))
     if match is None:
         raise ValueError(
-            f"{flag} {text or '(empty)'}: no such file or folder; give a path, or a repository of the hub as org/name, "
+            f"{flag} {text or '(empty)'}: no such {kind}; give a path, or a repository of the hub: org/name, "
             f"org/name@revision{forms}"
         )
     top = Path(text).parts[0]
-    if not explicit and (Path(top).exists()):
+    if not explicit and Path(top).exists() and not COMMIT.fullmatch(match["revision"] or ""):
         raise ValueError(
-            f"{flag} {text}: no such file or folder, though {top} is there. Correct the path; if the hub's repository "
+            f"{flag} {text}: no such {kind}, though {top} is there. Correct the path; if the hub's repository "
             f"{match['repo']} is meant, write {EXPLICIT}{text}"
         )
     return _Parts(match["repo"], match["revision"], match["file"] or "")
 
 
-def _folder(parts: _Parts, what: str) -> Resolved:
-    folder = _snapshot(parts, "model", (*SMALL, *SAFETENSORS), what)
+def _folder(parts: _Parts, what: str, download: bool) -> Resolved:
+    folder = _snapshot(parts, "model", (*SMALL, *SAFETENSORS), what, download)
     if not _holds(folder, SAFETENSORS):
-        folder = _snapshot(_Parts(parts.repo, folder.name), "model", SHARDS, what)
+        folder = _snapshot(_Parts(parts.repo, folder.name), "model", SHARDS, what, download)
         if not _holds(folder, SHARDS):
             raise ValueError(
                 f"{what}: the repository holds none of {', '.join((*SAFETENSORS, *SHARDS))}, or the hub was not asked "
                 f"and the cache {folder} lacks them"
             )
-    return Resolved(folder, f"{parts.repo}@{folder.name}")
+    return Resolved(folder, name_of(folder))
 
 
 def _holds(folder: Path, patterns: tuple[str, ...]) -> bool:
     return any(path for pattern in patterns for path in folder.glob(pattern))
 
 
-def _snapshot(parts: _Parts, kind: str, patterns: tuple[str, ...], what: str) -> Path:
+def _snapshot(parts: _Parts, kind: str, patterns: tuple[str, ...], what: str, download: bool = True) -> Path:
     """The folder of a commit in huggingface_hub's cache, with the files that match; its name is the commit hash.
 
     Args:
@@ -153,7 +196,7 @@ def _snapshot(parts: _Parts, kind: str, patterns: tuple[str, ...], what: str) ->
         what: the flag and its value, for messages.
     """
     try:
-        return _download(parts.repo, parts.revision, kind, patterns)
+        return _download(parts.repo, parts.revision, kind, patterns, download)
     except MemoryError:
         raise
     except Exception as error:  # of any kind: its own, the operating system's, the transfer library's
@@ -161,13 +204,20 @@ def _snapshot(parts: _Parts, kind: str, patterns: tuple[str, ...], what: str) ->
 
 
 @functools.cache  # a branch that moves meanwhile must not give two commits to one run
-def _download(repo: str, revision: str | None, kind: str, patterns: tuple[str, ...]) -> Path:
-    from huggingface_hub import snapshot_download  # here: --help need not wait for it
+def _download(repo: str, revision: str | None, kind: str, patterns: tuple[str, ...], download: bool) -> Path:
+    from huggingface_hub import snapshot_download, utils  # here: --help need not wait for it
 
+    if os.environ.get("RANK", "0") != "0":
+        utils.disable_progress_bars()  # one process shows them
     started = time.time() - 1  # a file's time is that of a coarser clock
     ignored = "*/*" if kind == "model" and not any("/" in pattern for pattern in patterns) else None
     folder = snapshot_download(
-        repo, repo_type=kind, revision=revision, allow_patterns=list(patterns), ignore_patterns=ignored
+        repo,
+        repo_type=kind,
+        revision=revision,
+        allow_patterns=list(patterns),
+        ignore_patterns=ignored,
+        local_files_only=not download,
     )
     _check_files(Path(folder), repo, kind, patterns, started)
     return Path(folder)
@@ -197,6 +247,8 @@ def _reason(error: Exception, parts: _Parts, kind: str) -> str:
             return f"{state}; the hub refused {page}: HTTP {cause.response.status_code}. Try later, or {login}"
         if isinstance(cause, errors.FileMetadataError):
             return f"{state}; {constants.ENDPOINT} does not answer as a hub does. Is HF_ENDPOINT or a proxy wrong?"
+        if cause is error:
+            return state
         return f"{state}; the hub {constants.ENDPOINT} cannot be reached ({type(cause).__name__}). Is there a network?"
     if isinstance(error, _DamagedError):
         return str(error)
@@ -253,7 +305,7 @@ def _hash(path: Path, name: str) -> str:
     if re.fullmatch(r"[0-9a-f]{64}", name):
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
-    if re.fullmatch(r"[0-9a-f]{40}", name):
+    if COMMIT.fullmatch(name):
         content = path.read_bytes()
         return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
     return name

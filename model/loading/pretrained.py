@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -11,9 +12,10 @@ from transformers import GenerationConfig
 from transformers.utils import logging as transformers_logging
 
 from model.config import UGroundConfig
-from model.loading import adapter
+from model.loading import adapter, hub
 from model.loading.files import blame
 from model.loading.formats import release_of, released_settings
+from model.loading.hub import Resolved
 from model.loading.placement import PRECISIONS, pick_device, pick_precision, place
 from model.loading.weights import (
     LLAVA_TYPES,
@@ -84,10 +86,10 @@ def load(
 
     Args:
         folder: written by ``scripts/merge_lora.py``, with or without ``--adapter_only``, or a published checkpoint of
-            UGround, LISA, GSVA, SESAME or READ.
+            UGround, LISA, GSVA, SESAME or READ; a path, or a repository of the hub (``hub.resolve_folder``).
         precision: ``fp32``, ``bf16``, ``fp16``, or ``auto`` = bf16 on a GPU, fp32 elsewhere.
         device: ``cpu``, ``cuda``, ``cuda:1``, ``mps``, or ``auto`` = the GPU if there is one.
-        vision_tower: folder of CLIP for a published checkpoint, which holds none.
+        vision_tower: folder of CLIP for a published checkpoint, which holds none; by default, what it names.
         base, vision_tower, vision_pretrained: LLaVA, CLIP and SAM for an adapter whose base has moved.
         quantize: ``8bit`` or ``4bit``, of the language model's layers, by bitsandbytes.
         device_map: ``auto`` = spread the language model's layers over all GPUs and main memory.
@@ -99,20 +101,22 @@ def load(
     transformers_logging.disable_progress_bar()  # clutters output that goes to a file
     device = pick_device(device)
     precision = pick_precision(precision, device)
+    folder = hub.resolve_folder(folder, "--version").path
     kind = kind_of(folder)
     if kind not in LOADERS:
-        model_type = read_config(Path(folder), "--version").get("model_type")  # raises for a run, with the fix
+        model_type = read_config(folder, "--version").get("model_type")  # raises for a run, with the fix
         raise ValueError(
-            f"--version: {Path(folder) / 'config.json'} is of type {model_type!r}, not a UGround model; "
+            f"--version: {folder / 'config.json'} is of type {model_type!r}, not a UGround model; "
             "merge a trained run with scripts/merge_lora.py first"
         )
     paths = {"version": base, "vision_tower": vision_tower, "vision_pretrained": vision_pretrained}
     paths = {name: path for name, path in paths.items() if path}
-    model, processor, sources = LOADERS[kind](Path(folder), precision, paths)
+    model, processor, sources = LOADERS[kind](folder, precision, paths)
+    sources = {module: hub.name_of(source) for module, source in sources.items()}
     weights_fingerprint = fingerprint(model.state_dict().values())  # before layers are quantized or offloaded
     place(model, device, quantize, device_map)
     precision_text = ", ".join(filter(None, (precision, quantize)))
-    return Opened(model.eval(), processor, device, precision_text, weights_fingerprint, str(folder), sources)
+    return Opened(model.eval(), processor, device, precision_text, weights_fingerprint, hub.name_of(folder), sources)
 
 
 def _load_merged(folder: Path, precision: str, paths: dict[str, str]) -> Parts:
@@ -150,11 +154,11 @@ def _load_merged(folder: Path, precision: str, paths: dict[str, str]) -> Parts:
 
 def _load_adapter(folder: Path, precision: str, paths: dict[str, str]) -> Parts:
     meta = adapter.read_adapter_meta(folder)
-    settings = meta["config"]["model"] | paths
+    settings = meta["config"]["model"] | meta.get("resolved", {}) | paths
     base = settings["version"], settings["vision_tower"], settings["vision_pretrained"]
-    if missing := [path for path in base if path and not Path(path).exists()]:
+    if problems := start_problems(*base, flag="--base"):
         raise ValueError(
-            f"--version: the base of the adapter {folder} is not here: {', '.join(missing)}. {adapter.WHERE}"
+            f"--version: the base of the adapter {folder} is not here: {'; '.join(problems)}. {adapter.WHERE}"
         )
     model, _, rows = load_for_training(*base, settings["precision"], adapter.settings_of(folder, meta))
     adapter.check_base(folder, meta, rows)
@@ -162,7 +166,8 @@ def _load_adapter(folder: Path, precision: str, paths: dict[str, str]) -> Parts:
     cast_parameters(model, precision)
     trained = {adapter.plain_name(name).split(".")[0] for name in meta["trained"]}
     sources = {
-        row.module: f"{row.source}, trained parts of {folder}" if row.module in trained else row.source for row in rows
+        row.module: f"{row.source}, trained parts of {hub.name_of(folder)}" if row.module in trained else row.source
+        for row in rows
     }
     sources |= {row.module: str(folder) for row in rows if row.source == "new"}
     return model, UGroundProcessor.from_pretrained(folder), sources
@@ -172,12 +177,16 @@ def _load_released(folder: Path, precision: str, paths: dict[str, str]) -> Parts
     raw_config = read_config(folder, "--version")
     release = release_of(raw_config)
     assert release is not None
-    vision_tower = paths.get("vision_tower") or raw_config.get("mm_vision_tower", "")
-    if not vision_tower or not Path(vision_tower).is_dir():
+    tower = paths.get("vision_tower") or str(raw_config.get("mm_vision_tower") or "")
+    try:
+        if not tower:
+            raise ValueError("its configuration has no name")
+        vision_tower = hub.resolve_folder(tower, "--vision_tower").path
+    except ValueError as error:
         raise ValueError(
             f"--version: {folder} is a published checkpoint (config.json), which holds no CLIP; give --vision_tower, "
-            f"the folder of the tower that it was trained with ({vision_tower or 'its configuration has no name'})"
-        )
+            f"the folder of the tower that it was trained with ({error})"
+        ) from error
     tokenizer = load_tokenizer(folder)
     tokenizer.add_tokens([IMAGE], special_tokens=True)  # placeholder of image features; it has no embedding
     ids = token_ids(tokenizer, f"--version: the tokenizer of {folder}")
@@ -201,20 +210,64 @@ LOADERS: dict[Kind, Callable[[Path, str, dict[str, str]], Parts]] = {
 }
 
 
-def paths_beside(version: str | Path) -> dict[str, Literal["needed", "optional", "unread"]]:
-    """How the paths beside ``version`` (``vision_tower``, ``vision_pretrained``) are used with a folder of its kind."""
-    try:
-        kind = kind_of(version)
-    except ValueError:  # reported where the folder is loaded
-        kind = "base"
-    if kind == "merged":
-        return {"vision_tower": "unread", "vision_pretrained": "unread"}
-    if kind == "adapter":
-        return {"vision_tower": "optional", "vision_pretrained": "optional"}
-    if kind == "released":
-        named = read_config(Path(version), "--version").get("mm_vision_tower", "")
-        return {"vision_tower": "optional" if Path(named).is_dir() else "needed", "vision_pretrained": "unread"}
-    return {"vision_tower": "needed", "vision_pretrained": "needed"}
+def unread_beside(folder: Path) -> tuple[str, ...]:
+    """The settings beside ``version`` that are not read, as the model in the folder holds these parts."""
+    kind = kind_of(folder)
+    both = ("vision_tower", "vision_pretrained")
+    return both if kind == "merged" else both[1:] if kind == "released" else ()
+
+
+def resolve_start(
+    version: str, vision_tower: str = "", vision_pretrained: str = "", download: bool = True
+) -> dict[str, Resolved]:
+    """What training starts from: ``version``, and those of the paths beside it that are read.
+
+    Args:
+        version, vision_tower, vision_pretrained: paths or hub ids (``model.loading.hub``).
+        download: what the hub's cache lacks; otherwise that is an error.
+
+    Raises:
+        ValueError: naming all that cannot be resolved.
+    """
+    found, problems = _start(version, vision_tower, vision_pretrained, download)
+    if problems:
+        raise ValueError("; ".join(problems))
+    return found
+
+
+def start_problems(version: str, vision_tower: str, vision_pretrained: str, flag: str = "--version") -> list[str]:
+    """The messages of ``resolve_start``, one each; ``flag`` gave ``version``."""
+    return _start(version, vision_tower, vision_pretrained, True, flag)[1]
+
+
+def _start(
+    version: str, tower: str, sam: str, download: bool, flag: str = "--version"
+) -> tuple[dict[str, Resolved], list[str]]:
+    found: dict[str, Resolved] = {}
+    problems: list[str] = []
+
+    def resolve(name: str, text: str, flag: str) -> None:
+        function = hub.resolve_file if name == "vision_pretrained" else hub.resolve_folder
+        try:
+            found[name] = function(text, flag, download)
+        except ValueError as error:
+            problems.append(str(error))
+
+    resolve("version", version, flag)
+    kind: Kind = "base"
+    with contextlib.suppress(ValueError):  # raised where the folder is loaded
+        kind = kind_of(found["version"].path) if found else "base"
+    unread = unread_beside(found["version"].path) if kind in LOADERS else ()
+    if kind == "released" and not tower:
+        tower = str(read_config(found["version"].path, flag).get("mm_vision_tower") or "")
+    for name, text in {"vision_tower": tower, "vision_pretrained": sam}.items():
+        if name in unread or (kind == "adapter" and not text):
+            continue
+        if text:
+            resolve(name, text, f"--{name}")
+        else:
+            problems.append(f"--{name}: is missing; {version} holds no {'CLIP' if name == 'vision_tower' else 'SAM'}")
+    return found, problems
 
 
 def load_for_training(
@@ -231,9 +284,8 @@ def load_for_training(
     tokenizer lacks (LISA's has no [REJ]), are new.
 
     Args:
-        version: folder of a LLaVA-1.5, or of a finished model.
-        vision_tower, vision_pretrained: paths of CLIP and SAM; of CLIP alone for a published checkpoint; not read for a
-            merged folder.
+        version: LLaVA-1.5 or a finished model, a folder or hub id.
+        vision_tower, vision_pretrained: CLIP and SAM, paths or hub ids, as far as the model in ``version`` lacks them.
         precision: ``fp32``, ``bf16`` or ``fp16``.
         settings: of ``UGroundConfig`` (layer_selection, loss weights, ...); a finished model's where none is given.
         max_tokens: longest conversation with its prefix, in tokens (``--model_max_length``).
@@ -246,20 +298,19 @@ def load_for_training(
             contradict those of a finished model (``kept_settings``).
     """
     transformers_logging.disable_progress_bar()  # clutters output that goes to a file
-    settings, kind = settings or {}, kind_of(version)
-    if kind in LOADERS:
-        check_kept(version, settings)
-        paths = {"vision_tower": vision_tower, "vision_pretrained": vision_pretrained}
-        loaded, finished, sources = LOADERS[kind](
-            Path(version), precision, {k: path for k, path in paths.items() if path}
-        )
-        model, new = with_settings(loaded, settings, str(version))
+    found = resolve_start(version, vision_tower, vision_pretrained)
+    start = {name: str(part.path) for name, part in found.items()}
+    folder, settings = found["version"].path, settings or {}
+    if (kind := kind_of(folder)) in LOADERS:
+        check_kept(folder, settings)
+        loaded, finished, sources = LOADERS[kind](folder, precision, {k: start[k] for k in start if k != "version"})
+        model, new = with_settings(loaded, settings, str(folder))
         tokenizer, system_prompt = finished.tokenizer, finished.builder.system_prompt
     else:
-        model, sources = load_base(version, vision_tower, vision_pretrained, PRECISIONS[precision], settings)
+        model, sources = load_base(**start, dtype=PRECISIONS[precision], settings=settings)
         new = {}
-        tokenizer = load_tokenizer(version)
-        system_prompt = read_config(Path(version), "--version").get("system_prompt", SYSTEM_PROMPT)
+        tokenizer = load_tokenizer(folder)
+        system_prompt = read_config(folder, "--version").get("system_prompt", SYSTEM_PROMPT)
     old_size = len(tokenizer)
     added = add_special_tokens(tokenizer)
     grow_vocabulary(model, old_size, len(tokenizer))
@@ -292,8 +343,13 @@ def settings_of(folder: str | Path) -> dict[str, Any]:
     return {} if raw is None else {name: raw.get(name, item.default) for name, item in METHOD_FIELDS.items()}
 
 
-def config_of(version: str, vision_tower: str, vision_pretrained: str, settings: dict[str, Any]) -> UGroundConfig:
+def config_of(
+    version: str, vision_tower: str = "", vision_pretrained: str = "", *, settings: dict[str, Any]
+) -> UGroundConfig:
     """The configuration of the model that ``load_for_training`` would build, without its weights.
+
+    Args:
+        version, vision_tower, vision_pretrained: paths of ``resolve_start``.
 
     Raises:
         ValueError: as ``load_for_training``.
@@ -303,12 +359,14 @@ def config_of(version: str, vision_tower: str, vision_pretrained: str, settings:
         with blame(f"--version: {folder / 'config.json'}"):
             return UGroundConfig.from_dict(UGroundConfig.from_pretrained(folder).to_dict() | settings)
     if kind == "adapter":
-        paths = adapter.read_adapter_meta(folder)["config"]["model"]
-        tower, sam = vision_tower or paths["vision_tower"], vision_pretrained or paths["vision_pretrained"]
-        return config_of(paths["version"], tower, sam, settings_of(folder) | settings)
+        meta = adapter.read_adapter_meta(folder)
+        base = meta["config"]["model"] | meta.get("resolved", {})
+        tower, sam = vision_tower or base["vision_tower"], vision_pretrained or base["vision_pretrained"]
+        start = {name: str(part.path) for name, part in resolve_start(base["version"], tower, sam, False).items()}
+        return config_of(**start, settings=settings_of(folder) | settings)
     raw = read_config(folder, "--version")
     if release := release_of(raw):
-        return released_config(folder, raw, release, vision_tower or raw["mm_vision_tower"], settings)[0]
+        return released_config(folder, raw, release, vision_tower, settings)[0]
     keys = ["mm_projector.2.weight"]  # LLaVA-1.5's; another one weighs as little
     return base_config(folder, Path(vision_tower), read_sam(vision_pretrained)[1], keys, settings)
 

@@ -15,7 +15,7 @@ from transformers.initialization import no_init_weights
 from transformers.utils import logging as transformers_logging
 
 from model.config import UGroundConfig
-from model.loading import formats
+from model.loading import formats, hub
 from model.loading.files import blame, read_json, read_safetensors, read_torch_file
 from model.sam import SamShape, SegmentAnything
 from model.UGround import UGroundForCausalLM
@@ -206,7 +206,7 @@ def report(model: nn.Module, sources: dict[str, str], new: Mapping[str, str] | N
     rows = []
     for name, child in model.named_children():
         parameters = list(child.parameters())
-        source = sources.get(name, "new")
+        source = hub.name_of(sources.get(name, "new"))
         partly = (new or {}).get(name, "") if name in sources else ""
         count, dtype = sum(p.numel() for p in parameters), str(parameters[0].dtype).removeprefix("torch.")
         rows.append(Loaded(name, source, count, dtype, fingerprint(parameters), partly))
@@ -424,9 +424,10 @@ def load_original_sam(path: str, model: UGroundForCausalLM) -> SegmentAnything:
     Raises:
         ValueError: if its image encoder, which training never changes, is not the checkpoint's.
     """
-    state, shape = read_sam(path)
+    file = str(hub.resolve_file(path, "--sam").path)
+    state, shape = read_sam(file)
     sam = SegmentAnything(shape)
-    load_strictly(sam, state, path)
+    load_strictly(sam, state, file)
     sam = sam.to(model.device, model.dtype).eval()
     trained, original = (each.image_encoder.state_dict() for each in (model.visual_model, sam))
     if trained.keys() != original.keys() or any(not torch.equal(trained[name], original[name]) for name in trained):

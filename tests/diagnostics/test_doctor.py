@@ -140,7 +140,7 @@ def test_files_that_are_missing(examine, tmp_path):
     lines = problems(page)
     assert code == 1
     assert len(lines) == 2
-    assert "no_llava: no such folder -> download it" in lines[0]
+    assert "no_llava: no such folder" in lines[0]
     assert "no.pth: no such file" in lines[1]
     assert "grefcoco: 3 samples read" in page  # the data are checked nevertheless
     assert "skipped  weights, tokens" in page

@@ -163,7 +163,7 @@ def test_wrong_model_folders(capsys, version, photo, val_data, tmp_path):
     for folder, words in (
         (run, ["is of a training run", f"merge_lora.py --checkpoint {run}"]),
         (run / "checkpoints/step_00000006", ["is of a training run", f"merge_lora.py --checkpoint {run}"]),
-        (tmp_path / "nowhere", ["nowhere is no folder"]),
+        (tmp_path / "nowhere", ["nowhere: no such folder"]),
         (empty, ["empty has no config.json"]),
         (other, ["'llava'", "merge_lora"]),
     ):

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from loopback_hub import lay_out
 from opening import load_pretrained
 from PIL import Image
 from segment_anything.modeling import MaskDecoder, TwoWayTransformer
@@ -21,7 +22,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 import chat
 from model.loading.formats import release_of, released_settings
-from model.loading.pretrained import load_for_training
+from model.loading.pretrained import load, load_for_training
 from model.opened import predict
 from model.processing import tokens
 from model.processing.conversation import HUMAN_SYSTEM_PROMPT, SYSTEM_PROMPT
@@ -197,6 +198,21 @@ def test_published_checkpoints_open_in_chat_and_can_be_saved(publish, tmp_path, 
     settings.write_text(settings.read_text().replace('"crop"', '"pad"'))
     with pytest.raises(ValueError, match=r"clip_fit is crop in config.json, pad in the processor"):
         load_pretrained(str(tmp_path / "own"))
+
+
+def test_the_tower_that_a_checkpoint_names_comes_from_the_hub(publish, hub_cache):
+    published = publish("LISA")
+    path = published.folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"mm_vision_tower": "org/clip"}))
+    with pytest.raises(
+        ValueError, match=r"holds no CLIP; give --vision_tower.*--vision_tower org/clip: is no path here"
+    ):
+        load(published.folder, "fp32", "cpu")
+    lay_out(hub_cache, "org/clip", published.clip, "c" * 40)
+    opened = load(published.folder, "fp32", "cpu")
+    assert opened.sources["vision_tower"] == f"org/clip@{'c' * 40}"
+    assert opened.sources["model"] == str(published.folder)
+    assert opened.fingerprint == load(published.folder, "fp32", "cpu", vision_tower=str(published.clip)).fingerprint
 
 
 def test_gsva_rejects(publish):

@@ -377,29 +377,17 @@ def keep_trained(config: Config, trained: Mapping[str, Any], source: str) -> Non
 
 
 def missing_paths(config: Config) -> list[str]:
-    """A message for every file and folder that the settings need and that does not exist."""
-    from model.loading.pretrained import paths_beside
+    """A message for every file and folder of the settings that does not exist. Fetches weights from the hub."""
+    from model.loading.pretrained import start_problems
 
-    paths, train = config.model, config.train
-    missing = []
-    if not Path(paths.version).is_dir():
-        missing.append(f"--version {paths.version}: no such folder")
-    for name, use in paths_beside(paths.version).items():
-        path = getattr(paths, name)
-        if use == "unread" or (use == "optional" and not path):
-            continue
-        if not path:
-            missing.append(f"--{name}: is missing ({FIELDS[name].metadata['help']})")
-        elif name == "vision_tower" and not Path(path).is_dir():
-            missing.append(f"--{name} {path}: no such folder")
-        elif not Path(path).exists():
-            missing.append(f"--{name} {path}: no such file")
+    model, deepspeed_config = config.model, config.train.deepspeed_config
+    missing = start_problems(model.version, model.vision_tower, model.vision_pretrained)
     if not Path(config.data.dataset_dir).is_dir():
         missing.append(f"--dataset_dir {config.data.dataset_dir}: no such folder")
-    if not Path(train.deepspeed_config).exists():
-        missing.append(f"--deepspeed_config {train.deepspeed_config}: no such file")
-    if train.resume and not Path(train.resume).is_dir():
-        missing.append(f"--resume {train.resume}: no such folder")
+    if not Path(deepspeed_config).exists():
+        missing.append(f"--deepspeed_config {deepspeed_config}: no such file")
+    if config.train.resume and not Path(config.train.resume).is_dir():
+        missing.append(f"--resume {config.train.resume}: no such folder")
     return missing
 
 

@@ -15,16 +15,17 @@ class ModelSettings:
     # the paths may change: a checkpoint identifies the weights by their fingerprints
     version: str = setting(
         "",
-        "folder to start from: LLaVA-1.5, or a finished model: merged, an adapter, a published checkpoint",
+        "LLaVA-1.5 or a finished model (merged, adapter, published): folder, or hub id such as org/name@revision",
         required=True,
         may_change=True,
     )
     vision_tower: str = setting(
-        "", "folder of the CLIP vision tower, for LLaVA and published checkpoints", may_change=True
+        "", "CLIP vision tower, for LLaVA and published checkpoints: folder, or hub id", may_change=True
     )
     vision_pretrained: str = setting(
         "",
-        "SAM, for LLaVA: .pth, or folder of transformers' SamModel; its size is detected",
+        "SAM, for LLaVA: .pth, folder of transformers' SamModel, hub id (org/name:file), or sam_vit_b, sam_vit_l, "
+        "sam_vit_h",
         may_change=True,
     )
     model_max_length: int = setting(2048, "longest sequence in tokens: image, prompt and one conversation", low=16)
@@ -35,8 +36,8 @@ class ModelSettings:
     lora_target_modules: str = setting("q_proj,v_proj", "projections of LLaMA's attention that LoRA adapts")
     train_tables: str = setting(
         "full",
-        "train embeddings and lm_head in full (paper), or only the rows of the added tokens: a tenth of the optimizer's "
-        "state, the checkpoint and the adapter",
+        "train embeddings and lm_head in full (paper), or only the rows of the added tokens: a tenth of the "
+        "optimizer's state",
         choices=("full", "new"),
     )
     freeze: tuple[str, ...] = setting((), "parts that do not train, A||B", choices=FREEZABLE)

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from model.loading.formats import below
+from model.loading.hub import resolve_file
 from model.loading.weights import load_strictly, read_folder, read_sam
 from model.processing.transforms import resize_and_pad
 from model.sam import SamShape, SegmentAnything
@@ -28,15 +29,16 @@ class SamBoxes:
     """Masks of boxes by SAM, as its own predictor makes them with one mask per prompt.
 
     Args:
-        path: segment-anything's ``.pth``, a folder of transformers' SamModel, or a merged UGround folder.
+        path: segment-anything's ``.pth``, a folder of transformers' SamModel, or a merged UGround folder; or one of
+            these on the hub.
 
     Raises:
         ValueError: if the path is none of these.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: str | Path) -> None:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        state, shape = _read(path)
+        state, shape = _read(resolve_file(path, "--sam").path)
         self.sam = SegmentAnything(shape)
         load_strictly(self.sam, state, str(path))
         self.sam.to(self.device).float().eval()

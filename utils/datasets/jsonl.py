@@ -11,6 +11,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from model.loading.hub import EXPLICIT, resolve_dataset
 from model.processing.tokens import IM_END, IM_START, IMAGE, SEG
 from model.structures import Turn
 from utils.datasets.base import DataError, find_paths, unknown
@@ -213,12 +214,32 @@ def spelled_otherwise(path: Path) -> str:
     return f" (there is {found!a}: another case or Unicode normalization)" if found else ""
 
 
+def hub_file(text: str) -> Path:
+    """The JSONL file of a data set on the hub: ``hub:org/name``, with ``@revision`` and ``:FILE`` where needed.
+
+    Raises:
+        DataError: if it cannot be had, or the data set has another number of such files than one.
+    """
+    try:
+        path = resolve_dataset(text, "--custom_data").path
+    except ValueError as error:
+        raise DataError(str(error)) from error
+    files = [path] if path.is_file() else sorted(path.rglob("*.jsonl"))
+    if len(files) > 1:
+        names = ", ".join(file.relative_to(path).as_posix() for file in files[:MAX_SHOWN])
+        raise DataError(f"{text} has {len(files)} JSONL files ({names}); name one: {text}:FILE")
+    if not files:
+        convert = f"; python scripts/convert_data.py parquet {text} --output own.jsonl writes one"
+        raise DataError(f"{text} has no JSONL file{convert if any(path.rglob('*.parquet')) else ''}")
+    return files[0]
+
+
 class LineFile:
     """One split of a file, grouped by image. Only line offsets are kept in memory; lines are parsed on access.
 
     Args:
         spec: ``custom|FILE`` or ``custom|FILE|SPLIT``; FILE is relative to the working directory or to
-            ``dataset_dir``, in this order.
+            ``dataset_dir``, in this order, or a data set of the hub (``hub_file``).
         split: the default for SPLIT; None = the only split of the file.
     """
 
@@ -226,7 +247,8 @@ class LineFile:
         parts = spec.parts
         if not 1 <= len(parts) <= 2 or not all(parts):
             raise DataError(f"{str(spec)!r}: write 'custom|FILE.jsonl' or 'custom|FILE.jsonl|SPLIT'")
-        candidates = [Path(parts[0]), dataset_dir / parts[0]]
+        own, at_hub = Path(parts[0]), parts[0].startswith(EXPLICIT)
+        candidates = [hub_file(parts[0])] if at_hub else [own, dataset_dir / own]
         self.path = find_paths(str(spec), {"file": candidates}, "check its path")[0]
         if not self.path.is_file():
             raise DataError(f"{spec}: {self.path} is a folder; give the JSONL file in it")

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from model.loading import hub
 from model.loading.placement import PRECISIONS
 from model.loading.pretrained import load
 from model.loading.weights import Loaded
@@ -42,7 +43,7 @@ CHEAP = 100e6  # parameters up to which a CPU overfits the samples in a minute o
 def check_paths(config: Config) -> Iterator[Finding]:
     """Whether all files and folders of the settings exist."""
     missing = missing_paths(config)
-    fix = "download it (README, Train the 7B model on A100s), or correct the path"
+    fix = "correct it (README, Train the 7B model on A100s)"
     yield from (problem(text, fix) for text in missing)
     if not missing:
         yield ok("all files and folders of the settings exist")
@@ -51,7 +52,7 @@ def check_paths(config: Config) -> Iterator[Finding]:
 def check_start(config: Config) -> Iterator[Finding]:
     """What training starts from; a finished model's own settings replace those of ``config``."""
     adopt(config)
-    models = [entry["name"] for entry in lineage_of(config.model.version)]
+    models = [entry["name"] for entry in lineage_of(hub.resolve_folder(config.model.version, "--version").path)]
     yield ok(
         f"training starts from a finished model ({', '.join(models)})" if models else "training starts from a LLaVA"
     )

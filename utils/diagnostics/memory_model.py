@@ -18,7 +18,7 @@ from transformers import CLIPVisionConfig
 
 from model.config import UGroundConfig
 from model.loading.placement import PRECISIONS
-from model.loading.pretrained import config_of, paths_beside
+from model.loading.pretrained import config_of, resolve_start
 from model.lora import add_lora
 from model.losses import PIXELS_AT_ONCE
 from model.sam import SamShape
@@ -226,21 +226,25 @@ def preset(name: str, **settings: Any) -> UGroundConfig:
 def shape_of(config: Config) -> tuple[UGroundConfig, str]:
     """The model that a configuration trains, and the source of its sizes.
 
-    Weights that do not exist yet are assumed to be LLaVA-1.5 of the size in their name.
+    Weights that are not on this machine yet are assumed to be LLaVA-1.5 of the size in their name.
 
     Raises:
         ValueError: if neither the files nor the name give the size.
     """
     paths = config.model
-    beside = [getattr(paths, name) for name, use in paths_beside(paths.version).items() if use == "needed"]
-    if all(Path(path).exists() for path in (paths.version, *beside)):
-        return config_of(paths.version, paths.vision_tower, paths.vision_pretrained, config.method), paths.version
+    try:
+        found = resolve_start(paths.version, paths.vision_tower, paths.vision_pretrained, download=False)
+    except ValueError:
+        found = {}
+    if found:
+        start = {name: str(part.path) for name, part in found.items()}
+        return config_of(**start, settings=config.method), paths.version
     name = next((size for size in ("13b", "7b") if size in Path(paths.version).name.lower()), None)
     if name is None:
         raise ValueError(
-            f"--version {paths.version}: the weights do not exist, and the name contains neither 7b nor 13b"
+            f"--version {paths.version}: the weights are not here, and the name contains neither 7b nor 13b"
         )
-    return preset(name, **config.method), f"LLaVA-1.5 {name.upper()} with SAM ViT-H, assumed: the files do not exist"
+    return preset(name, **config.method), f"LLaVA-1.5 {name.upper()} with SAM ViT-H, assumed: the files are not here"
 
 
 def count_parameters(

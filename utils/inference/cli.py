@@ -71,14 +71,19 @@ def add_model_flags(parser: argparse.ArgumentParser, default: str = "") -> None:
         required=not default,
         metavar="DIR",
         help="merged model, as scripts/merge_lora.py writes it, or a published checkpoint of UGround, LISA, GSVA, "
-        "SESAME or READ" + (f" (default: {default})" if default else ""),
+        "SESAME or READ: its folder, or its hub id org/name[@revision]" + (f" (default: {default})" if default else ""),
     )
-    add("--vision_tower", default="", metavar="DIR", help="CLIP's folder, for a published checkpoint or an adapter")
+    add(
+        "--vision_tower",
+        default="",
+        metavar="DIR",
+        help="CLIP for a published checkpoint or an adapter, if not what it names",
+    )
     add(
         "--precision", choices=("auto", *PRECISION_NAMES), default="auto", help="default: bf16 on a GPU, fp32 elsewhere"
     )
     add("--device", default="auto", help="cpu, cuda, cuda:1, mps (default: the NVIDIA GPU if there is one, else cpu)")
-    add("--base", default="", metavar="DIR", help="LLaVA's folder for an adapter (--adapter_only), if it has moved")
+    add("--base", default="", metavar="DIR", help="LLaVA for an adapter (--adapter_only), if it has moved")
     add("--vision_pretrained", default="", metavar="FILE", help="SAM for an adapter, if it has moved")
     placement = parser.add_mutually_exclusive_group()
     placement.add_argument(

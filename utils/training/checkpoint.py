@@ -76,10 +76,14 @@ def trained_shapes(model: nn.Module) -> dict[str, list[int]]:
 
 
 def describe_settings(config: Config, data: list[dict]) -> dict[str, Any]:
-    """Metadata of a run before its model is built: settings, data (``Mixture.describe``), processes, lineage."""
+    """Metadata of a run before its model is built: settings, what it starts from, data (``Mixture.describe``)."""
+    from model.loading.pretrained import resolve_start
+
+    found = resolve_start(config.model.version, config.model.vision_tower, config.model.vision_pretrained)
     return {
-        "lineage": lineage_of(config.model.version),
+        "lineage": lineage_of(found["version"].path),
         "config": to_dict(config),
+        "resolved": {setting: part.name for setting, part in found.items()},
         "data": [{key: value for key, value in row.items() if key != "skipped"} for row in data],
         "processes": distributed.world_size(),
     }
@@ -288,7 +292,10 @@ def differences(run: dict[str, Any], saved: dict[str, Any]) -> list[str]:
         if not FIELDS[name].metadata["may_change"]:
             problems.append(f"{name}: {before[name]!r} in the checkpoint, now {now[name]!r}")
     for module in differing(run["base"], saved["base"]) if "base" in run else ():
-        problems.append(f"--{path_setting(module)}: the base weights of {module} are not the same")
+        setting = path_setting(module)
+        names = [meta.get("resolved", {}).get(setting, "unknown") for meta in (saved, run)]
+        moved = f": {names[0]} in the checkpoint, now {names[1]}" if names[0] != names[1] else ""
+        problems.append(f"--{setting}: the base weights of {module} are not the same{moved}")
     if "vocabulary" in run and run["vocabulary"] != saved.get("vocabulary", run["vocabulary"]):
         problems.append("--version: the tokenizer's vocabulary is not the same")
     elif "probe" in run and run["probe"] != saved.get("probe", run["probe"]):
@@ -299,7 +306,7 @@ def differences(run: dict[str, Any], saved: dict[str, Any]) -> list[str]:
         if comparable(*contents) and contents[0] != contents[1]:
             problems.append(f"data set {name}: its annotations have changed since the checkpoint was written")
         for rows in (now, before):
-            rows[name] = {key: value for key, value in rows[name].items() if key != "content"}
+            rows[name] = {key: value for key, value in rows[name].items() if key not in ("content", "source")}
     for name in differing(now, before):
         problems.append(f"data set {name}: {before.get(name)} in the checkpoint, now {now.get(name)}")
     if run["processes"] != saved["processes"]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from typing import Any
 
+from model.loading.hub import name_of, repository_of
 from utils.datasets.jsonl import LineFile
 from utils.datasets.reason_seg import ReasonSegSplit
 from utils.datasets.records import PackedRecords, code_version
@@ -17,6 +18,12 @@ def content_of(dataset: Any) -> str:
     Annotations are covered, pixels (also of label images) are not. Contents with another version cannot be compared.
     """
     return f"{code_version()}:{','.join(f'{crc:08x}' for crc in _checksums(dataset))}"
+
+
+def source_of(dataset: Any) -> dict[str, str]:
+    """``source``: repository, commit and file of a data set of the hub; empty for others."""
+    name = name_of(dataset.file.path) if isinstance(getattr(dataset, "file", None), LineFile) else ""
+    return {"source": name} if repository_of(name) else {}
 
 
 def comparable(now: str | None, before: str | None) -> bool:

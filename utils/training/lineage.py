@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from model.loading import hub
 from model.loading.files import blame, read_json
 from utils.config import Config, keep_trained
 
@@ -18,7 +19,7 @@ def adopt(config: Config) -> None:
     """
     from model.loading.pretrained import settings_of  # here and below: slow to import
 
-    if trained := settings_of(config.model.version):
+    if trained := settings_of(hub.resolve_folder(config.model.version, "--version").path):
         keep_trained(config, trained, config.model.version)
 
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
-from huggingface_hub import EvalResult, ModelCardData
 
+from model.loading.hub import repository_of
 from utils.datasets.spec import Spec
 from utils.plotting.text_tables import markdown
 from utils.training.lineage import own_entry
+
+if TYPE_CHECKING:
+    from huggingface_hub import EvalResult
 
 LICENCES = """The code is Apache-2.0. Weights carry the licences of the models they derive from: LLaVA-1.5 on Vicuna the
 LLaMA 2 Community License, CLIP the MIT licence, SAM Apache-2.0; LLaVA's instruction data are CC BY 4.0, and the
@@ -25,7 +28,15 @@ def model_card(name: str, meta: dict[str, Any], adapter: bool, license: str = "o
         name: of the model; meta: as in ``uground_run.json``; adapter: whether the folder needs its base.
         license: an identifier of the Hub.
     """
+    from huggingface_hub import ModelCardData  # here and below, as --help need not wait for it
+
+    from model.loading.weights import path_setting
+
+    base = meta.get("resolved") or meta["config"]["model"]  # runs of older code have no ``resolved``
+    paths = {module: base.get(path_setting(module), base["version"]) for module in meta["base"]}
+    repositories = {path: repository for path in paths.values() if (repository := repository_of(path))}
     data = ModelCardData(
+        base_model=list(repositories.values()) or None,
         model_name=name,
         license=license,
         library_name="uground",
@@ -34,7 +45,7 @@ def model_card(name: str, meta: dict[str, Any], adapter: bool, license: str = "o
         eval_results=_results(meta["metrics"]),
     )
     use = "python chat.py --version THIS_FOLDER --image photo.jpg"
-    if adapter:
+    if adapter and not repositories.keys() >= set(paths.values()):
         use += " --base LLAVA_FOLDER --vision_tower CLIP_FOLDER --vision_pretrained SAM_FILE"
     parts = [
         f"---\n{data.to_yaml()}\n---",
@@ -43,7 +54,7 @@ def model_card(name: str, meta: dict[str, Any], adapter: bool, license: str = "o
         "for each of them a policy chooses a transformer layer, whose similarity map prompts SAM.",
         f"This folder is {'an adapter: it is loaded on top of its base' if adapter else 'complete'}.",
         f"```bash\n{use}\n```",
-        "## Base\n\n" + _base_table(meta["config"]["model"], meta["base"]),
+        "## Base\n\n" + _base_table(paths, meta["base"]),
         "## Lineage\n\n" + _lineage_table(meta),
         "## Data\n\n" + _data_table(meta["data"]),
         f"Optimizer steps: {meta['step']}; processes: {meta['processes']}; seed: {meta['config']['train']['seed']}.",
@@ -59,13 +70,11 @@ def model_card(name: str, meta: dict[str, Any], adapter: bool, license: str = "o
     return "\n\n".join(parts) + "\n"
 
 
-def _base_table(model: dict[str, Any], fingerprints: dict[str, str]) -> str:
-    from model.loading.weights import path_setting
-
-    def name(module: str) -> str:  # a finished model holds all modules
-        return Path(model[path_setting(module)] or model["version"]).name
-
-    rows = [[module, name(module), f"`{value}`"] for module, value in fingerprints.items()]
+def _base_table(paths: dict[str, str], fingerprints: dict[str, str]) -> str:
+    rows = [
+        [module, path if repository_of(path) else Path(path).name, f"`{fingerprints[module]}`"]
+        for module, path in paths.items()
+    ]
     return markdown([["part", "file", "fingerprint"], *rows])
 
 
@@ -84,7 +93,7 @@ def _lineage_table(meta: dict[str, Any]) -> str:
 
 
 def _data_table(data: list[dict[str, Any]]) -> str:
-    rows = [[row["name"], row["type"], f"{row['images']:,}", f"{row['share']:.1%}"] for row in data]
+    rows = [[row.get("source", row["name"]), row["type"], f"{row['images']:,}", f"{row['share']:.1%}"] for row in data]
     return markdown([["data set", "type", "images", "share"], *rows]) if rows else "None: not trained."
 
 
@@ -94,6 +103,8 @@ def _metrics_table(metrics: dict[str, dict[str, float]]) -> str:
 
 
 def _results(metrics: dict[str, dict[str, float]]) -> list[EvalResult]:
+    from huggingface_hub import EvalResult
+
     return [
         EvalResult(
             task_type="image-segmentation",
