@@ -93,8 +93,7 @@ def plain_data(checkpoint: Path) -> Iterator[None]:
                 raise
             reason = " ".join(str(error).split())[:300] or type(error).__name__
             raise CheckpointError(
-                f"{checkpoint} cannot be read by DeepSpeed ({reason}; last read: {Path(last_read).name}); "
-                f"{other_ways(checkpoint)}"
+                f"{checkpoint} cannot be read ({reason}; last read: {Path(last_read).name}); {other_ways(checkpoint)}"
             ) from error
 
 
