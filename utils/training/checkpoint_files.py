@@ -53,7 +53,7 @@ def other_ways(checkpoint: Path) -> str:
 
 @contextlib.contextmanager
 def plain_data(checkpoint: Path) -> Iterator[None]:
-    """Reads checkpoints as plain data: within it, DeepSpeed's ``torch.load(weights_only=False)`` runs no code.
+    """Reads checkpoints as plain data: within it no ``torch.load`` runs code, whoever calls it.
 
     Every load is one with ``weights_only=True``, where only the classes that DeepSpeed writes are known.
 

@@ -16,7 +16,7 @@ from model.lora import add_lora, part_of
 from model.processing.processor import UGroundProcessor
 from utils import distributed
 from utils.config import Config
-from utils.training.zero3 import keep_whole
+from utils.training.zero3 import keep_whole, shard
 
 
 def build_model(config: Config) -> tuple[nn.Module, UGroundProcessor, list[Loaded]]:
@@ -50,6 +50,8 @@ def build_engine(model: nn.Module, config: Config, settings: dict[str, Any]):
     if not torch.cuda.is_available():
         # DeepSpeed would compile its own CPU collectives (which takes a minute and a compiler); gloo has them
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if settings["zero_optimization"]["stage"] == 3:
+        shard(model, settings)
     groups = parameter_groups(model, config)
     betas = config.train.beta1, config.train.beta2
     optimizer = torch.optim.AdamW(groups, betas=betas, weight_decay=config.train.weight_decay, fused=True)

@@ -8,9 +8,11 @@ not: a process whose images have no mask skips them, and ``ppm.gate`` is read wi
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import torch
 from torch import nn
 
 from model.lora import base_of
@@ -21,6 +23,21 @@ WHOLE = ("visual_model", "text_hidden_fcs", "ppm")  # modules that not every pro
 def is_sharded(engine) -> bool:
     """Whether the engine's processes hold shards of the parameters (ZeRO stage 3)."""
     return engine.zero_optimization_stage() == 3
+
+
+def shard(model: nn.Module, settings: dict[str, Any]) -> None:
+    """Shards the parameters one by one, before the engine would move the whole model to the device."""
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+    from deepspeed.runtime.zero import Init
+
+    warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)
+    deepspeed.init_distributed(dist_init_required=False)  # it takes the process group that exists
+    for parameter in model.parameters():  # as the engine would: peft makes adapters in float32
+        parameter.data = parameter.data.to(torch.bfloat16 if settings["bf16"]["enabled"] else torch.float32)
+    Init(module=model, config_dict_or_path=settings)
+    for buffer in model.buffers():
+        buffer.data = buffer.data.to(get_accelerator().current_device_name())
 
 
 def keep_whole(engine) -> None:
