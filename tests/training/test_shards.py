@@ -112,6 +112,17 @@ def test_a_shard_that_is_too_short_is_an_error(tmp_path):
         [shards := Shards(tmp_path), *(shards.read(name, WEIGHT) for name in shards.shapes)]
 
 
+@pytest.mark.parametrize("stage", [2, 3])
+def test_shapes_larger_than_the_shards_are_an_error(tmp_path, stage):
+    write(tmp_path, stage, 2)
+    for path in tmp_path.glob("*model_states.pt"):
+        state = torch.load(path)
+        state["param_shapes"][0]["a"] = torch.Size((10**9, 10**3))
+        torch.save(state, path)
+    with pytest.raises(CheckpointError, match=r"group 0 has .* fewer than its parameters"), plain_data(tmp_path):
+        Shards(tmp_path)
+
+
 @pytest.mark.slow
 def test_a_run_goes_on_with_other_processes_and_stages():
     """What is restored is the checkpoint bit for bit, and the run is the whole one; with uneven validation and merging.

@@ -122,7 +122,7 @@ class TrainSettings:
     seed: int = setting(0, "random seed of new weights, samples, sampled layers and dropout", low=0)
     deepspeed_config: str = setting(
         "configs/deepspeed/zero2.json",
-        "DeepSpeed's JSON; batch sizes and precision are filled in from these settings",
+        "DeepSpeed's JSON (configs/deepspeed: ZeRO-1, 2 or 3); batch sizes and precision follow from these settings",
         may_change=True,
     )
     save_every: int = setting(

@@ -88,7 +88,7 @@ def plain_data(checkpoint: Path) -> Iterator[None]:
             yield
         except CheckpointError:
             raise
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError, RuntimeError) as error:
+        except (OSError, ValueError, LookupError, ArithmeticError, TypeError, AttributeError, RuntimeError) as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
             reason = " ".join(str(error).split())[:300] or type(error).__name__

@@ -43,7 +43,7 @@ class Shards:
         step: of AdamW, 0-d. rates: learning rate of each of the optimizer's groups.
 
     Raises:
-        ValueError: if a file is missing.
+        ValueError: if a file is missing, or too small. ``plain_data`` names it, and whatever else a damaged one causes.
     """
 
     def __init__(self, checkpoint: Path) -> None:
@@ -83,6 +83,8 @@ class Shards:
         world = len(self._flat[WEIGHT])
         for group, shapes in enumerate(self.groups):
             share, offset = self._flat[MOMENTS[0]][0][group].numel(), 0  # with padding, which the weights lack
+            if sum(map(math.prod, shapes.values())) > share * world:
+                raise ValueError(f"group {group} has {share} x {world} values, fewer than its parameters")
             for (name, shape), padding in zip(shapes.items(), self._paddings[group], strict=True):
                 size = math.prod(shape)
                 if self.is_sharded:
@@ -123,7 +125,7 @@ def restore(engine, shards: Shards) -> None:
     """Sets an engine's weights, buffers, optimizer, schedule and counters. All processes must call it.
 
     Raises:
-        ValueError, KeyError, RuntimeError: if the shards do not hold what the engine trains.
+        ValueError, LookupError, RuntimeError: if the shards do not hold what the engine trains.
     """
     optimizer, whole = engine.optimizer, not is_sharded(engine)
     if not whole:
