@@ -128,7 +128,7 @@ def parameters_by_part(model: nn.Module) -> dict[str, tuple[int, int]]:
     """Part -> (number of its parameters, number of its trainable parameters)."""
     counts: dict[str, tuple[int, int]] = {}
     for name, parameter in model.named_parameters():
-        part, size = part_of(name), parameter.numel()
+        part, size = part_of(name), getattr(parameter, "ds_numel", parameter.numel())  # ZeRO-3 leaves a shard here
         total, trained = counts.get(part, (0, 0))
         counts[part] = total + size, trained + size * parameter.requires_grad
     return counts

@@ -259,6 +259,21 @@ def test_resuming_another_run_is_refused(run_here, base, data):
     assert log_lines(run.parent / "longer", "train")[0]["step"] == 4
 
 
+def test_a_micro_batch_may_change_where_the_images_of_a_step_do_not(run_here):
+    run, _ = run_here(no_eval=True, epochs=1)
+    _, printed = run_here(code=2, no_eval=True, auto_resume=True, grad_accumulation_steps=2)
+    assert (
+        "images per step: 2 in the checkpoint (batch_size 2 x grad_accumulation_steps 1 x 1 process), now 4" in printed
+    )
+    assert "give --batch_size and --grad_accumulation_steps whose product is 2" in printed
+    _, printed = run_here(no_eval=True, auto_resume=True, batch_size=1, grad_accumulation_steps=2)
+    assert "the same images per step as batch_size 1 x grad_accumulation_steps 2 x 1 process; until the" in printed
+    warning = next(line for line in printed.splitlines() if "differs from one without this change" in line)
+    assert "dropout" in warning
+    assert "moving average" in warning
+    assert [line["step"] for line in log_lines(run, "train")] == [1, 2, 3, 4, 5, 6]
+
+
 def test_a_run_of_another_length_says_so(run_here):
     run, _ = run_here(no_eval=True, epochs=2)
     _, printed = run_here(code=2, no_eval=True, epochs=1, auto_resume=True)
@@ -310,7 +325,11 @@ def test_deepspeed_file_must_not_contradict(tmp_path):
                 "train_micro_batch_size_per_gpu": 7,
                 "gradient_clipping": "auto",
                 "bf16": {"enabled": True},
-                "zero_optimization": {"stage": 3},
+                "zero_optimization": {
+                    "stage": 0,
+                    "elastic_checkpoint": True,
+                    "offload_optimizer": {"device": "nvme"},
+                },
                 "optimizer": {"type": "Adam"},
             }
         )
@@ -321,7 +340,9 @@ def test_deepspeed_file_must_not_contradict(tmp_path):
     for expected in (
         "per_gpu is 7, but batch_size is 2",
         "bf16.enabled is True, but precision is fp32",
-        "stage is 3",
+        "stage is 0; give 1, 2 or 3",
+        "elastic_checkpoint is on",
+        "offloads to nvme",
         "'opt",
     ):
         assert expected in str(error.value)

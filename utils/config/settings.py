@@ -124,8 +124,9 @@ class TrainSettings:
     )
     epochs: int = setting(10, "epochs; validation and checkpoints follow each", low=1, may_change=True)
     steps_per_epoch: int = setting(500, "optimizer steps per epoch", low=1)
-    batch_size: int = setting(2, "images per process and micro step", low=1)
-    grad_accumulation_steps: int = setting(10, "micro steps per optimizer step", low=1)
+    # these two may change together with the number of processes: their product may not (utils.training.step_layout)
+    batch_size: int = setting(2, "images per process and micro step", low=1, may_change=True)
+    grad_accumulation_steps: int = setting(10, "micro steps per optimizer step", low=1, may_change=True)
     lr: float = setting(3e-4, "peak learning rate of AdamW; 0 changes nothing", low=0.0)
     gate_lr_factor: float = setting(1.0, "learning rate of the policy gate, as a multiple of lr", above=0.0)
     warmup_steps: int = setting(
@@ -138,7 +139,7 @@ class TrainSettings:
     seed: int = setting(0, "random seed of new weights, samples, sampled layers and dropout", low=0)
     deepspeed_config: str = setting(
         "configs/deepspeed/zero2.json",
-        "DeepSpeed's JSON; batch sizes and precision are filled in from these settings",
+        "DeepSpeed's JSON (configs/deepspeed: ZeRO-1, 2 or 3); batch sizes and precision follow from these settings",
         may_change=True,
     )
     save_every: int = setting(

@@ -25,6 +25,7 @@ from model.sam import SamShape
 from model.UGround import UGroundForCausalLM
 from utils.config import Config
 from utils.plotting import text_tables
+from utils.training.zero3 import WHOLE
 from utils.wording import counted
 
 GB = 1e9
@@ -32,6 +33,7 @@ MEMORY_PARTS = ("weights", "optimizer", "gradients", "language model", "SAM")
 PREFIX, PER_QUESTION, LABELS = 40, 40, 12  # tokens: of the prefix; per question with answer; per answer, as labels
 PIXELS = 640 * 480  # of a COCO image
 PIXEL_BYTES = 35  # per pixel of a mask: what the losses at the image's size save (measured, docs/scaling.md)
+LIVE = 1_000_000_000  # DeepSpeed's stage3_max_live_parameters
 CUDA_CONTEXT = 0.8 * GB  # assumed: kernels, cuBLAS, NCCL
 FRAGMENTATION = 0.1  # assumed: share of the activations that the allocator loses
 SHAPES: dict[str, dict[str, Any]] = {  # LLaVA-1.5 (Vicuna) with CLIP ViT-L/14 of 336 px and SAM ViT-H
@@ -62,7 +64,8 @@ class Plan:
         token_rows: of both tables that train alone; () = the tables train in full. frozen: parts that do not train.
         images: per GPU and micro step, B. tokens: per row, T. labels: per image. masks: per image, N.
         pixels: per image. checkpointing: of LLaMA's layers. dropout: whether the adapters use it.
-        gpus: over which the optimizer is sharded (ZeRO-2). offload: of the optimizer, to the host's memory.
+        gpus: over which the optimizer is sharded. offload: of the optimizer, to the host's memory.
+        sharded: number of the parameters that are sharded, too; 0 but for ZeRO-3.
         bucket: numbers per message of gradients (DeepSpeed's reduce_bucket_size).
     """
 
@@ -81,6 +84,7 @@ class Plan:
     dropout: bool = True
     gpus: int = 1
     offload: bool = False
+    sharded: int = 0
     bucket: int = 50_000_000
 
     @property
@@ -168,9 +172,15 @@ def image_encoder(plan: Plan) -> float:
 
 def optimizer(plan: Plan) -> tuple[float, float]:
     """(GPU, host) bytes of master weights, AdamW's two moments and the summed gradient: 16 per trainable parameter,
-    sharded over the GPUs (ZeRO-2). Offloading moves them to the host."""
+    sharded over the GPUs (ZeRO). Offloading moves them to the host."""
     share = 16.0 * plan.trainable / plan.gpus
     return (0.0, share) if plan.offload else (share, 0.0)
+
+
+def weights(plan: Plan) -> float:
+    """Bytes of the parameters. ZeRO-3 gathers what it has sharded for its layer, up to ``LIVE`` numbers at a time."""
+    share = plan.sharded / plan.gpus
+    return plan.precision * (plan.parameters - plan.sharded + min(share + LIVE, plan.sharded))
 
 
 def gradients(plan: Plan) -> float:
@@ -189,7 +199,7 @@ def expected(plan: Plan) -> dict[str, float]:
     """
     on_gpu, host = optimizer(plan)
     parts = {
-        "weights": float(plan.parameters * plan.precision),
+        "weights": weights(plan),
         "optimizer": on_gpu,
         "gradients": gradients(plan),
         "language model": language_model(plan) + text_loss_bytes(plan) + token_rows(plan),
@@ -253,12 +263,15 @@ def count_parameters(
     targets: str = "q_proj,v_proj",
     token_rows: Sequence[int] = (),
     frozen: Sequence[str] = (),
-) -> tuple[int, int]:
-    """(all, trainable) parameters of the model with LoRA, counted on the meta device, without allocating memory."""
+) -> tuple[int, int, int]:
+    """Numbers of the parameters with LoRA: all, trainable, and those that ZeRO-3 shards. Allocates no memory."""
     with torch.device("meta"):
-        model = add_lora(UGroundForCausalLM(shape), lora_r, targets=targets, token_rows=token_rows, frozen=frozen)
+        base = UGroundForCausalLM(shape)
+        model = add_lora(base, lora_r, targets=targets, token_rows=token_rows, frozen=frozen)
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
-    return sum(size for size, _ in sizes), sum(size for size, trains in sizes if trains)
+    total = sum(size for size, _ in sizes)
+    whole = sum(parameter.numel() for name in WHOLE for parameter in base.get_submodule(name).parameters())
+    return total, sum(size for size, trains in sizes if trains), total - whole
 
 
 def plan_of(config: Config) -> tuple[Plan, str]:
@@ -276,7 +289,7 @@ def plan_of_shape(shape: UGroundConfig, config: Config) -> Plan:
     """The training step of a configuration with another shape in place of its weights."""
     part = config.model
     rows = tuple(range(ADDED)) if part.train_tables == "new" else ()
-    total, trainable = count_parameters(shape, part.lora_r, part.lora_target_modules, rows, part.freeze)
+    total, trainable, sharded = count_parameters(shape, part.lora_r, part.lora_target_modules, rows, part.freeze)
     zero = json.loads(Path(config.train.deepspeed_config).read_text()).get("zero_optimization", {})
     questions = config.data.questions_per_image
     return Plan(
@@ -293,6 +306,7 @@ def plan_of_shape(shape: UGroundConfig, config: Config) -> Plan:
         checkpointing=part.gradient_checkpointing,
         dropout=part.lora_dropout > 0,
         offload="offload_optimizer" in zero,
+        sharded=sharded if zero.get("stage") == 3 else 0,
         bucket=int(zero.get("reduce_bucket_size", 500_000_000)),
     )
 
