@@ -64,7 +64,8 @@ class Program:
         return self.process.exitcode
 
     def printed(self) -> str:
-        return self.output.read_text(errors="replace")
+        """What it has printed so far."""
+        return self.output.read_text(errors="replace") if self.output.exists() else ""
 
 
 @contextmanager
