@@ -49,7 +49,7 @@ class Figure:
 
     Attributes:
         benchmark: with its split, such as ``ReasonSeg|val``.
-        published: metric -> percent, with the published digits; empty if none is known to be of this file.
+        published: metric -> percent; empty if none is known to be of this file.
         source: where the published figures are; where they are not known, why.
         mode: ``teacher_forced`` or ``generate``; empty = the benchmark's default.
         obtained: None if it was not run.
