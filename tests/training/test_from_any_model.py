@@ -78,6 +78,29 @@ def test_a_chain_of_adapters_is_its_merged_model(first, tmp_path, data):
     assert [row.split()[1] for row in table.strip().splitlines()[2:]] == ["first", "second", "third"]
 
 
+def test_rows_of_added_tokens_train_alone(first, tmp_path, data):
+    """Tables keep all other rows; adapter and merged folder are the same model, and a run resumes."""
+    options = {"train_tables": "new", "freeze": "gate||sam_mask_decoder", "lr": 0.1}
+    rows = run(tmp_path, "rows", first / "merged", data, **options)
+    run(tmp_path, "rows", first / "merged", data, **options, epochs=2, auto_resume="true")
+    assert [line["step"] for line in log_lines(rows, "train")] == [1, 2, 3, 4, 5, 6]
+    before, after = state_of(first / "merged"), state_of(export(rows, "merged"))
+    assert equal(after, state_of(export(rows, "adapter")))
+    added = load_pretrained(first / "merged")[1].tokens.added
+    assert len(added) == 4
+    for table in ("model.embed_tokens.weight", "lm_head.weight"):
+        moved = (before[table] != after[table]).any(1).nonzero().flatten().tolist()
+        assert moved
+        assert set(moved) <= set(added)
+    still = [name for name in before if name.startswith(("ppm.gate", "visual_model.mask_decoder."))]
+    assert all(torch.equal(before[name], after[name]) for name in still)
+    assert not torch.equal(before["text_hidden_fcs.0.0.weight"], after["text_hidden_fcs.0.0.weight"])
+    [start, _] = log_lines(rows, "start")
+    trained = {part: numbers[1] for part, numbers in start["parameters"].items()}
+    assert trained["embed_tokens"] == trained["lm_head"] == 4 * 32
+    assert trained["gate"] == trained["sam_mask_decoder"] == 0
+
+
 def test_contradictions_name_both_sides(first, tmp_path, data, capsys):
     run(tmp_path, "wrong", first / "merged", data, code=2, clip_fit="crop", map_side=0)
     printed = capsys.readouterr().err

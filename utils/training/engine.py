@@ -121,6 +121,8 @@ def deepspeed_settings(config: Config, world_size: int) -> dict[str, Any]:
     zero = settings.get("zero_optimization", {})
     if (stage := zero.get("stage", 0)) not in (1, 2, 3):
         problems.append(f"zero_optimization.stage is {stage}; give 1, 2 or 3 (files in configs/deepspeed)")
+    if stage == 3 and config.model.train_tables == "new":
+        problems.append("zero_optimization.stage 3 shards the tables that train_tables new reads whole; give 1 or 2")
     if zero.get("elastic_checkpoint"):
         problems.append("zero_optimization.elastic_checkpoint is on; remove it: every checkpoint fits any processes")
     if any("nvme" in str(zero.get(key)) for key in ("offload_optimizer", "offload_param")):
