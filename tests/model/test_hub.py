@@ -50,7 +50,7 @@ def start(cases: list[str], cache: Path, url: str, **variables: str) -> subproce
 
 
 def results(process: subprocess.Popen) -> dict[str, str | list]:
-    output, errors = process.communicate(timeout=60)
+    output, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors.decode()[-3000:]
     return json.loads(output)
 
@@ -150,6 +150,11 @@ def test_without_a_network_the_cache_serves(resolved, served):
     again = results(start(["folder org/llava", "folder org/new"], served.cache, "http://127.0.0.1:9"))
     assert again["folder org/llava"][0] == resolved["folder org/llava"][0]
     assert "the hub http://127.0.0.1:9 cannot be reached (ConnectError)" in again["folder org/new"]
+
+
+def test_a_token_that_the_hub_refuses(served, tmp_path):
+    [message] = results(start(["folder org/llava"], tmp_path, served.url, HF_TOKEN="hf_expired")).values()
+    assert "HTTP 401, Invalid credentials in Authorization header; log in with hf auth login" in message
 
 
 def test_a_token_opens_what_is_gated_for_processes_at_once(served, tmp_path):
