@@ -11,12 +11,15 @@ from pathlib import Path
 import pytest
 from loopback_hub import TOKEN, Repository, lay_out, serve
 from programs import evaluation
-from tiny_run import ROOT, environment
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from tiny_run import ROOT, arguments, environment, log_lines
 
+import train_ds
 from model.loading import hub
 from model.loading.hub import name_of, repository_of, resolve_base, resolve_file, resolve_folder
 from model.loading.pretrained import load, load_for_training
-from scripts import merge_lora
+from scripts import make_demo_data, merge_lora
 from utils.training import checkpoint as checkpoints
 
 WRITTEN = ROOT / "tests/fixtures/written_before"
@@ -304,3 +307,23 @@ def test_a_run_is_merged_with_the_commit_that_it_was_trained_on(base, hub_cache,
     assert meta["config"]["model"]["version"] == "org/llava"
     problems = checkpoints.differences(meta | {"base": {}, "resolved": {"version": f"org/llava@{B}"}}, meta)
     assert f"not the same: org/llava@{A} in the checkpoint, now org/llava@{B}" in problems[0]
+
+
+@pytest.mark.slow
+def test_a_run_records_commits_and_is_not_resumed_on_another(base, hub_cache, tmp_path, capsys):
+    assert make_demo_data.main(["--out", str(tmp_path / "data"), "--train", "6", "--val", "2", "--test", "1"]) == 0
+    flags = arguments(tmp_path, tmp_path / "data", tmp_path, **base)
+    assert train_ds.main(flags) == 0
+    [started] = log_lines(tmp_path / "run", "start")
+    meta = json.loads((checkpoints.find_checkpoint(tmp_path / "run") / "meta.json").read_text())
+    for recorded in (started, meta):
+        assert recorded["resolved"]["vision_pretrained"] == f"org/sam@{A}:checkpoints/sam.pth"
+        assert recorded["config"]["model"]["version"] == "org/llava"
+    assert {row["source"] for row in started["weights"] if row["module"] in ("model", "lm_head")} == {f"org/llava@{A}"}
+    files = {path.name: path.read_bytes() for path in (WRITTEN / "base/llava").iterdir()}
+    state = {name: value + 1 for name, value in load_tensors(files["model.safetensors"]).items()}
+    lay_out(hub_cache, "org/llava", files | {"model.safetensors": save_tensors(state, {"format": "pt"})}, B)
+    hub._download.cache_clear()
+    capsys.readouterr()
+    assert train_ds.main([*flags, "--auto_resume", "true", "--epochs", "3"]) == 2
+    assert f"org/llava@{A} in the checkpoint, now org/llava@{B}" in capsys.readouterr().err
