@@ -35,8 +35,10 @@ from utils.evaluation.panels import validation_sheet
 from utils.evaluation.predictions import InferenceOptions
 from utils.training import checkpoint as checkpoints
 from utils.training.data_content import content_of, source_of
+from utils.training.lineage import adopt
 from utils.training.run_lock import lock_run
 from utils.training.run_log import DivergedError, Meter, RunLog, check_finite, loading_table, parameter_table
+from utils.training.step_layout import StepLayout, effects
 from utils.wording import counted
 
 if TYPE_CHECKING:
@@ -171,6 +173,7 @@ def build_run(config: Config, device: torch.device) -> Run:
     from utils.training.engine import build_engine, build_model, deepspeed_settings
 
     mixture, benchmarks = open_data(config)
+    adopt(config)
     exists = distributed.all_gather(config.run_folder.is_dir())[0]  # as the main process sees it
     lock = lock_folder(config) if exists else None
     start = find_start(config)
@@ -199,12 +202,14 @@ def build_run(config: Config, device: torch.device) -> Run:
     run = Run(config, device, engine, inner, processor, mixture, benchmarks, log, meta, lock, saved["step"], best)
 
     images = (config.total_steps - run.step) * config.images_per_step(distributed.world_size())
-    log.print(f"{loading_table(loaded)}\n\n{parameter_table(model)}\n\n{mixture.table(images)}\n")
+    log.print(f"{loading_table(loaded)}\n{unread_paths(config)}\n{parameter_table(model)}\n\n{mixture.table(images)}\n")
     log.print(describe_step(config, device))
     log.event("start", run.step, **describe_start(run, loaded, start), **meta)
     if start:
         log.print(f"resuming from {start} (step {run.step} of {config.total_steps})")
-        planned = config_from(saved["config"], str(start)).total_steps
+        saved_config = config_from(saved["config"], str(start))
+        warn_of_layout(run, StepLayout.of(saved_config, saved["processes"]))
+        planned = saved_config.total_steps
         if planned != config.total_steps:
             log.print(
                 f"warning: the run was planned for {planned} steps and now has {config.total_steps}: the learning rate "
@@ -215,6 +220,16 @@ def build_run(config: Config, device: torch.device) -> Run:
         if trial:
             selection_metric(run, trial)
     return run
+
+
+def unread_paths(config: Config) -> str:
+    """A line that names the paths that a finished model in ``--version`` makes needless, if there are any."""
+    from model.loading.pretrained import resolve_start, unread_beside
+
+    paths = config.model
+    folder = resolve_start(paths.version, paths.vision_tower, paths.vision_pretrained)["version"].path
+    given = [f"--{name} {path}" for name in unread_beside(folder) if (path := getattr(paths, name))]
+    return f"not read, as --version holds these parts: {', '.join(given)}\n" if given else ""
 
 
 def describe_start(run: Run, loaded: Sequence[Loaded], start: Path | None) -> dict[str, Any]:
@@ -242,10 +257,19 @@ def describe_step(config: Config, device: torch.device) -> str:
     name = device_name(device)
     if device.type == "cpu" and Path("/dev/nvidia0").exists():
         name += " (an NVIDIA GPU is present, but this torch cannot use it: is the driver too old?)"
-    train, world = config.train, distributed.world_size()
-    product = f"batch_size {train.batch_size} x grad_accumulation_steps {train.grad_accumulation_steps} x {world}"
-    processes = f"{counted(world, 'process', 'processes')} on {name}, {config.model.precision}"
-    return f"{processes}; {counted(config.images_per_step(world), 'image')} per step = {product}\n"
+    layout = StepLayout.of(config, distributed.world_size())
+    processes = f"{counted(layout.processes, 'process', 'processes')} on {name}, {config.model.precision}"
+    return f"{processes}; {counted(layout.images, 'image')} per step = {layout}\n"
+
+
+def warn_of_layout(run: Run, before: StepLayout) -> None:
+    """Says how a resumed run's steps are divided, if that has changed, and what they compute otherwise."""
+    now = StepLayout.of(run.config, distributed.world_size())
+    if now == before:
+        return
+    run.log.print(f"the same images per step as {now}; until the checkpoint {before}")
+    if changed := effects(run.config, now, before):
+        run.log.print(f"warning: the run differs from one without this change: {'; '.join(changed)}")
 
 
 def open_data(config: Config) -> tuple[Mixture, list[EvalDataset]]:
@@ -439,15 +463,17 @@ def validate(run: Run, limit: int | None = None) -> dict[str, dict[str, float]]:
     """Metrics per benchmark; with ``limit``, a trial on that many images, which is not logged."""
     from utils.evaluation import evaluate
     from utils.evaluation.engine import RunOptions
+    from utils.training.zero3 import gathered
 
     settings, results = run.config.eval, {}
     options = InferenceOptions(settings.val_mode, run.model.config.layer_policy, seed=run.config.train.seed)
     run_options = RunOptions(settings.val_batch_size, limit=limit or settings.val_limit or None)
-    for dataset in run.benchmarks:
-        results[str(dataset.spec)] = evaluate(run.model, run.processor, dataset, options, run_options).metrics
-        if limit is None and settings.val_pictures and distributed.is_main():
-            picture = validation_sheet(run.model, run.processor, dataset, options, settings.val_pictures)
-            run.log.picture(run.step, dataset.spec.slug, picture)
+    with gathered(run.engine) if run.benchmarks else contextlib.nullcontext():
+        for dataset in run.benchmarks:
+            results[str(dataset.spec)] = evaluate(run.model, run.processor, dataset, options, run_options).metrics
+            if limit is None and settings.val_pictures and distributed.is_main():
+                picture = validation_sheet(run.model, run.processor, dataset, options, settings.val_pictures)
+                run.log.picture(run.step, dataset.spec.slug, picture)
     return results
 
 

@@ -84,6 +84,7 @@ class UGroundForCausalLM(LlavaLlamaForCausalLM):
     config_class = UGroundConfig
     config: UGroundConfig  # type: ignore[assignment]  # transformers declares it less narrowly
     warned_of_full_training = False
+    touched_modules: tuple[str, ...] = ("",)  # "" = the whole model; ZeRO-3 needs less (utils.training.zero3)
 
     def __init__(self, config: UGroundConfig) -> None:
         super().__init__(config)
@@ -111,7 +112,8 @@ class UGroundForCausalLM(LlavaLlamaForCausalLM):
             self.warn_of_full_training()
         # A rank without masks must touch every parameter too, in the same order on all ranks: ZeRO reduces gradients
         # as they arrive. Computed first, this zero comes last in the backward pass, and completes them all.
-        touched = TouchAll.apply(self.device, *(p for p in self.parameters() if p.requires_grad))
+        modules = map(self.get_submodule, self.touched_modules)
+        touched = TouchAll.apply(self.device, *(p for each in modules for p in each.parameters() if p.requires_grad))
         output, valid = self.forward_language(batch)
         counts = [len(masks) for masks in batch.masks]
         states = output.at(batch.seg_positions)

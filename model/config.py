@@ -95,8 +95,6 @@ class UGroundConfig(LlavaLlamaConfig, PpmSettings, LossSettings, ExperimentalSet
             problems.append(("mm_projector_type", f"{self.mm_projector_type!r} is not one of {', '.join(choices)}"))
         if not isinstance(self.mm_vision_select_layer, int):
             problems.append(("mm_vision_select_layer", f"{self.mm_vision_select_layer!r} is not a whole number"))
-        if self.point_rule != "extremes" and self.clip_fit != "crop":
-            problems.append(("point_rule", f"{self.point_rule} needs clip_fit crop: points lie in what a crop shows"))
         if problems:
             named = {name: f"{name} (a run's --{run_name})" for name, run_name in RUN_NAMES.items()}
             raise ValueError("; ".join(f"{named.get(name, name)}: {text}" for name, text in problems))

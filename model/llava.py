@@ -170,7 +170,10 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
             keys = torch.cat([torch.ones(len(valid), 1, dtype=torch.bool), valid], 1)  # the class token always counts
             mask = torch.zeros(keys.shape).masked_fill_(~keys, torch.finfo(clip_images.dtype).min)
             mask = mask.to(clip_images, non_blocking=True)[:, None, None, :].expand(-1, 1, keys.shape[1], -1)
-        states = self.vision_tower(clip_images, attention_mask=mask, output_hidden_states=True).hidden_states
+        # transformers' gradient checkpointing makes the tower's inputs require gradients, also where it is frozen
+        trains = any(parameter.requires_grad for parameter in self.vision_tower.parameters())
+        with torch.set_grad_enabled(trains and torch.is_grad_enabled()):
+            states = self.vision_tower(clip_images, attention_mask=mask, output_hidden_states=True).hidden_states
         features = states[self.config.mm_vision_select_layer][:, 1:]
         return self.mm_projector(features), valid.to(clip_images.device, non_blocking=True)
 

@@ -1,8 +1,9 @@
-"""The modules that LoRA adapts and those that train in full, for training and merging."""
+"""What trains: LoRA, the rows of added tokens, and the modules that train in full; for training and merging."""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -14,6 +15,7 @@ from model.UGround import UGroundForCausalLM
 
 LORA_TARGETS = r"model\.layers\.\d+\.self_attn\.({names})"  # the language model only, never CLIP's q_proj and v_proj
 
+TOKEN_ROWS = ".token_adapter.trainable_tokens_delta"  # peft's name of a table's rows that train
 PARTS = {  # what the name of a parameter contains -> its part
     "text_hidden_fcs.": "phi",
     "ppm.": "gate",
@@ -54,7 +56,13 @@ def trains_in_full(name: str, config: UGroundConfig) -> bool:
 
 
 def add_lora(
-    model: PreTrainedModel, r: int, alpha: int = 16, dropout: float = 0.05, targets: str = "q_proj,v_proj"
+    model: PreTrainedModel,
+    r: int,
+    alpha: int = 16,
+    dropout: float = 0.05,
+    targets: str = "q_proj,v_proj",
+    token_rows: Sequence[int] = (),
+    frozen: Collection[str] = (),
 ) -> PreTrainedModel | PeftModel:
     """Wraps the model with LoRA on the language model's projections, and sets ``requires_grad`` of all parameters.
 
@@ -62,25 +70,38 @@ def add_lora(
         r: rank; 0 = no LoRA (only the parts that train in full).
         alpha, dropout: of LoRA, as in peft.
         targets: comma-separated projections of LLaMA's attention.
+        token_rows: ids of the tokens whose rows of the embeddings and ``lm_head`` train; () = both tables in full.
+        frozen: parts that do not train, of ``model.settings.FREEZABLE``.
 
     Returns:
         the ``PeftModel``, or ``model`` itself with r = 0.
 
     Raises:
-        ValueError: if a target names no module of the language model.
+        ValueError: if a target names no module of the language model, or there are ``token_rows`` and r = 0.
     """
     names = [name.strip() for name in targets.split(",") if name.strip()]
     known = {"q_proj", "k_proj", "v_proj", "o_proj"}
     if unknown := set(names) - known:
         raise ValueError(f"lora_target_modules: {sorted(unknown)} unknown; choose from {sorted(known)}")
+    if token_rows and not r:
+        raise ValueError("train_tables new needs LoRA, whose library trains the rows; set lora_r, or train_tables full")
     adapted: PreTrainedModel | PeftModel = model
     if r > 0:
         pattern = LORA_TARGETS.format(names="|".join(names))
-        config = LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=pattern, bias="none")
+        tables = ("embed_tokens",) if model.config.tie_word_embeddings else ("embed_tokens", "lm_head")
+        rows = {table: list(token_rows) for table in tables} if token_rows else None
+        config = LoraConfig(
+            r=r,
+            lora_alpha=alpha,
+            lora_dropout=dropout,
+            target_modules=pattern,
+            bias="none",
+            trainable_token_indices=rows,
+        )
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")  # peft uses a deprecated name
             adapted = get_peft_model(model, config)
-    set_trainable(adapted)
+    set_trainable(adapted, frozen)
     return adapted
 
 
@@ -90,18 +111,24 @@ def base_of(model: nn.Module) -> UGroundForCausalLM:
     return base
 
 
-def set_trainable(model: nn.Module) -> None:
-    """Sets ``requires_grad`` of every parameter: LoRA's, and those of ``trains_in_full``."""
-    config = base_of(model).config
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad = "lora_" in name or trains_in_full(name, config)
+def set_trainable(model: nn.Module, frozen: Collection[str] = ()) -> None:
+    """Sets ``requires_grad`` of every parameter: LoRA's, and those of ``trains_in_full``, without ``frozen`` parts.
+
+    Of tables with ``TOKEN_ROWS``, these alone train.
+    """
+    config, names = base_of(model).config, dict(model.named_parameters())
+    by_rows = {part_of(name) for name in names if TOKEN_ROWS in name}
+    for name, parameter in names.items():
+        part = part_of(name)
+        trains = TOKEN_ROWS in name if part in by_rows else part == "lora" or trains_in_full(name, config)
+        parameter.requires_grad = trains and part not in frozen
 
 
 def parameters_by_part(model: nn.Module) -> dict[str, tuple[int, int]]:
     """Part -> (number of its parameters, number of its trainable parameters)."""
     counts: dict[str, tuple[int, int]] = {}
     for name, parameter in model.named_parameters():
-        part, size = part_of(name), parameter.numel()
+        part, size = part_of(name), getattr(parameter, "ds_numel", parameter.numel())  # ZeRO-3 leaves a shard here
         total, trained = counts.get(part, (0, 0))
         counts[part] = total + size, trained + size * parameter.requires_grad
     return counts

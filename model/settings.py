@@ -15,6 +15,7 @@ from model import layer_rules
 
 PRECISION_NAMES = ("fp32", "bf16", "fp16")
 QUANTIZATIONS = ("8bit", "4bit")
+FREEZABLE = ("phi", "gate", "sam_prompt_encoder", "sam_mask_decoder", "embed_tokens", "lm_head")  # parts that train
 
 
 def setting(
@@ -73,6 +74,18 @@ class PpmSettings:
     mask_prompt: bool = setting(True, "prompt SAM with the similarity map (MasP, Table 6)")
     point_prompts: int = setting(
         0, "prompt SAM with this many foreground and as many background points of the similarity map (READ)", low=0
+    )
+    point_rule: str = setting(
+        "extremes",
+        "the point_prompts highest and as many of the lowest patches, or point_prompts in total by the thresholds of "
+        "READ's two published checkpoints",
+        choices=("extremes", "read_7b", "read_13b"),
+    )
+    clip_fit: str = setting(
+        "pad",
+        "CLIP's input, and so what a similarity map covers: the whole image, padded (paper), or a centre crop, as in "
+        "LISA and its descendants",
+        choices=("pad", "crop"),
     )
     reward: str = setting(
         "seg",
@@ -147,18 +160,6 @@ class CheckpointSettings:
     eval_layer_policy: str | None = setting(
         None, "default layer rule of ``predict``; None = that of the training rule (``LayerRule.at_inference``)"
     )
-    point_rule: str = setting(
-        "extremes",
-        "the point_prompts highest and as many of the lowest patches, or point_prompts in total by the thresholds of "
-        "READ's two published checkpoints",
-        choices=("extremes", "read_7b", "read_13b"),
-    )
-    clip_fit: str = setting(
-        "pad",
-        "CLIP's input, and so what a similarity map covers: the whole image, padded (paper), or a centre crop, as in "
-        "LISA and its descendants",
-        choices=("pad", "crop"),
-    )
     policy_seed: int = setting(0, "seed of sampled layers, together with the sample index", low=0)
 
 
@@ -191,6 +192,22 @@ def method_of(settings: Mapping[str, Any]) -> dict[str, Any]:
     run_names = {name: RUN_NAMES.get(name, name) for name in METHOD_FIELDS}
     method = {name: settings[run_name] for name, run_name in run_names.items() if run_name in settings}
     return method | {"eval_layer_policy": method["eval_layer_policy"] or None}
+
+
+def kept_settings(method: Mapping[str, Any]) -> list[str]:
+    """Settings of a finished model that further training must keep: its weights were trained for them.
+
+    Args:
+        method: setting -> value, of the finished model.
+    """
+    kept = ["clip_fit"]
+    if method["mask_prompt"] or method["point_prompts"]:
+        kept += ["map_side", "map_normalization"]
+    if method["point_prompts"]:
+        kept.append("point_rule")
+    if layer_rules.parse(method["layer_selection"], use="training").gate:
+        kept += ["first_candidate_layer", "last_candidate_layer"]
+    return kept
 
 
 # -- validation --------------------------------------------------------------------------------------------------------
@@ -259,6 +276,8 @@ def contradictions(method: Mapping[str, Any], num_layers: int | None = None) -> 
             yield name, str(error)
     if method["policy_gradient"] == "exact" and (method["reward"], method["baseline"]) != ("seg", "average"):
         yield "policy_gradient", "exact uses every layer's reward per [SEG]: it takes reward seg and baseline average"
+    if method["point_rule"] != "extremes" and method["clip_fit"] != "crop":
+        yield "point_rule", f"{method['point_rule']} needs clip_fit crop: points lie in what a crop shows"
     if method["gaussian_kernel"] % 2 == 0:
         yield "gaussian_kernel", f"{method['gaussian_kernel']} is even; it must be odd"
 

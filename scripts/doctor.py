@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.metadata
-import json
 import os
 import platform
 import re
@@ -41,14 +40,14 @@ SHARED_MEMORY = 1e9  # bytes that a few data workers need to pass batches on
 
 
 def parse_arguments(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
-    """The flags, and the settings of train_ds.py; ``args.merged`` is the merged model to check, or None."""
+    """The flags, and the settings of train_ds.py; ``args.merged`` is the finished model to check, or None."""
     parser = Parser(program="train_ds.py", description=__doc__)
     add = parser.add_argument
     add("--config", metavar="FILE", help="YAML file of train_ds.py; all its settings can be given as flags, too")
     add(
         "--version",
         metavar="DIR",
-        help="a merged model to check; with --config and a base model, the setting of train_ds.py",
+        help="a finished model to check; with --config, the setting of train_ds.py",
     )
     add(
         "--vision_tower",
@@ -75,10 +74,10 @@ def parse_arguments(arguments: list[str] | None) -> tuple[argparse.Namespace, li
         args, settings = parser.parse_known_args(arguments)
     else:
         args, settings = parser.parse_with_settings(make_parser(), arguments)
-    args.merged = args.version if args.version and (not args.config or is_merged(args.version)) else None
+    args.merged = None if args.config else args.version
     if args.config:
         settings = ["--config", args.config, *settings]
-        settings += ["--version", args.version] if args.version and not args.merged else []
+        settings += ["--version", args.version] if args.version else []
         settings += ["--vision_tower", args.vision_tower] if args.vision_tower else []
     elif settings:
         flags = ", ".join(word.partition("=")[0] for word in settings if word.startswith("-"))
@@ -107,14 +106,6 @@ def main(arguments: list[str] | None = None) -> int:
             page.run(check_merged, args.merged, device, pick_precision("auto", device), args.vision_tower or "")
     print(f"\n{page.summary()}")
     return 1 if page.count("problem") else 0
-
-
-def is_merged(folder: str) -> bool:
-    """Whether a folder is a merged model (and not a base model to train)."""
-    try:
-        return json.loads((Path(folder) / "config.json").read_text()).get("model_type") == "uground"
-    except (OSError, ValueError, AttributeError):
-        return False
 
 
 # -- installation ------------------------------------------------------------------------------------------------------
@@ -274,7 +265,7 @@ def check_configuration(page: Page, settings: list[str], overfit: str) -> None:
     if config is None:
         return
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    paths = page.run(checks.check_paths, config)
+    paths = page.run(checks.check_paths, config) and page.run(checks.check_start, config)
     fits = paths and page.run(checks.check_deepspeed, config)
     planned = page.attempt(plan_of, config) if fits else None
     if planned:

@@ -33,6 +33,7 @@ from utils.command_line.parser import Parser
 from utils.config import Config, config_from, load_config
 from utils.training import checkpoint as checkpoints
 from utils.training.checkpoint import CheckpointError
+from utils.training.lineage import adopt
 from utils.training.model_card import model_card
 from utils.training.push import check_push, push
 
@@ -131,6 +132,7 @@ def initial_state(args: argparse.Namespace) -> tuple[nn.Module, UGroundProcessor
 
     flags = [part for name, path in moved_paths(args).items() for part in (f"--{name}", path)]
     config = load_config(["--config", str(args.config), *flags])
+    adopt(config)
     model, processor, loaded = build_model(config)
     meta = checkpoints.describe_settings(config, []) | checkpoints.describe_model(model, processor, loaded)
     return model.float().eval(), processor, config, meta | {"step": 0, "metrics": {}, "checkpoint": ""}

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
@@ -69,14 +67,6 @@ def arguments(base: Path, data: Path, runs: Path, **settings) -> list[str]:
 def environment(**extra: str) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     return kept | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "DS_ACCELERATOR": "cpu"} | extra
-
-
-def train(*flags: str, code: int = 0) -> str:
-    """Runs train_ds.py in a process of its own; returns what it printed."""
-    command = [sys.executable, str(ROOT / "train_ds.py"), *flags]
-    done = subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
-    return done.stdout + done.stderr
 
 
 def log_lines(run: Path, kind: str) -> list[dict]:

@@ -23,6 +23,7 @@ from model.settings import METHOD_FIELDS, method_of
 
 META = "uground_run.json"
 PARTS, LORA = "trained_parts.safetensors", "adapter_model.safetensors"
+ROWS = ".token_adapter.trainable_tokens_delta"  # peft's name of a table's rows that trained
 OTHER_SECTIONS = ("model", "data", "train", "eval")  # sections of a run's settings that are not the method's
 WHERE = "Say where its base is with --base (LLaVA), --vision_tower (CLIP), --vision_pretrained (SAM)"
 
@@ -46,10 +47,13 @@ def save(model: nn.Module, folder: Path, dtype: torch.dtype) -> None:
         base = model.get_base_model()
         model.save_pretrained(str(folder), save_embedding_layers=False)
     state, parts = base.state_dict(), {}
-    trained = {name for name, p in base.named_parameters() if p.requires_grad and "lora_" not in name}
-    for name in sorted(trained | {name for name in state if name.startswith(NEW_PARTS)}):
-        parts[name] = state[name].to(dtype).contiguous()
-    parts |= {name: value for name, value in base.named_buffers() if name in state}
+    of_peft = ("lora_", ".token_adapter.")  # in names of what it has just written
+    own = [name for name in state if not any(part in name for part in of_peft)]
+    trained = {name for name, p in base.named_parameters() if p.requires_grad}
+    for name in own:
+        if name in trained or name.startswith(NEW_PARTS):
+            parts[name] = state[name].to(dtype).contiguous()
+    parts |= {name: value for name, value in base.named_buffers() if name in own}
     save_file(parts, folder / PARTS)
 
 
@@ -111,20 +115,29 @@ def apply(model: nn.Module, folder: Path, meta: dict[str, Any]) -> None:
             f"weights: {', '.join(missing[:5])}; copy it again, or write it anew with merge_lora.py --adapter_only"
         )
     model.load_state_dict(parts, strict=False)
-    if not lora:
-        return
     with blame(f"--version: {folder / LORA} does not fit its base and {META}"):
-        scale = meta["config"]["model"]["lora_alpha"] / meta["config"]["model"]["lora_r"]
-        for key in (key for key in lora if key.endswith(".lora_A.weight")):
-            name = key.removeprefix("base_model.model.").replace(".lora_A", "")
-            weight = model.get_parameter(name)
-            product = lora[key.replace("lora_A", "lora_B")] @ lora[key]
-            weight.data = (weight.float() + product * scale).to(weight.dtype)
+        _merge(model, lora, meta, folder)
+
+
+def _merge(model: nn.Module, lora: dict[str, torch.Tensor], meta: dict[str, Any], folder: Path) -> None:
+    """Adds LoRA's products, and copies the rows of added tokens, which peft numbers in its configuration."""
+    tokens = (read_json(folder / "adapter_config.json") if lora else {}).get("trainable_token_indices") or {}
+    settings = meta["config"]["model"]
+    for key, value in lora.items():
+        name = plain_name(key)
+        if name.endswith(".lora_A.weight"):
+            weight = model.get_parameter(name.replace(".lora_A", ""))
+            product = lora[key.replace("lora_A", "lora_B")] @ value
+            weight.data = (weight.float() + product * (settings["lora_alpha"] / settings["lora_r"])).to(weight.dtype)
+        elif name.endswith(ROWS):
+            table = name.removesuffix(ROWS)
+            weight = model.get_parameter(f"{table}.weight")
+            weight.data[tokens[table.rpartition(".")[2]]] = value.to(weight.dtype)
 
 
 def plain_name(name: str) -> str:
     """A weight's name without peft's prefix and adapter name."""
-    return name.removeprefix("base_model.model.").replace(".default.", ".")
+    return name.removeprefix("base_model.model.").replace(".default.", ".").removesuffix(".default")
 
 
 def read_adapter_meta(folder: Path) -> dict[str, Any]:

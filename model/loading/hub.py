@@ -11,10 +11,8 @@ import hashlib
 import os
 import re
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatch
-from functools import partial
 from pathlib import Path
 
 ID = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w.-]+)(@(?P<revision>[^:@\s]+))?(:(?P<file>[^:\s]+))?")
@@ -61,40 +59,6 @@ class _Parts:
 
 class _DamagedError(Exception):
     """A file of the cache that is not the hub's."""
-
-
-def resolve_base(version: str, vision_tower: str, vision_pretrained: str, download: bool = True) -> dict[str, Resolved]:
-    """LLaVA, CLIP and SAM, by their settings' names.
-
-    Args:
-        download: what the cache lacks; otherwise that is an error.
-
-    Raises:
-        ValueError: for the first that cannot be resolved.
-    """
-    found = _base(version, vision_tower, vision_pretrained)
-    return {name: resolve(download=download) for name, resolve in found.items()}
-
-
-def base_problems(
-    version: str, vision_tower: str, vision_pretrained: str, version_flag: str = "--version"
-) -> list[str]:
-    """The messages of ``resolve_base``, of all that cannot be resolved."""
-    problems = []
-    for resolve in _base(version, vision_tower, vision_pretrained, version_flag).values():
-        try:
-            resolve()
-        except ValueError as error:
-            problems.append(str(error))
-    return problems
-
-
-def _base(version: str, tower: str, sam: str, flag: str = "--version") -> dict[str, Callable[..., Resolved]]:
-    return {
-        "version": partial(resolve_folder, version, flag),
-        "vision_tower": partial(resolve_folder, tower, "--vision_tower"),
-        "vision_pretrained": partial(resolve_file, sam, "--vision_pretrained"),
-    }
 
 
 def name_of(path: str | Path) -> str:

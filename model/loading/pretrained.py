@@ -1,8 +1,9 @@
-"""Loading of any model folder with its processor (``load``), and of base weights for training."""
+"""Loading of any model folder with its processor: ``load`` for inference, ``load_for_training``."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,27 +14,36 @@ from transformers.utils import logging as transformers_logging
 from model.config import UGroundConfig
 from model.loading import adapter, hub
 from model.loading.files import blame
-from model.loading.formats import release_of
+from model.loading.formats import release_of, released_settings
+from model.loading.hub import Resolved
 from model.loading.placement import PRECISIONS, pick_device, pick_precision, place
 from model.loading.weights import (
     LLAVA_TYPES,
     Loaded,
+    base_config,
     fingerprint,
     grow_vocabulary,
     load_base,
     load_released,
+    load_strictly,
     misfits,
+    new_model,
     read_config,
     read_folder,
+    read_sam,
+    released_config,
+    report,
     run_of,
 )
 from model.opened import Opened
 from model.processing.conversation import SYSTEM_PROMPT
 from model.processing.processor import UGroundProcessor
 from model.processing.tokens import IMAGE, add_special_tokens, load_tokenizer, token_ids
+from model.settings import METHOD_FIELDS, kept_settings
 from model.UGround import UGroundForCausalLM
 
 Kind = Literal["merged", "adapter", "released", "base", "run", "unknown"]
+CRITIC = "ppm.critic."
 Parts = tuple[UGroundForCausalLM, UGroundProcessor, dict[str, str]]  # model, processor, module -> source of its weights
 
 
@@ -146,7 +156,7 @@ def _load_adapter(folder: Path, precision: str, paths: dict[str, str]) -> Parts:
     meta = adapter.read_adapter_meta(folder)
     settings = meta["config"]["model"] | meta.get("resolved", {}) | paths
     base = settings["version"], settings["vision_tower"], settings["vision_pretrained"]
-    if problems := hub.base_problems(*base, version_flag="--base"):
+    if problems := start_problems(*base, flag="--base"):
         raise ValueError(
             f"--version: the base of the adapter {folder} is not here: {'; '.join(problems)}. {adapter.WHERE}"
         )
@@ -200,43 +210,197 @@ LOADERS: dict[Kind, Callable[[Path, str, dict[str, str]], Parts]] = {
 }
 
 
-def load_for_training(
-    version: str,
-    vision_tower: str,
-    vision_pretrained: str,
-    precision: str = "bf16",
-    settings: dict | None = None,
-    max_tokens: int = 2048,
-) -> tuple[UGroundForCausalLM, UGroundProcessor, list[Loaded]]:
-    """UGround from base weights: a LLaVA-1.5 folder, a CLIP folder, a SAM ``.pth``.
+def unread_beside(folder: Path) -> tuple[str, ...]:
+    """The settings beside ``version`` that are not read, as the model in the folder holds these parts."""
+    kind = kind_of(folder)
+    both = ("vision_tower", "vision_pretrained")
+    return both if kind == "merged" else both[1:] if kind == "released" else ()
+
+
+def resolve_start(
+    version: str, vision_tower: str = "", vision_pretrained: str = "", download: bool = True
+) -> dict[str, Resolved]:
+    """What training starts from: ``version``, and those of the paths beside it that are read.
 
     Args:
-        version, vision_tower, vision_pretrained: paths or hub ids of LLaVA, CLIP and SAM.
+        version, vision_tower, vision_pretrained: paths or hub ids (``model.loading.hub``).
+        download: what the hub's cache lacks; otherwise that is an error.
+
+    Raises:
+        ValueError: naming all that cannot be resolved.
+    """
+    found, problems = _start(version, vision_tower, vision_pretrained, download)
+    if problems:
+        raise ValueError("; ".join(problems))
+    return found
+
+
+def start_problems(version: str, vision_tower: str, vision_pretrained: str, flag: str = "--version") -> list[str]:
+    """The messages of ``resolve_start``, one each; ``flag`` gave ``version``."""
+    return _start(version, vision_tower, vision_pretrained, True, flag)[1]
+
+
+def _start(
+    version: str, tower: str, sam: str, download: bool, flag: str = "--version"
+) -> tuple[dict[str, Resolved], list[str]]:
+    found: dict[str, Resolved] = {}
+    problems: list[str] = []
+
+    def resolve(name: str, text: str, flag: str) -> None:
+        function = hub.resolve_file if name == "vision_pretrained" else hub.resolve_folder
+        try:
+            found[name] = function(text, flag, download)
+        except ValueError as error:
+            problems.append(str(error))
+
+    resolve("version", version, flag)
+    kind: Kind = "base"
+    with contextlib.suppress(ValueError):  # raised where the folder is loaded
+        kind = kind_of(found["version"].path) if found else "base"
+    unread = unread_beside(found["version"].path) if kind in LOADERS else ()
+    if kind == "released" and not tower:
+        tower = str(read_config(found["version"].path, flag).get("mm_vision_tower") or "")
+    for name, text in {"vision_tower": tower, "vision_pretrained": sam}.items():
+        if name in unread or (kind == "adapter" and not text):
+            continue
+        if text:
+            resolve(name, text, f"--{name}")
+        else:
+            problems.append(f"--{name}: is missing; {version} holds no {'CLIP' if name == 'vision_tower' else 'SAM'}")
+    return found, problems
+
+
+def load_for_training(
+    version: str,
+    vision_tower: str = "",
+    vision_pretrained: str = "",
+    precision: str = "bf16",
+    settings: dict[str, Any] | None = None,
+    max_tokens: int = 2048,
+) -> tuple[UGroundForCausalLM, UGroundProcessor, list[Loaded]]:
+    """The model that training starts from: base weights (LLaVA, CLIP, SAM), or any model that ``load`` opens.
+
+    A finished model keeps all weights that it holds; what the settings need beyond them (a critic), and tokens that its
+    tokenizer lacks (LISA's has no [REJ]), are new.
+
+    Args:
+        version: LLaVA-1.5 or a finished model, a folder or hub id.
+        vision_tower, vision_pretrained: CLIP and SAM, paths or hub ids, as far as the model in ``version`` lacks them.
         precision: ``fp32``, ``bf16`` or ``fp16``.
-        settings: of ``UGroundConfig`` (layer_selection, loss weights, ...).
+        settings: of ``UGroundConfig`` (layer_selection, loss weights, ...); a finished model's where none is given.
         max_tokens: longest conversation with its prefix, in tokens (``--model_max_length``).
 
     Returns:
         the model, its processor, and the rows of the loading report.
 
     Raises:
-        ValueError: for wrong paths, weights that do not fit, or a tokenizer without the special tokens.
+        ValueError: for wrong paths, weights that do not fit, a tokenizer without the special tokens, or settings that
+            contradict those of a finished model (``kept_settings``).
     """
     transformers_logging.disable_progress_bar()  # clutters output that goes to a file
-    found = hub.resolve_base(version, vision_tower, vision_pretrained)
-    version, vision_tower, vision_pretrained = (str(part.path) for part in found.values())
-    model, rows = load_base(version, vision_tower, vision_pretrained, PRECISIONS[precision], settings or {})
-    tokenizer = load_tokenizer(version)
+    found = resolve_start(version, vision_tower, vision_pretrained)
+    start = {name: str(part.path) for name, part in found.items()}
+    folder, settings = found["version"].path, settings or {}
+    if (kind := kind_of(folder)) in LOADERS:
+        check_kept(folder, settings)
+        loaded, finished, sources = LOADERS[kind](folder, precision, {k: start[k] for k in start if k != "version"})
+        model, new = with_settings(loaded, settings, str(folder))
+        tokenizer, system_prompt = finished.tokenizer, finished.builder.system_prompt
+    else:
+        model, sources = load_base(**start, dtype=PRECISIONS[precision], settings=settings)
+        new = {}
+        tokenizer = load_tokenizer(folder)
+        system_prompt = read_config(folder, "--version").get("system_prompt", SYSTEM_PROMPT)
     old_size = len(tokenizer)
-    add_special_tokens(tokenizer)
+    added = add_special_tokens(tokenizer)
     grow_vocabulary(model, old_size, len(tokenizer))
     config, sam_side = model.config, model.visual_model.shape.image_size
-    system_prompt = read_config(Path(version), "--version").get("system_prompt", SYSTEM_PROMPT)
-    processor = UGroundProcessor(tokenizer, config.clip_side, config.clip_patch, sam_side, system_prompt, max_tokens)
+    sides = config.clip_side, config.clip_patch, sam_side
+    processor = UGroundProcessor(tokenizer, *sides, system_prompt, max_tokens, config.clip_fit)
     ids = processor.tokens
     config.seg_token_id, config.rej_token_id = ids.seg, ids.rej
     config.eos_token_id, config.pad_token_id = ids.eos, ids.pad
-    return model, processor, rows
+    new |= {name: ", ".join(added) for name in ("model", "lm_head") if added}
+    return model, processor, report(model, sources, new)
+
+
+def settings_of(folder: str | Path) -> dict[str, Any]:
+    """The settings of ``UGroundConfig`` that a finished model was trained with; {} for base weights.
+
+    Raises:
+        ValueError: as ``kind_of``, or if the folder's settings cannot be read.
+    """
+    folder, kind = Path(folder), kind_of(folder)
+    raw: dict[str, Any] | None = None
+    if kind == "adapter":
+        raw = adapter.settings_of(folder, adapter.read_adapter_meta(folder))
+    elif kind == "released" and (release := release_of(read_config(folder, "--version"))):
+        with blame(f"--version: {folder / 'config.json'}"):
+            raw = released_settings(release, read_config(folder, "--version"))
+    elif kind == "merged":
+        with blame(f"--version: {folder / 'config.json'}"):
+            raw = vars(UGroundConfig.from_pretrained(folder))
+    return {} if raw is None else {name: raw.get(name, item.default) for name, item in METHOD_FIELDS.items()}
+
+
+def config_of(
+    version: str, vision_tower: str = "", vision_pretrained: str = "", *, settings: dict[str, Any]
+) -> UGroundConfig:
+    """The configuration of the model that ``load_for_training`` would build, without its weights.
+
+    Args:
+        version, vision_tower, vision_pretrained: paths of ``resolve_start``.
+
+    Raises:
+        ValueError: as ``load_for_training``.
+    """
+    folder, kind = Path(version), kind_of(version)
+    if kind == "merged":
+        with blame(f"--version: {folder / 'config.json'}"):
+            return UGroundConfig.from_dict(UGroundConfig.from_pretrained(folder).to_dict() | settings)
+    if kind == "adapter":
+        meta = adapter.read_adapter_meta(folder)
+        base = meta["config"]["model"] | meta.get("resolved", {})
+        tower, sam = vision_tower or base["vision_tower"], vision_pretrained or base["vision_pretrained"]
+        start = {name: str(part.path) for name, part in resolve_start(base["version"], tower, sam, False).items()}
+        return config_of(**start, settings=settings_of(folder) | settings)
+    raw = read_config(folder, "--version")
+    if release := release_of(raw):
+        return released_config(folder, raw, release, vision_tower, settings)[0]
+    keys = ["mm_projector.2.weight"]  # LLaVA-1.5's; another one weighs as little
+    return base_config(folder, Path(vision_tower), read_sam(vision_pretrained)[1], keys, settings)
+
+
+def check_kept(folder: str | Path, settings: Mapping[str, Any]) -> None:
+    """Raises a ValueError if settings contradict a finished model's (``kept_settings``), naming both values."""
+    trained = settings_of(folder)
+    problems = [
+        f"{name} is {settings[name]}, {folder} was trained with {trained[name]}"
+        for name in (kept_settings(trained) if trained else ())
+        if name in settings and settings[name] != trained[name]
+    ]
+    if problems:
+        raise ValueError(f"--version: {'; '.join(problems)}: leave it out, or start from base weights")
+
+
+def with_settings(
+    model: UGroundForCausalLM, settings: dict[str, Any], source: str
+) -> tuple[UGroundForCausalLM, dict[str, str]]:
+    """A finished model's weights under other settings.
+
+    Args:
+        source: of the weights, for messages.
+
+    Returns:
+        the model, which takes over the tensors, and module -> what is new in it: parts that only these settings need.
+    """
+    config = UGroundConfig.from_dict(model.config.to_dict() | settings)
+    had_critic, has_critic = model.ppm.critic is not None, config.baseline == "critic"
+    state = {key: value for key, value in model.state_dict().items() if has_critic or not key.startswith(CRITIC)}
+    needs_critic = has_critic and not had_critic
+    started = new_model(config, model.dtype)
+    load_strictly(started, state, source, new=(CRITIC,) if needs_critic else ())
+    return started.eval(), {"ppm": "critic"} if needs_critic else {}
 
 
 def cast_parameters(model: torch.nn.Module, precision: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,13 +53,19 @@ LLAMA_KEYS = [
 
 @dataclass
 class Loaded:
-    """One row of the loading report: a module, the source of its weights (``new``: from scratch), their fingerprint."""
+    """One row of the loading report.
+
+    Attributes:
+        source: of the module's weights; ``new``: initialized.
+        new: what else is new in it: added tokens, or ``critic``.
+    """
 
     module: str
     source: str
     parameters: int
     dtype: str
     fingerprint: str
+    new: str = ""
 
 
 def read_folder(folder: Path) -> dict[str, torch.Tensor]:
@@ -190,18 +196,20 @@ def path_setting(module: str) -> str:
     return {"vision_tower": "vision_tower", "visual_model": "vision_pretrained"}.get(module, "version")
 
 
-def report(model: nn.Module, sources: dict[str, str]) -> list[Loaded]:
+def report(model: nn.Module, sources: dict[str, str], new: Mapping[str, str] | None = None) -> list[Loaded]:
     """The loading report, a row per top-level module.
 
     Args:
         sources: module -> source of its weights; modules without one are ``new``.
+        new: module -> what is new in a module that has a source.
     """
     rows = []
     for name, child in model.named_children():
         parameters = list(child.parameters())
         source = hub.name_of(sources.get(name, "new"))
+        partly = (new or {}).get(name, "") if name in sources else ""
         count, dtype = sum(p.numel() for p in parameters), str(parameters[0].dtype).removeprefix("torch.")
-        rows.append(Loaded(name, source, count, dtype, fingerprint(parameters)))
+        rows.append(Loaded(name, source, count, dtype, fingerprint(parameters), partly))
     return rows
 
 
@@ -237,7 +245,7 @@ def base_config(version: Path, tower: Path, sam: SamShape, keys: Collection[str]
     if raw.get("model_type") not in LLAVA_TYPES:
         raise ValueError(
             f"{file} is of type {raw.get('model_type')!r}, not a LLaVA-1.5 base "
-            f"({' or '.join(LLAVA_TYPES)}); a merged UGround folder is for test.py and chat.py"
+            f"({' or '.join(LLAVA_TYPES)}), nor a model of this project or a related method"
         )
     read_config(tower, "--vision_tower")
     tower_file = f"--vision_tower: {tower / 'config.json'}"
@@ -310,14 +318,14 @@ def read_tower(folder: str | Path) -> dict[str, torch.Tensor]:
 
 def load_base(
     version: str, vision_tower: str, vision_pretrained: str, dtype: torch.dtype, settings: dict
-) -> tuple[UGroundForCausalLM, list[Loaded]]:
+) -> tuple[UGroundForCausalLM, dict[str, str]]:
     """Builds UGround from a LLaVA-1.5 folder, a CLIP folder and a SAM, whose sizes follow from its tensors.
 
     Args:
         settings: of ``UGroundConfig``, beyond the sizes.
 
     Returns:
-        the model and the rows of the loading report.
+        the model, and module -> source of its weights.
 
     Raises:
         ValueError: if a file is missing, or weights do not fit.
@@ -335,7 +343,27 @@ def load_base(
     load_strictly(model, llava, str(Path(version) / "config.json"), new=("visual_model.", *NEW_PARTS))
     sources = dict.fromkeys(("model", "lm_head", "mm_projector"), version)
     sources |= {"vision_tower": version if has_tower else vision_tower, "visual_model": vision_pretrained}
-    return model.eval(), report(model, sources)
+    return model.eval(), sources
+
+
+def released_config(
+    folder: Path, raw: dict, release: formats.Release, vision_tower: str | Path, settings: dict
+) -> tuple[UGroundConfig, dict[str, torch.Tensor]]:
+    """The configuration of a published checkpoint, and its tensors under this project's names.
+
+    Args and errors are those of ``load_released``.
+    """
+    state = formats.renamed(read_folder(folder), formats.LLAVA)
+    try:
+        shape = SamShape.from_state_dict(formats.below(state, "visual_model."))
+    except (KeyError, IndexError) as error:
+        wrapped = any(key.startswith("base_model.") for key in state)
+        hint = ": an adapter that was not merged; merge it with its own code" if wrapped else ""
+        raise ValueError(f"--version: {folder} holds no SAM (no {error}){hint}") from error
+    with blame(f"--version: {folder / 'config.json'}"):
+        method = formats.released_settings(release, raw) | settings
+    config = base_config(folder, Path(vision_tower), shape, state.keys(), method)
+    return config, state
 
 
 def load_released(
@@ -355,21 +383,14 @@ def load_released(
     Raises:
         ValueError: if a file is missing, or weights do not fit.
     """
-    state = formats.renamed(read_folder(folder), formats.LLAVA)
-    try:
-        shape = SamShape.from_state_dict(formats.below(state, "visual_model."))
-    except (KeyError, IndexError) as error:
-        wrapped = any(key.startswith("base_model.") for key in state)
-        hint = ": an adapter that was not merged; merge it with its own code" if wrapped else ""
-        raise ValueError(f"--version: {folder} holds no SAM (no {error}){hint}") from error
-    with blame(f"--version: {folder / 'config.json'}"):
-        method = formats.released_settings(release, raw) | settings
-    config = base_config(folder, Path(vision_tower), shape, state.keys(), method)
+    config, state = released_config(folder, raw, release, vision_tower, settings)
     with blame(f"--version: {folder / 'config.json'} does not describe a model that can be built"):
         model = new_model(config, dtype)
     sources = dict.fromkeys((name for name, _ in model.named_children()), str(folder))
     if not any(key.startswith("vision_tower.") for key in state):
         sources["vision_tower"] = str(vision_tower)
+    if not any(key.startswith("ppm.") for key in state):
+        del sources["ppm"]  # new
     state = read_tower(vision_tower) | state
     load_strictly(model, state, str(folder / "config.json"), new=release.absent)
     return model.eval(), sources
@@ -379,10 +400,12 @@ def grow_vocabulary(model: UGroundForCausalLM, old_size: int, size: int) -> None
     """Initializes the embeddings of added tokens with the mean of the others, as LLaVA does; adds rows if needed.
 
     Args:
-        old_size, size: numbers of tokens before and after. Some LLaVAs have more embeddings than tokens.
+        old_size, size: numbers of tokens before and after. Some LLaVAs have more embeddings than tokens, published
+            checkpoints no embedding of ``<image>``.
     """
     if size == old_size:
         return
+    old_size = min(old_size, model.config.vocab_size)
     if size > model.config.vocab_size:
         model.resize_token_embeddings(size, mean_resizing=False)
     with torch.no_grad():
@@ -391,8 +414,8 @@ def grow_vocabulary(model: UGroundForCausalLM, old_size: int, size: int) -> None
 
 
 def base_fingerprints(loaded: Iterable[Loaded]) -> dict[str, str]:
-    """Module -> fingerprint of its base weights, without the parts that are trained from scratch."""
-    return {row.module: row.fingerprint for row in loaded if row.source != "new"}
+    """Module -> fingerprint of its base weights, without those that are initialized at random."""
+    return {row.module: row.fingerprint for row in loaded if row.source != "new" and row.new != "critic"}
 
 
 def load_original_sam(path: str, model: UGroundForCausalLM) -> SegmentAnything:

@@ -32,6 +32,11 @@ class TokenIds:
     eos: int
     pad: int
 
+    @property
+    def added(self) -> tuple[int, ...]:
+        """Ids of the added tokens that the language model reads or writes; ``<image>`` has no embedding."""
+        return tuple(token for token in (self.seg, self.rej, self.im_start, self.im_end) if token is not None)
+
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     """A checkpoint's tokenizer.
@@ -65,12 +70,13 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
         return tokenizer
 
 
-def add_special_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Adds the special tokens that the tokenizer lacks, and a padding token."""
+def add_special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Adds the special tokens that the tokenizer lacks, which are returned, and a padding token."""
     missing = [token for token in SPECIAL_TOKENS if token not in tokenizer.get_vocab()]
     tokenizer.add_tokens(missing, special_tokens=True)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    return missing
 
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, where: str = "the tokenizer") -> TokenIds:

@@ -5,10 +5,7 @@ import io
 import json
 import os
 import re
-import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +18,7 @@ import numpy as np
 import pytest
 from answering import says_seg_often
 from conftest import build_tiny_model
+from forks import Program
 from pictures import upload
 from PIL import Image
 from transformers import PreTrainedTokenizerFast
@@ -435,16 +433,15 @@ def test_sigterm_deletes_the_uploads(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "app.py", "--port", str(port)]
-    root = Path(app.__file__).parent
-    with subprocess.Popen(command, cwd=root, env=environment, stdout=subprocess.PIPE, text=True) as server:
-        assert any("Ctrl-C" in line for line in server.stdout)
-        picture = upload(tmp_path)
-        sent = httpx.post(
-            f"http://127.0.0.1:{port}/gradio_api/upload", files={"files": ("holiday.png", Path(picture).read_bytes())}
-        )
-        stored = Path(sent.json()[0])
-        assert stored.is_file()
-        server.send_signal(signal.SIGTERM)
-        assert server.wait(60) == 0
+    server = Program(Path(app.__file__), "--port", port, env=environment, output=tmp_path / "printed.txt")
+    while server.ends(0.05) is None and "Ctrl-C" not in server.printed():
+        pass
+    picture = upload(tmp_path)
+    sent = httpx.post(
+        f"http://127.0.0.1:{port}/gradio_api/upload", files={"files": ("holiday.png", Path(picture).read_bytes())}
+    )
+    stored = Path(sent.json()[0])
+    assert stored.is_file()
+    server.process.terminate()
+    assert server.ends(60) == 0
     assert not list(tmp_path.glob("uground-dashboard-*"))

@@ -15,6 +15,8 @@ from utils.config import load_config
 from utils.diagnostics import memory_model
 from utils.diagnostics.memory_probe import random_batch
 
+ZERO3 = str(ROOT / "configs/deepspeed/zero3.json")
+
 
 @pytest.fixture(scope="module")
 def plan() -> memory_model.Plan:
@@ -37,6 +39,12 @@ def test_what_changes_what(plan):
     assert parts(gpus=8)["weights"] == before["weights"]  # ZeRO-2 shares no weights
     offloaded = parts(offload=True)
     assert (offloaded["optimizer"], offloaded["host"]) == (0, before["optimizer"])
+    third = replace(memory_model.plan_of_preset("7b", load_config(["--deepspeed_config", ZERO3], needs=())), gpus=8)
+    sharded = memory_model.expected(third)["weights"]
+    kept = 2 * (plan.parameters - third.sharded)  # SAM, phi, the gate
+    assert kept == pytest.approx(1.3e9, rel=0.05)
+    assert sharded == pytest.approx(kept + 2 * third.sharded / 8 + 2e9)
+    assert memory_model.expected(replace(third, gpus=1))["weights"] == before["weights"]  # nothing is sharded over one
     assert parts(checkpointing=True)["language model"] < 0.2 * before["language model"]
     one = memory_model.image_encoder(plan)
     assert memory_model.image_encoder(replace(plan, images=8)) == one  # they are encoded one by one

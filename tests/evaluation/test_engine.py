@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from forks import called
 
 from model.structures import EvalQuery, EvalSample, MaskUncertainty, Prediction
 from utils.datasets.base import DataError
@@ -759,7 +760,7 @@ def _evaluate_in_process(rank: int, world: int, store: str, out: str) -> None:
 
 @pytest.mark.slow
 def test_two_processes_give_the_same_result_and_fail_and_resume_together(tmp_path):
-    torch.multiprocessing.spawn(_evaluate_in_process, (2, str(tmp_path / "store"), str(tmp_path)), nprocs=2)
+    called(_evaluate_in_process, 2, str(tmp_path / "store"), str(tmp_path), processes=2)
     alone = run(FakeModel(noisy=True), batch_size=2, controls=["shuffled_prompts"])
     records = [vars(record) for record in alone.records]
     expected = json.loads(json.dumps({**alone.summary.to_dict(), "records": records}))

@@ -8,13 +8,12 @@ import os
 import pty
 import select
 import shutil
-import subprocess
-import sys
 import time
 
 import numpy as np
 import pytest
 from conftest import write_jpg
+from forks import Program
 from PIL import Image
 from programs import chat, run
 from tiny_run import ROOT
@@ -29,25 +28,15 @@ from utils.plotting import overlays
 # -- interactive -------------------------------------------------------------------------------------------------------
 
 
-# A shell does this for a program: a session whose terminal is stdin, from which Ctrl-C then comes.
-LOGIN = "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.executable, sys.argv[1:])"
-
-
 class Terminal:
     """chat.py in a process of its own behind a pseudo-terminal."""
 
     def __init__(self, *arguments, **environment: str) -> None:
         self.screen, inside = pty.openpty()
-        program = [sys.executable, ROOT / "chat.py", *arguments]
-        self.process = subprocess.Popen(
-            [sys.executable, "-S", "-c", LOGIN, *map(str, program)],
-            stdin=inside,
-            stdout=inside,
-            stderr=inside,
-            start_new_session=True,
-            env=os.environ | {"TERM": "xterm", "TMUX": "", "TERM_PROGRAM": "", "KITTY_WINDOW_ID": ""} | environment,
-        )
-        os.close(inside)
+        plain = {"TERM": "xterm", "TMUX": "", "TERM_PROGRAM": "", "KITTY_WINDOW_ID": ""}
+        env = os.environ | plain | environment
+        self.program = Program(ROOT / "chat.py", *arguments, output=os.ttyname(inside), env=env)
+        self.inside = inside
         self.unread = ""
 
     def until(self, text: str, seconds: float = 60) -> str:
@@ -81,10 +70,10 @@ class Terminal:
         code = None
         for _ in range(60):  # Ctrl-D is lost while the line editor takes the terminal over; a person presses it again
             self.type("\x04")
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                code = self.process.wait(1)
+            if (code := self.program.ends(1)) is not None:
                 break
         os.close(self.screen)
+        os.close(self.inside)
         return code
 
 

@@ -13,6 +13,7 @@ import cv2
 import numpy as np
 import pytest
 from conftest import write_jpg
+from forks import Program
 from PIL import Image
 from programs import ROOT, SHARED, ask, chat, compare, evaluate, run, score
 
@@ -313,13 +314,13 @@ def test_kill_and_resume(capsys, version, val_data, tmp_path):
     more = ("--batch_size", 1, "--mode", "generate")
     assert evaluate(capsys, version, val_data, tmp_path / "whole", "ReasonSeg|val", *more)[0] == 0
     path = answers(tmp_path / "out", "generate")
-    command = [sys.executable, ROOT / "test.py", "--version", version, "--dataset_dir", val_data, "--max_new_tokens", 2]
-    command += ["--val_dataset", "ReasonSeg|val", "--output", tmp_path / "out", *more]
-    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while process.poll() is None and not (path.is_file() and path.read_bytes().count(b"\n") >= 2):
+    words = ["--version", version, "--dataset_dir", val_data, "--max_new_tokens", 2, "--val_dataset", "ReasonSeg|val"]
+    words += ["--output", tmp_path / "out", *more]
+    program = Program(ROOT / "test.py", *words, output=tmp_path / "printed.txt")
+    while program.ends(0) is None and not (path.is_file() and path.read_bytes().count(b"\n") >= 2):
         time.sleep(0.01)
-    process.kill()
-    process.wait()
+    program.process.kill()
+    program.ends()
     path.write_bytes(path.read_bytes()[:-30])
     with pytest.raises(ValueError, match=r"it is cut off: test\.py --resume continues"):
         read_results(path)

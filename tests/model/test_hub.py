@@ -17,8 +17,8 @@ from tiny_run import ROOT, arguments, environment, log_lines
 
 import train_ds
 from model.loading import hub
-from model.loading.hub import name_of, repository_of, resolve_base, resolve_file, resolve_folder
-from model.loading.pretrained import load, load_for_training
+from model.loading.hub import name_of, repository_of, resolve_file, resolve_folder
+from model.loading.pretrained import load, load_for_training, resolve_start
 from scripts import make_demo_data, merge_lora
 from utils.training import checkpoint as checkpoints
 
@@ -265,7 +265,7 @@ def base(hub_cache):
 
 
 def test_a_base_loads_by_ids(base):
-    names = {setting: part.name for setting, part in resolve_base(**base).items()}
+    names = {setting: part.name for setting, part in resolve_start(**base).items()}
     assert names["vision_pretrained"] == f"org/sam@{A}:checkpoints/sam.pth"
     *_, rows = load_for_training(**base, precision="fp32")
     sources = {row.module: row.source for row in rows}
@@ -297,7 +297,7 @@ def test_a_run_is_merged_with_the_commit_that_it_was_trained_on(base, hub_cache,
     path = run / "checkpoints/step_00000006/meta.json"
     meta = json.loads(path.read_text())
     meta["config"]["model"] |= base
-    meta["resolved"] = {name: part.name for name, part in resolve_base(**base).items()}
+    meta["resolved"] = {name: part.name for name, part in resolve_start(**base).items()}
     path.write_text(json.dumps(meta))
     lay_out(hub_cache, "org/llava", {"config.json": b"{}", "model.safetensors": b"another"}, B)
     hub._download.cache_clear()

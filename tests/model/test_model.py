@@ -190,6 +190,15 @@ def test_a_batch_without_masks_touches_every_trainable_parameter(make_model, tin
     assert torch.isfinite(output.loss)
 
 
+def test_a_frozen_tower_has_no_backward_pass(tiny_model):
+    """Under gradient checkpointing, transformers makes the inputs of every encoder require gradients."""
+    images, sizes = torch.rand(1, 3, 40, 40), [(40, 40)]
+    tiny_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    assert tiny_model.train().encode_images(images, sizes)[0].requires_grad  # in full
+    add_lora(tiny_model, r=2)
+    assert not tiny_model.encode_images(images, sizes)[0].requires_grad
+
+
 def test_lisa_setting_needs_no_mask_prompt(make_model, tiny_processor, tiny_samples):
     lisa = make_model(layer_selection="last", mask_prompt=False, map_loss_weight=0.0, policy_loss_weight=0.0)
     lisa = add_lora(lisa, r=2)

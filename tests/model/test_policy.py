@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import WORDS, build_tiny_model, drawn_sample
-from torch import distributed, multiprocessing
+from forks import called
+from torch import distributed
 
 from model.layer_rules import StochasticSkip
 from model.lora import add_lora, set_trainable
@@ -219,7 +220,7 @@ def run_rank(rank: int, folder: str) -> None:
 @pytest.mark.slow
 def test_two_processes_give_the_gate_one_gradient(tmp_path):
     """Also where a rank has no [SEG]. A critic's input is its own rank's policies: there, ranks only need to agree."""
-    multiprocessing.spawn(run_rank, (str(tmp_path),), nprocs=2)
+    called(run_rank, str(tmp_path), processes=2)
     ranks, alone = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)], gate_gradients(None)
     for case, expected in alone.items():
         torch.testing.assert_close(ranks[0][case], ranks[1][case], msg=lambda m, c=case: f"{c}: {m}")

@@ -22,7 +22,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 import chat
 from model.loading.formats import release_of, released_settings
-from model.loading.pretrained import load
+from model.loading.pretrained import load, load_for_training
 from model.opened import predict
 from model.processing import tokens
 from model.processing.conversation import HUMAN_SYSTEM_PROMPT, SYSTEM_PROMPT
@@ -255,3 +255,45 @@ def test_wrong_pairs(publish):
     torch.save({f"base_model.model.{k}": v for k, v in state.items()}, published.folder / "pytorch_model.bin")
     with pytest.raises(ValueError, match=r"holds no SAM .* not merged"):
         load_pretrained(str(published.folder), vision_tower=tower)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_training_starts_from_each_published_checkpoint(publish, name):
+    """What the checkpoint holds is taken, what it lacks is new and named."""
+    published = publish(name)
+    where = str(published.folder), str(published.clip), "no_sam.pth"  # the checkpoint holds SAM
+    settings = {"layer_selection": "policy", "mask_prompt": True, "baseline": "critic"}
+    model, processor, rows = load_for_training(*where, "fp32", settings)
+    opened, _ = load_pretrained(published.folder, vision_tower=str(published.clip))
+    rows_before, state = opened.config.vocab_size, model.state_dict()
+    for key, value in opened.state_dict().items():
+        assert torch.equal(state[key][: len(value)] if value.dim() else state[key], value), key
+    assert not model.ppm.gate.any()  # uniform
+    found = {row.module: (row.source, row.new) for row in rows}
+    added = "" if name == "GSVA" else "[REJ]"
+    own = str(published.folder)
+    tower = own if name == "GSVA" else str(published.clip)
+    assert found == {
+        **dict.fromkeys(("model", "lm_head"), (own, added)),
+        **dict.fromkeys(("mm_projector", "visual_model", "text_hidden_fcs"), (own, "")),
+        "vision_tower": (tower, ""),
+        "ppm": ("new", ""),
+    }
+    assert processor.tokens.rej == model.config.rej_token_id is not None
+    if added:
+        for table in (model.model.embed_tokens.weight, model.lm_head.weight):
+            expected = table[:rows_before].mean(0).expand(len(table) - rows_before, -1)
+            torch.testing.assert_close(table[rows_before:], expected)
+    assert (model.config.clip_fit, processor.clip_fit, model.config.layer_policy) == ("crop", "crop", "argmax")
+    with pytest.raises(ValueError, match=rf"--version: clip_fit is pad, {published.folder} was trained with crop"):
+        load_for_training(*where, "fp32", {"clip_fit": "pad"})
+
+
+def test_a_tokenizer_that_lost_its_added_tokens_is_refused(publish):
+    published = publish("LISA")
+    path = published.folder / "tokenizer.json"
+    content = json.loads(path.read_text())
+    content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] != "[SEG]"]
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"does not know \[SEG\]"):
+        load_for_training(str(published.folder), str(published.clip), "", "fp32")

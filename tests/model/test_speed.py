@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
-from functools import partial
+from functools import partial, partialmethod
 
 import pytest
 import torch
@@ -60,8 +59,9 @@ def test_fused_attention_in_bf16_is_as_close_to_float32_as_the_package(sams):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler on a CPU")
-def test_a_compiled_encoder_has_the_same_keys_and_numbers():
+def test_a_compiled_encoder_has_the_same_keys_and_numbers(monkeypatch):
+    """Traced and lowered as in a run; what the C++ compiler makes of it, in half a minute, is PyTorch's affair."""
+    monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend="aot_eager_decomp_partition"))
     torch.manual_seed(0)
     sam = SegmentAnything(SamShape(64, 8, encoder_width=16, encoder_depth=1, encoder_heads=2, global_attention=(0,)))
     images, keys = torch.randn(3, 3, 64, 64), list(sam.state_dict())

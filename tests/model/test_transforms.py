@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from model.processing.transforms import CLIP_FITS, PIXEL_MEAN, PIXEL_STD, resize_and_pad
-from model.settings import CheckpointSettings
+from model.settings import PpmSettings
 
 
 @pytest.mark.parametrize(("height", "width", "inside"), [(30, 40, (48, 64)), (100, 50, (64, 32)), (64, 64, (64, 64))])
@@ -27,7 +27,7 @@ def test_values(height: int, width: int, inside: tuple[int, int]) -> None:
 
 
 def test_every_way_to_fit_clip_can_be_set() -> None:
-    assert CheckpointSettings.__dataclass_fields__["clip_fit"].metadata["choices"] == tuple(CLIP_FITS)
+    assert PpmSettings.__dataclass_fields__["clip_fit"].metadata["choices"] == tuple(CLIP_FITS)
 
 
 @pytest.mark.filterwarnings("error")

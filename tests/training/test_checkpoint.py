@@ -16,7 +16,7 @@ import torch
 from tiny_run import ROOT
 
 from model.lora import add_lora
-from utils.config import Config, config_from, to_dict
+from utils.config import SECTION_OF, Config, config_from, to_dict
 from utils.datasets import DataOptions, get_train_dataset
 from utils.datasets.spec import Spec
 from utils.training import checkpoint as checkpoints
@@ -25,6 +25,7 @@ from utils.training.checkpoint_files import CheckpointError, check_files, plain_
 from utils.training.data_content import comparable, content_of
 from utils.training.run_lock import lock_run
 from utils.training.run_log import truncate_log
+from utils.training.step_layout import StepLayout, effects
 
 META = {name: kind() for name, kind in checkpoints.META_KINDS.items()}
 
@@ -162,7 +163,7 @@ def test_annotations_that_change_behind_a_name_change_the_content(val_data):
     ("change", "expected"),
     [
         (lambda m: m["config"]["model"].update(lora_r=64), "lora_r: 8 in the checkpoint, now 64"),
-        (lambda m: m["config"]["train"].update(batch_size=3), "batch_size: 2 in the checkpoint, now 3"),
+        (lambda m: m["config"]["train"].update(batch_size=3), "images per step: 20 in the checkpoint (batch_size 2 x"),
         (
             lambda m: m["config"]["loss"].update(dice_loss_weight=1.0),
             "dice_loss_weight: 4.0 in the checkpoint, now 1.0",
@@ -172,7 +173,7 @@ def test_annotations_that_change_behind_a_name_change_the_content(val_data):
         (lambda m: m["data"][0].update(content="v1:0b"), "data set ReasonSeg|train: its annotations have changed"),
         (lambda m: m.update(vocabulary="11"), "--version: the tokenizer's vocabulary"),
         (lambda m: m.update(probe=[4, 3]), "--version: the tokenizer splits 'Can you"),
-        (lambda m: m.update(processes=8), "processes: 1 in the checkpoint, now 8"),
+        (lambda m: m.update(processes=8), "images per step: 20 in the checkpoint (batch_size 2 x"),
         (lambda m: m["trained"].update(b=[2]), "trainable parameters: b"),
     ],
 )
@@ -182,6 +183,38 @@ def test_what_makes_it_another_run(meta, change, expected):
     messages = differences(other, meta)
     assert len(messages) == 1
     assert messages[0].startswith(expected)
+
+
+def test_the_images_of_a_step_may_be_divided_otherwise(meta):
+    other = copy.deepcopy(meta)
+    other["config"]["train"] |= {"batch_size": 1, "grad_accumulation_steps": 5}
+    other["processes"] = 4
+    assert differences(other, meta) == []
+    other["processes"] = 3
+    [message] = differences(other, meta)
+    assert message.endswith("now 15 (batch_size 1 x grad_accumulation_steps 5 x 3 processes); start a number of "
+                            "processes that divides 20")  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("method", "now", "expected"),
+    [
+        ({}, StepLayout(1, 1, 4), []),
+        ({}, StepLayout(1, 4, 1), ["the reward's moving average"]),
+        ({"policy_gradient": "exact"}, StepLayout(1, 4, 1), []),
+        ({"layer_selection": "last"}, StepLayout(1, 4, 1), []),
+        ({"reward": "batch"}, StepLayout(1, 1, 4), ["the reward of a batch"]),
+        ({"baseline": "critic", "scale_advantage": True}, StepLayout(2, 2, 1), ["the critic", "advantages are scaled"]),
+        ({"lora_dropout": 0.05}, StepLayout(1, 1, 4), ["dropout"]),
+    ],
+)
+def test_what_another_division_changes(method, now, expected):
+    config = Config()
+    for name, value in ({"lora_dropout": 0.0} | method).items():
+        setattr(getattr(config, SECTION_OF[name]), name, value)
+    found = effects(config, now, StepLayout(4, 1, 1))
+    assert len(found) == len(expected)
+    assert all(text.startswith(start) for text, start in zip(found, expected))
 
 
 def test_a_configuration_of_a_newer_version_is_refused(meta):

@@ -19,6 +19,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from forks import Program
 from tiny_run import ROOT, arguments, environment, log_lines
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import modeling_utils
@@ -31,15 +32,20 @@ from utils.training import checkpoint as checkpoints
 from utils.training.engine import deepspeed_settings
 
 pytestmark = pytest.mark.slow
-SAME = {"lora_dropout": 0.0}  # dropout depends on the rank
+SAME = {"lora_dropout": 0.0, "val_pictures": 0}  # dropout depends on the rank
 
 
 @pytest.fixture
-def run_here(base, data, tmp_path, capsys):
-    """run(code=0, **settings) -> (folder, what was printed): train_ds.main in this process, again and again."""
+def run_here(base, data, tmp_path, capsys, monkeypatch):
+    """run(code=0, **settings) -> (folder, what was printed): train_ds.main in this process, again and again.
 
-    def run(code: int = 0, **settings):
-        settings = {"log_base_dir": tmp_path} | settings
+    Without pictures and a report, whose drawing takes longer than the steps; ``drawn=True`` makes them.
+    """
+
+    def run(code: int = 0, drawn: bool = False, **settings):
+        settings = {"log_base_dir": tmp_path, "val_pictures": 2 if drawn else 0} | settings
+        if not drawn:
+            monkeypatch.setattr(train_ds, "report_run", lambda run: None)
         assert train_ds.main(arguments(base, data, tmp_path, **settings)) == code
         printed = capsys.readouterr()
         return tmp_path / str(settings.get("exp_name", "run")), printed.out + printed.err
@@ -66,7 +72,7 @@ def assert_same_curve(run, other, tolerance: float) -> None:
 
 
 def test_a_run_learns_logs_and_saves(run_here):
-    run, printed = run_here(val_dataset="ReasonSeg|val_short||grefcoco|unc|val", steps_per_epoch=6)
+    run, printed = run_here(drawn=True, val_dataset="ReasonSeg|val_short||grefcoco|unc|val", steps_per_epoch=6)
     weights = {row["module"]: row for row in log_lines(run, "start")[0]["weights"]}
     assert weights["visual_model"]["source"].endswith("sam.pth")
     assert all(row["fingerprint"] in printed for row in weights.values())
@@ -259,6 +265,21 @@ def test_resuming_another_run_is_refused(run_here, base, data):
     assert log_lines(run.parent / "longer", "train")[0]["step"] == 4
 
 
+def test_a_micro_batch_may_change_where_the_images_of_a_step_do_not(run_here):
+    run, _ = run_here(no_eval=True, epochs=1)
+    _, printed = run_here(code=2, no_eval=True, auto_resume=True, grad_accumulation_steps=2)
+    assert (
+        "images per step: 2 in the checkpoint (batch_size 2 x grad_accumulation_steps 1 x 1 process), now 4" in printed
+    )
+    assert "give --batch_size and --grad_accumulation_steps whose product is 2" in printed
+    _, printed = run_here(no_eval=True, auto_resume=True, batch_size=1, grad_accumulation_steps=2)
+    assert "the same images per step as batch_size 1 x grad_accumulation_steps 2 x 1 process; until the" in printed
+    warning = next(line for line in printed.splitlines() if "differs from one without this change" in line)
+    assert "dropout" in warning
+    assert "moving average" in warning
+    assert [line["step"] for line in log_lines(run, "train")] == [1, 2, 3, 4, 5, 6]
+
+
 def test_a_run_of_another_length_says_so(run_here):
     run, _ = run_here(no_eval=True, epochs=2)
     _, printed = run_here(code=2, no_eval=True, epochs=1, auto_resume=True)
@@ -310,7 +331,11 @@ def test_deepspeed_file_must_not_contradict(tmp_path):
                 "train_micro_batch_size_per_gpu": 7,
                 "gradient_clipping": "auto",
                 "bf16": {"enabled": True},
-                "zero_optimization": {"stage": 3},
+                "zero_optimization": {
+                    "stage": 0,
+                    "elastic_checkpoint": True,
+                    "offload_optimizer": {"device": "nvme"},
+                },
                 "optimizer": {"type": "Adam"},
             }
         )
@@ -321,7 +346,9 @@ def test_deepspeed_file_must_not_contradict(tmp_path):
     for expected in (
         "per_gpu is 7, but batch_size is 2",
         "bf16.enabled is True, but precision is fp32",
-        "stage is 3",
+        "stage is 0; give 1, 2 or 3",
+        "elastic_checkpoint is on",
+        "offloads to nvme",
         "'opt",
     ):
         assert expected in str(error.value)
@@ -450,14 +477,13 @@ def launch(*flags: str) -> None:
     assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
 
 
-def start_two(*flags: str) -> list[subprocess.Popen]:
+def start_two(folder: Path, *flags: str) -> list[Program]:
     """Two processes without the launcher."""
     port, started = free_port(), []
     for rank in range(2):
         ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-        command = [sys.executable, str(ROOT / "train_ds.py"), *flags]
-        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        started.append(subprocess.Popen(command, env=environment(MASTER_PORT=port, **ranks), cwd=ROOT, **streams))
+        env = environment(MASTER_PORT=port, **ranks)
+        started.append(Program(ROOT / "train_ds.py", *flags, env=env, output=folder / f"{rank}.txt"))
     return started
 
 
@@ -512,17 +538,16 @@ def test_two_killed_processes_resume(two, base, data, tmp_path):
     """kill -9 after the first checkpoint; the rest of the curve is that of the run that nobody killed."""
     flags = arguments(base, data, tmp_path, exp_name="killed", batch_size=1, **SAME)
     index = tmp_path / "killed/checkpoints/index.json"
-    started = start_two(*flags)
-    while not index.is_file() and all(process.poll() is None for process in started):
+    started = start_two(tmp_path, *flags)
+    while not index.is_file() and all(program.ends(0) is None for program in started):
         time.sleep(0.005)
-    for process in started:
-        process.kill()
-        process.communicate()
+    for program in started:
+        program.process.kill()
+        program.ends()
     assert json.loads(index.read_text())["latest"] == "step_00000003"
-    started = start_two(*flags, "--auto_resume", "true")
-    printed = "\n".join(process.communicate(timeout=300)[0] for process in started)
-    assert [process.returncode for process in started] == [0, 0], printed[-3000:]
-    assert "step 3 of 6" in printed
+    started = start_two(tmp_path, *flags, "--auto_resume", "true")
+    assert [program.ends() for program in started] == [0, 0], started[0].printed()[-3000:]
+    assert "step 3 of 6" in started[0].printed()
     assert_same_curve(tmp_path / "killed", two, 1e-5)
 
 

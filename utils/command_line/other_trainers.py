@@ -242,7 +242,7 @@ _TRAIN = _ALWAYS | {
     "warmup_num_steps": Answer("warmup_steps"),
     "seed": Answer("seed", default="0"),
     "vis_save_path": Answer(note="chat.py writes to its --output"),
-    "weight": Answer(note="training starts from LLaVA, CLIP and SAM; --resume resumes a run of this project"),
+    "weight": Answer("version", "a merged folder, an adapter or a published checkpoint; --resume resumes a run"),
     "model_key": Answer(note="UGround is trained; configs/methods has LISA, GSVA, SESAME and READ as settings"),
     "strategy": Answer(note="policy_walker is Policy-Prompted Masking, the method; --layer_selection sets its rule"),
     "mode": Answer("layer_selection", "1: last; 2: policy, with --phi_layer last; 3: policy", "policy"),

@@ -12,7 +12,6 @@ from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
 import yaml
 
-from model.loading.hub import base_problems
 from model.settings import (
     RECIPES,
     RUN_NAMES,
@@ -20,6 +19,7 @@ from model.settings import (
     LossSettings,
     PpmSettings,
     contradictions,
+    kept_settings,
     method_of,
     value_problems,
     without_effect,
@@ -67,6 +67,9 @@ class Config:
     eval: EvalSettings = field(default_factory=EvalSettings)
     experimental: ExperimentalSettings = field(default_factory=ExperimentalSettings)
 
+    def __post_init__(self) -> None:
+        self.origins: dict[str, str] = {}  # of the settings that a file or a flag gives, for messages
+
     @property
     def run_folder(self) -> Path:
         return Path(self.train.log_base_dir) / self.train.exp_name
@@ -87,7 +90,7 @@ class Config:
 
     def flat(self) -> dict[str, Any]:
         """Leaf name -> value."""
-        return {name: value for section in vars(self).values() for name, value in vars(section).items()}
+        return {name: value for section in SECTIONS for name, value in vars(getattr(self, section)).items()}
 
     def save(self, path: str | Path) -> None:
         """Writes a YAML file that loads as this configuration."""
@@ -163,6 +166,7 @@ def build_config(
 ) -> Config:
     """Converts and checks values, each given with its origin; raises ``ConfigError`` for all ``problems``."""
     config = Config()
+    config.origins = {name: origin for name, (_, origin) in values.items()}
     unchecked = {name for name, item in FIELDS.items() if item.metadata["required"] and SECTION_OF[name] not in needs}
     for name, (value, origin) in values.items():
         try:
@@ -324,6 +328,8 @@ def _contradictions(config: Config) -> Iterable[tuple[str, str]]:
             f"{train.warmup_steps} steps of warm-up do not fit into a run of {config.total_steps} "
             f"({train.epochs} epochs of {train.steps_per_epoch}); lower it, or train longer",
         )
+    if config.model.train_tables == "new" and not config.model.lora_r:
+        yield "train_tables", "new needs LoRA, whose library trains the rows; set lora_r, or train the tables in full"
     if train.resume and train.auto_resume:
         yield "resume", "together with auto_resume is ambiguous; give one of them"
     if not re.fullmatch(r"[\w][\w.+=-]*", train.exp_name):
@@ -346,10 +352,36 @@ def _ignored(config: Config) -> Iterable[tuple[str, str]]:
             yield f"{kind}_data", f"has no effect: {reason}"
 
 
+def keep_trained(config: Config, trained: Mapping[str, Any], source: str) -> None:
+    """Sets what further training of a finished model must keep (``kept_settings``) to the values it was trained with.
+
+    Args:
+        trained: the method's settings of the model; source: its folder, for messages.
+
+    Raises:
+        ConfigError: naming every file or flag that gives another value.
+    """
+    problems = []
+    for name in kept_settings(trained):
+        section = getattr(config, SECTION_OF[name])
+        value = getattr(section, name)
+        if value != trained[name] and name in config.origins:
+            problems.append(
+                f"{config.origins[name]}: {value!r} contradicts --version {source}, which was trained with "
+                f"{trained[name]!r}; leave it out, or start from base weights"
+            )
+        setattr(section, name, trained[name])
+    problems = problems or [line for _, line in check(config, {name: f"--{name}" for name in FIELDS} | config.origins)]
+    if problems:
+        raise ConfigError(problems)
+
+
 def missing_paths(config: Config) -> list[str]:
     """A message for every file and folder of the settings that does not exist. Fetches weights from the hub."""
+    from model.loading.pretrained import start_problems
+
     model, deepspeed_config = config.model, config.train.deepspeed_config
-    missing = base_problems(model.version, model.vision_tower, model.vision_pretrained)
+    missing = start_problems(model.version, model.vision_tower, model.vision_pretrained)
     if not Path(config.data.dataset_dir).is_dir():
         missing.append(f"--dataset_dir {config.data.dataset_dir}: no such folder")
     if not Path(deepspeed_config).exists():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from model import layer_rules
-from model.settings import setting
+from model.settings import FREEZABLE, setting
 
 
 @dataclass
@@ -14,13 +14,18 @@ class ModelSettings:
 
     # the paths may change: a checkpoint identifies the weights by their fingerprints
     version: str = setting(
-        "", "base LLaVA-1.5: folder, or hub id such as org/name@revision", required=True, may_change=True
+        "",
+        "LLaVA-1.5 or a finished model (merged, adapter, published): folder, or hub id such as org/name@revision",
+        required=True,
+        may_change=True,
     )
-    vision_tower: str = setting("", "CLIP vision tower: folder, or hub id", required=True, may_change=True)
+    vision_tower: str = setting(
+        "", "CLIP vision tower, for LLaVA and published checkpoints: folder, or hub id", may_change=True
+    )
     vision_pretrained: str = setting(
         "",
-        "SAM: .pth, folder of transformers' SamModel, hub id (org/name:file), or sam_vit_b, sam_vit_l, sam_vit_h",
-        required=True,
+        "SAM, for LLaVA: .pth, folder of transformers' SamModel, hub id (org/name:file), or sam_vit_b, sam_vit_l, "
+        "sam_vit_h",
         may_change=True,
     )
     model_max_length: int = setting(2048, "longest sequence in tokens: image, prompt and one conversation", low=16)
@@ -29,6 +34,13 @@ class ModelSettings:
     lora_alpha: int = setting(16, "scale of LoRA: alpha / r multiplies the adapters", low=1)
     lora_dropout: float = setting(0.05, "dropout on the adapters' inputs", low=0.0, high=0.99)
     lora_target_modules: str = setting("q_proj,v_proj", "projections of LLaMA's attention that LoRA adapts")
+    train_tables: str = setting(
+        "full",
+        "train embeddings and lm_head in full (paper), or only the rows of the added tokens: a tenth of the "
+        "optimizer's state",
+        choices=("full", "new"),
+    )
+    freeze: tuple[str, ...] = setting((), "parts that do not train, A||B", choices=FREEZABLE)
     gradient_checkpointing: bool = setting(
         False, "recompute the language model's layers in the backward pass: less memory, more time", may_change=True
     )
@@ -112,9 +124,10 @@ class TrainSettings:
     )
     epochs: int = setting(10, "epochs; validation and checkpoints follow each", low=1, may_change=True)
     steps_per_epoch: int = setting(500, "optimizer steps per epoch", low=1)
-    batch_size: int = setting(2, "images per process and micro step", low=1)
-    grad_accumulation_steps: int = setting(10, "micro steps per optimizer step", low=1)
-    lr: float = setting(3e-4, "peak learning rate of AdamW", above=0.0)
+    # these two may change together with the number of processes: their product may not (utils.training.step_layout)
+    batch_size: int = setting(2, "images per process and micro step", low=1, may_change=True)
+    grad_accumulation_steps: int = setting(10, "micro steps per optimizer step", low=1, may_change=True)
+    lr: float = setting(3e-4, "peak learning rate of AdamW; 0 changes nothing", low=0.0)
     gate_lr_factor: float = setting(1.0, "learning rate of the policy gate, as a multiple of lr", above=0.0)
     warmup_steps: int = setting(
         100, "steps of linear warm-up (the first two have rate 0), then linear decay to 0: WarmupDecayLR", low=2
@@ -126,7 +139,7 @@ class TrainSettings:
     seed: int = setting(0, "random seed of new weights, samples, sampled layers and dropout", low=0)
     deepspeed_config: str = setting(
         "configs/deepspeed/zero2.json",
-        "DeepSpeed's JSON; batch sizes and precision are filled in from these settings",
+        "DeepSpeed's JSON (configs/deepspeed: ZeRO-1, 2 or 3); batch sizes and precision follow from these settings",
         may_change=True,
     )
     save_every: int = setting(

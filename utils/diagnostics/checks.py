@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from model.loading import hub
 from model.loading.placement import PRECISIONS
 from model.loading.pretrained import load
 from model.loading.weights import Loaded
@@ -25,6 +26,7 @@ from utils.diagnostics.findings import Finding, ok, problem, warning
 from utils.diagnostics.memory_model import Plan, expected, on_cuda
 from utils.training.checkpoint import checkpoint_bytes
 from utils.training.engine import deepspeed_settings, parameter_groups
+from utils.training.lineage import adopt, lineage_of
 from utils.wording import counted
 
 SAMPLES = 8  # that a working configuration can overfit
@@ -45,6 +47,15 @@ def check_paths(config: Config) -> Iterator[Finding]:
     yield from (problem(text, fix) for text in missing)
     if not missing:
         yield ok("all files and folders of the settings exist")
+
+
+def check_start(config: Config) -> Iterator[Finding]:
+    """What training starts from; a finished model's own settings replace those of ``config``."""
+    adopt(config)
+    models = [entry["name"] for entry in lineage_of(hub.resolve_folder(config.model.version, "--version").path)]
+    yield ok(
+        f"training starts from a finished model ({', '.join(models)})" if models else "training starts from a LLaVA"
+    )
 
 
 def check_deepspeed(config: Config) -> Iterator[Finding]:

@@ -17,15 +17,15 @@ import torch
 from transformers import CLIPVisionConfig
 
 from model.config import UGroundConfig
-from model.loading.hub import resolve_base
 from model.loading.placement import PRECISIONS
-from model.loading.weights import base_config, read_sam
+from model.loading.pretrained import config_of, resolve_start
 from model.lora import add_lora
 from model.losses import PIXELS_AT_ONCE
 from model.sam import SamShape
 from model.UGround import UGroundForCausalLM
 from utils.config import Config
 from utils.plotting import text_tables
+from utils.training.zero3 import WHOLE
 from utils.wording import counted
 
 GB = 1e9
@@ -33,6 +33,7 @@ MEMORY_PARTS = ("weights", "optimizer", "gradients", "language model", "SAM")
 PREFIX, PER_QUESTION, LABELS = 40, 40, 12  # tokens: of the prefix; per question with answer; per answer, as labels
 PIXELS = 640 * 480  # of a COCO image
 PIXEL_BYTES = 35  # per pixel of a mask: what the losses at the image's size save (measured, docs/scaling.md)
+LIVE = 1_000_000_000  # DeepSpeed's stage3_max_live_parameters
 CUDA_CONTEXT = 0.8 * GB  # assumed: kernels, cuBLAS, NCCL
 FRAGMENTATION = 0.1  # assumed: share of the activations that the allocator loses
 SHAPES: dict[str, dict[str, Any]] = {  # LLaVA-1.5 (Vicuna) with CLIP ViT-L/14 of 336 px and SAM ViT-H
@@ -50,6 +51,7 @@ MEDIUM_SETTINGS = ("--precision", "fp32", "--grad_accumulation_steps", "1")
 CARDS = (24, 40, 80)  # GB
 MARGIN = 0.1  # share of a card to leave free: the assumptions were not measured on a GPU
 VOCABULARY = 32_000 + 5  # Vicuna's and this project's tokens
+ADDED = 4  # of these five have an embedding that is used: <image> has none
 
 
 @dataclass(frozen=True)
@@ -59,15 +61,19 @@ class Plan:
     Attributes:
         shape: sizes of the model. parameters, trainable: their numbers.
         precision: bytes per number, b.
+        token_rows: of both tables that train alone; () = the tables train in full. frozen: parts that do not train.
         images: per GPU and micro step, B. tokens: per row, T. labels: per image. masks: per image, N.
         pixels: per image. checkpointing: of LLaMA's layers. dropout: whether the adapters use it.
-        gpus: over which the optimizer is sharded (ZeRO-2). offload: of the optimizer, to the host's memory.
+        gpus: over which the optimizer is sharded. offload: of the optimizer, to the host's memory.
+        sharded: number of the parameters that are sharded, too; 0 but for ZeRO-3.
         bucket: numbers per message of gradients (DeepSpeed's reduce_bucket_size).
     """
 
     shape: UGroundConfig
     parameters: int
     trainable: int
+    token_rows: tuple[int, ...] = ()
+    frozen: tuple[str, ...] = ()
     precision: int = 2
     images: int = 2
     tokens: int = 576 + PREFIX + 3 * PER_QUESTION
@@ -78,6 +84,7 @@ class Plan:
     dropout: bool = True
     gpus: int = 1
     offload: bool = False
+    sharded: int = 0
     bucket: int = 50_000_000
 
     @property
@@ -121,6 +128,15 @@ def text_loss_bytes(plan: Plan) -> float:
     return plan.images * plan.labels * plan.shape.vocab_size * (plan.precision + 12.0)
 
 
+def token_rows(plan: Plan) -> float:
+    """Bytes of ``train_tables: new``: peft copies the rows into both tables, whose gradients are whole tables, too.
+
+    The copy of the embeddings is released once they are looked up; that of ``lm_head`` stays for the backward pass.
+    """
+    table = plan.shape.vocab_size * plan.shape.hidden_size * plan.precision
+    return 2.0 * table if plan.token_rows else 0.0
+
+
 def mask_decoder(plan: Plan) -> float:
     """Bytes that SAM's decoder saves: about 26 "images" (G x G x E numbers) per mask.
 
@@ -156,9 +172,15 @@ def image_encoder(plan: Plan) -> float:
 
 def optimizer(plan: Plan) -> tuple[float, float]:
     """(GPU, host) bytes of master weights, AdamW's two moments and the summed gradient: 16 per trainable parameter,
-    sharded over the GPUs (ZeRO-2). Offloading moves them to the host."""
+    sharded over the GPUs (ZeRO). Offloading moves them to the host."""
     share = 16.0 * plan.trainable / plan.gpus
     return (0.0, share) if plan.offload else (share, 0.0)
+
+
+def weights(plan: Plan) -> float:
+    """Bytes of the parameters. ZeRO-3 gathers what it has sharded for its layer, up to ``LIVE`` numbers at a time."""
+    share = plan.sharded / plan.gpus
+    return plan.precision * (plan.parameters - plan.sharded + min(share + LIVE, plan.sharded))
 
 
 def gradients(plan: Plan) -> float:
@@ -177,10 +199,10 @@ def expected(plan: Plan) -> dict[str, float]:
     """
     on_gpu, host = optimizer(plan)
     parts = {
-        "weights": float(plan.parameters * plan.precision),
+        "weights": weights(plan),
         "optimizer": on_gpu,
         "gradients": gradients(plan),
-        "language model": language_model(plan) + text_loss_bytes(plan),
+        "language model": language_model(plan) + text_loss_bytes(plan) + token_rows(plan),
         "SAM": max(image_encoder(plan), mask_decoder(plan) + mask_losses(plan)),
     }
     return parts | {"total": sum(parts.values()), "host": host}
@@ -221,13 +243,12 @@ def shape_of(config: Config) -> tuple[UGroundConfig, str]:
     """
     paths = config.model
     try:
-        found = resolve_base(paths.version, paths.vision_tower, paths.vision_pretrained, download=False)
+        found = resolve_start(paths.version, paths.vision_tower, paths.vision_pretrained, download=False)
     except ValueError:
         found = {}
     if found:
-        version, tower, sam = (part.path for part in found.values())
-        keys = ["mm_projector.2.weight"]  # LLaVA-1.5's; another one weighs as little
-        return base_config(version, tower, read_sam(str(sam))[1], keys, config.method), paths.version
+        start = {name: str(part.path) for name, part in found.items()}
+        return config_of(**start, settings=config.method), paths.version
     name = next((size for size in ("13b", "7b") if size in Path(paths.version).name.lower()), None)
     if name is None:
         raise ValueError(
@@ -236,12 +257,21 @@ def shape_of(config: Config) -> tuple[UGroundConfig, str]:
     return preset(name, **config.method), f"LLaVA-1.5 {name.upper()} with SAM ViT-H, assumed: the files are not here"
 
 
-def count_parameters(shape: UGroundConfig, lora_r: int, targets: str = "q_proj,v_proj") -> tuple[int, int]:
-    """(all, trainable) parameters of the model with LoRA, counted on the meta device, without allocating memory."""
+def count_parameters(
+    shape: UGroundConfig,
+    lora_r: int,
+    targets: str = "q_proj,v_proj",
+    token_rows: Sequence[int] = (),
+    frozen: Sequence[str] = (),
+) -> tuple[int, int, int]:
+    """Numbers of the parameters with LoRA: all, trainable, and those that ZeRO-3 shards. Allocates no memory."""
     with torch.device("meta"):
-        model = add_lora(UGroundForCausalLM(shape), lora_r, targets=targets)
+        base = UGroundForCausalLM(shape)
+        model = add_lora(base, lora_r, targets=targets, token_rows=token_rows, frozen=frozen)
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
-    return sum(size for size, _ in sizes), sum(size for size, trains in sizes if trains)
+    total = sum(size for size, _ in sizes)
+    whole = sum(parameter.numel() for name in WHOLE for parameter in base.get_submodule(name).parameters())
+    return total, sum(size for size, trains in sizes if trains), total - whole
 
 
 def plan_of(config: Config) -> tuple[Plan, str]:
@@ -257,21 +287,26 @@ def plan_of_preset(name: str, config: Config) -> Plan:
 
 def plan_of_shape(shape: UGroundConfig, config: Config) -> Plan:
     """The training step of a configuration with another shape in place of its weights."""
-    total, trainable = count_parameters(shape, config.model.lora_r, config.model.lora_target_modules)
+    part = config.model
+    rows = tuple(range(ADDED)) if part.train_tables == "new" else ()
+    total, trainable, sharded = count_parameters(shape, part.lora_r, part.lora_target_modules, rows, part.freeze)
     zero = json.loads(Path(config.train.deepspeed_config).read_text()).get("zero_optimization", {})
     questions = config.data.questions_per_image
     return Plan(
         shape=shape,
         parameters=total,
         trainable=trainable,
-        precision=PRECISIONS[config.model.precision].itemsize,
+        token_rows=rows,
+        frozen=part.freeze,
+        precision=PRECISIONS[part.precision].itemsize,
         images=config.train.batch_size,
         tokens=shape.num_image_tokens + PREFIX + questions * PER_QUESTION,
         labels=questions * LABELS,
         masks=questions,
-        checkpointing=config.model.gradient_checkpointing,
-        dropout=config.model.lora_dropout > 0,
+        checkpointing=part.gradient_checkpointing,
+        dropout=part.lora_dropout > 0,
         offload="offload_optimizer" in zero,
+        sharded=sharded if zero.get("stage") == 3 else 0,
         bucket=int(zero.get("reduce_bucket_size", 500_000_000)),
     )
 

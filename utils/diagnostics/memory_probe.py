@@ -60,7 +60,10 @@ def measure_step(plan: Plan, config: Config) -> Measured:
     before = memory_now(device)
     with random_weights(device, PRECISIONS[config.model.precision]):
         model = UGroundForCausalLM(plan.shape)
-        adapted = add_lora(model, config.model.lora_r, dropout=config.model.lora_dropout)
+        settings = config.model
+        adapted = add_lora(
+            model, settings.lora_r, dropout=settings.lora_dropout, token_rows=plan.token_rows, frozen=plan.frozen
+        )
     if plan.checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     engine = build_engine(adapted, config, deepspeed_settings(config, 1))

@@ -9,8 +9,6 @@ run or a full disk leaves the last complete checkpoint intact.
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import re
 import shutil
@@ -19,13 +17,14 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from model.loading import hub
 from model.loading.files import read_json
 from utils import distributed
 from utils.config import FIELDS, Config, config_from, to_dict
 from utils.files import sync, write_atomically
 from utils.training.checkpoint_files import CheckpointError, check_files, describe_files, other_ways, plain_data
 from utils.training.data_content import comparable
+from utils.training.lineage import lineage_of
+from utils.training.step_layout import StepLayout, difference
 from utils.training.versions import git_commit, package_versions
 
 if TYPE_CHECKING:
@@ -34,6 +33,7 @@ if TYPE_CHECKING:
 
     from model.loading.weights import Loaded
     from model.processing.processor import UGroundProcessor
+    from utils.training.shards import Shards
 
 FOLDER, INDEX, META = "checkpoints", "index.json", "meta.json"
 CHECKSUM = "checksum"  # in meta.json: of all else there; older checkpoints have none
@@ -72,13 +72,16 @@ def trained_shapes(model: nn.Module) -> dict[str, list[int]]:
     state = model.state_dict().keys()
     named: list[tuple[str, torch.Tensor]] = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     named += [(name, buffer) for name, buffer in model.named_buffers() if name in state]
-    return {name: list(tensor.shape) for name, tensor in named}
+    return {name: list(getattr(tensor, "ds_shape", tensor.shape)) for name, tensor in named}  # ds_: under ZeRO-3
 
 
 def describe_settings(config: Config, data: list[dict]) -> dict[str, Any]:
-    """Metadata of a run before its model is built: settings, base weights by name, data (``Mixture.describe``)."""
-    found = hub.resolve_base(config.model.version, config.model.vision_tower, config.model.vision_pretrained)
+    """Metadata of a run before its model is built: settings, what it starts from, data (``Mixture.describe``)."""
+    from model.loading.pretrained import resolve_start
+
+    found = resolve_start(config.model.version, config.model.vision_tower, config.model.vision_pretrained)
     return {
+        "lineage": lineage_of(found["version"].path),
         "config": to_dict(config),
         "resolved": {setting: part.name for setting, part in found.items()},
         "data": [{key: value for key, value in row.items() if key != "skipped"} for row in data],
@@ -230,7 +233,9 @@ def checkpoint_bytes(trained: int, itemsize: int) -> int:
 
 def _prepare(folder: Path, partial: Path, engine) -> str | None:
     """Deletes partial checkpoints and checks free space; returns the problem, or None."""
-    trained = sum(p.numel() for p in engine.module.parameters() if p.requires_grad)
+    from model.lora import parameters_by_part
+
+    trained = sum(count for _, count in parameters_by_part(engine.module).values())
     needed = checkpoint_bytes(trained, next(engine.module.parameters()).itemsize)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -284,10 +289,14 @@ def differences(run: dict[str, Any], saved: dict[str, Any]) -> list[str]:
     from model.loading.weights import path_setting
 
     problems = []
-    now, before = (config_from(meta["config"], META).flat() for meta in (run, saved))
+    configs = [config_from(meta["config"], META) for meta in (run, saved)]
+    now, before = (config.flat() for config in configs)
     for name in differing(now, before):
         if not FIELDS[name].metadata["may_change"]:
             problems.append(f"{name}: {before[name]!r} in the checkpoint, now {now[name]!r}")
+    layouts = (StepLayout.of(config, meta["processes"]) for config, meta in zip(configs, (run, saved)))
+    if problem := difference(*layouts):
+        problems.append(problem)
     for module in differing(run["base"], saved["base"]) if "base" in run else ():
         setting = path_setting(module)
         names = [meta.get("resolved", {}).get(setting, "unknown") for meta in (saved, run)]
@@ -306,8 +315,6 @@ def differences(run: dict[str, Any], saved: dict[str, Any]) -> list[str]:
             rows[name] = {key: value for key, value in rows[name].items() if key not in ("content", "source")}
     for name in differing(now, before):
         problems.append(f"data set {name}: {before.get(name)} in the checkpoint, now {now.get(name)}")
-    if run["processes"] != saved["processes"]:
-        problems.append(f"processes: {saved['processes']} in the checkpoint, now {run['processes']}")
     if "trained" in run and (names := differing(run["trained"], saved["trained"])):
         problems.append(f"trainable parameters: {', '.join(names[:5])}")
     return problems
@@ -348,12 +355,39 @@ def resume(engine, checkpoint: Path, run: dict[str, Any]) -> dict[str, Any]:
     Raises:
         CheckpointError: if the checkpoint is not this run's, or cannot be loaded.
     """
-    saved = check_same_run(checkpoint, run)
+    from utils.training.shards import restore
+
+    saved, problem = check_same_run(checkpoint, run), None
+    try:
+        shards = read_shards(checkpoint, saved)
+    except CheckpointError as error:
+        problem = str(error)
+    distributed.raise_on_all_ranks(problem, CheckpointError)
     with plain_data(checkpoint):
-        loaded, _ = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name, load_module_strict=False)
-    if loaded is None or engine.global_steps != saved["step"]:
-        raise CheckpointError(f"{checkpoint} could not be loaded by DeepSpeed (step {saved['step']} expected)")
+        restore(engine, shards)
+    if engine.global_steps != saved["step"]:
+        raise CheckpointError(f"{checkpoint} is of step {engine.global_steps}, but {META} of {saved['step']}")
     return saved
+
+
+def read_shards(checkpoint: Path, meta: dict[str, Any]) -> Shards:
+    """Weights and optimizer state of a checkpoint, by the names of parameters.
+
+    Raises:
+        CheckpointError: if a file is damaged or refers to code, or names or shapes are not exactly those that
+            ``meta.json`` lists.
+    """
+    from utils.training.shards import Shards
+
+    with plain_data(checkpoint):
+        shards = Shards(checkpoint)
+        shapes = {name: list(shape) for name, shape in shards.shapes.items()}
+        shapes |= {name: list(buffer.shape) for name, buffer in shards.buffers.items()}
+    if names := differing(shapes, meta["trained"]):
+        raise CheckpointError(
+            f"{checkpoint} does not hold exactly what {META} lists; it differs in {', '.join(names[:5])}"
+        )
+    return shards
 
 
 def trained_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
@@ -363,21 +397,11 @@ def trained_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
         CheckpointError: if a file is damaged or refers to code, or names or shapes are not exactly those that
             ``meta.json`` lists.
     """
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+    from utils.training.shards import WEIGHT
 
     meta = read_meta(checkpoint)
     check_files(checkpoint, meta)
-    with (
-        plain_data(checkpoint),
-        contextlib.redirect_stdout(io.StringIO()),
-        contextlib.redirect_stderr(io.StringIO()),
-    ):
-        state = get_fp32_state_dict_from_zero_checkpoint(
-            str(checkpoint.parent), tag=checkpoint.name, exclude_frozen_parameters=True
-        )
-    shapes = {name: list(tensor.shape) for name, tensor in state.items()}
-    if names := differing(shapes, meta["trained"]):
-        raise CheckpointError(
-            f"{checkpoint} does not hold exactly what {META} lists; it differs in {', '.join(names[:5])}"
-        )
-    return dict(state)
+    shards = read_shards(checkpoint, meta)
+    with plain_data(checkpoint):
+        state = {name: buffer.float() for name, buffer in shards.buffers.items()}
+        return state | {name: shards.read(name, WEIGHT) for name in shards.shapes}

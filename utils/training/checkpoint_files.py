@@ -53,7 +53,7 @@ def other_ways(checkpoint: Path) -> str:
 
 @contextlib.contextmanager
 def plain_data(checkpoint: Path) -> Iterator[None]:
-    """Reads checkpoints as plain data: within it, DeepSpeed's ``torch.load(weights_only=False)`` runs no code.
+    """Reads checkpoints as plain data: within it no ``torch.load`` runs code, whoever calls it.
 
     Every load is one with ``weights_only=True``, where only the classes that DeepSpeed writes are known.
 
@@ -88,13 +88,12 @@ def plain_data(checkpoint: Path) -> Iterator[None]:
             yield
         except CheckpointError:
             raise
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError, RuntimeError) as error:
+        except (OSError, ValueError, LookupError, ArithmeticError, TypeError, AttributeError, RuntimeError) as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
             reason = " ".join(str(error).split())[:300] or type(error).__name__
             raise CheckpointError(
-                f"{checkpoint} cannot be read by DeepSpeed ({reason}; last read: {Path(last_read).name}); "
-                f"{other_ways(checkpoint)}"
+                f"{checkpoint} cannot be read ({reason}; last read: {Path(last_read).name}); {other_ways(checkpoint)}"
             ) from error
 
 

@@ -1,4 +1,4 @@
-"""The training engine: base model with LoRA, AdamW and its parameter groups, WarmupDecayLR, DeepSpeed's ZeRO-2."""
+"""The training engine: base model with LoRA, AdamW and its parameter groups, WarmupDecayLR, DeepSpeed's ZeRO."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from model.lora import add_lora, part_of
 from model.processing.processor import UGroundProcessor
 from utils import distributed
 from utils.config import Config
+from utils.training.zero3 import keep_whole, shard
 
 
 def build_model(config: Config) -> tuple[nn.Module, UGroundProcessor, list[Loaded]]:
@@ -33,8 +34,10 @@ def build_model(config: Config) -> tuple[nn.Module, UGroundProcessor, list[Loade
         config.method,
         config.model.model_max_length,
     )
-    targets = config.model.lora_target_modules
-    model = add_lora(base, config.model.lora_r, config.model.lora_alpha, config.model.lora_dropout, targets)
+    part = config.model
+    rows = processor.tokens.added if part.train_tables == "new" else ()
+    lora = part.lora_r, part.lora_alpha, part.lora_dropout, part.lora_target_modules
+    model = add_lora(base, *lora, token_rows=rows, frozen=part.freeze)
     if config.model.gradient_checkpointing:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model, processor, loaded
@@ -49,6 +52,8 @@ def build_engine(model: nn.Module, config: Config, settings: dict[str, Any]):
     if not torch.cuda.is_available():
         # DeepSpeed would compile its own CPU collectives (which takes a minute and a compiler); gloo has them
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if settings["zero_optimization"]["stage"] == 3:
+        shard(model, settings)
     groups = parameter_groups(model, config)
     betas = config.train.beta1, config.train.beta2
     optimizer = torch.optim.AdamW(groups, betas=betas, weight_decay=config.train.weight_decay, fused=True)
@@ -62,6 +67,7 @@ def build_engine(model: nn.Module, config: Config, settings: dict[str, Any]):
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=optimizer, lr_scheduler=scheduler, config=settings, dist_init_required=False
     )
+    keep_whole(engine)
     return engine
 
 
@@ -112,8 +118,15 @@ def deepspeed_settings(config: Config, world_size: int) -> dict[str, Any]:
     for key in ("optimizer", "scheduler"):
         if key in settings:
             problems.append(f"it has a section {key!r}, which lr, beta1, warmup_steps, ... replace; remove it")
-    if (stage := settings.get("zero_optimization", {}).get("stage", 0)) != 2:
-        problems.append(f"zero_optimization.stage is {stage}; checkpoints and gradient norms support stage 2 only")
+    zero = settings.get("zero_optimization", {})
+    if (stage := zero.get("stage", 0)) not in (1, 2, 3):
+        problems.append(f"zero_optimization.stage is {stage}; give 1, 2 or 3 (files in configs/deepspeed)")
+    if stage == 3 and config.model.train_tables == "new":
+        problems.append("zero_optimization.stage 3 shards the tables that train_tables new reads whole; give 1 or 2")
+    if zero.get("elastic_checkpoint"):
+        problems.append("zero_optimization.elastic_checkpoint is on; remove it: every checkpoint fits any processes")
+    if any("nvme" in str(zero.get(key)) for key in ("offload_optimizer", "offload_param")):
+        problems.append("zero_optimization offloads to nvme, which checkpoints do not cover; offload to cpu")
     if problems:
         raise ValueError(f"--deepspeed_config {path} contradicts the settings:\n  " + "\n  ".join(problems))
     with blame(f"--deepspeed_config {path}"):  # DeepSpeed's own check, before minutes of loading
@@ -124,16 +137,20 @@ def deepspeed_settings(config: Config, world_size: int) -> dict[str, Any]:
 def gradient_norms(engine) -> dict[str, float]:
     """Norm of the averaged gradient per part of the model. All processes must call it.
 
-    Call it between ``backward`` and ``step`` of the last micro step. Under ZeRO-2 each process holds a shard of the
-    gradient: it sums its own squares, and only these sums are reduced.
+    Call it between ``backward`` and ``step`` of the last micro step. Each process sums the squares of its own shard of
+    the gradient, and only these sums are reduced.
     """
+    from deepspeed.utils import safe_get_local_grad
+
     squares: dict[str, torch.Tensor] = {}
     for name, parameter in engine.module.named_parameters():
         if not parameter.requires_grad:
             continue
         part = part_of(name)
         squares.setdefault(part, torch.zeros((), device=engine.device))
-        if (shard := parameter._hp_mapping) is not None:
+        if hasattr(parameter, "ds_id"):
+            squares[part] = squares[part] + safe_get_local_grad(parameter).float().square().sum()
+        elif (shard := parameter._hp_mapping) is not None:
             gradient = shard.get_lp_grad_fragment(parameter._index_in_param_group).flatten()
             if gradient.numel() == parameter.numel():  # the whole gradient, of which this process owns a shard
                 gradient = gradient.narrow(0, shard.lp_fragment_address.start, shard.lp_fragment_address.numel)
@@ -141,4 +158,4 @@ def gradient_norms(engine) -> dict[str, float]:
     sums = torch.stack(list(squares.values()))
     if distributed.world_size() > 1:
         torch.distributed.all_reduce(sums)
-    return dict(zip(squares, (sums.sqrt() / engine.optimizer.loss_scale).tolist()))
+    return dict(zip(squares, sums.sqrt().tolist()))

@@ -10,6 +10,7 @@ import yaml
 from model.loading.hub import repository_of
 from utils.datasets.spec import Spec
 from utils.plotting.text_tables import markdown
+from utils.training.lineage import own_entry
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
@@ -31,8 +32,8 @@ def model_card(name: str, meta: dict[str, Any], adapter: bool, license: str = "o
 
     from model.loading.weights import path_setting
 
-    base = meta["config"]["model"] | meta.get("resolved", {})  # runs of older code have no ``resolved``
-    paths = {module: base[path_setting(module)] for module in meta["base"]}
+    base = meta.get("resolved") or meta["config"]["model"]  # runs of older code have no ``resolved``
+    paths = {module: base.get(path_setting(module), base["version"]) for module in meta["base"]}
     repositories = {path: repository for path in paths.values() if (repository := repository_of(path))}
     data = ModelCardData(
         base_model=list(repositories.values()) or None,
@@ -54,6 +55,7 @@ def model_card(name: str, meta: dict[str, Any], adapter: bool, license: str = "o
         f"This folder is {'an adapter: it is loaded on top of its base' if adapter else 'complete'}.",
         f"```bash\n{use}\n```",
         "## Base\n\n" + _base_table(paths, meta["base"]),
+        "## Lineage\n\n" + _lineage_table(meta),
         "## Data\n\n" + _data_table(meta["data"]),
         f"Optimizer steps: {meta['step']}; processes: {meta['processes']}; seed: {meta['config']['train']['seed']}.",
         "## Results\n\n" + _metrics_table(meta["metrics"]),
@@ -74,6 +76,20 @@ def _base_table(paths: dict[str, str], fingerprints: dict[str, str]) -> str:
         for module, path in paths.items()
     ]
     return markdown([["part", "file", "fingerprint"], *rows])
+
+
+def _lineage_table(meta: dict[str, Any]) -> str:
+    rows = [
+        [
+            entry["name"],
+            entry["source"],
+            f"{entry['steps']:,}" if "steps" in entry else "?",
+            ", ".join(entry.get("data", ["?"])),
+            f"`{entry['commit']}`" if "commit" in entry else "?",
+        ]
+        for entry in (*meta.get("lineage", []), own_entry(meta))
+    ]
+    return markdown([["model", "trained from", "steps", "data", "code"], *rows])
 
 
 def _data_table(data: list[dict[str, Any]]) -> str:

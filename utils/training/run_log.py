@@ -42,9 +42,11 @@ NOT_LOSSES = {  # logged numbers that are no losses -> their tags in TensorBoard
 
 
 def loading_table(loaded: Sequence[Loaded]) -> str:
-    """Table of the loaded modules: parameters, dtype, fingerprint, and the source of their weights."""
+    """Table of the loaded modules: parameters, dtype, fingerprint, the source of their weights, and what is new."""
     rows = [["module", "parameters", "dtype", "fingerprint", "source"]]
-    rows += [[row.module, f"{row.parameters:,}", row.dtype, row.fingerprint, row.source] for row in loaded]
+    for row in loaded:
+        source = f"{row.source}; new: {row.new}" if row.new else row.source
+        rows.append([row.module, f"{row.parameters:,}", row.dtype, row.fingerprint, source])
     return "\n".join(text_tables.aligned(rows, "lrl"))
 
 

@@ -1,0 +1,91 @@
+"""Measures training that starts from a finished model, on the tiny family.
+
+    python scripts/dev/study_start.py halves --dataset_dir data/demo
+
+``halves``: 180 steps from base weights, or 90, merged, and 90 more from the merged folder (with samples of their own).
+Finished runs are skipped, so that a study that was interrupted continues.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from scripts.ablate import call, summary_path
+from utils.command_line.parser import Parser
+from utils.datasets.spec import Spec
+from utils.evaluation.results import Summary
+from utils.inference import cli
+from utils.plotting import text_tables
+
+CONFIG = "configs/tiny.yaml"
+OTHER_SAMPLES = (
+    1000  # added to the seed of a second run: with the same seed, it would begin with the first one's samples
+)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_arguments(argv)
+    print(STUDIES[args.study](args))
+    return 0
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = Parser(program="scripts/dev/study_start.py", description=__doc__)
+    add = parser.add_argument
+    add("study", choices=sorted(STUDIES), help="which comparison")
+    add("--dataset_dir", required=True, metavar="DIR", help="the demo's data")
+    add("--seeds", type=cli.whole(1), default=3, metavar="N", help="seeds 0 to N-1 (default: 3)")
+    add("--output", type=Path, default=Path("runs/start"), metavar="DIR", help="default: runs/start")
+    return parser.parse_args(argv)
+
+
+def train(folder: Path, args: argparse.Namespace, **settings: object) -> Path:
+    """A run of train_ds.py in ``folder`` without validation, merged; returns the merged folder."""
+    merged = folder / "merged"
+    if not merged.is_dir():
+        flags = {"dataset_dir": args.dataset_dir, "log_base_dir": folder.parent, "exp_name": folder.name}
+        flags |= {"no_eval": "true", "auto_resume": "true"} | settings
+        words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+        call(folder, ["train_ds.py", "--config", CONFIG, *words])
+        call(folder, ["scripts/merge_lora.py", "--checkpoint", str(folder), "--output", str(merged)])
+    return merged
+
+
+def gious(merged: Path, args: argparse.Namespace, specs: str) -> list[float]:
+    """gIoU in percent of a merged folder, per benchmark, with answers that it generates."""
+    results, parsed = merged.parent / "eval", Spec.parse_list(specs)
+    if not all(summary_path(results, spec).is_file() for spec in parsed):
+        flags = ["--version", str(merged), "--dataset_dir", args.dataset_dir, "--val_dataset", specs]
+        call(merged.parent, ["test.py", *flags, "--mode", "generate", "--batch_size", "16", "--output", str(results)])
+    return [100 * Summary.load(summary_path(results, spec)).metrics["gIoU"] for spec in parsed]
+
+
+def halves(args: argparse.Namespace) -> str:
+    """180 steps at once against 90 and 90."""
+    specs, half = "ReasonSeg|val_short||ReasonSeg|val_long", {"epochs": 1, "steps_per_epoch": 90}
+    values: dict[str, list[list[float]]] = {}
+    for seed in range(args.seeds):
+        root, after = args.output / f"halves-{seed}", OTHER_SAMPLES + seed
+        first = train(root / "first", args, seed=seed, **half)
+        models = {
+            "180 steps": train(root / "whole", args, seed=seed, epochs=2, steps_per_epoch=90),
+            "90 steps": first,
+            "90 steps, merged, 90 steps": train(root / "second", args, version=first, seed=after, **half),
+        }
+        for name, merged in models.items():
+            values.setdefault(name, []).append(gious(merged, args, specs))
+    rows = [["run", *(f"{spec} gIoU" for spec in Spec.parse_list(specs))]]
+    rows += [[name, *(text_tables.mean_cell(column, 1) for column in zip(*seeds))] for name, seeds in values.items()]
+    each = "\n".join(f"{name}: {seeds}" for name, seeds in values.items())
+    return f"{text_tables.markdown(rows)}\n\n{each}"
+
+
+STUDIES = {"halves": halves}
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))
