@@ -5,7 +5,7 @@
     python scripts/convert_data.py masks masks --images photos --output own.jsonl --query "a crack"
     python scripts/convert_data.py yolo dataset/data.yaml --output own.jsonl --split
     python scripts/convert_data.py cvat annotations.xml --output own.jsonl  # or label-studio, via
-    python scripts/convert_data.py parquet hub:Ricky06662/ReasonSeg_test --output own.jsonl  # or a folder
+    python scripts/convert_data.py parquet hub:Ricky06662/ReasonSeg_test --output own.jsonl
     python scripts/convert_data.py check own.jsonl --pictures 12
 
 Each query occurs once per image: objects with the same label become one line with several masks. What was left out, and

@@ -122,6 +122,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _repository(self, name: str, revision: str, of_files: bool) -> Repository | None:
         """The repository, unless an error was answered."""
+        if self.headers.get("authorization") == "Bearer hf_expired":
+            return self._error(401, "", message="Invalid credentials in Authorization header")
         repository = self.hub.repositories.get(name)
         allowed = self.headers.get("authorization") in (f"Bearer {TOKEN}", f"Bearer {WRITER}")
         if repository is None or (repository.private and not allowed):
@@ -238,8 +240,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _json(self, value: object, status: int = 200) -> None:
         self._send(status, json.dumps(value).encode(), {"Content-Type": "application/json"})
 
-    def _error(self, status: int, code: str, headers: dict[str, str] | None = None) -> None:
-        self._send(status, b"{}", {"X-Error-Code": code, "X-Error-Message": code, **(headers or {})})
+    def _error(self, status: int, code: str, headers: dict[str, str] | None = None, message: str = "") -> None:
+        self._send(status, b"{}", {"X-Error-Code": code, "X-Error-Message": message or code, **(headers or {})})
 
     def _send(self, status: int, content: bytes, headers: dict[str, str]) -> None:
         self.send_response(status)

@@ -16,9 +16,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 ID = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w.-]+)(@(?P<revision>[^:@\s]+))?(:(?P<file>[^:\s]+))?")
-CACHED = re.compile(
-    r".*/(?:models|datasets)--(.+?)--(.+?)/snapshots/([0-9a-f]{40})(?:/(.+))?"
-)  # of a path in the hub's cache
+CACHED = re.compile(r".*/(?:models|datasets)--(.+?)--(.+?)/snapshots/([0-9a-f]{40})(?:/(.+))?")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 EXPLICIT = "hub:"  # an id, even where a folder has its name
 SMALL = ("*.json", "*.txt", "*.model", "README.md")  # settings and tokenizers
@@ -120,7 +118,7 @@ def resolve_file(text: str | Path, flag: str, download: bool = True) -> Resolved
         raise ValueError(
             f"{what}: the repository has no such file; {_page(parts.repo)}/tree/{folder.name} lists what it has"
         )
-    if sha256 and _blob_of(path).name not in (sha256, path.name):
+    if sha256 and (_blob_of(path).name if path.is_symlink() else _hash(path, sha256)) != sha256:
         raise ValueError(
             f"{what}: is not Meta's file, whose SHA-256 is {sha256}; download that from segment-anything's "
             "page and give its path"
@@ -129,7 +127,7 @@ def resolve_file(text: str | Path, flag: str, download: bool = True) -> Resolved
 
 
 def resolve_dataset(text: str, flag: str) -> Resolved:
-    """A data set's folder or file: a path, or ``hub:org/name``, ``hub:org/name@revision``, ``hub:org/name:file``.
+    """A data set's folder or file: any path, as it is, or ``hub:org/name``, with ``@revision`` and ``:file``.
 
     JSONL and parquet files and images are downloaded, with their folders.
 
@@ -224,7 +222,7 @@ def _download(repo: str, revision: str | None, kind: str, patterns: tuple[str, .
 
 
 def _reason(error: Exception, parts: _Parts, kind: str) -> str:
-    """Why a download failed, and the way out."""
+    """Why a download failed, and what to do."""
     from huggingface_hub import constants, errors
 
     page, cause = _page(parts.repo, kind), error.__cause__ or error
@@ -240,8 +238,8 @@ def _reason(error: Exception, parts: _Parts, kind: str) -> str:
         state = f"is no path here, and the cache {constants.HF_HUB_CACHE} holds {partly}"
         if constants.is_offline_mode():
             return (
-                f"{state}; HF_HUB_OFFLINE forbids to fetch it. Unset that, or run hf download {parts.repo} where there "
-                "is a network, and copy the cache"
+                f"{state}; HF_HUB_OFFLINE forbids to fetch it. Unset that, or run hf download {parts.repo} "
+                f"--repo-type {kind} where there is a network, and copy the cache"
             )
         if isinstance(cause, errors.HfHubHTTPError):
             return f"{state}; the hub refused {page}: HTTP {cause.response.status_code}. Try later, or {login}"
@@ -250,6 +248,9 @@ def _reason(error: Exception, parts: _Parts, kind: str) -> str:
         if cause is error:
             return state
         return f"{state}; the hub {constants.ENDPOINT} cannot be reached ({type(cause).__name__}). Is there a network?"
+    if isinstance(error, errors.HfHubHTTPError):
+        status, said = error.response.status_code, error.server_message or "without a reason"
+        return f"the hub refused {page}: HTTP {status}, {said}; {login}"
     if isinstance(error, _DamagedError):
         return str(error)
     if "Consistency check failed" in str(error):
@@ -287,7 +288,7 @@ def _check_files(folder: Path, repo: str, kind: str, patterns: tuple[str, ...], 
                 f"{blob}, and run again"
             )
         if status.st_mtime >= started and _hash(path, blob.name) != blob.name:
-            path.unlink()
+            path.unlink(missing_ok=True)  # another process may have seen it, too
             blob.unlink(missing_ok=True)
             raise _DamagedError(
                 f"{path.name} arrived with other content than the hub lists (hash {blob.name}) and was "

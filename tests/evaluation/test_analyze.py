@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from model.loading import pretrained
+from model.loading.hub import Resolved
 from model.loading.weights import load_original_sam
 from model.structures import EvalQuery, EvalSample, Prompts, Turn
 from utils.datasets.spec import Spec
@@ -176,6 +177,7 @@ def program(monkeypatch, make_model, tiny_processor):
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(__import__("sys").modules, "analyze", module)
     spec.loader.exec_module(module)
+    monkeypatch.setattr(pretrained.hub, "resolve_folder", lambda folder, _: Resolved(Path(folder), folder))
     monkeypatch.setattr(pretrained, "kind_of", lambda _: "drawn")
     monkeypatch.setitem(
         pretrained.LOADERS, "drawn", lambda folder, *_: (make_model(int(folder.name)), tiny_processor, {})

@@ -11,12 +11,15 @@ from pathlib import Path
 import pytest
 from loopback_hub import TOKEN, Repository, lay_out, serve
 from programs import evaluation
-from tiny_run import ROOT, environment
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from tiny_run import ROOT, arguments, environment, log_lines
 
+import train_ds
 from model.loading import hub
 from model.loading.hub import name_of, repository_of, resolve_file, resolve_folder
 from model.loading.pretrained import load, load_for_training, resolve_start
-from scripts import merge_lora
+from scripts import make_demo_data, merge_lora
 from utils.training import checkpoint as checkpoints
 
 WRITTEN = ROOT / "tests/fixtures/written_before"
@@ -50,7 +53,7 @@ def start(cases: list[str], cache: Path, url: str, **variables: str) -> subproce
 
 
 def results(process: subprocess.Popen) -> dict[str, str | list]:
-    output, errors = process.communicate(timeout=60)
+    output, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors.decode()[-3000:]
     return json.loads(output)
 
@@ -150,6 +153,11 @@ def test_without_a_network_the_cache_serves(resolved, served):
     again = results(start(["folder org/llava", "folder org/new"], served.cache, "http://127.0.0.1:9"))
     assert again["folder org/llava"][0] == resolved["folder org/llava"][0]
     assert "the hub http://127.0.0.1:9 cannot be reached (ConnectError)" in again["folder org/new"]
+
+
+def test_a_token_that_the_hub_refuses(served, tmp_path):
+    [message] = results(start(["folder org/llava"], tmp_path, served.url, HF_TOKEN="hf_expired")).values()
+    assert "HTTP 401, Invalid credentials in Authorization header; log in with hf auth login" in message
 
 
 def test_a_token_opens_what_is_gated_for_processes_at_once(served, tmp_path):
@@ -299,3 +307,23 @@ def test_a_run_is_merged_with_the_commit_that_it_was_trained_on(base, hub_cache,
     assert meta["config"]["model"]["version"] == "org/llava"
     problems = checkpoints.differences(meta | {"base": {}, "resolved": {"version": f"org/llava@{B}"}}, meta)
     assert f"not the same: org/llava@{A} in the checkpoint, now org/llava@{B}" in problems[0]
+
+
+@pytest.mark.slow
+def test_a_run_records_commits_and_is_not_resumed_on_another(base, hub_cache, tmp_path, capsys):
+    assert make_demo_data.main(["--out", str(tmp_path / "data"), "--train", "6", "--val", "2", "--test", "1"]) == 0
+    flags = arguments(tmp_path, tmp_path / "data", tmp_path, **base)
+    assert train_ds.main(flags) == 0
+    [started] = log_lines(tmp_path / "run", "start")
+    meta = json.loads((checkpoints.find_checkpoint(tmp_path / "run") / "meta.json").read_text())
+    for recorded in (started, meta):
+        assert recorded["resolved"]["vision_pretrained"] == f"org/sam@{A}:checkpoints/sam.pth"
+        assert recorded["config"]["model"]["version"] == "org/llava"
+    assert {row["source"] for row in started["weights"] if row["module"] in ("model", "lm_head")} == {f"org/llava@{A}"}
+    files = {path.name: path.read_bytes() for path in (WRITTEN / "base/llava").iterdir()}
+    state = {name: value + 1 for name, value in load_tensors(files["model.safetensors"]).items()}
+    lay_out(hub_cache, "org/llava", files | {"model.safetensors": save_tensors(state, {"format": "pt"})}, B)
+    hub._download.cache_clear()
+    capsys.readouterr()
+    assert train_ds.main([*flags, "--auto_resume", "true", "--epochs", "3"]) == 2
+    assert f"org/llava@{A} in the checkpoint, now org/llava@{B}" in capsys.readouterr().err

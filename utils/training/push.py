@@ -69,7 +69,7 @@ def push(folder: Path, repository: str, private: bool = False) -> str:
 
 
 def _reason(error: Exception) -> str:
-    """Why an upload failed, and the way out."""
+    """Why an upload failed, and what to do."""
     from huggingface_hub import constants, errors
 
     if isinstance(error, errors.HfHubHTTPError):
