@@ -140,6 +140,17 @@ def plain_name(name: str) -> str:
     return name.removeprefix("base_model.model.").replace(".default.", ".").removesuffix(".default")
 
 
+def recorded_base(folder: Path) -> dict[str, str]:
+    """``version``, ``vision_tower`` and ``vision_pretrained`` that an adapter was trained on; of the hub, its commits.
+
+    Raises:
+        ValueError: as ``read_adapter_meta``.
+    """
+    meta = read_adapter_meta(folder)
+    settings = meta["config"]["model"] | meta.get("resolved", {})
+    return {name: settings[name] for name in ("version", "vision_tower", "vision_pretrained")}
+
+
 def read_adapter_meta(folder: Path) -> dict[str, Any]:
     """``uground_run.json`` of a folder that merge_lora.py wrote.
 

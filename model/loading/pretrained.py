@@ -154,13 +154,13 @@ def _load_merged(folder: Path, precision: str, paths: dict[str, str]) -> Parts:
 
 def _load_adapter(folder: Path, precision: str, paths: dict[str, str]) -> Parts:
     meta = adapter.read_adapter_meta(folder)
-    settings = meta["config"]["model"] | meta.get("resolved", {}) | paths
-    base = settings["version"], settings["vision_tower"], settings["vision_pretrained"]
+    recorded = adapter.recorded_base(folder) | paths
+    base = recorded["version"], recorded["vision_tower"], recorded["vision_pretrained"]
     if problems := start_problems(*base, flag="--base"):
         raise ValueError(
             f"--version: the base of the adapter {folder} is not here: {'; '.join(problems)}. {adapter.WHERE}"
         )
-    model, _, rows = load_for_training(*base, settings["precision"], adapter.settings_of(folder, meta))
+    model, _, rows = load_for_training(*base, meta["config"]["model"]["precision"], adapter.settings_of(folder, meta))
     adapter.check_base(folder, meta, rows)
     adapter.apply(model, folder, meta)
     cast_parameters(model, precision)
@@ -257,11 +257,19 @@ def _start(
     kind: Kind = "base"
     with contextlib.suppress(ValueError):  # raised where the folder is loaded
         kind = kind_of(found["version"].path) if found else "base"
+    if kind == "adapter":  # what its base needs
+        base = adapter.recorded_base(found["version"].path)
+        below, missing = _start(
+            base["version"], tower or base["vision_tower"], sam or base["vision_pretrained"], download
+        )
+        found |= {name: part for name, part in below.items() if name != "version"}
+        problems += [f"the base of the adapter {version} is not here: {problem}" for problem in missing]
+        return found, problems
     unread = unread_beside(found["version"].path) if kind in LOADERS else ()
     if kind == "released" and not tower:
         tower = str(read_config(found["version"].path, flag).get("mm_vision_tower") or "")
     for name, text in {"vision_tower": tower, "vision_pretrained": sam}.items():
-        if name in unread or (kind == "adapter" and not text):
+        if name in unread:
             continue
         if text:
             resolve(name, text, f"--{name}")
@@ -359,11 +367,8 @@ def config_of(
         with blame(f"--version: {folder / 'config.json'}"):
             return UGroundConfig.from_dict(UGroundConfig.from_pretrained(folder).to_dict() | settings)
     if kind == "adapter":
-        meta = adapter.read_adapter_meta(folder)
-        base = meta["config"]["model"] | meta.get("resolved", {})
-        tower, sam = vision_tower or base["vision_tower"], vision_pretrained or base["vision_pretrained"]
-        start = {name: str(part.path) for name, part in resolve_start(base["version"], tower, sam, False).items()}
-        return config_of(**start, settings=settings_of(folder) | settings)
+        below = hub.resolve_folder(adapter.recorded_base(folder)["version"], "--version", download=False)
+        return config_of(str(below.path), vision_tower, vision_pretrained, settings=settings_of(folder) | settings)
     raw = read_config(folder, "--version")
     if release := release_of(raw):
         return released_config(folder, raw, release, vision_tower, settings)[0]

@@ -18,7 +18,7 @@ from utils.config import FIELDS, SECTIONS, Config, ConfigError, config_from, loa
 from utils.datasets import TYPES, DataOptions
 
 ROOT = Path(__file__).resolve().parents[2]
-SHIPPED = sorted(path for path in (ROOT / "configs").glob("**/*.yaml") if path.name != "base.yaml")
+SHIPPED = sorted(path for path in (ROOT / "configs").glob("**/*.yaml") if path.name not in ("base.yaml", "zoo.yaml"))
 NEEDED = ["--version", "v", "--vision_tower", "t", "--vision_pretrained", "p", "--dataset_dir", "d"]
 
 
