@@ -1,8 +1,10 @@
 """Measures training that starts from a finished model, on the tiny family.
 
     python scripts/dev/study_start.py halves --dataset_dir data/demo
+    python scripts/dev/study_start.py tables --dataset_dir data/demo
 
 ``halves``: 180 steps from base weights, or 90, merged, and 90 more from the merged folder (with samples of their own).
+``tables``: 180 steps in which embeddings and ``lm_head`` train in full, or the rows of added tokens alone.
 Finished runs are skipped, so that a study that was interrupted continues.
 """
 
@@ -64,27 +66,46 @@ def gious(merged: Path, args: argparse.Namespace, specs: str) -> list[float]:
     return [100 * Summary.load(summary_path(results, spec)).metrics["gIoU"] for spec in parsed]
 
 
+SPECS = "ReasonSeg|val_short||ReasonSeg|val_long"
+WHOLE = {"epochs": 2, "steps_per_epoch": 90}
+
+
 def halves(args: argparse.Namespace) -> str:
     """180 steps at once against 90 and 90."""
-    specs, half = "ReasonSeg|val_short||ReasonSeg|val_long", {"epochs": 1, "steps_per_epoch": 90}
     values: dict[str, list[list[float]]] = {}
+    half = WHOLE | {"epochs": 1}
     for seed in range(args.seeds):
         root, after = args.output / f"halves-{seed}", OTHER_SAMPLES + seed
         first = train(root / "first", args, seed=seed, **half)
         models = {
-            "180 steps": train(root / "whole", args, seed=seed, epochs=2, steps_per_epoch=90),
+            "180 steps": train(root / "whole", args, seed=seed, **WHOLE),
             "90 steps": first,
             "90 steps, merged, 90 steps": train(root / "second", args, version=first, seed=after, **half),
         }
         for name, merged in models.items():
-            values.setdefault(name, []).append(gious(merged, args, specs))
-    rows = [["run", *(f"{spec} gIoU" for spec in Spec.parse_list(specs))]]
+            values.setdefault(name, []).append(gious(merged, args, SPECS))
+    return table(values)
+
+
+def tables(args: argparse.Namespace) -> str:
+    """Both settings of ``train_tables``."""
+    values: dict[str, list[list[float]]] = {}
+    for seed in range(args.seeds):
+        for kind, folder in {"full": f"halves-{seed}/whole", "new": f"tables-{seed}/new"}.items():
+            merged = train(args.output / folder, args, seed=seed, train_tables=kind, **WHOLE)
+            values.setdefault(kind, []).append(gious(merged, args, SPECS))
+    return table(values)
+
+
+def table(values: dict[str, list[list[float]]]) -> str:
+    """Mean and standard deviation of [seed][benchmark] values per row, and all values."""
+    rows = [["run", *(f"{spec} gIoU" for spec in Spec.parse_list(SPECS))]]
     rows += [[name, *(text_tables.mean_cell(column, 1) for column in zip(*seeds))] for name, seeds in values.items()]
     each = "\n".join(f"{name}: {seeds}" for name, seeds in values.items())
     return f"{text_tables.markdown(rows)}\n\n{each}"
 
 
-STUDIES = {"halves": halves}
+STUDIES = {"halves": halves, "tables": tables}
 
 
 if __name__ == "__main__":
