@@ -66,7 +66,8 @@ def parse_arguments(arguments: list[str] | None) -> tuple[argparse.Namespace, li
     add(
         "--measure",
         action="store_true",
-        help="with --memory: train a random medium-size model, and compare the measured memory",
+        help="with --memory: train a random medium-size model with the settings given as flags, and compare the "
+        "measured memory",
     )
     try:
         from utils.config import make_parser
@@ -75,11 +76,13 @@ def parse_arguments(arguments: list[str] | None) -> tuple[argparse.Namespace, li
     else:
         args, settings = parser.parse_with_settings(make_parser(), arguments)
     args.merged = None if args.config else args.version
+    if args.measure and args.config:
+        parser.error("--measure trains a model of its own, without --config; settings are given as flags")
     if args.config:
         settings = ["--config", args.config, *settings]
         settings += ["--version", args.version] if args.version else []
         settings += ["--vision_tower", args.vision_tower] if args.vision_tower else []
-    elif settings:
+    elif settings and not args.measure:
         flags = ", ".join(word.partition("=")[0] for word in settings if word.startswith("-"))
         parser.error(f"{flags}: a setting of train_ds.py needs --config" if flags else listed(parser.explain(settings)))
     return args, settings
@@ -232,7 +235,7 @@ def print_memory(args: argparse.Namespace, settings: list[str]) -> int:
     if args.measure:
         from utils.diagnostics.memory_probe import compare_with_plan
 
-        config = load_config(memory_model.MEDIUM_SETTINGS, needs=())
+        config = load_config([*memory_model.MEDIUM_SETTINGS, *settings], needs=())
         print(compare_with_plan(memory_model.plan_of_preset("medium", config), config))
         return 0
     if args.config:

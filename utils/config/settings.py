@@ -40,7 +40,7 @@ class ModelSettings:
         "optimizer's state",
         choices=("full", "new"),
     )
-    freeze: tuple[str, ...] = setting((), "parts that do not train, A||B", choices=FREEZABLE)
+    freeze: tuple[str, ...] = setting((), f"parts that stay as they are: {', '.join(FREEZABLE)}", choices=FREEZABLE)
     gradient_checkpointing: bool = setting(
         False, "recompute the language model's layers in the backward pass: less memory, more time", may_change=True
     )
