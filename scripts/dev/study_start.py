@@ -32,9 +32,9 @@ OTHER_SAMPLES = (
     1000  # added to the seed of a second run: with the same seed, it would begin with the first one's samples
 )
 NEW_IMAGES, NEW_QUERIES, STEPS = (20, 50, 200), 120, 60
-# What the tiny model needs in place of configs/finetune.yaml's values for 7B, as in configs/tiny.yaml.
+# What the tiny model needs in place of values for 7B, as in configs/tiny.yaml.
 TINY = {"precision": "fp32", "model_max_length": 512, "questions_per_image": 4, "workers": 1, "batch_size": 8}
-TINY |= {"grad_accumulation_steps": 1, "lr": 3e-4}
+TINY |= {"grad_accumulation_steps": 1, "lr": 1e-3}
 MIXED = {"dataset": "custom||refer_seg||reason_seg", "sample_rates": "2,1,1"}  # as in configs/finetune.yaml
 
 
