@@ -108,13 +108,6 @@ def tables(args: argparse.Namespace) -> str:
     return table(values)
 
 
-NEW_IMAGES, NEW_QUERIES, STEPS = (20, 50, 200), 120, 60
-# What the tiny model needs in place of values for 7B, as in configs/tiny.yaml.
-TINY = {"precision": "fp32", "model_max_length": 512, "questions_per_image": 4, "workers": 1, "batch_size": 8}
-TINY |= {"grad_accumulation_steps": 1, "lr": 1e-3}
-MIXED = {"dataset": "custom||refer_seg||reason_seg", "sample_rates": "2,1,1"}  # as in configs/finetune.yaml
-
-
 def new_shape_runs(args: argparse.Namespace, data: Path, seed: int) -> Iterator[tuple[str, Path, dict[str, object]]]:
     """Name, folder and settings (of ``train``) of each run of a seed."""
     steps: dict[str, object] = {"seed": OTHER_SAMPLES + seed, "epochs": 1, "steps_per_epoch": STEPS}
@@ -131,11 +124,11 @@ def new_shape_runs(args: argparse.Namespace, data: Path, seed: int) -> Iterator[
 
 
 def new_shape(args: argparse.Namespace) -> str:
-    """Teaches a new shape with few images; gIoU on it and on an old benchmark."""
+    """Teaches a new shape with few images; gIoU on it and on two old benchmarks, one of which has absent targets."""
     data, limit = args.output / "new_shape" / "data", ("--limit", str(NEW_QUERIES))
     if not (data / "new.jsonl").is_file():
         write_new_shape(data, NEW_IMAGES, NEW_QUERIES)
-    specs = f"custom|{data / 'new.jsonl'}|val||ReasonSeg|val_short"
+    specs = f"custom|{data / 'new.jsonl'}|val||ReasonSeg|val_short||grefcoco|unc|val"
     before = gious(Path(args.version), args, specs, args.output / "new_shape" / "before" / "eval", *limit)
     values = {"before": [before]}
     for seed in range(args.seeds):
@@ -143,6 +136,14 @@ def new_shape(args: argparse.Namespace) -> str:
             merged = train(folder, args, **settings)
             values.setdefault(name, []).append(gious(merged, args, specs, folder / "eval", *limit))
     return table(values, specs)
+
+
+def table(values: dict[str, list[list[float]]], specs: str = SPECS) -> str:
+    """Mean and standard deviation of [seed][benchmark] values per row, and all values."""
+    rows = [["run", *(f"{spec} gIoU" for spec in Spec.parse_list(specs))]]
+    rows += [[name, *(text_tables.mean_cell(column, 1) for column in zip(*seeds))] for name, seeds in values.items()]
+    each = "\n".join(f"{name}: {seeds}" for name, seeds in values.items())
+    return f"{text_tables.markdown(rows)}\n\n{each}"
 
 
 def table(values: dict[str, list[list[float]]], specs: str = SPECS) -> str:
