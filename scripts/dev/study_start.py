@@ -2,9 +2,13 @@
 
     python scripts/dev/study_start.py halves --dataset_dir data/demo
     python scripts/dev/study_start.py tables --dataset_dir data/demo
+    python scripts/dev/study_start.py new_shape --dataset_dir data/demo --version runs/tiny/merged
 
 ``halves``: 180 steps from base weights, or 90, merged, and 90 more from the merged folder (with samples of their own).
 ``tables``: 180 steps in which embeddings and ``lm_head`` train in full, or the rows of added tokens alone.
+``new_shape``: a finished model learns a shape and a word that it has never seen (``utils/demo/new_shape.py``), by
+configs/finetune.yaml; beside it, the same without old data, and the same data from base weights. Every run has
+``STEPS`` steps.
 Finished runs are skipped, so that a study that was interrupted continues.
 """
 
@@ -12,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -19,14 +24,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from scripts.ablate import call, summary_path
 from utils.command_line.parser import Parser
 from utils.datasets.spec import Spec
+from utils.demo.new_shape import write_new_shape
 from utils.evaluation.results import Summary
 from utils.inference import cli
 from utils.plotting import text_tables
 
 CONFIG = "configs/tiny.yaml"
-OTHER_SAMPLES = (
-    1000  # added to the seed of a second run: with the same seed, it would begin with the first one's samples
-)
+RECIPE = "configs/finetune.yaml"
+OTHER_SAMPLES = 1000  # added to the seed of a second run, which would begin with the first one's samples
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -40,29 +45,33 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("study", choices=sorted(STUDIES), help="which comparison")
     add("--dataset_dir", required=True, metavar="DIR", help="the demo's data")
+    add("--version", metavar="DIR", help="new_shape: the finished model, merged")
     add("--seeds", type=cli.whole(1), default=3, metavar="N", help="seeds 0 to N-1 (default: 3)")
     add("--output", type=Path, default=Path("runs/start"), metavar="DIR", help="default: runs/start")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.study == "new_shape" and not args.version:
+        parser.error("new_shape needs --version, a finished model")
+    return args
 
 
 def train(folder: Path, args: argparse.Namespace, **settings: object) -> Path:
     """A run of train_ds.py in ``folder`` without validation, merged; returns the merged folder."""
     merged = folder / "merged"
     if not merged.is_dir():
-        flags = {"dataset_dir": args.dataset_dir, "log_base_dir": folder.parent, "exp_name": folder.name}
-        flags |= {"no_eval": "true", "auto_resume": "true"} | settings
+        flags = {"config": CONFIG, "dataset_dir": args.dataset_dir, "log_base_dir": folder.parent}
+        flags |= {"exp_name": folder.name, "no_eval": "true", "auto_resume": "true"} | settings
         words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
-        call(folder, ["train_ds.py", "--config", CONFIG, *words])
+        call(folder, ["train_ds.py", *words])
         call(folder, ["scripts/merge_lora.py", "--checkpoint", str(folder), "--output", str(merged)])
     return merged
 
 
-def gious(merged: Path, args: argparse.Namespace, specs: str) -> list[float]:
-    """gIoU in percent of a merged folder, per benchmark, with answers that it generates."""
-    results, parsed = merged.parent / "eval", Spec.parse_list(specs)
+def gious(merged: Path, args: argparse.Namespace, specs: str, results: Path | None = None, *flags: str) -> list[float]:
+    """gIoU in percent of a merged folder, per benchmark, with answers that it generates (``results``: where to)."""
+    results, parsed = results or merged.parent / "eval", Spec.parse_list(specs)
     if not all(summary_path(results, spec).is_file() for spec in parsed):
-        flags = ["--version", str(merged), "--dataset_dir", args.dataset_dir, "--val_dataset", specs]
-        call(merged.parent, ["test.py", *flags, "--mode", "generate", "--batch_size", "16", "--output", str(results)])
+        words = ["--version", str(merged), "--dataset_dir", args.dataset_dir, "--val_dataset", specs, *flags]
+        call(results.parent, ["test.py", *words, "--mode", "generate", "--batch_size", "16", "--output", str(results)])
     return [100 * Summary.load(summary_path(results, spec)).metrics["gIoU"] for spec in parsed]
 
 
@@ -97,15 +106,53 @@ def tables(args: argparse.Namespace) -> str:
     return table(values)
 
 
-def table(values: dict[str, list[list[float]]]) -> str:
+def new_shape_runs(args: argparse.Namespace, data: Path, seed: int) -> Iterator[tuple[str, Path, dict[str, object]]]:
+    """Name, folder and settings (of ``train``) of each run of a seed."""
+    steps: dict[str, object] = {"seed": OTHER_SAMPLES + seed, "epochs": 1, "steps_per_epoch": STEPS}
+    finished: dict[str, object] = {"config": RECIPE, "version": args.version} | TINY | steps
+    kinds = {
+        "recipe": ("the recipe", finished | {"refer_seg_data": "grefcoco"}),
+        "alone": ("the new images alone", finished | {"dataset": "custom", "sample_rates": 1}),
+        "base": ("from the base", MIXED | steps),
+    }
+    for size in NEW_IMAGES:
+        for kind, (name, settings) in kinds.items():
+            images = {"custom_data": data / f"new-{size}.jsonl"}
+            yield f"{name}, {size} images", args.output / "new_shape" / f"{kind}-{size}-{seed}", settings | images
+
+
+def new_shape(args: argparse.Namespace) -> str:
+    """Teaches a new shape with few images; gIoU on it and on two old benchmarks, one of which has absent targets."""
+    data, limit = args.output / "new_shape" / "data", ("--limit", str(NEW_QUERIES))
+    if not (data / "new.jsonl").is_file():
+        write_new_shape(data, NEW_IMAGES, NEW_QUERIES)
+    specs = f"custom|{data / 'new.jsonl'}|val||ReasonSeg|val_short||grefcoco|unc|val"
+    before = gious(Path(args.version), args, specs, args.output / "new_shape" / "before" / "eval", *limit)
+    values = {"before": [before]}
+    for seed in range(args.seeds):
+        for name, folder, settings in new_shape_runs(args, data, seed):
+            merged = train(folder, args, **settings)
+            values.setdefault(name, []).append(gious(merged, args, specs, folder / "eval", *limit))
+    return table(values, specs)
+
+
+def table(values: dict[str, list[list[float]]], specs: str = SPECS) -> str:
     """Mean and standard deviation of [seed][benchmark] values per row, and all values."""
-    rows = [["run", *(f"{spec} gIoU" for spec in Spec.parse_list(SPECS))]]
+    rows = [["run", *(f"{spec} gIoU" for spec in Spec.parse_list(specs))]]
     rows += [[name, *(text_tables.mean_cell(column, 1) for column in zip(*seeds))] for name, seeds in values.items()]
     each = "\n".join(f"{name}: {seeds}" for name, seeds in values.items())
     return f"{text_tables.markdown(rows)}\n\n{each}"
 
 
-STUDIES = {"halves": halves, "tables": tables}
+def table(values: dict[str, list[list[float]]], specs: str = SPECS) -> str:
+    """Mean and standard deviation of [seed][benchmark] values per row, and all values."""
+    rows = [["run", *(f"{spec} gIoU" for spec in Spec.parse_list(specs))]]
+    rows += [[name, *(text_tables.mean_cell(column, 1) for column in zip(*seeds))] for name, seeds in values.items()]
+    each = "\n".join(f"{name}: {seeds}" for name, seeds in values.items())
+    return f"{text_tables.markdown(rows)}\n\n{each}"
+
+
+STUDIES = {"halves": halves, "tables": tables, "new_shape": new_shape}
 
 
 if __name__ == "__main__":

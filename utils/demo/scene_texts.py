@@ -17,7 +17,19 @@ from itertools import combinations
 
 import numpy as np
 
-from utils.demo.scenes import COLORS, HELD_OUT, KINDS, SIZES, TEXTURES, Scene, Shape, one_of, sample_scene, shuffled
+from utils.demo.scenes import (
+    COLORS,
+    HELD_OUT,
+    KINDS,
+    NEW_KINDS,
+    SIZES,
+    TEXTURES,
+    Scene,
+    Shape,
+    one_of,
+    sample_scene,
+    shuffled,
+)
 
 MAX_TEXTS = 8
 
@@ -75,7 +87,7 @@ def _members(matches: int) -> tuple[int, ...]:
 def _noun_phrase(rng: np.random.Generator, words: tuple[str, ...]) -> str:
     """Joins the words; adds a general noun if none of them is a kind."""
     text = " ".join(words)
-    return text if words[-1] in KINDS else f"{text} {one_of(rng, _NOUNS)}"
+    return text if words[-1] in KINDS + NEW_KINDS else f"{text} {one_of(rng, _NOUNS)}"
 
 
 def _plural(noun: str) -> str:

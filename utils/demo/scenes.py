@@ -14,6 +14,7 @@ import cv2
 import numpy as np
 
 KINDS = ("circle", "square", "triangle", "star", "cross", "diamond")
+NEW_KINDS = ("heart",)  # in no pre-training and no demo data: what fine-tuning may teach (utils/demo/new_shape.py)
 COLORS = {
     "red": (222, 30, 38),
     "green": (36, 170, 52),
@@ -116,7 +117,14 @@ def _outlines() -> dict[str, np.ndarray]:
         "star": ring([1.32, 0.54] * 5),
         "cross": np.concatenate(quarters),
         "diamond": np.array([(0.0, -1.36), (0.82, 0.0), (0.0, 1.36), (-0.82, 0.0)]),
+        "heart": _heart(),
     }
+
+
+def _heart() -> np.ndarray:
+    t = 2 * math.pi * np.arange(40) / 40
+    y = 13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t)
+    return np.stack([16 * np.sin(t) ** 3, -2.5 - y], axis=1) * 0.069
 
 
 def _polygon_area(points: np.ndarray) -> float:
@@ -137,18 +145,21 @@ def shuffled(rng: np.random.Generator, items: list) -> list:
     return [items[i] for i in rng.permutation(len(items))] if items else []
 
 
-def sample_scene(rng: np.random.Generator, held_out: bool = False, long_side: int = 120) -> Scene:
+def sample_scene(
+    rng: np.random.Generator, held_out: bool = False, long_side: int = 120, kinds: tuple[str, ...] = KINDS
+) -> Scene:
     """Samples and renders a scene of 3 to 6 shapes, each at least 60% visible, some of which share attributes.
 
     Args:
         rng: the only source of randomness.
         held_out: whether exactly one shape has a (color, kind) pair of ``HELD_OUT``; otherwise none has.
         long_side: of the canvas, in pixels; shapes scale with it.
+        kinds: the kinds to draw from; one listed twice is drawn twice as often.
     """
     while True:
         across, down = one_of(rng, _CANVASES)
         width, height = round(across * long_side), round(down * long_side)
-        shapes = _place(rng, _attributes(rng, held_out), width, height, long_side / 120)
+        shapes = _place(rng, _attributes(rng, held_out, kinds), width, height, long_side / 120)
         if len(shapes) < 3 or held_out != any(shape.held_out for shape in shapes) or not _some_share(shapes):
             continue
         image = _background(rng, width, height)
@@ -164,13 +175,13 @@ def _some_share(shapes: tuple[Shape, ...]) -> bool:
     return any(len({getattr(s, name) for s in shapes}) < len(shapes) for name in ("color", "kind"))
 
 
-def _attributes(rng: np.random.Generator, held_out: bool) -> list[tuple[str, str, str, str]]:
+def _attributes(rng: np.random.Generator, held_out: bool, kinds: tuple[str, ...]) -> list[tuple[str, str, str, str]]:
     """Samples attributes of 3 to 6 shapes; most copy color or kind (or both) from an earlier shape."""
     count = 3 + int(rng.random() * 4)
     names = tuple(COLORS)
     pairs = [one_of(rng, sorted(HELD_OUT))] if held_out else []
     while len(pairs) < count:
-        color, kind = one_of(rng, names), one_of(rng, KINDS)
+        color, kind = one_of(rng, names), one_of(rng, kinds)
         u = rng.random()
         if pairs and u < 0.3:
             color = one_of(rng, pairs)[0]
