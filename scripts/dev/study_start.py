@@ -32,6 +32,11 @@ from utils.plotting import text_tables
 CONFIG = "configs/tiny.yaml"
 RECIPE = "configs/finetune.yaml"
 OTHER_SAMPLES = 1000  # added to the seed of a second run, which would begin with the first one's samples
+NEW_IMAGES, NEW_QUERIES, STEPS = (20, 50, 200), 120, 60
+# What the tiny model needs in place of values for 7B, as in configs/tiny.yaml.
+TINY: dict[str, object] = {"precision": "fp32", "model_max_length": 512, "questions_per_image": 4, "workers": 1}
+TINY |= {"batch_size": 8, "grad_accumulation_steps": 1, "lr": 1e-3}
+MIXED: dict[str, object] = {"dataset": "custom||refer_seg||reason_seg", "sample_rates": "2,1,1"}  # as in the recipe
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -134,14 +139,6 @@ def new_shape(args: argparse.Namespace) -> str:
             merged = train(folder, args, **settings)
             values.setdefault(name, []).append(gious(merged, args, specs, folder / "eval", *limit))
     return table(values, specs)
-
-
-def table(values: dict[str, list[list[float]]], specs: str = SPECS) -> str:
-    """Mean and standard deviation of [seed][benchmark] values per row, and all values."""
-    rows = [["run", *(f"{spec} gIoU" for spec in Spec.parse_list(specs))]]
-    rows += [[name, *(text_tables.mean_cell(column, 1) for column in zip(*seeds))] for name, seeds in values.items()]
-    each = "\n".join(f"{name}: {seeds}" for name, seeds in values.items())
-    return f"{text_tables.markdown(rows)}\n\n{each}"
 
 
 def table(values: dict[str, list[list[float]]], specs: str = SPECS) -> str:
