@@ -28,7 +28,7 @@ from model.opened import cache_sam_features
 from model.structures import Batch
 from utils import distributed
 from utils.command_line.other_trainers import differences_from_lisa
-from utils.config import Config, ConfigError, config_from, load_config, missing_paths
+from utils.config import Config, ConfigError, config_from, load_config, missing_paths, to_dict
 from utils.datasets import DataError, EvalDataset, get_eval_dataset
 from utils.evaluation.benchmarks import benchmark_of
 from utils.evaluation.panels import validation_sheet
@@ -349,7 +349,8 @@ def open_log(config: Config, step: int) -> RunLog:
     if distributed.is_main():
         config.save(config.run_folder / "config.yaml")
     distributed.barrier()
-    return RunLog(config.run_folder, step, config.total_steps, config.train.steps_per_epoch)
+    train = config.train
+    return RunLog(config.run_folder, step, config.total_steps, train.steps_per_epoch, train.report_to, to_dict(config))
 
 
 # -- loop --------------------------------------------------------------------------------------------------------------
