@@ -224,11 +224,12 @@ def build_run(config: Config, device: torch.device) -> Run:
 
 def unread_paths(config: Config) -> str:
     """A line that names the paths that a finished model in ``--version`` makes needless, if there are any."""
-    from model.loading.pretrained import resolve_start, unread_beside
+    from model.loading.pretrained import resolve_start
 
     paths = config.model
-    folder = resolve_start(paths.version, paths.vision_tower, paths.vision_pretrained)["version"].path
-    given = [f"--{name} {path}" for name in unread_beside(folder) if (path := getattr(paths, name))]
+    read = resolve_start(paths.version, paths.vision_tower, paths.vision_pretrained)
+    beside = {"vision_tower": paths.vision_tower, "vision_pretrained": paths.vision_pretrained}
+    given = [f"--{name} {path}" for name, path in beside.items() if path and name not in read]
     return f"not read, as --version holds these parts: {', '.join(given)}\n" if given else ""
 
 
