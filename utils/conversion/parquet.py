@@ -122,9 +122,9 @@ def _write_image(content: bytes, name: str, extract: Path, written: dict[str, Pa
         except DECODE_ERRORS as error:
             raise DataError(f"its image cannot be read ({error})") from error
         path = extract / (re.sub(r"[^\w.-]", "_", name)[:100] + suffix)
-        if path in written.values():
+        if str(path) in written:
             path = path.with_stem(f"{path.stem}_{digest[:8]}")
         extract.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
-        written[digest] = path
+        written[digest] = written[str(path)] = path  # by content, and by name
     return written[digest]
