@@ -28,7 +28,7 @@ from model.opened import cache_sam_features
 from model.structures import Batch
 from utils import distributed
 from utils.command_line.other_trainers import differences_from_lisa
-from utils.config import Config, ConfigError, config_from, load_config, missing_paths
+from utils.config import Config, ConfigError, config_from, load_config, missing_paths, to_dict
 from utils.datasets import DataError, EvalDataset, get_eval_dataset
 from utils.evaluation.benchmarks import benchmark_of
 from utils.evaluation.panels import validation_sheet
@@ -224,11 +224,12 @@ def build_run(config: Config, device: torch.device) -> Run:
 
 def unread_paths(config: Config) -> str:
     """A line that names the paths that a finished model in ``--version`` makes needless, if there are any."""
-    from model.loading.pretrained import resolve_start, unread_beside
+    from model.loading.pretrained import resolve_start
 
     paths = config.model
-    folder = resolve_start(paths.version, paths.vision_tower, paths.vision_pretrained)["version"].path
-    given = [f"--{name} {path}" for name in unread_beside(folder) if (path := getattr(paths, name))]
+    read = resolve_start(paths.version, paths.vision_tower, paths.vision_pretrained)
+    beside = {"vision_tower": paths.vision_tower, "vision_pretrained": paths.vision_pretrained}
+    given = [f"--{name} {path}" for name, path in beside.items() if path and name not in read]
     return f"not read, as --version holds these parts: {', '.join(given)}\n" if given else ""
 
 
@@ -349,7 +350,8 @@ def open_log(config: Config, step: int) -> RunLog:
     if distributed.is_main():
         config.save(config.run_folder / "config.yaml")
     distributed.barrier()
-    return RunLog(config.run_folder, step, config.total_steps, config.train.steps_per_epoch)
+    train = config.train
+    return RunLog(config.run_folder, step, config.total_steps, train.steps_per_epoch, train.report_to, to_dict(config))
 
 
 # -- loop --------------------------------------------------------------------------------------------------------------

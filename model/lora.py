@@ -11,11 +11,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from model.config import UGroundConfig
+from model.loading.adapter import ROWS
 from model.UGround import UGroundForCausalLM
 
 LORA_TARGETS = r"model\.layers\.\d+\.self_attn\.({names})"  # the language model only, never CLIP's q_proj and v_proj
-
-TOKEN_ROWS = ".token_adapter.trainable_tokens_delta"  # peft's name of a table's rows that train
 PARTS = {  # what the name of a parameter contains -> its part
     "text_hidden_fcs.": "phi",
     "ppm.": "gate",
@@ -114,13 +113,13 @@ def base_of(model: nn.Module) -> UGroundForCausalLM:
 def set_trainable(model: nn.Module, frozen: Collection[str] = ()) -> None:
     """Sets ``requires_grad`` of every parameter: LoRA's, and those of ``trains_in_full``, without ``frozen`` parts.
 
-    Of tables with ``TOKEN_ROWS``, these alone train.
+    Of tables whose rows peft trains (``ROWS``), these alone train.
     """
     config, names = base_of(model).config, dict(model.named_parameters())
-    by_rows = {part_of(name) for name in names if TOKEN_ROWS in name}
+    by_rows = {part_of(name) for name in names if ROWS in name}
     for name, parameter in names.items():
         part = part_of(name)
-        trains = TOKEN_ROWS in name if part in by_rows else part == "lora" or trains_in_full(name, config)
+        trains = ROWS in name if part in by_rows else part == "lora" or trains_in_full(name, config)
         parameter.requires_grad = trains and part not in frozen
 
 

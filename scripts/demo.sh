@@ -5,6 +5,7 @@
 #
 #     bash scripts/demo.sh
 set -euo pipefail
+# shellcheck source=scripts/setup.sh
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 export PATH="$PWD/.venv/bin:$PATH" TOKENIZERS_PARALLELISM=false OMP_WAIT_POLICY=PASSIVE
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}"

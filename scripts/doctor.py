@@ -30,6 +30,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 # Only the standard library at import: missing or broken libraries are what this program reports.
 from utils.command_line.parser import Parser, listed
+from utils.diagnostics.drivers import torch_for
 from utils.diagnostics.findings import Finding, Page, ok, problem, skipped, warning
 from utils.diagnostics.process_memory import read_proc
 
@@ -183,12 +184,10 @@ def check_devices() -> Iterator[Finding]:
     build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU"
     if not torch.cuda.is_available():
         if has_gpu:
-            number = re.search(r"\d+\.\d+(\.\d+)?", driver.read_text()) if driver.exists() else None
-            text = (
-                f"an NVIDIA GPU is present (driver {number.group() if number else 'unknown'}), but torch cannot use it"
-            )
-            fix = f"this torch is a {build} build: update the driver, or install a matching torch (pytorch.org)"
-            yield problem(text, fix)
+            found = re.search(r"\d+\.\d+(\.\d+)?", driver.read_text()) if driver.exists() else None
+            number = found.group() if found else "unknown"
+            text = f"an NVIDIA GPU is present (driver {number}), but torch cannot use it"
+            yield problem(text, f"this torch is a {build} build: update the driver, or {torch_for(number)}")
         else:
             yield ok(f"no GPU; training and inference run on the CPU (torch {torch.__version__}, {build} build)")
         return

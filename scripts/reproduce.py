@@ -32,6 +32,8 @@ from utils.plotting import text_tables
 from utils.training.versions import git_commit
 
 ROOT = Path(__file__).resolve().parents[1]
+OWN = ("version", "vision_tower", "dataset_dir", "output", "limit", "val_dataset", "mode")  # flags that it sets
+METHOD = ("protocol", "several_seg", "layer_policy", "allow_missing")  # flags that make another figure
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -51,6 +53,12 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--page", type=Path, nargs="?", const=ROOT / "docs/zoo.md", metavar="FILE", help="write the page of the zoo")
     args = parser.parse_args(words[:split])
     args.more = words[split + 1 :]
+    refused = (*OWN, *METHOD) if args.record else OWN
+    if wrong := [word for word in args.more if word.removeprefix("--").partition("=")[0] in refused]:
+        parser.error(
+            f"{', '.join(wrong)} after --: the zoo's file or a flag before -- gives it, so that a figure is what it "
+            "says"
+        )
     if not (args.name or args.list or args.page):
         parser.error("give the NAME of a checkpoint, or --list")
     if args.name and not (args.dataset_dir or args.list):

@@ -5,6 +5,7 @@
 #     bash scripts/run_tests.sh                       # everything
 #     bash scripts/run_tests.sh -m "not slow" -k ppm  # arguments go to pytest
 set -euo pipefail
+# shellcheck source=scripts/setup.sh
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
 if [ $# -eq 0 ]; then

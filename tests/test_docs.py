@@ -6,9 +6,11 @@ import ast
 import contextlib
 import functools
 import io
+import json
 import re
 import shlex
 import sys
+import tempfile
 from collections.abc import Iterator
 from itertools import takewhile
 from pathlib import Path
@@ -135,6 +137,23 @@ def test_the_python_of_a_page_runs(page: Path, version: str, photo: Path, monkey
     assert masks.dtype == torch.bool
     assert masks.shape[1:] == (48, 64)
     assert len(masks) == names["answer"].text.count("[SEG]") > 0
+
+
+def test_the_notebook_runs(version: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """All cells in turn, without Jupyter; the file holds no outputs."""
+    notebook = json.loads((ROOT / "docs/quickstart.ipynb").read_text(encoding="utf-8"))
+    monkeypatch.chdir(ROOT / "docs")
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    shown: list[Any] = []
+    names: dict[str, Any] = {"display": shown.append}
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            assert (cell["outputs"], cell["execution_count"]) == ([], None)
+            exec("".join(cell["source"]).replace("runs/tiny/merged", version), names)
+    assert Path.cwd() == ROOT
+    assert len(shown) == len(names["answer"].masks) > 0
+    assert shown[0].size == names["image"].size
 
 
 @pages

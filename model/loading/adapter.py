@@ -25,7 +25,7 @@ META = "uground_run.json"
 PARTS, LORA = "trained_parts.safetensors", "adapter_model.safetensors"
 ROWS = ".token_adapter.trainable_tokens_delta"  # peft's name of a table's rows that trained
 OTHER_SECTIONS = ("model", "data", "train", "eval")  # sections of a run's settings that are not the method's
-WHERE = "Say where its base is with --base (LLaVA), --vision_tower (CLIP), --vision_pretrained (SAM)"
+WHERE = "Say where its base is with --base (what it was trained from), --vision_tower (CLIP), --vision_pretrained (SAM)"
 
 
 def is_adapter(folder: str | Path) -> bool:
@@ -80,12 +80,12 @@ def check_base(folder: Path, meta: dict[str, Any], loaded: list[Loaded]) -> None
     Raises:
         ValueError: naming each module that differs, with both sources and fingerprints.
     """
-    fingerprints, paths = base_fingerprints(loaded), meta["config"]["model"]
+    fingerprints, paths = base_fingerprints(loaded), meta.get("resolved") or meta["config"]["model"]
     sources = {row.module: row.source for row in loaded}
     differing = [name for name, trained_on in meta["base"].items() if fingerprints.get(name) != trained_on]
     if differing:
         lines = [
-            f"\n  {name}: {sources.get(name)} has {fingerprints.get(name)}, {paths[path_setting(name)]} had "
+            f"\n  {name}: {sources.get(name)} has {fingerprints.get(name)}, {paths[path_setting(name, paths)]} had "
             f"{meta['base'][name]}"
             for name in differing
         ]

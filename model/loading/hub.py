@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
-ID = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w.-]+)(@(?P<revision>[^:@\s]+))?(:(?P<file>[^:\s]+))?")
+REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+ID = re.compile(rf"(?P<repo>{REPOSITORY.pattern})(@(?P<revision>[^:@\s]+))?(:(?P<file>[^:\s]+))?")
 CACHED = re.compile(r".*/(?:models|datasets)--(.+?)--(.+?)/snapshots/([0-9a-f]{40})(?:/(.+))?")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 EXPLICIT = "hub:"  # an id, even where a folder has its name

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +20,7 @@ from model.loading.weights import (
     LLAVA_TYPES,
     Loaded,
     base_config,
+    check_llava,
     fingerprint,
     grow_vocabulary,
     load_base,
@@ -90,7 +90,8 @@ def load(
         precision: ``fp32``, ``bf16``, ``fp16``, or ``auto`` = bf16 on a GPU, fp32 elsewhere.
         device: ``cpu``, ``cuda``, ``cuda:1``, ``mps``, or ``auto`` = the GPU if there is one.
         vision_tower: folder of CLIP for a published checkpoint, which holds none; by default, what it names.
-        base, vision_tower, vision_pretrained: LLaVA, CLIP and SAM for an adapter whose base has moved.
+        base, vision_tower, vision_pretrained: for an adapter whose base has moved: what it was trained from (a LLaVA or
+            a finished model), CLIP and SAM.
         quantize: ``8bit`` or ``4bit``, of the language model's layers, by bitsandbytes.
         device_map: ``auto`` = spread the language model's layers over all GPUs and main memory.
 
@@ -208,13 +209,10 @@ LOADERS: dict[Kind, Callable[[Path, str, dict[str, str]], Parts]] = {
     "adapter": _load_adapter,
     "released": _load_released,
 }
-
-
-def unread_beside(folder: Path) -> tuple[str, ...]:
-    """The settings beside ``version`` that are not read, as the model in the folder holds these parts."""
-    kind = kind_of(folder)
-    both = ("vision_tower", "vision_pretrained")
-    return both if kind == "merged" else both[1:] if kind == "released" else ()
+UNREAD: dict[Kind, tuple[str, ...]] = {  # settings beside ``version`` whose parts a model of this kind holds
+    "merged": ("vision_tower", "vision_pretrained"),
+    "released": ("vision_pretrained",),
+}
 
 
 def resolve_start(
@@ -254,25 +252,38 @@ def _start(
             problems.append(str(error))
 
     resolve("version", version, flag)
-    kind: Kind = "base"
-    with contextlib.suppress(ValueError):  # raised where the folder is loaded
-        kind = kind_of(found["version"].path) if found else "base"
+    if not found:  # whether it holds CLIP and SAM is unknown
+        for name, text in {"vision_tower": tower, "vision_pretrained": sam}.items():
+            if text:
+                resolve(name, text, f"--{name}")
+        return found, problems
+    folder = found["version"].path
+    try:
+        kind = kind_of(folder)
+        if kind == "run":
+            read_config(folder, flag)  # raises, with the fix
+        if kind == "unknown":
+            check_llava(folder / "config.json", read_config(folder, flag))
+    except ValueError as error:
+        return found, [str(error)]
     if kind == "adapter":  # what its base needs
-        base = adapter.recorded_base(found["version"].path)
+        base = adapter.recorded_base(folder)
         below, missing = _start(
             base["version"], tower or base["vision_tower"], sam or base["vision_pretrained"], download
         )
         found |= {name: part for name, part in below.items() if name != "version"}
-        problems += [f"the base of the adapter {version} is not here: {problem}" for problem in missing]
+        again = f"Put it there, or export {version} again: merge_lora.py --checkpoint RUN --version ITS_BASE"
+        problems += [f"the base of the adapter {version} is not here: {problem}. {again}" for problem in missing]
         return found, problems
-    unread = unread_beside(found["version"].path) if kind in LOADERS else ()
+    unread, flags = UNREAD.get(kind, ()), {name: f"--{name}" for name in ("vision_tower", "vision_pretrained")}
     if kind == "released" and not tower:
-        tower = str(read_config(found["version"].path, flag).get("mm_vision_tower") or "")
+        tower = str(read_config(folder, flag).get("mm_vision_tower") or "")
+        flags["vision_tower"] += f" (mm_vision_tower in {folder / 'config.json'})"
     for name, text in {"vision_tower": tower, "vision_pretrained": sam}.items():
         if name in unread:
             continue
         if text:
-            resolve(name, text, f"--{name}")
+            resolve(name, text, flags[name])
         else:
             problems.append(f"--{name}: is missing; {version} holds no {'CLIP' if name == 'vision_tower' else 'SAM'}")
     return found, problems

@@ -112,7 +112,7 @@ def read_config(folder: Path, what: str) -> dict:
     """
     path = folder / "config.json"
     if not folder.is_dir():
-        raise ValueError(f"{what}: {folder} is no folder; download it first and give its path")
+        raise ValueError(f"{what}: {folder} is no folder; give the path of one, or a hub id (org/name)")
     if not path.is_file():
         if run := run_of(folder):
             raise ValueError(
@@ -191,9 +191,14 @@ def fingerprint(tensors: Iterable[torch.Tensor], most: int = 4096) -> str:
     return digest.hexdigest()[:16]
 
 
-def path_setting(module: str) -> str:
-    """The setting that names the files of a module's base weights."""
-    return {"vision_tower": "vision_tower", "visual_model": "vision_pretrained"}.get(module, "version")
+def path_setting(module: str, read: Collection[str]) -> str:
+    """The setting that names the files of a module's base weights.
+
+    Args:
+        read: the settings whose files were read; ``version`` holds the modules of the others.
+    """
+    setting = {"vision_tower": "vision_tower", "visual_model": "vision_pretrained"}.get(module, "version")
+    return setting if setting in read else "version"
 
 
 def report(model: nn.Module, sources: dict[str, str], new: Mapping[str, str] | None = None) -> list[Loaded]:
@@ -227,6 +232,15 @@ def read_sam(path: str) -> tuple[dict[str, torch.Tensor], SamShape]:
         raise ValueError(f"--vision_pretrained: {path} is no segment-anything checkpoint (no {error})") from error
 
 
+def check_llava(file: Path, raw: Mapping[str, Any]) -> None:
+    """Raises a ValueError if ``raw``, the content of ``file``, is not the configuration of a LLaVA."""
+    if raw.get("model_type") not in LLAVA_TYPES:
+        raise ValueError(
+            f"--version: {file} is of type {raw.get('model_type')!r}, not a LLaVA-1.5 base "
+            f"({' or '.join(LLAVA_TYPES)}), nor a model of this project or a related method"
+        )
+
+
 def base_config(version: Path, tower: Path, sam: SamShape, keys: Collection[str], settings: dict) -> UGroundConfig:
     """The configuration of a model built from a LLaVA folder, a CLIP folder and a SAM.
 
@@ -242,11 +256,7 @@ def base_config(version: Path, tower: Path, sam: SamShape, keys: Collection[str]
     raw = read_config(version, "--version")
     with blame(file):
         raw = formats.llava_config(raw)
-    if raw.get("model_type") not in LLAVA_TYPES:
-        raise ValueError(
-            f"{file} is of type {raw.get('model_type')!r}, not a LLaVA-1.5 base "
-            f"({' or '.join(LLAVA_TYPES)}), nor a model of this project or a related method"
-        )
+    check_llava(version / "config.json", raw)
     read_config(tower, "--vision_tower")
     tower_file = f"--vision_tower: {tower / 'config.json'}"
     with blame(tower_file):

@@ -51,7 +51,7 @@ def test_smaller_training_sets_are_part_of_larger_ones(tmp_path):
 
 def test_the_recipe_starts_from_no_model_but_the_one_given():
     with pytest.raises(ValueError, match="--version"):
-        load_config(["--config", RECIPE, "--dataset_dir", "data", "--custom_data", "own.jsonl"])
+        load_config(["--config", RECIPE, "--custom_data", "own.jsonl"])
 
 
 def test_study_trains_by_the_recipe_and_reports_every_run(tmp_path, monkeypatch):

@@ -166,6 +166,9 @@ def test_what_is_missing_is_named_before_the_model_is_loaded(file, reproduced, c
     monkeypatch.setattr(reproduce, "git_commit", lambda: "0123-dirty")
     assert "commit the changes first" in reproduced(file(), "--record")[2]
     assert "figures of a part" in reproduced(file(), "--record", "--limit", 3)[2]
+    for flags, word in ((("--mode", "generate"), "--mode"), (("--limit=3",), "--limit=3")):  # else another figure
+        assert f"{word} after --: the zoo's file" in reproduced(file(), "--", *flags)[2]
+    assert "--layer_policy after --" in reproduced(file(), "--record", "--", "--layer_policy", "last")[2]
     assert "--dataset_dir is missing" in run(capsys, reproduce, "tiny")[2]
     assert "NAME of a checkpoint" in run(capsys, reproduce)[2]
 

@@ -15,7 +15,8 @@ WRITTEN = ROOT / "tests/fixtures/written_before"
 
 @pytest.fixture
 def server(monkeypatch):
-    with serve({"org/public": Repository({"model-00002-of-00002.safetensors": b"old", "figure.png": b"mine"})}) as hub:
+    files = {"model-00002-of-00002.safetensors": b"old", "figure.png": b"mine", "fp16/model.safetensors": b"mine"}
+    with serve({"org/public": Repository(files)}) as hub:
         monkeypatch.setattr(constants, "ENDPOINT", hub.url)
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
@@ -50,7 +51,7 @@ def test_a_run_is_merged_and_pushed(server, tmp_path, capsys, monkeypatch):
 def test_old_weights_of_a_repository_are_replaced(server, folder):
     assert push(folder, "org/public").startswith(f"{server.url}/org/public/commit/")
     repository = server.repositories["org/public"]
-    assert repository.files == contents(folder) | {"figure.png": b"mine"}
+    assert repository.files == contents(folder) | {"figure.png": b"mine", "fp16/model.safetensors": b"mine"}
     assert len(repository.commits) == 1
 
 

@@ -253,7 +253,7 @@ _TRAIN = _ALWAYS | {
     "segmentation_model_path": Answer("vision_pretrained"),
     "no_sampling": Answer(note="samples are always drawn; an epoch has --steps_per_epoch steps"),
     "deepspeed": Answer(note="DeepSpeed always runs"),
-    "use_wandb": Answer(note="curves are in TensorBoard and in the run's report.html"),
+    "use_wandb": Answer("report_to", "--report_to tensorboard,wandb", "tensorboard"),
     "use_released_param": Answer(note="configs/methods/read.yaml has READ's settings, --point_prompts among them"),
     "learning_rate": Answer("lr"),
     "num_workers": Answer("workers"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -25,7 +26,7 @@ from model.settings import (
     without_effect,
 )
 from utils.command_line.parser import Parser, hint, value_hint
-from utils.config.settings import DataSettings, EvalSettings, ModelSettings, TrainSettings
+from utils.config.settings import TRACKER_PACKAGES, DataSettings, EvalSettings, ModelSettings, TrainSettings
 from utils.files import ShallowAliases, write_atomically
 from utils.wording import counted
 
@@ -170,7 +171,8 @@ def build_config(
     unchecked = {name for name, item in FIELDS.items() if item.metadata["required"] and SECTION_OF[name] not in needs}
     for name, (value, origin) in values.items():
         try:
-            setattr(getattr(config, SECTION_OF[name]), name, convert(value, KINDS[name]))
+            choices = FIELDS[name].metadata["choices"]
+            setattr(getattr(config, SECTION_OF[name]), name, convert(value, KINDS[name], choices))
         except ValueError as error:
             unchecked.add(name)
             problems.append(f"{origin}: {value!r} is not {error}{value_hint(name, PROGRAM)}")
@@ -185,9 +187,14 @@ def build_config(
     return config
 
 
-def convert(value: Any, kind: Any) -> Any:
-    """Converts ``value`` to ``kind``; raises a ValueError that names what was expected."""
+def convert(value: Any, kind: Any, choices: Sequence[str] = ()) -> Any:
+    """Converts ``value`` to ``kind``; raises a ValueError that names what was expected.
+
+    A list of ``choices``, whose names have no comma, may be given as A,B, too.
+    """
     if get_origin(kind) is tuple:
+        if choices and isinstance(value, str):
+            value = value.replace(",", "||")
         return _convert_list(value, get_args(kind)[0])
     words = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
     if kind is bool and isinstance(value, str) and value.lower() in words:
@@ -330,6 +337,8 @@ def _contradictions(config: Config) -> Iterable[tuple[str, str]]:
         )
     if config.model.train_tables == "new" and not config.model.lora_r:
         yield "train_tables", "new needs LoRA, whose library trains the rows; set lora_r, or train the tables in full"
+    if "none" in train.report_to and len(train.report_to) > 1:
+        yield "report_to", f"{','.join(train.report_to)} names trackers and none; give one or the other"
     if train.resume and train.auto_resume:
         yield "resume", "together with auto_resume is ambiguous; give one of them"
     if not re.fullmatch(r"[\w][\w.+=-]*", train.exp_name):
@@ -377,7 +386,7 @@ def keep_trained(config: Config, trained: Mapping[str, Any], source: str) -> Non
 
 
 def missing_paths(config: Config) -> list[str]:
-    """A message for every file and folder of the settings that does not exist. Fetches weights from the hub."""
+    """A message for every file, folder and package of the settings that is missing. Fetches weights from the hub."""
     from model.loading.pretrained import start_problems
 
     model, deepspeed_config = config.model, config.train.deepspeed_config
@@ -388,7 +397,20 @@ def missing_paths(config: Config) -> list[str]:
         missing.append(f"--deepspeed_config {deepspeed_config}: no such file")
     if config.train.resume and not Path(config.train.resume).is_dir():
         missing.append(f"--resume {config.train.resume}: no such folder")
-    return missing
+    return missing + [text for name in config.train.report_to if (text := _missing_tracker(name))]
+
+
+def _missing_tracker(name: str) -> str | None:
+    """A message if a value of ``report_to`` is an optional package that cannot be used."""
+    if name not in TRACKER_PACKAGES:
+        return None
+    try:
+        if hasattr(importlib.import_module(name), "init"):
+            return None
+        reason = f"a folder {name}/ hides the package"
+    except Exception as error:  # a broken package can raise anything
+        reason = f"{type(error).__name__}: {error}"
+    return f"--report_to {name}: the package cannot be imported ({reason}); pip install {name}, or leave it out"
 
 
 # -- flags -------------------------------------------------------------------------------------------------------------

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from model import layer_rules
 from model.settings import FREEZABLE, setting
 
+TRACKER_PACKAGES = ("wandb", "trackio")  # optional, of the same names as their values of report_to
+
 
 @dataclass
 class ModelSettings:
@@ -146,6 +148,12 @@ class TrainSettings:
         0, "also save a checkpoint every N optimizer steps; 0 = only after each epoch", low=0, may_change=True
     )
     log_every: int = setting(10, "optimizer steps per log line", low=1, may_change=True)
+    report_to: tuple[str, ...] = setting(
+        ("tensorboard",),
+        "where curves are shown beside log.jsonl, A,B,C: tensorboard, wandb, trackio; or none",
+        choices=("tensorboard", *TRACKER_PACKAGES, "none"),
+        may_change=True,
+    )
 
 
 @dataclass
@@ -171,4 +179,4 @@ class EvalSettings:
     val_batch_size: int = setting(4, "images per validation batch", low=1, may_change=True)
     val_limit: int = setting(0, "validate on the first N images only; 0 = all", low=0, may_change=True)
     val_metric: str = setting("gIoU", "metric that selects the best checkpoint", may_change=True)
-    val_pictures: int = setting(4, "validation samples shown in TensorBoard and report.html", low=0, may_change=True)
+    val_pictures: int = setting(4, "validation samples shown in report.html and by report_to", low=0, may_change=True)

@@ -10,13 +10,13 @@ from typing import Any
 
 import yaml
 
+from model.loading.hub import REPOSITORY
 from utils.datasets.spec import Spec
 from utils.evaluation.benchmarks import BENCHMARKS, MODES, benchmark_of
 from utils.evaluation.results import mismatched
 from utils.files import write_atomically
 from utils.plotting import text_tables
 
-HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 NOT_RUN = "not run here"
 
 
@@ -194,7 +194,7 @@ def _problems(checkpoint: Checkpoint) -> list[str]:
     wrong = [
         f"{key} {value!r} is no id of the hub (org/name)"
         for key, value in (("weights", checkpoint.weights), ("vision_tower", checkpoint.vision_tower))
-        if value and not HUB_ID.fullmatch(value)
+        if value and not REPOSITORY.fullmatch(value)
     ]
     if bool(checkpoint.weights) == bool(checkpoint.download):
         wrong.append("give either weights (an id of the hub) or download (an address)")

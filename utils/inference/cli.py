@@ -83,7 +83,7 @@ def add_model_flags(parser: argparse.ArgumentParser, default: str = "") -> None:
         "--precision", choices=("auto", *PRECISION_NAMES), default="auto", help="default: bf16 on a GPU, fp32 elsewhere"
     )
     add("--device", default="auto", help="cpu, cuda, cuda:1, mps (default: the NVIDIA GPU if there is one, else cpu)")
-    add("--base", default="", metavar="DIR", help="LLaVA for an adapter (--adapter_only), if it has moved")
+    add("--base", default="", metavar="DIR", help="what an adapter (--adapter_only) was trained from, if it has moved")
     add("--vision_pretrained", default="", metavar="FILE", help="SAM for an adapter, if it has moved")
     placement = parser.add_mutually_exclusive_group()
     placement.add_argument(

@@ -297,9 +297,10 @@ def differences(run: dict[str, Any], saved: dict[str, Any]) -> list[str]:
     layouts = (StepLayout.of(config, meta["processes"]) for config, meta in zip(configs, (run, saved)))
     if problem := difference(*layouts):
         problems.append(problem)
+    starts = [meta.get("resolved") or meta["config"]["model"] for meta in (saved, run)]  # older runs name paths only
     for module in differing(run["base"], saved["base"]) if "base" in run else ():
-        setting = path_setting(module)
-        names = [meta.get("resolved", {}).get(setting, "unknown") for meta in (saved, run)]
+        setting = path_setting(module, starts[0].keys() & starts[1].keys())
+        names = [start[setting] for start in starts]
         moved = f": {names[0]} in the checkpoint, now {names[1]}" if names[0] != names[1] else ""
         problems.append(f"--{setting}: the base weights of {module} are not the same{moved}")
     if "vocabulary" in run and run["vocabulary"] != saved.get("vocabulary", run["vocabulary"]):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,9 @@ def build_model(config: Config) -> tuple[nn.Module, UGroundProcessor, list[Loade
 
     Returns:
         the model (a ``PeftModel`` unless lora_r is 0), its processor, and the rows of the loading report.
+
+    Raises:
+        ValueError: as ``load_for_training`` and ``check_frozen``.
     """
     torch.manual_seed(config.train.seed)
     base, processor, loaded = load_for_training(
@@ -34,6 +38,7 @@ def build_model(config: Config) -> tuple[nn.Module, UGroundProcessor, list[Loade
         config.method,
         config.model.model_max_length,
     )
+    check_frozen(config.model.freeze, loaded)
     part = config.model
     rows = processor.tokens.added if part.train_tables == "new" else ()
     lora = part.lora_r, part.lora_alpha, part.lora_dropout, part.lora_target_modules
@@ -41,6 +46,17 @@ def build_model(config: Config) -> tuple[nn.Module, UGroundProcessor, list[Loade
     if config.model.gradient_checkpointing:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model, processor, loaded
+
+
+def check_frozen(freeze: Collection[str], loaded: Iterable[Loaded]) -> None:
+    """Raises a ValueError if phi or the gate is new, and stays frozen: it would never be trained."""
+    new = {row.module for row in loaded if row.source == "new"}
+    modules = {"phi": "text_hidden_fcs", "gate": "ppm"}
+    if parts := [part for part in freeze if modules.get(part) in new]:
+        raise ValueError(
+            f"--freeze {'||'.join(parts)}: the model in --version has no such part, and a new one must train; leave it "
+            "out, or start from a model that has it"
+        )
 
 
 def build_engine(model: nn.Module, config: Config, settings: dict[str, Any]):

@@ -40,21 +40,27 @@ def lineage_of(version: str | Path) -> list[dict[str, Any]]:
 
     folder, kind = Path(version), kind_of(version)
     if kind == "released" and (release := release_of(read_config(folder, "--version"))):
-        return [{"name": folder.name, "source": f"published, {release.name}"}]
+        return [{"name": _name(folder), "source": f"published, {release.name}"}]
     if kind not in ("merged", "adapter"):
         return []
     if not (folder / META).is_file():  # of save_pretrained
-        return [{"name": folder.name, "source": "unknown"}]
+        return [{"name": _name(folder), "source": "unknown"}]
     with blame(f"--version: {folder / META}"):
         meta = read_json(folder / META)
         return [*meta.get("lineage", []), own_entry(meta)]
+
+
+def _name(folder: Path) -> str:
+    """``org/name@<commit hash>`` of a folder in the hub's cache, which is itself named by the hash; else its name."""
+    name = hub.name_of(folder)
+    return name if hub.repository_of(name) else folder.name
 
 
 def own_entry(meta: dict[str, Any]) -> dict[str, Any]:
     """The entry of a run, from its metadata."""
     return {
         "name": meta["config"]["train"]["exp_name"],
-        "source": meta["config"]["model"]["version"],
+        "source": (meta.get("resolved") or meta["config"]["model"])["version"],  # of the hub, the commit
         "steps": meta["step"],
         "data": [row["name"] for row in meta["data"]],
         "commit": meta["commit"],

@@ -33,7 +33,7 @@ def model_card(name: str, meta: dict[str, Any], adapter: bool, license: str = "o
     from model.loading.weights import path_setting
 
     base = meta.get("resolved") or meta["config"]["model"]  # runs of older code have no ``resolved``
-    paths = {module: base.get(path_setting(module), base["version"]) for module in meta["base"]}
+    paths = {module: base[path_setting(module, base)] for module in meta["base"]}
     repositories = {path: repository for path in paths.values() if (repository := repository_of(path))}
     data = ModelCardData(
         base_model=list(repositories.values()) or None,

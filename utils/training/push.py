@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from fnmatch import fnmatch
 from pathlib import Path
 
-REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+from model.loading.hub import REPOSITORY
+
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin*", "adapter_config.json")
 LOG_IN = "log in with hf auth login, or set HF_TOKEN, with a token that may write"
 
@@ -31,7 +31,7 @@ def push(folder: Path, repository: str, private: bool = False) -> str:
     """Uploads a folder, which must be complete, and creates the repository if it does not exist.
 
     Weights of an earlier upload that the folder does not have are removed in the same commit: left beside the new ones
-    they could be loaded. Other files of the repository stay.
+    they could be loaded. Other files of the repository stay, and all in its subfolders.
 
     Args:
         private: create it so.
@@ -54,7 +54,7 @@ def push(folder: Path, repository: str, private: bool = False) -> str:
                 "the repository exists, and is public; make it private on its page, or leave out --private"
             )
         there = [file.rfilename for file in info.siblings or [] if file.rfilename not in files]
-        old = [name for name in there if any(fnmatch(name, pattern) for pattern in WEIGHTS)]
+        old = [name for name in there if "/" not in name and any(fnmatch(name, pattern) for pattern in WEIGHTS)]
         operations = [CommitOperationAdd(name, path) for name, path in files.items()]
         deletions = [CommitOperationDelete(name, is_folder=False) for name in old]
         commit = api.create_commit(

@@ -1,4 +1,4 @@
-"""The log of a training run: a line per logged step, a progress bar, TensorBoard and ``log.jsonl``.
+"""The log of a training run: a line per logged step, a progress bar, ``log.jsonl``, and trackers such as TensorBoard.
 
 Values stay on the device as running sums until a step is logged; then one all-reduce and one copy fetch them.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from utils.datasets.spec import Spec
 from utils.files import write_atomically
 from utils.plotting import text_tables
 from utils.training.checkpoint import step_name, step_of
+from utils.training.trackers import Trackers
 
 if TYPE_CHECKING:
     import torch
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
 LOG = "log.jsonl"  # in a run's folder: a line per logged step
 PICTURES = "pictures"  # in a run's folder: the validation samples, BENCHMARK/step_00000060.png
-NOT_LOSSES = {  # logged numbers that are no losses -> their tags in TensorBoard
+NOT_LOSSES = {  # logged numbers that are no losses -> their tags in the trackers
     "reward": "policy/reward",
     "baseline": "policy/baseline",
     "entropy": "policy/entropy",
@@ -148,22 +149,29 @@ class RunLog:
     Args:
         folder: the run's; ``log.jsonl``, ``tensorboard/`` and ``pictures/`` are in it.
         start_step: steps done before; what an interrupted run logged after them is deleted.
+        report_to: names of trackers; settings: of the run, which they show.
     """
 
-    def __init__(self, folder: Path, start_step: int, total_steps: int, steps_per_epoch: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        start_step: int,
+        total_steps: int,
+        steps_per_epoch: int,
+        report_to: Sequence[str] = ("tensorboard",),
+        settings: Mapping[str, Any] | None = None,
+    ) -> None:
         self.total_steps, self.steps_per_epoch, self.start_step = total_steps, steps_per_epoch, start_step
         self.main = distributed.is_main()
         if not self.main:
             return
-        from torch.utils.tensorboard import SummaryWriter  # slow to import
-
         self.lines = folder / LOG
         truncate_log(self.lines, start_step)
         self.pictures = folder / PICTURES
         for old in self.pictures.glob("*/step_*.png"):
             if step_of(old.stem) > start_step:
                 old.unlink()
-        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
+        self.trackers = Trackers(report_to, folder, start_step, settings or {}, self.print)
         self.bar = tqdm(total=total_steps, initial=start_step, unit="step", dynamic_ncols=True, disable=None)
         self.started = time.perf_counter()
 
@@ -192,15 +200,14 @@ class RunLog:
         epoch, elapsed = step / self.steps_per_epoch, time.perf_counter() - self.started
         line = {"kind": "train", "step": step, "epoch": round(epoch, 3), "seconds": elapsed, **values}
         self._write(line | {"gradients": gradients})
+        scalars = {f"map_loss_by_layer/{i}": loss for i, loss in enumerate(values.get("map_loss_by_layer", ()))}
         for name, value in values.items():
-            if name == "map_loss_by_layer":
-                for layer, loss in enumerate(value):
-                    self.board.add_scalar(f"map_loss_by_layer/{layer}", loss, step)
-            elif name != "layers":
-                self.board.add_scalar(NOT_LOSSES.get(name, f"loss/{name}"), value, step)
-        for part, norm in gradients.items():
-            self.board.add_scalar(f"gradient/{part}", norm, step)
-        self._histogram("policy/layers", values["layers"], step)
+            if name not in ("map_loss_by_layer", "layers"):
+                scalars[NOT_LOSSES.get(name, f"loss/{name}")] = value
+        scalars |= {f"gradient/{part}": norm for part, norm in gradients.items()}
+        self.trackers.each(lambda tracker: tracker.scalars(scalars, step))
+        if any(layers := values["layers"]):
+            self.trackers.each(lambda tracker: tracker.histogram("policy/layers", layers, step))
         left = elapsed / max(1, step - self.start_step) * (self.total_steps - step)
         self.print(step_line(step, self.total_steps, epoch, values, left))
 
@@ -209,9 +216,9 @@ class RunLog:
         if not self.main:
             return
         self._write({"kind": "val", "step": step, "epoch": round(step / self.steps_per_epoch, 3), "metrics": results})
+        by_tag = {f"val/{Spec.parse(spec).slug}/{name}": v for spec, of in results.items() for name, v in of.items()}
+        self.trackers.each(lambda tracker: tracker.scalars(by_tag, step))
         for spec, metrics in results.items():
-            for name, value in metrics.items():
-                self.board.add_scalar(f"val/{Spec.parse(spec).slug}/{name}", value, step)
             shown = "  ".join(f"{name} {value:.3f}" for name, value in metrics.items())
             self.print(f"  validation after step {step}: {spec}: {shown}" + ("  (best so far)" if best else ""))
             best = False
@@ -221,7 +228,7 @@ class RunLog:
         from utils.plotting.charts import png
 
         if self.main:
-            self.board.add_image(f"val/{name}", image, step, dataformats="HWC")
+            self.trackers.each(lambda tracker: tracker.picture(f"val/{name}", image, step))
             path = self.pictures / name / f"{step_name(step)}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(png(image, f"{name}, step {step}"))
@@ -229,28 +236,12 @@ class RunLog:
     def close(self) -> None:
         if self.main:
             self.bar.close()
-            self.board.close()
+            self.trackers.each(lambda tracker: tracker.close())
 
     def _write(self, line: dict[str, Any]) -> None:
         with self.lines.open("a") as file:
             file.write(json.dumps(_rounded(line)) + "\n")
-        self.board.flush()
-
-    def _histogram(self, name: str, counts: list[int], step: int) -> None:
-        total = sum(counts)
-        if total:
-            layers = np.arange(len(counts))
-            self.board.add_histogram_raw(
-                name,
-                min=0,
-                max=len(counts) - 1,
-                num=total,
-                sum=float((layers * counts).sum()),
-                sum_squares=float((layers**2 * counts).sum()),
-                bucket_limits=(layers + 0.5).tolist(),
-                bucket_counts=counts,
-                global_step=step,
-            )
+        self.trackers.each(lambda tracker: tracker.flush())
 
 
 def step_line(step: int, total: int, epoch: float, values: dict[str, Any], seconds_left: float) -> str:
