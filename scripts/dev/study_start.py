@@ -7,8 +7,8 @@
 ``halves``: 180 steps from base weights, or 90, merged, and 90 more from the merged folder (with samples of their own).
 ``tables``: 180 steps in which embeddings and ``lm_head`` train in full, or the rows of added tokens alone.
 ``new_shape``: a finished model learns a shape and a word that it has never seen (``utils/demo/new_shape.py``), by
-configs/finetune.yaml; beside it, the same without old data, and the same data from base weights. Every run has
-``STEPS`` steps.
+configs/finetune.yaml; beside it, the same with ``train_tables: full``, the same without old data, and the same data
+from base weights. Every run has ``STEPS`` steps.
 Finished runs are skipped, so that a study that was interrupted continues.
 """
 
@@ -115,8 +115,10 @@ def new_shape_runs(args: argparse.Namespace, data: Path, seed: int) -> Iterator[
     """Name, folder and settings (of ``train``) of each run of a seed."""
     steps: dict[str, object] = {"seed": OTHER_SAMPLES + seed, "epochs": 1, "steps_per_epoch": STEPS}
     finished: dict[str, object] = {"config": RECIPE, "version": args.version} | TINY | steps
+    recipe = finished | {"refer_seg_data": "grefcoco"}
     kinds = {
-        "recipe": ("the recipe", finished | {"refer_seg_data": "grefcoco"}),
+        "recipe": ("the recipe", recipe),
+        "full": ("the recipe, embeddings in full", recipe | {"train_tables": "full"}),
         "alone": ("the new images alone", finished | {"dataset": "custom", "sample_rates": 1}),
         "base": ("from the base", MIXED | steps),
     }

@@ -51,7 +51,7 @@ def test_smaller_training_sets_are_part_of_larger_ones(tmp_path):
 
 def test_the_recipe_starts_from_no_model_but_the_one_given():
     with pytest.raises(ValueError, match="--version"):
-        load_config(["--config", RECIPE, "--dataset_dir", "data", "--custom_data", "own.jsonl"])
+        load_config(["--config", RECIPE, "--custom_data", "own.jsonl"])
 
 
 def test_study_trains_by_the_recipe_and_reports_every_run(tmp_path, monkeypatch):
@@ -72,7 +72,7 @@ def test_study_trains_by_the_recipe_and_reports_every_run(tmp_path, monkeypatch)
 
     configs = dict(calls)
     recipe, alone, base = (configs[f"{kind}-50-1"] for kind in ("recipe", "alone", "base"))
-    assert len(calls) == len(configs) == 18
+    assert len(calls) == len(configs) == 24
     assert {config.total_steps for config in configs.values()} == {study_start.STEPS}
     assert (recipe.data.dataset, recipe.data.sample_rates) == (base.data.dataset, base.data.sample_rates)
     assert alone.data.dataset == ("custom",)
@@ -80,9 +80,10 @@ def test_study_trains_by_the_recipe_and_reports_every_run(tmp_path, monkeypatch)
     assert recipe.model.version == "finished"
     assert recipe.model.freeze
     assert not base.model.freeze
-    assert [line.split(" | ")[0].strip("| ") for line in table.splitlines()[2:6]] == [
+    assert [line.split(" | ")[0].strip("| ") for line in table.splitlines()[2:7]] == [
         "before",
         "the recipe, 20 images",
+        "the recipe, embeddings in full, 20 images",
         "the new images alone, 20 images",
         "from the base, 20 images",
     ]

@@ -36,7 +36,7 @@ def written(folder: Path, text: str, name: str = "run.yaml") -> str:
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_shipped_files_parse(path):
-    config = load_config(["--config", str(path)])
+    config = load_config(["--config", str(path), "--version", "a model"])  # finetune.yaml names none
     assert config.total_steps > config.train.warmup_steps
     assert (ROOT / config.train.deepspeed_config).is_file()
 
