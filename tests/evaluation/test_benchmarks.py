@@ -10,12 +10,13 @@ from utils.evaluation.benchmarks import BENCHMARKS, MODES, TABLES, Benchmark, be
 from utils.evaluation.metrics import METRICS
 
 ROOT = Path(__file__).resolve().parents[2]
-MAY_NAME_THEM = (  # the two tables, and what generates data
+MAY_NAME_THEM = (  # the two tables, what generates data, and studies
     "utils/evaluation/benchmarks.py",
     "utils/datasets/__init__.py",
     "utils/demo",
     "scripts/make_demo_data.py",
     "scripts/bench.py",
+    "scripts/dev/study_",
 )
 
 
