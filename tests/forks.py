@@ -9,6 +9,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import runpy
+import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -82,6 +83,7 @@ def _run(words: list[str], env: dict[str, str], folder: str, output: str) -> Non
     os.environ.clear()
     os.environ.update(env)
     os.chdir(folder)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shell has started the tests with &
     os.setsid()  # a terminal that a leader of a session opens is its controlling one
     file = os.open(output, os.O_RDWR | os.O_CREAT | os.O_APPEND)
     for number, stream in enumerate(("stdin", "stdout", "stderr")):
