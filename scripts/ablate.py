@@ -133,6 +133,23 @@ TABLES: dict[str, tuple[AblationRow, ...]] = {
         AblationRow("policy, entropy bonus", {"entropy_bonus": "0.02"}),
         AblationRow("classifier, soft gating", {"layer_selection": "ce_soft"}),
     ),
+    "choice": (
+        AblationRow("best fixed layer, 4", {"layer_selection": "fixed:4"}),
+        AblationRow("layer 6", {"layer_selection": "fixed:6"}),
+        AblationRow("last", {"layer_selection": "last"}, (64.06, 67.05)),
+        AblationRow("uniform", {"layer_selection": "uniform"}),
+        AblationRow("soft gating", {"layer_selection": "soft"}, (61.19, 65.52)),
+        AblationRow("classifier, soft gating", {"layer_selection": "ce_soft"}),
+        AblationRow("policy", {"layer_selection": "policy"}, (66.13, 72.07)),
+        AblationRow("policy, baseline from the first reward", {"baseline_start": "first"}),
+        AblationRow("policy, critic", {"baseline": "critic"}),
+        AblationRow("policy, exact gradient", {"policy_gradient": "exact"}),
+    ),
+    "choice_rewards": (
+        AblationRow("policy", {"reward_terms": "iou"}),
+        AblationRow("policy, baseline from the first reward", {"reward_terms": "iou", "baseline_start": "first"}),
+        AblationRow("policy, exact gradient", {"reward_terms": "iou", "policy_gradient": "exact"}),
+    ),
     "methods": method_rows(),
 }
 

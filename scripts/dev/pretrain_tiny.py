@@ -1,6 +1,6 @@
 """Pre-trains the tiny family in assets/tiny: stand-ins for LLaVA-1.5 and SAM on a machine without weights.
 
-Four stages, each a function of its settings and the seed. Tokenizer and vision are skipped if their result exists:
+Stages, each a function of its settings and the seed. Tokenizer and vision are skipped if their result exists:
 
     tokenizer  byte-level BPE over the texts of drawn scenes and the prompt templates
     vision     CLIP and projector: patch features name color, kind, size and texture of the
@@ -19,6 +19,7 @@ The real LLaVA-1.5 never saw [SEG]; ours has, because minutes of fine-tuning can
 
     python scripts/dev/pretrain_tiny.py --output assets/tiny             # two hours on 2 cores
     python scripts/dev/pretrain_tiny.py --output /tmp/tiny --steps 0.01  # a look at every stage
+    python scripts/dev/pretrain_tiny.py --stages depths --start assets/tiny --output assets/tiny_depths
 """
 
 from __future__ import annotations
@@ -26,8 +27,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import sys
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -51,6 +54,7 @@ from utils.demo import scene_texts, tiny_model
 from utils.demo.muon import Muon
 from utils.demo.pretrain_batches import (
     ATTRIBUTES,
+    MIXTURES,
     STREAM,
     language_batch,
     language_check_batch,
@@ -59,7 +63,11 @@ from utils.demo.pretrain_batches import (
     vision_batch,
 )
 
-STAGE_STEPS = {"vision": 2800, "language": 3000, "sam": 4000}
+STAGE_STEPS = {"vision": 2800, "language": 3000, "conversations": 2400, "depths": 900, "sam": 4000}
+# Layers whose maps are trained, in stage "depths", and the one at which each kind of query is grounded.
+DEPTHS = {"attribute": 4, "multi": 4, "commonsense": 6, "relation": 8, "superlative": 8}
+LAST_LAYER = 8
+REFERENCE_LAYER = 5  # where a relation's named shape is looked for
 NO_SYSTEM_PROMPT = ""  # 30 tokens in front of every prompt would cost a tiny model more than they tell it
 
 
@@ -179,56 +187,97 @@ def train_vision(model: LlavaLlamaForCausalLM, processor: UGroundProcessor, step
         clock.tick(loss, **accuracy)
 
 
-def train_language(model: LlavaLlamaForCausalLM, processor: UGroundProcessor, steps: int, options) -> None:
-    """Stage "language": the whole LLaVA on captions, questions and finding."""
+def last_layer(data: dict) -> MapTargets:
+    """Stage "language": the last layer's maps cover the target."""
+    return {LAST_LAYER: (torch.ones(len(data["families"]), dtype=torch.bool), data["coverage"])}
+
+
+def reference_first(data: dict) -> MapTargets:
+    """Stage "conversations": also, a middle layer's maps cover the shape that a relation names."""
+    return last_layer(data) | {REFERENCE_LAYER: (data["reference"].sum(1) > 0, data["reference"])}
+
+
+def by_depth(data: dict) -> MapTargets:
+    """Stage "depths": a map covers the target at its family's layer, and all shapes at the layers of others."""
+    everyone = torch.ones(len(data["families"]), dtype=torch.bool)
+    targets = {}
+    for layer in sorted(set(DEPTHS.values())):
+        own = torch.tensor([DEPTHS.get(family) == layer for family in data["families"]])
+        targets[layer] = everyone, torch.where(own[:, None], data["coverage"], data["everything"])
+    return targets
+
+
+MapTargets = dict[int, tuple[torch.Tensor, torch.Tensor]]  # layer -> [n] bool, the maps that have a loss; [n, P] shares
+MAP_TARGETS = {  # stage -> layers whose maps are trained, and their targets
+    "language": ((LAST_LAYER,), last_layer),
+    "conversations": ((REFERENCE_LAYER, LAST_LAYER), reference_first),
+    "depths": (tuple(sorted(set(DEPTHS.values()))), by_depth),
+}
+
+
+def train_language(
+    model: LlavaLlamaForCausalLM, processor: UGroundProcessor, stage: str, steps: int, options: argparse.Namespace
+) -> None:
+    """Stages "language", "conversations" and "depths": LLaVA on captions, questions and finding."""
     device = options.device
-    map_loss = MapLoss().to(device)
-    trained = nn.ModuleDict({"model": model, "map_loss": map_loss})
+    model.vision_tower.requires_grad_(stage != "depths")
+    map_layers, map_targets = MAP_TARGETS[stage]
+    map_losses = nn.ModuleDict({str(layer): MapLoss() for layer in map_layers}).to(device)
+    trained = nn.ModuleDict({"model": model, "map_losses": map_losses})
     optimizer = Optimizer(trained, steps, 0.003, 2e-3)  # at Muon's usual 0.02 attention saturates and learning stops
-    make = partial(language_batch, processor=processor)
-    clock = Progress("language", steps)
-    for data in stream("language", options.seed, steps, make, options.workers):
+    make = partial(language_batch, processor=processor, mixture=MIXTURES[stage])
+    clock = Progress(stage, steps)
+    for data in stream(stage, options.seed, steps, make, options.workers):
+        targets = map_targets(data)
         data = to_device(data, device)
         batch = data["batch"]
         output, valid = model.forward_language(batch)
-        last = output.hidden[-1]
-        flat = last.flatten(0, 1)
-        logits = model.lm_head(flat[batch.label_positions])
+        logits = model.lm_head(output.hidden[-1].flatten(0, 1)[batch.label_positions])
         losses = F.cross_entropy(logits, batch.label_ids, reduction="none")
-        text = (losses * batch.label_weights).sum() / batch.label_weights.sum()
-        patches = last[:, batch.image_start : batch.image_start + valid.shape[1]]
-        maps = map_loss(flat[data["positions"]], patches[data["rows"]], data["coverage"], valid[data["rows"]])
-        optimizer.step(text + maps)
-        clock.tick(text + maps, text=text, map=maps)
+        values = {"text": (losses * batch.label_weights).sum() / batch.label_weights.sum()}
+        for layer, (chosen, coverage) in targets.items():
+            states, positions, rows = output.hidden[layer], data["positions"][chosen], data["rows"][chosen]
+            patches = states[:, batch.image_start : batch.image_start + valid.shape[1]][rows]
+            arguments = states.flatten(0, 1)[positions], patches, coverage[chosen].to(device), valid[rows]
+            values[f"map {layer}"] = map_losses[str(layer)](*arguments)
+        loss = sum(values.values(), torch.zeros((), device=device))
+        optimizer.step(loss)
+        clock.tick(loss, **values)
         if clock.is_time_to_check(steps):
-            clock.print_check(check_language(model, processor, options))
+            clock.print_check(check_language(model, processor, map_layers, options))
             save_llava(model, options.output)
+            if stage != "depths":  # which leaves CLIP as it is
+                model.vision_tower.save_pretrained(options.output / "clip")
 
 
 @torch.no_grad()
-def check_language(model: LlavaLlamaForCausalLM, processor: UGroundProcessor, options) -> str:
-    """On scenes held out from training: share of maps with their peak on the target, by kind; rejection accuracy."""
+def check_language(model: LlavaLlamaForCausalLM, processor: UGroundProcessor, layers: Sequence[int], options) -> str:
+    """On scenes held out from training: share of maps with their peak on the target, by kind and layer; rejection
+    accuracy."""
     model.eval()
     hits: dict[str, list[float]] = {}
     make = partial(language_check_batch, processor=processor)
     positive = {processor.tokenizer.encode(f" {w}", add_special_tokens=False)[0] for w in ("Sure", "It", "Yes", "They")}
     for data in stream("check", options.seed, 2, make, 0):
         data = to_device(data, options.device)
-        batch = data["batch"]
+        batch, rows = data["batch"], data["rows"]
         output, valid = model.forward_language(batch)
-        last = output.hidden[-1]
-        flat = last.flatten(0, 1)
-        patches = last[:, batch.image_start : batch.image_start + valid.shape[1]][data["rows"]]
-        scores = torch.einsum("nd,npd->np", flat[data["positions"]], patches).masked_fill(~valid[data["rows"]], -1e9)
-        peak = data["coverage"].gather(1, scores.argmax(1, keepdim=True))[:, 0] > 0.25
-        first_tokens = model.lm_head(flat[data["ends"]]).argmax(-1).tolist()
+        peaks = {}
+        for layer in layers:
+            states = output.hidden[layer]
+            patches = states[:, batch.image_start : batch.image_start + valid.shape[1]][rows]
+            scores = torch.einsum("nd,npd->np", states.flatten(0, 1)[data["positions"]], patches)
+            best = scores.masked_fill(~valid[rows], -1e9).argmax(1, keepdim=True)
+            peaks[layer] = data["coverage"].gather(1, best)[:, 0] > 0.25
+        first_tokens = model.lm_head(output.hidden[-1].flatten(0, 1)[data["ends"]]).argmax(-1).tolist()
         for n, (kind, token) in enumerate(zip(data["kinds"], first_tokens)):
             accepted = token in positive
             if kind == "absent":
                 hits.setdefault("N-acc", []).append(not accepted)
-            else:
-                hits.setdefault("T-acc", []).append(accepted)
-                hits.setdefault(kind, []).append(bool(peak[data["seg_of"][n]]))
+                continue
+            hits.setdefault("T-acc", []).append(accepted)
+            for layer in layers:
+                hits.setdefault(f"{kind} {layer}:", []).append(bool(peaks[layer][data["seg_of"][n]]))
     model.train()
     return "  ".join(f"{kind} {np.mean(values):.2f}" for kind, values in sorted(hits.items()))
 
@@ -314,7 +363,7 @@ def make_tokenizer(folder: Path, seed: int) -> PreTrainedTokenizerFast:
 
 
 def save_llava(model: LlavaLlamaForCausalLM, output: Path) -> None:
-    """Writes llava/ (language model and projector, LLaVA-1.5's own layout) and clip/ (the vision tower)."""
+    """Writes llava/: language model and projector, in LLaVA-1.5's own layout."""
     state = {}
     for key, value in model.state_dict().items():
         if not key.startswith("vision_tower."):
@@ -335,7 +384,15 @@ def save_llava(model: LlavaLlamaForCausalLM, output: Path) -> None:
         **settings,
     }
     (output / "llava" / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    model.vision_tower.save_pretrained(output / "clip")
+
+
+def load_llava(model: LlavaLlamaForCausalLM, folder: Path) -> None:
+    """Loads llava/ and clip/ of an earlier run."""
+    state = load_file(folder / "llava" / "model.safetensors")
+    state = {key.replace("model.mm_projector.", "mm_projector."): value for key, value in state.items()}
+    clip = load_file(folder / "clip" / "model.safetensors")
+    state |= {f"vision_tower.{key}": value for key, value in clip.items()}
+    model.load_state_dict(state)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -345,7 +402,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--steps", type=float, default=1.0, help="scales the number of steps of every stage (default 1)"
     )
-    parser.add_argument("--stages", default="vision,language,sam", help="which stages to run (default all)")
+    parser.add_argument(
+        "--stages",
+        default="vision,language,conversations,sam",
+        help="which stages to run (default: %(default)s); depths makes another base",
+    )
+    parser.add_argument("--start", type=Path, help="folder with llava/ and clip/ to start from (conversations, depths)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     parser.add_argument("--workers", type=int, default=1, help="processes that draw scenes (default 1)")
     return parser.parse_args()
@@ -353,13 +415,16 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     options = parse_arguments()
-    folders = {name: options.output / name for name in ("llava", "clip", "work")}
+    folders = {name: options.output / name for name in ("llava", "work")}
     for folder in folders.values():
         folder.mkdir(parents=True, exist_ok=True)
     stages = options.stages.split(",")
     steps = {stage: max(2, int(count * options.steps)) for stage, count in STAGE_STEPS.items()}
     torch.manual_seed(options.seed)
-    if "vision" in stages or "language" in stages:
+    language_stages = [stage for stage in MAP_TARGETS if stage in stages]
+    if "vision" in stages or language_stages:
+        if options.start and options.start != options.output:
+            shutil.copytree(options.start / "llava", folders["llava"], dirs_exist_ok=True)
         tokenizer = make_tokenizer(folders["llava"], options.seed)
         config = LlavaLlamaConfig(vision_config=tiny_model.clip_config(), **tiny_model.llama_settings(len(tokenizer)))
         model = LlavaLlamaForCausalLM(config).to(options.device).train()
@@ -367,13 +432,15 @@ def main() -> None:
         sides = config.clip_side, config.clip_patch, tiny_model.sam_shape().image_size
         processor = UGroundProcessor(tokenizer, *sides, NO_SYSTEM_PROMPT)
         snapshot = folders["work"] / "vision.safetensors"
-        if snapshot.is_file():
+        if options.start:
+            load_llava(model, options.start)
+        elif snapshot.is_file():
             model.load_state_dict(load_file(snapshot))
         elif "vision" in stages:
             train_vision(model, processor, steps["vision"], options)
             save_file({k: v.cpu().contiguous() for k, v in model.state_dict().items()}, snapshot)
-        if "language" in stages:
-            train_language(model, processor, steps["language"], options)
+        for stage in language_stages:
+            train_language(model, processor, stage, steps[stage], options)
     if "sam" in stages:
         torch.manual_seed(options.seed)
         sam = SegmentAnything(tiny_model.sam_shape()).to(options.device).train()

@@ -5,6 +5,8 @@ Legend: n masks, P patches of CLIP's grid.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from torch.nn import functional as F
@@ -19,20 +21,65 @@ from utils.datasets.templates import ANSWERS, QUESTIONS, sample_answer
 from utils.demo import scenes
 from utils.demo.scene_texts import (
     CAPTION_REQUESTS,
+    Query,
     absent_queries,
     attribute_queries,
     caption,
     multi_queries,
     questions,
     reasoning_queries,
+    relation_queries,
 )
 
 STREAM = {"tokenizer": 1000, "vision": 1001, "language": 1002, "sam": 1003, "check": 1004}
-BATCH = {"vision": 32, "language": 12, "sam": 16, "check": 32}
+STREAM |= {"conversations": 1005, "depths": 1006}
+BATCH = {"vision": 32, "language": 12, "conversations": 12, "depths": 12, "sam": 16, "check": 32}
 QUESTIONS_PER_SCENE = 6
-CONVERSATIONS = {"absent": 0.34, "attribute": 0.24, "reasoning": 0.24, "multi": 0.08, "vqa": 0.07, "caption": 0.03}
 FIRST_TOKEN_WEIGHT = 4.0  # the first word of an answer decides between segmentation and rejection
 ATTRIBUTES = {"color": tuple(scenes.COLORS), "kind": scenes.KINDS, "size": scenes.SIZES, "texture": scenes.TEXTURES}
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """What a stage asks about a scene.
+
+    Attributes:
+        kinds: probability of each kind of turn.
+        dialogues: probability that a turn continues the conversation of the turn before it.
+    """
+
+    kinds: dict[str, float]
+    dialogues: float = 0.0
+
+
+MIXTURES = {
+    "language": Mixture(
+        {"absent": 0.34, "attribute": 0.24, "reasoning": 0.24, "multi": 0.08, "vqa": 0.07, "caption": 0.03}
+    ),
+    "conversations": Mixture(
+        {
+            "absent": 0.3,
+            "attribute": 0.14,
+            "relation": 0.24,
+            "reasoning": 0.18,
+            "multi": 0.06,
+            "vqa": 0.05,
+            "caption": 0.03,
+        },
+        dialogues=0.5,
+    ),
+    "depths": Mixture(
+        {
+            "absent": 0.25,
+            "attribute": 0.2,
+            "relation": 0.1,
+            "reasoning": 0.3,
+            "multi": 0.08,
+            "vqa": 0.05,
+            "caption": 0.02,
+        }
+    ),
+}
 
 
 class SceneBatches(Dataset):
@@ -90,12 +137,17 @@ def vision_batch(scenes_and_rngs: list, side: int, patch: int) -> dict[str, torc
     }
 
 
-def conversation(scene: scenes.Scene, rng: np.random.Generator) -> tuple[Turn, tuple[int, ...] | None]:
-    """Samples a question about a scene: its turn and target shapes (() = absent, None = text-only question)."""
-    kind = str(rng.choice(list(CONVERSATIONS), p=list(CONVERSATIONS.values())))
+def sample_turn(scene: scenes.Scene, rng: np.random.Generator, kinds: dict[str, float]) -> tuple[Turn, Query | None]:
+    """Samples a question about a scene: its turn, and the query (None = a text-only question).
+
+    Args:
+        kinds: probability of each kind of turn.
+    """
+    kind = str(rng.choice(list(kinds), p=list(kinds.values())))
     makers = {
         "attribute": attribute_queries,
         "reasoning": reasoning_queries,
+        "relation": lambda scene, rng: scenes.shuffled(rng, relation_queries(scene, rng)),
         "multi": multi_queries,
         "absent": absent_queries,
     }
@@ -109,47 +161,64 @@ def conversation(scene: scenes.Scene, rng: np.random.Generator) -> tuple[Turn, t
     query = queries[0]
     templates = (*QUESTIONS["sentence" if query.is_sentence else "phrase"], "{query}")  # users also type the bare query
     question = pick(templates, rng).replace("{query}", query.text)
-    return Turn(question, sample_answer(len(query.targets), rng)), query.targets
+    return Turn(question, sample_answer(len(query.targets), rng)), query
 
 
-def language_batch(scenes_and_rngs: list, processor: UGroundProcessor) -> dict:
-    """Packed sequences with a target map for each [SEG] and for the last prompt token of each question."""
-    samples, target_masks, wants_mask = [], [], []
+def split_turns(turns: list[Turn], rng: np.random.Generator, dialogues: float) -> list[tuple[Turn, ...]]:
+    """Conversations of consecutive turns; each turn continues the one before it with probability ``dialogues``."""
+    conversations: list[tuple[Turn, ...]] = []
+    for turn in turns:
+        if conversations and dialogues and rng.random() < dialogues:
+            conversations[-1] += (turn,)
+        else:
+            conversations.append((turn,))
+    return conversations
+
+
+def language_batch(scenes_and_rngs: list, processor: UGroundProcessor, mixture: Mixture) -> dict:
+    """Packed sequences with target maps, for each [SEG] and for the last prompt token of each query.
+
+    Returns:
+        ``batch``; ``positions``, ``rows`` and ``families`` of n states; [n, P] shares of each patch that are covered
+        by the target (``coverage``), by the shape that a relation names (``reference``), and by any shape
+        (``everything``); the latter two are 0 where nothing fits.
+    """
+    samples, queries, shares = [], [], []
     for number, (scene, rng) in enumerate(scenes_and_rngs):
-        sampled = [conversation(scene, rng) for _ in range(QUESTIONS_PER_SCENE)]
-        masks = []
-        for _, targets in sampled:
-            union = scene.masks[list(targets)].any(0) if targets else np.zeros(scene.image.shape[:2], bool)
-            target_masks.append(union)
-            wants_mask.append(targets is not None)
-            if targets:
-                masks.append(union.astype(np.uint8))
-        stacked = stack_masks(masks, *scene.image.shape[:2])
-        conversations: list[tuple[Turn, ...]] = [(turn,) for turn, _ in sampled]
+        sampled = [sample_turn(scene, rng, mixture.kinds) for _ in range(QUESTIONS_PER_SCENE)]
+        queries += [query for _, query in sampled]
+        targets = []
+        for query in (query for _, query in sampled if query is not None):
+            wanted = [query.targets, () if query.reference is None else (query.reference,)]
+            wanted.append(tuple(range(len(scene.shapes))) if query.targets else ())
+            unions = np.stack([scene.masks[list(members)].any(0) for members in wanted])
+            shares.append(grid_coverage(unions, processor.clip_side, processor.clip_patch))
+            targets += [unions[0].astype(np.uint8)] if query.targets else []
+        stacked = stack_masks(targets, *scene.image.shape[:2])
+        conversations = split_turns([turn for turn, _ in sampled], rng, mixture.dialogues)
         samples.append(Sample(f"scene {number}", scene.image, conversations, stacked, number))
     batch = processor.collate(samples)
-    width = batch.segment_ids.shape[1]
     first = first_labels(batch)
     batch.label_weights[first] = FIRST_TOKEN_WEIGHT
-    coverage = torch.cat(
-        [grid_coverage(mask[None], processor.clip_side, processor.clip_patch) for mask in target_masks]
-    )
-    has_map = torch.tensor(wants_mask)
-    has_target = coverage.sum(1) > 0
-    ends = batch.label_positions[first]  # one per conversation, in order
+    ends = batch.label_positions[first][torch.tensor([query is not None for query in queries])]
+    asked = [query for query in queries if query is not None]
+    order = [n for n, query in enumerate(asked) if query.targets] + list(range(len(asked)))
+    coverage, reference, everything = torch.stack(shares)[order].unbind(1)
     return {
         "batch": batch,
-        "positions": torch.cat([batch.seg_positions, ends[has_map]]),
-        "rows": torch.cat([batch.seg_rows, ends[has_map] // width]),
-        "coverage": torch.cat([coverage[has_target & has_map], coverage[has_map]]),
+        "positions": torch.cat([batch.seg_positions, ends]),
+        "rows": torch.cat([batch.seg_rows, ends // batch.segment_ids.shape[1]]),
+        "families": [asked[n].family for n in order],
+        "coverage": coverage,
+        "reference": reference,
+        "everything": everything,
     }
 
 
 def first_labels(batch: Batch) -> torch.Tensor:
-    """Marks the labels [M] that are the first token of an answer."""
-    row = batch.label_positions // batch.segment_ids.shape[1]
-    owner = row * (max(batch.questions) + 1) + batch.segment_ids.flatten()[batch.label_positions + 1]
-    return torch.cat([torch.ones(1, dtype=torch.bool), owner[1:] != owner[:-1]])
+    """Marks the labels [M] that are the first token of an answer: prompts lie between answers."""
+    follows = batch.label_positions.diff() == 1
+    return torch.cat([torch.ones(1, dtype=torch.bool), ~follows])
 
 
 def sam_batch(scenes_and_rngs: list, side: int, grid: int, mask_side: int) -> dict[str, torch.Tensor]:

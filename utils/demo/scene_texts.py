@@ -36,12 +36,13 @@ MAX_TEXTS = 8
 
 @dataclass(frozen=True)
 class Query:
-    """A text and the indices of its target shapes (empty = absent)."""
+    """A text and the indices of its target shapes (empty = absent), and of the shape that a relation names."""
 
     text: str
     targets: tuple[int, ...]
     family: str
     is_sentence: bool
+    reference: int | None = None
 
 
 # ------------------------------------------------------------------------------------------------------------ words
@@ -202,7 +203,7 @@ def multi_queries(scene: Scene, rng: np.random.Generator) -> list[Query]:
 def reasoning_queries(scene: Scene, rng: np.random.Generator) -> list[Query]:
     """Questions with exactly one answer: relations to a named shape, superlatives, common sense."""
     queries = []
-    for family in (_relations, _superlatives, _commonsense):
+    for family in (relation_queries, _superlatives, _commonsense):
         candidates = family(scene, rng)
         if scene.held_out:
             candidates = [q for q in candidates if scene.shapes[q.targets[0]].held_out]
@@ -228,26 +229,28 @@ _SIDES = (  # axis, direction, wordings: the target is the only shape on that si
 )
 
 
-def _relations(scene: Scene, rng: np.random.Generator) -> list[Query]:
+def relation_queries(scene: Scene, rng: np.random.Generator) -> list[Query]:
+    """Questions about the position of a shape relative to a named one."""
     shapes, unit = scene.shapes, max(scene.image.shape) / 120
     queries = []
+    names = _short_names(rng, shapes, _bits(shapes))
 
-    def ask(wordings, name: str, target: int) -> None:
-        text = one_of(rng, wordings).format(noun=one_of(rng, _NOUNS), name=name)
-        queries.append(Query(text, (target,), "relation", True))
+    def ask(wordings, reference: int, target: int) -> None:
+        text = one_of(rng, wordings).format(noun=one_of(rng, _NOUNS), name=names[reference])
+        queries.append(Query(text, (target,), "relation", True, reference))
 
-    for index, name in _short_names(rng, shapes, _bits(shapes)).items():
+    for index in names:
         x, y = shapes[index].center
         others = [(math.hypot(s.center[0] - x, s.center[1] - y), i) for i, s in enumerate(shapes) if i != index]
         others.sort()
         if others[-1][0] - others[-2][0] > 12 * unit:
-            ask(_FARTHEST, name, others[-1][1])
+            ask(_FARTHEST, index, others[-1][1])
         if others[1][0] - others[0][0] > 12 * unit:
-            ask(_NEAREST, name, others[0][1])
+            ask(_NEAREST, index, others[0][1])
         for axis, direction, wordings in _SIDES:
             steps = sorted(((shapes[i].center[axis] - (x, y)[axis]) * direction, i) for _, i in others)
             if steps[-1][0] > 12 * unit and steps[-2][0] < 0:
-                ask(wordings, name, steps[-1][1])
+                ask(wordings, index, steps[-1][1])
     return queries
 
 
