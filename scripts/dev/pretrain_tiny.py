@@ -63,7 +63,7 @@ from utils.demo.pretrain_batches import (
     vision_batch,
 )
 
-STAGE_STEPS = {"vision": 2800, "language": 3000, "conversations": 2400, "depths": 900, "sam": 4000}
+STAGE_STEPS = {"vision": 2800, "language": 3000, "conversations": 2400, "depths": 900, "sam": 4000, "iou": 600}
 # Layers whose maps are trained, in stage "depths", and the one at which each kind of query is grounded.
 DEPTHS = {"attribute": 4, "multi": 4, "commonsense": 6, "relation": 8, "superlative": 8}
 LAST_LAYER = 8
@@ -282,36 +282,60 @@ def check_language(model: LlavaLlamaForCausalLM, processor: UGroundProcessor, la
     return "  ".join(f"{kind} {np.mean(values):.2f}" for kind, values in sorted(hits.items()))
 
 
+def sam_masks(sam: SegmentAnything, data: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits [n, R, R] at SAM's own resolution for a batch of prompts, and their predicted IoU [n]."""
+    encoder, side = sam.prompt_encoder, data["masks"].shape[-1]
+    embeddings = sam.image_encoder(data["images"]).repeat_interleave(2, 0)
+    uses_map, uses_point, uses_box = ((data["which"] == 0) | (data["which"] == 3), data["which"] % 2 == 1,
+                                      data["which"] == 2)  # fmt: skip
+    ones = torch.ones(len(data["points"]), 1, device=embeddings.device)
+    points = encoder(points=(data["points"], ones), boxes=None, masks=None)[0]  # a point and SAM's padding point
+    boxes = encoder(points=None, boxes=data["boxes"], masks=None)[0]
+    padding = encoder.not_a_point_embed.weight.expand_as(points)
+    sparse = torch.where(uses_point[:, None, None], points, torch.where(uses_box[:, None, None], boxes, padding))
+    dense = encoder.mask_downscaling(data["maps"])
+    none = encoder.no_mask_embed.weight.view(1, -1, 1, 1).expand_as(dense)
+    dense = torch.where(uses_map[:, None, None, None], dense, none)
+    low_res, predicted = sam.mask_decoder(embeddings, encoder.get_dense_pe(), sparse, dense, multimask_output=False)
+    return F.interpolate(low_res, (side, side), mode="bilinear", align_corners=False)[:, 0], predicted[:, 0]
+
+
+def iou_of(logits: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
+    """IoU [n] of the masks of logits [n, R, R] with true ones."""
+    inside, target = logits > 0, masks > 0
+    return (inside & target).sum((1, 2)) / (inside | target).sum((1, 2)).clamp(min=1)
+
+
 def train_sam(sam: SegmentAnything, steps: int, options) -> None:
     """Stage "sam": image encoder, prompt encoder and mask decoder on prompts for one shape."""
-    device, side = options.device, sam.shape.image_size
     optimizer = Optimizer(sam, steps, 0.02, 2e-3)
-    make = partial(sam_batch, side=side, grid=12, mask_side=sam.mask_side)
+    make = partial(sam_batch, side=sam.shape.image_size, grid=12, mask_side=sam.mask_side)
     clock = Progress("sam", steps)
-    encoder = sam.prompt_encoder
     for data in stream("sam", options.seed, steps, make, options.workers):
-        data = to_device(data, device)
-        embeddings = sam.image_encoder(data["images"]).repeat_interleave(2, 0)
-        uses_map, uses_point, uses_box = ((data["which"] == 0) | (data["which"] == 3), data["which"] % 2 == 1,
-                                          data["which"] == 2)  # fmt: skip
-        ones = torch.ones(len(data["points"]), 1, device=device)
-        points = encoder(points=(data["points"], ones), boxes=None, masks=None)[0]  # a point and SAM's padding point
-        boxes = encoder(points=None, boxes=data["boxes"], masks=None)[0]
-        padding = encoder.not_a_point_embed.weight.expand_as(points)
-        sparse = torch.where(uses_point[:, None, None], points, torch.where(uses_box[:, None, None], boxes, padding))
-        dense = encoder.mask_downscaling(data["maps"])
-        none = encoder.no_mask_embed.weight.view(1, -1, 1, 1).expand_as(dense)
-        dense = torch.where(uses_map[:, None, None, None], dense, none)
-        position = encoder.get_dense_pe()
-        low_res, _ = sam.mask_decoder(embeddings, position, sparse, dense, multimask_output=False)
-        logits = F.interpolate(low_res, (side, side), mode="bilinear", align_corners=False)[:, 0]
+        data = to_device(data, options.device)
+        logits, _ = sam_masks(sam, data)
         bce = F.binary_cross_entropy_with_logits(logits, data["masks"])
         loss = 5 * bce + dice(logits.sigmoid(), data["masks"]).mean()
         optimizer.step(loss)
-        with torch.no_grad():
-            inside, target = logits > 0, data["masks"] > 0
-            iou = (inside & target).sum((1, 2)) / (inside | target).sum((1, 2)).clamp(min=1)
+        iou = iou_of(logits, data["masks"])
         clock.tick(loss, iou_map=iou[data["which"] == 0].mean(), iou_point=iou[data["which"] == 1].mean())
+
+
+def train_iou_head(sam: SegmentAnything, steps: int, options) -> None:
+    """Stage "iou": the head that predicts a mask's IoU, by SAM's squared error. The rest of SAM stays as it is."""
+    sam.requires_grad_(False)
+    sam.mask_decoder.iou_prediction_head.requires_grad_(True)
+    optimizer = Optimizer(sam, steps, 0.02, 2e-3)
+    make = partial(sam_batch, side=sam.shape.image_size, grid=12, mask_side=sam.mask_side)
+    clock = Progress("iou", steps)
+    for data in stream("iou", options.seed, steps, make, options.workers):
+        data = to_device(data, options.device)
+        logits, predicted = sam_masks(sam, data)
+        iou = iou_of(logits, data["masks"])
+        loss = F.mse_loss(predicted, iou)
+        optimizer.step(loss)
+        correlation = torch.corrcoef(torch.stack([predicted.detach(), iou]))[0, 1]
+        clock.tick(loss, error=(predicted - iou).abs().mean(), correlation=correlation)
 
 
 class Progress:
@@ -404,7 +428,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument(
         "--stages",
-        default="vision,language,conversations,sam",
+        default="vision,language,conversations,sam,iou",
         help="which stages to run (default: %(default)s); depths makes another base",
     )
     parser.add_argument("--start", type=Path, help="folder with llava/ and clip/ to start from (conversations, depths)")
@@ -441,10 +465,15 @@ def main() -> None:
             save_file({k: v.cpu().contiguous() for k, v in model.state_dict().items()}, snapshot)
         for stage in language_stages:
             train_language(model, processor, stage, steps[stage], options)
-    if "sam" in stages:
+    if "sam" in stages or "iou" in stages:
         torch.manual_seed(options.seed)
         sam = SegmentAnything(tiny_model.sam_shape()).to(options.device).train()
-        train_sam(sam, steps["sam"], options)
+        if "sam" in stages:
+            train_sam(sam, steps["sam"], options)
+        else:
+            sam.load_state_dict(torch.load((options.start or options.output) / "sam.pth"))
+        if "iou" in stages:
+            train_iou_head(sam, steps["iou"], options)
         torch.save({key: value.cpu() for key, value in sam.state_dict().items()}, options.output / "sam.pth")
 
 

@@ -32,8 +32,8 @@ from utils.demo.scene_texts import (
 )
 
 STREAM = {"tokenizer": 1000, "vision": 1001, "language": 1002, "sam": 1003, "check": 1004}
-STREAM |= {"conversations": 1005, "depths": 1006}
-BATCH = {"vision": 32, "language": 12, "conversations": 12, "depths": 12, "sam": 16, "check": 32}
+STREAM |= {"conversations": 1005, "depths": 1006, "iou": 1007}
+BATCH = {"vision": 32, "language": 12, "conversations": 12, "depths": 12, "sam": 16, "iou": 16, "check": 32}
 QUESTIONS_PER_SCENE = 6
 FIRST_TOKEN_WEIGHT = 4.0  # the first word of an answer decides between segmentation and rejection
 ATTRIBUTES = {"color": tuple(scenes.COLORS), "kind": scenes.KINDS, "size": scenes.SIZES, "texture": scenes.TEXTURES}
