@@ -53,31 +53,14 @@ class Mixture:
 
 
 MIXTURES = {
-    "language": Mixture(
-        {"absent": 0.34, "attribute": 0.24, "reasoning": 0.24, "multi": 0.08, "vqa": 0.07, "caption": 0.03}
-    ),
+    "language": Mixture(dict(absent=0.34, attribute=0.24, reasoning=0.24, multi=0.08, vqa=0.07, caption=0.03)),
     "conversations": Mixture(
-        {
-            "absent": 0.3,
-            "attribute": 0.14,
-            "relation": 0.24,
-            "reasoning": 0.18,
-            "multi": 0.06,
-            "vqa": 0.05,
-            "caption": 0.03,
-        },
+        dict(absent=0.3, attribute=0.14, relation=0.24, reasoning=0.18, multi=0.06, vqa=0.05, caption=0.03),
         dialogues=0.5,
     ),
     "depths": Mixture(
-        {
-            "absent": 0.25,
-            "attribute": 0.2,
-            "relation": 0.1,
-            "reasoning": 0.3,
-            "multi": 0.08,
-            "vqa": 0.05,
-            "caption": 0.02,
-        }
+        dict(absent=0.25, attribute=0.2, relation=0.1, reasoning=0.3, multi=0.08, vqa=0.05, caption=0.02),
+        dialogues=0.3,
     ),
 }
 
