@@ -41,26 +41,34 @@ ATTRIBUTES = {"color": tuple(scenes.COLORS), "kind": scenes.KINDS, "size": scene
 
 @dataclass(frozen=True)
 class Mixture:
-    """What a stage asks about a scene.
+    """What a stage asks about a scene: the probability of each kind of turn, which sum to 1.
 
     Attributes:
-        kinds: probability of each kind of turn.
         dialogues: probability that a turn continues the conversation of the turn before it.
     """
 
-    kinds: dict[str, float]
+    absent: float
+    attribute: float
+    reasoning: float
+    multi: float
+    vqa: float
+    caption: float
+    relation: float = 0.0
     dialogues: float = 0.0
+
+    def sample(self, rng: np.random.Generator) -> str:
+        """A kind of turn."""
+        kinds = {name: value for name, value in vars(self).items() if name != "dialogues"}
+        return str(rng.choice(list(kinds), p=list(kinds.values())))
 
 
 MIXTURES = {
-    "language": Mixture(dict(absent=0.34, attribute=0.24, reasoning=0.24, multi=0.08, vqa=0.07, caption=0.03)),
+    "language": Mixture(absent=0.34, attribute=0.24, reasoning=0.24, multi=0.08, vqa=0.07, caption=0.03),
     "conversations": Mixture(
-        dict(absent=0.3, attribute=0.14, relation=0.24, reasoning=0.18, multi=0.06, vqa=0.05, caption=0.03),
-        dialogues=0.5,
+        absent=0.3, attribute=0.14, reasoning=0.18, multi=0.06, vqa=0.05, caption=0.03, relation=0.24, dialogues=0.5
     ),
     "depths": Mixture(
-        dict(absent=0.25, attribute=0.2, relation=0.1, reasoning=0.3, multi=0.08, vqa=0.05, caption=0.02),
-        dialogues=0.3,
+        absent=0.25, attribute=0.2, reasoning=0.3, multi=0.08, vqa=0.05, caption=0.02, relation=0.1, dialogues=0.3
     ),
 }
 
@@ -120,13 +128,9 @@ def vision_batch(scenes_and_rngs: list, side: int, patch: int) -> dict[str, torc
     }
 
 
-def sample_turn(scene: scenes.Scene, rng: np.random.Generator, kinds: dict[str, float]) -> tuple[Turn, Query | None]:
-    """Samples a question about a scene: its turn, and the query (None = a text-only question).
-
-    Args:
-        kinds: probability of each kind of turn.
-    """
-    kind = str(rng.choice(list(kinds), p=list(kinds.values())))
+def sample_turn(scene: scenes.Scene, rng: np.random.Generator, mixture: Mixture) -> tuple[Turn, Query | None]:
+    """Samples a question about a scene: its turn, and the query (None = a text-only question)."""
+    kind = mixture.sample(rng)
     makers = {
         "attribute": attribute_queries,
         "reasoning": reasoning_queries,
@@ -168,7 +172,7 @@ def language_batch(scenes_and_rngs: list, processor: UGroundProcessor, mixture: 
     """
     samples, queries, shares = [], [], []
     for number, (scene, rng) in enumerate(scenes_and_rngs):
-        sampled = [sample_turn(scene, rng, mixture.kinds) for _ in range(QUESTIONS_PER_SCENE)]
+        sampled = [sample_turn(scene, rng, mixture) for _ in range(QUESTIONS_PER_SCENE)]
         queries += [query for _, query in sampled]
         targets = []
         for query in (query for _, query in sampled if query is not None):
