@@ -39,7 +39,7 @@ FIRST_TOKEN_WEIGHT = 4.0  # the first word of an answer decides between segmenta
 ATTRIBUTES = {"color": tuple(scenes.COLORS), "kind": scenes.KINDS, "size": scenes.SIZES, "texture": scenes.TEXTURES}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Mixture:
     """What a stage asks about a scene: the probability of each kind of turn, which sum to 1.
 
@@ -49,11 +49,11 @@ class Mixture:
 
     absent: float
     attribute: float
+    relation: float = 0.0
     reasoning: float
     multi: float
     vqa: float
     caption: float
-    relation: float = 0.0
     dialogues: float = 0.0
 
     def sample(self, rng: np.random.Generator) -> str:
@@ -65,10 +65,10 @@ class Mixture:
 MIXTURES = {
     "language": Mixture(absent=0.34, attribute=0.24, reasoning=0.24, multi=0.08, vqa=0.07, caption=0.03),
     "conversations": Mixture(
-        absent=0.3, attribute=0.14, reasoning=0.18, multi=0.06, vqa=0.05, caption=0.03, relation=0.24, dialogues=0.5
+        absent=0.3, attribute=0.14, relation=0.24, reasoning=0.18, multi=0.06, vqa=0.05, caption=0.03, dialogues=0.5
     ),
     "depths": Mixture(
-        absent=0.25, attribute=0.2, reasoning=0.3, multi=0.08, vqa=0.05, caption=0.02, relation=0.1, dialogues=0.3
+        absent=0.25, attribute=0.2, relation=0.1, reasoning=0.3, multi=0.08, vqa=0.05, caption=0.02, dialogues=0.3
     ),
 }
 
