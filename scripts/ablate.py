@@ -134,7 +134,7 @@ TABLES: dict[str, tuple[AblationRow, ...]] = {
         AblationRow("classifier, soft gating", {"layer_selection": "ce_soft"}),
     ),
     "choice": (
-        AblationRow("best fixed layer, 4", {"layer_selection": "fixed:4"}),
+        AblationRow("layer 4", {"layer_selection": "fixed:4"}),
         AblationRow("layer 6", {"layer_selection": "fixed:6"}),
         AblationRow("last", {"layer_selection": "last"}, (64.06, 67.05)),
         AblationRow("uniform", {"layer_selection": "uniform"}),
