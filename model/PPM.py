@@ -13,10 +13,52 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import distributed, nn
 
 from model.config import UGroundConfig
 from model.structures import EPSILON
+
+
+class StateCritic(nn.Module):
+    """b(s) of ``baseline: state_critic``: the moving average plus a [SEG]'s own deviation from it.
+
+    A head predicts (reward - average) / spread. So it learns numbers of size one, whatever the reward's offset and
+    scale, and the baseline starts as the moving average: the head's last layer starts at zero.
+    """
+
+    spread: torch.Tensor
+
+    def __init__(self, config: UGroundConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.hidden = nn.Linear(config.hidden_size, config.critic_width)
+        # parameters, not a Linear: transformers would initialize that one with noise
+        self.weight = nn.Parameter(torch.zeros(config.critic_width))
+        self.bias = nn.Parameter(torch.zeros(1))
+        self.register_buffer("spread", torch.zeros((), dtype=torch.float32))  # 0 until the first reward
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        self.spread = self.spread.float()  # as ``PolicyPromptedMasking.baseline``
+        return self
+
+    def forward(self, seg_states: torch.Tensor) -> torch.Tensor:
+        """[N, L, D] states, detached here: the head's error trains the head only -> [N] float32 deviations."""
+        candidates = self.config.candidates
+        states = seg_states.detach()[:, candidates.start : candidates.stop].float()
+        # Norms grow with depth: without RMS normalisation the mean over layers would be the last layers' state. The
+        # mean keeps D inputs, where all layers side by side would be L x D (0.5 million weights of 7B, not 17).
+        features = F.rms_norm(states, states.shape[-1:]).mean(1).to(self.weight.dtype)
+        return (F.relu(self.hidden(features)) @ self.weight + self.bias).float()
+
+    def update(self, residual: torch.Tensor) -> None:
+        """Updates the spread, the root of a moving mean square, with [N] rewards minus their average of all ranks."""
+        mean_square, count = _mean_over_ranks(residual.square())
+        decay = self.config.baseline_decay
+        updated = decay * self.spread.square() + (1 - decay) * mean_square
+        updated = torch.where(self.spread == 0, mean_square, updated).sqrt()
+        self.spread.copy_(torch.where(count > 0, updated, self.spread))
 
 
 class PolicyPromptedMasking(nn.Module):
@@ -29,9 +71,11 @@ class PolicyPromptedMasking(nn.Module):
         self.config, num_layers, width = config, config.num_layers, config.critic_width
         self.gate = nn.Parameter(torch.zeros(num_layers, config.hidden_size))  # zeros: the policy starts uniform
         self.register_buffer("baseline", torch.zeros((), dtype=torch.float32))
-        self.critic: nn.Sequential | None = None
+        self.critic: nn.Module | None = None
         if config.baseline == "critic":
             self.critic = nn.Sequential(nn.Linear(num_layers, width), nn.ReLU(), nn.Linear(width, 1))
+        elif config.baseline == "state_critic":
+            self.critic = StateCritic(config)
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
@@ -74,6 +118,29 @@ class PolicyPromptedMasking(nn.Module):
             updated = torch.where(self.baseline == 0, mean, updated)  # 0 until the first reward
         self.baseline.copy_(torch.where(count > 0, updated, self.baseline))
         return rewards - self.baseline
+
+    def state_advantage(self, rewards: torch.Tensor, seg_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """A = r - b(s) per [SEG] with the state's critic, and the critic's squared error.
+
+        The moving average is updated first, as in Algorithm 1. Head and spread enter b(s) as they were before these
+        rewards. A collective operation: every rank must call it, also one without [SEG].
+
+        Args:
+            rewards: [N] float32, detached; seg_states: [N, L, D].
+
+        Returns:
+            advantages [N], detached, and errors [N] in units of the squared spread, both float32.
+        """
+        assert isinstance(self.critic, StateCritic)
+        residual, deviation = self.advantage(rewards), self.critic(seg_states)
+        advantage = residual - self.critic.spread * deviation.detach()
+        self.critic.update(residual)
+        return advantage, (deviation - residual / self.critic.spread.clamp(min=EPSILON)).square()
+
+    def state_baseline(self, seg_states: torch.Tensor) -> torch.Tensor:
+        """b(s) of the state's critic: [N, L, D] -> [N] float32."""
+        assert isinstance(self.critic, StateCritic)
+        return self.baseline + self.critic.spread * self.critic(seg_states)
 
     def scaled(self, advantage: torch.Tensor) -> torch.Tensor:
         """Advantages divided by their root mean square over the [SEG] tokens of all ranks.

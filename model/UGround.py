@@ -127,7 +127,9 @@ class UGroundForCausalLM(LlavaLlamaForCausalLM):
         layer_maps = None
         if all_layers or self.config.rewards_all_layers:
             layer_maps = self.normalised(grounding.scores.detach(), valid[grounding.rows][:, None])
-        result = self.objective(batch, logits, mask_logits, maps, layers, grounding.log_policy, layer_maps)
+        result = self.objective(
+            batch, logits, mask_logits, maps, layers, grounding.log_policy, layer_maps, grounding.states
+        )
         result.loss = result.loss + touched
         return result
 

@@ -69,6 +69,7 @@ class Objective:
         layers: torch.Tensor,
         log_policy: torch.Tensor,
         layer_maps: torch.Tensor | None = None,
+        states: torch.Tensor | None = None,
     ) -> UGroundOutput:
         """Computes Eq. 9.
 
@@ -80,6 +81,7 @@ class Objective:
             mask_logits, maps: per row [N_b, H, W], SAM's logits and the similarity maps in [0, 1].
             layers: [N] chosen layers; log_policy: [N, L].
             layer_maps: [N, L, P] in [0, 1], detached: all layers' maps, for ``layer_losses`` and gates that need them.
+            states: [N, L, D] of the [SEG] tokens, for a critic of the state.
         """
         config = self.config
         soft_targets = [self.soft_target(masks) for masks in batch.masks]
@@ -92,7 +94,7 @@ class Objective:
         if config.rewards_all_layers and layer_terms is not None:
             is_classifier = config.selection.gate == "classifier"
             layer_rewards = _reward(layer_terms, "iou" if is_classifier else config.reward_terms)
-        per_mask |= self.gate_terms(rewards, layers, log_policy, layer_rewards)
+        per_mask |= self.gate_terms(rewards, layers, log_policy, layer_rewards, states)
         per_mask["entropy"] = -(log_policy.exp() * log_policy.clamp(min=-1e4)).sum(-1)
 
         has_masks = (batch.counts[1] > 0).float()
@@ -104,8 +106,9 @@ class Objective:
         if layer_terms is not None:
             layer_losses = -(_reward(layer_terms, "both") * present[:, None]).sum(0) / counts[1]
 
-        metrics = {"reward": (rewards * present).sum() / counts[1], "baseline": self.ppm.baseline.clone()}
-        terms = {name: value.detach() for name, value in {"text": text, **terms, **metrics}.items()}
+        metrics = {"reward": (rewards * present).sum() / counts[1]}
+        terms = {"text": text, "baseline": self.ppm.baseline.clone(), **terms, **metrics}
+        terms = {name: value.detach() for name, value in terms.items()}
         policy = log_policy.detach().exp()
         return UGroundOutput(loss, terms, mask_logits, maps, layers, policy, rewards, has_masks, layer_losses)
 
@@ -134,6 +137,7 @@ class Objective:
         layers: torch.Tensor,
         log_policy: torch.Tensor,
         layer_rewards: torch.Tensor | None,
+        states: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
         """Losses of the gate (Eq. 5, or the classifier of appendix B.1) and of the critic.
 
@@ -142,9 +146,11 @@ class Objective:
         Args:
             rewards, layers: [N]; log_policy: [N, L].
             layer_rewards: [N, L] for a gate that learns from all layers; None = from ``rewards``.
+            states: [N, L, D], for a critic of the state.
 
         Returns:
-            ``policy``, ``classifier`` and ``critic``, those that the settings have, [N] each.
+            ``policy``, ``classifier`` and ``critic``, those that the settings have, [N] each; with a critic of the
+            state also its ``baseline`` b(s), without gradient.
         """
         config, gate, terms = self.config, self.config.selection.gate, {}
         index, advantage = torch.arange(len(layers), device=layers.device), rewards
@@ -157,7 +163,11 @@ class Objective:
             else:
                 terms["policy"] = -(log_policy.exp() * layer_rewards).sum(-1)
         elif gate == "policy":
-            if config.baseline == "critic":
+            if config.baseline == "state_critic":
+                assert states is not None
+                advantage, terms["critic"] = self.ppm.state_advantage(rewards, states)
+                terms["baseline"] = rewards - advantage
+            elif config.baseline == "critic":
                 expected = self.ppm.expected_reward(log_policy)
                 terms["critic"] = (expected - rewards).square()
                 advantage = rewards - expected.detach()

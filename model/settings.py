@@ -99,8 +99,10 @@ class PpmSettings:
     )
     baseline: str = setting(
         "average",
-        "baseline of the reward: its moving average, or a critic's estimate (section 4.1)",
-        choices=("average", "critic"),
+        "baseline of the reward: its moving average (Algorithm 1); state_critic: the average plus the deviation that a "
+        "critic expects from the [SEG]'s own states (section 4.1); critic: a critic of the batch's mean policy, as in "
+        "the release, for parity alone: it cannot tell a hard [SEG] from an easy one",
+        choices=("average", "critic", "state_critic"),
     )
     # Algorithm 1 leaves the start open. As rewards are far from zero, a zero start makes the gate's first steps noisy.
     baseline_start: str = setting(
@@ -276,6 +278,8 @@ def contradictions(method: Mapping[str, Any], num_layers: int | None = None) -> 
             yield name, str(error)
     if method["policy_gradient"] == "exact" and (method["reward"], method["baseline"]) != ("seg", "average"):
         yield "policy_gradient", "exact uses every layer's reward per [SEG]: it takes reward seg and baseline average"
+    if method["baseline"] == "state_critic" and method["reward"] != "seg":
+        yield "baseline", "state_critic expects a [SEG]'s reward from its states: it takes reward seg"
     if method["point_rule"] != "extremes" and method["clip_fit"] != "crop":
         yield "point_rule", f"{method['point_rule']} needs clip_fit crop: points lie in what a crop shows"
     if method["gaussian_kernel"] % 2 == 0:
@@ -299,7 +303,10 @@ def without_effect(method: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         for name in ("baseline_start", "baseline_decay"):
             if name in changed:
                 yield name, f"{method[name]} has no effect: the critic replaces the moving average; leave it out"
-    if method["baseline"] != "critic":
+    if method["baseline"] == "average":
         for name in ("critic_width", "critic_loss_weight"):
             if name in changed:
-                yield name, f"{method[name]} has no effect: there is no critic; set baseline critic, or leave it out"
+                yield (
+                    name,
+                    f"{method[name]} has no effect: there is no critic; set baseline state_critic, or leave it out",
+                )

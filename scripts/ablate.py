@@ -117,6 +117,7 @@ TABLES: dict[str, tuple[AblationRow, ...]] = {
         AblationRow("moving average", {"baseline": "average"}, (66.13, 72.07)),
         AblationRow("moving average from the first reward", {"baseline_start": "first"}),
         AblationRow("critic", {"baseline": "critic"}),
+        AblationRow("critic of the state", {"baseline": "state_critic"}),
         AblationRow("exact gradient", {"policy_gradient": "exact"}),
     ),
     "layers": (
@@ -130,6 +131,7 @@ TABLES: dict[str, tuple[AblationRow, ...]] = {
         AblationRow("policy, 10 x the gate's rate", {"gate_lr_factor": "10"}),
         AblationRow("policy, baseline from the first reward", {"baseline_start": "first"}),
         AblationRow("policy, critic", {"baseline": "critic"}),
+        AblationRow("policy, critic of the state", {"baseline": "state_critic"}),
         AblationRow("policy, entropy bonus", {"entropy_bonus": "0.02"}),
         AblationRow("classifier, soft gating", {"layer_selection": "ce_soft"}),
     ),

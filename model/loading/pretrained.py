@@ -411,9 +411,9 @@ def with_settings(
         the model, which takes over the tensors, and module -> what is new in it: parts that only these settings need.
     """
     config = UGroundConfig.from_dict(model.config.to_dict() | settings)
-    had_critic, has_critic = model.ppm.critic is not None, config.baseline == "critic"
-    state = {key: value for key, value in model.state_dict().items() if has_critic or not key.startswith(CRITIC)}
-    needs_critic = has_critic and not had_critic
+    same_critic = config.baseline == model.config.baseline  # the two kinds have other shapes
+    state = {key: value for key, value in model.state_dict().items() if same_critic or not key.startswith(CRITIC)}
+    needs_critic = config.baseline != "average" and not same_critic
     started = new_model(config, model.dtype)
     load_strictly(started, state, source, new=(CRITIC,) if needs_critic else ())
     return started.eval(), {"ppm": "critic"} if needs_critic else {}

@@ -5,7 +5,9 @@
 Computes states and rewards of all layers' maps (at their own resolution) for training samples of --config, and prints
 
 - the signal: reward per layer, how often each layer is best, the gain of choosing the best layer for each [SEG];
-- the noise: the spread of rewards over [SEG], and the signal-to-noise ratio of one step's gradient estimate;
+- the noise: the spread of rewards over [SEG], and variance and signal-to-noise ratio of one step's gradient estimate by
+  baseline, for a uniform policy and for the checkpoint's (baselines fitted on one half of the steps, measured on the
+  other);
 - the scale: how far one step of Adam moves each layer's score (the L1 norm of its states);
 - learning: new gates, trained for --steps on these states and rewards, all else frozen, without gradient clipping.
 
@@ -29,6 +31,7 @@ from model.layer_rules import StochasticSkip
 from model.loading.pretrained import load
 from model.objective import Objective
 from model.PPM import PolicyPromptedMasking, gumbel_noise
+from model.structures import EPSILON
 from utils.command_line.parser import Parser
 from utils.config import Config, load_config, make_parser
 from utils.datasets.mixture import make_mixture
@@ -51,6 +54,8 @@ METHODS = {
     "REINFORCE (paper)": Method(),
     "baseline from the first reward": Method({"baseline_start": "first"}),
     "critic": Method({"baseline": "critic"}),
+    "critic of the state": Method({"baseline": "state_critic"}),
+    "first reward, critic of the state": Method({"baseline": "state_critic", "baseline_start": "first"}),
     "advantages scaled": Method({"scale_advantage": True}),
     "first reward, scaled": Method({"baseline_start": "first", "scale_advantage": True}),
     "gate's rate x 10": Method(rate=10.0),
@@ -85,6 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     model, processor = opened.model, opened.processor
     batches = [batch for batch in compute_rewards(model, processor, config, args.steps) if len(batch.states)]
     print(describe_rewards(batches, candidates(model.config)))
+    print(describe_noise(model.config, config, batches, model.ppm.gate.detach().float().cpu(), args.steps))
     print(
         "\nlearning method | probability of the best layer after steps "
         + ", ".join(map(str, reported_steps(args.steps)))
@@ -125,7 +131,6 @@ def describe_rewards(batches: Sequence[Rewarded], layers: slice) -> str:
     by_layer, by_seg = rewards.mean(0), rewards.mean(1)
     residual = rewards - by_layer - by_seg[:, None] + rewards.mean()
     best = torch.bincount(rewards.argmax(1), minlength=rewards.shape[1]) / len(rewards)
-    ratio = signal_to_noise(batches, layers)
     return "\n".join(
         [
             f"{len(rewards)} [SEG], layers {layers.start} to {layers.stop - 1}",
@@ -134,33 +139,97 @@ def describe_rewards(batches: Sequence[Rewarded], layers: slice) -> str:
             f"reward of the best layer {by_layer.max():.4f}, of each [SEG]'s own best {rewards.amax(1).mean():.4f}",
             f"spread (standard deviation): over layers {by_layer.std(correction=0):.4f}, over [SEG] "
             f"{by_seg.std():.4f}, residual {residual.std():.4f}",
-            f"signal-to-noise ratio of a step's gradient, uniform policy: exact {ratio['exact']:.2f}, REINFORCE with "
-            f"the mean reward as baseline {ratio['mean']:.2f}, with 0 {ratio['zero']:.2f}",
             f"L1 norm of the states per layer, embeddings first: {numbers(states.abs().sum(-1).mean(0), 0)}",
         ]
     )
 
 
-def signal_to_noise(batches: Sequence[Rewarded], layers: slice) -> dict[str, float]:
-    """Norm of the gate's expected gradient over the root mean square of a step's deviation from it, policy uniform."""
-    generator = torch.Generator().manual_seed(0)
-    average = torch.cat([batch.rewards for batch in batches])[:, layers].mean()
-    steps: dict[str, list[torch.Tensor]] = {}
+def describe_noise(
+    model_config: UGroundConfig, config: Config, batches: Sequence[Rewarded], gate: torch.Tensor, steps: int
+) -> str:
+    """A table of ``gradient_noise``, for a uniform policy and for that of ``gate`` [L, D]."""
+    columns = {}
+    for name, weights in (("uniform policy", torch.zeros_like(gate)), ("this gate", gate)):
+        settings = {"layer_selection": "policy", "baseline": "state_critic", "baseline_start": "first"}
+        torch.manual_seed(0)
+        ppm = PolicyPromptedMasking(UGroundConfig(**model_config.to_dict() | settings))
+        ppm.gate.data.copy_(weights)
+        half = max(1, len(batches) // 2)
+        fit_critic(ppm, config, batches[:half], steps)
+        columns[name] = gradient_noise(ppm, batches[half:] or batches, candidates(model_config))
+    average = {name: noise["moving average"][0] for name, noise in columns.items()}
+    lines = [
+        "",
+        "a step's gradient estimate: variance from sampling layers (1 = with the moving average), signal / noise",
+        " | ".join(["baseline", *columns]),
+    ]
+    for row in next(iter(columns.values())):
+        cells = []
+        for name, noise in columns.items():
+            variance, ratio = noise[row]
+            cells.append(f"{variance / average[name]:.3f}, {ratio:.2f}")
+        lines.append(" | ".join([row, *cells]))
+    return "\n".join(lines)
+
+
+def fit_critic(ppm: PolicyPromptedMasking, config: Config, batches: Sequence[Rewarded], steps: int) -> None:
+    """Trains the state's critic, and the moving average, on rewards of layers that the fixed policy samples."""
+    assert ppm.critic is not None
+    objective, train = Objective(ppm.config, ppm), config.train
+    optimizer = torch.optim.AdamW(ppm.critic.parameters(), lr=train.lr, betas=(train.beta1, train.beta2))
+    for step in range(1, steps + 1):
+        batch = batches[(step - 1) % len(batches)]
+        log_policy = ppm.log_policy(batch.states).detach()
+        layers = StochasticSkip().choose(log_policy, gumbel_noise([step], [0] * len(batch.states), ppm.num_layers))
+        sampled = batch.rewards.gather(1, layers[:, None])[:, 0]
+        optimizer.zero_grad()
+        objective.gate_terms(sampled, layers, log_policy, None, batch.states)["critic"].mean().backward()
+        optimizer.param_groups[0]["lr"] = train.lr * rate_at(step, train.warmup_steps, steps)
+        optimizer.step()
+
+
+@torch.no_grad()
+def gradient_noise(
+    ppm: PolicyPromptedMasking, batches: Sequence[Rewarded], layers: slice
+) -> dict[str, tuple[float, float]]:
+    """Noise of a step's estimate of the gate's gradient, by baseline, under the policy of ``ppm``; nothing is sampled.
+
+    The estimate of a [SEG] that samples layer l is (r_l - b) (1[j = l] - pi_j) h_j for the gate's row j. Its variance
+    over l is a sum over the layers, as all their rewards are known.
+
+    Returns:
+        baseline -> variance from sampling layers; norm of the expected gradient over the root mean square of a step's
+        deviation from it, which other images cause, too. No baseline that depends on the state alone has less variance
+        than ``optimal per [SEG]``.
+    """
+    variances: dict[str, list[torch.Tensor]] = {}
+    exact = []
     for batch in batches:
         states, rewards = batch.states[:, layers], batch.rewards[:, layers]
-        policy = torch.full_like(rewards, 1 / rewards.shape[1])
-        sampled = torch.multinomial(policy, 1, generator=generator)
-        score = torch.zeros_like(policy).scatter_(1, sampled, 1.0) - policy
-        weights = {"exact": policy * (rewards - rewards.mean(1, keepdim=True))}
-        weights |= {"mean": (rewards.gather(1, sampled) - average) * score, "zero": rewards.gather(1, sampled) * score}
-        for name, value in weights.items():
-            steps.setdefault(name, []).append(torch.einsum("nl,nld->ld", value, states) / len(states))
-    expected = torch.stack(steps["exact"]).mean(0)
-    noise = {
-        name: (torch.stack(gradients) - expected).flatten(1).square().sum(1).mean().sqrt()
-        for name, gradients in steps.items()
-    }
-    return {name: float(expected.norm() / value) for name, value in noise.items()}
+        policy = ppm.log_policy(batch.states)[:, layers].exp()
+        value = (policy * rewards).sum(1)
+        gradients = torch.einsum("nl,nld->nld", policy * (rewards - value[:, None]), states)
+        exact.append(gradients.mean(0))
+        score = torch.eye(policy.shape[1]) - policy[:, None]  # [N, l, j]
+        norms = torch.einsum("nlj,nj->nl", score.square(), states.square().sum(-1))  # of the score of layer l, squared
+        weight = policy * norms
+        baselines = {
+            "optimal per [SEG]": (weight * rewards).sum(1) / weight.sum(1).clamp(min=EPSILON),
+            "expected reward per [SEG]": value,
+            "critic of the state": ppm.state_baseline(batch.states),
+            "moving average": ppm.baseline.expand(len(rewards)),
+            "zero": torch.zeros(len(rewards)),
+        }
+        variances.setdefault("exact gradient", []).append(torch.zeros(()))
+        for name, baseline in baselines.items():
+            second_moment = (weight * (rewards - baseline[:, None]).square()).sum(1)
+            variance = (second_moment - gradients.square().sum((1, 2))).sum() / len(rewards) ** 2
+            variances.setdefault(name, []).append(variance)
+    expected = torch.stack(exact).mean(0)
+    of_images = float((torch.stack(exact) - expected).square().sum((1, 2)).mean())
+    sampling = {name: float(torch.stack(values).mean()) for name, values in variances.items()}
+    noise = {name: max(value + of_images, EPSILON**2) ** 0.5 for name, value in sampling.items()}
+    return {name: (value, float(expected.norm()) / noise[name]) for name, value in sampling.items()}
 
 
 def learn(
@@ -189,7 +258,7 @@ def learn(
         layers = StochasticSkip().choose(log_policy, noise)
         sampled = batch.rewards.gather(1, layers[:, None])[:, 0]
         terms = objective.gate_terms(
-            sampled, layers, log_policy, batch.rewards if settings.policy_gradient == "exact" else None
+            sampled, layers, log_policy, batch.rewards if settings.policy_gradient == "exact" else None, states
         )
         optimizer.zero_grad()
         (settings.policy_loss_weight * sum((term.mean() for term in terms.values()), torch.zeros(()))).backward()

@@ -23,6 +23,7 @@ SETTINGS = {
     "policy": {},
     "exact": {"policy_gradient": "exact"},
     "critic": {"baseline": "critic", "scale_advantage": True},
+    "state_critic": {"baseline": "state_critic", "scale_advantage": True},
     "soft": {"layer_selection": "soft"},
     "ce_soft": {"layer_selection": "ce_soft"},
     "lisa": {"layer_selection": "last", "mask_prompt": False, "map_terms": ()},

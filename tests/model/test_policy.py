@@ -78,6 +78,7 @@ def test_reinforce_estimates_the_gradient_of_the_expected_reward(make_model, sta
     [
         ({}, {"ppm.gate"}),
         ({"baseline": "critic"}, {"ppm.gate", "ppm.critic"}),
+        ({"baseline": "state_critic"}, {"ppm.gate", "ppm.critic"}),
         ({"policy_gradient": "exact"}, {"ppm.gate"}),
         ({"entropy_bonus": 1.0, "scale_advantage": True}, {"ppm.gate"}),
         ({"layer_selection": "ce_soft"}, {"ppm.gate"}),
@@ -113,6 +114,8 @@ def test_a_critic_has_no_effect_where_no_policy_is_sampled(make_model, tiny_proc
     [
         {},
         {"baseline": "critic"},
+        {"baseline": "state_critic"},
+        {"baseline": "state_critic", "scale_advantage": True},
         {"scale_advantage": True},
         {"baseline_start": "first"},
         {"policy_gradient": "exact"},
@@ -133,7 +136,7 @@ def test_a_bandit_finds_its_best_arm(make_model, settings):
         layers = StochasticSkip().choose(log_policy, gumbel_noise([step], [0] * 16, 5))
         rewards = pays[layers] + 0.2 * torch.randn(16, generator=generator)
         table = pays.expand(16, 5) if "policy_gradient" in settings else None
-        terms = model.objective.gate_terms(rewards, layers, log_policy, table)
+        terms = model.objective.gate_terms(rewards, layers, log_policy, table, states)
         optimizer.zero_grad()
         sum(term.mean() for term in terms.values()).backward()
         optimizer.step()
@@ -173,6 +176,96 @@ def test_argmax_is_deterministic_and_sampling_is_not(make_model, tiny_processor)
     assert len({tuple(chosen) for chosen in layers("sample")}) > 4
 
 
+# -- a critic of the state ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def rewarded():
+    """rewarded(step) -> states [64, 5, 32] and rewards [64], most of whose variance can be read off the states."""
+    generator = torch.Generator().manual_seed(3)
+    direction = torch.randn(32, generator=generator) / 32**0.5
+
+    def draw() -> tuple[torch.Tensor, torch.Tensor]:
+        own = torch.randn(64, 1, 32, generator=generator)
+        states = (1 + torch.arange(5))[:, None] * (own + 0.2 * torch.randn(64, 5, 32, generator=generator))
+        return states, -1.3 + 0.1 * (own[:, 0] @ direction) + 0.03 * torch.randn(64, generator=generator)
+
+    return draw
+
+
+def test_a_critic_of_the_state_starts_as_the_moving_average(make_model, rewarded):
+    for start in ("zero", "first"):
+        average = make_model(baseline_start=start).ppm
+        critic = make_model(baseline="state_critic", baseline_start=start).ppm
+        for _ in range(3):
+            states, rewards = rewarded()
+            advantage, errors = critic.state_advantage(rewards, states)
+            assert torch.equal(advantage, average.advantage(rewards))
+            assert torch.equal(critic.state_baseline(states), average.baseline.expand(64))
+            assert errors.shape == (64,)
+        assert critic.baseline == average.baseline
+    assert critic.critic.spread == pytest.approx(0.1, abs=0.05)
+
+
+def test_a_critic_of_the_state_removes_the_variance_that_states_explain(make_model, rewarded):
+    model = make_model(baseline="state_critic", baseline_start="first")
+    optimizer, log_policy = torch.optim.Adam(model.ppm.critic.parameters(), lr=0.01), torch.zeros(64, 5).log_softmax(-1)
+    for _ in range(200):
+        states, rewards = rewarded()
+        states.requires_grad_()
+        terms = model.objective.gate_terms(rewards, torch.zeros(64).long(), log_policy, None, states)
+        optimizer.zero_grad()
+        terms["critic"].mean().backward()
+        optimizer.step()
+    assert states.grad is None
+    assert not terms["baseline"].requires_grad
+    states, rewards = rewarded()
+    before = model.ppm.state_baseline(states)
+    advantage, _ = model.ppm.state_advantage(rewards, states)
+    assert float(advantage.var()) < 0.3 * float((rewards - model.ppm.baseline).var())
+    # of these rewards, the average alone has entered the baseline
+    shift = rewards - advantage - before
+    torch.testing.assert_close(shift, shift[:1].expand(64), rtol=0, atol=1e-6)
+
+
+def test_what_the_head_learns_does_not_depend_on_the_rewards_scale(make_model, rewarded):
+    errors, (states, rewards) = [], rewarded()
+    for scale in (1, 1000):
+        ppm = make_model(baseline="state_critic", baseline_start="first").ppm
+        torch.nn.init.ones_(ppm.critic.weight)
+        errors.append(ppm.state_advantage(scale * rewards, states)[1])
+    torch.testing.assert_close(errors[1], errors[0], rtol=1e-3, atol=1e-3)
+
+
+def test_a_critic_of_the_state_logs_its_mean_baseline(make_model, tiny_processor, tiny_samples):
+    model, batch = make_model(baseline="state_critic", baseline_start="first"), tiny_processor.collate(tiny_samples)
+    for _ in range(2):
+        output = model(batch)
+    assert torch.equal(output.terms["baseline"], model.ppm.baseline)  # the head is still zero
+    torch.nn.init.constant_(model.ppm.critic.bias, 2.0)
+    spread = model.ppm.critic.spread.clone()
+    output = model(batch)
+    torch.testing.assert_close(output.terms["baseline"], model.ppm.baseline + 2 * spread)
+    assert output.terms["critic"] > 0
+
+
+def test_a_critic_of_the_state_in_bf16_and_saved(make_model, tiny_processor, tiny_samples, tmp_path):
+    from opening import load_pretrained
+
+    model = make_model(baseline="state_critic").to(torch.bfloat16)
+    loss = model(tiny_processor.collate(tiny_samples).to("cpu", torch.bfloat16)).loss
+    loss.backward()
+    assert loss.isfinite()
+    assert model.ppm.critic.spread.dtype == torch.float32
+    model.ppm.critic.spread.fill_(1.0 + 2**-12)  # not a bf16 number
+    torch.nn.init.ones_(model.ppm.critic.weight)
+    model.save_pretrained(tmp_path)
+    tiny_processor.save_pretrained(tmp_path)
+    loaded = load_pretrained(str(tmp_path))[0].ppm
+    for name, tensor in model.ppm.state_dict().items():
+        torch.testing.assert_close(loaded.state_dict()[name].float(), tensor.float(), rtol=0, atol=0)
+
+
 # -- two processes -----------------------------------------------------------------------------------------------------
 
 RANKED = {
@@ -182,6 +275,7 @@ RANKED = {
     "exact": {"policy_gradient": "exact"},
     "ce_soft": {"layer_selection": "ce_soft"},
     "critic": {"baseline": "critic"},
+    "state_critic": {"baseline": "state_critic", "baseline_start": "first"},
 }
 ROWS = {
     "both": (drawn_sample(0), drawn_sample(1, (64, 40), (2,))),
@@ -206,7 +300,8 @@ def gate_gradients(rank: int | None) -> dict[tuple[str, str], torch.Tensor]:
             if rank is not None:
                 distributed.all_reduce(gradients)
                 gradients /= 2
-            results[name, rows] = torch.cat([gradients, model.ppm.baseline[None]])
+            buffers = [value.detach()[None] for value in reversed(list(model.ppm.buffers()))]  # the baseline last
+            results[name, rows] = torch.cat([gradients, *buffers])
     return results
 
 

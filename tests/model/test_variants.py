@@ -79,7 +79,7 @@ def test_all_layers_are_rewarded_as_the_chosen_one_is(make_model, tiny_processor
     model(batch)
     model.objective = objective
     fine = torch.stack([model_with(make_model, f"fixed:{k}")(batch).rewards for k in range(5)], 1)
-    terms = terms_of_all_layers(model, batch, calls[0][-1])
+    terms = terms_of_all_layers(model, batch, calls[0][6])
     coarse = -(terms["map_bce"] + terms["map_dice"])
     assert coarse.shape == (3, 5)
     torch.testing.assert_close(coarse, fine, rtol=0.1, atol=0.02)
@@ -226,9 +226,14 @@ def test_constraints_survive_saving(make_model, tmp_path):
 
 
 def test_a_gradient_over_all_layers_takes_no_batch_reward_and_no_critic(make_model):
-    for settings in ({"reward": "batch"}, {"baseline": "critic"}):
+    for settings in ({"reward": "batch"}, {"baseline": "critic"}, {"baseline": "state_critic"}):
         with pytest.raises(ValueError, match="exact"):
             make_model(policy_gradient="exact", **settings)
+
+
+def test_a_critic_of_the_state_takes_no_batch_reward(make_model):
+    with pytest.raises(ValueError, match=r"state_critic expects .* takes reward seg"):
+        make_model(baseline="state_critic", reward="batch")
 
 
 # -- prompts -----------------------------------------------------------------------------------------------------------

@@ -201,6 +201,7 @@ def test_the_images_of_a_step_may_be_divided_otherwise(meta):
     [
         ({}, StepLayout(1, 1, 4), []),
         ({}, StepLayout(1, 4, 1), ["the reward's moving average"]),
+        ({"baseline": "state_critic"}, StepLayout(1, 4, 1), ["the reward's moving average"]),
         ({"policy_gradient": "exact"}, StepLayout(1, 4, 1), []),
         ({"layer_selection": "last"}, StepLayout(1, 4, 1), []),
         ({"reward": "batch"}, StepLayout(1, 1, 4), ["the reward of a batch"]),

@@ -310,6 +310,7 @@ def test_an_unknown_recipe_is_refused(tmp_path):
         ("--layer_selection", "ce_soft", "--policy_gradient", "exact"),
         ("--baseline", "critic", "--baseline_start", "first"),
         ("--critic_width", "64"),
+        ("--layer_selection", "last", "--baseline", "state_critic"),
     ],
 )
 def test_method_settings_without_effect_are_refused(flags):

@@ -69,6 +69,9 @@ def test_a_chain_of_adapters_is_its_merged_model(first, tmp_path, data):
     second = run(tmp_path, "second", first / "adapter", data)
     third = run(tmp_path, "third", export(second, "adapter"), data, baseline="critic")
     assert equal(state_of(export(third, "adapter")), state_of(export(third, "merged")))
+    other = run(tmp_path, "other", third / "merged", data, baseline="state_critic")  # another kind of critic is new
+    [start] = log_lines(other, "start")
+    assert {row["module"]: row["new"] for row in start["weights"]}["ppm"] == "critic"
     [start] = log_lines(third, "start")
     assert {row["module"]: row["new"] for row in start["weights"]}["ppm"] == "critic"
     meta = json.loads((third / "merged" / META).read_text())

@@ -44,13 +44,44 @@ def test_a_gate_finds_the_best_layer_each_in_its_own_time(make_model, batches, c
     assert again == curves["REINFORCE (paper)"]
 
 
-def test_the_noise_of_a_step(batches):
-    ratio = study_policy.signal_to_noise(batches, slice(1, 5))
-    assert ratio["exact"] > ratio["mean"] > ratio["zero"] > 0
+def test_the_noise_of_a_step(make_model, batches, config):
+    """Against estimates from sampled layers; states say nothing about these rewards, so that the critic cannot help."""
+    ppm = make_model(baseline="state_critic", baseline_start="first").ppm
+    study_policy.fit_critic(ppm, config, batches, STEPS)
+    noise = study_policy.gradient_noise(ppm, batches, slice(1, 5))
+    variance, ratio = ({name: pair[part] for name, pair in noise.items()} for part in (0, 1))
+    assert list(variance.values())[:3] == sorted(variance.values())[:3]
+    assert ratio["exact gradient"] > ratio["expected reward per [SEG]"] > ratio["moving average"] > ratio["zero"] > 0
+    assert variance["exact gradient"] == 0
+    sampled = []
+    for trial in range(40):
+        for batch in batches:
+            policy = ppm.log_policy(batch.states).detach().exp()
+            layers = torch.multinomial(policy, 1, generator=torch.Generator().manual_seed(trial))
+            score = torch.zeros_like(policy).scatter_(1, layers, 1.0) - policy
+            weights = (batch.rewards.gather(1, layers) - ppm.baseline) * score
+            sampled.append(torch.einsum("nl,nld->ld", weights, batch.states) / len(policy))
+    by_trial = torch.stack(sampled).unflatten(0, (40, -1))
+    assert float(by_trial.var(0).sum((1, 2)).mean()) == pytest.approx(variance["moving average"], rel=0.1)
     text = study_policy.describe_rewards(batches, slice(1, 5))
     assert "360 [SEG], layers 1 to 4" in text
     assert re.search(r"the best layer of a \[SEG\], in per cent: 0.0, 100.0, 0.0, 0.0", text)
     assert "residual 0.0000" in text
+
+
+def test_a_critic_of_the_state_pays_where_states_tell_rewards(make_model, config):
+    generator, batches = torch.Generator().manual_seed(0), []
+    for _ in range(STEPS):
+        states = torch.randn(6, 1, 32, generator=generator)
+        rewards = -1.3 + 0.1 * torch.eye(5)[BEST] + 0.2 * states[:, :, 0]
+        batches.append(Rewarded(states + 0.3 * torch.randn(6, 5, 32, generator=generator), rewards))
+    text = study_policy.describe_noise(make_model().config, config, batches, torch.zeros(5, 32), 4 * STEPS)
+    assert "baseline | uniform policy | this gate" in text
+    rows = {line.split(" | ")[0]: line.split(" | ")[1:] for line in text.splitlines()}
+    assert rows["critic of the state"][0] == rows["critic of the state"][1]  # a gate of zeros is uniform
+    share = {name: float(rows[name][0].split(",")[0]) for name in list(rows)[-6:]}
+    assert share["optimal per [SEG]"] <= share["expected reward per [SEG]"] < share["critic of the state"] < 0.6
+    assert share["moving average"] == 1 < share["zero"]
 
 
 def test_layers_that_cannot_be_chosen_are_left_out(make_model, batches, config):

@@ -54,7 +54,7 @@ def effects(config: Config, now: StepLayout, before: StepLayout) -> list[str]:
         found.append("the reward of a batch is that of another batch (--reward batch)")
     if now.batch_size != before.batch_size and method["baseline"] == "critic":
         found.append("the critic estimates the reward of another batch (--baseline critic)")
-    if now.accumulation != before.accumulation and method["baseline"] == "average":
+    if now.accumulation != before.accumulation and method["baseline"] != "critic":
         found.append("the reward's moving average advances once per micro step")
     if now.accumulation != before.accumulation and method["scale_advantage"]:
         found.append("advantages are scaled per micro step (--scale_advantage)")
