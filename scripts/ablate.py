@@ -144,12 +144,17 @@ TABLES: dict[str, tuple[AblationRow, ...]] = {
         AblationRow("classifier, soft gating", {"layer_selection": "ce_soft"}),
         AblationRow("policy", {"layer_selection": "policy"}, (66.13, 72.07)),
         AblationRow("policy, baseline from the first reward", {"baseline_start": "first"}),
-        AblationRow("policy, critic", {"baseline": "critic"}),
+        AblationRow("policy, critic of the release", {"baseline": "critic"}),
+        AblationRow("policy, critic of the state", {"baseline": "state_critic", "baseline_start": "first"}),
         AblationRow("policy, exact gradient", {"policy_gradient": "exact"}),
     ),
     "choice_rewards": (
         AblationRow("policy", {"reward_terms": "iou"}),
         AblationRow("policy, baseline from the first reward", {"reward_terms": "iou", "baseline_start": "first"}),
+        AblationRow(
+            "policy, critic of the state",
+            {"reward_terms": "iou", "baseline": "state_critic", "baseline_start": "first"},
+        ),
         AblationRow("policy, exact gradient", {"reward_terms": "iou", "policy_gradient": "exact"}),
     ),
     "methods": method_rows(),
