@@ -24,6 +24,7 @@ MAP_LOSSES = {  # constraint of Table 7 -> name of its term
     "bce": "map_hard_bce",
     "dice": "map_hard_dice",
 }
+MAP_REWARDS = ("both", "bce", "dice", "iou")  # kinds of ``reward_terms`` that follow from a layer's map
 
 
 @dataclass
@@ -252,8 +253,16 @@ class Objective:
         Args:
             targets: per image [n, H, W] uint8; layer_maps: [N, L, P] in [0, 1].
         """
-        soft_targets = [self.soft_target(masks) for masks in targets]
-        return -_reward(self.layer_terms(targets, soft_targets, layer_maps), "both")
+        return -self.map_rewards(targets, layer_maps)["both"]
+
+    def map_rewards(self, targets: list[torch.Tensor], layer_maps: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The reward of every layer's map, which the exact gradient uses: kind of ``MAP_REWARDS`` -> [N, L].
+
+        Args:
+            targets, layer_maps: of ``map_losses``.
+        """
+        terms = self.layer_terms(targets, [self.soft_target(masks) for masks in targets], layer_maps)
+        return {kind: _reward(terms, kind) for kind in MAP_REWARDS}
 
     @torch.no_grad()
     def layer_terms(

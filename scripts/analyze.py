@@ -6,6 +6,8 @@ r"""Plots and tabulates what each layer of a trained model does: the paper's Fig
 Writes pictures (PNG), tables (CSV) and an index.md with a caption for each: similarity maps of all layers, cIoU with
 each layer forced and the loss of its maps, M_prompt, M_IoU and <SEG>_prompt, the policy's layers by kind of query, and
 the worst and best answers. --against adds a second checkpoint, side by side.
+
+--what ceiling writes instead, in minutes and also before training, what a policy over layers can gain at most.
 """
 
 from __future__ import annotations
@@ -33,16 +35,29 @@ from utils.evaluation.metrics import Record
 from utils.evaluation.predictions import InferenceOptions
 from utils.evaluation.result_text import notes
 from utils.inference import cli
+from utils.plotting import text_tables
 from utils.plotting.overlays import Panel, evenly_spaced, sheet
 
 if TYPE_CHECKING:
+    from utils.evaluation.ceiling import Ceiling, Measured
     from utils.evaluation.layer_analysis import QueryView, Study
+
+SAMPLES = 6  # default of --samples
+CEILING_IMAGES = 200  # of each split, unless --limit says otherwise: a few minutes, and intervals of about a point
+NOT_OF_THE_CEILING = ("against", "samples", "ids", "animate", "sam")  # flags without effect on it
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser(program="test.py", description=__doc__)
     add = parser.add_argument
     cli.add_model_flags(parser)
+    add(
+        "--what",
+        choices=("layers", "ceiling"),
+        default="layers",
+        help="layers: pictures and tables of all layers (default). ceiling: what choosing a layer for each query can "
+        "gain over the best fixed layer, and whether the map reward and the [SEG] states tell which one",
+    )
     add(
         "--against",
         metavar="DIR",
@@ -56,9 +71,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     which.add_argument(
         "--samples",
         type=cli.whole(0),
-        default=6,
         metavar="N",
-        help="plot all layers of N queries of each split, evenly spaced from the worst to the best IoU (default: 6)",
+        help="plot all layers of N queries of each split, evenly spaced from the worst to the best IoU "
+        f"(default: {SAMPLES})",
     )
     which.add_argument(
         "--ids", metavar="ID,...", help="plot these queries instead: IMAGE or IMAGE/QUERY, as in samples.csv"
@@ -77,16 +92,27 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         help="default: teacher_forced, which gives every query a [SEG]",
     )
     cli.add_layer_flag(parser, "of the model's own answer; default: as it was trained")
-    add("--limit", type=cli.whole(1), metavar="N", help="only the first N images of each split")
+    add(
+        "--limit",
+        type=cli.whole(1),
+        metavar="N",
+        help=f"only the first N images of each split (default: all; with --what ceiling {CEILING_IMAGES})",
+    )
     add("--batch_size", type=cli.whole(1), default=4, metavar="N", help="images per step (default: 4)")
     add("--seed", type=int, default=0, metavar="S", help="of sampled layers (default: 0)")
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    given = [f"--{name}" for name in NOT_OF_THE_CEILING if getattr(args, name) != parser.get_default(name)]
+    if args.what == "ceiling" and given:
+        parser.error(f"{' and '.join(given)}: no effect with --what ceiling, which measures one checkpoint as a whole")
+    return args
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     args = parse_arguments(arguments)
     specs = Spec.parse_list(args.val_dataset)
     datasets = [get_eval_dataset(spec, args.dataset_dir) for spec in specs]  # a typo fails before the model is loaded
+    if args.what == "ceiling":
+        return write_ceilings(args, datasets)
     args.output.mkdir(parents=True, exist_ok=True)
     folders = [args.version] + [args.against] * bool(args.against)
     selected: dict[Spec, list[Record]] = {}
@@ -157,11 +183,11 @@ def analyze_checkpoint(
     return checkpoint
 
 
-def select_queries(study: Study, count: int, ids: str | None) -> list[Record]:
+def select_queries(study: Study, count: int | None, ids: str | None) -> list[Record]:
     """The queries to plot: those of the given ids, or evenly spaced from the worst to the best IoU."""
     if ids is None:
         ranked = metrics.ranked(study.records, study.benchmark.protocol())
-        return [ranked[index] for index in evenly_spaced(len(ranked), count)]
+        return [ranked[index] for index in evenly_spaced(len(ranked), SAMPLES if count is None else count)]
     records = []
     for query_id in map(str.strip, ids.split(",")):
         matching = [r for r in study.records if query_id in (r.image_id, f"{r.image_id}/{r.query_id}")]
@@ -183,6 +209,7 @@ class Report:
     checkpoints: list[Checkpoint]
     command: str
     entries: list[tuple[str, str]] = field(default_factory=list)
+    shown: dict[str, str] = field(default_factory=dict)  # file -> Markdown in its place
 
     def add(self, name: str, text: str, spec: Spec | str) -> tuple[Path, str]:
         """Adds a file to the index; returns its path and full caption."""
@@ -202,7 +229,13 @@ class Report:
         lines = ["# Analysis", ""]
         for name, caption in self.entries:
             shown = f"![{name}]({name})" if name.endswith((".png", ".gif")) else f"[{name}]({name})"
-            lines += [shown, "", *(f"> {line}" for line in caption.splitlines()), ""]
+            lines += [
+                shown,
+                "",
+                *([self.shown[name], ""] if name in self.shown else []),
+                *(f"> {line}" for line in caption.splitlines()),
+                "",
+            ]
         path = self.folder / "index.md"
         path.write_text("\n".join(lines), encoding="utf-8")
         return path
@@ -350,6 +383,58 @@ def write_policy(report: Report, datasets: Sequence[EvalDataset]) -> None:
         "number of candidates)."
     )
     report.table("policy.csv", rows, text, " and ".join(str(dataset.spec) for dataset in datasets))
+
+
+# -- the ceiling -------------------------------------------------------------------------------------------------------
+
+
+def write_ceilings(args: argparse.Namespace, datasets: Sequence[EvalDataset]) -> int:
+    """Writes the ceiling of every split, and prints its sentence."""
+    from utils.evaluation import ceiling_pass
+    from utils.evaluation.benchmarks import benchmark_of
+    from utils.evaluation.ceiling import ceiling_of
+    from utils.evaluation.ceiling_text import sentence, verdict
+    from utils.evaluation.layer_analysis import LayerAnalyzer
+
+    for dataset in datasets:  # before the model is loaded
+        ceiling_pass.check_benchmark(benchmark_of(dataset.spec))
+    [name] = checkpoint_names(args, [args.version])
+    opened = cli.open_model(args)
+    rules = ceiling_pass.rules_of(opened.model, args.layer_policy)
+    analyzer = LayerAnalyzer(
+        opened.model, opened.processor, InferenceOptions(args.mode, seed=args.seed), args.batch_size
+    )
+    args.output.mkdir(parents=True, exist_ok=True)
+    report = Report(args.output, [Checkpoint(name, opened.fingerprint)], shlex.join(sys.argv))
+    for dataset in datasets:
+        measured = ceiling_pass.measure(analyzer, dataset, rules, args.limit or CEILING_IMAGES, progress=True)
+        ceiling = ceiling_of(measured)
+        write_ceiling(report, dataset.spec, measured, ceiling, args.mode)
+        print(f"{dataset.spec}: {sentence(ceiling)} {verdict(ceiling)}")
+    print(f"wrote {report.close()} and {len(report.entries)} pictures and tables")
+    return 0
+
+
+def write_ceiling(report: Report, spec: Spec, measured: Measured, ceiling: Ceiling, mode: str) -> None:
+    """Writes the table, the figure, and the tables of layers and rewards."""
+    from utils.evaluation import ceiling_text
+    from utils.plotting.charts import ceiling_chart, save_chart
+
+    name = file_name(spec, "ceiling", "csv")
+    report.shown[name] = text_tables.markdown(ceiling_text.cells(ceiling), "llr")
+    report.table(name, [vars(row) for row in ceiling.rows], ceiling_text.caption(measured, ceiling, mode), spec)
+    picture, caption = report.add(file_name(spec, "ceiling", "png"), ceiling_text.FIGURE, spec)
+    save_chart(picture, ceiling_chart(**ceiling_text.chart(measured, ceiling)), caption)
+    details = {
+        "ceiling_layers": (ceiling_text.layer_rows(measured, ceiling), ceiling_text.LAYERS),
+        "ceiling_rewards": ([vars(row) for row in ceiling.agreements], ceiling_text.REWARDS),
+    }
+    for part, (rows, text) in details.items():
+        name = file_name(spec, part, "csv")
+        report.shown[name] = text_tables.markdown(
+            text_tables.from_mappings(rows, lambda _, v: str(_csv_value(v))), "lr"
+        )
+        report.table(name, rows, text, spec)
 
 
 def file_name(spec: Spec, *parts: str) -> str:

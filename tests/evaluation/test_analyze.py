@@ -14,7 +14,7 @@ from model.loading.hub import Resolved
 from model.loading.weights import load_original_sam
 from model.structures import EvalQuery, EvalSample, Prompts, Turn
 from utils.datasets.spec import Spec
-from utils.evaluation import metrics
+from utils.evaluation import ceiling_pass, metrics
 from utils.evaluation.benchmarks import BENCHMARKS
 from utils.evaluation.engine import RunOptions, evaluate
 from utils.evaluation.layer_analysis import THRESHOLDS, LayerAnalyzer, best_threshold
@@ -125,6 +125,69 @@ def test_map_losses_equal_those_that_training_logs(tiny_model, tiny_processor, t
     torch.testing.assert_close(losses.mean(0), logged.detach())
 
 
+# -- the ceiling -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("benchmark", "absent"), [("ReasonSeg", False), ("grefcoco", True)])
+def test_the_ceiling_measures_what_an_evaluation_does(make_model, tiny_processor, benchmark, absent):
+    """Masks, maps at their best threshold, rewards and policy of the candidate layers, present targets only."""
+    model, dataset = make_model(), DrawnDataset(benchmark, absent)
+    with torch.no_grad():
+        model.ppm.gate.normal_(std=0.01)
+    studied = analyzer(model, tiny_processor)
+    measured = ceiling_pass.measure(studied, dataset, ["last"])
+    assert (measured.layers, measured.images.tolist()) == ([1, 2, 3, 4], [0, 1, 2])
+    assert measured.kinds.tolist() == ["even", "odd", "even"]
+    study = studied.study(dataset)
+    queries = [n for n, record in enumerate(study.records) if not record.expected_empty]
+    for column, layer in enumerate(measured.layers):
+        expected = [metrics.iou(study.by_layer[layer][n], study.benchmark.protocol()) for n in queries]
+        assert measured.mask[:, column].tolist() == expected
+        assert measured.map[:, column].tolist() == [metrics.iou(record) for record in study.maps_by_layer[layer]]
+    np.testing.assert_array_equal(measured.rules["last"], [measured.mask[:, -1], measured.map[:, -1]])
+    tokens = [study.tokens[n][0] for n in queries]
+    np.testing.assert_allclose(measured.policy, [token.policy[1:] for token in tokens])
+    np.testing.assert_allclose(-measured.rewards["both"], [token.map_loss[1:] for token in tokens])
+    assert measured.states.shape == (3, 4, model.config.hidden_size)
+    np.testing.assert_allclose(np.square(measured.states).mean(-1), 1, rtol=1e-3)
+    lowest, highest = measured.halves.min(0), measured.halves.max(0)
+    assert ((lowest - 0.02 <= measured.mask) & (measured.mask <= highest + 0.02)).all()
+
+
+def test_the_ceiling_of_answers_without_seg(make_model, tiny_processor):
+    model = make_model()
+    with torch.no_grad():
+        model.ppm.gate.zero_()
+    options = InferenceOptions("generate", max_new_tokens=2)
+    measured = ceiling_pass.measure(LayerAnalyzer(model, tiny_processor, options), DrawnDataset())
+    assert not measured.answered.any()
+    assert not measured.mask.any()
+    assert not measured.map.any()
+    assert np.isnan(measured.rewards["iou"]).all()
+    assert measured.policy is None  # an untrained gate has no row
+
+
+@pytest.mark.parametrize(
+    ("trained", "last", "requested", "expected"),
+    [
+        (False, -1, None, []),
+        (True, -1, None, []),  # argmax is the policy's mode
+        (False, -1, "argmax", ["argmax"]),
+        (True, -1, "soft", ["soft"]),
+        (True, -1, "fixed:2", []),
+        (True, -1, "fixed:0", ["fixed:0"]),
+        (False, 3, None, ["last"]),
+        (True, 3, "last", ["last"]),
+    ],
+)
+def test_rules_beside_the_candidate_layers(make_model, trained, last, requested, expected):
+    model = make_model()
+    model.config.last_candidate_layer = last
+    with torch.no_grad():
+        model.ppm.gate.fill_(float(trained))
+    assert ceiling_pass.rules_of(model, requested) == expected
+
+
 def test_the_policy_by_group(tiny_model, tiny_processor):
     study = analyzer(tiny_model, tiny_processor).study(DrawnDataset())
     groups = study.groups()
@@ -226,6 +289,43 @@ def test_query_ids_and_wrong_names(program, tmp_path, capsys):
     assert run(program, tmp_path, "--names", "a,b") == 2
     with pytest.raises(SystemExit):
         run(program, tmp_path, "--batch_size", "0")
+
+
+def test_the_ceiling_of_a_model_before_training(program, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(program, "get_eval_dataset", lambda spec, _: DrawnDataset(spec.name, size=9))
+    assert run(program, tmp_path, "--what", "ceiling", "--limit", "8") == 0
+    printed = capsys.readouterr().out
+    assert "ReasonSeg|val: A policy over layers 1 to 4 can gain at most" in printed
+    index = (tmp_path / "index.md").read_text()
+    assert printed.splitlines()[0].removeprefix("ReasonSeg|val: ") in index
+    assert "| best layer per kind, cross-fitted" in index
+    for name in ("ceiling.csv", "ceiling.png", "ceiling_layers.csv", "ceiling_rewards.csv"):
+        assert f"(ReasonSeg_val.{name})" in index
+    with (tmp_path / "ReasonSeg_val.ceiling.csv").open() as file:
+        rows = {(row["name"], row["on"]): row for row in csv.DictReader(file)}
+    assert rows["oracle", "mask"]["queries"] == "8"
+    assert float(rows["oracle", "map"]["gain"]) >= float(rows["best fixed layer", "map"]["gain"]) == 0
+    with Image.open(tmp_path / "ReasonSeg_val.ceiling.png") as opened:
+        assert "Checkpoint: 0 (" in opened.info["Description"]
+        assert opened.width < 900
+
+
+@pytest.mark.parametrize(
+    ("flags", "data", "message"),
+    [
+        (["--sam", "x", "--samples", "0"], "ReasonSeg|val", "--samples and --sam: no effect with --what ceiling"),
+        ([], "MultiReasonSeg|val", "MultiReasonSeg matches several masks"),
+        (["--layer_policy", "fixed:9"], "ReasonSeg|val", "layer 9 does not exist"),
+        ([], "ReasonSeg|val", "3 queries with a target in 3 images; the ceiling needs at least 8"),
+    ],
+)
+def test_what_has_no_ceiling(program, tmp_path, capsys, flags, data, message):
+    try:
+        code = run(program, tmp_path, "--what", "ceiling", *flags, data=data)
+    except SystemExit as exit:
+        code = exit.code
+    assert code == 2
+    assert message in capsys.readouterr().err
 
 
 def test_an_answer_without_seg_can_be_inspected(make_model, tiny_processor):

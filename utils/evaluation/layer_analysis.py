@@ -19,6 +19,7 @@ import torch
 from tqdm import tqdm
 
 from model.geometry import maps_at
+from model.objective import MAP_REWARDS
 from model.opened import with_text
 from model.sam import SegmentAnything
 from model.structures import EvalQuery, EvalSample, Prediction, Prompts
@@ -224,12 +225,17 @@ class LayerAnalyzer:
 
     def _map_losses(self, query: EvalQuery, grid: torch.Tensor) -> np.ndarray:
         """[N, L] losses of a query's maps; NaN unless each [SEG] has a target (all share a single one)."""
+        return -self.map_rewards(query, grid)["both"]
+
+    def map_rewards(self, query: EvalQuery, grid: torch.Tensor) -> dict[str, np.ndarray]:
+        """Kind -> [N, L] rewards of a query's maps [N, L, P]; NaN unless each [SEG] has a target."""
         targets = torch.from_numpy(query.masks)
         if len(targets) == 1:
             targets = targets.expand(len(grid), -1, -1)
         if not len(grid) or len(targets) != len(grid) or not (targets == 1).flatten(1).any(1).all():
-            return np.full(grid.shape[:2], np.nan)
-        return self.model.objective.map_losses([targets], grid).numpy()
+            return {kind: np.full(grid.shape[:2], np.nan) for kind in MAP_REWARDS}
+        rewards = self.model.objective.map_rewards([targets], grid)
+        return {kind: values.numpy() for kind, values in rewards.items()}
 
 
 class LayerProbe:
@@ -273,14 +279,25 @@ class LayerProbe:
         prediction = self.predictions[image][query]
         return prediction.policy, prediction.layer_maps
 
+    def states(self, image: int, query: int) -> torch.Tensor:
+        """A query's [SEG] states [N, L, D], float32."""
+        answers = self.language_pass.answers
+        joint = self.benchmark.is_joint(self.analyzer.options.mode)
+        segs = [n for n, owner in enumerate(answers.seg_questions) if owner == (image, 0 if joint else query)]
+        return answers.states[segs[query : query + 1] if joint else segs].float().cpu()
 
-def best_threshold(similarity: np.ndarray, truth: np.ndarray) -> float:
-    """The lowest of ``THRESHOLDS`` with the largest IoU; similarity [H, W] in [0, 1], truth [H, W] with 0, 1, 255."""
+
+def threshold_ious(similarity: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """[99] IoU at each of ``THRESHOLDS``; similarity [H, W] in [0, 1], truth [H, W] with 0, 1 and 255 (ignored)."""
     above = np.searchsorted(THRESHOLDS, similarity.astype(np.float32))  # number of thresholds below each pixel
     bins = len(THRESHOLDS) + 1
     true, false = (np.bincount(above[truth == value], minlength=bins)[::-1].cumsum()[::-1][1:] for value in (1, 0))
-    iou = true / np.maximum(1, np.count_nonzero(truth == 1) + false)
-    return float(THRESHOLDS[iou.argmax()])
+    return true / np.maximum(1, np.count_nonzero(truth == 1) + false)
+
+
+def best_threshold(similarity: np.ndarray, truth: np.ndarray) -> float:
+    """The lowest of ``THRESHOLDS`` with the largest IoU; arguments as in ``threshold_ious``."""
+    return float(THRESHOLDS[threshold_ious(similarity, truth).argmax()])
 
 
 def threshold_map(

@@ -338,7 +338,7 @@ def resample(
         return {}
     records = sorted(records, key=lambda record: (record.index, record.query_id))
     positions = np.searchsorted(images, [record.index for record in records])
-    weights = np.random.default_rng(seed).multinomial(len(images), np.full(len(images), 1 / len(images)), RESAMPLES)
+    weights = resampled_images(len(images), seed)
     result = {}
     for name, sums in _sums(records, benchmark, protocol).items():
         above, below = (weights @ np.bincount(positions, weights=values, minlength=len(images)) for values in sums)
@@ -349,7 +349,13 @@ def resample(
     return result
 
 
-def _percentiles(values: np.ndarray) -> list[float]:
+def resampled_images(count: int, seed: int = 0) -> np.ndarray:
+    """[1000, count]: how often each of ``count`` images is drawn in each resample of the bootstrap."""
+    return np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), RESAMPLES)
+
+
+def percentiles(values: np.ndarray) -> list[float]:
+    """The 95% interval, [low, high], of a metric's values in the resamples; those that are NaN are left out."""
     return [float(value) for value in np.percentile(values[~np.isnan(values)], [2.5, 97.5])]
 
 
@@ -358,7 +364,7 @@ def intervals(
 ) -> dict[str, list[float]]:
     """95% percentile bootstrap over images: metric -> [low, high]."""
     resampled = resample(records, benchmark, protocol, seed)
-    return {name: _percentiles(values) for name, values in resampled.items() if not np.isnan(values).all()}
+    return {name: percentiles(values) for name, values in resampled.items() if not np.isnan(values).all()}
 
 
 def difference(
@@ -381,7 +387,7 @@ def difference(
     values = [compute(part, benchmark, protocol) for part in (before, after)]
     resampled = [resample(part, benchmark, protocol, seed) for part in (before, after)]
     return {
-        name: (values[1][name] - values[0][name], _percentiles(resampled[1][name] - resampled[0][name]))
+        name: (values[1][name] - values[0][name], percentiles(resampled[1][name] - resampled[0][name]))
         for name in resampled[0]
         if name in values[0] and name in values[1]
     }

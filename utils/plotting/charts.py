@@ -22,7 +22,7 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from utils.plotting.overlays import LINES
+from utils.plotting.overlays import LINES, PALETTE
 
 COLUMN = 3.3  # inches
 STYLE = {
@@ -118,6 +118,54 @@ def policy_strips(tables: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure
         all_axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
         fig.colorbar(heat_map, ax=list(all_axes), label="% of [SEG]", pad=0.02, aspect=30)
         return fig
+
+
+def ceiling_chart(
+    losses: np.ndarray,
+    layers: Sequence[int],
+    kinds: Sequence[str],
+    levels: Sequence[str],
+    gains: Mapping[str, tuple[float, float, float]],
+) -> Figure:
+    """(a) What each kind of query loses in each layer, (b) what each way to choose a layer gains, with intervals.
+
+    Args:
+        losses: [kinds, layers] points of gIoU below the kind's best layer, which a dot marks.
+        kinds: their names; levels: text to the right of each row.
+        gains: name -> (gain, low, high) in points of gIoU.
+    """
+    values = np.array(list(gains.values()))
+    with figure(COLUMN, 0.15 * (len(kinds) + len(gains)) + 1.3) as fig:
+        above, below = fig.subplots(2, 1, height_ratios=[len(kinds) + 1, len(gains) + 1])
+        heat_map = above.imshow(losses, cmap="Blues", vmin=0, vmax=max(1.0, min(10.0, losses.max())), aspect="auto")
+        above.plot(losses.argmin(1), range(len(kinds)), "o", color=PALETTE[6] / 255)
+        above.set_yticks(range(len(kinds)), kinds)
+        shown = range(0, len(layers), max(1, len(layers) // 8))
+        above.set_xticks(shown, [str(layers[n]) for n in shown])
+        above.set_xlabel("layer", labelpad=1)
+        above.spines[:].set_visible(False)
+        bar = fig.colorbar(heat_map, ax=above, location="top", aspect=30, pad=0.02, shrink=0.7)
+        bar.set_label("points of gIoU below the best layer (dot)", labelpad=2)
+        _beside(above, ["best  oracle", *levels], range(-1, len(kinds)))
+        below.barh(range(len(gains)), values[:, 0], height=0.6, color=PALETTE[1] / 255)
+        below.hlines(range(len(gains)), values[:, 1], values[:, 2], color="black", linewidth=0.8)
+        below.axvline(0, color="black", linewidth=0.6)
+        below.set_yticks(range(len(gains)), list(gains))
+        below.set_ylim(len(gains) - 0.4, -0.6)
+        most = max(1.0, float(values[:, 2].max()))
+        below.set_xlim(max(float(values[:, 1].min()), -1.5 * most) - 0.1 * most, 1.1 * most)  # cuts losses short
+        below.set_xlabel("gain over the best fixed layer, points of gIoU", loc="right")
+        below.grid(axis="x", linewidth=0.3, alpha=0.6)
+        _beside(below, [f"{gain:+.1f}" for gain in values[:, 0]], range(len(gains)))
+        for axes, letter in ((above, "(a)"), (below, "(b)")):
+            axes.set_title(letter, loc="left")
+        return fig
+
+
+def _beside(axes: Axes, texts: Sequence[str], rows: Sequence[int]) -> None:
+    """Writes texts to the right of the axes, at the rows' height."""
+    for text, row in zip(texts, rows, strict=True):
+        axes.text(1.03, row, text, va="center", transform=axes.get_yaxis_transform())
 
 
 def training_curves(
