@@ -89,7 +89,7 @@ def measure(
 
 
 def measures_of(answer: QueryPrediction, sampled: QueryPrediction, policy: np.ndarray) -> dict[str, float]:
-    """The measures of an answer; policy: [N, L] of its [SEG] tokens. Of several masks, the most uncertain one counts."""
+    """The measures of an answer; policy: [N, L] of its [SEG] tokens. Of several masks, the most uncertain counts."""
     probability = 1 / (1 + np.exp(-answer.logits.astype(np.float64)))
     doubt = 1 - 2 * np.abs(probability - 0.5)  # 0 where the mask is sure, 1 at p = 0.5
     near = probability > 0.05
