@@ -107,6 +107,9 @@ TABLES: dict[str, tuple[AblationRow, ...]] = {
         AblationRow("dice", {"reward_terms": "dice"}, (63.34, 68.33)),
         AblationRow("both", {"reward_terms": "both"}, (66.13, 72.07)),
         AblationRow("IoU", {"reward_terms": "iou"}),
+        AblationRow("BCE and dice of the mask", {"reward_terms": "mask"}),
+        AblationRow("IoU of the mask", {"reward_terms": "mask_iou"}),
+        AblationRow("IoU of the mask, leave one out", {"reward_terms": "mask_iou", "policy_gradient": "leave_one_out"}),
     ),
     "9": (
         AblationRow("soft gating", {"layer_selection": "soft"}, (61.19, 65.52)),
@@ -118,6 +121,7 @@ TABLES: dict[str, tuple[AblationRow, ...]] = {
         AblationRow("moving average from the first reward", {"baseline_start": "first"}),
         AblationRow("critic", {"baseline": "critic"}),
         AblationRow("critic of the state", {"baseline": "state_critic"}),
+        AblationRow("leave one out", {"policy_gradient": "leave_one_out"}),
         AblationRow("exact gradient", {"policy_gradient": "exact"}),
     ),
     "layers": (
