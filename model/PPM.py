@@ -148,10 +148,10 @@ class PolicyPromptedMasking(nn.Module):
         The gate's steps then do not depend on the scale of the reward. A collective operation: every rank must call it.
 
         Args:
-            advantage: [N] float32, detached.
+            advantage: float32, detached, of any shape.
 
         Returns:
-            [N] float32.
+            the same shape.
         """
         mean_square, _ = _mean_over_ranks(advantage.square())
         return advantage / mean_square.sqrt().clamp(min=EPSILON)
@@ -169,9 +169,29 @@ class PolicyPromptedMasking(nn.Module):
         return self.critic(policy.to(self.gate.dtype)).float()[0]
 
 
+@dataclass
+class LayerSamples:
+    """K independently sampled layers per [SEG], the first of them the one whose mask is trained.
+
+    Attributes:
+        layers: [N, K]; rewards: [N, K] float32, detached.
+    """
+
+    layers: torch.Tensor
+    rewards: torch.Tensor
+
+    def advantage(self) -> torch.Tensor:
+        """[N, K] each reward minus the mean of the [SEG]'s other rewards (REINFORCE leave-one-out, Kool et al. 2019).
+
+        Unbiased, as the others do not depend on the sample; a baseline of this [SEG] that needs no critic.
+        """
+        count = self.rewards.shape[1]
+        return (self.rewards - self.rewards.mean(1, keepdim=True)) * (count / (count - 1))
+
+
 def _mean_over_ranks(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean of [N] values over all ranks (0 without any), and their number, both 0-d."""
-    total = torch.stack([values.sum(), values.new_full((), len(values))])
+    """Mean of all values over all ranks (0 without any), and their number, both 0-d."""
+    total = torch.stack([values.sum(), values.new_full((), values.numel())])
     if distributed.is_available() and distributed.is_initialized():
         distributed.all_reduce(total)
     return total[0] / total[1].clamp(min=1), total[1]

@@ -30,6 +30,7 @@ from model.PPM import (
     similarity_of_all_layers,
 )
 from model.sam import SamShape, SegmentAnything
+from model.settings import MASK_REWARDS
 from model.structures import MAX_NEW_TOKENS, Batch, MaskUncertainty, Prediction, Prompts
 from model.uncertainty import MonteCarlo
 
@@ -119,16 +120,18 @@ class UGroundForCausalLM(LlavaLlamaForCausalLM):
         states = output.at(batch.seg_positions)
         rule = self.config.selection
         grounding = self.ground(output.hidden, states, batch.seg_rows, counts, batch.image_start, rule)
-        noise = gumbel_noise(batch.sample_ids, rows_of(counts), self.ppm.num_layers, self.config.policy_seed)
-        layers = rule.choose(grounding.log_policy, noise.to(self.device, non_blocking=True))
+        layers = self.choose_layers(rule, grounding, batch.sample_ids, self.config.policy_seed)
         embeddings = self.visual_model.encode(batch.sam_images, batch.image_keys)
         mask_logits, maps = self.mask_as_prompt(grounding, layers, embeddings, valid, batch)
+        others = None
+        if self.config.sampled_layers > 1:
+            others = self.sample_others(rule, grounding, embeddings, valid, batch)
         logits = self.lm_head(output.hidden[-1].flatten(0, 1)[batch.label_positions])
         layer_maps = None
         if all_layers or self.config.rewards_all_layers:
             layer_maps = self.normalised(grounding.scores.detach(), valid[grounding.rows][:, None])
         result = self.objective(
-            batch, logits, mask_logits, maps, layers, grounding.log_policy, layer_maps, grounding.states
+            batch, logits, mask_logits, maps, layers, grounding.log_policy, layer_maps, grounding.states, others
         )
         result.loss = result.loss + touched
         return result
@@ -171,6 +174,39 @@ class UGroundForCausalLM(LlavaLlamaForCausalLM):
         if (weights := rule.weights(log_policy)) is not None:
             fused = fuse_layers(hidden, states, weights, seg_rows, image)
         return Grounding(states, scores, log_policy, seg_rows, counts, fused)
+
+    def choose_layers(
+        self, rule: LayerRule, grounding: Grounding, sample_ids: list[int], seed: int, trial: int = 0
+    ) -> torch.Tensor:
+        """The rule's layers [N]. Trials are independent; noise is a function of seed, trial and sample index."""
+        rows, num_layers = rows_of(grounding.counts), self.ppm.num_layers
+        noise = gumbel_noise(sample_ids, rows, num_layers, seed + 104_729 * trial)
+        return rule.choose(grounding.log_policy, noise.to(self.device, non_blocking=True))
+
+    @torch.no_grad()
+    def sample_others(
+        self,
+        rule: LayerRule,
+        grounding: Grounding,
+        embeddings: torch.Tensor,
+        valid: torch.Tensor,
+        batch: Batch,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The layers that leave_one_out samples beside the trained one, [N, K - 1], and the rewards of their masks.
+
+        SAM decodes N masks at a time. A layer that is sampled twice is decoded twice: leaving it out would wait for the
+        device.
+
+        Returns:
+            layers; rewards of the same shape, None if maps give the reward.
+        """
+        layers, rewards = [], []
+        for trial in range(1, self.config.sampled_layers):
+            layers.append(self.choose_layers(rule, grounding, batch.sample_ids, self.config.policy_seed, trial))
+            if self.config.reward_terms in MASK_REWARDS:
+                mask_logits, _ = self.mask_as_prompt(grounding, layers[-1], embeddings, valid, batch)
+                rewards.append(self.objective.mask_rewards(batch.masks, mask_logits))
+        return torch.stack(layers, 1), torch.stack(rewards, 1) if rewards else None
 
     def normalised(self, scores: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
         """Similarities [..., P] scaled to maps in [0, 1] (``map_normalization``); valid: [..., P] bool."""
@@ -338,11 +374,9 @@ class UGroundForCausalLM(LlavaLlamaForCausalLM):
         """
         batch, embeddings, valid = language_pass.batch, language_pass.embeddings, language_pass.valid
         assert embeddings is not None
-        rows = rows_of(grounding.counts)
 
         def choose_layers(trial: int) -> torch.Tensor:
-            noise = gumbel_noise(batch.sample_ids, rows, self.ppm.num_layers, seed + 104_729 * trial)
-            return rule.choose(grounding.log_policy, noise.to(self.device, non_blocking=True))
+            return self.choose_layers(rule, grounding, batch.sample_ids, seed, trial)
 
         def decode(grounding: Grounding, layers: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
             logits, maps = self.mask_as_prompt(grounding, layers, embeddings, valid, batch, prompts, sam)

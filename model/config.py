@@ -8,6 +8,7 @@ from model import layer_rules
 from model.llava import LlavaLlamaConfig
 from model.sam import SamShape
 from model.settings import (
+    MASK_REWARDS,
     METHOD_FIELDS,
     RUN_NAMES,
     CheckpointSettings,
@@ -79,8 +80,14 @@ class UGroundConfig(LlavaLlamaConfig, PpmSettings, LossSettings, ExperimentalSet
     @property
     def rewards_all_layers(self) -> bool:
         """Whether the gate learns from the maps of all layers, not only from the chosen layer's."""
-        gate = self.selection.gate
-        return gate == "classifier" or (gate == "policy" and self.policy_gradient == "exact")
+        gate, of_maps = self.selection.gate, self.reward_terms not in MASK_REWARDS
+        return gate == "classifier" or (gate == "policy" and self.policy_gradient != "reinforce" and of_maps)
+
+    @property
+    def sampled_layers(self) -> int:
+        """K, the layers that training samples for each [SEG]; the first one's mask is trained."""
+        leave_one_out = self.selection.gate == "policy" and self.policy_gradient == "leave_one_out"
+        return self.policy_samples if leave_one_out else 1
 
     def check_settings(self) -> None:
         """Validates all settings.

@@ -48,6 +48,13 @@ def mask_dice(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return dice(logits.sigmoid() * valid, (targets == 1).float(), DICE_SCALE)
 
 
+def mask_iou(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """IoU of SAM's masks (logits > 0) over valid pixels, without gradient: [n, H, W], [n, H, W] uint8 -> [n]."""
+    predicted, true = (logits > 0) & (targets != IGNORE_PIXEL), targets == 1
+    overlap, union = ((masks).flatten(1).sum(1) for masks in (predicted & true, predicted | true))
+    return overlap / union.clamp(min=1)
+
+
 def soften(targets: torch.Tensor, kernel: int, sigma: float) -> torch.Tensor:
     """M_sigma: the mask convolved with a Gaussian, divided by its maximum (section 4.1).
 

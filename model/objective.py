@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from model import losses
 from model.config import UGroundConfig
 from model.geometry import grid_of, on_grid
-from model.PPM import PolicyPromptedMasking
+from model.PPM import LayerSamples, PolicyPromptedMasking
 from model.structures import EPSILON, IGNORE_PIXEL, Batch
 
 SoftTarget = tuple[torch.Tensor, torch.Tensor]  # one image's M_sigma [n, H, W], and the weight [n] of its positives
@@ -71,6 +71,7 @@ class Objective:
         log_policy: torch.Tensor,
         layer_maps: torch.Tensor | None = None,
         states: torch.Tensor | None = None,
+        others: tuple[torch.Tensor, torch.Tensor | None] | None = None,
     ) -> UGroundOutput:
         """Computes Eq. 9.
 
@@ -83,6 +84,8 @@ class Objective:
             layers: [N] chosen layers; log_policy: [N, L].
             layer_maps: [N, L, P] in [0, 1], detached: all layers' maps, for ``layer_losses`` and gates that need them.
             states: [N, L, D] of the [SEG] tokens, for a critic of the state.
+            others: with leave_one_out, [N, K - 1] further sampled layers, and the rewards of their masks if masks give
+                the reward.
         """
         config = self.config
         soft_targets = [self.soft_target(masks) for masks in batch.masks]
@@ -95,7 +98,11 @@ class Objective:
         if config.rewards_all_layers and layer_terms is not None:
             is_classifier = config.selection.gate == "classifier"
             layer_rewards = _reward(layer_terms, "iou" if is_classifier else config.reward_terms)
-        per_mask |= self.gate_terms(rewards, layers, log_policy, layer_rewards, states)
+        samples = None
+        if others is not None:
+            samples = _samples(layers, rewards, others, layer_rewards)
+            layer_rewards = None
+        per_mask |= self.gate_terms(rewards, layers, log_policy, layer_rewards, states, samples)
         per_mask["entropy"] = -(log_policy.exp() * log_policy.clamp(min=-1e4)).sum(-1)
 
         has_masks = (batch.counts[1] > 0).float()
@@ -139,6 +146,7 @@ class Objective:
         log_policy: torch.Tensor,
         layer_rewards: torch.Tensor | None,
         states: torch.Tensor | None = None,
+        samples: LayerSamples | None = None,
     ) -> dict[str, torch.Tensor]:
         """Losses of the gate (Eq. 5, or the classifier of appendix B.1) and of the critic.
 
@@ -148,6 +156,7 @@ class Objective:
             rewards, layers: [N]; log_policy: [N, L].
             layer_rewards: [N, L] for a gate that learns from all layers; None = from ``rewards``.
             states: [N, L, D], for a critic of the state.
+            samples: with leave_one_out, all sampled layers with their rewards; they take the place of ``layers``.
 
         Returns:
             ``policy``, ``classifier`` and ``critic``, those that the settings have, [N] each; with a critic of the
@@ -164,7 +173,9 @@ class Objective:
             else:
                 terms["policy"] = -(log_policy.exp() * layer_rewards).sum(-1)
         elif gate == "policy":
-            if config.baseline == "state_critic":
+            if samples is not None:
+                advantage = samples.advantage()
+            elif config.baseline == "state_critic":
                 assert states is not None
                 advantage, terms["critic"] = self.ppm.state_advantage(rewards, states)
                 terms["baseline"] = rewards - advantage
@@ -174,8 +185,26 @@ class Objective:
                 advantage = rewards - expected.detach()
             if config.scale_advantage:
                 advantage = self.ppm.scaled(advantage)
-            terms["policy"] = -advantage * log_policy[index, layers]
+            if samples is None:
+                terms["policy"] = -advantage * log_policy[index, layers]
+            else:
+                terms["policy"] = -(advantage * log_policy.gather(1, samples.layers)).mean(1)
         return terms
+
+    @torch.no_grad()
+    def mask_rewards(self, targets: list[torch.Tensor], mask_logits: list[torch.Tensor]) -> torch.Tensor:
+        """Rewards [N] of SAM's masks, where ``reward_terms`` takes them from masks.
+
+        Args:
+            targets: per image [N_b, H, W] uint8; mask_logits: as many, SAM's logits.
+        """
+        rewards = []
+        for target, logits in zip(targets, mask_logits):
+            count = losses.masks_at_once(target)
+            for part, truth in zip(logits.split(count), target.split(count)):
+                terms = {"mask_bce": losses.mask_bce(part, truth), "mask_dice": losses.mask_dice(part, truth)}
+                rewards.append(_reward(terms | {"mask_iou": losses.mask_iou(part, truth)}, self.config.reward_terms))
+        return torch.cat(rewards)
 
     def mask_terms(
         self,
@@ -235,6 +264,8 @@ class Objective:
             hard = (target == 1).float()
             terms["map_hard_bce"] = losses.map_bce(similarity, hard, hard_weight, valid)
             terms["map_hard_dice"] = losses.map_dice(similarity, hard, hard_weight, valid)
+        if config.reward_terms == "mask_iou":
+            terms["mask_iou"] = losses.mask_iou(predicted, target)
         if config.reward_terms == "iou":
             terms["map_iou"] = losses.map_iou(similarity.detach(), (target == 1).float(), valid)
         return terms
@@ -296,10 +327,26 @@ class Objective:
         return {name: torch.cat(values) for name, values in collected.items()}
 
 
+def _samples(
+    layers: torch.Tensor,
+    rewards: torch.Tensor,
+    others: tuple[torch.Tensor, torch.Tensor | None],
+    layer_rewards: torch.Tensor | None,
+) -> LayerSamples:
+    """The chosen layers [N] and the ``others`` [N, K - 1] with their rewards: of masks, or from those of all maps."""
+    sampled = torch.cat([layers[:, None], others[0]], 1)
+    if layer_rewards is not None:  # the chosen one's, too: all at the map's own resolution
+        return LayerSamples(sampled, layer_rewards.gather(1, sampled))
+    assert others[1] is not None
+    return LayerSamples(sampled, torch.cat([rewards[:, None], others[1]], 1))
+
+
 def _reward(terms: dict[str, torch.Tensor], kind: str) -> torch.Tensor:
-    """The reward of maps, of the shape of its terms (``reward_terms``, Table 8)."""
-    if kind == "iou":
-        return terms["map_iou"]
+    """The reward of maps or masks, of the shape of its terms (``reward_terms``, Table 8)."""
+    if kind in ("iou", "mask_iou"):
+        return terms["map_iou" if kind == "iou" else kind]
+    if kind == "mask":  # unweighted, as ``both``
+        return -(terms["mask_bce"] + terms["mask_dice"])
     if kind == "both":
         return -(terms["map_bce"] + terms["map_dice"])
     return -terms[f"map_{kind}"]

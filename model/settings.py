@@ -15,6 +15,7 @@ from model import layer_rules
 
 PRECISION_NAMES = ("fp32", "bf16", "fp16")
 QUANTIZATIONS = ("8bit", "4bit")
+MASK_REWARDS = ("mask", "mask_iou")  # values of reward_terms that need SAM's mask of a layer, not only its map
 FREEZABLE = ("phi", "gate", "sam_prompt_encoder", "sam_mask_decoder", "embed_tokens", "lm_head")  # parts that train
 
 
@@ -59,8 +60,12 @@ class PpmSettings:
     )
     policy_gradient: str = setting(
         "reinforce",
-        "from the sampled layer's reward (Eq. 5), or exact: from every layer's, at the map's own resolution",
-        choices=("reinforce", "exact"),
+        "from the sampled layer's reward (Eq. 5); exact: from every layer's map, at the map's own resolution; or "
+        "leave_one_out: from policy_samples layers, each against the mean reward of the others",
+        choices=("reinforce", "exact", "leave_one_out"),
+    )
+    policy_samples: int = setting(
+        4, "layers that leave_one_out samples; where masks give the reward, SAM decodes each of them", low=2
     )
     first_candidate_layer: int = setting(
         1, "lowest layer that can be chosen; 0 adds the embeddings (as in the released weights)", low=0
@@ -94,8 +99,9 @@ class PpmSettings:
     )
     reward_terms: str = setting(
         "both",
-        "reward of a map: its negative Gaussian BCE, dice, or both (Table 8), or its IoU with the mask",
-        choices=("both", "bce", "dice", "iou"),
+        "reward of a map: its negative Gaussian BCE, dice, or both (Table 8), or its IoU with the mask; or of the mask "
+        "that SAM decodes from it: mask = the negative sum of its BCE per pixel and its dice, mask_iou = its IoU",
+        choices=("both", "bce", "dice", "iou", *MASK_REWARDS),
     )
     baseline: str = setting(
         "average",
@@ -276,8 +282,18 @@ def contradictions(method: Mapping[str, Any], num_layers: int | None = None) -> 
                 layer_rules.parse(method[name], num_layers, candidates, use)
         except ValueError as error:
             yield name, str(error)
-    if method["policy_gradient"] == "exact" and (method["reward"], method["baseline"]) != ("seg", "average"):
-        yield "policy_gradient", "exact uses every layer's reward per [SEG]: it takes reward seg and baseline average"
+    gradient, reward_terms = method["policy_gradient"], method["reward_terms"]
+    if gradient != "reinforce" and (method["reward"], method["baseline"]) != ("seg", "average"):
+        yield (
+            "policy_gradient",
+            f"{gradient} uses several layers' rewards per [SEG]: it takes reward seg and baseline average",
+        )
+    if gradient == "exact" and reward_terms in MASK_REWARDS:
+        yield (
+            "policy_gradient",
+            f"exact with reward_terms {reward_terms} would decode every layer's mask; use leave_one_out, which decodes "
+            "those of policy_samples layers",
+        )
     if method["baseline"] == "state_critic" and method["reward"] != "seg":
         yield "baseline", "state_critic expects a [SEG]'s reward from its states: it takes reward seg"
     if method["point_rule"] != "extremes" and method["clip_fit"] != "crop":
@@ -295,14 +311,19 @@ def without_effect(method: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             if name in changed:
                 reason = f"layer_selection {selection} trains no policy by rewards; leave it out, or train a policy"
                 yield name, f"{method[name]} has no effect: {reason}"
-    elif method["policy_gradient"] == "exact":
-        for name in ("baseline_start", "baseline_decay", "scale_advantage"):
+    elif (gradient := method["policy_gradient"]) != "reinforce":
+        for name in ("baseline_start", "baseline_decay", *["scale_advantage"] * (gradient == "exact")):
             if name in changed:
-                yield name, f"{method[name]} has no effect: policy_gradient exact has no baseline; leave it out"
+                yield (
+                    name,
+                    f"{method[name]} has no effect: policy_gradient {gradient} has no such baseline; leave it out",
+                )
     elif method["baseline"] == "critic":
         for name in ("baseline_start", "baseline_decay"):
             if name in changed:
                 yield name, f"{method[name]} has no effect: the critic replaces the moving average; leave it out"
+    if "policy_samples" in changed and method["policy_gradient"] != "leave_one_out":
+        yield "policy_samples", "has no effect: set policy_gradient leave_one_out, or leave it out"
     if method["baseline"] == "average":
         for name in ("critic_width", "critic_loss_weight"):
             if name in changed:

@@ -107,6 +107,9 @@ TABLES: dict[str, tuple[AblationRow, ...]] = {
         AblationRow("dice", {"reward_terms": "dice"}, (63.34, 68.33)),
         AblationRow("both", {"reward_terms": "both"}, (66.13, 72.07)),
         AblationRow("IoU", {"reward_terms": "iou"}),
+        AblationRow("BCE and dice of the mask", {"reward_terms": "mask"}),
+        AblationRow("IoU of the mask", {"reward_terms": "mask_iou"}),
+        AblationRow("IoU of the mask, leave one out", {"reward_terms": "mask_iou", "policy_gradient": "leave_one_out"}),
     ),
     "9": (
         AblationRow("soft gating", {"layer_selection": "soft"}, (61.19, 65.52)),
@@ -118,6 +121,7 @@ TABLES: dict[str, tuple[AblationRow, ...]] = {
         AblationRow("moving average from the first reward", {"baseline_start": "first"}),
         AblationRow("critic", {"baseline": "critic"}),
         AblationRow("critic of the state", {"baseline": "state_critic"}),
+        AblationRow("leave one out", {"policy_gradient": "leave_one_out"}),
         AblationRow("exact gradient", {"policy_gradient": "exact"}),
     ),
     "layers": (
@@ -148,14 +152,19 @@ TABLES: dict[str, tuple[AblationRow, ...]] = {
         AblationRow("policy, critic of the state", {"baseline": "state_critic", "baseline_start": "first"}),
         AblationRow("policy, exact gradient", {"policy_gradient": "exact"}),
     ),
-    "choice_rewards": (
-        AblationRow("policy", {"reward_terms": "iou"}),
-        AblationRow("policy, baseline from the first reward", {"reward_terms": "iou", "baseline_start": "first"}),
-        AblationRow(
-            "policy, critic of the state",
-            {"reward_terms": "iou", "baseline": "state_critic", "baseline_start": "first"},
-        ),
-        AblationRow("policy, exact gradient", {"reward_terms": "iou", "policy_gradient": "exact"}),
+    "choice_rewards": tuple(
+        AblationRow(name, {"reward_terms": reward, **settings})
+        for reward, name, settings in (
+            ("iou", "map IoU, policy", {}),
+            ("iou", "map IoU, baseline from the first reward", {"baseline_start": "first"}),
+            ("iou", "map IoU, critic of the state", {"baseline": "state_critic", "baseline_start": "first"}),
+            ("iou", "map IoU, exact gradient", {"policy_gradient": "exact"}),
+            ("mask", "mask, baseline from the first reward", {"baseline_start": "first"}),
+            ("mask_iou", "mask IoU, baseline from the first reward", {"baseline_start": "first"}),
+            ("mask_iou", "mask IoU, critic of the state", {"baseline": "state_critic", "baseline_start": "first"}),
+            ("both", "map, leave-one-out", {"policy_gradient": "leave_one_out"}),
+            ("mask_iou", "mask IoU, leave-one-out", {"policy_gradient": "leave_one_out"}),
+        )
     ),
     "methods": method_rows(),
 }

@@ -30,7 +30,7 @@ from model.config import UGroundConfig
 from model.layer_rules import StochasticSkip
 from model.loading.pretrained import load
 from model.objective import Objective
-from model.PPM import PolicyPromptedMasking, gumbel_noise
+from model.PPM import LayerSamples, PolicyPromptedMasking, gumbel_noise
 from model.structures import EPSILON
 from utils.command_line.parser import Parser
 from utils.config import Config, load_config, make_parser
@@ -38,6 +38,7 @@ from utils.datasets.mixture import make_mixture
 from utils.inference import cli
 from utils.plotting.text_tables import mean_cell
 
+SAMPLES = 4  # of leave one out, in the table of noise
 REPORTED = (30, 60, 90, 120, 180)  # steps
 
 
@@ -62,6 +63,7 @@ METHODS = {
     "first reward, rate x 10": Method({"baseline_start": "first"}, rate=10.0),
     "normalised states": Method(normalised=True),
     "first reward, normalised states": Method({"baseline_start": "first"}, normalised=True),
+    "leave one out, 4 samples": Method({"policy_gradient": "leave_one_out"}),
     "exact gradient": Method({"policy_gradient": "exact"}),
 }
 
@@ -225,6 +227,13 @@ def gradient_noise(
             second_moment = (weight * (rewards - baseline[:, None]).square()).sum(1)
             variance = (second_moment - gradients.square().sum((1, 2))).sum() / len(rewards) ** 2
             variances.setdefault(name, []).append(variance)
+        # The mean over pairs of samples: the variance of one pair's value, and of its mean given one of the two
+        exact_square = gradients.square().sum((1, 2))
+        pairs = policy[:, :, None] * policy[:, None] * (rewards[:, :, None] - rewards[:, None]).square()
+        of_pair = 0.5 * (pairs.sum(2) * states.square().sum(-1)).sum(1) - exact_square
+        of_mean = 0.25 * ((weight * (rewards - value[:, None]).square()).sum(1) - exact_square)
+        variance = 2 * (2 * (SAMPLES - 2) * of_mean + of_pair) / (SAMPLES * (SAMPLES - 1))
+        variances.setdefault(f"leave one out, {SAMPLES} samples", []).append(variance.sum() / len(rewards) ** 2)
     expected = torch.stack(exact).mean(0)
     of_images = float((torch.stack(exact) - expected).square().sum((1, 2)).mean())
     sampling = {name: float(torch.stack(values).mean()) for name, values in variances.items()}
@@ -254,11 +263,19 @@ def learn(
         batch = batches[order[(step - 1) % len(order)]]
         states = torch.nn.functional.rms_norm(batch.states, (width,)) if method.normalised else batch.states
         log_policy = ppm.log_policy(states)
-        noise = gumbel_noise([step], [0] * len(states), num_layers, seed)
-        layers = StochasticSkip().choose(log_policy, noise)
-        sampled = batch.rewards.gather(1, layers[:, None])[:, 0]
+        trials = []
+        for trial in range(settings.sampled_layers):
+            noise = gumbel_noise([step], [0] * len(states), num_layers, seed + 104_729 * trial)
+            trials.append(StochasticSkip().choose(log_policy, noise))
+        layers = torch.stack(trials, 1)
+        sampled = batch.rewards.gather(1, layers)
         terms = objective.gate_terms(
-            sampled, layers, log_policy, batch.rewards if settings.policy_gradient == "exact" else None, states
+            sampled[:, 0],
+            layers[:, 0],
+            log_policy,
+            batch.rewards if settings.policy_gradient == "exact" else None,
+            states,
+            LayerSamples(layers, sampled) if settings.sampled_layers > 1 else None,
         )
         optimizer.zero_grad()
         (settings.policy_loss_weight * sum((term.mean() for term in terms.values()), torch.zeros(()))).backward()

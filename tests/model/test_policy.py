@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from conftest import WORDS, build_tiny_model, drawn_sample
@@ -11,7 +13,7 @@ from torch import distributed
 from model.layer_rules import StochasticSkip
 from model.lora import add_lora, set_trainable
 from model.opened import predict
-from model.PPM import gumbel_noise
+from model.PPM import LayerSamples, gumbel_noise
 from model.processing.processor import UGroundProcessor
 from model.structures import Turn
 from utils.demo.tiny_model import train_tokenizer
@@ -73,6 +75,53 @@ def test_reinforce_estimates_the_gradient_of_the_expected_reward(make_model, sta
     assert variance["with"] < 0.3 * variance["without"]
 
 
+@pytest.mark.parametrize("count", [2, 3])
+def test_leave_one_out_estimates_the_gradient_of_the_expected_reward(make_model, states, rewards, count):
+    """Exactly: the mean over all ways to sample layers, each weighted by its probability."""
+    model = make_model(policy_gradient="leave_one_out", policy_samples=count)
+    log_policy = model.ppm.log_policy(states)
+    (exact,) = torch.autograd.grad((log_policy.exp() * rewards).sum(-1).mean(), model.ppm.gate, retain_graph=True)
+    mean = torch.zeros_like(exact)
+    for n in range(3):
+        log_policy = model.ppm.log_policy(states[n : n + 1])
+        for drawn in itertools.product(range(1, 5), repeat=count):
+            layers = torch.tensor([drawn])
+            samples = LayerSamples(layers, rewards[n : n + 1].gather(1, layers))
+            terms = model.objective.gate_terms(samples.rewards[:, 0], layers[:, 0], log_policy, None, None, samples)
+            (estimate,) = torch.autograd.grad(-terms["policy"].mean(), model.ppm.gate, retain_graph=True)
+            mean += log_policy.detach().gather(1, layers).sum().exp() * estimate / 3
+    torch.testing.assert_close(mean, exact, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["both", "mask", "mask_iou"])
+def test_leave_one_out_compares_the_rewards_of_sampled_layers(make_model, tiny_processor, tiny_samples, kind):
+    """Each as if it had been the only one; its layers depend on seed and sample index, not on the batch."""
+    settings = {"policy_gradient": "leave_one_out", "reward_terms": kind, "policy_samples": 3}
+    model, batch = make_model(**settings), tiny_processor.collate(tiny_samples)
+    seen, gate_terms = [], model.objective.gate_terms
+    model.objective.gate_terms = lambda *inputs: seen.append(inputs) or gate_terms(*inputs)
+    whole = model(batch)
+    samples = seen.pop()[-1]
+    assert samples.layers.shape == samples.rewards.shape == (5, 3)
+    assert torch.equal(samples.layers[:, 0], whole.layers)
+    assert len({tuple(column) for column in samples.layers.T.tolist()}) == 3
+    for layer in range(1, 5):
+        fixed = make_model(layer_selection=f"fixed:{layer}", reward_terms=kind)
+        rewards, there = fixed(batch).rewards, samples.layers == layer
+        expected = rewards[:, None].expand(5, 3)[there]
+        # maps are compared at their own resolution, masks at the image's
+        tolerance = {"rtol": 0.1, "atol": 0.02} if kind == "both" else {"rtol": 1e-5, "atol": 1e-6}
+        torch.testing.assert_close(samples.rewards[there], expected, **tolerance)
+    if kind != "both":
+        assert torch.equal(samples.rewards[:, 0], whole.rewards)
+    for n, sample in enumerate(tiny_samples[:2]):
+        model(tiny_processor.collate([sample]))
+        alone, first = seen.pop()[-1], (0, 3)[n]
+        assert torch.equal(alone.layers, samples.layers[first : first + len(alone.layers)])
+    model(tiny_processor.collate([drawn_sample(8, segs=(0,))])).loss.backward()
+    assert seen.pop()[-1].rewards.shape == (0, 3)
+
+
 @pytest.mark.parametrize(
     ("settings", "trained"),
     [
@@ -80,6 +129,9 @@ def test_reinforce_estimates_the_gradient_of_the_expected_reward(make_model, sta
         ({"baseline": "critic"}, {"ppm.gate", "ppm.critic"}),
         ({"baseline": "state_critic"}, {"ppm.gate", "ppm.critic"}),
         ({"policy_gradient": "exact"}, {"ppm.gate"}),
+        ({"policy_gradient": "leave_one_out"}, {"ppm.gate"}),
+        ({"policy_gradient": "leave_one_out", "reward_terms": "mask", "scale_advantage": True}, {"ppm.gate"}),
+        ({"reward_terms": "mask_iou"}, {"ppm.gate"}),
         ({"entropy_bonus": 1.0, "scale_advantage": True}, {"ppm.gate"}),
         ({"layer_selection": "ce_soft"}, {"ppm.gate"}),
     ],
@@ -275,6 +327,7 @@ RANKED = {
     "exact": {"policy_gradient": "exact"},
     "ce_soft": {"layer_selection": "ce_soft"},
     "critic": {"baseline": "critic"},
+    "leave_one_out": {"policy_gradient": "leave_one_out", "reward_terms": "mask", "scale_advantage": True},
     "state_critic": {"baseline": "state_critic", "baseline_start": "first"},
 }
 ROWS = {

@@ -181,6 +181,33 @@ def test_rewards_are_made_of_the_chosen_terms(make_model, tiny_processor, tiny_s
     torch.testing.assert_close(rewards["iou"][: len(map_iou)], map_iou)
 
 
+def test_rewards_are_made_of_the_decoded_masks(make_model, tiny_processor, tiny_samples):
+    batch, outputs = tiny_processor.collate(tiny_samples), {}
+    batch.masks[0][0, :10] = 255
+    for kind in ("both", "mask", "mask_iou"):
+        outputs[kind] = make_model(reward_terms=kind)(batch)
+    plain = outputs["both"]
+    masks = -(plain.terms["mask_bce"] + plain.terms["mask_dice"])
+    torch.testing.assert_close(outputs["mask"].terms["reward"], masks)
+    pairs = [(m > 0, t) for rows, targets in zip(plain.mask_logits, batch.masks) for m, t in zip(rows, targets)]
+    ious = [((mask & (t == 1)).sum() / ((mask & (t != 255)) | (t == 1)).sum()) for mask, t in pairs]
+    torch.testing.assert_close(outputs["mask_iou"].rewards, torch.stack(ious))
+    assert (outputs["mask_iou"].rewards > 0).any()
+    for kind in ("mask", "mask_iou"):  # they reach the gate alone
+        others = {"text", "mask_bce", "mask_dice", "map_bce", "map_dice"}
+        assert {name: outputs[kind].terms[name] for name in others} == {name: plain.terms[name] for name in others}
+        assert outputs[kind].terms["policy"] != plain.terms["policy"]
+
+
+def test_iou_of_masks():
+    logits, targets = torch.full((2, 4, 4), -1.0), torch.zeros(2, 4, 4, dtype=torch.uint8)
+    logits[0, :2], targets[0, 1:3] = 1.0, 1
+    assert losses.mask_iou(logits, targets).tolist() == pytest.approx([1 / 3, 0])
+    targets[0, 0] = 255
+    assert losses.mask_iou(logits, targets)[0] == 0.5
+    assert losses.mask_iou(logits[:0], targets[:0]).shape == (0,)
+
+
 def test_iou_of_binary_maps():
     maps, targets = torch.zeros(1, 4, 4), torch.zeros(1, 4, 4)
     maps[:, :2], targets[:, 1:3] = 1.0, 1.0
@@ -227,8 +254,15 @@ def test_constraints_survive_saving(make_model, tmp_path):
 
 def test_a_gradient_over_all_layers_takes_no_batch_reward_and_no_critic(make_model):
     for settings in ({"reward": "batch"}, {"baseline": "critic"}, {"baseline": "state_critic"}):
-        with pytest.raises(ValueError, match="exact"):
-            make_model(policy_gradient="exact", **settings)
+        for gradient in ("exact", "leave_one_out"):
+            with pytest.raises(ValueError, match=gradient):
+                make_model(policy_gradient=gradient, **settings)
+
+
+@pytest.mark.parametrize("kind", ["mask", "mask_iou"])
+def test_a_gradient_over_all_layers_takes_no_reward_of_masks(make_model, kind):
+    with pytest.raises(ValueError, match=f"exact with reward_terms {kind} .* use leave_one_out"):
+        make_model(policy_gradient="exact", reward_terms=kind)
 
 
 def test_a_critic_of_the_state_takes_no_batch_reward(make_model):

@@ -203,6 +203,12 @@ def test_the_images_of_a_step_may_be_divided_otherwise(meta):
         ({}, StepLayout(1, 4, 1), ["the reward's moving average"]),
         ({"baseline": "state_critic"}, StepLayout(1, 4, 1), ["the reward's moving average"]),
         ({"policy_gradient": "exact"}, StepLayout(1, 4, 1), []),
+        ({"policy_gradient": "leave_one_out"}, StepLayout(1, 4, 1), []),
+        (
+            {"policy_gradient": "leave_one_out", "scale_advantage": True},
+            StepLayout(1, 4, 1),
+            ["advantages are scaled"],
+        ),
         ({"layer_selection": "last"}, StepLayout(1, 4, 1), []),
         ({"reward": "batch"}, StepLayout(1, 1, 4), ["the reward of a batch"]),
         ({"baseline": "critic", "scale_advantage": True}, StepLayout(2, 2, 1), ["the critic", "advantages are scaled"]),

@@ -310,6 +310,9 @@ def test_an_unknown_recipe_is_refused(tmp_path):
         ("--layer_selection", "ce_soft", "--policy_gradient", "exact"),
         ("--baseline", "critic", "--baseline_start", "first"),
         ("--critic_width", "64"),
+        ("--policy_samples", "8"),
+        ("--policy_gradient", "leave_one_out", "--baseline_start", "first"),
+        ("--layer_selection", "uniform", "--policy_gradient", "leave_one_out"),
         ("--layer_selection", "last", "--baseline", "state_critic"),
     ],
 )

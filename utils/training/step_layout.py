@@ -50,11 +50,12 @@ def effects(config: Config, now: StepLayout, before: StepLayout) -> list[str]:
     gate = layer_rules.parse(method["layer_selection"], use="training").gate
     if gate != "policy" or method["policy_gradient"] == "exact":
         return found
+    leave_one_out = method["policy_gradient"] == "leave_one_out"
     if now.batch_size != before.batch_size and method["reward"] == "batch":
         found.append("the reward of a batch is that of another batch (--reward batch)")
     if now.batch_size != before.batch_size and method["baseline"] == "critic":
         found.append("the critic estimates the reward of another batch (--baseline critic)")
-    if now.accumulation != before.accumulation and method["baseline"] != "critic":
+    if now.accumulation != before.accumulation and method["baseline"] != "critic" and not leave_one_out:
         found.append("the reward's moving average advances once per micro step")
     if now.accumulation != before.accumulation and method["scale_advantage"]:
         found.append("advantages are scaled per micro step (--scale_advantage)")
