@@ -96,14 +96,8 @@ def commands(monkeypatch):
 def test_a_table_is_trained_evaluated_and_printed(commands, tmp_path, capsys):
     arguments = ["--table", "layers", "--config", TINY, "--seeds", "2", "--output", str(tmp_path), "--lr", "1e-4"]
     assert ablate.main(arguments) == 0
-<<<<<<< HEAD
     programs = ["train_ds.py", "scripts/merge_lora.py", "test.py"]
     assert [command[0] for command in commands] == programs * 2 * len(ablate.TABLES["layers"])
-=======
-    assert [command[0] for command in commands] == ["train_ds.py", "scripts/merge_lora.py", "test.py"] * 2 * len(
-        ablate.TABLES["layers"]
-    )
->>>>>>> rewards
     train = commands[len(commands) // 2]  # seed 1 begins when the whole table is done
     assert train[train.index("--seed") + 1] == "1"
     assert train[train.index("--lr") + 1] == "1e-4"
