@@ -141,6 +141,7 @@ TABLES: dict[str, tuple[AblationRow, ...]] = {
     ),
     "choice": (
         AblationRow("layer 4", {"layer_selection": "fixed:4"}),
+        AblationRow("layer 5", {"layer_selection": "fixed:5"}),
         AblationRow("layer 6", {"layer_selection": "fixed:6"}),
         AblationRow("last", {"layer_selection": "last"}, (64.06, 67.05)),
         AblationRow("uniform", {"layer_selection": "uniform"}),
