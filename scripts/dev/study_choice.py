@@ -5,9 +5,9 @@
 
 Reads the runs of ``scripts/ablate.py`` (folders ROW-SEED) and measures every query with each layer forced
 (``analyze.py --what ceiling``; kept in ROW-SEED/choice.npz). Answers are teacher-forced: every query has a [SEG].
-Prints, per row: gIoU of its own layer rule; the gain over the row --reference, paired over images, seeds together; the
-share of the oracle's gain that it recovers (the oracle takes each query's best layer in the model of the row --oracle);
-the layers by kind of query; and the policy's entropy over training. --figure plots shares and entropies.
+Prints, per row: gIoU of its own layer rule; the gain over the best row with a fixed layer, paired over images, seeds
+together; the share of the oracle's gain that it recovers (the oracle takes each query's best layer in the model of the
+row --oracle); the layers by kind of query; and the policy's entropy over training. --figure plots shares and entropies.
 
 Legend: Q queries, C candidate layers.
 """
@@ -56,13 +56,20 @@ class Run:
     rule: np.ndarray
     entropy: dict[int, float]
 
+    @property
+    def fixed_layer(self) -> int | None:
+        """The layer that the rule fixes, if it does; the embeddings, layer 0, are no candidate."""
+        rule = str(self.rule)
+        if rule == "last":
+            return int(self.layers[-1])
+        return int(rule.partition(":")[2]) if rule.startswith("fixed:") else None
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_arguments(argv)
     rows = {name: [measure(folder, args) for folder in folders] for name, folders in folders_of(args.runs).items()}
-    for name in (args.reference, args.oracle):
-        if name not in rows:
-            raise ValueError(f"{args.runs} has no row {name!r}; it has {', '.join(rows)}")
+    if args.oracle not in rows:
+        raise ValueError(f"{args.runs} has no row {args.oracle!r}; it has {', '.join(rows)}")
     print(report(rows, args))
     if args.figure:
         draw(rows, args)
@@ -75,7 +82,6 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--runs", required=True, type=Path, metavar="DIR", help="OUTPUT/TABLE of scripts/ablate.py")
     add("--dataset_dir", required=True, metavar="DIR", help="folder that holds reason_seg/, refer_seg/, ...")
     add("--val_dataset", required=True, metavar="SPEC", help='a split with several kinds of queries: "ReasonSeg|val"')
-    add("--reference", default="best fixed layer, 4", metavar="ROW", help="default: %(default)s")
     add("--oracle", default="policy, exact gradient", metavar="ROW", help="default: %(default)s")
     add("--figure", type=Path, metavar="FILE", help="also write a PNG")
     return parser.parse_args(argv)
@@ -137,10 +143,11 @@ def measure(folder: Path, args: argparse.Namespace) -> Run:
 
 def report(rows: dict[str, list[Run]], args: argparse.Namespace) -> str:
     """Two tables: values and gains per row, and the layers by kind of query."""
-    fixed = mean_over_seeds([run.own for run in rows[args.reference]])
+    reference = best_fixed(rows)
+    fixed = mean_over_seeds([run.own for run in rows[reference]])
     oracle = mean_over_seeds([run.forced.max(1) for run in rows[args.oracle]])
-    images = rows[args.reference][0].images
-    head = ["row", "gIoU", f"gain over {args.reference}", "share of the oracle's gain", "own best fixed", "own oracle"]
+    images = rows[reference][0].images
+    head = ["row", "gIoU", f"gain over {reference}", "share of the oracle's gain", "own best fixed", "own oracle"]
     table = [[*head, *(f"entropy, step {step}" for step in STEPS)]]
     values = {name: mean_over_seeds([run.own for run in runs]) for name, runs in rows.items()}
     values[f"oracle of {args.oracle}"] = oracle
@@ -157,6 +164,18 @@ def report(rows: dict[str, list[Run]], args: argparse.Namespace) -> str:
         cells += [mean_cell([run.entropy[step] for run in runs if step in run.entropy]) for step in STEPS]
         table.append([name, *cells])
     return f"{text_tables.markdown(table)}\n\n{layers_by_kind(rows)}"
+
+
+def best_fixed(rows: dict[str, list[Run]]) -> str:
+    """The row with the largest mean IoU among those that fix a layer.
+
+    Raises:
+        ValueError: if none does.
+    """
+    values = {name: np.mean([run.own.mean() for run in runs]) for name, runs in rows.items() if runs[0].fixed_layer}
+    if not values:
+        raise ValueError("no row fixes a layer (last, fixed:K): there is nothing to compare with")
+    return max(values, key=lambda name: values[name])
 
 
 def layers_by_kind(rows: dict[str, list[Run]]) -> str:
@@ -176,11 +195,9 @@ def layers_by_kind(rows: dict[str, list[Run]]) -> str:
 
 def weights_of(run: Run) -> np.ndarray:
     """[Q, C] weights of the layers in the run's own rule."""
-    rule = str(run.rule)
-    if rule.startswith("fixed:") or rule == "last":
-        layer = int(rule.partition(":")[2] or run.layers[-1])
-        return np.repeat((run.layers == layer).astype(float)[None], len(run.own), 0)
-    return best(run.policy) if rule == "argmax" else run.policy
+    if run.fixed_layer:
+        return np.repeat((run.layers == run.fixed_layer).astype(float)[None], len(run.own), 0)
+    return best(run.policy) if run.rule == "argmax" else run.policy
 
 
 def mean_over_seeds(values: Sequence[np.ndarray]) -> np.ndarray:
@@ -200,7 +217,7 @@ def draw(rows: dict[str, list[Run]], args: argparse.Namespace) -> None:
     """Writes the figure: the share of the oracle's gain per row, each seed a dot; the policies' entropies."""
     from utils.plotting.charts import COLUMN, LINES, figure, save_chart
 
-    fixed = np.mean([run.own.mean() for run in rows[args.reference]])
+    fixed = np.mean([run.own.mean() for run in rows[best_fixed(rows)]])
     oracle = np.mean([run.forced.max(1).mean() for run in rows[args.oracle]])
     with figure(2 * COLUMN, 0.16 * len(rows) + 0.9) as fig:
         left, right = fig.subplots(1, 2, width_ratios=[1.2, 1])
