@@ -7,7 +7,7 @@ E, G width and side of SAM's image embedding, H x W an image's own size.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,12 +57,30 @@ class LanguagePass:
 
 @dataclass
 class MaskPrediction:
-    """A [SEG] token's mask: [H, W] logits, [H, W] similarity map, the layer; with ``mc:T``, the uncertainty."""
+    """A [SEG] token's mask: [H, W] logits, [H, W] similarity map, the layer, the IoU that SAM's head predicts.
+
+    With ``mc:T``, means over the samples, and the uncertainty.
+    """
 
     logits: torch.Tensor
     similarity: torch.Tensor
     layer: int
+    predicted_iou: float
     uncertainty: MaskUncertainty | None = None
+
+
+def best_rated(masks: Iterable[tuple[int, MaskPrediction]], log_policy: torch.Tensor) -> list[MaskPrediction]:
+    """Of each [SEG], the mask with the highest predicted IoU; of equal ones the more probable layer's.
+
+    Args:
+        masks: ([SEG], mask), in order of the [SEG]; log_policy: [N, L].
+    """
+    best: dict[int, tuple[tuple[float, float], MaskPrediction]] = {}
+    for n, mask in masks:  # the others are not kept
+        rank = mask.predicted_iou, float(log_policy[n, mask.layer])
+        if n not in best or rank > best[n][0]:
+            best[n] = rank, mask
+    return [mask for _, mask in best.values()]
 
 
 class TouchAll(torch.autograd.Function):
@@ -122,7 +140,7 @@ class UGroundForCausalLM(LlavaLlamaForCausalLM):
         grounding = self.ground(output.hidden, states, batch.seg_rows, counts, batch.image_start, rule)
         layers = self.choose_layers(rule, grounding, batch.sample_ids, self.config.policy_seed)
         embeddings = self.visual_model.encode(batch.sam_images, batch.image_keys)
-        mask_logits, maps = self.mask_as_prompt(grounding, layers, embeddings, valid, batch)
+        mask_logits, maps, predicted_iou = self.mask_as_prompt(grounding, layers, embeddings, valid, batch)
         others = None
         if self.config.sampled_layers > 1:
             others = self.sample_others(rule, grounding, embeddings, valid, batch)
@@ -131,7 +149,16 @@ class UGroundForCausalLM(LlavaLlamaForCausalLM):
         if all_layers or self.config.rewards_all_layers:
             layer_maps = self.normalised(grounding.scores.detach(), valid[grounding.rows][:, None])
         result = self.objective(
-            batch, logits, mask_logits, maps, layers, grounding.log_policy, layer_maps, grounding.states, others
+            batch,
+            logits,
+            mask_logits,
+            maps,
+            layers,
+            grounding.log_policy,
+            layer_maps,
+            grounding.states,
+            others,
+            predicted_iou,
         )
         result.loss = result.loss + touched
         return result
@@ -204,7 +231,7 @@ class UGroundForCausalLM(LlavaLlamaForCausalLM):
         for trial in range(1, self.config.sampled_layers):
             layers.append(self.choose_layers(rule, grounding, batch.sample_ids, self.config.policy_seed, trial))
             if self.config.reward_terms in MASK_REWARDS:
-                mask_logits, _ = self.mask_as_prompt(grounding, layers[-1], embeddings, valid, batch)
+                mask_logits, _, _ = self.mask_as_prompt(grounding, layers[-1], embeddings, valid, batch)
                 rewards.append(self.objective.mask_rewards(batch.masks, mask_logits))
         return torch.stack(layers, 1), torch.stack(rewards, 1) if rewards else None
 
@@ -221,7 +248,7 @@ class UGroundForCausalLM(LlavaLlamaForCausalLM):
         batch: Batch,
         prompts: Prompts | None = None,
         sam: SegmentAnything | None = None,
-    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor]:
         """Mask as Prompt (MasP, section 4.1): prompts SAM with the chosen layers' similarity maps and [SEG] states.
 
         Args:
@@ -230,7 +257,7 @@ class UGroundForCausalLM(LlavaLlamaForCausalLM):
             sam: the SAM that decodes; None = the model's own.
 
         Returns:
-            Per row, [N_b, H, W] mask logits and [N_b, H, W] similarity maps, float32.
+            Per row, [N_b, H, W] mask logits and [N_b, H, W] similarity maps, float32; the IoU [N] that SAM predicts.
         """
         config, sam, prompts = self.config, sam or self.visual_model, prompts or Prompts.of(self.config)
         states, scores = grounding.select_layers(layers)
@@ -248,12 +275,12 @@ class UGroundForCausalLM(LlavaLlamaForCausalLM):
             tokens.append(self.text_hidden_fcs[0](phi_input)[:, None])
         if prompts.mask:
             dense = torch.cat([mask_prompts(rows, sam.mask_side) for rows in full_maps])
-        low_res = sam.decode(embeddings[grounding.rows], torch.cat(tokens, 1) if tokens else None, dense)
+        low_res, predicted_iou = sam.decode(embeddings[grounding.rows], torch.cat(tokens, 1) if tokens else None, dense)
         logits = [
             sam.upscale(rows, resized, size)
             for rows, resized, size in zip(low_res.split(grounding.counts), batch.sam_sizes, batch.sizes)
         ]
-        return logits, full_maps
+        return logits, full_maps, predicted_iou
 
     # ------------------------------------------------------------------ inference
 
@@ -351,6 +378,7 @@ class UGroundForCausalLM(LlavaLlamaForCausalLM):
                 policy=policy[segs],
                 layer_maps=layer_maps[segs],
                 rejected=[answers.rejected[n] for n in segs],
+                predicted_iou=[masks[n].predicted_iou for n in segs],
                 uncertainty=[uncertainty for n in segs if (uncertainty := masks[n].uncertainty) is not None],
                 cut=generated and answers.token_ids[row][question][-1:] != [self.config.eos_token_id],
             )
@@ -366,7 +394,8 @@ class UGroundForCausalLM(LlavaLlamaForCausalLM):
         prompts: Prompts | None,
         sam: SegmentAnything | None,
     ) -> list[MaskPrediction]:
-        """The N masks. Of a rule with T samples (``mc:T``): the mean masks, and the layers sampled most often.
+        """The N masks. Of a rule with T samples (``mc:T``): the mean masks, and the layers sampled most often; of one
+        that tries several layers (``best:K``): the masks that SAM rates best, of equal ones the more probable layer's.
 
         Args:
             language_pass: with SAM's embeddings; its sample indices and ``seed`` determine the sampled layers.
@@ -378,24 +407,29 @@ class UGroundForCausalLM(LlavaLlamaForCausalLM):
         def choose_layers(trial: int) -> torch.Tensor:
             return self.choose_layers(rule, grounding, batch.sample_ids, seed, trial)
 
-        def decode(grounding: Grounding, layers: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-            logits, maps = self.mask_as_prompt(grounding, layers, embeddings, valid, batch, prompts, sam)
-            return zip((mask for row in logits for mask in row), (mask for row in maps for mask in row))
+        def decode(grounding: Grounding, layers: torch.Tensor) -> Iterator[MaskPrediction]:
+            logits, maps, rated = self.mask_as_prompt(grounding, layers, embeddings, valid, batch, prompts, sam)
+            by_row = (logits, maps)
+            masks = zip(*((mask for row in rows for mask in row) for rows in by_row), layers.tolist(), rated.tolist())
+            return (MaskPrediction(*mask) for mask in masks)
 
+        def decode_pairs(chosen: torch.Tensor) -> Iterator[tuple[int, MaskPrediction]]:
+            """([SEG], mask) of each layer that [N, L] ``chosen`` has for it, in order."""
+            for pairs in chosen.cpu().nonzero().split(MASKS_AT_ONCE):
+                segs = pairs[:, 0].tolist()
+                yield from zip(segs, decode(grounding.select_tokens(segs), pairs[:, 1].to(self.device)))
+
+        if (tried := rule.tried(grounding.log_policy)) is not None:
+            return best_rated(decode_pairs(tried), grounding.log_policy.cpu())
         if not rule.samples:
-            layers = choose_layers(0)
-            masks = decode(grounding, layers)
-            return [MaskPrediction(*mask, layer) for mask, layer in zip(masks, layers.tolist())]
+            return list(decode(grounding, choose_layers(0)))
         sampled = torch.stack([choose_layers(trial) for trial in range(rule.samples)], 1)  # [N, T]
         shares = nn.functional.one_hot(sampled, self.ppm.num_layers).float().mean(1).cpu()  # [N, L]
         means = [MonteCarlo(share) for share in shares]
-        # ([SEG], layer) pairs: a layer is decoded once for a [SEG], however often it was sampled
-        for pairs in shares.nonzero().split(MASKS_AT_ONCE):
-            segs, layers = pairs[:, 0].tolist(), pairs[:, 1]
-            masks = decode(grounding.select_tokens(segs), layers.to(self.device))
-            for n, layer, (logits, similarity) in zip(segs, layers.tolist(), masks):
-                means[n].add(layer, logits, similarity)
+        for n, mask in decode_pairs(shares):  # a layer is decoded once for a [SEG], however often it was sampled
+            means[n].add(mask.layer, mask.logits, mask.similarity, mask.predicted_iou)
         most = sampled.mode(1).values.tolist()
         return [
-            MaskPrediction(mean.logits, mean.similarity, layer, mean.uncertainty()) for mean, layer in zip(means, most)
+            MaskPrediction(mean.logits, mean.similarity, layer, mean.predicted_iou, mean.uncertainty())
+            for mean, layer in zip(means, most)
         ]

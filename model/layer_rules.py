@@ -86,6 +86,10 @@ class LayerRule:
         """[N, L] weights of a rule that fuses layers, rows sum to 1; None for a rule that chooses one layer."""
         return None
 
+    def tried(self, log_policy: torch.Tensor) -> torch.Tensor | None:
+        """[N, L] bool, the layers that are all decoded, to keep the mask that SAM rates best; None = only one is."""
+        return None
+
     @property
     def samples(self) -> int:
         """T, the number of sampled layers that the mask is the mean of; 0 = the mask of a single choice."""
@@ -226,20 +230,43 @@ class PolicyBlend(LayerRule):
         return [cls(min(cls.count, num_layers))]
 
     def check(self, num_layers: int | None, candidates: range | None) -> None:
-        if self.count < 1:
-            raise ValueError(f"'{self}' blends no layer; use blend:1 or more")
-        if num_layers is not None and self.count > num_layers:
-            raise ValueError(f"'{self}' blends more layers than there are; use at most blend:{num_layers}")
+        _check_count(self, "blends", self.count, num_layers)
 
     def weights(self, log_policy: torch.Tensor) -> torch.Tensor | None:
-        ranked = log_policy.sort(dim=-1, descending=True, stable=True)  # ties as in argmax, which is reported
-        highest, layers = ranked.values[:, : self.count], ranked.indices[:, : self.count]
+        highest, layers = _most_probable(log_policy, self.count)
         return log_policy.new_zeros(log_policy.shape).scatter(-1, layers, highest.softmax(-1))
 
     def words(self, layer: int) -> str:
         if self.count == 1:
             return super().words(layer)
         return f"the {self.count} most probable layers, most weight on {layer}"
+
+
+@dataclass(frozen=True)
+class BestRated(LayerRule):
+    """SAM's mask decoder predicts the IoU of its own mask: K masks are decoded, and the best rated one is kept."""
+
+    count: int = 4
+
+    name = "best"
+    argument = "K"
+    help = "of the K most probable layers, the one whose mask SAM rates best by its predicted IoU"
+    uses = ("inference",)
+
+    @classmethod
+    def examples(cls, num_layers: int) -> list[LayerRule]:
+        return [cls(min(cls.count, num_layers))]
+
+    def check(self, num_layers: int | None, candidates: range | None) -> None:
+        _check_count(self, "decodes", self.count, num_layers)
+
+    def tried(self, log_policy: torch.Tensor) -> torch.Tensor | None:
+        _, layers = _most_probable(log_policy, self.count)
+        most = log_policy.new_zeros(log_policy.shape).scatter(-1, layers, 1.0) > 0
+        return most & log_policy.isfinite()
+
+    def words(self, layer: int) -> str:
+        return f"layer {layer}, rated best of {self.count}"
 
 
 @dataclass(frozen=True)
@@ -279,6 +306,7 @@ RULES: tuple[type[LayerRule], ...] = (
     GateClassifier,
     MonteCarloMean,
     PolicyBlend,
+    BestRated,
     PolicyWindow,
 )
 
@@ -335,6 +363,19 @@ def table() -> str:
 def _constant(log_policy: torch.Tensor, layer: int) -> torch.Tensor:
     """[N] times ``layer``."""
     return log_policy.argmax(-1).fill_(layer)
+
+
+def _most_probable(log_policy: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probabilities and layers [N, count], in order; of equal ones the lower layer, as in ``argmax``."""
+    ranked = log_policy.sort(dim=-1, descending=True, stable=True)
+    return ranked.values[:, :count], ranked.indices[:, :count]
+
+
+def _check_count(rule: LayerRule, verb: str, count: int, num_layers: int | None) -> None:
+    if count < 1:
+        raise ValueError(f"'{rule}' {verb} no layer; use {rule.name}:1 or more")
+    if num_layers is not None and count > num_layers:
+        raise ValueError(f"'{rule}' {verb} more layers than there are; use at most {rule.name}:{num_layers}")
 
 
 def _check_layer(layer: int, num_layers: int | None) -> None:

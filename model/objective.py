@@ -34,9 +34,9 @@ class UGroundOutput:
     Attributes:
         loss: the weighted sum of Eq. 9.
         terms: named, unweighted terms (text, mask_bce, mask_dice, map_bce, map_dice; map_hard_bce, map_hard_dice,
-            policy, classifier, critic where the settings have them) and metrics to log (reward, baseline, entropy,
-            map_iou), 0-d and detached. Normalised by ``Batch.counts``: their mean over the micro steps and ranks of an
-            optimizer step is the step's value.
+            policy, classifier, critic, mask_iou_mse where the settings have them) and metrics to log (reward, baseline,
+            entropy, map_iou, mask_iou), 0-d and detached. Normalised by ``Batch.counts``: their mean over the micro
+            steps and ranks of an optimizer step is the step's value.
         mask_logits, maps: per row [N_b, H, W], SAM's logits and the similarity maps in [0, 1] at the original size.
         layers: [N] chosen hidden state; policy: [N, L] distribution; rewards: [N].
         has_masks: 0-d, 1.0 if the optimizer step has a mask; without one, all terms but text are 0 and meaningless.
@@ -72,6 +72,7 @@ class Objective:
         layer_maps: torch.Tensor | None = None,
         states: torch.Tensor | None = None,
         others: tuple[torch.Tensor, torch.Tensor | None] | None = None,
+        predicted_iou: torch.Tensor | None = None,
     ) -> UGroundOutput:
         """Computes Eq. 9.
 
@@ -86,6 +87,7 @@ class Objective:
             states: [N, L, D] of the [SEG] tokens, for a critic of the state.
             others: with leave_one_out, [N, K - 1] further sampled layers, and the rewards of their masks if masks give
                 the reward.
+            predicted_iou: [N] of SAM's head, for its own loss.
         """
         config = self.config
         soft_targets = [self.soft_target(masks) for masks in batch.masks]
@@ -103,6 +105,8 @@ class Objective:
             samples = _samples(layers, rewards, others, layer_rewards)
             layer_rewards = None
         per_mask |= self.gate_terms(rewards, layers, log_policy, layer_rewards, states, samples)
+        if config.iou_loss_weight and predicted_iou is not None:
+            per_mask["mask_iou_mse"] = (predicted_iou.float() - per_mask["mask_iou"]).square()
         per_mask["entropy"] = -(log_policy.exp() * log_policy.clamp(min=-1e4)).sum(-1)
 
         has_masks = (batch.counts[1] > 0).float()
@@ -135,6 +139,8 @@ class Objective:
                 loss = loss + config.policy_loss_weight * terms[name]
         if "critic" in terms:
             loss = loss + config.policy_loss_weight * config.critic_loss_weight * terms["critic"]
+        if "mask_iou_mse" in terms:
+            loss = loss + config.iou_loss_weight * terms["mask_iou_mse"]
         if config.entropy_bonus and "policy" in terms:
             loss = loss - config.policy_loss_weight * config.entropy_bonus * terms["entropy"]
         return loss
@@ -264,7 +270,7 @@ class Objective:
             hard = (target == 1).float()
             terms["map_hard_bce"] = losses.map_bce(similarity, hard, hard_weight, valid)
             terms["map_hard_dice"] = losses.map_dice(similarity, hard, hard_weight, valid)
-        if config.reward_terms == "mask_iou":
+        if config.reward_terms == "mask_iou" or config.iou_loss_weight:
             terms["mask_iou"] = losses.mask_iou(predicted, target)
         if config.reward_terms == "iou":
             terms["map_iou"] = losses.map_iou(similarity.detach(), (target == 1).float(), valid)

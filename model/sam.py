@@ -244,7 +244,7 @@ class SegmentAnything(nn.Module):
 
     def decode(
         self, embeddings: torch.Tensor, tokens: torch.Tensor | None, mask_prompts: torch.Tensor | None
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Decodes one mask per prompt.
 
         Args:
@@ -253,11 +253,11 @@ class SegmentAnything(nn.Module):
             mask_prompts: [N, 1, 4G, 4G] dense prompts, or None.
 
         Returns:
-            [N, 4G, 4G] logits, the single-mask output.
+            [N, 4G, 4G] logits, the single-mask output, and the IoU [N] that SAM's own head predicts for each.
         """
         n, width, grid, _ = embeddings.shape
         if n == 0:  # SAM's decoder fails on zero prompts
-            return embeddings.new_zeros(0, self.mask_side, self.mask_side)
+            return embeddings.new_zeros(0, self.mask_side, self.mask_side), embeddings.new_zeros(0)
         dtype = embeddings.dtype
         if mask_prompts is None:
             dense = self.prompt_encoder.no_mask_embed.weight.view(1, width, 1, 1).expand(n, -1, grid, grid)
@@ -266,8 +266,8 @@ class SegmentAnything(nn.Module):
         if tokens is None:
             tokens = embeddings.new_zeros(n, 0, width)
         image_pe = self.prompt_encoder.get_dense_pe().to(dtype)  # computed in float32, also in a bf16 model
-        masks, _ = self.mask_decoder(embeddings, image_pe, tokens.to(dtype), dense, multimask_output=False)
-        return masks[:, 0]
+        masks, iou = self.mask_decoder(embeddings, image_pe, tokens.to(dtype), dense, multimask_output=False)
+        return masks[:, 0], iou[:, 0]
 
     def upscale(self, low_res: torch.Tensor, resized: tuple[int, int], original: tuple[int, int]) -> torch.Tensor:
         """Logits [n, H, W] float32 at an image's own size: to SAM's input side, padding removed, to ``original``.

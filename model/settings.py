@@ -131,6 +131,11 @@ class LossSettings:
 
     text_loss_weight: float = setting(1.0, "lambda_txt, cross-entropy of the answer's tokens", low=0.0)
     mask_loss_weight: float = setting(1.0, "lambda_mask, BCE and dice of SAM's masks", low=0.0)
+    iou_loss_weight: float = setting(
+        0.0,
+        "squared error of the IoU that SAM's head predicts for its mask, as in SAM's training; 0 = off (paper)",
+        low=0.0,
+    )
     map_loss_weight: float = setting(1.0, "weight of the similarity maps' BCE and dice (Eq. 8)", low=0.0)
     policy_loss_weight: float = setting(
         0.1, "lambda_policy, the gate's loss: REINFORCE (Eq. 5), or the cross-entropy of ce_soft", low=0.0

@@ -216,6 +216,7 @@ class Prediction:
         layer_maps: [N, L, P] float32 in [0, 1], the maps of all layers on the grid of image tokens
             (``model.geometry.maps_at`` enlarges them).
         rejected: per ``[SEG]``, whether ``[REJ]`` was more likely at its position; always False in generated answers.
+        predicted_iou: per ``[SEG]``, the IoU that SAM's own head predicts for its mask; with ``mc:T`` the mean.
         uncertainty: per ``[SEG]`` with ``mc:T``; empty otherwise.
         cut: whether a generated answer reached the longest length, or ``MAX_SEGS``, before its end token.
     """
@@ -228,6 +229,7 @@ class Prediction:
     policy: torch.Tensor
     layer_maps: torch.Tensor
     rejected: list[bool]
+    predicted_iou: list[float] = field(default_factory=list)
     uncertainty: list[MaskUncertainty] = field(default_factory=list)
     cut: bool = False
 

@@ -17,14 +17,16 @@ class MonteCarlo:
     def __init__(self, shares: torch.Tensor) -> None:
         self.shares = shares
         self.mean = self.square = self.similarity = torch.zeros(())  # on the CPU: a 0-d tensor adds to any device's
+        self.predicted_iou = 0.0
         self.masks: list[tuple[float, torch.Tensor]] = []
 
-    def add(self, layer: int, logits: torch.Tensor, similarity: torch.Tensor) -> None:
-        """Adds a layer's [H, W] logits and similarity map; call it once for each layer whose share is not 0."""
+    def add(self, layer: int, logits: torch.Tensor, similarity: torch.Tensor, predicted_iou: float = 0.0) -> None:
+        """Adds a layer's [H, W] logits, similarity map and rating; once for each layer whose share is not 0."""
         share, probability = float(self.shares[layer]), logits.sigmoid()
         self.mean = self.mean + share * probability
         self.square = self.square + share * probability.square()
         self.similarity = self.similarity + share * similarity
+        self.predicted_iou += share * predicted_iou
         self.masks.append((share, probability > 0.5))
 
     @property

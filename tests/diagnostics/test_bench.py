@@ -107,7 +107,7 @@ def test_stages_count_nothing_twice(tmp_path: Path) -> None:
         assert not above & timed, function
 
 
-SMALL = replace(benchmark.PRESETS["tiny"], llama={"width": 32, "layers": 3, "heads": 2}, size=(48, 64), batch=1)
+SMALL = replace(benchmark.PRESETS["tiny"], llama={"width": 32, "layers": 7, "heads": 2}, size=(48, 64), batch=1)
 
 
 @pytest.mark.slow

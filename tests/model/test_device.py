@@ -26,7 +26,7 @@ SETTINGS = {
     "state_critic": {"baseline": "state_critic", "scale_advantage": True},
     "leave one out": {"policy_gradient": "leave_one_out", "reward_terms": "mask", "scale_advantage": True},
     "leave one out of maps": {"policy_gradient": "leave_one_out", "reward_terms": "iou"},
-    "mask reward": {"reward_terms": "mask_iou"},
+    "mask reward": {"reward_terms": "mask_iou", "iou_loss_weight": 1.0},
     "soft": {"layer_selection": "soft"},
     "ce_soft": {"layer_selection": "ce_soft"},
     "lisa": {"layer_selection": "last", "mask_prompt": False, "map_terms": ()},

@@ -36,6 +36,11 @@ BAD = {  # of each rule: what is refused, and the message
         "blend:0": "'blend:0' blends no layer; use blend:1 or more",
         "blend:6": "'blend:6' blends more layers than there are; use at most blend:5",
     },
+    "best": {
+        "best": "unknown layer rule",
+        "best:0": "'best:0' decodes no layer; use best:1 or more",
+        "best:6": "'best:6' decodes more layers than there are; use at most best:5",
+    },
     "window": {
         "window:2": "unknown layer rule",
         "window:1-5": "layer 5 does not exist",
@@ -56,6 +61,7 @@ CHOSEN = {  # by the probabilities and the noise above
     "ce_soft": [3, 1],
     "mc:4": [1, 3],
     "blend:2": [3, 1],
+    "best:2": [3, 1],
     "window:2-3": [3, 2],
     "window:0-1": [1, 1],
     "window:4-4": [4, 4],
@@ -66,6 +72,7 @@ WORDS = {
     "mc:16": "sampled layers, most often 3",
     "blend:1": "layer 3",
     "blend:2": "the 2 most probable layers, most weight on 3",
+    "best:4": "layer 3, rated best of 4",
     "window:2-3": "layer 3",
 }
 every_rule = pytest.mark.parametrize("kind", RULES, ids=lambda kind: kind.name)
@@ -101,8 +108,8 @@ def test_a_wrong_argument_is_refused(kind):
 
 def test_an_unknown_rule_is_refused_with_a_list_of_all_rules():
     for use in layer_rules.EITHER:
-        with pytest.raises(ValueError, match="'best' is not one of ") as refused:
-            parse("best", use=use)
+        with pytest.raises(ValueError, match="'worst' is not one of ") as refused:
+            parse("worst", use=use)
         for kind in RULES:
             assert (f" {kind.spelling()}," in f"{refused.value},") == (use in kind.uses)
 
@@ -133,6 +140,7 @@ def test_a_rule_predicts_or_is_refused(tiny_model, tiny_processor, kind):
             prediction = ask(tiny_model, tiny_processor, rule)
             assert prediction.mask_logits.isfinite().all()
             assert len(prediction.layers) == len(prediction.maps) == 2
+            assert len(prediction.predicted_iou) == 2
             assert len(prediction.uncertainty) == (2 if parse(rule).samples else 0)
         else:
             with pytest.raises(ValueError, match=f"for inference: '{rule}' is not one of"):
@@ -221,6 +229,40 @@ def test_a_blend_lies_between_the_mode_and_soft_gating(tiny_model, tiny_processo
     one, two, every = (ask(tiny_model, tiny_processor, rule).maps for rule in ("argmax", "blend:2", "soft"))
     assert not torch.allclose(one, two, atol=1e-3)
     assert not torch.allclose(two, every, atol=1e-3)
+
+
+def test_the_best_rated_layer_is_kept(make_model, tiny_processor):
+    """Of the K most probable ones: its mask, map and rating are those of the layer alone."""
+    model = make_model()
+    torch.nn.init.normal_(model.visual_model.mask_decoder.iou_prediction_head.layers[-1].weight, std=1e4)
+    alone = [ask(model, tiny_processor, f"fixed:{layer}") for layer in range(LAYERS)]
+    ratings = torch.tensor([prediction.predicted_iou for prediction in alone]).T  # [N, L]
+    assert (ratings[:, 1:].std(1) > 0.01).all()
+    ranked = alone[0].policy.argsort(1, descending=True)
+    for count in (1, 2, 4, 5):  # the embeddings are no candidate
+        best = ask(model, tiny_processor, f"best:{count}")
+        for n, layers in enumerate(ranked[:, : min(count, 4)]):
+            layer = int(layers[ratings[n, layers].argmax()])
+            assert best.layers[n] == layer
+            assert best.predicted_iou[n] == pytest.approx(alone[layer].predicted_iou[n], rel=1e-4)
+            assert_same_masks(best.mask_logits[n], alone[layer].mask_logits[n])
+            torch.testing.assert_close(best.maps[n], alone[layer].maps[n])
+    assert ask(model, tiny_processor, "best:1").layers == ask(model, tiny_processor, "argmax").layers
+
+
+def test_of_equal_ratings_the_more_probable_layer_is_kept(make_model, tiny_processor):
+    model = make_model()
+    torch.nn.init.zeros_(model.visual_model.mask_decoder.iou_prediction_head.layers[-1].weight)
+    assert ask(model, tiny_processor, "best:4").layers == ask(model, tiny_processor, "argmax").layers
+
+
+def test_monte_carlo_rates_by_the_samples_mean(make_model, tiny_processor):
+    model = make_model()
+    torch.nn.init.normal_(model.visual_model.mask_decoder.iou_prediction_head.layers[-1].weight)
+    ratings = torch.tensor([ask(model, tiny_processor, f"fixed:{layer}").predicted_iou for layer in range(LAYERS)]).T
+    mean = ask(model, tiny_processor, "mc:16")
+    shares = torch.stack([uncertainty.layers for uncertainty in mean.uncertainty])
+    torch.testing.assert_close(torch.tensor(mean.predicted_iou), (shares * ratings).sum(1), rtol=1e-4, atol=1e-5)
 
 
 def test_blended_layers_are_those_of_the_mode_under_ties():

@@ -233,7 +233,7 @@ def test_evaluation(checkpoint, name):
         embeddings = checkpoint.visual_model.encode(batch.sam_images)
         for kind, layers in (("legacy", [6] * len(FORCED[name])), ("forced", FORCED[name])):
             entry, chosen = case[kind], torch.tensor(layers)
-            logits, maps = checkpoint.mask_as_prompt(language.grounding, chosen, embeddings, language.valid, batch)
+            logits, maps, _ = checkpoint.mask_as_prompt(language.grounding, chosen, embeddings, language.valid, batch)
             check_masks(entry["per_image"][0], spy, logits[0], maps[0], slice(None))
             index = torch.arange(len(layers))
             same(language.grounding.states[index, chosen], entry["ppm_seg_for_similarity"], "[SEG] for the map")
@@ -255,7 +255,7 @@ def test_evaluation_where_attention_skips_padding():
         for kind, layer in (("legacy", 6), ("forced", FORCED["case_eval_0"][0])):
             entry = case[kind]
             same(language.grounding.scores, entry["raw_similarity_all_layers"], "similarities")
-            logits, maps = model.mask_as_prompt(
+            logits, maps, _ = model.mask_as_prompt(
                 language.grounding, torch.tensor([layer]), embeddings, language.valid, batch
             )
             check_masks(entry, spy, logits[0], maps[0], slice(None))
@@ -365,7 +365,7 @@ def test_training(name):
         language = forward_conversations(model, batch)
         check_language(case, model, batch, language)
         embeddings = model.visual_model.encode(batch.sam_images)
-        logits, maps = model.mask_as_prompt(language.grounding, layers, embeddings, language.valid, batch)
+        logits, maps, _ = model.mask_as_prompt(language.grounding, layers, embeddings, language.valid, batch)
     same(language.grounding.scores[torch.arange(len(layers)), layers], case["sam"]["similarity_chosen"], "similarity")
     end = 0
     for entry, image_logits, image_maps in zip(case["sam"]["per_image"], logits, maps):

@@ -247,6 +247,27 @@ def test_entropy_bonus_and_scaled_advantages_are_off_by_default(make_model, tiny
     torch.testing.assert_close(scaled.rewards, plain.rewards)
 
 
+def test_sams_rating_trains_on_the_iou_of_its_mask(make_model, tiny_processor, tiny_samples):
+    """SAM's own loss; off by default, with the same graph as without it."""
+    batch = tiny_processor.collate(tiny_samples)
+    head = "visual_model.mask_decoder.iou_prediction_head.layers.2.bias"
+    plain, rated = make_model(), make_model(iou_loss_weight=0.5)
+    off, on = plain(batch), rated(batch)
+    assert not {"mask_iou", "mask_iou_mse"} & off.terms.keys()
+    assert {name: on.terms[name] for name in off.terms} == off.terms
+    torch.testing.assert_close(on.loss - off.loss, 0.5 * on.terms["mask_iou_mse"], rtol=1e-4, atol=1e-6)
+    for model, output in ((plain, off), (rated, on)):
+        output.loss.backward()
+        assert (dict(model.named_parameters())[head].grad != 0).any() == (model is rated)
+    optimizer = torch.optim.Adam(rated.visual_model.mask_decoder.iou_prediction_head.parameters(), lr=0.01)
+    for _ in range(60):
+        optimizer.zero_grad()
+        output = rated(batch)
+        output.loss.backward()
+        optimizer.step()
+    assert output.terms["mask_iou_mse"] < 0.2 * on.terms["mask_iou_mse"]
+
+
 def test_constraints_survive_saving(make_model, tmp_path):
     make_model(map_terms=("dice",)).config.save_pretrained(tmp_path)
     assert UGroundConfig.from_pretrained(tmp_path).map_terms == ("dice",)

@@ -229,8 +229,11 @@ def test_sam_of_transformers(base, tmp_path):
     with torch.inference_mode():
         embeddings = reference.get_image_embeddings(image)
         torch.testing.assert_close(sam.encode(image), embeddings, rtol=1e-4, atol=1e-5)
-        expected = reference(image_embeddings=embeddings, input_masks=prompts, multimask_output=False).pred_masks
-        torch.testing.assert_close(sam.decode(embeddings, None, prompts), expected[0, 0], rtol=1e-4, atol=1e-5)
+        reference_output = reference(image_embeddings=embeddings, input_masks=prompts, multimask_output=False)
+        expected = reference_output.pred_masks
+        rated = sam.decode(embeddings, None, prompts)[1]
+        torch.testing.assert_close(rated, reference_output.iou_scores[0, 0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(sam.decode(embeddings, None, prompts)[0], expected[0, 0], rtol=1e-4, atol=1e-5)
 
 
 # -- the paper's release -----------------------------------------------------------------------------------------------

@@ -435,6 +435,7 @@ def test_other_layer_selections_train(run_here, method):
         ("critic", {"baseline": "critic", "scale_advantage": "true", "map_terms": "bce||dice"}),
         ("critic", {"baseline": "state_critic", "baseline_start": "first"}),
         ("mask_iou", {"reward_terms": "mask_iou", "policy_gradient": "leave_one_out", "policy_samples": 2}),
+        ("mask_iou_mse", {"iou_loss_weight": 1.0, "val_layer_policy": "best:2"}),
         ("map_iou", {"reward_terms": "iou", "point_prompts": 2, "mask_prompt": "false", "seg_prompt": "false"}),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

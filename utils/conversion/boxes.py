@@ -54,7 +54,7 @@ class SamBoxes:
         prompts = self.sam.prompt_encoder._embed_boxes((torch.tensor(boxes) * scale).float().to(self.device))
         masks: list[np.ndarray] = []
         for tokens in prompts.split(BATCH):
-            low_res = self.sam.decode(embedding.expand(len(tokens), -1, -1, -1), tokens, None)
+            low_res, _ = self.sam.decode(embedding.expand(len(tokens), -1, -1, -1), tokens, None)
             masks += list((self.sam.upscale(low_res, resized, size) > 0).cpu().numpy())
         return [encode_mask(mask) for mask in masks]
 

@@ -246,8 +246,10 @@ class Bench:
         """SAM's modules and its upscaling cost nothing; masks are constant, but have a gradient."""
         sam = self.model.visual_model
 
-        def decode(embeddings: torch.Tensor, tokens: torch.Tensor, prompts: torch.Tensor | None) -> torch.Tensor:
-            return tokens.mean((1, 2))[:, None, None]
+        def decode(
+            embeddings: torch.Tensor, tokens: torch.Tensor, prompts: torch.Tensor | None
+        ) -> tuple[torch.Tensor, torch.Tensor]:
+            return tokens.mean((1, 2))[:, None, None], tokens.mean((1, 2))
 
         def upscale(masks: torch.Tensor, resized: tuple[int, int], original: tuple[int, int]) -> torch.Tensor:
             return masks.float().expand(-1, *original)
@@ -398,6 +400,10 @@ def ratios() -> list[Ratio]:
         Ratio("8 questions / 1, written, cached features", "8 questions", "1 question"),
         Ratio("8 expressions / 1, answers given, cached features", "8 given", "1 given"),
         Ratio("mc:16 / argmax, written, cached features", "mc:16", "1 question"),
+        Ratio("best:4 / argmax, written, whole query", "best:4", "1 question", None, "SAM encoder"),
+        Ratio("best:4 / argmax, written, cached features", "best:4", "1 question"),
+        Ratio("best:8 / argmax, written, whole query", "best:8", "1 question", None, "SAM encoder"),
+        Ratio("best:8 / argmax, written, cached features", "best:8", "1 question"),
         Ratio("8 images / 1, written, cached features", "8 images", "1 question"),
         Ratio("SAM's encoder compiled / as it is", "SAM encoder compiled", "SAM encoder"),
     ]
@@ -436,7 +442,7 @@ def cases(bench: Bench, compiled: bool) -> dict[str, Callable[[], Any]]:
         "written without cache": bench.generate_without_cache,
     }
     calls |= {"1 question": bench.ask(1), "8 questions": bench.ask(8), "8 images": bench.ask(images=8)}
-    calls |= {"mc:16": bench.ask(1, layer_policy="mc:16")}
+    calls |= {rule: bench.ask(1, layer_policy=rule) for rule in ("mc:16", "best:4", "best:8")}
     calls |= {"1 given": bench.ask(1, answers=True), "8 given": bench.ask(8, answers=True)}
     image = bench.batch(bench.samples(1, images=1)).sam_images
     sam = copy.copy(bench.model.visual_model)

@@ -48,6 +48,7 @@ class Record:
         pairs: I and U of each matched pair, then of each surplus prediction or target; empty where one mask is
             expected.
         uncertainty: of each [SEG] (``MaskUncertainty.score``) with ``mc:T``; else empty.
+        predicted_iou: of each [SEG], the IoU that SAM's own head predicts for its mask; empty in older files.
         first: I, U, P and G of the first [SEG] alone, if a mask of several is expected to be one; else empty.
         surplus: of each surplus prediction in ``pairs``, the pixels whose logit lies in [0.5, 1]. The published code of
             MUSE counts these, because it does not threshold surplus predictions.
@@ -72,6 +73,7 @@ class Record:
     meta: dict[str, Any] = field(default_factory=dict)
     pairs: list[list[int]] = field(default_factory=list)
     uncertainty: list[float] = field(default_factory=list)
+    predicted_iou: list[float] = field(default_factory=list)
     first: list[int] = field(default_factory=list)
     surplus: list[int] = field(default_factory=list)
     cut: bool = False

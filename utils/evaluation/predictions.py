@@ -50,6 +50,7 @@ class QueryPrediction:
         similarities: [N, H, W] float32 in [0, 1], their similarity maps.
         layers: [N] the hidden state that each [SEG] used.
         rejected: whether the answer says that the target is absent.
+        predicted_iou: [N] the IoU that SAM predicts for each mask.
         uncertainty: [N] of each [SEG] with ``mc:T``; else empty.
         cut: whether the answer was cut off before its end token (``model.structures.Prediction``).
     """
@@ -60,6 +61,7 @@ class QueryPrediction:
     similarities: np.ndarray
     layers: list[int]
     rejected: bool
+    predicted_iou: Sequence[float] = ()
     uncertainty: Sequence[MaskUncertainty] = ()
     cut: bool = False
 
@@ -183,6 +185,7 @@ def score(
         meta=query.meta,
         pairs=[list(count[:2]) for count in counts] if matched else [],
         uncertainty=[uncertainty.score for uncertainty in prediction.uncertainty],
+        predicted_iou=[round(value, 4) for value in prediction.predicted_iou],
         first=first,
         surplus=surplus,
         cut=prediction.cut,
@@ -238,6 +241,7 @@ def _query_prediction(turn: Turn, prediction: Prediction, segs: slice, rejected:
         similarities=prediction.maps[segs].numpy(),
         layers=prediction.layers[segs],
         rejected=rejected,
+        predicted_iou=prediction.predicted_iou[segs],
         uncertainty=prediction.uncertainty[segs],
         cut=prediction.cut,
     )
