@@ -1,4 +1,4 @@
-"""Monte-Carlo uncertainty (sections 4.1, B.3) of a [SEG] token's mask, over several sampled layers."""
+"""Uncertainty of a [SEG] token's mask: over several sampled layers (sections 4.1, B.3), or from the mask alone."""
 
 from __future__ import annotations
 
@@ -40,6 +40,23 @@ class MonteCarlo:
         agreement = sum(share * _iou(mask, mean_mask) for share, mask in self.masks)
         variance = (self.square - self.mean.square()).clamp(min=0)
         return MaskUncertainty(self.mean.cpu(), variance.cpu(), self.shares, max(0.0, 1.0 - agreement))
+
+
+def ambiguity(logits: torch.Tensor) -> torch.Tensor:
+    """How far a mask's probabilities p are from 0 and 1: the mean of 1 - 2 |p - 0.5| over the pixels with p > 0.05.
+
+    The background, which nearly every mask is sure of, is left out: with it, the number would measure the mask's size.
+
+    Args:
+        logits: [N, H, W].
+
+    Returns:
+        [N] float32 in [0, 1]; 1 for a mask without such a pixel.
+    """
+    probability = logits.float().sigmoid().flatten(1)
+    near = probability > 0.05
+    total = ((1 - 2 * (probability - 0.5).abs()) * near).sum(1)
+    return torch.where(near.any(1), total / near.sum(1).clamp(min=1), 1.0)
 
 
 def _iou(mask: torch.Tensor, other: torch.Tensor) -> float:

@@ -21,11 +21,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from tqdm import tqdm
 
+from model.uncertainty import ambiguity
 from utils.command_line.parser import Parser
 from utils.datasets import Spec, get_eval_dataset
 from utils.datasets.base import EvalDataset
@@ -92,7 +94,6 @@ def measures_of(answer: QueryPrediction, sampled: QueryPrediction, policy: np.nd
     """The measures of an answer; policy: [N, L] of its [SEG] tokens. Of several masks, the most uncertain counts."""
     probability = 1 / (1 + np.exp(-answer.logits.astype(np.float64)))
     doubt = 1 - 2 * np.abs(probability - 0.5)  # 0 where the mask is sure, 1 at p = 0.5
-    near = probability > 0.05
     deviations = sampled.deviations
     assert deviations is not None
     entropy = -(policy * np.log(np.maximum(policy, 1e-12))).sum(-1)
@@ -101,9 +102,7 @@ def measures_of(answer: QueryPrediction, sampled: QueryPrediction, policy: np.nd
         "layers: mean standard deviation": float(deviations.mean((1, 2)).max()),
         "layers: entropy of the policy": float(entropy.max()),
         "one mask: |p - 0.5| over the image": float(doubt.mean((1, 2)).max()),
-        "one mask: |p - 0.5| where p > 0.05": max(
-            float(of_mask[inside].mean()) if inside.any() else 1.0 for of_mask, inside in zip(doubt, near)
-        ),
+        "one mask: |p - 0.5| where p > 0.05": float(ambiguity(torch.from_numpy(answer.logits)).max()),
         "one mask: SAM's predicted IoU": 1 - min(answer.predicted_iou),
     }
 

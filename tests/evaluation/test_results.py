@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 
+from scripts import score
 from utils.datasets.masks import decode_mask, encode_mask
 from utils.evaluation import metrics
 from utils.evaluation.metrics import Record
@@ -122,3 +123,25 @@ def test_nothing_to_resume_from(tmp_path):
     assert journal.read(PROVENANCE) == []
     (tmp_path / "a.jsonl").write_text('{"index": 0, "ima')  # killed while the first line was written
     assert journal.read(PROVENANCE) == []
+
+
+@pytest.mark.parametrize(("measure", "aurc"), [("ambiguity", 0.125), ("predicted_iou", 0.375)])
+def test_score_ranks_errors_by_other_measures(tmp_path, measure, aurc):
+    """The better of two answers (IoU 1 and 0.5) comes first by ambiguity, and second by SAM's rating."""
+    spec = "ReasonSeg|val_short"
+    provenance = dataclasses.replace(PROVENANCE, benchmark=spec, protocol="strict")
+    pairs = [(4, [0.1], [0.2]), (2, [0.6], [0.9])]
+    records = [
+        dataclasses.replace(
+            make_record(n, "a"), I=right, U=4, pairs=[], masks=[], ambiguity=ambiguity, predicted_iou=predicted
+        )
+        for n, (right, ambiguity, predicted) in enumerate(pairs)
+    ]
+    path = result_path(tmp_path, provenance.spec, "generate")
+    path.write_text("".join(to_lines(provenance, records)), encoding="utf-8")
+    assert "AURC" not in score.rescore(path).metrics
+    assert score.rescore(path, rank_by=measure).metrics["AURC"] == pytest.approx(
+        aurc if measure != "ambiguity" else 0.125
+    )
+    with pytest.raises(ValueError, match="layers needs answers of --layer_policy mc:T"):
+        score.rescore(path, rank_by="layers")

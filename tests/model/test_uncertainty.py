@@ -8,7 +8,7 @@ from conftest import drawn_sample
 
 from model.opened import predict
 from model.structures import Turn
-from model.uncertainty import MonteCarlo
+from model.uncertainty import MonteCarlo, ambiguity
 
 SAMPLES, STRIDE = 6, 104_729  # sample t of mc:T is the sample of seed + t * STRIDE
 
@@ -97,3 +97,10 @@ def test_the_score_is_the_disagreement():
     empty = MonteCarlo(torch.tensor([1.0]))
     empty.add(0, torch.full((2, 2), -9.0), torch.zeros(2, 2))
     assert empty.uncertainty().score == 0
+
+
+def test_ambiguity_is_the_mean_distance_from_a_decision_near_the_mask():
+    p = torch.tensor([[[0.01, 0.02], [1.0, 0.5]], [[0.01, 0.01], [0.01, 0.01]], [[0.01, 0.9], [0.9, 0.9]]])
+    values = ambiguity(torch.logit(p, eps=1e-7))
+    torch.testing.assert_close(values, torch.tensor([0.5, 1.0, 0.2]), atol=1e-5, rtol=0)
+    assert ambiguity(torch.zeros(0, 4, 4)).shape == (0,)

@@ -49,6 +49,7 @@ class Record:
             expected.
         uncertainty: of each [SEG] (``MaskUncertainty.score``) with ``mc:T``; else empty.
         predicted_iou: of each [SEG], the IoU that SAM's own head predicts for its mask; empty in older files.
+        ambiguity: of each [SEG], how far its mask's probabilities are from 0 and 1; empty in older files.
         first: I, U, P and G of the first [SEG] alone, if a mask of several is expected to be one; else empty.
         surplus: of each surplus prediction in ``pairs``, the pixels whose logit lies in [0.5, 1]. The published code of
             MUSE counts these, because it does not threshold surplus predictions.
@@ -74,6 +75,7 @@ class Record:
     pairs: list[list[int]] = field(default_factory=list)
     uncertainty: list[float] = field(default_factory=list)
     predicted_iou: list[float] = field(default_factory=list)
+    ambiguity: list[float] = field(default_factory=list)
     first: list[int] = field(default_factory=list)
     surplus: list[int] = field(default_factory=list)
     cut: bool = False
@@ -300,6 +302,28 @@ def _sums(
     formulas = benchmark.formulas(protocol)
     pairs = {name: _values(METRICS[formula], records, protocol) for name, formula in formulas.items()}
     return {name: ([n for n, _ in values], [d for _, d in values]) for name, values in pairs.items()}
+
+
+RANKED_BY = {  # measure of uncertainty -> [SEG] values of a record
+    "layers": lambda record: record.uncertainty,
+    "ambiguity": lambda record: record.ambiguity,
+    "predicted_iou": lambda record: [1 - value for value in record.predicted_iou],
+}
+
+
+def ranked_by(records: Sequence[Record], measure: str) -> list[Record]:
+    """The records with another uncertainty, for AURC and AUSE: a key of ``RANKED_BY``.
+
+    Raises:
+        ValueError: if no answer has that measure (``layers``: only with ``mc:T``; older files).
+    """
+    values = [RANKED_BY[measure](record) for record in records]
+    if not any(values):
+        raise ValueError(
+            f"no answer has the uncertainty {measure!r}: "
+            "layers needs answers of --layer_policy mc:T; older files have no other measure"
+        )
+    return [replace(record, uncertainty=value) for record, value in zip(records, values)]
 
 
 def _uncertainties_and_risks(

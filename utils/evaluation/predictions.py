@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from model.opened import predict
 from model.processing.tokens import SEG
 from model.structures import MAX_NEW_TOKENS, EvalQuery, EvalSample, MaskUncertainty, Prediction, Turn
+from model.uncertainty import ambiguity
 from utils.datasets.masks import encode_mask
 from utils.datasets.templates import eval_joint_turn, eval_turn
 from utils.evaluation import metrics
@@ -186,6 +188,7 @@ def score(
         pairs=[list(count[:2]) for count in counts] if matched else [],
         uncertainty=[uncertainty.score for uncertainty in prediction.uncertainty],
         predicted_iou=[round(value, 4) for value in prediction.predicted_iou],
+        ambiguity=[round(value, 4) for value in ambiguity(torch.from_numpy(prediction.logits)).tolist()],
         first=first,
         surplus=surplus,
         cut=prediction.cut,

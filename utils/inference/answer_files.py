@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from model.structures import Prediction
+from model.uncertainty import ambiguity
 from utils.datasets.masks import encode_mask
 from utils.plotting.overlays import heat_map, overlay, save_picture
 
@@ -32,6 +33,8 @@ def answer_record(
             "pixels": int(mask.sum()),
             "box_xywh": bounding_box(mask),
             "rle": encode_mask(mask),
+            "predicted_iou": round(prediction.predicted_iou[number], 4),
+            "ambiguity": round(float(ambiguity(prediction.mask_logits[number : number + 1])), 4),
         }
         if prediction.uncertainty:
             uncertainty = prediction.uncertainty[number]
