@@ -100,10 +100,7 @@ class Objective:
         if config.rewards_all_layers and layer_terms is not None:
             is_classifier = config.selection.gate == "classifier"
             layer_rewards = _reward(layer_terms, "iou" if is_classifier else config.reward_terms)
-        samples = None
-        if others is not None:
-            samples = _samples(layers, rewards, others, layer_rewards)
-            layer_rewards = None
+        samples = None if others is None else _samples(layers, rewards, others, layer_rewards)
         per_mask |= self.gate_terms(rewards, layers, log_policy, layer_rewards, states, samples)
         if config.iou_loss_weight and predicted_iou is not None:
             per_mask["mask_iou_mse"] = (predicted_iou.float() - per_mask["mask_iou"]).square()
@@ -172,7 +169,7 @@ class Objective:
         index, advantage = torch.arange(len(layers), device=layers.device), rewards
         if config.baseline == "average":  # updated and logged even where the gate does not use it
             advantage = self.ppm.advantage(rewards)
-        if layer_rewards is not None:
+        if layer_rewards is not None and samples is None:
             if gate == "classifier":
                 best = layer_rewards.masked_fill(log_policy.isinf(), -torch.inf).argmax(-1)
                 terms["classifier"] = -log_policy[index, best]
