@@ -21,13 +21,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from tqdm import tqdm
 
-from model.uncertainty import ambiguity
 from utils.command_line.parser import Parser
 from utils.datasets import Spec, get_eval_dataset
 from utils.datasets.base import EvalDataset
@@ -102,7 +100,7 @@ def measures_of(answer: QueryPrediction, sampled: QueryPrediction, policy: np.nd
         "layers: mean standard deviation": float(deviations.mean((1, 2)).max()),
         "layers: entropy of the policy": float(entropy.max()),
         "one mask: |p - 0.5| over the image": float(doubt.mean((1, 2)).max()),
-        "one mask: |p - 0.5| where p > 0.05": float(ambiguity(torch.from_numpy(answer.logits)).max()),
+        "one mask: |p - 0.5| where p > 0.05": max(answer.ambiguity),
         "one mask: SAM's predicted IoU": 1 - min(answer.predicted_iou),
     }
 

@@ -6,12 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from model.opened import predict
 from model.processing.tokens import SEG
 from model.structures import MAX_NEW_TOKENS, EvalQuery, EvalSample, MaskUncertainty, Prediction, Turn
-from model.uncertainty import ambiguity
 from utils.datasets.masks import encode_mask
 from utils.datasets.templates import eval_joint_turn, eval_turn
 from utils.evaluation import metrics
@@ -52,7 +50,7 @@ class QueryPrediction:
         similarities: [N, H, W] float32 in [0, 1], their similarity maps.
         layers: [N] the hidden state that each [SEG] used.
         rejected: whether the answer says that the target is absent.
-        predicted_iou: [N] the IoU that SAM predicts for each mask.
+        predicted_iou: [N] the IoU that SAM predicts for each mask; ambiguity: [N] (``model.uncertainty.ambiguity``).
         uncertainty: [N] of each [SEG] with ``mc:T``; else empty.
         cut: whether the answer was cut off before its end token (``model.structures.Prediction``).
     """
@@ -64,6 +62,7 @@ class QueryPrediction:
     layers: list[int]
     rejected: bool
     predicted_iou: Sequence[float] = ()
+    ambiguity: Sequence[float] = ()
     uncertainty: Sequence[MaskUncertainty] = ()
     cut: bool = False
 
@@ -188,7 +187,7 @@ def score(
         pairs=[list(count[:2]) for count in counts] if matched else [],
         uncertainty=[uncertainty.score for uncertainty in prediction.uncertainty],
         predicted_iou=[round(value, 4) for value in prediction.predicted_iou],
-        ambiguity=[round(value, 4) for value in ambiguity(torch.from_numpy(prediction.logits)).tolist()],
+        ambiguity=[round(value, 4) for value in prediction.ambiguity],
         first=first,
         surplus=surplus,
         cut=prediction.cut,
@@ -237,6 +236,8 @@ def _joint(sample: EvalSample, turn: Turn, prediction: Prediction) -> list[Query
 
 def _query_prediction(turn: Turn, prediction: Prediction, segs: slice, rejected: bool) -> QueryPrediction:
     """The part of an answer that is about one query: the [SEG] tokens ``segs``."""
+    from model.uncertainty import ambiguity  # imports torch, which --help does without
+
     return QueryPrediction(
         question=turn.question,
         text=prediction.text,
@@ -245,6 +246,7 @@ def _query_prediction(turn: Turn, prediction: Prediction, segs: slice, rejected:
         layers=prediction.layers[segs],
         rejected=rejected,
         predicted_iou=prediction.predicted_iou[segs],
+        ambiguity=ambiguity(prediction.mask_logits[segs]).tolist(),
         uncertainty=prediction.uncertainty[segs],
         cut=prediction.cut,
     )

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from model.structures import Prediction
-from model.uncertainty import ambiguity
 from utils.datasets.masks import encode_mask
 from utils.plotting.overlays import heat_map, overlay, save_picture
 
@@ -25,6 +24,8 @@ def answer_record(
     Args:
         image: its name; pixels: uint8 [H, W, 3].
     """
+    from model.uncertainty import ambiguity  # imports torch, which --help does without
+
     masks = []
     for number, mask in enumerate(prediction.masks.numpy()):
         entry = {
@@ -33,9 +34,10 @@ def answer_record(
             "pixels": int(mask.sum()),
             "box_xywh": bounding_box(mask),
             "rle": encode_mask(mask),
-            "predicted_iou": round(prediction.predicted_iou[number], 4),
             "ambiguity": round(float(ambiguity(prediction.mask_logits[number : number + 1])), 4),
         }
+        if prediction.predicted_iou:
+            entry["predicted_iou"] = round(prediction.predicted_iou[number], 4)
         if prediction.uncertainty:
             uncertainty = prediction.uncertainty[number]
             shares = {str(layer): round(share, 4) for layer, share in enumerate(uncertainty.layers.tolist()) if share}
