@@ -30,7 +30,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -300,6 +300,13 @@ def sam_masks(sam: SegmentAnything, data: dict) -> tuple[torch.Tensor, torch.Ten
     return F.interpolate(low_res, (side, side), mode="bilinear", align_corners=False)[:, 0], predicted[:, 0]
 
 
+def sam_prompts(sam: SegmentAnything, stage: str, steps: int, options) -> Iterator[dict]:
+    """The batches of a stage for SAM."""
+    make = partial(sam_batch, side=sam.shape.image_size, grid=12, mask_side=sam.mask_side)
+    for data in stream(stage, options.seed, steps, make, options.workers):
+        yield to_device(data, options.device)
+
+
 def iou_of(logits: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
     """IoU [n] of the masks of logits [n, R, R] with true ones."""
     inside, target = logits > 0, masks > 0
@@ -309,10 +316,8 @@ def iou_of(logits: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
 def train_sam(sam: SegmentAnything, steps: int, options) -> None:
     """Stage "sam": image encoder, prompt encoder and mask decoder on prompts for one shape."""
     optimizer = Optimizer(sam, steps, 0.02, 2e-3)
-    make = partial(sam_batch, side=sam.shape.image_size, grid=12, mask_side=sam.mask_side)
     clock = Progress("sam", steps)
-    for data in stream("sam", options.seed, steps, make, options.workers):
-        data = to_device(data, options.device)
+    for data in sam_prompts(sam, "sam", steps, options):
         logits, _ = sam_masks(sam, data)
         bce = F.binary_cross_entropy_with_logits(logits, data["masks"])
         loss = 5 * bce + dice(logits.sigmoid(), data["masks"]).mean()
@@ -326,10 +331,8 @@ def train_iou_head(sam: SegmentAnything, steps: int, options) -> None:
     sam.requires_grad_(False)
     sam.mask_decoder.iou_prediction_head.requires_grad_(True)
     optimizer = Optimizer(sam, steps, 0.02, 2e-3)
-    make = partial(sam_batch, side=sam.shape.image_size, grid=12, mask_side=sam.mask_side)
     clock = Progress("iou", steps)
-    for data in stream("iou", options.seed, steps, make, options.workers):
-        data = to_device(data, options.device)
+    for data in sam_prompts(sam, "iou", steps, options):
         logits, predicted = sam_masks(sam, data)
         iou = iou_of(logits, data["masks"])
         loss = F.mse_loss(predicted, iou)
