@@ -151,7 +151,9 @@ TABLES: dict[str, tuple[AblationRow, ...]] = {
         AblationRow("policy, baseline from the first reward", {"baseline_start": "first"}),
         AblationRow("policy, critic of the release", {"baseline": "critic"}),
         AblationRow("policy, critic of the state", {"baseline": "state_critic", "baseline_start": "first"}),
+        AblationRow("policy, 10 x the gate's rate", {"gate_lr_factor": "10"}),
         AblationRow("policy, exact gradient", {"policy_gradient": "exact"}),
+        AblationRow("policy, exact gradient, 10 x the rate", {"policy_gradient": "exact", "gate_lr_factor": "10"}),
     ),
     "choice_rewards": tuple(
         AblationRow(name, {"reward_terms": reward, **settings})
