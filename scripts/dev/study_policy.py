@@ -9,7 +9,8 @@ Computes states and rewards of all layers' maps (at their own resolution) for tr
   baseline, for a uniform policy and for the checkpoint's (baselines fitted on one half of the steps, measured on the
   other);
 - the scale: how far one step of Adam moves each layer's score (the L1 norm of its states);
-- learning: new gates, trained for --steps on these states and rewards, all else frozen, without gradient clipping.
+- learning: new gates, trained for --steps on these states and rewards, all else frozen, without gradient clipping:
+  the share of the possible gain that their policy reaches (0 = uniform, 1 = each [SEG]'s own best layer).
 
 Legend: N [SEG] tokens, L hidden states, D hidden size.
 """
@@ -65,6 +66,7 @@ METHODS = {
     "first reward, normalised states": Method({"baseline_start": "first"}, normalised=True),
     "leave one out, 4 samples": Method({"policy_gradient": "leave_one_out"}),
     "exact gradient": Method({"policy_gradient": "exact"}),
+    "exact gradient, rate x 10": Method({"policy_gradient": "exact"}, rate=10.0),
 }
 
 
@@ -94,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(describe_rewards(batches, candidates(model.config)))
     print(describe_noise(model.config, config, batches, model.ppm.gate.detach().float().cpu(), args.steps))
     print(
-        "\nlearning method | probability of the best layer after steps "
+        "\nlearning method | share of the possible gain in reward after steps "
         + ", ".join(map(str, reported_steps(args.steps)))
     )
     for name, method in METHODS.items():
@@ -244,14 +246,12 @@ def gradient_noise(
 def learn(
     model_config: UGroundConfig, config: Config, batches: Sequence[Rewarded], method: Method, steps: int, seed: int
 ) -> dict[int, float]:
-    """Trains a new gate; returns step -> its mean probability of the layer that is best on average."""
+    """Trains a new gate; returns step -> ``share_of_gain`` of its policy."""
     settings = UGroundConfig(**model_config.to_dict() | {"layer_selection": "policy"} | method.settings)
     train, (num_layers, width) = config.train, batches[0].states.shape[1:]
     torch.manual_seed(seed)
     ppm = PolicyPromptedMasking(settings)
     objective = Objective(settings, ppm)
-    mean_rewards = torch.cat([batch.rewards for batch in batches]).mean(0)
-    best = settings.first_candidate_layer + int(mean_rewards[candidates(settings)].argmax())
     others = [parameter for name, parameter in ppm.named_parameters() if name != "gate"]
     groups: list[dict[str, Any]] = [{"params": [ppm.gate], "lr": train.lr * method.rate}, {"params": others}]
     optimizer = torch.optim.AdamW(
@@ -282,8 +282,18 @@ def learn(
         optimizer.step()
         scheduler.step()
         if step in reported_steps(steps):
-            curve[step] = log_policy.exp()[:, best].mean().item()
+            curve[step] = share_of_gain(ppm, batches, candidates(settings))
     return curve
+
+
+@torch.no_grad()
+def share_of_gain(ppm: PolicyPromptedMasking, batches: Sequence[Rewarded], layers: slice) -> float:
+    """Expected reward of the policy of ``ppm``: 0 = that of a uniform policy, 1 = of each [SEG]'s own best layer."""
+    states, rewards = (torch.cat([getattr(batch, name) for batch in batches]) for name in ("states", "rewards"))
+    rewards = rewards[:, layers].double()
+    uniform, best = rewards.mean(), rewards.amax(1).mean()
+    expected = (ppm.log_policy(states)[:, layers].exp() * rewards).sum(1).mean()
+    return float((expected - uniform) / (best - uniform).clamp(min=EPSILON))
 
 
 def rate_at(step: int, warmup: int, total: int) -> float:
