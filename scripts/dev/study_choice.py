@@ -1,13 +1,15 @@
 """Compares ways to choose a layer on a base on which the choice pays: how much of the oracle's gain each recovers.
 
     python scripts/ablate.py --table choice --config configs/tiny_depths.yaml --seeds 5 --no_eval true
-    python scripts/dev/study_choice.py --runs runs/ablate/choice --dataset_dir data/demo --val_dataset "ReasonSeg|val"
+    python scripts/ablate.py --table choice_rewards --config configs/tiny_depths.yaml --seeds 5 --no_eval true
+    python scripts/dev/study_choice.py --runs runs/ablate/choice runs/ablate/choice_rewards \\
+        --dataset_dir data/demo --val_dataset "ReasonSeg|val"
 
-Reads the runs of ``scripts/ablate.py`` (folders ROW-SEED) and measures every query with each layer forced
-(``analyze.py --what ceiling``; kept in ROW-SEED/choice.npz). Answers are teacher-forced: every query has a [SEG].
-Prints, per row: gIoU of its own layer rule; the gain over the best row with a fixed layer, paired over images, seeds
-together; the share of the oracle's gain that it recovers (the oracle takes each query's best layer in the model of the
-row --oracle); the layers by kind of query; and the policy's entropy over training. --figure plots shares and entropies.
+Reads the evaluated runs of ``scripts/ablate.py`` (folders ROW-SEED). The oracle takes each query's best layer in the
+models of the row --oracle, which are measured with each layer forced (kept in ROW-SEED/forced.npz). Prints, per row:
+gIoU; the gain over the best row with a fixed layer, paired over images, seeds together; the share of the oracle's gain
+that it recovers; the layers by kind of query; and the policy's entropy over training. --figure plots shares and
+entropies.
 
 Legend: Q queries, C candidate layers.
 """
@@ -15,7 +17,7 @@ Legend: Q queries, C candidate layers.
 from __future__ import annotations
 
 import argparse
-import re
+import itertools
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,11 +27,14 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from scripts.ablate import TABLES, slug, train_lines
+from scripts.ablate import TABLES, slug, summary_path, train_lines
 from utils.command_line.parser import Parser
 from utils.datasets import Spec, get_eval_dataset
-from utils.evaluation.ceiling import best, interval_of
+from utils.evaluation.benchmarks import benchmark_of
+from utils.evaluation.ceiling import interval_of, kinds_of
+from utils.evaluation.metrics import iou
 from utils.evaluation.predictions import InferenceOptions
+from utils.evaluation.results import read_results, result_path
 from utils.inference import cli
 from utils.plotting import text_tables
 
@@ -38,129 +43,119 @@ STEPS = (60, 120, 180)  # at which entropies are printed
 
 @dataclass
 class Run:
-    """A trained row with one seed, measured.
+    """An evaluated row with one seed.
 
     Attributes:
-        images, kinds: [Q] of each query; layers: [C]; forced: [Q, C] IoU with each layer forced.
-        policy: [Q, C]; uniform without a trained gate.
-        own: [Q] IoU of the run's own layer rule; rule: its name, 0-d.
+        images, kinds: [Q] of each query; iou: [Q]; layers: [Q], the first that each query used, -1 = no [SEG].
+        rule: its layer rule.
         entropy: step -> nats; empty without a gate.
     """
 
     images: np.ndarray
     kinds: np.ndarray
+    iou: np.ndarray
     layers: np.ndarray
-    forced: np.ndarray
-    policy: np.ndarray
-    own: np.ndarray
-    rule: np.ndarray
+    rule: str
     entropy: dict[int, float]
-
-    @property
-    def fixed_layer(self) -> int | None:
-        """The layer that the rule fixes, if it does; the embeddings, layer 0, are no candidate."""
-        rule = str(self.rule)
-        if rule == "last":
-            return int(self.layers[-1])
-        return int(rule.partition(":")[2]) if rule.startswith("fixed:") else None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_arguments(argv)
-    rows = {name: [measure(folder, args) for folder in folders] for name, folders in folders_of(args.runs).items()}
-    if args.oracle not in rows:
-        raise ValueError(f"{args.runs} has no row {args.oracle!r}; it has {', '.join(rows)}")
-    print(report(rows, args))
+    folders = folders_of(args.runs, args.val_dataset)
+    if args.oracle not in folders:
+        raise ValueError(f"--runs: no row {args.oracle!r} there, but {', '.join(folders)}")
+    rows = {name: [read_run(folder, args.val_dataset) for folder in row] for name, row in folders.items()}
+    oracle = np.mean([measure(folder, args).max(1) for folder in folders[args.oracle]], 0)
+    print(report(rows, oracle, args.oracle))
     if args.figure:
-        draw(rows, args)
+        draw(rows, oracle.mean(), args.figure)
     return 0
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(program="scripts/dev/study_choice.py", description=__doc__)
     add = parser.add_argument
-    add("--runs", required=True, type=Path, metavar="DIR", help="OUTPUT/TABLE of scripts/ablate.py")
+    add("--runs", required=True, nargs="+", type=Path, metavar="DIR", help="folders OUTPUT/TABLE of scripts/ablate.py")
     add("--dataset_dir", required=True, metavar="DIR", help="folder that holds reason_seg/, refer_seg/, ...")
-    add("--val_dataset", required=True, metavar="SPEC", help='a split with several kinds of queries: "ReasonSeg|val"')
+    add(
+        "--val_dataset",
+        required=True,
+        type=Spec.parse,
+        metavar="SPEC",
+        help='a split with several kinds of queries: "ReasonSeg|val"',
+    )
     add("--oracle", default="policy, exact gradient", metavar="ROW", help="default: %(default)s")
     add("--figure", type=Path, metavar="FILE", help="also write a PNG")
     return parser.parse_args(argv)
 
 
-def folders_of(runs: Path) -> dict[str, list[Path]]:
-    """Row -> its merged runs, by seed, in the order of the table.
+def folders_of(tables: Sequence[Path], spec: Spec) -> dict[str, list[Path]]:
+    """Row -> its evaluated runs of seeds 0, 1, ..., in the order of the tables.
 
     Raises:
-        ValueError: if the folder holds no merged run of its table.
+        ValueError: if a folder is no table, or no run of it is evaluated on this split.
     """
-    if runs.name not in TABLES:
-        raise ValueError(f"--runs {runs}: the folder's name is no table of scripts/ablate.py")
     found = {}
-    for row in TABLES[runs.name]:
-        folders = [
-            path for path in runs.glob(f"{slug(row.name)}-*") if re.fullmatch(r"\d+", path.name.rpartition("-")[2])
-        ]
-        folders = [
-            path for path in folders if path.name.rpartition("-")[0] == slug(row.name) and (path / "merged").is_dir()
-        ]
-        if folders:
-            found[row.name] = sorted(folders, key=lambda path: int(path.name.rpartition("-")[2]))
+    for table in tables:
+        if table.name not in TABLES:
+            raise ValueError(f"--runs {table}: the folder's name is no table of scripts/ablate.py")
+        for row in TABLES[table.name]:
+            by_seed = (table / f"{slug(row.name)}-{seed}" for seed in itertools.count())
+            if folders := list(itertools.takewhile(lambda run: summary_path(run / "eval", spec).is_file(), by_seed)):
+                found[row.name] = folders
     if not found:
-        raise ValueError(f"--runs {runs}: no merged run of table {runs.name} there")
+        raise ValueError(f"--runs {tables[0]}: no run there is evaluated on {spec}")
     return found
 
 
-def measure(folder: Path, args: argparse.Namespace) -> Run:
-    """Measures a run, or reads what an earlier call has measured."""
-    path = folder / "choice.npz"
+def read_run(folder: Path, spec: Spec) -> Run:
+    """The answers of a run, and its log."""
+    provenance, records = read_results(result_path(folder / "eval", spec, "generate"))
+    protocol, lines = benchmark_of(spec).protocol(), train_lines(folder)
+    return Run(
+        images=np.array([record.index for record in records]),
+        kinds=kinds_of([record.meta for record in records]),
+        iou=np.array([iou(record, protocol) for record in records]),
+        layers=np.array([record.layers[0] if record.layers else -1 for record in records]),
+        rule=provenance.layer_policy,
+        entropy={line["step"]: line["entropy"] for line in lines} if "gate" in lines[-1]["gradients"] else {},
+    )
+
+
+def measure(folder: Path, args: argparse.Namespace) -> np.ndarray:
+    """[Q, C] IoU of a run's queries with each candidate layer forced; kept in the run's folder."""
+    path = folder / "forced.npz"
     if not path.is_file():
+        from model import load
         from utils.evaluation import ceiling_pass
         from utils.evaluation.layer_analysis import LayerAnalyzer
 
         print(f"measuring {folder}", file=sys.stderr, flush=True)
-        opened = cli.open_model(argparse.Namespace(version=str(folder / "merged")))
-        rule = opened.model.config.layer_policy
-        analyzer = LayerAnalyzer(opened.model, opened.processor, InferenceOptions("teacher_forced"), 16)
-        dataset = get_eval_dataset(Spec.parse(args.val_dataset), args.dataset_dir)
-        measured = ceiling_pass.measure(analyzer, dataset, [rule])
-        np.savez(
-            path,
-            images=measured.images,
-            kinds=measured.kinds,
-            layers=np.array(measured.layers),
-            forced=measured.mask,
-            policy=measured.policy
-            if measured.policy is not None
-            else np.full_like(measured.mask, 1 / len(measured.layers)),
-            own=measured.rules[rule][0],
-            rule=np.array(rule),
-        )
-    arrays = dict(np.load(path))
-    lines = train_lines(folder)
-    entropy = {line["step"]: line["entropy"] for line in lines} if "gate" in lines[-1]["gradients"] else {}
-    return Run(**arrays, entropy=entropy)
+        opened = load(folder / "merged")
+        analyzer = LayerAnalyzer(opened.model, opened.processor, InferenceOptions("generate"), 16)
+        measured = ceiling_pass.measure(analyzer, get_eval_dataset(args.val_dataset, args.dataset_dir))
+        np.savez(path, forced=measured.mask)
+    return np.load(path)["forced"]
 
 
-def report(rows: dict[str, list[Run]], args: argparse.Namespace) -> str:
-    """Two tables: values and gains per row, and the layers by kind of query."""
+def report(rows: dict[str, list[Run]], oracle: np.ndarray, oracle_row: str) -> str:
+    """Two tables: values and gains per row, and the layers by kind of query.
+
+    Args:
+        oracle: [Q] IoU of each query's best layer, mean over the seeds of ``oracle_row``.
+    """
     reference = best_fixed(rows)
-    fixed = mean_over_seeds([run.own for run in rows[reference]])
-    oracle = mean_over_seeds([run.forced.max(1) for run in rows[args.oracle]])
-    images = rows[reference][0].images
-    head = ["row", "gIoU", f"gain over {reference}", "share of the oracle's gain", "own best fixed", "own oracle"]
+    values = {name: np.mean([run.iou for run in runs], 0) for name, runs in rows.items()}
+    values[f"oracle of {oracle_row}"] = oracle
+    fixed, images = values[reference], rows[reference][0].images
+    head = ["row", "gIoU", f"gain over {reference}", "share of the oracle's gain"]
     table = [[*head, *(f"entropy, step {step}" for step in STEPS)]]
-    values = {name: mean_over_seeds([run.own for run in runs]) for name, runs in rows.items()}
-    values[f"oracle of {args.oracle}"] = oracle
     for name, value in values.items():
         runs, gain = rows.get(name, []), value - fixed
         low, high = interval_of(gain, images)
-        cells = [text_tables.mean_cell([100 * run.own.mean() for run in runs] or [100 * value.mean()], 1)]
+        cells = [text_tables.mean_cell([100 * run.iou.mean() for run in runs] or [100 * value.mean()], 1)]
         cells += [f"{100 * gain.mean():+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"]
         cells += [f"{gain.mean() / (oracle - fixed).mean():.0%}"]
-        cells += [
-            mean_percent([run.forced.mean(0).max() for run in runs]),
-            mean_percent([run.forced.max(1).mean() for run in runs]),
-        ]
         cells += [mean_cell([run.entropy[step] for run in runs if step in run.entropy]) for step in STEPS]
         table.append([name, *cells])
     return f"{text_tables.markdown(table)}\n\n{layers_by_kind(rows)}"
@@ -172,57 +167,49 @@ def best_fixed(rows: dict[str, list[Run]]) -> str:
     Raises:
         ValueError: if none does.
     """
-    values = {name: np.mean([run.own.mean() for run in runs]) for name, runs in rows.items() if runs[0].fixed_layer}
+    values = {
+        name: np.mean([run.iou.mean() for run in runs])
+        for name, runs in rows.items()
+        if runs[0].rule == "last" or runs[0].rule.startswith("fixed:")
+    }
     if not values:
-        raise ValueError("no row fixes a layer (last, fixed:K): there is nothing to compare with")
+        raise ValueError("--runs: no row fixes a layer (last, fixed:K), so that there is nothing to compare with")
     return max(values, key=lambda name: values[name])
 
 
 def layers_by_kind(rows: dict[str, list[Run]]) -> str:
-    """Per row and kind of query: gIoU, and the layers that its rule takes most, over all seeds."""
+    """Per row and kind of query: gIoU, and the layers that it takes most (soft gating: of the largest weight)."""
     kinds = list(dict.fromkeys(next(iter(rows.values()))[0].kinds.tolist()))
     table = [["row", *kinds]]
     for name, runs in rows.items():
         cells = []
         for kind in kinds:
-            shares = np.mean([weights_of(run)[run.kinds == kind].mean(0) for run in runs], 0)
-            order = [c for c in np.argsort(-shares, kind="stable")[:2] if shares[c] >= 0.05]
-            taken = ", ".join(f"{runs[0].layers[c]} ({shares[c]:.0%})" for c in order)
-            cells.append(f"{100 * np.mean([run.own[run.kinds == kind].mean() for run in runs]):.1f}: {taken}")
+            layers = np.concatenate([run.layers[run.kinds == kind] for run in runs])
+            taken, counts = np.unique(layers, return_counts=True)
+            order = np.argsort(-counts, kind="stable")[:2]
+            text = ", ".join(f"{taken[n]} ({share:.0%})" for n in order if (share := counts[n] / len(layers)) >= 0.05)
+            cells.append(f"{100 * np.mean([run.iou[run.kinds == kind].mean() for run in runs]):.1f}: {text}")
         table.append([name, *cells])
     return f"gIoU and layers by kind of query\n\n{text_tables.markdown(table)}"
-
-
-def weights_of(run: Run) -> np.ndarray:
-    """[Q, C] weights of the layers in the run's own rule."""
-    if run.fixed_layer:
-        return np.repeat((run.layers == run.fixed_layer).astype(float)[None], len(run.own), 0)
-    return best(run.policy) if run.rule == "argmax" else run.policy
-
-
-def mean_over_seeds(values: Sequence[np.ndarray]) -> np.ndarray:
-    """[Q] means of the runs' [Q] values."""
-    return np.mean(values, 0)
-
-
-def mean_percent(values: Sequence[float]) -> str:
-    return f"{100 * np.mean(values):.1f}" if values else "-"
 
 
 def mean_cell(values: Sequence[float]) -> str:
     return f"{np.mean(values):.2f}" if values else "-"
 
 
-def draw(rows: dict[str, list[Run]], args: argparse.Namespace) -> None:
-    """Writes the figure: the share of the oracle's gain per row, each seed a dot; the policies' entropies."""
+def draw(rows: dict[str, list[Run]], oracle: float, path: Path) -> None:
+    """Writes the figure: the share of the oracle's gain per row, each seed a dot; the policies' entropies.
+
+    Args:
+        oracle: its mean IoU.
+    """
     from utils.plotting.charts import COLUMN, LINES, figure, save_chart
 
-    fixed = np.mean([run.own.mean() for run in rows[best_fixed(rows)]])
-    oracle = np.mean([run.forced.max(1).mean() for run in rows[args.oracle]])
+    fixed = np.mean([run.iou.mean() for run in rows[best_fixed(rows)]])
     with figure(2 * COLUMN, 0.16 * len(rows) + 0.9) as fig:
         left, right = fig.subplots(1, 2, width_ratios=[1.2, 1])
         for place, runs in enumerate(rows.values()):
-            shares = [100 * (run.own.mean() - fixed) / (oracle - fixed) for run in runs]
+            shares = [100 * (run.iou.mean() - fixed) / (oracle - fixed) for run in runs]
             left.barh(place, np.mean(shares), color="0.85")
             left.plot(shares, [place] * len(shares), linestyle="", marker="o", markersize=2, color=LINES[0]["color"])
         left.set_yticks(range(len(rows)), list(rows))
@@ -238,7 +225,7 @@ def draw(rows: dict[str, list[Run]], args: argparse.Namespace) -> None:
         right.set(xlabel="step", ylim=(0, None))
         right.set_title("(b) policy's entropy, nats", loc="left")
         right.legend(fontsize=5, loc="lower left")
-        save_chart(args.figure, fig, f"Share of the oracle's gain per way to choose a layer; entropies. {args.runs}")
+        save_chart(path, fig, "Share of the oracle's gain per way to choose a layer; the policies' entropies.")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The comparison of ways to choose a layer: shares of the oracle's gain, from measured runs."""
+"""The comparison of ways to choose a layer: shares of the oracle's gain, from evaluated runs."""
 
 from __future__ import annotations
 
@@ -8,40 +8,43 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from drawn_records import SHAPE, make_record
 
 from scripts.dev import study_choice
+from utils.datasets.spec import Spec
+from utils.evaluation.results import Provenance, Result, summarize
 
-QUERIES = 8
+QUERIES, LAYERS = 8, (1, 2, 3)
 KINDS = np.array(["near", "far"] * (QUERIES // 2))
-FORCED = np.where(KINDS[:, None] == "near", [[0.8, 0.2, 0.4]], [[0.2, 0.4, 0.8]])  # layers 1, 2, 3
+FORCED = np.where(KINDS[:, None] == "near", [[0.8, 0.2, 0.4]], [[0.2, 0.4, 0.8]])
 
 
-def write_run(folder: Path, rule: str, own: np.ndarray, policy: np.ndarray) -> None:
-    (folder / "merged").mkdir(parents=True)
+def write_run(folder: Path, rule: str, layers: np.ndarray) -> None:
+    """A run that finds as many of ten pixels as the given layers' IoU says."""
     gate = {"gate": 1.0} if rule == "argmax" else {"phi": 1.0}
     lines = [{"kind": "train", "step": step, "entropy": 2.0 - step / 100, "gradients": gate} for step in (60, 180)]
+    folder.mkdir(parents=True)
     (folder / "log.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
-    np.savez(
-        folder / "choice.npz",
-        images=np.arange(QUERIES),
-        kinds=KINDS,
-        layers=np.array([1, 2, 3]),
-        forced=FORCED,
-        policy=policy,
-        own=own,
-        rule=np.array(rule),
-    )
+    target, records = np.zeros(SHAPE, np.uint8), []
+    target[0, :10] = 1
+    for index, layer in enumerate(layers):
+        predicted = np.zeros(SHAPE, bool)
+        predicted[0, : round(10 * FORCED[index, LAYERS.index(layer)])] = True
+        records.append(make_record(predicted, target, index, meta={"family": str(KINDS[index])}))
+        records[-1].layers = [int(layer)]
+    provenance = Provenance("ReasonSeg|val", "generate", rule, 64, 0, "", "abc", "float32", QUERIES, QUERIES)
+    Result(summarize(provenance, records), records, provenance).save(folder / "eval")
 
 
 @pytest.fixture
 def runs(tmp_path):
     """Seed 0 of three rows: last has 0.6, the oracle 0.8; the policy is right for near queries, and for half of far."""
-    folder, uniform = tmp_path / "choice", np.full((QUERIES, 3), 1 / 3)
-    write_run(folder / "last-0", "last", FORCED[:, 2], uniform)
-    write_run(folder / "layer-4-0", "fixed:1", FORCED[:, 0], uniform)
-    chosen = np.where(KINDS == "near", 0, np.where(np.arange(QUERIES) < 4, 2, 0))
-    policy = np.eye(3)[chosen] * 0.8 + 0.2 / 3
-    write_run(folder / "policy-exact-gradient-0", "argmax", FORCED[np.arange(QUERIES), chosen], policy)
+    folder = tmp_path / "choice"
+    write_run(folder / "last-0", "last", np.full(QUERIES, 3))
+    write_run(folder / "layer-4-0", "fixed:1", np.full(QUERIES, 1))
+    chosen = np.where((KINDS == "near") | (np.arange(QUERIES) >= 4), 1, 3)
+    write_run(folder / "policy-exact-gradient-0", "argmax", chosen)
+    np.savez(folder / "policy-exact-gradient-0" / "forced.npz", forced=FORCED)
     return folder
 
 
@@ -51,7 +54,7 @@ def test_the_share_of_the_oracle_s_gain(runs, capsys):
     assert study_choice.main(arguments) == 0
     printed = capsys.readouterr().out
     assert "| row | gIoU | gain over last | share of the oracle's gain |" in printed
-    assert "| last | 60.0 | +0.0 [+0.0, +0.0] | 0% | 60.0 | 80.0 | - | - | - |" in printed
+    assert "| last | 60.0 | +0.0 [+0.0, +0.0] | 0% | - | - | - |" in printed
     [policy] = re.findall(r"\| policy, exact gradient \| 65.0 .*", printed)
     assert "| 25% |" in policy  # (0.65 - 0.6) / (0.8 - 0.6)
     assert policy.endswith("| 1.40 | - | 0.20 |")
@@ -67,10 +70,19 @@ def test_layers_by_kind_of_query(runs, capsys):
     assert "| last | 40.0: 3 (100%) | 80.0: 3 (100%) |" in by_kind
 
 
+def test_rows_of_two_tables_share_reference_and_oracle(runs, capsys):
+    write_run(runs.parent / "choice_rewards" / "map-leave-one-out-0", "argmax", np.where(KINDS == "near", 1, 3))
+    tables = [str(runs), str(runs.parent / "choice_rewards")]
+    study_choice.main(["--runs", *tables, "--dataset_dir", "-", "--val_dataset", "ReasonSeg|val"])
+    [row] = re.findall(r"\| map, leave-one-out \| 80.0 .*", capsys.readouterr().out)
+    assert "| 100% |" in row
+
+
 def test_a_folder_without_the_oracle_s_row_is_refused(runs):
-    with pytest.raises(ValueError, match="has no row 'uniform'; it has layer 4, last, policy, exact gradient"):
-        study_choice.main(
-            ["--runs", str(runs), "--dataset_dir", "-", "--val_dataset", "ReasonSeg|val", "--oracle", "uniform"]
-        )
+    flags = ["--runs", str(runs), "--dataset_dir", "-", "--val_dataset"]
+    with pytest.raises(ValueError, match="no row 'uniform' there, but layer 4, last, policy, exact gradient"):
+        study_choice.main([*flags, "ReasonSeg|val", "--oracle", "uniform"])
+    with pytest.raises(ValueError, match=r"no run there is evaluated on ReasonSeg\|test"):
+        study_choice.main([*flags, "ReasonSeg|test"])
     with pytest.raises(ValueError, match="no table of scripts"):
-        study_choice.folders_of(runs.parent)
+        study_choice.folders_of([runs.parent], Spec.parse("ReasonSeg|val"))
