@@ -181,17 +181,23 @@ METHOD_FIELDS: dict[str, Field] = {item.name: item for section in METHOD for ite
 
 RUN_NAMES = {"eval_layer_policy": "val_layer_policy", "policy_seed": "seed"}  # field -> the run's setting that gives it
 
-_RELEASED: dict[str, Any] = {
-    "first_candidate_layer": 0,
-    "eval_layer_policy": "last",
-    "reward": "batch",
-    "map_normalization": "all",
-    "map_side": 336,
-    "positive_weight": "image",
-    "policy_loss_weight": 0.4,
+# Sets of values that belong together. ``released``: training and evaluation of the paper's published checkpoints, where
+# they differ from the paper; ``recommended``: what learns the policy best in docs/results.md ("Does choosing pay?").
+_DIFFERENCES: dict[str, dict[str, Any]] = {
+    "paper": {},
+    "released": {
+        "first_candidate_layer": 0,
+        "eval_layer_policy": "last",
+        "reward": "batch",
+        "map_normalization": "all",
+        "map_side": 336,
+        "positive_weight": "image",
+        "policy_loss_weight": 0.4,
+    },
+    "recommended": {"policy_gradient": "exact"},
 }
-# ``released``: training and evaluation of the paper's published checkpoints, where they differ from the paper.
-RECIPES = {"paper": {name: METHOD_FIELDS[name].default for name in _RELEASED}, "released": _RELEASED}
+_PAPER = {name: METHOD_FIELDS[name].default for recipe in _DIFFERENCES.values() for name in recipe}
+RECIPES = {recipe: _PAPER | differences for recipe, differences in _DIFFERENCES.items()}  # each undoes the others
 
 
 def method_of(settings: Mapping[str, Any]) -> dict[str, Any]:

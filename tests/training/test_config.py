@@ -284,16 +284,21 @@ def test_a_recipe_overrides_the_base_and_single_settings_override_it(tmp_path):
     again = load_config(["--config", path, *NEEDED, "--recipe", "paper"])
     assert again.method == Config().method
     assert again.eval.val_layer_policy == ""
+    recommended = load_config(["--config", path, *NEEDED, "--recipe", "recommended"])
+    assert recommended.method == Config().method | {"policy_gradient": "exact"}
 
 
 def test_an_unknown_recipe_is_refused(tmp_path):
     assert (
-        "'relased' is not one of paper, released"
+        "'relased' is not one of paper, released, recommended"
         in problems("--config", written(tmp_path, "recipe: relased"), *NEEDED)[0]
     )
-    assert "is not one of paper, released" in problems("--config", written(tmp_path, "recipe: [released]"), *NEEDED)[0]
+    assert (
+        "is not one of paper, released, recommended"
+        in problems("--config", written(tmp_path, "recipe: [released]"), *NEEDED)[0]
+    )
     assert "--layer_selection: " in problems(*NEEDED, "--layer_selection", "")[0]
-    assert "--recipe: 'lisa' is not one of paper, released" in problems(*NEEDED, "--recipe", "lisa")[0]
+    assert "--recipe: 'lisa' is not one of paper, released, recommended" in problems(*NEEDED, "--recipe", "lisa")[0]
 
 
 # -- what a run would silently ignore ----------------------------------------------------------------------------------

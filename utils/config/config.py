@@ -434,7 +434,7 @@ def make_parser() -> Parser:
     parser.add_argument(
         "--recipe",
         metavar="{" + ",".join(RECIPES) + "}",
-        help="the method of the paper or of its published checkpoints, where they differ in training and evaluation; "
+        help="the method of the paper, that of its published checkpoints, or the recommended one (docs/training.md); "
         "as a flag it overrides the file, and other flags override it; in a YAML file: recipe, beside base",
     )
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
