@@ -270,7 +270,7 @@ def test_a_critic_of_the_state_removes_the_variance_that_states_explain(make_mod
         terms["critic"].mean().backward()
         optimizer.step()
     assert states.grad is None
-    assert not terms["baseline"].requires_grad
+    assert not terms["state_baseline"].requires_grad
     states, rewards = rewarded()
     before = model.ppm.state_baseline(states)
     advantage, _ = model.ppm.state_advantage(rewards, states)
@@ -293,11 +293,12 @@ def test_a_critic_of_the_state_logs_its_mean_baseline(make_model, tiny_processor
     model, batch = make_model(baseline="state_critic", baseline_start="first"), tiny_processor.collate(tiny_samples)
     for _ in range(2):
         output = model(batch)
-    assert torch.equal(output.terms["baseline"], model.ppm.baseline)  # the head is still zero
+    torch.testing.assert_close(output.terms["state_baseline"], model.ppm.baseline)  # the head is still zero
     torch.nn.init.constant_(model.ppm.critic.bias, 2.0)
     spread = model.ppm.critic.spread.clone()
     output = model(batch)
-    torch.testing.assert_close(output.terms["baseline"], model.ppm.baseline + 2 * spread)
+    torch.testing.assert_close(output.terms["state_baseline"], model.ppm.baseline + 2 * spread)
+    assert torch.equal(output.terms["baseline"], model.ppm.baseline)
     assert output.terms["critic"] > 0
 
 
