@@ -11,6 +11,7 @@ from forks import called
 from torch import distributed
 
 from model.layer_rules import StochasticSkip
+from model.loading.pretrained import with_settings
 from model.lora import add_lora, set_trainable
 from model.opened import predict
 from model.PPM import LayerSamples, gumbel_noise
@@ -317,6 +318,18 @@ def test_a_critic_of_the_state_in_bf16_and_saved(make_model, tiny_processor, tin
     loaded = load_pretrained(str(tmp_path))[0].ppm
     for name, tensor in model.ppm.state_dict().items():
         torch.testing.assert_close(loaded.state_dict()[name].float(), tensor.float(), rtol=0, atol=0)
+
+
+def test_another_reward_starts_the_baseline_anew(make_model):
+    """A finished model's moving average and critic know the scale of the reward that it was trained with."""
+    model = make_model(baseline="state_critic")
+    for buffer in (model.ppm.baseline, model.ppm.critic.spread):
+        buffer.fill_(1.5)
+    kept, new = with_settings(model, {"policy_loss_weight": 0.2}, "here")
+    assert (kept.ppm.baseline, kept.ppm.critic.spread, new) == (1.5, 1.5, {})
+    other, new = with_settings(model, {"reward_terms": "mask_iou"}, "here")
+    assert (other.ppm.baseline, other.ppm.critic.spread, new) == (0, 0, {"ppm": "critic"})
+    assert torch.equal(other.ppm.gate, model.ppm.gate)
 
 
 # -- two processes -----------------------------------------------------------------------------------------------------
