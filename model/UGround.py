@@ -32,7 +32,7 @@ from model.PPM import (
 from model.sam import SamShape, SegmentAnything
 from model.settings import MASK_REWARDS
 from model.structures import MAX_NEW_TOKENS, Batch, MaskUncertainty, Prediction, Prompts
-from model.uncertainty import MonteCarlo
+from model.uncertainty import MonteCarlo, ambiguity
 
 logger = logging.getLogger(__name__)
 MASKS_AT_ONCE = 32  # masks in one call of SAM's decoder, for the mean of several samples
@@ -369,16 +369,18 @@ class UGroundForCausalLM(LlavaLlamaForCausalLM):
         def prediction(row: int, question: int) -> Prediction:
             segs = [n for n, owner in enumerate(answers.seg_questions) if owner == (row, question)]
             no_masks = torch.zeros(0, *batch.sizes[row])
+            mask_logits = torch.stack([masks[n].logits for n in segs]).cpu() if segs else no_masks
             return Prediction(
                 text="",
                 token_ids=answers.token_ids[row][question],
-                mask_logits=torch.stack([masks[n].logits for n in segs]).cpu() if segs else no_masks,
+                mask_logits=mask_logits,
                 maps=torch.stack([masks[n].similarity for n in segs]).cpu() if segs else no_masks,
                 layers=[masks[n].layer for n in segs],
                 policy=policy[segs],
                 layer_maps=layer_maps[segs],
                 rejected=[answers.rejected[n] for n in segs],
                 predicted_iou=[masks[n].predicted_iou for n in segs],
+                ambiguity=ambiguity(mask_logits).tolist(),
                 uncertainty=[uncertainty for n in segs if (uncertainty := masks[n].uncertainty) is not None],
                 cut=generated and answers.token_ids[row][question][-1:] != [self.config.eos_token_id],
             )

@@ -11,6 +11,8 @@ from model import layer_rules
 from model.layer_rules import RULES, parse
 from model.opened import predict
 from model.structures import Turn
+from model.UGround import MaskPrediction, best_rated
+from model.uncertainty import ambiguity
 from utils.config import load_config
 from utils.config.config import make_parser
 
@@ -141,6 +143,7 @@ def test_a_rule_predicts_or_is_refused(tiny_model, tiny_processor, kind):
             assert prediction.mask_logits.isfinite().all()
             assert len(prediction.layers) == len(prediction.maps) == 2
             assert len(prediction.predicted_iou) == 2
+            torch.testing.assert_close(torch.tensor(prediction.ambiguity), ambiguity(prediction.mask_logits))
             assert len(prediction.uncertainty) == (2 if parse(rule).samples else 0)
         else:
             with pytest.raises(ValueError, match=f"for inference: '{rule}' is not one of"):
