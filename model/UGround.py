@@ -7,8 +7,10 @@ E, G width and side of SAM's image embedding, H x W an image's own size.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -70,14 +72,16 @@ class MaskPrediction:
 
 
 def best_rated(masks: Iterable[tuple[int, MaskPrediction]], log_policy: torch.Tensor) -> list[MaskPrediction]:
-    """Of each [SEG], the mask with the highest predicted IoU; of equal ones the more probable layer's.
+    """Of each [SEG], the mask with the highest predicted IoU (NaN is the lowest); of equal ones the more probable
+    layer's.
 
     Args:
         masks: ([SEG], mask), in order of the [SEG]; log_policy: [N, L].
     """
     best: dict[int, tuple[tuple[float, float], MaskPrediction]] = {}
     for n, mask in masks:  # the others are not kept
-        rank = mask.predicted_iou, float(log_policy[n, mask.layer])
+        rating = -math.inf if math.isnan(mask.predicted_iou) else mask.predicted_iou
+        rank = rating, float(log_policy[n, mask.layer])
         if n not in best or rank > best[n][0]:
             best[n] = rank, mask
     return [mask for _, mask in best.values()]
@@ -411,9 +415,8 @@ class UGroundForCausalLM(LlavaLlamaForCausalLM):
 
         def decode(grounding: Grounding, layers: torch.Tensor) -> Iterator[MaskPrediction]:
             logits, maps, rated = self.mask_as_prompt(grounding, layers, embeddings, valid, batch, prompts, sam)
-            by_row = (logits, maps)
-            masks = zip(*((mask for row in rows for mask in row) for rows in by_row), layers.tolist(), rated.tolist())
-            return (MaskPrediction(*mask) for mask in masks)
+            of_segs = chain.from_iterable(logits), chain.from_iterable(maps), layers.tolist(), rated.tolist()
+            return (MaskPrediction(*mask) for mask in zip(*of_segs))
 
         def decode_pairs(chosen: torch.Tensor) -> Iterator[tuple[int, MaskPrediction]]:
             """([SEG], mask) of each layer that [N, L] ``chosen`` has for it, in order."""
