@@ -7,8 +7,10 @@ E, G width and side of SAM's image embedding, H x W an image's own size.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -32,7 +34,7 @@ from model.PPM import (
 from model.sam import SamShape, SegmentAnything
 from model.settings import MASK_REWARDS
 from model.structures import MAX_NEW_TOKENS, Batch, MaskUncertainty, Prediction, Prompts
-from model.uncertainty import MonteCarlo
+from model.uncertainty import MonteCarlo, ambiguity
 
 logger = logging.getLogger(__name__)
 MASKS_AT_ONCE = 32  # masks in one call of SAM's decoder, for the mean of several samples
@@ -70,14 +72,16 @@ class MaskPrediction:
 
 
 def best_rated(masks: Iterable[tuple[int, MaskPrediction]], log_policy: torch.Tensor) -> list[MaskPrediction]:
-    """Of each [SEG], the mask with the highest predicted IoU; of equal ones the more probable layer's.
+    """Of each [SEG], the mask with the highest predicted IoU (NaN is the lowest); of equal ones the more probable
+    layer's.
 
     Args:
         masks: ([SEG], mask), in order of the [SEG]; log_policy: [N, L].
     """
     best: dict[int, tuple[tuple[float, float], MaskPrediction]] = {}
     for n, mask in masks:  # the others are not kept
-        rank = mask.predicted_iou, float(log_policy[n, mask.layer])
+        rating = -math.inf if math.isnan(mask.predicted_iou) else mask.predicted_iou
+        rank = rating, float(log_policy[n, mask.layer])
         if n not in best or rank > best[n][0]:
             best[n] = rank, mask
     return [mask for _, mask in best.values()]
@@ -369,16 +373,18 @@ class UGroundForCausalLM(LlavaLlamaForCausalLM):
         def prediction(row: int, question: int) -> Prediction:
             segs = [n for n, owner in enumerate(answers.seg_questions) if owner == (row, question)]
             no_masks = torch.zeros(0, *batch.sizes[row])
+            mask_logits = torch.stack([masks[n].logits for n in segs]).cpu() if segs else no_masks
             return Prediction(
                 text="",
                 token_ids=answers.token_ids[row][question],
-                mask_logits=torch.stack([masks[n].logits for n in segs]).cpu() if segs else no_masks,
+                mask_logits=mask_logits,
                 maps=torch.stack([masks[n].similarity for n in segs]).cpu() if segs else no_masks,
                 layers=[masks[n].layer for n in segs],
                 policy=policy[segs],
                 layer_maps=layer_maps[segs],
                 rejected=[answers.rejected[n] for n in segs],
                 predicted_iou=[masks[n].predicted_iou for n in segs],
+                ambiguity=ambiguity(mask_logits).tolist(),
                 uncertainty=[uncertainty for n in segs if (uncertainty := masks[n].uncertainty) is not None],
                 cut=generated and answers.token_ids[row][question][-1:] != [self.config.eos_token_id],
             )
@@ -409,9 +415,8 @@ class UGroundForCausalLM(LlavaLlamaForCausalLM):
 
         def decode(grounding: Grounding, layers: torch.Tensor) -> Iterator[MaskPrediction]:
             logits, maps, rated = self.mask_as_prompt(grounding, layers, embeddings, valid, batch, prompts, sam)
-            by_row = (logits, maps)
-            masks = zip(*((mask for row in rows for mask in row) for rows in by_row), layers.tolist(), rated.tolist())
-            return (MaskPrediction(*mask) for mask in masks)
+            of_segs = chain.from_iterable(logits), chain.from_iterable(maps), layers.tolist(), rated.tolist()
+            return (MaskPrediction(*mask) for mask in zip(*of_segs))
 
         def decode_pairs(chosen: torch.Tensor) -> Iterator[tuple[int, MaskPrediction]]:
             """([SEG], mask) of each layer that [N, L] ``chosen`` has for it, in order."""

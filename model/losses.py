@@ -51,7 +51,7 @@ def mask_dice(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 def mask_iou(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """IoU of SAM's masks (logits > 0) over valid pixels, without gradient: [n, H, W], [n, H, W] uint8 -> [n]."""
     predicted, true = (logits > 0) & (targets != IGNORE_PIXEL), targets == 1
-    overlap, union = ((masks).flatten(1).sum(1) for masks in (predicted & true, predicted | true))
+    overlap, union = (masks.flatten(1).sum(1) for masks in (predicted & true, predicted | true))
     return overlap / union.clamp(min=1)
 
 

@@ -34,9 +34,9 @@ class UGroundOutput:
     Attributes:
         loss: the weighted sum of Eq. 9.
         terms: named, unweighted terms (text, mask_bce, mask_dice, map_bce, map_dice; map_hard_bce, map_hard_dice,
-            policy, classifier, critic, mask_iou_mse where the settings have them) and metrics to log (reward, baseline,
-            entropy, map_iou, mask_iou), 0-d and detached. Normalised by ``Batch.counts``: their mean over the micro
-            steps and ranks of an optimizer step is the step's value.
+            policy, classifier, critic, mask_iou_mse where the settings have them) and metrics to log (reward,
+            state_baseline, entropy, map_iou, mask_iou), 0-d and detached. Normalised by ``Batch.counts``: their mean
+            over the micro steps and ranks of an optimizer step is the step's value. ``baseline`` is the moving average.
         mask_logits, maps: per row [N_b, H, W], SAM's logits and the similarity maps in [0, 1] at the original size.
         layers: [N] chosen hidden state; policy: [N, L] distribution; rewards: [N].
         has_masks: 0-d, 1.0 if the optimizer step has a mask; without one, all terms but text are 0 and meaningless.
@@ -115,9 +115,8 @@ class Objective:
         if layer_terms is not None:
             layer_losses = -(_reward(layer_terms, "both") * present[:, None]).sum(0) / counts[1]
 
-        metrics = {"reward": (rewards * present).sum() / counts[1]}
-        terms = {"text": text, "baseline": self.ppm.baseline.clone(), **terms, **metrics}
-        terms = {name: value.detach() for name, value in terms.items()}
+        metrics = {"reward": (rewards * present).sum() / counts[1], "baseline": self.ppm.baseline.clone()}
+        terms = {name: value.detach() for name, value in {"text": text, **terms, **metrics}.items()}
         policy = log_policy.detach().exp()
         return UGroundOutput(loss, terms, mask_logits, maps, layers, policy, rewards, has_masks, layer_losses)
 
@@ -163,7 +162,7 @@ class Objective:
 
         Returns:
             ``policy``, ``classifier`` and ``critic``, those that the settings have, [N] each; with a critic of the
-            state also its ``baseline`` b(s), without gradient.
+            state also ``state_baseline``, b(s) without gradient.
         """
         config, gate, terms = self.config, self.config.selection.gate, {}
         index, advantage = torch.arange(len(layers), device=layers.device), rewards
@@ -181,7 +180,7 @@ class Objective:
             elif config.baseline == "state_critic":
                 assert states is not None
                 advantage, terms["critic"] = self.ppm.state_advantage(rewards, states)
-                terms["baseline"] = rewards - advantage
+                terms["state_baseline"] = rewards - advantage
             elif config.baseline == "critic":
                 expected = self.ppm.expected_reward(log_policy)
                 terms["critic"] = (expected - rewards).square()

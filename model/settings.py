@@ -325,10 +325,7 @@ def without_effect(method: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     elif (gradient := method["policy_gradient"]) != "reinforce":
         for name in ("baseline_start", "baseline_decay", *["scale_advantage"] * (gradient == "exact")):
             if name in changed:
-                yield (
-                    name,
-                    f"{method[name]} has no effect: policy_gradient {gradient} has no such baseline; leave it out",
-                )
+                yield name, f"{method[name]} has no effect with policy_gradient {gradient}; leave it out"
     elif method["baseline"] == "critic":
         for name in ("baseline_start", "baseline_decay"):
             if name in changed:

@@ -217,6 +217,7 @@ class Prediction:
             (``model.geometry.maps_at`` enlarges them).
         rejected: per ``[SEG]``, whether ``[REJ]`` was more likely at its position; always False in generated answers.
         predicted_iou: per ``[SEG]``, the IoU that SAM's own head predicts for its mask; with ``mc:T`` the mean.
+        ambiguity: per ``[SEG]``, how far its mask's probabilities are from 0 and 1 (``model.uncertainty.ambiguity``).
         uncertainty: per ``[SEG]`` with ``mc:T``; empty otherwise.
         cut: whether a generated answer reached the longest length, or ``MAX_SEGS``, before its end token.
     """
@@ -230,6 +231,7 @@ class Prediction:
     layer_maps: torch.Tensor
     rejected: list[bool]
     predicted_iou: list[float] = field(default_factory=list)
+    ambiguity: list[float] = field(default_factory=list)
     uncertainty: list[MaskUncertainty] = field(default_factory=list)
     cut: bool = False
 

@@ -30,16 +30,19 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--rank_by",
         choices=RANKED_BY,
-        help="also report AURC and AUSE of this uncertainty (docs/evaluation.md): ambiguity and predicted_iou of any "
-        "answers, layers of those of mc:T",
+        help="report AURC and AUSE of this uncertainty (docs/evaluation.md): ambiguity and predicted_iou of any "
+        "answers, layers of those of mc:T (default: layers, where there is one)",
     )
     parser.add_argument("--json", action="store_true", help="print all digits, intervals and counts as JSON")
     args = parser.parse_args(argv)
     summaries = [rescore(path, args.protocol, args.several_seg, args.rank_by) for path in args.results]
     if args.json:
-        print(json.dumps([summary.to_dict() for summary in summaries], indent=2, ensure_ascii=False))
+        ranked = {"rank_by": args.rank_by} if args.rank_by else {}
+        print(json.dumps([summary.to_dict() | ranked for summary in summaries], indent=2, ensure_ascii=False))
         return 0
     print(format_table(summaries))
+    if args.rank_by:
+        print(f"AURC and AUSE rank the answers by {args.rank_by}.")
     return 0
 
 

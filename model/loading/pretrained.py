@@ -404,6 +404,8 @@ def with_settings(
 ) -> tuple[UGroundForCausalLM, dict[str, str]]:
     """A finished model's weights under other settings.
 
+    Another reward starts the baseline anew: the moving average and the critic know the former one's scale.
+
     Args:
         source: of the weights, for messages.
 
@@ -411,9 +413,12 @@ def with_settings(
         the model, which takes over the tensors, and module -> what is new in it: parts that only these settings need.
     """
     config = UGroundConfig.from_dict(model.config.to_dict() | settings)
-    same_critic = config.baseline == model.config.baseline  # the two kinds have other shapes
-    state = {key: value for key, value in model.state_dict().items() if same_critic or not key.startswith(CRITIC)}
-    needs_critic = config.baseline != "average" and not same_critic
+    same_reward = all(getattr(config, name) == getattr(model.config, name) for name in ("reward", "reward_terms"))
+    keeps_critic = same_reward and config.baseline == model.config.baseline  # the two kinds have other shapes
+    state = {key: value for key, value in model.state_dict().items() if keeps_critic or not key.startswith(CRITIC)}
+    if not same_reward:
+        state["ppm.baseline"] = torch.zeros_like(state["ppm.baseline"])
+    needs_critic = config.baseline != "average" and not keeps_critic
     started = new_model(config, model.dtype)
     load_strictly(started, state, source, new=(CRITIC,) if needs_critic else ())
     return started.eval(), {"ppm": "critic"} if needs_critic else {}

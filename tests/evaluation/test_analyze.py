@@ -167,6 +167,17 @@ def test_the_ceiling_of_answers_without_seg(make_model, tiny_processor):
     assert measured.policy is None  # an untrained gate has no row
 
 
+def test_a_target_of_ignored_pixels_alone_is_none(make_model, tiny_processor, monkeypatch):
+    """It has no reward, and its IoU says nothing."""
+    dataset = DrawnDataset("custom", absent=True)
+    samples = [dataset[index] for index in range(3)]
+    samples[1].queries[1].masks = np.full((1, *samples[1].image.shape[:2]), 255, np.uint8)
+    monkeypatch.setattr(DrawnDataset, "__getitem__", lambda _, index: samples[index])
+    measured = ceiling_pass.measure(analyzer(make_model(), tiny_processor), dataset)
+    assert measured.images.tolist() == [0, 1, 2]
+    assert np.isfinite(measured.rewards["both"]).all()
+
+
 @pytest.mark.parametrize(
     ("trained", "last", "requested", "expected"),
     [

@@ -126,7 +126,7 @@ def test_nothing_to_resume_from(tmp_path):
 
 
 @pytest.mark.parametrize(("measure", "aurc"), [("ambiguity", 0.125), ("predicted_iou", 0.375)])
-def test_score_ranks_errors_by_other_measures(tmp_path, measure, aurc):
+def test_score_ranks_errors_by_other_measures(tmp_path, capsys, measure, aurc):
     """The better of two answers (IoU 1 and 0.5) comes first by ambiguity, and second by SAM's rating."""
     spec = "ReasonSeg|val_short"
     provenance = dataclasses.replace(PROVENANCE, benchmark=spec, protocol="strict")
@@ -140,8 +140,10 @@ def test_score_ranks_errors_by_other_measures(tmp_path, measure, aurc):
     path = result_path(tmp_path, provenance.spec, "generate")
     path.write_text("".join(to_lines(provenance, records)), encoding="utf-8")
     assert "AURC" not in score.rescore(path).metrics
-    assert score.rescore(path, rank_by=measure).metrics["AURC"] == pytest.approx(
-        aurc if measure != "ambiguity" else 0.125
-    )
+    assert score.rescore(path, rank_by=measure).metrics["AURC"] == pytest.approx(aurc)
+    assert score.main([str(path), "--rank_by", measure]) == 0
+    assert f"AURC and AUSE rank the answers by {measure}." in capsys.readouterr().out
+    assert score.main([str(path), "--rank_by", measure, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)[0]["rank_by"] == measure
     with pytest.raises(ValueError, match="layers needs answers of --layer_policy mc:T"):
         score.rescore(path, rank_by="layers")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from conftest import assert_same_masks, drawn_sample
@@ -11,6 +13,8 @@ from model import layer_rules
 from model.layer_rules import RULES, parse
 from model.opened import predict
 from model.structures import Turn
+from model.UGround import MaskPrediction, best_rated
+from model.uncertainty import ambiguity
 from utils.config import load_config
 from utils.config.config import make_parser
 
@@ -141,6 +145,7 @@ def test_a_rule_predicts_or_is_refused(tiny_model, tiny_processor, kind):
             assert prediction.mask_logits.isfinite().all()
             assert len(prediction.layers) == len(prediction.maps) == 2
             assert len(prediction.predicted_iou) == 2
+            torch.testing.assert_close(torch.tensor(prediction.ambiguity), ambiguity(prediction.mask_logits))
             assert len(prediction.uncertainty) == (2 if parse(rule).samples else 0)
         else:
             with pytest.raises(ValueError, match=f"for inference: '{rule}' is not one of"):
@@ -254,6 +259,13 @@ def test_of_equal_ratings_the_more_probable_layer_is_kept(make_model, tiny_proce
     model = make_model()
     torch.nn.init.zeros_(model.visual_model.mask_decoder.iou_prediction_head.layers[-1].weight)
     assert ask(model, tiny_processor, "best:4").layers == ask(model, tiny_processor, "argmax").layers
+
+
+@pytest.mark.parametrize("ratings", [(math.nan, 0.2, 0.1), (0.2, math.nan, 0.1)])
+def test_a_rating_that_overflows_is_never_the_best(ratings):
+    masks = [(0, MaskPrediction(torch.zeros(1), torch.zeros(1), layer, rating)) for layer, rating in enumerate(ratings)]
+    [best] = best_rated(masks, torch.zeros(1, 3))
+    assert best.predicted_iou == 0.2
 
 
 def test_monte_carlo_rates_by_the_samples_mean(make_model, tiny_processor):

@@ -11,6 +11,7 @@ from forks import called
 from torch import distributed
 
 from model.layer_rules import StochasticSkip
+from model.loading.pretrained import with_settings
 from model.lora import add_lora, set_trainable
 from model.opened import predict
 from model.PPM import LayerSamples, gumbel_noise
@@ -270,7 +271,7 @@ def test_a_critic_of_the_state_removes_the_variance_that_states_explain(make_mod
         terms["critic"].mean().backward()
         optimizer.step()
     assert states.grad is None
-    assert not terms["baseline"].requires_grad
+    assert not terms["state_baseline"].requires_grad
     states, rewards = rewarded()
     before = model.ppm.state_baseline(states)
     advantage, _ = model.ppm.state_advantage(rewards, states)
@@ -293,11 +294,12 @@ def test_a_critic_of_the_state_logs_its_mean_baseline(make_model, tiny_processor
     model, batch = make_model(baseline="state_critic", baseline_start="first"), tiny_processor.collate(tiny_samples)
     for _ in range(2):
         output = model(batch)
-    assert torch.equal(output.terms["baseline"], model.ppm.baseline)  # the head is still zero
+    torch.testing.assert_close(output.terms["state_baseline"], model.ppm.baseline)  # the head is still zero
     torch.nn.init.constant_(model.ppm.critic.bias, 2.0)
     spread = model.ppm.critic.spread.clone()
     output = model(batch)
-    torch.testing.assert_close(output.terms["baseline"], model.ppm.baseline + 2 * spread)
+    torch.testing.assert_close(output.terms["state_baseline"], model.ppm.baseline + 2 * spread)
+    assert torch.equal(output.terms["baseline"], model.ppm.baseline)
     assert output.terms["critic"] > 0
 
 
@@ -316,6 +318,18 @@ def test_a_critic_of_the_state_in_bf16_and_saved(make_model, tiny_processor, tin
     loaded = load_pretrained(str(tmp_path))[0].ppm
     for name, tensor in model.ppm.state_dict().items():
         torch.testing.assert_close(loaded.state_dict()[name].float(), tensor.float(), rtol=0, atol=0)
+
+
+def test_another_reward_starts_the_baseline_anew(make_model):
+    """A finished model's moving average and critic know the scale of the reward that it was trained with."""
+    model = make_model(baseline="state_critic")
+    for buffer in (model.ppm.baseline, model.ppm.critic.spread):
+        buffer.fill_(1.5)
+    kept, new = with_settings(model, {"policy_loss_weight": 0.2}, "here")
+    assert (kept.ppm.baseline, kept.ppm.critic.spread, new) == (1.5, 1.5, {})
+    other, new = with_settings(model, {"reward_terms": "mask_iou"}, "here")
+    assert (other.ppm.baseline, other.ppm.critic.spread, new) == (0, 0, {"ppm": "critic"})
+    assert torch.equal(other.ppm.gate, model.ppm.gate)
 
 
 # -- two processes -----------------------------------------------------------------------------------------------------

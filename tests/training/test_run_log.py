@@ -51,6 +51,18 @@ def test_meter_gives_means_and_the_last_baseline():
     assert (again["loss"], again["layers"]) == (5.0, [1, 0, 0, 0])
 
 
+def test_meter_gives_the_mean_of_a_critics_baseline():
+    """Of all micro steps with a mask, not the last one's."""
+    meter = Meter(torch.device("cpu"), num_layers=4)
+    for state_baseline, layers in ((-1.0, [1]), (-3.0, [2]), (0.0, [])):
+        step = output(1.0, -1.7, layers)
+        step.terms["state_baseline"] = torch.tensor(state_baseline)
+        meter.add(step, images=1)
+    values = meter.collect()
+    assert values["baseline"] == -2
+    assert "state_baseline" not in values
+
+
 def test_meter_gives_the_map_losses_of_all_layers_where_they_are_computed():
     meter, whole = Meter(torch.device("cpu"), num_layers=4), output(1.0, -0.1, [3])
     whole.layer_losses = torch.tensor([4.0, 3.0, 2.0, 1.0])

@@ -50,7 +50,7 @@ class QueryPrediction:
         similarities: [N, H, W] float32 in [0, 1], their similarity maps.
         layers: [N] the hidden state that each [SEG] used.
         rejected: whether the answer says that the target is absent.
-        predicted_iou: [N] the IoU that SAM predicts for each mask; ambiguity: [N] (``model.uncertainty.ambiguity``).
+        predicted_iou, ambiguity: [N] of each mask (``model.structures.Prediction``).
         uncertainty: [N] of each [SEG] with ``mc:T``; else empty.
         cut: whether the answer was cut off before its end token (``model.structures.Prediction``).
     """
@@ -236,8 +236,6 @@ def _joint(sample: EvalSample, turn: Turn, prediction: Prediction) -> list[Query
 
 def _query_prediction(turn: Turn, prediction: Prediction, segs: slice, rejected: bool) -> QueryPrediction:
     """The part of an answer that is about one query: the [SEG] tokens ``segs``."""
-    from model.uncertainty import ambiguity  # imports torch, which --help does without
-
     return QueryPrediction(
         question=turn.question,
         text=prediction.text,
@@ -246,7 +244,7 @@ def _query_prediction(turn: Turn, prediction: Prediction, segs: slice, rejected:
         layers=prediction.layers[segs],
         rejected=rejected,
         predicted_iou=prediction.predicted_iou[segs],
-        ambiguity=ambiguity(prediction.mask_logits[segs]).tolist(),
+        ambiguity=prediction.ambiguity[segs],
         uncertainty=prediction.uncertainty[segs],
         cut=prediction.cut,
     )

@@ -24,8 +24,6 @@ def answer_record(
     Args:
         image: its name; pixels: uint8 [H, W, 3].
     """
-    from model.uncertainty import ambiguity  # imports torch, which --help does without
-
     masks = []
     for number, mask in enumerate(prediction.masks.numpy()):
         entry = {
@@ -34,10 +32,10 @@ def answer_record(
             "pixels": int(mask.sum()),
             "box_xywh": bounding_box(mask),
             "rle": encode_mask(mask),
-            "ambiguity": round(float(ambiguity(prediction.mask_logits[number : number + 1])), 4),
         }
-        if prediction.predicted_iou:
-            entry["predicted_iou"] = round(prediction.predicted_iou[number], 4)
+        for name in ("ambiguity", "predicted_iou"):
+            if values := getattr(prediction, name):
+                entry[name] = round(values[number], 4)
         if prediction.uncertainty:
             uncertainty = prediction.uncertainty[number]
             shares = {str(layer): round(share, 4) for layer, share in enumerate(uncertainty.layers.tolist()) if share}

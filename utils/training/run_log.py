@@ -105,8 +105,8 @@ class Meter:
 
         Returns:
             means of loss and text over micro steps, and of other terms over micro steps with a mask; the last
-            ``baseline``; ``layers``: [L] counts of chosen layers; ``map_loss_by_layer``: [L], where it was computed;
-            ``images_per_s``.
+            ``baseline``, or with a critic of the state the mean of its ``state_baseline``; ``layers``: [L] counts of
+            chosen layers; ``map_loss_by_layer``: [L], where it was computed; ``images_per_s``.
         """
         import torch
 
@@ -118,6 +118,8 @@ class Meter:
         numbers = distributed.mean(torch.cat([torch.stack(means), self.layers, by_layer])).tolist()
         seconds = time.perf_counter() - self.started
         values: dict[str, Any] = dict(zip(self.sums, numbers))
+        if "state_baseline" in values:
+            values["baseline"] = values.pop("state_baseline")
         numbers = numbers[len(means) :]
         values["layers"] = [round(count * world) for count in numbers[: self.num_layers]]
         if not math.isnan(numbers[-1]):
