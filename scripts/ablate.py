@@ -154,6 +154,14 @@ TABLES: dict[str, tuple[AblationRow, ...]] = {
         AblationRow("policy, 10 x the gate's rate", {"gate_lr_factor": "10"}),
         AblationRow("policy, exact gradient", {"policy_gradient": "exact"}),
         AblationRow("policy, exact gradient, 10 x the rate", {"policy_gradient": "exact", "gate_lr_factor": "10"}),
+        AblationRow(
+            "policy, exact gradient, best rated of 4",
+            {"policy_gradient": "exact", "iou_loss_weight": "1", "val_layer_policy": "best:4"},
+        ),
+        AblationRow(
+            "uniform, best rated of 8",
+            {"layer_selection": "uniform", "iou_loss_weight": "1", "val_layer_policy": "best:8"},
+        ),
     ),
     "choice_rewards": tuple(
         AblationRow(name, {"reward_terms": reward, **settings})
