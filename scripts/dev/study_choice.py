@@ -39,6 +39,13 @@ from utils.inference import cli
 from utils.plotting import text_tables
 
 STEPS = (60, 120, 180)  # at which entropies are printed
+CURVES = (  # rows whose entropy is plotted
+    "policy",
+    "policy, baseline from the first reward",
+    "policy, critic of the release",
+    "policy, critic of the state",
+    "policy, exact gradient",
+)
 
 
 @dataclass
@@ -217,8 +224,8 @@ def draw(rows: dict[str, list[Run]], oracle: float, path: Path) -> None:
         left.axvline(100, linewidth=0.6, color="0.4")
         left.set_xlabel("share of the oracle's gain, %")
         left.set_title("(a)", loc="left")
-        trained = {name: runs for name, runs in rows.items() if runs[0].entropy and name.startswith("policy")}
-        for (name, runs), style in zip(trained.items(), LINES):
+        for name, style in zip([name for name in CURVES if name in rows], LINES):
+            runs = rows[name]
             steps = sorted(runs[0].entropy)
             mean = [np.mean([run.entropy[step] for run in runs]) for step in steps]
             right.plot(steps, mean, label=name, **(style | {"marker": ""}))
