@@ -3,8 +3,10 @@
     python scripts/ablate.py --table choice --config configs/tiny_depths.yaml --seeds 5 --no_eval true
     python scripts/dev/study_choice.py --runs runs/ablate/choice --dataset_dir data/demo --val_dataset "ReasonSeg|val"
 
-Reads the runs of ``scripts/ablate.py`` (folders ROW-SEED) and measures every query with each layer forced
-(``analyze.py --what ceiling``; kept in ROW-SEED/choice.npz). Answers are teacher-forced: every query has a [SEG].
+Reads the runs of ``scripts/ablate.py`` (folders ROW-SEED) and measures every query with each layer forced, as
+``analyze.py --what ceiling`` does. What it has measured stays in ROW-SEED/choice.SPLIT.npz. Answers are teacher-forced:
+every query has a [SEG]. Table ``choice_rewards`` has no fixed layer; give --runs the folders of both tables.
+
 Prints, per row: gIoU of its own layer rule; the gain over the best row with a fixed layer, paired over images, seeds
 together; the share of the oracle's gain that it recovers (the oracle takes each query's best layer in the model of the
 row --oracle); the layers by kind of query; and the policy's entropy over training. --figure plots shares and entropies.
@@ -58,7 +60,7 @@ class Run:
 
     @property
     def fixed_layer(self) -> int | None:
-        """The layer that the rule fixes, if it does; the embeddings, layer 0, are no candidate."""
+        """The layer that the rule fixes, if it does."""
         rule = str(self.rule)
         if rule == "last":
             return int(self.layers[-1])
@@ -67,9 +69,10 @@ class Run:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_arguments(argv)
-    rows = {name: [measure(folder, args) for folder in folders] for name, folders in folders_of(args.runs).items()}
-    if args.oracle not in rows:
-        raise ValueError(f"{args.runs} has no row {args.oracle!r}; it has {', '.join(rows)}")
+    found = {name: folders for runs in args.runs for name, folders in folders_of(runs).items()}
+    if args.oracle not in found:
+        raise ValueError(f"--oracle {args.oracle!r}: no such row in --runs; it has {', '.join(found)}")
+    rows = {name: [measure(folder, args) for folder in folders] for name, folders in found.items()}
     print(report(rows, args))
     if args.figure:
         draw(rows, args)
@@ -79,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(program="scripts/dev/study_choice.py", description=__doc__)
     add = parser.add_argument
-    add("--runs", required=True, type=Path, metavar="DIR", help="OUTPUT/TABLE of scripts/ablate.py")
+    add("--runs", required=True, type=Path, nargs="+", metavar="DIR", help="OUTPUT/TABLE of scripts/ablate.py")
     add("--dataset_dir", required=True, metavar="DIR", help="folder that holds reason_seg/, refer_seg/, ...")
     add("--val_dataset", required=True, metavar="SPEC", help='a split with several kinds of queries: "ReasonSeg|val"')
     add("--oracle", default="policy, exact gradient", metavar="ROW", help="default: %(default)s")
@@ -97,14 +100,11 @@ def folders_of(runs: Path) -> dict[str, list[Path]]:
         raise ValueError(f"--runs {runs}: the folder's name is no table of scripts/ablate.py")
     found = {}
     for row in TABLES[runs.name]:
-        folders = [
-            path for path in runs.glob(f"{slug(row.name)}-*") if re.fullmatch(r"\d+", path.name.rpartition("-")[2])
-        ]
-        folders = [
-            path for path in folders if path.name.rpartition("-")[0] == slug(row.name) and (path / "merged").is_dir()
-        ]
-        if folders:
-            found[row.name] = sorted(folders, key=lambda path: int(path.name.rpartition("-")[2]))
+        matched = [re.fullmatch(rf"{slug(row.name)}-(\d+)", path.name) for path in runs.iterdir()]
+        seeds = sorted(int(match[1]) for match in matched if match)
+        folders = [runs / f"{slug(row.name)}-{seed}" for seed in seeds]
+        if folders := [folder for folder in folders if (folder / "merged").is_dir()]:
+            found[row.name] = folders
     if not found:
         raise ValueError(f"--runs {runs}: no merged run of table {runs.name} there")
     return found
@@ -112,26 +112,26 @@ def folders_of(runs: Path) -> dict[str, list[Path]]:
 
 def measure(folder: Path, args: argparse.Namespace) -> Run:
     """Measures a run, or reads what an earlier call has measured."""
-    path = folder / "choice.npz"
+    spec = Spec.parse(args.val_dataset)
+    path = folder / f"choice.{spec.slug}.npz"
     if not path.is_file():
+        from model.loading.pretrained import load
         from utils.evaluation import ceiling_pass
         from utils.evaluation.layer_analysis import LayerAnalyzer
 
         print(f"measuring {folder}", file=sys.stderr, flush=True)
-        opened = cli.open_model(argparse.Namespace(version=str(folder / "merged")))
+        opened = load(folder / "merged")
         rule = opened.model.config.layer_policy
         analyzer = LayerAnalyzer(opened.model, opened.processor, InferenceOptions("teacher_forced"), 16)
-        dataset = get_eval_dataset(Spec.parse(args.val_dataset), args.dataset_dir)
-        measured = ceiling_pass.measure(analyzer, dataset, [rule])
+        measured = ceiling_pass.measure(analyzer, get_eval_dataset(spec, args.dataset_dir), [rule])
+        uniform = np.full_like(measured.mask, 1 / len(measured.layers))
         np.savez(
             path,
             images=measured.images,
             kinds=measured.kinds,
             layers=np.array(measured.layers),
             forced=measured.mask,
-            policy=measured.policy
-            if measured.policy is not None
-            else np.full_like(measured.mask, 1 / len(measured.layers)),
+            policy=uniform if measured.policy is None else measured.policy,
             own=measured.rules[rule][0],
             rule=np.array(rule),
         )
@@ -172,7 +172,11 @@ def best_fixed(rows: dict[str, list[Run]]) -> str:
     Raises:
         ValueError: if none does.
     """
-    values = {name: np.mean([run.own.mean() for run in runs]) for name, runs in rows.items() if runs[0].fixed_layer}
+    values = {
+        name: np.mean([run.own.mean() for run in runs])
+        for name, runs in rows.items()
+        if runs[0].fixed_layer is not None
+    }
     if not values:
         raise ValueError("no row fixes a layer (last, fixed:K): there is nothing to compare with")
     return max(values, key=lambda name: values[name])
@@ -195,7 +199,7 @@ def layers_by_kind(rows: dict[str, list[Run]]) -> str:
 
 def weights_of(run: Run) -> np.ndarray:
     """[Q, C] weights of the layers in the run's own rule."""
-    if run.fixed_layer:
+    if run.fixed_layer is not None:
         return np.repeat((run.layers == run.fixed_layer).astype(float)[None], len(run.own), 0)
     return best(run.policy) if run.rule == "argmax" else run.policy
 
@@ -231,14 +235,16 @@ def draw(rows: dict[str, list[Run]], args: argparse.Namespace) -> None:
         left.set_xlabel("share of the oracle's gain, %")
         left.set_title("(a)", loc="left")
         trained = {name: runs for name, runs in rows.items() if runs[0].entropy and name.startswith("policy")}
-        for (name, runs), style in zip(trained.items(), LINES):
+        for number, (name, runs) in enumerate(trained.items()):
+            style = LINES[number % len(LINES)] | ({"marker": ""} if number < len(LINES) else {})
             steps = sorted(runs[0].entropy)
             mean = [np.mean([run.entropy[step] for run in runs]) for step in steps]
-            right.plot(steps, mean, label=name, **(style | {"marker": ""}))
+            right.plot(steps, mean, label=name, markevery=max(1, len(steps) // 6), **style)
         right.set(xlabel="step", ylim=(0, None))
         right.set_title("(b) policy's entropy, nats", loc="left")
         right.legend(fontsize=5, loc="lower left")
-        save_chart(args.figure, fig, f"Share of the oracle's gain per way to choose a layer; entropies. {args.runs}")
+        runs = " ".join(map(str, args.runs))
+        save_chart(args.figure, fig, f"Share of the oracle's gain per way to choose a layer; entropies. {runs}")
 
 
 if __name__ == "__main__":

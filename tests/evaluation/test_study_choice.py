@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -16,13 +17,17 @@ KINDS = np.array(["near", "far"] * (QUERIES // 2))
 FORCED = np.where(KINDS[:, None] == "near", [[0.8, 0.2, 0.4]], [[0.2, 0.4, 0.8]])  # layers 1, 2, 3
 
 
-def write_run(folder: Path, rule: str, own: np.ndarray, policy: np.ndarray) -> None:
-    (folder / "merged").mkdir(parents=True)
+def write_log(folder: Path, rule: str) -> None:
     gate = {"gate": 1.0} if rule == "argmax" else {"phi": 1.0}
     lines = [{"kind": "train", "step": step, "entropy": 2.0 - step / 100, "gradients": gate} for step in (60, 180)]
     (folder / "log.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+
+
+def write_run(folder: Path, rule: str, own: np.ndarray, policy: np.ndarray) -> None:
+    (folder / "merged").mkdir(parents=True)
+    write_log(folder, rule)
     np.savez(
-        folder / "choice.npz",
+        folder / "choice.ReasonSeg_val.npz",
         images=np.arange(QUERIES),
         kinds=KINDS,
         layers=np.array([1, 2, 3]),
@@ -68,9 +73,40 @@ def test_layers_by_kind_of_query(runs, capsys):
 
 
 def test_a_folder_without_the_oracle_s_row_is_refused(runs):
-    with pytest.raises(ValueError, match="has no row 'uniform'; it has layer 4, last, policy, exact gradient"):
+    with pytest.raises(ValueError, match="'uniform': no such row in --runs; it has layer 4, last, policy, exact"):
         study_choice.main(
             ["--runs", str(runs), "--dataset_dir", "-", "--val_dataset", "ReasonSeg|val", "--oracle", "uniform"]
         )
     with pytest.raises(ValueError, match="no table of scripts"):
         study_choice.folders_of(runs.parent)
+
+
+def test_runs_are_measured_once_for_each_split(version, val_data, tmp_path, capsys):
+    """A merged model on disk; its gate is random, and its rule the policy's mode."""
+    folders = [tmp_path / "choice" / name for name in ("layer-4-0", "policy-exact-gradient-0")]
+    for folder, rule in zip(folders, ("fixed:4", "policy")):
+        shutil.copytree(version, folder / "merged")
+        write_log(folder, rule)
+        config = json.loads((folder / "merged/config.json").read_text())
+        (folder / "merged/config.json").write_text(json.dumps(config | {"layer_selection": rule}))
+    arguments = ["--runs", str(tmp_path / "choice"), "--dataset_dir", str(val_data), "--val_dataset"]
+    assert study_choice.main([*arguments, "ReasonSeg|val_short"]) == 0
+    printed = capsys.readouterr()
+    assert printed.err.count("measuring") == 2
+    assert "| layer 4 | " in printed.out
+    fixed, policy = (dict(np.load(folder / "choice.ReasonSeg_val_short.npz")) for folder in folders)
+    assert fixed["forced"].shape == policy["policy"].shape == (3, 4)
+    assert (fixed["own"] == fixed["forced"][:, 3]).all()  # layers 1 to 4
+    assert (policy["own"] == policy["forced"][np.arange(3), policy["policy"].argmax(1)]).all()
+    study_choice.main([*arguments, "ReasonSeg|val_short"])
+    assert "measuring" not in capsys.readouterr().err
+    study_choice.main([*arguments, "ReasonSeg|val_long"])
+    assert "measuring" in capsys.readouterr().err
+
+
+def test_two_tables_are_compared_together(runs, capsys):
+    other = runs.with_name("choice_rewards")
+    write_run(other / "map-iou-policy-1", "argmax", FORCED.max(1), np.eye(3)[FORCED.argmax(1)])
+    arguments = ["--runs", str(runs), str(other), "--dataset_dir", "-", "--val_dataset", "ReasonSeg|val"]
+    assert study_choice.main(arguments) == 0
+    assert re.search(r"\| map IoU, policy \| 80.0 .* \| 100% \|", capsys.readouterr().out)
