@@ -243,8 +243,8 @@ def draw(rows: dict[str, list[Run]], args: argparse.Namespace) -> None:
         right.set(xlabel="step", ylim=(0, None))
         right.set_title("(b) policy's entropy, nats", loc="left")
         right.legend(fontsize=5, loc="lower left")
-        runs = " ".join(map(str, args.runs))
-        save_chart(args.figure, fig, f"Share of the oracle's gain per way to choose a layer; entropies. {runs}")
+        folders = " ".join(map(str, args.runs))
+        save_chart(args.figure, fig, f"Share of the oracle's gain per way to choose a layer; entropies. {folders}")
 
 
 if __name__ == "__main__":
