@@ -118,7 +118,7 @@ def assert_same_masks(actual: torch.Tensor, expected: torch.Tensor, tolerance: f
         torch.testing.assert_close(actual / scale, expected / scale, rtol=0, atol=tolerance)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def base(tmp_path_factory, tiny_tokenizer, make_model):
     """Base weights on disk: a random LLaVA, CLIP and SAM."""
     folder = tmp_path_factory.mktemp("base")
@@ -126,12 +126,20 @@ def base(tmp_path_factory, tiny_tokenizer, make_model):
     return folder
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def data(tmp_path_factory):
     """Demo data of all sets that a run needs, a few images each."""
     folder = tmp_path_factory.mktemp("data")
     assert make_demo_data.main(["--out", str(folder), "--train", "8", "--val", "4", "--test", "2"]) == 0
     return folder
+
+
+@pytest.fixture(scope="module")
+def no_report():
+    """Runs without report.html: drawing its charts takes longer than the steps."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("train_ds.report_run", lambda run: None)
+        yield
 
 
 def save_model(folder: Path, processor, talks: bool) -> str:
@@ -154,12 +162,12 @@ def write_jpg(path: Path, seed: int, size=(48, 64)) -> None:
     Image.fromarray(np.random.default_rng(seed).integers(0, 255, (*size, 3), dtype=np.uint8)).save(path)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def version(tmp_path_factory, tiny_processor):
     return save_model(tmp_path_factory.mktemp("model"), tiny_processor, talks=True)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def mute_version(tmp_path_factory, tiny_processor):
     """A model whose answers have no [SEG]."""
     return save_model(tmp_path_factory.mktemp("mute"), tiny_processor, talks=False)

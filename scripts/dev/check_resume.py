@@ -107,6 +107,7 @@ def train(folder: Path, name: str, part: Part, stop: int, **settings: Any) -> No
         "epochs": 3,
         "lora_dropout": 0.0,
         "val_limit": 3,  # two images for one process, one for the other
+        "val_pictures": 0,
         "auto_resume": True,
     }
     argv = arguments(folder / "base", folder / "data", folder, **flags | settings)
@@ -141,6 +142,7 @@ def _train_here(output: Path, argv: list[str], stop: int) -> None:
         train_run(run)
 
     train_ds.save_step, train_ds.train = save_and_stop, compare_and_train
+    train_ds.report_run = lambda run: None  # its charts take longer than the steps
     code = 1
     try:
         code = train_ds.main(argv)

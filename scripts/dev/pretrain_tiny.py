@@ -2,22 +2,28 @@
 
 Stages, each a function of its settings and the seed. Tokenizer and vision are skipped if their result exists:
 
-    tokenizer  byte-level BPE over the texts of drawn scenes and the prompt templates
-    vision     CLIP and projector: patch features name color, kind, size and texture of the
-               shape they lie on, by dot product with the language model's word embeddings, and
-               point to its center
-    language   everything together: captions, questions with short answers, and finding what a
-               text means. The last layer's similarity map between [SEG] (and the last prompt
-               token) and the patches is trained to cover the target, to be empty when nothing
-               fits. Only the LAST layer's, so that map quality rises with depth, as it does in
-               a real LLaVA
-    sam        segment-anything's classes, small: masks of one shape from a point, a box, a
-               coarse noisy map, or both
+    tokenizer      byte-level BPE over the texts of drawn scenes and the prompt templates
+    vision         CLIP and projector: patch features name color, kind, size and texture of
+                   the shape they lie on, by dot product with the language model's word
+                   embeddings, and point to its center
+    language       everything together: captions, questions with short answers, and finding
+                   what a text means. The last layer's similarity map between [SEG] (and the
+                   last prompt token) and the patches is trained to cover the target, and to
+                   be empty when nothing fits. Only the LAST layer's, so that map quality
+                   rises with depth, as it does in a real LLaVA
+    conversations  more of the same, in conversations and with more questions about
+                   relations; a middle layer's map learns to cover the shape that a relation
+                   names
+    sam            segment-anything's classes, small: masks of one shape from a point, a box,
+                   a coarse noisy map, or a map and a point
+    iou            SAM's head that predicts the IoU of its masks
+    depths         another base, from a trained one (assets/tiny_depths): each kind of query
+                   is grounded at a layer of its own
 
 The real LLaVA-1.5 never saw [SEG]; ours has, because minutes of fine-tuning cannot teach a random language model what
 "the shape farthest from the green square" means. The parts that UGround adds (phi, gate) are not touched here.
 
-    python scripts/dev/pretrain_tiny.py --output assets/tiny             # two hours on 2 cores
+    python scripts/dev/pretrain_tiny.py --output assets/tiny             # two and a half hours, 2 cores
     python scripts/dev/pretrain_tiny.py --output /tmp/tiny --steps 0.01  # a look at every stage
     python scripts/dev/pretrain_tiny.py --stages depths --start assets/tiny --output assets/tiny_depths
 """
@@ -64,10 +70,11 @@ from utils.demo.pretrain_batches import (
 )
 
 STAGE_STEPS = {"vision": 2800, "language": 3000, "conversations": 2400, "depths": 900, "sam": 4000, "iou": 600}
-# Layers whose maps are trained, in stage "depths", and the one at which each kind of query is grounded.
+# Stage "depths": the layer at which each kind of query is grounded.
 DEPTHS = {"attribute": 4, "multi": 4, "commonsense": 6, "relation": 8, "superlative": 8}
 LAST_LAYER = 8
 REFERENCE_LAYER = 5  # where a relation's named shape is looked for
+VISION_SNAPSHOT = "work/vision.safetensors"  # below --output
 NO_SYSTEM_PROMPT = ""  # 30 tokens in front of every prompt would cost a tiny model more than they tell it
 
 
@@ -187,6 +194,9 @@ def train_vision(model: LlavaLlamaForCausalLM, processor: UGroundProcessor, step
         clock.tick(loss, **accuracy)
 
 
+MapTargets = dict[int, tuple[torch.Tensor, torch.Tensor]]  # layer -> [n] bool, the maps that have a loss; [n, P] shares
+
+
 def last_layer(data: dict) -> MapTargets:
     """Stage "language": the last layer's maps cover the target."""
     return {LAST_LAYER: (torch.ones(len(data["families"]), dtype=torch.bool), data["coverage"])}
@@ -199,15 +209,14 @@ def reference_first(data: dict) -> MapTargets:
 
 def by_depth(data: dict) -> MapTargets:
     """Stage "depths": a map covers the target at its family's layer, and all shapes at the layers of others."""
-    everyone = torch.ones(len(data["families"]), dtype=torch.bool)
+    every_map = torch.ones(len(data["families"]), dtype=torch.bool)
     targets = {}
     for layer in sorted(set(DEPTHS.values())):
         own = torch.tensor([DEPTHS.get(family) == layer for family in data["families"]])
-        targets[layer] = everyone, torch.where(own[:, None], data["coverage"], data["everything"])
+        targets[layer] = every_map, torch.where(own[:, None], data["coverage"], data["everything"])
     return targets
 
 
-MapTargets = dict[int, tuple[torch.Tensor, torch.Tensor]]  # layer -> [n] bool, the maps that have a loss; [n, P] shares
 MAP_TARGETS = {  # stage -> layers whose maps are trained, and their targets
     "language": ((LAST_LAYER,), last_layer),
     "conversations": ((REFERENCE_LAYER, LAST_LAYER), reference_first),
@@ -286,16 +295,16 @@ def sam_masks(sam: SegmentAnything, data: dict) -> tuple[torch.Tensor, torch.Ten
     """Logits [n, R, R] at SAM's own resolution for a batch of prompts, and their predicted IoU [n]."""
     encoder, side = sam.prompt_encoder, data["masks"].shape[-1]
     embeddings = sam.image_encoder(data["images"]).repeat_interleave(2, 0)
-    uses_map, uses_point, uses_box = ((data["which"] == 0) | (data["which"] == 3), data["which"] % 2 == 1,
-                                      data["which"] == 2)  # fmt: skip
+    is_map, is_point, is_box, is_both = (data["which"] == number for number in range(4))
     ones = torch.ones(len(data["points"]), 1, device=embeddings.device)
     points = encoder(points=(data["points"], ones), boxes=None, masks=None)[0]  # a point and SAM's padding point
     boxes = encoder(points=None, boxes=data["boxes"], masks=None)[0]
     padding = encoder.not_a_point_embed.weight.expand_as(points)
-    sparse = torch.where(uses_point[:, None, None], points, torch.where(uses_box[:, None, None], boxes, padding))
+    has_point = (is_point | is_both)[:, None, None]
+    sparse = torch.where(has_point, points, torch.where(is_box[:, None, None], boxes, padding))
     dense = encoder.mask_downscaling(data["maps"])
     none = encoder.no_mask_embed.weight.view(1, -1, 1, 1).expand_as(dense)
-    dense = torch.where(uses_map[:, None, None, None], dense, none)
+    dense = torch.where((is_map | is_both)[:, None, None, None], dense, none)
     low_res, predicted = sam.mask_decoder(embeddings, encoder.get_dense_pe(), sparse, dense, multimask_output=False)
     return F.interpolate(low_res, (side, side), mode="bilinear", align_corners=False)[:, 0], predicted[:, 0]
 
@@ -431,40 +440,52 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument(
         "--stages",
+        type=lambda text: text.split(","),
         default="vision,language,conversations,sam,iou",
         help="which stages to run (default: %(default)s); depths makes another base",
     )
-    parser.add_argument("--start", type=Path, help="folder with llava/ and clip/ to start from (conversations, depths)")
+    parser.add_argument(
+        "--start", type=Path, help="what language, conversations, depths and iou continue: a folder as --output"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     parser.add_argument("--workers", type=int, default=1, help="processes that draw scenes (default 1)")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if unknown := [stage for stage in options.stages if stage not in STAGE_STEPS]:
+        parser.error(f"--stages: no stage {unknown[0]!r}; there are {', '.join(STAGE_STEPS)}")
+    if options.start and "vision" in options.stages:
+        parser.error("--stages vision begins with random weights: leave it or --start out")
+    first = next((stage for stage in MAP_TARGETS if stage in options.stages), None)
+    has_vision = "vision" in options.stages or (options.output / VISION_SNAPSHOT).is_file()
+    if first and not options.start and not (first == "language" and has_vision):
+        parser.error(f"--stages {first} continues earlier stages: run them, too, or give the folder of their result as "
+                     "--start")  # fmt: skip
+    return options
 
 
 def main() -> None:
     options = parse_arguments()
-    folders = {name: options.output / name for name in ("llava", "work")}
-    for folder in folders.values():
-        folder.mkdir(parents=True, exist_ok=True)
-    stages = options.stages.split(",")
+    options.output.mkdir(parents=True, exist_ok=True)
+    llava, stages = options.output / "llava", options.stages
     steps = {stage: max(2, int(count * options.steps)) for stage, count in STAGE_STEPS.items()}
     torch.manual_seed(options.seed)
     language_stages = [stage for stage in MAP_TARGETS if stage in stages]
     if "vision" in stages or language_stages:
         if options.start and options.start != options.output:
-            shutil.copytree(options.start / "llava", folders["llava"], dirs_exist_ok=True)
-        tokenizer = make_tokenizer(folders["llava"], options.seed)
+            shutil.copytree(options.start / "llava", llava, dirs_exist_ok=True)
+        tokenizer = make_tokenizer(llava, options.seed)
         config = LlavaLlamaConfig(vision_config=tiny_model.clip_config(), **tiny_model.llama_settings(len(tokenizer)))
         model = LlavaLlamaForCausalLM(config).to(options.device).train()
         nn.init.normal_(model.get_input_embeddings().weight, std=0.5)
         sides = config.clip_side, config.clip_patch, tiny_model.sam_shape().image_size
         processor = UGroundProcessor(tokenizer, *sides, NO_SYSTEM_PROMPT)
-        snapshot = folders["work"] / "vision.safetensors"
+        snapshot = options.output / VISION_SNAPSHOT
         if options.start:
             load_llava(model, options.start)
         elif snapshot.is_file():
             model.load_state_dict(load_file(snapshot))
         elif "vision" in stages:
             train_vision(model, processor, steps["vision"], options)
+            snapshot.parent.mkdir(exist_ok=True)
             save_file({k: v.cpu().contiguous() for k, v in model.state_dict().items()}, snapshot)
         for stage in language_stages:
             train_language(model, processor, stage, steps[stage], options)

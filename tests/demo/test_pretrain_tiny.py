@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import PreTrainedTokenizerFast
 
 from model.loading.pretrained import load_for_training
 from model.processing.processor import UGroundProcessor
 from scripts.dev import pretrain_tiny
 from utils.config import load_config
-from utils.demo import scene_texts, tiny_model
+from utils.demo import pretrain_batches, scene_texts, tiny_model
 from utils.demo.pretrain_batches import MIXTURES, first_labels, language_batch
 from utils.demo.scenes import sample_scene
 
@@ -22,6 +23,8 @@ TINY = ROOT / "assets/tiny"
 
 
 def run(monkeypatch, output: Path, *flags: str) -> None:
+    """Two steps of each stage, of three scenes each."""
+    monkeypatch.setattr(pretrain_batches, "BATCH", dict.fromkeys(pretrain_batches.BATCH, 3))
     command = ["pretrain_tiny.py", "--output", str(output), "--steps", "0.0006", "--device", "cpu", "--workers", "0"]
     monkeypatch.setattr(sys, "argv", [*command, *flags])
     pretrain_tiny.main()
@@ -57,6 +60,23 @@ def test_the_iou_stage_changes_the_head_alone(tmp_path, monkeypatch):
     assert all(key.startswith("mask_decoder.iou_prediction_head.") for key in changed)
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--stages", "vision,dephts"), "no stage 'dephts'; there are vision, language, conversations, depths, sam"),
+        (("--stages", "conversations"), "conversations continues earlier stages"),
+        (("--stages", "language"), "language continues earlier stages"),
+        (("--start", str(TINY)), "vision begins with random weights"),
+    ],
+)
+def test_stages_that_cannot_begin_are_refused(tmp_path, monkeypatch, capsys, flags, message):
+    """Rather than skipped, or trained from random weights."""
+    with pytest.raises(SystemExit):
+        run(monkeypatch, tmp_path / "out", *flags)
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_base_of_tiny_depths_loads():
     config = load_config(["--config", str(ROOT / "configs/tiny_depths.yaml")])
     paths = [ROOT / path for path in (config.model.version, config.model.vision_tower, config.model.vision_pretrained)]
@@ -66,11 +86,7 @@ def test_the_base_of_tiny_depths_loads():
 @pytest.fixture(scope="module")
 def batch():
     processor = UGroundProcessor(
-        pretrain_tiny.PreTrainedTokenizerFast.from_pretrained(TINY / "llava"),
-        120,
-        10,
-        tiny_model.sam_shape().image_size,
-        "",
+        PreTrainedTokenizerFast.from_pretrained(TINY / "llava"), 120, 10, tiny_model.sam_shape().image_size, ""
     )
     rngs = [np.random.default_rng([7, n]) for n in range(4)]
     return language_batch([(sample_scene(rng), rng) for rng in rngs], processor, MIXTURES["conversations"])

@@ -75,10 +75,10 @@ def test_broken_installations_are_named(capsys, monkeypatch):
             raise importlib.metadata.PackageNotFoundError
         return "4.1" if name == "transformers" else version(name)
 
-    def fail(name):
+    def fail(name, package=None):
         if name == "torchvision":
             raise RuntimeError("operator torchvision::nms does not exist\nmore")
-        return load(name)
+        return load(name, package)
 
     monkeypatch.setattr(importlib.metadata, "version", other_version)
     monkeypatch.setattr(importlib, "import_module", fail)
@@ -217,8 +217,9 @@ def test_a_token_without_embedding(tiny_model, tiny_processor):
 
 
 @pytest.fixture
-def tiny(data):
-    """A configuration on the pretrained tiny family, its model, and batches to overfit."""
+def tiny(data, monkeypatch):
+    """A configuration on the pretrained tiny family, its model, and batches of few samples to overfit."""
+    monkeypatch.setattr(checks, "SAMPLES", 3)
     config = load_config(["--config", str(ROOT / "configs/tiny.yaml"), "--dataset_dir", str(data), "--workers", "0"])
     model, processor, _ = build_model(config)
     batches = checks.collate(config, processor, doctor_mixture(config), torch.device("cpu"))
@@ -237,7 +238,7 @@ def test_samples_are_overfit(tiny):
     assert sum(len(batch.sizes) for batch in batches) == checks.SAMPLES
     (finding,) = checks.check_overfit(model, config, batches)
     assert finding.level == "ok", finding
-    assert "overfit 8 samples" in finding.text
+    assert "overfit 3 samples" in finding.text
 
 
 @pytest.mark.parametrize("broken", ["lr", "frozen"])
@@ -251,7 +252,7 @@ def test_learning_that_is_broken_fails(tiny, monkeypatch, broken):
         model.get_base_model().ppm.gate.requires_grad_(True)
     (finding,) = checks.check_overfit(model, config, batches)
     assert finding.level == "problem"
-    assert "did not overfit 8 samples in 2 steps" in finding.text
+    assert "did not overfit 3 samples in 2 steps" in finding.text
     assert "--lr" in finding.fix
 
 

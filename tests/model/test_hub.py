@@ -19,7 +19,7 @@ import train_ds
 from model.loading import hub
 from model.loading.hub import name_of, repository_of, resolve_file, resolve_folder
 from model.loading.pretrained import load, load_for_training, resolve_start
-from scripts import make_demo_data, merge_lora
+from scripts import merge_lora
 from utils.training import checkpoint as checkpoints
 
 WRITTEN = ROOT / "tests/fixtures/written_before"
@@ -310,9 +310,8 @@ def test_a_run_is_merged_with_the_commit_that_it_was_trained_on(base, hub_cache,
 
 
 @pytest.mark.slow
-def test_a_run_records_commits_and_is_not_resumed_on_another(base, hub_cache, tmp_path, capsys):
-    assert make_demo_data.main(["--out", str(tmp_path / "data"), "--train", "6", "--val", "2", "--test", "1"]) == 0
-    flags = arguments(tmp_path, tmp_path / "data", tmp_path, **base)
+def test_a_run_records_commits_and_is_not_resumed_on_another(base, data, hub_cache, tmp_path, capsys, no_report):
+    flags = arguments(tmp_path, data, tmp_path, no_eval="true", epochs=1, **base)
     assert train_ds.main(flags) == 0
     [started] = log_lines(tmp_path / "run", "start")
     meta = json.loads((checkpoints.find_checkpoint(tmp_path / "run") / "meta.json").read_text())

@@ -19,7 +19,7 @@ from model.processing.tokens import load_tokenizer
 from scripts import merge_lora
 from utils.demo.tiny_model import train_tokenizer
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_report")]
 GOLDENS = Path(__file__).resolve().parents[3] / "shared/goldens"
 FINISHED = {"vision_tower": "", "vision_pretrained": ""}  # the model in --version holds them
 
@@ -48,7 +48,7 @@ def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 
 @pytest.fixture(scope="module")
-def first(tmp_path_factory, base, data) -> Path:
+def first(tmp_path_factory, base, data, no_report) -> Path:
     """A run from base weights, exported in both ways."""
     root = tmp_path_factory.mktemp("first")
     paths = {"vision_tower": base / "clip", "vision_pretrained": base / "sam.pth"}

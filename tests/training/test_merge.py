@@ -11,14 +11,14 @@ import yaml
 from huggingface_hub import ModelCard
 from opening import load_pretrained
 from safetensors.torch import load_file, save_file
-from tiny_run import arguments, write_base
+from tiny_run import arguments
 
 import train_ds
 from model.loading.adapter import META
 from model.opened import predict
 from model.processing.processor import UGroundProcessor
 from model.structures import Turn
-from scripts import make_demo_data, merge_lora
+from scripts import merge_lora
 from utils.config import SECTION_OF, load_config
 from utils.training import checkpoint as checkpoints
 from utils.training.engine import build_model
@@ -27,17 +27,13 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module", params=["fp32", "bf16"])
-def trained(request, tmp_path_factory, tiny_tokenizer, make_model):
+def trained(request, tmp_path_factory, base, data, no_report):
     """(run folder, base folder, flags) of a short run."""
     root = tmp_path_factory.mktemp(request.param)
-    write_base(root / "base", make_model(), tiny_tokenizer)
-    assert make_demo_data.main(["--out", str(root / "data"), "--train", "6", "--val", "2", "--test", "1"]) == 0
-    flags = arguments(root / "base", root / "data", root, precision=request.param, grad_accumulation_steps=2,
+    flags = arguments(base, data, root, precision=request.param, grad_accumulation_steps=2,
                       val_layer_policy="fixed:2", val_pictures=0)  # fmt: skip
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_ds, "report_run", lambda run: None)  # it takes longer than the steps
-        assert train_ds.main(flags) == 0
-    return root / "run", root / "base", flags
+    assert train_ds.main(flags) == 0
+    return root / "run", base, flags
 
 
 def merged(trained, tmp_path, *flags: str, code: int = 0):
@@ -226,7 +222,7 @@ def test_adapter_of_another_base_is_refused(trained, tmp_path):
         load_pretrained(str(folder), vision_pretrained=str(sam), **paths)
         state = torch.load(sam, weights_only=True)
         torch.save({name: value + 0.1 for name, value in state.items()}, tmp_path / "other.pth")
-        with pytest.raises(ValueError, match=r"visual_model: .*other.pth has \w{16}, .*base/sam.pth had \w{16}"):
+        with pytest.raises(ValueError, match=r"visual_model: .*other.pth has \w{16}, .*/sam.pth had \w{16}"):
             load_pretrained(str(folder), vision_pretrained=str(tmp_path / "other.pth"), **paths)
     finally:
         moved.rename(base)

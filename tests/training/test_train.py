@@ -19,6 +19,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed.run
 from forks import Program
 from tiny_run import ROOT, arguments, environment, log_lines
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -583,9 +584,7 @@ def test_two_machines_are_one(two, base, data, tmp_path):
     for node in range(2):
         where = ["--nnodes", "2", "--node_rank", str(node), "--nproc_per_node", "1"]
         meet = ["--master_addr", "127.0.0.1", "--master_port", port]
-        command = [sys.executable, "-m", "torch.distributed.run", *where, *meet, str(ROOT / "train_ds.py"), *flags]
-        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        started.append(subprocess.Popen(command, env=environment(), cwd=ROOT, **streams))
-    printed = "\n".join(process.communicate(timeout=300)[0] for process in started)
-    assert [process.returncode for process in started] == [0, 0], printed[-3000:]
+        command = [Path(torch.distributed.run.__file__), *where, *meet, ROOT / "train_ds.py", *flags]
+        started.append(Program(*command, output=tmp_path / f"{node}.txt"))
+    assert [program.ends() for program in started] == [0, 0], "\n".join(each.printed()[-3000:] for each in started)
     assert_same_curve(tmp_path / "nodes", two, 1e-5)

@@ -79,12 +79,12 @@ def test_checkpoint_merges(tmp_path, adapter) -> None:
 
 
 @pytest.mark.slow
-def test_run_goes_on(tmp_path) -> None:
+def test_run_goes_on(tmp_path, no_report) -> None:
     """Its config.yaml is read, and its checkpoint passes as the same run's."""
     assert make_demo_data.main(["--out", str(tmp_path / "data"), "--train", "6", "--val", "2", "--test", "1"]) == 0
     shutil.copytree(WRITTEN / "run", tmp_path / "run")
     flags = ["--config", str(WRITTEN / "run/config.yaml"), "--auto_resume", "true", "--epochs", "2", *MOVED]
-    flags += ["--log_base_dir", str(tmp_path), "--dataset_dir", str(tmp_path / "data")]
+    flags += ["--log_base_dir", str(tmp_path), "--dataset_dir", str(tmp_path / "data"), "--val_pictures", "0"]
     zero = str(ROOT / "configs/deepspeed/zero2.json")
     assert train_ds.main([*flags, "--deepspeed_config", zero]) == 0
     assert checkpoints.read_meta(checkpoints.find_checkpoint(tmp_path / "run"))["step"] == 12

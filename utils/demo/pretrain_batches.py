@@ -176,9 +176,9 @@ def language_batch(scenes_and_rngs: list, processor: UGroundProcessor, mixture: 
         queries += [query for _, query in sampled]
         targets = []
         for query in (query for _, query in sampled if query is not None):
-            wanted = [query.targets, () if query.reference is None else (query.reference,)]
-            wanted.append(tuple(range(len(scene.shapes))) if query.targets else ())
-            unions = np.stack([scene.masks[list(members)].any(0) for members in wanted])
+            named = [] if query.reference is None else [query.reference]
+            all_shapes = list(range(len(scene.shapes))) if query.targets else []
+            unions = np.stack([scene.masks[shapes].any(0) for shapes in (list(query.targets), named, all_shapes)])
             shares.append(grid_coverage(unions, processor.clip_side, processor.clip_patch))
             targets += [unions[0].astype(np.uint8)] if query.targets else []
         stacked = stack_masks(targets, *scene.image.shape[:2])
