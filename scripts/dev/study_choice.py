@@ -6,7 +6,7 @@
         --dataset_dir data/demo --val_dataset "ReasonSeg|val"
 
 Reads the evaluated runs of ``scripts/ablate.py`` (folders ROW-SEED). The oracle takes each query's best layer in the
-models of the row --oracle, which are measured with each layer forced (kept in ROW-SEED/forced.npz). Prints, per row:
+models of the row --oracle, which are measured with each layer forced (kept in ROW-SEED/SPLIT.forced.npz). Prints, per row:
 gIoU; the gain over the best row with a fixed layer, paired over images, seeds together; the share of the oracle's gain
 that it recovers; the layers by kind of query; and the policy's entropy over training. --figure plots shares and
 entropies.
@@ -131,7 +131,7 @@ def read_run(folder: Path, spec: Spec) -> Run:
 
 def measure(folder: Path, args: argparse.Namespace) -> np.ndarray:
     """[Q, C] IoU of a run's queries with each candidate layer forced; kept in the run's folder."""
-    path = folder / "forced.npz"
+    path = folder / f"{args.val_dataset.slug}.forced.npz"
     if not path.is_file():
         from model import load
         from utils.evaluation import ceiling_pass

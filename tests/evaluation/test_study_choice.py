@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -44,7 +46,7 @@ def runs(tmp_path):
     write_run(folder / "layer-4-0", "fixed:1", np.full(QUERIES, 1))
     chosen = np.where((KINDS == "near") | (np.arange(QUERIES) >= 4), 1, 3)
     write_run(folder / "policy-exact-gradient-0", "argmax", chosen)
-    np.savez(folder / "policy-exact-gradient-0" / "forced.npz", forced=FORCED)
+    np.savez(folder / "policy-exact-gradient-0" / "ReasonSeg_val.forced.npz", forced=FORCED)
     return folder
 
 
@@ -76,6 +78,17 @@ def test_rows_of_two_tables_share_reference_and_oracle(runs, capsys):
     study_choice.main(["--runs", *tables, "--dataset_dir", "-", "--val_dataset", "ReasonSeg|val"])
     [row] = re.findall(r"\| map, leave-one-out \| 80.0 .*", capsys.readouterr().out)
     assert "| 100% |" in row
+
+
+def test_the_oracle_s_row_is_measured_once(version, val_data, tmp_path, capsys):
+    """A merged model on disk."""
+    shutil.copytree(version, tmp_path / "merged")
+    args = SimpleNamespace(val_dataset=Spec.parse("ReasonSeg|val_short"), dataset_dir=str(val_data))
+    forced = study_choice.measure(tmp_path, args)
+    assert forced.shape == (3, 4)
+    assert "measuring" in capsys.readouterr().err
+    assert (study_choice.measure(tmp_path, args) == forced).all()
+    assert "measuring" not in capsys.readouterr().err
 
 
 def test_a_folder_without_the_oracle_s_row_is_refused(runs):
