@@ -6,9 +6,9 @@
         --dataset_dir data/demo --val_dataset "ReasonSeg|val"
 
 Reads the evaluated runs of ``scripts/ablate.py`` (folders ROW-SEED). The oracle takes each query's best layer in the
-models of the row --oracle, which are measured with each layer forced (kept in ROW-SEED/SPLIT.forced.npz). Prints, per row:
-gIoU; the gain over the best row with a fixed layer, paired over images, seeds together; the share of the oracle's gain
-that it recovers; the layers by kind of query; and the policy's entropy over training. --figure plots shares and
+models of the row --oracle, which are measured with each layer forced (kept in ROW-SEED/SPLIT.forced.npz). Prints, per
+row: gIoU; the gain over the best row with a fixed layer, paired over images, seeds together; the share of the oracle's
+gain that it recovers; the layers by kind of query; and the policy's entropy over training. --figure plots shares and
 entropies.
 
 Legend: Q queries, C candidate layers.
