@@ -182,7 +182,7 @@ METHOD_FIELDS: dict[str, Field] = {item.name: item for section in METHOD for ite
 RUN_NAMES = {"eval_layer_policy": "val_layer_policy", "policy_seed": "seed"}  # field -> the run's setting that gives it
 
 # Sets of values that belong together. ``released``: training and evaluation of the paper's published checkpoints, where
-# they differ from the paper; ``recommended``: what learns the policy best (docs/policy.md).
+# they differ from the paper; ``recommended``: the paper's with the exact policy gradient.
 _DIFFERENCES: dict[str, dict[str, Any]] = {
     "paper": {},
     "released": {

@@ -1,7 +1,7 @@
 """Compares ways to choose a layer on a base on which the choice pays: how much of the oracle's gain each recovers.
 
-    python scripts/ablate.py --table choice --config configs/tiny_depths.yaml --seeds 5 --no_eval true
-    python scripts/ablate.py --table choice_rewards --config configs/tiny_depths.yaml --seeds 5 --no_eval true
+    python scripts/ablate.py --table choice --config configs/tiny_depths.yaml --seeds 3 --no_eval true \\
+        --lora_r 0 --freeze "embed_tokens||lm_head"       # and --table choice_rewards
     python scripts/dev/study_choice.py --runs runs/ablate/choice runs/ablate/choice_rewards \\
         --dataset_dir data/demo --val_dataset "ReasonSeg|val"
 
