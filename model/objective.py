@@ -35,7 +35,7 @@ class UGroundOutput:
         loss: the weighted sum of Eq. 9.
         terms: named, unweighted terms (text, mask_bce, mask_dice, map_bce, map_dice; map_hard_bce, map_hard_dice,
             policy, classifier, critic, mask_iou_mse where the settings have them) and metrics to log (reward,
-            state_baseline, entropy, map_iou, mask_iou), 0-d and detached. Normalised by ``Batch.counts``: their mean
+            critic_baseline, entropy, map_iou, mask_iou), 0-d and detached. Normalised by ``Batch.counts``: their mean
             over the micro steps and ranks of an optimizer step is the step's value. ``baseline`` is the moving average.
         mask_logits, maps: per row [N_b, H, W], SAM's logits and the similarity maps in [0, 1] at the original size.
         layers: [N] chosen hidden state; policy: [N, L] distribution; rewards: [N].
@@ -161,8 +161,8 @@ class Objective:
             samples: with leave_one_out, all sampled layers with their rewards; they take the place of ``layers``.
 
         Returns:
-            ``policy``, ``classifier`` and ``critic``, those that the settings have, [N] each; with a critic of the
-            state also ``state_baseline``, b(s) without gradient.
+            ``policy``, ``classifier`` and ``critic``, those that the settings have, [N] each; with a critic also
+            ``critic_baseline``, its b without gradient.
         """
         config, gate, terms = self.config, self.config.selection.gate, {}
         index, advantage = torch.arange(len(layers), device=layers.device), rewards
@@ -180,11 +180,12 @@ class Objective:
             elif config.baseline == "state_critic":
                 assert states is not None
                 advantage, terms["critic"] = self.ppm.state_advantage(rewards, states)
-                terms["state_baseline"] = rewards - advantage
+                terms["critic_baseline"] = rewards - advantage
             elif config.baseline == "critic":
                 expected = self.ppm.expected_reward(log_policy)
                 terms["critic"] = (expected - rewards).square()
                 advantage = rewards - expected.detach()
+                terms["critic_baseline"] = rewards - advantage
             if config.scale_advantage:
                 advantage = self.ppm.scaled(advantage)
             if samples is None:

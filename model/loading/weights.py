@@ -57,6 +57,7 @@ class Loaded:
 
     Attributes:
         source: of the module's weights; ``new``: initialized.
+        fingerprint: of its weights, but for a new critic, which is random.
         new: what else is new in it: added tokens, or ``critic``.
     """
 
@@ -210,11 +211,12 @@ def report(model: nn.Module, sources: dict[str, str], new: Mapping[str, str] | N
     """
     rows = []
     for name, child in model.named_children():
-        parameters = list(child.parameters())
         source = hub.name_of(sources.get(name, "new"))
         partly = (new or {}).get(name, "") if name in sources else ""
-        count, dtype = sum(p.numel() for p in parameters), str(parameters[0].dtype).removeprefix("torch.")
-        rows.append(Loaded(name, source, count, dtype, fingerprint(parameters), partly))
+        parameters = dict(child.named_parameters())
+        count, dtype = sum(p.numel() for p in parameters.values()), next(iter(parameters.values())).dtype
+        kept = [p for key, p in parameters.items() if not (partly == "critic" and key.startswith("critic."))]
+        rows.append(Loaded(name, source, count, str(dtype).removeprefix("torch."), fingerprint(kept), partly))
     return rows
 
 
@@ -425,7 +427,7 @@ def grow_vocabulary(model: UGroundForCausalLM, old_size: int, size: int) -> None
 
 def base_fingerprints(loaded: Iterable[Loaded]) -> dict[str, str]:
     """Module -> fingerprint of its base weights, without those that are initialized at random."""
-    return {row.module: row.fingerprint for row in loaded if row.source != "new" and row.new != "critic"}
+    return {row.module: row.fingerprint for row in loaded if row.source != "new"}
 
 
 def load_original_sam(path: str, model: UGroundForCausalLM) -> SegmentAnything:

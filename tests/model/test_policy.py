@@ -12,6 +12,7 @@ from torch import distributed
 
 from model.layer_rules import StochasticSkip
 from model.loading.pretrained import with_settings
+from model.loading.weights import base_fingerprints, report
 from model.lora import add_lora, set_trainable
 from model.opened import predict
 from model.PPM import LayerSamples, gumbel_noise
@@ -271,7 +272,7 @@ def test_a_critic_of_the_state_removes_the_variance_that_states_explain(make_mod
         terms["critic"].mean().backward()
         optimizer.step()
     assert states.grad is None
-    assert not terms["state_baseline"].requires_grad
+    assert not terms["critic_baseline"].requires_grad
     states, rewards = rewarded()
     before = model.ppm.state_baseline(states)
     advantage, _ = model.ppm.state_advantage(rewards, states)
@@ -294,11 +295,11 @@ def test_a_critic_of_the_state_logs_its_mean_baseline(make_model, tiny_processor
     model, batch = make_model(baseline="state_critic", baseline_start="first"), tiny_processor.collate(tiny_samples)
     for _ in range(2):
         output = model(batch)
-    torch.testing.assert_close(output.terms["state_baseline"], model.ppm.baseline)  # the head is still zero
+    torch.testing.assert_close(output.terms["critic_baseline"], model.ppm.baseline)  # the head is still zero
     torch.nn.init.constant_(model.ppm.critic.bias, 2.0)
     spread = model.ppm.critic.spread.clone()
     output = model(batch)
-    torch.testing.assert_close(output.terms["state_baseline"], model.ppm.baseline + 2 * spread)
+    torch.testing.assert_close(output.terms["critic_baseline"], model.ppm.baseline + 2 * spread)
     assert torch.equal(output.terms["baseline"], model.ppm.baseline)
     assert output.terms["critic"] > 0
 
@@ -329,6 +330,13 @@ def test_another_reward_starts_the_baseline_anew(make_model):
     assert (kept.ppm.baseline, kept.ppm.critic.spread, new) == (1.5, 1.5, {})
     other, new = with_settings(model, {"reward_terms": "mask_iou"}, "here")
     assert (other.ppm.baseline, other.ppm.critic.spread, new) == (0, 0, {"ppm": "critic"})
+    sources = dict.fromkeys(("ppm", "lm_head"), "a model")
+    [same], [again] = (
+        [row.fingerprint for row in report(m, sources, new) if row.module == "ppm"] for m in (model, other)
+    )
+    assert same == again  # the random critic is no part of the base, the gate is
+    other.ppm.gate.data[0, 0] += 1
+    assert base_fingerprints(report(other, sources, new))["ppm"] != same
     assert torch.equal(other.ppm.gate, model.ppm.gate)
 
 

@@ -14,7 +14,17 @@ import yaml
 
 from model.config import UGroundConfig
 from model.settings import METHOD_FIELDS, RECIPES
-from utils.config import FIELDS, SECTIONS, Config, ConfigError, config_from, load_config, make_parser, to_dict
+from utils.config import (
+    FIELDS,
+    SECTIONS,
+    Config,
+    ConfigError,
+    config_from,
+    keep_trained,
+    load_config,
+    make_parser,
+    to_dict,
+)
 from utils.datasets import TYPES, DataOptions
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -286,6 +296,26 @@ def test_a_recipe_overrides_the_base_and_single_settings_override_it(tmp_path):
     assert again.eval.val_layer_policy == ""
     recommended = load_config(["--config", path, *NEEDED, "--recipe", "recommended"])
     assert recommended.method == Config().method | {"policy_gradient": "exact"}
+    assert load_config(["--config", written(tmp_path, "recipe: recommended"), *NEEDED]).method == recommended.method
+
+
+def test_what_a_recipe_resets_is_not_given(tmp_path):
+    """So that training from a finished model takes it from the model."""
+    path = written(tmp_path, "recipe: released")
+    recommended = load_config(["--config", path, *NEEDED, "--recipe", "recommended"])
+    keep_trained(recommended, Config().method | {"map_side": 336, "map_normalization": "all"}, "a published UGround")
+    assert (recommended.ppm.map_side, recommended.ppm.map_normalization) == (336, "all")
+    with pytest.raises(ConfigError, match="recipe released: map_side: 336 contradicts --version other"):
+        keep_trained(load_config(["--config", path, *NEEDED]), Config().method | {"map_side": 48}, "other")
+
+
+def test_a_recipe_without_effect_is_refused(tmp_path):
+    path = written(tmp_path, "ppm: {layer_selection: last}")
+    assert load_config(["--config", path, *NEEDED, "--recipe", "paper"]).ppm.layer_selection == "last"
+    [line] = problems("--config", path, *NEEDED, "--recipe", "recommended")
+    assert line.startswith("--recipe: recommended sets policy_gradient, exact has no effect: layer_selection last")
+    released = load_config(["--config", path, *NEEDED, "--recipe", "released"])  # a part has an effect
+    assert released.ppm.map_normalization == "all"
 
 
 def test_an_unknown_recipe_is_refused(tmp_path):

@@ -54,13 +54,13 @@ def test_meter_gives_means_and_the_last_baseline():
 def test_meter_gives_the_mean_of_a_critics_baseline():
     """Of all micro steps with a mask, not the last one's."""
     meter = Meter(torch.device("cpu"), num_layers=4)
-    for state_baseline, layers in ((-1.0, [1]), (-3.0, [2]), (0.0, [])):
+    for critic_baseline, layers in ((-1.0, [1]), (-3.0, [2]), (0.0, [])):
         step = output(1.0, -1.7, layers)
-        step.terms["state_baseline"] = torch.tensor(state_baseline)
+        step.terms["critic_baseline"] = torch.tensor(critic_baseline)
         meter.add(step, images=1)
     values = meter.collect()
     assert values["baseline"] == -2
-    assert "state_baseline" not in values
+    assert "critic_baseline" not in values
 
 
 def test_meter_gives_the_map_losses_of_all_layers_where_they_are_computed():

@@ -14,6 +14,7 @@ from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 import yaml
 
 from model.settings import (
+    METHOD_FIELDS,
     RECIPES,
     RUN_NAMES,
     ExperimentalSettings,
@@ -48,7 +49,7 @@ class WithoutEffectError(ConfigError):
     """Flags that other settings switch off.
 
     Args:
-        ignored: setting -> problem.
+        ignored: flag without its dashes -> problem.
     """
 
     def __init__(self, ignored: Mapping[str, str]) -> None:
@@ -142,7 +143,7 @@ def load_config(argv: Sequence[str] | None = None, needs: Collection[str] = SECT
         if problems and not values:  # the file could not be read: missing settings are no further problem
             raise ConfigError(problems)
     if flags.recipe is not None:
-        values |= _expand_recipe(flags.recipe, "--recipe", problems)
+        _apply_recipe(values, flags.recipe, "--recipe", problems)
     for name in FIELDS:
         if (value := getattr(flags, name)) is not None:
             values[name] = (value, f"--{name}")
@@ -151,7 +152,12 @@ def load_config(argv: Sequence[str] | None = None, needs: Collection[str] = SECT
     except ConfigError as error:
         unset = f"; {flags.config} does not set it" if flags.config else ""
         raise ConfigError([line + unset * (": is missing (" in line) for line in error.problems]) from None
-    if ignored := {name: text for name, text in _ignored(config) if values.get(name, ("", ""))[1] == f"--{name}"}:
+    without = dict(_ignored(config))
+    ignored = {name: text for name, text in without.items() if values.get(name, ("", ""))[1] == f"--{name}"}
+    of_recipe = [name for name, (_, origin) in values.items() if origin.startswith("--recipe ")]
+    if of_recipe and all(name in without for name in of_recipe):  # a part of them may have none
+        ignored["recipe"] = f"{flags.recipe} sets {'; '.join(f'{name}, {without[name]}' for name in of_recipe)}"
+    if ignored:
         raise WithoutEffectError(ignored)
     return config
 
@@ -263,17 +269,24 @@ def read_yaml(path: Path, problems: list[str], above: tuple[Path, ...] = ()) -> 
         else:
             values = read_yaml(parent, problems, chain)
     if recipe is not None:
-        values |= _expand_recipe(recipe, f"{path}: recipe", problems)
+        _apply_recipe(values, recipe, f"{path}: recipe", problems)
     return values | _flatten(content, str(path), problems)
 
 
-def _expand_recipe(recipe: Any, origin: str, problems: list[str]) -> dict[str, tuple[Any, str]]:
-    """The settings of a recipe; settings of the same file or command line override them."""
+def _apply_recipe(values: dict[str, tuple[Any, str]], recipe: Any, origin: str, problems: list[str]) -> None:
+    """Sets a recipe's settings, and leaves those of the other recipes to their defaults, in place.
+
+    Settings of the same file or command line, applied later, override them.
+    """
     if not isinstance(recipe, str) or recipe not in RECIPES:
         problems.append(f"{origin}: {recipe!r} is not one of {', '.join(RECIPES)}")
-        return {}
-    values = {RUN_NAMES.get(name, name): value for name, value in RECIPES[recipe].items()}
-    return {name: ("" if value is None else value, f"{origin} {recipe}: {name}") for name, value in values.items()}
+        return
+    for name, value in RECIPES[recipe].items():
+        run_name = RUN_NAMES.get(name, name)
+        if value == METHOD_FIELDS[name].default:  # not given, so that a finished model keeps its own
+            values.pop(run_name, None)
+        else:
+            values[run_name] = (value, f"{origin} {recipe}: {run_name}")
 
 
 def _flatten(content: Mapping[str, Any], origin: str, problems: list[str]) -> dict[str, tuple[Any, str]]:

@@ -105,7 +105,7 @@ class Meter:
 
         Returns:
             means of loss and text over micro steps, and of other terms over micro steps with a mask; the last
-            ``baseline``, or with a critic of the state the mean of its ``state_baseline``; ``layers``: [L] counts of
+            ``baseline``, or with a critic the mean of its ``critic_baseline``; ``layers``: [L] counts of
             chosen layers; ``map_loss_by_layer``: [L], where it was computed; ``images_per_s``.
         """
         import torch
@@ -118,8 +118,8 @@ class Meter:
         numbers = distributed.mean(torch.cat([torch.stack(means), self.layers, by_layer])).tolist()
         seconds = time.perf_counter() - self.started
         values: dict[str, Any] = dict(zip(self.sums, numbers))
-        if "state_baseline" in values:
-            values["baseline"] = values.pop("state_baseline")
+        if "critic_baseline" in values:
+            values["baseline"] = values.pop("critic_baseline")
         numbers = numbers[len(means) :]
         values["layers"] = [round(count * world) for count in numbers[: self.num_layers]]
         if not math.isnan(numbers[-1]):
