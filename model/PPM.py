@@ -4,8 +4,8 @@ Stochastic Skip Connection (SSC): a policy over layers, one action per [SEG] tok
 layer's similarity map between the token and the image prompts SAM, is constrained by a loss and gives the reward. Soft
 gating (Table 9, appendix B.1) weights all layers with the same gate instead of choosing one.
 
-Legend: B rows, T tokens, N [SEG] tokens, L hidden states (the embeddings first, the last one after the final norm),
-P image tokens, D hidden size.
+Legend: B rows, T tokens, V of them of the image, N [SEG] tokens, L hidden states (the embeddings first, the last one
+after the final norm), P cells of a map, D hidden size.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import distributed, nn
 
 from model.config import UGroundConfig
-from model.structures import EPSILON
+from model.structures import EPSILON, Batch
 
 
 class StateCritic(nn.Module):
@@ -215,28 +215,30 @@ def gumbel_noise(sample_ids: list[int], rows: list[int], num_layers: int, seed: 
 
 
 def similarity_of_all_layers(
-    hidden: tuple[torch.Tensor, ...], seg_states: torch.Tensor, seg_rows: torch.Tensor, image: slice
+    hidden: tuple[torch.Tensor, ...], seg_states: torch.Tensor, seg_rows: torch.Tensor, batch: Batch
 ) -> torch.Tensor:
-    """Eq. 6 for every layer at once: S[n, l, p] = <h_seg[n, l], h_img[row(n), l, p]>.
+    """Eq. 6 for every layer at once: S[n, l, p] = <h_seg[n, l], h_img[row(n), l, p]>, 0 where a cell has no token.
 
-    L x P x D multiplications per [SEG] are negligible beside the language model. Computing them for all layers needs
+    L x V x D multiplications per [SEG] are negligible beside the language model. Computing them for all layers needs
     neither a copy of the image states nor a synchronization with the device to know which layer was chosen.
 
     Args:
         hidden: L tensors [B, T, D].
         seg_states: [N, L, D].
         seg_rows: [N] row of each [SEG].
-        image: positions of the image tokens, the same in every row.
+        batch: tells the image's tokens and their cells.
 
     Returns:
         [N, L, P] float32.
     """
-    maps = []
+    scores = []
     for layer, states in enumerate(hidden):
         # in float32: an image's states are alike, and min-max scaling their small differences leaves little of 8 bits
-        every_row = torch.einsum("bpd,nd->nbp", states[:, image].float(), seg_states[:, layer].float())
-        maps.append(every_row[torch.arange(len(seg_rows), device=seg_rows.device), seg_rows])
-    return torch.stack(maps, 1)
+        every_row = torch.einsum("bvd,nd->nbv", batch.image_states(states).float(), seg_states[:, layer].float())
+        scores.append(every_row[torch.arange(len(seg_rows), device=seg_rows.device), seg_rows])
+    of_tokens = torch.stack(scores, 1)  # [N, L, V]
+    cells = batch.image_cells[seg_rows][:, None].expand(of_tokens.shape)
+    return of_tokens.new_zeros(*of_tokens.shape[:2], batch.valid.shape[1]).scatter(2, cells, of_tokens)
 
 
 def rows_of(counts: list[int]) -> list[int]:
@@ -282,7 +284,7 @@ def fuse_layers(
     seg_states: torch.Tensor,
     weights: torch.Tensor,
     seg_rows: torch.Tensor,
-    image: slice,
+    batch: Batch,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Soft gating (Table 9): h = sum_l w_l h_l of the [SEG] and of every image token, and their similarities.
 
@@ -296,5 +298,5 @@ def fuse_layers(
         the fused [SEG] states [N, D] and their similarities [N, P], float32.
     """
     fused = torch.einsum("nl,nld->nd", weights.to(seg_states.dtype), seg_states)
-    scores = similarity_of_all_layers(hidden, fused[:, None].expand_as(seg_states), seg_rows, image)
+    scores = similarity_of_all_layers(hidden, fused[:, None].expand_as(seg_states), seg_rows, batch)
     return fused, torch.einsum("nl,nlp->np", weights, scores)

@@ -18,7 +18,7 @@ from torch import nn
 
 from model.config import UGroundConfig
 from model.generation import GenerationOutput, generate_answers, teacher_forced_answers
-from model.geometry import maps_at, mask_prompts, normalise_maps
+from model.geometry import maps_at, mask_prompts, normalise_maps, split_maps
 from model.layer_rules import LayerRule
 from model.llava import LlavaLlamaForCausalLM
 from model.objective import Objective, UGroundOutput
@@ -46,14 +46,12 @@ class LanguagePass:
 
     Attributes:
         hidden: L tensors [B, T, D], which hold the image tokens' states.
-        valid: [B, P] valid patches, those that show the image.
         embeddings: [B, E, G, G] of SAM; None if no answer has a [SEG].
     """
 
     batch: Batch
     answers: GenerationOutput
     hidden: tuple[torch.Tensor, ...]
-    valid: torch.Tensor
     embeddings: torch.Tensor | None
 
 
@@ -137,21 +135,21 @@ class UGroundForCausalLM(LlavaLlamaForCausalLM):
         # as they arrive. Computed first, this zero comes last in the backward pass, and completes them all.
         modules = map(self.get_submodule, self.touched_modules)
         touched = TouchAll.apply(self.device, *(p for each in modules for p in each.parameters() if p.requires_grad))
-        output, valid = self.forward_language(batch)
+        output = self.forward_language(batch)
         counts = [len(masks) for masks in batch.masks]
         states = output.at(batch.seg_positions)
         rule = self.config.selection
-        grounding = self.ground(output.hidden, states, batch.seg_rows, counts, batch.image_start, rule)
+        grounding = self.ground(output.hidden, states, batch.seg_rows, counts, batch, rule)
         layers = self.choose_layers(rule, grounding, batch.sample_ids, self.config.policy_seed)
         embeddings = self.visual_model.encode(batch.sam_images, batch.image_keys)
-        mask_logits, maps, predicted_iou = self.mask_as_prompt(grounding, layers, embeddings, valid, batch)
+        mask_logits, maps, predicted_iou = self.mask_as_prompt(grounding, layers, embeddings, batch)
         others = None
         if self.config.sampled_layers > 1:
-            others = self.sample_others(rule, grounding, embeddings, valid, batch)
+            others = self.sample_others(rule, grounding, embeddings, batch)
         logits = self.lm_head(output.hidden[-1].flatten(0, 1)[batch.label_positions])
         layer_maps = None
         if all_layers or self.config.rewards_all_layers:
-            layer_maps = self.normalised(grounding.scores.detach(), valid[grounding.rows][:, None])
+            layer_maps = self.layer_maps(grounding, batch)
         result = self.objective(
             batch,
             logits,
@@ -185,7 +183,7 @@ class UGroundForCausalLM(LlavaLlamaForCausalLM):
         states: torch.Tensor,
         seg_rows: torch.Tensor,
         counts: list[int],
-        image_start: int,
+        batch: Batch,
         rule: LayerRule,
     ) -> Grounding:
         """What PPM computes before a layer is chosen: the policy (Eq. 4) and all layers' similarities (Eq. 6).
@@ -193,17 +191,24 @@ class UGroundForCausalLM(LlavaLlamaForCausalLM):
         Args:
             hidden: L tensors [B, T, D]; states: [N, L, D] of the [SEG] tokens.
             seg_rows: [N] row of each [SEG]; counts: [SEG] tokens per row, on the host.
-            image_start: index of the first image token, the same in every row.
+            batch: tells the image's tokens and their cells.
             rule: whether layers are fused, and with which weights.
 
         Returns:
             the [SEG] tokens with their scores, from which ``mask_as_prompt`` decodes chosen layers.
+
+        Raises:
+            ValueError: if maps depend on padded patches, and the batch lacks them.
         """
-        image = slice(image_start, image_start + self.config.num_image_tokens)
-        scores = similarity_of_all_layers(hidden, states, seg_rows, image)
+        if self.config.reads_padding and batch.image_tokens.shape != batch.valid.shape:
+            raise ValueError(
+                "map_normalization all reads padded patches, which the batch lacks: set keep_padding of its "
+                "UGroundProcessor to True (model.load does)"
+            )
+        scores = similarity_of_all_layers(hidden, states, seg_rows, batch)
         log_policy, fused = self.ppm.log_policy(states), None
         if (weights := rule.weights(log_policy)) is not None:
-            fused = fuse_layers(hidden, states, weights, seg_rows, image)
+            fused = fuse_layers(hidden, states, weights, seg_rows, batch)
         return Grounding(states, scores, log_policy, seg_rows, counts, fused)
 
     def choose_layers(
@@ -220,7 +225,6 @@ class UGroundForCausalLM(LlavaLlamaForCausalLM):
         rule: LayerRule,
         grounding: Grounding,
         embeddings: torch.Tensor,
-        valid: torch.Tensor,
         batch: Batch,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The layers that leave_one_out samples beside the trained one, [N, K - 1], and the rewards of their masks.
@@ -235,20 +239,24 @@ class UGroundForCausalLM(LlavaLlamaForCausalLM):
         for trial in range(1, self.config.sampled_layers):
             layers.append(self.choose_layers(rule, grounding, batch.sample_ids, self.config.policy_seed, trial))
             if self.config.reward_terms in MASK_REWARDS:
-                mask_logits, _, _ = self.mask_as_prompt(grounding, layers[-1], embeddings, valid, batch)
+                mask_logits, _, _ = self.mask_as_prompt(grounding, layers[-1], embeddings, batch)
                 rewards.append(self.objective.mask_rewards(batch.masks, mask_logits))
         return torch.stack(layers, 1), torch.stack(rewards, 1) if rewards else None
 
     def normalised(self, scores: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
         """Similarities [..., P] scaled to maps in [0, 1] (``map_normalization``); valid: [..., P] bool."""
-        return normalise_maps(scores, valid if self.config.map_normalization == "valid" else None)
+        return normalise_maps(scores, None if self.config.reads_padding else valid)
+
+    def layer_maps(self, grounding: Grounding, batch: Batch) -> list[torch.Tensor]:
+        """The maps of all layers, detached: per row [N_b, L, h, w] in [0, 1]."""
+        maps = self.normalised(grounding.scores.detach(), batch.valid[grounding.rows][:, None])
+        return split_maps(maps, grounding.counts, batch.grids)
 
     def mask_as_prompt(
         self,
         grounding: Grounding,
         layers: torch.Tensor,
         embeddings: torch.Tensor,
-        valid: torch.Tensor,
         batch: Batch,
         prompts: Prompts | None = None,
         sam: SegmentAnything | None = None,
@@ -256,7 +264,7 @@ class UGroundForCausalLM(LlavaLlamaForCausalLM):
         """Mask as Prompt (MasP, section 4.1): prompts SAM with the chosen layers' similarity maps and [SEG] states.
 
         Args:
-            layers: [N]; embeddings: [B, E, G, G] of SAM; valid: [B, P] valid patches.
+            layers: [N]; embeddings: [B, E, G, G] of SAM.
             prompts: which prompts SAM gets; None = as in training.
             sam: the SAM that decodes; None = the model's own.
 
@@ -265,15 +273,15 @@ class UGroundForCausalLM(LlavaLlamaForCausalLM):
         """
         config, sam, prompts = self.config, sam or self.visual_model, prompts or Prompts.of(self.config)
         states, scores = grounding.select_layers(layers)
-        seg_valid = valid[grounding.rows]  # [N, P]
-        maps = self.normalised(scores, seg_valid)
+        valid = batch.valid[grounding.rows]  # [N, P]
+        maps = split_maps(self.normalised(scores, valid), grounding.counts, batch.grids)
         side = config.map_side or config.clip_side
-        per_image = zip(maps.split(grounding.counts), batch.sizes)
-        full_maps = [maps_at(rows, side, size, config.clip_fit) for rows, size in per_image]
+        full_maps = [maps_at(rows, side, size, config.clip_fit) for rows, size in zip(maps, batch.sizes)]
         tokens, dense = [], None
         if prompts.points:
-            sizes = [batch.sizes[row] for row in rows_of(grounding.counts)]
-            tokens.append(sam.embed_points(*sam_points(prompts, maps, seg_valid, sizes, sam.shape.image_size)))
+            per_image = zip(maps, split_maps(valid, grounding.counts, batch.grids), batch.sizes)
+            points = [sam_points(prompts, *image, sam.shape.image_size) for image in per_image]
+            tokens.append(sam.embed_points(*(torch.cat(part) for part in zip(*points))))
         if prompts.seg:
             phi_input = states if config.phi_layer == "chosen" else grounding.states[:, -1]
             tokens.append(self.text_hidden_fcs[0](phi_input)[:, None])
@@ -325,13 +333,13 @@ class UGroundForCausalLM(LlavaLlamaForCausalLM):
             on_token: called after each step with the newest token of every question (flat, image by image).
         """
         given = len(batch.label_ids) > 0
-        output, valid = self.forward_language(batch, use_cache=not given)
+        output = self.forward_language(batch, use_cache=not given)
         if given:
             answers = teacher_forced_answers(self, batch, output)
         else:
             answers = generate_answers(self, batch, output, max_new_tokens, on_token)
         embeddings = self.visual_model.encode(batch.sam_images, batch.image_keys) if answers.seg_questions else None
-        return LanguagePass(batch, answers, output.hidden, valid, embeddings)
+        return LanguagePass(batch, answers, output.hidden, embeddings)
 
     @torch.inference_mode()
     def decode_masks(
@@ -358,21 +366,21 @@ class UGroundForCausalLM(LlavaLlamaForCausalLM):
             ValueError: if the layer policy is unknown, or its layer does not exist.
         """
         rule = self.config.layer_rule(layer_policy)
-        batch, answers, valid = language_pass.batch, language_pass.answers, language_pass.valid
+        batch, answers = language_pass.batch, language_pass.answers
         counts = [sum(row == b for row, _ in answers.seg_questions) for b in range(len(batch.sizes))]
         rows = torch.tensor(rows_of(counts), dtype=torch.int64, device=self.device)
-        grounding = self.ground(language_pass.hidden, answers.states, rows, counts, batch.image_start, rule)
+        grounding = self.ground(language_pass.hidden, answers.states, rows, counts, batch, rule)
         masks: list[MaskPrediction] = []
         if language_pass.embeddings is not None:
             masks = self.decode_by_rule(rule, grounding, language_pass, seed, prompts, sam)
         policy = grounding.log_policy.exp().cpu()
-        layer_maps = self.normalised(grounding.scores, valid[rows][:, None]).cpu()
-
+        layer_maps = [maps.cpu() for row in self.layer_maps(grounding, batch) for maps in row]
         generated = len(batch.label_ids) == 0
 
         def prediction(row: int, question: int) -> Prediction:
             segs = [n for n, owner in enumerate(answers.seg_questions) if owner == (row, question)]
             no_masks = torch.zeros(0, *batch.sizes[row])
+            no_layer_maps = torch.zeros(0, self.ppm.num_layers, *batch.grids[row])
             mask_logits = torch.stack([masks[n].logits for n in segs]).cpu() if segs else no_masks
             return Prediction(
                 text="",
@@ -381,7 +389,7 @@ class UGroundForCausalLM(LlavaLlamaForCausalLM):
                 maps=torch.stack([masks[n].similarity for n in segs]).cpu() if segs else no_masks,
                 layers=[masks[n].layer for n in segs],
                 policy=policy[segs],
-                layer_maps=layer_maps[segs],
+                layer_maps=torch.stack([layer_maps[n] for n in segs]) if segs else no_layer_maps,
                 rejected=[answers.rejected[n] for n in segs],
                 predicted_iou=[masks[n].predicted_iou for n in segs],
                 ambiguity=ambiguity(mask_logits).tolist(),
@@ -407,14 +415,14 @@ class UGroundForCausalLM(LlavaLlamaForCausalLM):
             language_pass: with SAM's embeddings; its sample indices and ``seed`` determine the sampled layers.
             prompts, sam: of ``decode_masks``.
         """
-        batch, embeddings, valid = language_pass.batch, language_pass.embeddings, language_pass.valid
+        batch, embeddings = language_pass.batch, language_pass.embeddings
         assert embeddings is not None
 
         def choose_layers(trial: int) -> torch.Tensor:
             return self.choose_layers(rule, grounding, batch.sample_ids, seed, trial)
 
         def decode(grounding: Grounding, layers: torch.Tensor) -> Iterator[MaskPrediction]:
-            logits, maps, rated = self.mask_as_prompt(grounding, layers, embeddings, valid, batch, prompts, sam)
+            logits, maps, rated = self.mask_as_prompt(grounding, layers, embeddings, batch, prompts, sam)
             of_segs = chain.from_iterable(logits), chain.from_iterable(maps), layers.tolist(), rated.tolist()
             return (MaskPrediction(*mask) for mask in zip(*of_segs))
 

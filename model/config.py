@@ -89,6 +89,11 @@ class UGroundConfig(LlavaLlamaConfig, PpmSettings, LossSettings, ExperimentalSet
         leave_one_out = self.selection.gate == "policy" and self.policy_gradient == "leave_one_out"
         return self.policy_samples if leave_one_out else 1
 
+    @property
+    def reads_padding(self) -> bool:
+        """Whether maps depend on the states of padded patches."""
+        return self.map_normalization == "all"
+
     def check_settings(self) -> None:
         """Validates all settings.
 

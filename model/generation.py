@@ -188,15 +188,16 @@ class ConversationCache:
         batch: one row of the prefix alone (``UGroundProcessor.prefix``).
 
     Attributes:
-        hidden: L tensors [1, T, D] of the prefix; valid: [1, P] valid patches.
+        hidden: L tensors [1, T, D] of the prefix.
         ids: tokens in the cache after the prefix.
     """
 
     @torch.inference_mode()
     def __init__(self, model: UGroundForCausalLM, batch: Batch) -> None:
         self.model = model
-        output, self.valid = model.forward_language(batch, use_cache=True)
+        output = model.forward_language(batch, use_cache=True)
         self.hidden, self.keys = output.hidden, output.keys
+        self.next_position = int(batch.position_ids[0, -1]) + 1  # more than tokens: padded patches count
         self.cache: Any = output.cache  # transformers' annotation lacks the layers' keys and values
         self.ids: list[int] = []
 
@@ -209,7 +210,7 @@ class ConversationCache:
         The longest common prefix with the cached conversation is not computed again.
         """
         output = self._forward(ids)
-        last = torch.tensor([[self.keys.segment_ids.shape[1] + len(ids) - 1]], device=self.model.device)
+        last = torch.tensor([[self.next_position + len(ids) - 1]], device=self.model.device)
         hidden = tuple(layer[:, -1:] for layer in output.hidden)
         segment_ids = torch.ones_like(last)
         answers = generate_from(self.model, [1], output, hidden, segment_ids, last, max_new_tokens, on_token)
@@ -220,9 +221,9 @@ class ConversationCache:
         differing = (i for i, (cached, new) in enumerate(zip(self.ids, ids)) if cached != new)
         kept = min(next(differing, min(len(self.ids), len(ids))), len(ids) - 1)  # the last token's states are needed
         self._crop(kept)
-        prefix = self.keys.segment_ids.shape[1]
+        start = self.next_position
         tokens = torch.tensor([ids[kept:]], device=self.model.device)
-        position_ids = torch.arange(prefix + kept, prefix + len(ids), device=self.model.device)[None]
+        position_ids = torch.arange(start + kept, start + len(ids), device=self.model.device)[None]
         segment_ids, cached_ids = torch.ones_like(tokens), tokens.new_ones(1, kept)
         past = LanguageOutput((), self.keys.extend(cached_ids, cached_ids.bool()), self.cache)
         embeddings = self.model.get_input_embeddings()(tokens)

@@ -1,11 +1,10 @@
 """Geometry of pixels, patches and prompts: sizes of resized images, and maps on grids of patches and pixels.
 
-Legend: n masks or maps, P = h x w image tokens, H, W the image's own size. Sizes are in pixels.
+Legend: n masks or maps, P cells of a map's grid h x w, H, W the image's own size. Sizes are in pixels.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -61,24 +60,38 @@ def normalise_maps(scores: torch.Tensor, valid: torch.Tensor | None) -> torch.Te
     return ((scores - low) / (high - low).clamp(min=EPSILON)).masked_fill(~valid, 0.0)
 
 
-def grid_of(tokens: int) -> tuple[int, int]:
-    """(h, w) of P image tokens. CLIP's input is a square: h = w."""
-    side = math.isqrt(tokens)
-    return side, side
+def image_cells(valid: torch.Tensor, keep_padding: bool) -> torch.Tensor:
+    """The cells whose tokens a batch holds: all that show the image, ascending.
+
+    A row with fewer of them than another also holds padded ones, so that all rows hold the same number.
+
+    Args:
+        valid: [B, P] bool; keep_padding: hold all cells.
+
+    Returns:
+        [B, V] int64.
+    """
+    count = valid.shape[1] if keep_padding else int(valid.sum(1).max())
+    return valid.byte().argsort(dim=1, descending=True, stable=True)[:, :count].sort(dim=1).values
+
+
+def split_maps(maps: torch.Tensor, counts: Sequence[int], grids: Sequence[tuple[int, int]]) -> list[torch.Tensor]:
+    """Maps [N, ..., P] of a batch as [n, ..., h, w] per image: ``counts`` of them, on its own grid."""
+    return [part[..., : h * w].unflatten(-1, (h, w)) for part, (h, w) in zip(maps.split(list(counts)), grids)]
 
 
 def maps_at(maps: torch.Tensor, side: int, size: tuple[int, int], fit: str = "pad") -> torch.Tensor:
     """Similarity maps of one image at its own size: grid -> padded square -> padding removed -> ``size``.
 
     Args:
-        maps: [n, P] in [0, 1].
+        maps: [n, h, w] in [0, 1].
         side: of the square, CLIP's input side; size: the image's (H, W).
         fit: ``crop`` where CLIP's input is a centre crop; a map is 0 outside of it.
 
     Returns:
         [n, H, W] float32.
     """
-    full = F.interpolate(maps.view(-1, 1, *grid_of(maps.shape[1])), (side, side), mode="bilinear", align_corners=False)
+    full = F.interpolate(maps[:, None], (side, side), mode="bilinear", align_corners=False)
     if fit == "crop":
         full = F.pad(full, margins_cut_off(size, side))
     else:

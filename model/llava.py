@@ -1,18 +1,18 @@
 """LLaVA on transformers' CLIP and LLaMA: projector, image splice, and the attention of packed rows.
 
-Legend: B rows, T tokens, P image tokens, D hidden size, L hidden states (decoder layers + 1), C CLIP's width.
+Legend: B rows, T tokens, P patches of CLIP's input, V of them that are encoded, D hidden size, L hidden states (decoder
+layers + 1), C CLIP's width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import Cache, CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
-from model.geometry import valid_patches
 from model.structures import Batch
 
 
@@ -152,53 +152,63 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
         )
         self.post_init()
 
+    @property
+    def clip_layers(self) -> nn.ModuleList:
+        """CLIP's layers up to the one that is read (``mm_vision_select_layer``); later ones are not computed."""
+        layers: Any = self.vision_tower.encoder.layers
+        return layers[: range(len(layers) + 1)[self.config.mm_vision_select_layer]]
+
     def encode_images(
-        self, clip_images: torch.Tensor, clip_sizes: Sequence[tuple[int, int]]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """CLIP features after the projector; padded patches are masked as keys in CLIP.
+        self, clip_images: torch.Tensor, cells: torch.Tensor, valid: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """[B, V, D] CLIP features after the projector, of some of the patches.
 
         Args:
             clip_images: [B, 3, S, S], normalised and padded.
-            clip_sizes: per row, the (height, width) in pixels that shows the image.
-
-        Returns:
-            [B, P, D] features and [B, P] bool valid patches, those that show the image.
+            cells: [B, V] the patches, row-major.
+            valid: [B, V] bool, patches that are keys of CLIP's attention; None = all.
         """
-        side, mask = self.config.clip_side, None
-        valid = valid_patches(clip_sizes, side, self.config.clip_patch)
-        if any(size != (side, side) for size in clip_sizes):
-            keys = torch.cat([torch.ones(len(valid), 1, dtype=torch.bool), valid], 1)  # the class token always counts
-            mask = torch.zeros(keys.shape).masked_fill_(~keys, torch.finfo(clip_images.dtype).min)
-            mask = mask.to(clip_images, non_blocking=True)[:, None, None, :].expand(-1, 1, keys.shape[1], -1)
         # transformers' gradient checkpointing makes the tower's inputs require gradients, also where it is frozen
         trains = any(parameter.requires_grad for parameter in self.vision_tower.parameters())
         with torch.set_grad_enabled(trains and torch.is_grad_enabled()):
-            states = self.vision_tower(clip_images, attention_mask=mask, output_hidden_states=True).hidden_states
-        features = states[self.config.mm_vision_select_layer][:, 1:]
-        return self.mm_projector(features), valid.to(clip_images.device, non_blocking=True)
+            features = self._clip_states(clip_images, cells, valid)
+        return self.mm_projector(features)
 
-    def embed(self, input_ids: torch.Tensor, features: torch.Tensor, image_start: int) -> torch.Tensor:
-        """Token embeddings [B, T, D] of ``input_ids`` [B, T], image features [B, P, D] replacing the placeholders."""
-        embed = self.get_input_embeddings()
-        end = image_start + features.shape[1]
-        before, after = embed(input_ids[:, :image_start]), embed(input_ids[:, end:])
-        return torch.cat([before, features.to(before.dtype), after], dim=1)
+    def _clip_states(self, clip_images: torch.Tensor, cells: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
+        """[B, V, C] hidden states of CLIP."""
+        tower = self.vision_tower
+        tokens = nn.functional.pad(cells + 1, (1, 0))  # the class token comes first
+        states = tower.embeddings(clip_images)
+        states = tower.pre_layrnorm(states.gather(1, tokens[..., None].expand(-1, -1, states.shape[-1])))
+        mask = None
+        if valid is not None:
+            keys = nn.functional.pad(valid, (1, 0), value=True)
+            mask = states.new_zeros(keys.shape).masked_fill_(~keys, torch.finfo(states.dtype).min)
+            mask = mask[:, None, None, :].expand(-1, 1, keys.shape[1], -1)
+        for layer in self.clip_layers:
+            states = layer(states, mask)
+        return states[:, 1:]
 
-    def forward_language(self, batch: Batch, use_cache: bool = False) -> tuple[LanguageOutput, torch.Tensor]:
+    def embed(self, input_ids: torch.Tensor, features: torch.Tensor, image_tokens: torch.Tensor) -> torch.Tensor:
+        """Token embeddings [B, T, D] of ``input_ids`` [B, T], with features [B, V, D] at flat positions [B, V]."""
+        positions = image_tokens.flatten()
+        known = input_ids.flatten().index_fill(0, positions, 0)  # a placeholder may have no embedding
+        words = self.get_input_embeddings()(known)
+        embeddings = words.index_copy(0, positions, features.flatten(0, 1).to(words.dtype))
+        return embeddings.unflatten(0, input_ids.shape)
+
+    def forward_language(self, batch: Batch, use_cache: bool = False) -> LanguageOutput:
         """Forward pass of LLaVA over packed rows.
 
         Args:
             use_cache: whether the output has a KV cache, to continue from.
-
-        Returns:
-            the states, and the valid patches [B, P].
         """
-        features, valid = self.encode_images(batch.clip_images, batch.clip_sizes)
-        embeddings = self.embed(batch.input_ids, features, batch.image_start)
-        key_mask = batch.segment_ids >= 0
-        key_mask[:, batch.image_start : batch.image_start + valid.shape[1]] = valid
-        output = self.forward_packed(embeddings, batch.segment_ids, batch.position_ids, key_mask, use_cache=use_cache)
-        return output, valid
+        valid = batch.valid.gather(1, batch.image_cells)
+        features = self.encode_images(batch.clip_images, batch.image_cells, valid if batch.padded else None)
+        embeddings = self.embed(batch.input_ids, features, batch.image_tokens)
+        key_mask = (batch.segment_ids >= 0).flatten().index_copy(0, batch.image_tokens.flatten(), valid.flatten())
+        key_mask = key_mask.unflatten(0, batch.segment_ids.shape)
+        return self.forward_packed(embeddings, batch.segment_ids, batch.position_ids, key_mask, use_cache=use_cache)
 
     def forward_packed(
         self,

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from model import losses
 from model.config import UGroundConfig
-from model.geometry import grid_of, on_grid
+from model.geometry import on_grid
 from model.PPM import LayerSamples, PolicyPromptedMasking
 from model.structures import EPSILON, IGNORE_PIXEL, Batch
 
@@ -69,7 +69,7 @@ class Objective:
         maps: list[torch.Tensor],
         layers: torch.Tensor,
         log_policy: torch.Tensor,
-        layer_maps: torch.Tensor | None = None,
+        layer_maps: list[torch.Tensor] | None = None,
         states: torch.Tensor | None = None,
         others: tuple[torch.Tensor, torch.Tensor | None] | None = None,
         predicted_iou: torch.Tensor | None = None,
@@ -83,7 +83,8 @@ class Objective:
             logits: [M, V] of the answers' tokens.
             mask_logits, maps: per row [N_b, H, W], SAM's logits and the similarity maps in [0, 1].
             layers: [N] chosen layers; log_policy: [N, L].
-            layer_maps: [N, L, P] in [0, 1], detached: all layers' maps, for ``layer_losses`` and gates that need them.
+            layer_maps: per row [N_b, L, h, w] in [0, 1], detached: all layers' maps, for ``layer_losses`` and for gates
+                that need them.
             states: [N, L, D] of the [SEG] tokens, for a critic of the state.
             others: with leave_one_out, [N, K - 1] further sampled layers, and the rewards of their masks if masks give
                 the reward.
@@ -281,15 +282,15 @@ class Objective:
     def _positive_weight(self, targets: torch.Tensor) -> torch.Tensor:
         return losses.positive_weight(targets, shared=self.config.positive_weight == "image")
 
-    def map_losses(self, targets: list[torch.Tensor], layer_maps: torch.Tensor) -> torch.Tensor:
+    def map_losses(self, targets: list[torch.Tensor], layer_maps: list[torch.Tensor]) -> torch.Tensor:
         """map_bce + map_dice of every layer's map (Fig. 2b): [N, L]; their means are the ``layer_losses``.
 
         Args:
-            targets: per image [n, H, W] uint8; layer_maps: [N, L, P] in [0, 1].
+            targets: per image [n, H, W] uint8; layer_maps: per image [n, L, h, w] in [0, 1].
         """
         return -self.map_rewards(targets, layer_maps)["both"]
 
-    def map_rewards(self, targets: list[torch.Tensor], layer_maps: torch.Tensor) -> dict[str, torch.Tensor]:
+    def map_rewards(self, targets: list[torch.Tensor], layer_maps: list[torch.Tensor]) -> dict[str, torch.Tensor]:
         """The reward of every layer's map, which the exact gradient uses: kind of ``MAP_REWARDS`` -> [N, L].
 
         Args:
@@ -300,26 +301,26 @@ class Objective:
 
     @torch.no_grad()
     def layer_terms(
-        self, targets: list[torch.Tensor], soft_targets: list[SoftTarget], layer_maps: torch.Tensor
+        self, targets: list[torch.Tensor], soft_targets: list[SoftTarget], layer_maps: list[torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         """Terms of the reward for all layers' maps, at the map's own resolution: [N, L] by name.
 
-        The targets are reduced to the P patches that CLIP sees, instead of enlarging L x N maps to the image's size: a
+        The targets are reduced to the map's grid, instead of enlarging L x N maps to the image's size: a
         few thousand values per [SEG], where one map at the image's size has hundreds of thousands.
 
         Args:
-            targets: per image [n, H, W] uint8; soft_targets: of ``soft_target``; layer_maps: [N, L, P] in [0, 1].
+            targets: per image [n, H, W] uint8; soft_targets: of ``soft_target``; layer_maps: per image [n, L, h, w] in
+                [0, 1].
         """
-        config, grid = self.config, grid_of(layer_maps.shape[-1])
-        side, num_layers = config.map_side or config.clip_side, layer_maps.shape[1]
+        config, side = self.config, self.config.map_side or self.config.clip_side
         collected: dict[str, list[torch.Tensor]] = {}
-        rows = layer_maps.split([len(masks) for masks in targets])
-        for target, (soft, weight), maps in zip(targets, soft_targets, rows):
+        for target, (soft, weight), maps in zip(targets, soft_targets, layer_maps):
+            num_layers, grid = maps.shape[1], (maps.shape[2], maps.shape[3])
             valid, hard = target != IGNORE_PIXEL, (target == 1).float()
             soft, share = on_grid(soft, valid, side, grid, config.clip_fit)
             hard, _ = on_grid(hard, valid, side, grid, config.clip_fit)
             soft, hard, share, weight = (v.repeat_interleave(num_layers, 0) for v in (soft, hard, share, weight))
-            flat = maps.reshape(-1, *grid)
+            flat = maps.flatten(0, 1)
             terms = {
                 "map_bce": losses.map_bce(flat, soft, weight, share),
                 "map_dice": losses.map_dice(flat, soft, weight, share),

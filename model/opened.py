@@ -135,11 +135,13 @@ def predict(
     """
     batch = processor.prompts(images, turns, sample_ids).to(model.device, model.dtype)
     was_training = model.training
-    model.eval()
+    if was_training:  # a walk over all modules, which a batch of a small model would notice
+        model.eval()
     try:
         return with_text(model.predict(batch, **options), processor)
     finally:
-        model.train(was_training)
+        if was_training:
+            model.train()
 
 
 def with_text(predictions: list[list[Prediction]], processor: UGroundProcessor) -> list[list[Prediction]]:

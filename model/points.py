@@ -1,6 +1,6 @@
 """Points from similarity maps, as prompts for SAM (READ).
 
-Legend: N [SEG] tokens, P = grid x grid image tokens.
+Legend: n [SEG] tokens of an image, h x w cells of a map.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-from model.geometry import grid_of, margins_cut_off, normalise_maps, resized_size
+from model.geometry import margins_cut_off, normalise_maps, resized_size
 from model.structures import Prompts
 
 READ_POINTS = {"read_7b": (0.8, 2), "read_13b": (0.6, 1)}  # foreground threshold; downscaling of the map before it
@@ -16,17 +16,17 @@ READ_LOW = 0.2  # background threshold
 
 
 def sam_points(
-    prompts: Prompts, maps: torch.Tensor, valid: torch.Tensor, sizes: list[tuple[int, int]], side: int
+    prompts: Prompts, maps: torch.Tensor, valid: torch.Tensor, size: tuple[int, int], side: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Points of similarity maps by ``prompts.point_rule``, as ``map_points`` and ``read_points`` return them.
+    """Points of an image's maps by ``prompts.point_rule``, as ``map_points`` and ``read_points`` return them.
 
     Args:
-        maps: [N, P] in [0, 1]; valid: [N, P] bool; sizes: [N] the images' (H, W).
+        maps: [n, h, w] in [0, 1]; valid: [n, h, w] bool; size: the image's (H, W).
         side: of the decoding SAM's input, the frame of the points.
     """
     if prompts.point_rule == "extremes":
         return map_points(maps, valid, prompts.points, side)
-    return read_points(maps, sizes, prompts.points, side, prompts.point_rule)
+    return read_points(maps, size, prompts.points, side, prompts.point_rule)
 
 
 def map_points(scores: torch.Tensor, valid: torch.Tensor, count: int, side: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -36,15 +36,16 @@ def map_points(scores: torch.Tensor, valid: torch.Tensor, count: int, side: int)
     background, of the negated scores). So the masks' losses reach the map through the coordinates of its points.
 
     Args:
-        scores: [N, P] in [0, 1]; valid: [N, P] bool, patches that may be chosen.
+        scores: [n, h, w] in [0, 1]; valid: [n, h, w] bool, patches that may be chosen.
         count: points of each kind; where an image has fewer valid patches, the best one is repeated.
         side: of SAM's input, the frame of the points.
 
     Returns:
-        [N, 2 count, 2] float32 (x, y) in pixels of SAM's input, and [N, 2 count] labels, 1 = foreground,
+        [n, 2 count, 2] float32 (x, y) in pixels of SAM's input, and [n, 2 count] labels, 1 = foreground,
         0 = background.
     """
-    grid, _ = grid_of(scores.shape[1])
+    grid = scores.shape[-1]  # a square: CLIP's input is
+    scores, valid = scores.flatten(1), valid.flatten(1)
     centres = (torch.arange(grid, device=scores.device) + 0.5) * (side / grid)
     positions = torch.stack(torch.meshgrid(centres, centres, indexing="xy"), -1).view(-1, 2)  # [P, 2]
     near = torch.cdist(positions, positions, p=torch.inf) < 1.5 * side / grid  # [P, P] a patch and its eight neighbours
@@ -61,7 +62,7 @@ def map_points(scores: torch.Tensor, valid: torch.Tensor, count: int, side: int)
 
 
 def read_points(
-    scores: torch.Tensor, sizes: list[tuple[int, int]], count: int, side: int, rule: str
+    scores: torch.Tensor, size: tuple[int, int], count: int, side: int, rule: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Similarity as Points by the thresholds of READ's released code, of a map over CLIP's centre crop.
 
@@ -69,29 +70,26 @@ def read_points(
     from the highest down, background (at most ``READ_LOW``) from the lowest up, then the unlabelled rest.
 
     Args:
-        scores: [N, P] similarities; sizes: [N] the images' (H, W).
+        scores: [n, h, w] similarities; size: the image's (H, W).
         count: points in all; fewer where the map has fewer cells.
         side: of SAM's input, the frame of the points; rule: of ``READ_POINTS``.
 
     Returns:
-        [N, count, 2] float32 (x, y) in pixels of SAM's input, and [N, count] labels, 1 = foreground, 0 = background,
+        [n, count, 2] float32 (x, y) in pixels of SAM's input, and [n, count] labels, 1 = foreground, 0 = background,
         -1 = neither.
     """
     high, shrink = READ_POINTS[rule]
-    grid, _ = grid_of(scores.shape[1])
-    cells = grid // shrink
-    small = F.interpolate(scores.view(-1, 1, grid, grid), (cells, cells), mode="bilinear").flatten(1)
+    cells = scores.shape[-1] // shrink
+    small = F.interpolate(scores[:, None], (cells, cells), mode="bilinear").flatten(1)
     small = normalise_maps(small, None)
     labels = torch.where(small >= high, 1, torch.where(small <= READ_LOW, 0, -1))
     rank = torch.where(labels == 1, -small, torch.where(labels == 0, 2 + small, 4.0))  # foreground, background, rest
     order = rank.sort(stable=True).indices[:, :count]
-    points = []
-    for row, (height, width) in zip(order, sizes):
-        left, _, top, _ = margins_cut_off((height, width), cells)
-        columns, rows = cells + 2 * left, cells + 2 * top  # READ assumes equal margins on both sides
-        x = ((row % cells + left + 0.5) * width / columns).floor().clamp(max=width - 1)
-        y = ((row // cells + top + 0.5) * height / rows).floor().clamp(max=height - 1)
-        sam_height, sam_width = resized_size(height, width, side)
-        points.append(torch.stack([x * sam_width / width, y * sam_height / height], -1) + 0.5)
-    stacked = torch.stack(points) if points else scores.new_zeros(0, order.shape[1], 2)
-    return stacked, torch.gather(labels, 1, order)
+    height, width = size
+    left, _, top, _ = margins_cut_off(size, cells)
+    columns, rows = cells + 2 * left, cells + 2 * top  # READ assumes equal margins on both sides
+    x = ((order % cells + left + 0.5) * width / columns).floor().clamp(max=width - 1)
+    y = ((order // cells + top + 0.5) * height / rows).floor().clamp(max=height - 1)
+    sam_height, sam_width = resized_size(height, width, side)
+    points = torch.stack([x * sam_width / width, y * sam_height / height], -1) + 0.5
+    return points, torch.gather(labels, 1, order)

@@ -97,9 +97,10 @@ class FusedAttention(nn.Module):
         qkv = self.qkv(states).view(b, height * width, 3, self.num_heads, -1)
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # [B, heads, H * W, c]
         grid = query.unflatten(2, (height, width))
-        rows = torch.einsum("bnhwc,hkc->bnhwk", grid, _relative(self.rel_pos_h, height))
-        columns = torch.einsum("bnhwc,wkc->bnhwk", grid, _relative(self.rel_pos_w, width))
-        bias = (rows[..., :, None] + columns[..., None, :]).reshape(b, self.num_heads, height * width, -1)
+        rows = torch.einsum("bnhwc,hkc->bnhwk", grid, _relative(self.rel_pos_h, height)).contiguous()
+        columns = torch.einsum("bnhwc,wkc->bnhwk", grid, _relative(self.rel_pos_w, width)).contiguous()
+        # the sum of contiguous terms is contiguous: its H W x H W values per head are not copied again
+        bias = (rows[..., :, None] + columns[..., None, :]).view(b, self.num_heads, height * width, -1)
         mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
         return self.proj(mixed.transpose(1, 2).reshape(states.shape))
 

@@ -94,7 +94,8 @@ class EvalSample:
 class Batch:
     """Packed rows: each row is one image, a shared prefix (system text, image) and its conversations.
 
-    Shapes: B rows, T tokens, M tokens of answers, S CLIP's side, R SAM's side, N_b masks of row b, N masks in all.
+    Shapes: B rows, T tokens, V image tokens, P cells of a map, M tokens of answers, S CLIP's side, R SAM's side, N_b
+    masks of row b, N masks in all.
     Flat positions index the [B * T] tokens. The position before a token is the one that predicts it; the state of a
     ``[SEG]`` is the one there.
 
@@ -108,13 +109,16 @@ class Batch:
             the losses. Training replaces them by their mean over all micro steps and processes of an optimizer step.
         seg_positions: [N] int64, flat position before each ``[SEG]`` of the answers, in the order of the masks.
         seg_rows: [N] int64, the row of each ``[SEG]``.
-        clip_images: [B, 3, S, S]; clip_sizes: per row, the resized (height, width) in the padded square.
-        sam_images: [B, 3, R, R]; sam_sizes: likewise.
+        clip_images: [B, 3, S, S]; sam_images: [B, 3, R, R]; sam_sizes: per row, the resized (height, width) in SAM's
+            padded square.
         sizes: original (height, width) per row.
         masks: per row [N_b, H, W] uint8 with 0, 1, 255.
         sample_ids: sample index per row; seeds the layer sampling.
         questions: number of conversations per row.
-        image_start: index of the first image token, the same in every row.
+        image_tokens: [B, V] int64, flat positions of the image's tokens; image_cells: [B, V] int64, the cell of the
+            map's grid that each shows, row-major.
+        valid: [B, P] bool, cells that show the image, not padding. padded: whether any of the image tokens shows none.
+        grids: (h, w) of the map per row, in cells; h * w <= P.
         image_keys: per row, the image's key in the cache of SAM's features; empty without a cache.
     """
 
@@ -128,15 +132,22 @@ class Batch:
     seg_positions: torch.Tensor
     seg_rows: torch.Tensor
     clip_images: torch.Tensor
-    clip_sizes: list[tuple[int, int]]
     sam_images: torch.Tensor
     sam_sizes: list[tuple[int, int]]
     sizes: list[tuple[int, int]]
     masks: list[torch.Tensor]
     sample_ids: list[int]
     questions: list[int]
-    image_start: int
+    image_tokens: torch.Tensor
+    image_cells: torch.Tensor
+    valid: torch.Tensor
+    padded: bool
+    grids: list[tuple[int, int]]
     image_keys: list[str] = field(default_factory=list)
+
+    def image_states(self, states: torch.Tensor) -> torch.Tensor:
+        """States of the image's tokens: [B, T, D] -> [B, V, D]."""
+        return states.flatten(0, 1).index_select(0, self.image_tokens.flatten()).unflatten(0, self.image_tokens.shape)
 
     def pin_memory(self) -> Batch:
         """A copy in pinned memory, from which ``to`` copies asynchronously; ``DataLoader`` calls this."""
@@ -213,8 +224,8 @@ class Prediction:
         maps: [N, H, W] float32 in [0, 1], the similarity maps at the same size.
         layers: the chosen hidden state per ``[SEG]`` (0 = embeddings, L - 1 = last).
         policy: [N, L] float32, the policy's distribution over layers.
-        layer_maps: [N, L, P] float32 in [0, 1], the maps of all layers on the grid of image tokens
-            (``model.geometry.maps_at`` enlarges them).
+        layer_maps: [N, L, h, w] float32 in [0, 1], the maps of all layers on their grid (``model.geometry.maps_at``
+            enlarges them).
         rejected: per ``[SEG]``, whether ``[REJ]`` was more likely at its position; always False in generated answers.
         predicted_iou: per ``[SEG]``, the IoU that SAM's own head predicts for its mask; with ``mc:T`` the mean.
         ambiguity: per ``[SEG]``, how far its mask's probabilities are from 0 and 1 (``model.uncertainty.ambiguity``).

@@ -237,7 +237,7 @@ def probe(model: UGroundForCausalLM, processor: UGroundProcessor) -> dict[str, t
     image = np.stack([4 * columns, 5 * rows, 255 * ((rows - 24) ** 2 + (columns - 20) ** 2 < 150)], 2).astype(np.uint8)
     batch = processor.prompts([image], [[Turn("Where is the blue disc?", "Here it is: [SEG] and [SEG].")]])
     with torch.inference_mode():
-        output, _ = model.forward_language(batch)
+        output = model.forward_language(batch)
         [[prediction]] = model.predict(batch, layer_policy="last")
         logits = model.lm_head(output.hidden[-1])
     return {"logits": logits, "masks": prediction.mask_logits, "maps": prediction.maps, "policy": prediction.policy}

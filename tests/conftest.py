@@ -149,7 +149,7 @@ def save_model(folder: Path, processor, talks: bool) -> str:
         image = np.full((48, 64, 3), 90, np.uint8)
         batch = processor.prompts([image], [[Turn("where is the red star")]])
         with torch.no_grad():
-            state = model.forward_language(batch)[0].hidden[-1][0, -1]
+            state = model.forward_language(batch).hidden[-1][0, -1]
             model.lm_head.weight.zero_()
             model.lm_head.weight[processor.tokens.seg] = state
     model.save_pretrained(folder)

@@ -113,6 +113,7 @@ def load(
     paths = {"version": base, "vision_tower": vision_tower, "vision_pretrained": vision_pretrained}
     paths = {name: path for name, path in paths.items() if path}
     model, processor, sources = LOADERS[kind](folder, precision, paths)
+    processor.keep_padding = model.config.reads_padding
     sources = {module: hub.name_of(source) for module, source in sources.items()}
     weights_fingerprint = fingerprint(model.state_dict().values())  # before layers are quantized or offloaded
     place(model, device, quantize, device_map)
@@ -336,6 +337,7 @@ def load_for_training(
     config, sam_side = model.config, model.visual_model.shape.image_size
     sides = config.clip_side, config.clip_patch, sam_side
     processor = UGroundProcessor(tokenizer, *sides, system_prompt, max_tokens, config.clip_fit)
+    processor.keep_padding = config.reads_padding
     ids = processor.tokens
     config.seg_token_id, config.rej_token_id = ids.seg, ids.rej
     config.eos_token_id, config.pad_token_id = ids.eos, ids.pad

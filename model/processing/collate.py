@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from model.geometry import image_cells, valid_patches
 from model.processing.conversation import EncodedConversation
 from model.processing.transforms import CLIP_FITS, resize_and_pad
 from model.structures import IGNORE_LABEL, Batch
@@ -67,38 +68,49 @@ def collate_rows(
     pad_id: int,
     seg_id: int,
     clip_side: int,
+    clip_patch: int,
     sam_side: int,
     clip_fit: str = "pad",
+    keep_padding: bool = False,
 ) -> Batch:
     """Builds the packed batch, padded on the right.
 
+    Padded patches get no tokens (nothing attends to them), but count in the position ids.
+
     Args:
         rows: with a mask per ``[SEG]`` label (``UGroundProcessor.collate`` checks it), or without masks (prompts).
-        prefix_ids: tokens of the shared prefix; image_start: index of its first image placeholder.
+        prefix_ids: tokens of the shared prefix, with a placeholder per patch; image_start: index of the first one.
         pad_id, seg_id: ids of the padding token and of ``[SEG]``.
-        clip_side, sam_side: sides of their square inputs in pixels.
+        clip_side, sam_side: sides of their square inputs in pixels; clip_patch: of CLIP's patches.
         clip_fit: how an image is made square for CLIP, of ``CLIP_FITS``; for SAM it is padded.
+        keep_padding: whether padded patches get tokens, too.
     """
-    prefix = len(prefix_ids)
+    clip_images, clip_sizes = _squares(rows, clip_side, CLIP_FITS[clip_fit])
+    valid = valid_patches(clip_sizes, clip_side, clip_patch)
+    cells = image_cells(valid, keep_padding)
+    whole, end_of_image = torch.tensor(prefix_ids), image_start + valid.shape[1]
+    parts = torch.arange(image_start), image_start + cells, torch.arange(end_of_image, len(whole))
+    prefix_positions = torch.cat([part.expand(len(rows), -1) for part in parts], 1)  # in the whole prefix
+    prefix = prefix_positions.shape[1]
     width = max(prefix + sum(len(c.ids) for c in row.conversations) for row in rows)
     shape = (len(rows), width)
     input_ids = torch.full(shape, pad_id, dtype=torch.int64)
     segment_ids, position_ids = torch.full(shape, -1), torch.zeros(shape, dtype=torch.int64)
     labels = torch.full(shape, IGNORE_LABEL)
+    input_ids[:, :prefix], position_ids[:, :prefix] = whole[prefix_positions], prefix_positions
+    segment_ids[:, :prefix] = 0
     for b, row in enumerate(rows):
-        input_ids[b, :prefix] = torch.tensor(prefix_ids)
-        segment_ids[b, :prefix], position_ids[b, :prefix] = 0, torch.arange(prefix)
         start = prefix
         for k, conversation in enumerate(row.conversations, start=1):
             end = start + len(conversation.ids)
             input_ids[b, start:end] = torch.tensor(conversation.ids)
             labels[b, start:end] = torch.tensor(conversation.labels)
-            segment_ids[b, start:end], position_ids[b, start:end] = k, torch.arange(prefix, prefix + end - start)
+            segment_ids[b, start:end] = k
+            position_ids[b, start:end] = torch.arange(len(whole), len(whole) + end - start)
             start = end
     label_positions, seg_positions = before_labels(labels), before_labels(labels, seg_id)
     label_ids = labels.flatten()[label_positions + 1]
     num_targets = sum(int((row.masks == 1).any((1, 2)).sum()) for row in rows)
-    clip_images, clip_sizes = _squares(rows, clip_side, CLIP_FITS[clip_fit])
     sam_images, sam_sizes = _squares(rows, sam_side, resize_and_pad)
     return Batch(
         input_ids=input_ids,
@@ -111,14 +123,17 @@ def collate_rows(
         seg_positions=seg_positions,
         seg_rows=seg_positions // width,
         clip_images=clip_images,
-        clip_sizes=clip_sizes,
         sam_images=sam_images,
         sam_sizes=sam_sizes,
         sizes=[row.image.shape[:2] for row in rows],
         masks=[torch.from_numpy(np.ascontiguousarray(row.masks)) for row in rows],
         sample_ids=[row.sample_id for row in rows],
         questions=[len(row.conversations) for row in rows],
-        image_start=image_start,
+        image_tokens=torch.arange(len(rows))[:, None] * width + torch.arange(image_start, image_start + cells.shape[1]),
+        image_cells=cells,
+        valid=valid,
+        padded=not bool(valid.gather(1, cells).all()),
+        grids=[(clip_side // clip_patch,) * 2] * len(rows),
     )
 
 

@@ -37,6 +37,8 @@ class UGroundProcessor:
             that were trained so (LISA and its descendants).
 
     Attributes:
+        keep_padding: whether padded patches get tokens, too, as ``map_normalization: all`` needs (``model.load`` and
+            training set it by the model).
         hash_images: whether batches have ``image_keys``, for the cache of SAM's features.
 
     Raises:
@@ -64,7 +66,7 @@ class UGroundProcessor:
         self.tokens = token_ids(tokenizer, f"the tokenizer of {folder}" if folder else "the tokenizer")
         self.builder = PromptBuilder(tokenizer, (clip_side // clip_patch) ** 2, system_prompt)
         self.max_tokens, self.clip_fit = max_tokens, clip_fit
-        self.hash_images = False
+        self.keep_padding = self.hash_images = False
         if self.room < 1:
             raise ValueError(
                 f"the image and the beginning of the prompt take {len(self.builder.prefix_ids)} tokens, and rows have "
@@ -187,8 +189,10 @@ class UGroundProcessor:
             pad_id=self.tokens.pad,
             seg_id=self.tokens.seg,
             clip_side=self.clip_side,
+            clip_patch=self.clip_patch,
             sam_side=self.sam_side,
             clip_fit=self.clip_fit,
+            keep_padding=self.keep_padding,
         )
         if self.hash_images:
             batch.image_keys = [image_key(row.image) for row in rows]

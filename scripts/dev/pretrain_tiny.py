@@ -50,6 +50,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast
 
+from model.geometry import valid_patches
 from model.llava import LlavaLlamaConfig, LlavaLlamaForCausalLM
 from model.losses import dice
 from model.processing.processor import UGroundProcessor
@@ -188,7 +189,9 @@ def train_vision(model: LlavaLlamaForCausalLM, processor: UGroundProcessor, step
     clock = Progress("vision", steps)
     for data in stream("vision", options.seed, steps, make, options.workers):
         data = to_device(data, device)
-        features, _ = model.encode_images(data["images"], data["sizes"])
+        valid = valid_patches(data["sizes"], processor.clip_side, processor.clip_patch).to(device)
+        cells = torch.arange(valid.shape[1], device=device).expand(len(valid), -1)
+        features = model.encode_images(data["images"], cells, valid)
         loss, accuracy = heads(features, {name: embed(ids.to(device)) for name, ids in words.items()}, data)
         optimizer.step(loss)
         clock.tick(loss, **accuracy)
@@ -240,13 +243,13 @@ def train_language(
         targets = map_targets(data)
         data = to_device(data, device)
         batch = data["batch"]
-        output, valid = model.forward_language(batch)
+        output, valid = model.forward_language(batch), batch.valid
         logits = model.lm_head(output.hidden[-1].flatten(0, 1)[batch.label_positions])
         losses = F.cross_entropy(logits, batch.label_ids, reduction="none")
         values = {"text": (losses * batch.label_weights).sum() / batch.label_weights.sum()}
         for layer, (chosen, coverage) in targets.items():
             states, positions, rows = output.hidden[layer], data["positions"][chosen], data["rows"][chosen]
-            patches = states[:, batch.image_start : batch.image_start + valid.shape[1]][rows]
+            patches = batch.image_states(states)[rows]
             arguments = states.flatten(0, 1)[positions], patches, coverage[chosen].to(device), valid[rows]
             values[f"map {layer}"] = map_losses[str(layer)](*arguments)
         loss = sum(values.values(), torch.zeros((), device=device))
@@ -270,11 +273,11 @@ def check_language(model: LlavaLlamaForCausalLM, processor: UGroundProcessor, la
     for data in stream("check", options.seed, 2, make, 0):
         data = to_device(data, options.device)
         batch, rows = data["batch"], data["rows"]
-        output, valid = model.forward_language(batch)
+        output, valid = model.forward_language(batch), batch.valid
         peaks = {}
         for layer in layers:
             states = output.hidden[layer]
-            patches = states[:, batch.image_start : batch.image_start + valid.shape[1]][rows]
+            patches = batch.image_states(states)[rows]
             scores = torch.einsum("nd,npd->np", states.flatten(0, 1)[data["positions"]], patches)
             best = scores.masked_fill(~valid[rows], -1e9).argmax(1, keepdim=True)
             peaks[layer] = data["coverage"].gather(1, best)[:, 0] > 0.25
@@ -478,6 +481,7 @@ def main() -> None:
         nn.init.normal_(model.get_input_embeddings().weight, std=0.5)
         sides = config.clip_side, config.clip_patch, tiny_model.sam_shape().image_size
         processor = UGroundProcessor(tokenizer, *sides, NO_SYSTEM_PROMPT)
+        processor.keep_padding = True  # targets have all patches
         snapshot = options.output / VISION_SNAPSHOT
         if options.start:
             load_llava(model, options.start)

@@ -41,7 +41,7 @@ def make_prediction(count=2, size=(48, 64), text="the red star [SEG] and the cir
         logits.sigmoid(),
         [4, 2][:count],
         policy.reshape(count, 5),
-        torch.rand(count, 5, 16),
+        torch.rand(count, 5, 4, 4),
         [False] * count,
     )
 
@@ -141,7 +141,7 @@ def test_answers_are_streamed_and_then_complete(dashboard, tmp_path):
 def test_a_follow_up_encodes_nothing_again(dashboard, tmp_path, monkeypatch):
     image = upload(tmp_path)
     list(dashboard.ask("v", image, "the red star", max_new_tokens=4))
-    monkeypatch.setattr(dashboard.model.vision_tower, "forward", lambda *a, **k: pytest.fail("CLIP ran again"))
+    monkeypatch.setattr(dashboard.model, "encode_images", lambda *a, **k: pytest.fail("CLIP ran again"))
     *_, visit = dashboard.ask("v", image, "the circle", max_new_tokens=4)
     *_, same = dashboard.ask("v", None, "the square", max_new_tokens=4)
     assert same is visit

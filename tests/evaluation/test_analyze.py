@@ -121,7 +121,7 @@ def test_map_losses_equal_those_that_training_logs(tiny_model, tiny_processor, t
     turns = [[turn for (turn,) in sample.conversations]]
     prompts = tiny_processor.prompts([sample.image], turns)
     maps = torch.cat([prediction.layer_maps for prediction in tiny_model.predict(prompts)[0]])
-    losses = tiny_model.objective.map_losses([torch.from_numpy(sample.masks)], maps)
+    losses = tiny_model.objective.map_losses([torch.from_numpy(sample.masks)], [maps])
     torch.testing.assert_close(losses.mean(0), logged.detach())
 
 

@@ -4,6 +4,7 @@ A model with weights by formula, two images in packed rows, the paper's and the 
 ``PYTHONPATH=.:tests python tests/model/test_expectations.py`` updates the values, only when the method itself changes.
 """
 
+import copy
 import json
 import zlib
 from pathlib import Path
@@ -33,6 +34,8 @@ def measure(processor: UGroundProcessor, settings: dict) -> dict[str, list[float
             noise = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(tuple(value.shape))
             scale = 0.3 if value.ndim < 2 else 1.5 * value[0].numel() ** -0.5
             value.copy_(torch.from_numpy(noise) * scale + (1.0 if "norm" in name and name.endswith("weight") else 0.0))
+    processor = copy.copy(processor)  # other tests share it
+    processor.keep_padding = model.config.reads_padding
     output = model(processor.collate([drawn_sample(3, (30, 64), (1, 0, 2)), drawn_sample(1, (64, 40), (2,))]))
     output.loss.backward()
     measured = {name: [float(value.detach())] for name, value in output.terms.items()}

@@ -64,12 +64,11 @@ def test_cached_generation_equals_generation_without_cache(make_model, tiny_proc
             batch = tiny_processor.prompts([image], [[Turn(question)]])
             tail = torch.tensor([ids], dtype=torch.int64)
             extra = len(ids)
-            width = batch.input_ids.shape[1]
             batch.input_ids = torch.cat([batch.input_ids, tail], 1)
             batch.segment_ids = torch.cat([batch.segment_ids, torch.ones(1, extra, dtype=torch.int64)], 1)
-            more = torch.arange(width, width + extra)[None]
+            more = batch.position_ids[:, -1:] + torch.arange(1, extra + 1)
             batch.position_ids = torch.cat([batch.position_ids, more], 1)
-            hidden = model.forward_language(batch)[0].hidden[-1]
+            hidden = model.forward_language(batch).hidden[-1]
             ids.append(int(model.lm_head(hidden[0, -1]).argmax()))
         assert ids == prediction.token_ids
     assert sum(len(p.mask_logits) for p in together) > 0
@@ -132,7 +131,8 @@ def test_generated_masks_equal_teacher_forced_ones(make_model, tiny_processor):
         width = batch.input_ids.shape[1]
         batch.input_ids = torch.cat([batch.input_ids, torch.tensor([answer])], 1)
         batch.segment_ids = torch.cat([batch.segment_ids, torch.ones(1, len(answer), dtype=torch.int64)], 1)
-        batch.position_ids = torch.arange(batch.input_ids.shape[1])[None]
+        more = batch.position_ids[:, -1:] + torch.arange(1, len(answer) + 1)
+        batch.position_ids = torch.cat([batch.position_ids, more], 1)
         positions = torch.tensor([width - 1 + i for i, token in enumerate(answer) if token == tokens.seg])
         batch.label_positions, batch.label_ids = positions, torch.full_like(positions, tokens.seg)
         batch.seg_positions, batch.seg_rows = positions, torch.zeros_like(positions)
@@ -192,11 +192,11 @@ def test_a_batch_without_masks_touches_every_trainable_parameter(make_model, tin
 
 def test_a_frozen_tower_has_no_backward_pass(tiny_model):
     """Under gradient checkpointing, transformers makes the inputs of every encoder require gradients."""
-    images, sizes = torch.rand(1, 3, 40, 40), [(40, 40)]
+    images, cells = torch.rand(1, 3, 40, 40), torch.arange(16)[None]
     tiny_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    assert tiny_model.train().encode_images(images, sizes)[0].requires_grad  # in full
+    assert tiny_model.train().encode_images(images, cells).requires_grad  # in full
     add_lora(tiny_model, r=2)
-    assert not tiny_model.encode_images(images, sizes)[0].requires_grad
+    assert not tiny_model.encode_images(images, cells).requires_grad
 
 
 def test_lisa_setting_needs_no_mask_prompt(make_model, tiny_processor, tiny_samples):

@@ -7,13 +7,14 @@ share a prefix with the image: the prefix of their packed row is the first token
 
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from answering import without_image
 
 from model import losses
 from model.config import UGroundConfig
@@ -105,13 +106,22 @@ def batch_of(inputs: dict, seg: int, prefix: int) -> Batch:
         kept = [mask.numpy().astype(np.uint8) for mask in target if len(target) == segs or mask.any()]  # [REJ]: empty
         target = np.stack(kept) if kept else np.zeros((0, *image.shape[:2]), np.uint8)
         rows.append(PackedSequence(image, encoded, target, 0))
-    first = token_rows(inputs)[0][0][0][:prefix]
-    start = inputs["input_ids"][0].tolist().index(IMAGE)
-    batch = collate_rows(rows, first, start, pad_id=0, seg_id=seg, clip_side=112, sam_side=1024)
+    first, start = token_rows(inputs)[0][0][0][:prefix], inputs["input_ids"][0].tolist().index(IMAGE)
+    holds_image = prefix >= start + PATCHES
+    batch = collate_rows(
+        rows,
+        first if holds_image else first + [0] * PATCHES,
+        start if holds_image else prefix,
+        pad_id=0,
+        seg_id=seg,
+        clip_side=112,
+        clip_patch=14,
+        sam_side=1024,
+        keep_padding=True,
+    )
     same(batch.clip_images, inputs["images_clip"], "CLIP's input")
     same(batch.sam_images, inputs["images"], "SAM's input")
-    assert batch.clip_sizes == [tuple(s) for s in inputs["clip_resize_list"]]
-    return batch
+    return batch if holds_image else without_image(batch)
 
 
 @dataclass
@@ -127,9 +137,17 @@ class LanguageStates:
     label_states: torch.Tensor
 
 
+def image_at(batch: Batch, row: int, start: int) -> Batch:
+    """A batch of one row, whose image begins at the token ``start``."""
+    tokens = torch.arange(start, start + PATCHES)[None]
+    only = slice(row, row + 1)
+    return replace(batch, image_tokens=tokens, image_cells=batch.image_cells[only], valid=batch.valid[only])
+
+
 def forward_conversations(model: UGroundForCausalLM, batch: Batch) -> LanguageStates:
     """Forward pass of packed rows whose conversations contain the image (prefix = the first token)."""
-    features, valid = model.encode_images(batch.clip_images, batch.clip_sizes)
+    valid = batch.valid
+    features = model.encode_images(batch.clip_images, batch.image_cells, valid)
     embeddings, key_mask = model.get_input_embeddings()(batch.input_ids), batch.segment_ids >= 0
     conversations, starts = [], []
     for row, questions in enumerate(batch.questions):
@@ -148,7 +166,7 @@ def forward_conversations(model: UGroundForCausalLM, batch: Batch) -> LanguageSt
     segment_ids = batch.segment_ids.flatten()[batch.seg_positions]
     scores = torch.cat([
         similarity_of_all_layers(
-            layers, states[segs], torch.zeros(int(segs.sum()), dtype=torch.int64), slice(start, start + PATCHES)
+            layers, states[segs], torch.zeros(int(segs.sum()), dtype=torch.int64), image_at(batch, row, start)
         )
         for layers, start, (row, k, _) in zip(hidden, starts, conversations)
         for segs in [(batch.seg_rows == row) & (segment_ids == k)]
@@ -233,7 +251,7 @@ def test_evaluation(checkpoint, name):
         embeddings = checkpoint.visual_model.encode(batch.sam_images)
         for kind, layers in (("legacy", [6] * len(FORCED[name])), ("forced", FORCED[name])):
             entry, chosen = case[kind], torch.tensor(layers)
-            logits, maps, _ = checkpoint.mask_as_prompt(language.grounding, chosen, embeddings, language.valid, batch)
+            logits, maps, _ = checkpoint.mask_as_prompt(language.grounding, chosen, embeddings, batch)
             check_masks(entry["per_image"][0], spy, logits[0], maps[0], slice(None))
             index = torch.arange(len(layers))
             same(language.grounding.states[index, chosen], entry["ppm_seg_for_similarity"], "[SEG] for the map")
@@ -255,9 +273,7 @@ def test_evaluation_where_attention_skips_padding():
         for kind, layer in (("legacy", 6), ("forced", FORCED["case_eval_0"][0])):
             entry = case[kind]
             same(language.grounding.scores, entry["raw_similarity_all_layers"], "similarities")
-            logits, maps, _ = model.mask_as_prompt(
-                language.grounding, torch.tensor([layer]), embeddings, language.valid, batch
-            )
+            logits, maps, _ = model.mask_as_prompt(language.grounding, torch.tensor([layer]), embeddings, batch)
             check_masks(entry, spy, logits[0], maps[0], slice(None))
             assert abs(int((logits[0] > 0).sum()) - int(entry["pred_mask_area"])) <= 1e-4 * logits[0].numel()
 
@@ -365,7 +381,7 @@ def test_training(name):
         language = forward_conversations(model, batch)
         check_language(case, model, batch, language)
         embeddings = model.visual_model.encode(batch.sam_images)
-        logits, maps, _ = model.mask_as_prompt(language.grounding, layers, embeddings, language.valid, batch)
+        logits, maps, _ = model.mask_as_prompt(language.grounding, layers, embeddings, batch)
     same(language.grounding.scores[torch.arange(len(layers)), layers], case["sam"]["similarity_chosen"], "similarity")
     end = 0
     for entry, image_logits, image_maps in zip(case["sam"]["per_image"], logits, maps):

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from answering import without_image
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from model.generation import generate_answers
@@ -56,7 +57,8 @@ def test_generation_equals_that_of_transformers(smollm2):
             np.zeros((0, 8, 8), np.uint8), 0)
         for row in encoded
     ]  # fmt: skip
-    batch = collate_rows(rows, prefix, 0, pad_id=0, seg_id=-1, clip_side=40, sam_side=64)
+    batch = collate_rows(rows, [0] * 16 + prefix, 0, pad_id=0, seg_id=-1, clip_side=40, clip_patch=10, sam_side=64)
+    batch = without_image(batch)
     embeddings = model.get_input_embeddings()(batch.input_ids)
     output = model.forward_packed(
         embeddings, batch.segment_ids, batch.position_ids, batch.segment_ids >= 0, use_cache=True

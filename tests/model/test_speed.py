@@ -143,7 +143,7 @@ def test_eight_questions_encode_the_image_once(make_model, tiny_processor, monke
     """Eight expressions cost little more than one: CLIP, SAM's encoder and the image's tokens are run once."""
     model = says_seg_often(make_model(seed=1), tiny_processor)
     images, widths, forward = [], [], model.forward_packed
-    for encoder in (model.vision_tower, model.visual_model.image_encoder):
+    for encoder in (model.vision_tower.embeddings, model.visual_model.image_encoder):
         encoder.register_forward_pre_hook(lambda module, inputs: images.append(len(inputs[0])))
 
     def counted(embeddings, *rest, **more):
@@ -156,8 +156,7 @@ def test_eight_questions_encode_the_image_once(make_model, tiny_processor, monke
     predictions = predict(model, tiny_processor, [drawn_sample(3).image], [turns], max_new_tokens=4)[0]
     assert sum(len(prediction.mask_logits) for prediction in predictions) > 1
     assert images == [1, 1]
-    prefix = len(tiny_processor.builder.prefix_ids)
-    assert prefix > tiny_processor.builder.num_image_tokens
+    prefix = tiny_processor.prefix(drawn_sample(3).image).input_ids.shape[1]
     alone = [tiny_processor.prompts([drawn_sample(3).image], [[turn]]) for turn in turns]
     assert widths[0] == prefix + sum(batch.input_ids.shape[1] - prefix for batch in alone)
     assert len(widths) == 1 if has_answers else max(widths[1:]) < prefix

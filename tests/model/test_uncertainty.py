@@ -62,7 +62,7 @@ def test_a_layer_is_decoded_once_however_often_it_is_sampled(make_model, tiny_pr
     """LLaVA and SAM's encoder run once, whatever the number of samples."""
     model, decoded, encoded, forwarded = make_model(), [], [], []
     model.model.layers[0].register_forward_hook(lambda *_: forwarded.append("language"))
-    model.vision_tower.register_forward_hook(lambda *_: forwarded.append("vision"))
+    model.vision_tower.embeddings.register_forward_hook(lambda *_: forwarded.append("vision"))
     decode, encode = model.visual_model.decode, model.visual_model.encode
     monkeypatch.setattr(model.visual_model, "decode", lambda e, *rest: decoded.append(len(e)) or decode(e, *rest))
     monkeypatch.setattr(

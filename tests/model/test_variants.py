@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import assert_same_masks, drawn_sample
@@ -26,16 +28,20 @@ def ask(model, processor, **options):
 # -- gating ------------------------------------------------------------------------------------------------------------
 
 
-def test_fused_similarity_is_that_of_the_fused_states():
+def test_fused_similarity_is_that_of_the_fused_states(tiny_processor):
     generator = torch.Generator().manual_seed(0)
     hidden = tuple(torch.randn(2, 9, 6, generator=generator) for _ in range(4))
     states, rows = torch.randn(3, 4, 6, generator=generator), torch.tensor([0, 1, 1])
     weights = torch.rand(3, 4, generator=generator)
-    fused, similarity = fuse_layers(hidden, states, weights, rows, slice(2, 6))
-    images = torch.stack([layer[rows, 2:6] for layer in hidden], 1)  # [N, L, P, D]
+    tokens, cells = torch.tensor([[2, 3, 4, 5], [11, 12, 13, 14]]), torch.tensor([[0, 1, 2, 3], [1, 2, 4, 5]])
+    batch = tiny_processor.prompts([drawn_sample(0).image], TURNS)
+    batch = replace(batch, image_tokens=tokens, image_cells=cells, valid=torch.ones(2, 6, dtype=torch.bool))
+    fused, similarity = fuse_layers(hidden, states, weights, rows, batch)
+    images = torch.stack([layer[rows, 2:6] for layer in hidden], 1)  # [N, L, V, D]
     torch.testing.assert_close(fused, (weights[:, :, None] * states).sum(1))
     image = (weights[:, :, None, None] * images).sum(1)
-    torch.testing.assert_close(similarity, (image * fused[:, None]).sum(-1), **NEAR)
+    expected = torch.zeros(3, 6).scatter(1, cells[rows], (image * fused[:, None]).sum(-1))  # 0 where no token is
+    torch.testing.assert_close(similarity, expected, **NEAR)
 
 
 def test_soft_gating_with_all_weight_on_one_layer_is_that_layer(make_model, tiny_processor):
@@ -100,7 +106,7 @@ def test_the_map_losses_of_all_layers_are_computed_on_request(make_model, tiny_p
         assert float(loss) == pytest.approx(float(terms["map_bce"] + terms["map_dice"]), rel=0.1)
 
 
-def terms_of_all_layers(model, batch, maps: torch.Tensor) -> dict[str, torch.Tensor]:
+def terms_of_all_layers(model, batch, maps: list[torch.Tensor]) -> dict[str, torch.Tensor]:
     return model.objective.layer_terms(batch.masks, [model.objective.soft_target(masks) for masks in batch.masks], maps)
 
 
@@ -113,11 +119,11 @@ def model_with(make_model, selection: str):
 def test_the_classifiers_label_is_the_layer_that_overlaps_most(make_model, tiny_processor):
     model = make_model(layer_selection="ce_soft")
     batch = tiny_processor.collate([drawn_sample(5, (64, 64), (1, 1))])
-    maps = torch.rand(2, 5, 16, generator=torch.Generator().manual_seed(0))
+    maps = torch.rand(2, 5, 4, 4, generator=torch.Generator().manual_seed(0))
     target, share = on_grid((batch.masks[0] == 1).float(), torch.ones(2, 64, 64), 40, (4, 4))
     assert (share == 1).all()
-    maps[0, 3], maps[1, 0], maps[1, 2] = target[0].flatten(), target[1].flatten(), 0.5 * target[1].flatten()
-    overlap = terms_of_all_layers(model, batch, maps)["map_iou"]
+    maps[0, 3], maps[1, 0], maps[1, 2] = target[0], target[1], 0.5 * target[1]
+    overlap = terms_of_all_layers(model, batch, [maps])["map_iou"]
     assert float(overlap[0, 3]) == pytest.approx(1.0)
     log_policy = torch.log_softmax(torch.randn(2, 5), -1)
     log_policy[:, 0] = -torch.inf  # no candidate, however well it fits
@@ -137,7 +143,7 @@ def test_masks_on_the_grid_exclude_padding_and_ignored_pixels():
 @pytest.mark.parametrize("size", [(80, 40), (40, 80), (40, 40)])
 def test_masks_on_the_grid_are_those_of_a_centre_crop(size):
     """A map at the image's size (``maps_at``), reduced again, is the map: both know what CLIP sees."""
-    maps = torch.eye(16)[:3]
+    maps = torch.eye(16)[:3].view(3, 4, 4)
     full, valid = maps_at(maps, 40, size, "crop"), torch.ones(3, *size)
     values, share = on_grid(full, valid, side=40, grid=(4, 4), fit="crop")
     assert (share == 1).all()
@@ -151,7 +157,7 @@ def test_layer_maps_are_compared_with_what_clip_sees(make_model, fit, iou):
     mask = torch.zeros(1, 40, 80, dtype=torch.uint8)
     mask[:, :, 20:60] = 1
     objective = make_model(clip_fit=fit).objective
-    terms = objective.layer_terms([mask], [objective.soft_target(mask)], torch.ones(1, 5, 16))
+    terms = objective.layer_terms([mask], [objective.soft_target(mask)], [torch.ones(1, 5, 4, 4)])
     assert terms["map_iou"][0].tolist() == pytest.approx([iou] * 5)
 
 
@@ -299,7 +305,10 @@ def test_points_lie_on_the_maps_peaks_and_valleys():
     scores[0, 5], scores[0, 15] = 1.0, 0.0
     valid[1, 8:], scores[1, 8:] = False, 0.0  # the lower half is padding
     scores[1, 3] = 0.1
-    scores = (40 * scores).requires_grad_()  # so steep that neighbours have no weight
+    scores, valid = (
+        (40 * scores).view(2, 4, 4).requires_grad_(),
+        valid.view(2, 4, 4),
+    )  # so steep that neighbours have no weight
     points, labels = map_points(scores, valid, 1, side=64)
     assert labels.tolist() == [[1, 0]] * 2
     torch.testing.assert_close(points[0], torch.tensor([[24.0, 24.0], [56.0, 56.0]]), rtol=0, atol=0.1)
@@ -309,8 +318,8 @@ def test_points_lie_on_the_maps_peaks_and_valleys():
     assert (many[1, :, 1] < 32).all()
     points.sum().backward()
     assert scores.grad.isfinite().all()
-    assert not scores.grad[1, 8:].any()
-    empty, _ = map_points(torch.zeros(0, 16), torch.zeros(0, 16, dtype=torch.bool), 3, side=64)
+    assert not scores.grad[1, 2:].any()
+    empty, _ = map_points(torch.zeros(0, 4, 4), torch.zeros(0, 4, 4, dtype=torch.bool), 3, side=64)
     assert empty.shape == (0, 6, 2)
 
 

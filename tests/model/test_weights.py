@@ -128,7 +128,7 @@ def test_llava_in_transformers_format(base, tiny_model, tiny_tokenizer, layout):
     model = open_base(base, version=base / "hf")
     image, ids = torch.randn(1, 3, 40, 40), torch.tensor([[1, 5, 9, 30]])
     with torch.inference_mode():
-        features = model.encode_images(image, [(40, 40)])[0][0]
+        features = model.encode_images(image, torch.arange(16)[None])[0]
         expected = reference.get_image_features(pixel_values=image)
         expected = getattr(expected, "pooler_output", expected)[0]
         torch.testing.assert_close(features, expected.reshape(features.shape), rtol=1e-5, atol=1e-6)

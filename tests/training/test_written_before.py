@@ -36,7 +36,7 @@ def assert_answers_as_before(folder: Path, **base: str) -> None:
     [[given]] = predict(model, processor, [image], [[Turn(QUESTION, ANSWER)]])
     [[written]] = predict(model, processor, [image], [[Turn(QUESTION)]], max_new_tokens=8)
     with torch.inference_mode():
-        output, _ = model.forward_language(processor.prompts([image], [[Turn(QUESTION)]]))
+        output = model.forward_language(processor.prompts([image], [[Turn(QUESTION)]]))
         logits = model.lm_head(output.hidden[-1][0, -1])
     expected = json.loads((WRITTEN / "expected.json").read_text())
     assert (written.text, written.token_ids) == (expected["text"], expected["token_ids"])

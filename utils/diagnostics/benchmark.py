@@ -223,10 +223,10 @@ class Bench:
         batch = self._one_question()
         self.wrapped.eval()
         with torch.inference_mode(), self.scripted_answers():
-            features = self.model.encode_images(batch.clip_images, batch.clip_sizes)
+            features = self.model.encode_images(batch.clip_images, batch.image_cells)
             with replaced(self.model, encode_images=lambda *_: features):
                 for _ in range(12):
-                    hidden = self.model.forward_language(batch)[0].hidden[-1]
+                    hidden = self.model.forward_language(batch).hidden[-1]
                     token = self.model.lm_head(hidden[:, -1:]).argmax(-1)
                     batch.input_ids = torch.cat([batch.input_ids, token], 1)
                     batch.segment_ids = torch.cat([batch.segment_ids, torch.ones_like(token)], 1)
@@ -498,11 +498,11 @@ def step_flops(bench: Bench, batch: Batch) -> float:
     forward.
     """
     rows, tokens = batch.input_ids.shape
-    config = bench.model.config
-    linear = sum(p.numel() for name, p in bench.model.model.layers.named_parameters() if "lora_" not in name)
+    model, config = bench.model, bench.model.config
+    linear = sum(p.numel() for name, p in model.model.layers.named_parameters() if "lora_" not in name)
     attention = 2 * config.hidden_size * tokens**2 * config.num_hidden_layers
-    vision = sum(p.numel() for p in bench.model.vision_tower.parameters())
-    return rows * (4 * linear * tokens + 3 * attention + 2 * vision * (config.num_image_tokens + 1))
+    vision = sum(p.numel() for p in model.clip_layers.parameters()) * (batch.image_tokens.shape[1] + 1)
+    return rows * (4 * linear * tokens + 3 * attention + 2 * vision)
 
 
 def utilisation(bench: Bench, seconds: float) -> float | None:

@@ -1,7 +1,8 @@
 """Memory of a training step, computed from shapes alone, by arithmetic that can be checked by hand.
 
 Legend: b bytes per number (2 in bf16), B images per GPU, T tokens per row, D hidden size, F width of LLaMA's MLP, N
-[SEG] per image, P image tokens, G side of SAM's grid, E its width in the decoder, G x G x E = "image" of the decoder.
+[SEG] per image, P image tokens (of a square image), G side of SAM's grid, E its width in the decoder, G x G x E =
+"image" of the decoder.
 What autograd saves was counted in PyTorch's backward formulas and compared with measured runs (docs/scaling.md).
 """
 

@@ -95,13 +95,12 @@ def random_weights(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
 
 
 def random_batch(plan: Plan) -> Batch:
-    """Random images with meaningless questions, as many and as long as in the plan."""
+    """Random square images (no padded patches) with meaningless questions, as many and as long as in the plan."""
     shape, rng = plan.shape, np.random.default_rng(0)
     processor = UGroundProcessor(
         AutoTokenizer.from_pretrained(TOKENIZER), shape.clip_side, shape.clip_patch, shape.sam_config["image_size"]
     )
-    height = round((plan.pixels * 3 / 4) ** 0.5)
-    size = (height, plan.pixels // height)
+    size = (round(plan.pixels**0.5),) * 2
     question = "where is the red star " * max(1, (plan.tokens - shape.num_image_tokens) // plan.masks // 6)
     samples = []
     for number in range(plan.images):

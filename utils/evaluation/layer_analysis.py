@@ -192,7 +192,7 @@ class LayerAnalyzer:
         )
 
     def upsample(self, grid: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-        """Upsamples maps [N, L, P] to their image's size: [N, L, H, W]."""
+        """Upsamples maps [N, L, h, w] to their image's size: [N, L, H, W]."""
         config = self.model.config
         full = maps_at(grid.flatten(0, 1), config.map_side or config.clip_side, size, config.clip_fit)
         return full.view(*grid.shape[:2], *size)
@@ -228,13 +228,13 @@ class LayerAnalyzer:
         return -self.map_rewards(query, grid)["both"]
 
     def map_rewards(self, query: EvalQuery, grid: torch.Tensor) -> dict[str, np.ndarray]:
-        """Kind -> [N, L] rewards of a query's maps [N, L, P]; NaN unless each [SEG] has a target."""
+        """Kind -> [N, L] rewards of a query's maps [N, L, h, w]; NaN unless each [SEG] has a target."""
         targets = torch.from_numpy(query.masks)
         if len(targets) == 1:
             targets = targets.expand(len(grid), -1, -1)
         if not len(grid) or len(targets) != len(grid) or not (targets == 1).flatten(1).any(1).all():
             return {kind: np.full(grid.shape[:2], np.nan) for kind in MAP_REWARDS}
-        rewards = self.model.objective.map_rewards([targets], grid)
+        rewards = self.model.objective.map_rewards([targets], [grid])
         return {kind: values.numpy() for kind, values in rewards.items()}
 
 
@@ -272,7 +272,7 @@ class LayerProbe:
         return records
 
     def policy_and_maps(self, image: int, query: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """A query's policy [N, L] and maps of all layers [N, L, P], which do not depend on the layer rule."""
+        """A query's policy [N, L] and maps of all layers [N, L, h, w], which do not depend on the layer rule."""
         if self.benchmark.is_joint(self.analyzer.options.mode):
             prediction = self.predictions[image][0]
             return prediction.policy[query : query + 1], prediction.layer_maps[query : query + 1]

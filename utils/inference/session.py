@@ -79,7 +79,7 @@ class ImageSession:
 
         answers = self.cache.answer(ids, max_new_tokens, on_token)
         embeddings = self._image_embeddings() if answers.seg_questions else None
-        language_pass = LanguagePass(self.batch, answers, self.cache.hidden, self.cache.valid, embeddings)
+        language_pass = LanguagePass(self.batch, answers, self.cache.hidden, embeddings)
         prediction = self._decode_masks(language_pass, layer_policy, seed)
         self.last = language_pass
         if remember and prediction.text:
