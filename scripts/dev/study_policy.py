@@ -249,6 +249,8 @@ def learn(
     """Trains a new gate; returns step -> ``share_of_gain`` of its policy."""
     settings = UGroundConfig(**model_config.to_dict() | {"layer_selection": "policy"} | method.settings)
     train, (num_layers, width) = config.train, batches[0].states.shape[1:]
+    if method.normalised:
+        batches = [Rewarded(torch.nn.functional.rms_norm(batch.states, (width,)), batch.rewards) for batch in batches]
     torch.manual_seed(seed)
     ppm = PolicyPromptedMasking(settings)
     objective = Objective(settings, ppm)
@@ -261,11 +263,10 @@ def learn(
     order, curve = torch.randperm(len(batches)).tolist(), {}
     for step in range(1, steps + 1):
         batch = batches[order[(step - 1) % len(order)]]
-        states = torch.nn.functional.rms_norm(batch.states, (width,)) if method.normalised else batch.states
-        log_policy = ppm.log_policy(states)
+        log_policy = ppm.log_policy(batch.states)
         trials = []
         for trial in range(settings.sampled_layers):
-            noise = gumbel_noise([step], [0] * len(states), num_layers, seed + 104_729 * trial)
+            noise = gumbel_noise([step], [0] * len(batch.states), num_layers, seed + 104_729 * trial)
             trials.append(StochasticSkip().choose(log_policy, noise))
         layers = torch.stack(trials, 1)
         sampled = batch.rewards.gather(1, layers)
@@ -274,7 +275,7 @@ def learn(
             layers[:, 0],
             log_policy,
             batch.rewards if settings.policy_gradient == "exact" else None,
-            states,
+            batch.states,
             LayerSamples(layers, sampled) if settings.sampled_layers > 1 else None,
         )
         optimizer.zero_grad()

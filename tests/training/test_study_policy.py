@@ -12,7 +12,7 @@ from conftest import drawn_sample
 
 from model.PPM import LayerSamples
 from scripts.dev import study_policy
-from scripts.dev.study_policy import METHODS, Rewarded
+from scripts.dev.study_policy import METHODS, Method, Rewarded
 from utils.config import load_config
 
 TINY = str(Path(__file__).resolve().parents[2] / "configs/tiny.yaml")
@@ -55,6 +55,16 @@ def test_the_best_layer_may_differ_between_segs(make_model, config):
         batches.append(Rewarded(states.expand(6, 5, 32), rewards))
     learned = study_policy.learn(make_model().config, config, batches, METHODS["exact gradient, rate x 10"], STEPS, 0)
     assert 0.9 < learned[STEPS] <= 1
+
+
+def test_normalised_states_are_those_of_the_measure(make_model, batches, config):
+    """The scale of a layer's states does not matter, neither to the steps nor to the share."""
+    scales = 10.0 ** -(torch.arange(5)[:, None] % 3)
+    scaled = [Rewarded(batch.states * scales, batch.rewards) for batch in batches]
+    model_config, method = make_model().config, Method({"policy_gradient": "exact"}, normalised=True)
+    plain, other = (study_policy.learn(model_config, config, part, method, STEPS, 0) for part in (batches, scaled))
+    assert plain[STEPS] > 0.9
+    assert other == pytest.approx(plain, abs=1e-3)
 
 
 def test_the_noise_of_a_step(make_model, batches, config):
