@@ -32,6 +32,7 @@ from model.layer_rules import StochasticSkip
 from model.loading.pretrained import load
 from model.objective import Objective
 from model.PPM import LayerSamples, PolicyPromptedMasking, gumbel_noise
+from model.settings import METHOD_FIELDS
 from model.structures import EPSILON
 from utils.command_line.parser import Parser
 from utils.config import Config, load_config, make_parser
@@ -41,11 +42,28 @@ from utils.plotting.text_tables import mean_cell
 
 SAMPLES = 4  # of leave one out, in the table of noise
 REPORTED = (30, 60, 90, 120, 180)  # steps
+# What methods differ in, or learning depends on: the paper's values, whatever the checkpoint was trained with.
+PAPER = {
+    name: METHOD_FIELDS[name].default
+    for name in (
+        "layer_selection",
+        "policy_gradient",
+        "policy_samples",
+        "reward",
+        "reward_terms",
+        "baseline",
+        "baseline_start",
+        "baseline_decay",
+        "critic_width",
+        "scale_advantage",
+        "policy_loss_weight",
+    )
+}
 
 
 @dataclass(frozen=True)
 class Method:
-    """A learning method: settings of ``UGroundConfig``, a factor of the gate's learning rate, RMS-normalized states."""
+    """A learning method: settings beside ``PAPER``, a factor of the gate's learning rate, RMS-normalized states."""
 
     settings: dict[str, Any] = field(default_factory=dict)
     rate: float = 1.0
@@ -154,7 +172,7 @@ def describe_noise(
     """A table of ``gradient_noise``, for a uniform policy and for that of ``gate`` [L, D]."""
     columns = {}
     for name, weights in (("uniform policy", torch.zeros_like(gate)), ("this gate", gate)):
-        settings = {"layer_selection": "policy", "baseline": "state_critic", "baseline_start": "first"}
+        settings = PAPER | {"baseline": "state_critic", "baseline_start": "first"}
         torch.manual_seed(0)
         ppm = PolicyPromptedMasking(UGroundConfig(**model_config.to_dict() | settings))
         ppm.gate.data.copy_(weights)
@@ -247,7 +265,7 @@ def learn(
     model_config: UGroundConfig, config: Config, batches: Sequence[Rewarded], method: Method, steps: int, seed: int
 ) -> dict[int, float]:
     """Trains a new gate; returns step -> ``share_of_gain`` of its policy."""
-    settings = UGroundConfig(**model_config.to_dict() | {"layer_selection": "policy"} | method.settings)
+    settings = UGroundConfig(**model_config.to_dict() | PAPER | method.settings)
     train, (num_layers, width) = config.train, batches[0].states.shape[1:]
     if method.normalised:
         batches = [Rewarded(torch.nn.functional.rms_norm(batch.states, (width,)), batch.rewards) for batch in batches]

@@ -92,6 +92,25 @@ def test_the_noise_of_a_step(make_model, batches, config):
     assert "residual 0.0000" in text
 
 
+@pytest.mark.parametrize(
+    "trained_with",
+    [
+        {"policy_gradient": "exact", "policy_loss_weight": 0.0},
+        {"policy_gradient": "leave_one_out", "policy_samples": 2, "reward_terms": "mask"},
+        {"layer_selection": "soft", "reward": "batch", "baseline": "critic", "critic_width": 8},
+        {"baseline_start": "first", "baseline_decay": 0.5, "scale_advantage": True},
+    ],
+)
+def test_how_the_model_was_trained_does_not_matter(make_model, batches, config, trained_with):
+    model_configs = make_model().config, make_model(**trained_with).config
+    for method in METHODS.values():
+        plain, other = (study_policy.learn(each, config, batches[:4], method, 4, 0) for each in model_configs)
+        assert other == plain
+    gate = torch.zeros(5, 32)
+    plain, other = (study_policy.describe_noise(each, config, batches[:4], gate, 4) for each in model_configs)
+    assert other == plain
+
+
 def test_the_noise_of_leave_one_out(make_model, batches):
     """Against estimates from sampled layers."""
     ppm, variances = make_model(baseline="state_critic").ppm, []
