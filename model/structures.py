@@ -79,6 +79,11 @@ class EvalQuery:
     is_sentence: bool = False
     meta: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def is_present(self) -> bool:
+        """Whether the target has a pixel; ignored ones are none."""
+        return bool((self.masks == 1).any())
+
 
 @dataclass
 class EvalSample:

@@ -3,8 +3,9 @@
     python scripts/ablate.py --table 6 --config configs/tiny.yaml --seeds 3
     python scripts/ablate.py --table layers --config configs/tiny.yaml --curves "policy||last"
 
-``layers`` compares layer rules, ``baselines`` ways to learn the policy, ``methods`` UGround and related methods (the
-ppm and loss sections of configs/methods/*.yaml, with --config's base and data).
+``layers`` compares layer rules, ``baselines`` ways to learn the policy, ``choice`` and ``choice_rewards`` ways and
+rewards to choose a layer on a base where that pays (scripts/dev/study_choice.py), ``methods`` UGround and related
+methods (the ppm and loss sections of configs/methods/*.yaml, with --config's base and data).
 
 A row is a few settings of train_ds.py. Each row and seed is a run of its own (``OUTPUT/TABLE/ROW-SEED``): trained,
 merged and evaluated by the programs that users call. Finished runs are skipped, interrupted ones are resumed. Other
@@ -109,7 +110,7 @@ TABLES: dict[str, tuple[AblationRow, ...]] = {
         AblationRow("IoU", {"reward_terms": "iou"}),
         AblationRow("BCE and dice of the mask", {"reward_terms": "mask"}),
         AblationRow("IoU of the mask", {"reward_terms": "mask_iou"}),
-        AblationRow("IoU of the mask, leave one out", {"reward_terms": "mask_iou", "policy_gradient": "leave_one_out"}),
+        AblationRow("IoU of the mask, leave-one-out", {"reward_terms": "mask_iou", "policy_gradient": "leave_one_out"}),
     ),
     "9": (
         AblationRow("soft gating", {"layer_selection": "soft"}, (61.19, 65.52)),
@@ -121,7 +122,7 @@ TABLES: dict[str, tuple[AblationRow, ...]] = {
         AblationRow("moving average from the first reward", {"baseline_start": "first"}),
         AblationRow("critic", {"baseline": "critic"}),
         AblationRow("critic of the state", {"baseline": "state_critic"}),
-        AblationRow("leave one out", {"policy_gradient": "leave_one_out"}),
+        AblationRow("leave-one-out", {"policy_gradient": "leave_one_out"}),
         AblationRow("exact gradient", {"policy_gradient": "exact"}),
     ),
     "layers": (

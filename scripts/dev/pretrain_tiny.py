@@ -455,13 +455,16 @@ def parse_arguments() -> argparse.Namespace:
     options = parser.parse_args()
     if unknown := [stage for stage in options.stages if stage not in STAGE_STEPS]:
         parser.error(f"--stages: no stage {unknown[0]!r}; there are {', '.join(STAGE_STEPS)}")
-    if options.start and "vision" in options.stages:
-        parser.error("--stages vision begins with random weights: leave it or --start out")
+    if options.start and (fresh := [stage for stage in ("vision", "sam") if stage in options.stages]):
+        parser.error(f"--stages {fresh[0]} begins with random weights: leave it or --start out")
     first = next((stage for stage in MAP_TARGETS if stage in options.stages), None)
     has_vision = "vision" in options.stages or (options.output / VISION_SNAPSHOT).is_file()
     if first and not options.start and not (first == "language" and has_vision):
         parser.error(f"--stages {first} continues earlier stages: run them, too, or give the folder of their result as "
                      "--start")  # fmt: skip
+    sam = (options.start or options.output) / "sam.pth"
+    if "iou" in options.stages and "sam" not in options.stages and not sam.is_file():
+        parser.error(f"--stages iou continues {sam}, which is not there: run sam, too, or give its folder as --start")
     return options
 
 

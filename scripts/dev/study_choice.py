@@ -6,12 +6,12 @@
         --dataset_dir data/demo --val_dataset "ReasonSeg|val"
 
 Reads the evaluated runs of ``scripts/ablate.py`` (folders ROW-SEED). The oracle takes each query's best layer in the
-models of the row --oracle, which are measured with each layer forced (kept in ROW-SEED/SPLIT.forced.npz). Prints, per
-row: gIoU; the gain over the best row with a fixed layer, paired over images, seeds together; the share of the oracle's
-gain that it recovers; the layers by kind of query; and the policy's entropy over training. --figure plots shares and
-entropies.
+models of the row --oracle, which are measured with each layer forced (kept in ROW-SEED/SPLIT.forced.npz until the run
+is evaluated with other weights). Prints, per row: gIoU; the gain over the best row with a fixed layer, paired over
+images, seeds together; the share of the oracle's gain that it recovers; the layers by kind of query; and the policy's
+entropy over training. --figure plots shares and entropies.
 
-Legend: Q queries, C candidate layers.
+Legend: Q queries with a target, C candidate layers.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Run:
 
     Attributes:
         images, kinds: [Q] of each query; iou: [Q]; layers: [Q], the first that each query used, -1 = no [SEG].
-        rule: its layer rule.
+        rule: its layer rule; checkpoint: the fingerprint of its weights.
         entropy: step -> nats; empty without a gate.
     """
 
@@ -63,6 +63,7 @@ class Run:
     iou: np.ndarray
     layers: np.ndarray
     rule: str
+    checkpoint: str
     entropy: dict[int, float]
 
 
@@ -72,7 +73,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.oracle not in folders:
         raise ValueError(f"--runs: no row {args.oracle!r} there, but {', '.join(folders)}")
     rows = {name: [read_run(folder, args.val_dataset) for folder in row] for name, row in folders.items()}
-    oracle = np.mean([measure(folder, args).max(1) for folder in folders[args.oracle]], 0)
+    forced = [measure(folder, run.checkpoint, args) for folder, run in zip(folders[args.oracle], rows[args.oracle])]
+    for name, runs in rows.items():
+        for folder, run in zip(folders[name], runs):
+            for measured in forced:
+                check_same_queries(folder, run, measured, args.val_dataset)
+    oracle = np.mean([measured["forced"].max(1) for measured in forced], 0)
     print(report(rows, oracle, args.oracle))
     if args.figure:
         draw(rows, oracle.mean(), args.figure)
@@ -100,15 +106,17 @@ def folders_of(tables: Sequence[Path], spec: Spec) -> dict[str, list[Path]]:
     """Row -> its evaluated runs of seeds 0, 1, ..., in the order of the tables.
 
     Raises:
-        ValueError: if a folder is no table, or no run of it is evaluated on this split.
+        ValueError: if a folder is no table, two have runs of the same row, or no run is evaluated on this split.
     """
-    found = {}
+    found: dict[str, list[Path]] = {}
     for table in tables:
         if table.name not in TABLES:
             raise ValueError(f"--runs {table}: the folder's name is no table of scripts/ablate.py")
         for row in TABLES[table.name]:
             by_seed = (table / f"{slug(row.name)}-{seed}" for seed in itertools.count())
             if folders := list(itertools.takewhile(lambda run: summary_path(run / "eval", spec).is_file(), by_seed)):
+                if row.name in found:
+                    raise ValueError(f"--runs: row {row.name!r} is in {found[row.name][0].parent} and in {table}")
                 found[row.name] = folders
     if not found:
         raise ValueError(f"--runs {tables[0]}: no run there is evaluated on {spec}")
@@ -116,8 +124,9 @@ def folders_of(tables: Sequence[Path], spec: Spec) -> dict[str, list[Path]]:
 
 
 def read_run(folder: Path, spec: Spec) -> Run:
-    """The answers of a run, and its log."""
+    """The answers of a run to queries with a target, and its log."""
     provenance, records = read_results(result_path(folder / "eval", spec, "generate"))
+    records = [record for record in records if record.G]  # as ``EvalQuery.is_present``
     protocol, lines = benchmark_of(spec).protocol(), train_lines(folder)
     return Run(
         images=np.array([record.index for record in records]),
@@ -125,14 +134,22 @@ def read_run(folder: Path, spec: Spec) -> Run:
         iou=np.array([iou(record, protocol) for record in records]),
         layers=np.array([record.layers[0] if record.layers else -1 for record in records]),
         rule=provenance.layer_policy,
+        checkpoint=provenance.checkpoint,
         entropy={line["step"]: line["entropy"] for line in lines} if "gate" in lines[-1]["gradients"] else {},
     )
 
 
-def measure(folder: Path, args: argparse.Namespace) -> np.ndarray:
-    """[Q, C] IoU of a run's queries with each candidate layer forced; kept in the run's folder."""
+def measure(folder: Path, checkpoint: str, args: argparse.Namespace) -> dict[str, np.ndarray]:
+    """A run's queries, and their IoU with each candidate layer forced; kept in the run's folder.
+
+    Args:
+        checkpoint: fingerprint of the evaluated weights; what is kept of others is measured again.
+
+    Returns:
+        ``forced`` [Q, C]; ``images`` and ``kinds`` [Q] as of a ``Run``; ``checkpoint``.
+    """
     path = folder / f"{args.val_dataset.slug}.forced.npz"
-    if not path.is_file():
+    if not path.is_file() or np.load(path).get("checkpoint") != checkpoint:
         from model import load
         from utils.evaluation import ceiling_pass
         from utils.evaluation.layer_analysis import LayerAnalyzer
@@ -141,8 +158,21 @@ def measure(folder: Path, args: argparse.Namespace) -> np.ndarray:
         opened = load(folder / "merged")
         analyzer = LayerAnalyzer(opened.model, opened.processor, InferenceOptions("generate"), 16)
         measured = ceiling_pass.measure(analyzer, get_eval_dataset(args.val_dataset, args.dataset_dir))
-        np.savez(path, forced=measured.mask)
-    return np.load(path)["forced"]
+        np.savez(path, forced=measured.mask, images=measured.images, kinds=measured.kinds, checkpoint=checkpoint)
+    return dict(np.load(path))
+
+
+def check_same_queries(folder: Path, run: Run, measured: dict[str, np.ndarray], spec: Spec) -> None:
+    """Checks that a run answers the queries that the oracle is measured on.
+
+    Raises:
+        ValueError: if it does not.
+    """
+    if not all(np.array_equal(getattr(run, name), measured[name]) for name in ("images", "kinds")):
+        raise ValueError(
+            f"{folder}: its {len(run.images)} queries of {spec} are not the {len(measured['images'])} that the oracle "
+            "is measured on; evaluate all runs on the data of --dataset_dir, and delete *.forced.npz of other data"
+        )
 
 
 def report(rows: dict[str, list[Run]], oracle: np.ndarray, oracle_row: str) -> str:
@@ -226,7 +256,7 @@ def draw(rows: dict[str, list[Run]], oracle: float, path: Path) -> None:
         left.set_title("(a)", loc="left")
         for name, style in zip([name for name in CURVES if name in rows], LINES):
             runs = rows[name]
-            steps = sorted(runs[0].entropy)
+            steps = sorted(set.intersection(*(set(run.entropy) for run in runs)))
             mean = [np.mean([run.entropy[step] for run in runs]) for step in steps]
             right.plot(steps, mean, label=name, **(style | {"marker": ""}))
         right.set(xlabel="step", ylim=(0, None))

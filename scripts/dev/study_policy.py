@@ -32,6 +32,7 @@ from model.layer_rules import StochasticSkip
 from model.loading.pretrained import load
 from model.objective import Objective
 from model.PPM import LayerSamples, PolicyPromptedMasking, gumbel_noise
+from model.settings import METHOD_FIELDS
 from model.structures import EPSILON
 from utils.command_line.parser import Parser
 from utils.config import Config, load_config, make_parser
@@ -39,34 +40,49 @@ from utils.datasets.mixture import make_mixture
 from utils.inference import cli
 from utils.plotting.text_tables import mean_cell
 
-SAMPLES = 4  # of leave one out, in the table of noise
+SAMPLES = 4  # of leave-one-out, in the table of noise
 REPORTED = (30, 60, 90, 120, 180)  # steps
+# What methods differ in, or learning depends on: the paper's values, whatever the checkpoint was trained with.
+PAPER = {
+    name: METHOD_FIELDS[name].default
+    for name in (
+        "layer_selection",
+        "policy_gradient",
+        "policy_samples",
+        "reward",
+        "reward_terms",
+        "baseline",
+        "baseline_start",
+        "baseline_decay",
+        "critic_width",
+        "scale_advantage",
+        "policy_loss_weight",
+    )
+}
 
 
 @dataclass(frozen=True)
 class Method:
-    """A learning method: settings of ``UGroundConfig``, a factor of the gate's learning rate, RMS-normalized states."""
+    """A learning method: settings beside ``PAPER``, a factor of the gate's learning rate, RMS-normalized states."""
 
     settings: dict[str, Any] = field(default_factory=dict)
     rate: float = 1.0
     normalised: bool = False
 
 
-METHODS = {
+METHODS = {  # by their names in docs/results.md
     "REINFORCE (paper)": Method(),
-    "baseline from the first reward": Method({"baseline_start": "first"}),
-    "critic": Method({"baseline": "critic"}),
-    "critic of the state": Method({"baseline": "state_critic"}),
-    "first reward, critic of the state": Method({"baseline": "state_critic", "baseline_start": "first"}),
-    "advantages scaled": Method({"scale_advantage": True}),
-    "first reward, scaled": Method({"baseline_start": "first", "scale_advantage": True}),
-    "gate's rate x 10": Method(rate=10.0),
-    "first reward, rate x 10": Method({"baseline_start": "first"}, rate=10.0),
-    "normalised states": Method(normalised=True),
-    "first reward, normalised states": Method({"baseline_start": "first"}, normalised=True),
-    "leave one out, 4 samples": Method({"policy_gradient": "leave_one_out"}),
-    "exact gradient": Method({"policy_gradient": "exact"}),
-    "exact gradient, rate x 10": Method({"policy_gradient": "exact"}, rate=10.0),
+    "--baseline critic": Method({"baseline": "critic"}),
+    "--baseline state_critic": Method({"baseline": "state_critic"}),
+    "--baseline_start first": Method({"baseline_start": "first"}),
+    "first, state_critic": Method({"baseline": "state_critic", "baseline_start": "first"}),
+    "--scale_advantage true": Method({"scale_advantage": True}),
+    "--gate_lr_factor 10": Method(rate=10.0),
+    "first, rate x 10": Method({"baseline_start": "first"}, rate=10.0),
+    "states of one length": Method(normalised=True),
+    "--policy_gradient leave_one_out": Method({"policy_gradient": "leave_one_out"}),
+    "--policy_gradient exact": Method({"policy_gradient": "exact"}),
+    "exact, rate x 10": Method({"policy_gradient": "exact"}, rate=10.0),
 }
 
 
@@ -154,7 +170,7 @@ def describe_noise(
     """A table of ``gradient_noise``, for a uniform policy and for that of ``gate`` [L, D]."""
     columns = {}
     for name, weights in (("uniform policy", torch.zeros_like(gate)), ("this gate", gate)):
-        settings = {"layer_selection": "policy", "baseline": "state_critic", "baseline_start": "first"}
+        settings = PAPER | {"baseline": "state_critic", "baseline_start": "first"}
         torch.manual_seed(0)
         ppm = PolicyPromptedMasking(UGroundConfig(**model_config.to_dict() | settings))
         ppm.gate.data.copy_(weights)
@@ -165,7 +181,7 @@ def describe_noise(
     lines = [
         "",
         "a step's gradient estimate: variance from sampling layers (1 = with the moving average), signal / noise",
-        " | ".join(["baseline", *columns]),
+        " | ".join(["estimate, or baseline of REINFORCE", *columns]),
     ]
     for row in next(iter(columns.values())):
         cells = []
@@ -202,9 +218,8 @@ def gradient_noise(
     over l is a sum over the layers, as all their rewards are known.
 
     Returns:
-        baseline -> variance from sampling layers; norm of the expected gradient over the root mean square of a step's
-        deviation from it, which other images cause, too. No baseline that depends on the state alone has less variance
-        than ``optimal per [SEG]``.
+        estimate or baseline -> variance from sampling layers; norm of the expected gradient over the root mean square
+        of a step's deviation from it, which other images cause, too.
     """
     variances: dict[str, list[torch.Tensor]] = {}
     exact = []
@@ -217,25 +232,26 @@ def gradient_noise(
         score = torch.eye(policy.shape[1]) - policy[:, None]  # [N, l, j]
         norms = torch.einsum("nlj,nj->nl", score.square(), states.square().sum(-1))  # of the score of layer l, squared
         weight = policy * norms
-        baselines = {
-            "optimal per [SEG]": (weight * rewards).sum(1) / weight.sum(1).clamp(min=EPSILON),
-            "expected reward per [SEG]": value,
-            "critic of the state": ppm.state_baseline(batch.states),
-            "moving average": ppm.baseline.expand(len(rewards)),
-            "zero": torch.zeros(len(rewards)),
-        }
         variances.setdefault("exact gradient", []).append(torch.zeros(()))
-        for name, baseline in baselines.items():
-            second_moment = (weight * (rewards - baseline[:, None]).square()).sum(1)
-            variance = (second_moment - gradients.square().sum((1, 2))).sum() / len(rewards) ** 2
-            variances.setdefault(name, []).append(variance)
         # The mean over pairs of samples: the variance of one pair's value, and of its mean given one of the two
         exact_square = gradients.square().sum((1, 2))
         pairs = policy[:, :, None] * policy[:, None] * (rewards[:, :, None] - rewards[:, None]).square()
         of_pair = 0.5 * (pairs.sum(2) * states.square().sum(-1)).sum(1) - exact_square
         of_mean = 0.25 * ((weight * (rewards - value[:, None]).square()).sum(1) - exact_square)
         variance = 2 * (2 * (SAMPLES - 2) * of_mean + of_pair) / (SAMPLES * (SAMPLES - 1))
-        variances.setdefault(f"leave one out, {SAMPLES} samples", []).append(variance.sum() / len(rewards) ** 2)
+        variances.setdefault(f"leave-one-out, {SAMPLES} samples", []).append(variance.sum() / len(rewards) ** 2)
+        least_variance = (weight * rewards).sum(1) / weight.sum(1).clamp(min=EPSILON)
+        baselines = {
+            "the best baseline that depends on the [SEG] alone": least_variance,
+            "each [SEG]'s own mean reward": value,
+            "critic of the state, fitted to the other half of the steps": ppm.state_baseline(batch.states),
+            "moving average": ppm.baseline.expand(len(rewards)),
+            "0": torch.zeros(len(rewards)),
+        }
+        for name, baseline in baselines.items():
+            second_moment = (weight * (rewards - baseline[:, None]).square()).sum(1)
+            variance = (second_moment - exact_square).sum() / len(rewards) ** 2
+            variances.setdefault(name, []).append(variance)
     expected = torch.stack(exact).mean(0)
     of_images = float((torch.stack(exact) - expected).square().sum((1, 2)).mean())
     sampling = {name: float(torch.stack(values).mean()) for name, values in variances.items()}
@@ -247,8 +263,10 @@ def learn(
     model_config: UGroundConfig, config: Config, batches: Sequence[Rewarded], method: Method, steps: int, seed: int
 ) -> dict[int, float]:
     """Trains a new gate; returns step -> ``share_of_gain`` of its policy."""
-    settings = UGroundConfig(**model_config.to_dict() | {"layer_selection": "policy"} | method.settings)
+    settings = UGroundConfig(**model_config.to_dict() | PAPER | method.settings)
     train, (num_layers, width) = config.train, batches[0].states.shape[1:]
+    if method.normalised:
+        batches = [Rewarded(torch.nn.functional.rms_norm(batch.states, (width,)), batch.rewards) for batch in batches]
     torch.manual_seed(seed)
     ppm = PolicyPromptedMasking(settings)
     objective = Objective(settings, ppm)
@@ -261,11 +279,10 @@ def learn(
     order, curve = torch.randperm(len(batches)).tolist(), {}
     for step in range(1, steps + 1):
         batch = batches[order[(step - 1) % len(order)]]
-        states = torch.nn.functional.rms_norm(batch.states, (width,)) if method.normalised else batch.states
-        log_policy = ppm.log_policy(states)
+        log_policy = ppm.log_policy(batch.states)
         trials = []
         for trial in range(settings.sampled_layers):
-            noise = gumbel_noise([step], [0] * len(states), num_layers, seed + 104_729 * trial)
+            noise = gumbel_noise([step], [0] * len(batch.states), num_layers, seed + 104_729 * trial)
             trials.append(StochasticSkip().choose(log_policy, noise))
         layers = torch.stack(trials, 1)
         sampled = batch.rewards.gather(1, layers)
@@ -274,7 +291,7 @@ def learn(
             layers[:, 0],
             log_policy,
             batch.rewards if settings.policy_gradient == "exact" else None,
-            states,
+            batch.states,
             LayerSamples(layers, sampled) if settings.sampled_layers > 1 else None,
         )
         optimizer.zero_grad()

@@ -77,7 +77,7 @@ def measure(
         for b, (index, sample) in enumerate(zip(indices, probe.samples)):
             for k, query in enumerate(sample.queries):
                 answer, sampled = single[b][k], several[b][k]
-                if not query.masks.any() or not answer.layers:
+                if not query.is_present or not answer.layers:
                     continue
                 record = score(index, sample, query, answer, benchmark)
                 risk.append(1 - metrics.iou(record, benchmark.protocol()))

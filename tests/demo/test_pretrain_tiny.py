@@ -67,6 +67,9 @@ def test_the_iou_stage_changes_the_head_alone(tmp_path, monkeypatch):
         (("--stages", "conversations"), "conversations continues earlier stages"),
         (("--stages", "language"), "language continues earlier stages"),
         (("--start", str(TINY)), "vision begins with random weights"),
+        (("--stages", "depths,sam", "--start", str(TINY)), "sam begins with random weights"),
+        (("--stages", "vision,iou"), "out/sam.pth, which is not there"),
+        (("--stages", "depths,iou", "--start", str(TINY / "llava")), "llava/sam.pth, which is not there"),
     ],
 )
 def test_stages_that_cannot_begin_are_refused(tmp_path, monkeypatch, capsys, flags, message):

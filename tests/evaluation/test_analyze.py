@@ -3,6 +3,7 @@
 import csv
 import importlib.util
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from model.loading import pretrained
 from model.loading.hub import Resolved
 from model.loading.weights import load_original_sam
 from model.structures import EvalQuery, EvalSample, Prompts, Turn
+from scripts.dev import study_uncertainty
 from utils.datasets.spec import Spec
 from utils.evaluation import ceiling_pass, metrics
 from utils.evaluation.benchmarks import BENCHMARKS
@@ -168,14 +170,20 @@ def test_the_ceiling_of_answers_without_seg(make_model, tiny_processor):
 
 
 def test_a_target_of_ignored_pixels_alone_is_none(make_model, tiny_processor, monkeypatch):
-    """It has no reward, and its IoU says nothing."""
+    """It has no reward, and its IoU says nothing: the ceiling, Table 2 and the uncertainties leave it out."""
     dataset = DrawnDataset("custom", absent=True)
     samples = [dataset[index] for index in range(3)]
     samples[1].queries[1].masks = np.full((1, *samples[1].image.shape[:2]), 255, np.uint8)
     monkeypatch.setattr(DrawnDataset, "__getitem__", lambda _, index: samples[index])
-    measured = ceiling_pass.measure(analyzer(make_model(), tiny_processor), dataset)
+    studied = analyzer(make_model(), tiny_processor)
+    measured = ceiling_pass.measure(studied, dataset)
     assert measured.images.tolist() == [0, 1, 2]
     assert np.isfinite(measured.rewards["both"]).all()
+    study = studied.study(dataset)
+    of_targets = [*study.maps_by_layer, *study.table.values()]
+    assert [[record.index for record in records] for records in of_targets] == [[0, 1, 2]] * len(of_targets)
+    _, _, images = study_uncertainty.measure(studied, dataset, SimpleNamespace(limit=None, samples=2))
+    assert images.tolist() == [0, 1, 2]
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from drawn_records import SHAPE, make_record
 
+from model.structures import IGNORE_PIXEL
 from scripts.dev import study_choice
 from utils.datasets.spec import Spec
 from utils.evaluation.results import Provenance, Result, summarize
@@ -21,10 +22,10 @@ KINDS = np.array(["near", "far"] * (QUERIES // 2))
 FORCED = np.where(KINDS[:, None] == "near", [[0.8, 0.2, 0.4]], [[0.2, 0.4, 0.8]])
 
 
-def write_run(folder: Path, rule: str, layers: np.ndarray) -> None:
-    """A run that finds as many of ten pixels as the given layers' IoU says."""
+def write_run(folder: Path, rule: str, layers: np.ndarray, steps: tuple[int, ...] = (60, 180)) -> None:
+    """A run that finds as many of ten pixels as the given layers' IoU says; then queries without a target."""
     gate = {"gate": 1.0} if rule == "argmax" else {"phi": 1.0}
-    lines = [{"kind": "train", "step": step, "entropy": 2.0 - step / 100, "gradients": gate} for step in (60, 180)]
+    lines = [{"kind": "train", "step": step, "entropy": 2.0 - step / 100, "gradients": gate} for step in steps]
     folder.mkdir(parents=True)
     (folder / "log.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
     target, records = np.zeros(SHAPE, np.uint8), []
@@ -34,6 +35,8 @@ def write_run(folder: Path, rule: str, layers: np.ndarray) -> None:
         predicted[0, : round(10 * FORCED[index, LAYERS.index(layer)])] = True
         records.append(make_record(predicted, target, index, meta={"family": str(KINDS[index])}))
         records[-1].layers = [int(layer)]
+    for index, ignored in enumerate((None, np.full(SHAPE, IGNORE_PIXEL, np.uint8)), len(layers)):
+        records.append(make_record(np.ones(SHAPE, bool), ignored, index, meta={"family": "absent"}))
     provenance = Provenance("ReasonSeg|val", "generate", rule, 64, 0, "", "abc", "float32", QUERIES, QUERIES)
     Result(summarize(provenance, records), records, provenance).save(folder / "eval")
 
@@ -46,8 +49,14 @@ def runs(tmp_path):
     write_run(folder / "layer-4-0", "fixed:1", np.full(QUERIES, 1))
     chosen = np.where((KINDS == "near") | (np.arange(QUERIES) >= 4), 1, 3)
     write_run(folder / "policy-exact-gradient-0", "argmax", chosen)
-    np.savez(folder / "policy-exact-gradient-0" / "ReasonSeg_val.forced.npz", forced=FORCED)
+    keep_forced(folder / "policy-exact-gradient-0")
     return folder
+
+
+def keep_forced(folder: Path) -> None:
+    """The oracle's measurement."""
+    path = folder / "ReasonSeg_val.forced.npz"
+    np.savez(path, forced=FORCED, images=np.arange(QUERIES), kinds=KINDS, checkpoint="abc")
 
 
 def test_the_share_of_the_oracle_s_gain(runs, capsys):
@@ -80,15 +89,49 @@ def test_rows_of_two_tables_share_reference_and_oracle(runs, capsys):
     assert "| 100% |" in row
 
 
+def test_the_entropies_of_seeds_are_compared_at_the_steps_of_all(runs, tmp_path):
+    """A seed may have fewer."""
+    write_run(runs / "policy-exact-gradient-1", "argmax", np.full(QUERIES, 3), steps=(60, 120))
+    keep_forced(runs / "policy-exact-gradient-1")
+    flags = ["--dataset_dir", "-", "--val_dataset", "ReasonSeg|val", "--figure", str(tmp_path / "choice.png")]
+    assert study_choice.main(["--runs", str(runs), *flags]) == 0
+    assert (tmp_path / "choice.png").is_file()
+
+
+def test_a_run_of_other_queries_is_refused(runs):
+    """Also of as many: images and kinds are compared."""
+    flags = ["--runs", str(runs), "--dataset_dir", "-", "--val_dataset", "ReasonSeg|val"]
+    write_run(runs / "last-1", "last", np.full(QUERIES - 1, 3))
+    with pytest.raises(ValueError, match=r"last-1: its 7 queries of ReasonSeg\|val are not the 8 that the oracle"):
+        study_choice.main(flags)
+    shutil.rmtree(runs / "last-1")
+    path = runs / "policy-exact-gradient-0" / "ReasonSeg_val.forced.npz"
+    np.savez(path, **dict(np.load(path)) | {"kinds": KINDS[::-1]})
+    with pytest.raises(ValueError, match=r"its 8 queries of ReasonSeg\|val are not the 8"):
+        study_choice.main(flags)
+
+
+def test_a_row_of_two_tables_is_refused(runs):
+    """Rather than the first one's runs left out."""
+    write_run(runs.parent / "layers" / "last-0", "last", np.full(QUERIES, 3))
+    with pytest.raises(ValueError, match=r"row 'last' is in .*choice and in .*layers"):
+        study_choice.folders_of([runs, runs.parent / "layers"], Spec.parse("ReasonSeg|val"))
+
+
 def test_the_oracle_s_row_is_measured_once(version, val_data, tmp_path, capsys):
-    """A merged model on disk."""
+    """A merged model on disk, until it has other weights; files of older versions do not say which they had."""
     shutil.copytree(version, tmp_path / "merged")
     args = SimpleNamespace(val_dataset=Spec.parse("ReasonSeg|val_short"), dataset_dir=str(val_data))
-    forced = study_choice.measure(tmp_path, args)
-    assert forced.shape == (3, 4)
+    path = tmp_path / "ReasonSeg_val_short.forced.npz"
+    np.savez(path, forced=FORCED)
+    measured = study_choice.measure(tmp_path, "abc", args)
+    assert measured["forced"].shape == (3, 4)
     assert "measuring" in capsys.readouterr().err
-    assert (study_choice.measure(tmp_path, args) == forced).all()
+    again = study_choice.measure(tmp_path, "abc", args)
     assert "measuring" not in capsys.readouterr().err
+    assert all((again[name] == measured[name]).all() for name in ("forced", "images", "kinds"))
+    study_choice.measure(tmp_path, "def", args)
+    assert "measuring" in capsys.readouterr().err
 
 
 def test_a_folder_without_the_oracle_s_row_is_refused(runs):

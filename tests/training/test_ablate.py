@@ -37,6 +37,10 @@ def test_rows_of_a_table_differ(table):
     assert len({ablate.slug(row.name) for row in rows}) == len(rows)
 
 
+def test_the_help_names_every_table_that_is_not_the_papers():
+    assert [name for name in ablate.TABLES if not name.isdigit() and f"``{name}``" not in ablate.__doc__] == []
+
+
 def test_methods_are_those_of_their_files():
     """Each of the five is in one row, with that file's prompts and constraints."""
     rows = {name: row.settings for row in ablate.TABLES["methods"] for name in row.name.split(", ")}

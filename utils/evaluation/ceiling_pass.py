@@ -111,7 +111,7 @@ def measure_batch(probe: LayerProbe, rules: Sequence[str]) -> list[Measurement]:
         for b, answers in enumerate(probe.predict(rule)):
             index, sample = probe.indices[b], probe.samples[b]
             for k, answer in enumerate(answers):
-                if (sample.queries[k].masks == 1).any():  # not of ignored pixels alone
+                if sample.queries[k].is_present:
                     ious[b, k].append(ious_of(index, sample, sample.queries[k], answer, probe.benchmark))
     result = []
     for (b, k), columns in ious.items():

@@ -213,7 +213,7 @@ class LayerAnalyzer:
                 distribution, grid = probe.policy_and_maps(b, k)
                 losses = self._map_losses(query, grid)
                 study.tokens.append([SegToken(*pair) for pair in zip(distribution.numpy(), losses)])
-                if not query.masks.any():
+                if not query.is_present:
                     continue
                 m_iou = partial(threshold_map, indices[b], sample, query, answers[b][k], study.benchmark)
                 full = self.upsample(grid, sample.image.shape[:2]).numpy()
@@ -267,7 +267,7 @@ class LayerProbe:
             for query, answer in zip(sample.queries, row, strict=True):
                 if not present:
                     records.append(score(index, sample, query, answer, self.benchmark))
-                elif query.masks.any():
+                elif query.is_present:
                     records.append(score(index, sample, query, replace(answer, rejected=False), self.benchmark))
         return records
 
