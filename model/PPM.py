@@ -220,7 +220,7 @@ def similarity_of_all_layers(
     """Eq. 6 for every layer at once: S[n, l, p] = <h_seg[n, l], h_img[row(n), l, p]>, 0 where a cell has no token.
 
     L x V x D multiplications per [SEG] are negligible beside the language model. Computing them for all layers needs
-    neither a copy of the image states nor a synchronization with the device to know which layer was chosen.
+    no copy of the image states per [SEG], nor a synchronization with the device to know which layer was chosen.
 
     Args:
         hidden: L tensors [B, T, D].

@@ -1,6 +1,6 @@
 """UGround: LLaVA generates an answer with [SEG] tokens, PPM turns each into prompts, SAM decodes their masks.
 
-Legend: B images (rows), T tokens, N [SEG] tokens (N_b of row b), L hidden states, P image tokens, D hidden size,
+Legend: B images (rows), T tokens, N [SEG] tokens (N_b of row b), L hidden states, P cells of a map, D hidden size,
 E, G width and side of SAM's image embedding, H x W an image's own size.
 """
 
@@ -374,7 +374,7 @@ class UGroundForCausalLM(LlavaLlamaForCausalLM):
         if language_pass.embeddings is not None:
             masks = self.decode_by_rule(rule, grounding, language_pass, seed, prompts, sam)
         policy = grounding.log_policy.exp().cpu()
-        layer_maps = [maps.cpu() for row in self.layer_maps(grounding, batch) for maps in row]
+        layer_maps = [maps for row in self.layer_maps(grounding, batch) for maps in row.cpu()]
         generated = len(batch.label_ids) == 0
 
         def prediction(row: int, question: int) -> Prediction:

@@ -1,7 +1,7 @@
 """Answers of the language model, teacher-forced or generated, and the states of their [SEG] tokens.
 
 Generation stays packed: each row keeps ONE cache in which the image is encoded once, and a step feeds one new token per
-question of the row; the mask of ``packed_mask`` keeps the questions apart. Padded patches stay masked in every step.
+question of the row; the mask of ``packed_mask`` keeps the questions apart, and padded patches out, in every step.
 ``ConversationCache`` keeps the cache between the questions of a conversation, so that each costs its own tokens only.
 
 Legend: B rows, K questions per row at most, N [SEG] tokens, L hidden states, D hidden size, T tokens.

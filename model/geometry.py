@@ -46,7 +46,7 @@ def normalise_maps(scores: torch.Tensor, valid: torch.Tensor | None) -> torch.Te
 
     Args:
         scores: [..., P] similarities.
-        valid: [..., P] bool: only these define minimum and maximum, the others become 0. None = all tokens, as in the
+        valid: [..., P] bool: only these define minimum and maximum, the others become 0. None = all cells, as in the
             released weights.
 
     Returns:

@@ -204,7 +204,7 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
             use_cache: whether the output has a KV cache, to continue from.
         """
         valid = batch.valid.gather(1, batch.image_cells)
-        features = self.encode_images(batch.clip_images, batch.image_cells, valid if batch.padded else None)
+        features = self.encode_images(batch.clip_images, batch.image_cells, valid if batch.has_padding else None)
         embeddings = self.embed(batch.input_ids, features, batch.image_tokens)
         key_mask = (batch.segment_ids >= 0).flatten().index_copy(0, batch.image_tokens.flatten(), valid.flatten())
         key_mask = key_mask.unflatten(0, batch.segment_ids.shape)

@@ -1,7 +1,7 @@
 """The training objective (Eq. 5, 7, 8, 9): losses of masks and maps, rewards, and the gate's loss.
 
-Legend: N [SEG] tokens, L hidden states, P image tokens, M tokens of answers, V vocabulary size, N_b masks of row b,
-n masks of one image or a part of them.
+Legend: N [SEG] tokens, L hidden states, h x w cells of a map, M tokens of answers, V vocabulary size, N_b masks of row
+b, n masks of one image or a part of them.
 """
 
 from __future__ import annotations

@@ -44,11 +44,11 @@ def map_points(scores: torch.Tensor, valid: torch.Tensor, count: int, side: int)
         [n, 2 count, 2] float32 (x, y) in pixels of SAM's input, and [n, 2 count] labels, 1 = foreground,
         0 = background.
     """
-    grid = scores.shape[-1]  # a square: CLIP's input is
+    cell = side / max(scores.shape[1:])
+    y, x = (cell * (torch.arange(length, device=scores.device) + 0.5) for length in scores.shape[1:])
+    positions = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1).view(-1, 2)  # [P, 2], P = h w
+    near = torch.cdist(positions, positions, p=torch.inf) < 1.5 * cell  # [P, P] a patch and its eight neighbours
     scores, valid = scores.flatten(1), valid.flatten(1)
-    centres = (torch.arange(grid, device=scores.device) + 0.5) * (side / grid)
-    positions = torch.stack(torch.meshgrid(centres, centres, indexing="xy"), -1).view(-1, 2)  # [P, 2]
-    near = torch.cdist(positions, positions, p=torch.inf) < 1.5 * side / grid  # [P, P] a patch and its eight neighbours
     points = []
     for sign in (1.0, -1.0):
         signed = (sign * scores).masked_fill(~valid, -torch.inf)

@@ -122,7 +122,7 @@ class Batch:
         questions: number of conversations per row.
         image_tokens: [B, V] int64, flat positions of the image's tokens; image_cells: [B, V] int64, the cell of the
             map's grid that each shows, row-major.
-        valid: [B, P] bool, cells that show the image, not padding. padded: whether any of the image tokens shows none.
+        valid: [B, P] bool, cells that show the image, not padding; has_padding: whether some image token shows padding.
         grids: (h, w) of the map per row, in cells; h * w <= P.
         image_keys: per row, the image's key in the cache of SAM's features; empty without a cache.
     """
@@ -146,7 +146,7 @@ class Batch:
     image_tokens: torch.Tensor
     image_cells: torch.Tensor
     valid: torch.Tensor
-    padded: bool
+    has_padding: bool
     grids: list[tuple[int, int]]
     image_keys: list[str] = field(default_factory=list)
 

@@ -75,7 +75,8 @@ def collate_rows(
 ) -> Batch:
     """Builds the packed batch, padded on the right.
 
-    Padded patches get no tokens (nothing attends to them), but count in the position ids.
+    Padded patches count in the position ids, but get no tokens, which nothing would attend to; only where the images of
+    a batch differ in how many they have (``image_cells``).
 
     Args:
         rows: with a mask per ``[SEG]`` label (``UGroundProcessor.collate`` checks it), or without masks (prompts).
@@ -132,7 +133,7 @@ def collate_rows(
         image_tokens=torch.arange(len(rows))[:, None] * width + torch.arange(image_start, image_start + cells.shape[1]),
         image_cells=cells,
         valid=valid,
-        padded=not bool(valid.gather(1, cells).all()),
+        has_padding=not bool(valid.gather(1, cells).all()),
         grids=[(clip_side // clip_patch,) * 2] * len(rows),
     )
 

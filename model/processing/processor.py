@@ -32,7 +32,7 @@ class UGroundProcessor:
         clip_patch: side of CLIP's patches in pixels.
         sam_side: side of SAM's padded square input in pixels.
         system_prompt: text in front of every conversation.
-        max_tokens: longest conversation with its prefix, in tokens (``--model_max_length``).
+        max_tokens: longest conversation with its prefix, in tokens of a square image (``--model_max_length``).
         clip_fit: ``pad`` = CLIP's input is the whole image, padded (paper); ``crop`` = a centre crop, for checkpoints
             that were trained so (LISA and its descendants).
 

@@ -55,7 +55,10 @@ def test_the_image_is_encoded_once_and_a_follow_up_reads_its_own_tokens(model, t
     monkeypatch.setattr(model.visual_model, "encode", count("sam", model.visual_model.encode))
     monkeypatch.setattr(model, "forward_packed", recorded)
     session = ImageSession(model, tiny_processor, drawn_sample(6).image)
-    assert (calls, lengths) == ({"clip": 1, "sam": 0}, [len(tiny_processor.builder.prefix_ids)])
+    assert (calls, lengths) == (
+        {"clip": 1, "sam": 0},
+        [tiny_processor.prefix(drawn_sample(6).image).input_ids.shape[1]],
+    )
     before = 0
     for question in QUESTIONS:
         lengths.clear()

@@ -8,12 +8,13 @@ from conftest import assert_same_masks, build_tiny_processor, drawn_sample
 
 from model.lora import add_lora
 from model.opened import predict
+from model.processing.processor import UGroundProcessor
 from model.settings import RECIPES
 from model.structures import Turn
 from utils.inference.session import ImageSession
 
 NEAR = {"rtol": 2e-4, "atol": 2e-6}
-WIDE, HIGH, SQUARE = (30, 64), (64, 40), (50, 50)
+WIDE, HIGH = (30, 64), (64, 40)
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +31,7 @@ def test_tokens_are_those_of_the_patches_that_show_the_image(tiny_processor, kee
     assert batch.image_cells.tolist() == [list(range(8))]
     assert batch.image_tokens.tolist() == [list(range(start, start + 8))]
     assert batch.valid[0].tolist() == [True] * 8 + [False] * 8
-    assert (batch.grids, batch.padded, whole.padded) == ([(4, 4)], False, True)
+    assert (batch.grids, batch.has_padding, whole.has_padding) == ([(4, 4)], False, True)
     assert batch.input_ids.shape[1] == whole.input_ids.shape[1] - 8
     kept = [column for column in range(whole.input_ids.shape[1]) if not start + 8 <= column < start + 16]
     for name in ("input_ids", "segment_ids", "position_ids"):  # positions as if the padded patches were there
@@ -46,7 +47,14 @@ def test_rows_of_a_batch_hold_equally_many(tiny_processor):
     width = batch.input_ids.shape[1]
     assert batch.image_cells.tolist() == [list(range(12)), [0, 1, 2, 4, 5, 6, 8, 9, 10, 12, 13, 14]]
     assert torch.equal(batch.image_tokens[1], batch.image_tokens[0] + width)
-    assert batch.padded
+    assert batch.has_padding
+
+
+def test_a_centre_crop_has_no_padded_patches(tiny_tokenizer):
+    processor = UGroundProcessor(tiny_tokenizer, 40, 10, 64, "", clip_fit="crop")
+    batch = processor.collate([drawn_sample(3, WIDE), drawn_sample(1, HIGH)])
+    assert batch.image_cells.tolist() == [list(range(16))] * 2
+    assert not batch.has_padding
 
 
 def test_image_states_are_read_at_the_tokens(tiny_processor):
@@ -62,14 +70,15 @@ def test_image_states_are_read_at_the_tokens(tiny_processor):
         {"layer_selection": "soft"},
         {"policy_gradient": "exact", "map_terms": ("bce", "dice")},
         {"point_prompts": 2, "baseline": "state_critic"},
-        {"layer_selection": "last", "mask_prompt": False, "clip_fit": "crop"},
+        {"layer_selection": "last", "mask_prompt": False},
     ],
     ids=str,
 )
-@pytest.mark.parametrize("sizes", [(WIDE,), (HIGH, WIDE), (SQUARE, HIGH, (22, 64))], ids=str)
+@pytest.mark.parametrize("sizes", [(WIDE,), (HIGH, WIDE), ((48, 64), HIGH, (22, 64))], ids=str)
 def test_padded_patches_change_nothing(make_model, tiny_processor, keeping, settings, sizes):
     """Losses, gradients, masks and maps are those of rows that hold all patches."""
     samples = [drawn_sample(n, size) for n, size in enumerate(sizes)]
+    assert tiny_processor.collate(samples).image_tokens.shape[1] < keeping.collate(samples).image_tokens.shape[1]
     results = []
     for processor in (keeping, tiny_processor):
         model = add_lora(make_model(**settings), r=2).eval()  # dropout would draw other numbers

@@ -133,6 +133,7 @@ class Bench:
         """Switches to another method on the same weights."""
         for name, value in settings.items():
             setattr(self.model.config, name, value)
+        self.processor.keep_padding = self.model.config.reads_padding
         set_trainable(self.wrapped)
 
     def samples(
@@ -390,6 +391,9 @@ def ratios() -> list[Ratio]:
     return [
         Ratio("packed / unpacked step without SAM, 3 questions", "packed 3", "unpacked 3", 0.50),
         Ratio("packed / unpacked step without SAM, 6 questions", "packed 6", "unpacked 6", 0.35),
+        Ratio("padded patches left out / kept, step without SAM, 1 question", "packed 1", "padded 1"),
+        Ratio("padded patches left out / kept, step without SAM, 3 questions", "packed 3", "padded 3"),
+        Ratio("padded patches left out / kept, written, cached features", "1 question", "1 question, padded"),
         Ratio("UGround / fixed last layer, both packed", "UGround", "LISA", 1.10),
         Ratio("UGround packed / fixed last layer unpacked, cached features", "UGround", "LISA unpacked", 0.55),
         Ratio("policy_gradient exact / reinforce", "exact", "UGround"),
@@ -414,7 +418,7 @@ WARM_UP = ("packed 3", "UGround", "1 question", "1 given", "SAM encoder compiled
 
 def cases(bench: Bench, compiled: bool) -> dict[str, Callable[[], Any]]:
     """All cases that ratios compare, as calls that run them once; ``compiled``: include the compiled SAM encoder."""
-    three, six = bench.samples(3), bench.samples(6)
+    one, three, six = (bench.samples(questions) for questions in (1, 3, 6))
     default = bench.samples(bench.preset.questions)
 
     def train(settings: dict[str, Any], batch: Batch, sam: bool = True) -> Callable[[], None]:
@@ -430,6 +434,7 @@ def cases(bench: Bench, compiled: bool) -> dict[str, Callable[[], Any]]:
 
     packed, unpacked = bench.batch(default), bench.batch(default, packed=False)
     calls: dict[str, Callable[[], Any]] = {
+        "packed 1": train(UGROUND, bench.batch(one), sam=False),
         "packed 3": train(UGROUND, bench.batch(three), sam=False),
         "unpacked 3": train(UGROUND, bench.batch(three, packed=False), sam=False),
         "packed 6": train(UGROUND, bench.batch(six), sam=False),
@@ -444,6 +449,11 @@ def cases(bench: Bench, compiled: bool) -> dict[str, Callable[[], Any]]:
     calls |= {"1 question": bench.ask(1), "8 questions": bench.ask(8), "8 images": bench.ask(images=8)}
     calls |= {rule: bench.ask(1, layer_policy=rule) for rule in ("mc:16", "best:4", "best:8")}
     calls |= {"1 given": bench.ask(1, answers=True), "8 given": bench.ask(8, answers=True)}
+    bench.processor.keep_padding = True
+    for questions, samples in ((1, one), (3, three)):
+        calls[f"padded {questions}"] = train(UGROUND, bench.batch(samples), sam=False)
+    calls["1 question, padded"] = bench.ask(1)
+    bench.processor.keep_padding = False
     image = bench.batch(bench.samples(1, images=1)).sam_images
     sam = copy.copy(bench.model.visual_model)
     sam.cache = None

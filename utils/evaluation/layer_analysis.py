@@ -3,7 +3,7 @@
 Each image passes LLaVA and SAM's encoder once; each layer, and each combination of prompts, then costs one mask decode.
 Questions and scores are those of ``utils.evaluation.predictions``, so numbers equal test.py's with ``--layer K``.
 
-Legend: N [SEG] tokens of a query, L hidden states (0 = embeddings), P image tokens, H x W the image's size.
+Legend: N [SEG] tokens of a query, L hidden states (0 = embeddings), h x w cells of a map, H x W the image's size.
 """
 
 from __future__ import annotations
