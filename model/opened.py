@@ -135,13 +135,11 @@ def predict(
     """
     batch = processor.prompts(images, turns, sample_ids).to(model.device, model.dtype)
     was_training = model.training
-    if was_training:  # a walk over all modules, which a batch of a small model would notice
-        model.eval()
+    model.eval()  # also where the model is: modules that peft adds to it begin in training mode
     try:
         return with_text(model.predict(batch, **options), processor)
     finally:
-        if was_training:
-            model.train()
+        model.train(was_training)
 
 
 def with_text(predictions: list[list[Prediction]], processor: UGroundProcessor) -> list[list[Prediction]]:
