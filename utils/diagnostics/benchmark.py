@@ -13,7 +13,7 @@ import math
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -29,7 +29,7 @@ from model.loading.placement import PRECISIONS
 from model.lora import add_lora, set_trainable
 from model.opened import cache_sam_features
 from model.processing.processor import UGroundProcessor
-from model.sam import SamShape
+from model.sam import SamShape, SegmentAnything
 from model.structures import Batch, Sample, Turn
 from model.UGround import UGroundForCausalLM
 from utils.demo.tiny_model import clip_config, llama_settings, sam_shape
@@ -124,9 +124,8 @@ class Bench:
             self.model = UGroundForCausalLM(config)
             self.wrapped = add_lora(self.model, preset.lora_r)
         self.wrapped.train()
+        self.optimizer = torch.optim.AdamW(self.trained(), lr=1e-6, fused=True)
         self.configure(UGROUND)
-        trained = [parameter for parameter in self.wrapped.parameters() if parameter.requires_grad]
-        self.optimizer = torch.optim.AdamW(trained, lr=1e-6, fused=True)
         cache_sam_features(self.model, self.processor, folder, 10.0)
 
     def configure(self, settings: dict[str, Any]) -> None:
@@ -135,6 +134,13 @@ class Bench:
             setattr(self.model.config, name, value)
         self.processor.keep_padding = self.model.config.reads_padding
         set_trainable(self.wrapped)
+        known = {parameter for group in self.optimizer.param_groups for parameter in group["params"]}
+        if new := [parameter for parameter in self.trained() if parameter not in known]:
+            self.optimizer.add_param_group({"params": new})
+
+    def trained(self) -> list[torch.nn.Parameter]:
+        """The parameters that the method trains."""
+        return [parameter for parameter in self.wrapped.parameters() if parameter.requires_grad]
 
     def samples(
         self, questions: int, segs: int = 1, images: int = 0, size: tuple[int, int] | None = None
@@ -201,10 +207,16 @@ class Bench:
     def ask(self, questions: int = 1, answers: bool = False, images: int = 1, **options) -> Callable[[], None]:
         """A call that answers questions about each image with masks: 12 generated tokens, or a teacher-forced answer.
         SAM's features come from the cache."""
-        samples = self.samples(questions, images=images)
+        return self.answering(self._cached(self.prompts(self.samples(questions, images=images), answers)), **options)
+
+    def prompts(self, samples: list[Sample], answers: bool = False) -> Batch:
+        """The samples' questions on the device, to be answered, or with ``answers`` to be teacher-forced."""
         turns = [[talk[0] if answers else Turn(talk[0].question) for talk in s.conversations] for s in samples]
         batch = self.processor.prompts([sample.image for sample in samples], turns)
-        batch = self._cached(batch.to(self.device, PRECISIONS[self.preset.precision]))
+        return batch.to(self.device, PRECISIONS[self.preset.precision])
+
+    def answering(self, batch: Batch, **options) -> Callable[[], None]:
+        """A call that answers the batch of ``prompts``."""
 
         def call() -> None:
             self.wrapped.eval()
@@ -215,9 +227,7 @@ class Bench:
         return call
 
     def _one_question(self) -> Batch:
-        sample = self.samples(1, images=1)[0]
-        batch = self.processor.prompts([sample.image], [[Turn(sample.conversations[0][0].question)]])
-        return batch.to(self.device, PRECISIONS[self.preset.precision])
+        return self.prompts(self.samples(1, images=1))
 
     def generate_without_cache(self) -> None:
         """Generates 12 tokens with a forward pass of the whole sequence for each; the vision tower runs once."""
@@ -241,6 +251,12 @@ class Bench:
         with self.scripted_answers(segs=0):
             self.model.answer(batch, max_new_tokens=12)
         self.wrapped.train()
+
+    def sam_encoder(self) -> SegmentAnything:
+        """The model's SAM without the cache of features."""
+        sam = copy.copy(self.model.visual_model)
+        sam.cache = None
+        return sam
 
     @contextmanager
     def without_sam(self) -> Iterator[None]:
@@ -384,7 +400,7 @@ class Ratio:
     values: list[float] = field(default_factory=list)
 
     def summary(self) -> dict[str, float | None]:
-        return {**_spread(self.values), "bar": self.bar}
+        return {**spread(self.values), "bar": self.bar}
 
 
 def ratios() -> list[Ratio]:
@@ -455,8 +471,7 @@ def cases(bench: Bench, compiled: bool) -> dict[str, Callable[[], Any]]:
     calls["1 question, padded"] = bench.ask(1)
     bench.processor.keep_padding = False
     image = bench.batch(bench.samples(1, images=1)).sam_images
-    sam = copy.copy(bench.model.visual_model)
-    sam.cache = None
+    sam = bench.sam_encoder()
     calls["SAM encoder"] = partial(sam.encode, image)
     if compiled:
         compiled_sam = copy.deepcopy(sam)
@@ -471,13 +486,10 @@ def compare_cases(
     """All ratios, and the seconds (for some also peak bytes) of every case."""
     calls = cases(bench, compiled)
     rows = [row for row in ratios() if row.a in calls]
-    times: dict[str, list[float]] = {name: [] for name in calls}
     for name in WARM_UP:
         if name in calls:
             calls[name]()
-    for _ in range(repeats):
-        for name, call in calls.items():
-            times[name].append(bench.seconds(call))
+    times = in_turn(bench, calls, repeats)
     for row in rows:
         plus = times[row.plus] if row.plus else [0.0] * repeats
         row.values = [(a + p) / (b + p) for a, b, p in zip(times[row.a], times[row.b], plus, strict=True)]
@@ -485,13 +497,22 @@ def compare_cases(
     peak = Ratio("the same, peak memory", "UGround", "LISA", 1.05, values=[memory["UGround"] / memory["LISA"]])
     rows.insert(1 + [row.name for row in rows].index("UGround / fixed last layer, both packed"), peak)
     seconds = {
-        name: _spread(values) | ({"peak_bytes": memory[name]} if name in memory else {})
+        name: spread(values) | ({"peak_bytes": memory[name]} if name in memory else {})
         for name, values in times.items()
     }
     return rows, seconds
 
 
-def _spread(values: list[float]) -> dict[str, float]:
+def in_turn(bench: Bench, calls: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of every call in every repeat; the calls alternate."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(repeats):
+        for name, call in calls.items():
+            times[name].append(bench.seconds(call))
+    return times
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
