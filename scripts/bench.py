@@ -1,6 +1,7 @@
 """Measures time and memory of model and data, and prints tables for docs/benchmarks.md:
 
     python scripts/bench.py --preset medium [--json FILE]   training steps, generation, evaluation
+    python scripts/bench.py --preset medium --table 10      related methods, beside the paper's Table 10 or 11
     python scripts/bench.py growth --preset medium          ... by questions, [SEG], size, layers
     python scripts/bench.py data                            start-up with large annotation files
     python scripts/bench.py loader --config C [--lr 1 ...]  samples per second, and time by stage
@@ -45,6 +46,7 @@ from utils.diagnostics import process_memory
 from utils.inference import cli
 from utils.plotting.text_tables import markdown
 from utils.training.versions import git_commit
+from utils.wording import counted
 
 if TYPE_CHECKING:
     from model.processing.processor import UGroundProcessor
@@ -59,6 +61,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser = Parser(program="train_ds.py", description=__doc__)
     _add_preset(parser, required=False)
     parser.add_argument("--compile", action="store_true", help="also time SAM's encoder with torch.compile")
+    parser.add_argument("--table", type=int, choices=(10, 11), help="costs of related methods, as the paper's table")
+    parser.add_argument(
+        "--questions", type=cli.whole(1), metavar="N", help="per image of a step, for --table 10 (default: 3)"
+    )
+    parser.add_argument(
+        "--limit",
+        type=cli.whole(8),
+        metavar="N",
+        help="images to answer, for --table 11 (default: 8 on a CPU, 32 on a GPU; paper: 799)",
+    )
     commands = parser.add_subparsers(dest="command")
     _add_preset(commands.add_parser("growth", help="scaling of a training step"), required=True)
     data = commands.add_parser("data", help="start-up and memory of large annotation files")
@@ -79,10 +91,13 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(words)
     if args.command is None and args.preset is None:
         parser.error("nothing to measure: give --preset, growth, data or loader (see --help)")
+    _check_table(parser, args)
     if args.command == "data":
         lines = bench_data(args)
+    elif args.command == "growth":
+        lines = bench_growth(args)
     else:
-        lines = bench_growth(args) if args.command == "growth" else bench_model(args)
+        lines = bench_costs(args) if args.table else bench_model(args)
     print("\n".join(lines))
     return 0
 
@@ -93,6 +108,15 @@ def _add_preset(parser: argparse.ArgumentParser, required: bool) -> None:
     add("--repeats", type=cli.whole(1), default=5, metavar="N", help="repeats after the warm-up (default: %(default)s)")
     add("--device", default="auto", help="cpu, cuda, cuda:1 (default: the GPU if there is one)")
     add("--json", type=Path, metavar="FILE", help="also write all numbers to this file")
+
+
+def _check_table(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """An error for flags that would have no effect."""
+    if args.table and (args.command or args.compile):
+        parser.error(f"--table {args.table} cannot be combined with {args.command or '--compile'}; leave one out")
+    for flag, table in (("questions", 10), ("limit", 11)):
+        if getattr(args, flag) is not None and args.table != table:
+            parser.error(f"--{flag} is for --table {table} alone; leave it out")
 
 
 def header() -> str:
@@ -126,8 +150,6 @@ def _preset(args: argparse.Namespace) -> tuple[Any, str]:
 
 
 def bench_model(args: argparse.Namespace) -> list[str]:
-    import torch
-
     from utils.diagnostics import benchmark
 
     preset, device = _preset(args)
@@ -142,7 +164,7 @@ def bench_model(args: argparse.Namespace) -> list[str]:
     parts["SAM encoder, an image"] = times["SAM encoder"]["median"]
     figures = {
         "preset": args.preset,
-        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else "CPU",
+        "device": _device_name(device),
         "commit": git_commit(),
         "ratios": {row.name: row.summary() for row in rows},
         "parts": parts,
@@ -158,6 +180,42 @@ def bench_model(args: argparse.Namespace) -> list[str]:
     if args.json:
         args.json.write_text(json.dumps(figures, indent=2) + "\n")
     return [header(), *_model_tables(args, figures, tokens)]
+
+
+def bench_costs(args: argparse.Namespace) -> list[str]:
+    """Table 10 or 11 of the paper."""
+    from utils.diagnostics import benchmark, costs
+
+    preset, device = _preset(args)
+    with tempfile.TemporaryDirectory(prefix="uground-bench-") as folder:
+        bench = benchmark.Bench(preset, device, folder)
+        if args.table == 10:
+            amount = args.questions or preset.questions
+            rows = costs.training_costs(bench, args.repeats, amount)
+            what = f"a training step: {counted(preset.batch, 'image')}, {counted(amount, 'question')} each"
+        else:
+            amount = args.limit or (32 if device.startswith("cuda") else 8)
+            rows = costs.answering_costs(bench, args.repeats, amount)
+            what = f"answers of 12 tokens with a mask: {counted(amount, 'image')}"
+    figures = {"table": args.table, "preset": args.preset, "device": _device_name(device), "commit": git_commit()}
+    figures |= {"questions" if args.table == 10 else "images": amount, "rows": rows}
+    figures |= {"paper": {"source": costs.SOURCE} | {name: vars(row) for name, row in costs.PAPER.items()}}
+    if args.json:
+        args.json.write_text(json.dumps(figures, indent=2) + "\n")
+    tables = costs.training_tables(rows) if args.table == 10 else costs.answering_table(rows)
+    name = figures["device"]
+    setting = f"preset {args.preset} on {name}, {counted(args.repeats, 'repeat')}, {_clock(name)}"
+    return [header(), f"Table {args.table}, {what}; {setting}", *tables]
+
+
+def _device_name(device: str) -> str:
+    import torch
+
+    return torch.cuda.get_device_name(device) if device.startswith("cuda") else "CPU"
+
+
+def _clock(device_name: str) -> str:
+    return "processor time" if device_name == "CPU" else "wall time"
 
 
 def _model_tables(args: argparse.Namespace, figures: dict[str, Any], tokens: int) -> list[str]:
@@ -176,7 +234,7 @@ def _model_tables(args: argparse.Namespace, figures: dict[str, Any], tokens: int
         [name, *(f"{row[key]:.3f}" for key in ("median", "min", "max")), _megabytes(row.get("peak_bytes"))]
         for name, row in figures["seconds"].items()
     ]
-    clock = "wall time" if figures["device"] != "CPU" else "processor time"
+    clock = _clock(figures["device"])
     speed = f"{figures['images_per_second']:.2f} images/s and {figures['tokens_per_second']:,.0f} tokens/s"
     answered = ", ".join(f"{v:.2f} images/s at batch {k}" for k, v in figures["answered_images_per_second"].items())
     used = f", {figures['utilisation']:.0%} of the device's peak" if figures["utilisation"] else ""
