@@ -6,8 +6,8 @@
 Parts: versions; losses, gradients and answers of a tiny model against the CPU's; where a step waits for the GPU; the
 programs (train_ds.py with DeepSpeed, resuming, merging, test.py, chat.py) on drawn scenes; quantized layers; steps
 of a model of full size with random weights, with gradient checkpointing and offloading: seconds and memory; the tables
-of scripts/bench.py. A part that fails is named, and the next one runs. Exit code: 0 = no problem, 1 = problems, 2 =
-invalid flags.
+of scripts/bench.py; what related methods cost, beside Tables 10 and 11 of the paper. A part that fails is named, and
+the next one runs. Exit code: 0 = no problem, 1 = problems, 2 = invalid flags.
 """
 
 from __future__ import annotations
@@ -28,6 +28,11 @@ from utils.command_line.parser import Parser
 from utils.diagnostics.findings import Finding, Page, ok, problem, skipped
 
 SCRIPTS = Path(__file__).resolve().parent
+BENCHMARKS = {  # key in the JSON file -> flags of bench.py
+    "bench": (),
+    "table_10": ("--table", "10"),
+    "table_11": ("--table", "11", "--limit", "8"),
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -38,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
     add("--repeats", type=int, default=5, metavar="N", help="repeats of the benchmark (default: %(default)s)")
     add("--json", type=Path, metavar="FILE", help="also write findings and figures to this file")
     args = parser.parse_args(arguments)
-    page, figures = Page(), dict[str, Any]()
+    page, figures = Page(), {name: dict[str, Any]() for name in BENCHMARKS}
     page.heading("Installation")
     page.run(check_installation)
     try:
@@ -59,11 +64,12 @@ def main(arguments: list[str] | None = None) -> int:
         page.heading(f"Steps of {args.preset}")
         page.run(checks.check_steps, device, args.preset)
         page.heading("Benchmark")
-        page.run(run_benchmark, device, args.preset, args.repeats, figures)
+        for name in BENCHMARKS:
+            page.run(run_benchmark, device, args.preset, args.repeats, name, figures[name])
     print(f"\n{page.summary()}")
     if args.json:
         findings = [asdict(finding) for finding in page.findings]
-        args.json.write_text(json.dumps({"findings": findings, "bench": figures}, indent=2) + "\n")
+        args.json.write_text(json.dumps({"findings": findings, **figures}, indent=2) + "\n")
     return 1 if page.count("problem") else 0
 
 
@@ -74,18 +80,20 @@ def check_installation() -> Iterator[Finding]:
     yield ok("doctor.py") if done.returncode == 0 else problem("doctor.py found problems", "see above")
 
 
-def run_benchmark(device: str, preset: str, repeats: int, figures: dict[str, Any]) -> Iterator[Finding]:
-    """bench.py, in a process of its own; adds its figures to ``figures``."""
+def run_benchmark(device: str, preset: str, repeats: int, name: str, figures: dict[str, Any]) -> Iterator[Finding]:
+    """bench.py with the flags of ``BENCHMARKS``, in a process of its own; adds its figures to ``figures``."""
+    title = " ".join(("bench.py", *BENCHMARKS[name]))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "figures.json"
         command = ["bench.py", "--preset", preset, "--device", device, "--repeats", str(repeats), "--json", str(path)]
-        command += ["--compile"] if device.startswith("cuda") else []
+        command += BENCHMARKS[name]
+        command += ["--compile"] if name == "bench" and device.startswith("cuda") else []
         code = subprocess.run([sys.executable, str(SCRIPTS / command[0]), *command[1:]]).returncode
         if code:
-            yield problem(f"bench.py: exit code {code}", "see above")
+            yield problem(f"{title}: exit code {code}", "see above")
         else:
             figures |= json.loads(path.read_text())
-            yield ok("bench.py")
+            yield ok(title)
 
 
 if __name__ == "__main__":

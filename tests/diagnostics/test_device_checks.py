@@ -6,14 +6,16 @@ import itertools
 import json
 import re
 import subprocess
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from model.UGround import UGroundForCausalLM
-from scripts import gpu_check
-from utils.diagnostics import device_checks, memory_probe
+from scripts import bench, gpu_check
+from utils.diagnostics import benchmark, costs, device_checks, memory_probe
 from utils.diagnostics.findings import Finding, ok, problem
 
 
@@ -93,15 +95,42 @@ def test_a_part_that_fails_does_not_stop_the_next(
         monkeypatch.setattr(device_checks, name, lambda *_: [ok("fine")])
     monkeypatch.setattr(device_checks, "check_training_numbers", check_training_numbers)
     monkeypatch.setattr(gpu_check, "check_installation", lambda: [problem("no gradio", "install it")])
-    monkeypatch.setattr(gpu_check, "run_benchmark", lambda *args: args[-1].update(ratio=1) or [ok("bench.py")])
+    monkeypatch.setattr(gpu_check, "run_benchmark", lambda *args: args[-1].update(ratio=1) or [ok(args[-2])])
     path = tmp_path / "figures.json"
     assert gpu_check.main(["--device", "cpu", "--preset", "tiny", "--json", str(path)]) == 1
     page = capsys.readouterr().out
     assert "AcceleratorError: CUDA error: invalid argument" in page
     assert page.count("fine") == 5
     written = json.loads(path.read_text())
-    assert [finding["level"] for finding in written["findings"]] == ["problem", "problem", *["ok"] * 6]
-    assert written["bench"] == {"ratio": 1}
+    assert [finding["level"] for finding in written["findings"]] == ["problem", "problem", *["ok"] * 8]
+    assert [finding["text"] for finding in written["findings"][-3:]] == ["bench", "table_10", "table_11"]
+    assert written["bench"] == written["table_10"] == written["table_11"] == {"ratio": 1}
+
+
+def test_the_last_part_prints_the_papers_tables(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    """bench.py runs here, not in a process of its own."""
+    shape = {"width": 32, "layers": 3, "heads": 2}
+    small = replace(benchmark.PRESETS["tiny"], llama=shape, size=(48, 64), batch=1, questions=1)
+    monkeypatch.setitem(benchmark.PRESETS, "tiny", small)
+    monkeypatch.setattr(costs, "CASES", [case for case in costs.CASES if case.name in ("UGround", "LISA")])
+    monkeypatch.setattr(costs, "ANSWERING", costs.CASES)
+    monkeypatch.setattr(costs, "BATCH_SIZES", (4, 8))
+
+    def run(command: list[str]) -> subprocess.CompletedProcess:
+        return subprocess.CompletedProcess(command, bench.main(command[2:]))
+
+    monkeypatch.setattr(gpu_check, "subprocess", SimpleNamespace(run=run))
+    figures: dict = {"table_10": {}, "table_11": {}}
+    for name, written in figures.items():
+        assert levels([*gpu_check.run_benchmark("cpu", "tiny", 1, name, written)]) == {"ok"}
+    assert [set(written["rows"]) for written in figures.values()] == [{"UGround", "LISA"}] * 2
+    assert (figures["table_10"]["table"], figures["table_11"]["table"]) == (10, 11)
+    printed = capsys.readouterr().out
+    assert all(f"Table {number}, " in printed for number in (10, 11))
+    fails = SimpleNamespace(run=lambda command: subprocess.CompletedProcess(command, 2))
+    monkeypatch.setattr(gpu_check, "subprocess", fails)
+    (finding,) = gpu_check.run_benchmark("cpu", "tiny", 1, "table_10", {})
+    assert (finding.level, finding.text) == ("problem", "bench.py --table 10: exit code 2")
 
 
 def test_a_large_model_is_refused_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
