@@ -187,6 +187,7 @@ def bench_costs(args: argparse.Namespace) -> list[str]:
     from utils.diagnostics import benchmark, costs
 
     preset, device = _preset(args)
+    first_line, commit = header(), git_commit()
     with tempfile.TemporaryDirectory(prefix="uground-bench-") as folder:
         bench = benchmark.Bench(preset, device, folder)
         if args.table == 10:
@@ -197,7 +198,7 @@ def bench_costs(args: argparse.Namespace) -> list[str]:
             amount = args.limit or (32 if device.startswith("cuda") else 8)
             rows = costs.answering_costs(bench, args.repeats, amount)
             what = f"answers of 12 tokens with a mask: {counted(amount, 'image')}"
-    figures = {"table": args.table, "preset": args.preset, "device": _device_name(device), "commit": git_commit()}
+    figures = {"table": args.table, "preset": args.preset, "device": _device_name(device), "commit": commit}
     figures |= {"questions" if args.table == 10 else "images": amount, "rows": rows}
     figures |= {"paper": {"source": costs.SOURCE} | {name: vars(row) for name, row in costs.PAPER.items()}}
     if args.json:
@@ -205,7 +206,7 @@ def bench_costs(args: argparse.Namespace) -> list[str]:
     tables = costs.training_tables(rows) if args.table == 10 else costs.answering_table(rows)
     name = figures["device"]
     setting = f"preset {args.preset} on {name}, {counted(args.repeats, 'repeat')}, {_clock(name)}"
-    return [header(), f"Table {args.table}, {what}; {setting}", *tables]
+    return [first_line, f"Table {args.table}, {what}; {setting}", *tables]
 
 
 def _device_name(device: str) -> str:
