@@ -1,7 +1,7 @@
 """Measures time and memory of model and data, and prints tables for docs/benchmarks.md:
 
     python scripts/bench.py --preset medium [--json FILE]   training steps, generation, evaluation
-    python scripts/bench.py --preset medium --table 10      related methods, beside the paper's Table 10 or 11
+    python scripts/bench.py --preset medium --table 10      the paper's cost tables 10 and 11
     python scripts/bench.py growth --preset medium          ... by questions, [SEG], size, layers
     python scripts/bench.py data                            start-up with large annotation files
     python scripts/bench.py loader --config C [--lr 1 ...]  samples per second, and time by stage
