@@ -169,6 +169,15 @@ class Bench:
         batch = self.processor.collate(samples).to(self.device, PRECISIONS[self.preset.precision])
         return self._cached(batch)
 
+    @contextmanager
+    def padded_patches(self) -> Iterator[None]:
+        """Batches that are built inside have tokens for padded patches."""
+        self.processor.keep_padding = True
+        try:
+            yield
+        finally:
+            self.processor.keep_padding = False
+
     def _cached(self, batch: Batch) -> Batch:
         """Fills the cache with random SAM features: no time depends on their values."""
         sam, cache = self.preset.sam, self.model.visual_model.cache
@@ -465,11 +474,10 @@ def cases(bench: Bench, compiled: bool) -> dict[str, Callable[[], Any]]:
     calls |= {"1 question": bench.ask(1), "8 questions": bench.ask(8), "8 images": bench.ask(images=8)}
     calls |= {rule: bench.ask(1, layer_policy=rule) for rule in ("mc:16", "best:4", "best:8")}
     calls |= {"1 given": bench.ask(1, answers=True), "8 given": bench.ask(8, answers=True)}
-    bench.processor.keep_padding = True
-    for questions, samples in ((1, one), (3, three)):
-        calls[f"padded {questions}"] = train(UGROUND, bench.batch(samples), sam=False)
-    calls["1 question, padded"] = bench.ask(1)
-    bench.processor.keep_padding = False
+    with bench.padded_patches():
+        for questions, samples in ((1, one), (3, three)):
+            calls[f"padded {questions}"] = train(UGROUND, bench.batch(samples), sam=False)
+        calls["1 question, padded"] = bench.ask(1)
     image = bench.batch(bench.samples(1, images=1)).sam_images
     sam = bench.sam_encoder()
     calls["SAM encoder"] = partial(sam.encode, image)

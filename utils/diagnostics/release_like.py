@@ -25,16 +25,6 @@ ANSWER = "Sure, it is the red star, [SEG]."  # 12 tokens with its end, as in ``B
 
 
 @contextmanager
-def padded_patches(bench: Bench) -> Iterator[None]:
-    """Batches that are built inside have tokens for padded patches."""
-    bench.processor.keep_padding = True
-    try:
-        yield
-    finally:
-        bench.processor.keep_padding = False
-
-
-@contextmanager
 def stacked_states(model: UGroundForCausalLM, checkpointing: bool = False) -> Iterator[None]:
     """Forward passes inside stack the states of all layers, [L, B, T, D], which are kept until the end."""
     kept: list[torch.Tensor] = []
@@ -57,7 +47,7 @@ def stacked_states(model: UGroundForCausalLM, checkpointing: bool = False) -> It
 
 def training(bench: Bench, samples: list[Sample], checkpointing: bool = False) -> Callable[[], None]:
     """A call that takes the training step."""
-    with padded_patches(bench):
+    with bench.padded_patches():
         batch = bench.batch(samples, packed=False)
 
     def call() -> None:
@@ -74,7 +64,7 @@ def answering(bench: Bench, samples: list[Sample]) -> Callable[[], None]:
     states of the last pass have the [SEG] token's.
     """
     given = [replace(s, conversations=[(replace(s.conversations[0][0], answer=ANSWER),)]) for s in samples]
-    with padded_patches(bench):
+    with bench.padded_patches():
         batch = bench.prompts(given, answers=True)
     width, tokens = batch.input_ids.shape[1], len(batch.label_ids) // len(samples)
 
