@@ -313,7 +313,9 @@ def test_a_recipe_without_effect_is_refused(tmp_path):
     path = written(tmp_path, "ppm: {layer_selection: last}")
     assert load_config(["--config", path, *NEEDED, "--recipe", "paper"]).ppm.layer_selection == "last"
     [line] = problems("--config", path, *NEEDED, "--recipe", "recommended")
-    assert line.startswith("--recipe: recommended sets policy_gradient, exact has no effect: layer_selection last")
+    assert line.startswith(
+        "--recipe: recommended changes nothing: policy_gradient exact has no effect: layer_selection last"
+    )
     released = load_config(["--config", path, *NEEDED, "--recipe", "released"])  # a part has an effect
     assert released.ppm.map_normalization == "all"
 

@@ -156,7 +156,9 @@ def load_config(argv: Sequence[str] | None = None, needs: Collection[str] = SECT
     ignored = {name: text for name, text in without.items() if values.get(name, ("", ""))[1] == f"--{name}"}
     of_recipe = [name for name, (_, origin) in values.items() if origin.startswith("--recipe ")]
     if of_recipe and all(name in without for name in of_recipe):  # a part of them may have none
-        ignored["recipe"] = f"{flags.recipe} sets {'; '.join(f'{name}, {without[name]}' for name in of_recipe)}"
+        ignored["recipe"] = (
+            f"{flags.recipe} changes nothing: {'; '.join(f'{name} {without[name]}' for name in of_recipe)}"
+        )
     if ignored:
         raise WithoutEffectError(ignored)
     return config
