@@ -127,7 +127,12 @@ def add_running_flags(parser: argparse.ArgumentParser) -> None:
     )
     add("--limit", type=cli.whole(1), metavar="N", help="only the first N images of each benchmark")
     add("--batch_size", type=cli.whole(1), default=4, metavar="N", help="images per step (default: 4)")
-    add("--workers", type=cli.whole(0), default=0, metavar="N", help="processes that load images ahead (default: 0)")
+    add(
+        "--workers",
+        type=cli.whole(0),
+        metavar="N",
+        help="processes that load images ahead (default: 2 with a GPU, else 0)",
+    )
     add(
         "--sam_feature_cache",
         default="",

@@ -105,7 +105,7 @@ class FakeModel:
         noisy: flips random pixels, seeded by the image's index alone (a stand-in for sampled layers).
     """
 
-    device, dtype, training = "cpu", torch.float32, False
+    device, dtype, training = torch.device("cpu"), torch.float32, False
 
     def __init__(self, missing=2, wordings=None, query_agnostic=False, noisy=False, reject_below=0):
         self.missing, self.wordings, self.query_agnostic, self.noisy = missing, wordings or {}, query_agnostic, noisy
@@ -204,6 +204,18 @@ def test_results_do_not_depend_on_batch_size_and_workers(mode, absent):
         assert other.records == results[0].records
         for key in ("metrics", "intervals", "breakdown", "counts", "layers"):
             assert getattr(other.summary, key) == getattr(results[0].summary, key)
+
+
+@pytest.mark.parametrize(("device", "others"), [("cpu", False), ("cuda", True)])
+def test_beside_a_gpu_other_processes_load_images(device, others):
+    class Asked(FakeDataset):
+        def __getitem__(self, index):
+            return replace(super().__getitem__(index), source=str(os.getpid()))
+
+    model = FakeModel()
+    model.device = torch.device(device)
+    sources = {record.image for record in run(model, Asked()).records}
+    assert (sources == {str(os.getpid())}) != others
 
 
 def test_an_image_is_encoded_once_with_all_its_queries():

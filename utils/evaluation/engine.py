@@ -30,6 +30,8 @@ from utils.evaluation.predictions import InferenceOptions, predict_queries, scor
 from utils.evaluation.results import Journal, Provenance, Result, summarize
 from utils.wording import counted
 
+GPU_WORKERS = 2  # an image is read in a small part of the time that a model of full size takes to answer
+
 
 @dataclass(frozen=True)
 class RunOptions:
@@ -37,7 +39,7 @@ class RunOptions:
 
     Attributes:
         batch_size: images per forward pass.
-        workers: processes that load images in the background; 0 = none.
+        workers: processes that load images in the background; None = ``GPU_WORKERS`` beside a GPU, else none.
         limit: number of images, the first ones of the split; None = all.
         protocol: for benchmarks that have it (docs/evaluation.md); None = each benchmark's default.
         several_seg: ``union`` or ``first``: what is scored of an answer with several [SEG] where one mask is expected.
@@ -51,7 +53,7 @@ class RunOptions:
     """
 
     batch_size: int = 4
-    workers: int = 0
+    workers: int | None = None
     limit: int | None = None
     protocol: str | None = None
     several_seg: str = "union"
@@ -199,9 +201,12 @@ class EvalRunner:
         self, dataset: EvalDataset, batches: Sequence[list[int]], journal: Journal | None
     ) -> tuple[list[Record], dict[int, str]]:
         """This rank's records; image index -> error of the images that cannot be read."""
+        workers = self.run.workers
+        if workers is None:
+            workers = GPU_WORKERS if self.model.device.type == "cuda" else 0
         generator = torch.Generator()  # the loader samples a seed; it must not advance a training run's random state
         loader = DataLoader(
-            _Reader(dataset), batch_sampler=batches, collate_fn=list, num_workers=self.run.workers, generator=generator
+            _Reader(dataset), batch_sampler=batches, collate_fn=list, num_workers=workers, generator=generator
         )
         records: list[Record] = []
         errors: dict[int, str] = {}
