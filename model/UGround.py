@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from model.config import UGroundConfig
+from model.decoders.segment_anything import SamShape, SegmentAnything
 from model.generation import GenerationOutput, generate_answers, teacher_forced_answers
 from model.geometry import maps_at, mask_prompts, normalise_maps, split_maps
 from model.layer_rules import LayerRule
@@ -31,7 +32,6 @@ from model.PPM import (
     rows_of,
     similarity_of_all_layers,
 )
-from model.sam import SamShape, SegmentAnything
 from model.settings import MASK_REWARDS
 from model.structures import MAX_NEW_TOKENS, Batch, MaskUncertainty, Prediction, Prompts
 from model.uncertainty import MonteCarlo, ambiguity

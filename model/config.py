@@ -5,8 +5,8 @@ from __future__ import annotations
 from transformers import AutoConfig
 
 from model import layer_rules
+from model.decoders.segment_anything import SamShape
 from model.llava import LlavaLlamaConfig
-from model.sam import SamShape
 from model.settings import (
     MASK_REWARDS,
     METHOD_FIELDS,

@@ -15,9 +15,9 @@ from transformers.initialization import no_init_weights
 from transformers.utils import logging as transformers_logging
 
 from model.config import UGroundConfig
+from model.decoders.segment_anything import SamShape, SegmentAnything
 from model.loading import formats, hub
 from model.loading.files import blame, read_json, read_safetensors, read_torch_file
-from model.sam import SamShape, SegmentAnything
 from model.UGround import UGroundForCausalLM
 
 LLAVA_TYPES = ("llava", "llava_llama", "llava_next")

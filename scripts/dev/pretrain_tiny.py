@@ -50,11 +50,11 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast
 
+from model.decoders.segment_anything import SegmentAnything
 from model.geometry import valid_patches
 from model.llava import LlavaLlamaConfig, LlavaLlamaForCausalLM
 from model.losses import dice
 from model.processing.processor import UGroundProcessor
-from model.sam import SegmentAnything
 from model.structures import Batch
 from utils.command_line.parser import Parser
 from utils.demo import scene_texts, tiny_model

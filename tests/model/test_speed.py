@@ -13,8 +13,8 @@ from torch import nn
 from torchvision.transforms.functional import gaussian_blur
 
 from model import losses
+from model.decoders.segment_anything import FusedAttention, SamShape, SegmentAnything
 from model.opened import predict
-from model.sam import FusedAttention, SamShape, SegmentAnything
 from model.structures import Turn
 
 

@@ -25,6 +25,7 @@ from transformers import (
 from transformers.initialization import no_init_weights
 
 from model.config import UGroundConfig
+from model.decoders.segment_anything import SamShape
 from model.loading import formats, weights
 from model.loading.pretrained import load_for_training
 from model.loading.weights import (
@@ -39,7 +40,6 @@ from model.loading.weights import (
 from model.lora import add_lora
 from model.opened import predict
 from model.processing.tokens import add_special_tokens, load_tokenizer
-from model.sam import SamShape
 from model.settings import RECIPES
 from model.structures import Turn
 from model.UGround import UGroundForCausalLM

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from model.decoders.segment_anything import SamShape, SegmentAnything
 from model.loading.formats import below
 from model.loading.hub import resolve_file
 from model.loading.weights import load_strictly, read_folder, read_sam
 from model.processing.transforms import resize_and_pad
-from model.sam import SamShape, SegmentAnything
 from utils.conversion.annotated import Box, rectangle_ring
 from utils.datasets.images import read_image
 from utils.datasets.masks import encode_mask

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Iterator
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import CLIPVisionConfig, PreTrainedTokenizerFast
 
+from model.decoders.segment_anything import SamShape
 from model.processing.tokens import add_special_tokens
-from model.sam import SamShape
 from utils.datasets.templates import ANSWERS, QUESTIONS
 
 # Kinds of templates that the tiny demo was pre-trained on. Changing them changes its tokenizer, and so its weights.

@@ -25,11 +25,11 @@ import torch
 from transformers import AutoTokenizer, CLIPVisionConfig
 
 from model.config import UGroundConfig
+from model.decoders.segment_anything import SamShape, SegmentAnything
 from model.loading.placement import PRECISIONS
 from model.lora import add_lora, set_trainable
 from model.opened import cache_sam_features
 from model.processing.processor import UGroundProcessor
-from model.sam import SamShape, SegmentAnything
 from model.structures import Batch, Sample, Turn
 from model.UGround import UGroundForCausalLM
 from utils.demo.tiny_model import clip_config, llama_settings, sam_shape

@@ -18,11 +18,11 @@ import torch
 from transformers import CLIPVisionConfig
 
 from model.config import UGroundConfig
+from model.decoders.segment_anything import SamShape
 from model.loading.placement import PRECISIONS
 from model.loading.pretrained import config_of, resolve_start
 from model.lora import add_lora
 from model.losses import PIXELS_AT_ONCE
-from model.sam import SamShape
 from model.UGround import UGroundForCausalLM
 from utils.config import Config
 from utils.plotting import text_tables

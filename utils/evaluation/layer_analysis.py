@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from model.decoders.segment_anything import SegmentAnything
 from model.geometry import maps_at
 from model.objective import MAP_REWARDS
 from model.opened import with_text
-from model.sam import SegmentAnything
 from model.structures import EvalQuery, EvalSample, Prediction, Prompts
 from model.UGround import LanguagePass, UGroundForCausalLM
 from utils.datasets.base import EvalDataset
