@@ -17,7 +17,8 @@ import torch
 from torch import nn
 
 from model.config import UGroundConfig
-from model.decoders.segment_anything import SamShape, SegmentAnything
+from model.decoders import DECODERS
+from model.decoders.base import MaskDecoder
 from model.generation import GenerationOutput, generate_answers, teacher_forced_answers
 from model.geometry import maps_at, mask_prompts, normalise_maps, split_maps
 from model.layer_rules import LayerRule
@@ -109,10 +110,9 @@ class UGroundForCausalLM(LlavaLlamaForCausalLM):
 
     def __init__(self, config: UGroundConfig) -> None:
         super().__init__(config)
-        sam = SamShape(**config.sam_config)
-        self.visual_model = SegmentAnything(sam)
+        self.visual_model = DECODERS["segment_anything"].of(config)
         width = config.hidden_size
-        phi = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, sam.prompt_width))
+        phi = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, self.visual_model.prompt_width))
         self.text_hidden_fcs = nn.ModuleList([phi])
         self.ppm = PolicyPromptedMasking(config)
         self.objective = Objective(config, self.ppm)
@@ -141,7 +141,7 @@ class UGroundForCausalLM(LlavaLlamaForCausalLM):
         rule = self.config.selection
         grounding = self.ground(output.hidden, states, batch.seg_rows, counts, batch, rule)
         layers = self.choose_layers(rule, grounding, batch.sample_ids, self.config.policy_seed)
-        embeddings = self.visual_model.encode(batch.sam_images, batch.image_keys)
+        embeddings = self.visual_model.embed_images(batch)
         mask_logits, maps, predicted_iou = self.mask_as_prompt(grounding, layers, embeddings, batch)
         others = None
         if self.config.sampled_layers > 1:
@@ -259,7 +259,7 @@ class UGroundForCausalLM(LlavaLlamaForCausalLM):
         embeddings: torch.Tensor,
         batch: Batch,
         prompts: Prompts | None = None,
-        sam: SegmentAnything | None = None,
+        sam: MaskDecoder | None = None,
     ) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor]:
         """Mask as Prompt (MasP, section 4.1): prompts SAM with the chosen layers' similarity maps and [SEG] states.
 
@@ -280,7 +280,7 @@ class UGroundForCausalLM(LlavaLlamaForCausalLM):
         tokens, dense = [], None
         if prompts.points:
             per_image = zip(maps, split_maps(valid, grounding.counts, batch.grids), batch.sizes)
-            points = [sam_points(prompts, *image, sam.shape.image_size) for image in per_image]
+            points = [sam_points(prompts, *image, sam.image_side) for image in per_image]
             tokens.append(sam.embed_points(*(torch.cat(part) for part in zip(*points))))
         if prompts.seg:
             phi_input = states if config.phi_layer == "chosen" else grounding.states[:, -1]
@@ -289,7 +289,7 @@ class UGroundForCausalLM(LlavaLlamaForCausalLM):
             dense = torch.cat([mask_prompts(rows, sam.mask_side) for rows in full_maps])
         low_res, predicted_iou = sam.decode(embeddings[grounding.rows], torch.cat(tokens, 1) if tokens else None, dense)
         logits = [
-            sam.upscale(rows, resized, size)
+            sam.postprocess(rows, resized, size)
             for rows, resized, size in zip(low_res.split(grounding.counts), batch.sam_sizes, batch.sizes)
         ]
         return logits, full_maps, predicted_iou
@@ -338,7 +338,7 @@ class UGroundForCausalLM(LlavaLlamaForCausalLM):
             answers = teacher_forced_answers(self, batch, output)
         else:
             answers = generate_answers(self, batch, output, max_new_tokens, on_token)
-        embeddings = self.visual_model.encode(batch.sam_images, batch.image_keys) if answers.seg_questions else None
+        embeddings = self.visual_model.embed_images(batch) if answers.seg_questions else None
         return LanguagePass(batch, answers, output.hidden, embeddings)
 
     @torch.inference_mode()
@@ -348,7 +348,7 @@ class UGroundForCausalLM(LlavaLlamaForCausalLM):
         layer_policy: str | None = None,
         seed: int = 0,
         prompts: Prompts | None = None,
-        sam: SegmentAnything | None = None,
+        sam: MaskDecoder | None = None,
     ) -> list[list[Prediction]]:
         """Runs PPM and SAM's decoder on the answers of ``answer``.
 
@@ -406,7 +406,7 @@ class UGroundForCausalLM(LlavaLlamaForCausalLM):
         language_pass: LanguagePass,
         seed: int,
         prompts: Prompts | None,
-        sam: SegmentAnything | None,
+        sam: MaskDecoder | None,
     ) -> list[MaskPrediction]:
         """The N masks. Of a rule with T samples (``mc:T``): the mean masks, and the layers sampled most often; of one
         that tries several layers (``best:K``): the masks that SAM rates best, of equal ones the more probable layer's.

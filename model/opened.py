@@ -106,12 +106,15 @@ def cache_sam_features(model: UGroundForCausalLM, processor: UGroundProcessor, f
     It takes both parts: the model looks embeddings up, and the processor hashes the images of its batches.
 
     Raises:
-        ValueError: if the folder cannot be created or written to, or ``gigabytes`` is not positive.
+        ValueError: if the model has no SAM, the folder cannot be created or written to, or ``gigabytes`` is not
+            positive.
     """
     from model.loading.weights import fingerprint
     from model.sam_cache import FeatureCache
 
-    encoder = model.visual_model.image_encoder
+    if not model.visual_model.image_side:
+        raise ValueError(f"--sam_feature_cache {folder}: the model's mask decoder has no image encoder; leave it out")
+    encoder = model.visual_model.get_submodule("image_encoder")
     model.visual_model.cache = FeatureCache(folder, gigabytes, fingerprint(encoder.state_dict().values()))
     processor.hash_images = True
 

@@ -1,1 +1,6 @@
-"""What turns [SEG] states into masks: a module per mask decoder, all with the five steps of ``base.MaskDecoder``."""
+"""Mask decoders: ``DECODERS`` names them, ``base.MaskDecoder`` is what each must provide."""
+
+from model.decoders.base import MaskDecoder
+from model.decoders.segment_anything import SegmentAnything
+
+DECODERS: dict[str, type[MaskDecoder]] = {"segment_anything": SegmentAnything}

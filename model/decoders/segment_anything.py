@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, TwoWayTransformer
@@ -15,7 +16,11 @@ from segment_anything.modeling.image_encoder import Attention
 from torch import nn
 from torch.nn import functional as F
 
-from model.sam_cache import FeatureCache
+from model.decoders.base import MaskDecoder as Decoder
+
+if TYPE_CHECKING:
+    from model.config import UGroundConfig
+    from model.structures import Batch
 
 
 @dataclass
@@ -146,13 +151,13 @@ class PerPromptMaskDecoder(MaskDecoder):
         return masks, self.iou_prediction_head(states[:, 0])
 
 
-class SegmentAnything(nn.Module):
+class SegmentAnything(Decoder):
     """SAM's three modules under the package's own key names."""
 
     def __init__(self, shape: SamShape) -> None:
         super().__init__()
         self.shape = shape
-        self.cache: FeatureCache | None = None
+        self.image_side, self.prompt_width = shape.image_size, shape.prompt_width
         grid = shape.image_size // shape.patch_size
         self.image_encoder = ImageEncoderViT(
             img_size=shape.image_size,
@@ -181,24 +186,19 @@ class SegmentAnything(nn.Module):
             ),
             iou_head_hidden_dim=shape.iou_hidden,
         )
+        self.keep_positions_float()
 
-        pe = self.prompt_encoder.pe_layer
-        pe.positional_encoding_gaussian_matrix = pe.positional_encoding_gaussian_matrix.float()
-
-    def _apply(self, fn, recurse=True):
-        """Keeps the positional encoding's matrix in float32: the package multiplies it with float32 coordinates."""
-        pe = self.prompt_encoder.pe_layer
-        matrix = pe.positional_encoding_gaussian_matrix
-        super()._apply(fn, recurse)
-        if not matrix.is_meta:
-            device = pe.positional_encoding_gaussian_matrix.device
-            pe.positional_encoding_gaussian_matrix = matrix.to(device, torch.float32)
-        return self
+    @classmethod
+    def of(cls, config: UGroundConfig) -> SegmentAnything:
+        return cls(SamShape(**config.sam_config))
 
     @property
     def mask_side(self) -> int:
         """4G, the side of mask prompts and of low-resolution masks (256 for the published SAMs)."""
         return self.prompt_encoder.mask_input_size[0]
+
+    def embed_images(self, batch: Batch, clip_states: tuple[torch.Tensor, ...] = ()) -> torch.Tensor:
+        return self.encode(batch.sam_images, batch.image_keys)
 
     def encode(self, images: torch.Tensor, keys: Sequence[str] = ()) -> torch.Tensor:
         """Image embeddings [B, E, G, G] without gradients (the encoder is frozen), from the cache if there is one.
@@ -269,15 +269,3 @@ class SegmentAnything(nn.Module):
         image_pe = self.prompt_encoder.get_dense_pe().to(dtype)  # computed in float32, also in a bf16 model
         masks, iou = self.mask_decoder(embeddings, image_pe, tokens.to(dtype), dense, multimask_output=False)
         return masks[:, 0], iou[:, 0]
-
-    def upscale(self, low_res: torch.Tensor, resized: tuple[int, int], original: tuple[int, int]) -> torch.Tensor:
-        """Logits [n, H, W] float32 at an image's own size: to SAM's input side, padding removed, to ``original``.
-
-        Args:
-            low_res: [n, 4G, 4G] logits of one image.
-            resized: (height, width) of the image in SAM's input; original: its own (H, W).
-        """
-        side = self.shape.image_size
-        full = F.interpolate(low_res[:, None].float(), (side, side), mode="bilinear", align_corners=False)
-        cropped = full[..., : resized[0], : resized[1]]
-        return F.interpolate(cropped, original, mode="bilinear", align_corners=False)[:, 0]

@@ -200,7 +200,7 @@ def _load_released(folder: Path, precision: str, paths: dict[str, str]) -> Parts
             f"--version: {folder}: the tokenizer has a token {largest}, the model embeds {config.vocab_size}; they are "
             "of different checkpoints"
         )
-    sides = config.clip_side, config.clip_patch, model.visual_model.shape.image_size
+    sides = config.clip_side, config.clip_patch, model.visual_model.image_side
     processor = UGroundProcessor(tokenizer, *sides, release.system_prompt, clip_fit=config.clip_fit)
     return model, processor, sources
 
@@ -334,7 +334,7 @@ def load_for_training(
     old_size = len(tokenizer)
     added = add_special_tokens(tokenizer)
     grow_vocabulary(model, old_size, len(tokenizer))
-    config, sam_side = model.config, model.visual_model.shape.image_size
+    config, sam_side = model.config, model.visual_model.image_side
     sides = config.clip_side, config.clip_patch, sam_side
     processor = UGroundProcessor(tokenizer, *sides, system_prompt, max_tokens, config.clip_fit)
     processor.keep_padding = config.reads_padding

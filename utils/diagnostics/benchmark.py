@@ -277,7 +277,7 @@ class Bench:
         ) -> tuple[torch.Tensor, torch.Tensor]:
             return tokens.mean((1, 2))[:, None, None], tokens.mean((1, 2))
 
-        def upscale(masks: torch.Tensor, resized: tuple[int, int], original: tuple[int, int]) -> torch.Tensor:
+        def postprocess(masks: torch.Tensor, resized: tuple[int, int], original: tuple[int, int]) -> torch.Tensor:
             return masks.float().expand(-1, *original)
 
         grid = self.preset.sam.image_size // self.preset.sam.patch_size
@@ -287,7 +287,7 @@ class Bench:
         def encode(images: torch.Tensor, keys: list[str]) -> torch.Tensor:
             return zeros.expand(len(images), -1, -1, -1)
 
-        with replaced(sam, encode=encode, decode=decode, upscale=upscale):
+        with replaced(sam, encode=encode, decode=decode, postprocess=postprocess):
             yield
 
     # -- measurements --------------------------------------------------------------------------------------------------

@@ -1,0 +1,114 @@
+"""What ``UGroundForCausalLM`` expects of a mask decoder.
+
+Legend: B images, N prompts, S scales (sparse prompts per [SEG]), E prompt width.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING
+
+import torch
+from segment_anything.modeling.prompt_encoder import PositionEmbeddingRandom
+from torch import nn
+from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from model.config import UGroundConfig
+    from model.sam_cache import FeatureCache
+    from model.structures import Batch
+
+
+class MaskDecoder(nn.Module, ABC):
+    """The model's ``visual_model``: five steps from an image and [SEG] states to masks.
+
+    1. preprocess: the processor makes ``Batch.sam_images`` of side ``image_side``.
+    2. encode: ``embed_images``, once per image.
+    3. prompts: phi([SEG]), one token per scale; ``embed_points``; mask prompts of side ``mask_side``.
+    4. decode: ``decode``, with one image embedding per prompt.
+    5. postprocess: ``postprocess``, to an image's own size.
+
+    Attributes:
+        image_side: side of its square input in pixels; 0 = it has none, and reads CLIP's states.
+        clip_depths: indices of the CLIP hidden states that it reads, as in ``CLIPVisionModel``'s output.
+        num_scales: S, the tokens that it takes for a [SEG], each from a part of the codebook.
+        mask_side: side of mask prompts and of low-resolution masks.
+        prompt_width: E, the width of a sparse prompt, and so of phi's output.
+        cache: of its image embeddings on disk; None = no cache.
+    """
+
+    image_side: int
+    clip_depths: tuple[int, ...] = ()
+    num_scales: int = 1
+    prompt_width: int
+    cache: FeatureCache | None = None
+
+    def _apply(self, fn, recurse=True):
+        """Keeps the matrices of positional encodings in float32: the package multiplies them with such coordinates."""
+        matrices = {module: module.positional_encoding_gaussian_matrix for module in self._positions()}
+        super()._apply(fn, recurse)
+        for module, matrix in matrices.items():
+            if not matrix.is_meta:
+                device = module.positional_encoding_gaussian_matrix.device
+                module.positional_encoding_gaussian_matrix = matrix.to(device, torch.float32)
+        return self
+
+    def _positions(self) -> list[PositionEmbeddingRandom]:
+        return [module for module in self.modules() if isinstance(module, PositionEmbeddingRandom)]
+
+    def keep_positions_float(self) -> None:
+        """For constructors: the matrices of a model that is built in bf16, in float32."""
+        for module in self._positions():
+            module.positional_encoding_gaussian_matrix = module.positional_encoding_gaussian_matrix.float()
+
+    @classmethod
+    @abstractmethod
+    def of(cls, config: UGroundConfig) -> MaskDecoder:
+        """The decoder that a configuration describes, with new weights."""
+
+    @property
+    @abstractmethod
+    def mask_side(self) -> int: ...
+
+    @abstractmethod
+    def embed_images(self, batch: Batch, clip_states: tuple[torch.Tensor, ...] = ()) -> torch.Tensor:
+        """Image embeddings [B, ...], which ``decode`` takes by their first index.
+
+        Args:
+            clip_states: [B, P, C] of each of ``clip_depths``.
+        """
+
+    def embed_points(self, points: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Sparse prompts [N, K + 1, E] of points [N, K, 2] (x, y) in pixels of its input, with labels [N, K]."""
+        raise NotImplementedError(f"{type(self).__name__} takes no points; set point_prompts 0")
+
+    @abstractmethod
+    def decode(
+        self, embeddings: torch.Tensor, tokens: torch.Tensor | None, mask_prompts: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """[N, side, side] logits, and the predicted IoU [N].
+
+        Args:
+            embeddings: [N, ...], the image embedding of each prompt.
+            tokens: [N, K, E] sparse prompts, or None; mask_prompts: [N, 1, side, side], or None.
+        """
+
+    def postprocess(self, low_res: torch.Tensor, resized: tuple[int, int], original: tuple[int, int]) -> torch.Tensor:
+        """Logits [n, H, W] float32 at an image's own size: to the padded square, padding removed, to ``original``.
+
+        Args:
+            low_res: [n, side, side] logits of one image.
+            resized: (height, width) of the image in the square; original: its own (H, W).
+        """
+        square = (self.square_side, self.square_side)
+        full = F.interpolate(low_res[:, None].float(), square, mode="bilinear", align_corners=False)
+        cropped = full[..., : resized[0], : resized[1]]
+        return F.interpolate(cropped, original, mode="bilinear", align_corners=False)[:, 0]
+
+    @property
+    def square_side(self) -> int:
+        """Side in pixels of the padded square that masks cover."""
+        return self.image_side
+
+    def compile_encoder(self) -> None:
+        """Compiles its image encoder in place (``torch.compile``), if it has one; keys and weights do not change."""
