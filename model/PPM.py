@@ -254,6 +254,8 @@ class Grounding:
         states: [N, L, D]; scores: [N, L, P] similarities (Eq. 6); log_policy: [N, L].
         rows: [N] row of each [SEG], on the model's device; counts: [SEG] tokens per row, on the host.
         fused: with soft gating, the weighted average of all layers: its [SEG] states [N, D] and similarities [N, P].
+        codebook: [N, K, L, D] with several [SEG] tokens per target, of which ``states`` is the mean; else None.
+        weights: [N, L] with soft gating.
     """
 
     states: torch.Tensor
@@ -262,6 +264,8 @@ class Grounding:
     rows: torch.Tensor
     counts: list[int]
     fused: tuple[torch.Tensor, torch.Tensor] | None = None
+    codebook: torch.Tensor | None = None
+    weights: torch.Tensor | None = None
 
     def select_layers(self, layers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """[SEG] states [N, D] and similarities [N, P] of the chosen layers [N]; the fused ones with soft gating."""
@@ -270,13 +274,22 @@ class Grounding:
         index = torch.arange(len(layers), device=layers.device)
         return self.states[index, layers], self.scores[index, layers]
 
+    def select_codebook(self, layers: torch.Tensor) -> torch.Tensor:
+        """States [N, K, D] of a target's tokens in the chosen layers [N]; the weighted average with soft gating."""
+        assert self.codebook is not None
+        if self.weights is not None:
+            return torch.einsum("nl,nkld->nkd", self.weights.to(self.codebook.dtype), self.codebook)
+        return self.codebook[torch.arange(len(layers), device=layers.device), :, layers]
+
     def select_tokens(self, segs: list[int]) -> Grounding:
         """The [SEG] tokens at ``segs`` (ascending indices, repetitions allowed), without ``fused``."""
         index = torch.tensor(segs, dtype=torch.int64, device=self.rows.device)
         rows = rows_of(self.counts)
         selected_rows = [rows[n] for n in segs]
         counts = [selected_rows.count(row) for row in range(len(self.counts))]
-        return Grounding(self.states[index], self.scores[index], self.log_policy[index], self.rows[index], counts)
+        codebook = None if self.codebook is None else self.codebook[index]
+        chosen = self.states[index], self.scores[index], self.log_policy[index], self.rows[index]
+        return Grounding(*chosen, counts, codebook=codebook)
 
 
 def fuse_layers(

@@ -19,7 +19,13 @@ from torch import nn
 from model.config import UGroundConfig
 from model.decoders import DECODERS
 from model.decoders.base import MaskDecoder
-from model.generation import GenerationOutput, generate_answers, teacher_forced_answers
+from model.generation import (
+    GenerationOutput,
+    codebook_positions,
+    generate_answers,
+    per_target,
+    teacher_forced_answers,
+)
 from model.geometry import maps_at, mask_prompts, normalise_maps, split_maps
 from model.layer_rules import LayerRule
 from model.llava import LlavaLlamaForCausalLM
@@ -110,13 +116,17 @@ class UGroundForCausalLM(LlavaLlamaForCausalLM):
 
     def __init__(self, config: UGroundConfig) -> None:
         super().__init__(config)
-        self.visual_model = DECODERS["segment_anything"].of(config)
+        self.visual_model = DECODERS[config.mask_decoder].of(config)
         width = config.hidden_size
         phi = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, self.visual_model.prompt_width))
         self.text_hidden_fcs = nn.ModuleList([phi])
         self.ppm = PolicyPromptedMasking(config)
         self.objective = Objective(config, self.ppm)
         self.post_init()
+
+    @property
+    def clip_depths(self) -> tuple[int, ...]:
+        return self.visual_model.clip_depths
 
     # ------------------------------------------------------------------ training
 
@@ -137,11 +147,13 @@ class UGroundForCausalLM(LlavaLlamaForCausalLM):
         touched = TouchAll.apply(self.device, *(p for each in modules for p in each.parameters() if p.requires_grad))
         output = self.forward_language(batch)
         counts = [len(masks) for masks in batch.masks]
-        states = output.at(batch.seg_positions)
+        size = len(self.config.codebook)
+        states, codebook = per_target(output.at(codebook_positions(batch.seg_positions, size)), size)
         rule = self.config.selection
         grounding = self.ground(output.hidden, states, batch.seg_rows, counts, batch, rule)
+        grounding.codebook = codebook
         layers = self.choose_layers(rule, grounding, batch.sample_ids, self.config.policy_seed)
-        embeddings = self.visual_model.embed_images(batch)
+        embeddings = self.visual_model.embed_images(batch, output.clip_states)
         mask_logits, maps, predicted_iou = self.mask_as_prompt(grounding, layers, embeddings, batch)
         others = None
         if self.config.sampled_layers > 1:
@@ -209,7 +221,7 @@ class UGroundForCausalLM(LlavaLlamaForCausalLM):
         log_policy, fused = self.ppm.log_policy(states), None
         if (weights := rule.weights(log_policy)) is not None:
             fused = fuse_layers(hidden, states, weights, seg_rows, batch)
-        return Grounding(states, scores, log_policy, seg_rows, counts, fused)
+        return Grounding(states, scores, log_policy, seg_rows, counts, fused, weights=weights)
 
     def choose_layers(
         self, rule: LayerRule, grounding: Grounding, sample_ids: list[int], seed: int, trial: int = 0
@@ -283,8 +295,7 @@ class UGroundForCausalLM(LlavaLlamaForCausalLM):
             points = [sam_points(prompts, *image, sam.image_side) for image in per_image]
             tokens.append(sam.embed_points(*(torch.cat(part) for part in zip(*points))))
         if prompts.seg:
-            phi_input = states if config.phi_layer == "chosen" else grounding.states[:, -1]
-            tokens.append(self.text_hidden_fcs[0](phi_input)[:, None])
+            tokens.append(self.seg_prompts(grounding, layers, states))
         if prompts.mask:
             dense = torch.cat([mask_prompts(rows, sam.mask_side) for rows in full_maps])
         low_res, predicted_iou = sam.decode(embeddings[grounding.rows], torch.cat(tokens, 1) if tokens else None, dense)
@@ -293,6 +304,23 @@ class UGroundForCausalLM(LlavaLlamaForCausalLM):
             for rows, resized, size in zip(low_res.split(grounding.counts), batch.sam_sizes, batch.sizes)
         ]
         return logits, full_maps, predicted_iou
+
+    def seg_prompts(self, grounding: Grounding, layers: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+        """Sparse prompts [N, S, E] of the [SEG] tokens, one for each of the decoder's scales.
+
+        Of a codebook, phi of a scale's tokens are added with a constant weight, 1 / (their number in all scales), as in
+        PixelLM.py (``multiseg_scalar``, which no checkpoint holds); PixelLM's section 3.2 has a learned layer there.
+
+        Args:
+            layers: [N]; states: [N, D] in these layers.
+        """
+        phi, last = self.text_hidden_fcs[0], self.config.phi_layer == "last"
+        if grounding.codebook is None:
+            return phi(grounding.states[:, -1] if last else states)[:, None]
+        chosen = grounding.codebook[:, :, -1] if last else grounding.select_codebook(layers)  # [N, K, D]
+        scales, size = self.config.num_scales, chosen.shape[1]
+        by_scale = phi(chosen).unflatten(1, (scales, size // scales))  # [N, S, K / S, E]
+        return by_scale.sum(2) * (1 / size if size > scales else 1.0)
 
     # ------------------------------------------------------------------ inference
 
@@ -338,7 +366,9 @@ class UGroundForCausalLM(LlavaLlamaForCausalLM):
             answers = teacher_forced_answers(self, batch, output)
         else:
             answers = generate_answers(self, batch, output, max_new_tokens, on_token)
-        embeddings = self.visual_model.embed_images(batch) if answers.seg_questions else None
+        embeddings = None
+        if answers.seg_questions:
+            embeddings = self.visual_model.embed_images(batch, output.clip_states)
         return LanguagePass(batch, answers, output.hidden, embeddings)
 
     @torch.inference_mode()
@@ -370,6 +400,7 @@ class UGroundForCausalLM(LlavaLlamaForCausalLM):
         counts = [sum(row == b for row, _ in answers.seg_questions) for b in range(len(batch.sizes))]
         rows = torch.tensor(rows_of(counts), dtype=torch.int64, device=self.device)
         grounding = self.ground(language_pass.hidden, answers.states, rows, counts, batch, rule)
+        grounding.codebook = answers.codebook
         masks: list[MaskPrediction] = []
         if language_pass.embeddings is not None:
             masks = self.decode_by_rule(rule, grounding, language_pass, seed, prompts, sam)

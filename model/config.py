@@ -5,27 +5,36 @@ from __future__ import annotations
 from transformers import AutoConfig
 
 from model import layer_rules
+from model.decoders.pixel_decoder import PixelDecoderShape
 from model.decoders.segment_anything import SamShape
 from model.llava import LlavaLlamaConfig
 from model.settings import (
     MASK_REWARDS,
     METHOD_FIELDS,
+    PIXEL_SCALES,
     RUN_NAMES,
     CheckpointSettings,
+    DecoderSettings,
     ExperimentalSettings,
     LossSettings,
     PpmSettings,
     contradictions,
+    has_pixel_decoder,
     value_problems,
 )
 
 
-class UGroundConfig(LlavaLlamaConfig, PpmSettings, LossSettings, ExperimentalSettings, CheckpointSettings):
+class UGroundConfig(
+    LlavaLlamaConfig, PpmSettings, LossSettings, DecoderSettings, ExperimentalSettings, CheckpointSettings
+):
     """Sizes of the three parts, ids of the special tokens, and the method's settings.
 
     Args:
         sam_config: ``SamShape`` as a dictionary.
         seg_token_id, rej_token_id: ids of ``[SEG]`` and ``[REJ]``.
+        codebook_ids: with several [SEG] tokens per target, the ids of all, in their order; the last is
+            ``seg_token_id``, which completes the target. None = there is one.
+        decoder_config: ``PixelDecoderShape`` as a dictionary; None = SAM, or a pixel decoder of the default sizes.
         **kwargs: the method's settings (``model.settings``, the paper's values as defaults), LLaVA's and LLaMA's.
 
     Raises:
@@ -39,15 +48,45 @@ class UGroundConfig(LlavaLlamaConfig, PpmSettings, LossSettings, ExperimentalSet
         sam_config: dict | None = None,
         seg_token_id: int | None = None,
         rej_token_id: int | None = None,
+        codebook_ids: list[int] | None = None,
+        decoder_config: dict | None = None,
         **kwargs,
     ) -> None:
         self.sam_config = sam_config or SamShape().to_dict()
-        self.seg_token_id, self.rej_token_id = seg_token_id, rej_token_id
+        self.seg_token_id, self.rej_token_id, self.codebook_ids = seg_token_id, rej_token_id, codebook_ids
+        self.decoder_config = decoder_config
         for name, item in METHOD_FIELDS.items():
             setattr(self, name, kwargs.pop(name, item.default))
         self.map_terms = tuple(self.map_terms)  # JSON has lists
         super().__init__(**kwargs)
+        if self.clip_resize:
+            self.vision_config = {**self.vision_config, "image_size": self.clip_resize}
         self.check_settings()
+        if self.has_pixel_decoder and not decoder_config:
+            clip = self.clip_config
+            layers = clip.num_hidden_layers, self.mm_vision_select_layer
+            widths = clip.hidden_size, self.hidden_size, self.decoder_width
+            self.decoder_config = PixelDecoderShape.new(*layers, *widths).to_dict()
+
+    @property
+    def has_pixel_decoder(self) -> bool:
+        """Whether masks are decoded by PixelLM's decoder, without a SAM."""
+        return has_pixel_decoder(vars(self))
+
+    @property
+    def num_scales(self) -> int:
+        """S, the prompts that the decoder takes for a [SEG], each from tokens of its own."""
+        return PIXEL_SCALES if self.has_pixel_decoder else 1
+
+    @property
+    def codebook_size(self) -> int:
+        """K, the [SEG] tokens of a target."""
+        return self.num_scales * self.codebook_tokens
+
+    @property
+    def codebook(self) -> tuple[int | None, ...]:
+        """Ids of a target's [SEG] tokens: S times ``codebook_tokens``, scale by scale."""
+        return tuple(self.codebook_ids or [self.seg_token_id])
 
     @property
     def num_layers(self) -> int:
@@ -107,6 +146,10 @@ class UGroundConfig(LlavaLlamaConfig, PpmSettings, LossSettings, ExperimentalSet
             problems.append(("mm_projector_type", f"{self.mm_projector_type!r} is not one of {', '.join(choices)}"))
         if not isinstance(self.mm_vision_select_layer, int):
             problems.append(("mm_vision_select_layer", f"{self.mm_vision_select_layer!r} is not a whole number"))
+        if self.clip_side % self.cell_side:
+            kind = "clip_resize" if self.clip_resize else "image_pool"
+            cell = f"{self.clip_patch} (CLIP's patch) x {self.image_pool} (image_pool)"
+            problems.append((kind, f"CLIP's input of {self.clip_side} pixels is not a multiple of {cell}"))
         if problems:
             named = {name: f"{name} (a run's --{run_name})" for name, run_name in RUN_NAMES.items()}
             raise ValueError("; ".join(f"{named.get(name, name)}: {text}" for name, text in problems))

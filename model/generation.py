@@ -10,8 +10,9 @@ Legend: B rows, K questions per row at most, N [SEG] tokens, L hidden states, D 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import groupby, pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,15 +32,33 @@ class GenerationOutput:
 
     Attributes:
         token_ids: [row][question] tokens of the answer.
-        states: [N, L, D] hidden states one position before each [SEG], where it is predicted.
+        states: [N, L, D] hidden states one position before each [SEG], where it is predicted; with a codebook, the
+            mean over a target's tokens.
         seg_questions: per [SEG], ascending, the (row, question) whose answer holds it.
         rejected: per [SEG], whether [REJ] was more likely there.
+        codebook: [N, K, L, D] of all of a target's tokens, if there are several; else None.
     """
 
     token_ids: list[list[list[int]]]
     states: torch.Tensor
     seg_questions: list[QuestionIndex]
     rejected: list[bool]
+    codebook: torch.Tensor | None = None
+
+
+def codebook_positions(seg_positions: torch.Tensor, size: int) -> torch.Tensor:
+    """Positions [N * K] before each of a target's K = ``size`` tokens, of those [N] before the last of them."""
+    if size == 1:
+        return seg_positions
+    return (seg_positions[:, None] + torch.arange(1 - size, 1, device=seg_positions.device)).flatten()
+
+
+def per_target(states: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """States [N * K, L, D] as one per target, [N, L, D], and the codebook's [N, K, L, D]; None if K = ``size`` is 1."""
+    if size == 1:
+        return states, None
+    codebook = states.view(len(states) // size, size, *states.shape[1:])
+    return codebook.mean(1), codebook
 
 
 def teacher_forced_answers(model: UGroundForCausalLM, batch: Batch, output: LanguageOutput) -> GenerationOutput:
@@ -57,16 +76,18 @@ def teacher_forced_answers(model: UGroundForCausalLM, batch: Batch, output: Lang
     rows = (batch.label_positions // batch.segment_ids.shape[1]).tolist()
     for row, segment, token in zip(rows, segment_ids[batch.label_positions].tolist(), batch.label_ids.tolist()):
         token_ids[row][segment - 1].append(token)
-    states = output.at(batch.seg_positions)
+    size = len(config.codebook)
+    states = output.at(codebook_positions(batch.seg_positions, size))
     if not states.isfinite().all() or not output.hidden[-1].flatten(0, 1)[batch.label_positions].isfinite().all():
         raise not_finite(model)
     seg_questions = list(zip(batch.seg_rows.tolist(), (segment_ids[batch.seg_positions] - 1).tolist()))
     rejected = [False] * len(seg_questions)
     if config.rej_token_id is not None:  # else a model that knows no [REJ]
-        pair = torch.tensor([config.seg_token_id, config.rej_token_id], device=device)
-        scores = torch.nn.functional.linear(states[:, -1], model.lm_head.weight[pair]).float()
+        pair = torch.tensor([config.codebook[0], config.rej_token_id], device=device)
+        scores = torch.nn.functional.linear(states[::size, -1], model.lm_head.weight[pair]).float()
         rejected = (scores[:, 1] > scores[:, 0]).tolist()
-    return GenerationOutput(token_ids, states, seg_questions, rejected)
+    states, codebook = per_target(states, size)
+    return GenerationOutput(token_ids, states, seg_questions, rejected, codebook)
 
 
 def generate_answers(
@@ -114,13 +135,14 @@ def generate_from(
     Raises:
         ValueError: if states are NaN or infinite.
     """
-    config = model.config
+    config, codebook = model.config, model.config.codebook
     token_ids: list[list[list[int]]] = [[[] for _ in range(count)] for count in questions]
     slots = [[k if k < count else None for k in range(max(questions))] for count in questions]  # None = has ended
     segs: list[tuple[QuestionIndex, int, torch.Tensor]] = []
     segs_of: Counter[QuestionIndex] = Counter()
+    tokens = torch.full_like(position_ids, -1)
     for step in range(max_new_tokens):
-        tokens = model.lm_head(hidden[-1]).argmax(-1)  # [B, K]
+        tokens = next_tokens(model.lm_head(hidden[-1]), tokens, codebook)  # [B, K]
         finite = hidden[-1].isfinite().all(-1)
         newest = torch.where(finite, tokens, -1).tolist()  # the only synchronization with the device in a step
         for b, row in enumerate(slots):
@@ -130,9 +152,9 @@ def generate_from(
                 if (token := newest[b][k]) < 0:
                     raise not_finite(model)
                 token_ids[b][question].append(token)
-                if token == config.seg_token_id:
+                if token in codebook:
                     segs.append(((b, question), step, torch.stack([layer[b, k] for layer in hidden])))
-                    segs_of[b, question] += 1
+                    segs_of[b, question] += token == codebook[-1]
                 if token == config.eos_token_id or segs_of[b, question] == MAX_SEGS:
                     row[k] = None
         if on_token is not None:
@@ -148,10 +170,39 @@ def generate_from(
         past = model.forward_packed(embeddings, segment_ids, position_ids, segment_ids >= 0, past=past, use_cache=True)
         hidden = past.hidden
     segs.sort(key=lambda seg: seg[:2])
-    seg_states = _stacked([states for *_, states in segs], hidden)
+    size, seg_questions = len(codebook), [question for question in sorted(segs_of) for _ in range(segs_of[question])]
+    seg_states = _stacked(_whole_targets(segs, segs_of, size), hidden)
     if not seg_states.isfinite().all():
         raise not_finite(model)
-    return GenerationOutput(token_ids, seg_states, [question for question, *_ in segs], [False] * len(segs))
+    states, of_codebook = per_target(seg_states, size)
+    return GenerationOutput(token_ids, states, seg_questions, [False] * len(seg_questions), of_codebook)
+
+
+def next_tokens(logits: torch.Tensor, previous: torch.Tensor, codebook: Sequence[int]) -> torch.Tensor:
+    """Greedy tokens [B, K] from logits [B, K, V], which are overwritten.
+
+    A target's tokens are whole and in order: after one of the codebook the next one follows, whatever the logits, and
+    nowhere else.
+
+    Args:
+        previous: [B, K] the tokens before; -1 = none.
+    """
+    if len(codebook) > 1:
+        logits[..., list(codebook[1:])] = -torch.inf
+    tokens = logits.argmax(-1)
+    for earlier, later in pairwise(codebook):
+        tokens = torch.where(previous == earlier, later, tokens)
+    return tokens
+
+
+def _whole_targets(
+    segs: list[tuple[QuestionIndex, int, torch.Tensor]], counts: Counter[QuestionIndex], size: int
+) -> list[torch.Tensor]:
+    """States of the sorted ``segs`` without those of a target that was cut off before its last token."""
+    states: list[torch.Tensor] = []
+    for question, rows in groupby(segs, key=lambda seg: seg[0]):
+        states += [row[2] for row in rows][: counts[question] * size]
+    return states
 
 
 def _stacked(states: list[torch.Tensor], hidden: tuple[torch.Tensor, ...]) -> torch.Tensor:
@@ -188,7 +239,7 @@ class ConversationCache:
         batch: one row of the prefix alone (``UGroundProcessor.prefix``).
 
     Attributes:
-        hidden: L tensors [1, T, D] of the prefix.
+        hidden: L tensors [1, T, D] of the prefix; clip_states: of ``LanguageOutput``.
         ids: tokens in the cache after the prefix.
     """
 
@@ -196,7 +247,7 @@ class ConversationCache:
     def __init__(self, model: UGroundForCausalLM, batch: Batch) -> None:
         self.model = model
         output = model.forward_language(batch, use_cache=True)
-        self.hidden, self.keys = output.hidden, output.keys
+        self.hidden, self.keys, self.clip_states = output.hidden, output.keys, output.clip_states
         self.next_position = int(batch.position_ids[0, -1]) + 1  # more than tokens: padded patches count
         self.cache: Any = output.cache  # transformers' annotation lacks the layers' keys and values
         self.ids: list[int] = []

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from transformers import Cache, CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
+from model.geometry import resized_size, valid_patches
 from model.structures import Batch
 
 
@@ -26,9 +27,11 @@ class LlavaLlamaConfig(LlamaConfig):
         padded_patches_attend: whether padded patches, as queries, attend to earlier tokens, as with SDPA and eager
             attention; flash attention excludes them and adds nothing to their states. No token attends to them: only
             the min-max over all patches (``map_normalization`` all) depends on them.
+        mm_projector_width: hidden units of ``mlp2x_gelu``; 0 = the hidden size (PixelLM: twice that).
     """
 
     model_type = "uground_llava"
+    image_pool = 1  # a setting of UGroundConfig
 
     def __init__(
         self,
@@ -36,13 +39,14 @@ class LlavaLlamaConfig(LlamaConfig):
         mm_vision_select_layer: int = -2,
         mm_projector_type: str = "mlp2x_gelu",
         padded_patches_attend: bool = True,
+        mm_projector_width: int = 0,
         **kwargs,
     ) -> None:
         if isinstance(vision_config, CLIPVisionConfig):
             vision_config = vision_config.to_dict()
         self.vision_config = vision_config or CLIPVisionConfig().to_dict()
         self.mm_vision_select_layer, self.mm_projector_type = mm_vision_select_layer, mm_projector_type
-        self.padded_patches_attend = padded_patches_attend
+        self.padded_patches_attend, self.mm_projector_width = padded_patches_attend, mm_projector_width
         super().__init__(**kwargs)
 
     @property
@@ -60,9 +64,14 @@ class LlavaLlamaConfig(LlamaConfig):
         return self.vision_config["patch_size"]
 
     @property
+    def cell_side(self) -> int:
+        """Side in pixels of what an image token shows of CLIP's input: a patch, or ``image_pool`` x ``image_pool``."""
+        return self.clip_patch * self.image_pool
+
+    @property
     def num_image_tokens(self) -> int:
-        """P, the patches of CLIP's input."""
-        return (self.clip_side // self.clip_patch) ** 2
+        """P, the cells of CLIP's input."""
+        return (self.clip_side // self.cell_side) ** 2
 
 
 @dataclass
@@ -73,11 +82,13 @@ class LanguageOutput:
         hidden: L tensors [B, T, D], ``hidden[0]`` the embeddings, the last one after the final norm.
         keys: all tokens so far, as keys of the attention.
         cache: their KV cache; None without ``use_cache``.
+        clip_states: [B, patches, C] of each of CLIP's hidden states that the mask decoder reads.
     """
 
     hidden: tuple[torch.Tensor, ...]
     keys: KeySpace
     cache: Cache | None = None
+    clip_states: tuple[torch.Tensor, ...] = ()
 
     def at(self, positions: torch.Tensor) -> torch.Tensor:
         """States [N, L, D] of all layers at [N] flat positions, which index the [B * T] tokens."""
@@ -144,13 +155,16 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
         clip = config.clip_config
         clip._attn_implementation = config._attn_implementation
         self.vision_tower = CLIPVisionModel(clip)
-        first = nn.Linear(clip.hidden_size, config.hidden_size)
-        self.mm_projector = (
-            first
-            if config.mm_projector_type == "linear"
-            else nn.Sequential(first, nn.GELU(), nn.Linear(config.hidden_size, config.hidden_size))
-        )
+        linear = config.mm_projector_type == "linear"
+        width = config.hidden_size if linear else config.mm_projector_width or config.hidden_size
+        first = nn.Linear(clip.hidden_size, width)
+        self.mm_projector = first if linear else nn.Sequential(first, nn.GELU(), nn.Linear(width, config.hidden_size))
         self.post_init()
+
+    @property
+    def clip_depths(self) -> tuple[int, ...]:
+        """Indices of the CLIP hidden states that are read beside LLaVA's; a subclass's mask decoder names them."""
+        return ()
 
     @property
     def clip_layers(self) -> nn.ModuleList:
@@ -168,14 +182,53 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
             cells: [B, V] the patches, row-major.
             valid: [B, V] bool, patches that are keys of CLIP's attention; None = all.
         """
+        return self.mm_projector(self._clip_states(clip_images, cells, valid)[-1])
+
+    def encode_whole_images(
+        self, batch: Batch, depths: tuple[int, ...]
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        """What ``encode_images`` returns, pooled to the image's tokens, with CLIP's states of all patches.
+
+        As in PixelLM (encode_images and prepare_inputs_labels_for_multimodal of llava_arch.py): states are resized to
+        the grid of image tokens before the projector; padded patches are no keys, but have states.
+
+        Args:
+            depths: indices of CLIP's hidden states.
+
+        Returns:
+            [B, V, D] features of ``batch.image_cells``; [B, patches, C] states, one tensor for each of ``depths``.
+        """
+        config = self.config
+        grid = config.clip_side // config.clip_patch
+        sizes = [resized_size(*size, config.clip_side) for size in batch.sizes]
+        valid = valid_patches(sizes, config.clip_side, config.clip_patch)
+        keys = None if valid.all() else valid.to(self.device, non_blocking=True)
+        every = torch.arange(grid**2, device=self.device).expand(len(sizes), -1)
+        states = self._clip_states(batch.clip_images, every, keys, depths)
+        features = states[-1]
+        if config.image_pool > 1:
+            square = features.transpose(1, 2).unflatten(2, (grid, grid)).float()
+            small = nn.functional.interpolate(square, (grid // config.image_pool,) * 2, mode="bilinear")
+            features = small.flatten(2).transpose(1, 2).to(features.dtype)
+        cells = batch.image_cells[..., None].expand(-1, -1, features.shape[-1])
+        return self.mm_projector(features.gather(1, cells)), states[:-1]
+
+    def _clip_states(
+        self,
+        clip_images: torch.Tensor,
+        cells: torch.Tensor,
+        valid: torch.Tensor | None,
+        depths: tuple[int, ...] = (),
+    ) -> tuple[torch.Tensor, ...]:
+        """[B, V, C] hidden states of CLIP, one tensor for each of ``depths``, and the one that LLaVA reads."""
         # transformers' gradient checkpointing makes the tower's inputs require gradients, also where it is frozen
         trains = any(parameter.requires_grad for parameter in self.vision_tower.parameters())
         with torch.set_grad_enabled(trains and torch.is_grad_enabled()):
-            features = self._clip_states(clip_images, cells, valid)
-        return self.mm_projector(features)
+            return self._run_clip(clip_images, cells, valid, depths)
 
-    def _clip_states(self, clip_images: torch.Tensor, cells: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
-        """[B, V, C] hidden states of CLIP."""
+    def _run_clip(
+        self, clip_images: torch.Tensor, cells: torch.Tensor, valid: torch.Tensor | None, depths: tuple[int, ...]
+    ) -> tuple[torch.Tensor, ...]:
         tower = self.vision_tower
         tokens = nn.functional.pad(cells + 1, (1, 0))  # the class token comes first
         states = tower.embeddings(clip_images)
@@ -185,9 +238,14 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
             keys = nn.functional.pad(valid, (1, 0), value=True)
             mask = states.new_zeros(keys.shape).masked_fill_(~keys, torch.finfo(states.dtype).min)
             mask = mask[:, None, None, :].expand(-1, 1, keys.shape[1], -1)
-        for layer in self.clip_layers:
+        count = len(tower.encoder.layers) + 1
+        wanted, read = {range(count)[depth] for depth in depths}, {}
+        for index, layer in enumerate(self.clip_layers):
+            if index in wanted:
+                read[index] = states[:, 1:]
             states = layer(states, mask)
-        return states[:, 1:]
+        read[len(self.clip_layers)] = states[:, 1:]
+        return *(read[range(count)[depth]] for depth in depths), states[:, 1:]
 
     def embed(self, input_ids: torch.Tensor, features: torch.Tensor, image_tokens: torch.Tensor) -> torch.Tensor:
         """Token embeddings [B, T, D] of ``input_ids`` [B, T], with features [B, V, D] at flat positions [B, V]."""
@@ -204,11 +262,18 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
             use_cache: whether the output has a KV cache, to continue from.
         """
         valid = batch.valid.gather(1, batch.image_cells)
-        features = self.encode_images(batch.clip_images, batch.image_cells, valid if batch.has_padding else None)
+        clip_states: tuple[torch.Tensor, ...] = ()
+        if self.clip_depths or self.config.image_pool > 1:
+            features, clip_states = self.encode_whole_images(batch, self.clip_depths)
+        else:
+            features = self.encode_images(batch.clip_images, batch.image_cells, valid if batch.has_padding else None)
         embeddings = self.embed(batch.input_ids, features, batch.image_tokens)
         key_mask = (batch.segment_ids >= 0).flatten().index_copy(0, batch.image_tokens.flatten(), valid.flatten())
         key_mask = key_mask.unflatten(0, batch.segment_ids.shape)
-        return self.forward_packed(embeddings, batch.segment_ids, batch.position_ids, key_mask, use_cache=use_cache)
+        rows = embeddings, batch.segment_ids, batch.position_ids, key_mask
+        output = self.forward_packed(*rows, use_cache=use_cache)
+        output.clip_states = clip_states
+        return output
 
     def forward_packed(
         self,

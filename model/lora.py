@@ -21,6 +21,8 @@ PARTS = {  # what the name of a parameter contains -> its part
     "visual_model.mask_decoder.": "sam_mask_decoder",
     "visual_model.prompt_encoder.": "sam_prompt_encoder",
     "visual_model.image_encoder.": "sam_image_encoder",
+    "visual_model.out_mm_projector.": "mask_projector",
+    "visual_model.image_feature_neck.": "image_neck",
     "vision_tower.": "clip",
     "mm_projector.": "projector",
     "embed_tokens.": "embed_tokens",
@@ -38,6 +40,8 @@ def part_of(name: str) -> str:
 def trains_in_full(name: str, config: UGroundConfig) -> bool:
     """Whether a parameter trains beside LoRA: phi, SAM's prompt encoder and mask decoder, embeddings, lm_head, gate.
 
+    With PixelLM's decoder also what stands before it, and LLaVA's projector where CLIP's input has another side.
+
     Parts that the settings leave unused stay frozen: parameters without a gradient are not counted as trainable.
     """
     part = part_of(name)
@@ -51,7 +55,9 @@ def trains_in_full(name: str, config: UGroundConfig) -> bool:
         if config.point_prompts:
             used += ["point_embeddings.0", "point_embeddings.1", "not_a_point_embed"]
         return any(key in name for key in used)
-    return part in ("sam_mask_decoder", "embed_tokens", "lm_head")
+    if part == "projector":
+        return bool(config.clip_resize)  # it knows CLIP's states at the side that the tower was trained with
+    return part in ("sam_mask_decoder", "mask_projector", "image_neck", "embed_tokens", "lm_head")
 
 
 def add_lora(

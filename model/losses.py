@@ -28,11 +28,28 @@ def masked_mean(values: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
     return (values * valid).flatten(1).sum(1) / valid.flatten(1).sum(1).clamp(min=1)
 
 
-def mask_bce(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Per-pixel binary cross-entropy of SAM's masks: [n, H, W] logits, [n, H, W] uint8 -> [n]."""
+def mask_bce(logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
+    """Per-pixel binary cross-entropy of masks: [n, H, W] logits, [n, H, W] uint8 -> [n]; weights: [n, H, W] of pixels,
+    which do not change the denominator."""
     valid = targets != IGNORE_PIXEL
-    values = F.binary_cross_entropy_with_logits(logits, (targets == 1).float(), reduction="none")
+    values = F.binary_cross_entropy_with_logits(logits, (targets == 1).float(), weights, reduction="none")
     return masked_mean(values, valid)
+
+
+@torch.no_grad()
+def overlap_weights(logits: torch.Tensor, conversations: torch.Tensor, weight: float) -> torch.Tensor:
+    """Pixel weights of PixelLM's target refinement loss (its section 3.3; ``overlap_loss`` of its PixelLM.py).
+
+    Args:
+        logits: [n, H, W] of one image's masks; conversations: [n] the conversation that each belongs to.
+        weight: alpha.
+
+    Returns:
+        [n, H, W], alpha where at least two predicted masks of the same conversation overlap, 1 elsewhere.
+    """
+    same = (conversations[:, None] == conversations).to(logits.dtype)
+    others = torch.einsum("nm,mhw->nhw", same, (logits > 0).to(logits.dtype))
+    return torch.where(others >= 2, weight, 1.0)
 
 
 def dice(probabilities: torch.Tensor, targets: torch.Tensor, scale: float = 1.0) -> torch.Tensor:

@@ -92,7 +92,8 @@ class Objective:
         """
         config = self.config
         soft_targets = [self.soft_target(masks) for masks in batch.masks]
-        per_mask, present = self.mask_terms(batch.masks, mask_logits, maps, soft_targets)
+        overlaps = self.overlap_weights(batch, mask_logits)
+        per_mask, present = self.mask_terms(batch.masks, mask_logits, maps, soft_targets, overlaps)
         rewards = _reward(per_mask, config.reward_terms).detach()
         if config.reward == "batch":
             rewards = (rewards * present).sum().expand(len(rewards))
@@ -216,21 +217,26 @@ class Objective:
         mask_logits: list[torch.Tensor],
         maps: list[torch.Tensor],
         soft_targets: list[SoftTarget] | None = None,
+        overlaps: list[torch.Tensor] | None = None,
     ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """Losses per mask: [N] by name, and [N] float32, 1.0 for targets that are not empty (others have no loss).
 
         Args:
             targets: per image [N_b, H, W] uint8; mask_logits, maps: as many, SAM's logits and the similarity maps.
             soft_targets: of ``soft_target``, per image; None = computed here.
+            overlaps: per image [N_b, H, W], pixel weights of the masks' BCE; None = all 1.
         """
         soft_targets = soft_targets or [self.soft_target(target) for target in targets]
         collected: dict[str, list[torch.Tensor]] = {}
         present = []
-        for target, predicted, similarity, (soft, weight) in zip(targets, mask_logits, maps, soft_targets):
+        for b, (target, predicted, similarity, (soft, weight)) in enumerate(
+            zip(targets, mask_logits, maps, soft_targets)
+        ):
             hard_weight = weight
             if {"bce", "dice"} & set(self.config.map_terms):
                 hard_weight = self._positive_weight((target == 1).float())
             inputs = (predicted, similarity, target, soft, weight, hard_weight)
+            inputs += (overlaps[b],) if overlaps else ()
             parts = list(zip(*(tensor.split(losses.masks_at_once(target)) for tensor in inputs), strict=True))
             for part in parts:
                 if len(parts) == 1:
@@ -250,16 +256,18 @@ class Objective:
         soft: torch.Tensor,
         weight: torch.Tensor,
         hard_weight: torch.Tensor,
+        overlap: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
         """Losses [n] by name of one image's masks.
 
         Args:
             predicted, similarity: [n, H, W] mask logits and maps; target: [n, H, W] uint8; soft: [n, H, W] M_sigma.
             weight, hard_weight: [n] weights of the positives of soft and hard targets.
+            overlap: [n, H, W] pixel weights of the mask's BCE; None = all 1.
         """
         config, valid = self.config, target != IGNORE_PIXEL
         terms = {
-            "mask_bce": losses.mask_bce(predicted, target),
+            "mask_bce": losses.mask_bce(predicted, target, overlap),
             "mask_dice": losses.mask_dice(predicted, target),
             "map_bce": losses.map_bce(similarity, soft, weight, valid),
             "map_dice": losses.map_dice(similarity, soft, weight, valid),
@@ -273,6 +281,13 @@ class Objective:
         if config.reward_terms == "iou":
             terms["map_iou"] = losses.map_iou(similarity.detach(), (target == 1).float(), valid)
         return terms
+
+    def overlap_weights(self, batch: Batch, mask_logits: list[torch.Tensor]) -> list[torch.Tensor] | None:
+        """Pixel weights [N_b, H, W] per image of the target refinement loss; None if it is off."""
+        if (weight := self.config.overlap_weight) == 1:
+            return None
+        conversations = batch.segment_ids.flatten()[batch.seg_positions].split([len(logits) for logits in mask_logits])
+        return [losses.overlap_weights(*image, weight) for image in zip(mask_logits, conversations)]
 
     def soft_target(self, target: torch.Tensor) -> SoftTarget:
         """M_sigma [n, H, W] of one image's masks, and the weight [n] of its positives."""

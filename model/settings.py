@@ -15,8 +15,19 @@ from model import layer_rules
 
 PRECISION_NAMES = ("fp32", "bf16", "fp16")
 QUANTIZATIONS = ("8bit", "4bit")
+PIXEL_SCALES = 2  # of PixelLM's decoder
 MASK_REWARDS = ("mask", "mask_iou")  # values of reward_terms that need SAM's mask of a layer, not only its map
-FREEZABLE = ("phi", "gate", "sam_prompt_encoder", "sam_mask_decoder", "embed_tokens", "lm_head")  # parts that train
+FREEZABLE = (  # parts that train; the last three in a model with PixelLM's decoder
+    "phi",
+    "gate",
+    "sam_prompt_encoder",
+    "sam_mask_decoder",
+    "embed_tokens",
+    "lm_head",
+    "projector",
+    "mask_projector",
+    "image_neck",
+)
 
 
 def setting(
@@ -141,6 +152,12 @@ class LossSettings:
         0.1, "lambda_policy, the gate's loss: REINFORCE (Eq. 5), or the cross-entropy of ce_soft", low=0.0
     )
     bce_loss_weight: float = setting(2.0, "lambda_bce, of masks and of maps", low=0.0)
+    overlap_weight: float = setting(
+        1.0,
+        "weight of a pixel in a mask's BCE where the masks of a conversation overlap, PixelLM's target refinement loss "
+        "(there 2); 1 = off",
+        low=0.0,
+    )
     dice_loss_weight: float = setting(4.0, "lambda_dice, of masks and of maps", low=0.0)
     map_terms: tuple[str, ...] = setting(
         ("gaussian_bce", "gaussian_dice"),
@@ -152,6 +169,30 @@ class LossSettings:
     gaussian_sigma: float = setting(7.0, "standard deviation of that Gaussian, in pixels", above=0.0)
     positive_weight: str = setting(
         "mask", "map BCE: weight of positives per mask, or one per image (released)", choices=("mask", "image")
+    )
+
+
+@dataclass
+class DecoderSettings:
+    """decoder: what decodes masks, the codebook, CLIP's input; other values than the defaults: PixelLM"""
+
+    mask_decoder: str = setting(
+        "segment_anything",
+        "SAM, or pixel_decoder: PixelLM's, which reads CLIP's states and needs no SAM",
+        choices=("segment_anything", "pixel_decoder"),
+    )
+    decoder_width: int = setting(256, "width of a pixel decoder's prompts and image features; a multiple of 16", low=16)
+    codebook_tokens: int = setting(
+        1, "[SEG] tokens per target and scale, whose phi are fused into one prompt (PixelLM: 3)", low=1
+    )
+    clip_resize: int = setting(
+        0,
+        "side in pixels of CLIP's input, by interpolated position embeddings; the projector then trains, too; 0 = the "
+        "side that the tower was trained with (PixelLM: 448)",
+        low=0,
+    )
+    image_pool: int = setting(
+        1, "side of the square of CLIP's patches that becomes one image token of the language model (PixelLM: 2)", low=1
     )
 
 
@@ -176,7 +217,7 @@ class CheckpointSettings:
     policy_seed: int = setting(0, "seed of sampled layers, together with the sample index", low=0)
 
 
-METHOD = (PpmSettings, LossSettings, ExperimentalSettings, CheckpointSettings)
+METHOD = (PpmSettings, LossSettings, DecoderSettings, ExperimentalSettings, CheckpointSettings)
 METHOD_FIELDS: dict[str, Field] = {item.name: item for section in METHOD for item in fields(section)}
 
 RUN_NAMES = {"eval_layer_policy": "val_layer_policy", "policy_seed": "seed"}  # field -> the run's setting that gives it
@@ -219,7 +260,7 @@ def kept_settings(method: Mapping[str, Any]) -> list[str]:
     Args:
         method: setting -> value, of the finished model.
     """
-    kept = ["clip_fit"]
+    kept = ["clip_fit", *(item.name for item in fields(DecoderSettings))]
     if method["mask_prompt"] or method["point_prompts"]:
         kept += ["map_side", "map_normalization"]
     if method["point_prompts"]:
@@ -309,8 +350,32 @@ def contradictions(method: Mapping[str, Any], num_layers: int | None = None) -> 
         yield "baseline", "state_critic expects a [SEG]'s reward from its states: it takes reward seg"
     if method["point_rule"] != "extremes" and method["clip_fit"] != "crop":
         yield "point_rule", f"{method['point_rule']} needs clip_fit crop: points lie in what a crop shows"
+    yield from _decoder_contradictions(method)
     if method["gaussian_kernel"] % 2 == 0:
         yield "gaussian_kernel", f"{method['gaussian_kernel']} is even; it must be odd"
+
+
+def _decoder_contradictions(method: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """(setting, problem) of settings that exclude a pixel decoder, or pooled image tokens."""
+    if has_pixel_decoder(method):
+        if not method["seg_prompt"]:
+            yield "seg_prompt", "mask_decoder pixel_decoder has no prompt without [SEG]; set seg_prompt true"
+        if method["point_prompts"]:
+            yield "point_prompts", "mask_decoder pixel_decoder takes no points; set point_prompts 0"
+        if method["decoder_width"] % 16:
+            yield "decoder_width", f"{method['decoder_width']} is not a multiple of 16 (8 heads, of half the width)"
+    if method["clip_fit"] != "pad" and (has_pixel_decoder(method) or method["image_pool"] > 1):
+        yield "clip_fit", "mask_decoder pixel_decoder and image_pool read the whole image: set clip_fit pad"
+
+
+def has_pixel_decoder(method: Mapping[str, Any]) -> bool:
+    """Whether masks are decoded by PixelLM's decoder, without a SAM; of all method settings, or some."""
+    return method.get("mask_decoder") == "pixel_decoder"
+
+
+def codebook_size(method: Mapping[str, Any]) -> int:
+    """K, the [SEG] tokens of a target: ``codebook_tokens`` for each scale of the decoder."""
+    return method.get("codebook_tokens", 1) * (PIXEL_SCALES if has_pixel_decoder(method) else 1)
 
 
 def without_effect(method: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

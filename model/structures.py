@@ -115,7 +115,7 @@ class Batch:
         seg_positions: [N] int64, flat position before each ``[SEG]`` of the answers, in the order of the masks.
         seg_rows: [N] int64, the row of each ``[SEG]``.
         clip_images: [B, 3, S, S]; sam_images: [B, 3, R, R]; sam_sizes: per row, the resized (height, width) in SAM's
-            padded square.
+            padded square. Without a SAM, R = 0, and the sizes are those in CLIP's.
         sizes: original (height, width) per row.
         masks: per row [N_b, H, W] uint8 with 0, 1, 255.
         sample_ids: sample index per row; seeds the layer sampling.

@@ -66,6 +66,10 @@ class MaskDecoder(nn.Module, ABC):
     def of(cls, config: UGroundConfig) -> MaskDecoder:
         """The decoder that a configuration describes, with new weights."""
 
+    def reset_parameters(self) -> None:
+        """New weights, for a decoder that no file gives."""
+        raise NotImplementedError(f"{type(self).__name__} is not trained from scratch")
+
     @property
     @abstractmethod
     def mask_side(self) -> int: ...

@@ -82,7 +82,7 @@ def collate_rows(
         rows: with a mask per ``[SEG]`` label (``UGroundProcessor.collate`` checks it), or without masks (prompts).
         prefix_ids: tokens of the shared prefix, with a placeholder per patch; image_start: index of the first one.
         pad_id, seg_id: ids of the padding token and of ``[SEG]``.
-        clip_side, sam_side: sides of their square inputs in pixels; clip_patch: of CLIP's patches.
+        clip_side, sam_side: sides of their square inputs in pixels, sam_side 0 = none; clip_patch: side of a cell.
         clip_fit: how an image is made square for CLIP, of ``CLIP_FITS``; for SAM it is padded.
         keep_padding: whether padded patches get tokens, too.
     """
@@ -112,7 +112,9 @@ def collate_rows(
     label_positions, seg_positions = before_labels(labels), before_labels(labels, seg_id)
     label_ids = labels.flatten()[label_positions + 1]
     num_targets = sum(int((row.masks == 1).any((1, 2)).sum()) for row in rows)
-    sam_images, sam_sizes = _squares(rows, sam_side, resize_and_pad)
+    sam_images, sam_sizes = torch.zeros(len(rows), 3, 0, 0), clip_sizes
+    if sam_side:
+        sam_images, sam_sizes = _squares(rows, sam_side, resize_and_pad)
     return Batch(
         input_ids=input_ids,
         segment_ids=segment_ids,

@@ -7,10 +7,11 @@ The part before the first question is the prefix that all conversations about an
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from model.processing.tokens import IM_END, IM_START, IMAGE, SPECIAL_TOKENS
+from model.processing.tokens import IM_END, IM_START, IMAGE, SEG, SPECIAL_TOKENS
 from model.structures import IGNORE_LABEL, Turn
 
 if TYPE_CHECKING:
@@ -36,9 +37,9 @@ class EncodedConversation:
     labels: list[int]
 
 
-def escape(text: str) -> str:
+def escape(text: str, tokens: Iterable[str] = SPECIAL_TOKENS) -> str:
     """Escapes special tokens that a user typed: ``[SEG]`` becomes ``[ SEG ]``, which is plain text."""
-    for token in SPECIAL_TOKENS:
+    for token in tokens:
         text = text.replace(token, f"{token[0]} {token[1:-1]} {token[-1]}")
     return text
 
@@ -50,6 +51,7 @@ class PromptBuilder:
         tokenizer: a fast tokenizer (offsets are needed) that knows the special tokens.
         num_image_tokens: P, the number of image placeholders.
         system_prompt: text before the first ``USER:``; may be empty.
+        codebook: the tokens of a target, which take the place of each ``[SEG]`` of an answer.
 
     Attributes:
         prefix_ids: tokens of the prefix with P placeholders; image_start: index of the first one.
@@ -58,11 +60,18 @@ class PromptBuilder:
         ValueError: if the tokenizer is a slow one, or appends an end-of-sequence token to every text.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, num_image_tokens: int, system_prompt: str) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        num_image_tokens: int,
+        system_prompt: str,
+        codebook: Sequence[str] = (SEG,),
+    ) -> None:
         if not tokenizer.is_fast:
             raise ValueError(f"{type(tokenizer).__name__} gives no character offsets; load the fast tokenizer")
         self.tokenizer = tokenizer
         self.num_image_tokens = num_image_tokens
+        self.target_text, self.escaped = "".join(codebook), dict.fromkeys((*SPECIAL_TOKENS, *codebook))
         self.system_prompt = system_prompt
         self.prefix_text = f"{system_prompt} " * bool(system_prompt) + f"USER: {IM_START}{IMAGE}{IM_END}\n"
         self._prefix_once = tokenizer(self.prefix_text)["input_ids"]
@@ -86,10 +95,10 @@ class PromptBuilder:
                 raise ValueError("a question is empty: say what to look for, for example 'the red star'")
             if any("\ud800" <= character <= "\udfff" for character in turn.question):
                 raise ValueError(f"a question contains bytes that are not UTF-8: {turn.question[:60]!a}")
-            text += ("" if i == 0 else "USER: ") + f"{escape(turn.question.strip())} ASSISTANT:"
+            text += ("" if i == 0 else "USER: ") + f"{escape(turn.question.strip(), self.escaped)} ASSISTANT:"
             if turn.answer:
                 start = len(text)
-                text += f" {turn.answer.strip()}{eos}"
+                text += f" {turn.answer.strip().replace(SEG, self.target_text)}{eos}"
                 spans.append((start, len(text)))
         encoded = self.tokenizer(text, return_offsets_mapping=True)
         ids, offsets = encoded["input_ids"], encoded["offset_mapping"]

@@ -13,14 +13,14 @@ from transformers import PreTrainedTokenizerBase
 from model.loading.files import blame, read_json
 from model.processing.collate import PackedSequence, collate_rows, truncate
 from model.processing.conversation import SYSTEM_PROMPT, PromptBuilder
-from model.processing.tokens import load_tokenizer, token_ids
+from model.processing.tokens import SEG, codebook_names, load_tokenizer, token_ids
 from model.processing.transforms import CLIP_FITS
 from model.sam_cache import image_key
 from model.structures import Batch, Sample, Turn
 
 PROCESSOR_FILE = "uground_processor.json"
 REQUIRED: dict[str, type] = {"clip_side": int, "clip_patch": int, "sam_side": int}  # in the file, with their types
-OPTIONAL: dict[str, type] = {"system_prompt": str, "max_tokens": int, "clip_fit": str}
+OPTIONAL: dict[str, type] = {"system_prompt": str, "max_tokens": int, "clip_fit": str, "codebook": int}
 
 
 class UGroundProcessor:
@@ -29,17 +29,19 @@ class UGroundProcessor:
     Args:
         tokenizer: fast tokenizer that knows the special tokens (``model.processing.tokens.add_special_tokens``).
         clip_side: side of CLIP's square input in pixels; a multiple of ``clip_patch``.
-        clip_patch: side of CLIP's patches in pixels.
-        sam_side: side of SAM's padded square input in pixels.
+        clip_patch: side in pixels of what an image token shows: of CLIP's patches, or of a square of several.
+        sam_side: side of SAM's padded square input in pixels; 0 = the mask decoder reads CLIP's states, not an image.
         system_prompt: text in front of every conversation.
         max_tokens: longest conversation with its prefix, in tokens of a square image (``--model_max_length``).
         clip_fit: ``pad`` = CLIP's input is the whole image, padded (paper); ``crop`` = a centre crop, for checkpoints
             that were trained so (LISA and its descendants).
+        codebook: number of [SEG] tokens per target. In the texts of samples and predictions they are one ``[SEG]``.
 
     Attributes:
         keep_padding: whether padded patches get tokens, too, as ``map_normalization: all`` needs (``model.load`` and
             training set it by the model).
         hash_images: whether batches have ``image_keys``, for the cache of SAM's features.
+        codebook: ids of a target's [SEG] tokens; the last is ``tokens.seg``.
 
     Raises:
         ValueError: if ``clip_side`` is not a multiple of ``clip_patch``, ``clip_fit`` is unknown, the tokenizer does
@@ -55,6 +57,7 @@ class UGroundProcessor:
         system_prompt: str = SYSTEM_PROMPT,
         max_tokens: int = 2048,
         clip_fit: str = "pad",
+        codebook: int = 1,
     ) -> None:
         if clip_side % clip_patch:
             raise ValueError(f"CLIP's side {clip_side} is not a multiple of its patch {clip_patch}")
@@ -63,8 +66,10 @@ class UGroundProcessor:
         self.tokenizer = tokenizer
         self.clip_side, self.clip_patch, self.sam_side = clip_side, clip_patch, sam_side
         folder = tokenizer.name_or_path
-        self.tokens = token_ids(tokenizer, f"the tokenizer of {folder}" if folder else "the tokenizer")
-        self.builder = PromptBuilder(tokenizer, (clip_side // clip_patch) ** 2, system_prompt)
+        self.tokens = token_ids(tokenizer, f"the tokenizer of {folder}" if folder else "the tokenizer", codebook)
+        names = codebook_names(codebook)
+        self.codebook: list[int] = tokenizer.convert_tokens_to_ids(list(names))
+        self.builder = PromptBuilder(tokenizer, (clip_side // clip_patch) ** 2, system_prompt, names)
         self.max_tokens, self.clip_fit = max_tokens, clip_fit
         self.keep_padding = self.hash_images = False
         if self.room < 1:
@@ -77,6 +82,11 @@ class UGroundProcessor:
     def room(self) -> int:
         """Longest conversation beside the prefix, in tokens."""
         return self.max_tokens - len(self.builder.prefix_ids)
+
+    @property
+    def added_tokens(self) -> tuple[int, ...]:
+        """Ids of the added tokens that the language model reads or writes."""
+        return tuple(dict.fromkeys((*self.codebook, *self.tokens.added)))
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> UGroundProcessor:
@@ -104,6 +114,8 @@ class UGroundProcessor:
             "max_tokens": self.max_tokens,
             "clip_fit": self.clip_fit,
         }
+        if len(self.codebook) > 1:  # older code knows no such key
+            settings["codebook"] = len(self.codebook)
         self.tokenizer.save_pretrained(folder)
         (Path(folder) / PROCESSOR_FILE).write_text(json.dumps(settings, indent=2) + "\n")
 
@@ -177,9 +189,10 @@ class UGroundProcessor:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of answer tokens, with ``[SEG]`` and ``[REJ]``, without end and padding tokens."""
-        skipped = {self.tokens.eos, self.tokens.pad}
+        skipped = {self.tokens.eos, self.tokens.pad, *self.codebook[:-1]}
         text = self.tokenizer.decode([i for i in ids if i not in skipped], skip_special_tokens=False)
-        return text.strip()  # type: ignore[union-attr]  # a list only for a batch of ids
+        assert isinstance(text, str)  # a list only for a batch of ids
+        return text.replace(codebook_names(len(self.codebook))[-1], SEG).strip()
 
     def _collate(self, rows: list[PackedSequence]) -> Batch:
         batch = collate_rows(
@@ -206,7 +219,7 @@ def _read_settings(path: Path) -> dict[str, Any]:
     for key, value in settings.items():
         if key not in kinds:
             problems.append(f"{key} is unknown (known: {', '.join(kinds)})")
-        elif type(value) is not kinds[key] or (isinstance(value, int) and value < 1):
+        elif type(value) is not kinds[key] or (isinstance(value, int) and value < (key != "sam_side")):
             problems.append(f"{key} is {value!r}, not a {'text' if kinds[key] is str else 'positive whole number'}")
     if problems:
         raise ValueError(f"{path}: {'; '.join(problems)}")

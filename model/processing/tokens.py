@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,7 +23,10 @@ TOKENIZER_FILES = (
 
 @dataclass(frozen=True)
 class TokenIds:
-    """Ids of the special tokens in one tokenizer; ``rej`` is None if the model was not trained to reject (LISA)."""
+    """Ids of the special tokens in one tokenizer; ``rej`` is None if the model was not trained to reject (LISA).
+
+    With a codebook, ``seg`` is its last token, which completes a target.
+    """
 
     seg: int
     rej: int | None
@@ -70,26 +74,45 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
         return tokenizer
 
 
-def add_special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Adds the special tokens that the tokenizer lacks, which are returned, and a padding token."""
-    missing = [token for token in SPECIAL_TOKENS if token not in tokenizer.get_vocab()]
+def codebook_names(size: int) -> tuple[str, ...]:
+    """A target's [SEG] tokens: ``[SEG]`` alone, or PixelLM's ``[SEG0]`` to ``[SEG(size - 1)]``."""
+    return (SEG,) if size == 1 else tuple(f"[SEG{number}]" for number in range(size))
+
+
+def codebook_size_of(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Number of the [SEG] tokens of a target that a published tokenizer knows."""
+    vocabulary = tokenizer.get_vocab()
+    return next(number for number in count() if f"[SEG{number}]" not in vocabulary) or 1
+
+
+def add_special_tokens(tokenizer: PreTrainedTokenizerBase, codebook: int = 1) -> list[str]:
+    """Adds the special tokens that the tokenizer lacks, which are returned, and a padding token.
+
+    Args:
+        codebook: number of [SEG] tokens per target.
+    """
+    special = [*codebook_names(codebook), *(token for token in SPECIAL_TOKENS if token != SEG)]
+    missing = [token for token in special if token not in tokenizer.get_vocab()]
     tokenizer.add_tokens(missing, special_tokens=True)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     return missing
 
 
-def token_ids(tokenizer: PreTrainedTokenizerBase, where: str = "the tokenizer") -> TokenIds:
+def token_ids(tokenizer: PreTrainedTokenizerBase, where: str = "the tokenizer", codebook: int = 1) -> TokenIds:
     """Ids of the special tokens, checked.
 
     Args:
         where: name of the tokenizer, for messages.
+        codebook: number of [SEG] tokens per target; all are checked.
 
     Raises:
         ValueError: if one other than [REJ] is unknown, two share an id, one is not encoded as a single token, or there
             is no end-of-sequence token.
     """
-    names = {"seg": SEG, "rej": REJ, "image": IMAGE, "im_start": IM_START, "im_end": IM_END}
+    *others, last = codebook_names(codebook)
+    names = {"seg": last, "rej": REJ, "image": IMAGE, "im_start": IM_START, "im_end": IM_END}
+    names |= {name: name for name in others}
     vocabulary = tokenizer.get_vocab()
     if REJ not in vocabulary:
         del names["rej"]
@@ -108,4 +131,6 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, where: str = "the tokenizer") 
         raise ValueError(f"{where} has no end-of-sequence token (eos_token in tokenizer_config.json)")
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     rej = ids.pop("rej", None)
+    for name in others:
+        del ids[name]
     return TokenIds(**ids, rej=rej, eos=tokenizer.eos_token_id, pad=pad)

@@ -195,14 +195,14 @@ class Bench:
     @contextmanager
     def scripted_answers(self, segs: int = 1, length: int = 12) -> Iterator[None]:
         """The model generates ``length`` tokens, among them ``segs`` [SEG], at the usual cost."""
-        ids = self.processor.tokens
+        ids, codebook = self.processor.tokens, self.model.config.codebook
         script: Iterator[int] = iter(())
 
         def force(_module, _inputs, logits: torch.Tensor) -> torch.Tensor:
             nonlocal script
             token = next(script, None)
             if token is None:  # the next answer starts
-                script = iter([ids.seg] * segs + [5] * (length - segs - 1) + [ids.eos])
+                script = iter([*codebook] * segs + [5] * (length - len(codebook) * segs - 1) + [ids.eos])
                 token = next(script)
             logits[..., token] = torch.inf
             return logits

@@ -121,7 +121,7 @@ class ImageSession:
 
         if self.embeddings is None:
             with torch.inference_mode():
-                self.embeddings = self.model.visual_model.embed_images(self.batch)
+                self.embeddings = self.model.visual_model.embed_images(self.batch, self.cache.clip_states)
         return self.embeddings
 
     def _decode_masks(self, language_pass: LanguagePass, layer_policy: str | None, seed: int) -> Prediction:

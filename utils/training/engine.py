@@ -40,7 +40,7 @@ def build_model(config: Config) -> tuple[nn.Module, UGroundProcessor, list[Loade
     )
     check_frozen(config.model.freeze, loaded)
     part = config.model
-    rows = processor.tokens.added if part.train_tables == "new" else ()
+    rows = processor.added_tokens if part.train_tables == "new" else ()
     lora = part.lora_r, part.lora_alpha, part.lora_dropout, part.lora_target_modules
     model = add_lora(base, *lora, token_rows=rows, frozen=part.freeze)
     if config.model.gradient_checkpointing:
