@@ -227,10 +227,13 @@ def unread_paths(config: Config) -> str:
     from model.loading.pretrained import resolve_start
 
     paths = config.model
-    read = resolve_start(paths.version, paths.vision_tower, paths.vision_pretrained)
+    read = resolve_start(**config.start)
     beside = {"vision_tower": paths.vision_tower, "vision_pretrained": paths.vision_pretrained}
     given = [f"--{name} {path}" for name, path in beside.items() if path and name not in read]
-    return f"not read, as --version holds these parts: {', '.join(given)}\n" if given else ""
+    reason = (
+        "--version holds these parts" if config.start["needs_sam"] else "--version or the mask decoder replaces them"
+    )
+    return f"not read, as {reason}: {', '.join(given)}\n" if given else ""
 
 
 def describe_start(run: Run, loaded: Sequence[Loaded], start: Path | None) -> dict[str, Any]:

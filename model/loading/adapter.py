@@ -151,6 +151,11 @@ def recorded_base(folder: Path) -> dict[str, str]:
     return {name: settings[name] for name in ("version", "vision_tower", "vision_pretrained")}
 
 
+def recorded_decoder(folder: Path) -> dict[str, Any]:
+    """The section ``decoder`` of the settings that an adapter was trained with; {} of older ones, which have a SAM."""
+    return read_adapter_meta(folder)["config"].get("decoder", {})
+
+
 def read_adapter_meta(folder: Path) -> dict[str, Any]:
     """``uground_run.json`` of a folder that merge_lora.py wrote.
 

@@ -29,6 +29,14 @@ LLAVA: Rules = (
     ("model.text_hidden_fcs.", "text_hidden_fcs."),
     ("ppm._layer_gate_W_similarity", "ppm.gate"),
 )
+# PixelLM: no SAM; here its decoder and what stands before it are one module (model/PixelLM.py of MaverickRen/PixelLM)
+PIXELLM: Rules = (
+    *(
+        (f"model.{part}.", f"visual_model.{part}.")
+        for part in ("out_mm_projector", "image_feature_neck", "prompt_encoder", "mask_decoder")
+    ),
+    *LLAVA,
+)
 # LlavaForConditionalGeneration: files written before transformers 4.52, and since
 LLAVA_TRANSFORMERS: Rules = (
     ("language_model.model.", "model."),
@@ -85,15 +93,20 @@ class Release:
         settings: of ``UGroundConfig`` that reproduce it.
         system_prompt: of its conversations.
         absent: prefixes of keys that its files may lack.
+        rules: of its keys.
+        shifted_positions: how CLIP's position embeddings were resized (``weights.fit_positions``).
     """
 
     name: str
     settings: dict[str, Any] = field(default_factory=dict)
     system_prompt: str = HUMAN_SYSTEM_PROMPT
     absent: tuple[str, ...] = ("ppm.",)
+    rules: Rules = LLAVA
+    shifted_positions: bool = False
 
 
 LISA = {"layer_selection": "last", "mask_prompt": False, "clip_fit": "crop"}  # the [SEG] token alone prompts SAM
+PIXEL = {"layer_selection": "last", "mask_prompt": False, "mask_decoder": "pixel_decoder", "image_pool": 2}
 READ = LISA | {"point_prompts": 30, "point_rule": "read_7b"}
 RELEASES = {  # by the architecture that config.json names; docs/weights.md says where each line comes from
     "UGroundForCausalLM": Release("UGround", RECIPES["released"], absent=("ppm.baseline",)),
@@ -101,6 +114,7 @@ RELEASES = {  # by the architecture that config.json names; docs/weights.md says
     "LisaGSVAForCausalLM": Release("GSVA", LISA),
     "SESAMEForCausalLM": Release("SESAME", LISA, SYSTEM_PROMPT),
     "READForCausalLM": Release("READ", READ, SYSTEM_PROMPT),
+    "PixelLMForCausalLM": Release("PixelLM", PIXEL, rules=PIXELLM, shifted_positions=True),
 }
 UGROUND_MODES = {  # mode in UGround's published configurations -> settings for the layers of the map and of phi's input
     1: {"layer_selection": "last"},
@@ -175,6 +189,8 @@ def released_settings(release: Release, config: dict) -> dict[str, Any]:
     settings = dict(release.settings)
     if release.name == "READ" and config.get("num_hidden_layers") == 40:
         settings |= {"point_prompts": 60, "point_rule": "read_13b"}
+    if release.name == "PixelLM":  # on LLaMA-2, too, it was trained with this template (train_ds.py, --conv_type)
+        return settings | {"clip_resize": config.get("resize_vision_tower_size", 448)}
     on_llava_1 = config.get("mm_projector_type", "linear") == "linear"
     if on_llava_1 and config.get("max_position_embeddings", 2048) > 2048:
         raise ValueError(

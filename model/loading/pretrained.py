@@ -13,7 +13,7 @@ from transformers.utils import logging as transformers_logging
 from model.config import UGroundConfig
 from model.loading import adapter, hub
 from model.loading.files import blame
-from model.loading.formats import release_of, released_settings
+from model.loading.formats import Release, release_of, released_settings
 from model.loading.hub import Resolved
 from model.loading.placement import PRECISIONS, pick_device, pick_precision, place
 from model.loading.weights import (
@@ -38,8 +38,8 @@ from model.loading.weights import (
 from model.opened import Opened
 from model.processing.conversation import SYSTEM_PROMPT
 from model.processing.processor import UGroundProcessor
-from model.processing.tokens import IMAGE, add_special_tokens, load_tokenizer, token_ids
-from model.settings import METHOD_FIELDS, kept_settings
+from model.processing.tokens import IMAGE, add_special_tokens, codebook_size_of, load_tokenizer, token_ids
+from model.settings import METHOD_FIELDS, PIXEL_SCALES, has_pixel_decoder, kept_settings
 from model.UGround import UGroundForCausalLM
 
 Kind = Literal["merged", "adapter", "released", "base", "run", "unknown"]
@@ -146,6 +146,7 @@ def _load_merged(folder: Path, precision: str, paths: dict[str, str]) -> Parts:
         ("[SEG]", model.config.seg_token_id, processor.tokens.seg),
         ("[REJ]", model.config.rej_token_id, processor.tokens.rej),
         ("clip_fit", model.config.clip_fit, processor.clip_fit),
+        ("the codebook", model.config.codebook, tuple(processor.codebook)),
     ):
         if in_config != in_processor:
             raise ValueError(
@@ -158,11 +159,12 @@ def _load_adapter(folder: Path, precision: str, paths: dict[str, str]) -> Parts:
     meta = adapter.read_adapter_meta(folder)
     recorded = adapter.recorded_base(folder) | paths
     base = recorded["version"], recorded["vision_tower"], recorded["vision_pretrained"]
-    if problems := start_problems(*base, flag="--base"):
+    settings = adapter.settings_of(folder, meta)
+    if problems := start_problems(*base, flag="--base", needs_sam=not has_pixel_decoder(settings)):
         raise ValueError(
             f"--version: the base of the adapter {folder} is not here: {'; '.join(problems)}. {adapter.WHERE}"
         )
-    model, _, rows = load_for_training(*base, meta["config"]["model"]["precision"], adapter.settings_of(folder, meta))
+    model, _, rows = load_for_training(*base, meta["config"]["model"]["precision"], settings)
     adapter.check_base(folder, meta, rows)
     adapter.apply(model, folder, meta)
     cast_parameters(model, precision)
@@ -191,8 +193,10 @@ def _load_released(folder: Path, precision: str, paths: dict[str, str]) -> Parts
         ) from error
     tokenizer = load_tokenizer(folder)
     tokenizer.add_tokens([IMAGE], special_tokens=True)  # placeholder of image features; it has no embedding
-    ids = token_ids(tokenizer, f"--version: the tokenizer of {folder}")
+    where, size = f"--version: the tokenizer of {folder}", codebook_size_of(tokenizer)
+    ids = token_ids(tokenizer, where, size)
     settings = {"seg_token_id": ids.seg, "rej_token_id": ids.rej, "eos_token_id": ids.eos, "pad_token_id": ids.pad}
+    settings |= _published_codebook(tokenizer, where, release)
     model, sources = load_released(folder, raw_config, release, vision_tower, PRECISIONS[precision], settings)
     config = model.config
     if (largest := max(ids.seg, ids.rej or 0, ids.im_start, ids.im_end)) >= config.vocab_size:
@@ -200,9 +204,21 @@ def _load_released(folder: Path, precision: str, paths: dict[str, str]) -> Parts
             f"--version: {folder}: the tokenizer has a token {largest}, the model embeds {config.vocab_size}; they are "
             "of different checkpoints"
         )
-    sides = config.clip_side, config.clip_patch, model.visual_model.image_side
-    processor = UGroundProcessor(tokenizer, *sides, release.system_prompt, clip_fit=config.clip_fit)
+    sides = config.clip_side, config.cell_side, model.visual_model.image_side
+    processor = UGroundProcessor(tokenizer, *sides, release.system_prompt, clip_fit=config.clip_fit, codebook=size)
+    if size > 1:
+        config.codebook_ids = processor.codebook
     return model, processor, sources
+
+
+def _published_codebook(tokenizer: Any, where: str, release: Release) -> dict[str, int]:
+    """The setting of ``UGroundConfig`` that a published PixelLM's tokenizer tells: [SEG] tokens per scale."""
+    size = codebook_size_of(tokenizer)
+    if not has_pixel_decoder(release.settings):
+        return {}
+    if size % PIXEL_SCALES:
+        raise ValueError(f"{where} has {size} [SEG] tokens per target, no multiple of the {PIXEL_SCALES} scales")
+    return {"codebook_tokens": size // PIXEL_SCALES}
 
 
 LOADERS: dict[Kind, Callable[[Path, str, dict[str, str]], Parts]] = {
@@ -217,30 +233,37 @@ UNREAD: dict[Kind, tuple[str, ...]] = {  # settings beside ``version`` whose par
 
 
 def resolve_start(
-    version: str, vision_tower: str = "", vision_pretrained: str = "", download: bool = True
+    version: str,
+    vision_tower: str = "",
+    vision_pretrained: str = "",
+    download: bool = True,
+    needs_sam: bool = True,
 ) -> dict[str, Resolved]:
     """What training starts from: ``version``, and those of the paths beside it that are read.
 
     Args:
         version, vision_tower, vision_pretrained: paths or hub ids (``model.loading.hub``).
         download: what the hub's cache lacks; otherwise that is an error.
+        needs_sam: whether a model built from a LLaVA has a SAM (``mask_decoder``).
 
     Raises:
         ValueError: naming all that cannot be resolved.
     """
-    found, problems = _start(version, vision_tower, vision_pretrained, download)
+    found, problems = _start(version, vision_tower, vision_pretrained, download, needs_sam=needs_sam)
     if problems:
         raise ValueError("; ".join(problems))
     return found
 
 
-def start_problems(version: str, vision_tower: str, vision_pretrained: str, flag: str = "--version") -> list[str]:
+def start_problems(
+    version: str, vision_tower: str, vision_pretrained: str, flag: str = "--version", needs_sam: bool = True
+) -> list[str]:
     """The messages of ``resolve_start``, one each; ``flag`` gave ``version``."""
-    return _start(version, vision_tower, vision_pretrained, True, flag)[1]
+    return _start(version, vision_tower, vision_pretrained, True, flag, needs_sam)[1]
 
 
 def _start(
-    version: str, tower: str, sam: str, download: bool, flag: str = "--version"
+    version: str, tower: str, sam: str, download: bool, flag: str = "--version", needs_sam: bool = True
 ) -> tuple[dict[str, Resolved], list[str]]:
     found: dict[str, Resolved] = {}
     problems: list[str] = []
@@ -268,15 +291,15 @@ def _start(
     except ValueError as error:
         return found, [str(error)]
     if kind == "adapter":  # what its base needs
-        base = adapter.recorded_base(folder)
-        below, missing = _start(
-            base["version"], tower or base["vision_tower"], sam or base["vision_pretrained"], download
-        )
+        base, decoder = adapter.recorded_base(folder), adapter.recorded_decoder(folder)
+        paths = base["version"], tower or base["vision_tower"], sam or base["vision_pretrained"]
+        below, missing = _start(*paths, download, needs_sam=not has_pixel_decoder(decoder))
         found |= {name: part for name, part in below.items() if name != "version"}
         again = f"Put it there, or export {version} again: merge_lora.py --checkpoint RUN --version ITS_BASE"
         problems += [f"the base of the adapter {version} is not here: {problem}. {again}" for problem in missing]
         return found, problems
-    unread, flags = UNREAD.get(kind, ()), {name: f"--{name}" for name in ("vision_tower", "vision_pretrained")}
+    unread = UNREAD.get(kind, ()) if needs_sam else (*UNREAD.get(kind, ()), "vision_pretrained")
+    flags = {name: f"--{name}" for name in ("vision_tower", "vision_pretrained")}
     if kind == "released" and not tower:
         tower = str(read_config(folder, flag).get("mm_vision_tower") or "")
         flags["vision_tower"] += f" (mm_vision_tower in {folder / 'config.json'})"
@@ -318,28 +341,32 @@ def load_for_training(
             contradict those of a finished model (``kept_settings``).
     """
     transformers_logging.disable_progress_bar()  # clutters output that goes to a file
-    found = resolve_start(version, vision_tower, vision_pretrained)
+    settings = settings or {}
+    found = resolve_start(version, vision_tower, vision_pretrained, needs_sam=not has_pixel_decoder(settings))
     start = {name: str(part.path) for name, part in found.items()}
-    folder, settings = found["version"].path, settings or {}
+    folder = found["version"].path
     if (kind := kind_of(folder)) in LOADERS:
         check_kept(folder, settings)
         loaded, finished, sources = LOADERS[kind](folder, precision, {k: start[k] for k in start if k != "version"})
         model, new = with_settings(loaded, settings, str(folder))
         tokenizer, system_prompt = finished.tokenizer, finished.builder.system_prompt
     else:
-        model, sources = load_base(**start, dtype=PRECISIONS[precision], settings=settings)
+        paths = {"vision_pretrained": "", **start}
+        model, sources = load_base(**paths, dtype=PRECISIONS[precision], settings=settings)
         new = {}
         tokenizer = load_tokenizer(folder)
         system_prompt = read_config(folder, "--version").get("system_prompt", SYSTEM_PROMPT)
-    old_size = len(tokenizer)
-    added = add_special_tokens(tokenizer)
+    config, old_size = model.config, len(tokenizer)
+    added = add_special_tokens(tokenizer, config.codebook_size)
     grow_vocabulary(model, old_size, len(tokenizer))
-    config, sam_side = model.config, model.visual_model.image_side
-    sides = config.clip_side, config.clip_patch, sam_side
-    processor = UGroundProcessor(tokenizer, *sides, system_prompt, max_tokens, config.clip_fit)
+    sides = config.clip_side, config.cell_side, model.visual_model.image_side
+    processor = UGroundProcessor(
+        tokenizer, *sides, system_prompt, max_tokens, config.clip_fit, codebook=config.codebook_size
+    )
     processor.keep_padding = config.reads_padding
     ids = processor.tokens
     config.seg_token_id, config.rej_token_id = ids.seg, ids.rej
+    config.codebook_ids = processor.codebook if config.codebook_size > 1 else None
     config.eos_token_id, config.pad_token_id = ids.eos, ids.pad
     new |= {name: ", ".join(added) for name in ("model", "lm_head") if added}
     return model, processor, report(model, sources, new)
@@ -358,6 +385,8 @@ def settings_of(folder: str | Path) -> dict[str, Any]:
     elif kind == "released" and (release := release_of(read_config(folder, "--version"))):
         with blame(f"--version: {folder / 'config.json'}"):
             raw = released_settings(release, read_config(folder, "--version"))
+        if has_pixel_decoder(raw):
+            raw |= _published_codebook(load_tokenizer(folder), f"--version: the tokenizer of {folder}", release)
     elif kind == "merged":
         with blame(f"--version: {folder / 'config.json'}"):
             raw = vars(UGroundConfig.from_pretrained(folder))
@@ -386,7 +415,8 @@ def config_of(
     if release := release_of(raw):
         return released_config(folder, raw, release, vision_tower, settings)[0]
     keys = ["mm_projector.2.weight"]  # LLaVA-1.5's; another one weighs as little
-    return base_config(folder, Path(vision_tower), read_sam(vision_pretrained)[1], keys, settings)
+    sam = None if has_pixel_decoder(settings) else read_sam(vision_pretrained)[1]
+    return base_config(folder, Path(vision_tower), sam, keys, settings)
 
 
 def check_kept(folder: str | Path, settings: Mapping[str, Any]) -> None:

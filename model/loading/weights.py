@@ -15,9 +15,11 @@ from transformers.initialization import no_init_weights
 from transformers.utils import logging as transformers_logging
 
 from model.config import UGroundConfig
+from model.decoders.pixel_decoder import PixelDecoderShape, clip_depths
 from model.decoders.segment_anything import SamShape, SegmentAnything
 from model.loading import formats, hub
 from model.loading.files import blame, read_json, read_safetensors, read_torch_file
+from model.settings import has_pixel_decoder
 from model.UGround import UGroundForCausalLM
 
 LLAVA_TYPES = ("llava", "llava_llama", "llava_next")
@@ -243,8 +245,10 @@ def check_llava(file: Path, raw: Mapping[str, Any]) -> None:
         )
 
 
-def base_config(version: Path, tower: Path, sam: SamShape, keys: Collection[str], settings: dict) -> UGroundConfig:
-    """The configuration of a model built from a LLaVA folder, a CLIP folder and a SAM.
+def base_config(
+    version: Path, tower: Path, sam: SamShape | None, keys: Collection[str], settings: dict
+) -> UGroundConfig:
+    """The configuration of a model built from a LLaVA folder, a CLIP folder and a SAM, or without one.
 
     Args:
         version, tower: folders of LLaVA and CLIP.
@@ -278,13 +282,13 @@ def base_config(version: Path, tower: Path, sam: SamShape, keys: Collection[str]
             vision_config=clip,
             mm_vision_select_layer=raw.get("mm_vision_select_layer", -2),
             mm_projector_type="linear" if "mm_projector.weight" in keys else "mlp2x_gelu",
-            sam_config=sam.to_dict(),
+            sam_config=sam.to_dict() if sam else None,
             **(llama | settings),
         )
 
 
 def new_model(config: UGroundConfig, dtype: torch.dtype) -> UGroundForCausalLM:
-    """The model with initialized phi and gate; all other weights are uninitialized memory."""
+    """The model with initialized phi, gate and pixel decoder; all other weights are uninitialized memory."""
     default = torch.get_default_dtype()
     try:
         torch.set_default_dtype(dtype)
@@ -294,6 +298,8 @@ def new_model(config: UGroundConfig, dtype: torch.dtype) -> UGroundForCausalLM:
             for module in part.modules():
                 if isinstance(module, nn.Linear):
                     module.reset_parameters()
+        if config.has_pixel_decoder:
+            model.visual_model.reset_parameters()
     finally:
         torch.set_default_dtype(default)
     return model
@@ -328,12 +334,33 @@ def read_tower(folder: str | Path) -> dict[str, torch.Tensor]:
     return {f"vision_tower.{key}": value for key, value in tower.state_dict().items()}
 
 
+def fit_positions(state: dict[str, torch.Tensor], config: UGroundConfig, shifted: bool = False) -> None:
+    """Interpolates CLIP's position embeddings in place for another side of its input (``clip_resize``), bilinearly.
+
+    Args:
+        state: the model's tensors, with the tower's.
+        shifted: as PixelLM's code does (clip_encoder.py): it takes the last row for the class token's, which is the
+            first, so that all patches move by one. Its published weights were trained on that.
+    """
+    key = "vision_tower.embeddings.position_embedding.weight"
+    table, grid = state[key], config.clip_side // config.clip_patch
+    if not config.clip_resize or len(table) == grid**2 + 1:
+        return
+    before = round((len(table) - 1) ** 0.5)
+    token, patches = (table[-1:], table[:-1]) if shifted else (table[:1], table[1:])
+    square = patches.float().T.unflatten(1, (before, before))[None]
+    resized = nn.functional.interpolate(square, (grid, grid), mode="bilinear", align_corners=False)[0].flatten(1).T
+    resized = resized.to(table.dtype)
+    state[key] = torch.cat([resized, token] if shifted else [token, resized])
+
+
 def load_base(
     version: str, vision_tower: str, vision_pretrained: str, dtype: torch.dtype, settings: dict
 ) -> tuple[UGroundForCausalLM, dict[str, str]]:
     """Builds UGround from a LLaVA-1.5 folder, a CLIP folder and a SAM, whose sizes follow from its tensors.
 
     Args:
+        vision_pretrained: SAM; not read if ``settings`` name another mask decoder, which is new.
         settings: of ``UGroundConfig``, beyond the sizes.
 
     Returns:
@@ -342,19 +369,24 @@ def load_base(
     Raises:
         ValueError: if a file is missing, or weights do not fit.
     """
-    sam, shape = read_sam(vision_pretrained)
+    has_sam = not has_pixel_decoder(settings)
+    sam, shape = read_sam(vision_pretrained) if has_sam else ({}, None)
     nested = "text_config" in read_config(Path(version), "--version")
     rules = formats.LLAVA_TRANSFORMERS if nested else formats.LLAVA
     llava = formats.renamed(read_folder(Path(version)), rules)
     config = base_config(Path(version), Path(vision_tower), shape, llava.keys(), settings)
     with blame(f"--version: {Path(version) / 'config.json'} does not describe a LLaVA that can be built"):
         model = new_model(config, dtype)
-    load_strictly(model.visual_model, sam, vision_pretrained)
+    if has_sam:
+        load_strictly(model.visual_model, sam, vision_pretrained)
     has_tower = any(key.startswith("vision_tower.") for key in llava)  # perhaps fine-tuned: it takes precedence
     llava = read_tower(vision_tower) | llava
+    fit_positions(llava, config)
     load_strictly(model, llava, str(Path(version) / "config.json"), new=("visual_model.", *NEW_PARTS))
     sources = dict.fromkeys(("model", "lm_head", "mm_projector"), version)
-    sources |= {"vision_tower": version if has_tower else vision_tower, "visual_model": vision_pretrained}
+    sources["vision_tower"] = version if has_tower else vision_tower
+    if has_sam:
+        sources["visual_model"] = vision_pretrained
     return model.eval(), sources
 
 
@@ -365,17 +397,39 @@ def released_config(
 
     Args and errors are those of ``load_released``.
     """
-    state = formats.renamed(read_folder(folder), formats.LLAVA)
+    state = formats.renamed(read_folder(folder), release.rules)
+    with blame(f"--version: {folder / 'config.json'}"):
+        method = formats.released_settings(release, raw) | settings
+    decoder, shape = formats.below(state, "visual_model."), None
     try:
-        shape = SamShape.from_state_dict(formats.below(state, "visual_model."))
+        if has_pixel_decoder(method):
+            method |= _pixel_sizes(Path(vision_tower), raw, state, decoder)
+        else:
+            shape = SamShape.from_state_dict(decoder)
     except (KeyError, IndexError) as error:
         wrapped = any(key.startswith("base_model.") for key in state)
         hint = ": an adapter that was not merged; merge it with its own code" if wrapped else ""
-        raise ValueError(f"--version: {folder} holds no SAM (no {error}){hint}") from error
-    with blame(f"--version: {folder / 'config.json'}"):
-        method = formats.released_settings(release, raw) | settings
+        part = "pixel decoder" if has_pixel_decoder(method) else "SAM"
+        raise ValueError(f"--version: {folder} holds no {part} (no {error}){hint}") from error
     config = base_config(folder, Path(vision_tower), shape, state.keys(), method)
     return config, state
+
+
+def _pixel_sizes(
+    tower: Path, raw: Mapping[str, Any], state: dict[str, torch.Tensor], decoder: dict[str, torch.Tensor]
+) -> dict[str, Any]:
+    """Settings of ``UGroundConfig`` for the sizes of a published PixelLM.
+
+    Args:
+        tower: folder of CLIP; raw: the checkpoint's ``config.json``; state: its tensors; decoder: those of its decoder.
+    """
+    read_config(tower, "--vision_tower")
+    depths = clip_depths(
+        CLIPVisionConfig.from_pretrained(tower).num_hidden_layers, raw.get("mm_vision_select_layer", -2)
+    )
+    shape = PixelDecoderShape.from_state_dict(decoder, depths)
+    width = state["mm_projector.0.weight"].shape[0]
+    return {"decoder_config": shape.to_dict(), "mm_projector_width": width, "decoder_width": shape.prompt_width}
 
 
 def load_released(
@@ -404,6 +458,7 @@ def load_released(
     if not any(key.startswith("ppm.") for key in state):
         del sources["ppm"]  # new
     state = read_tower(vision_tower) | state
+    fit_positions(state, config, shifted=release.shifted_positions)
     load_strictly(model, state, str(folder / "config.json"), new=release.absent)
     return model.eval(), sources
 

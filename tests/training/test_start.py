@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from types import SimpleNamespace
 
 import pytest
 
@@ -11,6 +10,8 @@ from model.loading import adapter
 from model.loading.pretrained import start_problems
 from model.loading.weights import Loaded
 from train_ds import unread_paths
+from utils.config import Config
+from utils.config.settings import ModelSettings
 from utils.training.engine import check_frozen
 from utils.training.lineage import lineage_of, own_entry
 
@@ -72,8 +73,8 @@ def test_an_adapter_whose_base_is_gone_names_the_fix(tmp_path):
 
 def test_paths_that_an_adapters_base_makes_needless_are_named(tmp_path, folder):
     version = adapter_on(tmp_path / "adapter", folder("merged", {"model_type": "uground"}))
-    paths = SimpleNamespace(version=str(version), vision_tower="clip", vision_pretrained="")
-    assert unread_paths(SimpleNamespace(model=paths)).endswith(": --vision_tower clip\n")
+    config = Config(ModelSettings(version=str(version), vision_tower="clip"))
+    assert unread_paths(config).endswith(": --vision_tower clip\n")
 
 
 def test_another_base_is_named_by_what_was_read(tmp_path):

@@ -17,10 +17,12 @@ from model.settings import (
     METHOD_FIELDS,
     RECIPES,
     RUN_NAMES,
+    DecoderSettings,
     ExperimentalSettings,
     LossSettings,
     PpmSettings,
     contradictions,
+    has_pixel_decoder,
     kept_settings,
     method_of,
     value_problems,
@@ -64,6 +66,7 @@ class Config:
     model: ModelSettings = field(default_factory=ModelSettings)
     ppm: PpmSettings = field(default_factory=PpmSettings)
     loss: LossSettings = field(default_factory=LossSettings)
+    decoder: DecoderSettings = field(default_factory=DecoderSettings)
     data: DataSettings = field(default_factory=DataSettings)
     train: TrainSettings = field(default_factory=TrainSettings)
     eval: EvalSettings = field(default_factory=EvalSettings)
@@ -85,6 +88,12 @@ class Config:
     def method(self) -> dict[str, Any]:
         """The method's settings as ``UGroundConfig`` takes them."""
         return method_of(self.flat())
+
+    @property
+    def start(self) -> dict[str, Any]:
+        """What the model is built from, as ``model.loading.pretrained.resolve_start`` takes it."""
+        paths = {name: getattr(self.model, name) for name in ("version", "vision_tower", "vision_pretrained")}
+        return paths | {"needs_sam": not has_pixel_decoder(vars(self.decoder))}
 
     def images_per_step(self, processes: int = 1) -> int:
         """Images per optimizer step, over all processes."""
@@ -404,8 +413,8 @@ def missing_paths(config: Config) -> list[str]:
     """A message for every file, folder and package of the settings that is missing. Fetches weights from the hub."""
     from model.loading.pretrained import start_problems
 
-    model, deepspeed_config = config.model, config.train.deepspeed_config
-    missing = start_problems(model.version, model.vision_tower, model.vision_pretrained)
+    deepspeed_config = config.train.deepspeed_config
+    missing = start_problems(**config.start)
     if not Path(config.data.dataset_dir).is_dir():
         missing.append(f"--dataset_dir {config.data.dataset_dir}: no such folder")
     if not Path(deepspeed_config).exists():

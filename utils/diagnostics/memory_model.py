@@ -146,6 +146,10 @@ def mask_decoder(plan: Plan) -> float:
     and a quarter of the channels; two convolutions, two GELUs, the product with the mask tokens), the prompt's
     downscaling and the sum 3: counted in a run (docs/scaling.md).
     """
+    if plan.shape.has_pixel_decoder:  # each scale but the first at twice the grid's side; without mask prompts
+        grid = (plan.shape.clip_side // plan.shape.clip_patch) ** 2
+        image = grid * plan.shape.decoder_width * (1 + 4 * (plan.shape.num_scales - 1))
+        return 26.0 * image * plan.precision * plan.masks * plan.images
     sam = SamShape(**plan.shape.sam_config)
     image = (sam.image_size // sam.patch_size) ** 2 * sam.prompt_width
     return 26.0 * image * plan.precision * plan.masks * plan.images
@@ -166,6 +170,8 @@ def mask_losses(plan: Plan) -> float:
 def image_encoder(plan: Plan) -> float:
     """Peak bytes of SAM's encoder, which saves nothing: a global layer's relative positions, G^2 x G^2 per head, of one
     image at a time (its attention is fused and materializes no scores)."""
+    if plan.shape.has_pixel_decoder:
+        return 0.0
     sam = SamShape(**plan.shape.sam_config)
     grid = (sam.image_size // sam.patch_size) ** 2
     return 1.0 * sam.encoder_heads * grid**2 * plan.precision
@@ -244,7 +250,7 @@ def shape_of(config: Config) -> tuple[UGroundConfig, str]:
     """
     paths = config.model
     try:
-        found = resolve_start(paths.version, paths.vision_tower, paths.vision_pretrained, download=False)
+        found = resolve_start(**config.start, download=False)
     except ValueError:
         found = {}
     if found:

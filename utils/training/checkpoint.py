@@ -79,7 +79,7 @@ def describe_settings(config: Config, data: list[dict]) -> dict[str, Any]:
     """Metadata of a run before its model is built: settings, what it starts from, data (``Mixture.describe``)."""
     from model.loading.pretrained import resolve_start
 
-    found = resolve_start(config.model.version, config.model.vision_tower, config.model.vision_pretrained)
+    found = resolve_start(**config.start)
     return {
         "lineage": lineage_of(found["version"].path),
         "config": to_dict(config),
