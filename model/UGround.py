@@ -53,7 +53,7 @@ class LanguagePass:
 
     Attributes:
         hidden: L tensors [B, T, D], which hold the image tokens' states.
-        embeddings: [B, E, G, G] of SAM; None if no answer has a [SEG].
+        embeddings: [B, ...] of the mask decoder (SAM: [B, E, G, G]); None if no answer has a [SEG].
     """
 
     batch: Batch
@@ -276,7 +276,7 @@ class UGroundForCausalLM(LlavaLlamaForCausalLM):
         """Mask as Prompt (MasP, section 4.1): prompts SAM with the chosen layers' similarity maps and [SEG] states.
 
         Args:
-            layers: [N]; embeddings: [B, E, G, G] of SAM.
+            layers: [N]; embeddings: [B, ...] of the mask decoder.
             prompts: which prompts SAM gets; None = as in training.
             sam: the SAM that decodes; None = the model's own.
 

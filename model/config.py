@@ -84,9 +84,9 @@ class UGroundConfig(
         return self.num_scales * self.codebook_tokens
 
     @property
-    def codebook(self) -> tuple[int | None, ...]:
-        """Ids of a target's [SEG] tokens: S times ``codebook_tokens``, scale by scale."""
-        return tuple(self.codebook_ids or [self.seg_token_id])
+    def codebook(self) -> tuple[int, ...]:
+        """Ids of a target's [SEG] tokens: S times ``codebook_tokens``, scale by scale; -1 = not known yet."""
+        return tuple(self.codebook_ids or [-1 if self.seg_token_id is None else self.seg_token_id])
 
     @property
     def num_layers(self) -> int:

@@ -235,8 +235,8 @@ class Objective:
             hard_weight = weight
             if {"bce", "dice"} & set(self.config.map_terms):
                 hard_weight = self._positive_weight((target == 1).float())
-            inputs = (predicted, similarity, target, soft, weight, hard_weight)
-            inputs += (overlaps[b],) if overlaps else ()
+            inputs = [predicted, similarity, target, soft, weight, hard_weight]
+            inputs += [overlaps[b]] if overlaps else []
             parts = list(zip(*(tensor.split(losses.masks_at_once(target)) for tensor in inputs), strict=True))
             for part in parts:
                 if len(parts) == 1:

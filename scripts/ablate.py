@@ -5,7 +5,7 @@
 
 ``layers`` compares layer rules, ``baselines`` ways to learn the policy, ``choice`` and ``choice_rewards`` ways and
 rewards to choose a layer on a base where that pays (scripts/dev/study_choice.py), ``methods`` UGround and related
-methods (the ppm and loss sections of configs/methods/*.yaml, with --config's base and data).
+methods (the ppm, loss and decoder sections of configs/methods/*.yaml, with --config's base and data).
 
 A row is a few settings of train_ds.py. Each row and seed is a run of its own (``OUTPUT/TABLE/ROW-SEED``): trained,
 merged and evaluated by the programs that users call. Finished runs are skipped, interrupted ones are resumed. Other
@@ -70,13 +70,20 @@ def as_flag(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
+SIZES = ("clip_resize", "decoder_width")
+
+
 def method_rows() -> tuple[AblationRow, ...]:
-    """The ppm and loss settings of configs/methods; methods that differ only in their data share a row."""
+    """The ppm, loss and decoder settings of configs/methods; methods that differ only in their data share a row.
+
+    Sizes (of CLIP's input, of a pixel decoder) are the base's.
+    """
     paper = {"uground": (66.1, 72.1), "read": (59.8, 67.6), "lisa": (61.3, 62.9)}  # Table 3, ReasonSeg val, fine-tuned
     names: dict[tuple[tuple[str, str], ...], list[str]] = {}
-    for name in ("uground", "read", "lisa", "gsva", "sesame"):
+    for name in ("uground", "read", "lisa", "gsva", "sesame", "pixellm"):
         config = load_config(["--config", str(ROOT / f"configs/methods/{name}.yaml")])
-        settings = {key: as_flag(value) for part in (config.ppm, config.loss) for key, value in vars(part).items()}
+        sections = vars(config.ppm) | vars(config.loss) | vars(config.decoder)
+        settings = {key: as_flag(value) for key, value in sections.items() if key not in SIZES}
         names.setdefault(tuple(settings.items()), []).append(name)
     return tuple(
         AblationRow(", ".join(methods), dict(settings), paper.get(methods[0])) for settings, methods in names.items()

@@ -115,4 +115,9 @@ class MaskDecoder(nn.Module, ABC):
         return self.image_side
 
     def compile_encoder(self) -> None:
-        """Compiles its image encoder in place (``torch.compile``), if it has one; keys and weights do not change."""
+        """Compiles its image encoder in place (``torch.compile``); keys and weights do not change.
+
+        Raises:
+            ValueError: if it has none.
+        """
+        raise ValueError("--compile_sam: the model's mask decoder has no image encoder; leave it out")

@@ -213,7 +213,7 @@ class PixelDecoder(MaskDecoder):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """New weights, the same in every run: a checkpoint need not hold those that stay frozen."""
-        dtype = self.out_mm_projector[0].weight.dtype
+        dtype = next(self.parameters()).dtype
         self.float()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(SEED)
@@ -223,7 +223,7 @@ class PixelDecoder(MaskDecoder):
                 elif isinstance(module, LayerNorm2d):
                     module.weight.fill_(1.0)
                     module.bias.zero_()
-                elif module is not self and hasattr(module, "reset_parameters"):
+                elif isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d, nn.Embedding, nn.LayerNorm)):
                     module.reset_parameters()
         self.to(dtype)
 

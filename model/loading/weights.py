@@ -489,8 +489,10 @@ def load_original_sam(path: str, model: UGroundForCausalLM) -> SegmentAnything:
     """Loads the SAM that a checkpoint was trained from.
 
     Raises:
-        ValueError: if its image encoder, which training never changes, is not the checkpoint's.
+        ValueError: if the checkpoint has none, or another image encoder, which training never changes.
     """
+    if not isinstance(model.visual_model, SegmentAnything):
+        raise ValueError(f"--sam {path}: the checkpoint's masks are not decoded by a SAM; leave it out")
     file = str(hub.resolve_file(path, "--sam").path)
     state, shape = read_sam(file)
     sam = SegmentAnything(shape)

@@ -25,9 +25,9 @@ from model.decoders.pixel_decoder import PixelDecoder
 from model.generation import next_tokens
 from model.geometry import resized_size
 from model.loading.pretrained import load_for_training, settings_of
-from model.loading.weights import new_model
+from model.loading.weights import load_original_sam, new_model
 from model.lora import parameters_by_part, set_trainable
-from model.opened import predict
+from model.opened import cache_sam_features, predict
 from model.processing import tokens
 from model.processing.conversation import HUMAN_SYSTEM_PROMPT
 from model.processing.processor import UGroundProcessor
@@ -169,6 +169,32 @@ def test_rules_that_weight_layers_weight_the_codebook_too(model, processor):
     )  # fmt: skip
     torch.testing.assert_close(blend.mask_logits, fixed, rtol=1e-3, atol=1e-3)
     assert not torch.allclose(soft, fixed)
+
+
+def test_the_map_of_a_chosen_layer_prompts_this_decoder_too(processor):
+    """Policy and mask prompt are not bound to SAM: the map's gradient reaches the prompt's convolutions."""
+    settings = {"layer_selection": "policy", "mask_prompt": True, "map_terms": ("gaussian_bce",)}
+    torch.manual_seed(0)
+    model = UGroundForCausalLM(make_config(len(processor.tokenizer), processor, **settings))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    set_trainable(model)
+    model(processor.collate([drawn_sample(0)])).loss.backward()
+    assert model.visual_model.prompt_encoder.mask_downscaling[0].weight.grad.abs().sum() > 0
+    assert model.ppm.gate.grad.abs().sum() > 0
+    ask = (model, processor, [drawn_sample(0).image], [[Turn(QUESTION, ANSWER)]])
+    masks = [predict(*ask, layer_policy=rule)[0][0].mask_logits for rule in ("fixed:1", "fixed:4", "mc:3", "best:2")]
+    assert all(mask.isfinite().all() and mask.shape == masks[0].shape for mask in masks)
+    assert not torch.equal(masks[0], masks[1])
+
+
+def test_what_needs_an_image_encoder_says_so(model, processor, tmp_path):
+    with pytest.raises(ValueError, match=r"--sam_feature_cache .* has no image encoder"):
+        cache_sam_features(model, processor, str(tmp_path), 1)
+    with pytest.raises(ValueError, match=r"--compile_sam: .* has no image encoder"):
+        model.visual_model.compile_encoder()
+    with pytest.raises(ValueError, match="not decoded by a SAM"):
+        load_original_sam("sam.pth", model)
 
 
 # -- training ----------------------------------------------------------------------------------------------------------

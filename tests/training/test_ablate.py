@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -42,7 +43,7 @@ def test_the_help_names_every_table_that_is_not_the_papers():
 
 
 def test_methods_are_those_of_their_files():
-    """Each of the five is in one row, with that file's prompts and constraints."""
+    """Each of the six is in one row, with that file's prompts, constraints and decoder."""
     rows = {name: row.settings for row in ablate.TABLES["methods"] for name in row.name.split(", ")}
     assert set(rows) == {path.stem for path in (ROOT / "configs/methods").glob("*.yaml")}
     for name, settings in rows.items():
@@ -52,6 +53,9 @@ def test_methods_are_those_of_their_files():
             load_config(["--config", str(ROOT / f"configs/methods/{name}.yaml")]),
         )
         assert (config.ppm, config.loss) == (expected.ppm, expected.loss)
+        assert config.decoder == replace(
+            expected.decoder, **{size: getattr(config.decoder, size) for size in ablate.SIZES}
+        )
         assert config.data == load_config(["--config", TINY]).data
 
 

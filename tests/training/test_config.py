@@ -88,6 +88,7 @@ def test_the_related_methods_differ_in_what_they_are_known_for():
         "gsva": ("last", True, False, False, 0),
         "read": ("last", True, False, True, 0),
         "uground": ("policy", True, True, False, 2),
+        "pixellm": ("last", True, False, False, 0),
     }
     folder = ROOT / "configs/methods"
     assert {path.stem for path in folder.glob("*.yaml")} == set(expected)
@@ -96,7 +97,8 @@ def test_the_related_methods_differ_in_what_they_are_known_for():
         ppm, terms = config.ppm, config.loss.map_terms
         settings = ppm.layer_selection, ppm.seg_prompt, ppm.mask_prompt, ppm.point_prompts > 0, len(terms)
         assert settings == method, name
-        UGroundConfig(**config.method)
+        shape = UGroundConfig(vision_config={"image_size": 336, "patch_size": 14}, **config.method)
+        assert shape.has_pixel_decoder == (name == "pixellm")
         comment = (folder / f"{name}.yaml").read_text().partition("base:")[0]
         assert "Taken from its paper" in comment
         assert "Not taken" in comment

@@ -180,12 +180,10 @@ _ALWAYS = {  # gone from every program
     "masks_process_with_clip": Answer(note="masks always keep the image's size, as without this flag"),
     "preprocessor_config": Answer(note="CLIP's input size is read from the folder of --vision_tower"),
     **_gone(
-        "CLIP keeps its own input size; name the 336-pixel model with --vision_tower",
-        "resize_vision_tower resize_vision_tower_size",
+        "the model's folder holds it",
+        "resize_vision_tower resize_vision_tower_size vision_tower_for_mask seg_token_num image_feature_scale_num "
+        "separate_mm_projector",
     ),
-    "vision_tower_for_mask": Answer(note="SAM encodes the image for masks, as without this flag"),
-    **_gone("an object has one [SEG], as with the value 1", "seg_token_num image_feature_scale_num"),
-    "separate_mm_projector": Answer(note="there is one projector; the second is never read in the release either"),
     "use_expand_question_list": Answer(note="questions are drawn from one list of templates"),
     "num_layers": Answer(note="the number of layers is read from LLaVA's weights"),
     "merge_lora_path": Answer(note="merge with scripts/merge_lora.py --output"),
@@ -194,13 +192,21 @@ _QUANTIZE = {f"load_in_{kind}": Answer("quantize", f"--quantize {kind}") for kin
 _OF_THE_MODEL = _ALWAYS | {  # for programs that open a finished model
     **_gone("the model's folder holds it", "model_max_length lora_r lora_alpha lora_dropout lora_target_modules"),
     **_gone("the model's folder holds it", "strategy baseline_type baseline_beta use_released_param"),
-    "model_key": Answer(note="the model's folder tells whether it is UGround, LISA, GSVA, SESAME or READ"),
+    "model_key": Answer(note="the model's folder tells whether it is UGround, LISA, GSVA, SESAME, READ or PixelLM"),
     "local_rank": Answer(note="it runs in one process"),
 }
 
 _TRAIN = _ALWAYS | {
     "precision": Answer("precision", "fp16 does not exist in training: use bf16 or fp32"),
     "model_max_length": Answer("model_max_length", default="2048"),
+    "resize_vision_tower": Answer(note="--clip_resize SIDE resizes it"),
+    "resize_vision_tower_size": Answer("clip_resize", "0 = the tower's own side", "0"),
+    "vision_tower_for_mask": Answer("mask_decoder", "--mask_decoder pixel_decoder", "segment_anything"),
+    "seg_token_num": Answer("codebook_tokens"),
+    "image_feature_scale_num": Answer(note="SAM has one scale, --mask_decoder pixel_decoder two"),
+    "separate_mm_projector": Answer(
+        note="--mask_decoder pixel_decoder has a projector of its own; UGround's release never reads its second one"
+    ),
     "lora_r": Answer("lora_r", default="8"),
     "load_in_8bit": Answer(note="test.py, chat.py and app.py take --quantize 8bit"),
     "load_in_4bit": Answer(note="test.py, chat.py and app.py take --quantize 4bit"),
@@ -243,7 +249,9 @@ _TRAIN = _ALWAYS | {
     "seed": Answer("seed", default="0"),
     "vis_save_path": Answer(note="chat.py writes to its --output"),
     "weight": Answer("version", "a merged folder, an adapter or a published checkpoint; --resume resumes a run"),
-    "model_key": Answer(note="UGround is trained; configs/methods has LISA, GSVA, SESAME and READ as settings"),
+    "model_key": Answer(
+        note="UGround is trained; configs/methods has LISA, GSVA, SESAME, READ and PixelLM as settings"
+    ),
     "strategy": Answer(note="policy_walker is Policy-Prompted Masking, the method; --layer_selection sets its rule"),
     "mode": Answer("layer_selection", "1: last; 2: policy, with --phi_layer last; 3: policy", "policy"),
     "baseline_type": Answer("baseline", "ema: average; critic: critic", "average"),

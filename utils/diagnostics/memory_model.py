@@ -147,8 +147,9 @@ def mask_decoder(plan: Plan) -> float:
     downscaling and the sum 3: counted in a run (docs/scaling.md).
     """
     if plan.shape.has_pixel_decoder:  # each scale but the first at twice the grid's side; without mask prompts
+        assert plan.shape.decoder_config is not None
         grid = (plan.shape.clip_side // plan.shape.clip_patch) ** 2
-        image = grid * plan.shape.decoder_width * (1 + 4 * (plan.shape.num_scales - 1))
+        image = grid * plan.shape.decoder_config["prompt_width"] * (1 + 4 * (plan.shape.num_scales - 1))
         return 26.0 * image * plan.precision * plan.masks * plan.images
     sam = SamShape(**plan.shape.sam_config)
     image = (sam.image_size // sam.patch_size) ** 2 * sam.prompt_width
