@@ -112,7 +112,8 @@ class Batch:
         label_weights: [M] float32, the token's weight in the text loss.
         counts: [2] float32, the sum of label_weights and the number of masks that are not empty: the denominators of
             the losses. Training replaces them by their mean over all micro steps and processes of an optimizer step.
-        seg_positions: [N] int64, flat position before each ``[SEG]`` of the answers, in the order of the masks.
+        seg_positions: [N] int64, flat position before each ``[SEG]`` of the answers, in the order of the masks; of a
+            codebook, before its last token.
         seg_rows: [N] int64, the row of each ``[SEG]``.
         clip_images: [B, 3, S, S]; sam_images: [B, 3, R, R]; sam_sizes: per row, the resized (height, width) in SAM's
             padded square. Without a SAM, R = 0, and the sizes are those in CLIP's.

@@ -51,7 +51,8 @@ class PromptBuilder:
         tokenizer: a fast tokenizer (offsets are needed) that knows the special tokens.
         num_image_tokens: P, the number of image placeholders.
         system_prompt: text before the first ``USER:``; may be empty.
-        codebook: the tokens of a target, which take the place of each ``[SEG]`` of an answer.
+        codebook: the tokens of a target, which take the place of each ``[SEG]`` of an answer. They follow each other
+            as ids: a tokenizer may see spaces between them, or need some.
 
     Attributes:
         prefix_ids: tokens of the prefix with P placeholders; image_start: index of the first one.
@@ -71,7 +72,8 @@ class PromptBuilder:
             raise ValueError(f"{type(tokenizer).__name__} gives no character offsets; load the fast tokenizer")
         self.tokenizer = tokenizer
         self.num_image_tokens = num_image_tokens
-        self.target_text, self.escaped = "".join(codebook), dict.fromkeys((*SPECIAL_TOKENS, *codebook))
+        self.seg_name, self.escaped = codebook[0], dict.fromkeys((*SPECIAL_TOKENS, *codebook))
+        self.codebook = [tokenizer.get_vocab()[name] for name in codebook]
         self.system_prompt = system_prompt
         self.prefix_text = f"{system_prompt} " * bool(system_prompt) + f"USER: {IM_START}{IMAGE}{IM_END}\n"
         self._prefix_once = tokenizer(self.prefix_text)["input_ids"]
@@ -98,7 +100,7 @@ class PromptBuilder:
             text += ("" if i == 0 else "USER: ") + f"{escape(turn.question.strip(), self.escaped)} ASSISTANT:"
             if turn.answer:
                 start = len(text)
-                text += f" {turn.answer.strip().replace(SEG, self.target_text)}{eos}"
+                text += f" {turn.answer.strip().replace(SEG, self.seg_name)}{eos}"
                 spans.append((start, len(text)))
         encoded = self.tokenizer(text, return_offsets_mapping=True)
         ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
@@ -109,4 +111,15 @@ class PromptBuilder:
             token if any(start <= left and right <= end for start, end in spans) else IGNORE_LABEL
             for token, (left, right) in zip(ids[split:], offsets[split:])
         ]
-        return EncodedConversation(ids[split:], labels)
+        return self._with_codebook(EncodedConversation(ids[split:], labels))
+
+    def _with_codebook(self, conversation: EncodedConversation) -> EncodedConversation:
+        """The codebook's tokens in place of its first one, which stands for a target in the text."""
+        if len(self.codebook) == 1:
+            return conversation
+        ids, labels = [], []
+        for token, label in zip(conversation.ids, conversation.labels):
+            is_target = token == self.codebook[0]
+            ids += self.codebook if is_target else [token]
+            labels += self.codebook if is_target else [label]
+        return EncodedConversation(ids, labels)

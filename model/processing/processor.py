@@ -68,8 +68,8 @@ class UGroundProcessor:
         folder = tokenizer.name_or_path
         self.tokens = token_ids(tokenizer, f"the tokenizer of {folder}" if folder else "the tokenizer", codebook)
         names = codebook_names(codebook)
-        self.codebook = [tokenizer.get_vocab()[name] for name in names]
         self.builder = PromptBuilder(tokenizer, (clip_side // clip_patch) ** 2, system_prompt, names)
+        self.codebook = self.builder.codebook
         self.max_tokens, self.clip_fit = max_tokens, clip_fit
         self.keep_padding = self.hash_images = False
         if self.room < 1:
