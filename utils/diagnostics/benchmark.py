@@ -263,7 +263,7 @@ class Bench:
 
     def sam_encoder(self) -> SegmentAnything:
         """The model's SAM without the cache of features."""
-        sam = copy.copy(self.model.visual_model)
+        sam: Any = copy.copy(self.model.visual_model)
         sam.cache = None
         return sam
 
