@@ -15,6 +15,7 @@ from model import losses
 from model.config import UGroundConfig
 from model.geometry import on_grid
 from model.PPM import LayerSamples, PolicyPromptedMasking
+from model.settings import MASK_REWARDS
 from model.structures import EPSILON, IGNORE_PIXEL, Batch
 
 SoftTarget = tuple[torch.Tensor, torch.Tensor]  # one image's M_sigma [n, H, W], and the weight [n] of its positives
@@ -94,7 +95,10 @@ class Objective:
         soft_targets = [self.soft_target(masks) for masks in batch.masks]
         overlaps = self.overlap_weights(batch, mask_logits)
         per_mask, present = self.mask_terms(batch.masks, mask_logits, maps, soft_targets, overlaps)
-        rewards = _reward(per_mask, config.reward_terms).detach()
+        if overlaps and config.reward_terms in MASK_REWARDS:  # of plain BCE, as the rewards of the ``others``
+            rewards = self.mask_rewards(batch.masks, mask_logits)
+        else:
+            rewards = _reward(per_mask, config.reward_terms).detach()
         if config.reward == "batch":
             rewards = (rewards * present).sum().expand(len(rewards))
         layer_terms = None if layer_maps is None else self.layer_terms(batch.masks, soft_targets, layer_maps)

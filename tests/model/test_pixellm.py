@@ -260,6 +260,18 @@ def test_the_target_refinement_loss_counts_overlaps_more(model, processor):
     assert refined.terms["mask_dice"] == plain.terms["mask_dice"]
 
 
+@pytest.mark.parametrize("reward", ["mask", "mask_iou"])
+def test_rewards_do_not_count_overlaps_more(model, processor, reward):
+    """The rewards of further sampled layers know nothing of overlaps: one [SEG]'s must be comparable."""
+    model.config.reward_terms = reward
+    batch = processor.collate([drawn_sample(0, segs=(1, 2)), drawn_sample(1, segs=(2,))])
+    plain = model(batch).rewards
+    model.config.overlap_weight = 3.0
+    output = model(batch)
+    assert torch.equal(output.rewards, plain)
+    assert torch.equal(output.rewards, model.objective.mask_rewards(batch.masks, output.mask_logits))
+
+
 def test_a_new_decoder_is_the_same_in_every_run_and_precision(processor):
     config = make_config(len(processor.tokenizer), processor)
     states = []
