@@ -147,7 +147,7 @@ class UGroundForCausalLM(LlavaLlamaForCausalLM):
         touched = TouchAll.apply(self.device, *(p for each in modules for p in each.parameters() if p.requires_grad))
         output = self.forward_language(batch)
         counts = [len(masks) for masks in batch.masks]
-        size = len(self.config.codebook)
+        size = self.config.codebook_size
         states, codebook = per_target(output.at(codebook_positions(batch.seg_positions, size)), size)
         rule = self.config.selection
         grounding = self.ground(output.hidden, states, batch.seg_rows, counts, batch, rule)

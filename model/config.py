@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from transformers import AutoConfig
 
 from model import layer_rules
@@ -9,9 +11,9 @@ from model.decoders.pixel_decoder import PixelDecoderShape
 from model.decoders.segment_anything import SamShape
 from model.llava import LlavaLlamaConfig
 from model.settings import (
+    DECODER_SCALES,
     MASK_REWARDS,
     METHOD_FIELDS,
-    PIXEL_SCALES,
     RUN_NAMES,
     CheckpointSettings,
     DecoderSettings,
@@ -76,7 +78,7 @@ class UGroundConfig(
     @property
     def num_scales(self) -> int:
         """S, the prompts that the decoder takes for a [SEG], each from tokens of its own."""
-        return PIXEL_SCALES if self.has_pixel_decoder else 1
+        return DECODER_SCALES[self.mask_decoder]
 
     @property
     def codebook_size(self) -> int:
@@ -86,7 +88,19 @@ class UGroundConfig(
     @property
     def codebook(self) -> tuple[int, ...]:
         """Ids of a target's [SEG] tokens: S times ``codebook_tokens``, scale by scale; -1 = not known yet."""
-        return tuple(self.codebook_ids or [-1 if self.seg_token_id is None else self.seg_token_id])
+        last = -1 if self.seg_token_id is None else self.seg_token_id
+        return tuple(self.codebook_ids or [*[-1] * (self.codebook_size - 1), last])
+
+    @property
+    def processor_settings(self) -> dict[str, Any]:
+        """Arguments of ``UGroundProcessor`` that follow from the model."""
+        return {
+            "clip_side": self.clip_side,
+            "clip_patch": self.cell_side,
+            "sam_side": 0 if self.has_pixel_decoder else self.sam_config["image_size"],
+            "clip_fit": self.clip_fit,
+            "codebook": self.codebook_size,
+        }
 
     @property
     def num_layers(self) -> int:

@@ -15,7 +15,7 @@ from model import layer_rules
 
 PRECISION_NAMES = ("fp32", "bf16", "fp16")
 QUANTIZATIONS = ("8bit", "4bit")
-PIXEL_SCALES = 2  # of PixelLM's decoder
+DECODER_SCALES = {"segment_anything": 1, "pixel_decoder": 2}  # mask decoder -> S, the prompts that it takes per [SEG]
 MASK_REWARDS = ("mask", "mask_iou")  # values of reward_terms that need SAM's mask of a layer, not only its map
 FREEZABLE = (  # parts that train; the last three in a model with PixelLM's decoder
     "phi",
@@ -179,7 +179,7 @@ class DecoderSettings:
     mask_decoder: str = setting(
         "segment_anything",
         "SAM, or pixel_decoder: PixelLM's, which reads CLIP's states and needs no SAM",
-        choices=("segment_anything", "pixel_decoder"),
+        choices=tuple(DECODER_SCALES),
     )
     decoder_width: int = setting(256, "width of a pixel decoder's prompts and image features; a multiple of 16", low=16)
     codebook_tokens: int = setting(
@@ -371,11 +371,6 @@ def _decoder_contradictions(method: Mapping[str, Any]) -> Iterator[tuple[str, st
 def has_pixel_decoder(method: Mapping[str, Any]) -> bool:
     """Whether masks are decoded by PixelLM's decoder, without a SAM; of all method settings, or some."""
     return method.get("mask_decoder") == "pixel_decoder"
-
-
-def codebook_size(method: Mapping[str, Any]) -> int:
-    """K, the [SEG] tokens of a target: ``codebook_tokens`` for each scale of the decoder."""
-    return method.get("codebook_tokens", 1) * (PIXEL_SCALES if has_pixel_decoder(method) else 1)
 
 
 def without_effect(method: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -31,7 +31,6 @@ class MaskDecoder(nn.Module, ABC):
     Attributes:
         image_side: side of its square input in pixels; 0 = it has none, and reads CLIP's states.
         clip_depths: indices of the CLIP hidden states that it reads, as in ``CLIPVisionModel``'s output.
-        num_scales: S, the tokens that it takes for a [SEG], each from a part of the codebook.
         mask_side: side of mask prompts and of low-resolution masks.
         prompt_width: E, the width of a sparse prompt, and so of phi's output.
         cache: of its image embeddings on disk; None = no cache.
@@ -39,7 +38,6 @@ class MaskDecoder(nn.Module, ABC):
 
     image_side: int
     clip_depths: tuple[int, ...] = ()
-    num_scales: int = 1
     prompt_width: int
     cache: FeatureCache | None = None
 

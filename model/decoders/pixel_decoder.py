@@ -85,7 +85,7 @@ class PixelDecoderShape:
         """
         scales, width = state["mask_decoder.level_embed.weight"].shape
         if scales != len(depths):
-            raise ValueError(f"the pixel decoder has {scales} scales (mask_decoder.level_embed); PixelLM's has 2")
+            raise ValueError(f"the pixel decoder has {scales} scales (mask_decoder.level_embed), not {len(depths)}")
         layers = [key.split(".")[4] for key in state if key.startswith("mask_decoder.transformer.0.layers.")]
         return cls(
             clip_width=state["out_mm_projector.0.weight"].shape[1],
@@ -183,7 +183,7 @@ class PixelDecoder(MaskDecoder):
     def __init__(self, shape: PixelDecoderShape, side: int, patch: int) -> None:
         super().__init__()
         self.shape, self.side, self.grid = shape, side, side // patch
-        self.clip_depths, self.num_scales = tuple(shape.clip_depths), len(shape.clip_depths)
+        self.clip_depths = tuple(shape.clip_depths)
         self.prompt_width = width = shape.prompt_width
         self.out_mm_projector = nn.Sequential(
             nn.Linear(shape.clip_width, shape.projector_width),
@@ -255,17 +255,16 @@ class PixelDecoder(MaskDecoder):
         n, dtype = len(embeddings), embeddings.dtype
         if n == 0:
             return embeddings.new_zeros(0, *side), embeddings.new_zeros(0)
-        if tokens is None or tokens.shape[1] != self.num_scales:
-            raise ValueError(
-                f"the pixel decoder takes {self.num_scales} tokens per [SEG], one per scale, and no points"
-            )
+        scales = len(self.clip_depths)
+        if tokens is None or tokens.shape[1] != scales:
+            raise ValueError(f"the pixel decoder takes {scales} tokens per [SEG], one per scale, and no points")
         if mask_prompts is None:
             dense = self.prompt_encoder.no_mask_embed.weight.view(1, width, 1, 1).expand(n, -1, grid, grid)
         else:
             dense = self.prompt_encoder.mask_downscaling(mask_prompts.to(dtype))
         image_pe = self.prompt_encoder.get_dense_pe().to(dtype)
         masks, previous, iou = [], None, embeddings.new_zeros(n)
-        for scale in range(self.num_scales):
+        for scale in range(scales):
             token = tokens[:, scale : scale + 1].to(dtype)
             previous, iou = self.mask_decoder(scale, embeddings[:, scale], image_pe, token, dense, previous)
             masks.append(_resized(previous[:, None], side)[:, 0])

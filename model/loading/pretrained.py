@@ -39,7 +39,7 @@ from model.opened import Opened
 from model.processing.conversation import SYSTEM_PROMPT
 from model.processing.processor import UGroundProcessor
 from model.processing.tokens import IMAGE, add_special_tokens, codebook_size_of, load_tokenizer, token_ids
-from model.settings import METHOD_FIELDS, PIXEL_SCALES, has_pixel_decoder, kept_settings
+from model.settings import DECODER_SCALES, METHOD_FIELDS, has_pixel_decoder, kept_settings
 from model.UGround import UGroundForCausalLM
 
 Kind = Literal["merged", "adapter", "released", "base", "run", "unknown"]
@@ -142,17 +142,23 @@ def _load_merged(folder: Path, precision: str, paths: dict[str, str]) -> Parts:
     model, info = loaded  # transformers' annotation lacks the pair
     if problems := misfits(info["missing_keys"], info["unexpected_keys"], info["mismatched_keys"]):
         raise ValueError(f"--version: {folder / 'config.json'} and the weights do not fit: {'; '.join(problems)}")
-    for name, in_config, in_processor in (
-        ("[SEG]", model.config.seg_token_id, processor.tokens.seg),
-        ("[REJ]", model.config.rej_token_id, processor.tokens.rej),
-        ("clip_fit", model.config.clip_fit, processor.clip_fit),
-        ("the codebook", model.config.codebook, tuple(processor.codebook)),
-    ):
-        if in_config != in_processor:
-            raise ValueError(
-                f"--version: {folder}: {name} is {in_config} in config.json, {in_processor} in the processor's files"
-            )
+    check_processor(model.config, processor, folder, "config.json")
     return model, processor, dict.fromkeys((name for name, _ in model.named_children()), str(folder))
+
+
+def check_processor(config: UGroundConfig, processor: UGroundProcessor, folder: Path, file: str) -> None:
+    """Raises a ValueError if the processor in ``folder`` is not of the model, whose configuration is in ``file``."""
+    sides = ("clip_side", "clip_patch", "sam_side", "clip_fit")
+    for name, of_model, of_processor in (
+        ("[SEG]", config.seg_token_id, processor.tokens.seg),
+        ("[REJ]", config.rej_token_id, processor.tokens.rej),
+        ("the codebook", config.codebook, tuple(processor.codebook)),
+        *((name, config.processor_settings[name], getattr(processor, name)) for name in sides),
+    ):
+        if of_model != of_processor:
+            raise ValueError(
+                f"--version: {folder}: {name} is {of_model} in {file}, {of_processor} in the processor's files"
+            )
 
 
 def _load_adapter(folder: Path, precision: str, paths: dict[str, str]) -> Parts:
@@ -174,7 +180,9 @@ def _load_adapter(folder: Path, precision: str, paths: dict[str, str]) -> Parts:
         for row in rows
     }
     sources |= {row.module: str(folder) for row in rows if row.source == "new"}
-    return model, UGroundProcessor.from_pretrained(folder), sources
+    processor = UGroundProcessor.from_pretrained(folder)
+    check_processor(model.config, processor, folder, adapter.META)
+    return model, processor, sources
 
 
 def _load_released(folder: Path, precision: str, paths: dict[str, str]) -> Parts:
@@ -193,8 +201,8 @@ def _load_released(folder: Path, precision: str, paths: dict[str, str]) -> Parts
         ) from error
     tokenizer = load_tokenizer(folder)
     tokenizer.add_tokens([IMAGE], special_tokens=True)  # placeholder of image features; it has no embedding
-    where, size = f"--version: the tokenizer of {folder}", codebook_size_of(tokenizer)
-    ids = token_ids(tokenizer, where, size)
+    where = f"--version: the tokenizer of {folder}"
+    ids = token_ids(tokenizer, where, codebook_size_of(tokenizer))
     settings = {"seg_token_id": ids.seg, "rej_token_id": ids.rej, "eos_token_id": ids.eos, "pad_token_id": ids.pad}
     settings |= _published_codebook(tokenizer, where, release)
     model, sources = load_released(folder, raw_config, release, vision_tower, PRECISIONS[precision], settings)
@@ -204,21 +212,18 @@ def _load_released(folder: Path, precision: str, paths: dict[str, str]) -> Parts
             f"--version: {folder}: the tokenizer has a token {largest}, the model embeds {config.vocab_size}; they are "
             "of different checkpoints"
         )
-    sides = config.clip_side, config.cell_side, model.visual_model.image_side
-    processor = UGroundProcessor(tokenizer, *sides, release.system_prompt, clip_fit=config.clip_fit, codebook=size)
-    if size > 1:
+    processor = UGroundProcessor(tokenizer, **config.processor_settings, system_prompt=release.system_prompt)
+    if config.codebook_size > 1:
         config.codebook_ids = processor.codebook
     return model, processor, sources
 
 
 def _published_codebook(tokenizer: Any, where: str, release: Release) -> dict[str, int]:
-    """The setting of ``UGroundConfig`` that a published PixelLM's tokenizer tells: [SEG] tokens per scale."""
-    size = codebook_size_of(tokenizer)
-    if not has_pixel_decoder(release.settings):
-        return {}
-    if size % PIXEL_SCALES:
-        raise ValueError(f"{where} has {size} [SEG] tokens per target, no multiple of the {PIXEL_SCALES} scales")
-    return {"codebook_tokens": size // PIXEL_SCALES}
+    """The setting of ``UGroundConfig`` that a published tokenizer tells: [SEG] tokens per scale."""
+    size, scales = codebook_size_of(tokenizer), DECODER_SCALES[release.settings.get("mask_decoder", "segment_anything")]
+    if size % scales:
+        raise ValueError(f"{where} has {size} [SEG] tokens per target, no multiple of the {scales} scales")
+    return {"codebook_tokens": size // scales}
 
 
 LOADERS: dict[Kind, Callable[[Path, str, dict[str, str]], Parts]] = {
@@ -359,9 +364,8 @@ def load_for_training(
     config, old_size = model.config, len(tokenizer)
     added = add_special_tokens(tokenizer, config.codebook_size)
     grow_vocabulary(model, old_size, len(tokenizer))
-    sides = config.clip_side, config.cell_side, model.visual_model.image_side
     processor = UGroundProcessor(
-        tokenizer, *sides, system_prompt, max_tokens, config.clip_fit, codebook=config.codebook_size
+        tokenizer, **config.processor_settings, system_prompt=system_prompt, max_tokens=max_tokens
     )
     processor.keep_padding = config.reads_padding
     ids = processor.tokens

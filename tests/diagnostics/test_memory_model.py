@@ -99,6 +99,21 @@ def test_activations_are_what_autograd_saves(checkpointing):
     assert measured / expected == pytest.approx(1, abs=0.15), (measured, parts)
 
 
+def test_a_model_without_a_sam_is_planned_and_measured_with_its_own_tokens(plan):
+    flags = ["--config", str(ROOT / "configs/methods/pixellm.yaml"), "--train_tables", "new"]
+    config = load_config(flags, needs=())
+    pixels = memory_model.plan_of_preset("7b", config)
+    assert pixels.labels == plan.labels + 5 * plan.masks
+    assert pixels.tokens == plan.tokens - 576 + 256 + 5 * plan.masks
+    assert len(pixels.token_rows) == memory_model.ADDED + 5
+    batch = random_batch(replace(pixels, images=1))
+    assert batch.clip_images.shape[-1] == 448
+    assert batch.sam_images.numel() == 0
+    assert len(batch.seg_positions) == pixels.masks
+    last = batch.label_ids == batch.input_ids.flatten()[batch.seg_positions[0]]
+    assert last.sum() == pixels.masks
+
+
 def test_a_tenth_of_a_card_stays_free():
     assert memory_model.fits(21.6e9, 24)
     assert not memory_model.fits(21.7e9, 24)

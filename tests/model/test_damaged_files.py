@@ -114,6 +114,24 @@ def test_values_of_a_wrong_type_are_named(whole, tmp_path, name, change, message
         load(tmp_path / "merged", device="cpu")
 
 
+@pytest.mark.parametrize(("kind", "file"), [("merged", r"config\.json"), ("adapter", r"uground_run\.json")])
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        ({"sam_side": 0}, "sam_side"),  # as of a decoder without an image encoder
+        ({"sam_side": 128}, "sam_side"),
+        ({"clip_side": 80, "clip_patch": 20}, "clip_side"),
+        ({"clip_fit": "crop"}, "clip_fit"),
+    ],
+)
+def test_a_processor_of_another_model_is_named(whole, tmp_path, kind, file, change, name):
+    shutil.copytree(whole / kind, tmp_path / kind)
+    path = tmp_path / kind / "uground_processor.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ValueError, match=rf"{name} is \w+ in {file}, {change[name]} in the processor's files"):
+        open_kind(tmp_path / kind, kind)
+
+
 @pytest.mark.parametrize("value", [{}, {"weight_map": []}, {"weight_map": {"a": 3}}])
 def test_an_index_without_a_map_is_named(whole, tmp_path, value):
     shutil.copytree(whole / "merged", tmp_path / "merged")

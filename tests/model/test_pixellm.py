@@ -21,6 +21,7 @@ from transformers import CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
 from model import losses
 from model.config import UGroundConfig
+from model.decoders import DECODERS
 from model.decoders.pixel_decoder import PixelDecoder
 from model.generation import next_tokens
 from model.geometry import resized_size
@@ -33,6 +34,7 @@ from model.processing.conversation import HUMAN_SYSTEM_PROMPT
 from model.processing.processor import UGroundProcessor
 from model.processing.tokens import add_special_tokens
 from model.processing.transforms import resize_and_pad
+from model.settings import DECODER_SCALES
 from model.structures import Turn
 from model.UGround import UGroundForCausalLM
 from utils.demo.tiny_model import clip_config, llama_settings, train_tokenizer
@@ -186,6 +188,12 @@ def test_the_map_of_a_chosen_layer_prompts_this_decoder_too(processor):
     masks = [predict(*ask, layer_policy=rule)[0][0].mask_logits for rule in ("fixed:1", "fixed:4", "mc:3", "best:2")]
     assert all(mask.isfinite().all() and mask.shape == masks[0].shape for mask in masks)
     assert not torch.equal(masks[0], masks[1])
+
+
+def test_every_decoder_has_its_scales(model):
+    assert DECODERS.keys() == DECODER_SCALES.keys()
+    assert len(model.visual_model.clip_depths) == model.config.num_scales == DECODER_SCALES["pixel_decoder"]
+    assert UGroundConfig().num_scales == 1
 
 
 def test_what_needs_an_image_encoder_says_so(model, processor, tmp_path):

@@ -296,7 +296,8 @@ def plan_of_preset(name: str, config: Config) -> Plan:
 def plan_of_shape(shape: UGroundConfig, config: Config) -> Plan:
     """The training step of a configuration with another shape in place of its weights."""
     part = config.model
-    rows = tuple(range(ADDED)) if part.train_tables == "new" else ()
+    more = shape.codebook_size - 1  # [SEG] tokens of a target beyond one
+    rows = tuple(range(ADDED + more)) if part.train_tables == "new" else ()
     total, trainable, sharded = count_parameters(shape, part.lora_r, part.lora_target_modules, rows, part.freeze)
     zero = json.loads(Path(config.train.deepspeed_config).read_text()).get("zero_optimization", {})
     questions = config.data.questions_per_image
@@ -308,8 +309,8 @@ def plan_of_shape(shape: UGroundConfig, config: Config) -> Plan:
         frozen=part.freeze,
         precision=PRECISIONS[part.precision].itemsize,
         images=config.train.batch_size,
-        tokens=shape.num_image_tokens + PREFIX + questions * PER_QUESTION,
-        labels=questions * LABELS,
+        tokens=shape.num_image_tokens + PREFIX + questions * (PER_QUESTION + more),
+        labels=questions * (LABELS + more),
         masks=questions,
         checkpointing=part.gradient_checkpointing,
         dropout=part.lora_dropout > 0,

@@ -15,6 +15,7 @@ from transformers import AutoTokenizer
 from model.loading.placement import PRECISIONS
 from model.lora import add_lora
 from model.processing.processor import UGroundProcessor
+from model.processing.tokens import add_special_tokens
 from model.structures import Batch, Sample, Turn
 from model.UGround import UGroundForCausalLM
 from utils import distributed
@@ -97,9 +98,9 @@ def random_weights(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
 def random_batch(plan: Plan) -> Batch:
     """Random square images (no padded patches) with meaningless questions, as many and as long as in the plan."""
     shape, rng = plan.shape, np.random.default_rng(0)
-    processor = UGroundProcessor(
-        AutoTokenizer.from_pretrained(TOKENIZER), shape.clip_side, shape.clip_patch, shape.sam_config["image_size"]
-    )
+    tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
+    add_special_tokens(tokenizer, shape.codebook_size)
+    processor = UGroundProcessor(tokenizer, **shape.processor_settings)
     size = (round(plan.pixels**0.5),) * 2
     question = "where is the red star " * max(1, (plan.tokens - shape.num_image_tokens) // plan.masks // 6)
     samples = []
