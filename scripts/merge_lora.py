@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError("--private is for the repository of --push; give both, or neither")
         model, processor, config, meta = initial_state(args) if args.config else trained_state(args)
         if args.adapter_only:
-            save = partial(adapter.save, model, dtype=PRECISIONS[config.model.precision])
+            save = partial(adapter.save, model, trained=meta["trained"], dtype=PRECISIONS[config.model.precision])
         else:
             merged, difference = merge(model, processor)
             print(f"merged and unmerged agree: largest difference {difference:.1e} of the largest value")
@@ -192,7 +192,7 @@ def load_trained(checkpoint: Path, meta: dict[str, Any], config: Config) -> tupl
     for part, now, before in (
         ("the base weights", base_fingerprints(loaded), meta["base"]),
         ("the special tokens", vars(processor.tokens), meta["tokens"]),
-        ("the trainable parameters", checkpoints.trained_shapes(model), meta["trained"]),
+        ("the trainable parameters", checkpoints.trained_shapes(model, loaded), meta["trained"]),
     ):
         if names := checkpoints.differing(now, before):
             raise CheckpointError(

@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from model.structures import Batch
 
 MASK_TOKENS = 4  # of SAM's decoder, of which the first is the single mask; the others are unused weights
-SEED = 0  # of new weights and of positional encodings
 
 
 @dataclass
@@ -212,20 +211,14 @@ class PixelDecoder(MaskDecoder):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """New weights, the same in every run: a checkpoint need not hold those that stay frozen."""
-        dtype = next(self.parameters()).dtype
-        self.float()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(SEED)
-            for module in self.modules():
-                if isinstance(module, PositionEmbeddingRandom):
-                    module.positional_encoding_gaussian_matrix.normal_()
-                elif isinstance(module, LayerNorm2d):
-                    module.weight.fill_(1.0)
-                    module.bias.zero_()
-                elif isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d, nn.Embedding, nn.LayerNorm)):
-                    module.reset_parameters()
-        self.to(dtype)
+        for module in self.modules():
+            if isinstance(module, PositionEmbeddingRandom):
+                module.positional_encoding_gaussian_matrix.normal_()
+            elif isinstance(module, LayerNorm2d):
+                module.weight.fill_(1.0)
+                module.bias.zero_()
+            elif isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d, nn.Embedding, nn.LayerNorm)):
+                module.reset_parameters()
 
     @property
     def mask_side(self) -> int:

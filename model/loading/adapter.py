@@ -1,7 +1,7 @@
 """Adapter folders: what a run trained, without its base; a few hundred megabytes, loaded on top of the base.
 
 adapter_config.json, adapter_model.safetensors    LoRA, as peft writes it (float32)
-trained_parts.safetensors                         all other trained weights, under the model's own names
+trained_parts.safetensors                         all other weights that no base gives, under the model's own names
 uground_run.json                                  settings, fingerprints and paths of the base
 tokenizer files, uground_processor.json, README.md
 
@@ -10,6 +10,7 @@ scripts/merge_lora.py --adapter_only writes them.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +34,12 @@ def is_adapter(folder: str | Path) -> bool:
     return (Path(folder) / PARTS).is_file()
 
 
-def save(model: nn.Module, folder: Path, dtype: torch.dtype) -> None:
-    """Writes LoRA and all other trained weights to ``folder``.
+def save(model: nn.Module, folder: Path, trained: Iterable[str], dtype: torch.dtype) -> None:
+    """Writes LoRA and all other weights that no base gives to ``folder``.
 
     Args:
         model: as trained, in float32; a ``PeftModel`` unless LoRA's rank is 0.
+        trained: names of the weights that its checkpoints hold.
         dtype: of all but LoRA, that of training.
     """
     from peft import PeftModel  # here: it is slow to import, and loading a folder does not need it
@@ -49,9 +51,9 @@ def save(model: nn.Module, folder: Path, dtype: torch.dtype) -> None:
     state, parts = base.state_dict(), {}
     of_peft = ("lora_", ".token_adapter.")  # in names of what it has just written
     own = [name for name in state if not any(part in name for part in of_peft)]
-    trained = {name for name, p in base.named_parameters() if p.requires_grad}
+    held = {plain_name(name) for name in trained}
     for name in own:
-        if name in trained or name.startswith(NEW_PARTS):
+        if name in held or name.startswith(NEW_PARTS):
             parts[name] = state[name].to(dtype).contiguous()
     parts |= {name: value for name, value in base.named_buffers() if name in own}
     save_file(parts, folder / PARTS)

@@ -167,8 +167,8 @@ def compare_restored(run) -> None:
     for name in before.shapes:
         for kind in (WEIGHT, *MOMENTS):
             assert torch.equal(before.read(name, kind), after.read(name, kind)), f"{kind} of {name} differs"
-    for name, buffer in before.buffers.items():
-        assert torch.equal(buffer, after.buffers[name]), name
+    for name, value in before.fixed.items():
+        assert torch.equal(value, after.fixed[name]), name
     assert (before.step, before.rates) == (after.step, after.rates)
     counters = ("lr_scheduler", "global_steps", "global_samples")
     assert [before.model[name] for name in counters] == [after.model[name] for name in counters]

@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import WORDS, drawn_sample
 from opening import load_pretrained
+from safetensors.torch import load_file, save_file
 from segment_anything.modeling import TwoWayTransformer
 from torch.nn import functional as F
 from transformers import CLIPVisionModel, LlamaConfig, LlamaForCausalLM
@@ -22,12 +23,12 @@ from transformers import CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 from model import losses
 from model.config import UGroundConfig
 from model.decoders import DECODERS
-from model.decoders.pixel_decoder import PixelDecoder
 from model.generation import next_tokens
 from model.geometry import resized_size
+from model.loading import adapter
 from model.loading.pretrained import load_for_training, settings_of
-from model.loading.weights import load_original_sam, new_model
-from model.lora import parameters_by_part, set_trainable
+from model.loading.weights import Loaded, load_original_sam, new_model
+from model.lora import add_lora, parameters_by_part, set_trainable
 from model.opened import cache_sam_features, predict
 from model.processing import tokens
 from model.processing.conversation import HUMAN_SYSTEM_PROMPT
@@ -40,6 +41,7 @@ from model.UGround import UGroundForCausalLM
 from utils.demo.tiny_model import clip_config, llama_settings, train_tokenizer
 from utils.diagnostics import memory_model
 from utils.inference.session import ImageSession
+from utils.training.checkpoint import trained_shapes
 
 SETTINGS = {
     "layer_selection": "last",
@@ -280,24 +282,36 @@ def test_rewards_do_not_count_overlaps_more(model, processor, reward):
     assert torch.equal(output.rewards, model.objective.mask_rewards(batch.masks, output.mask_logits))
 
 
-def test_a_new_decoder_is_the_same_in_every_run_and_precision(processor):
-    config = make_config(len(processor.tokenizer), processor)
-    states = []
-    for seed, dtype in ((0, torch.float32), (1, torch.bfloat16)):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_new_weights_of_a_decoder_follow_from_the_seed(processor, dtype):
+    config, states = make_config(len(processor.tokenizer), processor), []
+    for seed in (0, 0, 1):
         torch.manual_seed(seed)
-        before = torch.random.get_rng_state()
-        decoder = PixelDecoder.of(config).to(dtype)
-        torch.random.set_rng_state(before)
-        decoder.reset_parameters()
-        assert torch.equal(torch.random.get_rng_state(), before)  # the run's own numbers go on
-        states.append(decoder.state_dict())
+        states.append(new_model(config, dtype).visual_model.state_dict())
     positions = [key for key in states[0] if key.endswith("gaussian_matrix")]
     assert len(positions) == 2
     for key, value in states[0].items():
-        assert states[1][key].dtype == (torch.float32 if key in positions else torch.bfloat16)
-        assert torch.equal(value.to(states[1][key].dtype), states[1][key]), key
-    built = new_model(config, torch.bfloat16)
-    assert all(torch.equal(value, states[1][key]) for key, value in built.visual_model.state_dict().items())
+        assert value.dtype == (torch.float32 if key in positions else dtype)
+        assert value.isfinite().all()
+        assert torch.equal(value, states[1][key]), key
+    assert not any(torch.equal(states[0][key], states[2][key]) for key in positions)
+
+
+def test_an_adapter_holds_all_of_a_new_decoder(model, processor, tmp_path):
+    """Also frozen parts and buffers: the same seed may give other weights elsewhere."""
+    adapted = add_lora(model, r=2, frozen=("image_neck", "sam_prompt_encoder"))
+    expected = {name: value.clone() for name, value in model.visual_model.state_dict().items()}
+    trained = trained_shapes(adapted, [Loaded("visual_model", "new", 1, "float32", "")])
+    adapter.save(adapted, tmp_path, trained, torch.float32)
+    other = UGroundForCausalLM(make_config(len(processor.tokenizer), processor))
+    meta = {"trained": trained, "config": {"model": {"lora_alpha": 16, "lora_r": 2}}}
+    adapter.apply(other, tmp_path, meta)
+    assert all(torch.equal(value, expected[name]) for name, value in other.visual_model.state_dict().items())
+    parts = load_file(tmp_path / adapter.PARTS)
+    del parts["visual_model.image_feature_neck.0.weight"]
+    save_file(parts, tmp_path / adapter.PARTS)
+    with pytest.raises(ValueError, match=r"is incomplete: .* lack 1 of .*image_feature_neck\.0\.weight"):
+        adapter.apply(other, tmp_path, meta)
 
 
 def test_parameters_at_full_size_are_those_of_table_10(monkeypatch):

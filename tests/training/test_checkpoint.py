@@ -15,6 +15,7 @@ import pytest
 import torch
 from tiny_run import ROOT
 
+from model.loading.weights import Loaded
 from model.lora import add_lora
 from utils.config import SECTION_OF, Config, config_from, to_dict
 from utils.datasets import DataOptions, get_train_dataset
@@ -232,13 +233,15 @@ def test_a_configuration_of_a_newer_version_is_refused(meta):
 
 def test_trained_shapes_are_parameters_that_train_and_buffers(tiny_model):
     model = add_lora(tiny_model, r=2)
-    shapes = checkpoints.trained_shapes(model)
+    shapes = checkpoints.trained_shapes(model, [Loaded("visual_model", "sam.pth", 1, "float32", "")])
     assert shapes["base_model.model.ppm.baseline"] == []
     assert shapes["base_model.model.lm_head.weight"] == list(tiny_model.lm_head.weight.shape)
     assert any("lora_A" in name for name in shapes)
     assert not any("vision_tower" in name for name in shapes)
     frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
     assert not set(frozen) & set(shapes)
+    new = checkpoints.trained_shapes(model, [Loaded("visual_model", "new", 1, "float32", "")])
+    assert set(new) - set(shapes) == {name for name in frozen if "visual_model." in name}  # no file gives them
 
 
 # -- damage ------------------------------------------------------------------------------------------------------------

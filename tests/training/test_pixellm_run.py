@@ -11,13 +11,16 @@ import pytest
 import torch
 from opening import load_pretrained
 from PIL import Image
-from tiny_run import arguments, log_lines
+from tiny_run import ROOT, arguments, log_lines
 
 import chat
 import train_ds
+from model.decoders.pixel_decoder import PixelDecoder
+from model.loading.adapter import plain_name
 from model.opened import predict
 from model.structures import Turn
 from scripts import make_demo_data, merge_lora
+from utils.training.checkpoint import find_checkpoint, trained_weights
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_report")]
 PIXELLM = {
@@ -47,8 +50,24 @@ def muse(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture
+def draw_otherwise(monkeypatch):
+    """A call, after which new decoders get other weights, as from another version of torch."""
+
+    def change() -> None:
+        reset = PixelDecoder.reset_parameters
+
+        def otherwise(decoder: PixelDecoder) -> None:
+            torch.manual_seed(99)
+            reset(decoder)
+
+        monkeypatch.setattr(PixelDecoder, "reset_parameters", otherwise)
+
+    return change
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_run_becomes_a_model_that_evaluates_and_chats(tmp_path, base, muse, capsys, precision):
+def test_a_run_becomes_a_model_that_evaluates_and_chats(tmp_path, base, muse, capsys, precision, draw_otherwise):
     flags = arguments(base, muse, tmp_path, precision=precision, **PIXELLM)
     assert train_ds.main(flags) == 0
     run = tmp_path / "run"
@@ -59,12 +78,16 @@ def test_a_run_becomes_a_model_that_evaluates_and_chats(tmp_path, base, muse, ca
     parts = {name: trained for name, (_, trained) in start["parameters"].items() if trained}
     assert parts.keys() == {"lora", "phi", "projector", "mask_projector", "sam_mask_decoder", "embed_tokens", "lm_head"}
 
+    held = {plain_name(name): value for name, value in trained_weights(find_checkpoint(run, "latest")).items()}
     states = {}
+    draw_otherwise()
     for kind, extra in (("merged", []), ("adapter", ["--adapter_only"])):
         assert merge_lora.main(["--checkpoint", str(run), "--output", str(run / kind), *extra]) == 0
         states[kind] = load_pretrained(run / kind)[0].state_dict()
     assert states["merged"].keys() == states["adapter"].keys()
     assert all(torch.equal(value, states["adapter"][name]) for name, value in states["merged"].items())
+    of_decoder = [name for name in states["merged"] if name.startswith("visual_model.")]
+    assert held.keys() >= set(of_decoder)  # frozen parts and buffers, too
 
     model, processor = load_pretrained(run / "merged")
     image = Image.open(next((muse / "reason_seg").rglob("*.jpg")))
@@ -81,6 +104,20 @@ def test_a_run_becomes_a_model_that_evaluates_and_chats(tmp_path, base, muse, ca
     ask = ["--image", str(photo), "--prompt", "Where is it?", "--max_new_tokens", "4"]
     assert chat.main(["--version", str(run / "merged"), *ask]) == 0
     assert "[SEG0]" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_resumed_run_keeps_the_frozen_weights_that_it_drew(tmp_path, base, muse, draw_otherwise, stage):
+    zero = ROOT / f"configs/deepspeed/zero{stage}.json"
+    settings = PIXELLM | {"deepspeed_config": zero, "no_eval": "true"}
+    assert train_ds.main(arguments(base, muse, tmp_path, epochs=1, **settings)) == 0
+    before = trained_weights(find_checkpoint(tmp_path / "run"))
+    draw_otherwise()
+    assert train_ds.main(arguments(base, muse, tmp_path, epochs=2, auto_resume="true", **settings)) == 0
+    after = trained_weights(find_checkpoint(tmp_path / "run"))
+    for part in ("image_feature_neck.0.weight", "prompt_encoder.no_mask_embed.weight", "mask_decoder.pe1."):
+        [name] = [name for name in after if f"visual_model.{part}" in name]
+        assert torch.equal(after[name], before[name]), name
 
 
 def test_a_finished_model_is_trained_on(tmp_path, base, muse, capsys):

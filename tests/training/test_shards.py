@@ -57,6 +57,7 @@ def write(folder: Path, stage: int, world: int) -> None:
     """A checkpoint as DeepSpeed writes it."""
     shapes = [{name: torch.Size(shape) for name, shape in group.items()} for group in GROUPS]
     model = {"module": {"base": torch.tensor(2.0)}, "buffer_names": ["base"], "param_shapes": shapes, "global_steps": 4}
+    model["frozen"] = {"neck": torch.tensor(3.0)}
     cut, kinds = cut_parameters if stage == 3 else cut_groups, (WEIGHT, *MOMENTS)
     shards = [cut(whole(k), world, k > 0) for k in range(len(kinds))]
     for rank in range(world):
@@ -84,7 +85,7 @@ def test_parameters_are_put_together(tmp_path, stage, world):
     for k, kind in enumerate((WEIGHT, *MOMENTS)):
         for name, value in whole(k).items():
             assert torch.equal(shards.read(name, kind), value), (name, kind)
-    assert (shards.rates, shards.step, shards.buffers) == ([0.25, 0.5], 4, {"base": 2})
+    assert (shards.rates, shards.step, shards.fixed) == ([0.25, 0.5], 4, {"base": 2, "neck": 3})
     assert shards.model["global_steps"] == 4
 
 

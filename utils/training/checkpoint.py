@@ -1,7 +1,8 @@
 """Checkpoints of a run: DeepSpeed's files with a ``meta.json``, and an index of the latest and the best one.
 
     RUN/checkpoints/index.json             {"latest": "step_00000500", "best": "step_00000400"}
-    RUN/checkpoints/step_00000500/         trained parameters (with master weights and optimizer), buffers, meta.json
+    RUN/checkpoints/step_00000500/         trained parameters (with master weights and optimizer), buffers, meta.json;
+                                           what stays frozen of a new mask decoder, which no file gives
 
 A checkpoint is written under a temporary name, synced, renamed and indexed; only then are old ones deleted. So a killed
 run or a full disk leaves the last complete checkpoint intact.
@@ -13,7 +14,7 @@ import json
 import re
 import shutil
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from utils.training.shards import Shards
 
 FOLDER, INDEX, META = "checkpoints", "index.json", "meta.json"
+DECODER = "visual_model"  # the mask decoder's module
 CHECKSUM = "checksum"  # in meta.json: of all else there; older checkpoints have none
 PROBE = "Can you segment the left-most of 2 red mugs, please? It is [SEG]."  # tells tokenizers apart
 META_KINDS = {  # what meta.json holds at least
@@ -67,10 +69,18 @@ def _is_step(name: Any) -> bool:
 # -- metadata ----------------------------------------------------------------------------------------------------------
 
 
-def trained_shapes(model: nn.Module) -> dict[str, list[int]]:
-    """Shapes of all tensors that a checkpoint must hold: trainable parameters and persistent buffers."""
+def trained_shapes(model: nn.Module, loaded: Collection[Loaded]) -> dict[str, list[int]]:
+    """Shapes of all tensors that a checkpoint must hold: trainable parameters, persistent buffers, and the frozen rest
+    of a mask decoder that no file gives.
+
+    Args:
+        loaded: rows of the loading report.
+    """
     state = model.state_dict().keys()
-    named: list[tuple[str, torch.Tensor]] = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    is_new = any(row.module == DECODER and row.source == "new" for row in loaded)
+    named: list[tuple[str, torch.Tensor]] = [
+        (name, p) for name, p in model.named_parameters() if p.requires_grad or (is_new and f"{DECODER}." in name)
+    ]
     named += [(name, buffer) for name, buffer in model.named_buffers() if name in state]
     return {name: list(getattr(tensor, "ds_shape", tensor.shape)) for name, tensor in named}  # ds_: under ZeRO-3
 
@@ -89,7 +99,7 @@ def describe_settings(config: Config, data: list[dict]) -> dict[str, Any]:
     }
 
 
-def describe_model(model: nn.Module, processor: UGroundProcessor, loaded: Iterable[Loaded]) -> dict[str, Any]:
+def describe_model(model: nn.Module, processor: UGroundProcessor, loaded: Collection[Loaded]) -> dict[str, Any]:
     """Metadata of a built model: base weights, tokens, trained parameters, code versions."""
     from model.loading.weights import base_fingerprints
 
@@ -98,7 +108,7 @@ def describe_model(model: nn.Module, processor: UGroundProcessor, loaded: Iterab
         "tokens": vars(processor.tokens),
         "vocabulary": _vocabulary(processor),
         "probe": processor.tokenizer.encode(PROBE),
-        "trained": trained_shapes(model),
+        "trained": trained_shapes(model, loaded),
         "commit": git_commit(),
         "versions": package_versions("torch", "transformers", "peft", "deepspeed", "segment-anything"),
     }
@@ -208,14 +218,24 @@ def save_checkpoint(engine, run_folder: Path, meta: dict[str, Any], best: bool) 
     Raises:
         CheckpointError: if the disk is full or cannot be written; earlier checkpoints stay intact.
     """
+    from utils.training.shards import FROZEN
+
     folder = run_folder / FOLDER
     name = step_name(meta["step"])
     partial = folder / f"partial_{name}"
     distributed.raise_on_all_ranks(
         _prepare(folder, partial, engine) if distributed.is_main() else None, CheckpointError
     )
+    frozen = {
+        name: parameter.detach().to("cpu", copy=True)  # ZeRO-3 shards it while it writes
+        for name, parameter in engine.module.named_parameters()
+        if name in meta["trained"] and not parameter.requires_grad
+    }
+    options = {"client_state": {FROZEN: frozen}} if frozen else {}
     try:
-        engine.save_checkpoint(str(folder), tag=partial.name, save_latest=False, exclude_frozen_parameters=True)
+        engine.save_checkpoint(
+            str(folder), tag=partial.name, save_latest=False, exclude_frozen_parameters=True, **options
+        )
     except (OSError, RuntimeError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         if isinstance(error, RuntimeError) and not any(sign in str(error) for sign in WRITING):
@@ -383,7 +403,7 @@ def read_shards(checkpoint: Path, meta: dict[str, Any]) -> Shards:
     with plain_data(checkpoint):
         shards = Shards(checkpoint)
         shapes = {name: list(shape) for name, shape in shards.shapes.items()}
-        shapes |= {name: list(buffer.shape) for name, buffer in shards.buffers.items()}
+        shapes |= {name: list(value.shape) for name, value in shards.fixed.items()}
     if names := differing(shapes, meta["trained"]):
         raise CheckpointError(
             f"{checkpoint} does not hold exactly what {META} lists; it differs in {', '.join(names[:5])}"
@@ -392,7 +412,7 @@ def read_shards(checkpoint: Path, meta: dict[str, Any]) -> Shards:
 
 
 def trained_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """Trained parameters in float32 and buffers, by their names in the training model.
+    """What a checkpoint holds beside the optimizer's state, in float32, by the names in the training model.
 
     Raises:
         CheckpointError: if a file is damaged or refers to code, or names or shapes are not exactly those that
@@ -404,5 +424,5 @@ def trained_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
     check_files(checkpoint, meta)
     shards = read_shards(checkpoint, meta)
     with plain_data(checkpoint):
-        state = {name: buffer.float() for name, buffer in shards.buffers.items()}
+        state = {name: value.float() for name, value in shards.fixed.items()}
         return state | {name: shards.read(name, WEIGHT) for name in shards.shapes}

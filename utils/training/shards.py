@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from utils.training.zero3 import is_sharded
 
 WEIGHT, MOMENTS = "weight", ("exp_avg", "exp_avg_sq")
+FROZEN = "frozen"  # key of frozen weights in DeepSpeed's file of the model
 MODEL_FILES, SHARD_FILES = "*mp_rank_00_model_states.pt", "*_optim_states.pt"
 
 
@@ -38,7 +39,8 @@ class Shards:
     """Trained weights, optimizer state and counters of a checkpoint. Create it within ``plain_data``; files are mapped.
 
     Attributes:
-        shapes: parameter -> its whole shape. buffers: by name.
+        shapes: trained parameter -> its whole shape.
+        fixed: by name, what the optimizer does not change: buffers, and frozen weights that no file gives.
         model: DeepSpeed's file of the model: ``global_steps``, ``lr_scheduler`` and so on.
         step: of AdamW, 0-d. rates: learning rate of each of the optimizer's groups.
 
@@ -49,7 +51,7 @@ class Shards:
     def __init__(self, checkpoint: Path) -> None:
         self.model = _read(_files(checkpoint, MODEL_FILES)[0])
         module, names = self.model["module"], self.model["buffer_names"]
-        self.buffers: dict[str, torch.Tensor] = {name: module[name] for name in names}
+        self.fixed: dict[str, torch.Tensor] = {name: module[name] for name in names} | self.model.get(FROZEN, {})
         self.groups: list[dict[str, torch.Size]] = self.model["param_shapes"]
         self.shapes = {name: shape for group in self.groups for name, shape in group.items()}
         paths = _files(checkpoint, SHARD_FILES)
@@ -136,13 +138,15 @@ def restore(engine, shards: Shards) -> None:
             for kind in (WEIGHT, *MOMENTS):
                 value = shards.read(name, kind)
                 (_set_whole if whole else _set_shard)(parameter, kind, value)
+        elif name in shards.fixed:
+            _set_frozen(parameter, shards.fixed[name], whole)
     if whole:
         optimizer.update_lp_params()  # those of the forward pass, from the float32 ones
     else:
         optimizer.checkpoint_event_epilogue()
     for name, buffer in engine.module.named_buffers():
-        if name in shards.buffers:
-            buffer.copy_(shards.buffers[name])
+        if name in shards.fixed:
+            buffer.copy_(shards.fixed[name])
     for group, rate in zip(optimizer.optimizer.param_groups, shards.rates, strict=True):
         group["lr"] = rate  # that of the next step; the schedule sets those after it
     engine.lr_scheduler.load_state_dict(shards.model["lr_scheduler"])
@@ -171,14 +175,27 @@ def _set_whole(parameter, kind: str, value: torch.Tensor) -> None:
 
 
 def _set_shard(parameter, kind: str, value: torch.Tensor) -> None:
-    """Under ZeRO-3: sets this process's part, padded to the size of all parts."""
+    """Under ZeRO-3: sets this process's part."""
     from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
 
-    share, rank = parameter.ds_tensor.numel(), torch.distributed.get_rank()
-    own = value.flatten()[rank * share : (rank + 1) * share]
-    own = F.pad(own, (0, share - len(own)))
+    own = _own_part(parameter, value)
     if kind == WEIGHT:
         safe_set_local_fp32_param(parameter, own)
         parameter.ds_tensor.copy_(own)  # that of the forward pass
     else:
         safe_set_local_optimizer_state(parameter, own, kind)
+
+
+def _set_frozen(parameter, value: torch.Tensor, whole: bool) -> None:
+    """Sets a parameter that the optimizer does not know, or, under ZeRO-3, this process's part of it."""
+    if whole:
+        parameter.copy_(value)
+    else:
+        parameter.ds_tensor.copy_(_own_part(parameter, value))
+
+
+def _own_part(parameter, value: torch.Tensor) -> torch.Tensor:
+    """This process's part of a parameter's whole value under ZeRO-3, padded to the size of all parts."""
+    share, rank = parameter.ds_tensor.numel(), torch.distributed.get_rank()
+    own = value.flatten()[rank * share : (rank + 1) * share]
+    return F.pad(own, (0, share - len(own)))
