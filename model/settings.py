@@ -17,7 +17,7 @@ PRECISION_NAMES = ("fp32", "bf16", "fp16")
 QUANTIZATIONS = ("8bit", "4bit")
 DECODER_SCALES = {"segment_anything": 1, "pixel_decoder": 2}  # mask decoder -> S, the prompts that it takes per [SEG]
 MASK_REWARDS = ("mask", "mask_iou")  # values of reward_terms that need SAM's mask of a layer, not only its map
-FREEZABLE = (  # parts that train; the last three in a model with PixelLM's decoder
+FREEZABLE = (  # parts that train; projector with clip_resize, the last two with PixelLM's decoder
     "phi",
     "gate",
     "sam_prompt_encoder",
@@ -390,6 +390,11 @@ def without_effect(method: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         for name in ("baseline_start", "baseline_decay"):
             if name in changed:
                 yield name, f"{method[name]} has no effect: the critic replaces the moving average; leave it out"
+    if "decoder_width" in changed and not has_pixel_decoder(method):
+        yield (
+            "decoder_width",
+            f"{method['decoder_width']} has no effect: it is of mask_decoder pixel_decoder; leave it out",
+        )
     if "policy_samples" in changed and method["policy_gradient"] != "leave_one_out":
         yield "policy_samples", "has no effect: set policy_gradient leave_one_out, or leave it out"
     if method["baseline"] == "average":

@@ -353,6 +353,7 @@ def test_an_unknown_recipe_is_refused(tmp_path):
         ("--policy_gradient", "leave_one_out", "--baseline_start", "first"),
         ("--layer_selection", "uniform", "--policy_gradient", "leave_one_out"),
         ("--layer_selection", "last", "--baseline", "state_critic"),
+        ("--codebook_tokens", "3", "--decoder_width", "64"),
     ],
 )
 def test_method_settings_without_effect_are_refused(flags):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
+from model.config import UGroundConfig
 from model.loading import adapter
 from model.loading.pretrained import start_problems
 from model.loading.weights import Loaded
@@ -102,6 +104,27 @@ def test_the_lineage_names_repositories_and_commits(folder):
 
 def test_a_new_part_cannot_stay_frozen():
     rows = [Loaded("text_hidden_fcs", "new", 1, "float32", ""), Loaded("ppm", "merged", 1, "float32", "", "critic")]
-    check_frozen(("gate", "lm_head"), rows)
+    check_frozen(("gate", "lm_head", "sam_mask_decoder"), UGroundConfig(), rows)
     with pytest.raises(ValueError, match=r"--freeze phi: .* a new one must train"):
-        check_frozen(("gate", "phi"), rows)
+        check_frozen(("gate", "phi"), UGroundConfig(), rows)
+
+
+def test_of_a_new_pixel_decoder_what_is_random_in_pixellm_can_stay_frozen():
+    config = UGroundConfig(mask_decoder="pixel_decoder")
+    rows = [Loaded("visual_model", "new", 1, "float32", "")]
+    check_frozen(("image_neck", "sam_prompt_encoder"), config, rows)
+    for part in ("sam_mask_decoder", "mask_projector"):
+        with pytest.raises(ValueError, match=rf"--freeze {part}: .* a new one must train"):
+            check_frozen((part,), config, rows)
+        check_frozen((part,), config, [Loaded("visual_model", "merged", 1, "float32", "")])
+
+
+def test_a_part_that_does_not_train_anyway_cannot_be_frozen():
+    for parts, settings in (
+        (("projector", "mask_projector", "image_neck"), {}),
+        (("projector",), {"mask_decoder": "pixel_decoder"}),
+        (("mask_projector", "image_neck"), {"clip_resize": 448}),
+    ):
+        with pytest.raises(ValueError, match=rf"--freeze {re.escape('||'.join(parts))}: has no effect"):
+            check_frozen((*parts, "lm_head"), UGroundConfig(**settings), [])
+    check_frozen(("projector",), UGroundConfig(clip_resize=448), [])

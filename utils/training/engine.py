@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from model.config import UGroundConfig
 from model.loading.files import blame, read_json
 from model.loading.pretrained import load_for_training
 from model.loading.weights import Loaded
@@ -38,7 +39,7 @@ def build_model(config: Config) -> tuple[nn.Module, UGroundProcessor, list[Loade
         config.method,
         config.model.model_max_length,
     )
-    check_frozen(config.model.freeze, loaded)
+    check_frozen(config.model.freeze, base.config, loaded)
     part = config.model
     rows = processor.added_tokens if part.train_tables == "new" else ()
     lora = part.lora_r, part.lora_alpha, part.lora_dropout, part.lora_target_modules
@@ -48,11 +49,32 @@ def build_model(config: Config) -> tuple[nn.Module, UGroundProcessor, list[Loade
     return model, processor, loaded
 
 
-def check_frozen(freeze: Collection[str], loaded: Iterable[Loaded]) -> None:
-    """Raises a ValueError if phi or the gate is new, and stays frozen: it would never be trained."""
+MUST_TRAIN = {  # part -> its module; what a new mask decoder has beside these can stay at random values, as PixelLM's
+    "phi": "text_hidden_fcs",
+    "gate": "ppm",
+    "sam_mask_decoder": "visual_model",
+    "mask_projector": "visual_model",
+}
+
+
+def check_frozen(freeze: Collection[str], config: UGroundConfig, loaded: Iterable[Loaded]) -> None:
+    """Checks which parts stay frozen (``--freeze``).
+
+    Raises:
+        ValueError: if a part of ``MUST_TRAIN`` is new, or a part of PixelLM does not train in this model anyway.
+    """
+    trains = {
+        "projector": bool(config.clip_resize),
+        "mask_projector": config.has_pixel_decoder,
+        "image_neck": config.has_pixel_decoder,
+    }
+    if idle := [part for part in freeze if not trains.get(part, True)]:
+        raise ValueError(
+            f"--freeze {'||'.join(idle)}: has no effect, as it does not train in this model (projector: with "
+            "--clip_resize; mask_projector, image_neck: with --mask_decoder pixel_decoder); leave it out"
+        )
     new = {row.module for row in loaded if row.source == "new"}
-    modules = {"phi": "text_hidden_fcs", "gate": "ppm"}
-    if parts := [part for part in freeze if modules.get(part) in new]:
+    if parts := [part for part in freeze if MUST_TRAIN.get(part) in new]:
         raise ValueError(
             f"--freeze {'||'.join(parts)}: the model in --version has no such part, and a new one must train; leave it "
             "out, or start from a model that has it"
