@@ -347,8 +347,8 @@ def write_table_2(report: Report, datasets: Sequence[EvalDataset], sam: str) -> 
                 count = len(study.table["M_IoU", row])
                 rows.append({"split": dataset.spec, "checkpoint": each.name, "layer": row, "queries": count} | cells)
     text = (
-        "Table 2, present targets only. M_prompt: the similarity map alone prompts "
-        f"{sam}; M_IoU: the map itself, for each query at the threshold (0.01 to 0.99) with the largest IoU; "
+        f"Table 2, present targets only. M_prompt: the similarity map alone prompts {sam} (not PixelLM's decoder); "
+        "M_IoU: the map itself, for each query at the threshold (0.01 to 0.99) with the largest IoU; "
         "SEG_prompt: the [SEG] token alone prompts the trained decoder. Layer: the policy's choice, or the last."
     )
     report.table("table_2.csv", rows, text, " and ".join(str(dataset.spec) for dataset in datasets))

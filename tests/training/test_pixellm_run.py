@@ -19,7 +19,7 @@ from model.decoders.pixel_decoder import PixelDecoder
 from model.loading.adapter import plain_name
 from model.opened import predict
 from model.structures import Turn
-from scripts import make_demo_data, merge_lora
+from scripts import analyze, make_demo_data, merge_lora
 from utils.training.checkpoint import find_checkpoint, trained_weights
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_report")]
@@ -100,6 +100,19 @@ def test_a_run_becomes_a_model_that_evaluates_and_chats(tmp_path, base, muse, ca
     out = tmp_path / "results"
     assert evaluation.main([*where, "--val_dataset", "MultiReasonSeg|val", "--limit", "2", "--output", str(out)]) == 0
     assert json.loads(next(out.rglob("*.json")).read_text())
+    study = [
+        "--val_dataset",
+        "MultiReasonSeg|val",
+        "--limit",
+        "2",
+        "--samples",
+        "0",
+        "--output",
+        str(tmp_path / "study"),
+    ]
+    assert analyze.main([*where, *study]) == 0
+    assert "SEG_prompt_" in (table := (tmp_path / "study/table_2.csv").read_text())
+    assert "M_prompt_" not in table
     capsys.readouterr()
     ask = ["--image", str(photo), "--prompt", "Where is it?", "--max_new_tokens", "4"]
     assert chat.main(["--version", str(run / "merged"), *ask]) == 0

@@ -58,7 +58,7 @@ class Study:
         tokens: the [SEG] tokens of each answer.
         by_layer: [L] lists of answers with that layer forced.
         maps_by_layer: [L] lists of M_IoU answers, the layer's map at its best threshold; present targets only.
-        table: (column, row) of Table 2 -> answers; present targets only.
+        table: (column, row) of Table 2 -> answers; present targets only. No M_prompt of PixelLM's decoder.
     """
 
     benchmark: Benchmark
@@ -203,8 +203,9 @@ class LayerAnalyzer:
         for layer, records in enumerate(study.by_layer):
             records += probe.records_of(probe.predict(f"fixed:{layer}"))
         for row, rule in zip(LAYER_ROWS, (self.options.layer_policy, "last")):
-            by_map = probe.predict(rule, Prompts(seg=False), self.original_sam)
-            study.table["M_prompt", row] += probe.records_of(by_map, present=True)
+            if not self.model.config.has_pixel_decoder:  # it takes no map without a [SEG]
+                by_map = probe.predict(rule, Prompts(seg=False), self.original_sam)
+                study.table["M_prompt", row] += probe.records_of(by_map, present=True)
             study.table["SEG_prompt", row] += probe.records_of(probe.predict(rule, Prompts(mask=False)), present=True)
         answers = probe.predict(self.options.layer_policy)
         study.records += probe.records_of(answers)
