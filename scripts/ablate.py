@@ -5,7 +5,8 @@
 
 ``layers`` compares layer rules, ``baselines`` ways to learn the policy, ``choice`` and ``choice_rewards`` ways and
 rewards to choose a layer on a base where that pays (scripts/dev/study_choice.py), ``methods`` UGround and related
-methods (the ppm, loss and decoder sections of configs/methods/*.yaml, with --config's base and data).
+methods (the ppm, loss and decoder sections of configs/methods/*.yaml and what these freeze, with --config's base and
+data).
 
 A row is a few settings of train_ds.py. Each row and seed is a run of its own (``OUTPUT/TABLE/ROW-SEED``): trained,
 merged and evaluated by the programs that users call. Finished runs are skipped, interrupted ones are resumed. Other
@@ -23,7 +24,7 @@ import os
 import shlex
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -50,11 +51,17 @@ METRICS = ("gIoU", "cIoU")
 
 @dataclass(frozen=True)
 class AblationRow:
-    """A row of a table: its name, its settings of train_ds.py, and the paper's gIoU and cIoU in percent, if any."""
+    """A row of a table.
+
+    Attributes:
+        settings: of train_ds.py; tiny: those that take their place on the tiny family.
+        paper: its gIoU and cIoU in percent, if any.
+    """
 
     name: str
     settings: dict[str, str]
     paper: tuple[float, float] | None = None
+    tiny: dict[str, str] = field(default_factory=dict)
 
 
 def ppm(layers: str, seg: bool, mask: bool) -> dict[str, str]:
@@ -70,24 +77,31 @@ def as_flag(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-SIZES = ("clip_resize", "decoder_width")
-
-
 def method_rows() -> tuple[AblationRow, ...]:
-    """The ppm, loss and decoder settings of configs/methods; methods that differ only in their data share a row.
+    """The settings of configs/methods; methods that differ only in their data share a row.
 
-    Sizes (of CLIP's input, of a pixel decoder) are the base's.
+    Sizes of CLIP's input and of a pixel decoder are those of configs/tiny_METHOD.yaml on the tiny family.
     """
     paper = {"uground": (66.1, 72.1), "read": (59.8, 67.6), "lisa": (61.3, 62.9)}  # Table 3, ReasonSeg val, fine-tuned
     names: dict[tuple[tuple[str, str], ...], list[str]] = {}
     for name in ("uground", "read", "lisa", "gsva", "sesame", "pixellm"):
         config = load_config(["--config", str(ROOT / f"configs/methods/{name}.yaml")])
         sections = vars(config.ppm) | vars(config.loss) | vars(config.decoder)
-        settings = {key: as_flag(value) for key, value in sections.items() if key not in SIZES}
+        if config.model.freeze:  # else --freeze is free for all rows
+            sections["freeze"] = config.model.freeze
+        settings = {key: as_flag(value) for key, value in sections.items()}
         names.setdefault(tuple(settings.items()), []).append(name)
     return tuple(
-        AblationRow(", ".join(methods), dict(settings), paper.get(methods[0])) for settings, methods in names.items()
+        AblationRow(", ".join(methods), dict(settings), paper.get(methods[0]), tiny_sizes(methods[0]))
+        for settings, methods in names.items()
     )
+
+
+def tiny_sizes(method: str) -> dict[str, str]:
+    """Sizes of a method on the tiny family; {} without a file for it."""
+    path = ROOT / f"configs/tiny_{method}.yaml"
+    decoder = load_config(["--config", str(path)]).decoder if path.is_file() else None
+    return {name: as_flag(getattr(decoder, name)) for name in ("clip_resize", "decoder_width")} if decoder else {}
 
 
 TABLES: dict[str, tuple[AblationRow, ...]] = {
@@ -266,7 +280,10 @@ def run_row(
 
 def settings_of(row: AblationRow, args: argparse.Namespace, settings: list[str]) -> tuple[list[str], Config]:
     """Flags of a row, and its configuration. Settings for all rows that this one switches off are left out."""
-    own = [part for key, value in row.settings.items() for part in (f"--{key}", value)]
+    tower = load_config(["--config", str(args.config), *settings]).model.vision_tower
+    is_tiny = tower == load_config(["--config", str(ROOT / "configs/tiny.yaml")]).model.vision_tower
+    values = row.settings | (row.tiny if is_tiny else {})
+    own = [part for key, value in values.items() for part in (f"--{key}", value)]
     try:
         return [*settings, *own], load_config(["--config", str(args.config), *settings, *own])
     except WithoutEffectError as error:

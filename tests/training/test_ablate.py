@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +42,7 @@ def test_the_help_names_every_table_that_is_not_the_papers():
 
 
 def test_methods_are_those_of_their_files():
-    """Each of the six is in one row, with that file's prompts, constraints and decoder."""
+    """Each of the six is in one row, with that file's prompts, constraints, decoder, and what it freezes."""
     rows = {name: row.settings for row in ablate.TABLES["methods"] for name in row.name.split(", ")}
     assert set(rows) == {path.stem for path in (ROOT / "configs/methods").glob("*.yaml")}
     for name, settings in rows.items():
@@ -53,10 +52,24 @@ def test_methods_are_those_of_their_files():
             load_config(["--config", str(ROOT / f"configs/methods/{name}.yaml")]),
         )
         assert (config.ppm, config.loss) == (expected.ppm, expected.loss)
-        assert config.decoder == replace(
-            expected.decoder, **{size: getattr(config.decoder, size) for size in ablate.SIZES}
-        )
+        assert (config.decoder, config.model.freeze) == (expected.decoder, expected.model.freeze)
         assert config.data == load_config(["--config", TINY]).data
+
+
+def test_a_method_on_the_tiny_family_is_that_of_its_tiny_file():
+    expected = load_config(["--config", str(ROOT / "configs/tiny_pixellm.yaml")])
+    [row] = [row for row in ablate.TABLES["methods"] if row.name == "pixellm"]
+    for base in ("tiny", "tiny_mixed", "tiny_depths"):
+        args = argparse.Namespace(config=ROOT / f"configs/{base}.yaml")
+        flags, config = ablate.settings_of(row, args, [])
+        assert (config.ppm, config.loss, config.decoder) == (expected.ppm, expected.loss, expected.decoder)
+        assert config.model.freeze == expected.model.freeze
+        assert load_config(["--config", str(args.config), *flags]) == config
+    _, config = ablate.settings_of(row, argparse.Namespace(config=ROOT / "configs/7b_reason_seg.yaml"), [])
+    assert config.decoder == load_config(["--config", str(ROOT / "configs/methods/pixellm.yaml")]).decoder
+    for row in ablate.TABLES["methods"]:
+        if row.name != "pixellm":
+            assert "freeze" not in row.settings
 
 
 def write_results(folder: Path, hit: int) -> None:
