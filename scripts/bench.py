@@ -184,19 +184,19 @@ def bench_model(args: argparse.Namespace) -> list[str]:
 
 def bench_costs(args: argparse.Namespace) -> list[str]:
     """Table 10 or 11 of the paper."""
-    from utils.diagnostics import benchmark, costs
+    from utils.diagnostics import costs
 
     preset, device = _preset(args)
     first_line, commit = header(), git_commit()
     with tempfile.TemporaryDirectory(prefix="uground-bench-") as folder:
-        bench = benchmark.Bench(preset, device, folder)
+        benches = costs.Benches(preset, device, folder)
         if args.table == 10:
             amount = args.questions or preset.questions
-            rows = costs.training_costs(bench, args.repeats, amount)
+            rows = costs.training_costs(benches, args.repeats, amount)
             what = f"a training step: {counted(preset.batch, 'image')}, {counted(amount, 'question')} each"
         else:
             amount = args.limit or (32 if device.startswith("cuda") else 8)
-            rows = costs.answering_costs(bench, args.repeats, amount)
+            rows = costs.answering_costs(benches, args.repeats, amount)
             what = f"answers of 12 tokens with a mask: {counted(amount, 'image')}"
     figures = {"table": args.table, "preset": args.preset, "device": _device_name(device), "commit": commit}
     figures |= {"questions" if args.table == 10 else "images": amount, "rows": rows}

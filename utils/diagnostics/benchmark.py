@@ -13,7 +13,7 @@ import math
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -30,6 +30,8 @@ from model.loading.placement import PRECISIONS
 from model.lora import add_lora, set_trainable
 from model.opened import cache_sam_features
 from model.processing.processor import UGroundProcessor
+from model.processing.tokens import add_special_tokens
+from model.settings import codebook_size
 from model.structures import Batch, Sample, Turn
 from model.UGround import UGroundForCausalLM
 from utils.demo.tiny_model import clip_config, llama_settings, sam_shape
@@ -101,23 +103,27 @@ class Bench:
 
     Args:
         device: ``cpu`` or a GPU. folder: of the cache of SAM's features.
+        decoder: settings of ``DecoderSettings``; None = SAM.
     """
 
-    def __init__(self, preset: Preset, device: str, folder: str) -> None:
-        self.preset, self.device, self.baseline_bytes = preset, torch.device(device), process_memory.resident()
+    def __init__(self, preset: Preset, device: str, folder: str, decoder: Mapping[str, Any] | None = None) -> None:
+        self.preset, self.device = preset, torch.device(device)
+        self.baseline_bytes = self._allocated()
         tokenizer = AutoTokenizer.from_pretrained(ROOT / "assets/tiny/llava")
-        vision = preset.clip.to_dict()
-        sides = vision["image_size"], vision["patch_size"], preset.sam.image_size
-        self.processor = UGroundProcessor(tokenizer, *sides)
-        ids = self.processor.tokens
+        size = codebook_size(decoder or {})
+        add_special_tokens(tokenizer, size)
         vocabulary = memory_model.VOCABULARY if preset.gpu else len(tokenizer)
         config = UGroundConfig(
-            vision_config=vision,
+            vision_config=preset.clip.to_dict(),
             sam_config=preset.sam.to_dict(),
-            seg_token_id=ids.seg,
-            rej_token_id=ids.rej,
+            **(decoder or {}),
             **llama_settings(vocabulary, **preset.llama),
         )
+        sides = config.clip_side, config.cell_side, 0 if config.has_pixel_decoder else preset.sam.image_size
+        self.processor = UGroundProcessor(tokenizer, *sides, codebook=size)
+        ids = self.processor.tokens
+        config.seg_token_id, config.rej_token_id = ids.seg, ids.rej
+        config.codebook_ids = self.processor.codebook if size > 1 else None
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")  # peft uses its old name
         torch.manual_seed(0)
         with random_weights(self.device, PRECISIONS[preset.precision]):
@@ -126,14 +132,19 @@ class Bench:
         self.wrapped.train()
         self.optimizer = torch.optim.AdamW(self.trained(), lr=1e-6, fused=True)
         self.configure(UGROUND)
-        cache_sam_features(self.model, self.processor, folder, 10.0)
+        if not config.has_pixel_decoder:
+            cache_sam_features(self.model, self.processor, folder, 10.0)
 
-    def configure(self, settings: dict[str, Any]) -> None:
-        """Switches to another method on the same weights."""
+    def configure(self, settings: Mapping[str, Any], frozen: Collection[str] = ()) -> None:
+        """Switches to another method on the same weights.
+
+        Args:
+            frozen: parts that do not train (``--freeze``).
+        """
         for name, value in settings.items():
             setattr(self.model.config, name, value)
         self.processor.keep_padding = self.model.config.reads_padding
-        set_trainable(self.wrapped)
+        set_trainable(self.wrapped, frozen)
         known = {parameter for group in self.optimizer.param_groups for parameter in group["params"]}
         if new := [parameter for parameter in self.trained() if parameter not in known]:
             self.optimizer.add_param_group({"params": new})
@@ -182,7 +193,8 @@ class Bench:
         """Fills the cache with random SAM features: no time depends on their values."""
         sam, cache = self.preset.sam, self.model.visual_model.cache
         grid = sam.image_size // sam.patch_size
-        assert cache is not None
+        if cache is None:  # a decoder without an image encoder
+            return batch
         cache.get(batch.image_keys, batch.sam_images, lambda x: torch.randn(len(x), sam.prompt_width, grid, grid).to(x))
         return batch
 
@@ -194,7 +206,8 @@ class Bench:
 
     @contextmanager
     def scripted_answers(self, segs: int = 1, length: int = 12) -> Iterator[None]:
-        """The model generates ``length`` tokens, among them ``segs`` [SEG], at the usual cost."""
+        """The model generates ``length`` tokens, among them ``segs`` [SEG], at the usual cost; with a codebook, each
+        [SEG] is several tokens more."""
         ids, codebook = self.processor.tokens, self.model.config.codebook
         script: Iterator[int] = iter(())
 
@@ -202,7 +215,7 @@ class Bench:
             nonlocal script
             token = next(script, None)
             if token is None:  # the next answer starts
-                script = iter([*codebook] * segs + [5] * (length - len(codebook) * segs - 1) + [ids.eos])
+                script = iter([*codebook] * segs + [5] * (length - segs - 1) + [ids.eos])
                 token = next(script)
             logits[..., token] = torch.inf
             return logits
@@ -230,7 +243,7 @@ class Bench:
         def call() -> None:
             self.wrapped.eval()
             with self.scripted_answers():
-                self.model.predict(batch, max_new_tokens=12, **options)
+                self.model.predict(batch, max_new_tokens=11 + len(self.model.config.codebook), **options)
             self.wrapped.train()
 
         return call
@@ -299,18 +312,27 @@ class Bench:
             return time.perf_counter()
         return time.process_time()
 
+    def _allocated(self) -> int:
+        """Bytes of the GPU, or of the process, without what is free."""
+        gc.collect()
+        if self.device.type == "cuda":
+            return torch.cuda.memory_allocated()
+        if process_memory.CLEAR_REFS.exists():
+            ctypes.CDLL(None).malloc_trim(0)
+        return process_memory.resident()
+
     def seconds(self, call: Callable[[], Any]) -> float:
         start = self.now()
         call()
         return self.now() - start
 
     def peak(self, call: Callable[[], Any]) -> float:
-        """Peak bytes while ``call`` runs, weights included: of the GPU, or of the process above its initial size."""
+        """Peak bytes while ``call`` runs, weights included, above what GPU or process held before this model."""
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
             call()
-            return torch.cuda.max_memory_allocated()
+            return torch.cuda.max_memory_allocated() - self.baseline_bytes
         if not process_memory.CLEAR_REFS.exists():
             return math.nan
         libc = ctypes.CDLL(None)

@@ -1,8 +1,9 @@
 """What UGround and related methods cost, beside Tables 10 and 11 of the paper (``scripts/bench.py --table``).
 
-All methods are settings of configs/methods on one model with random weights, and alternate in one process. So a row
-differs from LISA's by the method alone, where the paper compares the programs of five groups. Only ratios to LISA can
-be compared with the paper's: its seconds are another machine's.
+All methods are settings of configs/methods on one model with random weights, and alternate in one process; PixelLM,
+which has no SAM, has a second model beside it. So a row differs from LISA's by the method alone, where the paper
+compares the programs of five groups. Only ratios to LISA can be compared with the paper's: its seconds are another
+machine's.
 
 SESAME differs from LISA in its data alone. As the rows share their images and questions, its ratio shows the noise.
 """
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,12 @@ import numpy as np
 import torch
 
 from model.processing.tokens import SEG
+from model.settings import has_pixel_decoder
 from model.structures import Sample
 from utils.config import load_config
 from utils.datasets.templates import joint_turn
 from utils.diagnostics import memory_model, release_like
-from utils.diagnostics.benchmark import PRESETS, Bench, in_turn, replaced, spread
+from utils.diagnostics.benchmark import PRESETS, Bench, Preset, in_turn, replaced, spread
 from utils.plotting.text_tables import markdown
 
 METHODS = Path(__file__).resolve().parents[2] / "configs/methods"
@@ -88,17 +90,64 @@ CASES = (
     Case("READ", "read"),
     Case("release-like", "uground", "release"),
     Case("release-like, checkpointing", "uground", "release", checkpointing=True),
+    Case("PixelLM", "pixellm"),
 )
 # A question per image is a row in any layout, and answers need no backward pass.
 ANSWERING = tuple(case for case in CASES if case.layout != "unpacked" and not case.checkpointing)
 
 
+@dataclass(frozen=True)
+class Method:
+    """A file in configs/methods.
+
+    Attributes:
+        settings: of the method, as ``Bench.configure`` takes them. decoder: of ``DecoderSettings``, for ``Bench``.
+        frozen: parts that do not train.
+        lists_targets: whether one question lists all targets of an image, as GSVA's do.
+    """
+
+    settings: dict[str, Any]
+    decoder: dict[str, Any]
+    frozen: tuple[str, ...]
+    lists_targets: bool
+
+    @property
+    def has_sam(self) -> bool:
+        return not has_pixel_decoder(self.decoder)
+
+    def apply(self, bench: Bench) -> None:
+        bench.configure(self.settings, self.frozen)
+
+
 @cache
-def settings_of(method: str) -> tuple[dict[str, Any], bool]:
-    """The settings of a file in configs/methods as ``Bench.configure`` takes them, and whether one question lists all
-    targets of an image, as GSVA's do."""
-    config = load_config(["--config", str(METHODS / f"{method}.yaml")], needs=())
-    return config.method, config.data.joint_probability > 0
+def method_of(name: str) -> Method:
+    """The method of ``configs/methods/NAME.yaml``."""
+    config = load_config(["--config", str(METHODS / f"{name}.yaml")], needs=())
+    decoder = vars(config.decoder)
+    settings = {key: value for key, value in config.method.items() if key not in decoder}
+    return Method(settings, decoder, tuple(config.model.freeze), config.data.joint_probability > 0)
+
+
+class Benches:
+    """A ``Bench`` for each mask decoder of the cases, made when it is first needed: it then does not count in what
+    others hold."""
+
+    def __init__(self, preset: Preset, device: str, folder: str) -> None:
+        self.preset, self.device, self.folder = preset, device, folder
+        self.sam = Bench(preset, device, folder)
+
+    @cached_property
+    def without_sam(self) -> Bench:
+        """PixelLM's, with its decoder as wide as SAM's, and CLIP's input as much larger as at full size."""
+        decoder, clip_side = method_of("pixellm").decoder, self.preset.clip.image_size
+        sizes = {
+            "clip_resize": decoder["clip_resize"] * clip_side // PRESETS["7b"].clip.image_size,
+            "decoder_width": self.preset.sam.prompt_width,
+        }
+        return Bench(self.preset, self.device, self.folder, decoder | sizes)
+
+    def of(self, case: Case) -> Bench:
+        return self.sam if method_of(case.method).has_sam else self.without_sam
 
 
 def joint(sample: Sample) -> Sample:
@@ -109,15 +158,15 @@ def joint(sample: Sample) -> Sample:
 
 def training_call(bench: Bench, case: Case, samples: list[Sample]) -> Callable[[], None]:
     """A call that takes the case's training step, SAM's features from the cache."""
-    settings, lists_targets = settings_of(case.method)
+    method = method_of(case.method)
     if case.layout == "release":
         step = release_like.training(bench, samples, case.checkpointing)
     else:
-        samples = [joint(sample) for sample in samples] if lists_targets else samples
+        samples = [joint(sample) for sample in samples] if method.lists_targets else samples
         step = partial(bench.step, bench.batch(samples, packed=case.layout == "packed"))
 
     def call() -> None:
-        bench.configure(settings)
+        method.apply(bench)
         step()
 
     return call
@@ -125,7 +174,7 @@ def training_call(bench: Bench, case: Case, samples: list[Sample]) -> Callable[[
 
 def answering_seconds(bench: Bench, case: Case, samples: list[Sample]) -> float:
     """Seconds to answer each sample's question in 12 tokens, with a mask."""
-    bench.configure(settings_of(case.method)[0])
+    method_of(case.method).apply(bench)
     if case.layout == "release":
         return bench.seconds(release_like.answering(bench, samples))
     return bench.seconds(bench.answering(bench.prompts(samples)))
@@ -164,41 +213,46 @@ def encoder_call(bench: Bench) -> Callable[[], Any]:
 @cache
 def counts_at_7b(method: str) -> dict[str, int]:
     """``parameter_counts`` of a file in configs/methods at LLaVA-1.5 7B's shape; allocates no memory."""
-    settings, _ = settings_of(method)
-    total, trainable, _ = memory_model.count_parameters(memory_model.preset("7b", **settings), PRESETS["7b"].lora_r)
+    found = method_of(method)
+    shape = memory_model.preset("7b", **found.settings, **found.decoder)
+    total, trainable, _ = memory_model.count_parameters(shape, PRESETS["7b"].lora_r, frozen=found.frozen)
     return {"trainable": trainable, "total": total}
 
 
-def training_costs(bench: Bench, repeats: int, questions: int) -> dict[str, dict[str, Any]]:
+def training_costs(benches: Benches, repeats: int, questions: int) -> dict[str, dict[str, Any]]:
     """Per case: seconds of a training step, peak bytes (SAM's features from the cache), parameters, ratios to LISA.
 
     Args:
         questions: per image.
     """
-    samples, rows = bench.samples(questions), dict[str, dict[str, Any]]()
-    training_call(bench, CASES[0], samples)()  # the optimizer creates its state
+    samples, rows = benches.sam.samples(questions), dict[str, dict[str, Any]]()
+    calls: dict[str, Callable[[], Any]] = {}
     for case in CASES:  # their warm-up, while no other case's batch is in memory
+        bench = benches.of(case)
+        training_call(bench, case, samples)()  # the optimizer creates its state
         peak = bench.peak(training_call(bench, case, samples))
         counts = {**parameter_counts(bench.wrapped), "at_7b": counts_at_7b(case.method)}
         rows[case.name] = {"peak_bytes": peak, "parameters": counts}
-    calls: dict[str, Callable[[], Any]] = {case.name: training_call(bench, case, samples) for case in CASES}
-    calls[ENCODER] = encoder_call(bench)
-    times = {name: np.array(seconds) for name, seconds in in_turn(bench, calls, repeats).items()}
-    baseline, encoding = times[BASELINE], len(samples) * times[ENCODER]
+    calls |= {case.name: training_call(benches.of(case), case, samples) for case in CASES}
+    calls[ENCODER] = encoder_call(benches.sam)
+    times = {name: np.array(seconds) for name, seconds in in_turn(benches.sam, calls, repeats).items()}
+    encoding = {case.name: len(samples) * times[ENCODER] * method_of(case.method).has_sam for case in CASES}
+    baseline = times[BASELINE]
     for name, row in rows.items():
         row["seconds"] = _spread(times[name])
         row["to_lisa"] = _spread(times[name] / baseline)
-        row["to_lisa_with_encoder"] = _spread((times[name] + encoding) / (baseline + encoding))
+        row["to_lisa_with_encoder"] = _spread((times[name] + encoding[name]) / (baseline + encoding[BASELINE]))
         row["peak_to_lisa"] = row["peak_bytes"] / rows[BASELINE]["peak_bytes"]
     return rows
 
 
-def answering_costs(bench: Bench, repeats: int, limit: int) -> dict[str, dict[str, Any]]:
+def answering_costs(benches: Benches, repeats: int, limit: int) -> dict[str, dict[str, Any]]:
     """Per case and number of images at a time: answered images per second with SAM's encoder, and without it.
 
     Args:
         limit: images to answer, at least the largest of ``BATCH_SIZES``.
     """
+    bench = benches.sam
     grid = bench.preset.sam.image_size // bench.preset.sam.patch_size
     embeddings = torch.randn(max(BATCH_SIZES), bench.preset.sam.prompt_width, grid, grid)
     embeddings = embeddings.to(bench.device, bench.model.dtype)
@@ -206,22 +260,23 @@ def answering_costs(bench: Bench, repeats: int, limit: int) -> dict[str, dict[st
     times = {size: {case.name: np.zeros(repeats) for case in ANSWERING} for size in BATCH_SIZES}
     with replaced(bench.model.visual_model, encode=lambda images, keys: embeddings[: len(images)]):
         for case in ANSWERING:  # the warm-up
-            answering_seconds(bench, case, reason_samples(bench, range(1)))
+            answering_seconds(benches.of(case), case, reason_samples(bench, range(1)))
         for turn in range(repeats):
             encoding[turn] = limit * bench.seconds(encode)
             for size, seconds in times.items():
                 for start in range(0, limit, size):
                     samples = reason_samples(bench, range(start, min(start + size, limit)))
                     for case in ANSWERING:
-                        seconds[case.name][turn] += answering_seconds(bench, case, samples)
-    return {
-        case.name: {
-            str(size): _speed(seconds[case.name] + encoding, seconds[BASELINE] + encoding, limit)
+                        seconds[case.name][turn] += answering_seconds(benches.of(case), case, samples)
+    rows: dict[str, dict[str, Any]] = {}
+    for case in ANSWERING:
+        own = encoding * method_of(case.method).has_sam
+        rows[case.name] = {
+            str(size): _speed(seconds[case.name] + own, seconds[BASELINE] + encoding, limit)
             | {"without_encoder": _speed(seconds[case.name], seconds[BASELINE], limit)}
             for size, seconds in times.items()
         }
-        for case in ANSWERING
-    }
+    return rows
 
 
 def _speed(seconds: np.ndarray, baseline: np.ndarray, images: int) -> dict[str, Any]:
