@@ -189,6 +189,15 @@ class Bench:
         finally:
             self.processor.keep_padding = False
 
+    @contextmanager
+    def checkpointing(self) -> Iterator[None]:
+        """Gradient checkpointing of LLaMA's layers inside."""
+        self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        try:
+            yield
+        finally:
+            self.model.gradient_checkpointing_disable()
+
     def _cached(self, batch: Batch) -> Batch:
         """Fills the cache with random SAM features: no time depends on their values."""
         sam, cache = self.preset.sam, self.model.visual_model.cache

@@ -11,6 +11,7 @@ SESAME differs from LISA in its data alone. As the rows share their images and q
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cache, cached_property, partial
 from pathlib import Path
@@ -71,7 +72,7 @@ class Case:
 
     Attributes:
         method: file in configs/methods. layout: ``packed``, ``unpacked`` (a row per question) or ``release``.
-        checkpointing: the release's gradient checkpointing.
+        checkpointing: gradient checkpointing of LLaMA's layers, as the release has it on.
     """
 
     name: str
@@ -82,6 +83,7 @@ class Case:
 
 CASES = (
     Case("UGround", "uground"),
+    Case("UGround, checkpointing", "uground", checkpointing=True),
     Case("UGround, unpacked", "uground", "unpacked"),
     Case("LISA", "lisa"),
     Case("LISA, unpacked", "lisa", "unpacked"),
@@ -160,14 +162,15 @@ def training_call(bench: Bench, case: Case, samples: list[Sample]) -> Callable[[
     """A call that takes the case's training step, SAM's features from the cache."""
     method = method_of(case.method)
     if case.layout == "release":
-        step = release_like.training(bench, samples, case.checkpointing)
+        step = release_like.training(bench, samples)
     else:
         samples = [joint(sample) for sample in samples] if method.lists_targets else samples
         step = partial(bench.step, bench.batch(samples, packed=case.layout == "packed"))
 
     def call() -> None:
         method.apply(bench)
-        step()
+        with bench.checkpointing() if case.checkpointing else nullcontext():
+            step()
 
     return call
 

@@ -2,7 +2,7 @@
 
 Imitated: a row per question, each with its copy of the image; tokens for padded patches; the hidden states of all
 layers stacked and kept until the step ends; answers without a KV cache, so that CLIP and the whole row run again for
-every token. On request also its gradient checkpointing.
+every token.
 
 Not imitated: its attention without fused kernels, logits of all tokens in float32, an image encoded by CLIP in every
 row's own call, its own SAM, DeepSpeed. Each would cost more, not less. Loss and masks are those of UGround.
@@ -25,7 +25,7 @@ ANSWER = "Sure, it is the red star, [SEG]."  # 12 tokens with its end, as in ``B
 
 
 @contextmanager
-def stacked_states(model: UGroundForCausalLM, checkpointing: bool = False) -> Iterator[None]:
+def stacked_states(model: UGroundForCausalLM) -> Iterator[None]:
     """Forward passes inside stack the states of all layers, [L, B, T, D], which are kept until the end."""
     kept: list[torch.Tensor] = []
     forward_packed = model.forward_packed
@@ -35,23 +35,17 @@ def stacked_states(model: UGroundForCausalLM, checkpointing: bool = False) -> It
         kept.append(torch.stack(output.hidden))
         return replace(output, hidden=kept[-1].unbind())
 
-    if checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    try:
-        with replaced(model, forward_packed=stacked):
-            yield
-    finally:
-        if checkpointing:
-            model.gradient_checkpointing_disable()
+    with replaced(model, forward_packed=stacked):
+        yield
 
 
-def training(bench: Bench, samples: list[Sample], checkpointing: bool = False) -> Callable[[], None]:
+def training(bench: Bench, samples: list[Sample]) -> Callable[[], None]:
     """A call that takes the training step."""
     with bench.padded_patches():
         batch = bench.batch(samples, packed=False)
 
     def call() -> None:
-        with stacked_states(bench.model, checkpointing):
+        with stacked_states(bench.model):
             bench.step(batch)
 
     return call
