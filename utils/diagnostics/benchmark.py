@@ -31,7 +31,6 @@ from model.lora import add_lora, set_trainable
 from model.opened import cache_sam_features
 from model.processing.processor import UGroundProcessor
 from model.processing.tokens import add_special_tokens
-from model.settings import codebook_size
 from model.structures import Batch, Sample, Turn
 from model.UGround import UGroundForCausalLM
 from utils.demo.tiny_model import clip_config, llama_settings, sam_shape
@@ -110,20 +109,19 @@ class Bench:
         self.preset, self.device = preset, torch.device(device)
         self.baseline_bytes = self._allocated()
         tokenizer = AutoTokenizer.from_pretrained(ROOT / "assets/tiny/llava")
-        size = codebook_size(decoder or {})
-        add_special_tokens(tokenizer, size)
-        vocabulary = memory_model.VOCABULARY if preset.gpu else len(tokenizer)
         config = UGroundConfig(
             vision_config=preset.clip.to_dict(),
             sam_config=preset.sam.to_dict(),
             **(decoder or {}),
-            **llama_settings(vocabulary, **preset.llama),
+            **llama_settings(memory_model.VOCABULARY, **preset.llama),
         )
-        sides = config.clip_side, config.cell_side, 0 if config.has_pixel_decoder else preset.sam.image_size
-        self.processor = UGroundProcessor(tokenizer, *sides, codebook=size)
+        add_special_tokens(tokenizer, config.codebook_size)
+        if not preset.gpu:
+            config.vocab_size = len(tokenizer)
+        self.processor = UGroundProcessor(tokenizer, **config.processor_settings)
         ids = self.processor.tokens
         config.seg_token_id, config.rej_token_id = ids.seg, ids.rej
-        config.codebook_ids = self.processor.codebook if size > 1 else None
+        config.codebook_ids = self.processor.codebook
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")  # peft uses its old name
         torch.manual_seed(0)
         with random_weights(self.device, PRECISIONS[preset.precision]):
