@@ -285,7 +285,7 @@ _TEST = (
         "vision_pretrained": Answer("vision_pretrained", "only for an adapter; a merged model holds SAM"),
         "val_batch_size": Answer("batch_size", default="4"),
         "batch_size": Answer("batch_size", "images per step of the evaluation", "4"),
-        "workers": Answer("workers", default="0"),
+        "workers": Answer("workers", "2 with a GPU, else 0", "empty"),
         "seed": Answer("seed", default="0"),
         "cmd": Answer(note="test.py answers and prints metrics; scripts/score.py computes them again"),
         **_gone("start a process per GPU with deepspeed or torchrun", "process_num world_size"),
