@@ -144,7 +144,8 @@ def generate_from(
     for step in range(max_new_tokens):
         tokens = next_tokens(model.lm_head(hidden[-1]), tokens, codebook)  # [B, K]
         finite = hidden[-1].isfinite().all(-1)
-        newest = torch.where(finite, tokens, -1).tolist()  # the only synchronization with the device in a step
+        newest = torch.where(finite, tokens, -1).tolist()  # the only synchronization in a step where no answer ends
+        some_ended = False
         for b, row in enumerate(slots):
             for k, question in enumerate(row):
                 if question is None:
@@ -156,16 +157,18 @@ def generate_from(
                     segs.append(((b, question), step, torch.stack([layer[b, k] for layer in hidden])))
                     segs_of[b, question] += token == codebook[-1]
                 if token == config.eos_token_id or segs_of[b, question] == MAX_SEGS:
-                    row[k] = None
+                    row[k], some_ended = None, True
         if on_token is not None:
             on_token([answer[-1] for answers in token_ids for answer in answers])
         alive = max(len(row) - row.count(None) for row in slots)
         if step + 1 == max_new_tokens or not alive:
             break
-        ended = torch.tensor([[slot is None for slot in row] for row in slots], device=tokens.device)
-        segment_ids, position_ids = segment_ids.masked_fill(ended, -1), position_ids + 1
-        if alive < len(slots[0]):
-            slots, (tokens, segment_ids, position_ids) = _open(slots, alive, (tokens, segment_ids, position_ids))
+        position_ids = position_ids + 1
+        if some_ended:
+            ended = torch.tensor([[slot is None for slot in row] for row in slots], device=tokens.device)
+            segment_ids = segment_ids.masked_fill(ended, -1)
+            if alive < len(slots[0]):
+                slots, (tokens, segment_ids, position_ids) = _open(slots, alive, (tokens, segment_ids, position_ids))
         embeddings = model.get_input_embeddings()(tokens)
         past = model.forward_packed(embeddings, segment_ids, position_ids, segment_ids >= 0, past=past, use_cache=True)
         hidden = past.hidden

@@ -37,7 +37,10 @@ class MonteCarlo:
     def uncertainty(self) -> MaskUncertainty:
         """Mean, variance and the score: 1 - the mean IoU of the samples' masks with the mean's mask."""
         mean_mask = self.mean > 0.5
-        agreement = sum(share * _iou(mask, mean_mask) for share, mask in self.masks)
+        counts = [torch.stack([(mask & mean_mask).sum(), (mask | mean_mask).sum()]) for _, mask in self.masks]
+        pairs = torch.stack(counts).tolist()  # at once: every read waits for the device
+        ious = [both / either if either else 1.0 for both, either in pairs]  # two empty masks agree
+        agreement = sum(share * iou for (share, _), iou in zip(self.masks, ious))
         variance = (self.square - self.mean.square()).clamp(min=0)
         return MaskUncertainty(self.mean.cpu(), variance.cpu(), self.shares, max(0.0, 1.0 - agreement))
 
@@ -57,9 +60,3 @@ def ambiguity(logits: torch.Tensor) -> torch.Tensor:
     near = probability > 0.05
     total = ((1 - 2 * (probability - 0.5).abs()) * near).sum(1)
     return torch.where(near.any(1), total / near.sum(1).clamp(min=1), 1.0)
-
-
-def _iou(mask: torch.Tensor, other: torch.Tensor) -> float:
-    """Two empty masks agree."""
-    union = int((mask | other).sum())
-    return int((mask & other).sum()) / union if union else 1.0
