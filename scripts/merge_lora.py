@@ -236,6 +236,7 @@ def probe(model: UGroundForCausalLM, processor: UGroundProcessor) -> dict[str, t
     rows, columns = np.mgrid[0:48, 0:64]
     image = np.stack([4 * columns, 5 * rows, 255 * ((rows - 24) ** 2 + (columns - 20) ** 2 < 150)], 2).astype(np.uint8)
     batch = processor.prompts([image], [[Turn("Where is the blue disc?", "Here it is: [SEG] and [SEG].")]])
+    batch = batch.to(model.device)
     with torch.inference_mode():
         output = model.forward_language(batch)
         [[prediction]] = model.predict(batch, layer_policy="last")
