@@ -163,7 +163,7 @@ class Waits(TorchDispatchMode):
 
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_a_step_waits_for_no_value(run_here, monkeypatch, accumulation):
-    """Forward, backward, clipping, AdamW, on the CPU; tests/model/test_device.py has the forward pass on a fake GPU."""
+    """Forward, backward, clipping, AdamW, on the CPU; tests/test_device.py counts on a strict device."""
     waits, step, active = [], train_ds.train_step, []
     for name in ("tolist", "numpy", "cpu"):  # no operations for PyTorch
         call = getattr(torch.Tensor, name)
