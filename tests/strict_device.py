@@ -116,15 +116,17 @@ class _Kernels(TorchDispatchMode):
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         mine = any(map(_is_mine, tensors))
         target = kwargs.get("device") or (HIDDEN if mine else CPU)
-        if not mine and target == CPU:
+        if not mine and target != HIDDEN:
             return func(*args, **kwargs)
         if mine:
             _check_devices(func, args, tensors)
         if _waits(func, args, kwargs, target):
             self.waits.append(f"{func} at {_place()}")
         plain_args, plain = tree_map_only(DeviceTensor, lambda tensor: tensor.values, (args, kwargs))
-        result = func(*plain_args, **plain | ({"device": CPU} if "device" in plain else {}))
-        if target == CPU:
+        if plain.get("device") == HIDDEN:
+            plain["device"] = CPU
+        result = func(*plain_args, **plain)
+        if target != HIDDEN:
             return result
         given = {id(tensor.values if _is_mine(tensor) else tensor): tensor for tensor in tensors}
         return tree_map_only(

@@ -16,12 +16,14 @@ from strict_device import DeviceTensor, strict_device
 
 import model.UGround as uground
 from model.layer_rules import StochasticSkip
+from model.loading.pretrained import load
 from model.lora import add_lora
 from model.opened import cache_sam_features
 from model.settings import RECIPES
 from model.structures import Prediction, Turn
 from scripts.merge_lora import merge
 from utils.datasets import get_eval_dataset
+from utils.diagnostics import benchmark, costs, device_checks
 from utils.evaluation.ceiling_pass import measure
 from utils.evaluation.engine import evaluate
 from utils.evaluation.layer_analysis import LayerAnalyzer
@@ -321,3 +323,50 @@ def test_a_model_is_merged_on_the_device(make_model, tiny_processor):
             torch.testing.assert_close(weight.cpu(), wanted.get_parameter(name))
     assert 0 < difference < 1e-4
     assert "lora" not in "".join(dict(merged.named_parameters()))
+
+
+# -- scripts/gpu_check.py ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_driver(monkeypatch):
+    """What scripts/gpu_check.py asks of the driver."""
+    for name in ("synchronize", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda *_: 1)
+
+
+def test_a_folder_is_loaded_on_the_device(version):
+    with strict_device():
+        opened = load(version, "fp32", "cuda")
+        state = opened.model.state_dict().values()
+        assert {tensor.device.type for tensor in state} == {opened.model.device.type} == {"cuda"}
+        assert opened.report()
+
+
+def test_the_comparison_with_the_cpu_runs_on_the_device(monkeypatch):
+    monkeypatch.setattr(device_checks, "METHODS", {"policy": device_checks.PAPER})
+    with strict_device():
+        findings = list(device_checks.check_training_numbers("cuda"))
+    assert {finding.level for finding in findings} == {"ok"}, findings
+
+
+@pytest.mark.slow
+def test_the_benchmarks_run_on_the_device(no_driver, monkeypatch, tmp_path):
+    shape = {"width": 32, "layers": 3, "heads": 2}
+    small = replace(benchmark.PRESETS["tiny"], llama=shape, size=(48, 64), batch=1, questions=1)
+    training, answering = ("UGround, unpacked", "LISA", "release-like, checkpointing"), ("LISA", "release-like")
+    monkeypatch.setattr(costs, "CASES", [case for case in costs.CASES if case.name in training])
+    monkeypatch.setattr(costs, "ANSWERING", [case for case in costs.ANSWERING if case.name in answering])
+    monkeypatch.setattr(costs, "counts_at_7b", lambda method: {})
+    monkeypatch.setattr(costs, "BATCH_SIZES", (2,))
+    with strict_device() as waits:
+        bench = benchmark.Bench(small, "cuda", str(tmp_path))
+        calls = benchmark.cases(bench, compiled=False)
+        for name in ("written without cache", "8 given", "SAM encoder"):
+            calls[name]()
+        waits.clear()
+        calls["UGround"]()
+        assert not waits
+        assert tuple(costs.training_costs(bench, repeats=1, questions=2)) == training
+        assert tuple(costs.answering_costs(bench, repeats=1, limit=2)) == answering
