@@ -1,13 +1,14 @@
-"""Checks a GPU for training and inference, without downloads, in a few minutes:
+"""Checks a GPU for training and inference, without downloads, in less than eight minutes:
 
     python scripts/gpu_check.py [--preset 7b|13b] [--json FILE]       on a machine with one GPU
     python scripts/gpu_check.py --device cpu --preset tiny            the same code on a CPU
 
-Parts: versions; losses, gradients and answers of a tiny model against the CPU's; where a step waits for the GPU; the
-programs (train_ds.py with DeepSpeed, resuming, merging, test.py, chat.py) on drawn scenes; quantized layers; steps
-of a model of full size with random weights, with gradient checkpointing and offloading: seconds and memory; the tables
-of scripts/bench.py; what related methods cost, beside Tables 10 and 11 of the paper. A part that fails is named, and
-the next one runs. Exit code: 0 = no problem, 1 = problems, 2 = invalid flags.
+Parts: versions; losses, gradients and answers of a tiny model against the CPU's; where a step and an answer wait for
+the GPU; the programs (train_ds.py with DeepSpeed, resuming, merging, test.py, chat.py) on drawn scenes; two processes;
+quantized layers; steps of a model of full size with random weights, with gradient checkpointing, offloading and cached
+features: seconds, and memory beside the formula's; the tables of scripts/bench.py; what related methods cost, beside
+Tables 10 and 11 of the paper. A part that fails, or that lacks a package, is named, and the next one runs.
+Exit code: 0 = no problem, 1 = problems, 2 = invalid flags.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import json
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -40,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
     add = parser.add_argument
     add("--preset", choices=("tiny", "medium", "7b", "13b"), default="7b", help="size of the measured model")
     add("--device", default="auto", help="cuda, cuda:1, cpu (default: the GPU if there is one)")
-    add("--repeats", type=int, default=5, metavar="N", help="repeats of the benchmark (default: %(default)s)")
+    add("--repeats", type=int, default=3, metavar="N", help="repeats of the benchmark (default: %(default)s)")
     add("--json", type=Path, metavar="FILE", help="also write findings and figures to this file")
     args = parser.parse_args(arguments)
     page, figures = Page(), {name: dict[str, Any]() for name in BENCHMARKS}
@@ -60,16 +62,18 @@ def main(arguments: list[str] | None = None) -> int:
             page.run(check, device)
         page.heading("Programs")
         page.run(checks.check_programs, device)
+        page.run(checks.check_two_processes, device)
         page.run(checks.check_quantization, device)
         page.heading(f"Steps of {args.preset}")
         page.run(checks.check_steps, device, args.preset)
         page.heading("Benchmark")
         for name in BENCHMARKS:
             page.run(run_benchmark, device, args.preset, args.repeats, name, figures[name])
-    print(f"\n{page.summary()}")
+    parts = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in page.seconds.items())
+    print(f"\n{parts}; {sum(page.seconds.values()) / 60:.1f} minutes\n{page.summary()}")
     if args.json:
         findings = [asdict(finding) for finding in page.findings]
-        args.json.write_text(json.dumps({"findings": findings, **figures}, indent=2) + "\n")
+        args.json.write_text(json.dumps({"findings": findings, "seconds": page.seconds, **figures}, indent=2) + "\n")
     return 1 if page.count("problem") else 0
 
 
@@ -88,12 +92,15 @@ def run_benchmark(device: str, preset: str, repeats: int, name: str, figures: di
         command = ["bench.py", "--preset", preset, "--device", device, "--repeats", str(repeats), "--json", str(path)]
         command += BENCHMARKS[name]
         command += ["--compile"] if name == "bench" and device.startswith("cuda") else []
+        start = time.perf_counter()
         code = subprocess.run([sys.executable, str(SCRIPTS / command[0]), *command[1:]]).returncode
         if code:
             yield problem(f"{title}: exit code {code}", "see above")
-        else:
-            figures |= json.loads(path.read_text())
-            yield ok(title)
+            return
+        figures |= json.loads(path.read_text())
+        used = figures.get("utilisation")
+        utilisation = f"; model FLOPs utilization {used:.0%}" if used else ""
+        yield ok(f"{title}: {time.perf_counter() - start:.0f} s{utilisation}")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 def init(timeout_minutes: int = 60) -> torch.device:
     """Joins the launcher's process group, or creates a group of one; returns this process's device.
 
-    The backend is NCCL on CUDA and gloo on the CPU. DeepSpeed reuses the group.
+    The backend is NCCL on CUDA and gloo on the CPU, unless ``UGROUND_BACKEND`` names another (gloo lets processes share
+    a GPU, which NCCL refuses). DeepSpeed reuses the group.
     """
     import torch
     from torch import distributed
@@ -28,7 +29,8 @@ def init(timeout_minutes: int = 60) -> torch.device:
     else:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if not distributed.is_initialized():
-        backend, timeout = ("nccl" if cuda else "gloo"), timedelta(minutes=timeout_minutes)
+        backend = os.environ.get("UGROUND_BACKEND", "nccl" if cuda else "gloo")
+        timeout = timedelta(minutes=timeout_minutes)
         if "WORLD_SIZE" in os.environ:
             distributed.init_process_group(backend, timeout=timeout)
         else:  # no launcher: an in-memory store needs no port

@@ -4,19 +4,28 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import re
 import subprocess
+import sys
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from tiny_run import ROOT, environment
 
+from model.sam_cache import FeatureCache
 from model.UGround import UGroundForCausalLM
 from scripts import bench, gpu_check
+from utils.config import Config
 from utils.diagnostics import benchmark, costs, device_checks, memory_probe
 from utils.diagnostics.findings import Finding, ok, problem
+from utils.diagnostics.memory_model import Plan, expected, on_cuda
+
+RANKS = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "UGROUND_BACKEND"}
 
 
 def levels(findings: list[Finding]) -> set[str]:
@@ -54,24 +63,87 @@ def test_other_layers_and_tokens_are_found(monkeypatch: pytest.MonkeyPatch) -> N
         return rows
 
     monkeypatch.setattr(UGroundForCausalLM, "predict", wrong)
-    written, given, sampled, _ = device_checks.check_answers("cpu")
+    written, given, sampled, _, conversation = device_checks.check_answers("cpu")
     assert (written.level, given.level, sampled.level) == ("problem",) * 3
+    assert conversation.level == "ok"  # it is answered by another function
     assert "other tokens" in written.text
     assert "other layers" in given.text
 
 
-def test_a_step_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    chosen = {"checkpointing": device_checks.STEPS["checkpointing, offloaded"]}
+def test_a_step_is_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    chosen = {name: device_checks.STEPS[name] for name in ("checkpointing, offloaded", "feature cache")}
     monkeypatch.setattr(device_checks, "STEPS", chosen)
     monkeypatch.setattr(memory_probe, "MEASURED_STEPS", 2)
-    (finding,) = device_checks.check_steps("cpu", "tiny")
-    assert finding.level == "ok"
-    seconds, measured, formula = re.search(
-        r"checkpointing: ([\d.]+) s, .* ([\d.]+) GB m.* ([\d.]+) GB", finding.text
-    ).groups()
-    assert float(seconds) > 0
-    assert 0 <= float(measured) < 1  # memory that an earlier test has freed is not counted
-    assert 0.05 < float(formula) < 1
+    caches: list[FeatureCache] = []
+    monkeypatch.setattr(FeatureCache, "_evict", lambda self: caches.append(self))
+    findings = list(device_checks.check_steps("cpu", "tiny"))
+    assert levels(findings) == {"ok"}
+    for name, finding in zip(chosen, findings, strict=True):
+        pattern = rf"{name}: ([\d.]+) s, .* ([\d.]+) GB m.* ([\d.]+) GB"
+        seconds, measured, formula = re.search(pattern, finding.text).groups()
+        assert float(seconds) > 0
+        assert 0 <= float(measured) < 1  # memory that an earlier test has freed is not counted
+        assert 0.05 < float(formula) < 1
+    assert (caches[0].misses, caches[0].hits) == (2, 2)  # two images: the second step reads what the first has written
+
+
+def test_a_step_that_does_not_fit_and_a_formula_that_is_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    peaks = iter([None, 0.5, 0.95, 1.2, 1.0])  # of what the formula expects; None = out of memory
+
+    def measure_step(plan: Plan, config: Config) -> memory_probe.Measured:
+        if (share := next(peaks)) is None:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return memory_probe.Measured(plan, share * on_cuda(expected(plan)), 0.3)
+
+    monkeypatch.setattr(memory_probe, "measure_step", measure_step)
+    findings = list(device_checks.check_steps("cuda", "tiny"))
+    assert [finding.level for finding in findings] == ["warning", "warning", "ok", "warning", "ok"]
+    assert re.fullmatch(r"the formula expects \d+\.\d GB", findings[0].fix)
+    assert "(0.50)" in findings[1].text
+
+
+def test_two_processes_share_a_gpu_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[dict[str, str]] = []
+
+    def run(command, env, **_options) -> subprocess.CompletedProcess:
+        if "train_ds.py" in command:
+            started.append({name: env[name] for name in sorted(RANKS) if name in env})
+        code = int(env.get("RANK") == "1" and env.get("UGROUND_BACKEND") == "gloo")
+        return subprocess.CompletedProcess(command, code, stdout="", stderr="RuntimeError: not for gloo")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    for gpus, level in ((1, "warning"), (2, "ok")):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda gpus=gpus: gpus)
+        (finding,) = device_checks.check_two_processes("cuda")
+        assert finding.level == level, finding
+    started.sort(key=lambda ranks: (ranks.get("UGROUND_BACKEND", ""), ranks["RANK"]), reverse=True)
+    assert started == [
+        {"LOCAL_RANK": "0", "RANK": "1", "UGROUND_BACKEND": "gloo", "WORLD_SIZE": "2"},
+        {"LOCAL_RANK": "0", "RANK": "0", "UGROUND_BACKEND": "gloo", "WORLD_SIZE": "2"},
+        {"LOCAL_RANK": "1", "RANK": "1", "WORLD_SIZE": "2"},
+        {"LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "2"},
+    ]
+
+
+def test_a_process_that_waits_for_another_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device_checks, "PATIENCE", 0.1)
+    finding = device_checks.run_programs("wait", ["-c", "import time; time.sleep(60)"], [dict(os.environ)] * 2)
+    assert (finding.level, finding.text) == ("problem", "wait: exit code 1: not finished after 0.1 s")
+
+
+def test_synchronizations_are_counted_by_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    modes: list[str] = []
+
+    def call() -> None:
+        if modes:
+            for _ in range(2):
+                warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
+            warnings.warn("something else", stacklevel=1)
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    ((place, count),) = device_checks.synchronizations(call).items()
+    assert (place.split(":")[0], count, modes) == ("test_device_checks.py", 2, ["warn", "default"])
 
 
 def test_a_program_that_fails_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,7 +163,8 @@ def test_a_part_that_fails_does_not_stop_the_next(
     def check_training_numbers(device: str):
         raise torch.AcceleratorError("CUDA error: invalid argument") if device == "cpu" else AssertionError
 
-    for name in ("check_answers", "check_synchronizations", "check_programs", "check_quantization", "check_steps"):
+    others = ("answers", "synchronizations", "programs", "two_processes", "quantization", "steps")
+    for name in (f"check_{other}" for other in others):
         monkeypatch.setattr(device_checks, name, lambda *_: [ok("fine")])
     monkeypatch.setattr(device_checks, "check_training_numbers", check_training_numbers)
     monkeypatch.setattr(gpu_check, "check_installation", lambda: [problem("no gradio", "install it")])
@@ -100,10 +173,12 @@ def test_a_part_that_fails_does_not_stop_the_next(
     assert gpu_check.main(["--device", "cpu", "--preset", "tiny", "--json", str(path)]) == 1
     page = capsys.readouterr().out
     assert "AcceleratorError: CUDA error: invalid argument" in page
-    assert page.count("fine") == 5
+    assert page.count("fine") == len(others)
+    assert re.search(r"Installation \d s, Numbers \d s, .*; 0.0 minutes", page)
     written = json.loads(path.read_text())
-    assert [finding["level"] for finding in written["findings"]] == ["problem", "problem", *["ok"] * 8]
+    assert [finding["level"] for finding in written["findings"]] == ["problem", "problem", *["ok"] * 9]
     assert [finding["text"] for finding in written["findings"][-3:]] == ["bench", "table_10", "table_11"]
+    assert list(written["seconds"]) == ["Installation", "Numbers", "Programs", "Steps of tiny", "Benchmark"]
     assert written["bench"] == written["table_10"] == written["table_11"] == {"ratio": 1}
 
 
@@ -137,3 +212,61 @@ def test_a_large_model_is_refused_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(gpu_check, "check_installation", lambda: [])
     with pytest.raises(ValueError, match="--preset 7b needs a GPU, and this runs on cpu; use --preset tiny"):
         gpu_check.main(["--device", "cpu"])
+
+
+def blocked(package: str, folder: Path) -> dict[str, str]:
+    """The environment of processes that cannot import the package."""
+    (folder / "sitecustomize.py").write_text(f"import sys; sys.modules[{package!r}] = None\n")
+    return environment(PYTHONPATH=str(folder))
+
+
+def test_without_deepspeed_the_untrained_model_is_merged(monkeypatch: pytest.MonkeyPatch) -> None:
+    commands: list[list[str]] = []
+
+    def run(command, **_options) -> subprocess.CompletedProcess:
+        commands.append(command[1:])
+        return subprocess.CompletedProcess(command, 0, stdout="", stderr="")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    checks = (device_checks.check_programs, device_checks.check_two_processes)
+    first, *others, last = [finding for check in checks for finding in check("cpu")]
+    (steps,) = device_checks.check_steps("cpu", "tiny")
+    assert {first.level, last.level, steps.level} == {"skipped"}
+    assert all("install deepspeed" in finding.fix for finding in (first, last, steps))
+    assert [finding.text.split(":")[0] for finding in others] == ["draw data", "merge", "evaluate", "ask"]
+    assert all("train_ds.py" not in command for command in commands)
+    assert "--config" in commands[1]
+
+
+@pytest.mark.slow
+def test_programs_that_run_without_deepspeed(tmp_path: Path) -> None:
+    code = "from utils.diagnostics.device_checks import check_programs as c; print(*c('cpu'), sep='\\n')"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=blocked("deepspeed", tmp_path), capture_output=True, text=True
+    )
+    assert [line.split()[0] for line in done.stdout.splitlines()] == ["skipped", *["ok"] * 4], done
+
+
+@pytest.mark.slow
+def test_without_segment_anything_the_installation_is_the_only_part(tmp_path: Path) -> None:
+    command = [sys.executable, "scripts/gpu_check.py", "--device", "cpu", "--preset", "tiny"]
+    env = blocked("segment_anything", tmp_path)
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "skipped  everything else -> fix the installation first (No module named 'segment_anything" in done.stdout
+
+
+@pytest.mark.slow
+def test_the_whole_check_on_the_cpu(tmp_path: Path) -> None:
+    path = tmp_path / "figures.json"
+    command = [sys.executable, "scripts/gpu_check.py", "--device", "cpu", "--preset", "tiny", "--repeats", "1"]
+    done = subprocess.run(
+        [*command, "--json", str(path)], cwd=ROOT, env=environment(), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout
+    written = json.loads(path.read_text())
+    assert {finding["level"] for finding in written["findings"]} == {"ok", "skipped"}
+    assert all(written[name]["device"] == "CPU" for name in gpu_check.BENCHMARKS)
+    assert set(written["table_10"]["rows"]) == {case.name for case in costs.CASES}
+    assert set(written["table_11"]["rows"]) == {case.name for case in costs.ANSWERING}

@@ -13,7 +13,7 @@ from model.UGround import UGroundForCausalLM
 from scripts import doctor
 from utils.config import load_config
 from utils.diagnostics import memory_model
-from utils.diagnostics.memory_probe import random_batch
+from utils.diagnostics.memory_probe import processor_of, random_batch
 
 ZERO3 = str(ROOT / "configs/deepspeed/zero3.json")
 
@@ -71,7 +71,7 @@ def test_activations_are_what_autograd_saves(checkpointing):
     model = add_lora(base, 8, dropout=0.0).train()
     if checkpointing:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    batch = random_batch(plan)
+    batch = random_batch(plan, processor_of(plan.shape))
     plan = replace(plan, tokens=batch.input_ids.shape[1], labels=len(batch.label_ids))
     held = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     saved: dict[int, torch.UntypedStorage] = {}

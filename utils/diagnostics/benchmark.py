@@ -555,7 +555,14 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 # -- utilisation and growth --------------------------------------------------------------------------------------------
 
-PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16 operations per second, from the data sheets
+PEAKS = {  # dense bf16 operations per second, from the data sheets; the first name that fits counts
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H200 NVL": 835e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "A100": 312e12,
+}
 
 
 def step_flops(bench: Bench, batch: Batch) -> float:

@@ -8,14 +8,18 @@ from __future__ import annotations
 import copy
 import gc
 import os
+import socket
 import subprocess
 import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -27,10 +31,11 @@ from model.config import UGroundConfig
 from model.lora import part_of
 from model.settings import RECIPES
 from model.structures import Prediction, Sample, Turn
-from utils.config import load_config
+from utils.config import Config, load_config
 from utils.diagnostics.benchmark import EXACT, LISA_STYLE, PRESETS, UGROUND, Bench
 from utils.diagnostics.findings import Finding, ok, problem, skipped, warning
-from utils.diagnostics.memory_model import GB, expected, on_cuda, plan_of_preset, plan_of_shape
+from utils.diagnostics.memory_model import GB, Plan, expected, on_cuda, plan_of_preset, plan_of_shape
+from utils.inference.session import ImageSession
 from utils.wording import counted
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -44,15 +49,20 @@ METHODS: dict[str, dict[str, Any]] = {  # each undoes the one before
 }
 TOLERANCE = 1e-3  # relative, of losses and gradient norms in float32 without TF32
 ROUNDING = 0.05  # the same in bf16
+TINY = "configs/tiny.yaml"
+PATIENCE = 180  # seconds for a program: where one of two processes fails, the other waits for it
+CONVERSATION = ("the cube", "and what is beside it?")
 DRAWN = ("--train", "24", "--val", "8", "--test", "4")  # images of each drawn data set
 CHECKPOINTING = ("--gradient_checkpointing", "true")
 OFFLOADED = ("--deepspeed_config", str(ROOT / "configs/deepspeed/zero2_offload.json"))
-STEPS = {
+STEPS: dict[str, tuple[str, ...]] = {
     "as configured": (),
     "gradient checkpointing": CHECKPOINTING,
     "offloaded optimizer": OFFLOADED,
     "checkpointing, offloaded": (*CHECKPOINTING, *OFFLOADED),
+    "feature cache": ("--sam_feature_cache", "{folder}"),
 }
+FORMULA = (0.8, 1.1)  # measured memory / the formula's, on a GPU
 
 
 # -- numbers -----------------------------------------------------------------------------------------------------------
@@ -155,6 +165,11 @@ def check_answers(device: str) -> Iterator[Finding]:
             yield compare_answers(f"{name} answers, {len(samples)} images, with the CPU's", found, wanted)
         alone = [prediction for sample in samples for prediction in ask(there, [sample], False)]
         yield compare_answers("written answers in a batch, with each image alone", ask(there, samples, False), alone)
+        sessions = [ImageSession(model, bench.processor, samples[0].image) for model in (there, here)]
+        found, wanted = ([session.ask(text, max_new_tokens=12) for text in CONVERSATION] for session in sessions)
+        yield compare_answers(
+            f"a conversation of {counted(len(CONVERSATION), 'question')}, with the CPU's", found, wanted
+        )
 
 
 def compare_answers(name: str, found: list[Prediction], wanted: list[Prediction]) -> Finding:
@@ -169,25 +184,34 @@ def compare_answers(name: str, found: list[Prediction], wanted: list[Prediction]
 
 
 def check_synchronizations(device: str) -> Iterator[Finding]:
-    """How often a training step makes the host wait for the device."""
+    """How often a training step and an answer make the host wait for the device."""
     if not device.startswith("cuda"):
         yield skipped("synchronizations", "only CUDA counts them")
         return
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(PRESETS["tiny"], device, folder)
-        batch = bench.batch(mixed_samples(bench))
-        bench.step(batch)
-        torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            with warnings.catch_warnings(record=True) as caught:
-                warnings.simplefilter("always")
-                bench.step(batch)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-    places = sorted({f"{Path(w.filename).name}:{w.lineno}" for w in caught if "synchroniz" in str(w.message)})
-    text = f"a step waits for the device at {counted(len(places), 'place')}: {', '.join(places) or 'none'}"
-    yield ok(text) if not places else warning(text, "values that Python reads stop the queue of kernels")
+        step, answer = partial(bench.step, bench.batch(mixed_samples(bench))), bench.ask()
+        places = synchronizations(step)
+        shown = ", ".join(sorted(places)) or "none"
+        text = f"a step waits for the device at {counted(len(places), 'place')}: {shown}"
+        yield ok(text) if not places else warning(text, "values that Python reads stop the queue of kernels")
+        places = synchronizations(answer)
+        shown = ", ".join(f"{count} at {place}" for place, count in places.most_common())
+        yield ok(f"an answer of 12 tokens waits for the device {counted(places.total(), 'time')}: {shown}")
+
+
+def synchronizations(call: Callable[[], Any]) -> Counter[str]:
+    """How often the second of two calls waits for the GPU, by file and line."""
+    call()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            call()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return Counter(f"{Path(w.filename).name}:{w.lineno}" for w in caught if "synchroniz" in str(w.message))
 
 
 # -- programs ----------------------------------------------------------------------------------------------------------
@@ -195,16 +219,15 @@ def check_synchronizations(device: str) -> Iterator[Finding]:
 
 def check_programs(device: str) -> Iterator[Finding]:
     """Trains the tiny model on drawn scenes, resumes, merges, evaluates and asks, each program in its own process."""
-    if find_spec("deepspeed") is None:
-        yield skipped("train_ds.py, merge_lora.py, test.py, chat.py", "install deepspeed, which training needs")
-        return
+    has_deepspeed = find_spec("deepspeed") is not None
+    if not has_deepspeed:
+        yield skipped("train_ds.py: the untrained model is merged", "install deepspeed, which training needs")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        data, runs, train = folder / "data", folder / "runs", ["train_ds.py", "--config", "configs/tiny.yaml"]
-        train += ["--dataset_dir", str(data), "--log_base_dir", str(runs), "--steps_per_epoch", "3", "--workers", "1"]
-        train += ["--val_limit", "4", "--log_every", "1", "--warmup_steps", "2"]
-        merged, picture = runs / "tiny/merged", data / "reason_seg/ReasonSeg/val/val_00000.jpg"
+        data, runs, train = folder / "data", folder / "runs", training_command(folder)
+        merged, picture = folder / "merged", data / "reason_seg/ReasonSeg/val/val_00000.jpg"
         evaluate = ["test.py", "--version", str(merged), "--dataset_dir", str(data), "--output", str(folder / "eval")]
+        trained = ("--checkpoint", str(runs / "tiny")) if has_deepspeed else ("--config", TINY)
         commands: dict[str, list[str]] = {
             "draw data": ["scripts/make_demo_data.py", "--out", str(data), *DRAWN],
             "train in fp32": [*train, "--epochs", "1"],
@@ -213,26 +236,77 @@ def check_programs(device: str) -> Iterator[Finding]:
                 *[*train, "--epochs", "1", "--exp_name", "bf16", "--precision", "bf16", "--compile_sam", "true"],
                 *["--sam_feature_cache", str(folder / "features"), *CHECKPOINTING, *OFFLOADED],
             ],
-            "merge": ["scripts/merge_lora.py", "--checkpoint", str(runs / "tiny"), "--output", str(merged)],
+            "merge": ["scripts/merge_lora.py", *trained, "--output", str(merged)],
             "evaluate": [*evaluate, "--val_dataset", "ReasonSeg|val_short||grefcoco|unc|val", "--mode", "generate"],
             "ask": ["chat.py", "--version", str(merged), "--image", str(picture), "--prompt", "the largest shape"],
         }
         commands["ask"] += ["--output", str(folder / "answers"), "--layer_policy", "mc:4"]
-        hidden = {} if device.startswith("cuda") else {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
         for title, command in commands.items():
-            start = time.perf_counter()
-            done = subprocess.run(
-                [sys.executable, *command], cwd=ROOT, env=os.environ | hidden, capture_output=True, text=True
-            )
-            if done.returncode:
-                last = " / ".join((done.stderr.strip() or done.stdout.strip()).splitlines()[-3:])
-                yield problem(
-                    f"{title}: exit code {done.returncode}: {last}", f"run: python {' '.join(command[:3])} ..."
-                )
+            if command[0] == train[0] and not has_deepspeed:
+                continue
+            finding = run_programs(title, command, [environment(device)])
+            yield finding
+            if finding.level == "problem":
                 return
-            yield ok(f"{title}: {time.perf_counter() - start:.0f} s")
-    if not device.startswith("cuda") or torch.cuda.device_count() < 2:
-        yield skipped("two processes", "NCCL wants a GPU for each; tests/training runs two on a CPU")
+
+
+def check_two_processes(device: str) -> Iterator[Finding]:
+    """Trains the tiny model in two processes, each on its own GPU, or both on the one that there is.
+
+    NCCL refuses two processes on a GPU. gloo does not: it copies what it reduces to the host.
+    """
+    if find_spec("deepspeed") is None:
+        yield skipped("two processes", "install deepspeed, which training needs")
+        return
+    shared = device.startswith("cuda") and torch.cuda.device_count() < 2
+    with tempfile.TemporaryDirectory() as name, socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+        free.close()  # and hope that it stays free
+        drawn = ["scripts/make_demo_data.py", "--out", str(Path(name) / "data"), *DRAWN]
+        if (finding := run_programs("draw data", drawn, [environment(device)])).level == "problem":
+            yield finding
+            return
+        group = environment(device) | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        group |= {"UGROUND_BACKEND": "gloo"} if shared else {}
+        ranks = [group | {"RANK": str(rank), "LOCAL_RANK": "0" if shared else str(rank)} for rank in range(2)]
+        where = "one GPU, with gloo" if shared else "two GPUs" if device.startswith("cuda") else "the CPU"
+        finding = run_programs(
+            f"train in two processes on {where}", [*training_command(Path(name)), "--epochs", "1"], ranks
+        )
+        yield replace(finding, level="warning") if shared and finding.level == "problem" else finding
+
+
+def training_command(folder: Path) -> list[str]:
+    """train_ds.py of the tiny model on the data in ``folder``, three steps an epoch."""
+    paths = ["--dataset_dir", str(folder / "data"), "--log_base_dir", str(folder / "runs")]
+    short = ["--steps_per_epoch", "3", "--workers", "1", "--val_limit", "4", "--log_every", "1", "--warmup_steps", "2"]
+    return ["train_ds.py", "--config", TINY, *paths, *short]
+
+
+def environment(device: str) -> dict[str, str]:
+    """The environment of a program that must run on the device."""
+    return os.environ | ({} if device.startswith("cuda") else {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"})
+
+
+def run_programs(title: str, command: list[str], environments: list[dict[str, str]]) -> Finding:
+    """Runs a program of the project, in one process per environment at the same time."""
+
+    def run(env: dict[str, str]) -> tuple[int, str]:
+        call = [sys.executable, *command]
+        try:
+            done = subprocess.run(call, cwd=ROOT, env=env, timeout=PATIENCE, capture_output=True, text=True)
+        except subprocess.TimeoutExpired:
+            return 1, f"not finished after {PATIENCE} s"
+        return done.returncode, " / ".join((done.stderr.strip() or done.stdout.strip()).splitlines()[-3:])
+
+    start = time.perf_counter()
+    with ThreadPoolExecutor(len(environments)) as pool:
+        failed = [end for end in pool.map(run, environments) if end[0]]
+    if failed:
+        code, last = failed[0]
+        return problem(f"{title}: exit code {code}: {last}", f"run: python {' '.join(command[:3])} ...")
+    return ok(f"{title}: {time.perf_counter() - start:.0f} s")
 
 
 def check_quantization(device: str) -> Iterator[Finding]:
@@ -260,17 +334,41 @@ def check_steps(device: str, preset: str) -> Iterator[Finding]:
     if find_spec("deepspeed") is None:
         yield skipped("steps under DeepSpeed", "install deepspeed, which training needs")
         return
+    shape = tiny_shape() if preset == "tiny" else None
+    for title, flags in STEPS.items():
+        with tempfile.TemporaryDirectory() as folder:
+            settings = [
+                "--precision",
+                "bf16" if device.startswith("cuda") else "fp32",
+                "--grad_accumulation_steps",
+                "1",
+            ]
+            settings += ["--lora_r", "64" if preset == "13b" else "8", *(flag.format(folder=folder) for flag in flags)]
+            config = load_config(settings, needs=())
+            plan = plan_of_shape(shape, config) if shape else plan_of_preset(preset, config)
+            yield measured_step(title, device, plan, config)
+        gc.collect()  # the engine has cycles
+        torch.cuda.empty_cache()
+
+
+def measured_step(title: str, device: str, plan: Plan, config: Config) -> Finding:
+    """Seconds and memory of a step. A card that is too small is no fault of the code."""
     from utils.diagnostics.memory_probe import measure_step
 
-    for title, flags in STEPS.items():
-        settings = ["--precision", "bf16" if device.startswith("cuda") else "fp32", "--grad_accumulation_steps", "1"]
-        config = load_config([*settings, "--lora_r", "64" if preset == "13b" else "8", *flags], needs=())
-        plan = plan_of_shape(tiny_shape(), config) if preset == "tiny" else plan_of_preset(preset, config)
+    on_gpu = device.startswith("cuda")
+
+    def formula(plan: Plan) -> float:
+        parts = expected(plan)
+        return (on_cuda(parts) if on_gpu else parts["total"] + parts["host"]) / GB
+
+    try:
         measured = measure_step(plan, config)
-        gc.collect()
-        torch.cuda.empty_cache()
-        parts = expected(measured.plan)
-        formula = (on_cuda(parts) if device.startswith("cuda") else parts["total"] + parts["host"]) / GB
-        peak, size = measured.peak / GB, f"{measured.plan.images} images of {measured.plan.tokens} tokens"
-        memory = f"{peak:.1f} GB measured, {formula:.1f} GB by the formula ({peak / formula:.2f})"
-        yield ok(f"{title}: {measured.seconds:.3f} s, {size}, {memory}")
+    except torch.OutOfMemoryError:
+        return warning(f"{title}: out of memory", f"the formula expects {formula(plan):.1f} GB")
+    peak, size = measured.peak / GB, f"{measured.plan.images} images of {measured.plan.tokens} tokens"
+    ratio = peak / formula(measured.plan)
+    memory = f"{peak:.1f} GB measured, {formula(measured.plan):.1f} GB by the formula ({ratio:.2f})"
+    text = f"{title}: {measured.seconds:.3f} s, {size}, {memory}"
+    if on_gpu and not FORMULA[0] <= ratio <= FORMULA[1]:
+        return warning(text, f"{FORMULA[0]} to {FORMULA[1]} was expected: doctor.py --memory is wrong about this card")
+    return ok(text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -49,13 +50,16 @@ class Page:
 
     Attributes:
         findings: all so far.
+        seconds: of each heading's checks, by heading.
     """
 
     def __init__(self) -> None:
         self.findings: list[Finding] = []
+        self.seconds: dict[str, float] = {}
 
     def heading(self, title: str) -> None:
         print(f"{chr(10) if self.findings else ''}{title}")
+        self.seconds[title] = 0.0
 
     def add(self, finding: Finding) -> None:
         self.findings.append(finding)
@@ -63,13 +67,15 @@ class Page:
 
     def run(self, check: Callable[..., Iterable[Finding]], *args: Any) -> bool:
         """Adds the findings of a check; returns whether none of them is a problem."""
-        before = len(self.findings)
+        before, start = len(self.findings), time.perf_counter()
 
         def add_all() -> None:
             for finding in check(*args):
                 self.add(finding)
 
         self.attempt(add_all, name=check.__name__)
+        if self.seconds:
+            self.seconds[next(reversed(self.seconds))] += time.perf_counter() - start
         return all(finding.level != "problem" for finding in self.findings[before:])
 
     def attempt(self, function: Callable[..., T], *args: Any, name: str = "") -> T | None:

@@ -12,8 +12,10 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer
 
+from model.config import UGroundConfig
 from model.loading.placement import PRECISIONS
 from model.lora import add_lora
+from model.opened import cache_sam_features
 from model.processing.processor import UGroundProcessor
 from model.processing.tokens import add_special_tokens
 from model.structures import Batch, Sample, Turn
@@ -54,10 +56,15 @@ class Measured:
 
 
 def measure_step(plan: Plan, config: Config) -> Measured:
-    """Trains a model with random weights of the plan's shape for a few steps, under DeepSpeed."""
-    device = distributed.init()
+    """Trains a model with random weights of the plan's shape for a few steps, under DeepSpeed.
+
+    With ``sam_feature_cache`` the first step fills the cache, and the others read it.
+    """
+    device, cache = distributed.init(), config.data.sam_feature_cache
     torch.manual_seed(0)
-    batch = random_batch(plan).to(device, PRECISIONS[config.model.precision])
+    processor = processor_of(plan.shape)
+    processor.hash_images = bool(cache)
+    batch = random_batch(plan, processor).to(device, PRECISIONS[config.model.precision])
     before = memory_now(device)
     with random_weights(device, PRECISIONS[config.model.precision]):
         model = UGroundForCausalLM(plan.shape)
@@ -67,6 +74,8 @@ def measure_step(plan: Plan, config: Config) -> Measured:
         )
     if plan.checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if cache:
+        cache_sam_features(model, processor, cache, config.data.sam_feature_cache_gb)
     engine = build_engine(adapted, config, deepspeed_settings(config, 1))
     reset_peak(device)
     for _ in range(MEASURED_STEPS):
@@ -95,12 +104,16 @@ def random_weights(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def random_batch(plan: Plan) -> Batch:
-    """Random square images (no padded patches) with meaningless questions, as many and as long as in the plan."""
-    shape, rng = plan.shape, np.random.default_rng(0)
+def processor_of(shape: UGroundConfig) -> UGroundProcessor:
+    """A processor for a model of this shape, with the tiny model's tokens."""
     tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
     add_special_tokens(tokenizer, shape.codebook_size)
-    processor = UGroundProcessor(tokenizer, **shape.processor_settings)
+    return UGroundProcessor(tokenizer, **shape.processor_settings)
+
+
+def random_batch(plan: Plan, processor: UGroundProcessor) -> Batch:
+    """Random square images (no padded patches) with meaningless questions, as many and as long as in the plan."""
+    shape, rng = plan.shape, np.random.default_rng(0)
     size = (round(plan.pixels**0.5),) * 2
     question = "where is the red star " * max(1, (plan.tokens - shape.num_image_tokens) // plan.masks // 6)
     samples = []
