@@ -190,8 +190,8 @@ def next_tokens(logits: torch.Tensor, previous: torch.Tensor, codebook: Sequence
     Args:
         previous: [B, K] the tokens before; -1 = none.
     """
-    if len(codebook) > 1:
-        logits[..., list(codebook[1:])] = -torch.inf
+    for token in codebook[1:]:
+        logits[..., token] = -torch.inf
     tokens = logits.argmax(-1)
     for earlier, later in pairwise(codebook):
         tokens = torch.where(previous == earlier, later, tokens)

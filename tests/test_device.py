@@ -161,7 +161,7 @@ def test_a_step_with_points_waits_where_segment_anything_selects_by_label(step):
     waits = step(point_prompts=2)
     operations, places = zip(*(wait.split(" at ") for wait in waits), strict=True)
     assert {operation.split(".")[1] for operation in operations} <= {"index", "index_put", "index_put_"}
-    assert {place.split(":")[0] for place in places} == {"sam.py", "test_device.py"}  # the backward pass runs here
+    assert {place.split(":")[0] for place in places} == {"segment_anything.py", "test_device.py"}  # the backward pass runs here
 
 
 def test_the_meter_waits_when_it_is_read(make_model, tiny_processor, tiny_samples):
