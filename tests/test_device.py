@@ -161,7 +161,8 @@ def test_a_step_with_points_waits_where_segment_anything_selects_by_label(step):
     waits = step(point_prompts=2)
     operations, places = zip(*(wait.split(" at ") for wait in waits), strict=True)
     assert {operation.split(".")[1] for operation in operations} <= {"index", "index_put", "index_put_"}
-    assert {place.split(":")[0] for place in places} == {"segment_anything.py", "test_device.py"}  # the backward pass runs here
+    backward = "test_device.py"  # it is called here
+    assert {place.split(":")[0] for place in places} == {"segment_anything.py", backward}
 
 
 def test_the_meter_waits_when_it_is_read(make_model, tiny_processor, tiny_samples):
@@ -355,18 +356,20 @@ def test_the_comparison_with_the_cpu_runs_on_the_device(monkeypatch):
 def test_the_benchmarks_run_on_the_device(no_driver, monkeypatch, tmp_path):
     shape = {"width": 32, "layers": 3, "heads": 2}
     small = replace(benchmark.PRESETS["tiny"], llama=shape, size=(48, 64), batch=1, questions=1)
-    training, answering = ("UGround, unpacked", "LISA", "release-like, checkpointing"), ("LISA", "release-like")
+    training = ("UGround, unpacked", "LISA", "release-like, checkpointing", "PixelLM")
+    answering = ("LISA", "release-like", "PixelLM")
     monkeypatch.setattr(costs, "CASES", [case for case in costs.CASES if case.name in training])
     monkeypatch.setattr(costs, "ANSWERING", [case for case in costs.ANSWERING if case.name in answering])
     monkeypatch.setattr(costs, "counts_at_7b", lambda method: {})
     monkeypatch.setattr(costs, "BATCH_SIZES", (2,))
     with strict_device() as waits:
-        bench = benchmark.Bench(small, "cuda", str(tmp_path))
+        benches = costs.Benches(small, "cuda", str(tmp_path))
+        bench = benches.sam
         calls = benchmark.cases(bench, compiled=False)
         for name in ("written without cache", "8 given", "SAM encoder"):
             calls[name]()
         waits.clear()
         calls["UGround"]()
         assert not waits
-        assert tuple(costs.training_costs(bench, repeats=1, questions=2)) == training
-        assert tuple(costs.answering_costs(bench, repeats=1, limit=2)) == answering
+        assert tuple(costs.training_costs(benches, repeats=1, questions=2)) == training
+        assert tuple(costs.answering_costs(benches, repeats=1, limit=2)) == answering
