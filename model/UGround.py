@@ -422,7 +422,7 @@ class UGroundForCausalLM(LlavaLlamaForCausalLM):
                 policy=policy[segs],
                 layer_maps=torch.stack([layer_maps[n] for n in segs]) if segs else no_layer_maps,
                 rejected=[answers.rejected[n] for n in segs],
-                predicted_iou=[masks[n].predicted_iou for n in segs],
+                predicted_iou=[masks[n].predicted_iou for n in segs] if self.config.rates_masks else [],
                 ambiguity=ambiguity(mask_logits).tolist(),
                 uncertainty=[uncertainty for n in segs if (uncertainty := masks[n].uncertainty) is not None],
                 cut=generated and answers.token_ids[row][question][-1:] != [self.config.eos_token_id],

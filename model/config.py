@@ -126,9 +126,21 @@ class UGroundConfig(
         """The layer rule that ``layer_policy`` names; None = the model's own.
 
         Raises:
-            ValueError: if the rule is unknown, or its argument does not fit the model's layers.
+            ValueError: if the rule is unknown, its argument does not fit the model's layers, or it needs ratings that
+                the model does not have.
         """
-        return layer_rules.parse(layer_policy or self.layer_policy, self.num_layers, self.candidates)
+        rule = layer_rules.parse(layer_policy or self.layer_policy, self.num_layers, self.candidates)
+        if isinstance(rule, layer_rules.BestRated) and not self.rates_masks:
+            raise ValueError(
+                f"layer policy {layer_policy or self.layer_policy}: this model's mask decoder was not trained to rate "
+                "its masks (iou_loss_weight 0); use another layer policy"
+            )
+        return rule
+
+    @property
+    def rates_masks(self) -> bool:
+        """Whether the mask decoder's predicted IoU means something: SAM's does from its pre-training."""
+        return not self.has_pixel_decoder or self.iou_loss_weight > 0
 
     @property
     def rewards_all_layers(self) -> bool:

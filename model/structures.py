@@ -234,6 +234,7 @@ class Prediction:
             enlarges them).
         rejected: per ``[SEG]``, whether ``[REJ]`` was more likely at its position; always False in generated answers.
         predicted_iou: per ``[SEG]``, the IoU that SAM's own head predicts for its mask; with ``mc:T`` the mean.
+            Empty if that head was never trained.
         ambiguity: per ``[SEG]``, how far its mask's probabilities are from 0 and 1 (``model.uncertainty.ambiguity``).
         uncertainty: per ``[SEG]`` with ``mc:T``; empty otherwise.
         cut: whether a generated answer reached the longest length, or ``MAX_SEGS``, before its end token.

@@ -33,7 +33,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils.command_line.parser import Parser
-from utils.config import Config, WithoutEffectError, load_config, make_parser
+from utils.config import Config, ConfigError, WithoutEffectError, load_config, make_parser
 from utils.datasets.spec import Spec
 from utils.evaluation import metrics
 from utils.evaluation.benchmarks import benchmark_of
@@ -42,6 +42,7 @@ from utils.evaluation.results import Summary, read_results, result_path
 from utils.inference import cli
 from utils.plotting import text_tables
 from utils.plotting.overlays import LINES
+from utils.training.lineage import adopt
 from utils.training.run_log import read_log
 from utils.training.versions import git_commit
 
@@ -87,7 +88,7 @@ def method_rows() -> tuple[AblationRow, ...]:
     for name in ("uground", "read", "lisa", "gsva", "sesame", "pixellm"):
         config = load_config(["--config", str(ROOT / f"configs/methods/{name}.yaml")])
         sections = vars(config.ppm) | vars(config.loss) | vars(config.decoder)
-        if config.model.freeze:  # else --freeze is free for all rows
+        if config.model.freeze:
             sections["freeze"] = config.model.freeze
         settings = {key: as_flag(value) for key, value in sections.items()}
         names.setdefault(tuple(settings.items()), []).append(name)
@@ -209,8 +210,7 @@ def main(argv: list[str] | None = None) -> int:
     rows, specs = TABLES[args.table], tuple(map(Spec.parse, config.eval.val_dataset))
     if other := [spec for spec in specs if not set(METRICS) <= set(benchmark_of(spec).metrics)]:
         raise ValueError(f"--val_dataset {other[0]} has no {' and '.join(METRICS)}, which the tables report")
-    for row in rows:
-        settings_of(row, args, settings)  # errors are raised before the first run
+    rows = startable(rows, args, settings)
     results: dict[str, list[Path]] = {}
     for seed in range(args.seeds):  # one seed of the whole table before the next
         for row in rows:
@@ -279,10 +279,15 @@ def run_row(
 
 
 def settings_of(row: AblationRow, args: argparse.Namespace, settings: list[str]) -> tuple[list[str], Config]:
-    """Flags of a row, and its configuration. Settings for all rows that this one switches off are left out."""
-    tower = load_config(["--config", str(args.config), *settings]).model.vision_tower
-    is_tiny = tower == load_config(["--config", str(ROOT / "configs/tiny.yaml")]).model.vision_tower
+    """Flags of a row, and its configuration. Settings for all rows that this one switches off are left out.
+
+    What a row freezes is frozen beside what all rows freeze.
+    """
+    shared = load_config(["--config", str(args.config), *settings]).model
+    is_tiny = shared.vision_tower == load_config(["--config", str(ROOT / "configs/tiny.yaml")]).model.vision_tower
     values = row.settings | (row.tiny if is_tiny else {})
+    if "freeze" in values:
+        values["freeze"] = as_flag(tuple(dict.fromkeys((*shared.freeze, *values["freeze"].split("||")))))
     own = [part for key, value in values.items() for part in (f"--{key}", value)]
     try:
         return [*settings, *own], load_config(["--config", str(args.config), *settings, *own])
@@ -294,6 +299,26 @@ def settings_of(row: AblationRow, args: argparse.Namespace, settings: list[str])
         if kept == settings:
             raise
         return settings_of(row, args, kept)
+
+
+def startable(rows: tuple[AblationRow, ...], args: argparse.Namespace, settings: list[str]) -> tuple[AblationRow, ...]:
+    """The rows that can start from the model in ``--version``; says why others are left out.
+
+    Raises:
+        ConfigError: if none can, or the first, with which the others are compared, cannot.
+    """
+    kept = []
+    for row in rows:
+        _, config = settings_of(row, args, settings)
+        try:
+            adopt(config)
+        except ConfigError as error:
+            if row is rows[0]:
+                raise
+            print(f"{row.name} is left out: {error}")
+        else:
+            kept.append(row)
+    return tuple(kept)
 
 
 def check_same_settings(path: Path, train: list[str]) -> None:

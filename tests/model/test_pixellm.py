@@ -187,9 +187,23 @@ def test_the_map_of_a_chosen_layer_prompts_this_decoder_too(processor):
     assert model.visual_model.prompt_encoder.mask_downscaling[0].weight.grad.abs().sum() > 0
     assert model.ppm.gate.grad.abs().sum() > 0
     ask = (model, processor, [drawn_sample(0).image], [[Turn(QUESTION, ANSWER)]])
-    masks = [predict(*ask, layer_policy=rule)[0][0].mask_logits for rule in ("fixed:1", "fixed:4", "mc:3", "best:2")]
+    masks = [predict(*ask, layer_policy=rule)[0][0].mask_logits for rule in ("fixed:1", "fixed:4", "mc:3")]
     assert all(mask.isfinite().all() and mask.shape == masks[0].shape for mask in masks)
     assert not torch.equal(masks[0], masks[1])
+
+
+def test_masks_are_rated_where_that_was_trained(model, processor, monkeypatch):
+    """Its IoU head starts untrained, and its authors' loss leaves it so."""
+
+    def answer(rule):
+        turns = [[Turn("where is the red star?", "It is [SEG].")]]
+        return predict(model, processor, [drawn_sample(0).image], turns, layer_policy=rule)[0][0]
+
+    with pytest.raises(ValueError, match=r"layer policy best:2: .* not trained to rate its masks"):
+        answer("best:2")
+    assert answer("last").predicted_iou == []
+    monkeypatch.setattr(model.config, "iou_loss_weight", 0.1)
+    assert len(answer("best:2").predicted_iou) == 1
 
 
 def test_every_decoder_has_its_scales(model):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 from drawn_records import SHAPE, make_record
 
 from scripts import ablate
-from utils.config import load_config
+from utils.config import ConfigError, load_config
 from utils.evaluation.results import Provenance, Result, summarize
 from utils.plotting import charts
 from utils.plotting.charts import layer_curves, running_mean, training_curves
@@ -204,3 +205,32 @@ def test_every_row_accepts_the_settings_that_the_changelog_recommends():
     for table in ablate.TABLES.values():
         for row in table:
             ablate.settings_of(row, args, ["--baseline_start", "first", "--entropy_bonus", "0.01"])
+
+
+@pytest.mark.parametrize(
+    ("common", "kept"),
+    [
+        (["--freeze", "lm_head||embed_tokens"], "lm_head||embed_tokens||image_neck||sam_prompt_encoder"),
+        (["--sam_feature_cache", "features"], "image_neck||sam_prompt_encoder"),
+    ],
+)
+def test_settings_for_all_rows_meet_those_of_pixellm(common, kept):
+    args = argparse.Namespace(config=ROOT / "configs/tiny.yaml")
+    rows = {row.name: row for row in ablate.TABLES["methods"]}
+    flags, config = ablate.settings_of(rows["pixellm"], args, common)
+    assert config.model.freeze == tuple(kept.split("||"))
+    assert "--sam_feature_cache" not in flags
+    assert ablate.settings_of(rows["uground"], args, common)[0][:2] == common
+
+
+def test_a_row_that_cannot_start_from_the_model_is_left_out(commands, monkeypatch, tmp_path, capsys):
+    def adopt(config):
+        if config.decoder.mask_decoder == "pixel_decoder":
+            raise ConfigError(["mask_decoder contradicts --version"])
+
+    monkeypatch.setattr(ablate, "adopt", adopt)
+    assert ablate.main(["--table", "methods", "--config", TINY, "--seeds", "1", "--output", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"pixellm is left out: .*\n.*mask_decoder contradicts --version", out)
+    assert "| uground |" in out
+    assert "| pixellm |" not in out

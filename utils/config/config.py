@@ -377,6 +377,12 @@ def _ignored(config: Config) -> Iterable[tuple[str, str]]:
     An error for flags alone: a run may choose from a file that describes more, and its saved configuration must load.
     """
     yield from without_effect(config.method)
+    if has_pixel_decoder(config.method):
+        reason = "has no effect: mask_decoder pixel_decoder has no image encoder; leave it out"
+        if config.data.sam_feature_cache:
+            yield "sam_feature_cache", reason
+        if config.model.compile_sam:
+            yield "compile_sam", reason
     if not DATA_TYPES.issuperset(config.data.dataset):  # reported later
         return
     for kind in sorted(DATA_TYPES.difference(config.data.dataset)):

@@ -48,7 +48,8 @@ class Record:
         pairs: I and U of each matched pair, then of each surplus prediction or target; empty where one mask is
             expected.
         uncertainty: of each [SEG] (``MaskUncertainty.score``) with ``mc:T``; else empty.
-        predicted_iou: of each [SEG], the IoU that SAM's own head predicts for its mask; empty in older files.
+        predicted_iou: of each [SEG], the IoU that SAM's own head predicts for its mask; empty in older files, and if
+            that head was never trained.
         ambiguity: of each [SEG], how far its mask's probabilities are from 0 and 1; empty in older files.
         first: I, U, P and G of the first [SEG] alone, if a mask of several is expected to be one; else empty.
         surplus: of each surplus prediction in ``pairs``, the pixels whose logit lies in [0.5, 1]. The published code of
@@ -321,7 +322,8 @@ def ranked_by(records: Sequence[Record], measure: str) -> list[Record]:
     if not any(values):
         raise ValueError(
             f"no answer has the uncertainty {measure!r}: "
-            "layers needs answers of --layer_policy mc:T; older files have no other measure"
+            "layers needs answers of --layer_policy mc:T, predicted_iou a mask decoder that learned to rate its masks; "
+            "older files have no other measure"
         )
     return [replace(record, uncertainty=value) for record, value in zip(records, values)]
 
