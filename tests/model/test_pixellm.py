@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from answering import read_anew
 from conftest import WORDS, drawn_sample
 from opening import load_pretrained
 from safetensors.torch import load_file, save_file
@@ -137,26 +138,29 @@ def test_generated_targets_are_whole_and_in_order():
 
 
 def test_generation_gives_the_masks_of_the_same_answer_given(model, processor):
-    """Also after a question that was cut off within a target, whose tokens give no mask."""
+    """In a batch and in a conversation, also where an answer is cut off within a target."""
     images = [drawn_sample(0).image, drawn_sample(1, (64, 40)).image]
+    turns = [[Turn(QUESTION)], [Turn("a star"), Turn("a circle")]]
     with torch.no_grad():
         model.lm_head.weight[processor.codebook[0]] *= 30
-    turns = [[Turn(QUESTION)], [Turn("a star"), Turn("a circle")]]
-    generated = [p for row in predict(model, processor, images, turns, max_new_tokens=20) for p in row]
-    assert any(len(p.masks) for p in generated)
-    for prediction in generated:
-        count = sum(token == processor.tokens.seg for token in prediction.token_ids)
-        assert len(prediction.masks) == prediction.text.count("[SEG]") == count
+        for parameter in model.text_hidden_fcs.parameters():
+            parameter *= 10  # else all masks are alike
+
+    def check(generated, image, history, question):
+        count = generated.token_ids.count(processor.tokens.seg)
+        assert generated.token_ids.count(processor.codebook[0]) == count + 1  # cut off
+        assert len(generated.masks) == generated.text.count("[SEG]") == count > 1
+        assert (generated.mask_logits[0] - generated.mask_logits[1]).abs().max() > 1e-3
+        _, given = read_anew(model, processor, image, history, question, generated.token_ids)
+        torch.testing.assert_close(given.mask_logits, generated.mask_logits, rtol=0, atol=1e-5)
+
+    for image, asked, row in zip(images, turns, predict(model, processor, images, turns, max_new_tokens=20)):
+        for turn, generated in zip(asked, row, strict=True):
+            check(generated, image, (), turn.question)
     session = ImageSession(model, processor, images[0])
-    torch.testing.assert_close(
-        session.ask(QUESTION, max_new_tokens=20).mask_logits, generated[0].mask_logits, rtol=1e-3, atol=1e-3
-    )
-    whole = generated[0].text.count("[SEG]")
-    given = Turn(QUESTION, "[SEG]" * whole)
-    first = generated[0].token_ids[: TOKENS * whole]
-    if first == processor.codebook * whole:  # nothing between the targets: the answer can be given as text
-        [[again]] = predict(model, processor, images[:1], [[given]])
-        torch.testing.assert_close(again.mask_logits, generated[0].mask_logits, rtol=1e-3, atol=1e-3)
+    for question in (QUESTION, "a circle"):
+        history = list(session.history)
+        check(session.ask(question, max_new_tokens=20), images[0], history, question)
 
 
 def test_rules_that_weight_layers_weight_the_codebook_too(model, processor):
