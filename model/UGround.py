@@ -28,7 +28,7 @@ from model.generation import (
 )
 from model.geometry import maps_at, mask_prompts, normalise_maps, split_maps
 from model.layer_rules import LayerRule
-from model.llava import LlavaLlamaForCausalLM
+from model.llava import LanguageOutput, LlavaLlamaForCausalLM
 from model.objective import Objective, UGroundOutput
 from model.points import sam_points
 from model.PPM import (
@@ -146,12 +146,8 @@ class UGroundForCausalLM(LlavaLlamaForCausalLM):
         modules = map(self.get_submodule, self.touched_modules)
         touched = TouchAll.apply(self.device, *(p for each in modules for p in each.parameters() if p.requires_grad))
         output = self.forward_language(batch)
-        counts = [len(masks) for masks in batch.masks]
-        size = self.config.codebook_size
-        states, codebook = per_target(output.at(codebook_positions(batch.seg_positions, size)), size)
         rule = self.config.selection
-        grounding = self.ground(output.hidden, states, batch.seg_rows, counts, batch, rule)
-        grounding.codebook = codebook
+        grounding = self.ground_targets(output, batch, rule)
         layers = self.choose_layers(rule, grounding, batch.sample_ids, self.config.policy_seed)
         embeddings = self.visual_model.embed_images(batch, output.clip_states)
         mask_logits, maps, predicted_iou = self.mask_as_prompt(grounding, layers, embeddings, batch)
@@ -189,6 +185,16 @@ class UGroundForCausalLM(LlavaLlamaForCausalLM):
                 format(trained, ","),
             )
 
+    def ground_targets(self, output: LanguageOutput, batch: Batch, rule: LayerRule) -> Grounding:
+        """``ground`` of the [SEG] tokens that a batch with ground truth holds.
+
+        Args:
+            output: of ``forward_language(batch)``.
+        """
+        size, counts = self.config.codebook_size, [len(masks) for masks in batch.masks]
+        states, codebook = per_target(output.at(codebook_positions(batch.seg_positions, size)), size)
+        return self.ground(output.hidden, states, batch.seg_rows, counts, batch, rule, codebook)
+
     def ground(
         self,
         hidden: tuple[torch.Tensor, ...],
@@ -197,6 +203,7 @@ class UGroundForCausalLM(LlavaLlamaForCausalLM):
         counts: list[int],
         batch: Batch,
         rule: LayerRule,
+        codebook: torch.Tensor | None = None,
     ) -> Grounding:
         """What PPM computes before a layer is chosen: the policy (Eq. 4) and all layers' similarities (Eq. 6).
 
@@ -205,6 +212,7 @@ class UGroundForCausalLM(LlavaLlamaForCausalLM):
             seg_rows: [N] row of each [SEG]; counts: [SEG] tokens per row, on the host.
             batch: tells the image's tokens and their cells.
             rule: whether layers are fused, and with which weights.
+            codebook: [N, K, L, D] of all of a target's tokens, if there are several; ``states`` is their mean.
 
         Returns:
             the [SEG] tokens with their scores, from which ``mask_as_prompt`` decodes chosen layers.
@@ -221,7 +229,7 @@ class UGroundForCausalLM(LlavaLlamaForCausalLM):
         log_policy, fused = self.ppm.log_policy(states), None
         if (weights := rule.weights(log_policy)) is not None:
             fused = fuse_layers(hidden, states, weights, seg_rows, batch)
-        return Grounding(states, scores, log_policy, seg_rows, counts, fused, weights=weights)
+        return Grounding(states, scores, log_policy, seg_rows, counts, fused, codebook, weights)
 
     def choose_layers(
         self, rule: LayerRule, grounding: Grounding, sample_ids: list[int], seed: int, trial: int = 0
@@ -399,8 +407,7 @@ class UGroundForCausalLM(LlavaLlamaForCausalLM):
         batch, answers = language_pass.batch, language_pass.answers
         counts = [sum(row == b for row, _ in answers.seg_questions) for b in range(len(batch.sizes))]
         rows = torch.tensor(rows_of(counts), dtype=torch.int64, device=self.device)
-        grounding = self.ground(language_pass.hidden, answers.states, rows, counts, batch, rule)
-        grounding.codebook = answers.codebook
+        grounding = self.ground(language_pass.hidden, answers.states, rows, counts, batch, rule, answers.codebook)
         masks: list[MaskPrediction] = []
         if language_pass.embeddings is not None:
             masks = self.decode_by_rule(rule, grounding, language_pass, seed, prompts, sam)

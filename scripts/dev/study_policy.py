@@ -130,12 +130,10 @@ def compute_rewards(model, processor, config: Config, steps: int) -> list[Reward
     for step in range(steps):
         batch = processor.collate([mixture[step * size + k] for k in range(size)]).to(model.device)
         output = model.forward_language(batch)
-        states = output.at(batch.seg_positions)
-        counts = [len(masks) for masks in batch.masks]
-        grounding = model.ground(output.hidden, states, batch.seg_rows, counts, batch, StochasticSkip())
+        grounding = model.ground_targets(output, batch, StochasticSkip())
         maps, objective = model.layer_maps(grounding, batch), model.objective
         terms = objective.layer_terms(batch.masks, [objective.soft_target(masks) for masks in batch.masks], maps)
-        rewarded.append(Rewarded(states.float().cpu(), -(terms["map_bce"] + terms["map_dice"]).cpu()))
+        rewarded.append(Rewarded(grounding.states.float().cpu(), -(terms["map_bce"] + terms["map_dice"]).cpu()))
     return rewarded
 
 

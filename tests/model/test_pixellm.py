@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -39,6 +40,7 @@ from model.processing.transforms import resize_and_pad
 from model.settings import DECODER_SCALES
 from model.structures import Turn
 from model.UGround import UGroundForCausalLM
+from scripts.dev import study_policy
 from utils.demo.tiny_model import clip_config, llama_settings, train_tokenizer
 from utils.diagnostics import memory_model
 from utils.inference.session import ImageSession
@@ -298,6 +300,18 @@ def test_rewards_do_not_count_overlaps_more(model, processor, reward):
     output = model(batch)
     assert torch.equal(output.rewards, plain)
     assert torch.equal(output.rewards, model.objective.mask_rewards(batch.masks, output.mask_logits))
+
+
+def test_the_study_of_learning_methods_gives_the_gate_what_training_does(model, processor, monkeypatch):
+    samples, seen, log_policy = [drawn_sample(0), drawn_sample(1, segs=(1, 2))], [], model.ppm.log_policy
+    monkeypatch.setattr(model.ppm, "log_policy", lambda states: seen.append(states) or log_policy(states))
+    monkeypatch.setattr(study_policy, "make_mixture", lambda config: samples)
+    [rewarded] = study_policy.compute_rewards(model, processor, SimpleNamespace(train=SimpleNamespace(batch_size=2)), 1)
+    with torch.no_grad():
+        model(processor.collate(samples))
+    studied, trained = seen
+    assert torch.equal(studied, trained)
+    assert torch.equal(rewarded.states, trained)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
