@@ -41,6 +41,7 @@ from model.settings import DECODER_SCALES
 from model.structures import Turn
 from model.UGround import UGroundForCausalLM
 from scripts.dev import study_policy
+from utils.conversion.boxes import SamBoxes
 from utils.demo.tiny_model import clip_config, llama_settings, train_tokenizer
 from utils.diagnostics import memory_model
 from utils.inference.session import ImageSession
@@ -225,6 +226,9 @@ def test_what_needs_an_image_encoder_says_so(model, processor, tmp_path):
         model.visual_model.compile_encoder()
     with pytest.raises(ValueError, match="not decoded by a SAM"):
         load_original_sam("sam.pth", model)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"--sam .* holds no SAM .*image_encoder.* decoded by pixel_decoder has none"):
+        SamBoxes(tmp_path)
 
 
 # -- training ----------------------------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ class SamBoxes:
             these on the hub.
 
     Raises:
-        ValueError: if the path is none of these.
+        ValueError: if the path is none of these, or a merged folder without a SAM.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -63,7 +63,11 @@ def _read(path: Path) -> tuple[dict[str, torch.Tensor], SamShape]:
     if path.is_dir():
         inner = below(read_folder(path), "visual_model.")
         if inner:
-            return inner, SamShape.from_state_dict(inner)
+            try:
+                return inner, SamShape.from_state_dict(inner)
+            except (KeyError, IndexError) as error:
+                reason = "a model whose masks are decoded by pixel_decoder has none"
+                raise ValueError(f"--sam {path} holds no SAM (no {error}): {reason}") from error
     try:
         return read_sam(str(path))
     except ValueError as error:
