@@ -7,7 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from model import layer_rules
 from model.loading.hub import repository_of
+from model.settings import has_pixel_decoder
+from utils.config import config_from
 from utils.datasets.spec import Spec
 from utils.plotting.text_tables import markdown
 from utils.training.lineage import own_entry
@@ -15,8 +18,16 @@ from utils.training.lineage import own_entry
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
 
+LAYERS = {  # layer_selection -> the layer that a [SEG] uses
+    "policy": "the transformer layer that a policy chooses",
+    "last": "the last transformer layer",
+    "uniform": "a transformer layer drawn at random",
+    "fixed": "one fixed transformer layer",
+    "soft": "the weighted average of all transformer layers",
+    "ce_soft": "the weighted average of all transformer layers",
+}
 LICENCES = """The code is Apache-2.0. Weights carry the licences of the models they derive from: LLaVA-1.5 on Vicuna the
-LLaMA 2 Community License, CLIP the MIT licence, SAM Apache-2.0; LLaVA's instruction data are CC BY 4.0, and the
+LLaMA 2 Community License, CLIP the MIT licence{sam}; LLaVA's instruction data are CC BY 4.0, and the
 segmentation data sets have terms of their own, some for research only. Whoever publishes this folder states which apply
 (`license` above)."""
 
@@ -33,6 +44,8 @@ def model_card(name: str, meta: dict[str, Any], adapter: bool, license: str = "o
     from model.loading.weights import path_setting
 
     base = meta.get("resolved") or meta["config"]["model"]  # runs of older code have no ``resolved``
+    method = config_from(meta["config"], "the run").flat()  # older runs lack newer settings
+    has_sam = not has_pixel_decoder(method)
     paths = {module: base[path_setting(module, base)] for module in meta["base"]}
     repositories = {path: repository for path in paths.values() if (repository := repository_of(path))}
     data = ModelCardData(
@@ -41,17 +54,17 @@ def model_card(name: str, meta: dict[str, Any], adapter: bool, license: str = "o
         license=license,
         library_name="uground",
         pipeline_tag="image-segmentation",
-        tags=["uground", "referring-expression-segmentation", "reasoning-segmentation", "llava", "sam"],
+        tags=["uground", "referring-expression-segmentation", "reasoning-segmentation", "llava", *["sam"] * has_sam],
         eval_results=_results(meta["metrics"]),
     )
     use = "python chat.py --version THIS_FOLDER --image photo.jpg"
     if adapter and not repositories.keys() >= set(paths.values()):
-        use += " --base LLAVA_FOLDER --vision_tower CLIP_FOLDER --vision_pretrained SAM_FILE"
+        use += " --base LLAVA_FOLDER --vision_tower CLIP_FOLDER" + " --vision_pretrained SAM_FILE" * has_sam
     parts = [
         f"---\n{data.to_yaml()}\n---",
         f"# {name}",
         "UGround answers a question about an image with text and masks. LLaVA generates an answer with `[SEG]` tokens; "
-        "for each of them a policy chooses a transformer layer, whose similarity map prompts SAM.",
+        + _prompting(method),
         f"This folder is {'an adapter: it is loaded on top of its base' if adapter else 'complete'}.",
         f"```bash\n{use}\n```",
         "## Base\n\n" + _base_table(paths, meta["base"]),
@@ -65,9 +78,17 @@ def model_card(name: str, meta: dict[str, Any], adapter: bool, license: str = "o
         + ".\n\n```yaml\n"
         + yaml.safe_dump(meta["config"], sort_keys=False).rstrip()
         + "\n```",
-        f"## Licences\n\n{LICENCES}",
+        "## Licences\n\n" + LICENCES.format(sam=", SAM Apache-2.0" * has_sam),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _prompting(method: dict[str, Any]) -> str:
+    """How a mask comes from a [SEG], in half a sentence; method: setting -> value."""
+    layer = LAYERS[layer_rules.parse(method["layer_selection"], use="training").name]
+    prompt = "similarity map" if method["mask_prompt"] or method["point_prompts"] else "hidden state"
+    decoder = "PixelLM's pixel decoder" if has_pixel_decoder(method) else "SAM"
+    return f"for each of them, {layer} gives the {prompt} that prompts {decoder}."
 
 
 def _base_table(paths: dict[str, str], fingerprints: dict[str, str]) -> str:
