@@ -15,6 +15,7 @@ from model import layer_rules
 
 PRECISION_NAMES = ("fp32", "bf16", "fp16")
 QUANTIZATIONS = ("8bit", "4bit")
+PUBLISHED = "UGround, LISA, GSVA, SESAME, READ or PixelLM"  # whose checkpoints model.loading.formats.RELEASES knows
 DECODER_SCALES = {"segment_anything": 1, "pixel_decoder": 2}  # mask decoder -> S, the prompts that it takes per [SEG]
 MASK_REWARDS = ("mask", "mask_iou")  # values of reward_terms that need SAM's mask of a layer, not only its map
 FREEZABLE = (  # parts that train; projector with clip_resize, the last two with PixelLM's decoder

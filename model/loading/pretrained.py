@@ -85,8 +85,8 @@ def load(
     """Loads a merged model, an adapter or a published checkpoint for inference.
 
     Args:
-        folder: written by ``scripts/merge_lora.py``, with or without ``--adapter_only``, or a published checkpoint of
-            UGround, LISA, GSVA, SESAME or READ; a path, or a repository of the hub (``hub.resolve_folder``).
+        folder: written by ``scripts/merge_lora.py``, with or without ``--adapter_only``, or a published checkpoint
+            (``formats.RELEASES``); a path, or a repository of the hub (``hub.resolve_folder``).
         precision: ``fp32``, ``bf16``, ``fp16``, or ``auto`` = bf16 on a GPU, fp32 elsewhere.
         device: ``cpu``, ``cuda``, ``cuda:1``, ``mps``, or ``auto`` = the GPU if there is one.
         vision_tower: folder of CLIP for a published checkpoint, which holds none; by default, what it names.

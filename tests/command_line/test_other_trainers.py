@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -150,6 +152,12 @@ def test_flags_of_every_setting_are_found_with_a_slip() -> None:
 def test_the_page_shows_the_table() -> None:
     page = (ROOT / "docs/migrating.md").read_text(encoding="utf-8")
     assert page.endswith(markdown_tables()), "python -m utils.command_line.other_trainers prints the end of the page"
+
+
+def test_the_messages_that_the_page_quotes_are_these(capsys) -> None:
+    page = (ROOT / "docs/migrating.md").read_text(encoding="utf-8")
+    [(command, quoted)] = re.findall(r"^\$ python test\.py (.*)\ntest\.py: error: ((?:.*\n)+?)```", page, re.MULTILINE)
+    assert message(capsys, "test.py", *shlex.split(command)) == quoted
 
 
 def test_the_table_is_light() -> None:

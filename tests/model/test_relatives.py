@@ -21,12 +21,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 import chat
-from model.loading.formats import release_of, released_settings
+from model.loading.formats import RELEASES, release_of, released_settings
 from model.loading.pretrained import load, load_for_training
 from model.opened import predict
 from model.processing import tokens
 from model.processing.conversation import HUMAN_SYSTEM_PROMPT, SYSTEM_PROMPT
 from model.processing.transforms import resize_and_pad
+from model.settings import PUBLISHED
 from model.structures import Turn
 from utils.demo.tiny_model import llama_settings, train_tokenizer
 
@@ -38,6 +39,10 @@ ARCHITECTURES = {
     "SESAME": "SESAMEForCausalLM",
     "READ": "READForCausalLM",
 }
+
+
+def test_help_names_every_method_whose_checkpoints_open():
+    assert PUBLISHED.replace(" or ", ", ").split(", ") == [release.name for release in RELEASES.values()]
 
 
 @dataclass

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from model.settings import PUBLISHED
 from utils.plotting.text_tables import markdown
 
 Flags = Mapping[str, str]  # flag -> default, "" where none can be compared: a path, an id of the hub, a rank
@@ -192,7 +193,7 @@ _QUANTIZE = {f"load_in_{kind}": Answer("quantize", f"--quantize {kind}") for kin
 _OF_THE_MODEL = _ALWAYS | {  # for programs that open a finished model
     **_gone("the model's folder holds it", "model_max_length lora_r lora_alpha lora_dropout lora_target_modules"),
     **_gone("the model's folder holds it", "strategy baseline_type baseline_beta use_released_param"),
-    "model_key": Answer(note="the model's folder tells whether it is UGround, LISA, GSVA, SESAME, READ or PixelLM"),
+    "model_key": Answer(note=f"the model's folder tells whether it is {PUBLISHED}"),
     "local_rank": Answer(note="it runs in one process"),
 }
 

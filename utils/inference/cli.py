@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from safetensors import SafetensorError
 
 from model import layer_rules
-from model.settings import PRECISION_NAMES, QUANTIZATIONS
+from model.settings import PRECISION_NAMES, PUBLISHED, QUANTIZATIONS
 
 if TYPE_CHECKING:
     from model.opened import Opened
@@ -70,8 +70,8 @@ def add_model_flags(parser: argparse.ArgumentParser, default: str = "") -> None:
         "--version",
         required=not default,
         metavar="DIR",
-        help="merged model, as scripts/merge_lora.py writes it, or a published checkpoint of UGround, LISA, GSVA, "
-        "SESAME or READ: its folder, or its hub id org/name[@revision]" + (f" (default: {default})" if default else ""),
+        help=f"merged model, as scripts/merge_lora.py writes it, or a published checkpoint of {PUBLISHED}: its folder, "
+        "or its hub id org/name[@revision]" + (f" (default: {default})" if default else ""),
     )
     add(
         "--vision_tower",
