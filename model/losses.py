@@ -38,7 +38,7 @@ def mask_bce(logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor 
 
 @torch.no_grad()
 def overlap_weights(logits: torch.Tensor, conversations: torch.Tensor, weight: float) -> torch.Tensor:
-    """Pixel weights of PixelLM's target refinement loss (its section 3.3; ``overlap_loss`` of its PixelLM.py).
+    """Pixel weights of PixelLM's target refinement loss (its section 3.3).
 
     Args:
         logits: [n, H, W] of one image's masks; conversations: [n] the conversation that each belongs to.
