@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 import torch
 from answering import read_anew
-from conftest import WORDS, drawn_sample
+from conftest import drawn_sample
 from opening import load_pretrained
+from pixellm import GRID, PATCH, SETTINGS, SIDE, TOKENS, make_config, make_pixellm, make_processor
 from safetensors.torch import load_file, save_file
 from segment_anything.modeling import TwoWayTransformer
 from torch.nn import functional as F
@@ -35,7 +36,6 @@ from model.opened import cache_sam_features, predict
 from model.processing import tokens
 from model.processing.conversation import HUMAN_SYSTEM_PROMPT
 from model.processing.processor import UGroundProcessor
-from model.processing.tokens import add_special_tokens
 from model.processing.transforms import resize_and_pad
 from model.settings import DECODER_SCALES
 from model.structures import Turn
@@ -47,48 +47,18 @@ from utils.diagnostics import memory_model
 from utils.inference.session import ImageSession
 from utils.training.checkpoint import trained_shapes
 
-SETTINGS = {
-    "layer_selection": "last",
-    "mask_prompt": False,
-    "map_terms": (),
-    "mask_decoder": "pixel_decoder",
-    "decoder_width": 32,
-    "codebook_tokens": 3,
-    "clip_resize": 80,
-    "image_pool": 2,
-}
-SIDE, PATCH, GRID, TOKENS = 80, 10, 8, 6  # of CLIP's resized input; [SEG] tokens of a target
 QUESTION, ANSWER = "where is the red star", "it is [SEG] and [SEG]."
 IN_CHECKPOINT = ("mm_projector.", "text_hidden_fcs.")
 
 
-def make_config(size: int, processor: UGroundProcessor | None = None, **settings) -> UGroundConfig:
-    ids = {}
-    if processor:
-        ids = {"seg_token_id": processor.tokens.seg, "codebook_ids": processor.codebook}
-    return UGroundConfig(
-        vision_config=clip_config(side=40, patch=PATCH, width=32, layers=3),
-        mm_projector_width=64,
-        **ids,
-        **llama_settings(size, width=32, layers=4, heads=2),
-        **(SETTINGS | settings),
-    )
-
-
 @pytest.fixture(scope="module")
 def processor() -> UGroundProcessor:
-    tokenizer = train_tokenizer([WORDS] * 4, vocab_size=340)
-    add_special_tokens(tokenizer, TOKENS)
-    return UGroundProcessor(tokenizer, SIDE, 2 * PATCH, 0, system_prompt="", codebook=TOKENS)
+    return make_processor()
 
 
 @pytest.fixture
 def model(processor) -> UGroundForCausalLM:
-    torch.manual_seed(0)
-    model = UGroundForCausalLM(make_config(len(processor.tokenizer), processor))
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
-    return model.eval()
+    return make_pixellm(processor)
 
 
 # -- the codebook ------------------------------------------------------------------------------------------------------
@@ -185,10 +155,7 @@ def test_rules_that_weight_layers_weight_the_codebook_too(model, processor):
 def test_the_map_of_a_chosen_layer_prompts_this_decoder_too(processor):
     """Policy and mask prompt are not bound to SAM: the map's gradient reaches the prompt's convolutions."""
     settings = {"layer_selection": "policy", "mask_prompt": True, "map_terms": ("gaussian_bce",)}
-    torch.manual_seed(0)
-    model = UGroundForCausalLM(make_config(len(processor.tokenizer), processor, **settings))
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
+    model = make_pixellm(processor, **settings)
     set_trainable(model)
     model(processor.collate([drawn_sample(0)])).loss.backward()
     assert model.visual_model.prompt_encoder.mask_downscaling[0].weight.grad.abs().sum() > 0
