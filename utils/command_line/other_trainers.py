@@ -204,7 +204,7 @@ _TRAIN = _ALWAYS | {
         note="--clip_resize 448 --image_pool 2, where PixelLM's code pools to 16 x 16 image tokens; "
         "configs/methods/pixellm.yaml has all of its settings"
     ),
-    "resize_vision_tower_size": Answer("clip_resize", "0 = the tower's own side; --image_pool 2 pools as PixelLM's code", "0"),
+    "resize_vision_tower_size": Answer("clip_resize", "0 = the tower's own side", "0"),
     "vision_tower_for_mask": Answer("mask_decoder", "--mask_decoder pixel_decoder", "segment_anything"),
     "seg_token_num": Answer("codebook_tokens"),
     "image_feature_scale_num": Answer(note="SAM has one scale, --mask_decoder pixel_decoder two"),
