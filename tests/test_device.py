@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from conftest import assert_same_masks
 from opening import load_pretrained
+from pixellm import make_pixellm, make_processor
 from strict_device import DeviceTensor, strict_device
 
 import model.UGround as uground
@@ -44,6 +45,13 @@ SETTINGS = {
     "lisa": {"layer_selection": "last", "mask_prompt": False, "map_terms": ()},
     "released": RECIPES["released"],
     "all terms": {"map_terms": ("bce", "dice", "gaussian_bce", "gaussian_dice"), "reward_terms": "iou"},
+}
+PIXELLM = {
+    "as published": {"overlap_weight": 2.0},
+    "unpooled": {"image_pool": 1},
+    "policy": {"layer_selection": "policy", "mask_prompt": True, "map_terms": ("gaussian_bce",)},
+    "soft": {"layer_selection": "soft", "iou_loss_weight": 1.0},
+    "leave one out": {"layer_selection": "policy", "policy_gradient": "leave_one_out", "reward_terms": "mask"},
 }
 RULES = ("argmax", "sample", "mc:4", "best:3", "soft", "blend:2", "fixed:1", "window:1-2")
 
@@ -114,9 +122,29 @@ def train(model, batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     return loss, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
+def compare_step(model, batch) -> list[str]:
+    """Where a training step on the device waits, after comparing it with the CPU's."""
+    there = copy.deepcopy(model)
+    wanted, gradients = train(model, batch)
+    with strict_device() as waits:
+        there.to("cuda")
+        waits.clear()
+        loss, found = train(there, batch.to("cuda"))
+        result = list(waits)
+        torch.testing.assert_close(loss.cpu(), wanted, rtol=1e-5, atol=0)
+        assert found.keys() == gradients.keys()
+        weights = dict(there.named_parameters())
+        for name, gradient in gradients.items():
+            atol = 1e-4 * float(gradient.abs().max()) + 1e-7
+            torch.testing.assert_close(found[name].cpu(), gradient, rtol=0, atol=atol, msg=name)
+            trained = weights[name].cpu()  # AdamW's first step is the learning rate, whatever the gradient
+            torch.testing.assert_close(trained, model.get_parameter(name), rtol=0, atol=2.1e-3, msg=name)
+    return result
+
+
 @pytest.fixture
 def step(make_model, tiny_processor, tiny_samples):
-    """step(**settings) -> where a training step on the device waits, after comparing it with the CPU's."""
+    """step(**settings) -> ``compare_step`` of a UGround with these settings."""
 
     def run(checkpointing: bool = False, cache: Path | None = None, **settings) -> list[str]:
         base = make_model(**settings)
@@ -127,23 +155,7 @@ def step(make_model, tiny_processor, tiny_samples):
             base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if cache is not None:
             cache_sam_features(base, processor, str(cache), 1.0)
-        batch = processor.collate(tiny_samples[:2])  # neither is square
-        there = copy.deepcopy(model)
-        wanted, gradients = train(model, batch)
-        with strict_device() as waits:
-            there.to("cuda")
-            waits.clear()
-            loss, found = train(there, batch.to("cuda"))
-            result = list(waits)
-            torch.testing.assert_close(loss.cpu(), wanted, rtol=1e-5, atol=0)
-            assert found.keys() == gradients.keys()
-            weights = dict(there.named_parameters())
-            for name, gradient in gradients.items():
-                atol = 1e-4 * float(gradient.abs().max()) + 1e-7
-                torch.testing.assert_close(found[name].cpu(), gradient, rtol=0, atol=atol, msg=name)
-                trained = weights[name].cpu()  # AdamW's first step is the learning rate, whatever the gradient
-                torch.testing.assert_close(trained, model.get_parameter(name), rtol=0, atol=2.1e-3, msg=name)
-        return result
+        return compare_step(model, processor.collate(tiny_samples[:2]))  # neither is square
 
     return run
 
@@ -151,6 +163,13 @@ def step(make_model, tiny_processor, tiny_samples):
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 def test_a_step_computes_what_the_cpu_does_and_never_waits(step, settings):
     assert step(**settings) == []
+
+
+@pytest.mark.parametrize("settings", PIXELLM.values(), ids=PIXELLM)
+def test_a_step_of_pixellm_computes_what_the_cpu_does_and_never_waits(settings, tiny_samples):
+    processor = make_processor()
+    model = add_lora(make_pixellm(processor, **settings), r=2, dropout=0.0).train()
+    assert compare_step(model, processor.collate(tiny_samples)) == []
 
 
 def test_checkpointing_and_the_feature_cache_do_not_wait(step, tmp_path):
@@ -161,8 +180,8 @@ def test_a_step_with_points_waits_where_segment_anything_selects_by_label(step):
     waits = step(point_prompts=2)
     operations, places = zip(*(wait.split(" at ") for wait in waits), strict=True)
     assert {operation.split(".")[1] for operation in operations} <= {"index", "index_put", "index_put_"}
-    backward = "test_device.py"  # it is called here
-    assert {place.split(":")[0] for place in places} == {"segment_anything.py", backward}
+    # the backward pass runs here
+    assert {place.split(":")[0] for place in places} == {"segment_anything.py", "test_device.py"}
 
 
 def test_the_meter_waits_when_it_is_read(make_model, tiny_processor, tiny_samples):
@@ -243,6 +262,25 @@ def test_answers_of_a_batch_are_the_cpus(opened, tiny_samples, given):
             wanted = chain(*model.predict(batch, rule, max_new_tokens=5))
             found = chain(*there.predict(batch.to("cuda"), rule, max_new_tokens=5))
             assert_same(list(found), list(wanted))
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["written", "given"])
+def test_answers_of_pixellm_are_the_cpus(tiny_samples, given):
+    processor = make_processor()
+    model = make_pixellm(processor)
+    model.lm_head.weight.data[processor.codebook[0]] *= 30  # answers hold whole targets
+    batch = processor.prompts([sample.image for sample in tiny_samples], questions(tiny_samples, given))
+    with strict_device():
+        there = copy.deepcopy(model).to("cuda")
+        for rule in ("argmax", "mc:4", "best:3", "soft"):
+            wanted = list(chain(*model.predict(batch, rule, max_new_tokens=10)))
+            found = list(chain(*there.predict(batch.to("cuda"), rule, max_new_tokens=10)))
+            assert any(len(prediction.masks) for prediction in wanted)
+            assert_same(found, wanted)
+        sessions = [ImageSession(each, processor, tiny_samples[0].image) for each in (model, there)]
+        wanted, found = (each.ask("where is the star", max_new_tokens=10) for each in sessions)
+        assert len(wanted.masks)
+        assert_same([found], [wanted])
 
 
 def test_a_token_costs_one_wait(opened, tiny_samples):
