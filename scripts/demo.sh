@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The whole path on a bare machine: generates a data set, trains the tiny UGround, evaluates it and asks it a question.
-# Two CPU cores, no GPU, about ten minutes after the packages are installed. An interrupted run resumes when it is
+# Two CPU cores, no GPU, 7 to 15 minutes after the packages are installed. An interrupted run resumes when it is
 # started again; finished steps are skipped until code, configuration or weights change.
 #
 #     bash scripts/demo.sh

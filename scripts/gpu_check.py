@@ -2,6 +2,7 @@
 
     python scripts/gpu_check.py [--preset 7b|13b] [--json FILE]       on a machine with one GPU
     python scripts/gpu_check.py --device cpu --preset tiny            the same code on a CPU
+    python scripts/gpu_check.py --parts steps benchmark               some parts again
 
 Parts: versions; losses, gradients and answers of a tiny model against the CPU's; where a step and an answer wait for
 the GPU; the programs (train_ds.py with DeepSpeed, resuming, merging, test.py, chat.py) on drawn scenes; two processes;
@@ -30,6 +31,7 @@ from utils.command_line.parser import Parser
 from utils.diagnostics.findings import Finding, Page, ok, problem, skipped
 
 SCRIPTS = Path(__file__).resolve().parent
+PARTS = ("numbers", "programs", "steps", "benchmark")  # after the installation
 BENCHMARKS = {  # key in the JSON file -> flags of bench.py
     "bench": (),
     "table_10": ("--table", "10"),
@@ -42,6 +44,9 @@ def main(arguments: list[str] | None = None) -> int:
     add = parser.add_argument
     add("--preset", choices=("tiny", "medium", "7b", "13b"), default="7b", help="size of the measured model")
     add("--device", default="auto", help="cuda, cuda:1, cpu (default: the GPU if there is one)")
+    add(
+        "--parts", nargs="+", choices=PARTS, default=PARTS, metavar="PART", help=f"of {', '.join(PARTS)} (default: all)"
+    )
     add("--repeats", type=int, default=3, metavar="N", help="repeats of the benchmark (default: %(default)s)")
     add("--json", type=Path, metavar="FILE", help="also write findings and figures to this file")
     args = parser.parse_args(arguments)
@@ -57,18 +62,21 @@ def main(arguments: list[str] | None = None) -> int:
         device = pick_device(args.device)
         if args.preset in ("7b", "13b") and not device.startswith("cuda"):
             raise ValueError(f"--preset {args.preset} needs a GPU, and this runs on {device}; use --preset tiny")
-        page.heading("Numbers")
-        for check in (checks.check_training_numbers, checks.check_answers, checks.check_synchronizations):
-            page.run(check, device)
-        page.heading("Programs")
-        page.run(checks.check_programs, device)
-        page.run(checks.check_two_processes, device)
-        page.run(checks.check_quantization, device)
-        page.heading(f"Steps of {args.preset}")
-        page.run(checks.check_steps, device, args.preset)
-        page.heading("Benchmark")
-        for name in BENCHMARKS:
-            page.run(run_benchmark, device, args.preset, args.repeats, name, figures[name])
+        if "numbers" in args.parts:
+            page.heading("Numbers")
+            for check in (checks.check_training_numbers, checks.check_answers, checks.check_synchronizations):
+                page.run(check, device)
+        if "programs" in args.parts:
+            page.heading("Programs")
+            for check in (checks.check_programs, checks.check_two_processes, checks.check_quantization):
+                page.run(check, device)
+        if "steps" in args.parts:
+            page.heading(f"Steps of {args.preset}")
+            page.run(checks.check_steps, device, args.preset)
+        if "benchmark" in args.parts:
+            page.heading("Benchmark")
+            for name in BENCHMARKS:
+                page.run(run_benchmark, device, args.preset, args.repeats, name, figures[name])
     parts = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in page.seconds.items())
     print(f"\n{parts}; {sum(page.seconds.values()) / 60:.1f} minutes\n{page.summary()}")
     if args.json:

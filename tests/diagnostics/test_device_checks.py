@@ -20,7 +20,7 @@ from tiny_run import ROOT, environment
 from model.sam_cache import FeatureCache
 from model.UGround import UGroundForCausalLM
 from scripts import bench, gpu_check
-from utils.config import Config
+from utils.config import Config, load_config
 from utils.diagnostics import benchmark, costs, device_checks, memory_probe
 from utils.diagnostics.findings import Finding, ok, problem
 from utils.diagnostics.memory_model import Plan, expected, on_cuda
@@ -257,16 +257,40 @@ def test_without_segment_anything_the_installation_is_the_only_part(tmp_path: Pa
     assert "skipped  everything else -> fix the installation first (No module named 'segment_anything" in done.stdout
 
 
+def test_programs_train_with_flags_that_exist(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trainings, resuming and two processes themselves are tests of tests/training."""
+    commands: list[list[str]] = []
+
+    def run(command, **_options) -> subprocess.CompletedProcess:
+        commands.append(command[1:])
+        return subprocess.CompletedProcess(command, 0, stdout="", stderr="")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    findings = [*device_checks.check_programs("cpu"), *device_checks.check_two_processes("cpu")]
+    assert {finding.level for finding in findings} == {"ok"}
+    trainings = [load_config(command[1:]) for command in commands if command[0] == "train_ds.py"]
+    assert [(config.train.epochs, config.train.auto_resume) for config in trainings] == [
+        (1, False),
+        (2, True),
+        (1, False),
+        (1, False),  # two processes
+        (1, False),
+    ]
+
+
 @pytest.mark.slow
-def test_the_whole_check_on_the_cpu(tmp_path: Path) -> None:
+def test_the_check_on_the_cpu(tmp_path: Path) -> None:
+    """All but its programs, which have tests of their own."""
     path = tmp_path / "figures.json"
     command = [sys.executable, "scripts/gpu_check.py", "--device", "cpu", "--preset", "tiny", "--repeats", "1"]
+    command += ["--parts", "numbers", "steps", "benchmark"]
     done = subprocess.run(
         [*command, "--json", str(path)], cwd=ROOT, env=environment(), capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout
     written = json.loads(path.read_text())
     assert {finding["level"] for finding in written["findings"]} == {"ok", "skipped"}
+    assert list(written["seconds"]) == ["Installation", "Numbers", "Steps of tiny", "Benchmark"]
     assert all(written[name]["device"] == "CPU" for name in gpu_check.BENCHMARKS)
     assert set(written["table_10"]["rows"]) == {case.name for case in costs.CASES}
     assert set(written["table_11"]["rows"]) == {case.name for case in costs.ANSWERING}
