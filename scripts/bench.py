@@ -257,11 +257,11 @@ def _megabytes(size: float | None) -> str:
 
 
 def bench_growth(args: argparse.Namespace) -> list[str]:
-    from utils.diagnostics import benchmark
+    from utils.diagnostics import growth
 
     preset, device = _preset(args)
     with tempfile.TemporaryDirectory(prefix="uground-bench-") as folder:
-        rows = benchmark.growth(preset, device, folder, args.repeats)
+        rows = growth.growth(preset, device, folder, args.repeats)
     if args.json:
         figures = [dict(zip(("what", "value", "seconds", "peak_mb"), row, strict=True)) for row in rows]
         args.json.write_text(

@@ -21,7 +21,7 @@ from scripts import bench, make_demo_data
 from utils.datasets import get_train_dataset, records
 from utils.datasets.records import CACHE_VARIABLE, MappedRecords
 from utils.demo.tiny_model import llama_settings
-from utils.diagnostics import benchmark, memory_model
+from utils.diagnostics import benchmark, growth, memory_model
 from utils.inference import cli
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -182,7 +182,7 @@ def test_answers_have_the_length_and_the_masks_that_are_timed(small: benchmark.B
 
 @pytest.mark.slow
 def test_growth_measures_every_axis(small: benchmark.Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(benchmark, "GROWTH", dict.fromkeys(benchmark.GROWTH, (1,)) | {"megapixels on disk": (0.01,)})
-    rows = benchmark.growth(small.preset, "cpu", str(tmp_path), 1)
-    assert {what for what, *_ in rows} == set(benchmark.GROWTH)
+    monkeypatch.setattr(growth, "GROWTH", dict.fromkeys(growth.GROWTH, (1,)) | {"megapixels on disk": (0.01,)})
+    rows = growth.growth(small.preset, "cpu", str(tmp_path), 1)
+    assert {what for what, *_ in rows} == set(growth.GROWTH)
     assert all(seconds > 0 for *_, seconds, _ in rows)

@@ -220,7 +220,9 @@ def blocked(package: str, folder: Path) -> dict[str, str]:
     return environment(PYTHONPATH=str(folder))
 
 
-def test_without_deepspeed_the_untrained_model_is_merged(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """The programs that would have been started, which all succeed."""
     commands: list[list[str]] = []
 
     def run(command, **_options) -> subprocess.CompletedProcess:
@@ -228,6 +230,12 @@ def test_without_deepspeed_the_untrained_model_is_merged(monkeypatch: pytest.Mon
         return subprocess.CompletedProcess(command, 0, stdout="", stderr="")
 
     monkeypatch.setattr(subprocess, "run", run)
+    return commands
+
+
+def test_without_deepspeed_the_untrained_model_is_merged(
+    started: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "deepspeed", None)
     checks = (device_checks.check_programs, device_checks.check_two_processes)
     first, *others, last = [finding for check in checks for finding in check("cpu")]
@@ -235,8 +243,8 @@ def test_without_deepspeed_the_untrained_model_is_merged(monkeypatch: pytest.Mon
     assert {first.level, last.level, steps.level} == {"skipped"}
     assert all("install deepspeed" in finding.fix for finding in (first, last, steps))
     assert [finding.text.split(":")[0] for finding in others] == ["draw data", "merge", "evaluate", "ask"]
-    assert all("train_ds.py" not in command for command in commands)
-    assert "--config" in commands[1]
+    assert all("train_ds.py" not in command for command in started)
+    assert "--config" in started[1]
 
 
 @pytest.mark.slow
@@ -257,18 +265,11 @@ def test_without_segment_anything_the_installation_is_the_only_part(tmp_path: Pa
     assert "skipped  everything else -> fix the installation first (No module named 'segment_anything" in done.stdout
 
 
-def test_programs_train_with_flags_that_exist(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_programs_train_with_flags_that_exist(started: list[list[str]]) -> None:
     """Trainings, resuming and two processes themselves are tests of tests/training."""
-    commands: list[list[str]] = []
-
-    def run(command, **_options) -> subprocess.CompletedProcess:
-        commands.append(command[1:])
-        return subprocess.CompletedProcess(command, 0, stdout="", stderr="")
-
-    monkeypatch.setattr(subprocess, "run", run)
     findings = [*device_checks.check_programs("cpu"), *device_checks.check_two_processes("cpu")]
     assert {finding.level for finding in findings} == {"ok"}
-    trainings = [load_config(command[1:]) for command in commands if command[0] == "train_ds.py"]
+    trainings = [load_config(command[1:]) for command in started if command[0] == "train_ds.py"]
     assert [(config.train.epochs, config.train.auto_resume) for config in trainings] == [
         (1, False),
         (2, True),
