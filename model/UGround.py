@@ -295,22 +295,18 @@ class UGroundForCausalLM(LlavaLlamaForCausalLM):
         states, scores = grounding.select_layers(layers)
         valid = batch.valid[grounding.rows]  # [N, P]
         maps = split_maps(self.normalised(scores, valid), grounding.counts, batch.grids)
-        side = config.map_side or config.clip_side
-        full_maps = [maps_at(rows, side, size, config.clip_fit) for rows, size in zip(maps, batch.sizes)]
+        full_maps = [maps_at(rows, config.map_fit, size) for rows, size in zip(maps, batch.sizes)]
         tokens, dense = [], None
         if prompts.points:
             per_image = zip(maps, split_maps(valid, grounding.counts, batch.grids), batch.sizes)
-            points = [sam_points(prompts, *image, sam.image_side) for image in per_image]
+            points = [sam_points(prompts, *image, config.map_fit, sam.fit) for image in per_image]
             tokens.append(sam.embed_points(*(torch.cat(part) for part in zip(*points))))
         if prompts.seg:
             tokens.append(self.seg_prompts(grounding, layers, states))
         if prompts.mask:
-            dense = torch.cat([mask_prompts(rows, sam.mask_side) for rows in full_maps])
+            dense = torch.cat([mask_prompts(rows, sam.mask_fit) for rows in full_maps])
         low_res, predicted_iou = sam.decode(embeddings[grounding.rows], torch.cat(tokens, 1) if tokens else None, dense)
-        logits = [
-            sam.postprocess(rows, resized, size)
-            for rows, resized, size in zip(low_res.split(grounding.counts), batch.sam_sizes, batch.sizes)
-        ]
+        logits = [sam.postprocess(rows, size) for rows, size in zip(low_res.split(grounding.counts), batch.sizes)]
         return logits, full_maps, predicted_iou
 
     def seg_prompts(self, grounding: Grounding, layers: torch.Tensor, states: torch.Tensor) -> torch.Tensor:

@@ -9,6 +9,7 @@ from transformers import AutoConfig
 from model import layer_rules
 from model.decoders.pixel_decoder import PixelDecoderShape
 from model.decoders.segment_anything import SamShape
+from model.geometry import Fit
 from model.llava import LlavaLlamaConfig
 from model.settings import (
     DECODER_SCALES,
@@ -101,6 +102,11 @@ class UGroundConfig(
             "clip_fit": self.clip_fit,
             "codebook": self.codebook_size,
         }
+
+    @property
+    def map_fit(self) -> Fit:
+        """How an image fits what its similarity maps show: CLIP's input, or a square of ``map_side``."""
+        return Fit(self.clip_fit, self.map_side or self.clip_side)
 
     @property
     def num_layers(self) -> int:

@@ -1,4 +1,4 @@
-"""Geometry of pixels, patches and prompts: sizes of resized images, and maps on grids of patches and pixels.
+"""Geometry of pixels, patches and prompts: how images fit their inputs, and maps on grids of patches and pixels.
 
 Legend: n masks or maps, P cells of a map's grid h x w, H, W the image's own size. Sizes are in pixels.
 """
@@ -6,6 +6,7 @@ Legend: n masks or maps, P cells of a map's grid h x w, H, W the image's own siz
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch.nn import functional as F
@@ -23,6 +24,29 @@ def cropped_size(height: int, width: int, side: int) -> tuple[int, int]:
     """CLIP's rule: (height, width) after scaling the shortest side to ``side``, before the centre crop."""
     shortest = min(height, width)
     return (side, int(side * width / shortest)) if height == shortest else (int(side * height / shortest), side)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How an image fits the input of an encoder: maps, masks and points go through it to the image, and back.
+
+    Attributes:
+        kind: ``pad`` = longest side scaled to ``side``, zeros right and below; ``crop`` = shortest side scaled to it,
+            and the centre cut out; ``stretch`` = both sides scaled, whatever their ratio.
+        side: of the square; without a meaning for maps of a stretched image, whose grid fills it.
+    """
+
+    kind: str
+    side: int = 1
+
+    def box(self, size: tuple[int, int]) -> tuple[int, int, int, int]:
+        """(top, left, height, width) of the whole image of ``size`` (H, W) in the square; a crop begins below 0."""
+        if self.kind == "stretch":
+            return 0, 0, self.side, self.side
+        if self.kind == "pad":
+            return 0, 0, *resized_size(*size, self.side)
+        left, _, top, _ = margins_cut_off(size, self.side)
+        return -top, -left, *cropped_size(*size, self.side)
 
 
 def valid_patches(clip_sizes: Sequence[tuple[int, int]], side: int, patch: int) -> torch.Tensor:
@@ -80,22 +104,24 @@ def split_maps(maps: torch.Tensor, counts: Sequence[int], grids: Sequence[tuple[
     return [part[..., : h * w].unflatten(-1, (h, w)) for part, (h, w) in zip(maps.split(list(counts)), grids)]
 
 
-def maps_at(maps: torch.Tensor, side: int, size: tuple[int, int], fit: str = "pad") -> torch.Tensor:
-    """Similarity maps of one image at its own size: grid -> padded square -> padding removed -> ``size``.
+def maps_at(maps: torch.Tensor, fit: Fit, size: tuple[int, int]) -> torch.Tensor:
+    """Similarity maps of one image at its own size: grid -> input's square -> padding removed -> ``size``.
 
     Args:
         maps: [n, h, w] in [0, 1].
-        side: of the square, CLIP's input side; size: the image's (H, W).
-        fit: ``crop`` where CLIP's input is a centre crop; a map is 0 outside of it.
+        fit: of the input that the maps show; where it is a centre crop, a map is 0 outside of it.
+        size: the image's (H, W).
 
     Returns:
         [n, H, W] float32.
     """
-    full = F.interpolate(maps[:, None], (side, side), mode="bilinear", align_corners=False)
-    if fit == "crop":
-        full = F.pad(full, margins_cut_off(size, side))
-    else:
-        height, width = resized_size(*size, side)
+    full = maps[:, None]
+    if fit.kind != "stretch":
+        full = F.interpolate(full, (fit.side, fit.side), mode="bilinear", align_corners=False)
+    if fit.kind == "crop":
+        full = F.pad(full, margins_cut_off(size, fit.side))
+    elif fit.kind == "pad":
+        _, _, height, width = fit.box(size)
         full = full[..., :height, :width]
     return F.interpolate(full, size, mode="bilinear", align_corners=False)[:, 0]
 
@@ -106,36 +132,33 @@ def margins_cut_off(size: tuple[int, int], side: int) -> tuple[int, int, int, in
     return width // 2, width - width // 2, height // 2, height - height // 2
 
 
-def mask_prompts(maps: torch.Tensor, side: int) -> torch.Tensor:
-    """SAM mask prompts [n, 1, side, side] of maps [n, H, W]: longest side scaled (antialiased), padded with zeros."""
+def mask_prompts(maps: torch.Tensor, fit: Fit) -> torch.Tensor:
+    """Mask prompts [n, 1, side, side] of maps [n, H, W]: scaled (antialiased) and padded with zeros as ``fit`` says."""
+    side = fit.side
     if not len(maps):  # CUDA's antialiased kernel fails on zero maps
         return maps.new_zeros(0, 1, side, side)
-    size = resized_size(maps.shape[-2], maps.shape[-1], side)
-    small = F.interpolate(maps[:, None], size, mode="bilinear", align_corners=False, antialias=True)
-    return F.pad(small, (0, side - size[1], 0, side - size[0]))
+    _, _, height, width = fit.box((maps.shape[-2], maps.shape[-1]))
+    small = F.interpolate(maps[:, None], (height, width), mode="bilinear", align_corners=False, antialias=True)
+    return F.pad(small, (0, side - width, 0, side - height))
 
 
 def on_grid(
-    values: torch.Tensor, valid: torch.Tensor, side: int, grid: tuple[int, int], fit: str = "pad"
+    values: torch.Tensor, valid: torch.Tensor, fit: Fit, grid: tuple[int, int]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Masks at the resolution of a similarity map: scaled into the square of CLIP's input, averaged per patch.
+    """Masks at the resolution of a similarity map: scaled into the input that it shows, averaged per cell.
 
     Args:
         values, valid: [n, H, W], masks and their valid (not ignored) pixels.
-        side: of the square; grid: (h, w) of its patches.
-        fit: ``crop`` where CLIP's input is a centre crop; what it cuts off does not count.
+        fit: of the input; what a crop cuts off does not count. grid: (h, w) of its cells.
 
     Returns:
-        [n, h, w] means over valid pixels, and [n, h, w] shares of a patch that are valid (0 in the padding).
+        [n, h, w] means over valid pixels, and [n, h, w] shares of a cell that are valid (0 in the padding).
     """
-    size = values.shape[-2], values.shape[-1]
     stacked = torch.stack([values * valid, valid.expand_as(values).to(values.dtype)], 1)
-    if fit == "crop":
-        small = F.interpolate(stacked, cropped_size(*size, side), mode="area")
-        square = F.pad(small, [-margin for margin in margins_cut_off(size, side)])
-    else:
-        height, width = resized_size(*size, side)
+    square = stacked
+    if fit.kind != "stretch":
+        top, left, height, width = fit.box((values.shape[-2], values.shape[-1]))
         small = F.interpolate(stacked, (height, width), mode="area")
-        square = F.pad(small, (0, side - width, 0, side - height))
+        square = F.pad(small, (left, fit.side - width - left, top, fit.side - height - top))  # negative ones crop
     pooled = F.adaptive_avg_pool2d(square, grid)
     return pooled[:, 0] / pooled[:, 1].clamp(min=EPSILON), pooled[:, 1]

@@ -331,13 +331,13 @@ class Objective:
             targets: per image [n, H, W] uint8; soft_targets: of ``soft_target``; layer_maps: per image [n, L, h, w] in
                 [0, 1].
         """
-        config, side = self.config, self.config.map_side or self.config.clip_side
+        fit = self.config.map_fit
         collected: dict[str, list[torch.Tensor]] = {}
         for target, (soft, weight), maps in zip(targets, soft_targets, layer_maps):
             num_layers, grid = maps.shape[1], (maps.shape[2], maps.shape[3])
             valid, hard = target != IGNORE_PIXEL, (target == 1).float()
-            soft, share = on_grid(soft, valid, side, grid, config.clip_fit)
-            hard, _ = on_grid(hard, valid, side, grid, config.clip_fit)
+            soft, share = on_grid(soft, valid, fit, grid)
+            hard, _ = on_grid(hard, valid, fit, grid)
             soft, hard, share, weight = (v.repeat_interleave(num_layers, 0) for v in (soft, hard, share, weight))
             flat = maps.flatten(0, 1)
             terms = {

@@ -115,8 +115,7 @@ class Batch:
         seg_positions: [N] int64, flat position before each ``[SEG]`` of the answers, in the order of the masks; of a
             codebook, before its last token.
         seg_rows: [N] int64, the row of each ``[SEG]``.
-        clip_images: [B, 3, S, S]; sam_images: [B, 3, R, R]; sam_sizes: per row, the resized (height, width) in SAM's
-            padded square. Without a SAM, R = 0, and the sizes are those in CLIP's.
+        clip_images: [B, 3, S, S]; sam_images: [B, 3, R, R], without a SAM R = 0.
         sizes: original (height, width) per row.
         masks: per row [N_b, H, W] uint8 with 0, 1, 255.
         sample_ids: sample index per row; seeds the layer sampling.
@@ -139,7 +138,6 @@ class Batch:
     seg_rows: torch.Tensor
     clip_images: torch.Tensor
     sam_images: torch.Tensor
-    sam_sizes: list[tuple[int, int]]
     sizes: list[tuple[int, int]]
     masks: list[torch.Tensor]
     sample_ids: list[int]

@@ -13,6 +13,8 @@ from segment_anything.modeling.prompt_encoder import PositionEmbeddingRandom
 from torch import nn
 from torch.nn import functional as F
 
+from model.geometry import Fit
+
 if TYPE_CHECKING:
     from model.config import UGroundConfig
     from model.sam_cache import FeatureCache
@@ -30,6 +32,7 @@ class MaskDecoder(nn.Module, ABC):
 
     Attributes:
         image_side: side of its square input in pixels; 0 = it has none, and reads CLIP's states.
+        fit_kind: how an image is made square, ``pad`` or ``stretch`` (``model.geometry.Fit``).
         clip_depths: indices of the CLIP hidden states that it reads, as in ``CLIPVisionModel``'s output.
         mask_side: side of mask prompts and of low-resolution masks.
         prompt_width: E, the width of a sparse prompt, and so of phi's output.
@@ -37,6 +40,7 @@ class MaskDecoder(nn.Module, ABC):
     """
 
     image_side: int
+    fit_kind: str = "pad"
     clip_depths: tuple[int, ...] = ()
     prompt_width: int
     cache: FeatureCache | None = None
@@ -72,6 +76,16 @@ class MaskDecoder(nn.Module, ABC):
     @abstractmethod
     def mask_side(self) -> int: ...
 
+    @property
+    def fit(self) -> Fit:
+        """How an image fits the square that masks and points refer to."""
+        return Fit(self.fit_kind, self.square_side)
+
+    @property
+    def mask_fit(self) -> Fit:
+        """How an image fits mask prompts and low-resolution masks."""
+        return Fit(self.fit_kind, self.mask_side)
+
     @abstractmethod
     def embed_images(self, batch: Batch, clip_states: tuple[torch.Tensor, ...] = ()) -> torch.Tensor:
         """Image embeddings [B, ...], which ``decode`` takes by their first index.
@@ -95,17 +109,16 @@ class MaskDecoder(nn.Module, ABC):
             tokens: [N, K, E] sparse prompts, or None; mask_prompts: [N, 1, side, side], or None.
         """
 
-    def postprocess(self, low_res: torch.Tensor, resized: tuple[int, int], original: tuple[int, int]) -> torch.Tensor:
-        """Logits [n, H, W] float32 at an image's own size: to the padded square, padding removed, to ``original``.
+    def postprocess(self, low_res: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+        """Logits [n, H, W] float32 at an image's own size: to the square, padding removed, to ``size``.
 
         Args:
-            low_res: [n, side, side] logits of one image.
-            resized: (height, width) of the image in the square; original: its own (H, W).
+            low_res: [n, side, side] logits of one image; size: its (H, W).
         """
         square = (self.square_side, self.square_side)
         full = F.interpolate(low_res[:, None].float(), square, mode="bilinear", align_corners=False)
-        cropped = full[..., : resized[0], : resized[1]]
-        return F.interpolate(cropped, original, mode="bilinear", align_corners=False)[:, 0]
+        _, _, height, width = self.fit.box(size)
+        return F.interpolate(full[..., :height, :width], size, mode="bilinear", align_corners=False)[:, 0]
 
     @property
     def square_side(self) -> int:

@@ -112,9 +112,7 @@ def collate_rows(
     label_positions, seg_positions = before_labels(labels), before_labels(labels, seg_id)
     label_ids = labels.flatten()[label_positions + 1]
     num_targets = sum(int((row.masks == 1).any((1, 2)).sum()) for row in rows)
-    sam_images, sam_sizes = torch.zeros(len(rows), 3, 0, 0), clip_sizes
-    if sam_side:
-        sam_images, sam_sizes = _squares(rows, sam_side, resize_and_pad)
+    sam_images = _squares(rows, sam_side, resize_and_pad)[0] if sam_side else torch.zeros(len(rows), 3, 0, 0)
     return Batch(
         input_ids=input_ids,
         segment_ids=segment_ids,
@@ -127,7 +125,6 @@ def collate_rows(
         seg_rows=seg_positions // width,
         clip_images=clip_images,
         sam_images=sam_images,
-        sam_sizes=sam_sizes,
         sizes=[row.image.shape[:2] for row in rows],
         masks=[torch.from_numpy(np.ascontiguousarray(row.masks)) for row in rows],
         sample_ids=[row.sample_id for row in rows],

@@ -246,7 +246,7 @@ def test_one_language_pass_is_decoded_with_several_layer_rules(make_model, tiny_
         assert decoded.layers == predicted.layers
         assert torch.equal(decoded.mask_logits, predicted.mask_logits)
     [[fixed]] = model.decode_masks(language_pass, "fixed:3")
-    enlarged = maps_at(fixed.layer_maps[:, 3], model.config.clip_side, batch.sizes[0])
+    enlarged = maps_at(fixed.layer_maps[:, 3], model.config.map_fit, batch.sizes[0])
     torch.testing.assert_close(enlarged, fixed.maps)
 
 

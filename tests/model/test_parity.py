@@ -18,7 +18,7 @@ from answering import without_image
 
 from model import losses
 from model.config import UGroundConfig
-from model.geometry import mask_prompts
+from model.geometry import Fit, mask_prompts
 from model.layer_rules import LastLayer
 from model.loading.formats import release_of
 from model.loading.weights import load_released, read_config
@@ -198,7 +198,7 @@ def check_masks(entry: dict, spy: Spy, logits: torch.Tensor, maps: torch.Tensor,
     """Compares the ``per_image`` part of a case: map, prompts, masks."""
     side, original = entry["map_stride"], entry["orig_stride"]
     same(maps[:, ::original, ::original], entry["simmap_orig"], "map at the original size")
-    same(mask_prompts(maps, 256)[..., ::side, ::side], entry["map256"], "mask prompt")
+    same(mask_prompts(maps, Fit("pad", 256))[..., ::side, ::side], entry["map256"], "mask prompt")
     if "text_embeds" in entry:
         same(spy.sparse[n], entry["text_embeds"], "phi")
     if "sparse" in entry:
@@ -317,7 +317,9 @@ def test_generation(checkpoint):
             assert bool(segs) == entry["object_presence"][0]
             if segs:
                 same(spy.low_res[..., ::2, ::2], entry["low_res_masks_s2"][0], "low-resolution masks")
-                same(mask_prompts(prediction.maps, 256)[..., ::2, ::2], entry["map256_s2"][0], "mask prompts")
+                same(
+                    mask_prompts(prediction.maps, Fit("pad", 256))[..., ::2, ::2], entry["map256_s2"][0], "mask prompts"
+                )
                 mask = (prediction.mask_logits[0] > 0).to(torch.uint8)
                 assert (mask != entry["pred_masks_returned"][0]).double().mean() <= 1e-4
             else:

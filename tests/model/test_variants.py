@@ -10,12 +10,12 @@ from conftest import assert_same_masks, drawn_sample
 
 from model import losses
 from model.config import UGroundConfig
-from model.geometry import maps_at, on_grid
+from model.geometry import Fit, maps_at, mask_prompts, on_grid
 from model.lora import add_lora
 from model.opened import predict
-from model.points import map_points
+from model.points import cell_centres, map_points, sam_points
 from model.PPM import fuse_layers
-from model.structures import Turn
+from model.structures import Prompts, Turn
 
 NEAR = {"rtol": 2e-4, "atol": 2e-5}
 TURNS = [[Turn("star", "it is [SEG]."), Turn("circle", "[SEG] and [SEG]")]]
@@ -120,7 +120,7 @@ def test_the_classifiers_label_is_the_layer_that_overlaps_most(make_model, tiny_
     model = make_model(layer_selection="ce_soft")
     batch = tiny_processor.collate([drawn_sample(5, (64, 64), (1, 1))])
     maps = torch.rand(2, 5, 4, 4, generator=torch.Generator().manual_seed(0))
-    target, share = on_grid((batch.masks[0] == 1).float(), torch.ones(2, 64, 64), 40, (4, 4))
+    target, share = on_grid((batch.masks[0] == 1).float(), torch.ones(2, 64, 64), Fit("pad", 40), (4, 4))
     assert (share == 1).all()
     maps[0, 3], maps[1, 0], maps[1, 2] = target[0], target[1], 0.5 * target[1]
     overlap = terms_of_all_layers(model, batch, [maps])["map_iou"]
@@ -135,7 +135,7 @@ def test_the_classifiers_label_is_the_layer_that_overlaps_most(make_model, tiny_
 def test_masks_on_the_grid_exclude_padding_and_ignored_pixels():
     mask, valid = torch.zeros(1, 20, 40), torch.ones(1, 20, 40)
     mask[:, :, :20], valid[:, :10, :20] = 1.0, 0.0
-    values, share = on_grid(mask, valid, side=40, grid=(4, 4))
+    values, share = on_grid(mask, valid, Fit("pad", 40), (4, 4))
     assert values[0].tolist() == [[0, 0, 0, 0], [1, 1, 0, 0], [0] * 4, [0] * 4]
     assert share[0].tolist() == [[0, 0, 1, 1], [1, 1, 1, 1], [0] * 4, [0] * 4]
 
@@ -144,11 +144,39 @@ def test_masks_on_the_grid_exclude_padding_and_ignored_pixels():
 def test_masks_on_the_grid_are_those_of_a_centre_crop(size):
     """A map at the image's size (``maps_at``), reduced again, is the map: both know what CLIP sees."""
     maps = torch.eye(16)[:3].view(3, 4, 4)
-    full, valid = maps_at(maps, 40, size, "crop"), torch.ones(3, *size)
-    values, share = on_grid(full, valid, side=40, grid=(4, 4), fit="crop")
+    crop, pad = Fit("crop", 40), Fit("pad", 40)
+    full, valid = maps_at(maps, crop, size), torch.ones(3, *size)
+    values, share = on_grid(full, valid, crop, (4, 4))
     assert (share == 1).all()
-    torch.testing.assert_close(values, on_grid(maps_at(maps, 40, (40, 40)), torch.ones(3, 40, 40), 40, (4, 4))[0])
+    torch.testing.assert_close(values, on_grid(maps_at(maps, pad, (40, 40)), torch.ones(3, 40, 40), pad, (4, 4))[0])
     assert values.flatten(1).argmax(1).tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("size", [(80, 200), (200, 50), (64, 64)])
+@pytest.mark.parametrize("seen", [Fit("pad", 40), Fit("stretch")])
+@pytest.mark.parametrize("decoded", [Fit("pad", 64), Fit("stretch", 64)])
+def test_maps_prompts_and_points_lie_where_the_image_shows_them(size, seen, decoded):
+    """A square at two thirds of the height and a quarter of the width, through every pair of fits."""
+    height, width = size
+    target, y, x = torch.zeros(1, height, width), 2 * height // 3, width // 4
+    target[:, y - 5 : y + 5, x - 5 : x + 5] = 1.0
+    grid = (20, 20) if seen.kind == "pad" else (height // 5, width // 5)
+    values, share = on_grid(target, torch.ones_like(target), seen, grid)
+    full = maps_at(values, seen, size)
+    weights = full[0] / full.sum()
+    centre = [float((weights.sum(1 - axis) * torch.arange(size[axis])).sum()) + 0.5 for axis in (0, 1)]
+    assert centre == pytest.approx([y, x], abs=max(size) / 40)
+    _, _, inner_height, inner_width = decoded.box(size)
+    prompt = mask_prompts(full, decoded)[0, 0]
+    row, column = divmod(int(prompt.argmax()), 64)
+    assert (row + 0.5) / inner_height * height == pytest.approx(y, abs=height / inner_height + 5)
+    assert (column + 0.5) / inner_width * width == pytest.approx(x, abs=width / inner_width + 5)
+    points, _ = sam_points(Prompts(points=1), values * 40, share > 0, size, seen, decoded)
+    (column, row), (outer_column, outer_row) = points[0].tolist()  # the last is background
+    assert row / inner_height * height == pytest.approx(y, abs=max(size) / 20)
+    assert column / inner_width * width == pytest.approx(x, abs=max(size) / 20)
+    assert 0 <= outer_column <= inner_width
+    assert 0 <= outer_row <= inner_height
 
 
 @pytest.mark.parametrize(("fit", "iou"), [("crop", 1.0), ("pad", 0.5)])
@@ -309,17 +337,18 @@ def test_points_lie_on_the_maps_peaks_and_valleys():
         (40 * scores).view(2, 4, 4).requires_grad_(),
         valid.view(2, 4, 4),
     )  # so steep that neighbours have no weight
-    points, labels = map_points(scores, valid, 1, side=64)
+    centres = cell_centres(scores, (64, 64), Fit("pad", 40), Fit("pad", 64))
+    points, labels = map_points(scores, valid, 1, centres)
     assert labels.tolist() == [[1, 0]] * 2
     torch.testing.assert_close(points[0], torch.tensor([[24.0, 24.0], [56.0, 56.0]]), rtol=0, atol=0.1)
     torch.testing.assert_close(points[1, 1], torch.tensor([56.0, 8.0]), rtol=0, atol=0.1)
-    many, _ = map_points(scores, valid, 20, side=64)
+    many, _ = map_points(scores, valid, 20, centres)
     assert many.shape == (2, 40, 2)
     assert (many[1, :, 1] < 32).all()
     points.sum().backward()
     assert scores.grad.isfinite().all()
     assert not scores.grad[1, 2:].any()
-    empty, _ = map_points(torch.zeros(0, 4, 4), torch.zeros(0, 4, 4, dtype=torch.bool), 3, side=64)
+    empty, _ = map_points(torch.zeros(0, 4, 4), torch.zeros(0, 4, 4, dtype=torch.bool), 3, centres)
     assert empty.shape == (0, 6, 2)
 
 

@@ -55,7 +55,7 @@ class SamBoxes:
         masks: list[np.ndarray] = []
         for tokens in prompts.split(BATCH):
             low_res, _ = self.sam.decode(embedding.expand(len(tokens), -1, -1, -1), tokens, None)
-            masks += list((self.sam.postprocess(low_res, resized, size) > 0).cpu().numpy())
+            masks += list((self.sam.postprocess(low_res, size) > 0).cpu().numpy())
         return [encode_mask(mask) for mask in masks]
 
 

@@ -284,8 +284,7 @@ class Dashboard:
 
         assert visit.prediction is not None
         config, grid = self.model.config, visit.prediction.layer_maps[seg : seg + 1, layer]
-        side = config.map_side or config.clip_side
-        return maps_at(grid, side, visit.image.shape[:2], config.clip_fit)[0].numpy()
+        return maps_at(grid, config.map_fit, visit.image.shape[:2])[0].numpy()
 
     def reset(self, visitor: str) -> None:
         """Forgets the visitor's conversation; the image stays encoded."""

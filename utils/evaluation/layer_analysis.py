@@ -194,7 +194,7 @@ class LayerAnalyzer:
     def upsample(self, grid: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
         """Upsamples maps [N, L, h, w] to their image's size: [N, L, H, W]."""
         config = self.model.config
-        full = maps_at(grid.flatten(0, 1), config.map_side or config.clip_side, size, config.clip_fit)
+        full = maps_at(grid.flatten(0, 1), config.map_fit, size)
         return full.view(*grid.shape[:2], *size)
 
     def _add_batch(self, study: Study, indices: list[int], samples: list[EvalSample]) -> None:
