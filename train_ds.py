@@ -45,9 +45,9 @@ if TYPE_CHECKING:
     import torch
     from torch.utils.data import DataLoader
 
+    from model.grounding import GroundingModel
     from model.loading.weights import Loaded
     from model.processing.processor import UGroundProcessor
-    from model.UGround import UGroundForCausalLM
     from utils.datasets.mixture import Mixture
 
 RESUME = "resume from the last checkpoint, if there is one, with --auto_resume true"
@@ -153,7 +153,7 @@ class Run:
     config: Config
     device: torch.device
     engine: Any
-    model: UGroundForCausalLM
+    model: GroundingModel
     processor: UGroundProcessor
     mixture: Mixture
     benchmarks: list[EvalDataset]

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import distributed, nn
 
-from model.config import UGroundConfig
+from model.config import GroundingConfig
 from model.structures import EPSILON, Batch
 
 
@@ -29,10 +29,10 @@ class StateCritic(nn.Module):
 
     spread: torch.Tensor
 
-    def __init__(self, config: UGroundConfig) -> None:
+    def __init__(self, config: GroundingConfig) -> None:
         super().__init__()
         self.config = config
-        self.hidden = nn.Linear(config.hidden_size, config.critic_width)
+        self.hidden = nn.Linear(config.text.hidden_size, config.critic_width)
         # parameters, not a Linear: transformers would initialize that one with noise
         self.weight = nn.Parameter(torch.zeros(config.critic_width))
         self.bias = nn.Parameter(torch.zeros(1))
@@ -66,10 +66,10 @@ class PolicyPromptedMasking(nn.Module):
 
     baseline: torch.Tensor
 
-    def __init__(self, config: UGroundConfig) -> None:
+    def __init__(self, config: GroundingConfig) -> None:
         super().__init__()
         self.config, num_layers, width = config, config.num_layers, config.critic_width
-        self.gate = nn.Parameter(torch.zeros(num_layers, config.hidden_size))  # zeros: the policy starts uniform
+        self.gate = nn.Parameter(torch.zeros(num_layers, config.text.hidden_size))  # zeros: the policy starts uniform
         self.register_buffer("baseline", torch.zeros((), dtype=torch.float32))
         self.critic: nn.Module | None = None
         if config.baseline == "critic":

@@ -1,16 +1,19 @@
-"""UGroundConfig: the sizes of the three parts, the special tokens' ids, and the method's settings."""
+"""Configurations: the sizes of the three parts, the special tokens' ids, and the method's settings."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar
 
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedConfig
 
 from model import layer_rules
+from model.backbones.llava import ClipReader, LlavaLlamaConfig
 from model.decoders.pixel_decoder import PixelDecoderShape
 from model.decoders.segment_anything import SamShape
 from model.geometry import Fit
-from model.llava import LlavaLlamaConfig
+from model.processing.reader import ImageReader
 from model.settings import (
     DECODER_SCALES,
     MASK_REWARDS,
@@ -27,10 +30,10 @@ from model.settings import (
 )
 
 
-class UGroundConfig(
-    LlavaLlamaConfig, PpmSettings, LossSettings, DecoderSettings, ExperimentalSettings, CheckpointSettings
+class GroundingConfig(
+    PreTrainedConfig, PpmSettings, LossSettings, DecoderSettings, ExperimentalSettings, CheckpointSettings
 ):
-    """Sizes of the three parts, ids of the special tokens, and the method's settings.
+    """What a model of any backbone is: its mask decoder's sizes, the special tokens' ids, and the method's settings.
 
     Args:
         sam_config: ``SamShape`` as a dictionary.
@@ -38,13 +41,16 @@ class UGroundConfig(
         codebook_ids: with several [SEG] tokens per target, the ids of all, in their order; the last is
             ``seg_token_id``, which completes the target. None = there is one.
         decoder_config: ``PixelDecoderShape`` as a dictionary; None = SAM, or a pixel decoder of the default sizes.
-        **kwargs: the method's settings (``model.settings``, the paper's values as defaults), LLaVA's and LLaMA's.
+        **kwargs: the method's settings (``model.settings``, the paper's values as defaults), and the backbone's.
+
+    Attributes:
+        backbone: its name in ``model.backbones.BACKBONES``.
 
     Raises:
         ValueError: naming every invalid or contradictory setting.
     """
 
-    model_type = "uground"
+    backbone: ClassVar[str]
 
     def __init__(
         self,
@@ -62,14 +68,33 @@ class UGroundConfig(
             setattr(self, name, kwargs.pop(name, item.default))
         self.map_terms = tuple(self.map_terms)  # JSON has lists
         super().__init__(**kwargs)
-        if self.clip_resize:
-            self.vision_config = {**self.vision_config, "image_size": self.clip_resize}
+        self.fit_backbone()
         self.check_settings()
-        if self.has_pixel_decoder and not decoder_config:
-            clip = self.clip_config
-            layers = clip.num_hidden_layers, self.mm_vision_select_layer
-            widths = clip.hidden_size, self.hidden_size, self.decoder_width
-            self.decoder_config = PixelDecoderShape.new(*layers, *widths).to_dict()
+
+    def fit_backbone(self) -> None:
+        """Hook for what the settings change about the backbone, before they are checked."""
+
+    def backbone_problems(self) -> Iterator[tuple[str, str]]:
+        """(setting, problem) of settings that the backbone does not have, or not so."""
+        yield from ()
+
+    def new_reader(self, folder: Path | None = None) -> ImageReader:
+        """The reader of the backbone's images.
+
+        Args:
+            folder: of base weights, with the files of their image processor; None = as the configuration says.
+        """
+        raise NotImplementedError
+
+    @property
+    def map_fit(self) -> Fit:
+        """How an image fits what its similarity maps show."""
+        raise NotImplementedError
+
+    @property
+    def text(self) -> PreTrainedConfig:
+        """The language model's sizes."""
+        return self.get_text_config()
 
     @property
     def has_pixel_decoder(self) -> bool:
@@ -92,26 +117,18 @@ class UGroundConfig(
         last = -1 if self.seg_token_id is None else self.seg_token_id
         return tuple(self.codebook_ids or [*[-1] * (self.codebook_size - 1), last])
 
-    @property
-    def processor_settings(self) -> dict[str, Any]:
-        """Arguments of ``UGroundProcessor`` that follow from the model."""
+    def processor_settings(self, folder: Path | None = None) -> dict[str, Any]:
+        """Arguments of ``UGroundProcessor`` that follow from the model; ``folder``: of ``new_reader``."""
         return {
-            "clip_side": self.clip_side,
-            "clip_patch": self.cell_side,
+            "reader": self.new_reader(folder),
             "sam_side": 0 if self.has_pixel_decoder else self.sam_config["image_size"],
-            "clip_fit": self.clip_fit,
             "codebook": self.codebook_size,
         }
 
     @property
-    def map_fit(self) -> Fit:
-        """How an image fits what its similarity maps show: CLIP's input, or a square of ``map_side``."""
-        return Fit(self.clip_fit, self.map_side or self.clip_side)
-
-    @property
     def num_layers(self) -> int:
         """L, hidden states: the embeddings and the output of each decoder layer."""
-        return self.num_hidden_layers + 1
+        return self.text.num_hidden_layers + 1
 
     @property
     def candidates(self) -> range:
@@ -174,17 +191,47 @@ class UGroundConfig(
         method = {name: getattr(self, name) for name in METHOD_FIELDS}
         problems = [*value_problems(method, METHOD_FIELDS)]
         problems = problems or [*contradictions(method, self.num_layers)]
-        if self.mm_projector_type not in (choices := ("mlp2x_gelu", "linear")):
-            problems.append(("mm_projector_type", f"{self.mm_projector_type!r} is not one of {', '.join(choices)}"))
-        if not isinstance(self.mm_vision_select_layer, int):
-            problems.append(("mm_vision_select_layer", f"{self.mm_vision_select_layer!r} is not a whole number"))
-        if self.clip_side % self.cell_side:
-            kind = "clip_resize" if self.clip_resize else "image_pool"
-            cell = f"{self.clip_patch} (CLIP's patch) x {self.image_pool} (image_pool)"
-            problems.append((kind, f"CLIP's input of {self.clip_side} pixels is not a multiple of {cell}"))
+        problems += self.backbone_problems()
         if problems:
             named = {name: f"{name} (a run's --{run_name})" for name, run_name in RUN_NAMES.items()}
             raise ValueError("; ".join(f"{named.get(name, name)}: {text}" for name, text in problems))
+
+
+class UGroundConfig(GroundingConfig, LlavaLlamaConfig):
+    """The configuration of UGround on LLaVA: ``GroundingConfig`` and ``LlavaLlamaConfig``."""
+
+    model_type = "uground"
+    backbone = "llava"
+
+    def __init__(self, **kwargs) -> None:
+        super().__init__(**kwargs)  # else transformers makes a constructor of the fields
+
+    def fit_backbone(self) -> None:
+        if self.clip_resize:
+            self.vision_config = {**self.vision_config, "image_size": self.clip_resize}
+        if self.has_pixel_decoder and not self.decoder_config:
+            clip = self.clip_config
+            layers = clip.num_hidden_layers, self.mm_vision_select_layer
+            widths = clip.hidden_size, self.hidden_size, self.decoder_width
+            self.decoder_config = PixelDecoderShape.new(*layers, *widths).to_dict()
+
+    def backbone_problems(self) -> Iterator[tuple[str, str]]:
+        if self.mm_projector_type not in (choices := ("mlp2x_gelu", "linear")):
+            yield "mm_projector_type", f"{self.mm_projector_type!r} is not one of {', '.join(choices)}"
+        if not isinstance(self.mm_vision_select_layer, int):
+            yield "mm_vision_select_layer", f"{self.mm_vision_select_layer!r} is not a whole number"
+        if self.clip_side % self.cell_side:
+            kind = "clip_resize" if self.clip_resize else "image_pool"
+            cell = f"{self.clip_patch} (CLIP's patch) x {self.image_pool} (image_pool)"
+            yield kind, f"CLIP's input of {self.clip_side} pixels is not a multiple of {cell}"
+
+    def new_reader(self, folder: Path | None = None) -> ClipReader:
+        return ClipReader(self.clip_side, self.cell_side, self.clip_fit)
+
+    @property
+    def map_fit(self) -> Fit:
+        """How an image fits CLIP's input, or a square of ``map_side``."""
+        return Fit(self.clip_fit, self.map_side or self.clip_side)
 
 
 AutoConfig.register(UGroundConfig.model_type, UGroundConfig, exist_ok=True)  # AutoTokenizer looks it up

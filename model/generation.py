@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from model.llava import LanguageOutput
+from model.backbones.base import LanguageOutput
 from model.structures import MAX_SEGS, Batch
 
 if TYPE_CHECKING:
-    from model.UGround import UGroundForCausalLM
+    from model.grounding import GroundingModel
 
 QuestionIndex = tuple[int, int]  # (row, question)
 
@@ -61,7 +61,7 @@ def per_target(states: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Ten
     return codebook.mean(1), codebook
 
 
-def teacher_forced_answers(model: UGroundForCausalLM, batch: Batch, output: LanguageOutput) -> GenerationOutput:
+def teacher_forced_answers(model: GroundingModel, batch: Batch, output: LanguageOutput) -> GenerationOutput:
     """The answers in the batch with the states of their [SEG] tokens (teacher-forced).
 
     Args:
@@ -91,7 +91,7 @@ def teacher_forced_answers(model: UGroundForCausalLM, batch: Batch, output: Lang
 
 
 def generate_answers(
-    model: UGroundForCausalLM,
+    model: GroundingModel,
     batch: Batch,
     output: LanguageOutput,
     max_new_tokens: int,
@@ -115,7 +115,7 @@ def generate_answers(
 
 
 def generate_from(
-    model: UGroundForCausalLM,
+    model: GroundingModel,
     questions: list[int],
     past: LanguageOutput,
     hidden: tuple[torch.Tensor, ...],
@@ -213,7 +213,7 @@ def _stacked(states: list[torch.Tensor], hidden: tuple[torch.Tensor, ...]) -> to
     return torch.stack(states) if states else hidden[-1].new_zeros(0, len(hidden), hidden[-1].shape[-1])
 
 
-def not_finite(model: UGroundForCausalLM) -> ValueError:
+def not_finite(model: GroundingModel) -> ValueError:
     """The error for states that are NaN or infinite, from which any token and any layer could follow."""
     broken = next((name for name, weight in model.named_parameters() if not weight.isfinite().all()), None)
     precision = str(model.dtype).removeprefix("torch.")
@@ -247,11 +247,11 @@ class ConversationCache:
     """
 
     @torch.inference_mode()
-    def __init__(self, model: UGroundForCausalLM, batch: Batch) -> None:
+    def __init__(self, model: GroundingModel, batch: Batch) -> None:
         self.model = model
         output = model.forward_language(batch, use_cache=True)
         self.hidden, self.keys, self.clip_states = output.hidden, output.keys, output.clip_states
-        self.next_position = int(batch.position_ids[0, -1]) + 1  # more than tokens: padded patches count
+        self.next_position = int(batch.position_ids[0, -1].max()) + 1  # not the number of tokens
         self.cache: Any = output.cache  # transformers' annotation lacks the layers' keys and values
         self.ids: list[int] = []
 
@@ -304,4 +304,5 @@ def _last_positions(batch: Batch, segment_ids: torch.Tensor) -> tuple[torch.Tens
     positions = torch.arange(batch.segment_ids.shape[1], device=segment_ids.device)
     in_segment = batch.segment_ids[:, None, :] == segment_ids.clamp(min=0)[:, :, None]  # [B, K, T]
     last = torch.where(in_segment, positions, -1).amax(-1)
-    return last, torch.gather(batch.position_ids, 1, last)
+    text = batch.position_ids if batch.position_ids.ndim == 2 else batch.position_ids[..., 0]  # text: equal on all axes
+    return last, torch.gather(text, 1, last)

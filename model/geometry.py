@@ -49,19 +49,18 @@ class Fit:
         return -top, -left, *cropped_size(*size, self.side)
 
 
-def valid_patches(clip_sizes: Sequence[tuple[int, int]], side: int, patch: int) -> torch.Tensor:
+def valid_patches(sizes: Sequence[tuple[int, int]], fit: Fit, patch: int) -> torch.Tensor:
     """Patches that show the image, not padding: their top-left pixel lies inside it.
 
     Args:
-        clip_sizes: per row, the resized (height, width) inside the padded square.
-        side: of the square; patch: side of a patch.
+        sizes: (H, W) of the images; fit: how they fit the square; patch: side of a patch.
 
     Returns:
         [B, P] bool, row-major.
     """
-    starts = torch.arange(0, side, patch)
-    sizes = torch.tensor(clip_sizes)
-    rows, columns = starts[None] < sizes[:, :1], starts[None] < sizes[:, 1:]
+    starts = torch.arange(0, fit.side, patch)
+    inner = torch.tensor([fit.box(size)[2:] for size in sizes])
+    rows, columns = starts[None] < inner[:, :1], starts[None] < inner[:, 1:]
     return (rows[:, :, None] & columns[:, None, :]).flatten(1)
 
 

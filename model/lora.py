@@ -10,11 +10,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
-from model.config import UGroundConfig
+from model.config import GroundingConfig
+from model.grounding import GroundingModel
 from model.loading.adapter import ROWS
-from model.UGround import UGroundForCausalLM
 
-LORA_TARGETS = r"model\.layers\.\d+\.self_attn\.({names})"  # the language model only, never CLIP's q_proj and v_proj
 PARTS = {  # what the name of a parameter contains -> its part
     "text_hidden_fcs.": "phi",
     "ppm.": "gate",
@@ -37,7 +36,7 @@ def part_of(name: str) -> str:
     return next((part for key, part in PARTS.items() if key in name), "llama")
 
 
-def trains_in_full(name: str, config: UGroundConfig) -> bool:
+def trains_in_full(name: str, config: GroundingConfig) -> bool:
     """Whether a parameter trains beside LoRA: phi, SAM's prompt encoder and mask decoder, embeddings, lm_head, gate.
 
     With PixelLM's decoder also what stands before it, and LLaVA's projector where CLIP's input has another side.
@@ -92,7 +91,7 @@ def add_lora(
         raise ValueError("train_tables new needs LoRA, whose library trains the rows; set lora_r, or train_tables full")
     adapted: PreTrainedModel | PeftModel = model
     if r > 0:
-        pattern = LORA_TARGETS.format(names="|".join(names))
+        pattern = rf"{base_of(model).lora_layers}\.({'|'.join(names)})"
         tables = ("embed_tokens",) if model.config.tie_word_embeddings else ("embed_tokens", "lm_head")
         rows = {table: list(token_rows) for table in tables} if token_rows else None
         config = LoraConfig(
@@ -110,7 +109,7 @@ def add_lora(
     return adapted
 
 
-def base_of(model: nn.Module) -> UGroundForCausalLM:
+def base_of(model: nn.Module) -> GroundingModel:
     """The model inside a ``PeftModel``, or the model itself without LoRA."""
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     return base

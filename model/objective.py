@@ -12,7 +12,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from model import losses
-from model.config import UGroundConfig
+from model.config import GroundingConfig
 from model.geometry import on_grid
 from model.PPM import LayerSamples, PolicyPromptedMasking
 from model.settings import MASK_REWARDS
@@ -57,9 +57,9 @@ class UGroundOutput:
 
 
 class Objective:
-    """The loss of ``UGroundForCausalLM``. It holds no parameters of its own; the gate's are in ``ppm``."""
+    """The loss of ``GroundingModel``. It holds no parameters of its own; the gate's are in ``ppm``."""
 
-    def __init__(self, config: UGroundConfig, ppm: PolicyPromptedMasking) -> None:
+    def __init__(self, config: GroundingConfig, ppm: PolicyPromptedMasking) -> None:
         self.config, self.ppm = config, ppm
 
     def __call__(

@@ -12,9 +12,9 @@ from model.processing.pixels import Picture, as_pixels
 from model.structures import MAX_NEW_TOKENS, Prediction, Turn
 
 if TYPE_CHECKING:
+    from model.grounding import GroundingModel
     from model.loading.weights import Loaded
     from model.processing.processor import UGroundProcessor
-    from model.UGround import UGroundForCausalLM
 
 
 @dataclass
@@ -28,7 +28,7 @@ class Opened:
         sources: module -> source of its weights.
     """
 
-    model: UGroundForCausalLM
+    model: GroundingModel
     processor: UGroundProcessor
     device: str
     precision: str
@@ -100,7 +100,7 @@ class Opened:
         return predictions[0] if isinstance(prompt, str) else predictions
 
 
-def cache_sam_features(model: UGroundForCausalLM, processor: UGroundProcessor, folder: str, gigabytes: float) -> None:
+def cache_sam_features(model: GroundingModel, processor: UGroundProcessor, folder: str, gigabytes: float) -> None:
     """Enables the cache of SAM's image embeddings in a folder (``--sam_feature_cache``).
 
     It takes both parts: the model looks embeddings up, and the processor hashes the images of its batches.
@@ -120,7 +120,7 @@ def cache_sam_features(model: UGroundForCausalLM, processor: UGroundProcessor, f
 
 
 def predict(
-    model: UGroundForCausalLM,
+    model: GroundingModel,
     processor: UGroundProcessor,
     images: Sequence[np.ndarray],
     turns: Sequence[Sequence[Turn]],
@@ -131,10 +131,10 @@ def predict(
 
     Args:
         images, turns, sample_ids: of ``UGroundProcessor.prompts``.
-        options: of ``UGroundForCausalLM.predict`` (layer_policy, max_new_tokens, seed, on_token).
+        options: of ``GroundingModel.predict`` (layer_policy, max_new_tokens, seed, on_token).
 
     Raises:
-        ValueError: as ``UGroundProcessor.prompts`` and ``UGroundForCausalLM.predict``.
+        ValueError: as ``UGroundProcessor.prompts`` and ``GroundingModel.predict``.
     """
     batch = processor.prompts(images, turns, sample_ids).to(model.device, model.dtype)
     was_training = model.training

@@ -12,7 +12,7 @@ from model.processing.tokens import SEG
 if TYPE_CHECKING:
     import torch
 
-    from model.config import UGroundConfig
+    from model.config import GroundingConfig
 
 IGNORE_PIXEL = 255
 IGNORE_LABEL = -100
@@ -99,7 +99,7 @@ class EvalSample:
 class Batch:
     """Packed rows: each row is one image, a shared prefix (system text, image) and its conversations.
 
-    Shapes: B rows, T tokens, V image tokens, P cells of a map, M tokens of answers, S CLIP's side, R SAM's side, N_b
+    Shapes: B rows, T tokens, V image tokens, P cells of a map, M tokens of answers, R SAM's side, N_b
     masks of row b, N masks in all.
     Flat positions index the [B * T] tokens. The position before a token is the one that predicts it; the state of a
     ``[SEG]`` is the one there.
@@ -107,7 +107,8 @@ class Batch:
     Attributes:
         input_ids: [B, T] int64; image placeholders carry the image token's id.
         segment_ids: [B, T] int64; 0 = prefix, k >= 1 = conversation k of the row, -1 = padding.
-        position_ids: [B, T] int64; each conversation continues from the prefix.
+        position_ids: [B, T] int64, or [B, T, 3] where positions have three axes; each conversation continues from the
+            prefix.
         label_positions: [M] int64, flat position before each token of an answer; label_ids: [M] int64, that token.
         label_weights: [M] float32, the token's weight in the text loss.
         counts: [2] float32, the sum of label_weights and the number of masks that are not empty: the denominators of
@@ -115,14 +116,16 @@ class Batch:
         seg_positions: [N] int64, flat position before each ``[SEG]`` of the answers, in the order of the masks; of a
             codebook, before its last token.
         seg_rows: [N] int64, the row of each ``[SEG]``.
-        clip_images: [B, 3, S, S]; sam_images: [B, 3, R, R], without a SAM R = 0.
+        pixel_values: the vision tower's input, as its ``ImageReader`` makes it (LLaVA: [B, 3, S, S]).
+        sam_images: [B, 3, R, R]; without a SAM, R = 0.
         sizes: original (height, width) per row.
         masks: per row [N_b, H, W] uint8 with 0, 1, 255.
         sample_ids: sample index per row; seeds the layer sampling.
         questions: number of conversations per row.
         image_tokens: [B, V] int64, flat positions of the image's tokens; image_cells: [B, V] int64, the cell of the
-            map's grid that each shows, row-major.
-        valid: [B, P] bool, cells that show the image, not padding; has_padding: whether some image token shows padding.
+            map's grid that each shows, row-major (h * w or more: none); image_shown: [B, V] bool, False for padding,
+            which no token attends to; has_padding: whether there is any.
+        valid: [B, P] bool, cells of the map that show the image.
         grids: (h, w) of the map per row, in cells; h * w <= P.
         image_keys: per row, the image's key in the cache of SAM's features; empty without a cache.
     """
@@ -136,7 +139,7 @@ class Batch:
     counts: torch.Tensor
     seg_positions: torch.Tensor
     seg_rows: torch.Tensor
-    clip_images: torch.Tensor
+    pixel_values: torch.Tensor
     sam_images: torch.Tensor
     sizes: list[tuple[int, int]]
     masks: list[torch.Tensor]
@@ -144,6 +147,7 @@ class Batch:
     questions: list[int]
     image_tokens: torch.Tensor
     image_cells: torch.Tensor
+    image_shown: torch.Tensor
     valid: torch.Tensor
     has_padding: bool
     grids: list[tuple[int, int]]
@@ -169,7 +173,7 @@ class Batch:
         moved = dict(vars(self))
         for name, value in moved.items():
             if isinstance(value, torch.Tensor):
-                image_dtype = dtype if name in ("clip_images", "sam_images") else None
+                image_dtype = dtype if name in ("pixel_values", "sam_images") else None
                 moved[name] = value.to(device, image_dtype, non_blocking=True)
         moved["masks"] = [mask.to(device, non_blocking=True) for mask in self.masks]
         return Batch(**moved)
@@ -190,8 +194,8 @@ class Prompts:
     point_rule: str = "extremes"
 
     @classmethod
-    def of(cls, config: UGroundConfig) -> Prompts:
-        """The prompts of training, by a ``UGroundConfig``."""
+    def of(cls, config: GroundingConfig) -> Prompts:
+        """The prompts of training, by a ``GroundingConfig``."""
         return cls(config.seg_prompt, config.mask_prompt, config.point_prompts, config.point_rule)
 
 

@@ -36,6 +36,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from model.backbones.llava import ClipReader
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils.command_line.parser import Parser
@@ -464,7 +466,7 @@ def bench_loader(args: argparse.Namespace, settings: list[str]) -> list[str]:
     config = load_config(settings, needs=("data",))
     mixture = make_mixture(config)
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
-    processor = UGroundProcessor(tokenizer, args.clip_side, args.clip_patch, args.sam_side)
+    processor = UGroundProcessor(tokenizer, ClipReader(args.clip_side, args.clip_patch), args.sam_side)
     batch = config.train.batch_size
     one_thread(0)
     lines = [

@@ -42,8 +42,8 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
+    from model.grounding import GroundingModel
     from model.processing.processor import UGroundProcessor
-    from model.UGround import UGroundForCausalLM
 
 TOLERANCE = 1e-4  # relative to the largest value; rounding errors of a merge are about 1e-6
 
@@ -202,7 +202,7 @@ def load_trained(checkpoint: Path, meta: dict[str, Any], config: Config) -> tupl
     return model.eval(), processor
 
 
-def merge(model: nn.Module, processor: UGroundProcessor) -> tuple[UGroundForCausalLM, float]:
+def merge(model: nn.Module, processor: UGroundProcessor) -> tuple[GroundingModel, float]:
     """The merged model, and its largest difference to the unmerged one, relative to the largest value.
 
     Raises:
@@ -226,7 +226,7 @@ def merge(model: nn.Module, processor: UGroundProcessor) -> tuple[UGroundForCaus
     return merged, worst
 
 
-def probe(model: UGroundForCausalLM, processor: UGroundProcessor) -> dict[str, torch.Tensor]:
+def probe(model: GroundingModel, processor: UGroundProcessor) -> dict[str, torch.Tensor]:
     """Text logits, mask logits, maps and policy for a synthetic image and a teacher-forced answer with two [SEG].
 
     The layer is fixed: otherwise rounding could choose between two equally likely layers.

@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 from tiny_run import write_base
 
+from model.backbones.llava import ClipReader
 from model.config import UGroundConfig
 from model.loading import hub
 from model.processing.processor import UGroundProcessor
@@ -47,7 +48,7 @@ WORDS = (
 
 def build_tiny_processor() -> UGroundProcessor:
     tokenizer = train_tokenizer([WORDS] * 4, vocab_size=340)
-    return UGroundProcessor(tokenizer, clip_side=40, clip_patch=10, sam_side=64, system_prompt="")
+    return UGroundProcessor(tokenizer, ClipReader(40, 10), sam_side=64, system_prompt="")
 
 
 @pytest.fixture(scope="session")

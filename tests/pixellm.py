@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from conftest import WORDS
 
+from model.backbones.llava import ClipReader
 from model.config import UGroundConfig
 from model.processing.processor import UGroundProcessor
 from model.processing.tokens import add_special_tokens
@@ -27,7 +28,7 @@ SIDE, PATCH, GRID, TOKENS = 80, 10, 8, 6  # of CLIP's resized input; [SEG] token
 def make_processor() -> UGroundProcessor:
     tokenizer = train_tokenizer([WORDS] * 4, vocab_size=340)
     add_special_tokens(tokenizer, TOKENS)
-    return UGroundProcessor(tokenizer, SIDE, 2 * PATCH, 0, system_prompt="", codebook=TOKENS)
+    return UGroundProcessor(tokenizer, ClipReader(SIDE, 2 * PATCH), 0, system_prompt="", codebook=TOKENS)
 
 
 def make_config(size: int, processor: UGroundProcessor | None = None, **settings) -> UGroundConfig:

@@ -15,7 +15,7 @@ from opening import load_pretrained
 from pixellm import make_pixellm, make_processor
 from strict_device import DeviceTensor, strict_device
 
-import model.UGround as uground
+from model import grounding
 from model.layer_rules import StochasticSkip
 from model.loading.pretrained import load
 from model.lora import add_lora
@@ -205,8 +205,9 @@ def test_a_tensor_on_the_wrong_device_is_found(step, monkeypatch):
 
 
 def test_a_synchronization_is_found(step, monkeypatch):
-    normalise = uground.normalise_maps
-    monkeypatch.setattr(uground, "normalise_maps", lambda scores, valid: normalise(scores, valid) * scores.max().item())
+    normalise = grounding.normalise_maps
+    waits = lambda scores, valid: normalise(scores, valid) * scores.max().item()  # noqa: E731
+    monkeypatch.setattr(grounding, "normalise_maps", waits)
     (wait,) = step()
     assert "_local_scalar_dense" in wait
 

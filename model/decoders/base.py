@@ -1,4 +1,4 @@
-"""What ``UGroundForCausalLM`` expects of a mask decoder.
+"""What ``GroundingModel`` expects of a mask decoder.
 
 Legend: B images, N prompts, S scales (sparse prompts per [SEG]), E prompt width.
 """
@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from model.geometry import Fit
 
 if TYPE_CHECKING:
-    from model.config import UGroundConfig
+    from model.config import GroundingConfig
     from model.sam_cache import FeatureCache
     from model.structures import Batch
 
@@ -65,7 +65,7 @@ class MaskDecoder(nn.Module, ABC):
 
     @classmethod
     @abstractmethod
-    def of(cls, config: UGroundConfig) -> MaskDecoder:
+    def of(cls, config: GroundingConfig) -> MaskDecoder:
         """The decoder that a configuration describes, with new weights."""
 
     def reset_parameters(self) -> None:

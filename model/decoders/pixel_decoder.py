@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from model.decoders.base import MaskDecoder
 
 if TYPE_CHECKING:
-    from model.config import UGroundConfig
+    from model.config import GroundingConfig
     from model.structures import Batch
 
 MASK_TOKENS = 4  # of SAM's decoder, of which the first is the single mask; the others are unused weights
@@ -205,7 +205,7 @@ class PixelDecoder(MaskDecoder):
         self.keep_positions_float()
 
     @classmethod
-    def of(cls, config: UGroundConfig) -> PixelDecoder:
+    def of(cls, config: GroundingConfig) -> PixelDecoder:
         assert config.decoder_config is not None
         return cls(PixelDecoderShape(**config.decoder_config), config.clip_side, config.clip_patch)
 

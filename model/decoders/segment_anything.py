@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from model.decoders.base import MaskDecoder as Decoder
 
 if TYPE_CHECKING:
-    from model.config import UGroundConfig
+    from model.config import GroundingConfig
     from model.structures import Batch
 
 
@@ -189,7 +189,7 @@ class SegmentAnything(Decoder):
         self.keep_positions_float()
 
     @classmethod
-    def of(cls, config: UGroundConfig) -> SegmentAnything:
+    def of(cls, config: GroundingConfig) -> SegmentAnything:
         return cls(SamShape(**config.sam_config))
 
     @property

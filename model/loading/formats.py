@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import CLIPVisionConfig, LlamaConfig
 
-from model.processing.conversation import HUMAN_SYSTEM_PROMPT, SYSTEM_PROMPT
+from model.processing.template import HUMAN_SYSTEM_PROMPT, SYSTEM_PROMPT
 from model.settings import RECIPES
 
 Rules = tuple[tuple[str, str | None], ...]

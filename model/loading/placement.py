@@ -10,8 +10,8 @@ from importlib.util import find_spec
 
 import torch
 from torch import nn
-from transformers import LlamaForCausalLM
 
+from model.backbones.base import Backbone
 from model.settings import PRECISION_NAMES, QUANTIZATIONS
 
 PRECISIONS = dict(zip(PRECISION_NAMES, (torch.float32, torch.bfloat16, torch.float16)))
@@ -49,7 +49,7 @@ def pick_precision(wanted: str, device: str) -> str:
     return wanted
 
 
-def place(model: LlamaForCausalLM, device: str, quantize: str | None = None, device_map: str | None = None) -> None:
+def place(model: Backbone, device: str, quantize: str | None = None, device_map: str | None = None) -> None:
     """Moves a model from main memory to its device(s), in place.
 
     Args:
@@ -81,7 +81,7 @@ def place(model: LlamaForCausalLM, device: str, quantize: str | None = None, dev
 # -- quantization ------------------------------------------------------------------------------------------------------
 
 
-def quantize_layers(model: LlamaForCausalLM, kind: str, device: str) -> None:
+def quantize_layers(model: Backbone, kind: str, device: str) -> None:
     """Replaces the decoder layers' projections by bitsandbytes' 8-bit (LLM.int8) or 4-bit (NF4) ones, one by one.
 
     Args:
@@ -96,7 +96,7 @@ def quantize_layers(model: LlamaForCausalLM, kind: str, device: str) -> None:
         raise ValueError(f"--quantize: bitsandbytes has no code for {device}; use cuda or cpu, or leave --quantize out")
     from bitsandbytes import nn as bnb
 
-    for layer in model.model.layers:
+    for layer in model.decoder_layers:
         for parent in layer.modules():
             for name, linear in parent.named_children():
                 if type(linear) is not nn.Linear:
@@ -121,7 +121,7 @@ def quantize_layers(model: LlamaForCausalLM, kind: str, device: str) -> None:
 # -- several devices ---------------------------------------------------------------------------------------------------
 
 
-def plan(model: LlamaForCausalLM, main: int, memory: dict[int | str, int]) -> list[int | str]:
+def plan(model: Backbone, main: int, memory: dict[int | str, int]) -> list[int | str]:
     """A device per decoder layer. Layers fill the main GPU, then the other GPUs, then main memory (``"cpu"``).
 
     Args:
@@ -131,7 +131,7 @@ def plan(model: LlamaForCausalLM, main: int, memory: dict[int | str, int]) -> li
     Raises:
         ValueError: if the main GPU is too small for the other modules, or all devices together for the layers.
     """
-    needed = [sum(tensor.nbytes for tensor in layer.state_dict().values()) for layer in model.model.layers]
+    needed = [sum(tensor.nbytes for tensor in layer.state_dict().values()) for layer in model.decoder_layers]
     rest = sum(tensor.nbytes for tensor in model.state_dict().values()) - sum(needed)
     free: dict[int | str, float] = {main: USABLE * memory[main] - rest}
     free |= {gpu: USABLE * size for gpu, size in memory.items() if gpu not in (main, "cpu")}
@@ -153,7 +153,7 @@ def plan(model: LlamaForCausalLM, main: int, memory: dict[int | str, int]) -> li
     return layer_devices
 
 
-def spread(model: LlamaForCausalLM, device: str, layer_devices: list[int | str]) -> None:
+def spread(model: Backbone, device: str, layer_devices: list[int | str]) -> None:
     """Moves each decoder layer to its device (``plan``), all else to the main one, where layers return their outputs.
 
     Layers in main memory (``"cpu"``) are copied to the main device for each forward pass.
@@ -161,9 +161,10 @@ def spread(model: LlamaForCausalLM, device: str, layer_devices: list[int | str])
     from accelerate import cpu_offload
     from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 
-    layers, model.model.layers = model.model.layers, nn.ModuleList()
+    decoder, layers = model.language, model.decoder_layers
+    decoder.layers = nn.ModuleList()
     model.to(device)  # type: ignore[arg-type]
-    model.model.layers = layers
+    decoder.layers = layers
     for layer, layer_device in zip(layers, layer_devices):
         if layer_device == "cpu":
             cpu_offload(layer, torch.device(device), offload_buffers=True)

@@ -10,7 +10,8 @@ import torch
 from transformers import GenerationConfig
 from transformers.utils import logging as transformers_logging
 
-from model.config import UGroundConfig
+from model.config import GroundingConfig, UGroundConfig
+from model.grounding import GroundingModel
 from model.loading import adapter, hub
 from model.loading.files import blame
 from model.loading.formats import Release, release_of, released_settings
@@ -36,7 +37,6 @@ from model.loading.weights import (
     run_of,
 )
 from model.opened import Opened
-from model.processing.conversation import SYSTEM_PROMPT
 from model.processing.processor import UGroundProcessor
 from model.processing.tokens import IMAGE, add_special_tokens, codebook_size_of, load_tokenizer, token_ids
 from model.settings import DECODER_SCALES, METHOD_FIELDS, has_pixel_decoder, kept_settings
@@ -44,7 +44,7 @@ from model.UGround import UGroundForCausalLM
 
 Kind = Literal["merged", "adapter", "released", "base", "run", "unknown"]
 CRITIC = "ppm.critic."
-Parts = tuple[UGroundForCausalLM, UGroundProcessor, dict[str, str]]  # model, processor, module -> source of its weights
+Parts = tuple[GroundingModel, UGroundProcessor, dict[str, str]]  # model, processor, module -> source of its weights
 
 
 def kind_of(folder: str | Path) -> Kind:
@@ -146,14 +146,16 @@ def _load_merged(folder: Path, precision: str, paths: dict[str, str]) -> Parts:
     return model, processor, dict.fromkeys((name for name, _ in model.named_children()), str(folder))
 
 
-def check_processor(config: UGroundConfig, processor: UGroundProcessor, folder: Path, file: str) -> None:
+def check_processor(config: GroundingConfig, processor: UGroundProcessor, folder: Path, file: str) -> None:
     """Raises a ValueError if the processor in ``folder`` is not of the model, whose configuration is in ``file``."""
-    sides = ("clip_side", "clip_patch", "sam_side", "clip_fit")
+    expected = config.processor_settings()
+    of_reader = expected["reader"].settings().items(), processor.reader.settings()
     for name, of_model, of_processor in (
         ("[SEG]", config.seg_token_id, processor.tokens.seg),
         ("[REJ]", config.rej_token_id, processor.tokens.rej),
         ("the codebook", config.codebook, tuple(processor.codebook)),
-        *((name, config.processor_settings[name], getattr(processor, name)) for name in sides),
+        ("sam_side", expected["sam_side"], processor.sam_side),
+        *((name, value, of_reader[1].get(name)) for name, value in of_reader[0]),
     ):
         if of_model != of_processor:
             raise ValueError(
@@ -207,12 +209,12 @@ def _load_released(folder: Path, precision: str, paths: dict[str, str]) -> Parts
     settings |= _published_codebook(tokenizer, where, release)
     model, sources = load_released(folder, raw_config, release, vision_tower, PRECISIONS[precision], settings)
     config = model.config
-    if (largest := max(ids.seg, ids.rej or 0, ids.im_start, ids.im_end)) >= config.vocab_size:
+    if (largest := max(ids.added)) >= config.vocab_size:
         raise ValueError(
             f"--version: {folder}: the tokenizer has a token {largest}, the model embeds {config.vocab_size}; they are "
             "of different checkpoints"
         )
-    processor = UGroundProcessor(tokenizer, **config.processor_settings, system_prompt=release.system_prompt)
+    processor = UGroundProcessor(tokenizer, **config.processor_settings(), system_prompt=release.system_prompt)
     if config.codebook_size > 1:
         config.codebook_ids = processor.codebook
     return model, processor, sources
@@ -325,7 +327,7 @@ def load_for_training(
     precision: str = "bf16",
     settings: dict[str, Any] | None = None,
     max_tokens: int = 2048,
-) -> tuple[UGroundForCausalLM, UGroundProcessor, list[Loaded]]:
+) -> tuple[GroundingModel, UGroundProcessor, list[Loaded]]:
     """The model that training starts from: base weights (LLaVA, CLIP, SAM), or any model that ``load`` opens.
 
     A finished model keeps all weights that it holds; what the settings need beyond them (a critic), and tokens that its
@@ -354,18 +356,19 @@ def load_for_training(
         check_kept(folder, settings)
         loaded, finished, sources = LOADERS[kind](folder, precision, {k: start[k] for k in start if k != "version"})
         model, new = with_settings(loaded, settings, str(folder))
-        tokenizer, system_prompt = finished.tokenizer, finished.builder.system_prompt
+        tokenizer = finished.tokenizer
+        system_prompt: str | None = finished.builder.system_prompt
     else:
         paths = {"vision_pretrained": "", **start}
         model, sources = load_base(**paths, dtype=PRECISIONS[precision], settings=settings)
         new = {}
         tokenizer = load_tokenizer(folder)
-        system_prompt = read_config(folder, "--version").get("system_prompt", SYSTEM_PROMPT)
+        system_prompt = read_config(folder, "--version").get("system_prompt")  # None = the template's
     config, old_size = model.config, len(tokenizer)
     added = add_special_tokens(tokenizer, config.codebook_size)
     grow_vocabulary(model, old_size, len(tokenizer))
     processor = UGroundProcessor(
-        tokenizer, **config.processor_settings, system_prompt=system_prompt, max_tokens=max_tokens
+        tokenizer, **config.processor_settings(folder), system_prompt=system_prompt, max_tokens=max_tokens
     )
     processor.keep_padding = config.reads_padding
     ids = processor.tokens
@@ -436,8 +439,8 @@ def check_kept(folder: str | Path, settings: Mapping[str, Any]) -> None:
 
 
 def with_settings(
-    model: UGroundForCausalLM, settings: dict[str, Any], source: str
-) -> tuple[UGroundForCausalLM, dict[str, str]]:
+    model: GroundingModel, settings: dict[str, Any], source: str
+) -> tuple[GroundingModel, dict[str, str]]:
     """A finished model's weights under other settings.
 
     Another reward starts the baseline anew: the moving average and the critic know the former one's scale.
@@ -448,7 +451,7 @@ def with_settings(
     Returns:
         the model, which takes over the tensors, and module -> what is new in it: parts that only these settings need.
     """
-    config = UGroundConfig.from_dict(model.config.to_dict() | settings)
+    config = type(model.config).from_dict(model.config.to_dict() | settings)
     same_reward = all(getattr(config, name) == getattr(model.config, name) for name in ("reward", "reward_terms"))
     keeps_critic = same_reward and config.baseline == model.config.baseline  # the two kinds have other shapes
     state = {key: value for key, value in model.state_dict().items() if keeps_critic or not key.startswith(CRITIC)}

@@ -14,13 +14,14 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.utils import logging as transformers_logging
 
-from model.config import UGroundConfig
+from model.backbones import BACKBONES
+from model.config import GroundingConfig, UGroundConfig
 from model.decoders.pixel_decoder import PixelDecoderShape, clip_depths
 from model.decoders.segment_anything import SamShape, SegmentAnything
+from model.grounding import GroundingModel
 from model.loading import formats, hub
 from model.loading.files import blame, read_json, read_safetensors, read_torch_file
 from model.settings import has_pixel_decoder
-from model.UGround import UGroundForCausalLM
 
 LLAVA_TYPES = ("llava", "llava_llama", "llava_next")
 WEIGHT_FILES = (
@@ -287,13 +288,13 @@ def base_config(
         )
 
 
-def new_model(config: UGroundConfig, dtype: torch.dtype) -> UGroundForCausalLM:
+def new_model(config: GroundingConfig, dtype: torch.dtype) -> GroundingModel:
     """The model with initialized phi, gate and pixel decoder; all other weights are uninitialized memory."""
     default = torch.get_default_dtype()
     try:
         torch.set_default_dtype(dtype)
         with no_init_weights():
-            model = UGroundForCausalLM(config)
+            model = BACKBONES[config.backbone].model(config)
         for part in (model.text_hidden_fcs, model.ppm):
             for module in part.modules():
                 if isinstance(module, nn.Linear):
@@ -356,7 +357,7 @@ def fit_positions(state: dict[str, torch.Tensor], config: UGroundConfig, shifted
 
 def load_base(
     version: str, vision_tower: str, vision_pretrained: str, dtype: torch.dtype, settings: dict
-) -> tuple[UGroundForCausalLM, dict[str, str]]:
+) -> tuple[GroundingModel, dict[str, str]]:
     """Builds UGround from a LLaVA-1.5 folder, a CLIP folder and a SAM, whose sizes follow from its tensors.
 
     Args:
@@ -434,7 +435,7 @@ def _pixel_sizes(
 
 def load_released(
     folder: Path, raw: dict, release: formats.Release, vision_tower: str | Path, dtype: torch.dtype, settings: dict
-) -> tuple[UGroundForCausalLM, dict[str, str]]:
+) -> tuple[GroundingModel, dict[str, str]]:
     """Builds the model of a checkpoint published by the authors of UGround or a related method (``formats.RELEASES``).
 
     The checkpoint has keys of its own and contains SAM; CLIP is in a separate folder.
@@ -463,7 +464,7 @@ def load_released(
     return model.eval(), sources
 
 
-def grow_vocabulary(model: UGroundForCausalLM, old_size: int, size: int) -> None:
+def grow_vocabulary(model: GroundingModel, old_size: int, size: int) -> None:
     """Initializes the embeddings of added tokens with the mean of the others, as LLaVA does; adds rows if needed.
 
     Args:
@@ -472,11 +473,15 @@ def grow_vocabulary(model: UGroundForCausalLM, old_size: int, size: int) -> None
     """
     if size == old_size:
         return
-    old_size = min(old_size, model.config.vocab_size)
-    if size > model.config.vocab_size:
+    embeddings: Any = model.get_input_embeddings()
+    rows = embeddings.num_embeddings
+    old_size = min(old_size, rows)
+    if size > rows:
         model.resize_token_embeddings(size, mean_resizing=False)
+    embeddings = model.get_input_embeddings()
+    tied = embeddings.weight is model.lm_head.weight
     with torch.no_grad():
-        for table in (model.model.embed_tokens.weight, model.lm_head.weight):
+        for table in [embeddings.weight] if tied else [embeddings.weight, model.lm_head.weight]:
             table[old_size:size] = table[:old_size].float().mean(0).to(table.dtype)
 
 
@@ -485,7 +490,7 @@ def base_fingerprints(loaded: Iterable[Loaded]) -> dict[str, str]:
     return {row.module: row.fingerprint for row in loaded if row.source != "new"}
 
 
-def load_original_sam(path: str, model: UGroundForCausalLM) -> SegmentAnything:
+def load_original_sam(path: str, model: GroundingModel) -> SegmentAnything:
     """Loads the SAM that a checkpoint was trained from.
 
     Raises:

@@ -1,9 +1,4 @@
-"""Questions and answers to token ids and labels. The answers' spans are recorded while the text is built.
-
-The template is LLaVA-1.5's ("v1"):
-``SYSTEM USER: <im_start><image><im_end>\\nQUESTION ASSISTANT: ANSWER</s>USER: ...``.
-The part before the first question is the prefix that all conversations about an image share.
-"""
+"""Questions and answers to token ids and labels. The answers' spans are recorded while the text is built."""
 
 from __future__ import annotations
 
@@ -11,17 +6,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from model.processing.tokens import IM_END, IM_START, IMAGE, SEG, SPECIAL_TOKENS
+from model.processing.template import VICUNA, ChatTemplate
+from model.processing.tokens import REJ, SEG, SPECIAL_TOKENS
 from model.structures import IGNORE_LABEL, Turn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-SYSTEM_PROMPT = (  # of LLaVA's conversations "vicuna_v1"
-    "A chat between a curious user and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the user's questions."
-)
-HUMAN_SYSTEM_PROMPT = SYSTEM_PROMPT.replace("user", "human")  # of LLaVA's conversations "llava_v1"
 
 
 @dataclass
@@ -44,18 +34,31 @@ def escape(text: str, tokens: Iterable[str] = SPECIAL_TOKENS) -> str:
     return text
 
 
+@dataclass(frozen=True)
+class Prefix:
+    """Token ids before and after the image, up to the first question, and the id of the image's placeholder."""
+
+    before: list[int]
+    image_id: int
+    after: list[int]
+
+    def __len__(self) -> int:
+        """Number of tokens without the image's."""
+        return len(self.before) + len(self.after)
+
+
 class PromptBuilder:
     """Tokenises conversations about an image, and the prefix that they share.
 
     Args:
         tokenizer: a fast tokenizer (offsets are needed) that knows the special tokens.
-        num_image_tokens: P, the number of image placeholders.
-        system_prompt: text before the first ``USER:``; may be empty.
+        system_prompt: text of the template's system turn; may be empty.
         codebook: the tokens of a target, which take the place of each ``[SEG]`` of an answer. They follow each other
             as ids: a tokenizer may see spaces between them, or need some.
+        template: of the backbone.
 
     Attributes:
-        prefix_ids: tokens of the prefix with P placeholders; image_start: index of the first one.
+        prefix: tokens before the first question.
 
     Raises:
         ValueError: if the tokenizer is a slow one, or appends an end-of-sequence token to every text.
@@ -64,25 +67,26 @@ class PromptBuilder:
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
-        num_image_tokens: int,
         system_prompt: str,
         codebook: Sequence[str] = (SEG,),
+        template: ChatTemplate = VICUNA,
     ) -> None:
         if not tokenizer.is_fast:
             raise ValueError(f"{type(tokenizer).__name__} gives no character offsets; load the fast tokenizer")
-        self.tokenizer = tokenizer
-        self.num_image_tokens = num_image_tokens
-        self.seg_name, self.escaped = codebook[0], dict.fromkeys((*SPECIAL_TOKENS, *codebook))
+        self.tokenizer, self.template, self.system_prompt = tokenizer, template, system_prompt
+        known = (*SPECIAL_TOKENS, *codebook, *tokenizer.all_special_tokens, *tokenizer.get_added_vocab())
+        self.escaped = dict.fromkeys(token for token in known if len(token) > 2)
+        self.escaped_in_answers = [token for token in self.escaped if token not in (SEG, REJ)]
+        self.seg_name = codebook[0]
         self.codebook = [tokenizer.get_vocab()[name] for name in codebook]
-        self.system_prompt = system_prompt
-        self.prefix_text = f"{system_prompt} " * bool(system_prompt) + f"USER: {IM_START}{IMAGE}{IM_END}\n"
+        before, after = template.prefix(system_prompt)
+        self.prefix_text = before + template.image[1] + after
         self._prefix_once = tokenizer(self.prefix_text)["input_ids"]
         if self._prefix_once[-1] == tokenizer.eos_token_id:
             raise ValueError("the tokenizer appends an end-of-sequence token to every text; set add_eos_token=False")
-        image_id = tokenizer.convert_tokens_to_ids(IMAGE)
-        self.image_start = self._prefix_once.index(image_id)
-        before, after = self._prefix_once[: self.image_start], self._prefix_once[self.image_start + 1 :]
-        self.prefix_ids = before + [image_id] * num_image_tokens + after
+        image_id: int = tokenizer.get_vocab()[template.image[1]]
+        start = self._prefix_once.index(image_id)
+        self.prefix = Prefix(self._prefix_once[:start], image_id, self._prefix_once[start + 1 :])
 
     def encode(self, turns: tuple[Turn, ...]) -> EncodedConversation:
         """Token ids and labels of one conversation. An empty answer in the last turn is left to generation.
@@ -90,17 +94,18 @@ class PromptBuilder:
         Raises:
             ValueError: if a question is empty or not UTF-8, or the tokenizer merges across the end of the prefix.
         """
-        eos = self.tokenizer.eos_token
-        text, spans = self.prefix_text, []
+        template, text, spans = self.template, self.prefix_text, []
         for i, turn in enumerate(turns):
             if not turn.question.strip():
                 raise ValueError("a question is empty: say what to look for, for example 'the red star'")
             if any("\ud800" <= character <= "\udfff" for character in turn.question):
                 raise ValueError(f"a question contains bytes that are not UTF-8: {turn.question[:60]!a}")
-            text += ("" if i == 0 else "USER: ") + f"{escape(turn.question.strip(), self.escaped)} ASSISTANT:"
+            question = escape(turn.question.strip(), self.escaped)
+            text += "" if i == 0 else template.separator + template.user
+            text += template.question.format(question)
             if turn.answer:
-                start = len(text)
-                text += f" {turn.answer.strip().replace(SEG, self.seg_name)}{eos}"
+                start, answer = len(text), escape(turn.answer.strip(), self.escaped_in_answers)
+                text += template.answer.format(answer.replace(SEG, self.seg_name)) + self.tokenizer.eos_token
                 spans.append((start, len(text)))
         encoded = self.tokenizer(text, return_offsets_mapping=True)
         ids, offsets = encoded["input_ids"], encoded["offset_mapping"]

@@ -10,17 +10,18 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from model.backbones import BACKBONES
 from model.loading.files import blame, read_json
 from model.processing.collate import PackedSequence, collate_rows, truncate
-from model.processing.conversation import SYSTEM_PROMPT, PromptBuilder
+from model.processing.conversation import PromptBuilder
+from model.processing.reader import ImageReader
 from model.processing.tokens import SEG, codebook_names, load_tokenizer, token_ids
-from model.processing.transforms import CLIP_FITS
 from model.sam_cache import image_key
 from model.structures import Batch, Sample, Turn
 
 PROCESSOR_FILE = "uground_processor.json"
-REQUIRED: dict[str, type] = {"clip_side": int, "clip_patch": int, "sam_side": int}  # in the file, with their types
-OPTIONAL: dict[str, type] = {"system_prompt": str, "max_tokens": int, "clip_fit": str, "codebook": int}
+REQUIRED: dict[str, type] = {"sam_side": int}  # in the file, with their types, beside those of the reader
+OPTIONAL: dict[str, type] = {"backbone": str, "system_prompt": str, "max_tokens": int, "codebook": int}
 
 
 class UGroundProcessor:
@@ -28,13 +29,10 @@ class UGroundProcessor:
 
     Args:
         tokenizer: fast tokenizer that knows the special tokens (``model.processing.tokens.add_special_tokens``).
-        clip_side: side of CLIP's square input in pixels; a multiple of ``clip_patch``.
-        clip_patch: side in pixels of what an image token shows: of CLIP's patches, or of a square of several.
+        reader: how the backbone reads images; its chat template is that of the prompts.
         sam_side: side of SAM's padded square input in pixels; 0 = the mask decoder reads CLIP's states, not an image.
-        system_prompt: text in front of every conversation.
-        max_tokens: longest conversation with its prefix, in tokens of a square image (``--model_max_length``).
-        clip_fit: ``pad`` = CLIP's input is the whole image, padded (paper); ``crop`` = a centre crop, for checkpoints
-            that were trained so (LISA and its descendants).
+        system_prompt: text in front of every conversation; None = the template's.
+        max_tokens: longest conversation with its prefix, in tokens, of the largest image (``--model_max_length``).
         codebook: number of [SEG] tokens per target. In the texts of samples and predictions they are one ``[SEG]``.
 
     Attributes:
@@ -44,44 +42,38 @@ class UGroundProcessor:
         codebook: ids of a target's [SEG] tokens; the last is ``tokens.seg``.
 
     Raises:
-        ValueError: if ``clip_side`` is not a multiple of ``clip_patch``, ``clip_fit`` is unknown, the tokenizer does
-            not fit (``token_ids``, ``PromptBuilder``), or ``max_tokens`` leaves no room beside the prefix.
+        ValueError: if the tokenizer does not fit (``token_ids``, ``PromptBuilder``), or ``max_tokens`` leaves no room
+            beside the prefix.
     """
 
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
-        clip_side: int,
-        clip_patch: int,
+        reader: ImageReader,
         sam_side: int,
-        system_prompt: str = SYSTEM_PROMPT,
+        system_prompt: str | None = None,
         max_tokens: int = 2048,
-        clip_fit: str = "pad",
         codebook: int = 1,
     ) -> None:
-        if clip_side % clip_patch:
-            raise ValueError(f"CLIP's side {clip_side} is not a multiple of its patch {clip_patch}")
-        if clip_fit not in CLIP_FITS:
-            raise ValueError(f"clip_fit {clip_fit!r} is unknown; use {' or '.join(CLIP_FITS)}")
-        self.tokenizer = tokenizer
-        self.clip_side, self.clip_patch, self.sam_side = clip_side, clip_patch, sam_side
-        folder = tokenizer.name_or_path
-        self.tokens = token_ids(tokenizer, f"the tokenizer of {folder}" if folder else "the tokenizer", codebook)
-        names = codebook_names(codebook)
-        self.builder = PromptBuilder(tokenizer, (clip_side // clip_patch) ** 2, system_prompt, names)
+        self.tokenizer, self.reader, self.sam_side = tokenizer, reader, sam_side
+        folder, template, names = tokenizer.name_or_path, reader.template, codebook_names(codebook)
+        where = f"the tokenizer of {folder}" if folder else "the tokenizer"
+        self.tokens = token_ids(tokenizer, where, codebook, template.image[1], template.around_image)
+        prompt = template.system_prompt if system_prompt is None else system_prompt
+        self.builder = PromptBuilder(tokenizer, prompt, names, template)
         self.codebook = self.builder.codebook
-        self.max_tokens, self.clip_fit = max_tokens, clip_fit
+        self.max_tokens = max_tokens
         self.keep_padding = self.hash_images = False
         if self.room < 1:
             raise ValueError(
-                f"the image and the beginning of the prompt take {len(self.builder.prefix_ids)} tokens, and rows have "
-                f"at most {max_tokens}; raise --model_max_length (training) or max_tokens in {PROCESSOR_FILE}"
+                f"the image and the beginning of the prompt take {max_tokens - self.room} tokens, and rows have at "
+                f"most {max_tokens}; raise --model_max_length (training) or max_tokens in {PROCESSOR_FILE}"
             )
 
     @property
     def room(self) -> int:
         """Longest conversation beside the prefix, in tokens."""
-        return self.max_tokens - len(self.builder.prefix_ids)
+        return self.max_tokens - len(self.builder.prefix) - self.reader.most_tokens
 
     @property
     def added_tokens(self) -> tuple[int, ...]:
@@ -101,22 +93,24 @@ class UGroundProcessor:
                 f"{folder} is no UGround folder: it has no {PROCESSOR_FILE} (scripts/merge_lora.py writes one)"
             )
         tokenizer, settings = load_tokenizer(folder), _read_settings(path)
-        with blame(f"{path} and the tokenizer beside it do not fit"):
-            return cls(tokenizer, **settings)
+        reader = BACKBONES[settings.pop("backbone", "llava")].reader
+        with blame(f"{path} and the files beside it do not fit"):
+            return cls(tokenizer, reader.restored(Path(folder), settings), **settings)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes the tokenizer's files and ``uground_processor.json``."""
         settings = {
-            "clip_side": self.clip_side,
-            "clip_patch": self.clip_patch,
+            **self.reader.settings(),
             "sam_side": self.sam_side,
             "system_prompt": self.builder.system_prompt,
             "max_tokens": self.max_tokens,
-            "clip_fit": self.clip_fit,
         }
-        if len(self.codebook) > 1:  # older code knows no such key
+        if self.reader.backbone != "llava":  # older code knows no such key, nor the next one
+            settings["backbone"] = self.reader.backbone
+        if len(self.codebook) > 1:
             settings["codebook"] = len(self.codebook)
         self.tokenizer.save_pretrained(folder)
+        self.reader.save_pretrained(folder)
         (Path(folder) / PROCESSOR_FILE).write_text(json.dumps(settings, indent=2) + "\n")
 
     def collate(
@@ -195,18 +189,8 @@ class UGroundProcessor:
         return text.replace(codebook_names(len(self.codebook))[-1], SEG).strip()
 
     def _collate(self, rows: list[PackedSequence]) -> Batch:
-        batch = collate_rows(
-            rows,
-            prefix_ids=self.builder.prefix_ids,
-            image_start=self.builder.image_start,
-            pad_id=self.tokens.pad,
-            seg_id=self.tokens.seg,
-            clip_side=self.clip_side,
-            clip_patch=self.clip_patch,
-            sam_side=self.sam_side,
-            clip_fit=self.clip_fit,
-            keep_padding=self.keep_padding,
-        )
+        prefix, reader, pad_id, seg_id = self.builder.prefix, self.reader, self.tokens.pad, self.tokens.seg
+        batch = collate_rows(rows, prefix, reader, self.sam_side, pad_id, seg_id, self.keep_padding)
         if self.hash_images:
             batch.image_keys = [image_key(row.image) for row in rows]
         return batch
@@ -214,8 +198,12 @@ class UGroundProcessor:
 
 def _read_settings(path: Path) -> dict[str, Any]:
     """``uground_processor.json``, whose keys and types are checked."""
-    settings, kinds = read_json(path), REQUIRED | OPTIONAL
-    problems = [f"{key} is missing" for key in REQUIRED if key not in settings]
+    settings = read_json(path)
+    if (name := settings.get("backbone", "llava")) not in BACKBONES:
+        raise ValueError(f"{path}: backbone {name!r} is unknown; known: {', '.join(BACKBONES)}")
+    required, optional = BACKBONES[name].reader.file_settings
+    required, kinds = required | REQUIRED, required | optional | REQUIRED | OPTIONAL
+    problems = [f"{key} is missing" for key in required if key not in settings]
     for key, value in settings.items():
         if key not in kinds:
             problems.append(f"{key} is unknown (known: {', '.join(kinds)})")

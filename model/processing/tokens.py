@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -26,20 +27,22 @@ class TokenIds:
     """Ids of the special tokens in one tokenizer; ``rej`` is None if the model was not trained to reject (LISA).
 
     With a codebook, ``seg`` is its last token, which completes a target.
+
+    Attributes:
+        image: of the placeholder, which needs no embedding; around_image: of added tokens around it (LLaVA's).
     """
 
     seg: int
     rej: int | None
     image: int
-    im_start: int
-    im_end: int
+    around_image: tuple[int, ...]
     eos: int
     pad: int
 
     @property
     def added(self) -> tuple[int, ...]:
-        """Ids of the added tokens that the language model reads or writes; ``<image>`` has no embedding."""
-        return tuple(token for token in (self.seg, self.rej, self.im_start, self.im_end) if token is not None)
+        """Ids of the added tokens that the language model reads or writes."""
+        return tuple(token for token in (self.seg, self.rej, *self.around_image) if token is not None)
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
@@ -85,13 +88,17 @@ def codebook_size_of(tokenizer: PreTrainedTokenizerBase) -> int:
     return next(number for number in count() if f"[SEG{number}]" not in vocabulary) or 1
 
 
-def add_special_tokens(tokenizer: PreTrainedTokenizerBase, codebook: int = 1) -> list[str]:
+def add_special_tokens(
+    tokenizer: PreTrainedTokenizerBase, codebook: int = 1, of_template: Sequence[str] | None = None
+) -> list[str]:
     """Adds the special tokens that the tokenizer lacks, which are returned, and a padding token.
 
     Args:
         codebook: number of [SEG] tokens per target.
+        of_template: what the chat template needs beside them (``ChatTemplate.added``); None = LLaVA's.
     """
-    special = [*codebook_names(codebook), *(token for token in SPECIAL_TOKENS if token != SEG)]
+    others = SPECIAL_TOKENS if of_template is None else (REJ, *of_template)
+    special = [*codebook_names(codebook), *(token for token in others if token != SEG)]
     missing = [token for token in special if token not in tokenizer.get_vocab()]
     tokenizer.add_tokens(missing, special_tokens=True)
     if tokenizer.pad_token is None:
@@ -99,38 +106,46 @@ def add_special_tokens(tokenizer: PreTrainedTokenizerBase, codebook: int = 1) ->
     return missing
 
 
-def token_ids(tokenizer: PreTrainedTokenizerBase, where: str = "the tokenizer", codebook: int = 1) -> TokenIds:
+def token_ids(
+    tokenizer: PreTrainedTokenizerBase,
+    where: str = "the tokenizer",
+    codebook: int = 1,
+    image: str = IMAGE,
+    around_image: Sequence[str] = (IM_START, IM_END),
+) -> TokenIds:
     """Ids of the special tokens, checked.
 
     Args:
         where: name of the tokenizer, for messages.
         codebook: number of [SEG] tokens per target; all are checked.
+        image, around_image: the chat template's placeholder, and added tokens around it.
 
     Raises:
         ValueError: if one other than [REJ] is unknown, two share an id, one is not encoded as a single token, or there
             is no end-of-sequence token.
     """
-    *others, last = codebook_names(codebook)
-    names = {"seg": last, "rej": REJ, "image": IMAGE, "im_start": IM_START, "im_end": IM_END}
-    names |= {name: name for name in others}
+    names = [*codebook_names(codebook), *around_image, image]
     vocabulary = tokenizer.get_vocab()
-    if REJ not in vocabulary:
-        del names["rej"]
-    unknown = [token for token in names.values() if token not in vocabulary]
-    if unknown:
+    if REJ in vocabulary:
+        names.append(REJ)
+    if unknown := [token for token in names if token not in vocabulary]:
         raise ValueError(
             f"{where} does not know {', '.join(unknown)}; add them with model.processing.tokens.add_special_tokens"
         )
-    ids = {name: vocabulary[token] for name, token in names.items()}
+    ids = {token: vocabulary[token] for token in names}
     if len(set(ids.values())) != len(ids):
         raise ValueError(f"{where} gives one id to several special tokens: {ids}")
-    for name, token in names.items():
-        if tokenizer.encode(token, add_special_tokens=False) != [ids[name]]:
+    for token in names:
+        if tokenizer.encode(token, add_special_tokens=False) != [ids[token]]:
             raise ValueError(f"{where} splits {token} into {tokenizer.tokenize(token)}; it must be one special token")
     if tokenizer.eos_token_id is None:
         raise ValueError(f"{where} has no end-of-sequence token (eos_token in tokenizer_config.json)")
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    rej = ids.pop("rej", None)
-    for name in others:
-        del ids[name]
-    return TokenIds(**ids, rej=rej, eos=tokenizer.eos_token_id, pad=pad)
+    return TokenIds(
+        seg=ids[codebook_names(codebook)[-1]],
+        rej=ids.get(REJ),
+        image=ids[image],
+        around_image=tuple(ids[token] for token in around_image),
+        eos=tokenizer.eos_token_id,
+        pad=pad,
+    )

@@ -6,6 +6,8 @@ deviation for both. LISA and its descendants use CLIP's own processor: shortest 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import numpy as np
 import torch
 from PIL import Image
@@ -56,3 +58,11 @@ def resize_and_crop(
 
 
 CLIP_FITS = {"pad": resize_and_pad, "crop": resize_and_crop}
+
+
+def squares(images: Sequence[np.ndarray], side: int, fit: Callable) -> torch.Tensor:
+    """Images as [B, 3, side, side] float32; ``fit``: of this module, such as ``resize_and_pad``."""
+    batch = torch.zeros(len(images), 3, side, side)
+    for image, out in zip(images, batch):
+        fit(image, side, out)
+    return batch

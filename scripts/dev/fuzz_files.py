@@ -55,8 +55,8 @@ from programs import compare, evaluation, load_script, score
 from small_data_sets import JSON_FILES, read_all, write_data_sets
 from tiny_run import ROOT, write_base
 
+from model.grounding import GroundingModel
 from model.loading.pretrained import load, load_for_training
-from model.UGround import UGroundForCausalLM
 from utils.command_line.parser import Parser
 from utils.config import load_config
 from utils.evaluation.results import Journal, Summary, read_results
@@ -108,7 +108,7 @@ def checksum(text: str) -> str:
     return hashlib.sha256(text.encode(errors="backslashreplace")).hexdigest()
 
 
-def of_model(model: UGroundForCausalLM, processor: Any) -> str:
+def of_model(model: GroundingModel, processor: Any) -> str:
     texts = ["where is the red star [SEG]", "<image> USER: please, segment"]
     settings = {key: value for key, value in vars(processor).items() if isinstance(value, (int, str, float))}
     config = {key: value for key, value in model.config.to_dict().items() if key != "_name_or_path"}

@@ -50,9 +50,9 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast
 
+from model.backbones.llava import ClipReader, LlavaLlamaConfig, LlavaLlamaForCausalLM
 from model.decoders.segment_anything import SegmentAnything
-from model.geometry import valid_patches
-from model.llava import LlavaLlamaConfig, LlavaLlamaForCausalLM
+from model.geometry import Fit, valid_patches
 from model.losses import dice
 from model.processing.processor import UGroundProcessor
 from model.structures import Batch
@@ -63,6 +63,7 @@ from utils.demo.pretrain_batches import (
     ATTRIBUTES,
     MIXTURES,
     STREAM,
+    clip_sides,
     language_batch,
     language_check_batch,
     sam_batch,
@@ -185,11 +186,12 @@ def train_vision(model: LlavaLlamaForCausalLM, processor: UGroundProcessor, step
         {"tower": model.vision_tower, "projector": model.mm_projector, "embed": embed, "heads": heads}
     )
     optimizer = Optimizer(trained, steps, 0.02, 2e-3)
-    make = partial(vision_batch, side=processor.clip_side, patch=processor.clip_patch)
+    side, patch = clip_sides(processor)
+    make = partial(vision_batch, side=side, patch=patch)
     clock = Progress("vision", steps)
     for data in stream("vision", options.seed, steps, make, options.workers):
         data = to_device(data, device)
-        valid = valid_patches(data["sizes"], processor.clip_side, processor.clip_patch).to(device)
+        valid = valid_patches(data["sizes"], Fit("pad", side), patch).to(device)
         cells = torch.arange(valid.shape[1], device=device).expand(len(valid), -1)
         features = model.encode_images(data["images"], cells, valid)
         loss, accuracy = heads(features, {name: embed(ids.to(device)) for name, ids in words.items()}, data)
@@ -482,8 +484,8 @@ def main() -> None:
         config = LlavaLlamaConfig(vision_config=tiny_model.clip_config(), **tiny_model.llama_settings(len(tokenizer)))
         model = LlavaLlamaForCausalLM(config).to(options.device).train()
         nn.init.normal_(model.get_input_embeddings().weight, std=0.5)
-        sides = config.clip_side, config.clip_patch, tiny_model.sam_shape().image_size
-        processor = UGroundProcessor(tokenizer, *sides, NO_SYSTEM_PROMPT)
+        reader = ClipReader(config.clip_side, config.clip_patch)
+        processor = UGroundProcessor(tokenizer, reader, tiny_model.sam_shape().image_size, NO_SYSTEM_PROMPT)
         processor.keep_padding = True  # targets have all patches
         snapshot = options.output / VISION_SNAPSHOT
         if options.start:

@@ -27,7 +27,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from model.config import UGroundConfig
+from model.config import GroundingConfig
 from model.layer_rules import StochasticSkip
 from model.loading.pretrained import load
 from model.objective import Objective
@@ -137,7 +137,7 @@ def compute_rewards(model, processor, config: Config, steps: int) -> list[Reward
     return rewarded
 
 
-def candidates(config: UGroundConfig) -> slice:
+def candidates(config: GroundingConfig) -> slice:
     """The candidate layers."""
     return slice(config.candidates.start, config.candidates.stop)
 
@@ -163,14 +163,14 @@ def describe_rewards(batches: Sequence[Rewarded], layers: slice) -> str:
 
 
 def describe_noise(
-    model_config: UGroundConfig, config: Config, batches: Sequence[Rewarded], gate: torch.Tensor, steps: int
+    model_config: GroundingConfig, config: Config, batches: Sequence[Rewarded], gate: torch.Tensor, steps: int
 ) -> str:
     """A table of ``gradient_noise``, for a uniform policy and for that of ``gate`` [L, D]."""
     columns = {}
     for name, weights in (("uniform policy", torch.zeros_like(gate)), ("this gate", gate)):
         settings = PAPER | {"baseline": "state_critic", "baseline_start": "first"}
         torch.manual_seed(0)
-        ppm = PolicyPromptedMasking(UGroundConfig(**model_config.to_dict() | settings))
+        ppm = PolicyPromptedMasking(type(model_config)(**model_config.to_dict() | settings))
         ppm.gate.data.copy_(weights)
         half = max(1, len(batches) // 2)
         fit_critic(ppm, config, batches[:half], steps)
@@ -258,10 +258,10 @@ def gradient_noise(
 
 
 def learn(
-    model_config: UGroundConfig, config: Config, batches: Sequence[Rewarded], method: Method, steps: int, seed: int
+    model_config: GroundingConfig, config: Config, batches: Sequence[Rewarded], method: Method, steps: int, seed: int
 ) -> dict[int, float]:
     """Trains a new gate; returns step -> ``share_of_gain`` of its policy."""
-    settings = UGroundConfig(**model_config.to_dict() | PAPER | method.settings)
+    settings = type(model_config)(**model_config.to_dict() | PAPER | method.settings)
     train, (num_layers, width) = config.train, batches[0].states.shape[1:]
     if method.normalised:
         batches = [Rewarded(torch.nn.functional.rms_norm(batch.states, (width,)), batch.rewards) for batch in batches]

@@ -15,6 +15,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 import train_ds
+from model.backbones.llava import ClipReader
 from model.processing.processor import UGroundProcessor
 from model.structures import Sample, Turn
 from utils.datasets import DataError, DataOptions
@@ -186,7 +187,7 @@ def test_samples_that_are_cut_off_are_counted_and_named(
     mixture = Mixture(root, "reason_seg")
     room = 60  # tokens beside the image
     processor = UGroundProcessor(
-        tiny_processor.tokenizer, 40, 10, 64, system_prompt="", max_tokens=len(tiny_processor.builder.prefix_ids) + room
+        tiny_processor.tokenizer, ClipReader(40, 10), 64, "", len(tiny_processor.builder.prefix) + 16 + room
     )
     collate = partial(processor.collate, on_truncated=mixture.count_truncated)
     loader = DataLoader(mixture, batch_sampler=MixtureSampler(2, 0, 2), collate_fn=collate)

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
+from model.backbones.llava import ClipReader
 from model.processing.processor import UGroundProcessor
 from scripts import make_demo_data as demo
 from utils.config import load_config
@@ -365,14 +366,14 @@ def test_the_mixed_configuration_draws_from_all_sets(mixed):
     assert len(mixture.datasets) == 24
     assert set(mixture.types) == set(TYPES) - {"custom"}
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "assets/tiny/llava")
-    processor = UGroundProcessor(tokenizer, 120, 10, 64, "", config.model.model_max_length)
+    processor = UGroundProcessor(tokenizer, ClipReader(120, 10), 64, "", config.model.model_max_length)
     longest = 0
     for number in range(150):
         sample = mixture[number]
         batch = processor.collate([sample])
         assert len(batch.seg_positions) == len(sample.masks), "no [SEG] is lost"
         ends = [processor.builder.encode(conversation).ids for conversation in sample.conversations]
-        longest = max(longest, len(processor.builder.prefix_ids) + max(map(len, ends)))
+        longest = max(longest, len(processor.builder.prefix) + processor.reader.most_tokens + max(map(len, ends)))
     assert longest < config.model.model_max_length
     assert int(mixture.skipped.sum()) == 0
 

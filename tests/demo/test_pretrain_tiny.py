@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from model.backbones.llava import ClipReader
 from model.loading.pretrained import load_for_training
 from model.processing.processor import UGroundProcessor
 from scripts.dev import pretrain_tiny
@@ -89,7 +90,10 @@ def test_the_base_of_tiny_depths_loads():
 @pytest.fixture(scope="module")
 def batch():
     processor = UGroundProcessor(
-        PreTrainedTokenizerFast.from_pretrained(TINY / "llava"), 120, 10, tiny_model.sam_shape().image_size, ""
+        PreTrainedTokenizerFast.from_pretrained(TINY / "llava"),
+        ClipReader(120, 10),
+        tiny_model.sam_shape().image_size,
+        "",
     )
     rngs = [np.random.default_rng([7, n]) for n in range(4)]
     return language_batch([(sample_scene(rng), rng) for rng in rngs], processor, MIXTURES["conversations"])

@@ -107,7 +107,7 @@ def test_a_model_without_a_sam_is_planned_and_measured_with_its_own_tokens(plan)
     assert pixels.tokens == plan.tokens - 576 + 256 + 5 * plan.masks
     assert len(pixels.token_rows) == memory_model.ADDED + 5
     batch = random_batch(replace(pixels, images=1), processor_of(pixels.shape))
-    assert batch.clip_images.shape[-1] == 448
+    assert batch.pixel_values.shape[-1] == 448
     assert batch.sam_images.numel() == 0
     assert len(batch.seg_positions) == pixels.masks
     last = batch.label_ids == batch.input_ids.flatten()[batch.seg_positions[0]]

@@ -5,6 +5,7 @@ import torch
 from answering import NEAR, read_anew, says_seg_often
 from conftest import assert_same_masks, drawn_sample
 
+from model.backbones.llava import ClipReader
 from model.opened import predict
 from model.processing.processor import UGroundProcessor
 from model.structures import Turn
@@ -135,7 +136,7 @@ def test_masks_are_decoded_again_without_the_language_model(model, tiny_processo
 
 
 def test_turns_that_do_not_fit_are_dropped(model, tiny_tokenizer):
-    processor = UGroundProcessor(tiny_tokenizer, 40, 10, 64, "", max_tokens=90)
+    processor = UGroundProcessor(tiny_tokenizer, ClipReader(40, 10), 64, "", max_tokens=90)
     image = drawn_sample(6).image
     session = ImageSession(model, processor, image)
     seen = []
@@ -143,7 +144,7 @@ def test_turns_that_do_not_fit_are_dropped(model, tiny_tokenizer):
         prediction = session.ask(question, max_new_tokens=6)
         seen.append(len(session.history))
         assert session.history[-1] == Turn(question, prediction.text)
-        assert len(processor.builder.prefix_ids) + len(session.cache.ids) <= 90
+        assert len(processor.builder.prefix) + processor.reader.most_tokens + len(session.cache.ids) <= 90
         written, _ = read_anew(model, processor, image, session.history[:-1], question, prediction.token_ids)
         assert written == prediction.token_ids
     assert max(seen) > 1
@@ -158,7 +159,7 @@ def test_turns_that_do_not_fit_are_dropped(model, tiny_tokenizer):
 
 def test_the_longest_answer_leaves_room_for_history(model, tiny_tokenizer):
     """A quarter of the room is reserved for an answer, not all that it may have."""
-    processor = UGroundProcessor(tiny_tokenizer, 40, 10, 64, "", max_tokens=200)
+    processor = UGroundProcessor(tiny_tokenizer, ClipReader(40, 10), 64, "", max_tokens=200)
     session = ImageSession(model, processor, drawn_sample(6).image)
     session.history = [Turn("the red star", "[SEG]")]
     kept, ids = session._fit(session.history, "the circle", 512)

@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import WORDS, build_tiny_model, drawn_sample
 
+from model.backbones.llava import ClipReader
 from model.processing.processor import UGroundProcessor
 from model.settings import RECIPES
 from utils.demo.tiny_model import train_tokenizer
@@ -67,7 +68,7 @@ def test_the_settings_differ():
 
 if __name__ == "__main__":
     tokenizer = train_tokenizer([WORDS] * 4, vocab_size=340)
-    processor = UGroundProcessor(tokenizer, clip_side=40, clip_patch=10, sam_side=64, system_prompt="")
+    processor = UGroundProcessor(tokenizer, ClipReader(40, 10), sam_side=64, system_prompt="")
     rounded = {
         kind: {name: [float(f"{value:.7g}") for value in values] for name, values in measure(processor, s).items()}
         for kind, s in SETTINGS.items()

@@ -6,6 +6,7 @@ import torch
 from answering import says_seg_often
 from conftest import assert_same_masks, build_tiny_processor, drawn_sample
 
+from model.backbones.llava import ClipReader
 from model.lora import add_lora
 from model.opened import predict
 from model.processing.processor import UGroundProcessor
@@ -27,7 +28,7 @@ def keeping():
 def test_tokens_are_those_of_the_patches_that_show_the_image(tiny_processor, keeping):
     """30x64 pixels fill the upper 19 of CLIP's 40 pixels: two of four rows of patches."""
     whole, batch = (p.collate([drawn_sample(3, WIDE)]) for p in (keeping, tiny_processor))
-    start = tiny_processor.builder.image_start
+    start = len(tiny_processor.builder.prefix.before)
     assert batch.image_cells.tolist() == [list(range(8))]
     assert batch.image_tokens.tolist() == [list(range(start, start + 8))]
     assert batch.valid[0].tolist() == [True] * 8 + [False] * 8
@@ -51,7 +52,7 @@ def test_rows_of_a_batch_hold_equally_many(tiny_processor):
 
 
 def test_a_centre_crop_has_no_padded_patches(tiny_tokenizer):
-    processor = UGroundProcessor(tiny_tokenizer, 40, 10, 64, "", clip_fit="crop")
+    processor = UGroundProcessor(tiny_tokenizer, ClipReader(40, 10, "crop"), 64, "")
     batch = processor.collate([drawn_sample(3, WIDE), drawn_sample(1, HIGH)])
     assert batch.image_cells.tolist() == [list(range(16))] * 2
     assert not batch.has_padding

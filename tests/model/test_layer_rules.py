@@ -10,10 +10,10 @@ from conftest import assert_same_masks, drawn_sample
 from programs import chat, evaluation, run
 
 from model import layer_rules
+from model.grounding import MaskPrediction, best_rated
 from model.layer_rules import RULES, parse
 from model.opened import predict
 from model.structures import Turn
-from model.UGround import MaskPrediction, best_rated
 from model.uncertainty import ambiguity
 from utils.config import load_config
 from utils.config.config import make_parser

@@ -8,6 +8,7 @@ import torch
 from answering import NEAR, read_anew, says_seg_often
 from conftest import assert_same_masks, drawn_sample
 
+from model.backbones.llava import ClipReader
 from model.config import UGroundConfig
 from model.geometry import maps_at
 from model.lora import add_lora, parameters_by_part
@@ -335,7 +336,7 @@ def test_a_folder_loads_in_bfloat16(tiny_model, tiny_processor, tiny_samples, tm
 
 def test_a_question_that_is_too_long_is_refused_not_truncated(tiny_tokenizer):
     """Truncated, it would lose the end of its prompt, and the model would continue the question."""
-    processor = UGroundProcessor(tiny_tokenizer, 40, 10, 64, system_prompt="", max_tokens=60)
+    processor = UGroundProcessor(tiny_tokenizer, ClipReader(40, 10), 64, system_prompt="", max_tokens=60)
     image = drawn_sample(0).image
     processor.prompts([image], [[Turn("where is the red star")]])
     for answer in ("", "it is [SEG]."):
@@ -347,7 +348,7 @@ def test_a_question_that_is_too_long_is_refused_not_truncated(tiny_tokenizer):
 def test_a_length_that_leaves_no_room_beside_the_image_is_refused(tiny_processor, room):
     """``--model_max_length 300`` with 576 image tokens: training would see rows without a conversation."""
     prefix = tiny_processor.max_tokens - tiny_processor.room
-    sides = tiny_processor.clip_side, tiny_processor.clip_patch, tiny_processor.sam_side
+    sides = tiny_processor.reader, tiny_processor.sam_side
     with pytest.raises(ValueError, match=rf"take {prefix} tokens, .* at most {prefix + room}; raise --model_max_len"):
         UGroundProcessor(tiny_processor.tokenizer, *sides, system_prompt="", max_tokens=prefix + room)
 
@@ -369,7 +370,7 @@ def test_a_truncated_answer_loses_masks_with_their_tokens(tiny_tokenizer):
     """``model_max_length``: a [SEG] and its mask are kept or removed together."""
     kept = []
     for longest in range(28, 60):
-        processor = UGroundProcessor(tiny_tokenizer, 40, 10, 64, "", max_tokens=longest)
+        processor = UGroundProcessor(tiny_tokenizer, ClipReader(40, 10), 64, "", max_tokens=longest)
         batch = processor.collate([drawn_sample(0, segs=(2, 1, 0))])
         kept.append(len(batch.seg_positions))
         assert len(batch.masks[0]) == kept[-1] == int((batch.label_ids == processor.tokens.seg).sum())

@@ -17,6 +17,7 @@ import torch
 from answering import without_image
 
 from model import losses
+from model.backbones.llava import ClipReader
 from model.config import UGroundConfig
 from model.geometry import Fit, mask_prompts
 from model.layer_rules import LastLayer
@@ -24,7 +25,7 @@ from model.loading.formats import release_of
 from model.loading.weights import load_released, read_config
 from model.PPM import Grounding, PolicyPromptedMasking, similarity_of_all_layers
 from model.processing.collate import PackedSequence, collate_rows
-from model.processing.conversation import EncodedConversation
+from model.processing.conversation import EncodedConversation, Prefix
 from model.structures import IGNORE_LABEL, Batch
 from model.UGround import UGroundForCausalLM
 
@@ -110,16 +111,14 @@ def batch_of(inputs: dict, seg: int, prefix: int) -> Batch:
     holds_image = prefix >= start + PATCHES
     batch = collate_rows(
         rows,
-        first if holds_image else first + [0] * PATCHES,
-        start if holds_image else prefix,
+        Prefix(first[:start], 0, first[start + PATCHES :] if holds_image else []),
+        ClipReader(112, 14),
+        sam_side=1024,
         pad_id=0,
         seg_id=seg,
-        clip_side=112,
-        clip_patch=14,
-        sam_side=1024,
         keep_padding=True,
     )
-    same(batch.clip_images, inputs["images_clip"], "CLIP's input")
+    same(batch.pixel_values, inputs["images_clip"], "CLIP's input")
     same(batch.sam_images, inputs["images"], "SAM's input")
     return batch if holds_image else without_image(batch)
 
@@ -147,7 +146,7 @@ def image_at(batch: Batch, row: int, start: int) -> Batch:
 def forward_conversations(model: UGroundForCausalLM, batch: Batch) -> LanguageStates:
     """Forward pass of packed rows whose conversations contain the image (prefix = the first token)."""
     valid = batch.valid
-    features = model.encode_images(batch.clip_images, batch.image_cells, valid)
+    features = model.encode_images(batch.pixel_values, batch.image_cells, valid)
     embeddings, key_mask = model.get_input_embeddings()(batch.input_ids), batch.segment_ids >= 0
     conversations, starts = [], []
     for row, questions in enumerate(batch.questions):

@@ -34,8 +34,8 @@ from model.loading.weights import Loaded, load_original_sam, new_model
 from model.lora import add_lora, parameters_by_part, set_trainable
 from model.opened import cache_sam_features, predict
 from model.processing import tokens
-from model.processing.conversation import HUMAN_SYSTEM_PROMPT
 from model.processing.processor import UGroundProcessor
+from model.processing.template import HUMAN_SYSTEM_PROMPT
 from model.processing.transforms import resize_and_pad
 from model.settings import DECODER_SCALES
 from model.structures import Turn
@@ -91,9 +91,9 @@ def test_a_target_that_is_cut_off_has_no_mask(processor):
     whole = processor.builder.encode(sample.conversations[0]).ids
     last, prefix = (
         max(i for i, token in enumerate(whole) if token in processor.codebook),
-        len(processor.builder.prefix_ids),
+        len(processor.builder.prefix) + processor.reader.most_tokens,
     )
-    sides = processor.clip_side, processor.clip_patch, 0
+    sides = processor.reader, 0
     for length, masks in ((last + 1, 2), (last, 1), (last - TOKENS + 2, 1)):
         short = UGroundProcessor(processor.tokenizer, *sides, "", max_tokens=prefix + length, codebook=TOKENS)
         batch = short.collate([sample])

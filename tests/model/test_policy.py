@@ -10,6 +10,7 @@ from conftest import WORDS, build_tiny_model, drawn_sample
 from forks import called
 from torch import distributed
 
+from model.backbones.llava import ClipReader
 from model.layer_rules import StochasticSkip
 from model.loading.pretrained import with_settings
 from model.loading.weights import base_fingerprints, report
@@ -361,7 +362,7 @@ ROWS = {
 def gate_gradients(rank: int | None) -> dict[tuple[str, str], torch.Tensor]:
     """(setting, rows) -> gradients of gate and critic, baseline last; of one rank's row, or of both in one batch."""
     tokenizer = train_tokenizer([WORDS] * 4, vocab_size=340)
-    processor = UGroundProcessor(tokenizer, clip_side=40, clip_patch=10, sam_side=64, system_prompt="")
+    processor = UGroundProcessor(tokenizer, ClipReader(40, 10), sam_side=64, system_prompt="")
     results = {}
     for name, settings in RANKED.items():
         for rows, samples in ROWS.items():

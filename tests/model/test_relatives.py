@@ -25,7 +25,7 @@ from model.loading.formats import RELEASES, release_of, released_settings
 from model.loading.pretrained import load, load_for_training
 from model.opened import predict
 from model.processing import tokens
-from model.processing.conversation import HUMAN_SYSTEM_PROMPT, SYSTEM_PROMPT
+from model.processing.template import HUMAN_SYSTEM_PROMPT, SYSTEM_PROMPT
 from model.processing.transforms import resize_and_pad
 from model.settings import PUBLISHED
 from model.structures import Turn

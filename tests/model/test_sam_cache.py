@@ -13,6 +13,7 @@ from answering import says_seg_often
 from conftest import drawn_sample
 
 from model import sam_cache
+from model.backbones.llava import ClipReader
 from model.opened import cache_sam_features, predict
 from model.processing.processor import UGroundProcessor
 from model.sam_cache import FeatureCache, image_key
@@ -34,7 +35,7 @@ def never(images: torch.Tensor) -> torch.Tensor:
 @pytest.fixture
 def cached(make_model, tiny_tokenizer, tmp_path):
     """A model with a cache, its processor, and the number of images in each call of its encoder."""
-    model, processor = make_model(), UGroundProcessor(tiny_tokenizer, 40, 10, 64, "")
+    model, processor = make_model(), UGroundProcessor(tiny_tokenizer, ClipReader(40, 10), 64, "")
     cache_sam_features(model, processor, str(tmp_path / "cache"), 1.0)
     calls: list[int] = []
     model.visual_model.image_encoder.register_forward_pre_hook(lambda _, args: calls.append(len(args[0])))

@@ -15,11 +15,11 @@ import torch
 from answering import without_image
 from transformers import AutoTokenizer, LlamaForCausalLM
 
+from model.backbones.llava import ClipReader, LlavaLlamaConfig, LlavaLlamaForCausalLM
 from model.generation import generate_answers
-from model.llava import LlavaLlamaConfig, LlavaLlamaForCausalLM
 from model.loading.weights import load_strictly
 from model.processing.collate import PackedSequence, collate_rows
-from model.processing.conversation import EncodedConversation
+from model.processing.conversation import EncodedConversation, Prefix
 from utils.demo.tiny_model import clip_config
 
 pytestmark = [
@@ -57,7 +57,7 @@ def test_generation_equals_that_of_transformers(smollm2):
             np.zeros((0, 8, 8), np.uint8), 0)
         for row in encoded
     ]  # fmt: skip
-    batch = collate_rows(rows, [0] * 16 + prefix, 0, pad_id=0, seg_id=-1, clip_side=40, clip_patch=10, sam_side=64)
+    batch = collate_rows(rows, Prefix([], 0, prefix), ClipReader(40, 10), 64, pad_id=0, seg_id=-1)
     batch = without_image(batch)
     embeddings = model.get_input_embeddings()(batch.input_ids)
     output = model.forward_packed(

@@ -14,7 +14,7 @@ import train_ds
 from model.loading.adapter import META
 from model.loading.pretrained import load_for_training
 from model.processing import tokens
-from model.processing.conversation import HUMAN_SYSTEM_PROMPT
+from model.processing.template import HUMAN_SYSTEM_PROMPT
 from model.processing.tokens import load_tokenizer
 from scripts import merge_lora
 from utils.demo.tiny_model import train_tokenizer

@@ -27,8 +27,8 @@ from utils.datasets.images import DECODE_ERRORS, read_image
 from utils.inference.session import ImageSession
 
 if TYPE_CHECKING:
+    from model.grounding import GroundingModel
     from model.processing.processor import UGroundProcessor
-    from model.UGround import UGroundForCausalLM
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 MAX_TURNS = 20  # shown on the page
@@ -162,7 +162,7 @@ class Dashboard:
 
     def __init__(
         self,
-        model: UGroundForCausalLM,
+        model: GroundingModel,
         processor: UGroundProcessor,
         name: str,
         fingerprint: str,

@@ -12,6 +12,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
+from model.backbones.llava import ClipReader
 from model.processing.processor import UGroundProcessor
 from model.processing.transforms import resize_and_pad
 from model.structures import Batch, Sample, Turn
@@ -97,6 +98,12 @@ def stream(stage: str, seed: int, batches: int, make, workers: int) -> DataLoade
     )
 
 
+def clip_sides(processor: UGroundProcessor) -> tuple[int, int]:
+    """Sides of CLIP's input and of its patches."""
+    assert isinstance(processor.reader, ClipReader)
+    return processor.reader.side, processor.reader.cell
+
+
 def grid_coverage(masks: np.ndarray, side: int, patch: int) -> torch.Tensor:
     """Masks [n, H, W] of an unscaled scene -> covered share of each patch [n, P]."""
     padded = torch.zeros(len(masks), side, side)
@@ -179,7 +186,7 @@ def language_batch(scenes_and_rngs: list, processor: UGroundProcessor, mixture: 
             named = [] if query.reference is None else [query.reference]
             all_shapes = list(range(len(scene.shapes))) if query.targets else []
             unions = np.stack([scene.masks[shapes].any(0) for shapes in (list(query.targets), named, all_shapes)])
-            shares.append(grid_coverage(unions, processor.clip_side, processor.clip_patch))
+            shares.append(grid_coverage(unions, *clip_sides(processor)))
             targets += [unions[0].astype(np.uint8)] if query.targets else []
         stacked = stack_masks(targets, *scene.image.shape[:2])
         conversations = split_turns([turn for turn, _ in sampled], rng, mixture.dialogues)
@@ -262,7 +269,7 @@ def language_check_batch(scenes_and_rngs: list, processor: UGroundProcessor) -> 
             seg_of.append(len(coverage))
             if query.targets:
                 masks.append(scene.masks[list(query.targets)].any(0))
-                coverage.append(grid_coverage(masks[-1][None], processor.clip_side, processor.clip_patch))
+                coverage.append(grid_coverage(masks[-1][None], *clip_sides(processor)))
         samples.append(Sample(f"check {number}", scene.image, conversations, np.stack(masks).astype(np.uint8), number))
     batch = processor.collate(samples)
     first = first_labels(batch)

@@ -118,7 +118,7 @@ class Bench:
         add_special_tokens(tokenizer, config.codebook_size)
         if not preset.gpu:
             config.vocab_size = len(tokenizer)
-        self.processor = UGroundProcessor(tokenizer, **config.processor_settings)
+        self.processor = UGroundProcessor(tokenizer, **config.processor_settings())
         ids = self.processor.tokens
         config.seg_token_id, config.rej_token_id = ids.seg, ids.rej
         config.codebook_ids = self.processor.codebook
@@ -263,7 +263,7 @@ class Bench:
         batch = self._one_question()
         self.wrapped.eval()
         with torch.inference_mode(), self.scripted_answers():
-            features = self.model.encode_images(batch.clip_images, batch.image_cells)
+            features = self.model.encode_images(batch.pixel_values, batch.image_cells)
             with replaced(self.model, encode_images=lambda *_: features):
                 for _ in range(12):
                     hidden = self.model.forward_language(batch).hidden[-1]

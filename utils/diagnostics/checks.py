@@ -33,7 +33,6 @@ SAMPLES = 8  # that a working configuration can overfit
 GOAL = 0.8  # mean IoU of their masks
 STEPS = 150  # of the optimizer, at most
 MUST_FALL = 0.3  # final loss / first loss at most: a base that segments well from the start must learn, too
-EMBEDDED = ("seg", "rej", "im_start", "im_end", "eos")  # <image> is replaced before it is embedded
 CHEAP = 100e6  # parameters up to which a CPU overfits the samples in a minute or two
 
 
@@ -109,7 +108,7 @@ def check_tokens(model: Any, processor: UGroundProcessor) -> Iterator[Finding]:
     ids, settings = processor.tokens, model.config
     rows = model.get_input_embeddings().weight.shape[0]
     listed = ", ".join(f"{name} {value}" for name, value in vars(ids).items())
-    largest = max(getattr(ids, name) for name in EMBEDDED)
+    largest = max(*ids.added, ids.eos)
     if largest >= rows:
         yield problem(
             f"token {largest} of the tokenizer has no embedding ({rows} rows)",

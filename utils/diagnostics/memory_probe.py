@@ -108,7 +108,7 @@ def processor_of(shape: UGroundConfig) -> UGroundProcessor:
     """A processor for a model of this shape, with the tiny model's tokens."""
     tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
     add_special_tokens(tokenizer, shape.codebook_size)
-    return UGroundProcessor(tokenizer, **shape.processor_settings)
+    return UGroundProcessor(tokenizer, **shape.processor_settings())
 
 
 def random_batch(plan: Plan, processor: UGroundProcessor) -> Batch:

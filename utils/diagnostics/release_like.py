@@ -16,7 +16,7 @@ from dataclasses import replace
 
 import torch
 
-from model.llava import LanguageOutput
+from model.backbones.base import LanguageOutput
 from model.structures import Batch, Sample
 from model.UGround import UGroundForCausalLM
 from utils.diagnostics.benchmark import Bench, replaced

@@ -17,9 +17,9 @@ import numpy as np
 from torch.nn.functional import rms_norm
 from tqdm import tqdm
 
+from model.grounding import GroundingModel
 from model.objective import MAP_REWARDS
 from model.structures import IGNORE_PIXEL, EvalQuery, EvalSample
-from model.UGround import UGroundForCausalLM
 from utils.datasets.base import EvalDataset
 from utils.evaluation import metrics
 from utils.evaluation.benchmarks import Benchmark, benchmark_of
@@ -58,7 +58,7 @@ def check_benchmark(benchmark: Benchmark) -> None:
         )
 
 
-def rules_of(model: UGroundForCausalLM, requested: str | None) -> list[str]:
+def rules_of(model: GroundingModel, requested: str | None) -> list[str]:
     """The layer rules to measure beside the candidate layers.
 
     The last layer if it is no candidate; the requested rule, or the model's own if its gate is trained, unless the
@@ -74,7 +74,7 @@ def rules_of(model: UGroundForCausalLM, requested: str | None) -> list[str]:
     return rules if has_row or not (requested or is_trained(model)) else [*rules, own]
 
 
-def is_trained(model: UGroundForCausalLM) -> bool:
+def is_trained(model: GroundingModel) -> bool:
     """Whether the gate has learned; it starts at zero, where the policy is uniform."""
     return bool(model.ppm.gate.any())
 

@@ -20,10 +20,10 @@ from tqdm import tqdm
 
 from model.decoders.segment_anything import SegmentAnything
 from model.geometry import maps_at
+from model.grounding import GroundingModel, LanguagePass
 from model.objective import MAP_REWARDS
 from model.opened import with_text
 from model.structures import EvalQuery, EvalSample, Prediction, Prompts
-from model.UGround import LanguagePass, UGroundForCausalLM
 from utils.datasets.base import EvalDataset
 from utils.evaluation import metrics
 from utils.evaluation.benchmarks import IOU, Benchmark, benchmark_of
@@ -141,7 +141,7 @@ class LayerAnalyzer:
         original_sam: SAM as published, for M_prompt; None = the checkpoint's own, whose decoder is trained.
     """
 
-    model: UGroundForCausalLM
+    model: GroundingModel
     processor: Any
     options: InferenceOptions
     batch_size: int = 4

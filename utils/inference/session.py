@@ -18,8 +18,8 @@ from model.structures import MAX_NEW_TOKENS, Prediction, Turn
 if TYPE_CHECKING:
     import torch
 
+    from model.grounding import GroundingModel, LanguagePass
     from model.processing.processor import UGroundProcessor
-    from model.UGround import LanguagePass, UGroundForCausalLM
 
 
 class ImageSession:
@@ -33,7 +33,7 @@ class ImageSession:
             ``processor.max_tokens`` leaves no room for them.
     """
 
-    def __init__(self, model: UGroundForCausalLM, processor: UGroundProcessor, image: np.ndarray) -> None:
+    def __init__(self, model: GroundingModel, processor: UGroundProcessor, image: np.ndarray) -> None:
         from model.generation import ConversationCache
 
         self.model, self.processor = model, processor
@@ -56,7 +56,7 @@ class ImageSession:
         """Answers a question of the conversation, with a mask per [SEG].
 
         Args:
-            layer_policy, max_new_tokens, seed: see ``UGroundForCausalLM.predict``.
+            layer_policy, max_new_tokens, seed: see ``GroundingModel.predict``.
             on_text: receives the answer so far after each token. An exception that it raises cancels the question and
                 leaves the session unchanged.
             remember: whether the question belongs to the conversation; if not, it neither sees the history nor is
@@ -65,7 +65,7 @@ class ImageSession:
         Raises:
             ValueError: if the question is empty or too long, or the layer policy is unknown.
         """
-        from model.UGround import LanguagePass
+        from model.grounding import LanguagePass
 
         self.model.config.layer_rule(layer_policy)  # raises before the answer is generated
         earlier = self.history if remember else []

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from model.config import UGroundConfig
+from model.config import GroundingConfig
 from model.loading.files import blame, read_json
 from model.loading.pretrained import load_for_training
 from model.loading.weights import Loaded
@@ -57,7 +57,7 @@ MUST_TRAIN = {  # part -> its module; what a new mask decoder has beside these c
 }
 
 
-def check_frozen(freeze: Collection[str], config: UGroundConfig, loaded: Iterable[Loaded]) -> None:
+def check_frozen(freeze: Collection[str], config: GroundingConfig, loaded: Iterable[Loaded]) -> None:
     """Checks which parts stay frozen (``--freeze``).
 
     Raises:

@@ -1,0 +1,52 @@
+"""Backbones: the vision-language models that Policy-Prompted Masking stands on. ``BACKBONES`` names them.
+
+Their modules are imported when they are used.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from model.config import GroundingConfig
+    from model.grounding import GroundingModel
+    from model.processing.reader import ImageReader
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """The classes of a backbone, each as MODULE:CLASS, and the ``model_type`` of its base weights' config.json."""
+
+    config_name: str
+    model_name: str
+    reader_name: str
+    base_types: tuple[str, ...]
+
+    @property
+    def config(self) -> type[GroundingConfig]:
+        return _named(self.config_name)
+
+    @property
+    def model(self) -> type[GroundingModel]:
+        return _named(self.model_name)
+
+    @property
+    def reader(self) -> type[ImageReader]:
+        return _named(self.reader_name)
+
+
+def _named(name: str) -> Any:
+    module, _, attribute = name.partition(":")
+    return getattr(import_module(module), attribute)
+
+
+BACKBONES = {
+    "llava": Backbone(
+        "model.config:UGroundConfig",
+        "model.UGround:UGroundForCausalLM",
+        "model.backbones.llava:ClipReader",
+        ("llava", "llava_llama", "llava_next"),
+    ),
+}

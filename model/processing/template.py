@@ -1,0 +1,58 @@
+"""Chat templates in pieces: the prefix that all conversations about an image share, and the turns after it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from model.processing.tokens import IM_END, IM_START, IMAGE
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """The text of a conversation: prefix, question, answer, separator, user, question, answer, ...
+
+    Attributes:
+        system: with ``{}`` for the system prompt; left out where that is empty.
+        user: what begins a user's turn.
+        image: (before, placeholder, after): the placeholder is one token, which stands for each of the image's.
+        question: with ``{}`` for the question, up to where the answer begins.
+        answer: with ``{}`` for the answer, which the tokenizer's end-of-sequence token ends.
+        separator: between that token and the next user's turn.
+        system_prompt: the default one.
+        added: tokens of the template that a tokenizer gets with those of UGround.
+    """
+
+    system: str
+    user: str
+    image: tuple[str, str, str]
+    question: str
+    answer: str
+    separator: str = ""
+    system_prompt: str = ""
+    added: tuple[str, ...] = ()
+
+    @property
+    def around_image(self) -> tuple[str, ...]:
+        """Added tokens that the language model reads around an image."""
+        return tuple(token for token in self.added if token != self.image[1])
+
+    def prefix(self, system_prompt: str) -> tuple[str, str]:
+        """The text before and after the image's placeholder, up to the first question."""
+        system = self.system.format(system_prompt) if system_prompt else ""
+        return system + self.user + self.image[0], self.image[2]
+
+
+SYSTEM_PROMPT = (  # of LLaVA's conversations "vicuna_v1"
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+HUMAN_SYSTEM_PROMPT = SYSTEM_PROMPT.replace("user", "human")  # of LLaVA's conversations "llava_v1"
+VICUNA = ChatTemplate(  # LLaVA-1.5's "v1", with the tokens around the image that LISA and its descendants add
+    system="{} ",
+    user="USER: ",
+    image=(IM_START, IMAGE, f"{IM_END}\n"),
+    question="{} ASSISTANT:",
+    answer=" {}",
+    system_prompt=SYSTEM_PROMPT,
+    added=(IM_START, IM_END, IMAGE),
+)
