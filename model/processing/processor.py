@@ -15,7 +15,7 @@ from model.loading.files import blame, read_json
 from model.processing.collate import PackedSequence, collate_rows, truncate
 from model.processing.conversation import PromptBuilder
 from model.processing.reader import ImageReader
-from model.processing.tokens import SEG, codebook_names, load_tokenizer, token_ids
+from model.processing.tokens import IM_START, SEG, codebook_names, load_tokenizer, token_ids
 from model.sam_cache import image_key
 from model.structures import Batch, Sample, Turn
 
@@ -58,7 +58,7 @@ class UGroundProcessor:
         self.tokenizer, self.reader, self.sam_side = tokenizer, reader, sam_side
         folder, template, names = tokenizer.name_or_path, reader.template, codebook_names(codebook)
         where = f"the tokenizer of {folder}" if folder else "the tokenizer"
-        self.tokens = token_ids(tokenizer, where, codebook, template.image[1], template.around_image)
+        self.tokens = token_ids(tokenizer, where, codebook, template.image[1], IM_START in template.added)
         prompt = template.system_prompt if system_prompt is None else system_prompt
         self.builder = PromptBuilder(tokenizer, prompt, names, template)
         self.codebook = self.builder.codebook

@@ -31,11 +31,6 @@ class ChatTemplate:
     system_prompt: str = ""
     added: tuple[str, ...] = ()
 
-    @property
-    def around_image(self) -> tuple[str, ...]:
-        """Added tokens that the language model reads around an image."""
-        return tuple(token for token in self.added if token != self.image[1])
-
     def prefix(self, system_prompt: str) -> tuple[str, str]:
         """The text before and after the image's placeholder, up to the first question."""
         system = self.system.format(system_prompt) if system_prompt else ""

@@ -29,20 +29,21 @@ class TokenIds:
     With a codebook, ``seg`` is its last token, which completes a target.
 
     Attributes:
-        image: of the placeholder, which needs no embedding; around_image: of added tokens around it (LLaVA's).
+        image: of the placeholder, which needs no embedding; im_start, im_end: of LLaVA's tokens around it.
     """
 
     seg: int
     rej: int | None
     image: int
-    around_image: tuple[int, ...]
+    im_start: int | None
+    im_end: int | None
     eos: int
     pad: int
 
     @property
     def added(self) -> tuple[int, ...]:
         """Ids of the added tokens that the language model reads or writes."""
-        return tuple(token for token in (self.seg, self.rej, *self.around_image) if token is not None)
+        return tuple(token for token in (self.seg, self.rej, self.im_start, self.im_end) if token is not None)
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
@@ -111,20 +112,20 @@ def token_ids(
     where: str = "the tokenizer",
     codebook: int = 1,
     image: str = IMAGE,
-    around_image: Sequence[str] = (IM_START, IM_END),
+    around_image: bool = True,
 ) -> TokenIds:
     """Ids of the special tokens, checked.
 
     Args:
         where: name of the tokenizer, for messages.
         codebook: number of [SEG] tokens per target; all are checked.
-        image, around_image: the chat template's placeholder, and added tokens around it.
+        image: the chat template's placeholder; around_image: whether LLaVA's tokens stand around it.
 
     Raises:
         ValueError: if one other than [REJ] is unknown, two share an id, one is not encoded as a single token, or there
             is no end-of-sequence token.
     """
-    names = [*codebook_names(codebook), *around_image, image]
+    names = [*codebook_names(codebook), *[IM_START, IM_END] * around_image, image]
     vocabulary = tokenizer.get_vocab()
     if REJ in vocabulary:
         names.append(REJ)
@@ -145,7 +146,8 @@ def token_ids(
         seg=ids[codebook_names(codebook)[-1]],
         rej=ids.get(REJ),
         image=ids[image],
-        around_image=tuple(ids[token] for token in around_image),
+        im_start=ids.get(IM_START),
+        im_end=ids.get(IM_END),
         eos=tokenizer.eos_token_id,
         pad=pad,
     )

@@ -289,7 +289,7 @@ def test_training_starts_from_each_published_checkpoint(publish, name):
         for table in (model.model.embed_tokens.weight, model.lm_head.weight):
             expected = table[:rows_before].mean(0).expand(len(table) - rows_before, -1)
             torch.testing.assert_close(table[rows_before:], expected)
-    assert (model.config.clip_fit, processor.clip_fit, model.config.layer_policy) == ("crop", "crop", "argmax")
+    assert (model.config.clip_fit, processor.reader.fit.kind, model.config.layer_policy) == ("crop", "crop", "argmax")
     with pytest.raises(ValueError, match=rf"--version: clip_fit is pad, {published.folder} was trained with crop"):
         load_for_training(*where, "fp32", {"clip_fit": "pad"})
 
