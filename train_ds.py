@@ -25,6 +25,7 @@ import cv2
 from safetensors import SafetensorError
 
 from model.opened import cache_sam_features
+from model.settings import decoder_kind
 from model.structures import Batch
 from utils import distributed
 from utils.command_line.other_trainers import differences_from_lisa
@@ -230,9 +231,8 @@ def unread_paths(config: Config) -> str:
     read = resolve_start(**config.start)
     beside = {"vision_tower": paths.vision_tower, "vision_pretrained": paths.vision_pretrained}
     given = [f"--{name} {path}" for name, path in beside.items() if path and name not in read]
-    reason = (
-        "--version holds these parts" if config.start["needs_sam"] else "--version or the mask decoder replaces them"
-    )
+    needs_sam = decoder_kind(config.start).has_encoder
+    reason = "--version holds these parts" if needs_sam else "--version or the mask decoder replaces them"
     return f"not read, as {reason}: {', '.join(given)}\n" if given else ""
 
 

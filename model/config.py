@@ -15,17 +15,17 @@ from model.decoders.segment_anything import SamShape
 from model.geometry import Fit
 from model.processing.reader import ImageReader
 from model.settings import (
-    DECODER_SCALES,
     MASK_REWARDS,
     METHOD_FIELDS,
     RUN_NAMES,
     CheckpointSettings,
+    DecoderKind,
     DecoderSettings,
     ExperimentalSettings,
     LossSettings,
     PpmSettings,
     contradictions,
-    has_pixel_decoder,
+    decoder_kind,
     value_problems,
 )
 
@@ -97,14 +97,14 @@ class GroundingConfig(
         return self.get_text_config()
 
     @property
-    def has_pixel_decoder(self) -> bool:
-        """Whether masks are decoded by PixelLM's decoder, without a SAM."""
-        return has_pixel_decoder(vars(self))
+    def decoder_kind(self) -> DecoderKind:
+        """What is known of the mask decoder."""
+        return decoder_kind(vars(self))
 
     @property
     def num_scales(self) -> int:
         """S, the prompts that the decoder takes for a [SEG], each from tokens of its own."""
-        return DECODER_SCALES[self.mask_decoder]
+        return self.decoder_kind.scales
 
     @property
     def codebook_size(self) -> int:
@@ -121,7 +121,7 @@ class GroundingConfig(
         """Arguments of ``UGroundProcessor`` that follow from the model; ``folder``: of ``new_reader``."""
         return {
             "reader": self.new_reader(folder),
-            "sam_side": 0 if self.has_pixel_decoder else self.sam_config["image_size"],
+            "sam_side": self.sam_config["image_size"] if self.decoder_kind.has_encoder else 0,
             "codebook": self.codebook_size,
         }
 
@@ -163,7 +163,7 @@ class GroundingConfig(
     @property
     def rates_masks(self) -> bool:
         """Whether the mask decoder's predicted IoU means something: SAM's does from its pre-training."""
-        return not self.has_pixel_decoder or self.iou_loss_weight > 0
+        return self.decoder_kind.has_encoder or self.iou_loss_weight > 0
 
     @property
     def rewards_all_layers(self) -> bool:
@@ -209,7 +209,7 @@ class UGroundConfig(GroundingConfig, LlavaLlamaConfig):
     def fit_backbone(self) -> None:
         if self.clip_resize:
             self.vision_config = {**self.vision_config, "image_size": self.clip_resize}
-        if self.has_pixel_decoder and not self.decoder_config:
+        if not (self.decoder_kind.has_encoder or self.decoder_config):
             clip = self.clip_config
             layers = clip.num_hidden_layers, self.mm_vision_select_layer
             widths = clip.hidden_size, self.hidden_size, self.decoder_width

@@ -16,7 +16,6 @@ from model import layer_rules
 PRECISION_NAMES = ("fp32", "bf16", "fp16")
 QUANTIZATIONS = ("8bit", "4bit")
 PUBLISHED = "UGround, LISA, GSVA, SESAME, READ or PixelLM"  # whose checkpoints model.loading.formats.RELEASES knows
-DECODER_SCALES = {"segment_anything": 1, "pixel_decoder": 2}  # mask decoder -> S, the prompts that it takes per [SEG]
 MASK_REWARDS = ("mask", "mask_iou")  # values of reward_terms that need SAM's mask of a layer, not only its map
 FREEZABLE = (  # parts that train; projector with clip_resize, the last two with PixelLM's decoder
     "phi",
@@ -29,6 +28,50 @@ FREEZABLE = (  # parts that train; projector with clip_resize, the last two with
     "mask_projector",
     "image_neck",
 )
+
+
+@dataclass(frozen=True)
+class DecoderKind:
+    """What settings, loading and training know of a mask decoder; ``model.decoders`` has its code.
+
+    Attributes:
+        title: its name in reports and messages.
+        scales: S, the prompts that it takes per [SEG].
+        weights: what ``--vision_pretrained`` names: ``file``; "" = nothing: it has no image encoder, reads CLIP's
+            states and starts from new weights.
+        takes_points: whether points can prompt it.
+        parts: what trains beside its prompt encoder and mask decoder, of ``FREEZABLE``.
+    """
+
+    title: str
+    scales: int = 1
+    weights: str = ""
+    takes_points: bool = True
+    parts: tuple[str, ...] = ()
+
+    @property
+    def has_encoder(self) -> bool:
+        """Whether it has an image encoder of its own, and so pre-trained weights, which also rate masks."""
+        return bool(self.weights)
+
+
+SAM = "segment_anything"  # the default, and the decoder of settings that name none
+DECODER_KINDS: dict[str, DecoderKind] = {  # by the name that is a value of ``mask_decoder``
+    SAM: DecoderKind("SAM", weights="file"),
+    "pixel_decoder": DecoderKind("pixel decoder", scales=2, takes_points=False, parts=("mask_projector", "image_neck")),
+}
+
+
+def decoder_kind(settings: Mapping[str, Any]) -> DecoderKind:
+    """The mask decoder of all method settings, or some; SAM if they name none.
+
+    Raises:
+        ValueError: if its name is unknown.
+    """
+    name = settings.get("mask_decoder", SAM)
+    if name not in DECODER_KINDS:
+        raise ValueError(f"mask_decoder: {name!r} is not one of {', '.join(DECODER_KINDS)}")
+    return DECODER_KINDS[name]
 
 
 def setting(
@@ -178,9 +221,9 @@ class DecoderSettings:
     """decoder: what decodes masks, the codebook, CLIP's input; other values than the defaults: PixelLM"""
 
     mask_decoder: str = setting(
-        "segment_anything",
+        SAM,
         "SAM, or pixel_decoder: PixelLM's, which reads CLIP's states and needs no SAM",
-        choices=tuple(DECODER_SCALES),
+        choices=tuple(DECODER_KINDS),
     )
     decoder_width: int = setting(256, "width of a pixel decoder's prompts and image features; a multiple of 16", low=16)
     codebook_tokens: int = setting(
@@ -357,21 +400,19 @@ def contradictions(method: Mapping[str, Any], num_layers: int | None = None) -> 
 
 
 def _decoder_contradictions(method: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """(setting, problem) of settings that exclude a pixel decoder, or pooled image tokens."""
-    if has_pixel_decoder(method):
+    """(setting, problem) of settings that exclude a mask decoder, or pooled image tokens."""
+    if (name := method["mask_decoder"]) not in DECODER_KINDS:  # ``value_problems`` says so
+        return
+    kind = DECODER_KINDS[name]
+    if method["point_prompts"] and not kind.takes_points:
+        yield "point_prompts", f"mask_decoder {name} takes no points; set point_prompts 0"
+    if not kind.has_encoder:
         if not method["seg_prompt"]:
-            yield "seg_prompt", "mask_decoder pixel_decoder has no prompt without [SEG]; set seg_prompt true"
-        if method["point_prompts"]:
-            yield "point_prompts", "mask_decoder pixel_decoder takes no points; set point_prompts 0"
+            yield "seg_prompt", f"mask_decoder {name} has no prompt without [SEG]; set seg_prompt true"
         if method["decoder_width"] % 16:
             yield "decoder_width", f"{method['decoder_width']} is not a multiple of 16 (8 heads, of half the width)"
-    if method["clip_fit"] != "pad" and (has_pixel_decoder(method) or method["image_pool"] > 1):
+    if method["clip_fit"] != "pad" and not (kind.has_encoder and method["image_pool"] == 1):
         yield "clip_fit", "mask_decoder pixel_decoder and image_pool read the whole image: set clip_fit pad"
-
-
-def has_pixel_decoder(method: Mapping[str, Any]) -> bool:
-    """Whether masks are decoded by PixelLM's decoder, without a SAM; of all method settings, or some."""
-    return method.get("mask_decoder") == "pixel_decoder"
 
 
 def without_effect(method: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -391,7 +432,7 @@ def without_effect(method: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         for name in ("baseline_start", "baseline_decay"):
             if name in changed:
                 yield name, f"{method[name]} has no effect: the critic replaces the moving average; leave it out"
-    if "decoder_width" in changed and not has_pixel_decoder(method):
+    if "decoder_width" in changed and decoder_kind(method).has_encoder:
         yield (
             "decoder_width",
             f"{method['decoder_width']} has no effect: it is of mask_decoder pixel_decoder; leave it out",

@@ -39,7 +39,7 @@ from model.loading.weights import (
 from model.opened import Opened
 from model.processing.processor import UGroundProcessor
 from model.processing.tokens import IMAGE, add_special_tokens, codebook_size_of, load_tokenizer, token_ids
-from model.settings import DECODER_SCALES, METHOD_FIELDS, has_pixel_decoder, kept_settings
+from model.settings import METHOD_FIELDS, SAM, decoder_kind, kept_settings
 from model.UGround import UGroundForCausalLM
 
 Kind = Literal["merged", "adapter", "released", "base", "run", "unknown"]
@@ -168,7 +168,7 @@ def _load_adapter(folder: Path, precision: str, paths: dict[str, str]) -> Parts:
     recorded = adapter.recorded_base(folder) | paths
     base = recorded["version"], recorded["vision_tower"], recorded["vision_pretrained"]
     settings = adapter.settings_of(folder, meta)
-    if problems := start_problems(*base, flag="--base", needs_sam=not has_pixel_decoder(settings)):
+    if problems := start_problems(*base, flag="--base", mask_decoder=settings.get("mask_decoder", SAM)):
         raise ValueError(
             f"--version: the base of the adapter {folder} is not here: {'; '.join(problems)}. {adapter.WHERE}"
         )
@@ -222,7 +222,7 @@ def _load_released(folder: Path, precision: str, paths: dict[str, str]) -> Parts
 
 def _published_codebook(tokenizer: Any, where: str, release: Release) -> dict[str, int]:
     """The setting of ``UGroundConfig`` that a published tokenizer tells: [SEG] tokens per scale."""
-    size, scales = codebook_size_of(tokenizer), DECODER_SCALES[release.settings.get("mask_decoder", "segment_anything")]
+    size, scales = codebook_size_of(tokenizer), decoder_kind(release.settings).scales
     if size % scales:
         raise ValueError(f"{where} has {size} [SEG] tokens per target, no multiple of the {scales} scales")
     return {"codebook_tokens": size // scales}
@@ -244,36 +244,37 @@ def resolve_start(
     vision_tower: str = "",
     vision_pretrained: str = "",
     download: bool = True,
-    needs_sam: bool = True,
+    mask_decoder: str = SAM,
 ) -> dict[str, Resolved]:
     """What training starts from: ``version``, and those of the paths beside it that are read.
 
     Args:
         version, vision_tower, vision_pretrained: paths or hub ids (``model.loading.hub``).
         download: what the hub's cache lacks; otherwise that is an error.
-        needs_sam: whether a model built from a LLaVA has a SAM (``mask_decoder``).
+        mask_decoder: of a model that is built from a LLaVA.
 
     Raises:
         ValueError: naming all that cannot be resolved.
     """
-    found, problems = _start(version, vision_tower, vision_pretrained, download, needs_sam=needs_sam)
+    found, problems = _start(version, vision_tower, vision_pretrained, download, mask_decoder=mask_decoder)
     if problems:
         raise ValueError("; ".join(problems))
     return found
 
 
 def start_problems(
-    version: str, vision_tower: str, vision_pretrained: str, flag: str = "--version", needs_sam: bool = True
+    version: str, vision_tower: str, vision_pretrained: str, flag: str = "--version", mask_decoder: str = SAM
 ) -> list[str]:
     """The messages of ``resolve_start``, one each; ``flag`` gave ``version``."""
-    return _start(version, vision_tower, vision_pretrained, True, flag, needs_sam)[1]
+    return _start(version, vision_tower, vision_pretrained, True, flag, mask_decoder)[1]
 
 
 def _start(
-    version: str, tower: str, sam: str, download: bool, flag: str = "--version", needs_sam: bool = True
+    version: str, tower: str, sam: str, download: bool, flag: str = "--version", mask_decoder: str = SAM
 ) -> tuple[dict[str, Resolved], list[str]]:
     found: dict[str, Resolved] = {}
     problems: list[str] = []
+    of_decoder = decoder_kind({"mask_decoder": mask_decoder})
 
     def resolve(name: str, text: str, flag: str) -> None:
         function = hub.resolve_file if name == "vision_pretrained" else hub.resolve_folder
@@ -298,14 +299,14 @@ def _start(
     except ValueError as error:
         return found, [str(error)]
     if kind == "adapter":  # what its base needs
-        base, decoder = adapter.recorded_base(folder), adapter.recorded_decoder(folder)
+        base, recorded = adapter.recorded_base(folder), adapter.recorded_decoder(folder).get("mask_decoder", SAM)
         paths = base["version"], tower or base["vision_tower"], sam or base["vision_pretrained"]
-        below, missing = _start(*paths, download, needs_sam=not has_pixel_decoder(decoder))
+        below, missing = _start(*paths, download, mask_decoder=recorded)
         found |= {name: part for name, part in below.items() if name != "version"}
         again = f"Put it there, or export {version} again: merge_lora.py --checkpoint RUN --version ITS_BASE"
         problems += [f"the base of the adapter {version} is not here: {problem}. {again}" for problem in missing]
         return found, problems
-    unread = UNREAD.get(kind, ()) if needs_sam else (*UNREAD.get(kind, ()), "vision_pretrained")
+    unread = (*UNREAD.get(kind, ()), *["vision_pretrained"] * (not of_decoder.has_encoder))
     flags = {name: f"--{name}" for name in ("vision_tower", "vision_pretrained")}
     if kind == "released" and not tower:
         tower = str(read_config(folder, flag).get("mm_vision_tower") or "")
@@ -349,7 +350,7 @@ def load_for_training(
     """
     transformers_logging.disable_progress_bar()  # clutters output that goes to a file
     settings = settings or {}
-    found = resolve_start(version, vision_tower, vision_pretrained, needs_sam=not has_pixel_decoder(settings))
+    found = resolve_start(version, vision_tower, vision_pretrained, mask_decoder=settings.get("mask_decoder", SAM))
     start = {name: str(part.path) for name, part in found.items()}
     folder = found["version"].path
     if (kind := kind_of(folder)) in LOADERS:
@@ -392,7 +393,7 @@ def settings_of(folder: str | Path) -> dict[str, Any]:
     elif kind == "released" and (release := release_of(read_config(folder, "--version"))):
         with blame(f"--version: {folder / 'config.json'}"):
             raw = released_settings(release, read_config(folder, "--version"))
-        if has_pixel_decoder(raw):
+        if decoder_kind(raw).scales > 1:
             raw |= _published_codebook(load_tokenizer(folder), f"--version: the tokenizer of {folder}", release)
     elif kind == "merged":
         with blame(f"--version: {folder / 'config.json'}"):
@@ -422,7 +423,7 @@ def config_of(
     if release := release_of(raw):
         return released_config(folder, raw, release, vision_tower, settings)[0]
     keys = ["mm_projector.2.weight"]  # LLaVA-1.5's; another one weighs as little
-    sam = None if has_pixel_decoder(settings) else read_sam(vision_pretrained)[1]
+    sam = read_sam(vision_pretrained)[1] if decoder_kind(settings).has_encoder else None
     return base_config(folder, Path(vision_tower), sam, keys, settings)
 
 

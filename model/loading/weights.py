@@ -21,7 +21,7 @@ from model.decoders.segment_anything import SamShape, SegmentAnything
 from model.grounding import GroundingModel
 from model.loading import formats, hub
 from model.loading.files import blame, read_json, read_safetensors, read_torch_file
-from model.settings import has_pixel_decoder
+from model.settings import decoder_kind
 
 LLAVA_TYPES = ("llava", "llava_llama", "llava_next")
 WEIGHT_FILES = (
@@ -299,7 +299,7 @@ def new_model(config: GroundingConfig, dtype: torch.dtype) -> GroundingModel:
             for module in part.modules():
                 if isinstance(module, nn.Linear):
                     module.reset_parameters()
-        if config.has_pixel_decoder:
+        if not config.decoder_kind.has_encoder:
             model.visual_model.reset_parameters()
     finally:
         torch.set_default_dtype(default)
@@ -370,7 +370,7 @@ def load_base(
     Raises:
         ValueError: if a file is missing, or weights do not fit.
     """
-    has_sam = not has_pixel_decoder(settings)
+    has_sam = decoder_kind(settings).has_encoder
     sam, shape = read_sam(vision_pretrained) if has_sam else ({}, None)
     nested = "text_config" in read_config(Path(version), "--version")
     rules = formats.LLAVA_TRANSFORMERS if nested else formats.LLAVA
@@ -401,17 +401,16 @@ def released_config(
     state = formats.renamed(read_folder(folder), release.rules)
     with blame(f"--version: {folder / 'config.json'}"):
         method = formats.released_settings(release, raw) | settings
-    decoder, shape = formats.below(state, "visual_model."), None
+    decoder, kind, shape = formats.below(state, "visual_model."), decoder_kind(method), None
     try:
-        if has_pixel_decoder(method):
-            method |= _pixel_sizes(Path(vision_tower), raw, state, decoder)
-        else:
+        if kind.has_encoder:
             shape = SamShape.from_state_dict(decoder)
+        else:
+            method |= _pixel_sizes(Path(vision_tower), raw, state, decoder)
     except (KeyError, IndexError) as error:
         wrapped = any(key.startswith("base_model.") for key in state)
         hint = ": an adapter that was not merged; merge it with its own code" if wrapped else ""
-        part = "pixel decoder" if has_pixel_decoder(method) else "SAM"
-        raise ValueError(f"--version: {folder} holds no {part} (no {error}){hint}") from error
+        raise ValueError(f"--version: {folder} holds no {kind.title} (no {error}){hint}") from error
     config = base_config(folder, Path(vision_tower), shape, state.keys(), method)
     return config, state
 

@@ -37,7 +37,7 @@ from model.processing import tokens
 from model.processing.processor import UGroundProcessor
 from model.processing.template import HUMAN_SYSTEM_PROMPT
 from model.processing.transforms import resize_and_pad
-from model.settings import DECODER_SCALES
+from model.settings import DECODER_KINDS
 from model.structures import Turn
 from model.UGround import UGroundForCausalLM
 from scripts.dev import study_policy
@@ -181,8 +181,8 @@ def test_masks_are_rated_where_that_was_trained(model, processor, monkeypatch):
 
 
 def test_every_decoder_has_its_scales(model):
-    assert DECODERS.keys() == DECODER_SCALES.keys()
-    assert len(model.visual_model.clip_depths) == model.config.num_scales == DECODER_SCALES["pixel_decoder"]
+    assert DECODERS.keys() == DECODER_KINDS.keys()
+    assert len(model.visual_model.clip_depths) == model.config.num_scales == DECODER_KINDS["pixel_decoder"].scales
     assert UGroundConfig().num_scales == 1
 
 

@@ -98,7 +98,7 @@ def test_the_related_methods_differ_in_what_they_are_known_for():
         settings = ppm.layer_selection, ppm.seg_prompt, ppm.mask_prompt, ppm.point_prompts > 0, len(terms)
         assert settings == method, name
         shape = UGroundConfig(vision_config={"image_size": 336, "patch_size": 14}, **config.method)
-        assert shape.has_pixel_decoder == (name == "pixellm")
+        assert shape.decoder_kind.has_encoder == (name != "pixellm")
         comment = (folder / f"{name}.yaml").read_text().partition("base:")[0]
         assert "Taken from its paper" in comment
         assert "Not taken" in comment

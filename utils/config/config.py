@@ -22,7 +22,7 @@ from model.settings import (
     LossSettings,
     PpmSettings,
     contradictions,
-    has_pixel_decoder,
+    decoder_kind,
     kept_settings,
     method_of,
     value_problems,
@@ -93,7 +93,7 @@ class Config:
     def start(self) -> dict[str, Any]:
         """What the model is built from, as ``model.loading.pretrained.resolve_start`` takes it."""
         paths = {name: getattr(self.model, name) for name in ("version", "vision_tower", "vision_pretrained")}
-        return paths | {"needs_sam": not has_pixel_decoder(vars(self.decoder))}
+        return paths | {"mask_decoder": self.decoder.mask_decoder}
 
     def images_per_step(self, processes: int = 1) -> int:
         """Images per optimizer step, over all processes."""
@@ -377,8 +377,8 @@ def _ignored(config: Config) -> Iterable[tuple[str, str]]:
     An error for flags alone: a run may choose from a file that describes more, and its saved configuration must load.
     """
     yield from without_effect(config.method)
-    if has_pixel_decoder(config.method):
-        reason = "has no effect: mask_decoder pixel_decoder has no image encoder; leave it out"
+    if not decoder_kind(config.method).has_encoder:
+        reason = f"has no effect: mask_decoder {config.decoder.mask_decoder} has no image encoder; leave it out"
         if config.data.sam_feature_cache:
             yield "sam_feature_cache", reason
         if config.model.compile_sam:

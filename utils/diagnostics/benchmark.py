@@ -130,7 +130,7 @@ class Bench:
         self.wrapped.train()
         self.optimizer = torch.optim.AdamW(self.trained(), lr=1e-6, fused=True)
         self.configure(UGROUND)
-        if not config.has_pixel_decoder:
+        if config.decoder_kind.has_encoder:
             cache_sam_features(self.model, self.processor, folder, 10.0)
 
     def configure(self, settings: Mapping[str, Any], frozen: Collection[str] = ()) -> None:

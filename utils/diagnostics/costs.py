@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from model.processing.tokens import SEG
-from model.settings import has_pixel_decoder
+from model.settings import decoder_kind
 from model.structures import Sample
 from utils.config import load_config
 from utils.datasets.templates import joint_turn
@@ -115,7 +115,7 @@ class Method:
 
     @property
     def has_sam(self) -> bool:
-        return not has_pixel_decoder(self.decoder)
+        return decoder_kind(self.decoder).has_encoder
 
     def apply(self, bench: Bench) -> None:
         bench.configure(self.settings, self.frozen)

@@ -146,7 +146,7 @@ def mask_decoder(plan: Plan) -> float:
     and a quarter of the channels; two convolutions, two GELUs, the product with the mask tokens), the prompt's
     downscaling and the sum 3: counted in a run (docs/scaling.md).
     """
-    if plan.shape.has_pixel_decoder:  # each scale but the first at twice the grid's side; without mask prompts
+    if not plan.shape.decoder_kind.has_encoder:  # each scale but the first at twice the grid's side; no mask prompts
         assert plan.shape.decoder_config is not None
         grid = (plan.shape.clip_side // plan.shape.clip_patch) ** 2
         image = grid * plan.shape.decoder_config["prompt_width"] * (1 + 4 * (plan.shape.num_scales - 1))
@@ -171,7 +171,7 @@ def mask_losses(plan: Plan) -> float:
 def image_encoder(plan: Plan) -> float:
     """Peak bytes of SAM's encoder, which saves nothing: a global layer's relative positions, G^2 x G^2 per head, of one
     image at a time (its attention is fused and materializes no scores)."""
-    if plan.shape.has_pixel_decoder:
+    if not plan.shape.decoder_kind.has_encoder:
         return 0.0
     sam = SamShape(**plan.shape.sam_config)
     grid = (sam.image_size // sam.patch_size) ** 2

@@ -203,7 +203,7 @@ class LayerAnalyzer:
         for layer, records in enumerate(study.by_layer):
             records += probe.records_of(probe.predict(f"fixed:{layer}"))
         for row, rule in zip(LAYER_ROWS, (self.options.layer_policy, "last")):
-            if not self.model.config.has_pixel_decoder:  # it takes no map without a [SEG]
+            if self.model.config.decoder_kind.has_encoder:  # PixelLM's takes no map without a [SEG]
                 by_map = probe.predict(rule, Prompts(seg=False), self.original_sam)
                 study.table["M_prompt", row] += probe.records_of(by_map, present=True)
             study.table["SEG_prompt", row] += probe.records_of(probe.predict(rule, Prompts(mask=False)), present=True)

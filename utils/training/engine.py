@@ -16,6 +16,7 @@ from model.loading.pretrained import load_for_training
 from model.loading.weights import Loaded
 from model.lora import add_lora, part_of
 from model.processing.processor import UGroundProcessor
+from model.settings import DECODER_KINDS
 from utils import distributed
 from utils.config import Config
 from utils.training.zero3 import keep_whole, shard
@@ -63,11 +64,8 @@ def check_frozen(freeze: Collection[str], config: GroundingConfig, loaded: Itera
     Raises:
         ValueError: if a part of ``MUST_TRAIN`` is new, or a part of PixelLM does not train in this model anyway.
     """
-    trains = {
-        "projector": bool(config.clip_resize),
-        "mask_projector": config.has_pixel_decoder,
-        "image_neck": config.has_pixel_decoder,
-    }
+    of_decoders = {part for kind in DECODER_KINDS.values() for part in kind.parts}
+    trains = {part: part in config.decoder_kind.parts for part in of_decoders} | {"projector": bool(config.clip_resize)}
     if idle := [part for part in freeze if not trains.get(part, True)]:
         raise ValueError(
             f"--freeze {'||'.join(idle)}: has no effect, as it does not train in this model (projector: with "

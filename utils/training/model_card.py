@@ -9,7 +9,7 @@ import yaml
 
 from model import layer_rules
 from model.loading.hub import repository_of
-from model.settings import has_pixel_decoder
+from model.settings import decoder_kind
 from utils.config import config_from
 from utils.datasets.spec import Spec
 from utils.plotting.text_tables import markdown
@@ -45,7 +45,7 @@ def model_card(name: str, meta: dict[str, Any], adapter: bool, license: str = "o
 
     base = meta.get("resolved") or meta["config"]["model"]  # runs of older code have no ``resolved``
     method = config_from(meta["config"], "the run").flat()  # older runs lack newer settings
-    has_sam = not has_pixel_decoder(method)
+    has_sam = decoder_kind(method).has_encoder
     paths = {module: base[path_setting(module, base)] for module in meta["base"]}
     repositories = {path: repository for path in paths.values() if (repository := repository_of(path))}
     data = ModelCardData(
@@ -87,7 +87,8 @@ def _prompting(method: dict[str, Any]) -> str:
     """How a mask comes from a [SEG], in half a sentence; method: setting -> value."""
     layer = LAYERS[layer_rules.parse(method["layer_selection"], use="training").name]
     prompt = "similarity map" if method["mask_prompt"] or method["point_prompts"] else "hidden state"
-    decoder = "PixelLM's pixel decoder" if has_pixel_decoder(method) else "SAM"
+    kind = decoder_kind(method)
+    decoder = kind.title if kind.has_encoder else f"PixelLM's {kind.title}"
     return f"for each of them, {layer} gives the {prompt} that prompts {decoder}."
 
 
