@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
@@ -114,8 +114,9 @@ def cache_sam_features(model: GroundingModel, processor: UGroundProcessor, folde
 
     if not model.visual_model.image_side:
         raise ValueError(f"--sam_feature_cache {folder}: the model's mask decoder has no image encoder; leave it out")
-    encoder = model.visual_model.get_submodule("image_encoder")
-    model.visual_model.cache = FeatureCache(folder, gigabytes, fingerprint(encoder.state_dict().values()))
+    decoder: Any = model.visual_model
+    encoder = fingerprint(decoder.encoder_weights()) + decoder.encoder_settings()
+    decoder.cache = FeatureCache(folder, gigabytes, encoder)
     processor.hash_images = True
 
 

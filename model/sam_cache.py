@@ -44,7 +44,7 @@ class FeatureCache:
         gigabytes: limit of all entries together (2^30 bytes); the least recently used are evicted first. A process
             checks the folder whenever it has written half a percent of the limit, so that N processes can exceed it by
             N halves of a percent.
-        encoder: fingerprint of the encoder's weights.
+        encoder: fingerprint of the encoder's weights, and of what else its features depend on.
 
     Attributes:
         hits, misses: images that were read from the cache, and encoded.
@@ -74,10 +74,10 @@ class FeatureCache:
         Args:
             keys: B keys of ``image_key``.
             images: [B, 3, R, R]; their dtype is the precision.
-            encode: [b, 3, R, R] images -> [b, E, G, G].
+            encode: [b, 3, R, R] images -> [b, ...] in their dtype (SAM: [b, E, G, G]).
 
         Returns:
-            [B, E, G, G] on the images' device.
+            [B, ...] on the images' device.
         """
         paths = [self._path(key, images) for key in keys]
         embeddings = [self._read(path, images.dtype) for path in paths]

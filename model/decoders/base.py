@@ -6,10 +6,10 @@ Legend: B images, N prompts, S scales (sparse prompts per [SEG]), E prompt width
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from segment_anything.modeling.prompt_encoder import PositionEmbeddingRandom
 from torch import nn
 from torch.nn import functional as F
 
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from model.config import GroundingConfig
     from model.sam_cache import FeatureCache
     from model.structures import Batch
+
+POSITIONS = ("positional_encoding_gaussian_matrix", "positional_embedding")  # buffers, in the package and transformers
 
 
 class MaskDecoder(nn.Module, ABC):
@@ -36,7 +38,7 @@ class MaskDecoder(nn.Module, ABC):
         clip_depths: indices of the CLIP hidden states that it reads, as in ``CLIPVisionModel``'s output.
         mask_side: side of mask prompts and of low-resolution masks.
         prompt_width: E, the width of a sparse prompt, and so of phi's output.
-        cache: of its image embeddings on disk; None = no cache.
+        cache: of its image features on disk; None = no cache.
     """
 
     image_side: int
@@ -46,22 +48,21 @@ class MaskDecoder(nn.Module, ABC):
     cache: FeatureCache | None = None
 
     def _apply(self, fn, recurse=True):
-        """Keeps the matrices of positional encodings in float32: the package multiplies them with such coordinates."""
-        matrices = {module: module.positional_encoding_gaussian_matrix for module in self._positions()}
+        """Keeps the matrices of positional encodings in float32: they multiply such coordinates."""
+        matrices = [(module, name, getattr(module, name)) for module, name in self._positions()]
         super()._apply(fn, recurse)
-        for module, matrix in matrices.items():
+        for module, name, matrix in matrices:
             if not matrix.is_meta:
-                device = module.positional_encoding_gaussian_matrix.device
-                module.positional_encoding_gaussian_matrix = matrix.to(device, torch.float32)
+                setattr(module, name, matrix.to(getattr(module, name).device, torch.float32))
         return self
 
-    def _positions(self) -> list[PositionEmbeddingRandom]:
-        return [module for module in self.modules() if isinstance(module, PositionEmbeddingRandom)]
+    def _positions(self) -> list[tuple[nn.Module, str]]:
+        return [(module, name) for module in self.modules() for name in POSITIONS if name in module._buffers]
 
     def keep_positions_float(self) -> None:
         """For constructors: the matrices of a model that is built in bf16, in float32."""
-        for module in self._positions():
-            module.positional_encoding_gaussian_matrix = module.positional_encoding_gaussian_matrix.float()
+        for module, name in self._positions():
+            setattr(module, name, getattr(module, name).float())
 
     @classmethod
     @abstractmethod
@@ -132,3 +133,60 @@ class MaskDecoder(nn.Module, ABC):
             ValueError: if it has none.
         """
         raise ValueError("--compile_sam: the model's mask decoder has no image encoder; leave it out")
+
+
+class EncodingDecoder(MaskDecoder):
+    """A mask decoder with a frozen image encoder of its own.
+
+    Attributes:
+        encoder_key: name of the encoder's module.
+    """
+
+    encoder_key: str = "image_encoder"
+
+    @abstractmethod
+    def encode_image(self, image: torch.Tensor) -> torch.Tensor:
+        """Features [1, ...] of one image [1, 3, R, R]: one tensor, also where they have several scales."""
+
+    def encoder_weights(self) -> Iterable[torch.Tensor]:
+        """All tensors that its features depend on; their fingerprint is part of an entry's name in the cache."""
+        return self.get_submodule(self.encoder_key).state_dict().values()
+
+    def encoder_settings(self) -> str:
+        """What its features depend on beside these tensors, in a few characters; also part of that name."""
+        return ""
+
+    def embed_images(self, batch: Batch, clip_states: tuple[torch.Tensor, ...] = ()) -> torch.Tensor:
+        return self.encode(batch.sam_images, batch.image_keys)
+
+    def encode(self, images: torch.Tensor, keys: Sequence[str] = ()) -> torch.Tensor:
+        """Image features [B, ...] without gradients, from the cache if there is one.
+
+        Args:
+            images: [B, 3, R, R], normalised.
+            keys: B keys of the images in the cache (``image_key``); ignored without one.
+
+        Raises:
+            ValueError: if there is a cache, and an image has no key.
+        """
+        if self.cache is None:
+            return self._encode(images)
+        if len(keys) != len(images):
+            raise ValueError(
+                f"SAM's features are cached, but {len(images) - len(keys)} of the batch's {len(images)} images have no "
+                "key: the processor does not hash images; use cache_sam_features"
+            )
+        return self.cache.get(keys, images, self._encode)
+
+    def _encode(self, images: torch.Tensor) -> torch.Tensor:
+        """Encodes one image at a time, which is enough work for a GPU.
+
+        So the biases of global attention (ViT-H: 0.5 GB per image in bf16) do not grow with the batch, and a compiled
+        encoder sees a single shape.
+        """
+        with torch.inference_mode():
+            features = torch.cat([self.encode_image(image[None]) for image in images])
+        return features.clone()  # autograd cannot save inference tensors for the decoder's backward pass
+
+    def compile_encoder(self) -> None:
+        self.get_submodule(self.encoder_key).compile(dynamic=False)

@@ -5,7 +5,6 @@ Legend: B images, N prompts, E prompt width (256), R input side (1024), G grid s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -16,11 +15,10 @@ from segment_anything.modeling.image_encoder import Attention
 from torch import nn
 from torch.nn import functional as F
 
-from model.decoders.base import MaskDecoder as Decoder
+from model.decoders.base import EncodingDecoder
 
 if TYPE_CHECKING:
     from model.config import GroundingConfig
-    from model.structures import Batch
 
 
 @dataclass
@@ -151,7 +149,7 @@ class PerPromptMaskDecoder(MaskDecoder):
         return masks, self.iou_prediction_head(states[:, 0])
 
 
-class SegmentAnything(Decoder):
+class SegmentAnything(EncodingDecoder):
     """SAM's three modules under the package's own key names."""
 
     def __init__(self, shape: SamShape) -> None:
@@ -197,41 +195,9 @@ class SegmentAnything(Decoder):
         """4G, the side of mask prompts and of low-resolution masks (256 for the published SAMs)."""
         return self.prompt_encoder.mask_input_size[0]
 
-    def embed_images(self, batch: Batch, clip_states: tuple[torch.Tensor, ...] = ()) -> torch.Tensor:
-        return self.encode(batch.sam_images, batch.image_keys)
-
-    def encode(self, images: torch.Tensor, keys: Sequence[str] = ()) -> torch.Tensor:
-        """Image embeddings [B, E, G, G] without gradients (the encoder is frozen), from the cache if there is one.
-
-        Args:
-            images: [B, 3, R, R], normalised.
-            keys: B keys of the images in the cache (``image_key``); ignored without one.
-
-        Raises:
-            ValueError: if there is a cache, and an image has no key.
-        """
-        if self.cache is None:
-            return self._encode(images)
-        if len(keys) != len(images):
-            raise ValueError(
-                f"SAM's features are cached, but {len(images) - len(keys)} of the batch's {len(images)} images have no "
-                "key: the processor does not hash images; use cache_sam_features"
-            )
-        return self.cache.get(keys, images, self._encode)
-
-    def compile_encoder(self) -> None:
-        """Compiles the image encoder in place (``torch.compile``); keys and weights do not change."""
-        self.image_encoder.compile(dynamic=False)
-
-    def _encode(self, images: torch.Tensor) -> torch.Tensor:
-        """Encodes one image at a time, which is enough work for a GPU.
-
-        So the biases of global attention (ViT-H: 0.5 GB per image in bf16) do not grow with the batch, and a compiled
-        encoder sees a single shape.
-        """
-        with torch.inference_mode():
-            embeddings = torch.cat([self.image_encoder(image[None]) for image in images])
-        return embeddings.clone()  # autograd cannot save inference tensors for the decoder's backward pass
+    def encode_image(self, image: torch.Tensor) -> torch.Tensor:
+        """[1, E, G, G]."""
+        return self.image_encoder(image)
 
     def embed_points(self, points: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Sparse prompts [N, K + 1, E] of points; the last is SAM's padding for prompts without a box.

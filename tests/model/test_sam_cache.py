@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import multiprocessing
 import os
 from pathlib import Path
@@ -11,9 +12,11 @@ import pytest
 import torch
 from answering import says_seg_often
 from conftest import drawn_sample
+from safetensors.torch import load
 
 from model import sam_cache
 from model.backbones.llava import ClipReader
+from model.loading.weights import fingerprint
 from model.opened import cache_sam_features, predict
 from model.processing.processor import UGroundProcessor
 from model.sam_cache import FeatureCache, image_key
@@ -83,6 +86,17 @@ def test_other_pixels_encoder_precision_or_side_are_other_entries(tmp_path):
     other[0, 0, 0] = 1
     assert len({image_key(image), image_key(other), image_key(image.reshape(6, 4, 3))}) == 3
     assert image_key(image) == image_key(image[::-1])  # not contiguous
+
+
+def test_entries_of_earlier_versions_are_still_found(make_model, tiny_tokenizer, tmp_path):
+    """The name of an entry, and what stands in it for SAM's encoder, as released."""
+    model, processor = make_model(), UGroundProcessor(tiny_tokenizer, 40, 10, 64, "")
+    cache_sam_features(model, processor, str(tmp_path), 1.0)
+    assert model.visual_model.cache.encoder == fingerprint(model.visual_model.image_encoder.state_dict().values())
+    FeatureCache(tmp_path, 1, "one").get(["a"], IMAGES[:1], encode)
+    (entry,) = tmp_path.glob("*.sam")
+    assert entry.stem == hashlib.blake2b(b"a one torch.float32 8", digest_size=16).hexdigest()
+    assert load(entry.read_bytes()[16:])["embedding"].shape == (1, 4, 4)
 
 
 @pytest.mark.parametrize("damage", [b"", b"short", b"\0" * 500])

@@ -297,8 +297,8 @@ class Bench:
         ) -> tuple[torch.Tensor, torch.Tensor]:
             return tokens.mean((1, 2))[:, None, None], tokens.mean((1, 2))
 
-        def postprocess(masks: torch.Tensor, resized: tuple[int, int], original: tuple[int, int]) -> torch.Tensor:
-            return masks.float().expand(-1, *original)
+        def postprocess(masks: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+            return masks.float().expand(-1, *size)
 
         grid = self.preset.sam.image_size // self.preset.sam.patch_size
         zeros = torch.zeros(1, self.preset.sam.prompt_width, grid, grid, device=self.device)
