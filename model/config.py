@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
@@ -28,6 +29,8 @@ from model.settings import (
     decoder_kind,
     value_problems,
 )
+
+OF_CLIP = ("clip_fit", "clip_resize", "image_pool", "map_side", "map_normalization", "point_rule")  # settings of LLaVA
 
 
 class GroundingConfig(
@@ -75,8 +78,24 @@ class GroundingConfig(
         """Hook for what the settings change about the backbone, before they are checked."""
 
     def backbone_problems(self) -> Iterator[tuple[str, str]]:
-        """(setting, problem) of settings that the backbone does not have, or not so."""
-        yield from ()
+        """(setting, problem) of settings that the backbone does not have, and of a language model that cannot be packed."""
+        for name in OF_CLIP:
+            value = getattr(self, name)
+            if value != METHOD_FIELDS[name].default:
+                yield (
+                    name,
+                    f"{value!r} is for LLaVA, which pads or crops images for CLIP; {self.backbone} has no such input",
+                )
+        if not self.decoder_kind.has_encoder:
+            yield "mask_decoder", f"{self.mask_decoder} reads the states of LLaVA's CLIP, which {self.backbone} lacks"
+        kinds = Counter(getattr(self.text, "layer_types", None) or ())
+        if others := {kind: count for kind, count in kinds.items() if kind != "full_attention"}:
+            named = ", ".join(f"{count} {kind}" for kind, count in sorted(others.items()))
+            yield (
+                "text_config",
+                f"{self.text.model_type} has {named} among its {kinds.total()} layers: conversations about an image "
+                "share a row, and only layers of full attention keep them apart; use a model that has no others",
+            )
 
     def new_reader(self, folder: Path | None = None) -> ImageReader:
         """The reader of the backbone's images.
@@ -89,7 +108,12 @@ class GroundingConfig(
     @property
     def map_fit(self) -> Fit:
         """How an image fits what its similarity maps show."""
-        raise NotImplementedError
+        return Fit("stretch")
+
+    @property
+    def num_image_tokens(self) -> int:
+        """Tokens of an image, at most."""
+        return self.max_image_tokens
 
     @property
     def text(self) -> PreTrainedConfig:

@@ -235,6 +235,12 @@ class DecoderSettings:
         "side that the tower was trained with (PixelLM: 448)",
         low=0,
     )
+    max_image_tokens: int = setting(
+        1280,
+        "most tokens of an image, where a backbone reads images at their own size (Qwen-VL) or in tiles of 256 "
+        "(InternVL3)",
+        low=1,
+    )
     image_pool: int = setting(
         1, "side of the square of CLIP's patches that becomes one image token of the language model (PixelLM: 2)", low=1
     )

@@ -124,7 +124,8 @@ class Batch:
         questions: number of conversations per row.
         image_tokens: [B, V] int64, flat positions of the image's tokens; image_cells: [B, V] int64, the cell of the
             map's grid that each shows, row-major (h * w or more: none); image_shown: [B, V] bool, False for padding,
-            which no token attends to; has_padding: whether there is any.
+            which no token attends to; image_counts: how many of a row's are the image's; has_padding: whether any is
+            padding.
         valid: [B, P] bool, cells of the map that show the image.
         grids: (h, w) of the map per row, in cells; h * w <= P.
         image_keys: per row, the image's key in the cache of SAM's features; empty without a cache.
@@ -148,6 +149,7 @@ class Batch:
     image_tokens: torch.Tensor
     image_cells: torch.Tensor
     image_shown: torch.Tensor
+    image_counts: list[int]
     valid: torch.Tensor
     has_padding: bool
     grids: list[tuple[int, int]]

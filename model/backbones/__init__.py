@@ -49,4 +49,31 @@ BACKBONES = {
         "model.backbones.llava:ClipReader",
         ("llava", "llava_llama", "llava_next"),
     ),
+    "qwen2_5_vl": Backbone(
+        "model.backbones.qwen2_5_vl:Config",
+        "model.backbones.qwen2_5_vl:UGroundQwen25VL",
+        "model.backbones.qwen2_5_vl:Reader",
+        ("qwen2_5_vl",),
+    ),
+    "qwen3_vl": Backbone(
+        "model.backbones.qwen3_vl:Config",
+        "model.backbones.qwen3_vl:UGroundQwen3VL",
+        "model.backbones.qwen3_vl:Reader",
+        ("qwen3_vl",),
+    ),
+    "internvl3": Backbone(
+        "model.backbones.internvl3:Config",
+        "model.backbones.internvl3:UGroundInternVL3",
+        "model.backbones.internvl3:Reader",
+        ("internvl",),
+    ),
 }
+
+
+def backbone_of(model_type: object, base: bool = False) -> str | None:
+    """The backbone of a config.json's ``model_type``: that of a model of this project, or of base weights."""
+    for name, backbone in BACKBONES.items():
+        own = "uground" if name == "llava" else f"uground_{name}"
+        if model_type in (backbone.base_types if base else (own,)):
+            return name
+    return None

@@ -9,13 +9,17 @@ Legend: B rows, T tokens, V image tokens, D hidden size, L hidden states (decode
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import Cache, PreTrainedModel
 
+from model.loading.files import blame, read_json
 from model.structures import Batch
 
 
@@ -104,15 +108,36 @@ def packed_mask(
     return mask[:, None]
 
 
+def in_rows(features: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
+    """Features of all images' tokens, one after another, as [B, V, D]; rows with fewer than V are filled with zeros."""
+    return nn.utils.rnn.pad_sequence(features.split(list(counts)), batch_first=True)
+
+
+def image_processor(kind: type, folder: Path) -> Any:
+    """transformers' image processor of a folder.
+
+    By class, not by AutoImageProcessor: the file of early Qwen2.5-VL revisions names a class that does not exist.
+
+    Raises:
+        ValueError: if there is no such file, or it is damaged.
+    """
+    file, whole = folder / "preprocessor_config.json", folder / "processor_config.json"
+    nested = whole.is_file() and not file.is_file()  # of a whole processor that transformers 5 has saved
+    with blame(f"the image processor cannot be read from {whole if nested else file}"):
+        return kind.from_dict(read_json(whole)["image_processor"] if nested else read_json(file))  # type: ignore[attr-defined]
+
+
 class Backbone(PreTrainedModel):
     """A vision-language model over packed rows. Its class also extends transformers' own, which comes after this one.
 
     Attributes:
         lora_layers: pattern of the names of the language model's attention, before the projection's name.
+        published_keys: renaming rules (``model.loading.formats``) of published weights to transformers' names.
         clip_depths: indices of the CLIP hidden states that the mask decoder reads, for a backbone that has them.
     """
 
     lora_layers: str
+    published_keys: tuple[tuple[str, str], ...] = ()
     lm_head: nn.Linear
     _supports_flash_attn = False  # flash attention takes no mask with a prefix shared by conversations; SDPA does
     _supports_flex_attn = False
@@ -129,6 +154,16 @@ class Backbone(PreTrainedModel):
     @abstractmethod
     def read_images(self, batch: Batch) -> ImageFeatures:
         """The embeddings of the batch's image tokens, of ``Batch.pixel_values``."""
+
+    @contextmanager
+    def grad_if_trained(self, *parts: nn.Module) -> Iterator[None]:
+        """Gradients inside only if a parameter of the parts trains.
+
+        transformers' gradient checkpointing makes the tower's inputs require gradients, also where it is frozen.
+        """
+        trains = any(parameter.requires_grad for part in parts for parameter in part.parameters())
+        with torch.set_grad_enabled(trains and torch.is_grad_enabled()):
+            yield
 
     def embed(self, input_ids: torch.Tensor, features: torch.Tensor, image_tokens: torch.Tensor) -> torch.Tensor:
         """Token embeddings [B, T, D] of ``input_ids`` [B, T], with features [B, V, D] at flat positions [B, V]."""

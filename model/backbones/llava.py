@@ -201,9 +201,7 @@ class LlavaLlamaForCausalLM(Backbone, LlamaForCausalLM):
         depths: tuple[int, ...] = (),
     ) -> tuple[torch.Tensor, ...]:
         """[B, V, C] hidden states of CLIP, one tensor for each of ``depths``, and the one that LLaVA reads."""
-        # transformers' gradient checkpointing makes the tower's inputs require gradients, also where it is frozen
-        trains = any(parameter.requires_grad for parameter in self.vision_tower.parameters())
-        with torch.set_grad_enabled(trains and torch.is_grad_enabled()):
+        with self.grad_if_trained(self.vision_tower):
             return self._run_clip(clip_images, cells, valid, depths)
 
     def _run_clip(

@@ -127,6 +127,7 @@ def collate_rows(
         image_tokens=torch.arange(len(rows))[:, None] * width + torch.arange(start, start + num_images),
         image_cells=tokens.cells,
         image_shown=tokens.shown,
+        image_counts=tokens.shown.sum(1).tolist(),
         valid=tokens.valid,
         has_padding=not bool(tokens.shown.all()),
         grids=tokens.grids,

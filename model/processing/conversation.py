@@ -77,7 +77,7 @@ class PromptBuilder:
         known = (*SPECIAL_TOKENS, *codebook, *tokenizer.all_special_tokens, *tokenizer.get_added_vocab())
         self.escaped = dict.fromkeys(token for token in known if len(token) > 2)
         self.escaped_in_answers = [token for token in self.escaped if token not in (SEG, REJ)]
-        self.seg_name = codebook[0]
+        self.seg_name, self.end = codebook[0], template.end or tokenizer.eos_token
         self.codebook = [tokenizer.get_vocab()[name] for name in codebook]
         before, after = template.prefix(system_prompt)
         self.prefix_text = before + template.image[1] + after
@@ -105,7 +105,7 @@ class PromptBuilder:
             text += template.question.format(question)
             if turn.answer:
                 start, answer = len(text), escape(turn.answer.strip(), self.escaped_in_answers)
-                text += template.answer.format(answer.replace(SEG, self.seg_name)) + self.tokenizer.eos_token
+                text += template.answer.format(answer.replace(SEG, self.seg_name)) + self.end
                 spans.append((start, len(text)))
         encoded = self.tokenizer(text, return_offsets_mapping=True)
         ids, offsets = encoded["input_ids"], encoded["offset_mapping"]

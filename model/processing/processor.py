@@ -58,7 +58,7 @@ class UGroundProcessor:
         self.tokenizer, self.reader, self.sam_side = tokenizer, reader, sam_side
         folder, template, names = tokenizer.name_or_path, reader.template, codebook_names(codebook)
         where = f"the tokenizer of {folder}" if folder else "the tokenizer"
-        self.tokens = token_ids(tokenizer, where, codebook, template.image[1], IM_START in template.added)
+        self.tokens = token_ids(tokenizer, where, codebook, template.image[1], IM_START in template.added, template.end)
         prompt = template.system_prompt if system_prompt is None else system_prompt
         self.builder = PromptBuilder(tokenizer, prompt, names, template)
         self.codebook = self.builder.codebook

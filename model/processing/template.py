@@ -16,7 +16,8 @@ class ChatTemplate:
         user: what begins a user's turn.
         image: (before, placeholder, after): the placeholder is one token, which stands for each of the image's.
         question: with ``{}`` for the question, up to where the answer begins.
-        answer: with ``{}`` for the answer, which the tokenizer's end-of-sequence token ends.
+        answer: with ``{}`` for the answer.
+        end: the token that ends an answer; "" = the tokenizer's end-of-sequence token.
         separator: between that token and the next user's turn.
         system_prompt: the default one.
         added: tokens of the template that a tokenizer gets with those of UGround.
@@ -27,6 +28,7 @@ class ChatTemplate:
     image: tuple[str, str, str]
     question: str
     answer: str
+    end: str = ""
     separator: str = ""
     system_prompt: str = ""
     added: tuple[str, ...] = ()

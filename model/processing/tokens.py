@@ -113,19 +113,21 @@ def token_ids(
     codebook: int = 1,
     image: str = IMAGE,
     around_image: bool = True,
+    end: str = "",
 ) -> TokenIds:
     """Ids of the special tokens, checked.
 
     Args:
         where: name of the tokenizer, for messages.
         codebook: number of [SEG] tokens per target; all are checked.
-        image: the chat template's placeholder; around_image: whether LLaVA's tokens stand around it.
+        image: the chat template's placeholder; around_image: whether LLaVA's tokens stand around it; end: the token
+            that ends an answer, "" = the tokenizer's end-of-sequence token.
 
     Raises:
         ValueError: if one other than [REJ] is unknown, two share an id, one is not encoded as a single token, or there
             is no end-of-sequence token.
     """
-    names = [*codebook_names(codebook), *[IM_START, IM_END] * around_image, image]
+    names = [*codebook_names(codebook), *[IM_START, IM_END] * around_image, image, *[end] * bool(end)]
     vocabulary = tokenizer.get_vocab()
     if REJ in vocabulary:
         names.append(REJ)
@@ -139,15 +141,16 @@ def token_ids(
     for token in names:
         if tokenizer.encode(token, add_special_tokens=False) != [ids[token]]:
             raise ValueError(f"{where} splits {token} into {tokenizer.tokenize(token)}; it must be one special token")
-    if tokenizer.eos_token_id is None:
+    eos = ids.get(end, tokenizer.eos_token_id)
+    if eos is None:
         raise ValueError(f"{where} has no end-of-sequence token (eos_token in tokenizer_config.json)")
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos
     return TokenIds(
         seg=ids[codebook_names(codebook)[-1]],
         rej=ids.get(REJ),
         image=ids[image],
         im_start=ids.get(IM_START),
         im_end=ids.get(IM_END),
-        eos=tokenizer.eos_token_id,
+        eos=eos,
         pad=pad,
     )

@@ -90,7 +90,7 @@ def test_other_pixels_encoder_precision_or_side_are_other_entries(tmp_path):
 
 def test_entries_of_earlier_versions_are_still_found(make_model, tiny_tokenizer, tmp_path):
     """The name of an entry, and what stands in it for SAM's encoder, as released."""
-    model, processor = make_model(), UGroundProcessor(tiny_tokenizer, 40, 10, 64, "")
+    model, processor = make_model(), UGroundProcessor(tiny_tokenizer, ClipReader(40, 10), 64, "")
     cache_sam_features(model, processor, str(tmp_path), 1.0)
     assert model.visual_model.cache.encoder == fingerprint(model.visual_model.image_encoder.state_dict().values())
     FeatureCache(tmp_path, 1, "one").get(["a"], IMAGES[:1], encode)
