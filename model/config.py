@@ -11,7 +11,9 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from model import layer_rules
 from model.backbones.llava import ClipReader, LlavaLlamaConfig
+from model.decoders import DECODERS
 from model.decoders.pixel_decoder import PixelDecoderShape
+from model.decoders.sam2 import Sam2
 from model.decoders.segment_anything import SamShape
 from model.geometry import Fit
 from model.processing.reader import ImageReader
@@ -39,11 +41,12 @@ class GroundingConfig(
     """What a model of any backbone is: its mask decoder's sizes, the special tokens' ids, and the method's settings.
 
     Args:
-        sam_config: ``SamShape`` as a dictionary.
+        sam_config: ``SamShape`` as a dictionary; without a meaning for decoders with ``decoder_config``.
         seg_token_id, rej_token_id: ids of ``[SEG]`` and ``[REJ]``.
         codebook_ids: with several [SEG] tokens per target, the ids of all, in their order; the last is
             ``seg_token_id``, which completes the target. None = there is one.
-        decoder_config: ``PixelDecoderShape`` as a dictionary; None = SAM, or a pixel decoder of the default sizes.
+        decoder_config: sizes of another mask decoder than SAM: ``PixelDecoderShape`` as a dictionary, or what
+            ``Sam2.sizes`` gives; None = its default sizes (SAM 2.1 Large, facebook/sam3).
         **kwargs: the method's settings (``model.settings``, the paper's values as defaults), and the backbone's.
 
     Attributes:
@@ -73,6 +76,9 @@ class GroundingConfig(
         super().__init__(**kwargs)
         self.fit_backbone()
         self.check_settings()
+        decoder = DECODERS[self.mask_decoder]
+        if issubclass(decoder, Sam2) and not self.decoder_config:
+            self.decoder_config = decoder.sizes(decoder.default_sizes)
 
     def fit_backbone(self) -> None:
         """Hook for what the settings change about the backbone, before they are checked."""
@@ -145,9 +151,20 @@ class GroundingConfig(
         """Arguments of ``UGroundProcessor`` that follow from the model; ``folder``: of ``new_reader``."""
         return {
             "reader": self.new_reader(folder),
-            "sam_side": self.sam_config["image_size"] if self.decoder_kind.has_encoder else 0,
+            "sam_side": self.sam_side,
+            "sam_input": self.decoder_kind.input,
             "codebook": self.codebook_size,
         }
+
+    @property
+    def sam_side(self) -> int:
+        """Side in pixels of the mask decoder's square input; 0 = it has none."""
+        if not self.decoder_kind.has_encoder:
+            return 0
+        if issubclass(DECODERS[self.mask_decoder], Sam2):
+            assert self.decoder_config is not None
+            return self.decoder_config["prompt_encoder_config"]["image_size"]
+        return self.sam_config["image_size"]
 
     @property
     def num_layers(self) -> int:

@@ -17,9 +17,12 @@ from model.loading.adapter import ROWS
 PARTS = {  # what the name of a parameter contains -> its part
     "text_hidden_fcs.": "phi",
     "ppm.": "gate",
+    "visual_model.mask_decoder.conv_s": "sam_image_encoder",  # SAM 2's run with the encoder, and are cached with it
     "visual_model.mask_decoder.": "sam_mask_decoder",
     "visual_model.prompt_encoder.": "sam_prompt_encoder",
     "visual_model.image_encoder.": "sam_image_encoder",
+    "visual_model.vision_encoder.": "sam_image_encoder",
+    "visual_model.no_memory_embedding": "sam_image_encoder",
     "visual_model.out_mm_projector.": "mask_projector",
     "visual_model.image_feature_neck.": "image_neck",
     "vision_tower.": "clip",
@@ -50,12 +53,14 @@ def trains_in_full(name: str, config: GroundingConfig) -> bool:
         gate = config.selection.gate
         return gate == "policy" if "ppm.critic." in name else bool(gate)
     if part == "sam_prompt_encoder":
-        used = ["mask_downscaling" if config.mask_prompt else "no_mask_embed"]
+        used = [".mask_downscaling.", ".mask_embed."] if config.mask_prompt else [".no_mask_embed."]
         if config.point_prompts:
-            used += ["point_embeddings.0", "point_embeddings.1", "not_a_point_embed"]
+            used += [".point_embeddings.0.", ".point_embeddings.1.", ".point_embed.", ".not_a_point_embed."]
         return any(key in name for key in used)
     if part == "projector":
         return bool(config.clip_resize)  # it knows CLIP's states at the side that the tower was trained with
+    if "mask_decoder.pred_obj_score_head." in name:  # SAM 2's rates frames of a video
+        return False
     return part in ("sam_mask_decoder", "mask_projector", "image_neck", "embed_tokens", "lm_head")
 
 

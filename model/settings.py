@@ -37,8 +37,10 @@ class DecoderKind:
     Attributes:
         title: its name in reports and messages.
         scales: S, the prompts that it takes per [SEG].
-        weights: what ``--vision_pretrained`` names: ``file``; "" = nothing: it has no image encoder, reads CLIP's
-            states and starts from new weights.
+        weights: what ``--vision_pretrained`` names: a ``file``, or a ``folder`` of transformers; "" = nothing: it has
+            no image encoder, reads CLIP's states and starts from new weights.
+        example: of such weights.
+        input: how an image becomes its input, of ``model.processing.transforms.SAM_INPUTS``.
         takes_points: whether points can prompt it.
         parts: what trains beside its prompt encoder and mask decoder, of ``FREEZABLE``.
     """
@@ -46,6 +48,8 @@ class DecoderKind:
     title: str
     scales: int = 1
     weights: str = ""
+    example: str = ""
+    input: str = "pad"
     takes_points: bool = True
     parts: tuple[str, ...] = ()
 
@@ -57,7 +61,9 @@ class DecoderKind:
 
 SAM = "segment_anything"  # the default, and the decoder of settings that name none
 DECODER_KINDS: dict[str, DecoderKind] = {  # by the name that is a value of ``mask_decoder``
-    SAM: DecoderKind("SAM", weights="file"),
+    SAM: DecoderKind("SAM", weights="file", example="sam_vit_h"),
+    "sam2": DecoderKind("SAM 2.1", weights="folder", example="facebook/sam2.1-hiera-large", input="stretch"),
+    "sam3_tracker": DecoderKind("SAM 3's tracker", weights="folder", example="facebook/sam3", input="stretch_to_one"),
     "pixel_decoder": DecoderKind("pixel decoder", scales=2, takes_points=False, parts=("mask_projector", "image_neck")),
 }
 
@@ -222,7 +228,8 @@ class DecoderSettings:
 
     mask_decoder: str = setting(
         SAM,
-        "SAM, or pixel_decoder: PixelLM's, which reads CLIP's states and needs no SAM",
+        "SAM; sam2: SAM 2.1; sam3_tracker: SAM 3's tracker; or pixel_decoder: PixelLM's, which reads CLIP's states and "
+        "needs no SAM",
         choices=tuple(DECODER_KINDS),
     )
     decoder_width: int = setting(256, "width of a pixel decoder's prompts and image features; a multiple of 16", low=16)

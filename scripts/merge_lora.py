@@ -252,7 +252,7 @@ def save_merged(model: PreTrainedModel, folder: Path) -> None:
     """
     import torch
 
-    from model.loading.weights import read_folder
+    from model.loading.files import read_folder
 
     model.save_pretrained(folder)
     saved, state = read_folder(folder), model.state_dict()

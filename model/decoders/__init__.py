@@ -2,6 +2,13 @@
 
 from model.decoders.base import MaskDecoder
 from model.decoders.pixel_decoder import PixelDecoder
+from model.decoders.sam2 import Sam2
+from model.decoders.sam3_tracker import Sam3Tracker
 from model.decoders.segment_anything import SegmentAnything
 
-DECODERS: dict[str, type[MaskDecoder]] = {"segment_anything": SegmentAnything, "pixel_decoder": PixelDecoder}
+DECODERS: dict[str, type[MaskDecoder]] = {
+    "segment_anything": SegmentAnything,
+    "sam2": Sam2,
+    "sam3_tracker": Sam3Tracker,
+    "pixel_decoder": PixelDecoder,
+}

@@ -20,7 +20,13 @@ if TYPE_CHECKING:
     from model.sam_cache import FeatureCache
     from model.structures import Batch
 
-POSITIONS = ("positional_encoding_gaussian_matrix", "positional_embedding")  # buffers, in the package and transformers
+POSITIONS = (  # buffers of segment-anything's encodings, transformers', and its rotary ones
+    "positional_encoding_gaussian_matrix",
+    "positional_embedding",
+    "position_ids",
+    "inv_freq",
+    "original_inv_freq",
+)
 
 
 class MaskDecoder(nn.Module, ABC):

@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     import torch
 
 INCOMPLETE = "is not completely downloaded"
+WEIGHT_FILES = (
+    ("model*.safetensors", "model.safetensors.index.json"),
+    ("pytorch_model*.bin", "pytorch_model.bin.index.json"),
+)
 SAM_2 = ("sam_mask_decoder.", "memory_attention.", "memory_encoder.")  # prefixes that only SAM 2 has
 
 
@@ -103,9 +107,68 @@ def read_torch_file(path: Path) -> dict[str, torch.Tensor]:
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         inner = state.get("model") if isinstance(state, dict) else None
         if isinstance(inner, dict) and any(str(key).startswith(SAM_2) for key in inner):
-            raise ValueError(f"{path} is a SAM 2 checkpoint; give one of SAM, such as sam_vit_h_4b8939.pth")
+            raise ValueError(
+                f"{path} is a SAM 2 checkpoint; give one of SAM, such as sam_vit_h_4b8939.pth, or, with --mask_decoder "
+                "sam2, transformers' folder of SAM 2.1, facebook/sam2.1-hiera-large"
+            )
         raise ValueError(f"{path} holds no dictionary of tensors")
     return state
+
+
+def read_folder(folder: Path) -> dict[str, torch.Tensor]:
+    """All weights of a transformers-style folder: safetensors or ``.bin``, one file or shards.
+
+    Raises:
+        ValueError: if the folder has no weights, a file is damaged, or the index names a shard that is missing.
+    """
+    for pattern, index_name in WEIGHT_FILES:
+        index = folder / index_name
+        if index.is_file():
+            weight_map = read_json(index).get("weight_map")
+            if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+                raise ValueError(f"{index} has no weight_map, an object of names of files")
+            files = [folder / name for name in sorted(set(weight_map.values()))]
+        else:
+            files = sorted(folder.glob(pattern))
+        if missing := [str(path) for path in files if not path.is_file()]:
+            raise ValueError(f"{index} names files that are not there: {', '.join(missing)}")
+        if files:
+            state: dict[str, torch.Tensor] = {}  # memory-mapped: read from disk when used
+            for path in files:
+                state |= read_safetensors(path) if path.suffix == ".safetensors" else read_torch_file(path)
+            return state
+    raise ValueError(
+        f"{folder} holds no weights (looked for model.safetensors and pytorch_model.bin, whole or in shards)"
+    )
+
+
+def run_of(folder: Path) -> Path | None:
+    """The training run that a folder is or belongs to, such as a checkpoint's; None if there is none."""
+    candidates = (folder, *folder.absolute().parents[:2])
+    return next((run for run in candidates if (run / "checkpoints/index.json").is_file()), None)
+
+
+def read_config(folder: Path, what: str) -> dict:
+    """``config.json`` of a folder.
+
+    Args:
+        what: the flag that gave the folder, for messages.
+
+    Raises:
+        ValueError: if there is no such folder or file, or the file is no JSON object.
+    """
+    path = folder / "config.json"
+    if not folder.is_dir():
+        raise ValueError(f"{what}: {folder} is no folder; give the path of one, or a hub id (org/name)")
+    if not path.is_file():
+        if run := run_of(folder):
+            raise ValueError(
+                f"{what}: {folder} is of a training run, not a model. Write the model first, with "
+                f"python scripts/merge_lora.py --checkpoint {run} --output {run / 'merged'}, and give that folder"
+            )
+        raise ValueError(f"{what}: {folder} has no config.json")
+    with blame(what):
+        return read_json(path)
 
 
 def forbidden(error: Exception) -> str | None:

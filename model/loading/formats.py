@@ -81,6 +81,34 @@ SAM_TRANSFORMERS = (
     (r"(_mlps\.\d+|_head)\.proj_in\.", r"\1.layers.0."),
     (r"(_mlps\.\d+|_head)\.proj_out\.", r"\1.layers.2."),
 )
+# what transformers' models of SAM 2 and SAM 3 for videos have beside those for images
+MEMORY = (
+    "memory_attention.",
+    "memory_encoder.",
+    "memory_temporal_positional_encoding",
+    "no_memory_positional_encoding",
+    "no_object_pointer",
+    "mask_downsample.",
+    "object_pointer_proj.",
+    "temporal_positional_encoding_projection_layer.",
+    "occlusion_spatial_embedding_parameter",
+)
+VIDEO: Rules = tuple((name, None) for name in MEMORY)
+# Sam3VideoModel, where the tracker has a neck of its own on the detector's encoder, and what transformers 5 writes for
+# the tracker alone
+SAM3: Rules = (
+    *(
+        (prefix + name, new)
+        for prefix in ("tracker_model.", "")
+        for name, new in (
+            ("detector_model.vision_encoder.backbone.", "vision_encoder.backbone."),
+            ("tracker_neck.", "vision_encoder.neck."),
+            *VIDEO,
+        )
+    ),
+    ("detector_model.", None),
+    ("tracker_model.", ""),
+)
 COMPUTED = ("rotary_emb.inv_freq", "vision_model.embeddings.position_ids")  # not weights, but stored in older files
 
 

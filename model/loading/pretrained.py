@@ -13,9 +13,10 @@ from transformers.utils import logging as transformers_logging
 from model.config import GroundingConfig, UGroundConfig
 from model.grounding import GroundingModel
 from model.loading import adapter, hub
-from model.loading.files import blame
+from model.loading.files import blame, read_config, read_folder, run_of
 from model.loading.formats import Release, release_of, released_settings
 from model.loading.hub import Resolved
+from model.loading.mask_decoders import read_decoder
 from model.loading.placement import PRECISIONS, pick_device, pick_precision, place
 from model.loading.weights import (
     LLAVA_TYPES,
@@ -29,12 +30,8 @@ from model.loading.weights import (
     load_strictly,
     misfits,
     new_model,
-    read_config,
-    read_folder,
-    read_sam,
     released_config,
     report,
-    run_of,
 )
 from model.opened import Opened
 from model.processing.processor import UGroundProcessor
@@ -154,7 +151,7 @@ def check_processor(config: GroundingConfig, processor: UGroundProcessor, folder
         ("[SEG]", config.seg_token_id, processor.tokens.seg),
         ("[REJ]", config.rej_token_id, processor.tokens.rej),
         ("the codebook", config.codebook, tuple(processor.codebook)),
-        ("sam_side", expected["sam_side"], processor.sam_side),
+        *((name, expected[name], getattr(processor, name)) for name in ("sam_side", "sam_input")),
         *((name, value, of_reader[1].get(name)) for name, value in of_reader[0]),
     ):
         if of_model != of_processor:
@@ -277,8 +274,15 @@ def _start(
     of_decoder = decoder_kind({"mask_decoder": mask_decoder})
 
     def resolve(name: str, text: str, flag: str) -> None:
-        function = hub.resolve_file if name == "vision_pretrained" else hub.resolve_folder
+        function = hub.resolve_folder
+        if name == "vision_pretrained" and of_decoder.weights == "file":
+            function = hub.resolve_file
         try:
+            if name == "vision_pretrained" and of_decoder.weights == "folder" and Path(text).is_file():
+                raise ValueError(
+                    f"{flag} {text}: is a file; --mask_decoder {mask_decoder} takes a folder of transformers' weights, "
+                    f"such as {of_decoder.example}"
+                )
             found[name] = function(text, flag, download)
         except ValueError as error:
             problems.append(str(error))
@@ -423,8 +427,9 @@ def config_of(
     if release := release_of(raw):
         return released_config(folder, raw, release, vision_tower, settings)[0]
     keys = ["mm_projector.2.weight"]  # LLaVA-1.5's; another one weighs as little
-    sam = read_sam(vision_pretrained)[1] if decoder_kind(settings).has_encoder else None
-    return base_config(folder, Path(vision_tower), sam, keys, settings)
+    if decoder_kind(settings).has_encoder:
+        settings = settings | read_decoder(settings.get("mask_decoder", SAM), vision_pretrained)[1]
+    return base_config(folder, Path(vision_tower), keys, settings)
 
 
 def check_kept(folder: str | Path, settings: Mapping[str, Any]) -> None:

@@ -20,14 +20,11 @@ from model.decoders.pixel_decoder import PixelDecoderShape, clip_depths
 from model.decoders.segment_anything import SamShape, SegmentAnything
 from model.grounding import GroundingModel
 from model.loading import formats, hub
-from model.loading.files import blame, read_json, read_safetensors, read_torch_file
-from model.settings import decoder_kind
+from model.loading.files import blame, read_config, read_folder
+from model.loading.mask_decoders import read_decoder
+from model.settings import SAM, decoder_kind
 
 LLAVA_TYPES = ("llava", "llava_llama", "llava_next")
-WEIGHT_FILES = (
-    ("model*.safetensors", "model.safetensors.index.json"),
-    ("pytorch_model*.bin", "pytorch_model.bin.index.json"),
-)
 NEW_PARTS = ("text_hidden_fcs.", "ppm.")  # trained from scratch; no base has them
 CLIP_TEXT_KEYS = ("text_model.", "text_projection.", "visual_projection.", "logit_scale")  # of CLIP's text encoder
 LLAMA_KEYS = [
@@ -70,62 +67,6 @@ class Loaded:
     dtype: str
     fingerprint: str
     new: str = ""
-
-
-def read_folder(folder: Path) -> dict[str, torch.Tensor]:
-    """All weights of a transformers-style folder: safetensors or ``.bin``, one file or shards.
-
-    Raises:
-        ValueError: if the folder has no weights, a file is damaged, or the index names a shard that is missing.
-    """
-    for pattern, index_name in WEIGHT_FILES:
-        index = folder / index_name
-        if index.is_file():
-            weight_map = read_json(index).get("weight_map")
-            if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-                raise ValueError(f"{index} has no weight_map, an object of names of files")
-            files = [folder / name for name in sorted(set(weight_map.values()))]
-        else:
-            files = sorted(folder.glob(pattern))
-        if missing := [str(path) for path in files if not path.is_file()]:
-            raise ValueError(f"{index} names files that are not there: {', '.join(missing)}")
-        if files:
-            state: dict[str, torch.Tensor] = {}  # memory-mapped: read from disk when used
-            for path in files:
-                state |= read_safetensors(path) if path.suffix == ".safetensors" else read_torch_file(path)
-            return state
-    raise ValueError(
-        f"{folder} holds no weights (looked for model.safetensors and pytorch_model.bin, whole or in shards)"
-    )
-
-
-def run_of(folder: Path) -> Path | None:
-    """The training run that a folder is or belongs to, such as a checkpoint's; None if there is none."""
-    candidates = (folder, *folder.absolute().parents[:2])
-    return next((run for run in candidates if (run / "checkpoints/index.json").is_file()), None)
-
-
-def read_config(folder: Path, what: str) -> dict:
-    """``config.json`` of a folder.
-
-    Args:
-        what: the flag that gave the folder, for messages.
-
-    Raises:
-        ValueError: if there is no such folder or file, or the file is no JSON object.
-    """
-    path = folder / "config.json"
-    if not folder.is_dir():
-        raise ValueError(f"{what}: {folder} is no folder; give the path of one, or a hub id (org/name)")
-    if not path.is_file():
-        if run := run_of(folder):
-            raise ValueError(
-                f"{what}: {folder} is of a training run, not a model. Write the model first, with "
-                f"python scripts/merge_lora.py --checkpoint {run} --output {run / 'merged'}, and give that folder"
-            )
-        raise ValueError(f"{what}: {folder} has no config.json")
-    with blame(what):
-        return read_json(path)
 
 
 def load_strictly(module: nn.Module, state: dict[str, torch.Tensor], source: str, new: tuple[str, ...] = ()) -> None:
@@ -223,20 +164,6 @@ def report(model: nn.Module, sources: dict[str, str], new: Mapping[str, str] | N
     return rows
 
 
-def read_sam(path: str) -> tuple[dict[str, torch.Tensor], SamShape]:
-    """A SAM's tensors and sizes, from segment-anything's ``.pth`` or a folder of transformers' SamModel.
-
-    Raises:
-        ValueError: if the path is neither.
-    """
-    folder = Path(path)
-    state = formats.sam_renamed(read_folder(folder)) if folder.is_dir() else read_torch_file(folder)
-    try:
-        return state, SamShape.from_state_dict(state)
-    except (KeyError, IndexError) as error:
-        raise ValueError(f"--vision_pretrained: {path} is no segment-anything checkpoint (no {error})") from error
-
-
 def check_llava(file: Path, raw: Mapping[str, Any]) -> None:
     """Raises a ValueError if ``raw``, the content of ``file``, is not the configuration of a LLaVA."""
     if raw.get("model_type") not in LLAVA_TYPES:
@@ -246,15 +173,13 @@ def check_llava(file: Path, raw: Mapping[str, Any]) -> None:
         )
 
 
-def base_config(
-    version: Path, tower: Path, sam: SamShape | None, keys: Collection[str], settings: dict
-) -> UGroundConfig:
-    """The configuration of a model built from a LLaVA folder, a CLIP folder and a SAM, or without one.
+def base_config(version: Path, tower: Path, keys: Collection[str], settings: dict) -> UGroundConfig:
+    """The configuration of a model built from a LLaVA folder, a CLIP folder and a mask decoder.
 
     Args:
         version, tower: folders of LLaVA and CLIP.
         keys: of LLaVA's tensors, renamed to this project's; they determine the kind of projector.
-        settings: of ``UGroundConfig``, beyond the sizes.
+        settings: of ``UGroundConfig``, with the mask decoder's sizes.
 
     Raises:
         ValueError: if the folder is no LLaVA, or its projector was trained for another tower.
@@ -283,7 +208,6 @@ def base_config(
             vision_config=clip,
             mm_vision_select_layer=raw.get("mm_vision_select_layer", -2),
             mm_projector_type="linear" if "mm_projector.weight" in keys else "mlp2x_gelu",
-            sam_config=sam.to_dict() if sam else None,
             **(llama | settings),
         )
 
@@ -358,10 +282,10 @@ def fit_positions(state: dict[str, torch.Tensor], config: UGroundConfig, shifted
 def load_base(
     version: str, vision_tower: str, vision_pretrained: str, dtype: torch.dtype, settings: dict
 ) -> tuple[GroundingModel, dict[str, str]]:
-    """Builds UGround from a LLaVA-1.5 folder, a CLIP folder and a SAM, whose sizes follow from its tensors.
+    """Builds UGround from a LLaVA-1.5 folder, a CLIP folder and a mask decoder.
 
     Args:
-        vision_pretrained: SAM; not read if ``settings`` name another mask decoder, which is new.
+        vision_pretrained: the mask decoder that ``settings`` name; not read if it is a new one.
         settings: of ``UGroundConfig``, beyond the sizes.
 
     Returns:
@@ -370,23 +294,23 @@ def load_base(
     Raises:
         ValueError: if a file is missing, or weights do not fit.
     """
-    has_sam = decoder_kind(settings).has_encoder
-    sam, shape = read_sam(vision_pretrained) if has_sam else ({}, None)
+    has_encoder = decoder_kind(settings).has_encoder
+    decoder, sizes = read_decoder(settings.get("mask_decoder", SAM), vision_pretrained) if has_encoder else ({}, {})
     nested = "text_config" in read_config(Path(version), "--version")
     rules = formats.LLAVA_TRANSFORMERS if nested else formats.LLAVA
     llava = formats.renamed(read_folder(Path(version)), rules)
-    config = base_config(Path(version), Path(vision_tower), shape, llava.keys(), settings)
+    config = base_config(Path(version), Path(vision_tower), llava.keys(), settings | sizes)
     with blame(f"--version: {Path(version) / 'config.json'} does not describe a LLaVA that can be built"):
         model = new_model(config, dtype)
-    if has_sam:
-        load_strictly(model.visual_model, sam, vision_pretrained)
+    if has_encoder:
+        load_strictly(model.visual_model, decoder, vision_pretrained)
     has_tower = any(key.startswith("vision_tower.") for key in llava)  # perhaps fine-tuned: it takes precedence
     llava = read_tower(vision_tower) | llava
     fit_positions(llava, config)
     load_strictly(model, llava, str(Path(version) / "config.json"), new=("visual_model.", *NEW_PARTS))
     sources = dict.fromkeys(("model", "lm_head", "mm_projector"), version)
     sources["vision_tower"] = version if has_tower else vision_tower
-    if has_sam:
+    if has_encoder:
         sources["visual_model"] = vision_pretrained
     return model.eval(), sources
 
@@ -401,17 +325,22 @@ def released_config(
     state = formats.renamed(read_folder(folder), release.rules)
     with blame(f"--version: {folder / 'config.json'}"):
         method = formats.released_settings(release, raw) | settings
-    decoder, kind, shape = formats.below(state, "visual_model."), decoder_kind(method), None
+    decoder, kind = formats.below(state, "visual_model."), decoder_kind(method)
+    if kind != decoder_kind(release.settings):
+        raise ValueError(
+            f"--version: {folder} is a published {release.name}, whose masks {decoder_kind(release.settings).title} "
+            f"decodes; leave out --mask_decoder {method['mask_decoder']}, or start from base weights"
+        )
     try:
         if kind.has_encoder:
-            shape = SamShape.from_state_dict(decoder)
+            method["sam_config"] = SamShape.from_state_dict(decoder).to_dict()
         else:
             method |= _pixel_sizes(Path(vision_tower), raw, state, decoder)
     except (KeyError, IndexError) as error:
         wrapped = any(key.startswith("base_model.") for key in state)
         hint = ": an adapter that was not merged; merge it with its own code" if wrapped else ""
         raise ValueError(f"--version: {folder} holds no {kind.title} (no {error}){hint}") from error
-    config = base_config(folder, Path(vision_tower), shape, state.keys(), method)
+    config = base_config(folder, Path(vision_tower), state.keys(), method)
     return config, state
 
 
@@ -498,8 +427,8 @@ def load_original_sam(path: str, model: GroundingModel) -> SegmentAnything:
     if not isinstance(model.visual_model, SegmentAnything):
         raise ValueError(f"--sam {path}: the checkpoint's masks are not decoded by a SAM; leave it out")
     file = str(hub.resolve_file(path, "--sam").path)
-    state, shape = read_sam(file)
-    sam = SegmentAnything(shape)
+    state, sizes = read_decoder(SAM, file)
+    sam = SegmentAnything(SamShape(**sizes["sam_config"]))
     load_strictly(sam, state, file)
     sam = sam.to(model.device, model.dtype).eval()
     trained, original = (each.image_encoder.state_dict() for each in (model.visual_model, sam))

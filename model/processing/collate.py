@@ -10,7 +10,7 @@ import torch
 
 from model.processing.conversation import EncodedConversation, Prefix
 from model.processing.reader import ImageReader
-from model.processing.transforms import resize_and_pad, squares
+from model.processing.transforms import SAM_INPUTS, squares
 from model.structures import IGNORE_LABEL, Batch
 
 
@@ -69,13 +69,14 @@ def collate_rows(
     pad_id: int,
     seg_id: int,
     keep_padding: bool = False,
+    sam_input: str = "pad",
 ) -> Batch:
     """Builds the packed batch, padded on the right.
 
     Args:
         rows: with a mask per ``[SEG]`` label (``UGroundProcessor.collate`` checks it), or without masks (prompts).
         prefix: the tokens before the first question; reader: plans the image's tokens among them.
-        sam_side: side of SAM's padded square input in pixels; 0 = none.
+        sam_side: side of SAM's square input in pixels, 0 = none; sam_input: how it is made, of ``SAM_INPUTS``.
         pad_id, seg_id: ids of the padding token and of ``[SEG]``.
         keep_padding: whether padded patches get tokens, too.
     """
@@ -119,7 +120,7 @@ def collate_rows(
         seg_positions=seg_positions,
         seg_rows=seg_positions // width,
         pixel_values=reader.pixels(images),
-        sam_images=squares(images, sam_side, resize_and_pad) if sam_side else torch.zeros(len(rows), 3, 0, 0),
+        sam_images=squares(images, sam_side, SAM_INPUTS[sam_input]) if sam_side else torch.zeros(len(rows), 3, 0, 0),
         sizes=sizes,
         masks=[torch.from_numpy(np.ascontiguousarray(row.masks)) for row in rows],
         sample_ids=[row.sample_id for row in rows],

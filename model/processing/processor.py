@@ -16,12 +16,19 @@ from model.processing.collate import PackedSequence, collate_rows, truncate
 from model.processing.conversation import PromptBuilder
 from model.processing.reader import ImageReader
 from model.processing.tokens import IM_START, SEG, codebook_names, load_tokenizer, token_ids
+from model.processing.transforms import SAM_INPUTS
 from model.sam_cache import image_key
 from model.structures import Batch, Sample, Turn
 
 PROCESSOR_FILE = "uground_processor.json"
 REQUIRED: dict[str, type] = {"sam_side": int}  # in the file, with their types, beside those of the reader
-OPTIONAL: dict[str, type] = {"backbone": str, "system_prompt": str, "max_tokens": int, "codebook": int}
+OPTIONAL: dict[str, type] = {
+    "backbone": str,
+    "system_prompt": str,
+    "max_tokens": int,
+    "codebook": int,
+    "sam_input": str,
+}
 
 
 class UGroundProcessor:
@@ -30,10 +37,11 @@ class UGroundProcessor:
     Args:
         tokenizer: fast tokenizer that knows the special tokens (``model.processing.tokens.add_special_tokens``).
         reader: how the backbone reads images; its chat template is that of the prompts.
-        sam_side: side of SAM's padded square input in pixels; 0 = the mask decoder reads CLIP's states, not an image.
+        sam_side: side of SAM's square input in pixels; 0 = the mask decoder reads CLIP's states, not an image.
         system_prompt: text in front of every conversation; None = the template's.
         max_tokens: longest conversation with its prefix, in tokens, of the largest image (``--model_max_length``).
         codebook: number of [SEG] tokens per target. In the texts of samples and predictions they are one ``[SEG]``.
+        sam_input: how an image becomes the mask decoder's input, of ``SAM_INPUTS``.
 
     Attributes:
         keep_padding: whether padded patches get tokens, too, as ``map_normalization: all`` needs (``model.load`` and
@@ -54,8 +62,11 @@ class UGroundProcessor:
         system_prompt: str | None = None,
         max_tokens: int = 2048,
         codebook: int = 1,
+        sam_input: str = "pad",
     ) -> None:
-        self.tokenizer, self.reader, self.sam_side = tokenizer, reader, sam_side
+        if sam_input not in SAM_INPUTS:
+            raise ValueError(f"sam_input {sam_input!r} is unknown; use {', '.join(SAM_INPUTS)}")
+        self.tokenizer, self.reader, self.sam_side, self.sam_input = tokenizer, reader, sam_side, sam_input
         folder, template, names = tokenizer.name_or_path, reader.template, codebook_names(codebook)
         where = f"the tokenizer of {folder}" if folder else "the tokenizer"
         self.tokens = token_ids(tokenizer, where, codebook, template.image[1], IM_START in template.added, template.end)
@@ -109,6 +120,8 @@ class UGroundProcessor:
             settings["backbone"] = self.reader.backbone
         if len(self.codebook) > 1:
             settings["codebook"] = len(self.codebook)
+        if self.sam_input != "pad":
+            settings["sam_input"] = self.sam_input
         self.tokenizer.save_pretrained(folder)
         self.reader.save_pretrained(folder)
         (Path(folder) / PROCESSOR_FILE).write_text(json.dumps(settings, indent=2) + "\n")
@@ -190,7 +203,7 @@ class UGroundProcessor:
 
     def _collate(self, rows: list[PackedSequence]) -> Batch:
         prefix, reader, pad_id, seg_id = self.builder.prefix, self.reader, self.tokens.pad, self.tokens.seg
-        batch = collate_rows(rows, prefix, reader, self.sam_side, pad_id, seg_id, self.keep_padding)
+        batch = collate_rows(rows, prefix, reader, self.sam_side, pad_id, seg_id, self.keep_padding, self.sam_input)
         if self.hash_images:
             batch.image_keys = [image_key(row.image) for row in rows]
         return batch

@@ -7,6 +7,7 @@ deviation for both. LISA and its descendants use CLIP's own processor: shortest 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ PIXEL_MEAN = torch.tensor([123.675, 116.28, 103.53]).view(3, 1, 1)
 PIXEL_STD = torch.tensor([58.395, 57.12, 57.375]).view(3, 1, 1)
 CLIP_MEAN = 255 * torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
 CLIP_STD = 255 * torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
+HALF = torch.full((3, 1, 1), 127.5)
 
 
 def resize_and_pad(
@@ -58,6 +60,33 @@ def resize_and_crop(
 
 
 CLIP_FITS = {"pad": resize_and_pad, "crop": resize_and_crop}
+
+
+def resize_and_stretch(
+    image: np.ndarray,
+    side: int,
+    out: torch.Tensor | None = None,
+    mean: torch.Tensor = PIXEL_MEAN,
+    std: torch.Tensor = PIXEL_STD,
+) -> tuple[torch.Tensor, tuple[int, int]]:
+    """Scales both sides to S and normalises one image, by SAM 2's rule; arguments and results as in ``resize_and_pad``.
+
+    Args:
+        mean, std: [3, 1, 1] in 0..255.
+    """
+    if image.shape[:2] != (side, side):
+        image = np.array(Image.fromarray(image).resize((side, side), Image.Resampling.BILINEAR))
+    out = torch.zeros(3, side, side) if out is None else out
+    source = torch.from_numpy(np.require(image, requirements=["C", "W"]))
+    out.copy_(source.permute(2, 0, 1)).sub_(mean).div_(std)
+    return out, (side, side)
+
+
+SAM_INPUTS: dict[str, Callable] = {  # of the mask decoder: SAM's, SAM 2's (statistics of ImageNet), SAM 3's (-1 to 1)
+    "pad": resize_and_pad,
+    "stretch": resize_and_stretch,
+    "stretch_to_one": partial(resize_and_stretch, mean=HALF, std=HALF),
+}
 
 
 def squares(images: Sequence[np.ndarray], side: int, fit: Callable) -> torch.Tensor:

@@ -14,8 +14,8 @@ from conftest import build_tiny_model, save_model
 from tiny_run import ROOT, write_base
 
 from model.loading.files import read_torch_file
+from model.loading.mask_decoders import read_sam
 from model.loading.pretrained import load, load_for_training
-from model.loading.weights import read_sam
 from model.opened import predict
 from model.processing.tokens import load_tokenizer
 from model.structures import Turn

@@ -21,8 +21,9 @@ from model.backbones.llava import ClipReader
 from model.config import UGroundConfig
 from model.geometry import Fit, mask_prompts
 from model.layer_rules import LastLayer
+from model.loading.files import read_config
 from model.loading.formats import release_of
-from model.loading.weights import load_released, read_config
+from model.loading.weights import load_released
 from model.PPM import Grounding, PolicyPromptedMasking, similarity_of_all_layers
 from model.processing.collate import PackedSequence, collate_rows
 from model.processing.conversation import EncodedConversation, Prefix

@@ -27,15 +27,14 @@ from transformers.initialization import no_init_weights
 from model.config import UGroundConfig
 from model.decoders.segment_anything import SamShape
 from model.loading import formats, weights
+from model.loading.files import read_folder, read_torch_file
+from model.loading.mask_decoders import read_sam
 from model.loading.pretrained import load_for_training
 from model.loading.weights import (
     fingerprint,
     grow_vocabulary,
     load_base,
     load_strictly,
-    read_folder,
-    read_sam,
-    read_torch_file,
 )
 from model.lora import add_lora
 from model.opened import predict

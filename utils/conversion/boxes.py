@@ -9,9 +9,11 @@ import numpy as np
 import torch
 
 from model.decoders.segment_anything import SamShape, SegmentAnything
+from model.loading.files import read_folder
 from model.loading.formats import below
 from model.loading.hub import resolve_file
-from model.loading.weights import load_strictly, read_folder, read_sam
+from model.loading.mask_decoders import read_sam
+from model.loading.weights import load_strictly
 from model.processing.transforms import resize_and_pad
 from utils.conversion.annotated import Box, rectangle_ring
 from utils.datasets.images import read_image

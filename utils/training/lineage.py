@@ -34,9 +34,9 @@ def lineage_of(version: str | Path) -> list[dict[str, Any]]:
         ValueError: if the folder is no model, or its metadata cannot be read.
     """
     from model.loading.adapter import META
+    from model.loading.files import read_config
     from model.loading.formats import release_of
     from model.loading.pretrained import kind_of
-    from model.loading.weights import read_config
 
     folder, kind = Path(version), kind_of(version)
     if kind == "released" and (release := release_of(read_config(folder, "--version"))):
