@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from transformers import AutoConfig, PreTrainedConfig
 
 from model import layer_rules
+from model.backbones import BACKBONES
 from model.backbones.llava import ClipReader, LlavaLlamaConfig
 from model.decoders import DECODERS
 from model.decoders.pixel_decoder import PixelDecoderShape
@@ -17,6 +18,7 @@ from model.decoders.sam2 import Sam2
 from model.decoders.segment_anything import SamShape
 from model.geometry import Fit
 from model.processing.reader import ImageReader
+from model.processing.template import ChatTemplate
 from model.settings import (
     MASK_REWARDS,
     METHOD_FIELDS,
@@ -84,7 +86,7 @@ class GroundingConfig(
         """Hook for what the settings change about the backbone, before they are checked."""
 
     def backbone_problems(self) -> Iterator[tuple[str, str]]:
-        """(setting, problem) of settings that the backbone does not have, and of a language model that cannot be packed."""
+        """(setting, problem) of settings that the backbone lacks, and of a language model that cannot be packed."""
         for name in OF_CLIP:
             value = getattr(self, name)
             if value != METHOD_FIELDS[name].default:
@@ -120,6 +122,11 @@ class GroundingConfig(
     def num_image_tokens(self) -> int:
         """Tokens of an image, at most."""
         return self.max_image_tokens
+
+    @property
+    def template(self) -> ChatTemplate:
+        """The backbone's chat template."""
+        return BACKBONES[self.backbone].reader.template
 
     @property
     def text(self) -> PreTrainedConfig:

@@ -32,7 +32,7 @@ class Config(QwenConfig, Qwen2_5_VLConfig):
     """The configuration of UGround on Qwen2.5-VL."""
 
     model_type = "uground_qwen2_5_vl"
-    backbone, reader = "qwen2_5_vl", Reader
+    backbone, reader_class = "qwen2_5_vl", Reader
 
     def __init__(self, **kwargs) -> None:
         super().__init__(**kwargs)

@@ -25,7 +25,7 @@ class Config(QwenConfig, Qwen3VLConfig):
     """The configuration of UGround on Qwen3-VL."""
 
     model_type = "uground_qwen3_vl"
-    backbone, reader = "qwen3_vl", Reader
+    backbone, reader_class = "qwen3_vl", Reader
 
     def __init__(self, **kwargs) -> None:
         super().__init__(**kwargs)

@@ -3,14 +3,14 @@
 An image is stretched to multiples of a cell, a square of merged patches; each cell is one token, row-major. A token's
 position has three axes (time, row, column), equal for text; the text after an image goes on max(h, w) later.
 
-Legend: B rows, Q new tokens, V image tokens, n patches of an image, D hidden size, L hidden states (decoder layers + 1).
+Legend: B rows, Q new tokens, V image tokens, n patches of an image, D hidden size, L hidden states.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -88,15 +88,18 @@ class QwenReader(ImageReader):
 
 
 class QwenConfig(GroundingConfig):
-    """The part of both configurations; a subclass has its ``reader``."""
+    """The part of both configurations; a subclass has its ``reader_class``."""
 
-    reader: type[QwenReader]
+    reader_class: ClassVar[type[QwenReader]]
+
+    def __init__(self, **kwargs) -> None:
+        super().__init__(**kwargs)  # as in UGroundConfig
 
     def new_reader(self, folder: Path | None = None) -> QwenReader:
         vision: Any = self.vision_config  # type: ignore[attr-defined]
         expected = {ours: getattr(vision, theirs) for ours, theirs in PATCHES.items()}
         if folder is None:
-            return self.reader(Qwen2VLImageProcessor(**expected), self.max_image_tokens)
+            return self.reader_class(Qwen2VLImageProcessor(**expected), self.max_image_tokens)
         processor = image_processor(Qwen2VLImageProcessor, folder)
         for ours, of_model in expected.items():
             if (of_reader := getattr(processor, ours)) != of_model:
@@ -104,7 +107,7 @@ class QwenConfig(GroundingConfig):
                     f"--version: {folder}: {ours} is {of_reader} in preprocessor_config.json, {of_model} in "
                     f"config.json (vision_config.{PATCHES[ours]}); both must be of one model"
                 )
-        return self.reader(processor, self.max_image_tokens)
+        return self.reader_class(processor, self.max_image_tokens)
 
 
 class QwenVL(GroundingModel):

@@ -10,7 +10,8 @@ import torch
 from transformers import GenerationConfig
 from transformers.utils import logging as transformers_logging
 
-from model.config import GroundingConfig, UGroundConfig
+from model.backbones import BACKBONES, backbone_of
+from model.config import GroundingConfig
 from model.grounding import GroundingModel
 from model.loading import adapter, hub
 from model.loading.files import blame, read_config, read_folder, run_of
@@ -19,10 +20,9 @@ from model.loading.hub import Resolved
 from model.loading.mask_decoders import read_decoder
 from model.loading.placement import PRECISIONS, pick_device, pick_precision, place
 from model.loading.weights import (
-    LLAVA_TYPES,
     Loaded,
+    base_backbone,
     base_config,
-    check_llava,
     fingerprint,
     grow_vocabulary,
     load_base,
@@ -32,12 +32,12 @@ from model.loading.weights import (
     new_model,
     released_config,
     report,
+    whole_config,
 )
 from model.opened import Opened
 from model.processing.processor import UGroundProcessor
 from model.processing.tokens import IMAGE, add_special_tokens, codebook_size_of, load_tokenizer, token_ids
 from model.settings import METHOD_FIELDS, SAM, decoder_kind, kept_settings
-from model.UGround import UGroundForCausalLM
 
 Kind = Literal["merged", "adapter", "released", "base", "run", "unknown"]
 CRITIC = "ppm.critic."
@@ -63,9 +63,9 @@ def kind_of(folder: str | Path) -> Kind:
     config = read_config(folder, "--version")
     if release_of(config):
         return "released"
-    if config.get("model_type") == "uground":
+    if backbone_of(config.get("model_type")):
         return "merged"
-    return "base" if config.get("model_type") in LLAVA_TYPES else "unknown"
+    return "base" if backbone_of(config.get("model_type"), base=True) else "unknown"
 
 
 def load(
@@ -119,8 +119,7 @@ def load(
 
 
 def _load_merged(folder: Path, precision: str, paths: dict[str, str]) -> Parts:
-    with blame(f"--version: {folder / 'config.json'}"):
-        UGroundConfig.from_pretrained(folder)  # before the tokenizer, which reads it, too
+    backbone = BACKBONES[read_merged_config(folder).backbone]  # before the tokenizer, which reads the file, too
     if (generation := folder / "generation_config.json").is_file():
         with blame(f"--version: {generation}"):
             GenerationConfig.from_pretrained(folder)
@@ -128,7 +127,7 @@ def _load_merged(folder: Path, precision: str, paths: dict[str, str]) -> Parts:
     with blame("--version"):
         read_folder(folder)  # mapped, not read: transformers' errors name no file
     with blame(f"--version: {folder / 'config.json'} does not describe a model that can be built"):
-        loaded: Any = UGroundForCausalLM.from_pretrained(
+        loaded: Any = backbone.model.from_pretrained(
             folder,
             dtype=PRECISIONS[precision],
             output_loading_info=True,
@@ -141,6 +140,18 @@ def _load_merged(folder: Path, precision: str, paths: dict[str, str]) -> Parts:
         raise ValueError(f"--version: {folder / 'config.json'} and the weights do not fit: {'; '.join(problems)}")
     check_processor(model.config, processor, folder, "config.json")
     return model, processor, dict.fromkeys((name for name, _ in model.named_children()), str(folder))
+
+
+def read_merged_config(folder: Path) -> GroundingConfig:
+    """The configuration of a merged model, of any backbone.
+
+    Raises:
+        ValueError: if the file is damaged, or a setting is invalid.
+    """
+    name = backbone_of(read_config(folder, "--version").get("model_type"))
+    assert name is not None
+    with blame(f"--version: {folder / 'config.json'}"):
+        return BACKBONES[name].config.from_pretrained(folder)
 
 
 def check_processor(config: GroundingConfig, processor: UGroundProcessor, folder: Path, file: str) -> None:
@@ -299,7 +310,7 @@ def _start(
         if kind == "run":
             read_config(folder, flag)  # raises, with the fix
         if kind == "unknown":
-            check_llava(folder / "config.json", read_config(folder, flag))
+            base_backbone(folder)  # raises, naming those that are known
     except ValueError as error:
         return found, [str(error)]
     if kind == "adapter":  # what its base needs
@@ -311,6 +322,8 @@ def _start(
         problems += [f"the base of the adapter {version} is not here: {problem}. {again}" for problem in missing]
         return found, problems
     unread = (*UNREAD.get(kind, ()), *["vision_pretrained"] * (not of_decoder.has_encoder))
+    if kind == "base" and base_backbone(folder) != "llava":
+        unread = (*unread, "vision_tower")
     flags = {name: f"--{name}" for name in ("vision_tower", "vision_pretrained")}
     if kind == "released" and not tower:
         tower = str(read_config(folder, flag).get("mm_vision_tower") or "")
@@ -364,13 +377,13 @@ def load_for_training(
         tokenizer = finished.tokenizer
         system_prompt: str | None = finished.builder.system_prompt
     else:
-        paths = {"vision_pretrained": "", **start}
+        paths = {"vision_tower": "", "vision_pretrained": "", **start}
         model, sources = load_base(**paths, dtype=PRECISIONS[precision], settings=settings)
         new = {}
         tokenizer = load_tokenizer(folder)
         system_prompt = read_config(folder, "--version").get("system_prompt")  # None = the template's
     config, old_size = model.config, len(tokenizer)
-    added = add_special_tokens(tokenizer, config.codebook_size)
+    added = add_special_tokens(tokenizer, config.codebook_size, config.template.added)
     grow_vocabulary(model, old_size, len(tokenizer))
     processor = UGroundProcessor(
         tokenizer, **config.processor_settings(folder), system_prompt=system_prompt, max_tokens=max_tokens
@@ -400,14 +413,13 @@ def settings_of(folder: str | Path) -> dict[str, Any]:
         if decoder_kind(raw).scales > 1:
             raw |= _published_codebook(load_tokenizer(folder), f"--version: the tokenizer of {folder}", release)
     elif kind == "merged":
-        with blame(f"--version: {folder / 'config.json'}"):
-            raw = vars(UGroundConfig.from_pretrained(folder))
+        raw = vars(read_merged_config(folder))
     return {} if raw is None else {name: raw.get(name, item.default) for name, item in METHOD_FIELDS.items()}
 
 
 def config_of(
     version: str, vision_tower: str = "", vision_pretrained: str = "", *, settings: dict[str, Any]
-) -> UGroundConfig:
+) -> GroundingConfig:
     """The configuration of the model that ``load_for_training`` would build, without its weights.
 
     Args:
@@ -418,17 +430,20 @@ def config_of(
     """
     folder, kind = Path(version), kind_of(version)
     if kind == "merged":
+        finished = read_merged_config(folder)
         with blame(f"--version: {folder / 'config.json'}"):
-            return UGroundConfig.from_dict(UGroundConfig.from_pretrained(folder).to_dict() | settings)
+            return type(finished).from_dict(finished.to_dict() | settings)
     if kind == "adapter":
         below = hub.resolve_folder(adapter.recorded_base(folder)["version"], "--version", download=False)
         return config_of(str(below.path), vision_tower, vision_pretrained, settings=settings_of(folder) | settings)
     raw = read_config(folder, "--version")
     if release := release_of(raw):
         return released_config(folder, raw, release, vision_tower, settings)[0]
-    keys = ["mm_projector.2.weight"]  # LLaVA-1.5's; another one weighs as little
     if decoder_kind(settings).has_encoder:
         settings = settings | read_decoder(settings.get("mask_decoder", SAM), vision_pretrained)[1]
+    if base_backbone(folder) != "llava":
+        return whole_config(folder, read_folder(folder).keys(), settings)
+    keys = ["mm_projector.2.weight"]  # LLaVA-1.5's; another one weighs as little
     return base_config(folder, Path(vision_tower), keys, settings)
 
 

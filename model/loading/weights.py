@@ -14,7 +14,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.utils import logging as transformers_logging
 
-from model.backbones import BACKBONES
+from model.backbones import BACKBONES, backbone_of
 from model.config import GroundingConfig, UGroundConfig
 from model.decoders.pixel_decoder import PixelDecoderShape, clip_depths
 from model.decoders.segment_anything import SamShape, SegmentAnything
@@ -24,7 +24,7 @@ from model.loading.files import blame, read_config, read_folder
 from model.loading.mask_decoders import read_decoder
 from model.settings import SAM, decoder_kind
 
-LLAVA_TYPES = ("llava", "llava_llama", "llava_next")
+OF_FILE = ("model_type", "architectures", "transformers_version", "auto_map", "dtype", "torch_dtype")  # not the model's
 NEW_PARTS = ("text_hidden_fcs.", "ppm.")  # trained from scratch; no base has them
 CLIP_TEXT_KEYS = ("text_model.", "text_projection.", "visual_projection.", "logit_scale")  # of CLIP's text encoder
 LLAMA_KEYS = [
@@ -164,15 +164,6 @@ def report(model: nn.Module, sources: dict[str, str], new: Mapping[str, str] | N
     return rows
 
 
-def check_llava(file: Path, raw: Mapping[str, Any]) -> None:
-    """Raises a ValueError if ``raw``, the content of ``file``, is not the configuration of a LLaVA."""
-    if raw.get("model_type") not in LLAVA_TYPES:
-        raise ValueError(
-            f"--version: {file} is of type {raw.get('model_type')!r}, not a LLaVA-1.5 base "
-            f"({' or '.join(LLAVA_TYPES)}), nor a model of this project or a related method"
-        )
-
-
 def base_config(version: Path, tower: Path, keys: Collection[str], settings: dict) -> UGroundConfig:
     """The configuration of a model built from a LLaVA folder, a CLIP folder and a mask decoder.
 
@@ -188,7 +179,6 @@ def base_config(version: Path, tower: Path, keys: Collection[str], settings: dic
     raw = read_config(version, "--version")
     with blame(file):
         raw = formats.llava_config(raw)
-    check_llava(version / "config.json", raw)
     read_config(tower, "--vision_tower")
     tower_file = f"--vision_tower: {tower / 'config.json'}"
     with blame(tower_file):
@@ -282,11 +272,13 @@ def fit_positions(state: dict[str, torch.Tensor], config: UGroundConfig, shifted
 def load_base(
     version: str, vision_tower: str, vision_pretrained: str, dtype: torch.dtype, settings: dict
 ) -> tuple[GroundingModel, dict[str, str]]:
-    """Builds UGround from a LLaVA-1.5 folder, a CLIP folder and a mask decoder.
+    """Builds UGround from base weights of a backbone and a mask decoder.
 
     Args:
+        version: LLaVA-1.5, or another backbone (``model.backbones.BACKBONES``).
+        vision_tower: LLaVA's CLIP; not read for the others, which hold their tower.
         vision_pretrained: the mask decoder that ``settings`` name; not read if it is a new one.
-        settings: of ``UGroundConfig``, beyond the sizes.
+        settings: of ``GroundingConfig``, beyond the sizes.
 
     Returns:
         the model, and module -> source of its weights.
@@ -294,25 +286,80 @@ def load_base(
     Raises:
         ValueError: if a file is missing, or weights do not fit.
     """
-    has_encoder = decoder_kind(settings).has_encoder
+    has_encoder, folder = decoder_kind(settings).has_encoder, Path(version)
     decoder, sizes = read_decoder(settings.get("mask_decoder", SAM), vision_pretrained) if has_encoder else ({}, {})
-    nested = "text_config" in read_config(Path(version), "--version")
-    rules = formats.LLAVA_TRANSFORMERS if nested else formats.LLAVA
-    llava = formats.renamed(read_folder(Path(version)), rules)
-    config = base_config(Path(version), Path(vision_tower), llava.keys(), settings | sizes)
-    with blame(f"--version: {Path(version) / 'config.json'} does not describe a LLaVA that can be built"):
+    config: GroundingConfig
+    if base_backbone(folder) == "llava":
+        config, state, has_tower = read_llava(folder, vision_tower, settings | sizes)
+        sources = dict.fromkeys(("model", "lm_head", "mm_projector"), version)
+        sources["vision_tower"] = version if has_tower else vision_tower
+    else:
+        config, state = read_whole(folder, settings | sizes)
+        sources = dict.fromkeys(("model", "lm_head"), version)
+    with blame(f"--version: {folder / 'config.json'} does not describe a model that can be built"):
         model = new_model(config, dtype)
     if has_encoder:
         load_strictly(model.visual_model, decoder, vision_pretrained)
-    has_tower = any(key.startswith("vision_tower.") for key in llava)  # perhaps fine-tuned: it takes precedence
+        sources["visual_model"] = vision_pretrained
+    load_strictly(model, state, str(folder / "config.json"), new=("visual_model.", *NEW_PARTS))
+    return model.eval(), sources
+
+
+def read_llava(folder: Path, vision_tower: str, settings: dict) -> tuple[UGroundConfig, dict[str, torch.Tensor], bool]:
+    """Configuration and tensors of a LLaVA-1.5 with its CLIP, and whether the LLaVA holds its own, perhaps fine-tuned,
+    which takes precedence."""
+    nested = "text_config" in read_config(folder, "--version")
+    llava = formats.renamed(read_folder(folder), formats.LLAVA_TRANSFORMERS if nested else formats.LLAVA)
+    config = base_config(folder, Path(vision_tower), llava.keys(), settings)
+    has_tower = any(key.startswith("vision_tower.") for key in llava)
     llava = read_tower(vision_tower) | llava
     fit_positions(llava, config)
-    load_strictly(model, llava, str(Path(version) / "config.json"), new=("visual_model.", *NEW_PARTS))
-    sources = dict.fromkeys(("model", "lm_head", "mm_projector"), version)
-    sources["vision_tower"] = version if has_tower else vision_tower
-    if has_encoder:
-        sources["visual_model"] = vision_pretrained
-    return model.eval(), sources
+    return config, llava, has_tower
+
+
+def read_whole(folder: Path, settings: dict) -> tuple[GroundingConfig, dict[str, torch.Tensor]]:
+    """Configuration and tensors of a backbone that is one folder.
+
+    Raises:
+        ValueError: if ``config.json`` describes no such model, or one that cannot be packed.
+    """
+    backbone = BACKBONES[base_backbone(folder)]
+    state = formats.renamed(read_folder(folder), backbone.model.published_keys)
+    return whole_config(folder, state.keys(), settings), state
+
+
+def whole_config(folder: Path, keys: Collection[str], settings: dict) -> GroundingConfig:
+    """The configuration of a backbone that is one folder.
+
+    Args:
+        keys: of its tensors. They tell whether ``lm_head`` is the table of the embeddings: configurations default to
+            that, also where the weights have both.
+        settings: of ``GroundingConfig``, with the mask decoder's sizes.
+    """
+    raw = read_config(folder, "--version")
+    tied = {"tie_word_embeddings": "lm_head.weight" not in keys}
+    if isinstance(text := raw.get("text_config"), dict):
+        raw["text_config"] = text | tied
+    others = {key: value for key, value in raw.items() if key not in OF_FILE}
+    with blame(f"--version: {folder / 'config.json'}"):
+        return BACKBONES[base_backbone(folder)].config(**others | tied | settings)
+
+
+def base_backbone(folder: Path) -> str:
+    """The backbone whose base weights a folder holds.
+
+    Raises:
+        ValueError: if it is none.
+    """
+    raw = read_config(folder, "--version")
+    if name := backbone_of(raw.get("model_type"), base=True):
+        return name
+    known = {name: " or ".join(backbone.base_types) for name, backbone in BACKBONES.items()}
+    raise ValueError(
+        f"--version: {folder / 'config.json'} is of type {raw.get('model_type')!r}, not base weights of a backbone ("
+        f"{', '.join(f'{name}: {types}' for name, types in known.items())}), nor a model of this project or a related "
+        "method"
+    )
 
 
 def released_config(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from model.processing.tokens import IM_END, IM_START, IMAGE
@@ -32,6 +33,12 @@ class ChatTemplate:
     separator: str = ""
     system_prompt: str = ""
     added: tuple[str, ...] = ()
+
+    @property
+    def tokens(self) -> tuple[str, ...]:
+        """The special tokens that its text names, such as ``<|im_start|>``."""
+        text = "".join((self.system, self.user, *self.image, self.question, self.answer, self.end, self.separator))
+        return tuple(dict.fromkeys(re.findall(r"<[^<>\s]+>", text)))
 
     def prefix(self, system_prompt: str) -> tuple[str, str]:
         """The text before and after the image's placeholder, up to the first question."""

@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from transformers import CLIPVisionConfig
 
-from model.config import UGroundConfig
+from model.backbones import BACKBONES
+from model.config import GroundingConfig, UGroundConfig
 from model.decoders.segment_anything import SamShape
 from model.loading.placement import PRECISIONS
 from model.loading.pretrained import config_of, resolve_start
 from model.lora import add_lora
 from model.losses import PIXELS_AT_ONCE
-from model.UGround import UGroundForCausalLM
 from utils.config import Config
 from utils.plotting import text_tables
 from utils.training.zero3 import WHOLE
@@ -70,7 +70,7 @@ class Plan:
         bucket: numbers per message of gradients (DeepSpeed's reduce_bucket_size).
     """
 
-    shape: UGroundConfig
+    shape: GroundingConfig
     parameters: int
     trainable: int
     token_rows: tuple[int, ...] = ()
@@ -98,7 +98,7 @@ class Plan:
 
 
 def language_model(plan: Plan) -> float:
-    """Bytes that LLaMA saves for its backward pass.
+    """Bytes that the language model saves for its backward pass.
 
     A frozen linear layer saves nothing (its gradient needs only the weight). So a decoder layer saves, per token:
 
@@ -113,20 +113,20 @@ def language_model(plan: Plan) -> float:
     PPM saves the image states of all layers in float32 (4PD per image and layer). The additive mask of attention is
     b x T x T per image.
     """
-    c, b = plan.shape, plan.precision
+    c, b = plan.shape.text, plan.precision
     d, mlp, layers = c.hidden_size, c.intermediate_size, c.num_hidden_layers
     attention = (2 * d + 2 * d * (c.num_key_value_heads or c.num_attention_heads) / c.num_attention_heads) * b
     adapters = 2 * (b + 1) * d if plan.dropout else b * d
     layer = 8 * d + (b * d if b < 4 else 0) + attention + adapters + 3 * b * mlp
     saved = b * d * layers + layer if plan.checkpointing else layer * layers
-    similarity = 4.0 * c.num_image_tokens * d * (layers + 1) * plan.images
+    similarity = 4.0 * plan.shape.num_image_tokens * d * (layers + 1) * plan.images
     mask = b * plan.images * plan.tokens**2
     return plan.rows * saved + similarity + mask
 
 
 def text_loss_bytes(plan: Plan) -> float:
     """Bytes of the logits at the labels: as computed (b), in float32, their log-softmax and its gradient (4 each)."""
-    return plan.images * plan.labels * plan.shape.vocab_size * (plan.precision + 12.0)
+    return plan.images * plan.labels * plan.shape.text.vocab_size * (plan.precision + 12.0)
 
 
 def token_rows(plan: Plan) -> float:
@@ -134,7 +134,7 @@ def token_rows(plan: Plan) -> float:
 
     The copy of the embeddings is released once they are looked up; that of ``lm_head`` stays for the backward pass.
     """
-    table = plan.shape.vocab_size * plan.shape.hidden_size * plan.precision
+    table = plan.shape.text.vocab_size * plan.shape.text.hidden_size * plan.precision
     return 2.0 * table if plan.token_rows else 0.0
 
 
@@ -148,6 +148,7 @@ def mask_decoder(plan: Plan) -> float:
     """
     if not plan.shape.decoder_kind.has_encoder:  # each scale but the first at twice the grid's side; no mask prompts
         assert plan.shape.decoder_config is not None
+        assert isinstance(plan.shape, UGroundConfig)  # it reads CLIP's states
         grid = (plan.shape.clip_side // plan.shape.clip_patch) ** 2
         image = grid * plan.shape.decoder_config["prompt_width"] * (1 + 4 * (plan.shape.num_scales - 1))
         return 26.0 * image * plan.precision * plan.masks * plan.images
@@ -241,7 +242,7 @@ def preset(name: str, **settings: Any) -> UGroundConfig:
     )
 
 
-def shape_of(config: Config) -> tuple[UGroundConfig, str]:
+def shape_of(config: Config) -> tuple[GroundingConfig, str]:
     """The model that a configuration trains, and the source of its sizes.
 
     Weights that are not on this machine yet are assumed to be LLaVA-1.5 of the size in their name.
@@ -266,7 +267,7 @@ def shape_of(config: Config) -> tuple[UGroundConfig, str]:
 
 
 def count_parameters(
-    shape: UGroundConfig,
+    shape: GroundingConfig,
     lora_r: int,
     targets: str = "q_proj,v_proj",
     token_rows: Sequence[int] = (),
@@ -274,7 +275,7 @@ def count_parameters(
 ) -> tuple[int, int, int]:
     """Numbers of the parameters with LoRA: all, trainable, and those that ZeRO-3 shards. Allocates no memory."""
     with torch.device("meta"):
-        base = UGroundForCausalLM(shape)
+        base = BACKBONES[shape.backbone].model(shape)
         model = add_lora(base, lora_r, targets=targets, token_rows=token_rows, frozen=frozen)
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
     total = sum(size for size, _ in sizes)
@@ -293,7 +294,7 @@ def plan_of_preset(name: str, config: Config) -> Plan:
     return plan_of_shape(preset(name, **config.method), config)
 
 
-def plan_of_shape(shape: UGroundConfig, config: Config) -> Plan:
+def plan_of_shape(shape: GroundingConfig, config: Config) -> Plan:
     """The training step of a configuration with another shape in place of its weights."""
     part = config.model
     more = shape.codebook_size - 1  # [SEG] tokens of a target beyond one

@@ -12,14 +12,14 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer
 
-from model.config import UGroundConfig
+from model.backbones import BACKBONES
+from model.config import GroundingConfig
 from model.loading.placement import PRECISIONS
 from model.lora import add_lora
 from model.opened import cache_sam_features
 from model.processing.processor import UGroundProcessor
 from model.processing.tokens import add_special_tokens
 from model.structures import Batch, Sample, Turn
-from model.UGround import UGroundForCausalLM
 from utils import distributed
 from utils.config import Config
 from utils.diagnostics import process_memory
@@ -67,7 +67,7 @@ def measure_step(plan: Plan, config: Config) -> Measured:
     batch = random_batch(plan, processor).to(device, PRECISIONS[config.model.precision])
     before = memory_now(device)
     with random_weights(device, PRECISIONS[config.model.precision]):
-        model = UGroundForCausalLM(plan.shape)
+        model = BACKBONES[plan.shape.backbone].model(plan.shape)
         settings = config.model
         adapted = add_lora(
             model, settings.lora_r, dropout=settings.lora_dropout, token_rows=plan.token_rows, frozen=plan.frozen
@@ -104,10 +104,11 @@ def random_weights(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def processor_of(shape: UGroundConfig) -> UGroundProcessor:
+def processor_of(shape: GroundingConfig) -> UGroundProcessor:
     """A processor for a model of this shape, with the tiny model's tokens."""
     tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
-    add_special_tokens(tokenizer, shape.codebook_size)
+    tokenizer.add_tokens(list(shape.template.tokens), special_tokens=True)
+    add_special_tokens(tokenizer, shape.codebook_size, shape.template.added)
     return UGroundProcessor(tokenizer, **shape.processor_settings())
 
 

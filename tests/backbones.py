@@ -1,0 +1,75 @@
+"""Tiny random models of the backbones beside LLaVA, with their processors; built from configuration classes alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from model.backbones import BACKBONES
+from model.grounding import GroundingModel
+from model.processing.processor import UGroundProcessor
+from model.processing.tokens import add_special_tokens
+from utils.demo.tiny_model import sam_shape, train_tokenizer
+
+OTHERS = ("qwen2_5_vl", "qwen3_vl", "internvl3")  # backbones that are one folder of weights
+LAYERS, WIDTH = 4, 32
+TEXT = {
+    "hidden_size": WIDTH,
+    "intermediate_size": 64,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 4096,
+    "tie_word_embeddings": False,
+}
+ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
+
+
+def sizes(backbone: str, vocabulary: int, tied: bool = False) -> dict[str, Any]:
+    """The backbone's part of a configuration: maps of cells of 10 pixels (Qwen), or tiles of 40 with 2 x 2 tokens."""
+    text = {**TEXT, "vocab_size": vocabulary, "tie_word_embeddings": tied}
+    top = {"tie_word_embeddings": tied}
+    if backbone == "qwen2_5_vl":
+        vision = {"depth": 2, "hidden_size": WIDTH, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": WIDTH}
+        vision |= {"patch_size": 5, "window_size": 20, "fullatt_block_indexes": [1]}
+        return {**top, "text_config": {**text, "rope_parameters": ROPE}, "vision_config": vision}
+    if backbone == "qwen3_vl":
+        vision = {"depth": 3, "hidden_size": WIDTH, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": WIDTH}
+        vision |= {"patch_size": 5, "num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1]}
+        text |= {"head_dim": 8, "rope_parameters": {**ROPE, "mrope_interleaved": True}}
+        return {**top, "text_config": text, "vision_config": vision}
+    vision = {"hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+    vision |= {"image_size": [40, 40], "patch_size": [10, 10]}
+    return {**top, "text_config": {"model_type": "qwen2", **text}, "vision_config": vision}
+
+
+def make_tokenizer(backbone: str):
+    """A trained tokenizer with the template's special tokens, as a hub folder has, and those of UGround."""
+    template = BACKBONES[backbone].reader.template
+    tokenizer = train_tokenizer(["Where is the red star? It is here, [SEG]."] * 3, vocab_size=320)
+    tokenizer.add_tokens(list(template.tokens), special_tokens=True)
+    tokenizer.eos_token = tokenizer.pad_token = template.end
+    add_special_tokens(tokenizer, 1, template.added)
+    return tokenizer
+
+
+def make_backbone(
+    backbone: str, seed: int = 0, tied: bool = False, **settings: Any
+) -> tuple[GroundingModel, UGroundProcessor]:
+    """A random model of a backbone with a tiny SAM, and its processor; the gate is random, too."""
+    torch.manual_seed(seed)
+    tokenizer = make_tokenizer(backbone)
+    sam = sam_shape(side=64, patch=8, encoder_width=16, depth=2, width=32).to_dict()
+    settings = {"sam_config": sam, "max_image_tokens": 40} | settings
+    config = BACKBONES[backbone].config(**sizes(backbone, len(tokenizer), tied), **settings)
+    processor = UGroundProcessor(tokenizer, **config.processor_settings(), max_tokens=400)
+    tokens = processor.tokens
+    config.seg_token_id, config.rej_token_id, config.eos_token_id = tokens.seg, tokens.rej, tokens.eos
+    config.pad_token_id = tokens.pad
+    model = BACKBONES[backbone].model(config)
+    for name, parameter in model.named_parameters():  # transformers starts some at zero: places would be alike
+        if "position_embeddings" in name or "pos_embed" in name:
+            torch.nn.init.normal_(parameter, std=0.02)
+    torch.nn.init.normal_(model.ppm.gate, std=0.3)
+    return model.eval(), processor
