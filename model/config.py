@@ -250,6 +250,7 @@ class UGroundConfig(GroundingConfig, LlavaLlamaConfig):
 
     model_type = "uground"
     backbone = "llava"
+    num_image_tokens = LlavaLlamaConfig.num_image_tokens
 
     def __init__(self, **kwargs) -> None:
         super().__init__(**kwargs)  # else transformers makes a constructor of the fields

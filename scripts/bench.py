@@ -36,8 +36,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from model.backbones.llava import ClipReader
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils.command_line.parser import Parser
@@ -459,6 +457,7 @@ def bench_loader(args: argparse.Namespace, settings: list[str]) -> list[str]:
     # here, so that the processes that ``data`` measures do not import these libraries
     from transformers import AutoTokenizer
 
+    from model.backbones.llava import ClipReader
     from model.processing.processor import UGroundProcessor
     from train_ds import one_thread
     from utils.datasets.mixture import make_mixture

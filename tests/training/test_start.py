@@ -55,7 +55,7 @@ def test_what_is_no_model_is_not_asked_for_its_clip(tmp_path, folder):
     [problem] = start_problems(str(tmp_path / "run"), "", "")
     assert "is of a training run, not a model. Write the model first" in problem
     [problem] = start_problems(str(folder("other", {"model_type": "qwen2_vl"})), "", "")
-    assert "is of type 'qwen2_vl', not a LLaVA-1.5 base" in problem
+    assert "is of type 'qwen2_vl', not base weights of a backbone (llava: " in problem
     (tmp_path / "empty").mkdir()
     [problem] = start_problems(str(tmp_path / "empty"), "", "")
     assert problem.endswith("empty has no config.json")
