@@ -94,12 +94,13 @@ MEMORY = (
     "occlusion_spatial_embedding_parameter",
 )
 VIDEO: Rules = tuple((name, None) for name in MEMORY)
-# Sam3VideoModel, where the tracker has a neck of its own on the detector's encoder, and what transformers 5 writes for
-# the tracker alone
+# Sam3VideoModel, where the tracker has a neck of its own on the detector's encoder. transformers 5 writes the prefix of
+# the tracker once more, also for the tracker alone.
+TRACKER = ("tracker_model.tracker_model.", "tracker_model.", "")
 SAM3: Rules = (
     *(
         (prefix + name, new)
-        for prefix in ("tracker_model.", "")
+        for prefix in TRACKER
         for name, new in (
             ("detector_model.vision_encoder.backbone.", "vision_encoder.backbone."),
             ("tracker_neck.", "vision_encoder.neck."),
@@ -107,7 +108,7 @@ SAM3: Rules = (
         )
     ),
     ("detector_model.", None),
-    ("tracker_model.", ""),
+    *((prefix, "") for prefix in TRACKER),
 )
 COMPUTED = ("rotary_emb.inv_freq", "vision_model.embeddings.position_ids")  # not weights, but stored in older files
 
