@@ -154,6 +154,11 @@ class EncodingDecoder(MaskDecoder):
     def encode_image(self, image: torch.Tensor) -> torch.Tensor:
         """Features [1, ...] of one image [1, 3, R, R]: one tensor, also where they have several scales."""
 
+    @property
+    @abstractmethod
+    def feature_shape(self) -> tuple[int, ...]:
+        """Of one image's features."""
+
     def encoder_weights(self) -> Iterable[torch.Tensor]:
         """All tensors that its features depend on; their fingerprint is part of an entry's name in the cache."""
         return self.get_submodule(self.encoder_key).state_dict().values()

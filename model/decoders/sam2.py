@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -157,12 +158,20 @@ class Sam2(EncodingDecoder):
         features = self.mask_decoder.conv_s0(fine), self.mask_decoder.conv_s1(middle), coarse
         return torch.cat([feature.flatten(1) for feature in features], 1)
 
-    def scales(self, embeddings: torch.Tensor) -> list[torch.Tensor]:
-        """Views of [N, 4 E G G]: [N, E / 8, 4G, 4G], [N, E / 4, 2G, 2G], [N, E, G, G]."""
+    @property
+    def scale_shapes(self) -> list[tuple[int, int, int]]:
+        """(E / 8, 4G, 4G), (E / 4, 2G, 2G), (E, G, G)."""
         width, side = self.prompt_width, self.mask_side
-        shapes = (width // 8, side, side), (width // 4, side // 2, side // 2), (width, side // 4, side // 4)
-        parts = embeddings.split([channels * rows * columns for channels, rows, columns in shapes], 1)
-        return [part.unflatten(1, shape) for part, shape in zip(parts, shapes)]
+        return [(width // 8, side, side), (width // 4, side // 2, side // 2), (width, side // 4, side // 4)]
+
+    @property
+    def feature_shape(self) -> tuple[int]:
+        return (sum(map(math.prod, self.scale_shapes)),)
+
+    def scales(self, embeddings: torch.Tensor) -> list[torch.Tensor]:
+        """Views of [N, 4 E G G] as [N, *shape] for each of ``scale_shapes``."""
+        shapes = self.scale_shapes
+        return [part.unflatten(1, s) for part, s in zip(embeddings.split([*map(math.prod, shapes)], 1), shapes)]
 
     def embed_points(self, points: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Sparse prompts [N, K + 1, E] of points; the last is the padding for prompts without a box.

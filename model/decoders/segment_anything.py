@@ -195,6 +195,12 @@ class SegmentAnything(EncodingDecoder):
         """4G, the side of mask prompts and of low-resolution masks (256 for the published SAMs)."""
         return self.prompt_encoder.mask_input_size[0]
 
+    @property
+    def feature_shape(self) -> tuple[int, int, int]:
+        """(E, G, G)."""
+        grid = self.shape.image_size // self.shape.patch_size
+        return self.prompt_width, grid, grid
+
     def encode_image(self, image: torch.Tensor) -> torch.Tensor:
         """[1, E, G, G]."""
         return self.image_encoder(image)

@@ -40,34 +40,38 @@ def read_decoder(mask_decoder: str, path: str) -> tuple[dict[str, torch.Tensor],
     return state, {"sam_config": shape.to_dict()}
 
 
-def read_sam(path: str) -> tuple[dict[str, torch.Tensor], SamShape]:
+def read_sam(path: str, flag: str = FLAG) -> tuple[dict[str, torch.Tensor], SamShape]:
     """A SAM's tensors and sizes, from segment-anything's ``.pth`` or a folder of transformers' SamModel.
+
+    Args:
+        flag: that gave the path, for messages.
 
     Raises:
         ValueError: if the path is neither.
     """
     folder = Path(path)
     if folder.is_dir():
-        check_type(folder, SAM, ("sam",))
+        check_type(folder, SAM, ("sam",), flag)
     state = formats.sam_renamed(read_folder(folder)) if folder.is_dir() else read_torch_file(folder)
     try:
         return state, SamShape.from_state_dict(state)
     except (KeyError, IndexError) as error:
-        raise ValueError(f"{FLAG}: {path} is no segment-anything checkpoint (no {error})") from error
+        raise ValueError(f"{flag}: {path} is no segment-anything checkpoint (no {error})") from error
 
 
-def check_type(folder: Path, mask_decoder: str, types: tuple[str, ...]) -> None:
-    """Raises a ValueError if a folder's ``config.json`` names a model that another decoder needs."""
-    actual = read_config(folder, FLAG).get("model_type") if (folder / "config.json").is_file() else None
+def check_type(folder: Path, mask_decoder: str, types: tuple[str, ...], flag: str = FLAG) -> None:
+    """Raises a ValueError if a folder's ``config.json`` names another model than ``types``, with what reads that."""
+    actual = read_config(folder, flag).get("model_type") if (folder / "config.json").is_file() else None
     if actual in types or (actual not in TITLES and mask_decoder not in TYPES):
         return
     kind = DECODER_KINDS[mask_decoder]
     given = f"is {TITLES[str(actual)]}" if actual in TITLES else f"is of type {actual!r}"
     others = [name for name, known in {SAM: ("sam",), **TYPES}.items() if actual in known]
-    hint = f"set --mask_decoder {others[0]}, or give" if others else "give"
+    hint = f"set --mask_decoder {others[0]}, or give" if others and flag == FLAG else "give"
+    taker = f"--mask_decoder {mask_decoder}" if flag == FLAG else flag
     raise ValueError(
-        f"{FLAG}: {folder / 'config.json'} {given}, but --mask_decoder {mask_decoder} takes {kind.title} (model_type "
-        f"{' or '.join(types)}); {hint} {kind.example}"
+        f"{flag}: {folder / 'config.json'} {given}, but {taker} takes {kind.title} (model_type {' or '.join(types)}); "
+        f"{hint} {kind.example}"
     )
 
 

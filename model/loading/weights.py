@@ -21,7 +21,7 @@ from model.decoders.segment_anything import SamShape, SegmentAnything
 from model.grounding import GroundingModel
 from model.loading import formats, hub
 from model.loading.files import blame, read_config, read_folder
-from model.loading.mask_decoders import read_decoder
+from model.loading.mask_decoders import read_decoder, read_sam
 from model.settings import SAM, decoder_kind
 
 OF_FILE = ("model_type", "architectures", "transformers_version", "auto_map", "dtype", "torch_dtype")  # not the model's
@@ -474,8 +474,8 @@ def load_original_sam(path: str, model: GroundingModel) -> SegmentAnything:
     if not isinstance(model.visual_model, SegmentAnything):
         raise ValueError(f"--sam {path}: the checkpoint's masks are not decoded by a SAM; leave it out")
     file = str(hub.resolve_file(path, "--sam").path)
-    state, sizes = read_decoder(SAM, file)
-    sam = SegmentAnything(SamShape(**sizes["sam_config"]))
+    state, shape = read_sam(file, "--sam")
+    sam = SegmentAnything(shape)
     load_strictly(sam, state, file)
     sam = sam.to(model.device, model.dtype).eval()
     trained, original = (each.image_encoder.state_dict() for each in (model.visual_model, sam))

@@ -6,9 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from stretched import sam2_config
 from tiny_run import ROOT
+from transformers.models.sam2.configuration_sam2 import Sam2MaskDecoderConfig, Sam2PromptEncoderConfig
 
+from model.decoders.sam2 import Sam2, sizes_of
 from model.lora import add_lora
+from model.settings import DECODER_KINDS
 from model.UGround import UGroundForCausalLM
 from scripts import doctor
 from utils.config import load_config
@@ -143,3 +147,49 @@ def test_a_configuration_whose_weights_are_not_there(capsys):
     assert "4 GPUs, as configured" in out
     with pytest.raises(ValueError, match="neither 7b nor 13b"):
         doctor.main(["--memory", *config, "--version", "weights/other"])
+
+
+@torch.no_grad()
+def test_sam_2s_decoder_saves_what_the_plan_says():
+    """At full size, of one mask; its encoder has no part in it."""
+    vision = {"fpn_hidden_size": 256, "backbone_feature_sizes": [[256, 256], [128, 128], [64, 64]]}
+    config = sam2_config(vision_config=sizes_of(sam2_config().vision_config) | vision)
+    backbone = config.vision_config.backbone_config
+    backbone.image_size = [1024, 1024]
+    config.prompt_encoder_config, config.mask_decoder_config = Sam2PromptEncoderConfig(), Sam2MaskDecoderConfig()
+    decoder = Sam2(config)
+    held = {tensor.untyped_storage().data_ptr() for tensor in (*decoder.parameters(), *decoder.buffers())}
+    saved: dict[int, int] = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in held:
+            saved[storage.data_ptr()] = storage.nbytes()
+            kept.append(tensor)
+        return tensor
+
+    kept: list[torch.Tensor] = []
+    features = torch.randn(1, *decoder.feature_shape)
+    held.add(features.untyped_storage().data_ptr())
+    tokens, prompt = torch.randn(1, 1, 256, requires_grad=True), torch.rand(1, 1, 256, 256, requires_grad=True)
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        decoder.decode(features, tokens, prompt)
+    assert sum(saved.values()) / (4 * 256 * 64**2) == pytest.approx(memory_model.SAM2_SAVED, rel=0.03)
+
+
+@pytest.mark.parametrize(("name", "gigabytes"), [("sam2", 0.17), ("sam3_tracker", 0.19)])
+def test_other_decoders_are_planned_with_their_own_sizes(name, gigabytes):
+    config = load_config(["--mask_decoder", name], needs=())
+    shape, source = memory_model.shape_of(replace_version(config, "llava-7b"))
+    assert DECODER_KINDS[name].title in source
+    plan = memory_model.plan_of_shape(shape, config)
+    assert memory_model.image_encoder(plan) == pytest.approx(gigabytes * 1e9, rel=0.1)  # traced: 0.165, 0.187
+    sam = memory_model.plan_of_preset("7b", load_config([], needs=()))
+    assert plan.parameters - sam.parameters == pytest.approx(-420e6 if name == "sam2" else -180e6, rel=0.05)
+    grid = shape.sam_side // (16 if name == "sam2" else 14)
+    assert memory_model.mask_decoder(plan) == 27 * 256 * grid**2 * 2 * plan.masks * plan.images
+
+
+def replace_version(config, version):
+    config.model.version = version
+    return config

@@ -17,6 +17,7 @@ from model.loading.pretrained import config_of, load, load_for_training, resolve
 from model.opened import predict
 from model.settings import DECODER_KINDS
 from model.structures import Turn
+from utils.conversion.boxes import SamBoxes
 
 NAMES = ("sam2", "sam3_tracker")
 TURNS = [[Turn("where is the red star", "it is [SEG].")]]
@@ -264,3 +265,14 @@ def test_a_finished_model_keeps_its_decoder(base, tmp_path):
     processor.save_pretrained(tmp_path / "own")
     with pytest.raises(ValueError, match=r"mask_decoder is sam3_tracker, .* was trained with sam2"):
         load_for_training(str(tmp_path / "own"), "", "", "fp32", {"mask_decoder": "sam3_tracker"})
+
+
+def test_what_takes_a_sam_alone_refuses_its_successors(base, tmp_path):
+    """--sam of the conversion of boxes and of analyze.py."""
+    folder = write_source(tmp_path / "sam2", "sam2")
+    with pytest.raises(ValueError, match=r"^--sam: .* is SAM 2, but --sam takes SAM \(.*\); give sam_vit_h$"):
+        SamBoxes(folder)
+    model, _, _ = start(base, "sam2", folder)
+    model.save_pretrained(tmp_path / "own")
+    with pytest.raises(ValueError, match=r"--sam .* holds no SAM .* decoded by sam2 has none"):
+        SamBoxes(tmp_path / "own")

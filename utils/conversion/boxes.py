@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from model.decoders.segment_anything import SamShape, SegmentAnything
-from model.loading.files import read_folder
+from model.loading.files import read_config, read_folder
 from model.loading.formats import below
 from model.loading.hub import resolve_file
 from model.loading.mask_decoders import read_sam
@@ -68,9 +68,7 @@ def _read(path: Path) -> tuple[dict[str, torch.Tensor], SamShape]:
             try:
                 return inner, SamShape.from_state_dict(inner)
             except (KeyError, IndexError) as error:
-                reason = "a model whose masks are decoded by pixel_decoder has none"
+                decoder = read_config(path, "--sam").get("mask_decoder")
+                reason = f"a model whose masks are decoded by {decoder} has none"
                 raise ValueError(f"--sam {path} holds no SAM (no {error}): {reason}") from error
-    try:
-        return read_sam(str(path))
-    except ValueError as error:
-        raise ValueError(str(error).replace("--vision_pretrained", "--sam")) from error
+    return read_sam(str(path), "--sam")

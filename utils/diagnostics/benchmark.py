@@ -198,11 +198,10 @@ class Bench:
 
     def _cached(self, batch: Batch) -> Batch:
         """Fills the cache with random SAM features: no time depends on their values."""
-        sam, cache = self.preset.sam, self.model.visual_model.cache
-        grid = sam.image_size // sam.patch_size
-        if cache is None:  # a decoder without an image encoder
-            return batch
-        cache.get(batch.image_keys, batch.sam_images, lambda x: torch.randn(len(x), sam.prompt_width, grid, grid).to(x))
+        decoder = self.model.visual_model
+        if decoder.cache is not None:  # else it has no image encoder
+            shape = decoder.feature_shape
+            decoder.cache.get(batch.image_keys, batch.sam_images, lambda x: torch.randn(len(x), *shape).to(x))
         return batch
 
     def step(self, batch: Batch) -> None:
@@ -300,12 +299,10 @@ class Bench:
         def postprocess(masks: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
             return masks.float().expand(-1, *size)
 
-        grid = self.preset.sam.image_size // self.preset.sam.patch_size
-        zeros = torch.zeros(1, self.preset.sam.prompt_width, grid, grid, device=self.device)
-        zeros = zeros.to(PRECISIONS[self.preset.precision])
+        zeros = torch.zeros(1, *sam.feature_shape, device=self.device).to(PRECISIONS[self.preset.precision])
 
         def encode(images: torch.Tensor, keys: list[str]) -> torch.Tensor:
-            return zeros.expand(len(images), -1, -1, -1)
+            return zeros.expand(len(images), *sam.feature_shape)
 
         with replaced(sam, encode=encode, decode=decode, postprocess=postprocess):
             yield

@@ -256,8 +256,7 @@ def answering_costs(benches: Benches, repeats: int, limit: int) -> dict[str, dic
         limit: images to answer, at least the largest of ``BATCH_SIZES``.
     """
     bench = benches.sam
-    grid = bench.preset.sam.image_size // bench.preset.sam.patch_size
-    embeddings = torch.randn(max(BATCH_SIZES), bench.preset.sam.prompt_width, grid, grid)
+    embeddings = torch.randn(max(BATCH_SIZES), *bench.model.visual_model.feature_shape)
     embeddings = embeddings.to(bench.device, bench.model.dtype)
     encode, encoding = encoder_call(bench), np.zeros(repeats)
     times = {size: {case.name: np.zeros(repeats) for case in ANSWERING} for size in BATCH_SIZES}

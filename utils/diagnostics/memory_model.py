@@ -24,6 +24,7 @@ from model.loading.placement import PRECISIONS
 from model.loading.pretrained import config_of, resolve_start
 from model.lora import add_lora
 from model.losses import PIXELS_AT_ONCE
+from model.settings import SAM
 from utils.config import Config
 from utils.plotting import text_tables
 from utils.training.zero3 import WHOLE
@@ -37,6 +38,8 @@ PIXEL_BYTES = 35  # per pixel of a mask: what the losses at the image's size sav
 LIVE = 1_000_000_000  # DeepSpeed's stage3_max_live_parameters
 CUDA_CONTEXT = 0.8 * GB  # assumed: kernels, cuBLAS, NCCL
 FRAGMENTATION = 0.1  # assumed: share of the activations that the allocator loses
+SAM2_SAVED, SAM2_FEATURES = 23.0, 4.0  # "images" of the decoder per mask (tests/diagnostics)
+ENCODER_COPIES = {"sam2": 9.0, "sam3_tracker": 18.0}  # of an image's finest states, at the peak of a traced full size
 SHAPES: dict[str, dict[str, Any]] = {  # LLaVA-1.5 (Vicuna) with CLIP ViT-L/14 of 336 px and SAM ViT-H
     "7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
     "13b": {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40},
@@ -144,7 +147,8 @@ def mask_decoder(plan: Plan) -> float:
     The two-way transformer saves 12 (inputs of the projections, their outputs at half the width, the inputs of the
     norms, of two blocks and the last attention), the upscaling 11 (its norm is written out, at four times the pixels
     and a quarter of the channels; two convolutions, two GELUs, the product with the mask tokens), the prompt's
-    downscaling and the sum 3: counted in a run (docs/scaling.md).
+    downscaling and the sum 3: counted in a run (docs/scaling.md). transformers' SAM 2 saves ``SAM2_SAVED``; a prompt's
+    copy of the features, of three scales, is ``SAM2_FEATURES``.
     """
     if not plan.shape.decoder_kind.has_encoder:  # each scale but the first at twice the grid's side; no mask prompts
         assert plan.shape.decoder_config is not None
@@ -152,6 +156,11 @@ def mask_decoder(plan: Plan) -> float:
         grid = (plan.shape.clip_side // plan.shape.clip_patch) ** 2
         image = grid * plan.shape.decoder_config["prompt_width"] * (1 + 4 * (plan.shape.num_scales - 1))
         return 26.0 * image * plan.precision * plan.masks * plan.images
+    if plan.shape.decoder_kind.weights == "folder":
+        assert plan.shape.decoder_config is not None
+        prompt = plan.shape.decoder_config["prompt_encoder_config"]
+        image = (prompt["image_size"] // prompt["patch_size"]) ** 2 * prompt["hidden_size"]
+        return (SAM2_SAVED + SAM2_FEATURES) * image * plan.precision * plan.masks * plan.images
     sam = SamShape(**plan.shape.sam_config)
     image = (sam.image_size // sam.patch_size) ** 2 * sam.prompt_width
     return 26.0 * image * plan.precision * plan.masks * plan.images
@@ -171,9 +180,15 @@ def mask_losses(plan: Plan) -> float:
 
 def image_encoder(plan: Plan) -> float:
     """Peak bytes of SAM's encoder, which saves nothing: a global layer's relative positions, G^2 x G^2 per head, of one
-    image at a time (its attention is fused and materializes no scores)."""
+    image at a time (its attention is fused and materializes no scores). Of SAM 2 and 3: ``ENCODER_COPIES``."""
     if not plan.shape.decoder_kind.has_encoder:
         return 0.0
+    if plan.shape.decoder_kind.weights == "folder":
+        assert plan.shape.decoder_config is not None
+        backbone = plan.shape.decoder_config["vision_config"]["backbone_config"]
+        stride, width = backbone.get("patch_stride", [backbone.get("patch_size")])[0], backbone["hidden_size"]
+        states = (plan.shape.sam_side // stride) ** 2 * width
+        return ENCODER_COPIES[plan.shape.mask_decoder] * states * plan.precision
     sam = SamShape(**plan.shape.sam_config)
     grid = (sam.image_size // sam.patch_size) ** 2
     return 1.0 * sam.encoder_heads * grid**2 * plan.precision
@@ -263,7 +278,10 @@ def shape_of(config: Config) -> tuple[GroundingConfig, str]:
         raise ValueError(
             f"--version {paths.version}: the weights are not here, and the name contains neither 7b nor 13b"
         )
-    return preset(name, **config.method), f"LLaVA-1.5 {name.upper()} with SAM ViT-H, assumed: the files are not here"
+    shape = preset(name, **config.method)
+    kind = shape.decoder_kind
+    decoder = "SAM ViT-H" if shape.mask_decoder == SAM else f"{kind.title} {kind.example}".rstrip()
+    return shape, f"LLaVA-1.5 {name.upper()} with {decoder}, assumed: the files are not here"
 
 
 def count_parameters(
