@@ -198,7 +198,7 @@ class Bench:
 
     def _cached(self, batch: Batch) -> Batch:
         """Fills the cache with random SAM features: no time depends on their values."""
-        decoder = self.model.visual_model
+        decoder: Any = self.model.visual_model
         if decoder.cache is not None:  # else it has no image encoder
             shape = decoder.feature_shape
             decoder.cache.get(batch.image_keys, batch.sam_images, lambda x: torch.randn(len(x), *shape).to(x))
@@ -289,7 +289,7 @@ class Bench:
     @contextmanager
     def without_sam(self) -> Iterator[None]:
         """SAM's modules and its upscaling cost nothing; masks are constant, but have a gradient."""
-        sam = self.model.visual_model
+        sam: Any = self.model.visual_model
 
         def decode(
             embeddings: torch.Tensor, tokens: torch.Tensor, prompts: torch.Tensor | None

@@ -256,11 +256,12 @@ def answering_costs(benches: Benches, repeats: int, limit: int) -> dict[str, dic
         limit: images to answer, at least the largest of ``BATCH_SIZES``.
     """
     bench = benches.sam
-    embeddings = torch.randn(max(BATCH_SIZES), *bench.model.visual_model.feature_shape)
+    sam: Any = bench.model.visual_model
+    embeddings = torch.randn(max(BATCH_SIZES), *sam.feature_shape)
     embeddings = embeddings.to(bench.device, bench.model.dtype)
     encode, encoding = encoder_call(bench), np.zeros(repeats)
     times = {size: {case.name: np.zeros(repeats) for case in ANSWERING} for size in BATCH_SIZES}
-    with replaced(bench.model.visual_model, encode=lambda images, keys: embeddings[: len(images)]):
+    with replaced(sam, encode=lambda images, keys: embeddings[: len(images)]):
         for case in ANSWERING:  # the warm-up
             answering_seconds(benches.of(case), case, reason_samples(bench, range(1)))
         for turn in range(repeats):
