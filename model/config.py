@@ -267,6 +267,9 @@ class UGroundConfig(GroundingConfig, LlavaLlamaConfig):
     def backbone_problems(self) -> Iterator[tuple[str, str]]:
         if self.mm_projector_type not in (choices := ("mlp2x_gelu", "linear")):
             yield "mm_projector_type", f"{self.mm_projector_type!r} is not one of {', '.join(choices)}"
+        if self.max_image_tokens != METHOD_FIELDS["max_image_tokens"].default:
+            count = self.num_image_tokens
+            yield "max_image_tokens", f"{self.max_image_tokens} has no effect: LLaVA's CLIP gives {count}; leave it out"
         if not isinstance(self.mm_vision_select_layer, int):
             yield "mm_vision_select_layer", f"{self.mm_vision_select_layer!r} is not a whole number"
         if self.clip_side % self.cell_side:

@@ -9,6 +9,7 @@ What autograd saves was counted in PyTorch's backward formulas and compared with
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,8 +25,9 @@ from model.loading.placement import PRECISIONS
 from model.loading.pretrained import config_of, resolve_start
 from model.lora import add_lora
 from model.losses import PIXELS_AT_ONCE
-from model.settings import SAM
+from model.settings import SAM, decoder_kind
 from utils.config import Config
+from utils.diagnostics.published_sizes import PUBLISHED, published
 from utils.plotting import text_tables
 from utils.training.zero3 import WHOLE
 from utils.wording import counted
@@ -260,7 +262,8 @@ def preset(name: str, **settings: Any) -> UGroundConfig:
 def shape_of(config: Config) -> tuple[GroundingConfig, str]:
     """The model that a configuration trains, and the source of its sizes.
 
-    Weights that are not on this machine yet are assumed to be LLaVA-1.5 of the size in their name.
+    Weights that are not on this machine yet are those that their name says (``published_sizes``), or LLaVA-1.5 of the
+    size in it.
 
     Raises:
         ValueError: if neither the files nor the name give the size.
@@ -273,10 +276,17 @@ def shape_of(config: Config) -> tuple[GroundingConfig, str]:
     if found:
         start = {name: str(part.path) for name, part in found.items()}
         return config_of(**start, settings=config.method), paths.version
+    decoder = decoder_kind(config.method).title
+    if known := published(paths.version):
+        shape = BACKBONES[known.backbone].config(**known.sizes, **config.method)
+        return shape, f"{paths.version} with {decoder}, as published: the files are not here"
     name = next((size for size in ("13b", "7b") if size in Path(paths.version).name.lower()), None)
+    if re.search("qwen|internvl", paths.version.lower()):
+        name = None
     if name is None:
         raise ValueError(
-            f"--version {paths.version}: the weights are not here, and the name contains neither 7b nor 13b"
+            f"--version {paths.version}: the weights are not here, and the name is neither that of a LLaVA with 7b or "
+            f"13b nor one of {', '.join(PUBLISHED)}"
         )
     shape = preset(name, **config.method)
     kind = shape.decoder_kind
