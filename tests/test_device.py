@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from conftest import assert_same_masks
 from opening import load_pretrained
 from pixellm import make_pixellm, make_processor
+from stretched import CONFIGS, make_stretched, make_stretched_processor, write_source
 from strict_device import DeviceTensor, strict_device
 
 from model import grounding
@@ -52,6 +53,12 @@ PIXELLM = {
     "policy": {"layer_selection": "policy", "mask_prompt": True, "map_terms": ("gaussian_bce",)},
     "soft": {"layer_selection": "soft", "iou_loss_weight": 1.0},
     "leave one out": {"layer_selection": "policy", "policy_gradient": "leave_one_out", "reward_terms": "mask"},
+}
+STRETCHED = {  # SAM 2, SAM 3's tracker: settings, and whether features are cached
+    "policy": ({}, False),
+    "cached": ({}, True),
+    "points": ({"point_prompts": 2}, True),
+    "lisa": ({"mask_prompt": False}, True),
 }
 RULES = ("argmax", "sample", "mc:4", "best:3", "soft", "blend:2", "fixed:1", "window:1-2")
 
@@ -135,7 +142,8 @@ def compare_step(model, batch) -> list[str]:
         assert found.keys() == gradients.keys()
         weights = dict(there.named_parameters())
         for name, gradient in gradients.items():
-            atol = 1e-4 * float(gradient.abs().max()) + 1e-7
+            noise = 1e-6 if name.endswith("k_proj.bias") else 1e-7  # it cancels in the softmax
+            atol = 1e-4 * float(gradient.abs().max()) + noise
             torch.testing.assert_close(found[name].cpu(), gradient, rtol=0, atol=atol, msg=name)
             trained = weights[name].cpu()  # AdamW's first step is the learning rate, whatever the gradient
             torch.testing.assert_close(trained, model.get_parameter(name), rtol=0, atol=2.1e-3, msg=name)
@@ -170,6 +178,19 @@ def test_a_step_of_pixellm_computes_what_the_cpu_does_and_never_waits(settings, 
     processor = make_processor()
     model = add_lora(make_pixellm(processor, **settings), r=2, dropout=0.0).train()
     assert compare_step(model, processor.collate(tiny_samples)) == []
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(("settings", "cached"), STRETCHED.values(), ids=STRETCHED)
+def test_a_step_with_another_sam_computes_what_the_cpu_does_and_never_waits(
+    name, settings, cached, tiny_tokenizer, tiny_samples, tmp_path
+):
+    processor = make_stretched_processor(tiny_tokenizer, name)
+    base = make_stretched(processor, name, write_source(tmp_path / "source", name), **settings)
+    model = add_lora(base, r=2, dropout=0.0).train()
+    if cached:
+        cache_sam_features(base, processor, str(tmp_path / "cache"), 1.0)
+    assert compare_step(model, processor.collate(tiny_samples[:2])) == []
 
 
 def test_checkpointing_and_the_feature_cache_do_not_wait(step, tmp_path):
