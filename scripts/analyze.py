@@ -8,6 +8,8 @@ each layer forced and the loss of its maps, M_prompt, M_IoU and <SEG>_prompt, th
 the worst and best answers. --against adds a second checkpoint, side by side.
 
 --what ceiling writes instead, in minutes and also before training, what a policy over layers can gain at most.
+--what phrases asks a frozen backbone, before any training: does the similarity of a phrase's last token with the image
+ground anything, and at which layers? It takes base weights, too (--version Qwen/Qwen2.5-VL-7B-Instruct).
 """
 
 from __future__ import annotations
@@ -53,10 +55,11 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     cli.add_model_flags(parser)
     add(
         "--what",
-        choices=("layers", "ceiling"),
+        choices=("layers", "ceiling", "phrases"),
         default="layers",
         help="layers: pictures and tables of all layers (default). ceiling: what choosing a layer for each query can "
-        "gain over the best fixed layer, and whether the map reward and the [SEG] states tell which one",
+        "gain over the best fixed layer, and whether the map reward and the [SEG] states tell which one. phrases: the "
+        "maps of each phrase's last token, without [SEG] or mask decoder",
     )
     add(
         "--against",
@@ -96,14 +99,15 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "--limit",
         type=cli.whole(1),
         metavar="N",
-        help=f"only the first N images of each split (default: all; with --what ceiling {CEILING_IMAGES})",
+        help=f"only the first N images of each split (default: all; {CEILING_IMAGES} with --what ceiling or phrases)",
     )
     add("--batch_size", type=cli.whole(1), default=4, metavar="N", help="images per step (default: 4)")
     add("--seed", type=int, default=0, metavar="S", help="of sampled layers (default: 0)")
     args = parser.parse_args(arguments)
     given = [f"--{name}" for name in NOT_OF_THE_CEILING if getattr(args, name) != parser.get_default(name)]
-    if args.what == "ceiling" and given:
-        parser.error(f"{' and '.join(given)}: no effect with --what ceiling, which measures one checkpoint as a whole")
+    if args.what != "layers" and given:
+        what = f"--what {args.what}, which measures one checkpoint as a whole"
+        parser.error(f"{' and '.join(given)}: no effect with {what}")
     return args
 
 
@@ -113,6 +117,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     datasets = [get_eval_dataset(spec, args.dataset_dir) for spec in specs]  # a typo fails before the model is loaded
     if args.what == "ceiling":
         return write_ceilings(args, datasets)
+    if args.what == "phrases":
+        return write_phrases(args, datasets)
     args.output.mkdir(parents=True, exist_ok=True)
     folders = [args.version] + [args.against] * bool(args.against)
     selected: dict[Spec, list[Record]] = {}
@@ -435,6 +441,42 @@ def write_ceiling(report: Report, spec: Spec, measured: Measured, ceiling: Ceili
             text_tables.from_mappings(rows, lambda _, v: str(_csv_value(v))), "lr"
         )
         report.table(name, rows, text, spec)
+
+
+# -- phrases -----------------------------------------------------------------------------------------------------------
+
+
+def write_phrases(args: argparse.Namespace, datasets: Sequence[EvalDataset]) -> int:
+    """Writes what each layer's similarity with a phrase's last token grounds, and prints its sentence."""
+    from model.loading.hub import resolve_folder
+    from model.loading.pretrained import kind_of, load_backbone
+    from utils.evaluation import phrase_maps
+    from utils.plotting.charts import phrase_curves, save_chart
+
+    [name] = checkpoint_names(args, [args.version])
+    if kind_of(resolve_folder(args.version, "--version").path) == "base":
+        placed = {"quantize": args.quantize, "device_map": args.device_map}
+        opened = load_backbone(args.version, args.precision, args.device, vision_tower=args.vision_tower, **placed)
+    else:
+        opened = cli.open_model(args)
+    args.output.mkdir(parents=True, exist_ok=True)
+    report = Report(args.output, [Checkpoint(name, opened.fingerprint)], shlex.join(sys.argv))
+    for dataset in datasets:
+        limit = args.limit or CEILING_IMAGES
+        result = phrase_maps.measure(opened.model, opened.processor, dataset, limit, args.batch_size, progress=True)
+        text = (
+            "Similarity of a phrase's last token with the image's tokens, without [SEG]: "
+            f"{phrase_maps.sentence(result)}. hit: the target's share of the highest cell; auc: a point of the target "
+            "against one outside; iou: at the best threshold of each map; control: the phrases of another image. The "
+            "best layer was chosen on these phrases."
+        )
+        report.table(file_name(dataset.spec, "phrases", "csv"), result.rows(), text, dataset.spec)
+        path, caption = report.add(file_name(dataset.spec, "phrases", "png"), text, dataset.spec)
+        curves = {kind: {c: result.mean(kind, "hit", c).tolist() for c in (False, True)} for kind in phrase_maps.KINDS}
+        save_chart(path, phrase_curves(curves, float(np.mean(result.areas))), caption)
+        print(f"{dataset.spec}: {phrase_maps.sentence(result)}")
+    print(f"wrote {report.close()} and {len(report.entries)} pictures and tables")
+    return 0
 
 
 def file_name(spec: Spec, *parts: str) -> str:

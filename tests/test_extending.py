@@ -11,7 +11,7 @@ from tiny_run import environment
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs/extending.md").read_text(encoding="utf-8")
-SECTIONS = ("A data set", "A benchmark", "A layer rule", "A loss", "A setting")
+SECTIONS = ("A data set", "A benchmark", "A layer rule", "A loss", "A backbone", "A setting")
 
 
 def test_the_examples_run(tmp_path: Path) -> None:

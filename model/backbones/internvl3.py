@@ -34,7 +34,7 @@ TEMPLATE = ChatTemplate(  # of OpenGVLab/InternVL3-8B-hf, without a system promp
     question="{}<|im_end|>\n<|im_start|>assistant\n",
     answer="{}",
     end="<|im_end|>",
-    separator="\n",
+    between="\n<|im_start|>user\n",
 )
 
 

@@ -17,7 +17,7 @@ TEMPLATE = ChatTemplate(
     question="{}<|im_end|>\n<|im_start|>assistant\n",
     answer="{}",
     end="<|im_end|>",
-    separator="\n",
+    between="\n<|im_start|>user\n",
     system_prompt="You are a helpful assistant.",
 )
 

@@ -111,6 +111,14 @@ def load(
     paths = {name: path for name, path in paths.items() if path}
     model, processor, sources = LOADERS[kind](folder, precision, paths)
     processor.keep_padding = model.config.reads_padding
+    return _placed((model, processor, sources), folder, precision, device, quantize, device_map)
+
+
+def _placed(
+    parts: Parts, folder: Path, precision: str, device: str, quantize: str | None, device_map: str | None
+) -> Opened:
+    """The loaded parts, with the model on its device."""
+    model, processor, sources = parts
     sources = {module: hub.name_of(source) for module, source in sources.items()}
     weights_fingerprint = fingerprint(model.state_dict().values())  # before layers are quantized or offloaded
     place(model, device, quantize, device_map)
@@ -395,6 +403,42 @@ def load_for_training(
     config.eos_token_id, config.pad_token_id = ids.eos, ids.pad
     new |= {name: ", ".join(added) for name in ("model", "lm_head") if added}
     return model, processor, report(model, sources, new)
+
+
+def load_backbone(
+    version: str,
+    precision: str = "auto",
+    device: str = "auto",
+    *,
+    vision_tower: str = "",
+    quantize: str | None = None,
+    device_map: str | None = None,
+) -> Opened:
+    """Base weights of a backbone as they are, without a mask decoder: for its states alone, not for masks.
+
+    Args:
+        version, vision_tower: as for training; the others as in ``load``.
+
+    Raises:
+        ValueError: as ``load``, and if the folder holds no base weights.
+    """
+    transformers_logging.disable_progress_bar()  # clutters output that goes to a file
+    device = pick_device(device)
+    precision = pick_precision(precision, device)
+    folder = hub.resolve_folder(version, "--version").path
+    tower = ""
+    if base_backbone(folder) == "llava":
+        if not vision_tower:
+            raise ValueError(f"--vision_tower: is missing; {version} holds no CLIP")
+        tower = str(hub.resolve_folder(vision_tower, "--vision_tower").path)
+    model, sources = load_base(str(folder), tower, None, PRECISIONS[precision], {})
+    tokenizer, config = load_tokenizer(folder), model.config
+    old_size = len(tokenizer)
+    add_special_tokens(tokenizer, config.codebook_size, config.template.added)
+    grow_vocabulary(model, old_size, len(tokenizer))
+    system_prompt = read_config(folder, "--version").get("system_prompt")  # None = the template's
+    processor = UGroundProcessor(tokenizer, **config.processor_settings(folder), system_prompt=system_prompt)
+    return _placed((model, processor, sources), folder, precision, device, quantize, device_map)
 
 
 def settings_of(folder: str | Path) -> dict[str, Any]:

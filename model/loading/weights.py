@@ -25,6 +25,7 @@ from model.loading.mask_decoders import read_decoder, read_sam
 from model.settings import SAM, decoder_kind
 
 OF_FILE = ("model_type", "architectures", "transformers_version", "auto_map", "dtype", "torch_dtype")  # not the model's
+UNUSED_SAM = SamShape(64, 16, 32, 1, 2, (0,), 4, 32, 4, 1, 32, 32)
 NEW_PARTS = ("text_hidden_fcs.", "ppm.")  # trained from scratch; no base has them
 CLIP_TEXT_KEYS = ("text_model.", "text_projection.", "visual_projection.", "logit_scale")  # of CLIP's text encoder
 LLAMA_KEYS = [
@@ -270,14 +271,15 @@ def fit_positions(state: dict[str, torch.Tensor], config: UGroundConfig, shifted
 
 
 def load_base(
-    version: str, vision_tower: str, vision_pretrained: str, dtype: torch.dtype, settings: dict
+    version: str, vision_tower: str, vision_pretrained: str | None, dtype: torch.dtype, settings: dict
 ) -> tuple[GroundingModel, dict[str, str]]:
     """Builds UGround from base weights of a backbone and a mask decoder.
 
     Args:
         version: LLaVA-1.5, or another backbone (``model.backbones.BACKBONES``).
         vision_tower: LLaVA's CLIP; not read for the others, which hold their tower.
-        vision_pretrained: the mask decoder that ``settings`` name; not read if it is a new one.
+        vision_pretrained: the mask decoder that ``settings`` name; not read if it is a new one; None = the model's
+            masks are not used: its SAM is a small one with undefined weights.
         settings: of ``GroundingConfig``, beyond the sizes.
 
     Returns:
@@ -286,8 +288,11 @@ def load_base(
     Raises:
         ValueError: if a file is missing, or weights do not fit.
     """
-    has_encoder, folder = decoder_kind(settings).has_encoder, Path(version)
-    decoder, sizes = read_decoder(settings.get("mask_decoder", SAM), vision_pretrained) if has_encoder else ({}, {})
+    reads, folder = decoder_kind(settings).has_encoder and vision_pretrained is not None, Path(version)
+    decoder: dict[str, torch.Tensor] = {}
+    sizes: dict[str, Any] = {} if vision_pretrained is not None else {"sam_config": UNUSED_SAM.to_dict()}
+    if reads and vision_pretrained is not None:
+        decoder, sizes = read_decoder(settings.get("mask_decoder", SAM), vision_pretrained)
     config: GroundingConfig
     if base_backbone(folder) == "llava":
         config, state, has_tower = read_llava(folder, vision_tower, settings | sizes)
@@ -298,7 +303,7 @@ def load_base(
         sources = dict.fromkeys(("model", "lm_head"), version)
     with blame(f"--version: {folder / 'config.json'} does not describe a model that can be built"):
         model = new_model(config, dtype)
-    if has_encoder:
+    if reads and vision_pretrained is not None:
         load_strictly(model.visual_model, decoder, vision_pretrained)
         sources["visual_model"] = vision_pretrained
     load_strictly(model, state, str(folder / "config.json"), new=("visual_model.", *NEW_PARTS))

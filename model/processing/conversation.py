@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -101,7 +102,7 @@ class PromptBuilder:
             if any("\ud800" <= character <= "\udfff" for character in turn.question):
                 raise ValueError(f"a question contains bytes that are not UTF-8: {turn.question[:60]!a}")
             question = escape(turn.question.strip(), self.escaped)
-            text += "" if i == 0 else template.separator + template.user
+            text += "" if i == 0 else template.between
             text += template.question.format(question)
             if turn.answer:
                 start, answer = len(text), escape(turn.answer.strip(), self.escaped_in_answers)
@@ -117,6 +118,16 @@ class PromptBuilder:
             for token, (left, right) in zip(ids[split:], offsets[split:])
         ]
         return self._with_codebook(EncodedConversation(ids[split:], labels))
+
+    def last_of_question(self, question: str) -> int:
+        """Index of the token with a question's last letter or digit, among those of ``encode((Turn(question),))``."""
+        text = escape(question.strip(), self.escaped)
+        letters = [match.end() for match in re.finditer(r"\w", text)]
+        before, _, _ = self.template.question.partition("{}")
+        end = len(self.prefix_text) + len(before) + (letters[-1] if letters else len(text))
+        whole = self.prefix_text + self.template.question.format(text)
+        offsets = self.tokenizer(whole, return_offsets_mapping=True)["offset_mapping"]
+        return max(i for i, (left, right) in enumerate(offsets) if left < end and left < right) - len(self._prefix_once)
 
     def _with_codebook(self, conversation: EncodedConversation) -> EncodedConversation:
         """The codebook's tokens in place of its first one, which stands for a target in the text."""

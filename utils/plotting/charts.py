@@ -101,6 +101,26 @@ def layer_curves(ciou: Mapping[str, Sequence[float]], loss: Mapping[str, Sequenc
         return fig
 
 
+def phrase_curves(hits: Mapping[str, Mapping[bool, Sequence[float]]], area: float) -> Figure:
+    """How often a phrase's map is highest on its target, layer by layer.
+
+    Args:
+        hits: kind of similarity -> control or not -> [L]; area: what a random cell hits.
+    """
+    lines = {
+        kind + " (another image's phrases)" * control: (range(len(values)), values)
+        for kind, pair in hits.items()
+        for control, values in pair.items()
+    }
+    with figure(COLUMN, 2.6) as fig:
+        axes = fig.subplots()
+        curves(axes, lines, marked=False)
+        axes.axhline(area, color="0.6", linewidth=0.8, linestyle=":")
+        axes.set(xlabel="layer (0 = embeddings)", ylabel="target's share of the highest cell", ylim=(0, 1))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        return fig
+
+
 def policy_strips(tables: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
     """Heat maps with a row per group of queries and a column per layer: the darker, the more of the group's [SEG].
 
