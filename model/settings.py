@@ -39,7 +39,7 @@ class DecoderKind:
         scales: S, the prompts that it takes per [SEG].
         weights: what ``--vision_pretrained`` names: a ``file``, or a ``folder`` of transformers; "" = nothing: it has
             no image encoder, reads CLIP's states and starts from new weights.
-        example: of such weights.
+        example, licence: of such weights.
         input: how an image becomes its input, of ``model.processing.transforms.SAM_INPUTS``.
         takes_points: whether points can prompt it.
         parts: what trains beside its prompt encoder and mask decoder, of ``FREEZABLE``.
@@ -49,6 +49,7 @@ class DecoderKind:
     scales: int = 1
     weights: str = ""
     example: str = ""
+    licence: str = "Apache-2.0"
     input: str = "pad"
     takes_points: bool = True
     parts: tuple[str, ...] = ()
@@ -63,7 +64,9 @@ SAM = "segment_anything"  # the default, and the decoder of settings that name n
 DECODER_KINDS: dict[str, DecoderKind] = {  # by the name that is a value of ``mask_decoder``
     SAM: DecoderKind("SAM", weights="file", example="sam_vit_h"),
     "sam2": DecoderKind("SAM 2.1", weights="folder", example="facebook/sam2.1-hiera-large", input="stretch"),
-    "sam3_tracker": DecoderKind("SAM 3's tracker", weights="folder", example="facebook/sam3", input="stretch_to_one"),
+    "sam3_tracker": DecoderKind(
+        "SAM 3's tracker", weights="folder", example="facebook/sam3", licence="SAM License", input="stretch_to_one"
+    ),
     "pixel_decoder": DecoderKind("pixel decoder", scales=2, takes_points=False, parts=("mask_projector", "image_neck")),
 }
 

@@ -26,8 +26,8 @@ class ModelSettings:
     )
     vision_pretrained: str = setting(
         "",
-        "SAM, for base weights: .pth, folder of transformers' SamModel, hub id (org/name:file), or sam_vit_b, sam_vit_l, "
-        "sam_vit_h; with --mask_decoder sam2 or sam3_tracker transformers' folder, or hub id, of that",
+        "SAM, for base weights: .pth, folder of transformers' SamModel, hub id (org/name:file), or sam_vit_b, "
+        "sam_vit_l, sam_vit_h; of another --mask_decoder, transformers' folder or hub id",
         may_change=True,
     )
     model_max_length: int = setting(2048, "longest sequence in tokens: image, prompt and one conversation", low=16)

@@ -45,7 +45,8 @@ def model_card(name: str, meta: dict[str, Any], adapter: bool, license: str = "o
 
     base = meta.get("resolved") or meta["config"]["model"]  # runs of older code have no ``resolved``
     method = config_from(meta["config"], "the run").flat()  # older runs lack newer settings
-    has_sam = decoder_kind(method).has_encoder
+    kind = decoder_kind(method)
+    has_sam = kind.has_encoder
     paths = {module: base[path_setting(module, base)] for module in meta["base"]}
     repositories = {path: repository for path in paths.values() if (repository := repository_of(path))}
     data = ModelCardData(
@@ -78,7 +79,7 @@ def model_card(name: str, meta: dict[str, Any], adapter: bool, license: str = "o
         + ".\n\n```yaml\n"
         + yaml.safe_dump(meta["config"], sort_keys=False).rstrip()
         + "\n```",
-        "## Licences\n\n" + LICENCES.format(sam=", SAM Apache-2.0" * has_sam),
+        "## Licences\n\n" + LICENCES.format(sam=f", {kind.title} {kind.licence}" * has_sam),
     ]
     return "\n\n".join(parts) + "\n"
 
