@@ -67,6 +67,7 @@ DECODER_KINDS: dict[str, DecoderKind] = {  # by the name that is a value of ``ma
     "sam3_tracker": DecoderKind(
         "SAM 3's tracker", weights="folder", example="facebook/sam3", licence="SAM License", input="stretch_to_one"
     ),
+    "mobile_sam": DecoderKind("MobileSAM", weights="file", example="mobile_sam.pt"),
     "pixel_decoder": DecoderKind("pixel decoder", scales=2, takes_points=False, parts=("mask_projector", "image_neck")),
 }
 
@@ -231,8 +232,8 @@ class DecoderSettings:
 
     mask_decoder: str = setting(
         SAM,
-        "SAM; sam2: SAM 2.1; sam3_tracker: SAM 3's tracker; or pixel_decoder: PixelLM's, which reads CLIP's states and "
-        "needs no SAM",
+        "SAM; sam2: SAM 2.1; sam3_tracker: SAM 3's tracker; mobile_sam: MobileSAM; or pixel_decoder: PixelLM's, which "
+        "reads CLIP's states and needs no SAM",
         choices=tuple(DECODER_KINDS),
     )
     decoder_width: int = setting(256, "width of a pixel decoder's prompts and image features; a multiple of 16", low=16)

@@ -157,20 +157,7 @@ class SegmentAnything(EncodingDecoder):
         self.shape = shape
         self.image_side, self.prompt_width = shape.image_size, shape.prompt_width
         grid = shape.image_size // shape.patch_size
-        self.image_encoder = ImageEncoderViT(
-            img_size=shape.image_size,
-            patch_size=shape.patch_size,
-            embed_dim=shape.encoder_width,
-            depth=shape.encoder_depth,
-            num_heads=shape.encoder_heads,
-            out_chans=shape.prompt_width,
-            norm_layer=partial(nn.LayerNorm, eps=1e-6),
-            use_rel_pos=True,
-            window_size=shape.window_size,
-            global_attn_indexes=shape.global_attention,
-        )
-        for block in self.image_encoder.blocks:
-            block.attn = FusedAttention(block.attn)
+        self.image_encoder = self.new_encoder(shape)
         self.prompt_encoder = PromptEncoder(
             embed_dim=shape.prompt_width,
             image_embedding_size=(grid, grid),
@@ -185,6 +172,24 @@ class SegmentAnything(EncodingDecoder):
             iou_head_hidden_dim=shape.iou_hidden,
         )
         self.keep_positions_float()
+
+    def new_encoder(self, shape: SamShape) -> nn.Module:
+        """The image encoder, with new weights."""
+        encoder = ImageEncoderViT(
+            img_size=shape.image_size,
+            patch_size=shape.patch_size,
+            embed_dim=shape.encoder_width,
+            depth=shape.encoder_depth,
+            num_heads=shape.encoder_heads,
+            out_chans=shape.prompt_width,
+            norm_layer=partial(nn.LayerNorm, eps=1e-6),
+            use_rel_pos=True,
+            window_size=shape.window_size,
+            global_attn_indexes=shape.global_attention,
+        )
+        for block in encoder.blocks:
+            block.attn = FusedAttention(block.attn)
+        return encoder
 
     @classmethod
     def of(cls, config: GroundingConfig) -> SegmentAnything:

@@ -19,6 +19,7 @@ TYPES: dict[str, dict[str, formats.Rules]] = {  # decoder -> model_type of confi
     "sam2": {"sam2": (), "sam2_video": formats.VIDEO},
     "sam3_tracker": dict.fromkeys(("sam3_video", "sam3_tracker", "sam3_tracker_video"), formats.SAM3),
 }
+MOBILE, VIT = "image_encoder.patch_embed.seq.0.c.weight", "image_encoder.pos_embed"  # keys of one encoder alone
 TITLES = {"sam": "SAM", "sam_hq": "HQ-SAM", "sam2": "SAM 2", "sam2_video": "SAM 2", "sam3": "SAM 3's detector alone"}
 TITLES |= dict.fromkeys(TYPES["sam3_tracker"], "SAM 3")
 POSITIONS = ("shared_image_embedding.", "prompt_encoder.shared_embedding.")  # one matrix, of which files may hold one
@@ -36,8 +37,19 @@ def read_decoder(mask_decoder: str, path: str) -> tuple[dict[str, torch.Tensor],
     folder = Path(path)
     if mask_decoder in TYPES:
         return read_stretched(mask_decoder, folder)
+    if mask_decoder == "mobile_sam":
+        return read_mobile(folder), {}
     state, shape = read_sam(path)
     return state, {"sam_config": shape.to_dict()}
+
+
+def read_mobile(file: Path) -> dict[str, torch.Tensor]:
+    """The tensors of MobileSAM's ``mobile_sam.pt``; its sizes are constants."""
+    state = read_torch_file(file)
+    if MOBILE not in state:
+        hint = " it is SAM: set --mask_decoder segment_anything, or give" if VIT in state else " give"
+        raise ValueError(f"{FLAG}: {file} is no MobileSAM (no {MOBILE!r});{hint} mobile_sam.pt")
+    return state
 
 
 def read_sam(path: str, flag: str = FLAG) -> tuple[dict[str, torch.Tensor], SamShape]:
@@ -56,7 +68,8 @@ def read_sam(path: str, flag: str = FLAG) -> tuple[dict[str, torch.Tensor], SamS
     try:
         return state, SamShape.from_state_dict(state)
     except (KeyError, IndexError) as error:
-        raise ValueError(f"{flag}: {path} is no segment-anything checkpoint (no {error})") from error
+        hint = "; it is MobileSAM: set --mask_decoder mobile_sam" if MOBILE in state else ""
+        raise ValueError(f"{flag}: {path} is no segment-anything checkpoint (no {error}){hint}") from error
 
 
 def check_type(folder: Path, mask_decoder: str, types: tuple[str, ...], flag: str = FLAG) -> None:

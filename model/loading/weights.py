@@ -476,7 +476,7 @@ def load_original_sam(path: str, model: GroundingModel) -> SegmentAnything:
     Raises:
         ValueError: if the checkpoint has none, or another image encoder, which training never changes.
     """
-    if not isinstance(model.visual_model, SegmentAnything):
+    if type(model.visual_model) is not SegmentAnything:
         raise ValueError(f"--sam {path}: the checkpoint's masks are not decoded by a SAM; leave it out")
     file = str(hub.resolve_file(path, "--sam").path)
     state, shape = read_sam(file, "--sam")

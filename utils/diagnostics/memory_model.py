@@ -20,6 +20,7 @@ from transformers import CLIPVisionConfig
 
 from model.backbones import BACKBONES
 from model.config import GroundingConfig, UGroundConfig
+from model.decoders.mobile_sam import TINY_VIT
 from model.decoders.segment_anything import SamShape
 from model.loading.placement import PRECISIONS
 from model.loading.pretrained import config_of, resolve_start
@@ -41,7 +42,11 @@ LIVE = 1_000_000_000  # DeepSpeed's stage3_max_live_parameters
 CUDA_CONTEXT = 0.8 * GB  # assumed: kernels, cuBLAS, NCCL
 FRAGMENTATION = 0.1  # assumed: share of the activations that the allocator loses
 SAM2_SAVED, SAM2_FEATURES = 23.0, 4.0  # "images" of the decoder per mask (tests/diagnostics)
-ENCODER_COPIES = {"sam2": 9.0, "sam3_tracker": 18.0}  # of an image's finest states, at the peak of a traced full size
+ENCODER_COPIES = {
+    "sam2": 9.0,
+    "sam3_tracker": 18.0,
+    "mobile_sam": 13.0,
+}  # of an image's finest states, at the peak of a traced full size
 SHAPES: dict[str, dict[str, Any]] = {  # LLaVA-1.5 (Vicuna) with CLIP ViT-L/14 of 336 px and SAM ViT-H
     "7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
     "13b": {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40},
@@ -191,6 +196,9 @@ def image_encoder(plan: Plan) -> float:
         stride, width = backbone.get("patch_stride", [backbone.get("patch_size")])[0], backbone["hidden_size"]
         states = (plan.shape.sam_side // stride) ** 2 * width
         return ENCODER_COPIES[plan.shape.mask_decoder] * states * plan.precision
+    if plan.shape.mask_decoder == "mobile_sam":
+        states = (TINY_VIT["img_size"] // 4) ** 2 * TINY_VIT["embed_dims"][0]
+        return ENCODER_COPIES["mobile_sam"] * states * plan.precision
     sam = SamShape(**plan.shape.sam_config)
     grid = (sam.image_size // sam.patch_size) ** 2
     return 1.0 * sam.encoder_heads * grid**2 * plan.precision
