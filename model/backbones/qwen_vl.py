@@ -8,6 +8,7 @@ Legend: B rows, Q new tokens, V image tokens, n patches of an image, D hidden si
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -43,8 +44,10 @@ class QwenReader(ImageReader):
         most = max_tokens * self.cell**2
         processor.size = {"shortest_edge": min(processor.size["shortest_edge"], most), "longest_edge": most}
 
-    def grid(self, height: int, width: int) -> tuple[int, int]:
-        """(h, w) cells of an image of this size in pixels.
+    def limits(self, height: int, width: int) -> dict[str, int]:
+        """Limits of the resized pixels with which an image of this size has at most ``most_tokens`` cells.
+
+        Those of the processor, but for a long strip, or where both are equal: smart_resize exceeds them there.
 
         Raises:
             ValueError: if the image is too long, as in smart_resize.
@@ -54,8 +57,15 @@ class QwenReader(ImageReader):
                 f"the image is {width} x {height} pixels (width x height): one side is more than {MAX_RATIO} times the "
                 "other, which Qwen-VL cannot read; cut it into parts"
             )
-        size = self.processor.size
-        rows, columns = smart_resize(height, width, self.cell, size["shortest_edge"], size["longest_edge"])
+        low, high = self.processor.size["shortest_edge"], self.processor.size["longest_edge"]
+        while math.prod(smart_resize(height, width, self.cell, low, high)) > self.most_tokens * self.cell**2:
+            low, high = low * 3 // 4, high * 3 // 4
+        return {"shortest_edge": low, "longest_edge": high}
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """(h, w) cells of an image of this size in pixels; errors as ``limits``."""
+        limits = self.limits(height, width)
+        rows, columns = smart_resize(height, width, self.cell, limits["shortest_edge"], limits["longest_edge"])
         return rows // self.cell, columns // self.cell
 
     def plan_of(self, height: int, width: int) -> ImagePlan:
@@ -70,11 +80,13 @@ class QwenReader(ImageReader):
     def pixels(self, images: Sequence[np.ndarray]) -> torch.Tensor:
         """Patches [n, C] of all images, in the order that the vision tower takes; C = 3 x 2 x patch x patch, as a still
         image is two equal frames."""
+        parts = []
         for image in images:
-            self.grid(*image.shape[:2])  # its sentence, not smart_resize's
-        # without input_data_format, transformers takes an image 1 or 3 pixels high for channels first
-        options: Any = {"input_data_format": "channels_last", "return_tensors": "pt"}
-        return torch.cat([self.processor(images=[image], **options)["pixel_values"] for image in images])
+            # without input_data_format, transformers takes an image 1 or 3 pixels high for channels first
+            options: Any = {"input_data_format": "channels_last", "return_tensors": "pt"}
+            height, width = image.shape[:2]
+            parts.append(self.processor(images=[image], size=self.limits(height, width), **options)["pixel_values"])
+        return torch.cat(parts)
 
     def settings(self) -> dict[str, Any]:
         return {"max_image_tokens": self.most_tokens}
