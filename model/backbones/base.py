@@ -123,8 +123,16 @@ def image_processor(kind: type, folder: Path) -> Any:
     """
     file, whole = folder / "preprocessor_config.json", folder / "processor_config.json"
     nested = whole.is_file() and not file.is_file()  # of a whole processor that transformers 5 has saved
+    own: Any = kind
     with blame(f"the image processor cannot be read from {whole if nested else file}"):
-        return kind.from_dict(read_json(whole)["image_processor"] if nested else read_json(file))  # type: ignore[attr-defined]
+        values = read_json(whole)["image_processor"] if nested else read_json(file)
+        for name, value in values.items():  # transformers takes any
+            if type(getattr(own, name, None)) is int and type(value) is not int:
+                raise ValueError(f"{name} is {value!r}, not a whole number")
+        processor = own.from_dict(values)
+        if lacking := [name for name in own.size if not isinstance(processor.size[name], int)]:
+            raise ValueError(f"size has no whole number {', '.join(lacking)}: {values.get('size')!r}")
+        return processor
 
 
 class Backbone(PreTrainedModel):

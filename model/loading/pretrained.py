@@ -164,7 +164,7 @@ def read_merged_config(folder: Path) -> GroundingConfig:
 
 def check_processor(config: GroundingConfig, processor: UGroundProcessor, folder: Path, file: str) -> None:
     """Raises a ValueError if the processor in ``folder`` is not of the model, whose configuration is in ``file``."""
-    expected = config.processor_settings()
+    expected = config.processor_settings(folder)
     of_reader = expected["reader"].settings().items(), processor.reader.settings()
     for name, of_model, of_processor in (
         ("[SEG]", config.seg_token_id, processor.tokens.seg),
