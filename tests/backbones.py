@@ -5,6 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from transformers import (
+    InternVLForConditionalGeneration,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen3VLForConditionalGeneration,
+)
 
 from model.backbones import BACKBONES
 from model.grounding import GroundingModel
@@ -73,3 +78,33 @@ def make_backbone(
             torch.nn.init.normal_(parameter, std=0.02)
     torch.nn.init.normal_(model.ppm.gate, std=0.3)
     return model.eval(), processor
+
+
+OWN: dict[str, Any] = {
+    "qwen2_5_vl": Qwen2_5_VLForConditionalGeneration,
+    "qwen3_vl": Qwen3VLForConditionalGeneration,
+    "internvl3": InternVLForConditionalGeneration,
+}
+
+
+def transformers_own(model: GroundingModel, processor: UGroundProcessor) -> Any:
+    """A model of transformers' own class with the same weights, which knows the processor's placeholder."""
+    kind = OWN[model.config.backbone]
+    tied = bool(model.config.tie_word_embeddings)
+    config = kind.config_class(**sizes(model.config.backbone, len(processor.tokenizer), tied))
+    config.image_token_id = processor.tokens.image
+    config._attn_implementation = model.config._attn_implementation
+    own = kind(config).eval()
+    state = model.state_dict()
+    own.load_state_dict({name: state[name] for name in own.state_dict()})
+    return own
+
+
+def loud(model: GroundingModel, seed: int = 0) -> GroundingModel:
+    """Weights that are large enough for each part to show in the outputs."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.startswith(("model.", "lm_head.")):
+                weight.add_(torch.randn(weight.shape, generator=generator) * 0.1)
+    return model
