@@ -19,6 +19,21 @@ from utils.demo.tiny_model import sam_shape, train_tokenizer
 
 OTHERS = ("qwen2_5_vl", "qwen3_vl", "internvl3")  # backbones that are one folder of weights
 LAYERS, WIDTH = 4, 32
+# what the published templates do with an image, texts and system prompts
+_TURN = (
+    "{{ '<|im_start|>' ~ m.role ~ '\n' }}{% if m.content is string %}{{ m.content }}{% else %}"
+    "{% for part in m.content %}{% if part.type == 'image' %}{{ 'IMAGE' }}{% else %}{{ part.text }}{% endif %}"
+    "{% endfor %}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+_SYSTEM = (
+    "{% if loop.first and m.role != 'system' %}{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}"
+)
+_QWEN = _TURN.replace("IMAGE", "<|vision_start|><|image_pad|><|vision_end|>")
+CHAT_TEMPLATES = {
+    "qwen2_5_vl": "{% for m in messages %}" + _SYSTEM + "{% endif %}" + _QWEN,
+    "qwen3_vl": "{% for m in messages %}" + _QWEN,
+    "internvl3": "{% for m in messages %}" + _TURN.replace("IMAGE", "<IMG_CONTEXT>\n"),
+}
 TEXT = {
     "hidden_size": WIDTH,
     "intermediate_size": 64,
@@ -50,10 +65,11 @@ def sizes(backbone: str, vocabulary: int, tied: bool = False) -> dict[str, Any]:
 
 
 def make_tokenizer(backbone: str):
-    """A trained tokenizer with the template's special tokens, as a hub folder has, and those of UGround."""
+    """A trained tokenizer with the template's special tokens and chat template, as a hub folder has, and UGround's."""
     template = BACKBONES[backbone].reader.template
     tokenizer = train_tokenizer(["Where is the red star? It is here, [SEG]."] * 3, vocab_size=320)
     tokenizer.add_tokens(list(template.tokens), special_tokens=True)
+    tokenizer.chat_template = CHAT_TEMPLATES[backbone]
     tokenizer.eos_token = tokenizer.pad_token = template.end
     add_special_tokens(tokenizer, 1, template.added)
     return tokenizer

@@ -36,6 +36,7 @@ from model.loading.weights import (
 )
 from model.opened import Opened
 from model.processing.processor import UGroundProcessor
+from model.processing.template import check_template
 from model.processing.tokens import IMAGE, add_special_tokens, codebook_size_of, load_tokenizer, token_ids
 from model.settings import METHOD_FIELDS, SAM, decoder_kind, kept_settings
 
@@ -389,6 +390,8 @@ def load_for_training(
         model, sources = load_base(**paths, dtype=PRECISIONS[precision], settings=settings)
         new = {}
         tokenizer = load_tokenizer(folder)
+        if model.config.backbone != "llava":  # whose prompts are LISA's
+            check_template(model.config.template, tokenizer, f"--version: {folder}")
         system_prompt = read_config(folder, "--version").get("system_prompt")  # None = the template's
     config, old_size = model.config, len(tokenizer)
     added = add_special_tokens(tokenizer, config.codebook_size, config.template.added)

@@ -95,19 +95,16 @@ class PromptBuilder:
         Raises:
             ValueError: if a question is empty or not UTF-8, or the tokenizer merges across the end of the prefix.
         """
-        template, text, spans = self.template, self.prefix_text, []
-        for i, turn in enumerate(turns):
+        for turn in turns:
             if not turn.question.strip():
                 raise ValueError("a question is empty: say what to look for, for example 'the red star'")
             if any("\ud800" <= character <= "\udfff" for character in turn.question):
                 raise ValueError(f"a question contains bytes that are not UTF-8: {turn.question[:60]!a}")
-            question = escape(turn.question.strip(), self.escaped)
-            text += "" if i == 0 else template.between
-            text += template.question.format(question)
-            if turn.answer:
-                start, answer = len(text), escape(turn.answer.strip(), self.escaped_in_answers)
-                text += template.answer.format(answer.replace(SEG, self.seg_name)) + self.end
-                spans.append((start, len(text)))
+        text, spans = self.prefix_text, []
+        for piece, is_answer in self.template.pieces(map(self.escaped_turn, turns), self.end):
+            if is_answer:
+                spans.append((len(text), len(text) + len(piece)))
+            text += piece
         encoded = self.tokenizer(text, return_offsets_mapping=True)
         ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
         split = len(self._prefix_once)
@@ -128,6 +125,14 @@ class PromptBuilder:
         whole = self.prefix_text + self.template.question.format(text)
         offsets = self.tokenizer(whole, return_offsets_mapping=True)["offset_mapping"]
         return max(i for i, (left, right) in enumerate(offsets) if left < end and left < right) - len(self._prefix_once)
+
+    def escaped_turn(self, turn: Turn) -> tuple[str, str | None]:
+        """Question and answer without special tokens that a user typed; a target's first token for each ``[SEG]``.
+
+        The answer is None where it is to be generated.
+        """
+        answer = escape(turn.answer.strip(), self.escaped_in_answers).replace(SEG, self.seg_name)
+        return escape(turn.question.strip(), self.escaped), answer if turn.answer else None
 
     def _with_codebook(self, conversation: EncodedConversation) -> EncodedConversation:
         """The codebook's tokens in place of its first one, which stands for a target in the text."""

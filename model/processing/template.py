@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
+from model.loading.files import blame
 from model.processing.tokens import IM_END, IM_START, IMAGE
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -49,6 +55,18 @@ class ChatTemplate:
         system = self.system.format(system_prompt) if system_prompt else ""
         return self.start + system + self.user + self.image[0], self.image[2]
 
+    def pieces(self, turns: Iterable[tuple[str, str | None]], end: str) -> Iterator[tuple[str, bool]]:
+        """The text after the prefix: (piece, whether the model writes it).
+
+        Args:
+            turns: (question, answer); None = the model is to answer.
+            end: the token that ends an answer.
+        """
+        for number, (question, answer) in enumerate(turns):
+            yield self.between * bool(number) + self.question.format(question), False
+            if answer is not None:
+                yield self.answer.format(answer) + end, True
+
 
 SYSTEM_PROMPT = (  # of LLaVA's conversations "vicuna_v1"
     "A chat between a curious user and an artificial intelligence assistant. "
@@ -65,3 +83,32 @@ VICUNA = ChatTemplate(  # LLaVA-1.5's "v1", with the tokens around the image tha
     system_prompt=SYSTEM_PROMPT,
     added=(IM_START, IM_END, IMAGE),
 )
+
+
+def check_template(template: ChatTemplate, tokenizer: PreTrainedTokenizerBase, source: str) -> None:
+    """Compares a backbone's template with the tokenizer's own ``chat_template``, where there is one.
+
+    Args:
+        source: the tokenizer's folder, for messages.
+
+    Raises:
+        ValueError: if they write another text, as those of variants that think before they answer.
+    """
+    if not tokenizer.chat_template:
+        return
+    questions = [[{"type": "image"}, {"type": "text", "text": "a"}], [{"type": "text", "text": "c"}]]
+    answer = [{"type": "text", "text": "b"}]
+    roles = zip(("user", "assistant", "user"), (questions[0], answer, questions[1]))
+    messages: Any = [{"role": role, "content": content} for role, content in roles]
+    with blame(f"{source}: its chat_template cannot be read"):
+        theirs: Any = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    before, image, after = template.image
+    if before not in theirs:  # InternVL's processor writes the tokens around the image, not the template
+        theirs = theirs.replace(image, before + image + after.rstrip())
+    prefix = image.join(template.prefix(template.system_prompt))
+    ours = prefix + "".join(piece for piece, _ in template.pieces([("a", "b"), ("c", None)], template.end))
+    if theirs != ours:
+        raise ValueError(
+            f"{source}: its chat_template writes {theirs!r}, this backbone's prompts are {ours!r}; use the Instruct "
+            "variant of the model, which answers at once"
+        )

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from backbones import OTHERS, loud, make_backbone, transformers_own
+from backbones import CHAT_TEMPLATES, OTHERS, loud, make_backbone, make_tokenizer, transformers_own
 from PIL import Image
 from transformers import GotOcr2ImageProcessor
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor, smart_resize
@@ -16,6 +16,7 @@ from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageP
 from model.backbones import BACKBONES
 from model.backbones.internvl3 import IMAGENET_MEAN, IMAGENET_STD
 from model.processing.processor import PROCESSOR_FILE, UGroundProcessor
+from model.processing.template import check_template
 from model.structures import Batch, Turn
 
 QWEN = ("qwen2_5_vl", "qwen3_vl")
@@ -217,6 +218,57 @@ def test_tile_counts_that_do_not_fit():
     config = BACKBONES["internvl3"].config
     with pytest.raises(ValueError, match=r"tiles of 50x50 pixels with patches of 20x20 do not split into square"):
         config(vision_config={"image_size": [50, 50], "patch_size": [20, 20]})
+
+
+# -- templates ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backbone", OTHERS)
+@pytest.mark.parametrize("system", [None, "You segment what is asked for."])
+@pytest.mark.parametrize(
+    "turns",
+    [
+        [("where is the red star?", "It is [SEG].")],
+        [("\u00e9toile\n\nrouge {}", "[SEG]"), ("and\nthe 2 others?", "")],
+        [("a", "b {x}"), ("c", "[SEG], [SEG]"), ("d", "")],
+    ],
+)
+def test_conversations_are_those_of_the_chat_template(backbone, system, turns):
+    """Texts of the tokenizer's own ``apply_chat_template``, as token ids; labels are the answers with their ends."""
+    _, made = make_backbone(backbone)
+    processor = UGroundProcessor(made.tokenizer, made.reader, 64, system, max_tokens=400)
+    messages: list[dict] = [] if system is None else [{"role": "system", "content": system}]
+    for number, (question, answer) in enumerate(turns):
+        image = [{"type": "image"}] * (number == 0)
+        messages.append({"role": "user", "content": [*image, {"type": "text", "text": question}]})
+        messages += [{"role": "assistant", "content": [{"type": "text", "text": answer}]}] * bool(answer)
+    opened = not turns[-1][1]
+    tokenizer: Any = processor.tokenizer
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=opened)
+    if backbone == "internvl3":  # as InternVLProcessor expands it
+        text = text.replace("<IMG_CONTEXT>", "<img><IMG_CONTEXT></img>")
+    conversation = processor.builder.encode(tuple(Turn(*turn) for turn in turns))
+    prefix = processor.builder.prefix
+    ids = [*prefix.before, prefix.image_id, *prefix.after, *conversation.ids]
+    assert ids == tokenizer(text if opened else text.removesuffix("\n"))["input_ids"]
+    labels = tokenizer.decode([label for label in conversation.labels if label >= 0])
+    assert labels == "".join(f"{answer}<|im_end|>" for _, answer in turns if answer)
+    check_template(processor.reader.template, tokenizer, "folder")
+
+
+@pytest.mark.parametrize("backbone", OTHERS)
+def test_a_variant_that_thinks_is_refused(backbone):
+    tokenizer, template = make_tokenizer(backbone), BACKBONES[backbone].reader.template
+    for change in (("assistant\n", "assistant\n<think>\n"), ("<|im_end|>\n", "<|im_end|>")):
+        tokenizer.chat_template = CHAT_TEMPLATES[backbone].replace(*change)
+        assert tokenizer.chat_template != CHAT_TEMPLATES[backbone]
+        with pytest.raises(ValueError, match=r"(?s)^folder: its chat_template writes .*this backbone's.*Instruct"):
+            check_template(template, tokenizer, "folder")
+    tokenizer.chat_template = "{% if %}"
+    with pytest.raises(ValueError, match=r"^folder: its chat_template cannot be read"):
+        check_template(template, tokenizer, "folder")
+    tokenizer.chat_template = None
+    check_template(template, tokenizer, "folder")
 
 
 # -- positions ---------------------------------------------------------------------------------------------------------
