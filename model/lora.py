@@ -25,10 +25,16 @@ PARTS = {  # what the name of a parameter contains -> its part
     "visual_model.no_memory_embedding": "sam_image_encoder",
     "visual_model.out_mm_projector.": "mask_projector",
     "visual_model.image_feature_neck.": "image_neck",
+    ".visual.merger.": "projector",  # Qwen-VL's
+    ".visual.deepstack_merger_list.": "projector",
+    "multi_modal_projector.": "projector",  # InternVL3's
+    "model.visual.": "vision_tower",
+    "model.vision_tower.": "vision_tower",
     "vision_tower.": "clip",
     "mm_projector.": "projector",
     "embed_tokens.": "embed_tokens",
     "lm_head.": "lm_head",
+    "model.language_model.": "language_model",
 }
 
 
@@ -36,7 +42,8 @@ def part_of(name: str) -> str:
     """Name of the model's part that a parameter belongs to, for reports and gradient norms."""
     if "lora_" in name:
         return "lora"
-    return next((part for key, part in PARTS.items() if key in name), "llama")
+    plain = name.removeprefix("base_model.model.")  # of peft; LLaVA's tower is no part of its ``model``
+    return next((part for key, part in PARTS.items() if key in plain), "llama")
 
 
 def trains_in_full(name: str, config: GroundingConfig) -> bool:
