@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
 from transformers import (
     InternVLForConditionalGeneration,
+    PreTrainedTokenizerFast,
     Qwen2_5_VLForConditionalGeneration,
     Qwen3VLForConditionalGeneration,
 )
@@ -14,7 +18,7 @@ from transformers import (
 from model.backbones import BACKBONES
 from model.grounding import GroundingModel
 from model.processing.processor import UGroundProcessor
-from model.processing.tokens import add_special_tokens
+from model.processing.tokens import SPECIAL_TOKENS, add_special_tokens
 from utils.demo.tiny_model import sam_shape, train_tokenizer
 
 OTHERS = ("qwen2_5_vl", "qwen3_vl", "internvl3")  # backbones that are one folder of weights
@@ -65,14 +69,25 @@ def sizes(backbone: str, vocabulary: int, tied: bool = False) -> dict[str, Any]:
     return {**top, "text_config": {"model_type": "qwen2", **text}, "vision_config": vision}
 
 
-def make_tokenizer(backbone: str):
-    """A trained tokenizer with the template's special tokens and chat template, as a hub folder has, and UGround's."""
+def base_tokenizer(backbone: str) -> PreTrainedTokenizerFast:
+    """A trained tokenizer with the template's special tokens and chat template, as a hub folder has; no BOS token."""
     template = BACKBONES[backbone].reader.template
-    tokenizer = train_tokenizer(["Where is the red star? It is here, [SEG]."] * 3, vocab_size=320)
+    trained = train_tokenizer(["Where is the red star? It is here, [SEG]."] * 3, vocab_size=320)
+    learned = json.loads(trained.backend_tokenizer.to_str())
+    learned["added_tokens"] = [token for token in learned["added_tokens"] if token["content"] not in SPECIAL_TOKENS]
+    learned["post_processor"] = None
+    backend = Tokenizer.from_str(json.dumps(learned))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token=template.end)
     tokenizer.add_tokens(list(template.tokens), special_tokens=True)
+    tokenizer.pad_token = template.end
     tokenizer.chat_template = CHAT_TEMPLATES[backbone]
-    tokenizer.eos_token = tokenizer.pad_token = template.end
-    add_special_tokens(tokenizer, 1, template.added)
+    return tokenizer
+
+
+def make_tokenizer(backbone: str) -> PreTrainedTokenizerFast:
+    """``base_tokenizer`` with the tokens of UGround."""
+    tokenizer = base_tokenizer(backbone)
+    add_special_tokens(tokenizer, 1, BACKBONES[backbone].reader.template.added)
     return tokenizer
 
 
@@ -125,3 +140,26 @@ def loud(model: GroundingModel, seed: int = 0) -> GroundingModel:
             if name.startswith(("model.", "lm_head.")):
                 weight.add_(torch.randn(weight.shape, generator=generator) * 0.1)
     return model
+
+
+def write_base(folder: Path, backbone: str, tied: bool = False, rows: int = 0, seed: int = 0) -> Any:
+    """Writes base weights as the hub has them, by transformers' own classes, and a SAM as ``sam.pth``.
+
+    Args:
+        rows: of the embeddings beyond the tokenizer's tokens.
+
+    Returns:
+        transformers' model.
+    """
+    model, processor = make_backbone(backbone, seed, tied)
+    tokenizer = base_tokenizer(backbone)
+    torch.manual_seed(seed)
+    kind = OWN[backbone]
+    config = kind.config_class(**sizes(backbone, len(tokenizer) + rows, tied))
+    config.image_token_id = tokenizer.get_vocab()[BACKBONES[backbone].reader.template.image[1]]
+    own = kind(config).eval()
+    own.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    processor.reader.save_pretrained(folder)
+    torch.save(model.visual_model.state_dict(), folder / "sam.pth")
+    return own
