@@ -1,4 +1,4 @@
-"""Sizes of published backbones, on the meta device: numbers of parameters, names of keys, the shipped configurations."""
+"""Sizes of published backbones, on the meta device: numbers of parameters, names of keys, shipped configurations."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from utils.diagnostics import memory_model
 from utils.diagnostics.published_sizes import PUBLISHED, published
 
 ROOT = Path(__file__).resolve().parents[2]
-CONFIGS = {  # file -> backbone, side in pixels of a cell, LoRA's parameters: 2 matrices of rank 8 for q and v of a layer
+CONFIGS = {  # file -> backbone, side of a cell in pixels, LoRA's parameters: two matrices of rank 8 each for q and v
     "qwen2_5_vl_7b": ("Qwen2.5-VL-7B", 28, 28 * 8 * (3584 + 3584 + 3584 + 512)),
     "qwen3_vl_8b": ("Qwen3-VL-8B", 32, 36 * 8 * (4096 + 4096 + 4096 + 1024)),
     "internvl3_8b": ("InternVL3-8B", 28, 28 * 8 * (3584 + 3584 + 3584 + 512)),

@@ -13,7 +13,7 @@ from backbones import OTHERS, loud, make_backbone
 from conftest import assert_same_masks, drawn_sample
 from torch import nn
 
-from model.lora import add_lora, base_of, parameters_by_part
+from model.lora import add_lora
 from model.opened import predict
 from model.structures import Batch, Sample, Turn
 from utils.inference.session import ImageSession
@@ -89,7 +89,7 @@ def test_packed_rows_equal_separate_rows(backbone, trained, attention):
 
 
 def talkative(backbone: str, ends: float = 0.0):
-    """A model that generates [SEG] often, and ends with some probability: random directions, without what all its states share."""
+    """A model that generates [SEG] often, and ends with some probability."""
     model, processor = make_backbone(backbone)
     loud(model, 1)
     texts = [[Turn(question, "it is [SEG], and [SEG] too.")] for question in QUESTIONS[:3]]
