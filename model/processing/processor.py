@@ -135,7 +135,8 @@ class UGroundProcessor:
             on_truncated: called with a sample, the number of its truncated conversations, and the tokens that fit.
 
         Raises:
-            ValueError: if the numbers of ``[SEG]`` and of masks differ in a sample, or a question is empty.
+            ValueError: if the numbers of ``[SEG]`` and of masks differ in a sample, a question is empty, or the backbone
+                cannot read an image.
         """
         rows = []
         for sample in samples:
@@ -148,7 +149,13 @@ class UGroundProcessor:
             if too_long and on_truncated:
                 on_truncated(sample, too_long, self.room)
             rows.append(truncate(row, self.room, self.tokens.seg))
-        return self._collate(rows)
+        try:
+            return self._collate(rows)
+        except ValueError:
+            for sample in samples:  # which image?
+                with blame(sample.source):
+                    self.reader.plan([sample.image.shape[:2]])
+            raise
 
     def prompts(
         self,

@@ -84,11 +84,10 @@ class ImageReader(ABC):
         file_settings: keys of ``settings`` with their types, those that a processor's file must have and the others.
     """
 
-    file_settings: tuple[dict[str, type], dict[str, type]]
-
     backbone: str
     template: ChatTemplate
     most_tokens: int
+    file_settings: tuple[dict[str, type], dict[str, type]]
 
     @abstractmethod
     def plan(self, sizes: Sequence[tuple[int, int]], keep_padding: bool = False) -> ImageTokens:

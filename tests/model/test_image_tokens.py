@@ -1,9 +1,12 @@
 """The image's tokens in a row: where they lie, what they show, and that padded patches can be left out."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from answering import says_seg_often
+from backbones import make_backbone
 from conftest import assert_same_masks, build_tiny_processor, drawn_sample
 
 from model.backbones.llava import ClipReader
@@ -125,3 +128,11 @@ def test_maps_that_read_padded_patches_need_them(make_model, tiny_processor, kee
     with pytest.raises(ValueError, match=r"map_normalization all reads padded patches.* keep_padding"):
         predict(model, tiny_processor, [image], turns)
     assert predict(model, keeping, [image], turns)[0][0].layers
+
+
+def test_an_image_that_the_backbone_cannot_read_is_named():
+    """In training an image comes from a file; Qwen-VL reads none that is more than 200 times longer than wide."""
+    _, processor = make_backbone("qwen2_5_vl")
+    samples = [drawn_sample(0), replace(drawn_sample(1, (1, 400), (0,)), source="crates/7.png")]
+    with pytest.raises(ValueError, match=r"crates/7.png: the image is 400 x 1 pixels .* more than 200 times the other"):
+        processor.collate(samples)

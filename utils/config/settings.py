@@ -17,7 +17,8 @@ class ModelSettings:
     # the paths may change: a checkpoint identifies the weights by their fingerprints
     version: str = setting(
         "",
-        "LLaVA-1.5 or a finished model (merged, adapter, published): folder, or hub id such as org/name@revision",
+        "base weights (LLaVA-1.5, Qwen2.5-VL, Qwen3-VL, InternVL3) or a finished model (merged, adapter, published): "
+        "folder, or hub id such as org/name@revision",
         required=True,
         may_change=True,
     )
@@ -35,7 +36,9 @@ class ModelSettings:
     lora_r: int = setting(8, "rank of LoRA on the language model (paper: 8 for 7B, 64 for 13B); 0 = no LoRA", low=0)
     lora_alpha: int = setting(16, "scale of LoRA: alpha / r multiplies the adapters", low=1)
     lora_dropout: float = setting(0.05, "dropout on the adapters' inputs", low=0.0, high=0.99)
-    lora_target_modules: str = setting("q_proj,v_proj", "projections of LLaMA's attention that LoRA adapts")
+    lora_target_modules: str = setting(
+        "q_proj,v_proj", "projections of the language model's attention that LoRA adapts"
+    )
     train_tables: str = setting(
         "full",
         "train embeddings and lm_head in full (paper), or only the rows of the added tokens: a tenth of the "
