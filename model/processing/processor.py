@@ -135,8 +135,8 @@ class UGroundProcessor:
             on_truncated: called with a sample, the number of its truncated conversations, and the tokens that fit.
 
         Raises:
-            ValueError: if the numbers of ``[SEG]`` and of masks differ in a sample, a question is empty, or the backbone
-                cannot read an image.
+            ValueError: if the numbers of ``[SEG]`` and of masks differ in a sample, a question is empty, or an image
+                cannot be read by the backbone.
         """
         rows = []
         for sample in samples:

@@ -36,9 +36,7 @@ class ModelSettings:
     lora_r: int = setting(8, "rank of LoRA on the language model (paper: 8 for 7B, 64 for 13B); 0 = no LoRA", low=0)
     lora_alpha: int = setting(16, "scale of LoRA: alpha / r multiplies the adapters", low=1)
     lora_dropout: float = setting(0.05, "dropout on the adapters' inputs", low=0.0, high=0.99)
-    lora_target_modules: str = setting(
-        "q_proj,v_proj", "projections of the language model's attention that LoRA adapts"
-    )
+    lora_target_modules: str = setting("q_proj,v_proj", "projections of attention that LoRA adapts")
     train_tables: str = setting(
         "full",
         "train embeddings and lm_head in full (paper), or only the rows of the added tokens: a tenth of the "
