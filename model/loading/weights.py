@@ -25,7 +25,15 @@ from model.loading.mask_decoders import read_decoder, read_sam
 from model.settings import SAM, decoder_kind
 
 OF_FILE = ("model_type", "architectures", "transformers_version", "auto_map", "dtype", "torch_dtype")  # not the model's
-UNUSED_SAM = SamShape(64, 16, 32, 1, 2, (0,), 4, 32, 4, 1, 32, 32)
+UNUSED_SAM = SamShape(  # of a model whose masks are not decoded
+    image_size=64,
+    encoder_width=32,
+    encoder_depth=1,
+    encoder_heads=2,
+    global_attention=(0,),
+    prompt_width=32,
+    decoder_mlp=32,
+)
 NEW_PARTS = ("text_hidden_fcs.", "ppm.")  # trained from scratch; no base has them
 CLIP_TEXT_KEYS = ("text_model.", "text_projection.", "visual_projection.", "logit_scale")  # of CLIP's text encoder
 LLAMA_KEYS = [
@@ -288,10 +296,12 @@ def load_base(
     Raises:
         ValueError: if a file is missing, or weights do not fit.
     """
-    reads, folder = decoder_kind(settings).has_encoder and vision_pretrained is not None, Path(version)
+    folder = Path(version)
     decoder: dict[str, torch.Tensor] = {}
-    sizes: dict[str, Any] = {} if vision_pretrained is not None else {"sam_config": UNUSED_SAM.to_dict()}
-    if reads and vision_pretrained is not None:
+    sizes: dict[str, Any] = {}
+    if vision_pretrained is None:
+        sizes = {"sam_config": UNUSED_SAM.to_dict()}
+    elif decoder_kind(settings).has_encoder:
         decoder, sizes = read_decoder(settings.get("mask_decoder", SAM), vision_pretrained)
     config: GroundingConfig
     if base_backbone(folder) == "llava":
@@ -303,7 +313,7 @@ def load_base(
         sources = dict.fromkeys(("model", "lm_head"), version)
     with blame(f"--version: {folder / 'config.json'} does not describe a model that can be built"):
         model = new_model(config, dtype)
-    if reads and vision_pretrained is not None:
+    if decoder and vision_pretrained:
         load_strictly(model.visual_model, decoder, vision_pretrained)
         sources["visual_model"] = vision_pretrained
     load_strictly(model, state, str(folder / "config.json"), new=("visual_model.", *NEW_PARTS))
