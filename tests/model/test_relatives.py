@@ -22,7 +22,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 import chat
 from model.loading.formats import RELEASES, release_of, released_settings
-from model.loading.pretrained import load, load_for_training
+from model.loading.pretrained import config_of, load, load_for_training
 from model.opened import predict
 from model.processing import tokens
 from model.processing.template import HUMAN_SYSTEM_PROMPT, SYSTEM_PROMPT
@@ -302,3 +302,14 @@ def test_a_tokenizer_that_lost_its_added_tokens_is_refused(publish):
     path.write_text(json.dumps(content))
     with pytest.raises(ValueError, match=r"does not know \[SEG\]"):
         load_for_training(str(published.folder), str(published.clip), "", "fp32")
+
+
+def test_another_mask_decoder_than_the_published_one_is_refused(publish):
+    published = publish("LISA")
+    start = str(published.folder), str(published.clip)
+    with pytest.raises(
+        ValueError, match=r"is a published LISA, whose masks SAM decodes; leave out --mask_decoder sam2"
+    ):
+        config_of(*start, settings={"mask_decoder": "sam2"})
+    with pytest.raises(ValueError, match=r"mask_decoder is sam2, .* was trained with segment_anything"):
+        load_for_training(*start, "", "fp32", {"mask_decoder": "sam2"})
