@@ -159,6 +159,10 @@ class Backbone(PreTrainedModel):
         """The decoder: embeddings, ``layers`` and final norm."""
         return self.get_decoder()
 
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """As transformers' own, under the model's own names: those of InternVL it would rename as in older files."""
+        super().save_pretrained(*args, **{"save_original_format": False} | kwargs)
+
     @abstractmethod
     def read_images(self, batch: Batch) -> ImageFeatures:
         """The embeddings of the batch's image tokens, of ``Batch.pixel_values``."""

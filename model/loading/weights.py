@@ -347,12 +347,12 @@ def whole_config(folder: Path, keys: Collection[str], settings: dict) -> Groundi
     """The configuration of a backbone that is one folder.
 
     Args:
-        keys: of its tensors. They tell whether ``lm_head`` is the table of the embeddings: configurations default to
+        keys: of its tensors, under any names. They tell whether ``lm_head`` is the table of the embeddings: configurations default to
             that, also where the weights have both.
         settings: of ``GroundingConfig``, with the mask decoder's sizes.
     """
     raw = read_config(folder, "--version")
-    tied = {"tie_word_embeddings": "lm_head.weight" not in keys}
+    tied = {"tie_word_embeddings": not any(key.endswith("lm_head.weight") for key in keys)}
     if isinstance(text := raw.get("text_config"), dict):
         raw["text_config"] = text | tied
     others = {key: value for key, value in raw.items() if key not in OF_FILE}
