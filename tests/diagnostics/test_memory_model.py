@@ -145,7 +145,7 @@ def test_a_configuration_whose_weights_are_not_there(capsys):
     assert "1 images of 736 tokens" in out
     assert "LLaVA-1.5 7B with SAM ViT-H, assumed" in out
     assert "4 GPUs, as configured" in out
-    with pytest.raises(ValueError, match="neither 7b nor 13b"):
+    with pytest.raises(ValueError, match="neither that of a LLaVA with 7b or 13b nor one of Qwen"):
         doctor.main(["--memory", *config, "--version", "weights/other"])
 
 
