@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -40,6 +41,7 @@ from model.processing.template import check_template
 from model.processing.tokens import IMAGE, add_special_tokens, codebook_size_of, load_tokenizer, token_ids
 from model.settings import METHOD_FIELDS, SAM, decoder_kind, kept_settings
 
+logger = logging.getLogger(__name__)
 Kind = Literal["merged", "adapter", "released", "base", "run", "unknown"]
 CRITIC = "ppm.critic."
 Parts = tuple[GroundingModel, UGroundProcessor, dict[str, str]]  # model, processor, module -> source of its weights
@@ -400,6 +402,7 @@ def load_for_training(
         tokenizer, **config.processor_settings(folder), system_prompt=system_prompt, max_tokens=max_tokens
     )
     processor.keep_padding = config.reads_padding
+    warn_of_dynamic_positions(config, max_tokens)
     ids = processor.tokens
     config.seg_token_id, config.rej_token_id = ids.seg, ids.rej
     config.codebook_ids = processor.codebook if config.codebook_size > 1 else None
@@ -442,6 +445,21 @@ def load_backbone(
     system_prompt = read_config(folder, "--version").get("system_prompt")  # None = the template's
     processor = UGroundProcessor(tokenizer, **config.processor_settings(folder), system_prompt=system_prompt)
     return _placed((model, processor, sources), folder, precision, device, quantize, device_map)
+
+
+def warn_of_dynamic_positions(config: GroundingConfig, max_tokens: int) -> None:
+    """Logs where a long row would change the positions of the rows beside it (InternVL3's dynamic frequencies)."""
+    rope: Any = getattr(config.text, "rope_parameters", None) or {}
+    most: Any = getattr(config.text, "max_position_embeddings", max_tokens)
+    if "dynamic" in str(rope.get("rope_type")) and max_tokens > most:
+        logger.warning(
+            "--model_max_length %s is more than the %s positions that the language model was trained for "
+            "(max_position_embeddings). Its rotary frequencies are dynamic: a longer row changes them for the whole "
+            "batch; give at most %s",
+            max_tokens,
+            most,
+            most,
+        )
 
 
 def settings_of(folder: str | Path) -> dict[str, Any]:

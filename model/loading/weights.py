@@ -347,8 +347,8 @@ def whole_config(folder: Path, keys: Collection[str], settings: dict) -> Groundi
     """The configuration of a backbone that is one folder.
 
     Args:
-        keys: of its tensors, under any names. They tell whether ``lm_head`` is the table of the embeddings: configurations default to
-            that, also where the weights have both.
+        keys: of its tensors, under any names. They tell whether ``lm_head`` is the table of the embeddings:
+            configurations default to that, also where the weights have both.
         settings: of ``GroundingConfig``, with the mask decoder's sizes.
     """
     raw = read_config(folder, "--version")

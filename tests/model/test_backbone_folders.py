@@ -178,6 +178,22 @@ def test_a_published_configuration_is_flat(tmp_path):
     assert (rope["rope_theta"], rope["mrope_section"]) == (1e4, [1, 1, 2])
 
 
+def test_rows_beyond_dynamic_positions_are_warned_of(tmp_path, caplog):
+    """InternVL3's frequencies change for a whole batch with a longer row; up to the limit they are the plain ones."""
+    own = write_base(tmp_path / "base", "internvl3")
+    text = own.config.text_config.to_dict()
+    dynamic = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": text["rope_parameters"]["rope_theta"]}
+    maps: list[torch.Tensor] = []
+    for rope, most, warned in ((text["rope_parameters"], 100, False), (dynamic, 100, True), (dynamic, 400, False)):
+        values = {"text_config": text | {"rope_parameters": rope, "max_position_embeddings": most}}
+        folder = configured(tmp_path / "base", tmp_path / f"{len(maps)}", **values)
+        caplog.clear()
+        model, processor, _ = opened(folder)
+        assert ("--model_max_length 400 is more than the 100 positions" in caplog.text) == warned
+        maps.append(masks_of(model, processor)[1])
+    torch.testing.assert_close(maps[2], maps[0], rtol=0, atol=1e-4)
+
+
 # -- what is refused ---------------------------------------------------------------------------------------------------
 
 
