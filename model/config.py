@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -35,6 +35,19 @@ from model.settings import (
 )
 
 OF_CLIP = ("clip_fit", "clip_resize", "image_pool", "map_side", "map_normalization", "point_rule")  # settings of LLaVA
+
+
+def packing_problem(model_type: str, layer_types: Sequence[str] | None) -> str:
+    """Why a language model with these layers cannot read packed rows; "" if it can."""
+    kinds = Counter(layer_types or ())
+    others = {kind: count for kind, count in kinds.items() if kind != "full_attention"}
+    if not others:
+        return ""
+    named = ", ".join(f"{count} {kind}" for kind, count in sorted(others.items()))
+    return (
+        f"{model_type} has {named} among its {kinds.total()} layers: conversations about an image share a row, and "
+        "only layers of full attention keep them apart; use a model that has no others"
+    )
 
 
 class GroundingConfig(
@@ -96,14 +109,8 @@ class GroundingConfig(
                 )
         if not self.decoder_kind.has_encoder:
             yield "mask_decoder", f"{self.mask_decoder} reads the states of LLaVA's CLIP, which {self.backbone} lacks"
-        kinds = Counter(getattr(self.text, "layer_types", None) or ())
-        if others := {kind: count for kind, count in kinds.items() if kind != "full_attention"}:
-            named = ", ".join(f"{count} {kind}" for kind, count in sorted(others.items()))
-            yield (
-                "text_config",
-                f"{self.text.model_type} has {named} among its {kinds.total()} layers: conversations about an image "
-                "share a row, and only layers of full attention keep them apart; use a model that has no others",
-            )
+        if problem := packing_problem(self.text.model_type, getattr(self.text, "layer_types", None)):
+            yield "text_config", problem
 
     def new_reader(self, folder: Path | None = None) -> ImageReader:
         """The reader of the backbone's images.

@@ -15,7 +15,7 @@ from transformers.initialization import no_init_weights
 from transformers.utils import logging as transformers_logging
 
 from model.backbones import BACKBONES, backbone_of
-from model.config import GroundingConfig, UGroundConfig
+from model.config import GroundingConfig, UGroundConfig, packing_problem
 from model.decoders.pixel_decoder import PixelDecoderShape, clip_depths
 from model.decoders.segment_anything import SamShape, SegmentAnything
 from model.grounding import GroundingModel
@@ -369,6 +369,10 @@ def base_backbone(folder: Path) -> str:
     raw = read_config(folder, "--version")
     if name := backbone_of(raw.get("model_type"), base=True):
         return name
+    text = raw["text_config"] if isinstance(raw.get("text_config"), dict) else raw
+    kinds = text.get("layer_types")
+    if isinstance(kinds, list) and (problem := packing_problem(str(raw.get("model_type")), kinds)):
+        raise ValueError(f"--version: {folder / 'config.json'}: {problem}, such as {', '.join(BACKBONES)}")
     known = {name: " or ".join(backbone.base_types) for name, backbone in BACKBONES.items()}
     raise ValueError(
         f"--version: {folder / 'config.json'} is of type {raw.get('model_type')!r}, not base weights of a backbone ("

@@ -15,6 +15,7 @@ from conftest import drawn_sample
 from opening import load_pretrained
 from safetensors.torch import load_file, save_file
 from stretched import write_source
+from transformers import Qwen3_5Config
 
 from model.loading.pretrained import config_of, load, load_for_training
 from model.opened import predict
@@ -220,6 +221,14 @@ def test_models_that_cannot_be_packed_are_refused(values, message, tmp_path):
     write_base(tmp_path / "base", "qwen3_vl")
     with pytest.raises(ValueError, match=message):
         opened(configured(tmp_path / "base", tmp_path / "other", **values))
+
+
+def test_published_hybrids_are_refused_by_their_layers(tmp_path):
+    """Qwen3.5, as transformers writes its configuration."""
+    write_base(tmp_path / "base", "qwen3_vl")
+    Qwen3_5Config(text_config={"num_hidden_layers": 8}).save_pretrained(tmp_path / "base")
+    with pytest.raises(ValueError, match=r"config.json: qwen3_5 has 6 linear_attention among its 8 layers.*qwen3_vl"):
+        opened(tmp_path / "base")
 
 
 SETTINGS: list[tuple[dict[str, Any], str]] = [
