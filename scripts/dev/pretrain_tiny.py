@@ -1,4 +1,4 @@
-"""Pre-trains the tiny family in assets/tiny: stand-ins for LLaVA-1.5 and SAM on a machine without weights.
+"""Pre-trains the tiny families: LLaVA-1.5 and SAM in assets/tiny, Qwen2.5-VL and SAM 2 in assets/tiny_qwen.
 
 Stages, each a function of its settings and the seed. Tokenizer and vision are skipped if their result exists:
 
@@ -26,6 +26,12 @@ The real LLaVA-1.5 never saw [SEG]; ours has, because minutes of fine-tuning can
     python scripts/dev/pretrain_tiny.py --output assets/tiny             # two and a half hours, 2 cores
     python scripts/dev/pretrain_tiny.py --output /tmp/tiny --steps 0.01  # a look at every stage
     python scripts/dev/pretrain_tiny.py --stages depths --start assets/tiny --output assets/tiny_depths
+    python scripts/dev/pretrain_tiny.py --family qwen --stages vision,conversations --output assets/tiny_qwen
+    python scripts/dev/pretrain_tiny.py --family qwen --stages sam --output assets/tiny_qwen
+
+Qwen2.5-VL's tower has relative positions only. It learns where a shape's center is from a cell, and the language model
+learns where a cell is, from its own positions, at an early layer. Its tower stays as stage "vision" leaves it. SAM 2
+learns to predict its masks' IoU in stage "sam".
 """
 
 from __future__ import annotations
@@ -48,13 +54,20 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
-from transformers import PreTrainedTokenizerFast
+from tokenizers import processors
+from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Sam2Config
+from transformers import Sam2Model
 
+from model.backbones import qwen2_5_vl
+from model.backbones.base import Backbone
 from model.backbones.llava import ClipReader, LlavaLlamaConfig, LlavaLlamaForCausalLM
+from model.backbones.qwen2_5_vl import UGroundQwen25VL
+from model.decoders.sam2 import Sam2
 from model.decoders.segment_anything import SegmentAnything
-from model.geometry import Fit, valid_patches
 from model.losses import dice
 from model.processing.processor import UGroundProcessor
+from model.processing.template import VICUNA, ChatTemplate
+from model.processing.tokens import REJ, SEG
 from model.structures import Batch
 from utils.command_line.parser import Parser
 from utils.demo import scene_texts, tiny_model
@@ -63,7 +76,8 @@ from utils.demo.pretrain_batches import (
     ATTRIBUTES,
     MIXTURES,
     STREAM,
-    clip_sides,
+    SIDE,
+    CELL,
     language_batch,
     language_check_batch,
     sam_batch,
@@ -72,18 +86,40 @@ from utils.demo.pretrain_batches import (
 )
 
 STAGE_STEPS = {"vision": 2800, "language": 3000, "conversations": 2400, "depths": 900, "sam": 4000, "iou": 600}
+QWEN_STEPS = {"vision": 900, "conversations": 1200, "sam": 1500}
 # Stage "depths": the layer at which each kind of query is grounded.
 DEPTHS = {"attribute": 4, "multi": 4, "commonsense": 6, "relation": 8, "superlative": 8}
 LAST_LAYER = 8
 REFERENCE_LAYER = 5  # where a relation's named shape is looked for
+PLACE_LAYER = 2  # where Qwen's language model is to know where a cell is
 VISION_SNAPSHOT = "work/vision.safetensors"  # below --output
+QWEN_TOKENS = ("vision_start_token_id", "image_token_id", "vision_end_token_id")
 NO_SYSTEM_PROMPT = ""  # 30 tokens in front of every prompt would cost a tiny model more than they tell it
+
+
+class Length:
+    """How long a stage is: a number of steps, or of minutes, for a machine whose speed is unknown.
+
+    Attributes:
+        steps: of the stage; with minutes, an upper bound.
+    """
+
+    def __init__(self, steps: int, minutes: float = 0.0) -> None:
+        self.steps, self.seconds, self.start = 1_000_000 if minutes else steps, 60 * minutes, time.time()
+
+    @property
+    def warm_up(self) -> int:
+        return 100 if self.seconds else max(1, min(200, self.steps // 10))
+
+    def share(self, done: int) -> float:
+        """The share of the stage that is over after ``done`` steps, at most 1."""
+        return min(1.0, (time.time() - self.start) / self.seconds if self.seconds else done / self.steps)
 
 
 class Optimizer:
     """Muon on matrices inside the networks, AdamW on the rest; linear warm-up, then down to zero."""
 
-    def __init__(self, module: nn.Module, steps: int, muon_lr: float, adam_lr: float) -> None:
+    def __init__(self, module: nn.Module, length: Length, muon_lr: float, adam_lr: float) -> None:
         matrices: list[nn.Parameter] = []
         others: list[nn.Parameter] = []
         for name, parameter in module.named_parameters():
@@ -95,13 +131,13 @@ class Optimizer:
             torch.optim.AdamW(others, adam_lr, betas=(0.9, 0.98), weight_decay=0),
         ]
         self.base = [muon_lr, adam_lr]
-        self.parameters, self.steps, self.step_number = matrices + others, steps, 0
+        self.parameters, self.length, self.step_number = matrices + others, length, 0
 
     def step(self, loss: torch.Tensor) -> None:
         loss.backward()
         nn.utils.clip_grad_norm_(self.parameters, 1.0)
-        warm = min(1.0, (self.step_number + 1) / max(1, min(200, self.steps // 10)))
-        scale = warm * min(1.0, 1.5 * (1 - self.step_number / self.steps))
+        warm = min(1.0, (self.step_number + 1) / self.length.warm_up)
+        scale = warm * min(1.0, 1.5 * (1 - self.length.share(self.step_number)))
         for optimizer, base in zip(self.optimizers, self.base):
             optimizer.param_groups[0]["lr"] = base * scale
             optimizer.step()
@@ -110,9 +146,8 @@ class Optimizer:
 
 
 def to_device(data: dict, device: str) -> dict:
-    """Moves tensors and batches; sizes steer Python code and stay, as do lists."""
-    moves = {key: isinstance(item, (torch.Tensor, Batch)) and key != "sizes" for key, item in data.items()}
-    return {key: item.to(device) if moves[key] else item for key, item in data.items()}
+    """Moves tensors and batches; lists stay."""
+    return {key: item.to(device) if isinstance(item, (torch.Tensor, Batch)) else item for key, item in data.items()}
 
 
 # -------------------------------------------------------------------------------------------------------------- stages
@@ -131,7 +166,7 @@ class VisionHeads(nn.Module):
         self, features: torch.Tensor, words: dict[str, torch.Tensor], data: dict[str, torch.Tensor]
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """features [B, P, D], words per attribute [n, D] -> loss, accuracy per attribute on covered patches."""
-        size = features.pow(2).mean(-1).sqrt()
+        size = features.pow(2).mean(-1).clamp(min=1e-12).sqrt()  # 0 in the padding
         loss = 0.1 * (size - 1).pow(2).mean()  # features of another size name shapes, but drown in the residual stream
         features, accuracy = F.normalize(features, dim=-1), {"size_of_features": size.mean()}
         for a, (name, embeddings) in enumerate(words.items()):
@@ -173,30 +208,48 @@ class MapLoss(nn.Module):
         return loss
 
 
-def train_vision(model: LlavaLlamaForCausalLM, processor: UGroundProcessor, steps: int, options) -> None:
-    """Stage "vision": CLIP, projector and word embeddings."""
+class PlaceLoss(nn.Module):
+    """Where a cell is, (row, column), from the state of its token."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.place = nn.Linear(width, 2)
+
+    def forward(self, states: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """States [B, V, D] of the image's tokens -> mean squared error, in shares of the longer side."""
+        columns = torch.tensor([w for _, w in batch.grids], device=states.device)[:, None]
+        places = torch.stack([batch.image_cells // columns, batch.image_cells % columns], -1) * CELL / SIDE
+        return F.mse_loss(self.place(states)[batch.image_shown], places[batch.image_shown])
+
+
+def vision_parts(model: Backbone) -> dict[str, nn.Module]:
+    """The vision tower and what takes its features to the language model."""
+    if isinstance(model, LlavaLlamaForCausalLM):
+        return {"tower": model.vision_tower, "projector": model.mm_projector}
+    return {"tower": model.model.visual}
+
+
+def train_vision(model: Backbone, processor: UGroundProcessor, length: Length, options) -> None:
+    """Stage "vision": vision tower, projector and word embeddings."""
     device = options.device
     words = {
         name: torch.tensor([processor.tokenizer.encode(f" {v}", add_special_tokens=False)[0] for v in values])
         for name, values in ATTRIBUTES.items()
     }
-    heads = VisionHeads(model.config.hidden_size).to(device)
-    embed = model.get_input_embeddings()
-    trained = nn.ModuleDict(
-        {"tower": model.vision_tower, "projector": model.mm_projector, "embed": embed, "heads": heads}
-    )
-    optimizer = Optimizer(trained, steps, 0.02, 2e-3)
-    side, patch = clip_sides(processor)
-    make = partial(vision_batch, side=side, patch=patch)
-    clock = Progress("vision", steps)
-    for data in stream("vision", options.seed, steps, make, options.workers):
+    embed: nn.Embedding = model.get_input_embeddings()  # type: ignore[assignment]
+    heads = VisionHeads(embed.embedding_dim).to(device)
+    trained = nn.ModuleDict({**vision_parts(model), "embed": embed, "heads": heads})
+    optimizer = Optimizer(trained, length, 0.02, 2e-3)
+    make = partial(vision_batch, processor=processor)
+    clock = Progress("vision", length)
+    for data in stream("vision", options.seed, length.steps, make, options.workers, options.family):
         data = to_device(data, device)
-        valid = valid_patches(data["sizes"], Fit("pad", side), patch).to(device)
-        cells = torch.arange(valid.shape[1], device=device).expand(len(valid), -1)
-        features = model.encode_images(data["images"], cells, valid)
+        features = model.read_images(data["batch"]).tokens
         loss, accuracy = heads(features, {name: embed(ids.to(device)) for name, ids in words.items()}, data)
         optimizer.step(loss)
         clock.tick(loss, **accuracy)
+        if clock.is_over:
+            break
 
 
 MapTargets = dict[int, tuple[torch.Tensor, torch.Tensor]]  # layer -> [n] bool, the maps that have a loss; [n, P] shares
@@ -230,18 +283,26 @@ MAP_TARGETS = {  # stage -> layers whose maps are trained, and their targets
 
 
 def train_language(
-    model: LlavaLlamaForCausalLM, processor: UGroundProcessor, stage: str, steps: int, options: argparse.Namespace
+    model: Backbone, processor: UGroundProcessor, stage: str, length: Length, options: argparse.Namespace
 ) -> None:
-    """Stages "language", "conversations" and "depths": LLaVA on captions, questions and finding."""
+    """Stages "language", "conversations" and "depths": captions, questions and finding."""
     device = options.device
-    model.vision_tower.requires_grad_(stage != "depths")
+    if isinstance(model, LlavaLlamaForCausalLM):
+        model.vision_tower.requires_grad_(stage != "depths")
+        place_loss = None
+    else:
+        model.model.visual.requires_grad_(False)
+        model.model.visual.merger.requires_grad_(True)
+        place_loss = PlaceLoss(model.language.embed_tokens.embedding_dim).to(device)
     map_layers, map_targets = MAP_TARGETS[stage]
     map_losses = nn.ModuleDict({str(layer): MapLoss() for layer in map_layers}).to(device)
     trained = nn.ModuleDict({"model": model, "map_losses": map_losses})
-    optimizer = Optimizer(trained, steps, 0.003, 2e-3)  # at Muon's usual 0.02 attention saturates and learning stops
+    if place_loss is not None:
+        trained["place_loss"] = place_loss
+    optimizer = Optimizer(trained, length, 0.003, 2e-3)  # at Muon's usual 0.02 attention saturates and learning stops
     make = partial(language_batch, processor=processor, mixture=MIXTURES[stage])
-    clock = Progress(stage, steps)
-    for data in stream(stage, options.seed, steps, make, options.workers):
+    clock = Progress(stage, length)
+    for data in stream(stage, options.seed, length.steps, make, options.workers, options.family):
         targets = map_targets(data)
         data = to_device(data, device)
         batch = data["batch"]
@@ -254,25 +315,29 @@ def train_language(
             patches = batch.image_states(states)[rows]
             arguments = states.flatten(0, 1)[positions], patches, coverage[chosen].to(device), valid[rows]
             values[f"map {layer}"] = map_losses[str(layer)](*arguments)
+        if place_loss is not None:
+            values["place"] = 20 * place_loss(batch.image_states(output.hidden[PLACE_LAYER]), batch)
         loss = sum(values.values(), torch.zeros((), device=device))
         optimizer.step(loss)
         clock.tick(loss, **values)
-        if clock.is_time_to_check(steps):
+        if clock.is_time_to_check():
             clock.print_check(check_language(model, processor, map_layers, options))
-            save_llava(model, options.output)
-            if stage != "depths":  # which leaves CLIP as it is
-                model.vision_tower.save_pretrained(options.output / "clip")
+            save_base(model, options.output, stage != "depths")  # which leaves CLIP as it is
+        if clock.is_over:
+            break
 
 
 @torch.no_grad()
-def check_language(model: LlavaLlamaForCausalLM, processor: UGroundProcessor, layers: Sequence[int], options) -> str:
+def check_language(model: Backbone, processor: UGroundProcessor, layers: Sequence[int], options) -> str:
     """On scenes held out from training: share of maps with their peak on the target, by kind and layer; rejection
     accuracy."""
     model.eval()
     hits: dict[str, list[float]] = {}
     make = partial(language_check_batch, processor=processor)
-    positive = {processor.tokenizer.encode(f" {w}", add_special_tokens=False)[0] for w in ("Sure", "It", "Yes", "They")}
-    for data in stream("check", options.seed, 2, make, 0):
+    begin = processor.builder.template.answer  # with or without a space
+    first_words = [begin.format(word) for word in ("Sure", "It", "Yes", "They")]
+    positive = {processor.tokenizer.encode(word, add_special_tokens=False)[0] for word in first_words}
+    for data in stream("check", options.seed, 2, make, 0, options.family):
         data = to_device(data, options.device)
         batch, rows = data["batch"], data["rows"]
         output, valid = model.forward_language(batch), batch.valid
@@ -296,8 +361,25 @@ def check_language(model: LlavaLlamaForCausalLM, processor: UGroundProcessor, la
     return "  ".join(f"{kind} {np.mean(values):.2f}" for kind, values in sorted(hits.items()))
 
 
-def sam_masks(sam: SegmentAnything, data: dict) -> tuple[torch.Tensor, torch.Tensor]:
+def sam2_masks(sam: Sam2, data: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    """As ``sam_masks``. A box is two points, as SAM 2 has it; a prompt without points has padding for them."""
+    side, which = data["masks"].shape[-1], data["which"]
+    features = sam.encode_image(data["images"]).repeat_interleave(2, 0)
+    labels = torch.tensor([[-1, -1], [1, -1], [2, 3], [1, -1]], device=which.device)[which]
+    corners = torch.where((which == 2)[:, None, None], data["boxes"].unflatten(1, (2, 2)), data["points"])
+    tokens = sam.prompt_encoder._embed_points(corners[:, None] - 0.5, labels[:, None], pad=False)[:, 0]
+    has_map = (which == 0) | (which == 3)
+    logits, predicted = features.new_zeros(len(which), sam.mask_side, sam.mask_side), features.new_zeros(len(which))
+    for chosen, maps in ((has_map, data["maps"][has_map]), (~has_map, None)):
+        masks, iou = sam.decode(features[chosen], tokens[chosen], maps)
+        logits, predicted = logits.masked_scatter(chosen[:, None, None], masks), predicted.masked_scatter(chosen, iou)
+    return F.interpolate(logits[:, None], (side, side), mode="bilinear", align_corners=False)[:, 0], predicted
+
+
+def sam_masks(sam: SegmentAnything | Sam2, data: dict) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits [n, R, R] at SAM's own resolution for a batch of prompts, and their predicted IoU [n]."""
+    if isinstance(sam, Sam2):
+        return sam2_masks(sam, data)
     encoder, side = sam.prompt_encoder, data["masks"].shape[-1]
     embeddings = sam.image_encoder(data["images"]).repeat_interleave(2, 0)
     is_map, is_point, is_box, is_both = (data["which"] == number for number in range(4))
@@ -314,10 +396,10 @@ def sam_masks(sam: SegmentAnything, data: dict) -> tuple[torch.Tensor, torch.Ten
     return F.interpolate(low_res, (side, side), mode="bilinear", align_corners=False)[:, 0], predicted[:, 0]
 
 
-def sam_prompts(sam: SegmentAnything, stage: str, steps: int, options) -> Iterator[dict]:
+def sam_prompts(sam: SegmentAnything | Sam2, stage: str, length: Length, options) -> Iterator[dict]:
     """The batches of a stage for SAM."""
-    make = partial(sam_batch, side=sam.shape.image_size, grid=12, mask_side=sam.mask_side)
-    for data in stream(stage, options.seed, steps, make, options.workers):
+    make = partial(sam_batch, fit=sam.fit, mask_side=sam.mask_side)
+    for data in stream(stage, options.seed, length.steps, make, options.workers, options.family):
         yield to_device(data, options.device)
 
 
@@ -327,40 +409,48 @@ def iou_of(logits: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
     return (inside & target).sum((1, 2)) / (inside | target).sum((1, 2)).clamp(min=1)
 
 
-def train_sam(sam: SegmentAnything, steps: int, options) -> None:
+def train_sam(sam: SegmentAnything | Sam2, length: Length, options) -> None:
     """Stage "sam": image encoder, prompt encoder and mask decoder on prompts for one shape."""
-    optimizer = Optimizer(sam, steps, 0.02, 2e-3)
-    clock = Progress("sam", steps)
-    for data in sam_prompts(sam, "sam", steps, options):
-        logits, _ = sam_masks(sam, data)
+    optimizer = Optimizer(sam, length, 0.02, 2e-3)
+    clock = Progress("sam", length)
+    for data in sam_prompts(sam, "sam", length, options):
+        logits, predicted = sam_masks(sam, data)
         bce = F.binary_cross_entropy_with_logits(logits, data["masks"])
         loss = 5 * bce + dice(logits.sigmoid(), data["masks"]).mean()
-        optimizer.step(loss)
         iou = iou_of(logits, data["masks"])
+        if isinstance(sam, Sam2):
+            loss = loss + F.mse_loss(predicted, iou)
+        optimizer.step(loss)
         clock.tick(loss, iou_map=iou[data["which"] == 0].mean(), iou_point=iou[data["which"] == 1].mean())
+        if isinstance(sam, Sam2) and clock.is_time_to_check():
+            save_sam2(sam, options.output)
+        if clock.is_over:
+            break
 
 
-def train_iou_head(sam: SegmentAnything, steps: int, options) -> None:
+def train_iou_head(sam: SegmentAnything, length: Length, options) -> None:
     """Stage "iou": the head that predicts a mask's IoU, by SAM's squared error. The rest of SAM stays as it is."""
     sam.requires_grad_(False)
     sam.mask_decoder.iou_prediction_head.requires_grad_(True)
-    optimizer = Optimizer(sam, steps, 0.02, 2e-3)
-    clock = Progress("iou", steps)
-    for data in sam_prompts(sam, "iou", steps, options):
+    optimizer = Optimizer(sam, length, 0.02, 2e-3)
+    clock = Progress("iou", length)
+    for data in sam_prompts(sam, "iou", length, options):
         logits, predicted = sam_masks(sam, data)
         iou = iou_of(logits, data["masks"])
         loss = F.mse_loss(predicted, iou)
         optimizer.step(loss)
         correlation = torch.corrcoef(torch.stack([predicted.detach(), iou]))[0, 1]
         clock.tick(loss, error=(predicted - iou).abs().mean(), correlation=correlation)
+        if clock.is_over:
+            break
 
 
 class Progress:
     """Prints the means of its values, about thirty times per stage."""
 
-    def __init__(self, stage: str, steps: int) -> None:
-        self.stage, self.steps, self.every = stage, steps, max(1, steps // 30)
-        self.start, self.done, self.printed = time.time(), 0, 0
+    def __init__(self, stage: str, length: Length) -> None:
+        self.stage, self.length = stage, length
+        self.start, self.done, self.printed, self.parts, self.checks = time.time(), 0, 0, 0, 0
         self.sums: dict[str, torch.Tensor] = {}
 
     def tick(self, loss: torch.Tensor, **values: torch.Tensor) -> None:
@@ -368,25 +458,32 @@ class Progress:
         for name, value in {"loss": loss, **values}.items():
             value = torch.nan_to_num(value.detach())
             self.sums[name] = self.sums[name] + value if name in self.sums else value
-        if self.done % self.every == 0 or self.done == self.steps:
+        share = self.length.share(self.done)
+        if int(30 * share) > self.parts:
             means = {name: float(value) / (self.done - self.printed) for name, value in self.sums.items()}
             seconds = time.time() - self.start
-            left = seconds / self.done * (self.steps - self.done)
+            left = seconds / share * (1 - share)
             text = "  ".join(f"{name} {value:.3f}" for name, value in means.items())
-            print(f"{self.stage} {self.done}/{self.steps}  {text}  {seconds:.0f} s, {left:.0f} s left", flush=True)
-            self.printed, self.sums = self.done, {}
+            print(f"{self.stage} step {self.done}  {text}  {seconds:.0f} s, {left:.0f} s left", flush=True)
+            self.printed, self.sums, self.parts = self.done, {}, int(30 * share)
 
-    def is_time_to_check(self, steps: int) -> bool:
-        return self.done % max(1, steps // 10) == 0 or self.done == steps
+    @property
+    def is_over(self) -> bool:
+        return self.length.share(self.done) >= 1
+
+    def is_time_to_check(self) -> bool:
+        """True ten times per stage."""
+        checks, self.checks = self.checks, int(10 * self.length.share(self.done))
+        return self.checks > checks
 
     def print_check(self, text: str) -> None:
-        print(f"{self.stage} {self.done}/{self.steps}  check: {text}", flush=True)
+        print(f"{self.stage} step {self.done}  check: {text}", flush=True)
 
 
 # --------------------------------------------------------------------------------------------------------------- files
 
 
-def make_tokenizer(folder: Path, seed: int) -> PreTrainedTokenizerFast:
+def make_tokenizer(folder: Path, seed: int, template: ChatTemplate = VICUNA) -> PreTrainedTokenizerFast:
     """Trains the tokenizer, or loads the one that is there."""
     if (folder / "tokenizer.json").is_file():
         return PreTrainedTokenizerFast.from_pretrained(folder)
@@ -395,6 +492,10 @@ def make_tokenizer(folder: Path, seed: int) -> PreTrainedTokenizerFast:
     texts += [f" {text}" for text in texts]  # a word is another token at the start of a line than after a space
     texts += [f" {word}" for values in ATTRIBUTES.values() for word in values] * 5000
     tokenizer = tiny_model.train_tokenizer(texts)
+    if template.added == ():  # Qwen's, which begins with no token
+        tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+        tokenizer.add_tokens(list(template.tokens), special_tokens=True)
+        tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token = None, template.end, template.end
     tokenizer.save_pretrained(folder)
     needed = [" Sure", " It", " Yes", " They", " No", " There", " Nothing", *ATTRIBUTES["color"], *ATTRIBUTES["kind"]]
     split = [word for word in needed if len(tokenizer.encode(f" {word.strip()}", add_special_tokens=False)) > 1]
@@ -427,6 +528,63 @@ def save_llava(model: LlavaLlamaForCausalLM, output: Path) -> None:
     (output / "llava" / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
+def new_qwen(options: argparse.Namespace) -> tuple[UGroundQwen25VL, UGroundProcessor]:
+    """A random Qwen2.5-VL, or that of an earlier run; the parts that UGround adds are neither trained nor saved."""
+    folder = options.output / "qwen"
+    if options.start and options.start != options.output:
+        shutil.copytree(options.start / "qwen", folder, dirs_exist_ok=True)
+    tokenizer = make_tokenizer(folder, options.seed, qwen2_5_vl.TEMPLATE)
+    ids, before_after = tokenizer.get_vocab(), qwen2_5_vl.TEMPLATE.image
+    config = qwen2_5_vl.Config(
+        **tiny_model.qwen_sizes(len(tokenizer)),
+        vision_start_token_id=ids[before_after[0]],
+        image_token_id=ids[before_after[1]],
+        vision_end_token_id=ids[before_after[2]],
+        sam_config=tiny_model.sam_shape().to_dict(),
+        max_image_tokens=(SIDE // CELL) ** 2,
+        seg_token_id=ids[SEG],
+        rej_token_id=ids[REJ],
+    )
+    model = UGroundQwen25VL(config)
+    for part in (model.visual_model, model.ppm, model.text_hidden_fcs):
+        part.requires_grad_(False)
+    reader = config.new_reader()
+    reader.save_pretrained(folder)
+    if options.start:
+        state = load_file(folder / "model.safetensors")
+        missing = model.load_state_dict(state, strict=False).missing_keys
+        assert not [name for name in missing if name.startswith(("model.", "lm_head."))]
+    return model, UGroundProcessor(tokenizer, reader, 0, NO_SYSTEM_PROMPT)
+
+
+def save_base(model: Backbone, output: Path, with_tower: bool) -> None:
+    """Writes the family's folders of the vision-language model."""
+    if not isinstance(model, LlavaLlamaForCausalLM):
+        return save_qwen(model, output)
+    save_llava(model, output)
+    if with_tower:
+        model.vision_tower.save_pretrained(output / "clip")
+
+
+def save_qwen(model: UGroundQwen25VL, output: Path) -> None:
+    """Writes qwen/: the base alone, by transformers' class, with the system prompt in its ``config.json``."""
+    sizes = tiny_model.qwen_sizes(model.config.text_config.vocab_size)
+    tokens = {name: getattr(model.config, name) for name in QWEN_TOKENS}
+    base = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**sizes, **tokens))
+    own = model.state_dict()
+    base.load_state_dict({name: own[name] for name in base.state_dict()})
+    base.save_pretrained(output / "qwen")
+    path = output / "qwen" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"system_prompt": NO_SYSTEM_PROMPT}, indent=2) + "\n")
+
+
+def save_sam2(sam: Sam2, output: Path) -> None:
+    """Writes sam2/, by transformers' class."""
+    model = Sam2Model(sam.shape)
+    model.load_state_dict(sam.state_dict())
+    model.save_pretrained(output / "sam2")
+
+
 def load_llava(model: LlavaLlamaForCausalLM, folder: Path) -> None:
     """Loads llava/ and clip/ of an earlier run."""
     state = load_file(folder / "llava" / "model.safetensors")
@@ -439,9 +597,16 @@ def load_llava(model: LlavaLlamaForCausalLM, folder: Path) -> None:
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("assets/tiny"), help="folder for llava/, clip/ and sam.pth")
+    parser.add_argument("--family", choices=("llava", "qwen"), default="llava", help="which family (default llava)")
     parser.add_argument("--seed", type=int, default=0, help="seeds weights and scenes (default 0)")
     parser.add_argument(
         "--steps", type=float, default=1.0, help="scales the number of steps of every stage (default 1)"
+    )
+    parser.add_argument(
+        "--minutes",
+        type=lambda text: {name: float(value) for name, value in (part.split("=") for part in text.split(","))},
+        default={},
+        help="lengths of stages in minutes instead of steps, such as vision=15,sam=40",
     )
     parser.add_argument(
         "--stages",
@@ -457,11 +622,14 @@ def parse_arguments() -> argparse.Namespace:
     options = parser.parse_args()
     if unknown := [stage for stage in options.stages if stage not in STAGE_STEPS]:
         parser.error(f"--stages: no stage {unknown[0]!r}; there are {', '.join(STAGE_STEPS)}")
+    if options.family == "qwen" and (unknown := [stage for stage in options.stages if stage not in QWEN_STEPS]):
+        parser.error(f"--stages: --family qwen has no stage {unknown[0]!r}; there are {', '.join(QWEN_STEPS)}")
     if options.start and (fresh := [stage for stage in ("vision", "sam") if stage in options.stages]):
         parser.error(f"--stages {fresh[0]} begins with random weights: leave it or --start out")
     first = next((stage for stage in MAP_TARGETS if stage in options.stages), None)
+    begins = "conversations" if options.family == "qwen" else "language"
     has_vision = "vision" in options.stages or (options.output / VISION_SNAPSHOT).is_file()
-    if first and not options.start and not (first == "language" and has_vision):
+    if first and not options.start and not (first == begins and has_vision):
         parser.error(f"--stages {first} continues earlier stages: run them, too, or give the folder of their result as "
                      "--start")  # fmt: skip
     sam = (options.start or options.output) / "sam.pth"
@@ -470,44 +638,68 @@ def parse_arguments() -> argparse.Namespace:
     return options
 
 
+def new_llava(options: argparse.Namespace) -> tuple[LlavaLlamaForCausalLM, UGroundProcessor]:
+    """A random LLaVA, or that of an earlier run."""
+    llava = options.output / "llava"
+    if options.start and options.start != options.output:
+        shutil.copytree(options.start / "llava", llava, dirs_exist_ok=True)
+    tokenizer = make_tokenizer(llava, options.seed)
+    config = LlavaLlamaConfig(vision_config=tiny_model.clip_config(), **tiny_model.llama_settings(len(tokenizer)))
+    model = LlavaLlamaForCausalLM(config)
+    reader = ClipReader(config.clip_side, config.clip_patch)
+    processor = UGroundProcessor(tokenizer, reader, tiny_model.sam_shape().image_size, NO_SYSTEM_PROMPT)
+    processor.keep_padding = True  # targets have all patches
+    return model, processor
+
+
+def train_backbone(lengths: dict[str, tuple[int, float]], options: argparse.Namespace) -> None:
+    """The stages of the vision-language model."""
+    torch.manual_seed(options.seed)
+    model, processor = (new_qwen if options.family == "qwen" else new_llava)(options)
+    model.to(options.device).train()
+    if not (options.start and options.family == "qwen"):
+        nn.init.normal_(model.get_input_embeddings().weight, std=0.5)  # type: ignore[arg-type]
+    snapshot = options.output / VISION_SNAPSHOT
+    if options.start and isinstance(model, LlavaLlamaForCausalLM):
+        load_llava(model, options.start)
+    elif snapshot.is_file() and not options.start:
+        model.load_state_dict(load_file(snapshot))
+    elif "vision" in options.stages:
+        train_vision(model, processor, Length(*lengths["vision"]), options)
+        snapshot.parent.mkdir(exist_ok=True)
+        save_file({k: v.cpu().contiguous() for k, v in model.state_dict().items()}, snapshot)
+    for stage in MAP_TARGETS:
+        if stage in options.stages:
+            train_language(model, processor, stage, Length(*lengths[stage]), options)
+
+
+def train_mask_decoder(lengths: dict[str, tuple[int, float]], options: argparse.Namespace) -> None:
+    """The stages of the mask decoder."""
+    torch.manual_seed(options.seed)
+    if options.family == "qwen":
+        train_sam(Sam2(Sam2Config(**tiny_model.sam2_sizes())).to(options.device).train(), Length(*lengths["sam"]), options)
+        return
+    sam = SegmentAnything(tiny_model.sam_shape()).to(options.device).train()
+    if "sam" in options.stages:
+        train_sam(sam, Length(*lengths["sam"]), options)
+    else:
+        sam.load_state_dict(torch.load((options.start or options.output) / "sam.pth"))
+    if "iou" in options.stages:
+        train_iou_head(sam, Length(*lengths["iou"]), options)
+    torch.save({key: value.cpu() for key, value in sam.state_dict().items()}, options.output / "sam.pth")
+
+
 def main() -> None:
     options = parse_arguments()
     options.output.mkdir(parents=True, exist_ok=True)
-    llava, stages = options.output / "llava", options.stages
-    steps = {stage: max(2, int(count * options.steps)) for stage, count in STAGE_STEPS.items()}
-    torch.manual_seed(options.seed)
-    language_stages = [stage for stage in MAP_TARGETS if stage in stages]
-    if "vision" in stages or language_stages:
-        if options.start and options.start != options.output:
-            shutil.copytree(options.start / "llava", llava, dirs_exist_ok=True)
-        tokenizer = make_tokenizer(llava, options.seed)
-        config = LlavaLlamaConfig(vision_config=tiny_model.clip_config(), **tiny_model.llama_settings(len(tokenizer)))
-        model = LlavaLlamaForCausalLM(config).to(options.device).train()
-        nn.init.normal_(model.get_input_embeddings().weight, std=0.5)
-        reader = ClipReader(config.clip_side, config.clip_patch)
-        processor = UGroundProcessor(tokenizer, reader, tiny_model.sam_shape().image_size, NO_SYSTEM_PROMPT)
-        processor.keep_padding = True  # targets have all patches
-        snapshot = options.output / VISION_SNAPSHOT
-        if options.start:
-            load_llava(model, options.start)
-        elif snapshot.is_file():
-            model.load_state_dict(load_file(snapshot))
-        elif "vision" in stages:
-            train_vision(model, processor, steps["vision"], options)
-            snapshot.parent.mkdir(exist_ok=True)
-            save_file({k: v.cpu().contiguous() for k, v in model.state_dict().items()}, snapshot)
-        for stage in language_stages:
-            train_language(model, processor, stage, steps[stage], options)
-    if "sam" in stages or "iou" in stages:
-        torch.manual_seed(options.seed)
-        sam = SegmentAnything(tiny_model.sam_shape()).to(options.device).train()
-        if "sam" in stages:
-            train_sam(sam, steps["sam"], options)
-        else:
-            sam.load_state_dict(torch.load((options.start or options.output) / "sam.pth"))
-        if "iou" in stages:
-            train_iou_head(sam, steps["iou"], options)
-        torch.save({key: value.cpu() for key, value in sam.state_dict().items()}, options.output / "sam.pth")
+    counts = QWEN_STEPS if options.family == "qwen" else STAGE_STEPS
+    lengths = {
+        stage: (max(2, int(count * options.steps)), options.minutes.get(stage, 0.0)) for stage, count in counts.items()
+    }
+    if "vision" in options.stages or any(stage in options.stages for stage in MAP_TARGETS):
+        train_backbone(lengths, options)
+    if "sam" in options.stages or "iou" in options.stages:
+        train_mask_decoder(lengths, options)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Batches of synthetic scenes for pre-training the tiny family, per stage (scripts/dev/pretrain_tiny.py).
 
-Legend: n masks, P patches of CLIP's grid.
+Legend: n masks, P cells of a map (patches of CLIP's grid); of rows with different grids, the most.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from model.backbones.llava import ClipReader
+from model.geometry import Fit, mask_prompts, maps_at, on_grid
 from model.processing.processor import UGroundProcessor
-from model.processing.transforms import resize_and_pad
+from model.processing.reader import ImageReader
+from model.processing.transforms import SAM_INPUTS, squares
 from model.structures import Batch, Sample, Turn
 from utils.datasets.base import pick
 from utils.datasets.masks import stack_masks
@@ -35,7 +37,9 @@ from utils.demo.scene_texts import (
 STREAM = {"tokenizer": 1000, "vision": 1001, "language": 1002, "sam": 1003, "check": 1004}
 STREAM |= {"conversations": 1005, "depths": 1006, "iou": 1007}
 BATCH = {"vision": 32, "language": 12, "conversations": 12, "depths": 12, "sam": 16, "iou": 16, "check": 32}
+QWEN_BATCH = {"vision": 12, "conversations": 8, "sam": 6, "check": 16}  # its tower reads four times as many patches
 QUESTIONS_PER_SCENE = 6
+SIDE, CELL = 120, 10  # of scenes (the longer one) and of a map's cells, in pixels
 FIRST_TOKEN_WEIGHT = 4.0  # the first word of an answer decides between segmentation and rejection
 ATTRIBUTES = {"color": tuple(scenes.COLORS), "kind": scenes.KINDS, "size": scenes.SIZES, "texture": scenes.TEXTURES}
 
@@ -77,8 +81,8 @@ MIXTURES = {
 class SceneBatches(Dataset):
     """Batches of a stage, generated on the fly: batch i is a function of (seed, stage, i)."""
 
-    def __init__(self, stage: str, seed: int, batches: int, make) -> None:
-        self.key, self.batches, self.make, self.size = [seed, STREAM[stage]], batches, make, BATCH[stage]
+    def __init__(self, stage: str, seed: int, batches: int, make, size: int) -> None:
+        self.key, self.batches, self.make, self.size = [seed, STREAM[stage]], batches, make, size
 
     def __len__(self) -> int:
         return self.batches
@@ -88,9 +92,10 @@ class SceneBatches(Dataset):
         return self.make([(scenes.sample_scene(rng), rng) for rng in rngs])
 
 
-def stream(stage: str, seed: int, batches: int, make, workers: int) -> DataLoader:
+def stream(stage: str, seed: int, batches: int, make, workers: int, family: str = "llava") -> DataLoader:
+    size = (QWEN_BATCH if family == "qwen" else BATCH)[stage]
     return DataLoader(
-        SceneBatches(stage, seed, batches, make),
+        SceneBatches(stage, seed, batches, make, size),
         batch_size=None,
         num_workers=workers,
         prefetch_factor=8 if workers else None,
@@ -98,41 +103,46 @@ def stream(stage: str, seed: int, batches: int, make, workers: int) -> DataLoade
     )
 
 
-def clip_sides(processor: UGroundProcessor) -> tuple[int, int]:
-    """Sides of CLIP's input and of its patches."""
-    assert isinstance(processor.reader, ClipReader)
-    return processor.reader.side, processor.reader.cell
+def cell_shares(masks: np.ndarray, reader: ImageReader, cells: int = 0) -> torch.Tensor:
+    """Masks [n, H, W] of a scene -> covered share of each cell of its map [n, P]; at least ``cells`` columns."""
+    fit = reader.fit if isinstance(reader, ClipReader) else Fit("stretch")
+    values = torch.from_numpy(np.ascontiguousarray(masks)).float()
+    means, inside = on_grid(values, torch.ones_like(values[:1]), fit, reader.plan([values.shape[1:]]).grids[0])
+    shares = (means * inside).flatten(1)
+    return F.pad(shares, (0, max(0, cells - shares.shape[1])))
 
 
-def grid_coverage(masks: np.ndarray, side: int, patch: int) -> torch.Tensor:
-    """Masks [n, H, W] of an unscaled scene -> covered share of each patch [n, P]."""
-    padded = torch.zeros(len(masks), side, side)
-    padded[:, : masks.shape[1], : masks.shape[2]] = torch.from_numpy(np.ascontiguousarray(masks)).float()
-    return F.avg_pool2d(padded[:, None], patch).flatten(1)
+def cell_centers(reader: ImageReader, size: tuple[int, int]) -> torch.Tensor:
+    """Centers [P, 2] (x, y) in pixels of the cells of an image of this size (H, W), row-major; not of LLaVA's."""
+    rows, columns = reader.plan([size]).grids[0]
+    ys, xs = ((torch.arange(n) + 0.5) * length / n for n, length in zip((rows, columns), size))
+    return torch.cartesian_prod(ys, xs).flip(1)
 
 
-def vision_batch(scenes_and_rngs: list, side: int, patch: int) -> dict[str, torch.Tensor]:
-    """Images and, per patch, attributes and center of the shape that covers most of it (-1 background, -2 mixed)."""
-    images, sizes, labels, centers = [], [], [], []
+def vision_batch(scenes_and_rngs: list, processor: UGroundProcessor) -> dict:
+    """Images and, per cell, attributes and center of the shape that covers most of it (-1 background, -2 mixed).
+
+    Centers are shares of the input's side. Those of Qwen's tower, whose positions are relative, are so to the cell.
+    """
+    reader = processor.reader
+    images = [scene.image for scene, _ in scenes_and_rngs]
+    batch = processor.collate([Sample("", i, [], np.zeros((0, *i.shape[:2]), np.uint8)) for i in images])
+    labels, centers, count = [], [], batch.valid.shape[1]
     for scene, _ in scenes_and_rngs:
-        image, size = resize_and_pad(scene.image, side)
-        coverage = grid_coverage(scene.masks, side, patch)
+        coverage = cell_shares(scene.masks, reader)
         share, owner = coverage.max(0)
         background = coverage.sum(0) < 0.05
         table = torch.tensor(
             [[values.index(getattr(s, name)) for name, values in ATTRIBUTES.items()] for s in scene.shapes]
         )
         label = torch.where((share >= 0.4)[:, None], table[owner], -2)
-        labels.append(torch.where(background[:, None], -1, label))
-        centers.append(torch.tensor([s.center for s in scene.shapes], dtype=torch.float32)[owner] / side)
-        images.append(image)
-        sizes.append(size)
-    return {
-        "images": torch.stack(images),
-        "sizes": torch.tensor(sizes),
-        "labels": torch.stack(labels),
-        "centers": torch.stack(centers),
-    }
+        label = torch.where(background[:, None], -1, label)
+        center = torch.tensor([s.center for s in scene.shapes], dtype=torch.float32)[owner]
+        if not isinstance(reader, ClipReader):
+            center = center - cell_centers(reader, scene.masks.shape[1:])
+        labels.append(F.pad(label, (0, 0, 0, count - len(label)), value=-2))
+        centers.append(F.pad(center / SIDE, (0, 0, 0, count - len(center))))
+    return {"batch": batch, "labels": torch.stack(labels), "centers": torch.stack(centers)}
 
 
 def sample_turn(scene: scenes.Scene, rng: np.random.Generator, mixture: Mixture) -> tuple[Turn, Query | None]:
@@ -177,7 +187,7 @@ def language_batch(scenes_and_rngs: list, processor: UGroundProcessor, mixture: 
         by the target (``coverage``), by the shape that a relation names (``reference``), and by any shape
         (``everything``); the latter two are 0 where nothing fits.
     """
-    samples, queries, shares = [], [], []
+    samples, queries, target_masks = [], [], []
     for number, (scene, rng) in enumerate(scenes_and_rngs):
         sampled = [sample_turn(scene, rng, mixture) for _ in range(QUESTIONS_PER_SCENE)]
         queries += [query for _, query in sampled]
@@ -186,7 +196,7 @@ def language_batch(scenes_and_rngs: list, processor: UGroundProcessor, mixture: 
             named = [] if query.reference is None else [query.reference]
             all_shapes = list(range(len(scene.shapes))) if query.targets else []
             unions = np.stack([scene.masks[shapes].any(0) for shapes in (list(query.targets), named, all_shapes)])
-            shares.append(grid_coverage(unions, *clip_sides(processor)))
+            target_masks.append(unions)
             targets += [unions[0].astype(np.uint8)] if query.targets else []
         stacked = stack_masks(targets, *scene.image.shape[:2])
         conversations = split_turns([turn for turn, _ in sampled], rng, mixture.dialogues)
@@ -197,7 +207,9 @@ def language_batch(scenes_and_rngs: list, processor: UGroundProcessor, mixture: 
     ends = batch.label_positions[first][torch.tensor([query is not None for query in queries])]
     asked = [query for query in queries if query is not None]
     order = [n for n, query in enumerate(asked) if query.targets] + list(range(len(asked)))
-    coverage, reference, everything = torch.stack(shares)[order].unbind(1)
+    count = batch.valid.shape[1]
+    shares = torch.stack([cell_shares(unions, processor.reader, count) for unions in target_masks])
+    coverage, reference, everything = shares[order].unbind(1)
     return {
         "batch": batch,
         "positions": torch.cat([batch.seg_positions, ends]),
@@ -215,35 +227,40 @@ def first_labels(batch: Batch) -> torch.Tensor:
     return torch.cat([torch.ones(1, dtype=torch.bool), ~follows])
 
 
-def sam_batch(scenes_and_rngs: list, side: int, grid: int, mask_side: int) -> dict[str, torch.Tensor]:
+def in_square(mask: np.ndarray, fit: Fit) -> torch.Tensor:
+    """A mask [H, W] as the mask decoder's input shows it: [side, side] of 0 and 1."""
+    values = torch.from_numpy(mask).float()[None, None]
+    _, _, height, width = fit.box(mask.shape)
+    if (height, width) != mask.shape:
+        values = F.interpolate(values, (height, width), mode="bilinear", antialias=True).round()
+    return F.pad(values, (0, fit.side - width, 0, fit.side - height))[0, 0]
+
+
+def sam_batch(scenes_and_rngs: list, fit: Fit, mask_side: int) -> dict[str, torch.Tensor]:
     """Two prompts per scene: the mask of one shape, a coarse noisy map of it, a point and a box in SAM's frame."""
-    images, sizes, masks, maps, points, boxes, which = [], [], [], [], [], [], []
+    images, masks, maps, points, boxes, which = [], [], [], [], [], []
     for scene, rng in scenes_and_rngs:
-        image, size = resize_and_pad(scene.image, side)
-        height, width = scene.image.shape[:2]
+        size = scene.image.shape[:2]
+        map_fit = fit if fit.kind == "pad" else Fit("stretch")
+        rows, columns = (SIDE // CELL,) * 2 if fit.kind == "pad" else (round(length / CELL) for length in size)
         for target in rng.choice(len(scene.shapes), 2, replace=False):
-            mask = np.zeros((side, side), np.float32)
-            mask[:height, :width] = scene.masks[target]
-            coverage = F.avg_pool2d(torch.from_numpy(mask)[None, None], side // grid)
-            noise = torch.from_numpy(rng.normal(size=(1, 1, grid, grid)).astype(np.float32))
-            coarse = coverage * rng.uniform(0.5, 1.5) + noise * rng.uniform(0.02, 0.2) + rng.uniform(-0.2, 0.4)
+            mask = in_square(scene.masks[target], fit)
+            whole = torch.from_numpy(scene.masks[target]).float()[None]
+            share, inside = on_grid(whole, torch.ones_like(whole), map_fit, (rows, columns))
+            noise = torch.from_numpy(rng.normal(size=(1, rows, columns)).astype(np.float32))
+            coarse = share * inside * rng.uniform(0.5, 1.5) + noise * rng.uniform(0.02, 0.2) + rng.uniform(-0.2, 0.4)
             coarse = (coarse - coarse.amin()) / (coarse.amax() - coarse.amin())
-            fine = F.interpolate(coarse, (side, side), mode="bilinear", align_corners=False)
-            fine[..., height:, :] = 0
-            fine[..., width:] = 0
-            ys, xs = np.nonzero(mask)
+            ys, xs = mask.nonzero(as_tuple=True)
             chosen = rng.integers(len(xs))
-            jitter = rng.uniform(-2, 2, 4)
-            masks.append(torch.from_numpy(mask))
-            maps.append(F.interpolate(fine, (mask_side, mask_side), mode="bilinear", antialias=True)[0])
+            jitter = torch.from_numpy(rng.uniform(-2, 2, 4))
+            masks.append(mask)
+            maps.append(mask_prompts(maps_at(coarse, map_fit, size), Fit(fit.kind, mask_side))[0])
             points.append(torch.tensor([[float(xs[chosen]), float(ys[chosen])]]))
-            boxes.append(torch.tensor([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]) + torch.from_numpy(jitter))
+            boxes.append(torch.stack([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]) + jitter)
             which.append(int(rng.choice(4, p=[0.6, 0.15, 0.15, 0.1])))  # map, point, box, map and point
-        images.append(image)
-        sizes.append(size)
+        images.append(scene.image)
     return {
-        "images": torch.stack(images),
-        "sizes": torch.tensor(sizes),
+        "images": squares(images, fit.side, SAM_INPUTS[fit.kind]),
         "masks": torch.stack(masks),
         "maps": torch.stack(maps),
         "points": torch.stack(points),
@@ -255,7 +272,7 @@ def sam_batch(scenes_and_rngs: list, side: int, grid: int, mask_side: int) -> di
 def language_check_batch(scenes_and_rngs: list, processor: UGroundProcessor) -> dict:
     """One query of each family per scene, with the evaluation templates; teacher-forced."""
     samples, kinds, seg_of = [], [], []
-    coverage: list[torch.Tensor] = []
+    targets: list[np.ndarray] = []
     for number, (scene, rng) in enumerate(scenes_and_rngs):
         queries = {q.family: q for q in attribute_queries(scene, rng)[:1] + absent_queries(scene, rng)[:1]}
         queries |= {q.family: q for q in reasoning_queries(scene, rng) + multi_queries(scene, rng)[:1]}
@@ -266,10 +283,10 @@ def language_check_batch(scenes_and_rngs: list, processor: UGroundProcessor) -> 
             answer = ANSWERS["target" if query.targets else "absent"][0]
             conversations.append((Turn(template.replace("{query}", query.text), answer),))
             kinds.append(family)
-            seg_of.append(len(coverage))
+            seg_of.append(len(targets))
             if query.targets:
                 masks.append(scene.masks[list(query.targets)].any(0))
-                coverage.append(grid_coverage(masks[-1][None], *clip_sides(processor)))
+                targets.append(masks[-1])
         samples.append(Sample(f"check {number}", scene.image, conversations, np.stack(masks).astype(np.uint8), number))
     batch = processor.collate(samples)
     first = first_labels(batch)
@@ -277,7 +294,7 @@ def language_check_batch(scenes_and_rngs: list, processor: UGroundProcessor) -> 
         "batch": batch,
         "positions": batch.seg_positions,
         "rows": batch.seg_rows,
-        "coverage": torch.cat(coverage),
+        "coverage": torch.cat([cell_shares(mask[None], processor.reader, batch.valid.shape[1]) for mask in targets]),
         "ends": batch.label_positions[first],
         "kinds": kinds,
         "seg_of": seg_of,

@@ -1,8 +1,9 @@
-"""Configurations of the tiny family: a LLaVA and a SAM of about 2M parameters with the real architectures."""
+"""Configurations of the tiny families: LLaVA and SAM, Qwen2.5-VL and SAM 2, of about 2M parameters each."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import CLIPVisionConfig, PreTrainedTokenizerFast
@@ -73,6 +74,58 @@ def llama_settings(vocab_size: int, width: int = 128, layers: int = 8, heads: in
         "bos_token_id": 1,
         "eos_token_id": 2,
         "pad_token_id": 0,
+    }
+
+
+def qwen_sizes(vocab_size: int, layers: int = 8) -> dict[str, Any]:
+    """Sizes of a Qwen2.5-VL whose image tokens show cells of 10 x 10 pixels.
+
+    Rotary frequencies suit 12 cells and 150 tokens: the published base, for 128,000, would leave columns alike.
+    """
+    text = llama_settings(vocab_size, layers=layers)
+    text |= {"rope_parameters": {"rope_type": "default", "rope_theta": 30.0, "mrope_section": [2, 7, 7]}}
+    vision = {
+        "depth": 2,
+        "hidden_size": 64,
+        "intermediate_size": 160,
+        "num_heads": 2,
+        "out_hidden_size": text["hidden_size"],
+        "patch_size": 5,
+        "window_size": 40,
+        "fullatt_block_indexes": [1],
+    }
+    return {"text_config": text, "vision_config": vision, "tie_word_embeddings": False}
+
+
+def sam2_sizes(side: int = 128, width: int = 64) -> dict[str, Any]:
+    """Settings of a ``Sam2Config``: strides of 2, 4 and 8 pixels, so that mask prompts have half the input's side."""
+    widths = [16, 32, 64, 96]
+    hiera = {
+        "model_type": "sam2_hiera_det_model",
+        "hidden_size": widths[0],
+        "num_attention_heads": 1,
+        "image_size": [side, side],
+        "patch_kernel_size": [3, 3],
+        "patch_stride": [2, 2],
+        "patch_padding": [1, 1],
+        "window_positional_embedding_background_size": [4, 4],
+        "blocks_per_stage": [1, 1, 2, 1],
+        "embed_dim_per_stage": widths,
+        "num_attention_heads_per_stage": [1, 2, 4, 4],
+        "window_size_per_stage": [8, 4, 8, 4],
+        "global_attention_blocks": [3],
+        "mlp_ratio": 2.0,
+    }
+    return {
+        "vision_config": {
+            "model_type": "sam2_vision_model",
+            "backbone_config": hiera,
+            "backbone_channel_list": widths[::-1],
+            "backbone_feature_sizes": [[side // stride] * 2 for stride in (2, 4, 8)],
+            "fpn_hidden_size": width,
+        },
+        "prompt_encoder_config": {"hidden_size": width, "image_size": side, "patch_size": 8},
+        "mask_decoder_config": {"hidden_size": width, "mlp_dim": 4 * width, "iou_head_hidden_dim": width},
     }
 
 
