@@ -52,11 +52,16 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import processors
 from torch import nn
 from torch.nn import functional as F
-from tokenizers import processors
-from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Sam2Config
-from transformers import Sam2Model
+from transformers import (
+    PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Sam2Config,
+    Sam2Model,
+)
 
 from model.backbones import qwen2_5_vl
 from model.backbones.base import Backbone
@@ -74,10 +79,10 @@ from utils.demo import scene_texts, tiny_model
 from utils.demo.muon import Muon
 from utils.demo.pretrain_batches import (
     ATTRIBUTES,
-    MIXTURES,
-    STREAM,
-    SIDE,
     CELL,
+    MIXTURES,
+    SIDE,
+    STREAM,
     language_batch,
     language_check_batch,
     sam_batch,
@@ -238,6 +243,7 @@ def train_vision(model: Backbone, processor: UGroundProcessor, length: Length, o
     }
     embed: nn.Embedding = model.get_input_embeddings()  # type: ignore[assignment]
     heads = VisionHeads(embed.embedding_dim).to(device)
+    embed.requires_grad_(not options.language)  # whose language model knows its words
     trained = nn.ModuleDict({**vision_parts(model), "embed": embed, "heads": heads})
     optimizer = Optimizer(trained, length, 0.02, 2e-3)
     make = partial(vision_batch, processor=processor)
@@ -287,6 +293,7 @@ def train_language(
 ) -> None:
     """Stages "language", "conversations" and "depths": captions, questions and finding."""
     device = options.device
+    model.get_input_embeddings().requires_grad_(True)
     if isinstance(model, LlavaLlamaForCausalLM):
         model.vision_tower.requires_grad_(stage != "depths")
         place_loss = None
@@ -548,6 +555,8 @@ def new_qwen(options: argparse.Namespace) -> tuple[UGroundQwen25VL, UGroundProce
     model = UGroundQwen25VL(config)
     for part in (model.visual_model, model.ppm, model.text_hidden_fcs):
         part.requires_grad_(False)
+    for layer in (model.model.visual.merger.mlp[0], model.model.visual.merger.mlp[2]):
+        nn.init.xavier_normal_(layer.weight)  # so that features are as large as embeddings from the beginning
     reader = config.new_reader()
     reader.save_pretrained(folder)
     if options.start:
@@ -555,6 +564,24 @@ def new_qwen(options: argparse.Namespace) -> tuple[UGroundQwen25VL, UGroundProce
         missing = model.load_state_dict(state, strict=False).missing_keys
         assert not [name for name in missing if name.startswith(("model.", "lm_head."))]
     return model, UGroundProcessor(tokenizer, reader, 0, NO_SYSTEM_PROMPT)
+
+
+def start_language(model: UGroundQwen25VL, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Takes the language model of a tiny LLaVA: Qwen2's layers are LLaMA's, with biases, which stay zero here."""
+    state = load_file(folder / "llava" / "model.safetensors")
+    known, own = PreTrainedTokenizerFast.from_pretrained(folder / "llava").get_vocab(), tokenizer.get_vocab()
+    shared = [token for token in own if token in known]
+    theirs, ours = (torch.tensor([vocabulary[token] for token in shared]) for vocabulary in (known, own))
+    decoder = model.language
+    with torch.no_grad():
+        decoder.embed_tokens.weight[ours] = state["model.embed_tokens.weight"][theirs]
+        model.lm_head.weight[ours] = state["lm_head.weight"][theirs]
+    parts = ("model.layers.", "model.norm.")
+    layers = {name.removeprefix("model."): value for name, value in state.items() if name.startswith(parts)}
+    missing, unexpected = decoder.load_state_dict(layers, strict=False)
+    if wrong := unexpected + [name for name in missing if not name.endswith(".bias") and "embed_tokens" not in name]:
+        raise ValueError(f"--language {folder}: its layers are not those of the tiny Qwen2.5-VL: {wrong}")
+    print(f"language model of {folder}: {len(shared)} of {len(own)} tokens are known", flush=True)
 
 
 def save_base(model: Backbone, output: Path, with_tower: bool) -> None:
@@ -617,6 +644,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--start", type=Path, help="what language, conversations, depths and iou continue: a folder as --output"
     )
+    parser.add_argument(
+        "--language", type=Path, help="--family qwen: folder of a tiny LLaVA whose language model it takes"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     parser.add_argument("--workers", type=int, default=1, help="processes that draw scenes (default 1)")
     options = parser.parse_args()
@@ -659,6 +689,9 @@ def train_backbone(lengths: dict[str, tuple[int, float]], options: argparse.Name
     model.to(options.device).train()
     if not (options.start and options.family == "qwen"):
         nn.init.normal_(model.get_input_embeddings().weight, std=0.5)  # type: ignore[arg-type]
+    if options.language:
+        assert isinstance(model, UGroundQwen25VL)
+        start_language(model, processor.tokenizer, options.language)  # type: ignore[arg-type]
     snapshot = options.output / VISION_SNAPSHOT
     if options.start and isinstance(model, LlavaLlamaForCausalLM):
         load_llava(model, options.start)
@@ -677,7 +710,9 @@ def train_mask_decoder(lengths: dict[str, tuple[int, float]], options: argparse.
     """The stages of the mask decoder."""
     torch.manual_seed(options.seed)
     if options.family == "qwen":
-        train_sam(Sam2(Sam2Config(**tiny_model.sam2_sizes())).to(options.device).train(), Length(*lengths["sam"]), options)
+        train_sam(
+            Sam2(Sam2Config(**tiny_model.sam2_sizes())).to(options.device).train(), Length(*lengths["sam"]), options
+        )
         return
     sam = SegmentAnything(tiny_model.sam_shape()).to(options.device).train()
     if "sam" in options.stages:

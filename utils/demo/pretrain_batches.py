@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from model.backbones.llava import ClipReader
-from model.geometry import Fit, mask_prompts, maps_at, on_grid
+from model.geometry import Fit, maps_at, mask_prompts, on_grid
 from model.processing.processor import UGroundProcessor
 from model.processing.reader import ImageReader
 from model.processing.transforms import SAM_INPUTS, squares
