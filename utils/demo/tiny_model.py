@@ -80,8 +80,8 @@ def llama_settings(vocab_size: int, width: int = 128, layers: int = 8, heads: in
 def qwen_sizes(vocab_size: int, layers: int = 8) -> dict[str, Any]:
     """Sizes of a Qwen2.5-VL whose image tokens show cells of 10 x 10 pixels.
 
-    The positions' axes share 16 frequencies so that rows and columns of a grid of 12 differ: 0.3 and 0.1 radians a cell.
-    In published shares, columns would have the lowest, and be alike.
+    The axes of positions share 16 frequencies so that rows and columns of a grid of 12 differ: up to 0.6 and 0.1
+    radians a cell. In published shares, columns would have the lowest, and be alike.
     """
     text = llama_settings(vocab_size, layers=layers)
     text |= {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 3, 12]}}
