@@ -40,9 +40,10 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -78,7 +79,16 @@ from utils.demo.pretrain_batches import (
     stream,
     vision_batch,
 )
-from utils.demo.tiny_files import load_llava, new_llava, new_qwen, save_base, save_sam2, start_language
+from utils.demo.tiny_files import (
+    load_llava,
+    load_tower,
+    new_llava,
+    new_qwen,
+    save_base,
+    save_sam2,
+    save_tower,
+    start_language,
+)
 
 STAGE_STEPS = {"vision": 2800, "language": 3000, "conversations": 2400, "depths": 900, "sam": 4000, "iou": 600}
 QWEN_STEPS = {"vision": 900, "conversations": 1200, "sam": 1500}
@@ -102,7 +112,7 @@ class Length:
 
     @property
     def warm_up(self) -> int:
-        return 100 if self.seconds else max(1, min(200, self.steps // 10))
+        return 30 if self.seconds else max(1, min(200, self.steps // 10))
 
     def share(self, done: int) -> float:
         """The share of the stage that is over after ``done`` steps, at most 1."""
@@ -149,8 +159,9 @@ def to_device(data: dict, device: str) -> dict:
 class VisionHeads(nn.Module):
     """Heads that only the vision stage uses: embeddings of a background word, and a center."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, weights: Mapping[str, float] = MappingProxyType({})) -> None:
         super().__init__()
+        self.weights = weights  # of attributes in the loss, 1 for the others
         self.scale = nn.Parameter(torch.tensor(1.0))
         self.background_embed = nn.Parameter(torch.randn(len(ATTRIBUTES), width) * 0.1)
         self.center = nn.Linear(width, 2)
@@ -168,7 +179,7 @@ class VisionHeads(nn.Module):
             labels = data["labels"][..., a]
             target = torch.where(labels == -1, len(embeddings), labels)
             known = target >= 0
-            loss = loss + F.cross_entropy(logits[known], target[known])
+            loss = loss + self.weights.get(name, 1.0) * F.cross_entropy(logits[known], target[known])
             shape = labels >= 0
             accuracy[name] = (logits[shape].argmax(-1) == labels[shape]).float().mean()
         shape = data["labels"][..., 0] >= 0
@@ -230,7 +241,8 @@ def train_vision(model: Backbone, processor: UGroundProcessor, length: Length, o
         for name, values in ATTRIBUTES.items()
     }
     embed: nn.Embedding = model.get_input_embeddings()  # type: ignore[assignment]
-    heads = VisionHeads(embed.embedding_dim).to(device)
+    weights = {"kind": 3.0} if options.family == "qwen" else {}  # the attribute that is learned last
+    heads = VisionHeads(embed.embedding_dim, weights).to(device)
     embed.requires_grad_(not options.language)  # whose language model knows its words
     trained = nn.ModuleDict({**vision_parts(model), "embed": embed, "heads": heads})
     optimizer = Optimizer(trained, length, 0.02, 2e-3)
@@ -242,6 +254,8 @@ def train_vision(model: Backbone, processor: UGroundProcessor, length: Length, o
         loss, accuracy = heads(features, {name: embed(ids.to(device)) for name, ids in words.items()}, data)
         optimizer.step(loss)
         clock.tick(loss, **accuracy)
+        if clock.is_time_to_check() and options.family == "qwen":
+            save_tower(model, options.output)
         if clock.is_over:
             break
 
@@ -281,13 +295,17 @@ def train_language(
 ) -> None:
     """Stages "language", "conversations" and "depths": captions, questions and finding."""
     device = options.device
-    model.get_input_embeddings().requires_grad_(True)
+    embed: nn.Embedding = model.get_input_embeddings()  # type: ignore[assignment]
+    embed.requires_grad_(True)
+    if options.family == "qwen":  # the tower's features are next to its words; the template's tokens are new
+        new = torch.zeros(len(embed.weight), 1, device=device)
+        new[processor.tokenizer.convert_tokens_to_ids(list(processor.builder.template.tokens))] = 1
+        embed.weight.register_hook(lambda gradient: gradient * new)
     if isinstance(model, LlavaLlamaForCausalLM):
         model.vision_tower.requires_grad_(stage != "depths")
         place_loss = None
     else:
         model.model.visual.requires_grad_(False)
-        model.model.visual.merger.requires_grad_(True)
         place_loss = PlaceLoss(model.language.embed_tokens.embedding_dim).to(device)
     map_layers, map_targets = MAP_TARGETS[stage]
     map_losses = nn.ModuleDict({str(layer): MapLoss() for layer in map_layers}).to(device)
@@ -298,6 +316,8 @@ def train_language(
     make = partial(language_batch, processor=processor, mixture=MIXTURES[stage])
     clock = Progress(stage, length)
     for data in stream(stage, options.seed, length.steps, make, options.workers, options.family):
+        if options.tower and clock.done % 10 == 0:
+            load_tower(model, options.tower)
         targets = map_targets(data)
         data = to_device(data, device)
         batch = data["batch"]
@@ -498,6 +518,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--start", type=Path, help="what language, conversations, depths and iou continue: a folder as --output"
     )
+    parser.add_argument(
+        "--tower", type=Path, help="--family qwen: file of stage vision that runs beside, read again as it learns"
+    )
     parser.add_argument("--language", type=Path, help="--family qwen: the folder whose LLaVA's language model it takes")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     parser.add_argument("--workers", type=int, default=1, help="processes that draw scenes (default 1)")
@@ -506,7 +529,11 @@ def parse_arguments() -> argparse.Namespace:
         parser.error(f"--stages: no stage {unknown[0]!r}; there are {', '.join(STAGE_STEPS)}")
     if options.family == "qwen" and (unknown := [stage for stage in options.stages if stage not in QWEN_STEPS]):
         parser.error(f"--stages: --family qwen has no stage {unknown[0]!r}; there are {', '.join(QWEN_STEPS)}")
-    if options.start and (fresh := [stage for stage in ("vision", "sam") if stage in options.stages]):
+    if (
+        options.family == "llava"
+        and options.start
+        and (fresh := [stage for stage in ("vision", "sam") if stage in options.stages])
+    ):
         parser.error(f"--stages {fresh[0]} begins with random weights: leave it or --start out")
     first = next((stage for stage in MAP_TARGETS if stage in options.stages), None)
     begins = "conversations" if options.family == "qwen" else "language"
@@ -535,7 +562,7 @@ def train_backbone(lengths: dict[str, tuple[int, float]], options: argparse.Name
         load_llava(model, options.start)
     elif snapshot.is_file() and not options.start:
         model.load_state_dict(load_file(snapshot))
-    elif "vision" in options.stages:
+    if "vision" in options.stages and (options.start or not snapshot.is_file()):
         train_vision(model, processor, Length(*lengths["vision"]), options)
         snapshot.parent.mkdir(exist_ok=True)
         save_file({k: v.cpu().contiguous() for k, v in model.state_dict().items()}, snapshot)
