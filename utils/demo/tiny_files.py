@@ -19,6 +19,8 @@ from model.backbones.base import Backbone
 from model.backbones.llava import ClipReader, LlavaLlamaConfig, LlavaLlamaForCausalLM
 from model.backbones.qwen2_5_vl import UGroundQwen25VL
 from model.decoders.sam2 import Sam2
+from model.loading.files import read_folder
+from model.loading.formats import renamed
 from model.processing.processor import UGroundProcessor
 from model.processing.template import VICUNA, ChatTemplate
 from model.processing.tokens import REJ, SEG
@@ -100,7 +102,7 @@ def new_qwen(options: argparse.Namespace) -> tuple[UGroundQwen25VL, UGroundProce
     reader = config.new_reader()
     reader.save_pretrained(folder)
     if options.start:
-        state = load_file(folder / "model.safetensors")
+        state = renamed(read_folder(folder), UGroundQwen25VL.published_keys)
         missing = model.load_state_dict(state, strict=False).missing_keys
         assert not [name for name in missing if name.startswith(("model.", "lm_head."))]
     return model, UGroundProcessor(tokenizer, reader, 0, NO_SYSTEM_PROMPT)
