@@ -217,7 +217,7 @@ class PlaceLoss(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.place = nn.Linear(width, 2)
+        self.place = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 2))
 
     def forward(self, states: torch.Tensor, batch: Batch) -> torch.Tensor:
         """States [B, V, D] of the image's tokens -> mean squared error, in shares of the longer side."""
@@ -331,7 +331,7 @@ def train_language(
             arguments = states.flatten(0, 1)[positions], patches, coverage[chosen].to(device), valid[rows]
             values[f"map {layer}"] = map_losses[str(layer)](*arguments)
         if place_loss is not None:
-            values["place"] = 20 * place_loss(batch.image_states(output.hidden[PLACE_LAYER]), batch)
+            values["place"] = 5 * place_loss(batch.image_states(output.hidden[PLACE_LAYER]), batch)
         loss = sum(values.values(), torch.zeros((), device=device))
         optimizer.step(loss)
         clock.tick(loss, **values)
