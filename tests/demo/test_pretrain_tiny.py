@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -10,13 +11,22 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from model.backbones import qwen2_5_vl
 from model.backbones.llava import ClipReader
+from model.geometry import Fit
 from model.loading.pretrained import load_for_training
 from model.processing.processor import UGroundProcessor
 from scripts.dev import pretrain_tiny
 from utils.config import load_config
-from utils.demo import pretrain_batches, scene_texts, tiny_model
-from utils.demo.pretrain_batches import MIXTURES, first_labels, language_batch
+from utils.demo import pretrain_batches, scene_texts, tiny_files, tiny_model
+from utils.demo.pretrain_batches import (
+    MIXTURES,
+    cell_shares,
+    first_labels,
+    language_batch,
+    sam_batch,
+    vision_batch,
+)
 from utils.demo.scenes import sample_scene
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -25,7 +35,8 @@ TINY = ROOT / "assets/tiny"
 
 def run(monkeypatch, output: Path, *flags: str) -> None:
     """Two steps of each stage, of three scenes each."""
-    monkeypatch.setattr(pretrain_batches, "BATCH", dict.fromkeys(pretrain_batches.BATCH, 3))
+    for name in ("BATCH", "QWEN_BATCH"):
+        monkeypatch.setattr(pretrain_batches, name, dict.fromkeys(pretrain_batches.BATCH, 3))
     command = ["pretrain_tiny.py", "--output", str(output), "--steps", "0.0006", "--device", "cpu", "--workers", "0"]
     monkeypatch.setattr(sys, "argv", [*command, *flags])
     pretrain_tiny.main()
@@ -42,6 +53,23 @@ def test_every_stage_runs_and_the_result_loads(tmp_path, monkeypatch):
     assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
     tokens = processor.tokenizer.tokenize(" red star")
     assert tokens == ["Ġred", "Ġstar"]  # words are single tokens
+
+
+@pytest.mark.slow
+def test_every_stage_of_qwen_runs_and_the_result_loads(tmp_path, monkeypatch):
+    """All of its own random weights, and beginning with the language model of assets/tiny."""
+    corpus = scene_texts.corpus
+    monkeypatch.setattr(scene_texts, "corpus", lambda rng, n: corpus(rng, n // 10))
+    for flags in ((), ("--language", str(TINY))):
+        output = tmp_path / str(len(flags))
+        run(monkeypatch, output, "--family", "qwen", *flags)
+        settings = {"mask_decoder": "sam2", "max_image_tokens": 144}
+        folders = str(output / "qwen2_5_vl"), "", str(output / "sam2")
+        model, processor, _ = load_for_training(*folders, "fp32", settings)
+        assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
+        assert processor.builder.prefix_text.startswith("<|im_start|>user")  # no system prompt
+        assert processor.tokenizer.tokenize(" red star") == ["Ġred", "Ġstar"]
+        assert model.visual_model.mask_side == 64
 
 
 @pytest.mark.slow
@@ -65,6 +93,10 @@ def test_the_iou_stage_changes_the_head_alone(tmp_path, monkeypatch):
     ("flags", "message"),
     [
         (("--stages", "vision,dephts"), "no stage 'dephts'; there are vision, language, conversations, depths, sam"),
+        (("--family", "qwen", "--stages", "vision,language"), "no stage 'language'; there are vision, conversations"),
+        (("--family", "qwen", "--stages", "conversations"), "conversations continues earlier stages"),
+        (("--language", str(TINY)), "--language is where --family qwen begins"),
+        (("--minutes", "sma=3"), "--minutes: no stage 'sma'"),
         (("--stages", "conversations"), "conversations continues earlier stages"),
         (("--stages", "language"), "language continues earlier stages"),
         (("--start", str(TINY)), "vision begins with random weights"),
@@ -122,3 +154,87 @@ def test_a_family_is_grounded_at_its_depth_and_shows_all_shapes_at_the_others(ba
             own = pretrain_tiny.DEPTHS.get(family) == layer
             assert chosen[n]
             assert torch.equal(coverage[n], batch["coverage" if own else "everything"][n])
+
+
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory):
+    """A random tiny Qwen2.5-VL, with the tokenizer of assets/tiny and Qwen's tokens, and its processor."""
+    folder = tmp_path_factory.mktemp("qwen")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(TINY / "llava")
+    tokenizer.add_tokens(list(qwen2_5_vl.TEMPLATE.tokens), special_tokens=True)
+    tokenizer.bos_token, tokenizer.eos_token = None, qwen2_5_vl.TEMPLATE.end
+    tokenizer.save_pretrained(folder / tiny_files.QWEN)
+    return tiny_files.new_qwen(argparse.Namespace(output=folder, start=None, seed=0))
+
+
+def drawn(count: int) -> list:
+    rngs = [np.random.default_rng([8, n]) for n in range(count)]
+    return [(sample_scene(rng), rng) for rng in rngs]
+
+
+def test_a_language_model_of_llava_reads_texts_as_before(qwen):
+    """Qwen's positions of text are LLaMA's, whatever its axes; its biases begin at zero."""
+    model, processor = qwen
+    tiny_files.start_language(model, processor.tokenizer, TINY)
+    llava, _ = tiny_files.new_llava(argparse.Namespace(output=TINY, start=None, seed=0))
+    tiny_files.load_llava(llava, TINY)
+    ids = torch.tensor([processor.tokenizer.encode(" the large red star", add_special_tokens=False)])
+    places = torch.arange(ids.shape[1])[None]
+    with torch.no_grad():
+        ours = model.language(input_ids=ids, position_ids=places.expand(3, -1, -1)).last_hidden_state
+        theirs = llava.model(input_ids=ids, position_ids=places).last_hidden_state
+        assert torch.allclose(ours, theirs, atol=1e-4)
+        assert torch.allclose(model.lm_head(ours)[..., ids[0]], llava.lm_head(theirs)[..., ids[0]], atol=1e-3)
+
+
+def test_shares_of_cells_are_of_padded_patches_or_of_the_whole_image(qwen):
+    scene = next(scene for scene, _ in drawn(40) if scene.image.shape[:2] == (120, 96))
+    padded = np.zeros((len(scene.masks), 120, 120), np.float32)
+    padded[..., :96] = scene.masks
+    expected = torch.nn.functional.avg_pool2d(torch.from_numpy(padded)[:, None], 10).flatten(1)
+    assert torch.allclose(cell_shares(scene.masks, ClipReader(120, 10)), expected, atol=1e-6)
+    shares = cell_shares(scene.masks, qwen[1].reader, cells=130)  # 12 x 10 cells, of 9.6 pixels across
+    assert shares.shape == (len(scene.masks), 130)
+    assert not shares[:, 120:].any()
+    assert torch.allclose(shares.sum(1) * 96, torch.from_numpy(scene.masks).flatten(1).sum(1).float(), atol=0.1)
+
+
+def test_each_cell_of_qwen_points_to_the_center_of_its_shape(qwen):
+    scenes = drawn(12)
+    data = vision_batch(scenes, qwen[1])
+    assert len({scene.image.shape for scene, _ in scenes}) > 1
+    for n, (scene, _) in enumerate(scenes):
+        rows, columns = data["batch"].grids[n]
+        height, width = scene.image.shape[:2]
+        seen = (data["labels"][n, :, 0] >= 0).nonzero()[:, 0]
+        assert (seen < rows * columns).all()
+        y, x = (seen // columns + 0.5) * height / rows, (seen % columns + 0.5) * width / columns
+        found = torch.stack([x, y], 1) + data["centers"][n, seen] * 120
+        assert torch.cdist(found, torch.tensor([shape.center for shape in scene.shapes])).amin(1).max() < 1e-3
+        assert (data["labels"][n, rows * columns :] == -2).all()  # padding has no loss
+
+
+@pytest.mark.parametrize("fit", [Fit("pad", 120), Fit("stretch", 128)])
+def test_prompts_of_sam_lie_on_their_shapes(fit):
+    data = sam_batch(drawn(8), fit, mask_side=fit.side // 2)
+    assert data["images"].shape[2:] == data["masks"].shape[1:] == (fit.side, fit.side)
+    small = torch.nn.functional.avg_pool2d(data["masks"][:, None], 2)
+    for n, mask in enumerate(data["masks"]):
+        x, y = data["points"][n, 0].long()
+        assert mask[y, x] == 1
+        ys, xs = mask.nonzero(as_tuple=True)
+        box = torch.tensor([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1])
+        assert (data["boxes"][n] - box).abs().max() <= 2
+        inside, outside = data["maps"][n, 0][small[n, 0] == 1], data["maps"][n, 0][small[n, 0] == 0]
+        assert inside.mean() > outside.mean() + 0.2
+
+
+def test_a_stage_ends_after_its_minutes(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(pretrain_tiny.time, "time", lambda: now[0])
+    length, steps = pretrain_tiny.Length(10, minutes=2), pretrain_tiny.Length(10)
+    now[0] += 30
+    assert length.share(9) == 0.25
+    assert steps.share(9) == 0.9
+    now[0] += 200
+    assert length.share(9) == 1

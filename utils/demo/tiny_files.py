@@ -147,21 +147,6 @@ def save_qwen(model: UGroundQwen25VL, output: Path) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | {"system_prompt": NO_SYSTEM_PROMPT}, indent=2) + "\n")
 
 
-def save_tower(model: Backbone, output: Path) -> None:
-    """Writes work/tower.safetensors, at once for a process that reads it."""
-    path = output / "work" / "tower.safetensors"
-    path.parent.mkdir(exist_ok=True)
-    state = {name: value.cpu().contiguous() for name, value in model.model.visual.state_dict().items()}
-    save_file(state, path.with_suffix(".part"))
-    path.with_suffix(".part").replace(path)
-
-
-def load_tower(model: Backbone, path: Path) -> None:
-    """Takes the vision tower of ``save_tower``, if it has been written."""
-    if path.is_file():
-        model.model.visual.load_state_dict(load_file(path))
-
-
 def save_sam2(sam: Sam2, output: Path) -> None:
     """Writes sam2/, by transformers' class."""
     model = Sam2Model(sam.shape)
