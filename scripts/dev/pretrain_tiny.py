@@ -26,22 +26,21 @@ The real LLaVA-1.5 never saw [SEG]; ours has, because minutes of fine-tuning can
     python scripts/dev/pretrain_tiny.py --output assets/tiny             # two and a half hours, 2 cores
     python scripts/dev/pretrain_tiny.py --output /tmp/tiny --steps 0.01  # a look at every stage
     python scripts/dev/pretrain_tiny.py --stages depths --start assets/tiny --output assets/tiny_depths
-    python scripts/dev/pretrain_tiny.py --family qwen --stages vision,conversations,sam --language assets/tiny \
-        --output assets/tiny_qwen
+    python scripts/dev/pretrain_tiny.py --family qwen --language assets/tiny --output assets/tiny_qwen
 
 Qwen2.5-VL's tower has relative positions only. It learns where a shape's center is from a cell, and the language model
 learns where a cell is, from its own positions, at an early layer. SAM 2 learns to predict masks' IoU in stage "sam".
-There is no assets/tiny_qwen yet: its recipe was tried on 2026-11-27 on a tenth of two busy cores, and no stage reached
-its end. What was seen, in steps of 12 images (vision), 8 images (conversations) and 12 prompts (sam):
+There is no assets/tiny_qwen yet. On 2026-11-27 its recipe was tried on a tenth of two busy cores;
+no stage reached its end. Seen, in steps of 12 images (vision), 8 (conversations), 12 prompts (sam):
 
-    vision         color 0.99 after 72 steps, size 0.96 and texture 0.96 after 270; kind 0.38 there, and 0.43 after 93
-                   more with three times its weight: not enough images (4,400; assets/tiny saw 90,000), so more of them
-                   come first, then a third layer in the tower
-    conversations  20 steps: no result. PlaceLoss on states as they are drowned the other losses (they are clipped
-                   together), hence its norm; with it, not a step was made. Features begin as large as
-                   embeddings (``new_qwen``): with transformers' start they were 0.05 for 50 steps
-    sam            IoU from a noisy map 0.77 after 334 steps, 0.85 after 574, at the first learning rate; from a point 0,
-                   of which it saw two in a step
+    vision         color 0.99 after 72 steps, size and texture 0.96 after 270; kind 0.38 there, and
+                   0.43 after 93 more with three times its weight. That is 4,400 images, where
+                   assets/tiny saw 90,000: try more of them first, then a third layer in the tower
+    conversations  nothing learned in 20 steps: PlaceLoss drowned the others, which are clipped with
+                   it, so it has a norm now. With that, no step was made. With transformers' start,
+                   features were 0.05 for 50 steps; they begin as large as embeddings (new_qwen)
+    sam            IoU from a noisy map 0.77 after 334 steps, 0.85 after 574, at the first learning
+                   rate; from a point 0, of which it saw two in a step
 """
 
 from __future__ import annotations
@@ -63,9 +62,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
-from transformers import (
-    Sam2Config,
-)
+from transformers import Sam2Config
 
 from model.backbones.base import Backbone
 from model.backbones.llava import LlavaLlamaForCausalLM

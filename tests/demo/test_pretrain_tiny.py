@@ -196,7 +196,8 @@ def test_shares_of_cells_are_of_padded_patches_or_of_the_whole_image(qwen):
     shares = cell_shares(scene.masks, qwen[1].reader, cells=130)  # 12 x 10 cells, of 9.6 pixels across
     assert shares.shape == (len(scene.masks), 130)
     assert not shares[:, 120:].any()
-    assert torch.allclose(shares.sum(1) * 96, torch.from_numpy(scene.masks).flatten(1).sum(1).float(), atol=0.1)
+    areas = torch.from_numpy(scene.masks).flatten(1).sum(1).float()
+    assert torch.allclose(shares.sum(1) * 96, areas, rtol=0.05)  # pooled cells overlap by a pixel
 
 
 def test_each_cell_of_qwen_points_to_the_center_of_its_shape(qwen):
@@ -210,7 +211,8 @@ def test_each_cell_of_qwen_points_to_the_center_of_its_shape(qwen):
         assert (seen < rows * columns).all()
         y, x = (seen // columns + 0.5) * height / rows, (seen % columns + 0.5) * width / columns
         found = torch.stack([x, y], 1) + data["centers"][n, seen] * 120
-        assert torch.cdist(found, torch.tensor([shape.center for shape in scene.shapes])).amin(1).max() < 1e-3
+        centers = torch.tensor([shape.center for shape in scene.shapes])
+        assert (found[:, None] - centers).norm(dim=-1).amin(1).max() < 1e-3
         assert (data["labels"][n, rows * columns :] == -2).all()  # padding has no loss
 
 

@@ -128,8 +128,9 @@ def start_language(model: UGroundQwen25VL, tokenizer: PreTrainedTokenizerFast, f
 
 def save_base(model: Backbone, output: Path, with_tower: bool) -> None:
     """Writes the family's folders of the vision-language model."""
-    if not isinstance(model, LlavaLlamaForCausalLM):
+    if isinstance(model, UGroundQwen25VL):
         return save_qwen(model, output)
+    assert isinstance(model, LlavaLlamaForCausalLM)
     save_llava(model, output)
     if with_tower:
         model.vision_tower.save_pretrained(output / "clip")
@@ -137,7 +138,7 @@ def save_base(model: Backbone, output: Path, with_tower: bool) -> None:
 
 def save_qwen(model: UGroundQwen25VL, output: Path) -> None:
     """Writes qwen2_5_vl/: the base alone, by transformers' class, with the system prompt in its ``config.json``."""
-    sizes = tiny_model.qwen_sizes(model.config.text_config.vocab_size)
+    sizes = tiny_model.qwen_sizes(model.language.config.vocab_size)
     tokens = {name: getattr(model.config, name) for name in QWEN_TOKENS}
     base = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**sizes, **tokens))
     own = model.state_dict()
