@@ -107,7 +107,9 @@ def cell_shares(masks: np.ndarray, reader: ImageReader, cells: int = 0) -> torch
     """Masks [n, H, W] of a scene -> covered share of each cell of its map [n, P]; at least ``cells`` columns."""
     fit = reader.fit if isinstance(reader, ClipReader) else Fit("stretch")
     values = torch.from_numpy(np.ascontiguousarray(masks)).float()
-    means, inside = on_grid(values, torch.ones_like(values[:1]), fit, reader.plan([(values.shape[1], values.shape[2])]).grids[0])
+    means, inside = on_grid(
+        values, torch.ones_like(values[:1]), fit, reader.plan([(values.shape[1], values.shape[2])]).grids[0]
+    )
     shares = (means * inside).flatten(1)
     return F.pad(shares, (0, max(0, cells - shares.shape[1])))
 
