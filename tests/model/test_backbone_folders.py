@@ -19,6 +19,7 @@ from transformers import Qwen3_5Config
 
 from model.loading.pretrained import config_of, load, load_for_training
 from model.opened import predict
+from model.settings import RECIPES
 from model.structures import Turn
 
 TRAIN = {"precision": "fp32", "max_tokens": 400}
@@ -236,6 +237,7 @@ SETTINGS: list[tuple[dict[str, Any], str]] = [
     ({"map_side": 336}, r"map_side: 336 is for LLaVA"),
     ({"map_normalization": "all"}, r"map_normalization: 'all' is for LLaVA"),
     ({"clip_resize": 448, "image_pool": 2}, r"clip_resize: 448 is for LLaVA.*image_pool: 2 is for LLaVA"),
+    (RECIPES["released"], r"clip_fit: 'crop' is for LLaVA.*map_normalization: 'all' is for LLaVA"),
     ({"mask_decoder": "pixel_decoder"}, r"mask_decoder: pixel_decoder reads the states of LLaVA's CLIP, which"),
 ]
 
