@@ -435,6 +435,7 @@ def batches_from(run: Run) -> DataLoader:
 
     train_settings, accumulation = run.config.train, run.config.train.grad_accumulation_steps
     workers = run.config.data.workers
+    run.mixture.check_image = run.processor.check_image
     sampler = MixtureSampler(
         train_settings.batch_size,
         run.step * accumulation,

@@ -454,7 +454,7 @@ def write_phrases(args: argparse.Namespace, datasets: Sequence[EvalDataset]) -> 
     from utils.plotting.charts import phrase_curves, save_chart
 
     [name] = checkpoint_names(args, [args.version])
-    if kind_of(resolve_folder(args.version, "--version").path) == "base":
+    if kind_of(resolve_folder(args.version, "--version").path) in ("base", "unknown"):  # which raises, with their names
         placed = {"quantize": args.quantize, "device_map": args.device_map}
         opened = load_backbone(args.version, args.precision, args.device, vision_tower=args.vision_tower, **placed)
     else:

@@ -17,12 +17,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Backbone:
-    """The classes of a backbone, each as MODULE:CLASS, and the ``model_type`` of its base weights' config.json."""
+    """The classes of a backbone, each as MODULE:CLASS, and what is known of its published weights.
+
+    Attributes:
+        base_types: ``model_type`` of their config.json.
+        title, licence: for model cards.
+    """
 
     config_name: str
     model_name: str
     reader_name: str
     base_types: tuple[str, ...]
+    title: str = "Another backbone"
+    licence: str = "the licence of its authors"
 
     @property
     def config(self) -> type[GroundingConfig]:
@@ -48,24 +55,32 @@ BACKBONES = {
         "model.UGround:UGroundForCausalLM",
         "model.backbones.llava:ClipReader",
         ("llava", "llava_llama", "llava_next"),
+        "LLaVA",
+        "LLaVA-1.5 on Vicuna the LLaMA 2 Community License, CLIP the MIT licence",
     ),
     "qwen2_5_vl": Backbone(
         "model.backbones.qwen2_5_vl:Config",
         "model.backbones.qwen2_5_vl:UGroundQwen25VL",
         "model.backbones.qwen2_5_vl:Reader",
         ("qwen2_5_vl",),
+        "Qwen2.5-VL",
+        "Qwen2.5-VL Apache-2.0 (7B and 32B; other sizes have Qwen's own)",
     ),
     "qwen3_vl": Backbone(
         "model.backbones.qwen3_vl:Config",
         "model.backbones.qwen3_vl:UGroundQwen3VL",
         "model.backbones.qwen3_vl:Reader",
         ("qwen3_vl",),
+        "Qwen3-VL",
+        "Qwen3-VL Apache-2.0",
     ),
     "internvl3": Backbone(
         "model.backbones.internvl3:Config",
         "model.backbones.internvl3:UGroundInternVL3",
         "model.backbones.internvl3:Reader",
         ("internvl",),
+        "InternVL3",
+        "InternVL3 the MIT licence, its Qwen2.5 Apache-2.0",
     ),
 }
 

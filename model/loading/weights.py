@@ -24,7 +24,7 @@ from model.loading.files import blame, read_config, read_folder
 from model.loading.mask_decoders import read_decoder, read_sam
 from model.settings import SAM, decoder_kind
 
-OF_FILE = ("model_type", "architectures", "transformers_version", "auto_map", "dtype", "torch_dtype")  # not the model's
+FILE_TYPES = ("dtype", "torch_dtype", "transformers_version")  # of a file, not of the model
 UNUSED_SAM = SamShape(  # of a model whose masks are not decoded
     image_size=64,
     encoder_width=32,
@@ -351,13 +351,22 @@ def whole_config(folder: Path, keys: Collection[str], settings: dict) -> Groundi
             configurations default to that, also where the weights have both.
         settings: of ``GroundingConfig``, with the mask decoder's sizes.
     """
-    raw = read_config(folder, "--version")
+    raw = _without_types(read_config(folder, "--version"))
     tied = {"tie_word_embeddings": not any(key.endswith("lm_head.weight") for key in keys)}
     if isinstance(text := raw.get("text_config"), dict):
         raw["text_config"] = text | tied
-    others = {key: value for key, value in raw.items() if key not in OF_FILE}
+    others = {key: value for key, value in raw.items() if key not in ("model_type", "architectures", "auto_map")}
     with blame(f"--version: {folder / 'config.json'}"):
         return BACKBONES[base_backbone(folder)].config(**others | tied | settings)
+
+
+def _without_types(raw: dict[str, Any]) -> dict[str, Any]:
+    """A configuration without the precision of its file, also in its parts: the run's holds."""
+    return {
+        key: _without_types(value) if isinstance(value, dict) else value
+        for key, value in raw.items()
+        if key not in FILE_TYPES
+    }
 
 
 def base_backbone(folder: Path) -> str:

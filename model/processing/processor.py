@@ -135,8 +135,7 @@ class UGroundProcessor:
             on_truncated: called with a sample, the number of its truncated conversations, and the tokens that fit.
 
         Raises:
-            ValueError: if the numbers of ``[SEG]`` and of masks differ in a sample, a question is empty, or an image
-                cannot be read by the backbone.
+            ValueError: if the numbers of ``[SEG]`` and of masks differ in a sample, or a question is empty.
         """
         rows = []
         for sample in samples:
@@ -149,13 +148,12 @@ class UGroundProcessor:
             if too_long and on_truncated:
                 on_truncated(sample, too_long, self.room)
             rows.append(truncate(row, self.room, self.tokens.seg))
-        try:
-            return self._collate(rows)
-        except ValueError:
-            for sample in samples:  # which image?
-                with blame(sample.source):
-                    self.reader.plan([sample.image.shape[:2]])
-            raise
+        return self._collate(rows)
+
+    def check_image(self, source: str, image: np.ndarray) -> None:
+        """Raises a ValueError that names the source of an image [H, W, 3] which the backbone cannot read."""
+        with blame(source):
+            self.reader.plan([image.shape[:2]])
 
     def prompts(
         self,

@@ -92,6 +92,10 @@ class FakeProcessor:
     def prompts(self, images, turns, sample_ids):
         return FakeBatch(images, turns, sample_ids)
 
+    def check_image(self, source, image):
+        if image.shape[1] == 7 * image.shape[0]:
+            raise ValueError(f"{source}: too wide")
+
     def decode(self, ids):
         return "".join(map(chr, ids))
 

@@ -237,7 +237,7 @@ SETTINGS: list[tuple[dict[str, Any], str]] = [
     ({"map_side": 336}, r"map_side: 336 is for LLaVA"),
     ({"map_normalization": "all"}, r"map_normalization: 'all' is for LLaVA"),
     ({"clip_resize": 448, "image_pool": 2}, r"clip_resize: 448 is for LLaVA.*image_pool: 2 is for LLaVA"),
-    (RECIPES["released"], r"clip_fit: 'crop' is for LLaVA.*map_normalization: 'all' is for LLaVA"),
+    (RECIPES["released"], r"map_side: 336 is for LLaVA.*map_normalization: 'all' is for LLaVA"),
     ({"mask_decoder": "pixel_decoder"}, r"mask_decoder: pixel_decoder reads the states of LLaVA's CLIP, which"),
 ]
 

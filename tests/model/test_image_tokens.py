@@ -1,7 +1,5 @@
 """The image's tokens in a row: where they lie, what they show, and that padded patches can be left out."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
@@ -15,6 +13,7 @@ from model.opened import predict
 from model.processing.processor import UGroundProcessor
 from model.settings import RECIPES
 from model.structures import Turn
+from utils.datasets.mixture import Mixture
 from utils.inference.session import ImageSession
 
 NEAR = {"rtol": 2e-4, "atol": 2e-6}
@@ -130,9 +129,19 @@ def test_maps_that_read_padded_patches_need_them(make_model, tiny_processor, kee
     assert predict(model, keeping, [image], turns)[0][0].layers
 
 
-def test_an_image_that_the_backbone_cannot_read_is_named():
-    """In training an image comes from a file; Qwen-VL reads none that is more than 200 times longer than wide."""
+def test_an_image_that_the_backbone_cannot_read_is_skipped_by_name(tmp_path, data):
+    """Qwen-VL reads none that is more than 200 times longer than wide: the mixture takes another one."""
     _, processor = make_backbone("qwen2_5_vl")
-    samples = [drawn_sample(0), replace(drawn_sample(1, (1, 400), (0,)), source="crates/7.png")]
     with pytest.raises(ValueError, match=r"crates/7.png: the image is 400 x 1 pixels .* more than 200 times the other"):
-        processor.collate(samples)
+        processor.check_image("crates/7.png", drawn_sample(1, (1, 400), (0,)).image)
+    mixture = Mixture(data, types="reason_seg")
+    plain = [mixture[index] for index in range(6)]
+    unread = plain[0].source
+
+    def check(source, image):
+        processor.check_image(source, np.zeros((1, 400, 3), np.uint8) if source == unread else image)
+
+    mixture.check_image = check
+    assert [mixture[index].source for index in range(1, 6)] == [sample.source for sample in plain[1:]]
+    assert mixture[0].source != unread
+    assert int(mixture.skipped.sum()) >= 1

@@ -44,8 +44,8 @@ def test_a_card_describes_its_own_model(name, sentence):
     has_sam = name != "methods/pixellm"
     assert f"for each of them, {sentence}" in text
     assert ("SAM" in text.replace("SAME", "")) == has_sam
-    assert ("--vision_pretrained SAM_FILE" in text) == has_sam
-    assert "--base LLAVA_FOLDER --vision_tower CLIP_FOLDER" in text
+    assert ("--vision_pretrained SAM" in text) == has_sam
+    assert "--base BASE_FOLDER --vision_tower CLIP_FOLDER" in text
     assert ("sam" in ModelCardData(**safe_load(text.split("---")[1])).tags) == has_sam
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -84,6 +84,7 @@ class Mixture(Dataset):
         # shared memory, so that the main process sees the counts of its workers
         self.skipped = torch.zeros(len(self.datasets), dtype=torch.int64).share_memory_()
         self.truncated = torch.zeros(1, dtype=torch.int64).share_memory_()
+        self.check_image: Callable[[str, np.ndarray], None] | None = None
         self._in_a_row = [0] * len(self.datasets)
         self._logged: set[str] = set()
 
@@ -111,6 +112,7 @@ class Mixture(Dataset):
             try:
                 # a separate generator: how many numbers a failing record consumed must not matter
                 sample = dataset.sample(index, np.random.default_rng(rng.integers(2**63)))
+                self._check(sample)
             except DataError as error:
                 problem = str(error)
                 self.skipped[dataset_index] += 1
@@ -131,6 +133,15 @@ class Mixture(Dataset):
             f"sample {sample_index}: {MAX_TRIES} records in a row are unusable; the last: {problem}; "
             "most of the data seem to be missing or damaged"
         )
+
+    def _check(self, sample: Sample) -> None:
+        """Raises a DataError if the model cannot read the sample's image (``check_image``)."""
+        if self.check_image is None:
+            return
+        try:
+            self.check_image(sample.source, sample.image)
+        except ValueError as error:
+            raise DataError(str(error)) from error
 
     def count_truncated(self, sample: Sample, conversations: int, room: int) -> None:
         """Counts and logs a sample of which ``conversations`` are longer than ``room`` tokens (``collate``)."""

@@ -284,10 +284,11 @@ def shape_of(config: Config) -> tuple[GroundingConfig, str]:
     if found:
         start = {name: str(part.path) for name, part in found.items()}
         return config_of(**start, settings=config.method), paths.version
-    decoder = decoder_kind(config.method).title
+    kind = decoder_kind(config.method)
+    decoder = "SAM ViT-H" if config.decoder.mask_decoder == SAM else f"{kind.title} {kind.example}".rstrip()
     if known := published(paths.version):
         shape = BACKBONES[known.backbone].config(**known.sizes, **config.method)
-        return shape, f"{paths.version} with {decoder}, as published: the files are not here"
+        return shape, f"{paths.version} as published, with {decoder}, assumed: the files are not here"
     name = next((size for size in ("13b", "7b") if size in Path(paths.version).name.lower()), None)
     if re.search("qwen|internvl", paths.version.lower()):
         name = None
@@ -297,8 +298,6 @@ def shape_of(config: Config) -> tuple[GroundingConfig, str]:
             f"13b nor one of {', '.join(PUBLISHED)}"
         )
     shape = preset(name, **config.method)
-    kind = shape.decoder_kind
-    decoder = "SAM ViT-H" if shape.mask_decoder == SAM else f"{kind.title} {kind.example}".rstrip()
     return shape, f"LLaVA-1.5 {name.upper()} with {decoder}, assumed: the files are not here"
 
 

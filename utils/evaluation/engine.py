@@ -18,6 +18,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from model.processing.processor import UGroundProcessor
 from model.structures import EvalSample
 from utils import distributed
 from utils.datasets.base import EvalDataset
@@ -206,7 +207,11 @@ class EvalRunner:
             workers = GPU_WORKERS if self.model.device.type == "cuda" else 0
         generator = torch.Generator()  # the loader samples a seed; it must not advance a training run's random state
         loader = DataLoader(
-            _Reader(dataset), batch_sampler=batches, collate_fn=list, num_workers=workers, generator=generator
+            _Reader(dataset, self.processor),
+            batch_sampler=batches,
+            collate_fn=list,
+            num_workers=workers,
+            generator=generator,
         )
         records: list[Record] = []
         errors: dict[int, str] = {}
@@ -244,15 +249,17 @@ class EvalRunner:
 class _Reader(Dataset):
     """Returns errors instead of raising them, so that all unreadable images can be listed."""
 
-    def __init__(self, dataset: EvalDataset) -> None:
-        self.dataset = dataset
+    def __init__(self, dataset: EvalDataset, processor: UGroundProcessor) -> None:
+        self.dataset, self.processor = dataset, processor
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> EvalSample | ValueError:
         try:
-            return self.dataset[index]
+            sample = self.dataset[index]
+            self.processor.check_image(sample.source, sample.image)
+            return sample
         except ValueError as error:
             return error
 

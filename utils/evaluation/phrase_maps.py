@@ -73,32 +73,45 @@ def measure(
     """
     result = PhraseMaps()
     indices = range(min(len(dataset), limit))
+    first: list[str] = []
     bar = tqdm(total=len(indices), desc=str(dataset.spec), unit="image", disable=None if progress else True)
     samples: list[EvalSample] = []
     for index in indices:
         sample = dataset[index]
         sample.queries = [query for query in sample.queries if query.is_present]
-        samples += [sample] if sample.queries else []
-        if len(samples) == max(2, batch_size):
-            _add(result, model, processor, samples)
-            samples = []
+        if sample.queries:
+            samples.append(sample)
+            first = first or _texts(sample)
+        if len(samples) > batch_size:  # the last one's phrases are the control of the one before, whatever the batch
+            *complete, following = samples
+            _add(result, model, processor, complete, _texts(following))
+            samples = [following]
         bar.update(1)
-    if len(samples) == 1 and result.areas:
-        samples = []  # one image alone has no control
-    if samples:
-        _add(result, model, processor, samples)
     bar.close()
-    if not result.areas:
-        raise ValueError(f"{dataset.spec}: no image has a target; the maps of phrases need some")
+    if len(samples) + len(result.areas) < 2:
+        raise ValueError(
+            f"{dataset.spec}: {len(samples)} of {len(indices)} images has a target; the control compares an image's "
+            "maps with another image's phrases: give --limit 2 or more"
+        )
+    _add(result, model, processor, samples, first)
     return result
 
 
+def _texts(sample: EvalSample) -> list[str]:
+    return [query.text for query in sample.queries]
+
+
 @torch.inference_mode()
-def _add(result: PhraseMaps, model: GroundingModel, processor: UGroundProcessor, samples: Sequence[EvalSample]) -> None:
-    if len(samples) < 2:
-        raise ValueError("the control compares an image's maps with another image's phrases: give --limit 2 or more")
-    own = [[query.text for query in sample.queries] for sample in samples]
-    others = [_as_many(own[(b + 1) % len(own)], len(own[b])) for b in range(len(own))]
+def _add(
+    result: PhraseMaps,
+    model: GroundingModel,
+    processor: UGroundProcessor,
+    samples: Sequence[EvalSample],
+    following: Sequence[str],
+) -> None:
+    """Adds the scores of a batch; ``following``: phrases of the image after it."""
+    own = [_texts(sample) for sample in samples]
+    others = [_as_many(texts, len(row)) for texts, row in zip([*own[1:], following], own)]
     turns = [[Turn(text) for text in (*row, *other)] for row, other in zip(own, others)]
     batch = processor.prompts([sample.image for sample in samples], turns).to(model.device, model.dtype)
     hidden = model.forward_language(batch).hidden

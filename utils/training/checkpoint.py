@@ -102,8 +102,10 @@ def describe_settings(config: Config, data: list[dict]) -> dict[str, Any]:
 def describe_model(model: nn.Module, processor: UGroundProcessor, loaded: Collection[Loaded]) -> dict[str, Any]:
     """Metadata of a built model: base weights, tokens, trained parameters, code versions."""
     from model.loading.weights import base_fingerprints
+    from model.lora import base_of
 
     return {
+        "backbone": base_of(model).config.backbone,
         "base": base_fingerprints(loaded),
         "tokens": vars(processor.tokens),
         "vocabulary": _vocabulary(processor),

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from model import layer_rules
+from model.backbones import BACKBONES
 from model.loading.hub import repository_of
 from model.settings import decoder_kind
 from utils.config import config_from
@@ -26,10 +27,10 @@ LAYERS = {  # layer_selection -> the layer that a [SEG] uses
     "soft": "the weighted average of all transformer layers",
     "ce_soft": "the weighted average of all transformer layers",
 }
-LICENCES = """The code is Apache-2.0. Weights carry the licences of the models they derive from: LLaVA-1.5 on Vicuna the
-LLaMA 2 Community License, CLIP the MIT licence{sam}; LLaVA's instruction data are CC BY 4.0, and the
-segmentation data sets have terms of their own, some for research only. Whoever publishes this folder states which apply
-(`license` above)."""
+TAGS = ("uground", "referring-expression-segmentation", "reasoning-segmentation")
+LICENCES = """The code is Apache-2.0. Weights carry the licences of the models they derive from: {base}{sam};
+LLaVA's instruction data are CC BY 4.0, and the segmentation data sets have terms of their own, some for research only.
+Whoever publishes this folder states which apply (`license` above)."""
 
 
 def model_card(name: str, meta: dict[str, Any], adapter: bool, license: str = "other") -> str:
@@ -47,6 +48,7 @@ def model_card(name: str, meta: dict[str, Any], adapter: bool, license: str = "o
     method = config_from(meta["config"], "the run").flat()  # older runs lack newer settings
     kind = decoder_kind(method)
     has_sam = kind.has_encoder
+    backbone = BACKBONES[meta.get("backbone", "llava")]  # runs of older code have LLaVA
     paths = {module: base[path_setting(module, base)] for module in meta["base"]}
     repositories = {path: repository for path in paths.values() if (repository := repository_of(path))}
     data = ModelCardData(
@@ -55,17 +57,24 @@ def model_card(name: str, meta: dict[str, Any], adapter: bool, license: str = "o
         license=license,
         library_name="uground",
         pipeline_tag="image-segmentation",
-        tags=["uground", "referring-expression-segmentation", "reasoning-segmentation", "llava", *["sam"] * has_sam],
+        tags=[
+            "uground",
+            "referring-expression-segmentation",
+            "reasoning-segmentation",
+            backbone.title.lower(),
+            *["sam"] * has_sam,
+        ],
         eval_results=_results(meta["metrics"]),
     )
     use = "python chat.py --version THIS_FOLDER --image photo.jpg"
     if adapter and not repositories.keys() >= set(paths.values()):
-        use += " --base LLAVA_FOLDER --vision_tower CLIP_FOLDER" + " --vision_pretrained SAM_FILE" * has_sam
+        use += " --base BASE_FOLDER" + " --vision_tower CLIP_FOLDER" * ("vision_tower" in meta["base"])
+        use += " --vision_pretrained SAM" * has_sam
     parts = [
         f"---\n{data.to_yaml()}\n---",
         f"# {name}",
-        "UGround answers a question about an image with text and masks. LLaVA generates an answer with `[SEG]` tokens; "
-        + _prompting(method),
+        "UGround answers a question about an image with text and masks. "
+        f"{backbone.title} generates an answer with `[SEG]` tokens; " + _prompting(method),
         f"This folder is {'an adapter: it is loaded on top of its base' if adapter else 'complete'}.",
         f"```bash\n{use}\n```",
         "## Base\n\n" + _base_table(paths, meta["base"]),
@@ -79,7 +88,7 @@ def model_card(name: str, meta: dict[str, Any], adapter: bool, license: str = "o
         + ".\n\n```yaml\n"
         + yaml.safe_dump(meta["config"], sort_keys=False).rstrip()
         + "\n```",
-        "## Licences\n\n" + LICENCES.format(sam=f", {kind.title} {kind.licence}" * has_sam),
+        "## Licences\n\n" + LICENCES.format(base=backbone.licence, sam=f", {kind.title} {kind.licence}" * has_sam),
     ]
     return "\n\n".join(parts) + "\n"
 
