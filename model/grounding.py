@@ -353,7 +353,7 @@ class GroundingModel(Backbone):
     def answer(
         self, batch: Batch, max_new_tokens: int = MAX_NEW_TOKENS, on_token: Callable[[list[int]], None] | None = None
     ) -> LanguagePass:
-        """Runs LLaVA and SAM's encoder, the parts of ``predict`` that do not depend on the layer rule.
+        """Runs the language model and SAM's encoder, the parts of ``predict`` that do not depend on the layer rule.
 
         Answers in the batch are teacher-forced in one pass. Without answers, they are generated greedily, on one KV
         cache per image that all of its questions share.

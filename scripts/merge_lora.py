@@ -120,9 +120,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "does not exist",
     )
     parser.add_argument("--private", action="store_true", help="create the repository of --push as private")
-    parser.add_argument("--version", metavar="DIR", help="base LLaVA-1.5, folder or hub id, if it has moved")
+    parser.add_argument("--version", metavar="DIR", help="base weights, folder or hub id, if they have moved")
     parser.add_argument("--vision_tower", metavar="DIR", help="CLIP, folder or hub id, if it has moved")
-    parser.add_argument("--vision_pretrained", metavar="FILE", help="SAM, file or hub id, if it has moved")
+    parser.add_argument("--vision_pretrained", metavar="PATH", help="mask decoder, path or hub id, if it has moved")
     return parser.parse_args(argv)
 
 

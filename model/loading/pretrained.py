@@ -388,6 +388,12 @@ def load_for_training(
         tokenizer = finished.tokenizer
         system_prompt: str | None = finished.builder.system_prompt
     else:
+        most = settings.get("max_image_tokens", METHOD_FIELDS["max_image_tokens"].default)
+        if base_backbone(folder) != "llava" and most >= max_tokens:  # before minutes of loading
+            raise ValueError(
+                f"max_image_tokens {most} leaves no room for text in rows of {max_tokens} tokens (--model_max_length): "
+                "lower the one or raise the other"
+            )
         paths = {"vision_tower": "", "vision_pretrained": "", **start}
         model, sources = load_base(**paths, dtype=PRECISIONS[precision], settings=settings)
         new = {}

@@ -77,8 +77,8 @@ class UGroundProcessor:
         self.keep_padding = self.hash_images = False
         if self.room < 1:
             raise ValueError(
-                f"the image and the beginning of the prompt take {max_tokens - self.room} tokens, and rows have at "
-                f"most {max_tokens}; raise --model_max_length (training) or max_tokens in {PROCESSOR_FILE}"
+                f"the image and the beginning of the prompt take up to {max_tokens - self.room} tokens, and rows have "
+                f"at most {max_tokens}; raise --model_max_length (training) or max_tokens in {PROCESSOR_FILE}"
             )
 
     @property

@@ -99,6 +99,28 @@ def test_published_weights_load_strictly(base):
     assert not any(p.isnan().any() for p in model.parameters())
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_runs_precision_holds_whatever_the_file_says(base, tmp_path, precision):
+    """Files on the hub name one, also inside the configurations of their parts."""
+    _, folder, _ = base
+    raw = json.loads((folder / "config.json").read_text())
+    parts = {name: raw[name] | {"dtype": "float16"} for name in ("text_config", "vision_config") if name in raw}
+    changed = configured(folder, tmp_path / "typed", dtype="float16", torch_dtype="float16", **parts)
+    model, processor, _ = load_for_training(
+        str(changed), "", str(changed / "sam.pth"), precision, settings=FEW, max_tokens=400
+    )
+    expected = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    assert {parameter.dtype for parameter in model.parameters()} == {expected}
+    assert masks_of(model, processor).isfinite().all()
+
+
+def test_images_that_fill_the_rows_are_refused_at_once(base, monkeypatch):
+    _, folder, _ = base
+    monkeypatch.setattr("model.loading.pretrained.load_base", None)  # nothing is read
+    with pytest.raises(ValueError, match=r"max_image_tokens 3328 leaves no room .* rows of 2048 tokens"):
+        load_for_training(str(folder), "", str(folder / "sam.pth"), settings={"max_image_tokens": 3328})
+
+
 @pytest.mark.parametrize("backbone", OTHERS)
 def test_tables_keep_spare_rows_and_stay_tied(backbone, tmp_path):
     """Published tables have more rows than tokens: they never shrink. Files of tied ones hold one."""

@@ -349,7 +349,9 @@ def test_a_length_that_leaves_no_room_beside_the_image_is_refused(tiny_processor
     """``--model_max_length 300`` with 576 image tokens: training would see rows without a conversation."""
     prefix = tiny_processor.max_tokens - tiny_processor.room
     sides = tiny_processor.reader, tiny_processor.sam_side
-    with pytest.raises(ValueError, match=rf"take {prefix} tokens, .* at most {prefix + room}; raise --model_max_len"):
+    with pytest.raises(
+        ValueError, match=rf"take up to {prefix} tokens, .* at most {prefix + room}; raise --model_max_len"
+    ):
         UGroundProcessor(tiny_processor.tokenizer, *sides, system_prompt="", max_tokens=prefix + room)
 
 

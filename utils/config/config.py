@@ -455,7 +455,7 @@ def make_parser() -> Parser:
     """The command line's parser; ``build_config`` converts the values, which stay text here."""
     parser = _Parser(
         usage="%(prog)s --config FILE [--setting value ...]",
-        description="Train UGround: LoRA on LLaVA, Policy-Prompted Masking, SAM's decoder.",
+        description="Train UGround: LoRA on the language model, Policy-Prompted Masking, the mask decoder.",
         epilog="Values: A||B for several names, 9,3,1 for several numbers, true or false for switches "
         "(a switch without a value is true). Flags override the YAML file, which overrides the defaults shown here.",
         program=PROGRAM,

@@ -53,7 +53,9 @@ def check_start(config: Config) -> Iterator[Finding]:
     adopt(config)
     models = [entry["name"] for entry in lineage_of(hub.resolve_folder(config.model.version, "--version").path)]
     yield ok(
-        f"training starts from a finished model ({', '.join(models)})" if models else "training starts from a LLaVA"
+        f"training starts from a finished model ({', '.join(models)})"
+        if models
+        else "training starts from base weights"
     )
 
 

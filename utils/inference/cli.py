@@ -84,7 +84,7 @@ def add_model_flags(parser: argparse.ArgumentParser, default: str = "") -> None:
     )
     add("--device", default="auto", help="cpu, cuda, cuda:1, mps (default: the NVIDIA GPU if there is one, else cpu)")
     add("--base", default="", metavar="DIR", help="what an adapter (--adapter_only) was trained from, if it has moved")
-    add("--vision_pretrained", default="", metavar="FILE", help="SAM for an adapter, if it has moved")
+    add("--vision_pretrained", default="", metavar="PATH", help="mask decoder for an adapter, if it has moved")
     placement = parser.add_mutually_exclusive_group()
     placement.add_argument(
         "--quantize",
