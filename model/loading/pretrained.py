@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from model.backbones import BACKBONES, backbone_of
@@ -357,16 +357,16 @@ def load_for_training(
     settings: dict[str, Any] | None = None,
     max_tokens: int = 2048,
 ) -> tuple[GroundingModel, UGroundProcessor, list[Loaded]]:
-    """The model that training starts from: base weights (LLaVA, CLIP, SAM), or any model that ``load`` opens.
+    """The model that training starts from: base weights of a backbone and a mask decoder, or any that ``load`` opens.
 
     A finished model keeps all weights that it holds; what the settings need beyond them (a critic), and tokens that its
     tokenizer lacks (LISA's has no [REJ]), are new.
 
     Args:
-        version: LLaVA-1.5 or a finished model, a folder or hub id.
-        vision_tower, vision_pretrained: CLIP and SAM, paths or hub ids, as far as the model in ``version`` lacks them.
+        version: base weights or a finished model, a folder or hub id.
+        vision_tower, vision_pretrained: CLIP and mask decoder, paths or hub ids, as far as ``version`` lacks them.
         precision: ``fp32``, ``bf16`` or ``fp16``.
-        settings: of ``UGroundConfig`` (layer_selection, loss weights, ...); a finished model's where none is given.
+        settings: of ``GroundingConfig`` (layer_selection, loss weights, ...); a finished model's where none is given.
         max_tokens: longest conversation with its prefix, in tokens (``--model_max_length``).
 
     Returns:
@@ -397,17 +397,9 @@ def load_for_training(
         paths = {"vision_tower": "", "vision_pretrained": "", **start}
         model, sources = load_base(**paths, dtype=PRECISIONS[precision], settings=settings)
         new = {}
-        tokenizer = load_tokenizer(folder)
-        if model.config.backbone != "llava":  # whose prompts are LISA's
-            check_template(model.config.template, tokenizer, f"--version: {folder}")
-        system_prompt = read_config(folder, "--version").get("system_prompt")  # None = the template's
-    config, old_size = model.config, len(tokenizer)
-    added = add_special_tokens(tokenizer, config.codebook_size, config.template.added)
-    grow_vocabulary(model, old_size, len(tokenizer))
-    processor = UGroundProcessor(
-        tokenizer, **config.processor_settings(folder), system_prompt=system_prompt, max_tokens=max_tokens
-    )
-    processor.keep_padding = config.reads_padding
+        tokenizer, system_prompt = _base_texts(model, folder)
+    config = model.config
+    processor, added = _with_tokens(model, folder, tokenizer, system_prompt, max_tokens)
     warn_of_dynamic_positions(config, max_tokens)
     ids = processor.tokens
     config.seg_token_id, config.rej_token_id = ids.seg, ids.rej
@@ -415,6 +407,35 @@ def load_for_training(
     config.eos_token_id, config.pad_token_id = ids.eos, ids.pad
     new |= {name: ", ".join(added) for name in ("model", "lm_head") if added}
     return model, processor, report(model, sources, new)
+
+
+def _base_texts(model: GroundingModel, folder: Path) -> tuple[PreTrainedTokenizerBase, str | None]:
+    """Tokenizer and system prompt of base weights; None = the template's.
+
+    Raises:
+        ValueError: if the tokenizer's own chat template writes other texts.
+    """
+    tokenizer = load_tokenizer(folder)
+    if model.config.backbone != "llava":  # whose prompts are LISA's
+        check_template(model.config.template, tokenizer, f"--version: {folder}")
+    return tokenizer, read_config(folder, "--version").get("system_prompt")
+
+
+def _with_tokens(
+    model: GroundingModel,
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    system_prompt: str | None,
+    max_tokens: int = 2048,
+) -> tuple[UGroundProcessor, list[str]]:
+    """The processor of a model to which the tokens are added that its tokenizer lacks, and these."""
+    config, old_size = model.config, len(tokenizer)
+    added = add_special_tokens(tokenizer, config.codebook_size, config.template.added)
+    grow_vocabulary(model, old_size, len(tokenizer))
+    settings = config.processor_settings(folder)
+    processor = UGroundProcessor(tokenizer, **settings, system_prompt=system_prompt, max_tokens=max_tokens)
+    processor.keep_padding = config.reads_padding
+    return processor, added
 
 
 def load_backbone(
@@ -444,12 +465,7 @@ def load_backbone(
             raise ValueError(f"--vision_tower: is missing; {version} holds no CLIP")
         tower = str(hub.resolve_folder(vision_tower, "--vision_tower").path)
     model, sources = load_base(str(folder), tower, None, PRECISIONS[precision], {})
-    tokenizer, config = load_tokenizer(folder), model.config
-    old_size = len(tokenizer)
-    add_special_tokens(tokenizer, config.codebook_size, config.template.added)
-    grow_vocabulary(model, old_size, len(tokenizer))
-    system_prompt = read_config(folder, "--version").get("system_prompt")  # None = the template's
-    processor = UGroundProcessor(tokenizer, **config.processor_settings(folder), system_prompt=system_prompt)
+    processor, _ = _with_tokens(model, folder, *_base_texts(model, folder))
     return _placed((model, processor, sources), folder, precision, device, quantize, device_map)
 
 
