@@ -86,7 +86,7 @@ def test_broken_installations_are_named(capsys, monkeypatch):
     page = capsys.readouterr().out
     lines = problems(page)
     assert len(lines) == 3
-    assert "transformers is 4.1, transformers<6,>=5.6 is needed" in lines[0].replace(">=5.6,<6", "<6,>=5.6")
+    assert "transformers is 4.1, transformers<6,>=5.23 is needed" in lines[0].replace(">=5.23,<6", "<6,>=5.23")
     assert "scipy is not installed" in lines[1]
     assert "torchvision fails: RuntimeError: operator torchvision::nms does not exist -> torch and" in lines[2]
     assert "skipped  everything else -> fix the installation first" in page
