@@ -240,9 +240,14 @@ class Backbone(PreTrainedModel):
         position_ids: torch.Tensor,
         cache: Cache | None,
         use_cache: bool,
-        added: tuple[torch.Tensor, tuple[torch.Tensor, ...]] | None,
+        added: tuple[torch.Tensor, tuple[torch.Tensor, ...]] | None = None,
+        **options: Any,
     ) -> tuple[tuple[torch.Tensor, ...], Cache | None]:
-        """The residual stream (``LanguageOutput.hidden``), and the extended cache; arguments of ``forward_packed``."""
+        """The residual stream (``LanguageOutput.hidden``), and the extended cache; arguments of ``forward_packed``.
+
+        Args:
+            options: more arguments of transformers' language model.
+        """
         outputs = self.language(
             inputs_embeds=embeddings,
             attention_mask=mask,
@@ -250,6 +255,7 @@ class Backbone(PreTrainedModel):
             past_key_values=cache,
             use_cache=use_cache,
             output_hidden_states=True,
+            **options,
         )
         return outputs.hidden_states, outputs.past_key_values
 

@@ -146,32 +146,23 @@ class QwenVL(GroundingModel):
         position_ids: torch.Tensor,
         cache: Cache | None,
         use_cache: bool,
-        added: tuple[torch.Tensor, tuple[torch.Tensor, ...]] | None,
+        added: tuple[torch.Tensor, tuple[torch.Tensor, ...]] | None = None,
+        **options: Any,
     ) -> tuple[tuple[torch.Tensor, ...], Cache | None]:
         """As ``Backbone.run_layers``; deepstack's features are part of the residual stream, from the next layer on."""
         if position_ids.dim() == 2:
             position_ids = position_ids[..., None].expand(-1, -1, 3)
-        extra: dict[str, Any] = {}
         if added is not None:
             places, features = added[0].flatten(), [layer.flatten(0, 1) for layer in added[1]]
             flat = torch.zeros(position_ids[..., 0].numel(), dtype=torch.bool, device=embeddings.device)
-            extra["visual_pos_masks"] = flat.index_fill(0, places, True).view(position_ids.shape[:2])
-            extra["deepstack_visual_embeds"] = features
-        outputs = self.language(
-            inputs_embeds=embeddings,
-            attention_mask=mask,
-            position_ids=position_ids.permute(2, 0, 1),
-            past_key_values=cache,
-            use_cache=use_cache,
-            output_hidden_states=True,
-            **extra,
-        )
-        hidden = list(outputs.hidden_states)
+            options["visual_pos_masks"] = flat.index_fill(0, places, True).view(position_ids.shape[:2])
+            options["deepstack_visual_embeds"] = features
+        axes = position_ids.permute(2, 0, 1)
+        states, cache = super().run_layers(embeddings, mask, axes, cache, use_cache, **options)
+        hidden = list(states)
         if added is not None:
             for number, layer in enumerate(features[: len(hidden) - 2], start=1):  # transformers records them without
-                states = hidden[number]
-                sums = states.flatten(0, 1).index_add(
-                    0, places.to(states.device), layer.to(states.device, states.dtype)
-                )
-                hidden[number] = sums.view_as(states)
-        return tuple(hidden), outputs.past_key_values
+                before = hidden[number]
+                layer = layer.to(before.device, before.dtype)
+                hidden[number] = before.flatten(0, 1).index_add(0, places.to(before.device), layer).view_as(before)
+        return tuple(hidden), cache
