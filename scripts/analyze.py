@@ -9,7 +9,8 @@ the worst and best answers. --against adds a second checkpoint, side by side.
 
 --what ceiling writes instead, in minutes and also before training, what a policy over layers can gain at most.
 --what phrases asks a frozen backbone, before any training: does the similarity of a phrase's last token with the image
-ground anything, and at which layers? It takes base weights, too (--version Qwen/Qwen2.5-VL-7B-Instruct).
+ground anything, and at which layers? It takes base weights, too (--version Qwen/Qwen2.5-VL-7B-Instruct, or a LLaVA
+with --vision_tower).
 """
 
 from __future__ import annotations
