@@ -500,7 +500,8 @@ def load_original_sam(path: str, model: GroundingModel) -> SegmentAnything:
         ValueError: if the checkpoint has none, or another image encoder, which training never changes.
     """
     if type(model.visual_model) is not SegmentAnything:
-        raise ValueError(f"--sam {path}: the checkpoint's masks are not decoded by a SAM; leave it out")
+        decoder = model.config.mask_decoder
+        raise ValueError(f"--sam {path} is a SAM 1, and {decoder} decodes the checkpoint's masks: leave it out")
     file = str(hub.resolve_file(path, "--sam").path)
     state, shape = read_sam(file, "--sam")
     sam = SegmentAnything(shape)

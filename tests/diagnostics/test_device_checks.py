@@ -281,17 +281,14 @@ def test_programs_train_with_flags_that_exist(started: list[list[str]]) -> None:
 
 @pytest.mark.slow
 def test_the_check_on_the_cpu(tmp_path: Path) -> None:
-    """All but its programs, which have tests of their own."""
+    """All but its programs and its tables, which have tests of their own."""
     path = tmp_path / "figures.json"
-    command = [sys.executable, "scripts/gpu_check.py", "--device", "cpu", "--preset", "tiny", "--repeats", "1"]
-    command += ["--parts", "numbers", "steps", "benchmark"]
+    command = [sys.executable, "scripts/gpu_check.py", "--device", "cpu", "--preset", "tiny"]
+    command += ["--parts", "numbers", "steps"]
     done = subprocess.run(
         [*command, "--json", str(path)], cwd=ROOT, env=environment(), capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout
     written = json.loads(path.read_text())
     assert {finding["level"] for finding in written["findings"]} == {"ok", "skipped"}
-    assert list(written["seconds"]) == ["Installation", "Numbers", "Steps of tiny", "Benchmark"]
-    assert all(written[name]["device"] == "CPU" for name in gpu_check.BENCHMARKS)
-    assert set(written["table_10"]["rows"]) == {case.name for case in costs.CASES}
-    assert set(written["table_11"]["rows"]) == {case.name for case in costs.ANSWERING}
+    assert list(written["seconds"]) == ["Installation", "Numbers", "Steps of tiny"]
