@@ -87,6 +87,8 @@ class Sam2(EncodingDecoder):
         self.vision_encoder, self.no_memory_embedding = model.vision_encoder, model.no_memory_embedding
         self.shared_image_embedding = model.shared_image_embedding
         self.prompt_encoder, self.mask_decoder = model.prompt_encoder, model.mask_decoder
+        points = self.prompt_encoder.shared_embedding  # of the image's frame; transformers ties them when it loads
+        points.positional_embedding.copy_(self.shared_image_embedding.positional_embedding)
         self.to(dtype)
         self.keep_positions_float()  # also on the meta device
 

@@ -403,3 +403,11 @@ def test_the_default_sizes_are_those_of_the_published_models(kind, sizes, model,
 
 def test_every_decoder_here_has_a_tiny_configuration():
     assert tuple(CONFIGS) == NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_points_and_image_have_the_same_positions_from_the_start(name):
+    """transformers ties the two random matrices only when it loads weights."""
+    decoder = {"sam2": Sam2, "sam3_tracker": Sam3Tracker}[name](CONFIGS[name]())
+    image, points = decoder.shared_image_embedding, decoder.prompt_encoder.shared_embedding
+    assert torch.equal(image.positional_embedding, points.positional_embedding)
