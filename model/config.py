@@ -73,6 +73,11 @@ class GroundingConfig(
 
     backbone: ClassVar[str]
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "model_type" in vars(cls):
+            AutoConfig.register(cls.model_type, cls, exist_ok=True)  # AutoTokenizer looks it up
+
     def __init__(
         self,
         sam_config: dict | None = None,
@@ -173,12 +178,7 @@ class GroundingConfig(
     @property
     def sam_side(self) -> int:
         """Side in pixels of the mask decoder's square input; 0 = it has none."""
-        if not self.decoder_kind.has_encoder:
-            return 0
-        if issubclass(DECODERS[self.mask_decoder], Sam2):
-            assert self.decoder_config is not None
-            return self.decoder_config["prompt_encoder_config"]["image_size"]
-        return self.sam_config["image_size"]
+        return DECODERS[self.mask_decoder].side_of(self)
 
     @property
     def num_layers(self) -> int:
@@ -291,6 +291,3 @@ class UGroundConfig(GroundingConfig, LlavaLlamaConfig):
     def map_fit(self) -> Fit:
         """How an image fits CLIP's input, or a square of ``map_side``."""
         return Fit(self.clip_fit, self.map_side or self.clip_side)
-
-
-AutoConfig.register(UGroundConfig.model_type, UGroundConfig, exist_ok=True)  # AutoTokenizer looks it up

@@ -49,7 +49,7 @@ MASKS_AT_ONCE = 32  # masks in one call of SAM's decoder, for the mean of severa
 
 @dataclass
 class LanguagePass:
-    """LLaVA's answers to a batch and its states: ``decode_masks`` can be called repeatedly, with other layer rules.
+    """Answers to a batch and their states: ``decode_masks`` can be called repeatedly, with other layer rules.
 
     Attributes:
         hidden: L tensors [B, T, D], which hold the image tokens' states.

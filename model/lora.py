@@ -85,7 +85,7 @@ def add_lora(
     Args:
         r: rank; 0 = no LoRA (only the parts that train in full).
         alpha, dropout: of LoRA, as in peft.
-        targets: comma-separated projections of LLaMA's attention.
+        targets: comma-separated projections of the language model's attention.
         token_rows: ids of the tokens whose rows of the embeddings and ``lm_head`` train; () = both tables in full.
         frozen: parts that do not train, of ``model.settings.FREEZABLE``.
 

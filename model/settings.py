@@ -228,7 +228,7 @@ class LossSettings:
 
 @dataclass
 class DecoderSettings:
-    """decoder: what decodes masks, the codebook, CLIP's input; other values than the defaults: PixelLM"""
+    """decoder: what decodes masks, and how images are read; the codebook and CLIP's input: PixelLM"""
 
     mask_decoder: str = setting(
         SAM,

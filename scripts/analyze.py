@@ -47,7 +47,12 @@ if TYPE_CHECKING:
 
 SAMPLES = 6  # default of --samples
 CEILING_IMAGES = 200  # of each split, unless --limit says otherwise: a few minutes, and intervals of about a point
-NOT_OF_THE_CEILING = ("against", "samples", "ids", "animate", "sam")  # flags without effect on it
+PICTURED = ("against", "samples", "ids", "animate", "sam")  # flags of --what layers alone
+UNUSED = {  # --what -> flags without effect on it
+    "layers": ("max_image_tokens",),
+    "ceiling": (*PICTURED, "max_image_tokens"),
+    "phrases": (*PICTURED, "mode", "layer_policy", "seed"),
+}
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -60,7 +65,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         default="layers",
         help="layers: pictures and tables of all layers (default). ceiling: what choosing a layer for each query can "
         "gain over the best fixed layer, and whether the map reward and the [SEG] states tell which one. phrases: the "
-        "maps of each phrase's last token, without [SEG] or mask decoder",
+        "maps of each phrase's last token, without [SEG] or mask decoder; --version may also be base weights of a "
+        "backbone",
     )
     add(
         "--against",
@@ -104,11 +110,16 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     )
     add("--batch_size", type=cli.whole(1), default=4, metavar="N", help="images per step (default: 4)")
     add("--seed", type=int, default=0, metavar="S", help="of sampled layers (default: 0)")
+    add(
+        "--max_image_tokens",
+        type=cli.whole(1),
+        metavar="N",
+        help="most tokens of an image, of base weights that have such a limit (default: 1280, as in training)",
+    )
     args = parser.parse_args(arguments)
-    given = [f"--{name}" for name in NOT_OF_THE_CEILING if getattr(args, name) != parser.get_default(name)]
-    if args.what != "layers" and given:
-        what = f"--what {args.what}, which measures one checkpoint as a whole"
-        parser.error(f"{' and '.join(given)}: no effect with {what}")
+    given = [f"--{name}" for name in UNUSED[args.what] if getattr(args, name) != parser.get_default(name)]
+    if given:
+        parser.error(f"{' and '.join(given)}: no effect with --what {args.what}")
     return args
 
 
@@ -457,8 +468,13 @@ def write_phrases(args: argparse.Namespace, datasets: Sequence[EvalDataset]) -> 
     [name] = checkpoint_names(args, [args.version])
     if kind_of(resolve_folder(args.version, "--version").path) in ("base", "unknown"):  # which raises, with their names
         placed = {"quantize": args.quantize, "device_map": args.device_map}
-        opened = load_backbone(args.version, args.precision, args.device, vision_tower=args.vision_tower, **placed)
+        settings = {} if args.max_image_tokens is None else {"max_image_tokens": args.max_image_tokens}
+        opened = load_backbone(
+            args.version, args.precision, args.device, vision_tower=args.vision_tower, settings=settings, **placed
+        )
     else:
+        if args.max_image_tokens is not None:
+            raise ValueError(f"--max_image_tokens: {args.version} is a finished model, whose images stay as they were")
         opened = cli.open_model(args)
     args.output.mkdir(parents=True, exist_ok=True)
     report = Report(args.output, [Checkpoint(name, opened.fingerprint)], shlex.join(sys.argv))

@@ -5,7 +5,7 @@
     python scripts/merge_lora.py --checkpoint runs/tiny --adapter_only --output runs/tiny/adapter    # without base
     python scripts/merge_lora.py --checkpoint runs/tiny --output runs/tiny/merged --push org/name    # and share it
 
-The folder loads with ``UGroundForCausalLM.from_pretrained`` and in test.py and chat.py (``--version``); an adapter
+The folder loads with ``model.load`` and in test.py and chat.py (``--version``); an adapter
 only in the latter two, on top of its base. It contains a model card (README.md).
 """
 

@@ -16,8 +16,10 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Backbone:
+class BackboneRow:
     """The classes of a backbone, each as MODULE:CLASS, and what is known of its published weights.
+
+    The ``model_type`` of its configuration is ``uground_`` and its key in ``BACKBONES``; LLaVA's is ``uground``.
 
     Attributes:
         base_types: ``model_type`` of their config.json.
@@ -50,7 +52,7 @@ def _named(name: str) -> Any:
 
 
 BACKBONES = {
-    "llava": Backbone(
+    "llava": BackboneRow(
         "model.config:UGroundConfig",
         "model.UGround:UGroundForCausalLM",
         "model.backbones.llava:ClipReader",
@@ -58,7 +60,7 @@ BACKBONES = {
         "LLaVA",
         "LLaVA-1.5 on Vicuna the LLaMA 2 Community License, CLIP the MIT licence",
     ),
-    "qwen2_5_vl": Backbone(
+    "qwen2_5_vl": BackboneRow(
         "model.backbones.qwen2_5_vl:Config",
         "model.backbones.qwen2_5_vl:UGroundQwen25VL",
         "model.backbones.qwen2_5_vl:Reader",
@@ -66,7 +68,7 @@ BACKBONES = {
         "Qwen2.5-VL",
         "Qwen2.5-VL Apache-2.0 (7B and 32B; other sizes have Qwen's own)",
     ),
-    "qwen3_vl": Backbone(
+    "qwen3_vl": BackboneRow(
         "model.backbones.qwen3_vl:Config",
         "model.backbones.qwen3_vl:UGroundQwen3VL",
         "model.backbones.qwen3_vl:Reader",
@@ -74,7 +76,7 @@ BACKBONES = {
         "Qwen3-VL",
         "Qwen3-VL Apache-2.0",
     ),
-    "internvl3": Backbone(
+    "internvl3": BackboneRow(
         "model.backbones.internvl3:Config",
         "model.backbones.internvl3:UGroundInternVL3",
         "model.backbones.internvl3:Reader",

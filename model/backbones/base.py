@@ -165,7 +165,7 @@ class Backbone(PreTrainedModel):
 
     @abstractmethod
     def read_images(self, batch: Batch) -> ImageFeatures:
-        """The embeddings of the batch's image tokens, of ``Batch.pixel_values``."""
+        """Embeddings [B, V, D] of the image tokens, of ``Batch.pixel_values``; no token attends to those of padding."""
 
     @contextmanager
     def grad_if_trained(self, *parts: nn.Module) -> Iterator[None]:
@@ -243,11 +243,20 @@ class Backbone(PreTrainedModel):
         added: tuple[torch.Tensor, tuple[torch.Tensor, ...]] | None = None,
         **options: Any,
     ) -> tuple[tuple[torch.Tensor, ...], Cache | None]:
-        """The residual stream (``LanguageOutput.hidden``), and the extended cache; arguments of ``forward_packed``.
+        """The residual stream (``LanguageOutput.hidden``), and the extended cache.
 
         Args:
+            mask: [B, 1, Q, K], added to the attention's logits; K counts the keys in ``cache``, too.
+            embeddings, position_ids, added: as of ``forward_packed``.
             options: more arguments of transformers' language model.
+
+        Raises:
+            NotImplementedError: for ``added``, which a language model that has it must take in its own way.
         """
+        if added is not None:
+            raise NotImplementedError(f"{type(self).__name__} adds features between layers: it needs a run_layers")
+        if position_ids.dim() == 3:
+            position_ids = position_ids.permute(2, 0, 1)
         outputs = self.language(
             inputs_embeds=embeddings,
             attention_mask=mask,

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoConfig, GotOcr2ImageProcessor, InternVLConfig, InternVLForConditionalGeneration
+from transformers import GotOcr2ImageProcessor, InternVLConfig, InternVLForConditionalGeneration
 from transformers.models.got_ocr2.image_processing_got_ocr2 import get_optimal_tiled_canvas
 
 from model.backbones.base import ImageFeatures, image_processor, in_rows
@@ -160,6 +160,3 @@ class UGroundInternVL3(GroundingModel, InternVLForConditionalGeneration):
         with self.grad_if_trained(self.model.vision_tower, self.model.multi_modal_projector):
             features = self.get_image_features(batch.pixel_values).pooler_output.flatten(0, 1)
         return ImageFeatures(in_rows(features, batch.image_counts))
-
-
-AutoConfig.register(Config.model_type, Config, exist_ok=True)

@@ -5,7 +5,7 @@ Source: Qwen2.5-VL (arXiv 2502.13923) and transformers' ``qwen2_5_vl``.
 
 from __future__ import annotations
 
-from transformers import AutoConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from model.backbones.qwen_vl import QwenConfig, QwenReader, QwenVL
 from model.processing.template import ChatTemplate
@@ -49,6 +49,3 @@ class UGroundQwen25VL(QwenVL, Qwen2_5_VLForConditionalGeneration):
         ("visual.", "model.visual."),
         ("model.", "model.language_model."),
     )
-
-
-AutoConfig.register(Config.model_type, Config, exist_ok=True)

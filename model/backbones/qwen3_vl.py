@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from transformers import AutoConfig, Qwen3VLConfig, Qwen3VLForConditionalGeneration
+from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from model.backbones import qwen2_5_vl
 from model.backbones.qwen_vl import QwenConfig, QwenReader, QwenVL
@@ -36,6 +36,3 @@ class UGroundQwen3VL(QwenVL, Qwen3VLForConditionalGeneration):
 
     config_class = Config
     config: Config  # type: ignore[assignment]  # transformers declares it less narrowly
-
-
-AutoConfig.register(Config.model_type, Config, exist_ok=True)

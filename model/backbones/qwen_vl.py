@@ -157,8 +157,7 @@ class QwenVL(GroundingModel):
             flat = torch.zeros(position_ids[..., 0].numel(), dtype=torch.bool, device=embeddings.device)
             options["visual_pos_masks"] = flat.index_fill(0, places, True).view(position_ids.shape[:2])
             options["deepstack_visual_embeds"] = features
-        axes = position_ids.permute(2, 0, 1)
-        states, cache = super().run_layers(embeddings, mask, axes, cache, use_cache, **options)
+        states, cache = super().run_layers(embeddings, mask, position_ids, cache, use_cache, **options)
         hidden = list(states)
         if added is not None:
             for number, layer in enumerate(features[: len(hidden) - 2], start=1):  # transformers records them without

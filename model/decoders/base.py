@@ -75,6 +75,11 @@ class MaskDecoder(nn.Module, ABC):
     def of(cls, config: GroundingConfig) -> MaskDecoder:
         """The decoder that a configuration describes, with new weights."""
 
+    @classmethod
+    def side_of(cls, config: GroundingConfig) -> int:
+        """``image_side`` of the decoder that a configuration describes."""
+        return 0
+
     def reset_parameters(self) -> None:
         """New weights, for a decoder that no file gives."""
         raise NotImplementedError(f"{type(self).__name__} is not trained from scratch")

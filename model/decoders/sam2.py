@@ -98,6 +98,11 @@ class Sam2(EncodingDecoder):
         return cls(cls.config_class(**config.decoder_config))
 
     @classmethod
+    def side_of(cls, config: GroundingConfig) -> int:
+        assert config.decoder_config is not None
+        return config.decoder_config["prompt_encoder_config"]["image_size"]
+
+    @classmethod
     def sizes(cls, raw: dict[str, Any]) -> dict[str, Any]:
         """A published ``config.json`` as ``UGroundConfig.decoder_config``: sizes alone.
 

@@ -195,6 +195,10 @@ class SegmentAnything(EncodingDecoder):
     def of(cls, config: GroundingConfig) -> SegmentAnything:
         return cls(SamShape(**config.sam_config))
 
+    @classmethod
+    def side_of(cls, config: GroundingConfig) -> int:
+        return config.sam_config["image_size"]
+
     @property
     def mask_side(self) -> int:
         """4G, the side of mask prompts and of low-resolution masks (256 for the published SAMs)."""

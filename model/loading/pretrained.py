@@ -52,8 +52,8 @@ def kind_of(folder: str | Path) -> Kind:
 
     Returns:
         ``merged`` (of scripts/merge_lora.py or ``save_pretrained``), ``adapter`` (of ``merge_lora.py --adapter_only``),
-        ``released`` (published by the authors of a method), ``base`` (a LLaVA), ``run`` (of train_ds.py, or a
-        checkpoint in its folder), or ``unknown`` (another kind of model).
+        ``released`` (published by the authors of a method), ``base`` (weights of a backbone), ``run`` (of train_ds.py,
+        or a checkpoint in its folder), or ``unknown`` (another kind of model).
 
     Raises:
         ValueError: if the folder does not exist, or has no readable ``config.json``.
@@ -90,8 +90,8 @@ def load(
         precision: ``fp32``, ``bf16``, ``fp16``, or ``auto`` = bf16 on a GPU, fp32 elsewhere.
         device: ``cpu``, ``cuda``, ``cuda:1``, ``mps``, or ``auto`` = the GPU if there is one.
         vision_tower: folder of CLIP for a published checkpoint, which holds none; by default, what it names.
-        base, vision_tower, vision_pretrained: for an adapter whose base has moved: what it was trained from (a LLaVA or
-            a finished model), CLIP and SAM.
+        base, vision_tower, vision_pretrained: for an adapter whose base has moved: what it was trained from
+            (base weights or a finished model), CLIP and SAM.
         quantize: ``8bit`` or ``4bit``, of the language model's layers, by bitsandbytes.
         device_map: ``auto`` = spread the language model's layers over all GPUs and main memory.
 
@@ -270,7 +270,7 @@ def resolve_start(
     Args:
         version, vision_tower, vision_pretrained: paths or hub ids (``model.loading.hub``).
         download: what the hub's cache lacks; otherwise that is an error.
-        mask_decoder: of a model that is built from a LLaVA.
+        mask_decoder: of a model that is built from base weights.
 
     Raises:
         ValueError: naming all that cannot be resolved.
@@ -307,7 +307,9 @@ def _start(
                 )
             found[name] = function(text, flag, download)
         except ValueError as error:
-            problems.append(str(error))
+            hint = f"; --mask_decoder {mask_decoder} takes {of_decoder.title}, such as {of_decoder.example}"
+            of_another = name == "vision_pretrained" and mask_decoder != SAM and of_decoder.example not in str(error)
+            problems.append(f"{error}{hint if of_another else ''}")
 
     resolve("version", version, flag)
     if not found:  # whether it holds CLIP and SAM is unknown
@@ -446,11 +448,12 @@ def load_backbone(
     vision_tower: str = "",
     quantize: str | None = None,
     device_map: str | None = None,
+    settings: dict[str, Any] | None = None,
 ) -> Opened:
     """Base weights of a backbone as they are, without a mask decoder: for its states alone, not for masks.
 
     Args:
-        version, vision_tower: as for training; the others as in ``load``.
+        version, vision_tower, settings: as for training; the others as in ``load``.
 
     Raises:
         ValueError: as ``load``, and if the folder holds no base weights.
@@ -464,7 +467,7 @@ def load_backbone(
         if not vision_tower:
             raise ValueError(f"--vision_tower: is missing; {version} holds no CLIP")
         tower = str(hub.resolve_folder(vision_tower, "--vision_tower").path)
-    model, sources = load_base(str(folder), tower, None, PRECISIONS[precision], {})
+    model, sources = load_base(str(folder), tower, None, PRECISIONS[precision], settings or {})
     processor, _ = _with_tokens(model, folder, *_base_texts(model, folder))
     return _placed((model, processor, sources), folder, precision, device, quantize, device_map)
 

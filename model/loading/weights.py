@@ -1,4 +1,4 @@
-"""Strict loading of LLaVA, CLIP and SAM files under their own keys: keys that do not match are errors, by name."""
+"""Strict loading of backbones, CLIP and SAM under their own keys: keys that do not match are errors, by name."""
 
 from __future__ import annotations
 

@@ -161,7 +161,7 @@ class UGroundProcessor:
         turns: Sequence[Sequence[Turn]],
         sample_ids: Sequence[int] | None = None,
     ) -> Batch:
-        """A batch for ``UGroundForCausalLM.predict``: each image once, with all its questions.
+        """A batch for ``GroundingModel.predict``: each image once, with all its questions.
 
         Args:
             images: uint8 [H, W, 3] each.

@@ -102,7 +102,7 @@ class ImageReader(ABC):
 
     @abstractmethod
     def pixels(self, images: Sequence[np.ndarray]) -> torch.Tensor:
-        """The vision tower's input of uint8 images [H, W, 3], float32."""
+        """The vision tower's input of uint8 images [H, W, 3]: float32, in a shape of the backbone's own."""
 
     @abstractmethod
     def settings(self) -> dict[str, Any]:

@@ -333,6 +333,7 @@ def test_the_ceiling_of_a_model_before_training(program, tmp_path, capsys, monke
     ("flags", "data", "message"),
     [
         (["--sam", "x", "--samples", "0"], "ReasonSeg|val", "--samples and --sam: no effect with --what ceiling"),
+        (["--max_image_tokens", "9"], "ReasonSeg|val", "--max_image_tokens: no effect with --what ceiling"),
         ([], "MultiReasonSeg|val", "MultiReasonSeg matches several masks"),
         (["--layer_policy", "fixed:9"], "ReasonSeg|val", "layer 9 does not exist"),
         ([], "ReasonSeg|val", "3 queries with a target in 3 images; the ceiling needs at least 8"),

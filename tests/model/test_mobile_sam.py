@@ -110,7 +110,7 @@ def test_it_is_saved_cached_and_trained_as_sam(start, tmp_path):
     assert own.visual_model.prompt_encoder.mask_downscaling[0].weight.grad.abs().sum() > 0
     for key, value in own.visual_model.image_encoder.named_buffers():
         assert torch.equal(value, statistics[key]), key
-    with pytest.raises(ValueError, match="sam.pth is a SAM 1, and .* decodes"):
+    with pytest.raises(ValueError, match=r"sam.pth is a SAM 1, and .* decodes"):
         load_original_sam("sam.pth", own)
     assert isinstance(own, UGroundForCausalLM)
 

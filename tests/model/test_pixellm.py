@@ -191,7 +191,7 @@ def test_what_needs_an_image_encoder_says_so(model, processor, tmp_path):
         cache_sam_features(model, processor, str(tmp_path), 1)
     with pytest.raises(ValueError, match=r"--compile_sam: .* has no image encoder"):
         model.visual_model.compile_encoder()
-    with pytest.raises(ValueError, match="sam.pth is a SAM 1, and .* decodes"):
+    with pytest.raises(ValueError, match=r"sam.pth is a SAM 1, and .* decodes"):
         load_original_sam("sam.pth", model)
     model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"--sam .* holds no SAM .*image_encoder.* decoded by pixel_decoder has none"):

@@ -364,7 +364,7 @@ def test_a_model_is_loaded_from_its_own_folder_alone(build, processor, tmp_path,
 
 
 def test_the_sam_of_analyze_is_segment_anything(build):
-    with pytest.raises(ValueError, match="sam.pth is a SAM 1, and .* decodes"):
+    with pytest.raises(ValueError, match=r"sam.pth is a SAM 1, and .* decodes"):
         load_original_sam("sam.pth", build())
 
 

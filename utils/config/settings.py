@@ -28,7 +28,7 @@ class ModelSettings:
     vision_pretrained: str = setting(
         "",
         "SAM, for base weights: .pth, folder of transformers' SamModel, hub id (org/name:file), or sam_vit_b, "
-        "sam_vit_l, sam_vit_h; of another --mask_decoder, transformers' folder or hub id",
+        "sam_vit_l, sam_vit_h; for another --mask_decoder, the file or folder that docs/weights.md names",
         may_change=True,
     )
     model_max_length: int = setting(2048, "longest sequence in tokens: image, prompt and one conversation", low=16)

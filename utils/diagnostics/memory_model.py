@@ -9,7 +9,6 @@ What autograd saves was counted in PyTorch's backward formulas and compared with
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -62,6 +61,7 @@ MEDIUM_SETTINGS = ("--precision", "fp32", "--grad_accumulation_steps", "1")
 CARDS = (24, 40, 80)  # GB
 MARGIN = 0.1  # share of a card to leave free: the assumptions were not measured on a GPU
 VOCABULARY = 32_000 + 5  # Vicuna's and this project's tokens
+OF_LLAVA = ("llava", "vicuna")  # in names of weights that are planned as LLaVA-1.5
 ADDED = 4  # of these five have an embedding that is used: <image> has none
 
 
@@ -289,16 +289,15 @@ def shape_of(config: Config) -> tuple[GroundingConfig, str]:
     if known := published(paths.version):
         shape = BACKBONES[known.backbone].config(**known.sizes, **config.method)
         return shape, f"{paths.version} as published, with {decoder}, assumed: the files are not here"
-    name = next((size for size in ("13b", "7b") if size in Path(paths.version).name.lower()), None)
-    if re.search("qwen|internvl", paths.version.lower()):
-        name = None
-    if name is None:
+    name = Path(paths.version).name.lower()
+    size = next((size for size in ("13b", "7b") if size in name), None)
+    if size is None or not any(family in name for family in OF_LLAVA):
         raise ValueError(
             f"--version {paths.version}: the weights are not here, and the name is neither that of a LLaVA with 7b or "
             f"13b nor one of {', '.join(PUBLISHED)}"
         )
-    shape = preset(name, **config.method)
-    return shape, f"LLaVA-1.5 {name.upper()} with {decoder}, assumed: the files are not here"
+    shape = preset(size, **config.method)
+    return shape, f"LLaVA-1.5 {size.upper()} with {decoder}, assumed: the files are not here"
 
 
 def count_parameters(
