@@ -46,6 +46,10 @@ class MissingDataError(DataError):
     """A file, a folder or a split does not exist; damaged data raise a plain ``DataError``."""
 
 
+class EmptyMaskError(DataError):
+    """A mask without a pixel: damage in a target, an answer like others in a prediction."""
+
+
 class TrainDataset(Protocol):
     """Images with questions for training. ``sample(index, rng)`` depends on its arguments and the files alone."""
 

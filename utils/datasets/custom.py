@@ -10,7 +10,7 @@ from PIL import Image
 
 from model.processing.pixels import FORMATS
 from model.structures import IGNORE_PIXEL, EvalQuery, EvalSample, Sample, Turn
-from utils.datasets.base import DataError, DataOptions, DatasetRow, check_sample, sample_indices
+from utils.datasets.base import DataError, DataOptions, DatasetRow, EmptyMaskError, check_sample, sample_indices
 from utils.datasets.images import DECODE_ERRORS, check_size, read_image
 from utils.datasets.jsonl import TRAIN, Line, LineFile, spelled_otherwise
 from utils.datasets.masks import check_polygon, decode_segmentation, stack_masks
@@ -55,7 +55,7 @@ def read_mask_png(path: Path, height: int, width: int) -> np.ndarray:
     if labels.shape != (height, width):
         raise DataError(f"mask {path} is {labels.shape[1]}x{labels.shape[0]}; its image is {width}x{height}")
     if not labels.any():
-        raise DataError(f'mask {path} is empty; write "masks": [] for an absent target')
+        raise EmptyMaskError(f'mask {path} is empty; write "masks": [] for an absent target')
     return (labels != 0).astype(np.uint8)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from utils.datasets.base import DataError
+from utils.datasets.base import DataError, EmptyMaskError
 
 MAX_SHIFT = 40  # bits before the last digit of a run length in COCO's compression
 
@@ -82,7 +82,7 @@ def decode_segmentation(segmentation: Any, height: int, width: int) -> np.ndarra
         if isinstance(part, dict):
             mask |= _decode_rle(part, height, width)
     if not mask.any():
-        raise DataError("a segmentation decodes to an empty mask")
+        raise EmptyMaskError("a segmentation decodes to an empty mask")
     return mask
 
 

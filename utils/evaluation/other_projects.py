@@ -1,0 +1,206 @@
+"""Answers as the evaluation scripts of other projects write them, as lines of ``utils.evaluation.answers``.
+
+Facts are from their code, named at each reader. Their stored ground truth is never used. LISA's, GSVA's and GLaMM's
+scripts write no answers: docs/evaluation.md says what to add to them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+
+from utils.datasets.base import DataError, EvalDataset
+from utils.datasets.custom import read_labels
+from utils.datasets.masks import encode_mask
+from utils.evaluation.answers import listed
+from utils.evaluation.any_model import samples_of
+
+Line = dict[str, Any]  # keys of ``utils.evaluation.answers``
+
+
+class Asked:
+    """The queries of a split, by what other projects call them.
+
+    Raises:
+        DataError: if two images have the same file name.
+    """
+
+    def __init__(self, dataset: EvalDataset, limit: int | None = None) -> None:
+        self.spec = str(dataset.spec)
+        self._of_image: dict[str, list[Line]] = {}
+        self.has_refs = False
+        for index, sample in samples_of(dataset, limit):
+            if index >= len(dataset):  # without a target: others leave it out
+                continue
+            self.has_refs |= any("ref" in query.meta for query in sample.queries)
+            names = {"image": sample.source, "image_id": sample.image_id}
+            stem = _stem(sample.source)
+            if stem in self._of_image:
+                raise DataError(
+                    f"{self.spec} has two images called {stem}: other projects' answers do not tell them apart"
+                )
+            self._of_image[stem] = [names | {"query_id": q.query_id, "query": q.text} for q in sample.queries]
+        self._by_id = {lines[0]["image_id"]: lines for lines in self._of_image.values() if lines}
+
+    def of_image(self, name: object, count: int | None = None) -> list[Line]:
+        """The queries of an image, in the order of the annotations.
+
+        Args:
+            name: its path, file name, or id.
+            count: how many answers there are, one for each query.
+        """
+        text = str(name)
+        lines = self._of_image.get(_stem(text), self._by_id.get(text))
+        if lines is None:
+            raise DataError(f"image {text} is not in {self.spec}: give the split that was answered")
+        if count is not None and count != len(lines):
+            raise DataError(
+                f"image {text} has {count} answers and, in {self.spec}, {len(lines)} queries: it read other annotations"
+            )
+        return lines
+
+    def sentence(self, name: object, ref_id: object, position: int) -> Line:
+        """The sentence at a position within its ref."""
+        sentences = [line for line in self.of_image(name) if line["query_id"].startswith(f"{ref_id}_")]
+        if not 0 <= position < len(sentences):
+            raise DataError(
+                f"image {name}: ref {ref_id} has {len(sentences)} sentences in {self.spec}, not {position + 1}"
+            )
+        return sentences[position]
+
+
+def _stem(path: str) -> str:
+    return PurePosixPath(path.replace("\\", "/")).stem
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        hint = " (it is cut off: the script that wrote it failed)" if error.pos >= len(error.doc.rstrip()) - 1 else ""
+        raise DataError(f"{path} is not valid JSON{hint}: {error}") from error
+    except (UnicodeDecodeError, RecursionError) as error:
+        raise DataError(f"{path} is not JSON: {error}") from error
+
+
+def _records(path: Path, *keys: str) -> Iterator[Line]:
+    """The objects of a JSON list, which all have the keys."""
+    records = _json(path)
+    if not isinstance(records, list):
+        raise DataError(f"{path} is a {type(records).__name__}, not a list of answers")
+    for number, record in enumerate(records):
+        if lacking := [key for key in keys if not isinstance(record, dict) or key not in record]:
+            raise DataError(f"{path}, item {number} has no {lacking[0]!r}")
+        yield record
+
+
+def read_sa2va(path: Path, asked: Asked) -> Iterator[Line]:
+    """Sa2VA: ``ST_jsons/*.json`` of sa2va_eval/projects/ST/eval; an image each, with a mask or null per sentence."""
+    for record in _records(path, "prediction_masks"):
+        if "image_path" not in record:
+            raise DataError(
+                f"{path}: img_id counts images of their own list; image_path is needed, which ST scripts write"
+            )
+        masks = record["prediction_masks"]
+        for line, answer in zip(asked.of_image(record["image_path"], len(masks)), masks, strict=True):
+            yield line | {"masks": answer or [], "answer": ""}
+
+
+def read_sesame(path: Path, asked: Asked) -> Iterator[Line]:
+    """SESAME, READ, UGround's release: ``preds_*_of_*.json`` of eval_sesame.py, test_read.py, test_ds.py, with
+    ``segmentation_mask/*.npz`` beside it; an image each, with lists over its sentences."""
+    records = _json(path)
+    if not isinstance(records, dict):
+        raise DataError(f"{path} is a {type(records).__name__}, not an object with an image each")
+    for image, record in records.items():
+        try:
+            with np.load(path.parent / record["segmentation_path"], allow_pickle=False) as file:
+                masks = file["pred"] > 0
+            texts, exists = record["pred_sent"], record["pred_exists"]
+            places = list(zip(record["ref_ids"][0], record["sent_ids"][0]))
+        except (KeyError, IndexError, TypeError, OSError, ValueError) as error:
+            raise DataError(f"{path}, {image}: {error}") from error
+        lines = asked.of_image(image)
+        for number, mask in enumerate(masks if asked.has_refs else masks[:1]):  # ReasonSeg: then a false premise
+            line = asked.sentence(image, *places[number]) if asked.has_refs else lines[0]
+            has_mask = mask.any() or "[SEG]" in texts[number]
+            yield line | {
+                "masks": [encode_mask(mask)] if has_mask else [],
+                "answer": texts[number],
+                "rejected": not exists[number],
+            }
+
+
+def read_text4seg(path: Path, asked: Asked) -> Iterator[Line]:
+    """Text4Seg: of model_refer_seg.py, infer_refer_seg.py; a folder an image, ``K_sam_mask.png`` is of sentence K."""
+    folders = sorted(folder for folder in path.iterdir() if folder.is_dir())
+    for folder in folders:
+        files = {int(file.name.split("_")[0]): file for file in folder.glob("*_sam_mask.png")}
+        lines = asked.of_image(f"{folder.name}.jpg", len(files))
+        for number, line in enumerate(lines):
+            if number not in files:
+                raise DataError(f"{folder} has no {number}_sam_mask.png")
+            mask = read_labels(files[number]) > 127
+            yield line | {"masks": [encode_mask(mask)] if mask.any() else [], "answer": ""}
+
+
+def read_visionreasoner(path: Path, asked: Asked) -> Iterator[Line]:
+    """Seg-Zero, VisionReasoner: ``output_K.json``; a query each, with pixels of intersection and union alone."""
+    for record in _records(path, "image_id", "intersection", "union"):
+        lines = asked.of_image(record["image_id"])
+        if len(lines) > 1:
+            raise DataError(
+                f"{path}: image {record['image_id']} has {len(lines)} queries in {asked.spec}, and the file does not "
+                "say which one was asked"
+            )
+        yield lines[0] | _counts(record["intersection"], record["union"]) | {"answer": str(record.get("think", ""))}
+
+
+def read_unipixel(path: Path, asked: Asked) -> Iterator[Line]:
+    """UniPixel: ``output_K.json`` of infer_seg.py; a query each (vid, qid), with pixels of intersection and union."""
+    for record in _records(path, "vid", "qid", "inter", "union"):
+        lines, number = asked.of_image(f"{record['vid']}.jpg"), record["qid"]
+        if not asked.has_refs and number:  # ReasonSeg: they ask all texts of an image, the benchmark the first
+            continue
+        chosen = [line for line in lines if line["query_id"].endswith(f"_{number}")] if asked.has_refs else lines
+        if len(chosen) != 1:
+            raise DataError(f"{path}: image {record['vid']} has no sentence {number} in {asked.spec}")
+        yield chosen[0] | _counts(record["inter"], record["union"]) | {"answer": ""}
+
+
+def _counts(intersection: Any, union: Any) -> Line:
+    return {"counts": [intersection, union]}
+
+
+READERS: dict[str, Callable[[Path, Asked], Iterator[Line]]] = {
+    "sa2va": read_sa2va,
+    "sesame": read_sesame,
+    "text4seg": read_text4seg,
+    "unipixel": read_unipixel,
+    "visionreasoner": read_visionreasoner,
+}
+
+
+def convert(source: str, paths: Sequence[Path], asked: Asked) -> list[str]:
+    """The answers in all files (of all processes) of a source, as lines of JSON; equal ones once.
+
+    Raises:
+        DataError: for a file that is not of the source, or answers of another split; listing queries that have two
+            different answers.
+    """
+    found: dict[tuple[str, str], str] = {}
+    doubled = []
+    for path in paths:
+        if not path.exists():
+            raise DataError(f"{path} does not exist")
+        for line in READERS[source](path, asked):
+            key, text = (line["image_id"], line["query_id"]), json.dumps(line, ensure_ascii=False) + "\n"
+            if found.setdefault(key, text) != text:  # processes repeat the first samples to be equally long
+                doubled.append(f"{path}: {line['image']}, {line['query']!r}")
+    if doubled:
+        raise DataError(listed("queries have different answers", doubled))
+    return list(found.values())
