@@ -1,6 +1,6 @@
 """Converts answers that other projects' evaluation scripts wrote to the lines that scripts/score.py scores.
 
-    python scripts/convert_answers.py sesame preds_*.json --benchmark SPEC --dataset_dir D --output F
+    python scripts/convert_answers.py sesame *.json --benchmark SPEC --dataset_dir D --output F
     python scripts/score.py --benchmark SPEC --dataset_dir D --predictions F
 
 Sources: sa2va (ST_jsons/*.json), sesame (also READ and UGround's release: preds_*_of_*.json), text4seg (a folder of
