@@ -11,7 +11,8 @@ Scenes and texts come from ``utils/demo/scenes.py`` and ``scene_texts.py``. Outp
 - ``llava_dataset/llava_instruct_150k.json``: captions and question answering in several turns.
 
 ``--all_types`` adds small versions of the other 20 data sets, for all eight types (``utils/demo/refer_sets.py`` and
-``utils/demo/other_sets.py``); the files listed above stay identical.
+``utils/demo/other_sets.py``), and of five more benchmarks (``utils/demo/evaluation_sets.py``); the files listed above
+stay identical.
 
 Each scene has its own random stream (seed, set and split, index), so no two splits share a scene. Stream numbers are
 below 1000; pre-training uses larger ones.
@@ -38,6 +39,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from utils.command_line.parser import Parser
 from utils.datasets.base import pick
 from utils.demo import scene_texts, scenes
+from utils.demo.evaluation_sets import EVALUATION_SETS, write_evaluation_set
 from utils.demo.files import Ledger, Sizes, labelme_polygons, streams, write_jpeg, write_json
 from utils.demo.other_sets import WRITERS, write_set
 from utils.demo.refer_sets import REFER_SETS, write_refer_set
@@ -47,7 +49,7 @@ from utils.plotting import text_tables
 
 # First digits of a hash of the generated data, without and with --all_types (tests/demo/test_make_demo_data.py).
 # Update them when the generated data change, so that data of an older version are rejected.
-VERSION = {False: "4527a8ebdff7", True: "b9bd2e6cd209"}
+VERSION = {False: "4527a8ebdff7", True: "4a5920ffca91"}
 SUMMARY = "demo_data.json"
 REASON_STREAMS = {"train": 1, "val": 2, "test": 3, "heldout": 4}
 LLAVA_STREAM, LLAVA_FIRST_IMAGE = 31, 500_001
@@ -191,7 +193,7 @@ def write_data_sets(out: Path, sizes: Sizes) -> dict[str, Any]:
     }
     if sizes.all_types:
         others = {name: write_refer_set for name in REFER_SETS if name not in parts}
-        others |= dict.fromkeys(WRITERS, write_set)
+        others |= dict.fromkeys(WRITERS, write_set) | dict.fromkeys(EVALUATION_SETS, write_evaluation_set)
         parts |= {name: partial(write_one, unfinished, name, sizes, ledger) for name, write_one in others.items()}
     for name, write in parts.items():
         start = time.perf_counter()
@@ -242,7 +244,7 @@ def _number(low: int, high: int) -> Callable[[str], int]:
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = Parser(
         description="Generates small synthetic scenes with exact masks, as a --dataset_dir in the layouts of "
-        "ReasonSeg, RefCOCO, gRefCOCO and LLaVA-Instruct, or of all 24 data sets. The same seed and sizes give the "
+        "ReasonSeg, RefCOCO, gRefCOCO and LLaVA-Instruct, or of all 29 data sets. The same seed and sizes give the "
         "same files. Existing data with the same settings are kept; an interrupted run leaves nothing incomplete in "
         "--out.",
         epilog="Then: python train_ds.py --config configs/tiny.yaml --dataset_dir DIR",
@@ -281,7 +283,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--all_types",
         action="store_true",
-        help="also small versions of the other 20 data sets, N / 15 training images each (N of --train; at least 6), "
+        help="also small versions of the other 25 data sets, N / 15 training images each (N of --train; at least 6), "
         "for configs/tiny_mixed.yaml",
     )
     return parser.parse_args(arguments)

@@ -19,11 +19,12 @@ from model.backbones.llava import ClipReader
 from model.processing.processor import UGroundProcessor
 from scripts import make_demo_data as demo
 from utils.config import load_config
-from utils.datasets import DATASETS, TYPES, DataOptions, get_eval_dataset, get_train_dataset
+from utils.datasets import DATASETS, TRAINED, TYPES, DataOptions, get_eval_dataset, get_train_dataset
 from utils.datasets.masks import decode_segmentation
 from utils.datasets.mixture import make_mixture
 from utils.datasets.reason_seg import rasterize_polygons
 from utils.demo import other_sets, scenes
+from utils.demo.evaluation_sets import EVALUATION_SETS
 from utils.demo.files import Sizes, coco_segmentation, labelme_polygons
 from utils.demo.refer_sets import REFER_SETS
 
@@ -312,7 +313,7 @@ def test_every_reader_reads_its_set(spec, mixed):
 
 def test_all_24_sets_are_written_and_no_reader_is_left_out():
     names = {spec.split("|")[0] for spec in SPECS}
-    assert names == set(DATASETS) - {"custom"}
+    assert names | set(EVALUATION_SETS) == set(DATASETS) - {"custom"}
     assert len(names) == 24
 
 
@@ -364,7 +365,7 @@ def test_the_mixed_configuration_draws_from_all_sets(mixed):
     config = load_config(["--config", str(ROOT / "configs/tiny_mixed.yaml"), "--dataset_dir", str(mixed)])
     mixture = make_mixture(config)
     assert len(mixture.datasets) == 24
-    assert set(mixture.types) == set(TYPES) - {"custom"}
+    assert set(mixture.types) == set(TRAINED) - {"custom"}
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "assets/tiny/llava")
     processor = UGroundProcessor(tokenizer, ClipReader(120, 10), 64, "", config.model.model_max_length)
     longest = 0

@@ -100,7 +100,7 @@ def test_names_and_texts_find_their_query(queries, truth, data, tmp_path):
     ]
     for given in (lines, by_text, [{k: v for k, v in line.items() if k not in ("query", "image")} for line in lines]):
         metrics = scored(given, data, tmp_path)
-        assert metrics == {"gIoU": 1.0, "cIoU": 1.0, "N-acc": 1.0, "T-acc": 1.0}
+        assert set(metrics.values()) == {1.0}
 
 
 def test_an_answer_without_masks_rejects(queries, data, tmp_path):

@@ -544,8 +544,10 @@ def test_both_protocols_of_grefcoco():
         for name in (None, "gsva", "grefcoco")
     }
     assert results[None].summary.protocol == results["gsva"].summary.protocol == "gsva"
-    assert results[None].metrics == results["gsva"].metrics == {"gIoU": 1, "cIoU": 1, "N-acc": 1, "T-acc": 0}
-    assert results["grefcoco"].metrics == {"gIoU": 3 / 9, "cIoU": 0, "N-acc": 1, "T-acc": 0}
+    decoded, empty = ({f"Pr@{t}": share for t in (0.7, 0.8, 0.9)} for share in (1, 0))
+    assert results["gsva"].metrics == {"gIoU": 1, "cIoU": 1, "N-acc": 1, "T-acc": 0, **decoded}
+    assert results[None].metrics == results["gsva"].metrics
+    assert results["grefcoco"].metrics == {"gIoU": 3 / 9, "cIoU": 0, "N-acc": 1, "T-acc": 0, **empty}
     assert results["grefcoco"].records == results["gsva"].records
     assert "teacher_forced, grefcoco" in format_table([results["grefcoco"].summary])
     generated = run(FakeModel(wordings={2: "[REJ]"}), dataset, protocol="gsva")  # a generated rejection has no mask
@@ -701,10 +703,10 @@ def test_tables_show_results_controls_and_groups():
     low, high = result.summary.intervals["gIoU"]
     assert first[4].split()[:4] == ["95%", "interval:", "from", f"{low:.3f}"]
     assert first[5].split()[:4] == ["95%", "interval:", "to", f"{high:.3f}"]
-    assert "control: prompts shuffled" in first[6]
+    assert first[6].startswith("  prompts shuffled ")
     assert "family: even" in first[7]
     assert second[0] == "generate, grefcoco, layer argmax"
-    assert second[1].split()[3:] == ["gIoU", "cIoU", "N-acc", "T-acc"]
+    assert second[1].split()[3:] == ["gIoU", "cIoU", "N-acc", "T-acc", "Pr@0.7", "Pr@0.8", "Pr@0.9"]
     assert "1.000" in second[3]  # N-acc
 
 

@@ -181,7 +181,7 @@ def test_evaluation_writes_what_it_prints(capsys, version, val_data, tmp_path):
             assert metrics.compute(records, BENCHMARKS["ReasonSeg"]) == summary["metrics"]
             assert f" {summary['metrics']['gIoU']:.3f}  {summary['metrics']['cIoU']:.3f}\n" in out
             assert len(list((out_dir / f"{name}.overlays").iterdir())) == count
-    assert "control: prompts shuffled" in out
+    assert "  prompts shuffled" in out
 
 
 def test_default_mode_and_limit(capsys, version, val_data, tmp_path):

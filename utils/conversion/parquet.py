@@ -21,6 +21,7 @@ from utils.conversion.annotated import Annotated, AnnotatedImage, Annotation, ex
 from utils.datasets.base import DataError
 from utils.datasets.images import DECODE_ERRORS
 from utils.datasets.masks import encode_mask
+from utils.datasets.parquet_sets import image_bytes, open_parquet, read_rows
 
 COLUMNS = ("image", "text", "mask")  # that are needed
 OPTIONAL = ("image_id", "img_height", "img_width")
@@ -33,12 +34,10 @@ def parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
     Raises:
         DataError: if pyarrow is not installed, or the file is damaged.
     """
+    file = open_parquet(path)
+    import pyarrow
+
     try:
-        import pyarrow.parquet
-    except ImportError as error:
-        raise DataError(f"{path} is a parquet file, which pyarrow reads: pip install pyarrow") from error
-    try:
-        file = pyarrow.parquet.ParquetFile(path)
         columns = [name for name in file.schema_arrow.names if name in (*COLUMNS, *OPTIONAL)]
         for batch in file.iter_batches(batch_size=ROWS, columns=columns):
             yield from batch.to_pylist()
@@ -87,10 +86,7 @@ def _entry(row: dict[str, Any], name: str, extract: Path, split: str, written: d
     text, mask = row["text"], _mask(row)
     if not isinstance(text, str) or not text.strip():
         raise DataError("no text")
-    image = row["image"]
-    content = image.get("bytes") if isinstance(image, dict) else image
-    if not isinstance(content, bytes):
-        raise DataError("no image inside; the file refers to one elsewhere")
+    content = image_bytes(row["image"])
     image_id = row.get("image_id")
     path = _write_image(content, name if image_id in (None, "") else str(image_id), extract, written)
     encoded = encode_mask(mask) if mask.any() else None
@@ -100,12 +96,7 @@ def _entry(row: dict[str, Any], name: str, extract: Path, split: str, written: d
 
 def _mask(row: dict[str, Any]) -> np.ndarray:
     """The mask as bool [H, W], of the size that the row states."""
-    try:
-        mask = np.asarray(row["mask"], dtype=bool)
-    except (TypeError, ValueError) as error:
-        raise DataError("its mask has rows of different lengths") from error
-    if mask.ndim != 2 or not mask.size:
-        raise DataError("its mask is no image")
+    mask = read_rows(row)
     stated = row.get("img_height"), row.get("img_width")
     if None not in stated and extent(*stated) != mask.shape:
         raise DataError(f"its mask is {mask.shape[1]}x{mask.shape[0]}; the row says {stated[1]}x{stated[0]}")

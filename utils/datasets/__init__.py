@@ -18,7 +18,9 @@ from utils.datasets.base import (
 )
 from utils.datasets.custom import CustomEval, CustomTrain
 from utils.datasets.fp_refer_seg import FpReferSegTrain
+from utils.datasets.grounding_suite import GroundingSuiteEval
 from utils.datasets.multi_reason_seg import MultiReasonSegEval, MultiReasonSegTrain
+from utils.datasets.parquet_sets import ParquetEval
 from utils.datasets.reason_seg import ReasonSegEval, ReasonSegTrain
 from utils.datasets.reason_seg_plus import ReasonSegPlusTrain
 from utils.datasets.refer_seg import ReferSegEval, ReferSegTrain
@@ -26,7 +28,7 @@ from utils.datasets.sem_seg import SemSegTrain
 from utils.datasets.spec import Spec
 from utils.datasets.vqa import VqaTrain
 
-__all__ = ["DATASETS", "TYPES", "DataError", "DataOptions", "Spec", "get_eval_dataset", "get_train_dataset"]
+__all__ = ["DATASETS", "TRAINED", "TYPES", "DataError", "DataOptions", "Spec", "get_eval_dataset", "get_train_dataset"]
 
 
 @dataclass(frozen=True)
@@ -34,12 +36,12 @@ class Type:
     """Readers of a type of data set.
 
     Attributes:
-        train: makes a ``TrainDataset`` from (spec, row, dataset_dir, options).
+        train: makes a ``TrainDataset`` from (spec, row, dataset_dir, options); None = evaluation only.
         evaluate: makes an ``EvalDataset`` from (spec, row, dataset_dir); None = training only.
         default: the data sets used if a configuration names only the type; empty = it must name files.
     """
 
-    train: Callable[..., TrainDataset]
+    train: Callable[..., TrainDataset] | None
     evaluate: Callable[..., EvalDataset] | None
     default: str
 
@@ -54,7 +56,10 @@ TYPES = {
     "reason_seg_plus": Type(ReasonSegPlusTrain, None, "instance_seg||cot||conversations||caption"),
     "multi_reason_seg": Type(MultiReasonSegTrain, MultiReasonSegEval, "MultiReasonSeg|train"),
     "custom": Type(CustomTrain, CustomEval, ""),
+    "grounding_suite": Type(None, GroundingSuiteEval, ""),
+    "parquet": Type(None, ParquetEval, ""),
 }
+TRAINED = tuple(name for name, kind in TYPES.items() if kind.train)  # the types of a mixture
 
 _REFS = ("refs({split_by}).p", "refs({split_by}).json")
 _GREFS = ("grefs({split_by}).json", "grefs({split_by}).p")
@@ -98,7 +103,12 @@ DATASETS = {
     "cot": _lisa_plus("COT"),
     "conversations": _lisa_plus("Conversations"),
     "caption": _lisa_plus("Caption"),
-    "MultiReasonSeg": DatasetRow("multi_reason_seg", "multi_reason_seg/MultiReasonSeg"),
+    "MultiReasonSeg": DatasetRow("multi_reason_seg", "multi_reason_seg/MultiReasonSeg", annotations=("MUSE_{}.json",)),
+    "MMR": DatasetRow("multi_reason_seg", "multi_reason_seg/MMR", annotations=("MMR_{}.json",)),
+    "GSEval": DatasetRow("grounding_suite", "groundingsuite", coco_folders("unlabeled2017")),
+    "ReasonSeg-R": DatasetRow("parquet", "reason_seg/ReasonSeg-R", annotations=("test",)),
+    "ReasonSeg-X": DatasetRow("parquet", "reason_seg/ReasonSeg-X", annotations=("test", "val", "train")),
+    "refcoco-m": DatasetRow("parquet", "refer_seg/refcoco-m", annotations=("val",)),
     "custom": DatasetRow("custom", ""),
 }
 
@@ -110,7 +120,9 @@ def get_train_dataset(spec: Spec | str, dataset_dir: str | Path, options: DataOp
         DataError: if the name is unknown, or files are missing or invalid.
     """
     spec, row, root = _look_up(spec, dataset_dir)
-    return TYPES[row.type].train(spec, row, root, options or DataOptions())
+    if (train := TYPES[row.type].train) is None:
+        raise DataError(f"{spec.name!r} is for evaluation alone (docs/data.md)")
+    return train(spec, row, root, options or DataOptions())
 
 
 def get_eval_dataset(spec: Spec | str, dataset_dir: str | Path, allow_missing: bool = False) -> EvalDataset:

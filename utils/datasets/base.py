@@ -126,7 +126,8 @@ class DatasetRow:
         type: the type of the data set, a key of ``TYPES``.
         path: its folder, or its file.
         images: candidate folders of its images.
-        annotations: candidate names of the annotation file in ``path``; ``{split_by}`` is filled in.
+        annotations: candidate names of the annotation file in ``path``; ``{split_by}``, or MUSE's split, is filled in.
+            Of ``parquet``: the splits, folders in ``path``.
         split_by: default author of the splits ("unc", "umd").
         split_by_suffix: suffix of ``split_by`` in the name of the file that the benchmark's own code opens. Training
             reads that file alone; evaluation prefers it to the one without the suffix.

@@ -1,4 +1,4 @@
-"""multi_reason_seg: MUSE, questions about several objects with one [SEG] per object (docs/data.md)."""
+"""multi_reason_seg: MUSE and MMR, questions about several objects with one [SEG] per object (docs/data.md)."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from utils.datasets.records import Notes, load_records
 from utils.datasets.spec import Spec
 from utils.datasets.templates import instance_turn
 
-SPLITS = {
+SPLITS: dict[str, tuple[str, ...]] = {
     "train": ("train",),
     "val": ("val",),
     "test_few": ("test_less",),  # name used in the paper's tables
@@ -41,6 +41,10 @@ SPLITS = {
     "test_many": ("test_many",),
     "test": ("test_less", "test_many"),
 }
+MMR_SPLITS: dict[str, tuple[str, ...]] = {
+    name: (name,) for name in ("train", "val", "test_mixed", "test_obj_only", "test_part_only")
+}
+FILES = {"MUSE_{}.json": SPLITS, "MMR_{}.json": MMR_SPLITS}  # name of a set's files -> its splits, and their files
 TEST_PARTS = {"MUSE_test_less": "few", "MUSE_test_many": "many"}  # parts that the paper's tables report separately
 COCO_FOLDERS = ("train2014", "val2014", "train2017", "val2017")
 
@@ -62,11 +66,12 @@ class MuseSplit:
 
     def __init__(self, name: str, row: DatasetRow, split: str, dataset_dir: Path, with_answers: bool) -> None:
         self.name, self.dataset_dir = f"{name}|{split}", dataset_dir
-        if split not in SPLITS:
-            raise DataError(f"{self.name}: {unknown('split', split, SPLITS)}")
-        files: dict[str, Sequence[Path]] = {
-            f"MUSE_{part}.json": [dataset_dir / row.path / f"MUSE_{part}.json"] for part in SPLITS[split]
-        }
+        [pattern] = row.annotations
+        splits = FILES[pattern]
+        if split not in splits:
+            raise DataError(f"{self.name}: {unknown('split', split, splits)}")
+        names = [pattern.format(part) for part in splits[split]]
+        files: dict[str, Sequence[Path]] = {name: [dataset_dir / row.path / name] for name in names}
         paths = find_paths(self.name, files)
         self.records, notes = load_records(
             self.name, paths, with_answers, lambda: _read_questions(self.name, paths, with_answers)
@@ -166,12 +171,12 @@ def _image_candidates(item: dict[str, Any]) -> list[str]:
 
 
 class MultiReasonSegTrain:
-    """Training data of MUSE; a sample is an image with some of its questions.
+    """Training data of MUSE or MMR; a sample is an image with some of its questions.
 
     The answer is the annotated text, or a template if there is none; its [SEG] tokens are in the order of the targets.
 
     Args:
-        spec: ``MultiReasonSeg`` or ``MultiReasonSeg|train``.
+        spec: ``MultiReasonSeg``, ``MultiReasonSeg|train`` or ``MMR``.
         row: the data set's row.
         dataset_dir: the root of all data.
         options: ``questions_per_image``.
@@ -212,10 +217,11 @@ def _answered_turn(question: dict[str, Any], rng: np.random.Generator) -> Turn:
 
 
 class MultiReasonSegEval:
-    """A split of MUSE: each query has one mask per target, to be matched with the predicted masks.
+    """A split of MUSE or MMR: each query has one mask per target. MUSE's are matched with the predicted masks.
 
     Args:
-        spec: ``MultiReasonSeg|val``, ``|test_few``, ``|test_many`` or ``|test`` (both).
+        spec: ``MultiReasonSeg|val``, ``|test_few``, ``|test_many`` or ``|test`` (both); ``MMR|val``, ``|test_mixed``,
+            ``|test_obj_only`` or ``|test_part_only``.
         row: the data set's row.
         dataset_dir: the root of all data.
     """

@@ -20,6 +20,7 @@ DECODED_ANYWAY = ("gsva", "published")  # a rejected target is scored by the mas
 UNION_KEPT = ("grefcoco", "rela")  # a rejected target has I = 0, and U of the mask that is decoded anyway
 IOU = {"gIoU": "gIoU", "cIoU": "cIoU"}
 REJECTION = IOU | {"N-acc": "N-acc", "T-acc": "T-acc"}
+PRECISIONS = {name: name for name in ("Pr@0.7", "Pr@0.8", "Pr@0.9")}
 FALSE_PREMISES = {"See": "presence", "Segment": "cIoU"}
 ROBUST = {"RR": "N-acc", "mIoU": "mIoU of refs", "oIoU": "cIoU of targets", "r": "r of refs", "rIoU": "rIoU of refs"}
 STRICT_OR_PUBLISHED = dict.fromkeys(MODES, ("strict", "published"))
@@ -60,8 +61,8 @@ class Benchmark:
             AURC and AUSE.
         mode: the paper's and the default: ``generate`` or ``teacher_forced``.
         task: ``one mask`` per query, the union of its targets; ``joint question``: the same, but when teacher-forced,
-            one question and one answer list all queries of an image; ``instances``: one mask per target of a query,
-            matched to the predicted masks.
+            one question and one answer list all queries of an image; ``union``: one mask, where a query may have
+            several targets; ``instances``: one mask per target of a query, matched to the predicted masks.
         rejects: whether an answer may reject the query (the target is absent).
         protocols: mode -> its protocols, the default first (docs/evaluation.md).
         published: metric -> its formula under the protocol ``published``, where that differs.
@@ -73,7 +74,7 @@ class Benchmark:
     name: str
     metrics: Mapping[str, str] = field(default_factory=lambda: IOU)
     mode: str = "teacher_forced"
-    task: Literal["one mask", "joint question", "instances"] = "one mask"
+    task: Literal["one mask", "joint question", "union", "instances"] = "one mask"
     rejects: bool = False
     protocols: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     published: Mapping[str, str] = field(default_factory=dict)
@@ -135,7 +136,7 @@ _ROWS = (
     Benchmark("refcocog", splits={split: f"refCOCOg {split.split('|')[1]}(U)" for split in _UMD}, table=REFCOCO),
     Benchmark(
         "grefcoco",
-        metrics=REJECTION,
+        metrics=REJECTION | PRECISIONS,
         task="joint question",
         rejects=True,
         # A generated rejection has no [SEG], hence no mask that gsva could score.
@@ -188,6 +189,16 @@ _ROWS = (
             splits=dict.fromkeys(splits, ""),
         )
         for which, splits in (("", _UNC), ("+", _UNC), ("g", _UMD))
+    ),
+    Benchmark("ReasonSeg-R", splits={"test": ""}),
+    Benchmark("ReasonSeg-X", splits={"val": "", "test": ""}),
+    Benchmark("refcoco-m", splits={"val": ""}),
+    Benchmark("GSEval", mode="generate", splits={"test": ""}),
+    Benchmark(
+        "MMR",
+        mode="generate",
+        task="union",
+        splits=dict.fromkeys(("val", "test_obj_only", "test_part_only", "test_mixed"), ""),
     ),
     Benchmark("custom", metrics=REJECTION, mode="generate", rejects=True),  # users' own data, queried as in chat
 )

@@ -22,7 +22,7 @@ from utils.datasets.reason_seg import WITHOUT_TARGET
 from utils.evaluation.benchmarks import BY_TOKEN, DECODED_ANYWAY, UNION_KEPT, Benchmark
 from utils.evaluation.risk_coverage import ranking
 
-GROUP_KEYS = ("length", "part", "family", "targets")  # of a query's meta, for breakdowns
+GROUP_KEYS = ("length", "part", "family", "targets", "class", "reasoning_type")  # of a query's meta, for breakdowns
 RESAMPLES = 1000
 
 
@@ -219,6 +219,11 @@ def _t_acc(record: Record, protocol: str) -> tuple[float, int]:
     return int(not record.expected_empty and not rejects(record, protocol)), int(not record.expected_empty)
 
 
+def _precision(threshold: float) -> Formula:
+    """The share of present targets with at least this IoU (ReLA's Pr@)."""
+    return _of_targets(lambda record, protocol: (int(iou(record, protocol) >= threshold), 1))
+
+
 def _presence(record: Record, protocol: str) -> tuple[float, int]:
     return int(record.expected_empty == rejects(record, protocol)), 1
 
@@ -282,6 +287,7 @@ METRICS: dict[str, Formula | Grouped] = {  # benchmarks may report a formula und
     "N-acc": _n_acc,
     "T-acc": _t_acc,
     "presence": _presence,
+    **{f"Pr@{threshold}": _precision(threshold) for threshold in (0.7, 0.8, 0.9)},
     "gIoU of images": Grouped(lambda record: record.index, _giou_of_images),
     "mIoU of refs": Grouped(_ref_of, _miou_of_refs),  # of true sentences
     "r of refs": Grouped(_ref_of, _r_of_refs),  # share of false sentences that are rejected

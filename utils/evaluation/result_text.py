@@ -65,7 +65,7 @@ def _rows(summary: Summary, names: Sequence[str]) -> list[list[str]]:
         bounds = {name: interval[position] for name, interval in summary.intervals.items()}
         rows.append([f"  95% interval{note}: {end}", "", "", *_cells(bounds, names)])
     for control, scores in summary.controls.items():
-        rows.append([f"  control{note}: {HEADINGS[control]}", "", "", *_cells(scores, names)])
+        rows.append([f"  {HEADINGS[control]}{note}", "", "", *_cells(scores, names)])
     for key, groups in summary.breakdown.items():
         for group, scores in groups.items():
             rows.append([f"  {key}{note}: {group}", "", str(scores["masks"]), *_cells(scores, names)])

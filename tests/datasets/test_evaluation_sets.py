@@ -1,0 +1,242 @@
+"""The benchmarks of evaluation alone, and MMR: read in the layouts that are published, scored as their authors do."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from model.structures import EvalQuery, EvalSample
+from scripts import make_demo_data
+from utils.datasets import DataOptions, get_eval_dataset, get_train_dataset
+from utils.datasets.base import DataError
+from utils.datasets.masks import encode_mask
+from utils.evaluation.benchmarks import BENCHMARKS
+from utils.evaluation.metrics import Record, breakdown, compute
+from utils.evaluation.predictions import QueryPrediction, score
+
+SPECS = ["GSEval|test", "ReasonSeg-R|test", "ReasonSeg-X|train", "ReasonSeg-X|val", "refcoco-m|val", "MMR|val"]
+PARQUET = [spec for spec in SPECS if spec.startswith(("ReasonSeg", "refcoco"))]
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("pyarrow")
+    folder = tmp_path_factory.mktemp("drawn") / "data"
+    sizes = ("--train", "60", "--val", "2", "--test", "2")  # 6 images a small training split, 2 of each other
+    assert make_demo_data.main(["--out", str(folder), "--all_types", *sizes]) == 0
+    return folder
+
+
+@pytest.fixture
+def own(drawn: Path, tmp_path: Path) -> Path:
+    shutil.copytree(
+        drawn, tmp_path / "data", ignore=shutil.ignore_patterns("ade20k", "cocostuff", "mapillary", "vlpart")
+    )
+    return tmp_path / "data"
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_every_query_has_its_target_at_the_images_size(spec: str, drawn: Path) -> None:
+    dataset = get_eval_dataset(spec, drawn)
+    samples = [dataset[index] for index in range(len(dataset))]
+    queries = [query for sample in samples for query in sample.queries]
+    assert len(queries) == dataset.num_queries >= len(samples) >= 2
+    assert len({sample.image_id for sample in samples}) == len(samples)
+    for sample in samples:
+        assert max(sample.image.shape) == 120
+        assert len({query.query_id for query in sample.queries}) == len(sample.queries)
+        for query in sample.queries:
+            assert query.text
+            assert query.masks.shape[1:] == sample.image.shape[:2]
+            assert query.masks.any(axis=(1, 2)).all()
+            inside = sample.image[query.masks.max(0) == 1].astype(float)
+            assert (
+                np.abs(inside.mean(0) - sample.image.reshape(-1, 3).mean(0)).max() > 10
+            )  # a shape, not the background
+    again = pickle.loads(pickle.dumps(dataset))  # as in the processes of a loader
+    assert np.array_equal(again[1].queries[0].masks, samples[1].queries[0].masks)
+
+
+def test_groups_are_those_of_the_files(drawn: Path) -> None:
+    def values(spec: str, key: str) -> set[str]:
+        dataset = get_eval_dataset(spec, drawn)
+        return {query.meta.get(key, "") for index in range(len(dataset)) for query in dataset[index].queries}
+
+    assert values("GSEval|test", "class") == {"multi", "single"}
+    assert values("ReasonSeg-X|train", "reasoning_type") <= {"relation", "superlative", "commonsense"}
+    assert values("ReasonSeg-R|test", "reasoning_type") == {""}
+
+
+def test_sentences_of_a_sample_share_its_mask(drawn: Path) -> None:
+    dataset = get_eval_dataset("refcoco-m|val", drawn)
+    queries = [query for index in range(len(dataset)) for query in dataset[index].queries]
+    pairs = [(a, b) for a, b in itertools.pairwise(queries) if a.query_id.split("_")[0] == b.query_id.split("_")[0]]
+    assert pairs
+    assert all(np.array_equal(a.masks, b.masks) and a.text != b.text for a, b in pairs)
+
+
+def test_mmr_trains_with_the_text_of_its_answers(drawn: Path) -> None:
+    dataset = get_train_dataset("MMR", drawn, DataOptions())
+    sample = dataset.sample(0, np.random.default_rng(0))
+    [turn] = sample.conversations[0]
+    assert turn.answer.count("[SEG]") == len(sample.masks) > 1
+    assert turn.answer.startswith("the ")
+
+
+# -- numbers, by hand --------------------------------------------------------------------------------------------------
+
+
+def region(*pixels: int) -> np.ndarray:
+    """[1, 40] with these many first pixels after each other: on, off, on, ..."""
+    mask = np.zeros(40, bool)
+    start = 0
+    for number, count in enumerate(pixels):
+        mask[start : start + count] = number % 2 == 0
+        start += count
+    return mask[None]
+
+
+def record(
+    benchmark: str, targets: list[np.ndarray], predicted: list[np.ndarray], rejected: bool = False, **meta: str
+) -> Record:
+    masks = np.stack(targets).astype(np.uint8) if targets else np.zeros((0, 1, 40), np.uint8)
+    sample = EvalSample("a.jpg", "a", np.zeros((1, 40, 3), np.uint8), [])
+    logits = np.stack(predicted).astype(np.float32) - 0.5 if predicted else np.zeros((0, 1, 40), np.float32)
+    prediction = QueryPrediction("", "", logits, logits, [], rejected)
+    return score(0, sample, EvalQuery("1", "q", masks, meta=dict(meta)), prediction, BENCHMARKS[benchmark])
+
+
+def test_precision_counts_present_targets() -> None:
+    """IoU 0.85, 0.75, a rejected target, and an absent one that is rejected."""
+    answers = [
+        record("grefcoco", [region(20)], [region(17)]),
+        record("grefcoco", [region(20)], [region(15)]),
+        record("grefcoco", [region(20)], [], rejected=True),
+        record("grefcoco", [], [], rejected=True),
+    ]
+    found = compute(answers, BENCHMARKS["grefcoco"], "grefcoco")
+    expected = {"Pr@0.7": 2 / 3, "Pr@0.8": 1 / 3, "Pr@0.9": 0, "gIoU": 0.65, "N-acc": 1, "T-acc": 2 / 3}
+    assert {name: found[name] for name in expected} == pytest.approx(expected)
+    without = compute(answers[:3], BENCHMARKS["grefcoco"], "grefcoco")
+    assert [without[name] for name in expected if name[:2] == "Pr"] == pytest.approx([2 / 3, 1 / 3, 0])
+    exact = compute([record("grefcoco", [region(10)], [region(9)])], BENCHMARKS["grefcoco"], "grefcoco")
+    assert exact["Pr@0.9"] == 1  # "at least"
+
+
+def test_mmr_scores_the_union_of_a_questions_targets() -> None:
+    """I/U of its targets 8/10 and 4/8 on disjoint regions; another question 9/10."""
+    first = [region(8), region(0, 20, 8)]
+    predicted = [region(10), region(0, 24, 4)]
+    answers = [record("MMR", first, predicted), record("MMR", [region(9)], [region(10)])]
+    assert (answers[0].I, answers[0].U) == (12, 18)
+    assert compute(answers, BENCHMARKS["MMR"]) == pytest.approx({"gIoU": (12 / 18 + 0.9) / 2, "cIoU": 21 / 28})
+    exchanged = [record("MMR", first, predicted[::-1]), answers[1]]
+    assert compute(exchanged, BENCHMARKS["MMR"]) == compute(answers, BENCHMARKS["MMR"])
+
+
+def test_gseval_averages_samples_and_not_classes() -> None:
+    cases = ((10, 8, "single"), (10, 6, "single"), (10, 1, "part"))
+    answers = [record("GSEval", [region(g)], [region(p)], **{"class": kind}) for g, p, kind in cases]
+    assert compute(answers, BENCHMARKS["GSEval"])["gIoU"] == pytest.approx(0.5)
+    groups = breakdown(answers, BENCHMARKS["GSEval"])["class"]
+    assert {kind: scores["gIoU"] for kind, scores in groups.items()} == pytest.approx({"single": 0.7, "part": 0.1})
+
+
+# -- files that do not fit ---------------------------------------------------------------------------------------------
+
+
+def edit_line(change: Callable[[dict], object]) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        path = folder / "groundingsuite/GroundingSuite-Eval.jsonl"
+        first, *rest = path.read_text().splitlines()
+        values = json.loads(first)
+        change(values)
+        path.write_text("\n".join([json.dumps(values), *rest]))
+
+    return edit
+
+
+def write_rows(name: str, change: Callable[[dict], object]) -> Callable[[Path], None]:
+    """Changes the first row of a parquet file."""
+
+    def edit(folder: Path) -> None:
+        import pyarrow
+        import pyarrow.parquet
+
+        [path] = folder.glob(name)
+        rows = pyarrow.parquet.read_table(path).to_pylist()
+        change(rows[0])
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+
+    return edit
+
+
+R, M = "reason_seg/ReasonSeg-R/test/*.parquet", "refer_seg/refcoco-m/data/*.parquet"
+
+
+@pytest.mark.parametrize(
+    ("spec", "damage", "message"),
+    [
+        (
+            "GSEval|test",
+            edit_line(lambda v: v.pop("caption")),
+            "line 1: 'caption' must be a non-empty string, not 'None'",
+        ),
+        ("GSEval|test", edit_line(lambda v: v.update(class_id=7)), "line 1: 'class_id' is 7"),
+        ("GSEval|test", edit_line(lambda v: v.update(segmentation=[[1, 2]])), "line 1: 'segmentation' must be an RLE"),
+        ("GSEval|test", edit_line(lambda v: v.update(image_path="../x.jpg")), "not a file name within its folder"),
+        ("GSEval|test", edit_line(lambda v: v.update(image_path="unlabeled2017/x.jpg")), "no image x.jpg"),
+        ("GSEval|val", lambda folder: None, "unknown split 'val'. Known: test"),
+        ("ReasonSeg-X|test_long", lambda folder: None, "there are the splits test, val, train"),
+        ("ReasonSeg-R|test", lambda folder: shutil.rmtree(folder / "reason_seg/ReasonSeg-R"), "no folder"),
+        ("ReasonSeg-R|test", lambda folder: next(folder.glob(R)).write_bytes(b"PAR1"), "cannot be read .*complete"),
+        ("ReasonSeg-R|test", write_rows(R, lambda row: row.update(text=" ")), "row 0 of group 0: no text"),
+        ("MMR|test", lambda folder: None, "unknown split 'test'"),
+        ("MMR|val", lambda folder: (folder / "multi_reason_seg/MMR/MMR_val.json").unlink(), "no MMR_val.json"),
+    ],
+)
+def test_what_is_wrong_is_named_when_a_set_is_opened(spec: str, damage: Callable, message: str, own: Path) -> None:
+    damage(own)
+    with pytest.raises(DataError, match=message):
+        get_eval_dataset(spec, own)
+
+
+@pytest.mark.parametrize(
+    ("spec", "damage", "message"),
+    [
+        (
+            "ReasonSeg-R|test",
+            write_rows(R, lambda row: row.update(mask=[[False] * 4] * 4)),
+            r"test-00000.* row 0 .* 4x4",
+        ),
+        ("ReasonSeg-R|test", write_rows(R, lambda row: row["image"].update(bytes=b"x")), "its image cannot be read"),
+        ("ReasonSeg-R|test", write_rows(R, lambda row: row["image"].update(bytes=None)), "no image inside"),
+        (
+            "refcoco-m|val",
+            write_rows(M, lambda row: row["samples"][0].update(mask=encode_mask(np.ones((3, 3), bool)))),
+            "an RLE has size",
+        ),
+        (
+            "GSEval|test",
+            edit_line(lambda v: v["segmentation"].update(counts="0")),
+            "idx 0: an RLE covers",
+        ),
+    ],
+)
+def test_what_is_wrong_is_named_when_a_sample_is_read(spec: str, damage: Callable, message: str, own: Path) -> None:
+    damage(own)
+    dataset = get_eval_dataset(spec, own)
+    with pytest.raises(DataError, match=message):
+        [dataset[index] for index in range(len(dataset))]
+
+
+def test_they_are_no_training_data(drawn: Path) -> None:
+    with pytest.raises(DataError, match="'GSEval' is for evaluation alone"):
+        get_train_dataset("GSEval", drawn)
