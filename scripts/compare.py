@@ -8,7 +8,10 @@ are those of the last folder. Two files of answers are compared sample by sample
     python scripts/compare.py A.jsonl B.jsonl --dataset_dir data/demo --sheet changed.png
 
 prints the difference of every metric with its paired 95% interval (bootstrap over images, the same resamples for
-both), and the samples that changed most.
+both), and the samples that changed most. All of it for any number of folders, with groups, published figures and the
+answers that differ most, is a page to open in a browser:
+
+    python scripts/compare.py A=runs/a/eval B=runs/b/eval --html page.html --dataset_dir data/demo
 """
 
 from __future__ import annotations
@@ -26,12 +29,14 @@ from utils.command_line.parser import Parser
 from utils.datasets import get_eval_dataset
 from utils.datasets.base import EvalDataset
 from utils.datasets.masks import decode_mask
+from utils.demo.files import SUMMARY
 from utils.evaluation import metrics
 from utils.evaluation.benchmarks import benchmark_of
 from utils.evaluation.controls import HEADINGS
 from utils.evaluation.metrics import Record
 from utils.evaluation.result_text import notes
 from utils.evaluation.results import Summary, read_results
+from utils.files import write_atomically
 from utils.inference import cli
 from utils.plotting import text_tables
 from utils.plotting.overlays import Panel, save_picture, sheet
@@ -48,6 +53,16 @@ def main(argv: list[str] | None = None) -> int:
         "--sheet", type=Path, metavar="PNG", help="write a picture of these samples; needs --dataset_dir"
     )
     parser.add_argument("--dataset_dir", metavar="DIR", help="the data that were evaluated")
+    parser.add_argument(
+        "--html", type=Path, metavar="FILE", help="write a page about folders, one file without a server"
+    )
+    parser.add_argument(
+        "--samples",
+        type=cli.whole(0),
+        default=60,
+        metavar="N",
+        help="--html: answers shown per benchmark (default: 60)",
+    )
     args = parser.parse_args(argv)
     args.results = with_names(args.results)
     files = [path for _, path in args.results if path.suffix == ".jsonl"]
@@ -55,11 +70,35 @@ def main(argv: list[str] | None = None) -> int:
         raise ValueError("give two JSONL files to compare them sample by sample, or folders")
     if args.sheet and not (files and args.dataset_dir):
         raise ValueError("--sheet shows the samples of two JSONL files; it needs these and --dataset_dir")
-    if files:
+    if args.html:
+        if files:
+            raise ValueError("--html compares folders; give those that hold the JSONL files")
+        print(write_page(args.results, args.html, args.samples, args.dataset_dir))
+    elif files:
         print(paired(args.results, args.most, args.sheet, args.dataset_dir))
     else:
         print(side_by_side({name: read_summaries(folder) for name, folder in args.results}))
     return 0
+
+
+def write_page(results: Sequence[tuple[str, Path]], path: Path, samples: int, dataset_dir: str | None) -> str:
+    """Writes the page about all folders; returns what to print."""
+    from utils.evaluation import comparison
+
+    models = {name: comparison.read_folder(name, folder) for name, folder in results}
+
+    def open_dataset(spec: str) -> EvalDataset | None:
+        return get_eval_dataset(spec, dataset_dir, allow_missing=True) if dataset_dir else None
+
+    is_drawn = dataset_dir is not None and (Path(dataset_dir) / SUMMARY).is_file()  # published figures are of others
+    sections = comparison.compare(models, samples, open_dataset, quote=not is_drawn)
+    about = "; ".join(
+        f"{name}: {', '.join(sorted({each.provenance.checkpoint or 'weights unknown' for each in answers.values()}))}"
+        for name, answers in models.items()
+    )
+    write_atomically(path, comparison.page(" and ".join(models), about, list(models), sections))
+    images = "" if dataset_dir else "; --dataset_dir adds images and targets"
+    return f"wrote {path}: {counted(len(sections), 'benchmark')}, {path.stat().st_size / 1e6:.1f} MB{images}"
 
 
 def named_path(text: str) -> tuple[str, Path]:

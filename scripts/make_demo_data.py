@@ -40,7 +40,7 @@ from utils.command_line.parser import Parser
 from utils.datasets.base import pick
 from utils.demo import scene_texts, scenes
 from utils.demo.evaluation_sets import EVALUATION_SETS, write_evaluation_set
-from utils.demo.files import Ledger, Sizes, labelme_polygons, streams, write_jpeg, write_json
+from utils.demo.files import SUMMARY, Ledger, Sizes, labelme_polygons, streams, write_jpeg, write_json
 from utils.demo.other_sets import WRITERS, write_set
 from utils.demo.refer_sets import REFER_SETS, write_refer_set
 from utils.demo.scene_texts import Query
@@ -50,7 +50,6 @@ from utils.plotting import text_tables
 # First digits of a hash of the generated data, without and with --all_types (tests/demo/test_make_demo_data.py).
 # Update them when the generated data change, so that data of an older version are rejected.
 VERSION = {False: "4527a8ebdff7", True: "4a5920ffca91"}
-SUMMARY = "demo_data.json"
 REASON_STREAMS = {"train": 1, "val": 2, "test": 3, "heldout": 4}
 LLAVA_STREAM, LLAVA_FIRST_IMAGE = 31, 500_001
 LONG_FAMILIES = ("relation", "superlative", "commonsense")

@@ -21,6 +21,8 @@ import numpy as np
 from utils.datasets.masks import encode_mask
 from utils.demo.scenes import Scene
 
+SUMMARY = "demo_data.json"  # of a folder of drawn data
+
 
 @dataclass(frozen=True)
 class Sizes:

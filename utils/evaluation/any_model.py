@@ -111,7 +111,7 @@ def _provenance(dataset: EvalDataset, origin: Provenance | None, path: Path, lim
     """That of ``test.py``'s file, or what is known of others: answers that were generated."""
     spec = str(dataset.spec)
     if origin is None:
-        origin = Provenance(spec, "generate", "", 0, 0, "", "", "", 0, 0)
+        origin = Provenance(spec, "generate", "none", 0, 0, "", "", "", 0, 0)
     if origin.benchmark != spec:
         raise DataError(f"{path} holds answers to {origin.benchmark}, not to {spec}: give that as --benchmark")
     return replace(
