@@ -100,7 +100,10 @@ def list_queries(args: argparse.Namespace) -> int:
     from utils.datasets import get_eval_dataset
     from utils.evaluation.any_model import write_queries
 
-    count = write_queries(get_eval_dataset(args.benchmark, args.dataset_dir), args.list_queries, args.limit)
+    if args.list_queries.exists():
+        raise ValueError(f"{args.list_queries} exists; give another file")
+    dataset = get_eval_dataset(args.benchmark, args.dataset_dir)
+    count = write_queries(dataset, args.list_queries, args.limit)
     print(f"{count} queries of {args.benchmark} in {args.list_queries}")
     return 0
 
@@ -111,14 +114,19 @@ def score_any(args: argparse.Namespace) -> Summary:
     from utils.evaluation import any_model
 
     function = any_model.load_callable(args.callable) if args.callable else None
-    dataset = get_eval_dataset(args.benchmark, args.dataset_dir)
+    dataset = get_eval_dataset(args.benchmark, args.dataset_dir, args.allow_missing)
     path = args.predictions
     if args.output:
+        there = sorted(args.output.glob(f"{dataset.spec.slug}.*"))
+        if there and not (function and args.resume):
+            hint = "--resume goes on with it, or give another --output" if function else "give another --output"
+            raise ValueError(f"{there[0]} exists: {hint}")
         args.output.mkdir(parents=True, exist_ok=True)
     if function is not None:
-        path = args.output / f"{dataset.spec.slug}.answers.jsonl"
+        path = args.output / "answers" / f"{dataset.spec.slug}.jsonl"
         if path.exists() and not args.resume:
             raise ValueError(f"{path} exists: --resume goes on with it, or give another --output")
+        path.parent.mkdir(exist_ok=True)
         any_model.ask(dataset, function, path, args.limit, args.allow_missing, progress=True)
     result = any_model.score_file(
         dataset, path, args.protocol, args.several_seg, args.limit, args.allow_missing, args.rank_by, progress=True

@@ -18,8 +18,8 @@ from utils.datasets import DataOptions, get_eval_dataset, get_train_dataset
 from utils.datasets.base import DataError
 from utils.datasets.masks import encode_mask
 from utils.evaluation.benchmarks import BENCHMARKS
-from utils.evaluation.metrics import Record, breakdown, compute
-from utils.evaluation.predictions import QueryPrediction, score
+from utils.evaluation.metrics import Record, breakdown, compute, iou
+from utils.evaluation.predictions import QueryPrediction, score, turns_of
 
 SPECS = ["GSEval|test", "ReasonSeg-R|test", "ReasonSeg-X|train", "ReasonSeg-X|val", "refcoco-m|val", "MMR|val"]
 PARQUET = [spec for spec in SPECS if spec.startswith(("ReasonSeg", "refcoco"))]
@@ -198,6 +198,12 @@ R, M = "reason_seg/ReasonSeg-R/test/*.parquet", "refer_seg/refcoco-m/data/*.parq
         ("ReasonSeg-R|test", lambda folder: shutil.rmtree(folder / "reason_seg/ReasonSeg-R"), "no folder"),
         ("ReasonSeg-R|test", lambda folder: next(folder.glob(R)).write_bytes(b"PAR1"), "cannot be read .*complete"),
         ("ReasonSeg-R|test", write_rows(R, lambda row: row.update(text=" ")), "row 0 of group 0: no text"),
+        (
+            "refcoco-m|val",
+            write_rows(M, lambda row: row["samples"][0].update(sentences=None)),
+            "samples have not all of",
+        ),
+        ("refcoco-m|val", write_rows(M, lambda row: [s.update(id=1) for s in row["samples"]]), "have the same id"),
         ("MMR|test", lambda folder: None, "unknown split 'test'"),
         ("MMR|val", lambda folder: (folder / "multi_reason_seg/MMR/MMR_val.json").unlink(), "no MMR_val.json"),
     ],
@@ -235,6 +241,21 @@ def test_what_is_wrong_is_named_when_a_sample_is_read(spec: str, damage: Callabl
     dataset = get_eval_dataset(spec, own)
     with pytest.raises(DataError, match=message):
         [dataset[index] for index in range(len(dataset))]
+
+
+def test_a_row_without_a_target_is_scored_as_its_authors_do(own: Path) -> None:
+    """U = 0 counts as 1, and anything drawn as 0."""
+    write_rows(R, lambda row: row.update(mask=np.zeros_like(row["mask"]).tolist()))(own)
+    query = get_eval_dataset("ReasonSeg-R|test", own)[0].queries[0]
+    assert query.masks.shape[0] == 0
+    ious = [iou(record("ReasonSeg-R", [], predicted)) for predicted in ([], [region(0)], [region(5)])]
+    assert ious == [1, 1, 0]
+
+
+def test_mmr_is_asked_as_it_is_trained(drawn: Path) -> None:
+    sample = get_eval_dataset("MMR|val", drawn)[0]
+    [[turn]] = turns_of([sample], BENCHMARKS["MMR"], "generate")
+    assert "each of them" in turn.question
 
 
 def test_they_are_no_training_data(drawn: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import cv2
@@ -12,7 +13,7 @@ import pytest
 from tiny_run import ROOT
 
 import test as evaluation
-from scripts import make_demo_data, score
+from scripts import compare, make_demo_data, score
 from utils.datasets import get_eval_dataset
 from utils.datasets.base import DataError
 from utils.datasets.masks import encode_mask
@@ -141,15 +142,20 @@ def test_masks_of_every_form(tmp_path):
     ("change", "message"),
     [
         (lambda lines: lines.pop(), r"1 queries of grefcoco\|unc\|val have no answer"),
-        (lambda lines: lines.append(lines[0]), r"line \d+ answers the query of line 1 again"),
+        (lambda lines: lines.append(lines[0] | {"masks": []}), r"line \d+ answers the query of line 1 again"),
+        (
+            lambda lines: lines[0].update(image="another.jpg"),
+            r"line 1: image_id \d+ is .* in the data, not another.jpg",
+        ),
         (lambda lines: lines.append(lines[0] | {"query_id": "new"}), r"1 answers are about no query.*\n.*, line \d+: "),
         (lambda lines: lines[0].update(query="another"), r"line 1: query_id \w+ is '.*' in the data, not 'another'"),
-        (lambda lines: lines[0].update(image_id="x"), "no answer"),
+        (lambda lines: lines[0].update(image_id="x", image="y"), "no answer"),
         (lambda lines: lines[0].pop("masks"), "line 1: 'masks' must be a list .* but is missing"),
         (lambda lines: lines[0].update(masks=[[1, 2, 3, 4]]), "line 1, mask 1: a polygon has 2 points"),
         (lambda lines: lines[0].update(masks=[{"box": [9, 9, 3, 3]}]), r"write \[x0, y0, x1, y1\]"),
         (lambda lines: lines[0].update(masks=[{"box": [900, 900, 903, 903]}]), "outside its .* image"),
         (lambda lines: lines[0].update(masks=[{"size": [2, 2], "counts": [4]}]), r"line 1, mask 1: an RLE has size"),
+        (lambda lines: lines[0].update(masks=[{"box": [0, 0, 0.5, 1]}]), "boxes count pixels, not fractions"),
         (lambda lines: lines[0].update(masks=["no.png"]), "no.png cannot be read: it does not exist"),
         (lambda lines: lines[0].update(rejected="yes"), "'rejected' must be true or false"),
         (lambda lines: lines[0].update(uncertainty="high"), "uncertainty: of another type"),
@@ -163,6 +169,85 @@ def test_lines_that_do_not_fit_are_named(queries, truth, data, tmp_path, change,
     change(lines)
     with pytest.raises(DataError, match=message):
         scored(lines, data, tmp_path)
+
+
+def test_equal_answers_count_once_and_gray_masks_are_refused(queries, truth, data, tmp_path):
+    lines = perfect(queries, truth)
+    assert set(scored([*lines, *lines], data, tmp_path).values()) == {1.0}
+    cv2.imwrite(str(tmp_path / "soft.png"), np.arange(100, dtype=np.uint8).reshape(10, 10))
+    lines[0]["masks"] = ["soft.png"]
+    with pytest.raises(DataError, match=r"line 1, mask 1: soft\.png has 100 values; a mask has two"):
+        scored(lines, data, tmp_path)
+
+
+def test_images_of_one_name_in_several_folders(tmp_path):
+    """Answers in their own order, about images that differ in their folder alone."""
+    for number, folder in enumerate(("a", "b", "c")):
+        (tmp_path / folder).mkdir()
+        cv2.imwrite(str(tmp_path / folder / "1.png"), np.full((20, 20, 3), 50 * number, np.uint8))
+    boxes = {f"{folder}/1.png": [[x, 2, x + 6, 2, x + 6, 9, x, 9]] for x, folder in ((1, "a"), (5, "b"), (9, "c"))}
+    lines = [{"image": image, "query": "it", "masks": mask} for image, mask in boxes.items()]
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    dataset = get_eval_dataset(f"custom|{tmp_path}/own.jsonl", tmp_path)
+    path = tmp_path / "answers.jsonl"
+    for prefix, ending in (("", ".png"), ("/elsewhere/photos/", ".jpg"), ("x\\", ".png")):
+        given = [line | {"image": prefix + line["image"].replace(".png", ending)} for line in lines[::-1]]
+        path.write_text("".join(json.dumps(line) + "\n" for line in given))
+        for limit in (None, 1):
+            assert score_file(dataset, path, limit=limit).metrics["gIoU"] == 1.0
+    for names in ({"image": "1.png"}, {"image": "d/1.png"}):
+        path.write_text("".join(json.dumps(line | names | {"query": "it"}) + "\n" for line in lines[:1]))
+        with pytest.raises(DataError, match=r"may be .* or .*; give image_id"):
+            score_file(dataset, path)
+
+
+def test_protocols_are_those_that_were_asked_for(queries, truth, data, tmp_path):
+    """Of a rejecting answer with a mask, gsva scores the mask; what a benchmark lacks is refused."""
+    path = tmp_path / "answers.jsonl"
+    lines = [line | {"rejected": True} for line in perfect(queries, truth)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    dataset = get_eval_dataset(SPEC, data)
+    found = {name: score_file(dataset, path, name) for name in (None, "gsva", "grefcoco", "published", "rela")}
+    assert {name: result.summary.protocol for name, result in found.items()} == {
+        None: "grefcoco",
+        **{name: name for name in found if name},
+    }
+    assert [found[name].metrics["cIoU"] for name in ("gsva", "published", "grefcoco", "rela")] == [1, 1, 0, 0]
+    with pytest.raises(ValueError, match=r"--protocol strict: grefcoco\|unc\|val .* has the protocols: grefcoco, rela"):
+        score_file(dataset, path, "strict")
+    with pytest.raises(ValueError, match="has the protocols: none"):
+        score_file(get_eval_dataset("refcoco|unc|val", data), path, "gsva")
+
+
+def test_what_is_written_is_read_and_never_replaced(queries, truth, data, tmp_path, capsys):
+    path, output = tmp_path / "answers.jsonl", tmp_path / "out"
+    path.write_text("".join(json.dumps(line) + "\n" for line in perfect(queries, truth)))
+    flags = ["--benchmark", SPEC, "--dataset_dir", str(data)]
+    assert score.main([*flags, "--predictions", str(path), "--output", str(output)]) == 0
+    written = next(output.glob("*.jsonl"))
+    assert score.main([str(written)]) == 0
+    assert compare.main([f"a={output}", f"b={output}"]) == 0
+    assert "grefcoco|unc|val (generate, grefcoco)" in capsys.readouterr().out
+    content = written.read_bytes()
+    with pytest.raises(ValueError, match="exists: give another --output"):
+        score.main([*flags, "--predictions", str(written), "--output", str(output), "--limit", "1"])
+    with pytest.raises(ValueError, match="exists; give another file"):
+        score.main([*flags, "--list_queries", str(path)])
+    assert written.read_bytes() == content
+
+
+def test_unreadable_images_can_be_left_out(queries, truth, data, tmp_path, capsys):
+    copy, path = tmp_path / "data", tmp_path / "answers.jsonl"
+    shutil.copytree(data, copy)
+    [image] = copy.rglob(Path(queries[0]["image"]).name)
+    image.unlink()
+    lines = [line for line in perfect(queries, truth) if line["image_id"] != queries[0]["image_id"]]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    flags = ["--benchmark", SPEC, "--dataset_dir", str(copy), "--predictions", str(path)]
+    with pytest.raises(DataError, match="cannot be evaluated"):
+        score.main(flags)
+    assert score.main([*flags, "--allow_missing"]) == 0
+    assert "(1 missing)" in capsys.readouterr().out
 
 
 def test_missing_answers_can_be_left_out_and_are_counted(queries, truth, data, tmp_path, capsys):
@@ -200,6 +285,10 @@ def small(image, query):
 
 def text(image, query):
     return "no"
+
+
+def broken(image, query):
+    raise ValueError("shapes do not agree")
 '''
 
 
@@ -218,14 +307,14 @@ def ask(data: Path, name: str, *flags: str) -> int:
 def test_a_function_is_asked_and_an_interruption_loses_nothing(own_module, queries, data, capsys):
     assert ask(data, "own_model:answer", "--json") == 0
     first = json.loads(capsys.readouterr().out)
-    path = own_module / "out" / "grefcoco_unc_val.answers.jsonl"
+    path = own_module / "out" / "answers" / "grefcoco_unc_val.jsonl"
     lines = path.read_text().splitlines(keepends=True)
     assert [json.loads(line)["query_id"] for line in lines] == [query["query_id"] for query in queries]
     assert {json.loads(line)["rejected"] for line in lines} == {True, False}
     import own_model
 
     assert own_model.calls == [query["query"] for query in queries]
-    with pytest.raises(ValueError, match=r"answers\.jsonl exists: --resume"):
+    with pytest.raises(ValueError, match=r"generate\.json exists: --resume"):
         ask(data, "own_model:answer")
     path.write_text("".join(lines[:2]) + lines[2][:20])  # killed in the middle of a line
     own_model.calls.clear()
@@ -253,14 +342,22 @@ def test_the_example_of_the_docs_knows_colors(data, tmp_path, monkeypatch, capsy
         ("own_model:logits", r"masks hold other values than 0 and 1; threshold them \(logits > 0\)"),
         ("own_model:small", r"masks are \(1, 8, 8\); the image needs \(N, "),
         ("own_model:text", r"must return \(masks, text\), not no"),
-        ("own_model:missing", "own_model has no function missing"),
+        ("own_model:missing", r"own_model.py has no function missing"),
         ("no_such_model:answer", "no module no_such_model here"),
         ("own_model", "write module:function"),
+        (".own_model:answer", "write module:function"),
+        ("no_such.model:answer", "no module no_such.model here"),
     ],
 )
 def test_functions_that_do_not_fit_are_named(own_module, data, name, message):
     with pytest.raises(ValueError, match=message):
         ask(data, name)
+
+
+def test_a_function_that_fails_is_told_at_which_query(own_module, queries, data):
+    with pytest.raises(RuntimeError, match=f"failed on .*{re.escape(repr(queries[0]['query']))}") as raised:
+        ask(data, "own_model:broken")
+    assert str(raised.value.__cause__) == "shapes do not agree"
 
 
 @pytest.mark.parametrize(

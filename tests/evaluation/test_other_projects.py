@@ -11,11 +11,14 @@ import cv2
 import numpy as np
 import pytest
 
+from model.structures import EvalQuery, EvalSample
 from scripts import convert_answers, score
 from utils.datasets import get_eval_dataset
 from utils.datasets.base import DataError
 from utils.datasets.masks import encode_mask
-from utils.evaluation import metrics
+from utils.evaluation import any_model, metrics
+from utils.evaluation.answers import parse_answer
+from utils.evaluation.benchmarks import BENCHMARKS
 
 REFS, REASON = "grefcoco|unc|val", "ReasonSeg|val"
 
@@ -163,7 +166,7 @@ def test_converted_answers_score_as_the_masks_in_them(
     files, output = write(tmp_path, answers), tmp_path / "answers.jsonl"
     assert convert_answers.main([source, *map(str, files), *where, "--output", str(output)]) == 0
     assert f"{len(answers)} answers to {spec}" in capsys.readouterr().out
-    assert score.main([*where, "--predictions", str(output), "--json", "--protocol", "grefcoco"]) == 0
+    assert score.main([*where, "--predictions", str(output), "--json"]) == 0
     [found] = json.loads(capsys.readouterr().out)
     assert {name: found["metrics"][name] for name in ("gIoU", "cIoU")} == pytest.approx(expected(data, spec, answers))
 
@@ -185,6 +188,11 @@ def edited(change: Callable[[list], object]) -> Callable[[list[Path]], None]:
         files[0].write_text(json.dumps(values))
 
     return edit
+
+
+def cut(folder: Path) -> None:
+    for file in folder.glob("segmentation_mask/*"):
+        file.write_bytes(file.read_bytes()[:60])
 
 
 @pytest.mark.parametrize(
@@ -220,6 +228,16 @@ def edited(change: Callable[[list], object]) -> Callable[[list[Path]], None]:
             lambda files: [file.unlink() for file in files[0].parent.glob("segmentation_mask/*")],
             "No such file",
         ),
+        ("sa2va", REFS, write_sa2va, edited(lambda v: v[0].update(prediction_masks=None)), "is no list of lists"),
+        (
+            "sa2va",
+            REFS,
+            write_sa2va,
+            lambda files: files[0].write_text("[]"),
+            "no answer in .*: are they files of sa2va",
+        ),
+        ("sesame", REFS, write_sesame, lambda files: cut(files[0].parent), "BadZipFile"),
+        ("sesame", REFS, write_sesame, edited(lambda v: next(iter(v.values()))["pred_sent"].pop()), "do not agree"),
         (
             "text4seg",
             REFS,
@@ -266,6 +284,32 @@ def test_counts_of_another_truth_are_refused(data: Path, tmp_path: Path) -> None
         path.write_text("".join(json.dumps(line) + "\n" for line in changed))
         with pytest.raises(DataError, match=r"line 2: I \d+ and U \d+ are not of this target, which has \d+ pixels"):
             score.main(["--benchmark", REASON, "--dataset_dir", str(data), "--predictions", str(path)])
+
+
+def test_counts_about_ignored_regions_are_refused() -> None:
+    """UniPixel counts them as background, Seg-Zero as target; both fit the target's size."""
+    truth = np.zeros((1, 10, 10), np.uint8)
+    truth[0, :4], truth[0, 4:6] = 1, 255
+    sample = EvalSample("a.jpg", "a", np.zeros((10, 10, 3), np.uint8), [EvalQuery("1", "it", truth)])
+    for counts in ([40, 60], [40, 40]):
+        answer, _ = parse_answer(json.dumps({"image": "a.jpg", "query": "it", "counts": counts}), "line 1")
+        with pytest.raises(DataError, match="line 1: the target has ignored regions"):
+            any_model._record(0, sample, sample.queries[0], answer, Path(), BENCHMARKS["ReasonSeg"])
+
+
+def test_a_seg_with_an_empty_mask_does_not_reject(data: Path, tmp_path: Path) -> None:
+    """SESAME's pred_exists is false for it, too."""
+    files = write_sesame(tmp_path, answers_of(data, REFS))
+    for file in files:
+        values = json.loads(file.read_text())
+        for record in values.values():
+            record["pred_sent"] = ["Sure [SEG]."] * len(record["pred_sent"])
+            record["pred_exists"] = [False] * len(record["pred_sent"])
+        file.write_text(json.dumps(values))
+    where = ["--benchmark", REFS, "--dataset_dir", str(data), "--output", str(tmp_path / "answers.jsonl")]
+    assert convert_answers.main(["sesame", *map(str, files), *where]) == 0
+    result = any_model.score_file(get_eval_dataset(REFS, data), tmp_path / "answers.jsonl", "rela")
+    assert (result.metrics["N-acc"], result.metrics["T-acc"]) == (0, 1)
 
 
 def test_the_listed_sources_are_the_readers() -> None:

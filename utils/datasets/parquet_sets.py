@@ -29,6 +29,7 @@ from utils.datasets.images import DECODE_ERRORS, check_size
 from utils.datasets.masks import decode_segmentation
 from utils.datasets.spec import Spec
 
+SAMPLE = ("id", "sentences", "mask")
 WITHOUT = ("image", "mask")  # columns of megabytes, read with a sample alone
 
 
@@ -102,17 +103,27 @@ class ParquetEval:
         else:
             mask = read_rows(values).astype(np.uint8)
             check_size(name, image, *mask.shape)
-            if not mask.any():
-                raise DataError("its mask has no pixel")
             meta = {key: values[key] for key in ("reasoning_type",) if values.get(key)}
-            queries.append(EvalQuery(str(values.get("ann_id") or index), values["text"], mask[None], True, meta))
-        return EvalSample(f"{self.spec}/{name}", f"{index}_{values.get('image_id', '')}", image, queries)
+            masks = mask[None] if mask.any() else mask[None][:0]  # nothing is there: U = 0 counts as 1
+            queries.append(EvalQuery(str(index), values["text"], masks, True, meta))
+        image_id = values.get("image_id")
+        return EvalSample(f"{self.spec}/{name}", str(index if image_id is None else image_id), image, queries)
 
 
 def _texts(values: dict[str, Any]) -> list[Any]:
-    """All queries of a row; raises a ``DataError`` if one is no text."""
+    """All queries of a row; raises a ``DataError`` if one is no text, or a sample lacks a part."""
     samples = values.get("samples")
-    texts = [values.get("text")] if samples is None else [text for each in samples for text in each["sentences"]]
+    if samples is None:
+        texts = [values.get("text")]
+    else:
+        known = isinstance(samples, list) and all(
+            isinstance(each, dict) and set(SAMPLE) <= set(each) for each in samples
+        )
+        if not known or not all(isinstance(each["sentences"], list) for each in samples):
+            raise DataError(f"its samples have not all of {', '.join(SAMPLE)}")
+        if len({each["id"] for each in samples}) < len(samples):
+            raise DataError("two of its samples have the same id")
+        texts = [text for each in samples for text in each["sentences"]]
     if not texts or not all(map(is_text, texts)):
         raise DataError(f"no text: {str(texts)[:60]}")
     return texts

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -16,7 +17,7 @@ import numpy as np
 
 from model.structures import EvalQuery, EvalSample
 from utils.datasets.base import DataError, EmptyMaskError
-from utils.datasets.custom import read_mask
+from utils.datasets.custom import read_labels, read_mask
 from utils.datasets.masks import encode_mask, stack_masks
 from utils.evaluation.metrics import Record
 from utils.evaluation.results import Provenance, mismatched
@@ -38,7 +39,7 @@ class Answer:
         text: the answer; rejected: whether it says that the target is absent.
         counts: I and U, of answers whose masks are not known; they are scored by the counts of another project.
         kept: values of the keys ``KEPT``.
-        used_for: image_id of the image whose query it was found for.
+        used_for: source of the image whose query it was found for.
     """
 
     location: str
@@ -155,6 +156,8 @@ def decode_masks(answer: Answer, folder: Path, height: int, width: int) -> np.nd
         try:
             if isinstance(mask, dict) and "box" in mask:
                 masks.append(_box_mask(mask, height, width))
+            elif isinstance(mask, str) and len(levels := np.unique(read_labels(folder / mask))) > 2:
+                raise DataError(f"{mask} has {len(levels)} values; a mask has two, such as 0 and 255: threshold it")
             else:
                 masks.append(read_mask(mask, folder, height, width))
         except EmptyMaskError:
@@ -173,6 +176,8 @@ def _box_mask(value: dict[str, Any], height: int, width: int) -> np.ndarray:
     x0, y0, x1, y1 = box
     if x1 < x0 or y1 < y0:
         raise DataError(f"the box {box} ends before it begins; write [x0, y0, x1, y1], not [x, y, width, height]")
+    if max(height, width) > 2 and min(box) >= 0 and max(box) <= 1:
+        raise DataError(f"the box {box} is all from 0 to 1; boxes count pixels, not fractions of the image")
     if x0 >= width or y0 >= height or x1 <= 0 or y1 <= 0:
         raise DataError(f"the box {box} lies outside its {width}x{height} image; boxes count pixels of the original")
     ys, xs = np.arange(height) + 0.5, np.arange(width) + 0.5
@@ -185,40 +190,46 @@ def _box_mask(value: dict[str, Any], height: int, width: int) -> np.ndarray:
 class AnswerBook:
     """The answers of a file, looked up by image and query.
 
-    An answer belongs to the image with its ``image_id``, else to the one with its path, else with its file name,
-    in any folder and format; and to the query with its ``query_id``, else to every query of the image with its
-    text, whatever case, spaces and a last ``.``, ``?`` or ``!``.
+    An answer belongs to the image with its ``image_id``, else to that whose path has the longest end in common with
+    its ``image``, at least the file name (whatever its ending); and to the query with its ``query_id``, else to every
+    query of the image with its text, whatever case, spaces and a last ``.``, ``?`` or ``!``. Equal answers count once.
 
     Raises:
-        DataError: listing answers to the same query.
+        DataError: listing different answers to the same query.
     """
 
     def __init__(self, answers: Sequence[Answer]) -> None:
-        self.answers = answers
-        self._by_image: dict[tuple[str, str], list[Answer]] = {}
+        self.answers: list[Answer] = []
+        self._by_id: dict[str, list[Answer]] = {}
+        self._by_name: dict[str, list[Answer]] = {}
         seen: dict[tuple[str, ...], Answer] = {}
         doubled = []
         for answer in answers:
-            image = ("id", answer.image_id) if answer.image_id else ("path", _slashes(answer.image))
-            keys = [image] if answer.image_id else [image, ("name", _stem(answer.image))]
-            for key in keys:
-                self._by_image.setdefault(key, []).append(answer)
+            image = ("id", answer.image_id) if answer.image_id else ("path", *_path(answer.image))
             query = ("id", answer.query_id) if answer.query_id else ("text", _plain(answer.query))
             first = seen.setdefault((*image, *query), answer)
-            same = answer.masks == first.masks and answer.rejected == first.rejected
-            if first is not answer and (answer.query_id or not same):  # two targets may have the same sentence
-                doubled.append(f"{answer.location} answers the query of {first.location.rpartition(', ')[2]} again")
+            if first is not answer:
+                if (answer.masks, answer.rejected, answer.counts) != (first.masks, first.rejected, first.counts):
+                    line = first.location.rpartition(", ")[2]
+                    doubled.append(f"{answer.location} answers the query of {line} again")
+                continue
+            self.answers.append(answer)
+            if answer.image_id:
+                self._by_id.setdefault(answer.image_id, []).append(answer)
+            if answer.image:
+                self._by_name.setdefault(_path(answer.image)[-1], []).append(answer)
         if doubled:
-            raise DataError(listed("answers are there twice (tell queries apart by query_id)", doubled))
+            raise DataError(
+                listed("answers differ from others to the same query (query_id tells queries apart)", doubled)
+            )
 
     def of(self, sample: EvalSample) -> list[Answer | None]:
         """The answer to each query of an image.
 
         Raises:
-            DataError: if an answer's file name is that of another image, too, or its text is not that of its query_id.
+            DataError: if an answer could be about another image, too, or its parts contradict each other.
         """
-        keys = ("id", sample.image_id), ("path", _slashes(sample.source)), ("name", _stem(sample.source))
-        answers = next(filter(None, map(self._by_image.get, keys)), [])
+        answers = self._by_id.get(sample.image_id) or self._of_path(_path(sample.source))
         by_id = {answer.query_id: answer for answer in answers if answer.query_id}
         by_text = {_plain(answer.query): answer for answer in answers if not answer.query_id}
         found = [by_id.get(query.query_id) or by_text.get(_plain(query.text)) for query in sample.queries]
@@ -229,12 +240,33 @@ class AnswerBook:
                 raise DataError(
                     f"{answer.location}: query_id {query.query_id} is {query.text!r} in the data, not {answer.query!r}"
                 )
-            if answer.used_for not in (None, sample.image_id):
+            if answer.image and _path(answer.image)[-1] != _path(sample.source)[-1]:
                 raise DataError(
-                    f"{answer.location}: several images are called {answer.image}; give image_id (--list_queries)"
+                    f"{answer.location}: image_id {answer.image_id} is {sample.source} in the data, not {answer.image}"
                 )
-            answer.used_for = sample.image_id
+            if answer.used_for not in (None, sample.source):
+                raise DataError(
+                    f"{answer.location}: {answer.image} may be {answer.used_for} or {sample.source}; give image_id "
+                    "(--list_queries)"
+                )
+            answer.used_for = sample.source
         return found
+
+    def _of_path(self, path: tuple[str, ...]) -> list[Answer]:
+        """The answers whose path shares the longest end with this one.
+
+        Raises:
+            DataError: if several paths do.
+        """
+        named: dict[tuple[str, ...], list[Answer]] = {}
+        for answer in self._by_name.get(path[-1], ()):
+            named.setdefault(_path(answer.image), []).append(answer)
+        shared = {other: _shared_end(path, other) for other in named}
+        best = [other for other, count in shared.items() if count == max(shared.values())]
+        if len(best) > 1:
+            names = " or ".join("/".join(other) for other in best)
+            raise DataError(f"{'/'.join(path)} may be {names}; give image_id (--list_queries)")
+        return named[best[0]] if best else []
 
     @property
     def unknown(self) -> list[str]:
@@ -243,16 +275,20 @@ class AnswerBook:
         return [f"{each.location}: {each.image_id or each.image}, {each.query or each.query_id!r}" for each in left]
 
 
-def _slashes(path: str) -> str:
-    return path.replace("\\", "/")
+def _path(text: str) -> tuple[str, ...]:
+    """The parts of a path, its file's name without ending."""
+    path = PurePosixPath(unicodedata.normalize("NFC", text.replace("\\", "/")))
+    return path.with_suffix("").parts or ("",)
 
 
-def _stem(path: str) -> str:
-    return PurePosixPath(_slashes(path)).stem
+def _shared_end(first: Sequence[str], second: Sequence[str]) -> int:
+    """How many last parts are equal."""
+    pairs = zip(reversed(first), reversed(second))
+    return next((count for count, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))
 
 
 def _plain(text: str) -> str:
-    return " ".join(text.casefold().split()).rstrip(".?! ")
+    return " ".join(unicodedata.normalize("NFC", text).casefold().split()).rstrip(".?! ")
 
 
 def listed(what: str, items: Sequence[str]) -> str:

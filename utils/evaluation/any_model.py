@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from model.structures import EvalQuery, EvalSample
+from model.structures import IGNORE_PIXEL, EvalQuery, EvalSample
 from utils.datasets.base import DataError, EvalDataset
 from utils.evaluation import metrics
 from utils.evaluation.answers import Answer, AnswerBook, decode_masks, listed, query_line, read_answers, to_line
-from utils.evaluation.benchmarks import Benchmark, benchmark_of
+from utils.evaluation.benchmarks import MODES, Benchmark, benchmark_of
 from utils.evaluation.metrics import Record
 from utils.evaluation.predictions import QueryPrediction, score
 from utils.evaluation.results import Provenance, Result, summarize
@@ -80,8 +80,11 @@ def score_file(
     """
     answers, origin = read_answers(path)
     book, benchmark = AnswerBook(answers), benchmark_of(dataset.spec)
-    provenance = _provenance(dataset, origin, path, limit)
+    provenance = _provenance(dataset, origin, path, limit, protocol)
     chosen = benchmark.protocol(protocol or provenance.protocol, provenance.mode)
+    if protocol not in (None, chosen):
+        there = ", ".join(filter(None, benchmark.protocols.get(provenance.mode, ()))) or "none"
+        raise ValueError(f"--protocol {protocol}: {dataset.spec} in mode {provenance.mode} has the protocols: {there}")
     provenance = replace(provenance, protocol=chosen, several_seg=several_seg or provenance.several_seg)
     if chosen == "published" and benchmark.task == "instances":
         raise ValueError(f"{dataset.spec}: protocol published counts logits, and {path} holds masks; use strict")
@@ -107,11 +110,15 @@ def score_file(
     return Result(summary, records, provenance)
 
 
-def _provenance(dataset: EvalDataset, origin: Provenance | None, path: Path, limit: int | None) -> Provenance:
-    """That of ``test.py``'s file, or what is known of others: answers that were generated."""
+def _provenance(
+    dataset: EvalDataset, origin: Provenance | None, path: Path, limit: int | None, protocol: str | None
+) -> Provenance:
+    """That of ``test.py``'s file, or what is known of others: generated answers, if the protocol is for such."""
     spec = str(dataset.spec)
     if origin is None:
-        origin = Provenance(spec, "generate", "none", 0, 0, "", "", "", 0, 0)
+        protocols = benchmark_of(dataset.spec).protocols
+        mode = next((mode for mode in MODES if protocol in protocols.get(mode, ())), "generate")
+        origin = Provenance(spec, mode, "none", 0, 0, "", "", "", 0, 0)
     if origin.benchmark != spec:
         raise DataError(f"{path} holds answers to {origin.benchmark}, not to {spec}: give that as --benchmark")
     return replace(
@@ -130,13 +137,18 @@ def _record(
     logits = np.where(masks, np.float32(CERTAIN), np.float32(-CERTAIN))
     prediction = QueryPrediction(query.text, answer.text, logits, masks, [], answer.rejected)
     record = replace(score(index, sample, query, prediction, benchmark), **answer.kept)
-    return record if answer.counts is None else _counted(record, answer, benchmark)
+    return record if answer.counts is None else _counted(record, query, answer, benchmark)
 
 
-def _counted(record: Record, answer: Answer, benchmark: Benchmark) -> Record:
+def _counted(record: Record, query: EvalQuery, answer: Answer, benchmark: Benchmark) -> Record:
     """A record with the counts of another project, as far as they can be of the same truth."""
     assert answer.counts is not None
     intersection, union = answer.counts
+    if (query.masks == IGNORE_PIXEL).any():
+        raise DataError(
+            f"{answer.location}: the target has ignored regions, which other projects count as target or background: "
+            "I and U do not tell; score masks instead"
+        )
     predicted = union + intersection - record.G
     if benchmark.task == "instances":
         raise DataError(f"{answer.location}: {benchmark.name} matches masks, and these are counts")
@@ -158,19 +170,18 @@ def load_callable(name: str) -> Answering:
         ValueError: if there is no such module or function.
     """
     module_name, separator, function_name = name.partition(":")
-    if not separator or not module_name or not function_name:
+    if not separator or not module_name or not function_name or module_name.startswith("."):
         raise ValueError(f"--callable {name}: write module:function, such as my_model:answer")
-    sys.path.insert(0, os.getcwd())
+    sys.path.insert(0, os.getcwd())  # and stays, for what the function imports later
     try:
-        function = getattr(importlib.import_module(module_name), function_name, None)
+        module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
-        if error.name != module_name:
+        if not f"{module_name}.".startswith(f"{error.name}."):
             raise
         raise ValueError(f"--callable {name}: no module {module_name} here or among the installed packages") from error
-    finally:
-        sys.path.remove(os.getcwd())
+    function = getattr(module, function_name, None)
     if not callable(function):
-        raise ValueError(f"--callable {name}: {module_name} has no function {function_name}")
+        raise ValueError(f"--callable {name}: {module.__file__ or module_name} has no function {function_name}")
     return function
 
 
@@ -192,6 +203,7 @@ def ask(
 
     Raises:
         ValueError: naming the query whose masks are of another shape, or of other values than 0 and 1.
+        RuntimeError: naming the query at which the function failed.
     """
     drop_cut_line(path)
     book = AnswerBook(read_answers(path)[0] if path.is_file() and path.stat().st_size else [])
@@ -200,7 +212,11 @@ def ask(
             open_queries = [query for query, given in zip(sample.queries, book.of(sample)) if given is None]
             lines = []
             for query in open_queries:
-                masks, text = _checked(function(sample.image.copy(), query.text), sample, query)
+                try:
+                    answer = function(sample.image.copy(), query.text)
+                except Exception as error:
+                    raise RuntimeError(f"the function failed on {sample.source}, {query.text!r}") from error
+                masks, text = _checked(answer, sample, query)
                 lines.append(to_line(sample, query, masks, text))
             file.write("".join(lines))
             file.flush()

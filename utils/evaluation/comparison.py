@@ -56,9 +56,8 @@ def read_folder(name: str, folder: Path) -> dict[tuple[str, str], Answers]:
     """
     found = {}
     for path in sorted(folder.glob("*.*.jsonl")):
-        if not path.name.endswith(".answers.jsonl"):
-            provenance, records = read_results(path)
-            found[provenance.benchmark, provenance.mode] = Answers(name, provenance, records)
+        provenance, records = read_results(path)
+        found[provenance.benchmark, provenance.mode] = Answers(name, provenance, records)
     if not found:
         raise ValueError(f"{folder} holds no answers (BENCHMARK.MODE.jsonl); give a folder that test.py wrote")
     return found

@@ -7,9 +7,11 @@ scripts write no answers: docs/evaluation.md says what to add to them.
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -33,9 +35,7 @@ class Asked:
         self.spec = str(dataset.spec)
         self._of_image: dict[str, list[Line]] = {}
         self.has_refs = False
-        for index, sample in samples_of(dataset, limit):
-            if index >= len(dataset):  # without a target: others leave it out
-                continue
+        for _, sample in samples_of(dataset, limit):
             self.has_refs |= any("ref" in query.meta for query in sample.queries)
             names = {"image": sample.source, "image_id": sample.image_id}
             stem = _stem(sample.source)
@@ -101,11 +101,13 @@ def _records(path: Path, *keys: str) -> Iterator[Line]:
 def read_sa2va(path: Path, asked: Asked) -> Iterator[Line]:
     """Sa2VA: ``ST_jsons/*.json`` of sa2va_eval/projects/ST/eval; an image each, with a mask or null per sentence."""
     for record in _records(path, "prediction_masks"):
+        masks = record["prediction_masks"]
+        if not isinstance(masks, list) or not all(isinstance(mask, list) or mask is None for mask in masks):
+            raise DataError(f"{path}: 'prediction_masks' is no list of lists of masks: {str(masks)[:60]}")
         if "image_path" not in record:
             raise DataError(
                 f"{path}: img_id counts images of their own list; image_path is needed, which ST scripts write"
             )
-        masks = record["prediction_masks"]
         for line, answer in zip(asked.of_image(record["image_path"], len(masks)), masks, strict=True):
             yield line | {"masks": answer or [], "answer": ""}
 
@@ -120,31 +122,29 @@ def read_sesame(path: Path, asked: Asked) -> Iterator[Line]:
         try:
             with np.load(path.parent / record["segmentation_path"], allow_pickle=False) as file:
                 masks = file["pred"] > 0
-            texts, exists = record["pred_sent"], record["pred_exists"]
-            places = list(zip(record["ref_ids"][0], record["sent_ids"][0]))
-        except (KeyError, IndexError, TypeError, OSError, ValueError) as error:
-            raise DataError(f"{path}, {image}: {error}") from error
+            texts = [str(text) for text in record["pred_sent"]]
+            places = [(ref, int(number)) for ref, number in zip(record["ref_ids"][0], record["sent_ids"][0])]
+            if masks.ndim != 3 or len(masks) != len(texts) or (asked.has_refs and len(places) != len(texts)):
+                raise ValueError(f"{masks.shape} masks, {len(texts)} answers and {len(places)} sentences do not agree")
+        except (KeyError, IndexError, TypeError, OSError, ValueError, EOFError, BadZipFile, zlib.error) as error:
+            raise DataError(f"{path}, {image}: {type(error).__name__}: {error}") from error
         lines = asked.of_image(image)
         for number, mask in enumerate(masks if asked.has_refs else masks[:1]):  # ReasonSeg: then a false premise
             line = asked.sentence(image, *places[number]) if asked.has_refs else lines[0]
             has_mask = mask.any() or "[SEG]" in texts[number]
-            yield line | {
-                "masks": [encode_mask(mask)] if has_mask else [],
-                "answer": texts[number],
-                "rejected": not exists[number],
-            }
+            yield line | {"masks": [encode_mask(mask)] if has_mask else [], "answer": texts[number]}
 
 
 def read_text4seg(path: Path, asked: Asked) -> Iterator[Line]:
     """Text4Seg: of model_refer_seg.py, infer_refer_seg.py; a folder an image, ``K_sam_mask.png`` is of sentence K."""
     folders = sorted(folder for folder in path.iterdir() if folder.is_dir())
     for folder in folders:
-        files = {int(file.name.split("_")[0]): file for file in folder.glob("*_sam_mask.png")}
+        files = {file.name.removesuffix("_sam_mask.png"): file for file in folder.glob("*_sam_mask.png")}
         lines = asked.of_image(f"{folder.name}.jpg", len(files))
         for number, line in enumerate(lines):
-            if number not in files:
+            if str(number) not in files:
                 raise DataError(f"{folder} has no {number}_sam_mask.png")
-            mask = read_labels(files[number]) > 127
+            mask = read_labels(files[str(number)]) > 127
             yield line | {"masks": [encode_mask(mask)] if mask.any() else [], "answer": ""}
 
 
@@ -203,4 +203,6 @@ def convert(source: str, paths: Sequence[Path], asked: Asked) -> list[str]:
                 doubled.append(f"{path}: {line['image']}, {line['query']!r}")
     if doubled:
         raise DataError(listed("queries have different answers", doubled))
+    if not found:
+        raise DataError(f"no answer in {', '.join(map(str, paths))}: are they files of {source}?")
     return list(found.values())

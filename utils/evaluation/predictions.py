@@ -115,7 +115,8 @@ def turns_of(samples: Sequence[EvalSample], benchmark: Benchmark, mode: str) -> 
     """[image][turn]: one turn per query or one joint turn; with the answer if teacher-forced."""
     if benchmark.is_joint(mode):
         return [[eval_joint_turn(sample.queries)] for sample in samples]
-    turns = [[eval_turn(query, benchmark.task == "instances") for query in sample.queries] for sample in samples]
+    several = benchmark.task in ("instances", "union")
+    turns = [[eval_turn(query, several) for query in sample.queries] for sample in samples]
     return turns if mode == "teacher_forced" else [[Turn(turn.question) for turn in row] for row in turns]
 
 
