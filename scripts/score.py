@@ -24,7 +24,7 @@ from utils.command_line.parser import Parser
 from utils.evaluation.benchmarks import PROTOCOLS, SEVERAL_SEG, benchmark_of
 from utils.evaluation.metrics import RANKED_BY, ranked_by
 from utils.evaluation.result_text import format_table
-from utils.evaluation.results import Summary, read_results, summarize
+from utils.evaluation.results import Summary, read_results, result_path, summarize
 from utils.inference import cli
 
 SOURCES = ("predictions", "callable", "list_queries")
@@ -116,22 +116,20 @@ def score_any(args: argparse.Namespace) -> Summary:
     function = any_model.load_callable(args.callable) if args.callable else None
     dataset = get_eval_dataset(args.benchmark, args.dataset_dir, args.allow_missing)
     path = args.predictions
-    if args.output:
-        there = sorted(args.output.glob(f"{dataset.spec.slug}.*"))
-        if there and not (function and args.resume):
-            hint = "--resume goes on with it, or give another --output" if function else "give another --output"
-            raise ValueError(f"{there[0]} exists: {hint}")
-        args.output.mkdir(parents=True, exist_ok=True)
     if function is not None:
         path = args.output / "answers" / f"{dataset.spec.slug}.jsonl"
         if path.exists() and not args.resume:
             raise ValueError(f"{path} exists: --resume goes on with it, or give another --output")
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         any_model.ask(dataset, function, path, args.limit, args.allow_missing, progress=True)
     result = any_model.score_file(
         dataset, path, args.protocol, args.several_seg, args.limit, args.allow_missing, args.rank_by, progress=True
     )
     if args.output:
+        written = result_path(args.output, dataset.spec, result.provenance.mode)
+        if written.exists() and not args.resume:
+            raise ValueError(f"{written} exists; give another --output")
+        args.output.mkdir(parents=True, exist_ok=True)
         result.save(args.output)
     return result.summary
 

@@ -229,7 +229,7 @@ def test_what_is_written_is_read_and_never_replaced(queries, truth, data, tmp_pa
     assert compare.main([f"a={output}", f"b={output}"]) == 0
     assert "grefcoco|unc|val (generate, grefcoco)" in capsys.readouterr().out
     content = written.read_bytes()
-    with pytest.raises(ValueError, match="exists: give another --output"):
+    with pytest.raises(ValueError, match="exists; give another --output"):
         score.main([*flags, "--predictions", str(written), "--output", str(output), "--limit", "1"])
     with pytest.raises(ValueError, match="exists; give another file"):
         score.main([*flags, "--list_queries", str(path)])
@@ -314,7 +314,7 @@ def test_a_function_is_asked_and_an_interruption_loses_nothing(own_module, queri
     import own_model
 
     assert own_model.calls == [query["query"] for query in queries]
-    with pytest.raises(ValueError, match=r"generate\.json exists: --resume"):
+    with pytest.raises(ValueError, match=r"answers.grefcoco_unc_val\.jsonl exists: --resume"):
         ask(data, "own_model:answer")
     path.write_text("".join(lines[:2]) + lines[2][:20])  # killed in the middle of a line
     own_model.calls.clear()
