@@ -11,8 +11,10 @@ import argparse
 import logging
 import os
 import shlex
+import subprocess
 import sys
 import textwrap
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,6 +38,7 @@ from utils.evaluation.results import Journal, Result, result_path
 from utils.inference import cli
 from utils.plotting.overlays import Panel, save_picture, sheet
 from utils.training.versions import package_versions
+from utils.wording import counted
 
 if TYPE_CHECKING:
     from utils.evaluation.engine import RunOptions
@@ -46,8 +49,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         program="test.py",
         description="Evaluates a trained UGround model. Prints a table; writes BENCHMARK.MODE.json (metrics, "
         "intervals, counts, versions) and BENCHMARK.MODE.jsonl (one line per sample, masks as COCO RLE) to --output.",
-        epilog="Several GPUs: deepspeed test.py ... or torchrun --nproc_per_node N test.py ...; they share the images "
-        "without padding or repeats. Counting is exact; the model's arithmetic depends a little on the batches.",
+        epilog="Processes share the images without padding or repeats: --processes N, deepspeed test.py, torchrun "
+        "test.py. Counting is exact; the model's arithmetic depends a little on the batches.",
     )
     add = parser.add_argument
     cli.add_model_flags(parser)
@@ -118,6 +121,13 @@ def add_running_flags(parser: argparse.ArgumentParser) -> None:
         help="shuffled_prompts: evaluate again with the queries exchanged among the images; a model that ignores the "
         "text scores the same. Takes twice the time",
     )
+    add(
+        "--processes",
+        type=cli.whole(1),
+        default=1,
+        metavar="N",
+        help="share the images among N processes of this machine, one per GPU, or all on the CPU (default: 1)",
+    )
     add("--resume", action="store_true", help="resume from the answers that an interrupted evaluation left in --output")
     add(
         "--allow_missing",
@@ -155,6 +165,8 @@ def add_running_flags(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     args = parse_arguments(arguments)
+    if args.processes > 1 and "WORLD_SIZE" not in os.environ:
+        return start_processes(args.processes, args.device, sys.argv[1:] if arguments is None else arguments)
 
     from utils.evaluation.engine import evaluate, provenance_of
 
@@ -286,6 +298,23 @@ def modes_of(mode: str, spec: Spec) -> tuple[str, ...]:
     if mode == "paper":
         return (benchmark_of(spec).mode,)
     return MODES if mode == "both" else (mode,)
+
+
+def start_processes(count: int, device: str, arguments: Sequence[str]) -> int:
+    """Runs this program in several processes by torch's launcher; returns its exit code.
+
+    Raises:
+        ValueError: if there are fewer GPUs.
+    """
+    import torch
+
+    on_gpu = torch.cuda.is_available() and device != "cpu"
+    if on_gpu and count > (gpus := torch.cuda.device_count()):
+        raise ValueError(f"--processes {count}: this machine has {counted(gpus, 'GPU')}; each process needs one")
+    threads = str(max(1, (os.cpu_count() or 1) // count))
+    environment = {"OMP_NUM_THREADS": threads, **os.environ} | ({} if on_gpu else {"CUDA_VISIBLE_DEVICES": ""})
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
+    return subprocess.run([*command, __file__, *arguments], env=environment).returncode
 
 
 def init_processes(requested: str) -> str:

@@ -12,11 +12,14 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import torch
 from conftest import write_jpg
 from forks import Program
 from PIL import Image
 from programs import ROOT, SHARED, ask, chat, compare, evaluate, run, score
+from tiny_run import environment
 
+import test as evaluation
 from model.loading import pretrained
 from utils.datasets.images import read_image
 from utils.datasets.masks import decode_mask
@@ -182,6 +185,27 @@ def test_evaluation_writes_what_it_prints(capsys, version, val_data, tmp_path):
             assert f" {summary['metrics']['gIoU']:.3f}  {summary['metrics']['cIoU']:.3f}\n" in out
             assert len(list((out_dir / f"{name}.overlays").iterdir())) == count
     assert "  prompts shuffled" in out
+
+
+@pytest.mark.slow
+def test_processes_share_the_images(version, val_data, tmp_path, monkeypatch):
+    """By one flag; more of them than GPUs are refused before anything is loaded."""
+    results = []
+    for count in (1, 2):
+        flags = ["--version", version, "--dataset_dir", val_data, "--val_dataset", "ReasonSeg|val", "--batch_size", 1]
+        flags += ["--mode", "teacher_forced", "--processes", count, "--output", tmp_path / str(count)]
+        command = [sys.executable, "test.py", *map(str, flags)]
+        done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("ReasonSeg|val") == 1  # one process prints
+        results.append(read_results(tmp_path / str(count) / "ReasonSeg_val.teacher_forced.jsonl")[1])
+    assert [r.image for r in results[0]] == [r.image for r in results[1]]
+    assert [(r.I, r.U, r.layers) for r in results[0]] == [(r.I, r.U, r.layers) for r in results[1]]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with pytest.raises(ValueError, match="--processes 2: this machine has 1 GPU; each process needs one"):
+        evaluation.main([*map(str, flags)])
 
 
 def test_default_mode_and_limit(capsys, version, val_data, tmp_path):

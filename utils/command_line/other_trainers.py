@@ -292,7 +292,7 @@ _TEST = (
         "workers": Answer("workers", "2 with a GPU, else 0", "empty"),
         "seed": Answer("seed", default="0"),
         "cmd": Answer(note="test.py answers and prints metrics; scripts/score.py computes them again"),
-        **_gone("start a process per GPU with deepspeed or torchrun", "process_num world_size"),
+        **_gone("test.py --processes N starts a process per GPU", "process_num world_size"),
         "val_split": _TRAIN["val_split"],
         "val_refzom": _TRAIN["val_refzom"],
         "vis_save_path": Answer("output", "--save_overlays N plots samples there"),
