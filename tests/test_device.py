@@ -417,8 +417,8 @@ def test_the_comparison_with_the_cpu_runs_on_the_device(monkeypatch):
 def test_the_benchmarks_run_on_the_device(no_driver, monkeypatch, tmp_path):
     shape = {"width": 32, "layers": 3, "heads": 2}
     small = replace(benchmark.PRESETS["tiny"], llama=shape, size=(48, 64), batch=1, questions=1)
-    training = ("UGround, unpacked", "LISA", "release-like, checkpointing", "PixelLM")
-    answering = ("LISA", "release-like", "PixelLM")
+    training = ("LISA", "release-like, checkpointing", "PixelLM")
+    answering = ("LISA", "PixelLM")
     monkeypatch.setattr(costs, "CASES", [case for case in costs.CASES if case.name in training])
     monkeypatch.setattr(costs, "ANSWERING", [case for case in costs.ANSWERING if case.name in answering])
     monkeypatch.setattr(costs, "counts_at_7b", lambda method: {})

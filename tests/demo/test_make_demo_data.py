@@ -19,7 +19,7 @@ from model.backbones.llava import ClipReader
 from model.processing.processor import UGroundProcessor
 from scripts import make_demo_data as demo
 from utils.config import load_config
-from utils.datasets import DATASETS, TRAINED, TYPES, DataOptions, get_eval_dataset, get_train_dataset
+from utils.datasets import DATASETS, TYPES, DataOptions, get_eval_dataset, get_train_dataset, trained_types
 from utils.datasets.masks import decode_segmentation
 from utils.datasets.mixture import make_mixture
 from utils.datasets.reason_seg import rasterize_polygons
@@ -365,7 +365,7 @@ def test_the_mixed_configuration_draws_from_all_sets(mixed):
     config = load_config(["--config", str(ROOT / "configs/tiny_mixed.yaml"), "--dataset_dir", str(mixed)])
     mixture = make_mixture(config)
     assert len(mixture.datasets) == 24
-    assert set(mixture.types) == set(TRAINED) - {"custom"}
+    assert set(mixture.types) == set(trained_types()) - {"custom"}
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "assets/tiny/llava")
     processor = UGroundProcessor(tokenizer, ClipReader(120, 10), 64, "", config.model.model_max_length)
     longest = 0

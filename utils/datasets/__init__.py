@@ -28,7 +28,16 @@ from utils.datasets.sem_seg import SemSegTrain
 from utils.datasets.spec import Spec
 from utils.datasets.vqa import VqaTrain
 
-__all__ = ["DATASETS", "TRAINED", "TYPES", "DataError", "DataOptions", "Spec", "get_eval_dataset", "get_train_dataset"]
+__all__ = [
+    "DATASETS",
+    "TYPES",
+    "DataError",
+    "DataOptions",
+    "Spec",
+    "get_eval_dataset",
+    "get_train_dataset",
+    "trained_types",
+]
 
 
 @dataclass(frozen=True)
@@ -59,7 +68,6 @@ TYPES = {
     "grounding_suite": Type(None, GroundingSuiteEval, ""),
     "parquet": Type(None, ParquetEval, ""),
 }
-TRAINED = tuple(name for name, kind in TYPES.items() if kind.train)  # the types of a mixture
 
 _REFS = ("refs({split_by}).p", "refs({split_by}).json")
 _GREFS = ("grefs({split_by}).json", "grefs({split_by}).p")
@@ -111,6 +119,11 @@ DATASETS = {
     "refcoco-m": DatasetRow("parquet", "refer_seg/refcoco-m", annotations=("val",)),
     "custom": DatasetRow("custom", ""),
 }
+
+
+def trained_types() -> list[str]:
+    """The types that a mixture may have: those with training data."""
+    return [name for name, kind in TYPES.items() if kind.train]
 
 
 def get_train_dataset(spec: Spec | str, dataset_dir: str | Path, options: DataOptions | None = None) -> TrainDataset:

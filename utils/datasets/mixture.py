@@ -14,7 +14,7 @@ from torch.utils.data import Dataset, Sampler
 
 from model.structures import Sample
 from utils.config import Config
-from utils.datasets import DATASETS, TRAINED, TYPES, get_train_dataset
+from utils.datasets import DATASETS, TYPES, get_train_dataset, trained_types
 from utils.datasets.base import DataError, DataOptions, TrainDataset, unknown
 from utils.datasets.spec import Spec
 from utils.plotting import text_tables
@@ -209,8 +209,8 @@ def _split_names(names: str | Sequence[str], separator: str) -> list[str]:
 
 def _parse_rates(names: list[str], rates: str | Sequence[float] | None, problems: list[str]) -> dict[str, float]:
     """Sampling probability of each known type; appends all errors to ``problems``."""
-    known = [name for name in names if name in TRAINED]
-    problems += [unknown("data set type", name, TRAINED) for name in names if name not in TRAINED]
+    known = [name for name in names if name in trained_types()]
+    problems += [unknown("data set type", name, trained_types()) for name in names if name not in trained_types()]
     if not names or len(set(names)) < len(names):
         problems.append(f"the types {names} must be one or more, without duplicates")
     parts = _split_names(rates, ",") if isinstance(rates, str) else rates
@@ -226,7 +226,7 @@ def _parse_rates(names: list[str], rates: str | Sequence[float] | None, problems
 
 def _parse_specs(name: str, data: dict[str, str | Sequence[str]], problems: list[str]) -> list[Spec]:
     """Specs of the data sets of a type; appends all errors to ``problems``."""
-    if name not in TRAINED:
+    if name not in trained_types():
         return []
     specs = _split_names(data.get(name) or TYPES[name].default, "||")
     if not TYPES[name].default:  # the user names files; the data set's name is implied
@@ -279,7 +279,7 @@ def make_mixture(config: Config, check: bool = True) -> Mixture:
         DataError: listing all that is missing, or cannot be read.
     """
     data = config.data
-    sets = {kind: getattr(data, f"{kind}_data") for kind in TRAINED}
+    sets = {kind: getattr(data, f"{kind}_data") for kind in trained_types()}
     options = DataOptions(**{option.name: getattr(data, option.name) for option in fields(DataOptions)})
     rates = data.sample_rates or None
     mixture = Mixture(data.dataset_dir, data.dataset, rates, sets, options, config.train.seed, data.weighting)
