@@ -1,8 +1,9 @@
-"""The recipes of assets/tiny and assets/tiny_depths run end to end, and their output loads like published weights."""
+"""The recipes of the tiny families run end to end, and their output loads like published weights."""
 
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from pathlib import Path
 
@@ -117,6 +118,19 @@ def test_the_base_of_tiny_depths_loads():
     config = load_config(["--config", str(ROOT / "configs/tiny_depths.yaml")])
     paths = [ROOT / path for path in (config.model.version, config.model.vision_tower, config.model.vision_pretrained)]
     load_for_training(*map(str, paths), "fp32")
+
+
+@pytest.mark.slow
+def test_the_base_of_tiny_qwen_loads_and_grounds():
+    """Its last layer's maps have their peak on what new scenes' queries mean; absent targets are rejected."""
+    config = load_config(["--config", str(ROOT / "configs/tiny_qwen.yaml")])
+    paths = [str(ROOT / config.model.version), "", str(ROOT / config.model.vision_pretrained)]
+    model, processor, _ = load_for_training(*paths, "fp32", config.method, config.model.model_max_length)
+    options = argparse.Namespace(seed=1, device="cpu", family="qwen")
+    found = pretrain_tiny.check_language(model, processor, (pretrain_tiny.LAST_LAYER,), options)
+    scores = dict(re.findall(r"([\w-]+)(?: 8:)? ([\d.]+)", found))
+    assert min(float(scores[kind]) for kind in ("attribute", "commonsense", "multi", "N-acc", "T-acc")) > 0.9, found
+    assert min(float(scores[kind]) for kind in ("relation", "superlative")) > 0.7, found
 
 
 @pytest.fixture(scope="module")
