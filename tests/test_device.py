@@ -280,7 +280,7 @@ def test_answers_of_a_batch_are_the_cpus(opened, tiny_samples, given):
     batch = processor.prompts([sample.image for sample in tiny_samples], questions(tiny_samples, given))
     with strict_device():
         there = copy.deepcopy(model).to("cuda")
-        for rule in RULES:
+        for rule in RULES if given else ("argmax", "mc:4"):  # how an answer is written depends on no rule
             wanted = chain(*model.predict(batch, rule, max_new_tokens=5))
             found = chain(*there.predict(batch.to("cuda"), rule, max_new_tokens=5))
             assert_same(list(found), list(wanted))
@@ -295,7 +295,7 @@ def test_answers_of_pixellm_are_the_cpus(tiny_samples, given):
     batch = processor.prompts([sample.image for sample in tiny_samples], questions(tiny_samples, given))
     with strict_device():
         there = copy.deepcopy(model).to("cuda")
-        for rule in ("argmax", "mc:4", "best:3", "soft"):
+        for rule in ("argmax", "mc:4", "best:3", "soft") if given else ("argmax",):
             wanted = list(chain(*model.predict(batch, rule, max_new_tokens=10)))
             found = list(chain(*there.predict(batch.to("cuda"), rule, max_new_tokens=10)))
             assert any(len(prediction.masks) for prediction in wanted)
