@@ -11,13 +11,12 @@ import argparse
 import logging
 import os
 import shlex
-import subprocess
 import sys
 import textwrap
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from model import Opened
 from model.opened import cache_sam_features
@@ -165,8 +164,12 @@ def add_running_flags(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     args = parse_arguments(arguments)
-    if args.processes > 1 and "WORLD_SIZE" not in os.environ:
-        return start_processes(args.processes, args.device, sys.argv[1:] if arguments is None else arguments)
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if args.processes > 1 and started == 1:
+        open_datasets(args)  # what is missing is said once
+        start_processes(args.processes, args.device, sys.argv[1:] if arguments is None else arguments)
+    if args.processes not in (1, started):
+        raise ValueError(f"--processes {args.processes}, but a launcher started {started}: leave one of the two out")
 
     from utils.evaluation.engine import evaluate, provenance_of
 
@@ -300,8 +303,8 @@ def modes_of(mode: str, spec: Spec) -> tuple[str, ...]:
     return MODES if mode == "both" else (mode,)
 
 
-def start_processes(count: int, device: str, arguments: Sequence[str]) -> int:
-    """Runs this program in several processes by torch's launcher; returns its exit code.
+def start_processes(count: int, device: str, arguments: Sequence[str]) -> NoReturn:
+    """Becomes torch's launcher, which runs this program in several processes.
 
     Raises:
         ValueError: if there are fewer GPUs.
@@ -313,8 +316,10 @@ def start_processes(count: int, device: str, arguments: Sequence[str]) -> int:
         raise ValueError(f"--processes {count}: this machine has {counted(gpus, 'GPU')}; each process needs one")
     threads = str(max(1, (os.cpu_count() or 1) // count))
     environment = {"OMP_NUM_THREADS": threads, **os.environ} | ({} if on_gpu else {"CUDA_VISIBLE_DEVICES": ""})
+    environment.pop("WORLD_SIZE", None)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
-    return subprocess.run([*command, __file__, *arguments], env=environment).returncode
+    sys.stdout.flush()
+    os.execve(sys.executable, [*command, __file__, *arguments], environment)
 
 
 def init_processes(requested: str) -> str:

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils.command_line.parser import Parser
 from utils.datasets import get_eval_dataset
-from utils.datasets.base import EvalDataset
+from utils.datasets.base import EvalDataset, MissingDataError
 from utils.datasets.masks import decode_mask
 from utils.demo.files import SUMMARY
 from utils.evaluation import metrics
@@ -35,7 +35,7 @@ from utils.evaluation.benchmarks import benchmark_of
 from utils.evaluation.controls import HEADINGS
 from utils.evaluation.metrics import Record
 from utils.evaluation.result_text import notes
-from utils.evaluation.results import Summary, read_results
+from utils.evaluation.results import Summary, check_has_logits, read_results
 from utils.files import write_atomically
 from utils.inference import cli
 from utils.plotting import text_tables
@@ -88,10 +88,14 @@ def write_page(results: Sequence[tuple[str, Path]], path: Path, samples: int, da
     models = {name: comparison.read_folder(name, folder) for name, folder in results}
 
     def open_dataset(spec: str) -> EvalDataset | None:
-        return get_eval_dataset(spec, dataset_dir, allow_missing=True) if dataset_dir else None
+        try:
+            return get_eval_dataset(spec, dataset_dir, allow_missing=True) if dataset_dir else None
+        except MissingDataError as error:
+            print(f"without images: {error}", file=sys.stderr)
+            return None
 
-    is_drawn = dataset_dir is not None and (Path(dataset_dir) / SUMMARY).is_file()  # published figures are of others
-    sections = comparison.compare(models, samples, open_dataset, quote=not is_drawn)
+    real = dataset_dir is not None and not (Path(dataset_dir) / SUMMARY).is_file()  # published figures are of no others
+    sections = comparison.compare(models, samples, open_dataset, quote=real)
     about = "; ".join(
         f"{name}: {', '.join(sorted({each.provenance.checkpoint or 'weights unknown' for each in answers.values()}))}"
         for name, answers in models.items()
@@ -203,6 +207,7 @@ def paired(
             f"{before_path} is in mode {before_run.mode}, {after_path} in mode {after_run.mode}; compare one mode"
         )
     benchmark = benchmark_of(after_run.spec)
+    check_has_logits(before_run, benchmark.protocol(after_run.protocol, after_run.mode))
     protocols = [benchmark.protocol(each.protocol, each.mode) for each in (before_run, after_run)]
     protocol, several_seg = protocols[1], after_run.several_seg
     before, after = (metrics.select(records, protocol, several_seg) for records in (before, after))

@@ -158,6 +158,7 @@ def test_masks_of_every_form(tmp_path):
         (lambda lines: lines[0].update(masks=[{"box": [0, 0, 0.5, 1]}]), "boxes count pixels, not fractions"),
         (lambda lines: lines[0].update(masks=["no.png"]), "no.png cannot be read: it does not exist"),
         (lambda lines: lines[0].update(rejected="yes"), "'rejected' must be true or false"),
+        (lambda lines: lines[0].update(ambiguity=[float("nan")]), "line 1: 'ambiguity' holds NaN or infinity"),
         (lambda lines: lines[0].update(uncertainty="high"), "uncertainty: of another type"),
         (lambda lines: lines[0].update(origin={}), "line 2: its 'origin' is another"),
         (lambda lines: [line.update(origin={"benchmark": 3}) for line in lines], "'origin' is not test.py's"),

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import os
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from scripts import compare, score
 from utils.datasets import get_eval_dataset
 from utils.datasets.masks import encode_mask
 from utils.evaluation import comparison, metrics
 from utils.evaluation.benchmarks import BENCHMARKS
-from utils.evaluation.results import Summary
+from utils.evaluation.results import NONE, Provenance, Summary, check_has_logits
 
 SPEC = "grefcoco|unc|val"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -108,9 +112,52 @@ def test_a_model_that_lacks_a_benchmark_and_no_data(folders: dict[str, Path], da
     assert len(first["samples"]) == 2
     assert first["samples"][0]["picture"] is None
     assert first["samples"][0]["answers"][2] is None
-    assert any(
-        row["method"] == "UGround-LLaVA1.5-7B (ft)" and row["scores"]["gIoU"] == 0.7246 for row in first["quoted"]
-    )
+    assert first["quoted"] == []  # what was answered is not known to be the published data
+
+
+def test_published_figures_stand_beside_data_that_are_not_drawn(folders, data: Path, tmp_path: Path, capsys) -> None:
+    real = tmp_path / "real"
+    shutil.copytree(data, real)
+    (real / "demo_data.json").unlink()
+    [section] = written(folders, tmp_path / "page.html", "--dataset_dir", str(real))["sections"]
+    [row] = [row for row in section["quoted"] if row["method"] == "UGround-LLaVA1.5-7B (ft)"]
+    assert row["scores"] == {"gIoU": 0.7246, "cIoU": 0.6556, "N-acc": 0.7453}
+    shutil.rmtree(real / "refer_seg")
+    [section] = written(folders, tmp_path / "page.html", "--dataset_dir", str(real))["sections"]
+    assert section["samples"][0]["picture"] is None
+    assert "without images: grefcoco|unc|val" in capsys.readouterr().err
+
+
+def test_only_finished_results_count(folders: dict[str, Path], tmp_path: Path) -> None:
+    """What an interrupted evaluation left is none, nor is a process's own file; a name may hold anything."""
+    folder = tmp_path / "DATA"
+    shutil.copytree(folders["right"], folder)
+    whole = (folder / "grefcoco_unc_val.generate.jsonl").read_text().splitlines(keepends=True)
+    (folder / "grefcoco_unc_val.generate.rank_1.jsonl").write_text(whole[0])
+    (folder / "refcoco_unc_val.generate.jsonl").write_text(whole[0].replace("grefcoco|", "refcoco|"))
+    content = written({"DATA TITLE": folder}, tmp_path / "page.html")
+    assert [section["benchmark"] for section in content["sections"]] == [SPEC]
+    assert content["sections"][0]["models"][0]["masks"] == len(whole)
+    (folder / "grefcoco_unc_val.generate.jsonl").unlink()
+    with pytest.raises(ValueError, match=r"generate\.jsonl is missing beside"):
+        comparison.read_folder("x", folder)
+
+
+def test_matched_masks_of_another_model_have_no_published_score() -> None:
+    run = Provenance("MultiReasonSeg|val", "generate", NONE, 0, 0, "published", "", "", 1, 1)
+    with pytest.raises(ValueError, match="protocol published counts logits"):
+        check_has_logits(run, "published")
+    check_has_logits(run, "strict")
+    check_has_logits(replace(run, layer_policy="argmax"), "published")
+
+
+def test_thin_objects_stay_in_the_picture() -> None:
+    mask = np.zeros((1000, 1500), bool)
+    mask[:, 700:703] = True
+    picture = Image.open(io.BytesIO(base64.b64decode(comparison._mask(mask, np.array([1, 2, 3])).partition(",")[2])))
+    alpha = np.asarray(picture.convert("RGBA"))[..., 3]
+    assert max(alpha.shape) == comparison.SIDE
+    assert (alpha > 0).any(axis=1).all()
 
 
 def test_reliability_has_bins_of_equally_many_answers() -> None:
@@ -123,6 +170,8 @@ def test_reliability_has_bins_of_equally_many_answers() -> None:
     [curve] = comparison.reliability(records, "").values()
     assert curve == [[k / 10, (10 - k) / 10, 10] for k in range(10)]
     assert comparison.reliability(records[:5], "") == {}
+    records[0].ambiguity = [float("nan")]
+    assert sum(count for *_, count in comparison.reliability(records, "")["ambiguity"]) == 99
 
 
 def test_published_figures_have_sources_and_known_benchmarks() -> None:
@@ -138,7 +187,7 @@ def test_published_figures_have_sources_and_known_benchmarks() -> None:
 
 
 def test_files_and_empty_folders_are_refused(folders: dict[str, Path], tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="holds no answers"):
+    with pytest.raises(ValueError, match="holds no results"):
         compare.main([str(tmp_path), "--html", str(tmp_path / "page.html")])
     files = [str(next(folder.glob("*.generate.jsonl"))) for folder in folders.values()]
     with pytest.raises(ValueError, match="--html compares folders"):

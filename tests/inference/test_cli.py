@@ -203,8 +203,11 @@ def test_processes_share_the_images(version, val_data, tmp_path, monkeypatch):
     assert [(r.I, r.U, r.layers) for r in results[0]] == [(r.I, r.U, r.layers) for r in results[1]]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "1")  # as operators of clusters set it
     with pytest.raises(ValueError, match="--processes 2: this machine has 1 GPU; each process needs one"):
+        evaluation.main([*map(str, flags)])
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(ValueError, match="--processes 2, but a launcher started 4"):
         evaluation.main([*map(str, flags)])
 
 

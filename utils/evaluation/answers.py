@@ -95,6 +95,9 @@ def parse_answer(line: str, location: str) -> tuple[Answer, dict[str, Any] | Non
     kept = {name: values[name] for name in KEPT if name in values}
     if wrong := mismatched(kept, Record):
         raise DataError(f"{location}: {', '.join(wrong)}: of another type than test.py writes; leave it out")
+    for name in ("uncertainty", "predicted_iou", "ambiguity"):
+        if not all(map(math.isfinite, kept.get(name, ()))):
+            raise DataError(f"{location}: {name!r} holds NaN or infinity")
     image, image_id, query_id, query, text = texts.values()
     pair = None if counts is None else (counts[0], counts[1])
     return Answer(location, image, image_id, query_id, query, masks, text, rejected, pair, kept), values.get("origin")
@@ -278,7 +281,7 @@ class AnswerBook:
 def _path(text: str) -> tuple[str, ...]:
     """The parts of a path, its file's name without ending."""
     path = PurePosixPath(unicodedata.normalize("NFC", text.replace("\\", "/")))
-    return path.with_suffix("").parts or ("",)
+    return (*path.parts[:-1], path.stem)
 
 
 def _shared_end(first: Sequence[str], second: Sequence[str]) -> int:

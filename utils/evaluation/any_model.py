@@ -24,7 +24,7 @@ from utils.evaluation.answers import Answer, AnswerBook, decode_masks, listed, q
 from utils.evaluation.benchmarks import MODES, Benchmark, benchmark_of
 from utils.evaluation.metrics import Record
 from utils.evaluation.predictions import QueryPrediction, score
-from utils.evaluation.results import Provenance, Result, summarize
+from utils.evaluation.results import NONE, Provenance, Result, check_has_logits, summarize
 
 Answering = Callable[[np.ndarray, str], tuple[Any, str]]  # image uint8 [H, W, 3] RGB, query -> masks [N, H, W], text
 CERTAIN = 20.0  # the logit that stands for a given mask's pixels
@@ -86,8 +86,7 @@ def score_file(
         there = ", ".join(filter(None, benchmark.protocols.get(provenance.mode, ()))) or "none"
         raise ValueError(f"--protocol {protocol}: {dataset.spec} in mode {provenance.mode} has the protocols: {there}")
     provenance = replace(provenance, protocol=chosen, several_seg=several_seg or provenance.several_seg)
-    if chosen == "published" and benchmark.task == "instances":
-        raise ValueError(f"{dataset.spec}: protocol published counts logits, and {path} holds masks; use strict")
+    check_has_logits(replace(provenance, layer_policy=NONE), chosen)  # a file holds masks, whoever wrote it
     records, missing = list[Record](), list[str]() if allow_missing else None
     unanswered = list[str]()
     for index, sample in samples_of(dataset, limit, missing, progress):
@@ -118,7 +117,7 @@ def _provenance(
     if origin is None:
         protocols = benchmark_of(dataset.spec).protocols
         mode = next((mode for mode in MODES if protocol in protocols.get(mode, ())), "generate")
-        origin = Provenance(spec, mode, "none", 0, 0, "", "", "", 0, 0)
+        origin = Provenance(spec, mode, NONE, 0, 0, "", "", "", 0, 0)
     if origin.benchmark != spec:
         raise DataError(f"{path} holds answers to {origin.benchmark}, not to {spec}: give that as --benchmark")
     return replace(

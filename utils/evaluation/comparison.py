@@ -9,6 +9,7 @@ import base64
 import html
 import io
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from utils.datasets.masks import decode_mask
 from utils.evaluation import metrics
 from utils.evaluation.benchmarks import Benchmark, benchmark_of
 from utils.evaluation.metrics import Record
-from utils.evaluation.results import Provenance, read_results
+from utils.evaluation.results import Provenance, Summary, check_has_logits, read_results
 from utils.plotting.overlays import PALETTE, TRUTH_COLOR
 
 QUOTED = Path(__file__).resolve().parents[2] / "configs/quoted.yaml"
@@ -34,7 +35,7 @@ COCO_SIZES = {"small": 32**2, "medium": 96**2}  # areas in pixels that COCO call
 BINS = 10  # of the reliability view, with equally many answers
 MEASURES = {  # of an answer's uncertainty: name -> Record -> value, of answers that have it
     "ambiguity": lambda record: max(record.ambiguity, default=None),
-    "1 - predicted IoU": lambda record: 1 - min(record.predicted_iou) if record.predicted_iou else None,
+    "1 - predicted IoU": lambda record: max(0, 1 - min(record.predicted_iou)) if record.predicted_iou else None,
     "disagreement of layers": lambda record: max(record.uncertainty, default=None),
 }
 
@@ -44,6 +45,7 @@ class Answers:
     """A model's answers to a benchmark, as its protocol counts them."""
 
     name: str
+    summary: Summary
     provenance: Provenance
     records: list[Record]
 
@@ -55,11 +57,13 @@ def read_folder(name: str, folder: Path) -> dict[tuple[str, str], Answers]:
         ValueError: if it holds none.
     """
     found = {}
-    for path in sorted(folder.glob("*.*.jsonl")):
-        provenance, records = read_results(path)
-        found[provenance.benchmark, provenance.mode] = Answers(name, provenance, records)
+    for path in sorted(folder.glob("*.json")):  # which only a finished evaluation has
+        summary, answers = Summary.load(path), path.with_suffix(".jsonl")
+        if not answers.is_file():
+            raise ValueError(f"{answers} is missing beside {path.name}; give the folder as test.py wrote it")
+        found[summary.benchmark, summary.mode] = Answers(name, summary, *read_results(answers))
     if not found:
-        raise ValueError(f"{folder} holds no answers (BENCHMARK.MODE.jsonl); give a folder that test.py wrote")
+        raise ValueError(f"{folder} holds no results of test.py (BENCHMARK.MODE.json)")
     return found
 
 
@@ -88,9 +92,10 @@ def page(title: str, about: str, names: Sequence[str], sections: Sequence[dict[s
     """The page: one file of HTML that needs no server."""
     colors = [", ".join(map(str, PALETTE[number % len(PALETTE)])) for number in range(len(names))]
     models = [{"name": name, "color": color} for name, color in zip(names, colors)]
-    values = json.dumps({"about": about, "models": models, "sections": sections}, ensure_ascii=False)
+    values = json.dumps({"about": about, "models": models, "sections": sections}, ensure_ascii=False, allow_nan=False)
     template = TEMPLATE.read_text(encoding="utf-8")
-    head, tail = template.replace("TITLE", html.escape(title)).split("DATA")
+    head, tail = template.split("DATA")
+    head = head.replace("TITLE", html.escape(title))
     return f"{head}{values.replace('<', chr(92) + 'u003c')}{tail}"  # no text of an answer ends the script
 
 
@@ -115,20 +120,22 @@ def _section(
     there = [column for column in columns if column is not None]
     benchmark, run = benchmark_of(there[0].provenance.spec), there[0].provenance
     protocol = benchmark.protocol(run.protocol, run.mode)
+    for column in there:
+        check_has_logits(column.provenance, protocol)
     scored = [
         None if column is None else metrics.select(column.records, protocol, run.several_seg) for column in columns
     ]
     first = next(records for records in scored if records is not None)
     sizes = image_sizes([records for records in scored if records is not None])
-    labels = {_key(record): _labels(record, sizes.get(record.index)) for record in first}
+    complete = all(record.index in sizes for record in first)  # else a group would depend on who drew a mask
+    labels = {_key(record): _labels(record, sizes[record.index] if complete else None) for record in first}
     scores = [None if records is None else metrics.compute(records, benchmark, protocol) for records in scored]
     names = list(dict.fromkeys(name for values in scores if values for name in values))
     gains = [_gains(first, records, benchmark, protocol) for records in scored]
     return {
         "benchmark": key[0],
         "mode": key[1],
-        "protocol": protocol,
-        "images": len({record.index for record in first}),
+        "protocol": ", ".join(filter(None, [protocol, "first [SEG]" if run.several_seg == "first" else ""])),
         "metrics": names,
         "models": [
             None
@@ -138,6 +145,9 @@ def _section(
                 "intervals": metrics.intervals(records, benchmark, protocol),
                 "gains": gain,
                 "masks": metrics.count_masks(records),
+                "images": metrics.count_records(records, protocol)["images"],
+                "note": " ".join([f"(first {column.summary.limit} images)"] * bool(column.summary.limit))
+                + column.summary.missing_note,
                 "layers": column.provenance.layer_policy,
                 "confusion": confusion(records, protocol) if benchmark.rejects else None,
                 "reliability": reliability(records, protocol),
@@ -146,7 +156,7 @@ def _section(
         ],
         "groups": _groups(labels, scored, benchmark, protocol),
         "quoted": quoted.get(key[0], []),
-        "samples": _samples(key[0], labels, scored, protocol, count, open_dataset),
+        "samples": _samples(key[0], labels, scored, protocol, run.several_seg, count, open_dataset),
     }
 
 
@@ -178,7 +188,8 @@ def _labels(record: Record, size: tuple[int, int] | None) -> dict[str, str]:
     """Key -> group of a query: what the data set says of it, the target's size, the image's shape."""
     labels = {key: str(record.meta[key]) for key in metrics.GROUP_KEYS if key in record.meta}
     area = next((name for name, most in COCO_SIZES.items() if most > record.G), "large")
-    labels["size of the target"] = "none" if record.expected_empty else area
+    if not record.pairs:  # of matched masks, G is a sum
+        labels["size of the target"] = "none" if record.expected_empty else area
     if size is not None:
         ratio = size[1] / size[0]
         labels["image"] = "wide" if ratio > 1.2 else "tall" if ratio < 1 / 1.2 else "square"
@@ -216,7 +227,8 @@ def reliability(records: Sequence[Record], protocol: str) -> dict[str, list[list
     """Measure of uncertainty -> per bin of equally many answers: its mean, the mean IoU, and their number."""
     curves = {}
     for name, measure in MEASURES.items():
-        pairs = [(value, metrics.iou(each, protocol)) for each in records if (value := measure(each)) is not None]
+        values = [(measure(each), metrics.iou(each, protocol)) for each in records]
+        pairs = [(value, iou) for value, iou in values if value is not None and math.isfinite(value)]
         if len(pairs) >= BINS:
             parts = np.array_split(np.array(sorted(pairs)), BINS)
             curves[name] = [[*part.mean(axis=0).round(4).tolist(), len(part)] for part in parts]
@@ -231,9 +243,9 @@ def _samples(
     labels: Mapping[tuple[int, str], dict[str, str]],
     columns: Sequence[list[Record] | None],
     protocol: str,
+    several_seg: str,
     count: int,
     open_dataset: Callable[[str], EvalDataset | None],
-    quote: bool = True,
 ) -> list[dict[str, Any]]:
     """Those whose IoU differs most among the models; of one model, those with the least."""
     by_query: list[dict[tuple[int, str], Record]] = [{_key(record): record for record in c or ()} for c in columns]
@@ -243,7 +255,7 @@ def _samples(
     chosen = sorted(labels, key=lambda query: (spread[query], query))[:count]
     dataset = open_dataset(spec) if chosen else None
     samples = []
-    for index, query_id in sorted(chosen, key=lambda query: (spread[query], query)):
+    for index, query_id in chosen:
         records = [column.get((index, query_id)) for column in by_query]
         known = next(record for record in records if record is not None)
         answers = [
@@ -251,9 +263,11 @@ def _samples(
             if record is None
             else {
                 "iou": round(metrics.iou(record, protocol), 4),
-                "rejected": record.rejected,
+                "rejected": metrics.rejects(record, protocol),
                 "text": record.answer,
-                "mask": None if not record.masks else _mask(_union(record), PALETTE[number % len(PALETTE)]),
+                "mask": None
+                if not record.masks
+                else _mask(_drawn(record, several_seg), PALETTE[number % len(PALETTE)]),
             }
             for number, record in enumerate(records)
         ]
@@ -279,14 +293,17 @@ def _of_data(dataset: EvalDataset, record: Record) -> dict[str, Any]:
     return {"picture": _url(image, "JPEG", quality=80), "truth": _mask(truth == 1, np.array(TRUTH_COLOR))}
 
 
-def _union(record: Record) -> np.ndarray:
-    return np.any([decode_mask(mask) for mask in record.masks], axis=0)
+def _drawn(record: Record, several_seg: str) -> np.ndarray:
+    """The mask [H, W] that is scored, or the union of those that are matched."""
+    masks = record.masks[:1] if several_seg == "first" else record.masks
+    return np.any([decode_mask(mask) for mask in masks], axis=0)
 
 
 def _mask(mask: np.ndarray, color: np.ndarray) -> str:
     """A picture of the page's size: the color where a mask [H, W] is, else transparent."""
-    image = Image.fromarray(mask.astype(np.uint8))
-    image.thumbnail((SIDE, SIDE), Image.Resampling.NEAREST)
+    image = Image.fromarray(mask.astype(np.uint8) * 255)
+    image.thumbnail((SIDE, SIDE), Image.Resampling.BOX, reducing_gap=None)
+    image = image.point(lambda value: int(value > 0))  # thin objects stay
     image.putpalette([0, 0, 0, *map(int, color)])
     return _url(image, "PNG", transparency=bytes([0, ALPHA]), bits=1)
 

@@ -24,6 +24,8 @@ from utils.evaluation.benchmarks import PROTOCOLS, SEVERAL_SEG, benchmark_of
 from utils.evaluation.metrics import Record
 from utils.files import write_atomically
 
+NONE = "none"  # the layer rule of answers that another model gave
+
 
 @dataclass(frozen=True)
 class Provenance:
@@ -209,6 +211,18 @@ def _matches(value: Any, hint: Any) -> bool:
 def result_path(folder: Path, spec: Spec, mode: str) -> Path:
     """``ReasonSeg|val``, ``generate`` -> ``folder/ReasonSeg_val.generate.jsonl``."""
     return folder / f"{spec.slug}.{mode}.jsonl"
+
+
+def check_has_logits(provenance: Provenance, protocol: str) -> None:
+    """Raises a ``ValueError`` if the protocol counts logits, and the answers are masks of another model."""
+    if (
+        protocol == "published"
+        and benchmark_of(provenance.spec).task == "instances"
+        and provenance.layer_policy == NONE
+    ):
+        raise ValueError(
+            f"{provenance.benchmark}: protocol published counts logits, and these answers are masks: use strict"
+        )
 
 
 def summarize(provenance: Provenance, records: Sequence[Record]) -> Summary:
