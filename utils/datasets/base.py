@@ -193,6 +193,17 @@ def splitless_name(spec: Spec) -> str:
     return spec.name
 
 
+def read_object(line: str) -> dict[str, Any]:
+    """The JSON object of a line; any other content raises a ``DataError``."""
+    try:
+        values = json.loads(line)
+    except (ValueError, RecursionError) as error:  # ValueError: also an integer of thousands of digits
+        raise DataError(f"not valid JSON ({error}); each line must be one complete object") from error
+    if not isinstance(values, dict):
+        raise DataError(f"a {type(values).__name__}; each line must be one JSON object")
+    return values
+
+
 def is_text(value: Any) -> TypeGuard[str]:
     """Whether a value is a text with more than blanks, and without halves of characters (lone surrogates)."""
     return isinstance(value, str) and not value.isspace() and value != "" and not SURROGATES.search(value)

@@ -5,7 +5,6 @@ Source: hustvl/GroundingSuite (Hu et al., ICCV 2025). Evaluation only.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from utils.datasets.base import (
     check_file_name,
     find_paths,
     is_text,
+    read_object,
     read_text,
     single_split,
     unknown,
@@ -85,12 +85,7 @@ class GroundingSuiteEval:
 
 
 def _parse(line: str) -> dict[str, Any]:
-    try:
-        values = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"not valid JSON ({error})") from error
-    if not isinstance(values, dict):
-        raise DataError(f"a {type(values).__name__}, not an object")
+    values = read_object(line)
     name = Path(check_file_name(values.get("image_path"), "'image_path' is")).name
     caption, segmentation, number = (values.get(key) for key in ("caption", "segmentation", "class_id"))
     if not is_text(caption):

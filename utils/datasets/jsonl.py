@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import unicodedata
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ import numpy as np
 from model.loading.hub import EXPLICIT, resolve_dataset
 from model.processing.tokens import IM_END, IM_START, IMAGE, SEG
 from model.structures import Turn
-from utils.datasets.base import DataError, find_paths, unknown
+from utils.datasets.base import DataError, find_paths, read_object, unknown
 from utils.datasets.spec import Spec
 from utils.datasets.vqa import read_turns
 
@@ -86,13 +85,9 @@ def _read_object(raw: bytes) -> dict[str, Any]:
     if b"\r" in raw.strip():
         raise DataError("its lines end with CR alone, as on old Macs; save the file with LF")
     try:
-        record = json.loads(raw.decode("utf-8-sig"))
+        record = read_object(raw.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise DataError(f"not UTF-8 text ({error.reason} at byte {error.start}); save the file as UTF-8") from error
-    except (ValueError, RecursionError) as error:  # ValueError: also an integer of thousands of digits
-        raise DataError(f"not valid JSON ({error}); each line must be one complete object") from error
-    if not isinstance(record, dict):
-        raise DataError(f"a {type(record).__name__}; each line must be one JSON object")
     for key in record:
         if key not in KEYS:
             raise DataError(unknown("key", key, KEYS))

@@ -13,6 +13,7 @@ import numpy as np
 from utils.datasets.masks import encode_mask
 from utils.demo import scene_texts, scenes
 from utils.demo.files import Ledger, Sizes, coco_annotation, streams, write_jpeg, write_json
+from utils.demo.other_sets import sample_scene_with
 from utils.demo.scene_texts import Query
 from utils.demo.scenes import Scene
 
@@ -74,14 +75,11 @@ def _write_gseval(root: Path, dataset: str, split: str, rngs: list[np.random.Gen
 def _write_reasoning(root: Path, dataset: str, split: str, rngs: list[np.random.Generator]) -> None:
     rows = []
     for index, rng in enumerate(rngs):
-        while True:
-            scene = scenes.sample_scene(rng)
-            if queries := scene_texts.reasoning_queries(scene, rng):
-                break
-        mask = _union(scene, queries[0])
-        row = {"image": _encoded(scene.image), "text": queries[0].text, "mask": mask.tolist()}
+        scene, query = sample_scene_with(rng, scene_texts.reasoning_queries)
+        mask = _union(scene, query)
+        row = {"image": _encoded(scene.image), "text": query.text, "mask": mask.tolist()}
         row |= {"image_id": f"{split}_{index}", "ann_id": "0", "img_height": mask.shape[0], "img_width": mask.shape[1]}
-        rows.append(row | ({"reasoning_type": queries[0].family} if dataset == "ReasonSeg-X" else {}))
+        rows.append(row | ({"reasoning_type": query.family} if dataset == "ReasonSeg-X" else {}))
     _write_parquet(root / f"reason_seg/{dataset}/{split}/{split}-00000-of-00001.parquet", rows)
 
 
@@ -111,11 +109,8 @@ def _write_mmr(root: Path, dataset: str, split: str, rngs: list[np.random.Genera
     """A question about several shapes per image, with the answer's text."""
     items = []
     for index, rng in enumerate(rngs):
-        while True:
-            scene = scenes.sample_scene(rng)
-            if queries := scene_texts.multi_queries(scene, rng):
-                break
-        query, number, (height, width) = queries[0], _image_id(dataset, split, index), scene.image.shape[:2]
+        scene, query = sample_scene_with(rng, scene_texts.multi_queries)
+        number, (height, width) = _image_id(dataset, split, index), scene.image.shape[:2]
         name = f"train2017/{number:012d}.jpg"
         write_jpeg(root / "coco" / name, scene.image)
         rows = [

@@ -196,7 +196,7 @@ def _name(scene: Scene, index: int) -> str:
     return f"{scene.shapes[index].color} {scene.shapes[index].kind}"
 
 
-def _sample_scene_with(
+def sample_scene_with(
     rng: np.random.Generator, generate: Callable[[Scene, np.random.Generator], list[Query]], min_targets: int = 1
 ) -> tuple[Scene, Query]:
     """Samples a scene and a query with at least ``min_targets`` targets."""
@@ -208,7 +208,7 @@ def _sample_scene_with(
 
 
 def _instance_item(rng: np.random.Generator, ids: list[int]) -> tuple[Scene, dict[str, Any]]:
-    scene, query = _sample_scene_with(rng, scene_texts.multi_queries)
+    scene, query = sample_scene_with(rng, scene_texts.multi_queries)
     points: dict[str, Any] = {}
     for index, number in enumerate(ids[: len(scene.shapes)]):
         key = ("points", "polygon")[index % 2]  # the real files use both
@@ -223,7 +223,7 @@ def _info(scene: Scene, ids: list[int]) -> dict[str, Any]:
 
 
 def _cot_item(rng: np.random.Generator, ids: list[int]) -> tuple[Scene, dict[str, Any]]:
-    scene, query = _sample_scene_with(rng, scene_texts.reasoning_queries)
+    scene, query = sample_scene_with(rng, scene_texts.reasoning_queries)
     (target,) = query.targets
     answer = f"{scene_texts.explanation(scene, query)} here it is: <{ids[target]}| {_name(scene, target)}>."
     return scene, {"English Question": query.text, "English Answer": answer, "info": _info(scene, ids)}
@@ -231,7 +231,7 @@ def _cot_item(rng: np.random.Generator, ids: list[int]) -> tuple[Scene, dict[str
 
 def _conversation_item(rng: np.random.Generator, ids: list[int]) -> tuple[Scene, dict[str, Any]]:
     """A text-only turn, then a question about several shapes, whose masks are referred to as a list."""
-    scene, query = _sample_scene_with(rng, scene_texts.multi_queries)
+    scene, query = sample_scene_with(rng, scene_texts.multi_queries)
     question, answer = scene_texts.questions(scene, rng)[0]
     listed = ", ".join(f"{_name(scene, target)} <{ids[target]}>" for target in query.targets)
     turns = f"<person>: {question} <robot>: {answer} <person>: where is {query.text}? <robot>: they are [{listed}]."
@@ -274,7 +274,7 @@ def _write_muse(root: Path, dataset: str, split: str, rngs: list[np.random.Gener
     min_targets = 3 if split == "test_many" else 2
     items = []
     for index, rng in enumerate(rngs):
-        scene, first = _sample_scene_with(rng, scene_texts.multi_queries, min_targets)
+        scene, first = sample_scene_with(rng, scene_texts.multi_queries, min_targets)
         others = [query for query in scene_texts.multi_queries(scene, rng) if len(query.targets) >= min_targets]
         queries = [first, *(query for query in others if query.targets != first.targets)][:2]
         name, (height, width) = coco_name(dataset, split, index), scene.image.shape[:2]

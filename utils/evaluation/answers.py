@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from model.structures import EvalQuery, EvalSample
-from utils.datasets.base import DataError, EmptyMaskError
+from utils.datasets.base import DataError, EmptyMaskError, read_object
 from utils.datasets.custom import read_labels, read_mask
 from utils.datasets.masks import encode_mask, stack_masks
 from utils.evaluation.metrics import Record
@@ -62,11 +62,9 @@ def parse_answer(line: str, location: str) -> tuple[Answer, dict[str, Any] | Non
         DataError: naming the line and what is wrong with it.
     """
     try:
-        values = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{location} is not valid JSON ({error}); each line must be one complete object") from error
-    if not isinstance(values, dict):
-        raise DataError(f"{location} is a {type(values).__name__}; each line must be one JSON object")
+        values = read_object(line)
+    except DataError as error:
+        raise DataError(f"{location}: {error}") from error
     texts = {}
     for name in ("image", "image_id", "query_id", "query", "answer"):
         value = values.get(name, "")
@@ -208,7 +206,7 @@ class AnswerBook:
         seen: dict[tuple[str, ...], Answer] = {}
         doubled = []
         for answer in answers:
-            image = ("id", answer.image_id) if answer.image_id else ("path", *_path(answer.image))
+            image = ("id", answer.image_id) if answer.image_id else ("path", *path_parts(answer.image))
             query = ("id", answer.query_id) if answer.query_id else ("text", _plain(answer.query))
             first = seen.setdefault((*image, *query), answer)
             if first is not answer:
@@ -220,7 +218,7 @@ class AnswerBook:
             if answer.image_id:
                 self._by_id.setdefault(answer.image_id, []).append(answer)
             if answer.image:
-                self._by_name.setdefault(_path(answer.image)[-1], []).append(answer)
+                self._by_name.setdefault(path_parts(answer.image)[-1], []).append(answer)
         if doubled:
             raise DataError(
                 listed("answers differ from others to the same query (query_id tells queries apart)", doubled)
@@ -232,7 +230,7 @@ class AnswerBook:
         Raises:
             DataError: if an answer could be about another image, too, or its parts contradict each other.
         """
-        answers = self._by_id.get(sample.image_id) or self._of_path(_path(sample.source))
+        answers = self._by_id.get(sample.image_id) or self._of_path(path_parts(sample.source))
         by_id = {answer.query_id: answer for answer in answers if answer.query_id}
         by_text = {_plain(answer.query): answer for answer in answers if not answer.query_id}
         found = [by_id.get(query.query_id) or by_text.get(_plain(query.text)) for query in sample.queries]
@@ -243,7 +241,7 @@ class AnswerBook:
                 raise DataError(
                     f"{answer.location}: query_id {query.query_id} is {query.text!r} in the data, not {answer.query!r}"
                 )
-            if answer.image and _path(answer.image)[-1] != _path(sample.source)[-1]:
+            if answer.image and path_parts(answer.image)[-1] != path_parts(sample.source)[-1]:
                 raise DataError(
                     f"{answer.location}: image_id {answer.image_id} is {sample.source} in the data, not {answer.image}"
                 )
@@ -263,7 +261,7 @@ class AnswerBook:
         """
         named: dict[tuple[str, ...], list[Answer]] = {}
         for answer in self._by_name.get(path[-1], ()):
-            named.setdefault(_path(answer.image), []).append(answer)
+            named.setdefault(path_parts(answer.image), []).append(answer)
         shared = {other: _shared_end(path, other) for other in named}
         best = [other for other, count in shared.items() if count == max(shared.values())]
         if len(best) > 1:
@@ -278,7 +276,7 @@ class AnswerBook:
         return [f"{each.location}: {each.image_id or each.image}, {each.query or each.query_id!r}" for each in left]
 
 
-def _path(text: str) -> tuple[str, ...]:
+def path_parts(text: str) -> tuple[str, ...]:
     """The parts of a path, its file's name without ending."""
     path = PurePosixPath(unicodedata.normalize("NFC", text.replace("\\", "/")))
     return (*path.parts[:-1], path.stem)

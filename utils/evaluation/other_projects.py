@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
 
@@ -18,7 +18,7 @@ import numpy as np
 from utils.datasets.base import DataError, EvalDataset
 from utils.datasets.custom import read_labels
 from utils.datasets.masks import encode_mask
-from utils.evaluation.answers import listed
+from utils.evaluation.answers import listed, path_parts
 from utils.evaluation.any_model import samples_of
 
 Line = dict[str, Any]  # keys of ``utils.evaluation.answers``
@@ -38,7 +38,7 @@ class Asked:
         for _, sample in samples_of(dataset, limit):
             self.has_refs |= any("ref" in query.meta for query in sample.queries)
             names = {"image": sample.source, "image_id": sample.image_id}
-            stem = _stem(sample.source)
+            stem = path_parts(sample.source)[-1]
             if stem in self._of_image:
                 raise DataError(
                     f"{self.spec} has two images called {stem}: other projects' answers do not tell them apart"
@@ -54,7 +54,7 @@ class Asked:
             count: how many answers there are, one for each query.
         """
         text = str(name)
-        lines = self._of_image.get(_stem(text), self._by_id.get(text))
+        lines = self._of_image.get(path_parts(text)[-1], self._by_id.get(text))
         if lines is None:
             raise DataError(f"image {text} is not in {self.spec}: give the split that was answered")
         if count is not None and count != len(lines):
@@ -71,10 +71,6 @@ class Asked:
                 f"image {name}: ref {ref_id} has {len(sentences)} sentences in {self.spec}, not {position + 1}"
             )
         return sentences[position]
-
-
-def _stem(path: str) -> str:
-    return PurePosixPath(path.replace("\\", "/")).stem
 
 
 def _json(path: Path) -> Any:
