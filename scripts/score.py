@@ -73,6 +73,8 @@ def check(args: argparse.Namespace) -> None:
     if len(given) != 1:
         names = ", ".join(f"--{name}" for name in SOURCES)
         raise ValueError(f"give test.py's JSONL files, or --benchmark and one of {names}")
+    if args.predictions and not args.predictions.is_file():
+        raise ValueError(f"--predictions {args.predictions}: no such file")
     for name in ("benchmark", "dataset_dir", *(["output"] if args.callable else [])):
         if getattr(args, name) is None:
             raise ValueError(f"--{given[0]} needs --{name}")

@@ -367,7 +367,8 @@ def test_a_function_that_fails_is_told_at_which_query(own_module, queries, data)
         ([], "give test.py's JSONL files, or --benchmark"),
         (["x.jsonl", "--benchmark", SPEC], "leave --benchmark out"),
         (["--predictions", "x", "--callable", "a:b"], "one of --predictions"),
-        (["--predictions", "x"], "--predictions needs --benchmark"),
+        (["--predictions", __file__], "--predictions needs --benchmark"),
+        (["--predictions", "x", "--benchmark", SPEC, "--dataset_dir", "d"], "--predictions x: no such file"),
         (["--callable", "a:b", "--benchmark", SPEC, "--dataset_dir", "d"], "--callable needs --output"),
     ],
 )
