@@ -71,6 +71,8 @@ class EvalQuery:
         masks: [N, H, W] uint8 with 0, 1 and 255; N = 0 if the target is absent (a false premise, no target).
         is_sentence: a whole question (ReasonSeg's long queries) rather than a phrase.
         meta: attributes that reports group by (``{"family": "relation"}``).
+        reference: of an absent target, [H, W] uint8 with 0 and 1, what a model that hallucinates it would mark; None =
+            nothing in particular.
     """
 
     query_id: str
@@ -78,6 +80,7 @@ class EvalQuery:
     masks: np.ndarray
     is_sentence: bool = False
     meta: dict[str, Any] = field(default_factory=dict)
+    reference: np.ndarray | None = None
 
     @property
     def is_present(self) -> bool:

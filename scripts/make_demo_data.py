@@ -11,7 +11,7 @@ Scenes and texts come from ``utils/demo/scenes.py`` and ``scene_texts.py``. Outp
 - ``llava_dataset/llava_instruct_150k.json``: captions and question answering in several turns.
 
 ``--all_types`` adds small versions of the other 20 data sets, for all eight types (``utils/demo/refer_sets.py`` and
-``utils/demo/other_sets.py``), and of five more benchmarks (``utils/demo/evaluation_sets.py``); the files listed above
+``utils/demo/other_sets.py``), and of six more benchmarks (``utils/demo/evaluation_sets.py``); the files listed above
 stay identical.
 
 Each scene has its own random stream (seed, set and split, index), so no two splits share a scene. Stream numbers are
@@ -49,7 +49,7 @@ from utils.plotting import text_tables
 
 # First digits of a hash of the generated data, without and with --all_types (tests/demo/test_make_demo_data.py).
 # Update them when the generated data change, so that data of an older version are rejected.
-VERSION = {False: "4527a8ebdff7", True: "4a5920ffca91"}
+VERSION = {False: "4527a8ebdff7", True: "d58561cd6708"}
 REASON_STREAMS = {"train": 1, "val": 2, "test": 3, "heldout": 4}
 LLAVA_STREAM, LLAVA_FIRST_IMAGE = 31, 500_001
 LONG_FAMILIES = ("relation", "superlative", "commonsense")

@@ -7,18 +7,22 @@ import json
 import pickle
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from model.structures import EvalQuery, EvalSample
 from scripts import make_demo_data
 from utils.datasets import DataOptions, get_eval_dataset, get_train_dataset
 from utils.datasets.base import DataError
+from utils.datasets.hallu_seg_bench import SETTINGS
 from utils.datasets.masks import encode_mask
+from utils.demo.scenes import COLORS
 from utils.evaluation.benchmarks import BENCHMARKS
-from utils.evaluation.metrics import Record, breakdown, compute, iou
+from utils.evaluation.metrics import Record, breakdown, compute, iou, select
 from utils.evaluation.predictions import QueryPrediction, score, turns_of
 
 SPECS = ["GSEval|test", "ReasonSeg-R|test", "ReasonSeg-X|train", "ReasonSeg-X|val", "refcoco-m|val", "MMR|val"]
@@ -80,6 +84,31 @@ def test_sentences_of_a_sample_share_its_mask(drawn: Path) -> None:
     pairs = [(a, b) for a, b in itertools.pairwise(queries) if a.query_id.split("_")[0] == b.query_id.split("_")[0]]
     assert pairs
     assert all(np.array_equal(a.masks, b.masks) and a.text != b.text for a, b in pairs)
+
+
+def test_hallusegbench_asks_both_images_for_both_objects(drawn: Path) -> None:
+    dataset = get_eval_dataset("HalluSegBench|refer_seg", drawn)
+    samples = [dataset[index] for index in range(len(dataset))]
+    assert [len(sample.queries) for sample in samples] == [2] * 4
+    assert dataset.num_queries == 8
+    for factual, edited in (samples[:2], samples[2:]):
+        queries = {query.meta["setting"]: query for query in [*factual.queries, *edited.queries]}
+        assert set(queries) == set(SETTINGS)
+        assert len({query.meta["pair"] for query in queries.values()}) == 1
+        assert queries["orgl_orgi"].text == queries["orgl_edti"].text != queries["edtl_edti"].text
+        for sample, there, gone in ((factual, "orgl_orgi", "edtl_orgi"), (edited, "edtl_edti", "orgl_edti")):
+            target, absent = queries[there], queries[gone]
+            assert target.is_present
+            assert not absent.is_present
+            assert absent.reference is not None
+            assert np.array_equal(target.masks[0], absent.reference)
+            assert absent.reference.shape == sample.image.shape[:2]
+            inside = sample.image[absent.reference == 1].astype(float).mean(0)
+            color = COLORS[target.text.split()[0]]
+            assert np.abs(inside - color).max() < 60
+    assert samples[2].image.shape[0] * 2 == samples[3].image.shape[0]  # an edit may have another size
+    sentences = get_eval_dataset("HalluSegBench|reason_seg_val", drawn)[0].queries
+    assert all(query.is_sentence and query.text.endswith("?") for query in sentences)
 
 
 def test_mmr_trains_with_the_text_of_its_answers(drawn: Path) -> None:
@@ -149,6 +178,92 @@ def test_gseval_averages_samples_and_not_classes() -> None:
     assert {kind: scores["gIoU"] for kind, scores in groups.items()} == pytest.approx({"single": 0.7, "part": 0.1})
 
 
+def hallucination(
+    targets: tuple[np.ndarray, np.ndarray], predicted: dict[str, np.ndarray | None], pair: str = "0"
+) -> list[Record]:
+    """Answers to a pair with these targets in the image and in its edit; None = rejected."""
+    answers = []
+    for number, (setting, mask) in enumerate(predicted.items()):
+        truth = targets[setting.endswith("edti")].astype(np.uint8)[None]
+        there = setting in ("orgl_orgi", "edtl_edti")
+        query = EvalQuery(
+            setting,
+            "q",
+            truth if there else truth[:0],
+            meta={"pair": pair, "setting": setting},
+            reference=None if there else truth[0],
+        )
+        logits = np.zeros((0, *truth[0].shape), np.float32) if mask is None else mask[None].astype(np.float32) - 0.5
+        sample = EvalSample("a.jpg", "a", np.zeros((*truth[0].shape, 3), np.uint8), [])
+        prediction = QueryPrediction("", "", logits, logits, [], mask is None)
+        answers.append(score(2 * int(pair) + number // 2, sample, query, prediction, BENCHMARKS["HalluSegBench"]))
+    return answers
+
+
+def test_hallusegbench_by_hand() -> None:
+    """docs/evaluation.md's example."""
+    targets = region(6), region(5)
+    masks = {"orgl_orgi": region(8), "edtl_orgi": region(0, 3, 4), "edtl_edti": region(5), "orgl_edti": None}
+    values = compute(hallucination(targets, masks), BENCHMARKS["HalluSegBench"])
+    expected = {
+        "dIoU_t": 0.75 - 3 / 7,
+        "dIoU_v": 0.75,
+        "CMS_f": 10 / 18,
+        "CMS_c": 0,
+        "N-acc": 0.5,
+        "T-acc": 1,
+    }
+    assert {name: values[name] for name in expected} == pytest.approx(expected)
+    drawn_everywhere = compute(hallucination(targets, masks | {"orgl_edti": region(20)}), BENCHMARKS["HalluSegBench"])
+    assert drawn_everywhere["CMS_c"] == pytest.approx(2)
+    assert drawn_everywhere["dIoU_v"] == pytest.approx(0.5)
+
+
+def published_hallucination(
+    targets: tuple[np.ndarray, np.ndarray], predicted: dict[str, np.ndarray | None]
+) -> tuple[float, float, float, float]:
+    """A pair's two differences of IoU and two confusion scores, by the definitions of the paper."""
+
+    def values(mask: np.ndarray | None, truth: np.ndarray) -> tuple[float, float]:
+        mask = np.zeros_like(truth) if mask is None else mask
+        union, outside = (mask | truth).sum(), (mask & ~truth).sum()
+        overlap = (mask & truth).sum()
+        return (overlap / union if union else 0.0), (3 * overlap + outside) / (3 * truth.sum())
+
+    there, _ = values(predicted["orgl_orgi"], targets[0])
+    other_text, confusion_text = values(predicted["edtl_orgi"], targets[0])
+    other_image, confusion_image = values(predicted["orgl_edti"], targets[1])
+    return there - other_text, there - other_image, confusion_text, confusion_image
+
+
+def test_hallusegbench_agrees_with_its_definitions_on_random_masks() -> None:
+    rng = np.random.default_rng(0)
+
+    def mask(share: float) -> np.ndarray:
+        return rng.random((7, 9)) < share
+
+    answers, expected = list[Record](), []
+    for pair in range(40):
+        targets = mask(0.3) | (np.arange(63).reshape(7, 9) == 5), mask(0.9) | (np.arange(63).reshape(7, 9) == 6)
+        predicted = {name: None if rng.random() < 0.2 else mask(rng.choice([0, 0.1, 0.6, 1])) for name in SETTINGS}
+        answers += hallucination(targets, predicted, str(pair))
+        expected.append(published_hallucination(targets, predicted))
+    benchmark = BENCHMARKS["HalluSegBench"]
+    names = [name for name in benchmark.metrics if name[:3] in ("dIo", "CMS")]
+    found = compute([answers[k] for k in rng.permutation(len(answers))], benchmark)
+    assert [found[name] for name in names] == pytest.approx(np.mean(expected, axis=0).tolist())
+    partly = compute([answer for answer in answers if answer.meta["setting"] != "edtl_orgi"], benchmark)
+    assert "dIoU_t" not in partly
+    assert partly["dIoU_v"] == found["dIoU_v"]
+
+
+def test_hallusegbench_scores_the_first_seg_alone_on_demand() -> None:
+    record = hallucination((region(6), region(6)), {"orgl_edti": region(0, 3, 3)})[0]
+    several = replace(record, masks=record.masks * 2, first=[0, 2, 2, 0], first_reference=[2, 6, 2, 6])
+    [first] = select([several], several_seg="first")
+    assert compute([first], BENCHMARKS["HalluSegBench"])["CMS_c"] == pytest.approx(6 / 18)
+
+
 # -- files that do not fit ---------------------------------------------------------------------------------------------
 
 
@@ -174,6 +289,31 @@ def write_rows(name: str, change: Callable[[dict], object]) -> Callable[[Path], 
         rows = pyarrow.parquet.read_table(path).to_pylist()
         change(rows[0])
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+
+    return edit
+
+
+PAIRS = Path("hallusegbench/refer_seg")
+
+
+def edit_pair(change: Callable[[dict], object]) -> Callable[[Path], None]:
+    """Changes the first pair of HalluSegBench."""
+
+    def edit(folder: Path) -> None:
+        path = folder / PAIRS / "data.json"
+        pairs = json.loads(path.read_text())
+        change(pairs[0])
+        path.write_text(json.dumps(pairs))
+
+    return edit
+
+
+def save_pair_mask(mask: np.ndarray) -> Callable[[Path], None]:
+    """Replaces the mask of the first pair's edit."""
+
+    def edit(folder: Path) -> None:
+        [path, _] = sorted((folder / PAIRS / "counterfactual_masks").iterdir())
+        Image.fromarray(mask).save(path)
 
     return edit
 
@@ -204,6 +344,19 @@ R, M = "reason_seg/ReasonSeg-R/test/*.parquet", "refer_seg/refcoco-m/data/*.parq
             "samples have not all of",
         ),
         ("refcoco-m|val", write_rows(M, lambda row: [s.update(id=1) for s in row["samples"]]), "have the same id"),
+        ("HalluSegBench|test", lambda folder: None, "unknown split 'test'. Known: refer_seg"),
+        (
+            "HalluSegBench|refer_seg",
+            edit_pair(lambda v: v.pop("counterfactual_label")),
+            "item 0: 'counterfactual_label'",
+        ),
+        (
+            "HalluSegBench|refer_seg",
+            edit_pair(lambda v: v.pop("counterfactual_mask_path")),
+            "'counterfactual_mask_path' is",
+        ),
+        ("HalluSegBench|refer_seg", edit_pair(lambda v: v.update(factual_image_path="../a.png")), "not a file name"),
+        ("HalluSegBench|refer_seg", edit_pair(lambda v: v.update(factual_mask_path="b.png")), "no image b.png"),
         ("MMR|test", lambda folder: None, "unknown split 'test'"),
         ("MMR|val", lambda folder: (folder / "multi_reason_seg/MMR/MMR_val.json").unlink(), "no MMR_val.json"),
     ],
@@ -222,6 +375,8 @@ def test_what_is_wrong_is_named_when_a_set_is_opened(spec: str, damage: Callable
             write_rows(R, lambda row: row.update(mask=[[False] * 4] * 4)),
             r"test-00000.* row 0 .* 4x4",
         ),
+        ("HalluSegBench|refer_seg", save_pair_mask(np.zeros((120, 120), np.uint8)), "newmask.png is empty"),
+        ("HalluSegBench|refer_seg", save_pair_mask(np.ones((120, 30), np.uint8)), "newmask.png is 30x120, its image"),
         ("ReasonSeg-R|test", write_rows(R, lambda row: row["image"].update(bytes=b"x")), "its image cannot be read"),
         ("ReasonSeg-R|test", write_rows(R, lambda row: row["image"].update(bytes=None)), "no image inside"),
         (
@@ -250,6 +405,19 @@ def test_a_row_without_a_target_is_scored_as_its_authors_do(own: Path) -> None:
     assert query.masks.shape[0] == 0
     ious = [iou(record("ReasonSeg-R", [], predicted)) for predicted in ([], [region(0)], [region(5)])]
     assert ious == [1, 1, 0]
+
+
+def test_hallusegbench_reads_what_its_files_have(own: Path) -> None:
+    """Some name the mask otherwise; masks and images of an edit may have different sizes; the hub has a folder more."""
+    before = get_eval_dataset("HalluSegBench|refer_seg", own)[1].queries[0].reference
+    assert before is not None
+    edit_pair(lambda v: v.update(counterfactual_mask=v.pop("counterfactual_mask_path")))(own)
+    twice = np.kron(before, np.ones((2, 2), np.uint8)) * 7
+    save_pair_mask(twice)(own)
+    (own / "hallusegbench/test").mkdir()
+    (own / PAIRS).rename(own / "hallusegbench/test/refer_seg")
+    after = get_eval_dataset("HalluSegBench|refer_seg", own)[1].queries[0].reference
+    assert np.array_equal(before, after)
 
 
 def test_mmr_is_asked_as_it_is_trained(drawn: Path) -> None:

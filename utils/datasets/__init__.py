@@ -19,6 +19,7 @@ from utils.datasets.base import (
 from utils.datasets.custom import CustomEval, CustomTrain
 from utils.datasets.fp_refer_seg import FpReferSegTrain
 from utils.datasets.grounding_suite import GroundingSuiteEval
+from utils.datasets.hallu_seg_bench import HalluSegBench
 from utils.datasets.multi_reason_seg import MultiReasonSegEval, MultiReasonSegTrain
 from utils.datasets.parquet_sets import ParquetEval
 from utils.datasets.reason_seg import ReasonSegEval, ReasonSegTrain
@@ -66,6 +67,7 @@ TYPES = {
     "multi_reason_seg": Type(MultiReasonSegTrain, MultiReasonSegEval, "MultiReasonSeg|train"),
     "custom": Type(CustomTrain, CustomEval, ""),
     "grounding_suite": Type(None, GroundingSuiteEval, ""),
+    "hallu_seg_bench": Type(None, HalluSegBench, ""),
     "parquet": Type(None, ParquetEval, ""),
 }
 
@@ -116,6 +118,7 @@ DATASETS = {
     "GSEval": DatasetRow("grounding_suite", "groundingsuite", coco_folders("unlabeled2017")),
     "ReasonSeg-R": DatasetRow("parquet", "reason_seg/ReasonSeg-R", annotations=("test",)),
     "ReasonSeg-X": DatasetRow("parquet", "reason_seg/ReasonSeg-X", annotations=("test", "val", "train")),
+    "HalluSegBench": DatasetRow("hallu_seg_bench", "hallusegbench"),
     "refcoco-m": DatasetRow("parquet", "refer_seg/refcoco-m", annotations=("val",)),
     "custom": DatasetRow("custom", ""),
 }

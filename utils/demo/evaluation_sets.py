@@ -22,9 +22,10 @@ STREAMS = {
     "ReasonSeg-R": {"test": 232},
     "ReasonSeg-X": {"train": 233, "val": 234, "test": 235},
     "refcoco-m": {"val": 236},
+    "HalluSegBench": {"refer_seg": 242, "reason_seg_val": 243, "reason_seg_test": 244},
     "MMR": {"train": 237, "val": 238, "test_mixed": 239, "test_obj_only": 240, "test_part_only": 241},
 }
-FIRST_IMAGE = {"GSEval": 940_001, "refcoco-m": 950_001, "MMR": 960_001}
+FIRST_IMAGE = {"GSEval": 940_001, "refcoco-m": 950_001, "MMR": 960_001, "HalluSegBench": 970_001}
 ROWS = 2  # of a row group: a file has several
 CLASS_IDS = {"multi": 3, "attribute": 4}
 
@@ -126,6 +127,52 @@ def _write_mmr(root: Path, dataset: str, split: str, rngs: list[np.random.Genera
     write_json(root / f"multi_reason_seg/MMR/MMR_{split}.json", items)
 
 
+def _write_hallusegbench(root: Path, dataset: str, split: str, rngs: list[np.random.Generator]) -> None:
+    """A shape per image, and its edit: the shape in a color that is not there; each second edit is larger."""
+    folder, pairs = root / "hallusegbench" / split, []
+    for index, rng in enumerate(rngs):
+        scene, shape, color = _sample_edit(rng)
+        kind, old = scene.shapes[shape].kind, scene.shapes[shape].color
+        edited, mask = scene.image.astype(np.int16), scene.masks[shape]
+        edited[mask] += np.subtract(scenes.COLORS[color], scenes.COLORS[old]).astype(np.int16)
+        edited = edited.clip(0, 255).astype(np.uint8)
+        size = (scene.image.shape[1] * (1 + index % 2), scene.image.shape[0] * (1 + index % 2))
+        stem = f"COCO_train2014_{_image_id(dataset, split, index):012d}"
+        files = {
+            "factual_image_path": (f"factual_images/{stem}.png", scene.image),
+            "factual_mask_path": (f"factual_masks/{stem}_mask.png", mask * np.uint8(255)),
+            "counterfactual_image_path": (f"counterfactual_images/{stem}_edited.png", cv2.resize(edited, size)),
+            "counterfactual_mask_path": (
+                f"counterfactual_masks/{stem}_newmask.png",
+                cv2.resize(mask * np.uint8(255), size, interpolation=cv2.INTER_NEAREST),
+            ),
+        }
+        for name, pixels in files.values():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            cv2.imwrite(str(folder / name), pixels[..., ::-1] if pixels.ndim == 3 else pixels)
+        names = f"{old} {kind}", f"{color} {kind}"
+        pair = {"ann_id": index, "label": kind} | {key: name for key, (name, _) in files.items()}
+        pair |= {"factual_label": names[0], "counterfactual_label": names[1]}
+        pair |= {"gpt_instruction": f"replace the {names[0]} by a {names[1]}"}
+        if split != "refer_seg":
+            pair |= {"question": f"which shape is the {names[0]}?"}
+            pair |= {"counterfactual_question": f"which shape is the {names[1]}?"}
+        pairs.append(pair)
+    write_json(folder / "data.json", pairs)
+
+
+def _sample_edit(rng: np.random.Generator) -> tuple[Scene, int, str]:
+    """A scene, a shape that is the only one of its color and kind, and a color that none of the shapes has."""
+    while True:
+        scene = scenes.sample_scene(rng)
+        names = [(shape.color, shape.kind) for shape in scene.shapes]
+        taken = {color for color, _ in names}
+        for index, (_, kind) in enumerate(names):
+            free = [c for c in scenes.COLORS if c not in taken and (c, kind) not in scenes.HELD_OUT]
+            if names.count(names[index]) == 1 and free:
+                return scene, index, scenes.one_of(rng, free)
+
+
 def _encoded(image: np.ndarray) -> dict[str, Any]:
     _, data = cv2.imencode(".jpg", image[:, :, ::-1])
     return {"bytes": data.tobytes(), "path": None}
@@ -147,5 +194,6 @@ EVALUATION_SETS: dict[str, Callable[[Path, str, str, list[np.random.Generator]],
     "ReasonSeg-R": _write_reasoning,
     "ReasonSeg-X": _write_reasoning,
     "refcoco-m": _write_refcoco_m,
+    "HalluSegBench": _write_hallusegbench,
     "MMR": _write_mmr,
 }

@@ -148,6 +148,10 @@ def _counted(record: Record, query: EvalQuery, answer: Answer, benchmark: Benchm
             f"{answer.location}: the target has ignored regions, which other projects count as target or background: "
             "I and U do not tell; score masks instead"
         )
+    if query.reference is not None:
+        raise DataError(
+            f"{answer.location}: {benchmark.name} compares masks with another region; give masks, not counts"
+        )
     predicted = union + intersection - record.G
     if benchmark.task == "instances":
         raise DataError(f"{answer.location}: {benchmark.name} matches masks, and these are counts")

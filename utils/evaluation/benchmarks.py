@@ -19,10 +19,17 @@ BY_TOKEN = ("published", "rela")  # only the token rejects, not a [SEG] with an 
 DECODED_ANYWAY = ("gsva", "published")  # a rejected target is scored by the mask that is decoded anyway
 UNION_KEPT = ("grefcoco", "rela")  # a rejected target has I = 0, and U of the mask that is decoded anyway
 IOU = {"gIoU": "gIoU", "cIoU": "cIoU"}
-REJECTION = IOU | {"N-acc": "N-acc", "T-acc": "T-acc"}
+ACCURACIES = {"N-acc": "N-acc", "T-acc": "T-acc"}
+REJECTION = IOU | ACCURACIES
 PRECISIONS = {name: name for name in ("Pr@0.7", "Pr@0.8", "Pr@0.9")}
 FALSE_PREMISES = {"See": "presence", "Segment": "cIoU"}
 ROBUST = {"RR": "N-acc", "mIoU": "mIoU of refs", "oIoU": "cIoU of targets", "r": "r of refs", "rIoU": "rIoU of refs"}
+HALLUCINATION = {
+    "dIoU_t": "IoU difference, text",
+    "dIoU_v": "IoU difference, image",
+    "CMS_f": "confusion, text",
+    "CMS_c": "confusion, image",
+}
 STRICT_OR_PUBLISHED = dict.fromkeys(MODES, ("strict", "published"))
 
 
@@ -199,6 +206,13 @@ _ROWS = (
         mode="generate",
         task="union",
         splits=dict.fromkeys(("val", "test_obj_only", "test_part_only", "test_mixed"), ""),
+    ),
+    Benchmark(
+        "HalluSegBench",
+        metrics=HALLUCINATION | ACCURACIES,
+        mode="generate",
+        rejects=True,
+        splits=dict.fromkeys(("refer_seg", "reason_seg_val", "reason_seg_test"), ""),
     ),
     Benchmark("custom", metrics=REJECTION, mode="generate", rejects=True),  # users' own data, queried as in chat
 )

@@ -22,8 +22,17 @@ from utils.datasets.reason_seg import WITHOUT_TARGET
 from utils.evaluation.benchmarks import BY_TOKEN, DECODED_ANYWAY, UNION_KEPT, Benchmark
 from utils.evaluation.risk_coverage import ranking
 
-GROUP_KEYS = ("length", "part", "family", "targets", "class", "reasoning_type")  # of a query's meta, for breakdowns
+GROUP_KEYS = (
+    "length",
+    "part",
+    "family",
+    "targets",
+    "class",
+    "reasoning_type",
+    "setting",
+)  # of a query's meta, for breakdowns
 RESAMPLES = 1000
+CONFUSION_WEIGHT = 3  # alpha of HalluSegBench
 
 
 @dataclass
@@ -55,6 +64,8 @@ class Record:
         surplus: of each surplus prediction in ``pairs``, the pixels whose logit lies in [0.5, 1]. The published code of
             MUSE counts these, because it does not threshold surplus predictions.
         cut: whether the generated answer reached the longest length before its end token.
+        reference: I, U, P and G of the mask against the region that a hallucination would mark (HalluSegBench); empty
+            without one. first_reference: of the first [SEG] alone, as ``first``.
     """
 
     index: int
@@ -80,6 +91,8 @@ class Record:
     first: list[int] = field(default_factory=list)
     surplus: list[int] = field(default_factory=list)
     cut: bool = False
+    reference: list[int] = field(default_factory=list)
+    first_reference: list[int] = field(default_factory=list)
 
     @property
     def max_uncertainty(self) -> float:
@@ -143,7 +156,7 @@ def _first_seg(record: Record) -> Record:
     if not record.first:
         raise ValueError(f"{record.image}, {record.query!r} was answered by an older version; evaluate again")
     intersection, union, predicted, true = record.first
-    return replace(record, I=intersection, U=union, P=predicted, G=true)
+    return replace(record, I=intersection, U=union, P=predicted, G=true, reference=record.first_reference)
 
 
 def rejects(record: Record, protocol: str = "") -> bool:
@@ -279,6 +292,37 @@ def _riou_of_refs(records: Sequence[Record], protocol: str) -> tuple[float, int]
     return sum(intersections) / sum(unions), 1
 
 
+def _iou_difference(absent: str) -> Grouped:
+    """HalluSegBench: by how much the IoU falls when the object is not there, but another in its place.
+
+    Args:
+        absent: the setting whose answer is compared with that of ``orgl_orgi``; a pair that lacks one is left out.
+    """
+
+    def formula(records: Sequence[Record], protocol: str) -> tuple[float, int]:
+        answers = {record.meta.get("setting"): record for record in records}
+        there, gone = answers.get("orgl_orgi"), answers.get(absent)
+        if there is None or gone is None or not gone.reference:
+            return 0, 0
+        intersection, union = (0, 1) if gone.rejected else gone.reference[:2]
+        return iou(there, protocol) - intersection / union, 1
+
+    return Grouped(lambda record: record.meta.get("pair", (record.index, record.query_id)), formula)
+
+
+def _confusion(setting: str) -> Formula:
+    """HalluSegBench: the mask of an absent object in units of the reference region, where pixels in it count thrice."""
+
+    def formula(record: Record, protocol: str) -> tuple[float, int]:
+        if record.meta.get("setting") != setting or not record.reference:
+            return 0, 0
+        intersection, _, predicted, true = record.reference
+        mask = 0 if record.rejected else CONFUSION_WEIGHT * intersection + predicted - intersection
+        return mask / (CONFUSION_WEIGHT * true), 1
+
+    return formula
+
+
 METRICS: dict[str, Formula | Grouped] = {  # benchmarks may report a formula under another name
     "gIoU": _giou,
     "cIoU": pair,
@@ -291,6 +335,10 @@ METRICS: dict[str, Formula | Grouped] = {  # benchmarks may report a formula und
     "gIoU of images": Grouped(lambda record: record.index, _giou_of_images),
     "mIoU of refs": Grouped(_ref_of, _miou_of_refs),  # of true sentences
     "r of refs": Grouped(_ref_of, _r_of_refs),  # share of false sentences that are rejected
+    "IoU difference, text": _iou_difference("edtl_orgi"),
+    "IoU difference, image": _iou_difference("orgl_edti"),
+    "confusion, text": _confusion("edtl_orgi"),
+    "confusion, image": _confusion("orgl_edti"),
     "rIoU of refs": Grouped(_ref_of, _riou_of_refs),  # U includes the pixels drawn for false sentences
 }
 

@@ -160,13 +160,19 @@ def score(
         )
     first: list[int] = []
     surplus: list[int] = []
+    reference: list[int] = []
+    first_reference: list[int] = []
     if matched:
         counts, surplus = _count_pairs(query, prediction)
     else:
         truth = metrics.merge_targets(query.masks, *sample.image.shape[:2])
         counts = [metrics.count_pixels(prediction.merged, truth)]
-        if len(prediction.masks) > 1:
+        several = len(prediction.masks) > 1
+        if several:
             first = list(metrics.count_pixels(prediction.masks[0], truth))
+        if query.reference is not None:
+            reference = list(metrics.count_pixels(prediction.merged, query.reference))
+            first_reference = list(metrics.count_pixels(prediction.masks[0], query.reference)) if several else []
     intersection, union, predicted, true = (sum(column) for column in zip(*counts, strict=True))
     return Record(
         index=index,
@@ -192,6 +198,8 @@ def score(
         first=first,
         surplus=surplus,
         cut=prediction.cut,
+        reference=reference,
+        first_reference=first_reference,
     )
 
 
