@@ -5,7 +5,7 @@
 
 Sources: sa2va (ST_jsons/*.json), sesame (also READ and UGround's release: preds_*_of_*.json), text4seg (a folder of
 folders), and those that keep pixel counts alone: unipixel, visionreasoner (also Seg-Zero: output_*.json). Give the
-files of all processes. docs/evaluation.md tells what each leaves out, and what to do where none are written.
+files of all processes. docs/scoring.md tells what each leaves out, and what to do where none are written.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@
 
 The first form reads the answers alone; its numbers equal test.py's to the last bit, which is checked if the JSON is
 beside them. The others read the ground truth, too. --predictions: a line per query, in the format of
-docs/evaluation.md, of which test.py's files are. --callable: a Python function, (image, query) -> (masks, text).
+docs/scoring.md, of which test.py's files are. --callable: a Python function, (image, query) -> (masks, text).
 """
 
 from __future__ import annotations

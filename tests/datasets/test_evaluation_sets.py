@@ -22,7 +22,7 @@ from utils.datasets.hallu_seg_bench import SETTINGS
 from utils.datasets.masks import encode_mask
 from utils.demo.scenes import COLORS
 from utils.evaluation.benchmarks import BENCHMARKS
-from utils.evaluation.metrics import Record, breakdown, compute, iou, select
+from utils.evaluation.metrics import Record, compute, iou, select
 from utils.evaluation.predictions import QueryPrediction, score, turns_of
 
 SPECS = ["GSEval|test", "ReasonSeg-R|test", "ReasonSeg-X|train", "ReasonSeg-X|val", "refcoco-m|val", "MMR|val"]
@@ -142,42 +142,6 @@ def record(
     return score(0, sample, EvalQuery("1", "q", masks, meta=dict(meta)), prediction, BENCHMARKS[benchmark])
 
 
-def test_precision_counts_present_targets() -> None:
-    """IoU 0.85, 0.75, a rejected target, and an absent one that is rejected."""
-    answers = [
-        record("grefcoco", [region(20)], [region(17)]),
-        record("grefcoco", [region(20)], [region(15)]),
-        record("grefcoco", [region(20)], [], rejected=True),
-        record("grefcoco", [], [], rejected=True),
-    ]
-    found = compute(answers, BENCHMARKS["grefcoco"], "grefcoco")
-    expected = {"Pr@0.7": 2 / 3, "Pr@0.8": 1 / 3, "Pr@0.9": 0, "gIoU": 0.65, "N-acc": 1, "T-acc": 2 / 3}
-    assert {name: found[name] for name in expected} == pytest.approx(expected)
-    without = compute(answers[:3], BENCHMARKS["grefcoco"], "grefcoco")
-    assert [without[name] for name in expected if name[:2] == "Pr"] == pytest.approx([2 / 3, 1 / 3, 0])
-    exact = compute([record("grefcoco", [region(10)], [region(9)])], BENCHMARKS["grefcoco"], "grefcoco")
-    assert exact["Pr@0.9"] == 1  # "at least"
-
-
-def test_mmr_scores_the_union_of_a_questions_targets() -> None:
-    """I/U of its targets 8/10 and 4/8 on disjoint regions; another question 9/10."""
-    first = [region(8), region(0, 20, 8)]
-    predicted = [region(10), region(0, 24, 4)]
-    answers = [record("MMR", first, predicted), record("MMR", [region(9)], [region(10)])]
-    assert (answers[0].I, answers[0].U) == (12, 18)
-    assert compute(answers, BENCHMARKS["MMR"]) == pytest.approx({"gIoU": (12 / 18 + 0.9) / 2, "cIoU": 21 / 28})
-    exchanged = [record("MMR", first, predicted[::-1]), answers[1]]
-    assert compute(exchanged, BENCHMARKS["MMR"]) == compute(answers, BENCHMARKS["MMR"])
-
-
-def test_gseval_averages_samples_and_not_classes() -> None:
-    cases = ((10, 8, "single"), (10, 6, "single"), (10, 1, "part"))
-    answers = [record("GSEval", [region(g)], [region(p)], **{"class": kind}) for g, p, kind in cases]
-    assert compute(answers, BENCHMARKS["GSEval"])["gIoU"] == pytest.approx(0.5)
-    groups = breakdown(answers, BENCHMARKS["GSEval"])["class"]
-    assert {kind: scores["gIoU"] for kind, scores in groups.items()} == pytest.approx({"single": 0.7, "part": 0.1})
-
-
 def hallucination(
     targets: tuple[np.ndarray, np.ndarray], predicted: dict[str, np.ndarray | None], pair: str = "0"
 ) -> list[Record]:
@@ -198,25 +162,6 @@ def hallucination(
         prediction = QueryPrediction("", "", logits, logits, [], mask is None)
         answers.append(score(2 * int(pair) + number // 2, sample, query, prediction, BENCHMARKS["HalluSegBench"]))
     return answers
-
-
-def test_hallusegbench_by_hand() -> None:
-    """docs/evaluation.md's example."""
-    targets = region(6), region(5)
-    masks = {"orgl_orgi": region(8), "edtl_orgi": region(0, 3, 4), "edtl_edti": region(5), "orgl_edti": None}
-    values = compute(hallucination(targets, masks), BENCHMARKS["HalluSegBench"])
-    expected = {
-        "dIoU_t": 0.75 - 3 / 7,
-        "dIoU_v": 0.75,
-        "CMS_f": 10 / 18,
-        "CMS_c": 0,
-        "N-acc": 0.5,
-        "T-acc": 1,
-    }
-    assert {name: values[name] for name in expected} == pytest.approx(expected)
-    drawn_everywhere = compute(hallucination(targets, masks | {"orgl_edti": region(20)}), BENCHMARKS["HalluSegBench"])
-    assert drawn_everywhere["CMS_c"] == pytest.approx(2)
-    assert drawn_everywhere["dIoU_v"] == pytest.approx(0.5)
 
 
 def published_hallucination(

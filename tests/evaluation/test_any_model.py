@@ -326,7 +326,7 @@ def test_a_function_is_asked_and_an_interruption_loses_nothing(own_module, queri
 
 
 def test_the_example_of_the_docs_knows_colors(data, tmp_path, monkeypatch, capsys):
-    page = (ROOT / "docs/evaluation.md").read_text()
+    page = (ROOT / "docs/scoring.md").read_text()
     [code] = re.findall(r"^```python\n(.*?)^```", page, flags=re.DOTALL | re.MULTILINE)
     assert code.count("\n") <= 30
     (tmp_path / "my_model.py").write_text(code)

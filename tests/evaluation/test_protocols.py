@@ -183,6 +183,100 @@ def test_several_seg_for_one_target(tmp_path, several_seg, iou):
             rescored(tmp_path, "fprefcoco", old, several_seg=several_seg)
 
 
+def shares(benchmark: str, *counts: tuple[int, int], meta: dict | None = None) -> list:
+    """Present targets of 40 pixels or fewer that are found by I / U of ``counts``, an image each."""
+    return [
+        answer(benchmark, [logits_of(region(0, i))], [region(0, u)], index=k, meta=meta)
+        for k, (i, u) in enumerate(counts)
+    ]
+
+
+def absent(benchmark: str, index: int, drawn: int = 0):
+    """An absent target that is rejected, or for which pixels are drawn."""
+    predicted = [logits_of(region(0, drawn))] if drawn else []
+    return answer(benchmark, predicted, [], rejected=not drawn, index=index)
+
+
+def test_giou_and_ciou(tmp_path):
+    found, _ = rescored(tmp_path, "refcoco", shares("refcoco", (30, 40), (20, 20), (10, 40)))
+    assert found == {"gIoU": 0.667, "cIoU": 0.6}
+    assert_in_guide("three masks", list(found.values()))
+
+
+def test_fp_refcoco(tmp_path):
+    records = [*shares("fprefcoco", (30, 40)), absent("fprefcoco", 1, drawn=20), absent("fprefcoco", 2)]
+    found, _ = rescored(tmp_path, "fprefcoco", records)
+    assert found == {"See": 0.667, "Segment": 0.5}
+    assert_in_guide("FP-RefCOCO", [0.667, 0.5])
+
+
+def test_ref_zom(tmp_path):
+    records = [*shares("refzom", (30, 40), (20, 20)), absent("refzom", 2), absent("refzom", 3, drawn=9)]
+    found, _ = rescored(tmp_path, "refzom", records)
+    assert found == {"oIoU": 0.833, "mIoU": 0.875, "Acc": 0.5}
+    assert_in_guide("Ref-ZOM", [0.833, 0.875, 0.5])
+
+
+def test_precision_of_grefcoco(tmp_path):
+    records = [
+        *shares("grefcoco", (17, 20), (15, 20)),
+        answer("grefcoco", [], [region(0, 20)], rejected=True, index=2),
+        absent("grefcoco", 3),
+    ]
+    expected = {"Pr@0.7": 0.667, "Pr@0.8": 0.333, "Pr@0.9": 0}
+    for some in (records, records[:3]):  # absent targets are in neither count
+        found, _ = rescored(tmp_path, "grefcoco", some, "grefcoco")
+        assert {name: found[name] for name in expected} == expected
+    assert_in_guide("gRefCOCO", list(expected.values()))
+    assert rescored(tmp_path, "grefcoco", shares("grefcoco", (9, 10)), "grefcoco")[0]["Pr@0.9"] == 1  # "at least"
+
+
+def test_mmr(tmp_path):
+    """Targets of a question that lie apart; in which order they are found does not matter."""
+    targets = [region(0, 8), region(100, 8)]
+    predicted = [logits_of(region(0, 10)), logits_of(region(104, 4))]
+    for drawn in (predicted, predicted[::-1]):
+        records = [answer("MMR", drawn, targets), answer("MMR", [logits_of(region(0, 10))], [region(0, 9)], index=1)]
+        assert rescored(tmp_path, "MMR", records)[0] == {"gIoU": 0.783, "cIoU": 0.75}
+    assert_in_guide("MMR", [0.783, 0.75])
+
+
+def test_gseval(tmp_path):
+    records = shares("GSEval", (8, 10), (6, 10), meta={"class": "single"})
+    records += [dataclasses.replace(shares("GSEval", (1, 10), meta={"class": "part"})[0], index=2)]
+    found, summary = rescored(tmp_path, "GSEval", records)
+    groups = summary.breakdown["class"]
+    values = [found["gIoU"], groups["single"]["gIoU"], groups["part"]["gIoU"]]
+    assert values == pytest.approx([0.5, 0.7, 0.1])
+    assert_in_guide("GSEval", values)
+
+
+def test_hallusegbench(tmp_path):
+    factual, edited = region(0, 6), region(0, 5)
+    settings = {"orgl_orgi": region(0, 8), "edtl_orgi": region(3, 4), "edtl_edti": edited, "orgl_edti": None}
+    records = []
+    for index, (setting, drawn) in enumerate(settings.items()):
+        truth = edited if setting.endswith("edti") else factual
+        masks, reference = (truth[None][:0], truth) if index % 2 else (truth[None], None)
+        query = EvalQuery(setting, "q", masks, meta={"pair": "0", "setting": setting}, reference=reference)
+        sample = EvalSample("a.jpg", "a", np.zeros((*SHAPE, 3), np.uint8), [query])
+        logits = np.zeros((0, *SHAPE), np.float32) if drawn is None else logits_of(drawn)[None]
+        prediction = QueryPrediction("q?", "a", logits, logits, [3] * len(logits), drawn is None)
+        records.append(score(index // 2, sample, query, prediction, BENCHMARKS["HalluSegBench"]))
+    found, _ = rescored(tmp_path, "HalluSegBench", records)
+    expected = {"dIoU_t": 0.321, "dIoU_v": 0.75, "CMS_f": 0.556, "CMS_c": 0, "N-acc": 0.5, "T-acc": 1}
+    assert found == expected
+    assert_in_guide("HalluSegBench", list(expected.values())[:4])
+
+
+def test_uncertainty(tmp_path):
+    records = shares("refcoco", (40, 40), (20, 40), (30, 40))
+    records = [dataclasses.replace(r, uncertainty=[value]) for r, value in zip(records, (0.1, 0.2, 0.3), strict=True)]
+    found, _ = rescored(tmp_path, "refcoco", records)
+    assert (found["AURC"], found["AUSE"]) == (0.167, 0.042)
+    assert_in_guide("three answers", [0.167, 0.042])
+
+
 def test_lines_of_an_older_version_are_read(tmp_path):
     record = answer("ReasonSeg", [logits_of(region(0, 30))], [region(0, 40)])
     origin = Provenance("ReasonSeg|val", "teacher_forced", "argmax", 64, 0, "", "abc", "float32", 1, 1)

@@ -1,4 +1,4 @@
-"""Answers of any model: JSONL with a line per query (docs/evaluation.md), matched with the queries of a split.
+"""Answers of any model: JSONL with a line per query (docs/scoring.md), matched with the queries of a split.
 
 ``test.py`` writes such lines, with more keys; everything here works without a model.
 """

@@ -1,7 +1,7 @@
 """Answers as the evaluation scripts of other projects write them, as lines of ``utils.evaluation.answers``.
 
 Facts are from their code, named at each reader. Their stored ground truth is never used. LISA's, GSVA's and GLaMM's
-scripts write no answers: docs/evaluation.md says what to add to them.
+scripts write no answers: docs/scoring.md says what to add to them.
 """
 
 from __future__ import annotations

@@ -79,7 +79,7 @@ class Provenance:
 
 @dataclass
 class Summary:
-    """Metrics of one benchmark: the JSON of a result (evaluation.md, Files), with these keys in this order.
+    """Metrics of one benchmark: the JSON of a result (docs/scoring.md, Files), with these keys in this order.
 
     ``benchmark`` to ``layers`` follow from the answers alone (``summarize``); the others are None where unknown.
 
