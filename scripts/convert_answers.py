@@ -3,9 +3,10 @@
     python scripts/convert_answers.py sesame *.json --benchmark SPEC --dataset_dir D --output F
     python scripts/score.py --benchmark SPEC --dataset_dir D --predictions F
 
-Sources: sa2va (ST_jsons/*.json), sesame (also READ and UGround's release: preds_*_of_*.json), text4seg (a folder of
-folders), and those that keep pixel counts alone: unipixel, visionreasoner (also Seg-Zero: output_*.json). Give the
-files of all processes. docs/scoring.md tells what each leaves out, and what to do where none are written.
+Sources: hallusegbench (a folder with orgl_orgi/ and three more), sesame (also READ and UGround's release:
+preds_*_of_*.json), sa2va (ST_jsons/*.json), text4seg (a folder of folders), and those that keep pixel counts alone:
+unipixel, visionreasoner (also Seg-Zero: output_*.json). Give the files of all processes. docs/scoring.md tells what
+each leaves out, and what to do where none are written.
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from utils.command_line.parser import Parser
 from utils.inference import cli
 
-SOURCES = ("sa2va", "sesame", "text4seg", "unipixel", "visionreasoner")
+SOURCES = ("hallusegbench", "sa2va", "sesame", "text4seg", "unipixel", "visionreasoner")
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(description=__doc__)
     add = parser.add_argument
     add("source", choices=SOURCES, metavar="SOURCE", help=f"whose files: {', '.join(SOURCES)}")
-    add("files", nargs="+", type=Path, metavar="FILE", help="of all processes; text4seg: the folder of a data set")
+    add("files", nargs="+", type=Path, metavar="FILE", help="of all processes; text4seg, hallusegbench: the folder")
     add(
         "--benchmark",
         required=True,

@@ -15,17 +15,20 @@ import pytest
 from PIL import Image
 
 from model.structures import EvalQuery, EvalSample
-from scripts import make_demo_data
+from scripts import convert_answers, make_demo_data
+from scripts import score as score_answers
 from utils.datasets import DataOptions, get_eval_dataset, get_train_dataset
 from utils.datasets.base import DataError
 from utils.datasets.hallu_seg_bench import SETTINGS
 from utils.datasets.masks import encode_mask
 from utils.demo.scenes import COLORS
+from utils.evaluation.any_model import write_queries
 from utils.evaluation.benchmarks import BENCHMARKS
 from utils.evaluation.metrics import Record, compute, iou, select
 from utils.evaluation.predictions import QueryPrediction, score, turns_of
 
 SPECS = ["GSEval|test", "ReasonSeg-R|test", "ReasonSeg-X|train", "ReasonSeg-X|val", "refcoco-m|val", "MMR|val"]
+PAIRS = Path("hallusegbench/refer_seg")
 PARQUET = [spec for spec in SPECS if spec.startswith(("ReasonSeg", "refcoco"))]
 
 
@@ -202,6 +205,48 @@ def test_hallusegbench_agrees_with_its_definitions_on_random_masks() -> None:
     assert partly["dIoU_v"] == found["dIoU_v"]
 
 
+def test_masks_in_the_folders_of_hallusegbench_score_as_its_code_does(
+    drawn: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """One PNG per answer, named by the factual image and its annotation; a file that is missing abstains."""
+    spec, rng, expected = "HalluSegBench|refer_seg", np.random.default_rng(0), []
+    for setting in SETTINGS:
+        (tmp_path / "masks" / setting).mkdir(parents=True)
+    for pair in json.loads((drawn / PAIRS / "data.json").read_text()):
+        read = [
+            np.asarray(Image.open(drawn / PAIRS / pair[f"{side}_mask_path"])) > 0
+            for side in ("factual", "counterfactual")
+        ]
+        predicted: dict[str, np.ndarray | None] = dict.fromkeys(SETTINGS)
+        for setting in SETTINGS[:3] if pair["ann_id"] == 0 else SETTINGS:
+            predicted[setting] = rng.random(read[setting.endswith("edti")].shape) < 0.2
+            name = f"{Path(pair['factual_image_path']).stem}_{pair['ann_id']}_mask.png"
+            Image.fromarray(predicted[setting].astype(np.uint8) * 255).save(tmp_path / "masks" / setting / name)
+        expected.append(published_hallucination((read[0], read[1]), predicted))
+    where = ["--benchmark", spec, "--dataset_dir", str(drawn)]
+    output = tmp_path / "answers.jsonl"
+    assert convert_answers.main(["hallusegbench", str(tmp_path / "masks"), *where, "--output", str(output)]) == 0
+    assert "8 answers" in capsys.readouterr().out
+    assert score_answers.main([*where, "--predictions", str(output), "--json"]) == 0
+    [found] = json.loads(capsys.readouterr().out)
+    values = [found["metrics"][name] for name in ("dIoU_t", "dIoU_v", "CMS_f", "CMS_c")]
+    assert values == pytest.approx(np.mean(expected, axis=0).tolist())
+    (tmp_path / "masks" / SETTINGS[3]).rename(tmp_path / "other")
+    with pytest.raises(DataError, match=f"no folder {SETTINGS[3]}"):
+        convert_answers.main(["hallusegbench", str(tmp_path / "masks"), *where, "--output", str(tmp_path / "b.jsonl")])
+
+
+def test_counts_do_not_tell_what_hallusegbench_compares(drawn: Path, tmp_path: Path) -> None:
+    spec, path = "HalluSegBench|refer_seg", tmp_path / "answers.jsonl"
+    write_queries(get_eval_dataset(spec, drawn), path)
+    lines = [json.loads(line) | {"counts": [0, 0], "rejected": True} for line in path.read_text().splitlines()]
+    for line in lines[:1]:
+        line["counts"] = [1, 10**4]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    with pytest.raises(DataError, match="give masks, not counts"):
+        score_answers.main(["--benchmark", spec, "--dataset_dir", str(drawn), "--predictions", str(path)])
+
+
 def test_hallusegbench_scores_the_first_seg_alone_on_demand() -> None:
     record = hallucination((region(6), region(6)), {"orgl_edti": region(0, 3, 3)})[0]
     several = replace(record, masks=record.masks * 2, first=[0, 2, 2, 0], first_reference=[2, 6, 2, 6])
@@ -236,9 +281,6 @@ def write_rows(name: str, change: Callable[[dict], object]) -> Callable[[Path], 
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
 
     return edit
-
-
-PAIRS = Path("hallusegbench/refer_seg")
 
 
 def edit_pair(change: Callable[[dict], object]) -> Callable[[Path], None]:
@@ -301,6 +343,13 @@ R, M = "reason_seg/ReasonSeg-R/test/*.parquet", "refer_seg/refcoco-m/data/*.parq
             "'counterfactual_mask_path' is",
         ),
         ("HalluSegBench|refer_seg", edit_pair(lambda v: v.update(factual_image_path="../a.png")), "not a file name"),
+        (
+            "HalluSegBench|refer_seg",
+            edit_pair(
+                lambda v: v.update(factual_image_path=v["factual_image_path"].replace("970001", "970002"), ann_id=1)
+            ),
+            "two pairs with the same factual image",
+        ),
         ("HalluSegBench|refer_seg", edit_pair(lambda v: v.update(factual_mask_path="b.png")), "no image b.png"),
         ("MMR|test", lambda folder: None, "unknown split 'test'"),
         ("MMR|val", lambda folder: (folder / "multi_reason_seg/MMR/MMR_val.json").unlink(), "no MMR_val.json"),

@@ -5,6 +5,7 @@ Source: PLAN-Lab/HalluSegBench (Li et al., arXiv 2506.21546). Evaluation only.
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,8 @@ class HalluSegBench:
         self.folder = path.parent
         self.pairs, self.unusable = parse_items(str(spec), path, _parse)
         warn_unusable(str(spec), self.unusable)
+        if doubled := [name for name, count in Counter(pair["id"] for pair in self.pairs).items() if count > 1]:
+            raise DataError(f"{spec}: {path} has two pairs with the same factual image and 'ann_id', {doubled[0]}")
         self.skipped: list[str] = []
         shown: dict[str, list[tuple[int, str]]] = {}  # image -> the pairs it belongs to, and as which of their images
         for number, pair in enumerate(self.pairs):
@@ -78,10 +81,10 @@ class HalluSegBench:
             for label in ABBREVIATIONS:
                 setting = f"{ABBREVIATIONS[label]}l_{ABBREVIATIONS[side]}i"
                 targets, reference = (mask[None], None) if label == side else (mask[None][:0], mask)
-                meta = {"pair": str(number), "setting": setting}
+                meta = {"pair": pair["id"], "setting": setting}
                 text = pair[label]["text"]
                 queries.append(
-                    EvalQuery(f"{number}_{setting}", text, targets, pair["is_sentence"], meta, reference=reference)
+                    EvalQuery(f"{pair['id']}_{setting}", text, targets, pair["is_sentence"], meta, reference=reference)
                 )
         return EvalSample(f"{self.spec}/{name}", str(Path(name).with_suffix("")), image, queries)
 
@@ -114,4 +117,5 @@ def _parse(item: Any) -> dict[str, Any]:
             "mask": check_file_name(mask, f"'{side}_mask_path' is"),
             "text": item[text].strip(),
         }
-    return pair
+    name = Path(pair["factual"]["image"]).stem  # the authors name answers by it
+    return pair | {"id": f"{name}_{item['ann_id']}" if isinstance(item.get("ann_id"), (int, str)) else name}

@@ -17,6 +17,7 @@ import numpy as np
 
 from utils.datasets.base import DataError, EvalDataset
 from utils.datasets.custom import read_labels
+from utils.datasets.hallu_seg_bench import SETTINGS
 from utils.datasets.masks import encode_mask
 from utils.evaluation.answers import listed, path_parts
 from utils.evaluation.any_model import samples_of
@@ -25,25 +26,22 @@ Line = dict[str, Any]  # keys of ``utils.evaluation.answers``
 
 
 class Asked:
-    """The queries of a split, by what other projects call them.
-
-    Raises:
-        DataError: if two images have the same file name.
-    """
+    """The queries of a split, by what other projects call them."""
 
     def __init__(self, dataset: EvalDataset, limit: int | None = None) -> None:
         self.spec = str(dataset.spec)
+        self.lines: list[Line] = []
         self._of_image: dict[str, list[Line]] = {}
+        self._doubled: set[str] = set()
         self.has_refs = False
         for _, sample in samples_of(dataset, limit):
             self.has_refs |= any("ref" in query.meta for query in sample.queries)
             names = {"image": sample.source, "image_id": sample.image_id}
             stem = path_parts(sample.source)[-1]
             if stem in self._of_image:
-                raise DataError(
-                    f"{self.spec} has two images called {stem}: other projects' answers do not tell them apart"
-                )
+                self._doubled.add(stem)
             self._of_image[stem] = [names | {"query_id": q.query_id, "query": q.text} for q in sample.queries]
+            self.lines += self._of_image[stem]
         self._by_id = {lines[0]["image_id"]: lines for lines in self._of_image.values() if lines}
 
     def of_image(self, name: object, count: int | None = None) -> list[Line]:
@@ -52,9 +50,14 @@ class Asked:
         Args:
             name: its path, file name, or id.
             count: how many answers there are, one for each query.
+
+        Raises:
+            DataError: if there is no such image, or several; if it has another number of queries.
         """
         text = str(name)
-        lines = self._of_image.get(path_parts(text)[-1], self._by_id.get(text))
+        if (stem := path_parts(text)[-1]) in self._doubled:
+            raise DataError(f"{self.spec} has two images called {stem}: these answers do not tell them apart")
+        lines = self._of_image.get(stem, self._by_id.get(text))
         if lines is None:
             raise DataError(f"image {text} is not in {self.spec}: give the split that was answered")
         if count is not None and count != len(lines):
@@ -172,7 +175,19 @@ def _counts(intersection: Any, union: Any) -> Line:
     return {"counts": [intersection, union]}
 
 
+def read_hallusegbench(path: Path, asked: Asked) -> Iterator[Line]:
+    """HalluSegBench: a folder with one per setting, of ``IMAGE_ANN_mask.png`` each; a pair without a file abstains."""
+    if missing := [setting for setting in SETTINGS if not (path / setting).is_dir()]:
+        raise DataError(f"{path} has no folder {missing[0]}; give the one that holds {', '.join(SETTINGS)}")
+    for line in asked.lines:
+        setting = next(setting for setting in SETTINGS if line["query_id"].endswith(f"_{setting}"))
+        file = path / setting / f"{line['query_id'].removesuffix(f'_{setting}')}_mask.png"
+        mask = read_labels(file) > 0 if file.exists() else np.zeros((1, 1), bool)
+        yield line | {"masks": [encode_mask(mask)] if mask.any() else [], "answer": ""}
+
+
 READERS: dict[str, Callable[[Path, Asked], Iterator[Line]]] = {
+    "hallusegbench": read_hallusegbench,
     "sa2va": read_sa2va,
     "sesame": read_sesame,
     "text4seg": read_text4seg,
