@@ -154,10 +154,18 @@ def test_matched_masks_of_another_model_have_no_published_score() -> None:
 def test_thin_objects_stay_in_the_picture() -> None:
     mask = np.zeros((1000, 1500), bool)
     mask[:, 700:703] = True
-    picture = Image.open(io.BytesIO(base64.b64decode(comparison._mask(mask, np.array([1, 2, 3])).partition(",")[2])))
+    picture = Image.open(io.BytesIO(base64.b64decode(comparison._mask(mask, (1, 2, 3)).partition(",")[2])))
     alpha = np.asarray(picture.convert("RGBA"))[..., 3]
     assert max(alpha.shape) == comparison.SIDE
     assert (alpha > 0).any(axis=1).all()
+
+
+def test_twenty_models_have_twenty_colors() -> None:
+    colors = np.array([comparison.model_color(number) for number in range(20)])
+    apart = np.abs(colors[:, None] - colors[None]).sum(-1) + 1000 * np.eye(20)
+    assert apart.min() > 30
+    assert colors.min() >= 0
+    assert colors.max() <= 255
 
 
 def test_reliability_has_bins_of_equally_many_answers() -> None:
@@ -234,6 +242,12 @@ def test_in_a_browser(folders: dict[str, Path], data: Path, tmp_path: Path) -> N
         page.locator('input[data-layer="1"]').uncheck()
         assert page.locator('figure[data-layer="1"]:visible').count() == 0
         assert page.locator('figure[data-layer="0"]:visible').count() == 6
+        assert page.input_value("#group-metric") == "gIoU"
+        page.select_option("#group-metric", "N-acc")
+        cells = page.locator("#breakdown tbody tr").first.locator("td").all_inner_texts()
+        first = section["groups"][0]
+        values = [f"{each['N-acc']:.3f}" for each in first["scores"]]
+        assert cells == [f"{first['key']}: {first['group']}", str(first["queries"]), *values]
         wide = page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
         page.set_viewport_size({"width": 390, "height": 800})
         assert wide

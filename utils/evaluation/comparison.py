@@ -6,6 +6,7 @@ All follows from files of answers; images and ground truth are added where the d
 from __future__ import annotations
 
 import base64
+import colorsys
 import html
 import io
 import json
@@ -90,8 +91,7 @@ def compare(
 
 def page(title: str, about: str, names: Sequence[str], sections: Sequence[dict[str, Any]]) -> str:
     """The page: one file of HTML that needs no server."""
-    colors = [", ".join(map(str, PALETTE[number % len(PALETTE)])) for number in range(len(names))]
-    models = [{"name": name, "color": color} for name, color in zip(names, colors)]
+    models = [{"name": name, "color": ", ".join(map(str, model_color(k)))} for k, name in enumerate(names)]
     values = json.dumps({"about": about, "models": models, "sections": sections}, ensure_ascii=False, allow_nan=False)
     template = TEMPLATE.read_text(encoding="utf-8")
     head, tail = template.split("DATA")
@@ -265,9 +265,7 @@ def _samples(
                 "iou": round(metrics.iou(record, protocol), 4),
                 "rejected": metrics.rejects(record, protocol),
                 "text": record.answer,
-                "mask": None
-                if not record.masks
-                else _mask(_drawn(record, several_seg), PALETTE[number % len(PALETTE)]),
+                "mask": None if not record.masks else _mask(_drawn(record, several_seg), model_color(number)),
             }
             for number, record in enumerate(records)
         ]
@@ -290,7 +288,7 @@ def _of_data(dataset: EvalDataset, record: Record) -> dict[str, Any]:
     truth = metrics.merge_targets(query.masks, *sample.image.shape[:2])
     image = Image.fromarray(sample.image)
     image.thumbnail((SIDE, SIDE))
-    return {"picture": _url(image, "JPEG", quality=80), "truth": _mask(truth == 1, np.array(TRUTH_COLOR))}
+    return {"picture": _url(image, "JPEG", quality=80), "truth": _mask(truth == 1, TRUTH_COLOR)}
 
 
 def _drawn(record: Record, several_seg: str) -> np.ndarray:
@@ -299,12 +297,19 @@ def _drawn(record: Record, several_seg: str) -> np.ndarray:
     return np.any([decode_mask(mask) for mask in masks], axis=0)
 
 
-def _mask(mask: np.ndarray, color: np.ndarray) -> str:
+def model_color(number: int) -> list[int]:
+    """R, G, B of a model: of the palette, then hues a golden angle apart."""
+    if number < len(PALETTE):
+        return PALETTE[number].tolist()
+    return [round(255 * value) for value in colorsys.hsv_to_rgb(number * 0.618034 % 1, 0.8, 0.8)]
+
+
+def _mask(mask: np.ndarray, color: Sequence[int]) -> str:
     """A picture of the page's size: the color where a mask [H, W] is, else transparent."""
     image = Image.fromarray(mask.astype(np.uint8) * 255)
     image.thumbnail((SIDE, SIDE), Image.Resampling.BOX, reducing_gap=None)
     image = image.point(lambda value: int(value > 0))  # thin objects stay
-    image.putpalette([0, 0, 0, *map(int, color)])
+    image.putpalette([0, 0, 0, *color])
     return _url(image, "PNG", transparency=bytes([0, ALPHA]), bits=1)
 
 
