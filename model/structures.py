@@ -73,6 +73,8 @@ class EvalQuery:
         meta: attributes that reports group by (``{"family": "relation"}``).
         reference: of an absent target, [H, W] uint8 with 0 and 1, what a model that hallucinates it would mark; None =
             nothing in particular.
+        answer: the benchmark's own text, with a ``[SEG]`` per target in their order, which teacher forcing gives where
+            the authors do (MMR); empty = that of the templates.
     """
 
     query_id: str
@@ -81,6 +83,7 @@ class EvalQuery:
     is_sentence: bool = False
     meta: dict[str, Any] = field(default_factory=dict)
     reference: np.ndarray | None = None
+    answer: str = ""
 
     @property
     def is_present(self) -> bool:

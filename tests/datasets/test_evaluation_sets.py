@@ -418,6 +418,10 @@ def test_mmr_is_asked_as_it_is_trained(drawn: Path) -> None:
     sample = get_eval_dataset("MMR|val", drawn)[0]
     [[turn]] = turns_of([sample], BENCHMARKS["MMR"], "generate")
     assert "each of them" in turn.question
+    [[given]] = turns_of([sample], BENCHMARKS["MMR"], "teacher_forced")
+    assert given.question == turn.question
+    assert given.answer.startswith("the ")  # the annotated text, which names the targets
+    assert given.answer.count("[SEG]") == len(sample.queries[0].masks)
 
 
 def test_they_are_no_training_data(drawn: Path) -> None:

@@ -17,6 +17,7 @@ from model.structures import EvalQuery, EvalSample
 from utils.evaluation import metrics
 from utils.evaluation.benchmarks import BENCHMARKS
 from utils.evaluation.predictions import QueryPrediction, score
+from utils.evaluation.result_text import format_table
 from utils.evaluation.results import Provenance, read_results, summarize, to_lines
 
 GUIDE = (Path(__file__).resolve().parents[2] / "docs/evaluation.md").read_text(encoding="utf-8")
@@ -231,14 +232,33 @@ def test_precision_of_grefcoco(tmp_path):
     assert rescored(tmp_path, "grefcoco", shares("grefcoco", (9, 10)), "grefcoco")[0]["Pr@0.9"] == 1  # "at least"
 
 
-def test_mmr(tmp_path):
-    """Targets of a question that lie apart; in which order they are found does not matter."""
+@pytest.mark.parametrize(
+    ("protocol", "expected", "exchanged"),
+    [("strict", [0.783, 0.75], [0.783, 0.75]), ("published", [0.733, 0.75], [0.3, 0.225])],
+)
+def test_mmr(tmp_path, protocol, expected, exchanged):
+    """Targets of a question that lie apart; by union it does not matter in which order they are found."""
     targets = [region(0, 8), region(100, 8)]
     predicted = [logits_of(region(0, 10)), logits_of(region(104, 4))]
-    for drawn in (predicted, predicted[::-1]):
-        records = [answer("MMR", drawn, targets), answer("MMR", [logits_of(region(0, 10))], [region(0, 9)], index=1)]
-        assert rescored(tmp_path, "MMR", records)[0] == {"gIoU": 0.783, "cIoU": 0.75}
-    assert_in_guide("MMR", [0.783, 0.75])
+    last = answer("MMR", [logits_of(region(0, 10))], [region(0, 9)], index=1)
+    for drawn, values in ((predicted, expected), (predicted[::-1], exchanged)):
+        records = [answer("MMR", drawn, targets), last]
+        found, summary = rescored(tmp_path, "MMR", records, protocol)
+        assert list(found.values()) == values
+        assert summary.counts["masks"] == (2 if protocol == "strict" else 3)
+        assert ("several [SEG]" in format_table([summary])) == (protocol == "strict")
+    assert_in_guide(f"MMR, `{protocol}`", expected)
+
+
+def test_masks_that_lack_or_are_too_many_in_mmr(tmp_path):
+    targets = [region(0, 8), region(100, 8)]
+    one, three = [logits_of(region(0, 8))], [*map(logits_of, [*targets, region(150, 8)])]
+    for drawn, giou in ((one, 0.5), (three, 1), ([], 0)):
+        records = [answer("MMR", drawn, targets, rejected=not drawn)]
+        assert rescored(tmp_path, "MMR", records, "published")[0] == {"gIoU": giou, "cIoU": giou}
+    old = [dataclasses.replace(records[0], in_order=[])]
+    with pytest.raises(ValueError, match="older version; evaluate again"):
+        rescored(tmp_path, "MMR", old, "published")
 
 
 def test_gseval(tmp_path):

@@ -114,7 +114,7 @@ DATASETS = {
     "conversations": _lisa_plus("Conversations"),
     "caption": _lisa_plus("Caption"),
     "MultiReasonSeg": DatasetRow("multi_reason_seg", "multi_reason_seg/MultiReasonSeg", annotations=("MUSE_{}.json",)),
-    "MMR": DatasetRow("multi_reason_seg", "multi_reason_seg/MMR", annotations=("MMR_{}.json",)),
+    "MMR": DatasetRow("multi_reason_seg", "multi_reason_seg/MMR", annotations=("MMR_{}.json",), gives_answers=True),
     "GSEval": DatasetRow("grounding_suite", "groundingsuite", coco_folders("unlabeled2017")),
     "ReasonSeg-R": DatasetRow("parquet", "reason_seg/ReasonSeg-R", annotations=("test",)),
     "ReasonSeg-X": DatasetRow("parquet", "reason_seg/ReasonSeg-X", annotations=("test", "val", "train")),

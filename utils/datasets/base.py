@@ -133,6 +133,7 @@ class DatasetRow:
             reads that file alone; evaluation prefers it to the one without the suffix.
         false_premises: whether each sentence has a flag that tells if it is true of the image (docs/data.md).
         joint: whether one question may list all expressions of an image (``DataOptions.joint_probability``).
+        gives_answers: whether teacher-forced evaluation gives the annotated answers.
     """
 
     type: str
@@ -143,6 +144,7 @@ class DatasetRow:
     split_by_suffix: str = ""
     false_premises: bool = False
     joint: bool = False
+    gives_answers: bool = False
 
 
 # -- names and files ---------------------------------------------------------------------------------------------------

@@ -211,9 +211,12 @@ class MultiReasonSegTrain:
 
 def _answered_turn(question: dict[str, Any], rng: np.random.Generator) -> Turn:
     turn = instance_turn(question["text"], len(question["targets"]), rng)
-    if not question["answer"]:
-        return turn
-    return Turn(turn.question, SEG.join(escape(part) for part in question["answer"].split("{seg}")))
+    return Turn(turn.question, _own_answer(question)) if question["answer"] else turn
+
+
+def _own_answer(question: dict[str, Any]) -> str:
+    """The annotated text with a [SEG] per target; empty if there is none."""
+    return SEG.join(escape(part) for part in question["answer"].split("{seg}"))
 
 
 class MultiReasonSegEval:
@@ -228,7 +231,7 @@ class MultiReasonSegEval:
 
     def __init__(self, spec: Spec, row: DatasetRow, dataset_dir: Path) -> None:
         self.spec = spec
-        self.split = MuseSplit(spec.name, row, single_split(spec, "val"), dataset_dir, with_answers=False)
+        self.split = MuseSplit(spec.name, row, single_split(spec, "val"), dataset_dir, row.gives_answers)
         self.skipped: list[str] = []
         self.unusable = self.split.problems
         self.not_found = missing_images(self.split.image_path, self.split.records)
@@ -247,5 +250,6 @@ class MultiReasonSegEval:
         for question in record["questions"]:
             masks = stack_masks(self.split.masks(record, question), record["height"], record["width"])
             meta = {"targets": len(masks)} | ({"part": record["part"]} if record["part"] else {})
-            queries.append(EvalQuery(f"{index}_{question['number']}", question["text"], masks, True, meta))
+            query_id, answer = f"{index}_{question['number']}", _own_answer(question)
+            queries.append(EvalQuery(query_id, question["text"], masks, True, meta, answer=answer))
         return EvalSample(f"{self.spec}/{name}", Path(name).stem, self.split.image(record), queries)

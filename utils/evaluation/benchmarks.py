@@ -205,6 +205,8 @@ _ROWS = (
         "MMR",
         mode="generate",
         task="union",
+        protocols=STRICT_OR_PUBLISHED,
+        published={"gIoU": "gIoU of targets in order", "cIoU": "cIoU of targets in order"},
         splits=dict.fromkeys(("val", "test_obj_only", "test_part_only", "test_mixed"), ""),
     ),
     Benchmark(

@@ -144,7 +144,7 @@ def _section(
                 "scores": values,
                 "intervals": metrics.intervals(records, benchmark, protocol),
                 "gains": gain,
-                "masks": metrics.count_masks(records),
+                "masks": metrics.count_masks(records, protocol),
                 "images": metrics.count_records(records, protocol)["images"],
                 "note": " ".join([f"(first {column.summary.limit} images)"] * bool(column.summary.limit))
                 + column.summary.missing_note,

@@ -66,6 +66,7 @@ class Record:
         cut: whether the generated answer reached the longest length before its end token.
         reference: I, U, P and G of the mask against the region that a hallucination would mark (HalluSegBench); empty
             without one. first_reference: of the first [SEG] alone, as ``first``.
+        in_order: I and U of each target with the mask of the same place in the answer (MMR); else empty.
     """
 
     index: int
@@ -93,6 +94,7 @@ class Record:
     cut: bool = False
     reference: list[int] = field(default_factory=list)
     first_reference: list[int] = field(default_factory=list)
+    in_order: list[list[int]] = field(default_factory=list)
 
     @property
     def max_uncertainty(self) -> float:
@@ -275,6 +277,22 @@ def _giou_of_images(records: Sequence[Record], protocol: str) -> tuple[float, in
     return math.fsum(values), max(targets, sum(len(record.masks) for record in records))
 
 
+def _giou_in_order(record: Record, protocol: str) -> tuple[float, int]:
+    values = [intersection / union if union else 1.0 for intersection, union in _in_order(record)]
+    return math.fsum(values), len(values)
+
+
+def _ciou_in_order(record: Record, protocol: str) -> tuple[float, int]:
+    intersections, unions = zip(*_in_order(record))
+    return sum(intersections), sum(unions)
+
+
+def _in_order(record: Record) -> list[list[int]]:
+    if not record.in_order:
+        raise ValueError(f"{record.image}, {record.query!r} was answered by an older version; evaluate again")
+    return record.in_order
+
+
 def _miou_of_refs(records: Sequence[Record], protocol: str) -> tuple[float, int]:
     values = [iou(record, protocol) for record in records if not record.expected_empty]
     return (math.fsum(values) / len(values), 1) if values else (0, 0)
@@ -332,6 +350,8 @@ METRICS: dict[str, Formula | Grouped] = {  # benchmarks may report a formula und
     "T-acc": _t_acc,
     "presence": _presence,
     **{f"Pr@{threshold}": _precision(threshold) for threshold in (0.7, 0.8, 0.9)},
+    "gIoU of targets in order": _giou_in_order,
+    "cIoU of targets in order": _ciou_in_order,
     "gIoU of images": Grouped(lambda record: record.index, _giou_of_images),
     "mIoU of refs": Grouped(_ref_of, _miou_of_refs),  # of true sentences
     "r of refs": Grouped(_ref_of, _r_of_refs),  # share of false sentences that are rejected
@@ -484,7 +504,9 @@ def breakdown(
         result[key] = {}
         for name, indices in parts.items():
             group = [records[index] for index in indices]
-            result[key][name] = compute(group, benchmark, protocol) | {"masks": count_masks(group)}
+            result[key][name] = compute(group, benchmark, protocol) | {
+                "masks": count_masks(group, benchmark.protocol(protocol))
+            }
     return result
 
 
@@ -500,15 +522,17 @@ def groups(records: Sequence[Record]) -> dict[str, dict[str, list[int]]]:
     return result
 
 
-def count_masks(records: Iterable[Record]) -> int:
-    """Number of masks that gIoU averages over: one per answer, or one per pair where targets are matched."""
-    return sum(len(record.pairs) or 1 for record in records)
+def count_masks(records: Iterable[Record], protocol: str = "") -> int:
+    """Number of masks that gIoU averages over: one per answer, or one per pair or target where these are scored."""
+    return sum(
+        len(record.pairs if protocol != "published" else record.pairs or record.in_order) or 1 for record in records
+    )
 
 
 def count_records(records: Sequence[Record], protocol: str = "") -> dict[str, int]:
     """The ``counts`` of a summary."""
     return {
-        "masks": count_masks(records),
+        "masks": count_masks(records, protocol),
         "queries": len(records),
         "images": len({record.index for record in records}),
         "expected_empty": sum(record.expected_empty for record in records),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import numpy as np
 
@@ -200,7 +201,15 @@ def score(
         cut=prediction.cut,
         reference=reference,
         first_reference=first_reference,
+        in_order=_count_in_order(query, prediction) if benchmark.task == "union" else [],
     )
+
+
+def _count_in_order(query: EvalQuery, prediction: QueryPrediction) -> list[list[int]]:
+    """I and U of each target and the mask of the same place, an empty one where the answer has fewer."""
+    empty = np.zeros(query.masks.shape[1:], bool)
+    pairs = zip_longest(query.masks, prediction.masks[: len(query.masks)], fillvalue=empty)
+    return [list(metrics.count_pixels(mask, target)[:2]) for target, mask in pairs]
 
 
 def _count_pairs(query: EvalQuery, prediction: QueryPrediction) -> tuple[list[tuple[int, int, int, int]], list[int]]:
