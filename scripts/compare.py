@@ -221,7 +221,7 @@ def paired(
     for before_record, after_record in changed:
         scores = [f"{metrics.iou(record, protocol):.3f}" for record in (before_record, after_record)]
         samples.append([after_record.image, *scores, after_record.query[:80]])
-    counts = metrics.count_records(after)
+    counts = metrics.count_records(after, protocol)
     setup = ", ".join(filter(None, [after_run.benchmark, after_run.mode, protocol]))
     lines = [f"{setup}: {counted(counts['masks'], 'mask')} on {counted(counts['images'], 'image')}"]
     for name, each in ((before_name, before_run), (after_name, after_run)):

@@ -45,7 +45,8 @@ def main(argv: list[str] | None = None) -> int:
 
     lines = convert(args.source, args.files, Asked(get_eval_dataset(args.benchmark, args.dataset_dir)))
     write_atomically(args.output, "".join(lines))
-    print(f"{len(lines)} answers to {args.benchmark} in {args.output}")
+    empty = sum('"masks": []' in line for line in lines)
+    print(f"{len(lines)} answers to {args.benchmark} in {args.output}, {empty} of them without a mask")
     return 0
 
 

@@ -18,13 +18,14 @@ from model.structures import EvalQuery, EvalSample
 from scripts import convert_answers, make_demo_data
 from scripts import score as score_answers
 from utils.datasets import DataOptions, get_eval_dataset, get_train_dataset
-from utils.datasets.base import DataError
+from utils.datasets.base import UNIT, DataError
 from utils.datasets.hallu_seg_bench import SETTINGS
 from utils.datasets.masks import encode_mask
 from utils.demo.scenes import COLORS
 from utils.evaluation.any_model import write_queries
 from utils.evaluation.benchmarks import BENCHMARKS
-from utils.evaluation.metrics import Record, compute, iou, select
+from utils.evaluation.controls import ShuffledPrompts
+from utils.evaluation.metrics import Record, compute, intervals, iou, select
 from utils.evaluation.predictions import QueryPrediction, score, turns_of
 
 SPECS = ["GSEval|test", "ReasonSeg-R|test", "ReasonSeg-X|train", "ReasonSeg-X|val", "refcoco-m|val", "MMR|val"]
@@ -146,9 +147,12 @@ def record(
 
 
 def hallucination(
-    targets: tuple[np.ndarray, np.ndarray], predicted: dict[str, np.ndarray | None], pair: str = "0"
+    targets: tuple[np.ndarray, np.ndarray],
+    predicted: dict[str, np.ndarray | None],
+    pair: str = "0",
+    drawn: np.ndarray | None = None,
 ) -> list[Record]:
-    """Answers to a pair with these targets in the image and in its edit; None = rejected."""
+    """Answers to a pair with these targets in the image and in its edit; None = rejected, with the mask ``drawn``."""
     answers = []
     for number, (setting, mask) in enumerate(predicted.items()):
         truth = targets[setting.endswith("edti")].astype(np.uint8)[None]
@@ -157,10 +161,13 @@ def hallucination(
             setting,
             "q",
             truth if there else truth[:0],
-            meta={"pair": pair, "setting": setting},
+            meta={"pair": pair, "setting": setting, UNIT: pair},
             reference=None if there else truth[0],
         )
-        logits = np.zeros((0, *truth[0].shape), np.float32) if mask is None else mask[None].astype(np.float32) - 0.5
+        shown = [each for each in (drawn if mask is None else mask,) if each is not None]
+        logits = (
+            np.zeros((len(shown), *truth[0].shape), np.float32) - 0.5 + np.array(shown).reshape(-1, *truth[0].shape)
+        )
         sample = EvalSample("a.jpg", "a", np.zeros((*truth[0].shape, 3), np.uint8), [])
         prediction = QueryPrediction("", "", logits, logits, [], mask is None)
         answers.append(score(2 * int(pair) + number // 2, sample, query, prediction, BENCHMARKS["HalluSegBench"]))
@@ -194,7 +201,7 @@ def test_hallusegbench_agrees_with_its_definitions_on_random_masks() -> None:
     for pair in range(40):
         targets = mask(0.3) | (np.arange(63).reshape(7, 9) == 5), mask(0.9) | (np.arange(63).reshape(7, 9) == 6)
         predicted = {name: None if rng.random() < 0.2 else mask(rng.choice([0, 0.1, 0.6, 1])) for name in SETTINGS}
-        answers += hallucination(targets, predicted, str(pair))
+        answers += hallucination(targets, predicted, str(pair), drawn=mask(0.5) if pair % 2 else None)
         expected.append(published_hallucination(targets, predicted))
     benchmark = BENCHMARKS["HalluSegBench"]
     names = [name for name in benchmark.metrics if name[:3] in ("dIo", "CMS")]
@@ -231,9 +238,23 @@ def test_masks_in_the_folders_of_hallusegbench_score_as_its_code_does(
     [found] = json.loads(capsys.readouterr().out)
     values = [found["metrics"][name] for name in ("dIoU_t", "dIoU_v", "CMS_f", "CMS_c")]
     assert values == pytest.approx(np.mean(expected, axis=0).tolist())
-    (tmp_path / "masks" / SETTINGS[3]).rename(tmp_path / "other")
-    with pytest.raises(DataError, match=f"no folder {SETTINGS[3]}"):
-        convert_answers.main(["hallusegbench", str(tmp_path / "masks"), *where, "--output", str(tmp_path / "b.jsonl")])
+    again = ["hallusegbench", str(tmp_path / "masks"), "--output", str(tmp_path / "b.jsonl")]
+    with pytest.raises(DataError, match=r"refcoco\|unc\|val has no pairs"):
+        convert_answers.main([*again, "--benchmark", "refcoco|unc|val", "--dataset_dir", str(drawn)])
+    first, second = sorted((tmp_path / "masks" / SETTINGS[0]).iterdir())
+    first.rename(first.with_name("1_mask.png"))
+    with pytest.raises(DataError, match=r"1 files of .* belong to no pair"):
+        convert_answers.main([*again, *where])
+    first.with_name("1_mask.png").unlink()
+    Image.fromarray(np.ones((3, 4), np.uint8)).save(second)
+    with pytest.raises(DataError, match=r"mask.png is 4x3, its image \d+x\d+"):
+        convert_answers.main([*again, *where])
+    second.unlink()
+    with pytest.raises(DataError, match="holds no PNG"):
+        convert_answers.main([*again, *where])
+    (tmp_path / "masks" / SETTINGS[0]).rmdir()
+    with pytest.raises(DataError, match=f"no folder {SETTINGS[0]}"):
+        convert_answers.main([*again, *where])
 
 
 def test_counts_do_not_tell_what_hallusegbench_compares(drawn: Path, tmp_path: Path) -> None:
@@ -245,6 +266,19 @@ def test_counts_do_not_tell_what_hallusegbench_compares(drawn: Path, tmp_path: P
     path.write_text("\n".join(map(json.dumps, lines)))
     with pytest.raises(DataError, match="give masks, not counts"):
         score_answers.main(["--benchmark", spec, "--dataset_dir", str(drawn), "--predictions", str(path)])
+
+
+def test_an_edit_is_resampled_with_its_image() -> None:
+    """Answers that are equal on both images of a pair are no more samples than pairs."""
+    rng = np.random.default_rng(2)
+    answers = list[Record]()
+    for pair in range(60):
+        mask = None if rng.random() < 0.5 else region(5)
+        answers += hallucination((region(6), region(6)), dict.fromkeys(("edtl_orgi", "orgl_edti"), mask), str(pair))
+    assert len({answer.index for answer in answers}) == 60
+    benchmark = BENCHMARKS["HalluSegBench"]
+    edits = [replace(answer, index=1000 + k) if k % 2 else answer for k, answer in enumerate(answers)]
+    assert intervals(edits, benchmark)["N-acc"] == intervals(answers[::2], benchmark)["N-acc"]
 
 
 def test_hallusegbench_scores_the_first_seg_alone_on_demand() -> None:
@@ -348,7 +382,14 @@ R, M = "reason_seg/ReasonSeg-R/test/*.parquet", "refer_seg/refcoco-m/data/*.parq
             edit_pair(
                 lambda v: v.update(factual_image_path=v["factual_image_path"].replace("970001", "970002"), ann_id=1)
             ),
-            "two pairs with the same factual image",
+            "two pairs called COCO_train2014_000000970002_1: give each an 'ann_id'",
+        ),
+        ("HalluSegBench|refer_seg", edit_pair(lambda v: v.update(ann_id="../x")), "'ann_id' is '../x'; it must be"),
+        ("HalluSegBench|refer_seg", edit_pair(lambda v: v.update(ann_id=[1])), "'ann_id' is"),
+        (
+            "HalluSegBench|refer_seg",
+            edit_pair(lambda v: v.update(counterfactual_label=v["factual_label"].upper())),
+            "both texts are .* present and absent",
         ),
         ("HalluSegBench|refer_seg", edit_pair(lambda v: v.update(factual_mask_path="b.png")), "no image b.png"),
         ("MMR|test", lambda folder: None, "unknown split 'test'"),
@@ -405,13 +446,53 @@ def test_hallusegbench_reads_what_its_files_have(own: Path) -> None:
     """Some name the mask otherwise; masks and images of an edit may have different sizes; the hub has a folder more."""
     before = get_eval_dataset("HalluSegBench|refer_seg", own)[1].queries[0].reference
     assert before is not None
-    edit_pair(lambda v: v.update(counterfactual_mask=v.pop("counterfactual_mask_path")))(own)
+    edit_pair(lambda v: v.update(counterfactual_mask=v["counterfactual_mask_path"], counterfactual_mask_path=None))(own)
+    edit_pair(lambda v: v.update(question="a stray one"))(own)
     twice = np.kron(before, np.ones((2, 2), np.uint8)) * 7
     save_pair_mask(twice)(own)
     (own / "hallusegbench/test").mkdir()
     (own / PAIRS).rename(own / "hallusegbench/test/refer_seg")
     after = get_eval_dataset("HalluSegBench|refer_seg", own)[1].queries[0].reference
     assert np.array_equal(before, after)
+
+
+def test_a_reasoning_pair_is_never_asked_by_its_labels(own: Path) -> None:
+    path = own / "hallusegbench/reason_seg_val/data.json"
+    pairs = json.loads(path.read_text())
+    pairs[0]["question"] = ""
+    path.write_text(json.dumps(pairs))
+    with pytest.raises(DataError, match="'question' must be a non-empty string"):
+        get_eval_dataset("HalluSegBench|reason_seg_val", own)
+
+
+def test_mmr_without_the_text_of_an_answer_is_generated_alone(own: Path) -> None:
+    path = own / "multi_reason_seg/MMR/MMR_val.json"
+    items = json.loads(path.read_text())
+    items[0]["text_answers"] = ["no place for a target"]
+    path.write_text(json.dumps(items))
+    sample = get_eval_dataset("MMR|val", own)[0]
+    assert turns_of([sample], BENCHMARKS["MMR"], "generate")
+    with pytest.raises(ValueError, match="has no annotated answer with a"):
+        turns_of([sample], BENCHMARKS["MMR"], "teacher_forced")
+
+
+def test_exchanged_questions_of_mmr_do_not_tell_the_own_targets(drawn: Path) -> None:
+    dataset = get_eval_dataset("MMR|val", drawn)
+    shuffled = ShuffledPrompts(dataset, range(2))
+    for index in range(2):
+        [own_query], [other], [asked] = dataset[index].queries, dataset[1 - index].queries, shuffled[index].queries
+        assert (asked.text, asked.answer) == (other.text, other.answer)
+        assert np.array_equal(asked.masks, own_query.masks)
+
+
+def test_an_edit_does_not_get_the_texts_of_its_image(drawn: Path) -> None:
+    dataset = get_eval_dataset("HalluSegBench|refer_seg", drawn)
+    shuffled = ShuffledPrompts(dataset, range(len(dataset)))
+    for index in range(len(dataset)):
+        texts = [{query.text for query in data[index].queries} for data in (dataset, shuffled)]
+        assert texts[0] != texts[1]
+    pair = ShuffledPrompts(dataset, range(2))  # no other pair is there
+    assert {query.text for query in pair[0].queries} == {query.text for query in dataset[1].queries}
 
 
 def test_mmr_is_asked_as_it_is_trained(drawn: Path) -> None:

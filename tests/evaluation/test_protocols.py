@@ -232,6 +232,20 @@ def test_precision_of_grefcoco(tmp_path):
     assert rescored(tmp_path, "grefcoco", shares("grefcoco", (9, 10)), "grefcoco")[0]["Pr@0.9"] == 1  # "at least"
 
 
+def test_precision_agrees_with_relas_definition_on_random_masks():
+    """Of ReLA's samples with a target, the share whose I / U is at least the threshold; rejected ones have I = 0."""
+    rng = np.random.default_rng(1)
+    records, ious = [], []
+    for index in range(200):
+        g, p = (region(0, int(rng.integers(1, 60))) for _ in range(2))
+        is_absent, rejected = rng.random(2) < 0.3
+        ious += [] if is_absent else [0.0 if rejected else (g & p).sum() / (g | p).sum()]
+        records.append(answer("grefcoco", [logits_of(p)], [] if is_absent else [g], bool(rejected), index))
+    found = metrics.compute(records, BENCHMARKS["grefcoco"], "rela")
+    for threshold in (0.7, 0.8, 0.9):
+        assert found[f"Pr@{threshold}"] == pytest.approx(np.mean(np.array(ious) >= threshold))
+
+
 @pytest.mark.parametrize(
     ("protocol", "expected", "exchanged"),
     [("strict", [0.783, 0.75], [0.783, 0.75]), ("published", [0.733, 0.75], [0.3, 0.225])],
@@ -256,9 +270,38 @@ def test_masks_that_lack_or_are_too_many_in_mmr(tmp_path):
     for drawn, giou in ((one, 0.5), (three, 1), ([], 0)):
         records = [answer("MMR", drawn, targets, rejected=not drawn)]
         assert rescored(tmp_path, "MMR", records, "published")[0] == {"gIoU": giou, "cIoU": giou}
+    rejected = answer("MMR", three, targets, rejected=True)  # as a file of another model may say
+    assert rescored(tmp_path, "MMR", [rejected], "published")[0] == {"gIoU": 0, "cIoU": 0}
     old = [dataclasses.replace(records[0], in_order=[])]
-    with pytest.raises(ValueError, match="older version; evaluate again"):
+    with pytest.raises(ValueError, match="answered by an older version, or is given by counts"):
         rescored(tmp_path, "MMR", old, "published")
+    _, summary = rescored(tmp_path, "MMR", [answer("MMR", three, targets)], "published", several_seg="first")
+    assert summary.mode_label == "generate, published"  # each mask counts, whatever the flag says
+
+
+def test_mmr_agrees_with_the_authors_loop_on_random_masks(tmp_path):
+    """gIoU: a running mean over all target masks; cIoU: sums; U = 0 counts as 1; masks in order, without matching."""
+    rng = np.random.default_rng(0)
+
+    def mask():
+        return (rng.random(SHAPE) < rng.choice([0, 0.02, 0.5, 1])).astype(np.uint8)
+
+    records, ious, total = [], [], np.zeros(2, int)
+    for index in range(60):
+        targets = [mask() for _ in range(rng.integers(1, 5))]
+        targets[0][0, 0] = 1
+        predicted = [mask() for _ in targets]
+        for p, g in zip(predicted, targets, strict=True):
+            i, u = int((p & g).sum()), int((p | g).sum())
+            total += i, u
+            ious.append(i / u if u else 1)
+        records.append(answer("MMR", list(map(logits_of, predicted)), targets, index=index))
+    assert min(ious) == 0
+    assert max(ious) == 1
+    found = metrics.compute(records, BENCHMARKS["MMR"], "published")
+    assert found == pytest.approx({"gIoU": np.mean(ious), "cIoU": total[0] / total[1]})
+    assert np.mean([v for r in records for v in metrics.ious(r, "published")]) == pytest.approx(found["gIoU"])
+    assert metrics.count_masks(records, "published") == len(ious)
 
 
 def test_gseval(tmp_path):

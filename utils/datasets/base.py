@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+UNIT = "unit"  # key of a query's meta: what is drawn as a whole in a bootstrap, where that is more than its image
 LONGEST_FILE_NAME = 255  # bytes
 SURROGATES = re.compile("[\ud800-\udfff]")  # JSON may hold them, but no file or tokenizer takes them
 

@@ -5,6 +5,7 @@ Source: PLAN-Lab/HalluSegBench (Li et al., arXiv 2506.21546). Evaluation only.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import numpy as np
 
 from model.structures import EvalQuery, EvalSample
 from utils.datasets.base import (
+    UNIT,
     DataError,
     DatasetRow,
     check_file_name,
@@ -50,10 +52,11 @@ class HalluSegBench:
         base = dataset_dir / row.path
         [path] = find_paths(str(spec), {"data.json": [base / split / "data.json", base / "test" / split / "data.json"]})
         self.folder = path.parent
-        self.pairs, self.unusable = parse_items(str(spec), path, _parse)
+        self.is_sentence = split != "refer_seg"
+        self.pairs, self.unusable = parse_items(str(spec), path, lambda item: _parse(item, self.is_sentence))
         warn_unusable(str(spec), self.unusable)
         if doubled := [name for name, count in Counter(pair["id"] for pair in self.pairs).items() if count > 1]:
-            raise DataError(f"{spec}: {path} has two pairs with the same factual image and 'ann_id', {doubled[0]}")
+            raise DataError(f"{spec}: {path} has two pairs called {doubled[0]}: give each an 'ann_id' of its own")
         self.skipped: list[str] = []
         shown: dict[str, list[tuple[int, str]]] = {}  # image -> the pairs it belongs to, and as which of their images
         for number, pair in enumerate(self.pairs):
@@ -81,41 +84,47 @@ class HalluSegBench:
             for label in ABBREVIATIONS:
                 setting = f"{ABBREVIATIONS[label]}l_{ABBREVIATIONS[side]}i"
                 targets, reference = (mask[None], None) if label == side else (mask[None][:0], mask)
-                meta = {"pair": pair["id"], "setting": setting}
+                meta = {"pair": pair["id"], "setting": setting, UNIT: pair["factual"]["image"]}
                 text = pair[label]["text"]
                 queries.append(
-                    EvalQuery(f"{pair['id']}_{setting}", text, targets, pair["is_sentence"], meta, reference=reference)
+                    EvalQuery(f"{pair['id']}_{setting}", text, targets, self.is_sentence, meta, reference=reference)
                 )
         return EvalSample(f"{self.spec}/{name}", str(Path(name).with_suffix("")), image, queries)
 
     def _mask(self, name: str, height: int, width: int) -> np.ndarray:
         """uint8 [H, W]. One of another size is resized by nearest neighbor, as the authors' code resizes."""
-        mask = (read_labels(self.folder / name) != 0).astype(np.uint8)
+        path = self.folder / name
+        mask = (read_labels(path) != 0).astype(np.uint8)
         if not mask.any():
-            raise DataError(f"{self.spec}: the mask {name} is empty")
+            raise DataError(
+                f"{self.spec}: the mask {path} is empty: download it again, or take the pair out of data.json"
+            )
         if abs(mask.shape[1] * height / (mask.shape[0] * width) - 1) > MAX_STRETCH:
             raise DataError(
-                f"{self.spec}: the mask {name} is {mask.shape[1]}x{mask.shape[0]}, its image {width}x{height}: "
+                f"{self.spec}: the mask {path} is {mask.shape[1]}x{mask.shape[0]}, its image {width}x{height}: "
                 "not the same sides; download both again"
             )
         return cv2.resize(mask, (width, height), interpolation=cv2.INTER_NEAREST)
 
 
-def _parse(item: Any) -> dict[str, Any]:
+def _parse(item: Any, is_sentence: bool) -> dict[str, Any]:
     if not isinstance(item, dict):
         raise DataError(f"a {type(item).__name__}; each pair must be an object")
-    texts = (
-        ("question", "counterfactual_question") if item.get("question") else ("factual_label", "counterfactual_label")
-    )
-    pair: dict[str, Any] = {"is_sentence": texts[0] == "question"}
+    pair: dict[str, Any] = {}
+    texts = ("question", "counterfactual_question") if is_sentence else ("factual_label", "counterfactual_label")
     for side, text in zip(ABBREVIATIONS, texts, strict=True):
         if not is_text(item.get(text)):
             raise DataError(f"{text!r} must be a non-empty string, not {str(item.get(text))[:60]!r}")
-        mask = item.get(f"{side}_mask_path", item.get(f"{side}_mask"))  # their files have both names
+        mask = item.get(f"{side}_mask_path") or item.get(f"{side}_mask")  # their files have both names
         pair[side] = {
             "image": check_file_name(item.get(f"{side}_image_path"), f"'{side}_image_path' is"),
             "mask": check_file_name(mask, f"'{side}_mask_path' is"),
             "text": item[text].strip(),
         }
-    name = Path(pair["factual"]["image"]).stem  # the authors name answers by it
-    return pair | {"id": f"{name}_{item['ann_id']}" if isinstance(item.get("ann_id"), (int, str)) else name}
+    if pair["factual"]["text"].casefold() == pair["counterfactual"]["text"].casefold():
+        raise DataError(f"both texts are {pair['factual']['text'][:60]!r}: that cannot be present and absent")
+    number = item.get("ann_id", "")
+    if type(number) not in (int, str) or not re.fullmatch(r"[\w-]*", str(number)):
+        raise DataError(f"'ann_id' is {str(number)[:60]!r}; it must be a number, or letters and digits")
+    name = Path(pair["factual"]["image"]).stem
+    return pair | {"id": f"{name}_{number}" if number != "" else name}  # the authors name the files of answers by it

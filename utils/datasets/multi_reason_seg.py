@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -49,12 +49,15 @@ TEST_PARTS = {"MUSE_test_less": "few", "MUSE_test_many": "many"}  # parts that t
 COCO_FOLDERS = ("train2014", "val2014", "train2017", "val2017")
 
 
+Answers = Literal["ignored", "checked", "optional"]
+
+
 class MuseSplit:
     """The records of one split.
 
     Args:
-        with_answers: parse the annotated answers and drop questions whose answer is invalid, for training. Evaluation
-            ignores the answers.
+        answers: what becomes of the annotated texts: ``ignored``; ``checked``: a question with an invalid one is
+            unusable; ``optional``: an invalid one is left out.
 
     Attributes:
         records: per image ``{"images", "height", "width", "part", "questions"}``: candidate paths of the image; its
@@ -64,7 +67,7 @@ class MuseSplit:
         counts: images, expressions, masks, multi.
     """
 
-    def __init__(self, name: str, row: DatasetRow, split: str, dataset_dir: Path, with_answers: bool) -> None:
+    def __init__(self, name: str, row: DatasetRow, split: str, dataset_dir: Path, answers: Answers) -> None:
         self.name, self.dataset_dir = f"{name}|{split}", dataset_dir
         [pattern] = row.annotations
         splits = FILES[pattern]
@@ -74,7 +77,7 @@ class MuseSplit:
         files: dict[str, Sequence[Path]] = {name: [dataset_dir / row.path / name] for name in names}
         paths = find_paths(self.name, files)
         self.records, notes = load_records(
-            self.name, paths, with_answers, lambda: _read_questions(self.name, paths, with_answers)
+            self.name, paths, answers, lambda: _read_questions(self.name, paths, answers)
         )
         self.problems, self.counts = notes["problems"], notes["counts"]
         warn_unusable(self.name, self.problems)
@@ -99,11 +102,11 @@ class MuseSplit:
         return masks
 
 
-def _read_questions(name: str, paths: Sequence[Path], with_answers: bool) -> tuple[list[dict[str, Any]], Notes]:
+def _read_questions(name: str, paths: Sequence[Path], answers: Answers) -> tuple[list[dict[str, Any]], Notes]:
     records: list[dict[str, Any]] = []
     problems: list[str] = []
     for path in paths:
-        parsed, rejected = parse_items(name, path, lambda item: _parse_image_item(item, with_answers))
+        parsed, rejected = parse_items(name, path, lambda item: _parse_image_item(item, answers))
         problems += rejected + [f"{path}, {text}" for record in parsed for text in record.pop("problems")]
         records += [record | {"part": TEST_PARTS.get(path.stem, "")} for record in parsed]
     questions = [question for record in records for question in record["questions"]]
@@ -116,14 +119,14 @@ def _read_questions(name: str, paths: Sequence[Path], with_answers: bool) -> tup
     return records, {"problems": problems, "counts": counts}
 
 
-def _parse_image_item(item: Any, with_answers: bool) -> dict[str, Any]:
+def _parse_image_item(item: Any, use: Answers) -> dict[str, Any]:
     """Parses an item; an unusable question is reported in ``problems`` and the others are kept."""
     if not isinstance(item, dict):
         raise DataError(f"expected a dict, not a {type(item).__name__}")
     images = _image_candidates(item)
     height, width = check_extent(item.get("height"), item.get("width"), f"{Path(images[0]).name} has")
     questions, answers = item.get("questions"), item.get("answers")
-    texts = item.get("text_answers") if with_answers else None
+    texts = item.get("text_answers") if use != "ignored" else None
     texts = texts or [None] * (len(questions) if isinstance(questions, list) else 0)
     if not (isinstance(questions, list) and isinstance(answers, list) and isinstance(texts, list)):
         raise DataError("'questions', 'answers' and 'text_answers' must be lists")
@@ -134,6 +137,8 @@ def _parse_image_item(item: Any, with_answers: bool) -> dict[str, Any]:
     valid, problems = [], []
     for number, (question, targets, text) in enumerate(zip(questions, answers, texts)):
         try:
+            if use == "optional" and not _is_answer(text, targets):
+                text = None
             valid.append({"number": number, **_parse_question(question, targets, text)})
         except DataError as error:
             problems.append(f"{Path(images[0]).name}, question {number}: {error}")
@@ -149,10 +154,14 @@ def _parse_question(question: Any, targets: Any, text: Any) -> dict[str, Any]:
         raise DataError(f"its answer must be a list of annotations, not {str(targets)[:60]}")
     if not all(target.get("segmentation") for target in targets):
         raise DataError("a target has no segmentation")
-    if text is not None and (not is_text(text) or text.count("{seg}") != len(targets)):
+    if text is not None and not _is_answer(text, targets):
         raise DataError(f"its text answer must contain {{seg}} {len(targets)} times: {str(text)[:80]!r}")
     segmentations = [target["segmentation"] for target in targets]
     return {"text": question.strip(), "answer": text or "", "targets": segmentations}
+
+
+def _is_answer(text: Any, targets: Any) -> bool:
+    return is_text(text) and isinstance(targets, list) and text.count("{seg}") == len(targets)
 
 
 def _image_candidates(item: dict[str, Any]) -> list[str]:
@@ -186,7 +195,7 @@ class MultiReasonSegTrain:
         if len(spec.parts) > 1:
             raise DataError(f"{str(spec)!r}: for training write '{spec.name}|train'")
         self.options = options
-        self.split = MuseSplit(spec.name, row, spec.split or "train", dataset_dir, with_answers=True)
+        self.split = MuseSplit(spec.name, row, spec.split or "train", dataset_dir, "checked")
         self.name = self.split.name
         self.split.image_path(self.split.records[0])  # fail at the start if the folder is wrong
 
@@ -231,7 +240,8 @@ class MultiReasonSegEval:
 
     def __init__(self, spec: Spec, row: DatasetRow, dataset_dir: Path) -> None:
         self.spec = spec
-        self.split = MuseSplit(spec.name, row, single_split(spec, "val"), dataset_dir, row.gives_answers)
+        answers: Answers = "optional" if row.gives_answers else "ignored"
+        self.split = MuseSplit(spec.name, row, single_split(spec, "val"), dataset_dir, answers)
         self.skipped: list[str] = []
         self.unusable = self.split.problems
         self.not_found = missing_images(self.split.image_path, self.split.records)

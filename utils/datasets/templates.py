@@ -141,7 +141,7 @@ def eval_turn(query: EvalQuery, instances: bool = False) -> Turn:
 def eval_joint_turn(queries: Sequence[EvalQuery]) -> Turn:
     """Returns the joint question of the teacher-forced protocol for gRefCOCO: "Sure, A:[SEG], B:[SEG]."
 
-    Protocol: docs/evaluation.md ("Generated or teacher-forced answers"). The answer has [SEG] for every expression,
+    Protocol: docs/evaluation.md ("How a model is asked"). The answer has [SEG] for every expression,
     present or absent, so that no ground truth leaks; rejection is decided from the logits of [SEG] and [REJ] at the
     position before each.
     """

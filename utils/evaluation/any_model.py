@@ -160,7 +160,7 @@ def _counted(record: Record, query: EvalQuery, answer: Answer, benchmark: Benchm
             f"{answer.location}: I {intersection} and U {union} are not of this target, which has {record.G} pixels: "
             "their code read another truth (ignored regions, another size); score masks instead"
         )
-    return replace(record, I=intersection, U=union, P=predicted)
+    return replace(record, I=intersection, U=union, P=predicted, in_order=[])
 
 
 # -- a Python function -------------------------------------------------------------------------------------------------

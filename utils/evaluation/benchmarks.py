@@ -96,6 +96,10 @@ class Benchmark:
         """Whether one question and one answer list all queries of an image."""
         return self.task == "joint question" and mode == "teacher_forced"
 
+    def scores_each(self, protocol: str) -> bool:
+        """Whether each mask of an answer is scored, not one mask that all of them give."""
+        return self.task == "instances" or (self.task == "union" and protocol == "published")
+
     def formulas(self, protocol: str) -> dict[str, str]:
         """Reported name -> formula under a protocol."""
         return {**self.metrics, **(self.published if protocol == "published" else {})}
@@ -206,7 +210,6 @@ _ROWS = (
         mode="generate",
         task="union",
         protocols=STRICT_OR_PUBLISHED,
-        published={"gIoU": "gIoU of targets in order", "cIoU": "cIoU of targets in order"},
         splits=dict.fromkeys(("val", "test_obj_only", "test_part_only", "test_mixed"), ""),
     ),
     Benchmark(

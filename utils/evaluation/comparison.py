@@ -100,13 +100,13 @@ def page(title: str, about: str, names: Sequence[str], sections: Sequence[dict[s
 
 
 def read_quoted(path: Path) -> dict[str, list[dict[str, Any]]]:
-    """Benchmark -> published rows: ``method``, ``source`` and ``scores`` (fractions)."""
+    """Benchmark -> published rows: ``method``, ``source``, ``scores`` (fractions), and ``protocol``, "" = any."""
     rows: dict[str, list[dict[str, Any]]] = {}
     for table in yaml.safe_load(path.read_text(encoding="utf-8")):
         for method, values in table["rows"].items():
             scores = {n: round(v / 100, 6) for n, v in zip(table["metrics"], values, strict=True) if v is not None}
             row = {"method": method, "source": table["source"], "scores": scores}
-            rows.setdefault(table["benchmark"], []).append(row)
+            rows.setdefault(table["benchmark"], []).append(row | {"protocol": table.get("protocol", "")})
     return rows
 
 
@@ -155,7 +155,7 @@ def _section(
             for column, records, values, gain in zip(columns, scored, scores, gains, strict=True)
         ],
         "groups": _groups(labels, scored, benchmark, protocol),
-        "quoted": quoted.get(key[0], []),
+        "quoted": [row for row in quoted.get(key[0], []) if row["protocol"] in ("", protocol)],
         "samples": _samples(key[0], labels, scored, protocol, run.several_seg, count, open_dataset),
     }
 
@@ -298,10 +298,12 @@ def _drawn(record: Record, several_seg: str) -> np.ndarray:
 
 
 def model_color(number: int) -> list[int]:
-    """R, G, B of a model: of the palette, then hues a golden angle apart."""
-    if number < len(PALETTE):
-        return PALETTE[number].tolist()
-    return [round(255 * value) for value in colorsys.hsv_to_rgb(number * 0.618034 % 1, 0.8, 0.8)]
+    """R, G, B of a model: of the palette without the target's color, then light and dark hues a golden angle apart."""
+    own = [color for color in PALETTE.tolist() if tuple(color) != TRUTH_COLOR]
+    if number < len(own):
+        return own[number]
+    rgb = colorsys.hsv_to_rgb((0.83 + number * 0.618034) % 1, 0.9, (0.95, 0.5)[number % 2])
+    return [round(255 * value) for value in rgb]
 
 
 def _mask(mask: np.ndarray, color: Sequence[int]) -> str:

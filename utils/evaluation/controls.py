@@ -6,11 +6,12 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from model.structures import EvalSample
-from utils.datasets.base import EvalDataset
+from model.structures import EvalQuery, EvalSample
+from utils.datasets.base import UNIT, EvalDataset
 from utils.datasets.reason_seg import split_length
 from utils.datasets.spec import Spec
 
@@ -26,7 +27,8 @@ class ShuffledPrompts:
     """A split in which each image gets the queries of another image, but keeps its own ground truth.
 
     A model that ignores the text scores the same as on the split itself. The donors form one cycle through all images,
-    so no image keeps its own queries; a donor with too few queries repeats them.
+    so no image keeps its own queries; a donor with too few queries repeats them. An image and its edit, which are asked
+    the same (HalluSegBench), do not donate to each other as long as there are others.
     """
 
     def __init__(self, dataset: EvalDataset, indices: Sequence[int], seed: int = 0) -> None:
@@ -48,12 +50,22 @@ class ShuffledPrompts:
         return self.dataset.num_queries
 
     def __getitem__(self, index: int) -> EvalSample:
-        sample, donated = self.dataset[index], self.dataset[self.donor[index]].queries
+        sample = self.dataset[index]
+        donated = self._donated(index, {query.meta.get(UNIT) for query in sample.queries} - {None})
         queries = [
-            replace(query, text=donor.text, is_sentence=donor.is_sentence)
+            replace(query, text=donor.text, is_sentence=donor.is_sentence, answer=donor.answer)
             for query, donor in ((query, donated[k % len(donated)]) for k, query in enumerate(sample.queries))
         ]
         return replace(sample, queries=queries)
+
+    def _donated(self, index: int, units: set[Any]) -> list[EvalQuery]:
+        """The queries of the next image in the cycle that is not of these units, or of the next if all others are."""
+        first = queries = self.dataset[donor := self.donor[index]].queries
+        while units and any(query.meta.get(UNIT) in units for query in queries):
+            if (donor := self.donor[donor]) == index:
+                return first
+            queries = self.dataset[donor].queries
+        return queries
 
 
 def query_agnostic_baselines(dataset_dir: Path, spec: Spec) -> dict[str, dict[str, float]]:

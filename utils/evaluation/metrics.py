@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from model.structures import IGNORE_PIXEL
+from utils.datasets.base import UNIT
 from utils.datasets.reason_seg import WITHOUT_TARGET
 from utils.evaluation.benchmarks import BY_TOKEN, DECODED_ANYWAY, UNION_KEPT, Benchmark
 from utils.evaluation.risk_coverage import ranking
@@ -173,8 +174,8 @@ def pair(record: Record, protocol: str = "") -> tuple[int, int]:
     rejection has I = 0, and adds |G| to U. gRefCOCO's own evaluator (``grefcoco``, ``rela``) adds |P or G| with the
     mask that is decoded all the same; ``gsva`` and ``published`` score that mask.
     """
-    if record.pairs:
-        intersections, unions = zip(*pairs_of(record, protocol))
+    if several := _several(record, protocol):
+        intersections, unions = zip(*several)
         return sum(intersections), sum(unions)
     if record.rejected and record.expected_empty:
         return 0, 0
@@ -184,12 +185,16 @@ def pair(record: Record, protocol: str = "") -> tuple[int, int]:
 
 
 def pairs_of(record: Record, protocol: str = "") -> Sequence[Sequence[int]]:
-    """I and U of each mask of an answer."""
-    if not record.pairs:
-        return [pair(record, protocol)]
-    if protocol != "published" or not record.surplus:
+    """I and U of each mask that is scored of an answer: its only one, or one per matched pair or target."""
+    return _several(record, protocol) or [pair(record, protocol)]
+
+
+def _several(record: Record, protocol: str) -> Sequence[Sequence[int]]:
+    if protocol != "published":
         return record.pairs
-    return [*record.pairs[: -len(record.surplus)], *([0, pixels] for pixels in record.surplus)]
+    if record.surplus:
+        return [*record.pairs[: -len(record.surplus)], *([0, pixels] for pixels in record.surplus)]
+    return record.pairs or record.in_order
 
 
 # -- all masks ---------------------------------------------------------------------------------------------------------
@@ -277,22 +282,6 @@ def _giou_of_images(records: Sequence[Record], protocol: str) -> tuple[float, in
     return math.fsum(values), max(targets, sum(len(record.masks) for record in records))
 
 
-def _giou_in_order(record: Record, protocol: str) -> tuple[float, int]:
-    values = [intersection / union if union else 1.0 for intersection, union in _in_order(record)]
-    return math.fsum(values), len(values)
-
-
-def _ciou_in_order(record: Record, protocol: str) -> tuple[float, int]:
-    intersections, unions = zip(*_in_order(record))
-    return sum(intersections), sum(unions)
-
-
-def _in_order(record: Record) -> list[list[int]]:
-    if not record.in_order:
-        raise ValueError(f"{record.image}, {record.query!r} was answered by an older version; evaluate again")
-    return record.in_order
-
-
 def _miou_of_refs(records: Sequence[Record], protocol: str) -> tuple[float, int]:
     values = [iou(record, protocol) for record in records if not record.expected_empty]
     return (math.fsum(values) / len(values), 1) if values else (0, 0)
@@ -350,8 +339,6 @@ METRICS: dict[str, Formula | Grouped] = {  # benchmarks may report a formula und
     "T-acc": _t_acc,
     "presence": _presence,
     **{f"Pr@{threshold}": _precision(threshold) for threshold in (0.7, 0.8, 0.9)},
-    "gIoU of targets in order": _giou_in_order,
-    "cIoU of targets in order": _ciou_in_order,
     "gIoU of images": Grouped(lambda record: record.index, _giou_of_images),
     "mIoU of refs": Grouped(_ref_of, _miou_of_refs),  # of true sentences
     "r of refs": Grouped(_ref_of, _r_of_refs),  # share of false sentences that are rejected
@@ -374,6 +361,13 @@ def _sums(
 ) -> dict[str, tuple[list[float], list[int]]]:
     """Metric -> numerators and denominators of the records."""
     protocol = benchmark.protocol(protocol)
+    if benchmark.task == "union" and benchmark.scores_each(protocol):
+        for record in records:
+            if not record.in_order:
+                raise ValueError(
+                    f"{record.image}, {record.query!r} has no counts for each target, which protocol {protocol} takes: "
+                    "it was answered by an older version, or is given by counts; evaluate again, or score masks"
+                )
     formulas = benchmark.formulas(protocol)
     pairs = {name: _values(METRICS[formula], records, protocol) for name, formula in formulas.items()}
     return {name: ([n for n, _ in values], [d for _, d in values]) for name, values in pairs.items()}
@@ -430,25 +424,30 @@ def compute(records: Sequence[Record], benchmark: Benchmark, protocol: str | Non
 def resample(
     records: Sequence[Record], benchmark: Benchmark, protocol: str | None = None, seed: int = 0
 ) -> dict[str, np.ndarray]:
-    """Bootstrap over images (queries of one image are not independent): metric -> [1000] values, one per resample.
+    """Bootstrap over images (queries of one image, or of its edits, are not independent): metric -> [1000] values.
 
     A resample without any sample of the metric gives NaN. The same images and seed give the same resamples, so the
     values of two models can be subtracted one by one (``difference``).
     """
-    images = sorted({record.index for record in records})
-    if len(images) < 2:
-        return {}
     records = sorted(records, key=lambda record: (record.index, record.query_id))
-    positions = np.searchsorted(images, [record.index for record in records])
-    weights = resampled_images(len(images), seed)
+    units = {unit: n for n, unit in enumerate(dict.fromkeys(map(_unit_of, records)))}
+    if len(units) < 2:
+        return {}
+    positions = np.array([units[_unit_of(record)] for record in records])
+    weights = resampled_images(len(units), seed)
     result = {}
     for name, sums in _sums(records, benchmark, protocol).items():
-        above, below = (weights @ np.bincount(positions, weights=values, minlength=len(images)) for values in sums)
+        above, below = (weights @ np.bincount(positions, weights=values, minlength=len(units)) for values in sums)
         result[name] = np.divide(above, below, out=np.full(RESAMPLES, np.nan), where=below > 0)
     if uncertainties_and_risks := _uncertainties_and_risks(records, benchmark, protocol):
         rankings = [ranking(*uncertainties_and_risks, counts[positions]) for counts in weights]
         result |= {name: np.array([values[name] for values in rankings]) for name in rankings[0]}
     return result
+
+
+def _unit_of(record: Record) -> Hashable:
+    """What a resample draws: an image, with the edits of it that a data set has."""
+    return record.meta.get(UNIT, record.index)
 
 
 def resampled_images(count: int, seed: int = 0) -> np.ndarray:
@@ -523,10 +522,8 @@ def groups(records: Sequence[Record]) -> dict[str, dict[str, list[int]]]:
 
 
 def count_masks(records: Iterable[Record], protocol: str = "") -> int:
-    """Number of masks that gIoU averages over: one per answer, or one per pair or target where these are scored."""
-    return sum(
-        len(record.pairs if protocol != "published" else record.pairs or record.in_order) or 1 for record in records
-    )
+    """Number of masks that gIoU averages over (``pairs_of``)."""
+    return sum(len(pairs_of(record, protocol)) for record in records)
 
 
 def count_records(records: Sequence[Record], protocol: str = "") -> dict[str, int]:

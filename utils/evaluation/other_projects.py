@@ -31,12 +31,14 @@ class Asked:
     def __init__(self, dataset: EvalDataset, limit: int | None = None) -> None:
         self.spec = str(dataset.spec)
         self.lines: list[Line] = []
+        self.sizes: dict[str, tuple[int, ...]] = {}  # image_id -> (height, width)
         self._of_image: dict[str, list[Line]] = {}
         self._doubled: set[str] = set()
         self.has_refs = False
         for _, sample in samples_of(dataset, limit):
             self.has_refs |= any("ref" in query.meta for query in sample.queries)
             names = {"image": sample.source, "image_id": sample.image_id}
+            self.sizes[sample.image_id] = sample.image.shape[:2]
             stem = path_parts(sample.source)[-1]
             if stem in self._of_image:
                 self._doubled.add(stem)
@@ -177,13 +179,32 @@ def _counts(intersection: Any, union: Any) -> Line:
 
 def read_hallusegbench(path: Path, asked: Asked) -> Iterator[Line]:
     """HalluSegBench: a folder with one per setting, of ``IMAGE_ANN_mask.png`` each; a pair without a file abstains."""
-    if missing := [setting for setting in SETTINGS if not (path / setting).is_dir()]:
-        raise DataError(f"{path} has no folder {missing[0]}; give the one that holds {', '.join(SETTINGS)}")
-    for line in asked.lines:
-        setting = next(setting for setting in SETTINGS if line["query_id"].endswith(f"_{setting}"))
-        file = path / setting / f"{line['query_id'].removesuffix(f'_{setting}')}_mask.png"
-        mask = read_labels(file) > 0 if file.exists() else np.zeros((1, 1), bool)
-        yield line | {"masks": [encode_mask(mask)] if mask.any() else [], "answer": ""}
+    for setting in SETTINGS:
+        end, folder = f"_{setting}", path / setting
+        lines = {
+            f"{line['query_id'].removesuffix(end)}_mask.png": line
+            for line in asked.lines
+            if line["query_id"].endswith(end)
+        }
+        if not lines:
+            raise DataError(f"{asked.spec} has no pairs; give the subset of HalluSegBench that was answered")
+        if not folder.is_dir():
+            raise DataError(f"{path} has no folder {setting}; give the one that holds {', '.join(SETTINGS)}")
+        files = {file.name: file for file in folder.glob("*.png")}
+        if unknown := sorted(files.keys() - lines.keys()):
+            raise DataError(
+                listed(f"files of {folder} belong to no pair of {asked.spec} (IMAGE_ANN_mask.png)", unknown)
+            )
+        if not files:
+            raise DataError(f"{folder} holds no PNG, so that every pair would abstain")
+        for name, line in lines.items():
+            mask = read_labels(files[name]) > 0 if name in files else np.zeros((0, 0), bool)
+            if name in files and mask.shape != (size := asked.sizes[line["image_id"]]):
+                raise DataError(
+                    f"{files[name]} is {mask.shape[1]}x{mask.shape[0]}, its image {size[1]}x{size[0]}; save masks at "
+                    "the size of the image that was answered"
+                )
+            yield line | {"masks": [encode_mask(mask)] if mask.any() else [], "answer": ""}
 
 
 READERS: dict[str, Callable[[Path, Asked], Iterator[Line]]] = {

@@ -117,6 +117,13 @@ def turns_of(samples: Sequence[EvalSample], benchmark: Benchmark, mode: str) -> 
     if benchmark.is_joint(mode):
         return [[eval_joint_turn(sample.queries)] for sample in samples]
     several = benchmark.task in ("instances", "union")
+    if benchmark.task == "union" and mode == "teacher_forced":
+        for sample in samples:
+            if lacking := [query.text for query in sample.queries if not query.answer]:
+                raise ValueError(
+                    f"{sample.source}, {lacking[0]!r} has no annotated answer with a {{seg}} per target, which teacher "
+                    "forcing gives: use --mode generate, or download the file again"
+                )
     turns = [[eval_turn(query, several) for query in sample.queries] for sample in samples]
     return turns if mode == "teacher_forced" else [[Turn(turn.question) for turn in row] for row in turns]
 
@@ -206,9 +213,10 @@ def score(
 
 
 def _count_in_order(query: EvalQuery, prediction: QueryPrediction) -> list[list[int]]:
-    """I and U of each target and the mask of the same place, an empty one where the answer has fewer."""
+    """I and U of each target and the mask of the same place, an empty one where the answer has fewer or rejects."""
     empty = np.zeros(query.masks.shape[1:], bool)
-    pairs = zip_longest(query.masks, prediction.masks[: len(query.masks)], fillvalue=empty)
+    masks = prediction.masks[: 0 if prediction.rejected else len(query.masks)]
+    pairs = zip_longest(query.masks, masks, fillvalue=empty)
     return [list(metrics.count_pixels(mask, target)[:2]) for target, mask in pairs]
 
 

@@ -50,8 +50,7 @@ def _remarks(summary: Summary) -> list[str]:
         remarks.append(f"cut off at --max_new_tokens or {MAX_SEGS} [SEG]: {counted(cut, 'answer')} ({summary.mode})")
     if summary.annotations:
         remarks.append(f"read from {summary.annotations}")
-    each = benchmark.task == "instances" or (benchmark.task == "union" and summary.protocol == "published")
-    if not each and (several := counts.get("answers_with_several_seg")):
+    if not benchmark.scores_each(summary.protocol) and (several := counts.get("answers_with_several_seg")):
         scored = {"union": "the union of their masks", "first": "the first mask"}[summary.several_seg]
         remarks.append(f"several [SEG] in {counted(several, 'answer')} ({summary.mode}); {scored} is scored")
     return remarks

@@ -249,7 +249,7 @@ def summarize(provenance: Provenance, records: Sequence[Record]) -> Summary:
         breakdown=metrics.breakdown(records, benchmark, protocol),
         counts=metrics.count_records(records, protocol) | {"split_images": images},
         layers={str(layer): count for layer, count in sorted(layers.items())},
-        several_seg=provenance.several_seg,
+        several_seg="union" if benchmark.scores_each(protocol) else provenance.several_seg,
         annotations=provenance.annotations,
     )
 
