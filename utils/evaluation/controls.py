@@ -48,7 +48,15 @@ class ShuffledPrompts:
         return self.dataset.num_queries
 
     def __getitem__(self, index: int) -> EvalSample:
-        sample, donated = self.dataset[index], self.dataset[self.donor[index]].queries
+        return self.exchanged(index, self.dataset[index])
+
+    def exchanged(self, index: int, sample: EvalSample) -> EvalSample:
+        """``sample``, image ``index`` of the split itself, with the queries of its donor.
+
+        Raises:
+            ValueError: if the donor cannot be read.
+        """
+        donated = self.dataset[self.donor[index]].queries
         queries = [
             replace(query, text=donor.text, is_sentence=donor.is_sentence)
             for query, donor in ((query, donated[k % len(donated)]) for k, query in enumerate(sample.queries))
