@@ -118,7 +118,7 @@ def add_running_flags(parser: argparse.ArgumentParser) -> None:
         choices=CONTROLS,
         default=[],
         help="shuffled_prompts: evaluate again with the queries exchanged among the images; a model that ignores the "
-        "text scores the same. Takes twice the time",
+        "text scores the same. The images are encoded once for both",
     )
     add(
         "--processes",
@@ -206,7 +206,8 @@ def main(arguments: list[str] | None = None) -> int:
             if count := args.save_overlays:
                 protocol = result.provenance.protocol
                 scored = select(result.records, protocol, args.several_seg)
-                sample_panels = panels(model, processor, dataset, scored, count, options, protocol)
+                what = dataset, scored, count, options, protocol, args.batch_size
+                sample_panels = panels(model, processor, *what)
                 files.append(save_overlays(output, result, sample_panels, args.version))
     if distributed.is_main():
         tables = fill(args.version, summaries) if args.suite or len(summaries) > 1 else []

@@ -11,14 +11,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import groupby, pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from model.backbones.base import LanguageOutput
+from model.backbones.base import KeySpace, LanguageOutput
 from model.structures import MAX_SEGS, Batch
+from model.threads import fewer_threads
 
 if TYPE_CHECKING:
     from model.grounding import GroundingModel
@@ -44,6 +46,42 @@ class GenerationOutput:
     seg_questions: list[QuestionIndex]
     rejected: list[bool]
     codebook: torch.Tensor | None = None
+
+
+def crop(cache: Any, length: int) -> None:
+    """Crops a KV cache to its first ``length`` tokens, in place.
+
+    ``Cache.crop`` removes the same number of tokens from all layers, keys and values. After an interrupted question
+    their lengths differ.
+    """
+    for layer in cache.layers:
+        layer.keys, layer.values = layer.keys[..., :length, :], layer.values[..., :length, :]
+
+
+def forward_questions(model: GroundingModel, past: LanguageOutput, batch: Batch) -> tuple[Batch, LanguageOutput]:
+    """Forward pass over other questions about images that a cache holds.
+
+    Args:
+        past: of ``forward_language(..., use_cache=True)`` for the same images; its cache is cropped to the prefix,
+            whatever has been asked since, and extended by the questions, in place.
+        batch: the same images with the other questions.
+
+    Returns:
+        ``batch`` without the prefix, and the states of its tokens.
+    """
+    length = int((batch.segment_ids[0] == 0).sum())  # the same in all rows
+    crop(past.cache, length)
+    keys = KeySpace(past.keys.segment_ids[:, :length], past.keys.key_mask[:, :length])
+    asked = batch.after_prefix(length)
+    embeddings = model.get_input_embeddings()(asked.input_ids)
+    rows = embeddings, asked.segment_ids, asked.position_ids, asked.segment_ids >= 0
+    with _threads_for(model, asked.input_ids.numel()):
+        return asked, model.forward_packed(*rows, past=LanguageOutput((), keys, past.cache), use_cache=True)
+
+
+def _threads_for(model: GroundingModel, tokens: int) -> AbstractContextManager[None]:
+    """``fewer_threads`` for so many tokens of the language model."""
+    return fewer_threads(tokens, model.config.text.hidden_size * model.config.text.intermediate_size)
 
 
 def codebook_positions(seg_positions: torch.Tensor, size: int) -> torch.Tensor:
@@ -111,7 +149,9 @@ def generate_answers(
     last, position_ids = _last_positions(batch, segment_ids)
     rows = torch.arange(num_rows, device=model.device)[:, None]
     hidden = tuple(layer[rows, last] for layer in output.hidden)
-    return generate_from(model, batch.questions, output, hidden, segment_ids, position_ids, max_new_tokens, on_token)
+    start = output, hidden, segment_ids, position_ids
+    with _threads_for(model, num_rows * num_slots):
+        return generate_from(model, batch.questions, *start, max_new_tokens, on_token)
 
 
 def generate_from(
@@ -288,21 +328,15 @@ class ConversationCache:
         return output
 
     def _crop(self, count: int) -> None:
-        """Crops the cache to the prefix and ``count`` tokens.
-
-        ``Cache.crop`` removes the same number of tokens from all layers, keys and values. After an interrupted question
-        their lengths differ.
-        """
+        """Crops the cache to the prefix and ``count`` tokens."""
         self.ids = self.ids[:count]
-        length = self.keys.segment_ids.shape[1] + count
-        for layer in self.cache.layers:
-            layer.keys, layer.values = layer.keys[..., :length, :], layer.values[..., :length, :]
+        crop(self.cache, self.keys.segment_ids.shape[1] + count)
 
 
 def _last_positions(batch: Batch, segment_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Index of each question's last token in its row, and that token's position id, both [B, K]."""
     positions = torch.arange(batch.segment_ids.shape[1], device=segment_ids.device)
     in_segment = batch.segment_ids[:, None, :] == segment_ids.clamp(min=0)[:, :, None]  # [B, K, T]
-    last = torch.where(in_segment, positions, -1).amax(-1)
+    last = torch.where(in_segment, positions, 0).amax(-1)  # 0: a row with fewer questions, without its prefix
     text = batch.position_ids if batch.position_ids.ndim == 2 else batch.position_ids[..., 0]  # text: equal on all axes
     return last, torch.gather(text, 1, last)

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
@@ -23,6 +23,7 @@ from model.decoders.base import MaskDecoder
 from model.generation import (
     GenerationOutput,
     codebook_positions,
+    forward_questions,
     generate_answers,
     per_target,
     teacher_forced_answers,
@@ -54,12 +55,14 @@ class LanguagePass:
     Attributes:
         hidden: L tensors [B, T, D], which hold the image tokens' states.
         embeddings: [B, ...] of the mask decoder (SAM: [B, E, G, G]); None if no answer has a [SEG].
+        past: the images' states with their KV cache, from which other questions go on; None if it is not kept.
     """
 
     batch: Batch
     answers: GenerationOutput
     hidden: tuple[torch.Tensor, ...]
     embeddings: torch.Tensor | None
+    past: LanguageOutput | None = None
 
 
 @dataclass
@@ -349,9 +352,40 @@ class GroundingModel(Backbone):
         self.config.layer_rule(layer_policy)  # fails before minutes of generation
         return self.decode_masks(self.answer(batch, max_new_tokens, on_token), layer_policy, seed)
 
+    def predict_rounds(
+        self,
+        batches: Sequence[Batch],
+        answered: int = 0,
+        layer_policy: str | None = None,
+        max_new_tokens: int = MAX_NEW_TOKENS,
+        seed: int = 0,
+    ) -> Iterator[list[list[Prediction]]]:
+        """``predict`` for several batches of questions about the same images, which are encoded once.
+
+        The first batch is computed as ``predict`` computes it, to the last bit; the others go on from its images, so
+        that their rounding may differ from that of ``predict``.
+
+        Args:
+            answered: number of batches at the start whose answers are known: they are computed as far as the later
+                ones depend on them, and not yielded.
+        """
+        self.config.layer_rule(layer_policy)
+        earlier: LanguagePass | None = None
+        for number, batch in enumerate(batches):
+            known = number < answered
+            length, keep = 0 if known else max_new_tokens, number + 1 < len(batches)
+            earlier = self.answer(batch, length, earlier=earlier, keep=keep)
+            if not known:
+                yield self.decode_masks(earlier, layer_policy, seed)
+
     @torch.inference_mode()
     def answer(
-        self, batch: Batch, max_new_tokens: int = MAX_NEW_TOKENS, on_token: Callable[[list[int]], None] | None = None
+        self,
+        batch: Batch,
+        max_new_tokens: int = MAX_NEW_TOKENS,
+        on_token: Callable[[list[int]], None] | None = None,
+        earlier: LanguagePass | None = None,
+        keep: bool = False,
     ) -> LanguagePass:
         """Runs the language model and SAM's encoder, the parts of ``predict`` that do not depend on the layer rule.
 
@@ -362,17 +396,25 @@ class GroundingModel(Backbone):
             batch: of ``UGroundProcessor.prompts``.
             max_new_tokens: longest answer.
             on_token: called after each step with the newest token of every question (flat, image by image).
+            earlier: a pass over the same images that was kept: only the questions are computed. It cannot be
+                continued twice at the same time, as its cache is extended in place.
+            keep: whether the result keeps its cache, for another round of questions.
         """
         given = len(batch.label_ids) > 0
-        output = self.forward_language(batch, use_cache=not given)
+        embeddings = None
+        if earlier is None or earlier.past is None:
+            output = images = self.forward_language(batch, use_cache=keep or not given)
+        else:
+            images, embeddings, seen = earlier.past, earlier.embeddings, earlier.batch.image_tokens
+            batch, output = forward_questions(self, images, batch)
+            batch = replace(batch, image_tokens=seen)  # they index the earlier pass's states
         if given:
             answers = teacher_forced_answers(self, batch, output)
         else:
             answers = generate_answers(self, batch, output, max_new_tokens, on_token)
-        embeddings = None
-        if answers.seg_questions:
-            embeddings = self.visual_model.embed_images(batch, output.clip_states)
-        return LanguagePass(batch, answers, output.hidden, embeddings)
+        if answers.seg_questions and embeddings is None:
+            embeddings = self.visual_model.embed_images(batch, images.clip_states)
+        return LanguagePass(batch, answers, images.hidden, embeddings, images if keep else None)
 
     @torch.inference_mode()
     def decode_masks(

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
 from model.processing.pixels import Picture, as_pixels
-from model.structures import MAX_NEW_TOKENS, Prediction, Turn
+from model.structures import MAX_NEW_TOKENS, Batch, Prediction, Turn
 
 if TYPE_CHECKING:
     from model.grounding import GroundingModel
@@ -138,12 +139,50 @@ def predict(
         ValueError: as ``UGroundProcessor.prompts`` and ``GroundingModel.predict``.
     """
     batch = processor.prompts(images, turns, sample_ids).to(model.device, model.dtype)
+    with _evaluating(model):
+        return with_text(model.predict(batch, **options), processor)
+
+
+def predict_rounds(
+    model: GroundingModel,
+    processor: UGroundProcessor,
+    images: Sequence[np.ndarray],
+    rounds: Sequence[Sequence[Sequence[Turn]]],
+    sample_ids: Sequence[int] | None = None,
+    answered: int = 0,
+    **options,
+) -> Iterator[list[list[Prediction]]]:
+    """``predict`` for several rounds of questions about the same images, which are encoded once.
+
+    Args:
+        rounds: [round][image][question].
+        answered, options: of ``GroundingModel.predict_rounds``.
+
+    Yields:
+        the [image][question] predictions of each round after the first ``answered`` ones, as soon as it is answered.
+
+    Raises:
+        ValueError: as ``predict``.
+    """
+    batches: list[Batch] = []
+    for turns in rounds:
+        seen = batches[0] if batches else None
+        batches.append(processor.prompts(images, turns, sample_ids, seen).to(model.device, model.dtype))
+    with _evaluating(model):
+        for predictions in model.predict_rounds(batches, answered, **options):
+            yield with_text(predictions, processor)
+
+
+@contextmanager
+def _evaluating(model: GroundingModel) -> Iterator[None]:
+    """The model in evaluation mode."""
     was_training = model.training
     model.eval()  # also where the model is: modules that peft adds to it begin in training mode
     try:
-        return with_text(model.predict(batch, **options), processor)
+        yield
     finally:
-        model.train(was_training)
+        if was_training:
+            model.train()
 
 
 def with_text(predictions: list[list[Prediction]], processor: UGroundProcessor) -> list[list[Prediction]]:

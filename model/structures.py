@@ -161,6 +161,26 @@ class Batch:
     grids: list[tuple[int, int]]
     image_keys: list[str] = field(default_factory=list)
 
+    def after_prefix(self, length: int) -> Batch:
+        """The conversations alone, for a model whose cache holds the prefix of ``length`` tokens.
+
+        Returns:
+            a batch with T - length tokens per row. ``image_tokens`` still index the rows with their prefix.
+        """
+        width = self.segment_ids.shape[1]
+
+        def cut(positions: torch.Tensor) -> torch.Tensor:
+            return positions - length * (positions // width + 1)
+
+        return replace(
+            self,
+            input_ids=self.input_ids[:, length:],
+            segment_ids=self.segment_ids[:, length:],
+            position_ids=self.position_ids[:, length:],
+            label_positions=cut(self.label_positions),
+            seg_positions=cut(self.seg_positions),
+        )
+
     def image_states(self, states: torch.Tensor) -> torch.Tensor:
         """States of the image's tokens: [B, T, D] -> [B, V, D]."""
         return states.flatten(0, 1).index_select(0, self.image_tokens.flatten()).unflatten(0, self.image_tokens.shape)

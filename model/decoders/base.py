@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from model.geometry import Fit
+from model.threads import fewer_threads
 
 if TYPE_CHECKING:
     from model.config import GroundingConfig
@@ -200,7 +201,9 @@ class EncodingDecoder(MaskDecoder):
         So the biases of global attention (ViT-H: 0.5 GB per image in bf16) do not grow with the batch, and a compiled
         encoder sees a single shape.
         """
-        with torch.inference_mode():
+        cells = (self.mask_side // 4) ** 2
+        widest = max(weight.numel() for weight in self.get_submodule(self.encoder_key).parameters())
+        with torch.inference_mode(), fewer_threads(cells, widest):
             features = torch.cat([self.encode_image(image[None]) for image in images])
         return features.clone()  # autograd cannot save inference tensors for the decoder's backward pass
 

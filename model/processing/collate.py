@@ -70,6 +70,7 @@ def collate_rows(
     seg_id: int,
     keep_padding: bool = False,
     sam_input: str = "pad",
+    seen: Batch | None = None,
 ) -> Batch:
     """Builds the packed batch, padded on the right.
 
@@ -79,6 +80,7 @@ def collate_rows(
         sam_side: side of SAM's square input in pixels, 0 = none; sam_input: how it is made, of ``SAM_INPUTS``.
         pad_id, seg_id: ids of the padding token and of ``[SEG]``.
         keep_padding: whether padded patches get tokens, too.
+        seen: an earlier batch of these images, whose pixels are taken.
     """
     images = [row.image for row in rows]
     sizes = [(image.shape[0], image.shape[1]) for image in images]
@@ -108,6 +110,11 @@ def collate_rows(
             begin = end
     label_positions, seg_positions = before_labels(labels), before_labels(labels, seg_id)
     label_ids = labels.flatten()[label_positions + 1]
+    if seen is not None:
+        pixel_values, sam_images = seen.pixel_values, seen.sam_images
+    else:
+        pixel_values = reader.pixels(images)
+        sam_images = squares(images, sam_side, SAM_INPUTS[sam_input]) if sam_side else torch.zeros(len(rows), 3, 0, 0)
     num_targets = sum(int((row.masks == 1).any((1, 2)).sum()) for row in rows)
     return Batch(
         input_ids=input_ids,
@@ -119,8 +126,8 @@ def collate_rows(
         counts=torch.tensor([len(label_ids), num_targets], dtype=torch.float32),
         seg_positions=seg_positions,
         seg_rows=seg_positions // width,
-        pixel_values=reader.pixels(images),
-        sam_images=squares(images, sam_side, SAM_INPUTS[sam_input]) if sam_side else torch.zeros(len(rows), 3, 0, 0),
+        pixel_values=pixel_values,
+        sam_images=sam_images,
         sizes=sizes,
         masks=[torch.from_numpy(np.ascontiguousarray(row.masks)) for row in rows],
         sample_ids=[row.sample_id for row in rows],

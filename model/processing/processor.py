@@ -160,6 +160,7 @@ class UGroundProcessor:
         images: Sequence[np.ndarray],
         turns: Sequence[Sequence[Turn]],
         sample_ids: Sequence[int] | None = None,
+        seen: Batch | None = None,
     ) -> Batch:
         """A batch for ``GroundingModel.predict``: each image once, with all its questions.
 
@@ -168,6 +169,7 @@ class UGroundProcessor:
             turns: [image][question]. Given answers are teacher-forced, empty ones are to be generated. Special tokens
                 in questions are escaped.
             sample_ids: sample index per image, which seeds sampled layers (default 0, 1, ...).
+            seen: an earlier batch of these images, which lends its pixels.
 
         Raises:
             ValueError: if a question is empty, or too long (with its answer) for ``max_tokens``; if an image has no
@@ -193,7 +195,7 @@ class UGroundProcessor:
             no_masks = np.zeros((0, *image.shape[:2]), dtype=np.uint8)
             sample_id = sample_ids[i] if sample_ids is not None else i
             rows.append(PackedSequence(image, conversations, no_masks, sample_id))
-        return self._collate(rows)
+        return self._collate(rows, seen)
 
     def prefix(self, image: np.ndarray) -> Batch:
         """A batch of one image [H, W, 3] with the prefix alone, for ``ConversationCache``."""
@@ -206,10 +208,13 @@ class UGroundProcessor:
         assert isinstance(text, str)  # a list only for a batch of ids
         return text.replace(codebook_names(len(self.codebook))[-1], SEG).strip()
 
-    def _collate(self, rows: list[PackedSequence]) -> Batch:
+    def _collate(self, rows: list[PackedSequence], seen: Batch | None = None) -> Batch:
         prefix, reader, pad_id, seg_id = self.builder.prefix, self.reader, self.tokens.pad, self.tokens.seg
-        batch = collate_rows(rows, prefix, reader, self.sam_side, pad_id, seg_id, self.keep_padding, self.sam_input)
-        if self.hash_images:
+        settings = self.keep_padding, self.sam_input
+        batch = collate_rows(rows, prefix, reader, self.sam_side, pad_id, seg_id, *settings, seen)
+        if seen is not None:
+            batch.image_keys = seen.image_keys
+        elif self.hash_images:
             batch.image_keys = [image_key(row.image) for row in rows]
         return batch
 

@@ -17,7 +17,7 @@ from utils.datasets.spec import Spec
 from utils.evaluation import metrics
 from utils.evaluation.benchmarks import BENCHMARKS, SUITES, benchmark_of
 from utils.evaluation.controls import HEADINGS, ShuffledPrompts, query_agnostic_baselines
-from utils.evaluation.engine import RunOptions, evaluate
+from utils.evaluation.engine import EvalRunner, RunOptions, evaluate
 from utils.evaluation.panels import panels
 from utils.evaluation.paper_tables import fill
 from utils.evaluation.predictions import InferenceOptions
@@ -89,7 +89,7 @@ class FakeBatch:
 class FakeProcessor:
     """Passes prompts through; tokens are the answer's characters."""
 
-    def prompts(self, images, turns, sample_ids):
+    def prompts(self, images, turns, sample_ids, seen=None):
         return FakeBatch(images, turns, sample_ids)
 
     def check_image(self, source, image):
@@ -132,6 +132,10 @@ class FakeModel:
                 score = 0.1 * k + 0.01 * prediction.layers[k]
                 prediction.uncertainty.append(MaskUncertainty(mask, mask * (1 - mask), torch.ones(5) / 5, score))
         return predictions
+
+    def predict_rounds(self, batches, answered=0, **options):
+        for batch in batches[answered:]:
+            yield self.predict(batch, **options)
 
     def answer(self, image, question, given_answer, noise_seed):
         named = [int(word.strip(",.?")) for word in question.split() if word.strip(",.?").isdigit()]
@@ -444,6 +448,45 @@ def test_the_control_exposes_a_query_agnostic_model():
     assert agnostic.summary.controls["shuffled_prompts"] == agnostic.metrics
 
 
+def test_a_control_is_asked_right_after_each_batch_is_on_disk(tmp_path):
+    path, lines = tmp_path / "a.jsonl", []
+
+    class Watching(FakeModel):
+        def predict_rounds(self, batches, answered=0, **options):
+            for predictions in super().predict_rounds(batches, answered, **options):
+                lines.append(path.read_text().count("\n") if path.exists() else 0)
+                yield predictions
+
+    dataset = FakeDataset(size=4)  # images of 1, 2, 3 and 1 queries
+    run(Watching(), dataset, batch_size=2, controls=["shuffled_prompts"], journal=Journal(path))
+    assert lines == [0, 3, 3, 7]  # before its answers, and before the control's
+
+
+@pytest.mark.parametrize("max_calls", [3, 6, 7])
+def test_a_control_is_asked_about_all_images_when_an_evaluation_resumes(tmp_path, max_calls):
+    """Batches of 2 images, the control after each; the last image on disk of an unfinished evaluation counts as cut."""
+    options = {"batch_size": 2, "controls": ["shuffled_prompts"]}
+    whole = run(FakeModel(noisy=True), **options)
+    interrupted_run(tmp_path / "a.jsonl", max_calls, **options)
+    model = FakeModel(noisy=True)
+    again = run(model, journal=Journal(tmp_path / "a.jsonl"), resume=True, **options)
+    finished = {3: 1, 6: 2, 7: 4}[max_calls]
+    assert len(model.calls) == 8 - finished
+    assert again.records == whole.records
+    assert again.summary.controls == whole.summary.controls
+
+
+def test_a_control_leaves_out_unreadable_images_also_as_donors():
+    options = {"allow_missing": True, "batch_size": 2, "controls": ["shuffled_prompts"]}
+    broken = run(FakeModel(noisy=True), FakeDataset(broken=(2, 5)), **options)
+    readable = FakeDataset(broken=(2, 5))
+    shuffled = ShuffledPrompts(readable, [0, 1, 3, 4, 6])
+    runner = EvalRunner(FakeModel(noisy=True), FakeProcessor(), InferenceOptions(), RunOptions(batch_size=2))
+    alone, _, _ = runner.gather(shuffled, [0, 1, 3, 4, 6])
+    expected = metrics.compute(alone, benchmark_of(readable.spec), "")
+    assert broken.summary.controls == {"shuffled_prompts": expected}
+
+
 def test_query_agnostic_baselines_come_from_the_data(tmp_path):
     scores = {"all": {"gIoU": 0.25, "cIoU": 0.2}, "random": {"gIoU": 0.3, "cIoU": 0.4}}
     other = {"all": {"gIoU": 0.5, "cIoU": 0.2}, "random": {"gIoU": 0.6, "cIoU": 0.4}}
@@ -739,6 +782,11 @@ def test_panels_run_from_the_worst_to_the_best():
         assert panel.masks.sum() == record.P  # the same answer as the one that was scored
         assert panel.notes[0] == f"IoU {metrics.iou(record):.2f}"
     assert len(panels(model, FakeProcessor(), dataset, result.records, 99, InferenceOptions())) == len(result.records)
+    model.calls.clear()
+    together = panels(model, FakeProcessor(), dataset, result.records, 4, InferenceOptions(), batch_size=3)
+    assert [count for count, *_ in model.calls] == [3, 1]
+    assert [record for record, _ in together] == [record for record, _ in sample_panels]
+    assert all(np.array_equal(a.masks, b.masks) for (_, a), (_, b) in zip(together, sample_panels))
 
 
 def test_default_modes_are_those_of_the_paper():

@@ -50,7 +50,14 @@ class ShuffledPrompts:
         return self.dataset.num_queries
 
     def __getitem__(self, index: int) -> EvalSample:
-        sample = self.dataset[index]
+        return self.exchanged(index, self.dataset[index])
+
+    def exchanged(self, index: int, sample: EvalSample) -> EvalSample:
+        """``sample``, image ``index`` of the split itself, with the queries of its donor.
+
+        Raises:
+            ValueError: if the donor cannot be read.
+        """
         donated = self._donated(index, {query.meta.get(UNIT) for query in sample.queries} - {None})
         queries = [
             replace(query, text=donor.text, is_sentence=donor.is_sentence, answer=donor.answer)

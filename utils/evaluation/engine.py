@@ -10,8 +10,10 @@ from __future__ import annotations
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -27,7 +29,7 @@ from utils.evaluation import metrics
 from utils.evaluation.benchmarks import SEVERAL_SEG, benchmark_of
 from utils.evaluation.controls import CONTROLS, ShuffledPrompts
 from utils.evaluation.metrics import Record
-from utils.evaluation.predictions import InferenceOptions, predict_queries, score
+from utils.evaluation.predictions import InferenceOptions, predict_queries, predict_query_rounds, score
 from utils.evaluation.results import Journal, Provenance, Result, summarize
 from utils.wording import counted
 
@@ -96,14 +98,16 @@ def evaluate(
     run = run or RunOptions()
     options = options or InferenceOptions(benchmark_of(dataset.spec).mode, model.config.layer_policy)
     size = min(len(dataset), run.limit or len(dataset))
+    control = None
     if "shuffled_prompts" in run.controls:
-        ShuffledPrompts(dataset, range(size), options.seed)  # raises before hours of work rather than after
+        control = ShuffledPrompts(dataset, range(size), options.seed)  # raises before hours of work rather than after
     provenance, runner = provenance_of(model, dataset, options, run), EvalRunner(model, processor, options, run)
     started = time.perf_counter()
     resumed = run.journal.read(provenance) if run.journal and run.resume else []
     distributed.raise_on_all_ranks(_annotation_change(dataset, resumed))
     indices = [*range(size), *range(len(dataset), len(dataset) + (provenance.without_target or 0))]
-    records, unreadable = runner.gather(dataset, indices, resumed, provenance, run.journal)
+    together = control if len(indices) == size else None  # the same images in the same batches
+    records, control_records, unreadable = runner.gather(dataset, indices, resumed, provenance, run.journal, together)
     missing = [*dataset.unusable, *unreadable]
     summary = replace(
         summarize(provenance, records),
@@ -119,9 +123,11 @@ def evaluate(
         },
     )
     summary.counts |= {"skipped": len(dataset.skipped), "missing": len(missing)}
-    if "shuffled_prompts" in run.controls:
+    if control is not None:
         indices = sorted({record.index for record in records if record.index < len(dataset)})
-        control_records, _ = runner.gather(ShuffledPrompts(dataset, indices, options.seed), indices)
+        if len(indices) < size or {record.index for record in control_records} != set(indices):
+            # images without an answer donate no queries: asked again, among the others
+            control_records, _, _ = runner.gather(ShuffledPrompts(dataset, indices, options.seed), indices)
         control_records = metrics.select(control_records, provenance.protocol, provenance.several_seg)
         benchmark = benchmark_of(dataset.spec)
         summary.controls["shuffled_prompts"] = metrics.compute(control_records, benchmark, provenance.protocol)
@@ -167,30 +173,35 @@ class EvalRunner:
         resumed: Sequence[Record] = (),
         provenance: Provenance | None = None,
         journal: Journal | None = None,
-    ) -> tuple[list[Record], list[str]]:
-        """Records of the images at ``indices``, from all ranks, in the split's order; errors of unreadable images.
+        control: ShuffledPrompts | None = None,
+    ) -> tuple[list[Record], list[Record], list[str]]:
+        """Records of the images at ``indices``, from all ranks, in the split's order; those of the control; errors of
+        unreadable images.
 
         Args:
             resumed: records of an interrupted evaluation. An incomplete batch is predicted as a whole, so that the
                 model computes exactly what it would have without the interruption.
             provenance, journal: keep the records on disk meanwhile.
+            control: asked right after each batch, whose images are encoded once for both. Its records are incomplete
+                if an image cannot be read.
         """
         done = {record.index for record in resumed}
-        pending = [[batch for batch in share if not done.issuperset(batch)] for share in self._batches(indices)]
+        shares = self._batches(indices)
+        pending = [[batch for batch in share if not done.issuperset(batch)] for share in shares]
         complete = set(indices) - {index for share in pending for batch in share for index in batch}
         resumed = [record for record in resumed if record.index in complete]
         if journal is not None and provenance is not None:
             journal.start(provenance, resumed)
-        records, errors = self._predict(dataset, pending[distributed.rank()], journal)
+        batches = (pending if control is None else shares)[distributed.rank()]
+        records, control_records, errors = self._predict(dataset, batches, complete, journal, control)
         if journal is not None:
             journal.close()
         unreadable = dict(sorted(item for part in distributed.all_gather(errors) for item in part.items()))
         stop = unreadable and (not self.run.allow_missing or len(unreadable) == len(indices))
         distributed.raise_on_all_ranks(_unreadable(dataset.spec, list(unreadable.values())) if stop else None)
-        records = [*resumed, *(record for part in distributed.all_gather(records) for record in part)]
-        records.sort(key=lambda record: record.index)  # stable: an image's queries keep their order
+        records = _in_order(resumed, records)
         _check_complete(dataset, records, set(indices) - set(unreadable))
-        return records, list(unreadable.values())
+        return records, _in_order([], control_records), list(unreadable.values())
 
     def _batches(self, indices: Sequence[int]) -> list[list[list[int]]]:
         """Image indices, as [rank][batch][image]."""
@@ -199,69 +210,105 @@ class EvalRunner:
         return [[list(share[k : k + size]) for k in range(0, len(share), size)] for share in shares]
 
     def _predict(
-        self, dataset: EvalDataset, batches: Sequence[list[int]], journal: Journal | None
-    ) -> tuple[list[Record], dict[int, str]]:
-        """This rank's records; image index -> error of the images that cannot be read."""
+        self,
+        dataset: EvalDataset,
+        batches: Sequence[list[int]],
+        answered: set[int],
+        journal: Journal | None,
+        control: ShuffledPrompts | None,
+    ) -> tuple[list[Record], list[Record], dict[int, str]]:
+        """This rank's records and those of the control; image index -> error of the images that cannot be read.
+
+        Args:
+            answered: images whose records are known: only the control is asked about them.
+        """
         workers = self.run.workers
         if workers is None:
             workers = GPU_WORKERS if self.model.device.type == "cuda" else 0
         generator = torch.Generator()  # the loader samples a seed; it must not advance a training run's random state
         loader = DataLoader(
-            _Reader(dataset, self.processor),
+            _Reader(dataset, self.processor, control),
             batch_sampler=batches,
             collate_fn=list,
             num_workers=workers,
             generator=generator,
         )
         records: list[Record] = []
+        control_records: list[Record] = []
         errors: dict[int, str] = {}
         interval = 0.1 if sys.stderr.isatty() else 15  # few lines in a log file
         name, hidden = f"{dataset.spec} ({self.options.mode})", not distributed.is_main() or not self.run.progress
         with tqdm(total=sum(map(len, batches)), desc=name, unit="image", mininterval=interval, disable=hidden) as bar:
             for batch, items in zip(batches, loader, strict=True):
-                errors |= {index: str(item) for index, item in zip(batch, items) if isinstance(item, ValueError)}
-                if not errors or self.run.allow_missing:  # else only read, to list all missing ones
-                    readable = [index for index in batch if index not in errors]
-                    samples = [item for item in items if not isinstance(item, ValueError)]
-                    scored = self._score(dataset, readable, samples)
-                    records += scored
-                    if journal is not None:
-                        journal.add(scored)
+                known = answered.issuperset(batch)
+                read = {index: rounds for index, rounds in zip(batch, items) if not isinstance(rounds, ValueError)}
+                if not known:
+                    errors |= {index: str(item) for index, item in zip(batch, items) if isinstance(item, ValueError)}
+                if len(read) < len(batch) or any(len(rounds) < 2 for rounds in read.values()):
+                    control = None  # its queries go round other images, or all are only read from here on
+                if read and not (known and control is None) and (not errors or self.run.allow_missing):
+                    scored = self._score(dataset, read, known, control is not None)
+                    if not known:
+                        records += (answers := next(scored))
+                        if journal is not None:
+                            journal.add(answers)
+                    control_records += chain.from_iterable(scored)
                 bar.update(len(items))
-        return records, errors
+        return records, control_records, errors
 
-    def _score(self, dataset: EvalDataset, indices: Sequence[int], samples: Sequence[EvalSample]) -> list[Record]:
-        """Predicts and scores a batch."""
-        if not samples:
-            return []
-        benchmark = benchmark_of(dataset.spec)
-        predictions = predict_queries(self.model, self.processor, samples, indices, benchmark, self.options)
-        return [
-            score(index, sample, query, prediction, benchmark)
-            for index, sample, row in zip(indices, samples, predictions, strict=True)
-            for query, prediction in zip(sample.queries, row, strict=True)
-        ]
+    def _score(
+        self, dataset: EvalDataset, read: dict[int, list[EvalSample]], known: bool, control: bool
+    ) -> Iterator[list[Record]]:
+        """Predicts and scores the rounds of a batch: its queries, unless their answers are known, and the control's.
+
+        Args:
+            read: image index -> the image with its queries, and with the control's.
+        """
+        benchmark, indices = benchmark_of(dataset.spec), list(read)
+        what = self.model, self.processor
+        rounds = [list(samples) for samples in zip(*(samples[: 1 + control] for samples in read.values()))]
+        if control:
+            predicted = predict_query_rounds(*what, rounds, indices, benchmark, self.options, int(known))
+        else:
+            predicted = iter([predict_queries(*what, rounds[0], indices, benchmark, self.options)])
+        for samples, predictions in zip(rounds[known:], predicted, strict=True):
+            yield [
+                score(index, sample, query, prediction, benchmark)
+                for index, sample, row in zip(indices, samples, predictions, strict=True)
+                for query, prediction in zip(sample.queries, row, strict=True)
+            ]
 
 
 # -- reading and checks ------------------------------------------------------------------------------------------------
 
 
 class _Reader(Dataset):
-    """Returns errors instead of raising them, so that all unreadable images can be listed."""
+    """An image with its queries, and with those of the control if they can be read.
 
-    def __init__(self, dataset: EvalDataset, processor: UGroundProcessor) -> None:
-        self.dataset, self.processor = dataset, processor
+    Returns errors instead of raising them, so that all unreadable images can be listed.
+    """
+
+    def __init__(self, dataset: EvalDataset, processor: UGroundProcessor, control: ShuffledPrompts | None) -> None:
+        self.dataset, self.processor, self.control = dataset, processor, control
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: int) -> EvalSample | ValueError:
+    def __getitem__(self, index: int) -> list[EvalSample] | ValueError:
         try:
             sample = self.dataset[index]
             self.processor.check_image(sample.source, sample.image)
-            return sample
         except ValueError as error:
             return error
+        with suppress(ValueError):  # of the donor, which is listed as an image of its own
+            return [sample, *([self.control.exchanged(index, sample)] if self.control else [])]
+        return [sample]
+
+
+def _in_order(resumed: Sequence[Record], records: list[Record]) -> list[Record]:
+    """Records of all ranks by image; an image's queries keep their order."""
+    gathered = [*resumed, *(record for part in distributed.all_gather(records) for record in part)]
+    return sorted(gathered, key=lambda record: record.index)
 
 
 def _unreadable(spec: Spec, errors: Sequence[str], max_shown: int = 10) -> str:

@@ -24,20 +24,26 @@ def panels(
     count: int,
     options: InferenceOptions,
     protocol: str = "",
+    batch_size: int = 1,
 ) -> list[tuple[Record, Panel]]:
     """Panels of ``count`` samples, evenly spaced from the worst to the best IoU: failures appear in their true share.
 
-    Predicts these samples again, as keeping all similarity maps would take too much memory.
+    Predicts these samples again, ``batch_size`` at a time, as keeping all similarity maps would take too much memory.
     """
     ranked = metrics.ranked(records, protocol)
+    shown = [ranked[index] for index in evenly_spaced(len(ranked), count)]
     result, benchmark = [], benchmark_of(dataset.spec)
-    for record in (ranked[index] for index in evenly_spaced(len(ranked), count)):
-        sample = dataset[record.index]
-        [predictions] = predict_queries(model, processor, [sample], [record.index], benchmark, options)
-        query, prediction = next(
-            pair for pair in zip(sample.queries, predictions, strict=True) if pair[0].query_id == record.query_id
-        )
-        result.append((record, _panel(sample.image, query, prediction, notes(record, protocol))))
+    for batch in (shown[k : k + batch_size] for k in range(0, len(shown), batch_size)):
+        samples = [dataset[record.index] for record in batch]
+        if not benchmark.is_joint(options.mode):  # else one question names all of an image's queries
+            for record, sample in zip(batch, samples, strict=True):
+                sample.queries = [query for query in sample.queries if query.query_id == record.query_id]
+        indices = [record.index for record in batch]
+        predictions = predict_queries(model, processor, samples, indices, benchmark, options)
+        for record, sample, row in zip(batch, samples, predictions, strict=True):
+            pairs = zip(sample.queries, row, strict=True)
+            query, prediction = next(pair for pair in pairs if pair[0].query_id == record.query_id)
+            result.append((record, _panel(sample.image, query, prediction, notes(record, protocol))))
     return result
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 
 import numpy as np
 
-from model.opened import predict
+from model.opened import predict, predict_rounds
 from model.processing.tokens import SEG
 from model.structures import MAX_NEW_TOKENS, EvalQuery, EvalSample, MaskUncertainty, Prediction, Turn
 from utils.datasets.masks import encode_mask
@@ -110,6 +110,37 @@ def predict_queries(
         seed=options.seed,
     )
     return by_query(samples, turns, predictions, benchmark, options.mode)
+
+
+def predict_query_rounds(
+    model,
+    processor,
+    rounds: Sequence[Sequence[EvalSample]],
+    sample_ids: Sequence[int],
+    benchmark: Benchmark,
+    options: InferenceOptions,
+    answered: int = 0,
+) -> Iterator[list[list[QueryPrediction]]]:
+    """``predict_queries`` for several rounds of queries about the same images, which are encoded once.
+
+    Args:
+        rounds: [round][image], the same images in each.
+        answered: number of rounds at the start whose predictions are known, and not yielded.
+    """
+    turns = [turns_of(samples, benchmark, options.mode) for samples in rounds]
+    predicted = predict_rounds(
+        model,
+        processor,
+        [sample.image for sample in rounds[0]],
+        turns,
+        sample_ids,
+        answered,
+        layer_policy=options.layer_policy,
+        max_new_tokens=options.max_new_tokens,
+        seed=options.seed,
+    )
+    for samples, asked, predictions in zip(rounds[answered:], turns[answered:], predicted, strict=True):
+        yield by_query(samples, asked, predictions, benchmark, options.mode)
 
 
 def turns_of(samples: Sequence[EvalSample], benchmark: Benchmark, mode: str) -> list[list[Turn]]:
