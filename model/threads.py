@@ -14,12 +14,12 @@ FEWEST_ROWS = 16  # of fewer rows, reading the weights takes as long
 
 @contextmanager
 def fewer_threads(rows: int, weights: int) -> Iterator[None]:
-    """One thread inside, if no product there is large enough for several; the results are the same to the last bit.
+    """One thread inside, if no product of its layers is large enough for several. Results may differ by rounding.
 
     The number of threads is global: programs that compute outside of their main thread keep theirs.
 
     Args:
-        rows, weights: of the largest product of a matrix of so many rows with so many weights.
+        rows, weights: of the largest product in a layer, of a matrix of so many rows with so many weights.
     """
     threads = torch.get_num_threads()
     small = max(rows, FEWEST_ROWS) * weights <= SMALL_PRODUCT

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 from backbones import OTHERS, make_backbone
@@ -122,7 +121,7 @@ def test_small_products_use_one_thread():
         torch.set_num_threads(before)
 
 
-def test_the_number_of_threads_does_not_change_an_answer(tiny_model, tiny_processor, monkeypatch):
+def test_fewer_threads_change_an_answer_by_rounding_at_most(tiny_model, tiny_processor, monkeypatch):
     before, found = torch.get_num_threads(), []
     try:
         torch.set_num_threads(2)
@@ -132,5 +131,6 @@ def test_the_number_of_threads_does_not_change_an_answer(tiny_model, tiny_proces
     finally:
         torch.set_num_threads(before)
     for row, others in zip(*found):
-        assert all(np.array_equal(a.mask_logits, b.mask_logits) for a, b in zip(row, others))
-        assert [a.token_ids for a in row] == [b.token_ids for b in others]
+        for a, b in zip(row, others):
+            assert_same_masks(a.mask_logits, b.mask_logits)
+            assert a.token_ids == b.token_ids
