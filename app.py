@@ -43,6 +43,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     cli.add_model_flags(parser, default="the tiny model")
     cli.add_layer_flag(parser, "default: the model's own; last for the untrained one")
+    cli.add_think_flag(parser)
     add("--port", type=int, metavar="N", help="port to listen on (default: 7860, or the next free one)")
     add("--host", default="127.0.0.1", metavar="ADDRESS", help="address to listen on; 0.0.0.0 = the whole network")
     add("--share", action="store_true", help="also serve it at a public address, through gradio's servers")
@@ -95,7 +96,8 @@ def build_dashboard(args: argparse.Namespace, folder: Path) -> Dashboard:
     else:
         opened = cli.open_model(args)
         name = args.version if requested else "The tiny model, trained by the demo: it knows synthetic scenes only"
-    opened.model.config.layer_rule(args.layer_policy)  # an invalid rule fails before the page opens
+    opened.model.config.layer_rule(args.layer_policy)  # an invalid flag fails before the page opens
+    opened.processor.opening(args.think)
     dashboard = Dashboard(
         opened.model,
         opened.processor,
@@ -103,6 +105,7 @@ def build_dashboard(args: argparse.Namespace, folder: Path) -> Dashboard:
         opened.fingerprint,
         folder / "files" / "answers",
         layer_policy=args.layer_policy,
+        think=args.think,
         limits=Limits(round(args.max_upload_mb * 1e6), round(args.max_megapixels * 1e6)),
         capacity=args.visitors,
     )

@@ -42,6 +42,7 @@ HELP = f"""Type what to look for, for example: Please segment the red star in th
 {RULES}
   /mc [T]            short for /layer mc:T (T = {MC_SAMPLES})
   /history [on|off]  whether the model sees the earlier questions and answers
+  /think [auto|on|off]  whether answers begin with a thought
   /reset             forget them
   /save PATH         save the last answer again: PATH_overlay.png,
                      PATH_mask_1.png, ..., PATH.json
@@ -99,6 +100,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "models trained on single questions answer worse with it)",
     )
     cli.add_layer_flag(parser, "default: the model's own, argmax, or last for a published checkpoint")
+    cli.add_think_flag(parser)
     length = "longest answer in tokens (default: %(default)s)"
     add("--max_new_tokens", type=cli.whole(1), default=MAX_NEW_TOKENS, metavar="N", help=length)
     add("--seed", type=int, default=0, metavar="S", help="random seed of sampled layers (default: 0)")
@@ -126,9 +128,11 @@ def main(arguments: list[str] | None = None) -> int:
     opened = cli.open_model(args)
     model = opened.model
     args.layer_policy = str(model.config.layer_rule(args.layer_policy))
+    opened.processor.opening(args.think)  # raises if the model writes no thoughts
     if args.many:
         settings = {"checkpoint": opened.fingerprint, "precision": opened.precision}
         settings |= {name: getattr(args, name) for name in ("layer_policy", "max_new_tokens", "seed")}
+        settings |= {"think": args.think} if args.think != "auto" else {}  # older answers have no such key
         unreadable = answer_all(opened, images, prompts, args.output, settings, print_status, not args.no_pictures)
         return int(unreadable > 0)
     chat = Chat(model, opened.processor, args)
@@ -157,6 +161,7 @@ class Chat:
     def __init__(self, model, processor, args: argparse.Namespace) -> None:
         self.model, self.processor = model, processor
         self.layer_policy, self.max_new_tokens, self.seed = args.layer_policy, args.max_new_tokens, args.seed
+        self.think = args.think
         self.remember = args.history == "on"
         self.photo: Photo | None = None
         self.session: ImageSession | None = None
@@ -183,7 +188,10 @@ class Chat:
             seed=self.seed,
             on_text=printer.update,
             remember=self.remember,
+            think=self.think,
         )
+        if self.last.thought and not printer.live:  # a terminal has shown it
+            print_status(f"thought: {self.last.thought}")
         printer.finish(self.last.text)
 
     def save_files(self, folder: Path, stem: str) -> None:
@@ -248,6 +256,12 @@ class Chat:
         else:
             print_status("history: off, each question is answered independently (/history on changes that)")
 
+    def set_think(self, wanted: str) -> None:
+        if wanted:
+            self.processor.opening(wanted)  # raises if there is no such choice
+            self.think = wanted
+        print_status(f"think: {self.think}")
+
     def reset(self) -> None:
         turns = len(self.session.history) if self.session else 0
         if self.session is not None:
@@ -298,6 +312,7 @@ def handle_line(chat: Chat, line: str, folder: Path) -> None:
         "/layer": chat.layer,
         "/mc": lambda samples: chat.layer(f"mc:{samples or MC_SAMPLES}"),
         "/history": chat.history,
+        "/think": chat.set_think,
         "/reset": lambda _: chat.reset(),
         "/save": chat.save,
         "/help": lambda _: print_status(HELP),

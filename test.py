@@ -96,6 +96,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         metavar="K",
         help="force hidden state K; short for --layer_policy fixed:K",
     )
+    cli.add_think_flag(parser)
     add_running_flags(parser)
     return parser.parse_args(arguments)
 
@@ -183,6 +184,7 @@ def main(arguments: list[str] | None = None) -> int:
     if args.compile_sam:
         model.visual_model.compile_encoder()
     args.layer_policy = args.layer_policy or model.config.layer_policy
+    opened.processor.opening(args.think)  # raises if the model writes no thoughts
     output = args.output or output_of(args.version)
     output.mkdir(parents=True, exist_ok=True)  # fails, if at all, before hours of work
     run_info = describe_run(args, opened)
@@ -256,7 +258,7 @@ def options_of(
     """The options of one benchmark in one mode."""
     from utils.evaluation.engine import RunOptions
 
-    options = InferenceOptions(mode, args.layer_policy, args.max_new_tokens, args.seed)
+    options = InferenceOptions(mode, args.layer_policy, args.max_new_tokens, args.seed, args.think)
     run = RunOptions(
         batch_size=args.batch_size,
         workers=args.workers,

@@ -173,6 +173,7 @@ class GroundingConfig(
             "sam_side": self.sam_side,
             "sam_input": self.decoder_kind.input,
             "codebook": self.codebook_size,
+            "thought_format": self.thought_format,
         }
 
     @property

@@ -19,12 +19,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from model.backbones.base import KeySpace, LanguageOutput
+from model.processing.thoughts import Opening
 from model.structures import MAX_SEGS, Batch
 from model.threads import fewer_threads
 
 if TYPE_CHECKING:
     from model.grounding import GroundingModel
 
+AS_IT_LIKES = Opening()
 QuestionIndex = tuple[int, int]  # (row, question)
 
 
@@ -134,11 +136,13 @@ def generate_answers(
     output: LanguageOutput,
     max_new_tokens: int,
     on_token: Callable[[list[int]], None] | None = None,
+    opening: Opening = AS_IT_LIKES,
 ) -> GenerationOutput:
     """Generates the answer to every question greedily, until its end token, ``max_new_tokens`` or ``MAX_SEGS``.
 
     Args:
         output: of ``forward_language(batch, use_cache=True)``.
+        opening: how each answer begins.
         on_token: called after each step with the newest token of every question (the end token again once a question
             has ended).
     """
@@ -151,7 +155,7 @@ def generate_answers(
     hidden = tuple(layer[rows, last] for layer in output.hidden)
     start = output, hidden, segment_ids, position_ids
     with _threads_for(model, num_rows * num_slots):
-        return generate_from(model, batch.questions, *start, max_new_tokens, on_token)
+        return generate_from(model, batch.questions, *start, max_new_tokens, on_token, opening)
 
 
 def generate_from(
@@ -163,6 +167,7 @@ def generate_from(
     position_ids: torch.Tensor,
     max_new_tokens: int,
     on_token: Callable[[list[int]], None] | None = None,
+    opening: Opening = AS_IT_LIKES,
 ) -> GenerationOutput:
     """``generate_answers`` from any state of the cache.
 
@@ -182,7 +187,12 @@ def generate_from(
     segs_of: Counter[QuestionIndex] = Counter()
     tokens = torch.full_like(position_ids, -1)
     for step in range(max_new_tokens):
-        tokens = next_tokens(model.lm_head(hidden[-1]), tokens, codebook)  # [B, K]
+        logits = model.lm_head(hidden[-1])
+        if step < opening.steps:
+            logits[..., list(opening.banned)] = -torch.inf
+        tokens = next_tokens(logits, tokens, codebook)  # [B, K]
+        if step < len(opening.forced):
+            tokens = torch.full_like(tokens, opening.forced[step])
         finite = hidden[-1].isfinite().all(-1)
         newest = torch.where(finite, tokens, -1).tolist()  # the only synchronization in a step where no answer ends
         some_ended = False
@@ -297,7 +307,11 @@ class ConversationCache:
 
     @torch.inference_mode()
     def answer(
-        self, ids: list[int], max_new_tokens: int, on_token: Callable[[list[int]], None] | None = None
+        self,
+        ids: list[int],
+        max_new_tokens: int,
+        on_token: Callable[[list[int]], None] | None = None,
+        opening: Opening = AS_IT_LIKES,
     ) -> GenerationOutput:
         """Generates the answer to the conversation ``ids``, the tokens after the prefix.
 
@@ -307,7 +321,7 @@ class ConversationCache:
         last = torch.tensor([[self.next_position + len(ids) - 1]], device=self.model.device)
         hidden = tuple(layer[:, -1:] for layer in output.hidden)
         segment_ids = torch.ones_like(last)
-        answers = generate_from(self.model, [1], output, hidden, segment_ids, last, max_new_tokens, on_token)
+        answers = generate_from(self.model, [1], output, hidden, segment_ids, last, max_new_tokens, on_token, opening)
         self.ids = ids + answers.token_ids[0][0][:-1]
         return answers
 

@@ -21,6 +21,7 @@ from model.config import GroundingConfig
 from model.decoders import DECODERS
 from model.decoders.base import MaskDecoder
 from model.generation import (
+    AS_IT_LIKES,
     GenerationOutput,
     codebook_positions,
     forward_questions,
@@ -40,6 +41,7 @@ from model.PPM import (
     rows_of,
     similarity_of_all_layers,
 )
+from model.processing.thoughts import Opening
 from model.settings import MASK_REWARDS
 from model.structures import MAX_NEW_TOKENS, Batch, MaskUncertainty, Prediction, Prompts
 from model.uncertainty import MonteCarlo, ambiguity
@@ -337,11 +339,12 @@ class GroundingModel(Backbone):
         max_new_tokens: int = MAX_NEW_TOKENS,
         seed: int = 0,
         on_token: Callable[[list[int]], None] | None = None,
+        opening: Opening = AS_IT_LIKES,
     ) -> list[list[Prediction]]:
         """The answer to every question of every image, with a mask per [SEG]: ``answer``, then ``decode_masks``.
 
         Args:
-            batch, max_new_tokens, on_token: of ``answer``; layer_policy, seed: of ``decode_masks``.
+            batch, max_new_tokens, on_token, opening: of ``answer``; layer_policy, seed: of ``decode_masks``.
 
         Returns:
             [image][question] predictions; ``text`` is left empty (the processor decodes it).
@@ -350,7 +353,7 @@ class GroundingModel(Backbone):
             ValueError: if the layer policy is unknown, or its layer does not exist.
         """
         self.config.layer_rule(layer_policy)  # fails before minutes of generation
-        return self.decode_masks(self.answer(batch, max_new_tokens, on_token), layer_policy, seed)
+        return self.decode_masks(self.answer(batch, max_new_tokens, on_token, opening), layer_policy, seed)
 
     def predict_rounds(
         self,
@@ -359,6 +362,7 @@ class GroundingModel(Backbone):
         layer_policy: str | None = None,
         max_new_tokens: int = MAX_NEW_TOKENS,
         seed: int = 0,
+        opening: Opening = AS_IT_LIKES,
     ) -> Iterator[list[list[Prediction]]]:
         """``predict`` for several batches of questions about the same images, which are encoded once.
 
@@ -368,13 +372,14 @@ class GroundingModel(Backbone):
         Args:
             answered: number of batches at the start whose answers are known: they are computed as far as the later
                 ones depend on them, and not yielded.
+            layer_policy, max_new_tokens, seed, opening: of ``predict``.
         """
         self.config.layer_rule(layer_policy)
         earlier: LanguagePass | None = None
         for number, batch in enumerate(batches):
             known = number < answered
             length, keep = 0 if known else max_new_tokens, number + 1 < len(batches)
-            earlier = self.answer(batch, length, earlier=earlier, keep=keep)
+            earlier = self.answer(batch, length, opening=opening, earlier=earlier, keep=keep)
             if not known:
                 yield self.decode_masks(earlier, layer_policy, seed)
 
@@ -384,6 +389,7 @@ class GroundingModel(Backbone):
         batch: Batch,
         max_new_tokens: int = MAX_NEW_TOKENS,
         on_token: Callable[[list[int]], None] | None = None,
+        opening: Opening = AS_IT_LIKES,
         earlier: LanguagePass | None = None,
         keep: bool = False,
     ) -> LanguagePass:
@@ -396,6 +402,7 @@ class GroundingModel(Backbone):
             batch: of ``UGroundProcessor.prompts``.
             max_new_tokens: longest answer.
             on_token: called after each step with the newest token of every question (flat, image by image).
+            opening: how generated answers begin (``UGroundProcessor.opening``).
             earlier: a pass over the same images that was kept: only the questions are computed. It cannot be
                 continued twice at the same time, as its cache is extended in place.
             keep: whether the result keeps its cache, for another round of questions.
@@ -411,7 +418,7 @@ class GroundingModel(Backbone):
         if given:
             answers = teacher_forced_answers(self, batch, output)
         else:
-            answers = generate_answers(self, batch, output, max_new_tokens, on_token)
+            answers = generate_answers(self, batch, output, max_new_tokens, on_token, opening)
         if answers.seg_questions and embeddings is None:
             embeddings = self.visual_model.embed_images(batch, images.clip_states)
         return LanguagePass(batch, answers, images.hidden, embeddings, images if keep else None)

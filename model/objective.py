@@ -15,6 +15,7 @@ from model import losses
 from model.config import GroundingConfig
 from model.geometry import on_grid
 from model.PPM import LayerSamples, PolicyPromptedMasking
+from model.processing.thoughts import NO_THOUGHTS
 from model.settings import MASK_REWARDS
 from model.structures import EPSILON, IGNORE_PIXEL, Batch
 
@@ -36,11 +37,13 @@ class UGroundOutput:
         loss: the weighted sum of Eq. 9.
         terms: named, unweighted terms (text, mask_bce, mask_dice, map_bce, map_dice; map_hard_bce, map_hard_dice,
             policy, classifier, critic, mask_iou_mse where the settings have them) and metrics to log (reward,
-            critic_baseline, entropy, map_iou, mask_iou), 0-d and detached. Normalised by ``Batch.counts``: their mean
-            over the micro steps and ranks of an optimizer step is the step's value. ``baseline`` is the moving average.
+            critic_baseline, entropy, map_iou, mask_iou; thought, the cross-entropy of a thought's tokens), 0-d and
+            detached. Normalised by ``Batch.counts``: their mean over the micro steps and ranks of an optimizer step is
+            the step's value. ``baseline`` is the moving average.
         mask_logits, maps: per row [N_b, H, W], SAM's logits and the similarity maps in [0, 1] at the original size.
         layers: [N] chosen hidden state; policy: [N, L] distribution; rewards: [N].
         has_masks: 0-d, 1.0 if the optimizer step has a mask; without one, all terms but text are 0 and meaningless.
+        has_thoughts: 0-d, 1.0 if it has a thought; None for a model without thoughts.
         layer_losses: [L] map_bce + map_dice of every layer's map at its own resolution, normalised like the terms;
             None unless requested (``all_layers``) or needed by a gate that learns from all layers.
     """
@@ -54,6 +57,7 @@ class UGroundOutput:
     rewards: torch.Tensor
     has_masks: torch.Tensor
     layer_losses: torch.Tensor | None = None
+    has_thoughts: torch.Tensor | None = None
 
 
 class Objective:
@@ -115,6 +119,12 @@ class Objective:
         has_masks = (batch.counts[1] > 0).float()
         counts = batch.counts.clamp(min=EPSILON)
         text = losses.text_loss(logits, batch.label_ids, batch.label_weights) / counts[0]
+        thought: dict[str, torch.Tensor] = {}
+        has_thoughts = None
+        if config.thought_format != NO_THOUGHTS:
+            of_thoughts = batch.label_thoughts.to(batch.label_weights.dtype)
+            thought["thought"] = losses.text_loss(logits.detach(), batch.label_ids, of_thoughts) / counts[2]
+            has_thoughts = (batch.counts[2] > 0).float()
         terms = {name: (value * present).sum() / counts[1] for name, value in per_mask.items()}
         loss = self._weighted(text, terms)
         layer_losses = None
@@ -122,9 +132,10 @@ class Objective:
             layer_losses = -(_reward(layer_terms, "both") * present[:, None]).sum(0) / counts[1]
 
         metrics = {"reward": (rewards * present).sum() / counts[1], "baseline": self.ppm.baseline.clone()}
-        terms = {name: value.detach() for name, value in {"text": text, **terms, **metrics}.items()}
+        terms = {name: value.detach() for name, value in {"text": text, **thought, **terms, **metrics}.items()}
         policy = log_policy.detach().exp()
-        return UGroundOutput(loss, terms, mask_logits, maps, layers, policy, rewards, has_masks, layer_losses)
+        of_step = has_masks, layer_losses, has_thoughts
+        return UGroundOutput(loss, terms, mask_logits, maps, layers, policy, rewards, *of_step)
 
     def _weighted(self, text: torch.Tensor, terms: dict[str, torch.Tensor]) -> torch.Tensor:
         """The weighted sum of Eq. 9, 0-d, from 0-d terms."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, overload
 import numpy as np
 
 from model.processing.pixels import Picture, as_pixels
+from model.processing.tokens import SEG
 from model.structures import MAX_NEW_TOKENS, Batch, Prediction, Turn
 
 if TYPE_CHECKING:
@@ -45,7 +46,13 @@ class Opened:
 
     @overload
     def ask(
-        self, image: Picture, prompt: str, layer_policy: str | None = ..., max_new_tokens: int = ..., seed: int = ...
+        self,
+        image: Picture,
+        prompt: str,
+        layer_policy: str | None = ...,
+        max_new_tokens: int = ...,
+        seed: int = ...,
+        think: str = ...,
     ) -> Prediction: ...
 
     @overload
@@ -56,6 +63,7 @@ class Opened:
         layer_policy: str | None = ...,
         max_new_tokens: int = ...,
         seed: int = ...,
+        think: str = ...,
     ) -> list[Prediction]: ...
 
     def ask(
@@ -65,6 +73,7 @@ class Opened:
         layer_policy: str | None = None,
         max_new_tokens: int = MAX_NEW_TOKENS,
         seed: int = 0,
+        think: str = "auto",
     ) -> Prediction | list[Prediction]:
         """Answers one or several independent questions about an image: text, and a mask per ``[SEG]`` in it.
 
@@ -79,10 +88,11 @@ class Opened:
                 ``fixed:K``, ``mc:T``, ... (``python -m model.layer_rules`` prints all). None = the model's own.
             max_new_tokens: longest answer.
             seed: of sampled layers.
+            think: whether the answer begins with a thought (``predict``).
 
         Returns:
-            The prediction, or one per prompt in a list: ``text``, ``masks`` (bool [N, H, W] at the image's size; N = 0
-            if the answer has no ``[SEG]``), their ``mask_logits``, and the chosen ``layers``.
+            The prediction, or one per prompt in a list: ``text`` and ``thought``, ``masks`` (bool [N, H, W] at the
+            image's size; N = 0 if the answer has no ``[SEG]``), their ``mask_logits``, and the chosen ``layers``.
 
         Raises:
             ValueError: if the image cannot be read, a prompt is empty or longer than the model's limit, or the layer
@@ -97,6 +107,7 @@ class Opened:
             layer_policy=layer_policy,
             max_new_tokens=max_new_tokens,
             seed=seed,
+            think=think,
         )
         return predictions[0] if isinstance(prompt, str) else predictions
 
@@ -127,18 +138,21 @@ def predict(
     images: Sequence[np.ndarray],
     turns: Sequence[Sequence[Turn]],
     sample_ids: Sequence[int] | None = None,
+    think: str = "auto",
     **options,
 ) -> list[list[Prediction]]:
     """Answers every question about every image: [image][question] predictions with their text.
 
     Args:
         images, turns, sample_ids: of ``UGroundProcessor.prompts``.
+        think: whether generated answers begin with a thought: ``auto`` (as the model likes), ``on`` or ``off``.
         options: of ``GroundingModel.predict`` (layer_policy, max_new_tokens, seed, on_token).
 
     Raises:
         ValueError: as ``UGroundProcessor.prompts`` and ``GroundingModel.predict``.
     """
     batch = processor.prompts(images, turns, sample_ids).to(model.device, model.dtype)
+    options |= {} if think == "auto" else {"opening": processor.opening(think)}
     with _evaluating(model):
         return with_text(model.predict(batch, **options), processor)
 
@@ -150,13 +164,14 @@ def predict_rounds(
     rounds: Sequence[Sequence[Sequence[Turn]]],
     sample_ids: Sequence[int] | None = None,
     answered: int = 0,
+    think: str = "auto",
     **options,
 ) -> Iterator[list[list[Prediction]]]:
     """``predict`` for several rounds of questions about the same images, which are encoded once.
 
     Args:
         rounds: [round][image][question].
-        answered, options: of ``GroundingModel.predict_rounds``.
+        think: of ``predict``; answered, options: of ``GroundingModel.predict_rounds``.
 
     Yields:
         the [image][question] predictions of each round after the first ``answered`` ones, as soon as it is answered.
@@ -168,6 +183,7 @@ def predict_rounds(
     for turns in rounds:
         seen = batches[0] if batches else None
         batches.append(processor.prompts(images, turns, sample_ids, seen).to(model.device, model.dtype))
+    options |= {} if think == "auto" else {"opening": processor.opening(think)}
     with _evaluating(model):
         for predictions in model.predict_rounds(batches, answered, **options):
             yield with_text(predictions, processor)
@@ -186,8 +202,16 @@ def _evaluating(model: GroundingModel) -> Iterator[None]:
 
 
 def with_text(predictions: list[list[Prediction]], processor: UGroundProcessor) -> list[list[Prediction]]:
-    """The predictions, with ``text`` decoded in place from their ``token_ids``."""
-    for row in predictions:
-        for prediction in row:
-            prediction.text = processor.decode(prediction.token_ids)
-    return predictions
+    """The predictions with ``text`` and ``thought``, decoded from their ``token_ids``.
+
+    A ``[SEG]`` in a thought is no part of the answer: its mask is dropped.
+    """
+    return [[_with_text(prediction, processor) for prediction in row] for row in predictions]
+
+
+def _with_text(prediction: Prediction, processor: UGroundProcessor) -> Prediction:
+    thought, text = processor.split_thought(processor.decode(prediction.token_ids))
+    if dropped := thought.count(SEG):
+        prediction = prediction.without_first(dropped)
+    prediction.thought, prediction.text = thought, text
+    return prediction

@@ -12,6 +12,7 @@ from dataclasses import Field, dataclass, field, fields
 from typing import Any
 
 from model import layer_rules
+from model.processing.thoughts import NO_THOUGHTS, THOUGHT_FORMATS
 
 PRECISION_NAMES = ("fp32", "bf16", "fp16")
 QUANTIZATIONS = ("8bit", "4bit")
@@ -261,6 +262,15 @@ class DecoderSettings:
 class ExperimentalSettings:
     """experimental: settings of single experiments (docs/results.md), off in the paper"""
 
+    thought_format: str = setting(
+        NO_THOUGHTS,
+        "how a thought stands before an answer: text = between Thought: and Answer:, tokens = between <think> and "
+        "</think>, which the vocabulary gets",
+        choices=THOUGHT_FORMATS,
+    )
+    thought_loss_weight: float = setting(
+        1.0, "weight of a thought's tokens in the text loss, against 1 of the answer's", low=0.0
+    )
     last_candidate_layer: int = setting(-1, "highest layer that can be chosen; -1 = the last", low=-1)
     critic_width: int = setting(128, "hidden units of the critic", low=1)
     entropy_bonus: float = setting(0.0, "reward per nat of the policy's entropy; 0 = none (paper)", low=0.0)
@@ -328,6 +338,8 @@ def kept_settings(method: Mapping[str, Any]) -> list[str]:
         kept.append("point_rule")
     if layer_rules.parse(method["layer_selection"], use="training").gate:
         kept += ["first_candidate_layer", "last_candidate_layer"]
+    if method.get("thought_format", NO_THOUGHTS) != NO_THOUGHTS:
+        kept.append("thought_format")
     return kept
 
 
@@ -454,6 +466,8 @@ def without_effect(method: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             "decoder_width",
             f"{method['decoder_width']} has no effect: it is of mask_decoder pixel_decoder; leave it out",
         )
+    if "thought_loss_weight" in changed and method["thought_format"] == NO_THOUGHTS:
+        yield "thought_loss_weight", "has no effect without thoughts: set thought_format, or leave it out"
     if "policy_samples" in changed and method["policy_gradient"] != "leave_one_out":
         yield "policy_samples", "has no effect: set policy_gradient leave_one_out, or leave it out"
     if method["baseline"] == "average":

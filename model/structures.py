@@ -27,10 +27,12 @@ class Turn:
 
     Attributes:
         answer: with ``[SEG]`` once per mask, ``[REJ]`` for an absent target. Empty = to be generated.
+        thought: reasoning before the answer; only with an answer.
     """
 
     question: str
     answer: str = ""
+    thought: str = ""
 
 
 Conversation = tuple[Turn, ...]
@@ -116,9 +118,10 @@ class Batch:
         position_ids: [B, T] int64, or [B, T, 3] where positions have three axes; each conversation continues from the
             prefix.
         label_positions: [M] int64, flat position before each token of an answer; label_ids: [M] int64, that token.
-        label_weights: [M] float32, the token's weight in the text loss.
-        counts: [2] float32, the sum of label_weights and the number of masks that are not empty: the denominators of
-            the losses. Training replaces them by their mean over all micro steps and processes of an optimizer step.
+        label_weights: [M] float32, the token's weight in the text loss; label_thoughts: [M] bool, those of thoughts.
+        counts: [3] float32, the sum of label_weights, the number of masks that are not empty, and the number of tokens
+            of thoughts: the denominators of the losses. Training replaces them by their mean over all micro steps and
+            processes of an optimizer step.
         seg_positions: [N] int64, flat position before each ``[SEG]`` of the answers, in the order of the masks; of a
             codebook, before its last token.
         seg_rows: [N] int64, the row of each ``[SEG]``.
@@ -143,6 +146,7 @@ class Batch:
     label_positions: torch.Tensor
     label_ids: torch.Tensor
     label_weights: torch.Tensor
+    label_thoughts: torch.Tensor
     counts: torch.Tensor
     seg_positions: torch.Tensor
     seg_rows: torch.Tensor
@@ -249,12 +253,25 @@ class MaskUncertainty:
         return self.variance.sqrt()
 
 
+OF_SEGS = (  # attributes of a prediction that have an item per [SEG]
+    "mask_logits",
+    "maps",
+    "layers",
+    "policy",
+    "layer_maps",
+    "rejected",
+    "predicted_iou",
+    "ambiguity",
+    "uncertainty",
+)
+
+
 @dataclass
 class Prediction:
     """The model's answer to one question about one image.
 
     Attributes:
-        text: the answer, special tokens such as ``[SEG]`` kept.
+        text: the answer, special tokens such as ``[SEG]`` kept; thought: the reasoning before it, or empty.
         token_ids: tokens of the answer, generated or teacher-forced.
         mask_logits: [N, H, W] float32 at the image's original size, one per ``[SEG]``; a mask is ``logits > 0``.
         maps: [N, H, W] float32 in [0, 1], the similarity maps at the same size.
@@ -282,8 +299,14 @@ class Prediction:
     ambiguity: list[float] = field(default_factory=list)
     uncertainty: list[MaskUncertainty] = field(default_factory=list)
     cut: bool = False
+    thought: str = ""
 
     @property
     def masks(self) -> torch.Tensor:
         """[N, H, W] bool, one per ``[SEG]``."""
         return self.mask_logits > 0
+
+    def without_first(self, count: int) -> Prediction:
+        """The prediction without the masks of its first ``count`` ``[SEG]``."""
+        of_segs = {name: getattr(self, name)[count:] for name in OF_SEGS}
+        return replace(self, **of_segs)

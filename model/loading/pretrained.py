@@ -38,6 +38,7 @@ from model.loading.weights import (
 from model.opened import Opened
 from model.processing.processor import UGroundProcessor
 from model.processing.template import check_template
+from model.processing.thoughts import MARKS
 from model.processing.tokens import IMAGE, add_special_tokens, codebook_size_of, load_tokenizer, token_ids
 from model.settings import METHOD_FIELDS, SAM, decoder_kind, kept_settings
 
@@ -173,7 +174,7 @@ def check_processor(config: GroundingConfig, processor: UGroundProcessor, folder
         ("[SEG]", config.seg_token_id, processor.tokens.seg),
         ("[REJ]", config.rej_token_id, processor.tokens.rej),
         ("the codebook", config.codebook, tuple(processor.codebook)),
-        *((name, expected[name], getattr(processor, name)) for name in ("sam_side", "sam_input")),
+        *((name, expected[name], getattr(processor, name)) for name in ("sam_side", "sam_input", "thought_format")),
         *((name, value, of_reader[1].get(name)) for name, value in of_reader[0]),
     ):
         if of_model != of_processor:
@@ -432,11 +433,12 @@ def _with_tokens(
 ) -> tuple[UGroundProcessor, list[str]]:
     """The processor of a model to which the tokens are added that its tokenizer lacks, and these."""
     config, old_size = model.config, len(tokenizer)
-    added = add_special_tokens(tokenizer, config.codebook_size, config.template.added)
+    marks = MARKS[config.thought_format].tokens if config.thought_format in MARKS else ()
+    added = add_special_tokens(tokenizer, config.codebook_size, config.template.added, marks)
     grow_vocabulary(model, old_size, len(tokenizer))
     settings = config.processor_settings(folder)
     processor = UGroundProcessor(tokenizer, **settings, system_prompt=system_prompt, max_tokens=max_tokens)
-    processor.keep_padding = config.reads_padding
+    processor.keep_padding, processor.thought_weight = config.reads_padding, config.thought_loss_weight
     return processor, added
 
 

@@ -37,7 +37,8 @@ def truncate(row: PackedSequence, max_tokens: int, seg_id: int) -> PackedSequenc
         return row
     conversations, has_seg = [], []
     for conversation in row.conversations:
-        truncated = EncodedConversation(conversation.ids[:max_tokens], conversation.labels[:max_tokens])
+        ids, labels, in_thought = conversation.ids, conversation.labels, conversation.in_thought
+        truncated = EncodedConversation(ids[:max_tokens], labels[:max_tokens], in_thought[:max_tokens])
         before, after = conversation.labels.count(seg_id), truncated.labels.count(seg_id)
         has_seg += [True] * after + [False] * (before - after)
         conversations.append(truncated)
@@ -70,6 +71,7 @@ def collate_rows(
     seg_id: int,
     keep_padding: bool = False,
     sam_input: str = "pad",
+    thought_weight: float = 1.0,
     seen: Batch | None = None,
 ) -> Batch:
     """Builds the packed batch, padded on the right.
@@ -80,6 +82,7 @@ def collate_rows(
         sam_side: side of SAM's square input in pixels, 0 = none; sam_input: how it is made, of ``SAM_INPUTS``.
         pad_id, seg_id: ids of the padding token and of ``[SEG]``.
         keep_padding: whether padded patches get tokens, too.
+        thought_weight: of a thought's tokens in the text loss.
         seen: an earlier batch of these images, whose pixels are taken.
     """
     images = [row.image for row in rows]
@@ -92,7 +95,7 @@ def collate_rows(
     shape = (len(rows), width)
     input_ids = torch.full(shape, pad_id, dtype=torch.int64)
     segment_ids, position_ids = torch.full(shape, -1), torch.zeros(*shape, axes, dtype=torch.int64)
-    labels = torch.full(shape, IGNORE_LABEL)
+    labels, in_thought = torch.full(shape, IGNORE_LABEL), torch.zeros(shape, dtype=torch.bool)
     input_ids[:, :length] = torch.tensor([*prefix.before, *[prefix.image_id] * num_images, *prefix.after])
     segment_ids[:, :length] = 0
     position_ids[:, :start] = torch.arange(start)[:, None]
@@ -105,11 +108,14 @@ def collate_rows(
             end = begin + len(conversation.ids)
             input_ids[b, begin:end] = torch.tensor(conversation.ids)
             labels[b, begin:end] = torch.tensor(conversation.labels)
+            if conversation.in_thought:
+                in_thought[b, begin:end] = torch.tensor(conversation.in_thought)
             segment_ids[b, begin:end] = k
             position_ids[b, begin:end] = (text_start + after + torch.arange(end - begin))[:, None]
             begin = end
     label_positions, seg_positions = before_labels(labels), before_labels(labels, seg_id)
-    label_ids = labels.flatten()[label_positions + 1]
+    label_ids, label_thoughts = labels.flatten()[label_positions + 1], in_thought.flatten()[label_positions + 1]
+    label_weights = torch.where(label_thoughts, thought_weight, 1.0)
     if seen is not None:
         pixel_values, sam_images = seen.pixel_values, seen.sam_images
     else:
@@ -122,8 +128,9 @@ def collate_rows(
         position_ids=position_ids[..., 0] if axes == 1 else position_ids,
         label_positions=label_positions,
         label_ids=label_ids,
-        label_weights=torch.ones(len(label_ids)),
-        counts=torch.tensor([len(label_ids), num_targets], dtype=torch.float32),
+        label_weights=label_weights,
+        label_thoughts=label_thoughts,
+        counts=torch.tensor([float(label_weights.sum()), num_targets, float(label_thoughts.sum())]),
         seg_positions=seg_positions,
         seg_rows=seg_positions // width,
         pixel_values=pixel_values,

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from model.processing.template import VICUNA, ChatTemplate
+from model.processing.thoughts import Marks
 from model.processing.tokens import REJ, SEG, SPECIAL_TOKENS
 from model.structures import IGNORE_LABEL, Turn
 
@@ -21,11 +23,13 @@ class EncodedConversation:
 
     Attributes:
         ids: token ids.
-        labels: as many; the same ids in answers, ``IGNORE_LABEL`` elsewhere.
+        labels: as many; the same ids in thoughts and answers, ``IGNORE_LABEL`` elsewhere.
+        in_thought: as many; whether a token is of a thought, with its marks. Empty = none is.
     """
 
     ids: list[int]
     labels: list[int]
+    in_thought: list[bool] = field(default_factory=list)
 
 
 def escape(text: str, tokens: Iterable[str] = SPECIAL_TOKENS) -> str:
@@ -57,6 +61,7 @@ class PromptBuilder:
         codebook: the tokens of a target, which take the place of each ``[SEG]`` of an answer. They follow each other
             as ids: a tokenizer may see spaces between them, or need some.
         template: of the backbone.
+        marks: of thoughts; None = the model was not trained to write any.
 
     Attributes:
         prefix: tokens before the first question.
@@ -71,10 +76,11 @@ class PromptBuilder:
         system_prompt: str,
         codebook: Sequence[str] = (SEG,),
         template: ChatTemplate = VICUNA,
+        marks: Marks | None = None,
     ) -> None:
         if not tokenizer.is_fast:
             raise ValueError(f"{type(tokenizer).__name__} gives no character offsets; load the fast tokenizer")
-        self.tokenizer, self.template, self.system_prompt = tokenizer, template, system_prompt
+        self.tokenizer, self.template, self.system_prompt, self.marks = tokenizer, template, system_prompt, marks
         known = (*SPECIAL_TOKENS, *codebook, *tokenizer.all_special_tokens, *tokenizer.get_added_vocab())
         self.escaped = dict.fromkeys(token for token in known if len(token) > 2)
         self.escaped_in_answers = [token for token in self.escaped if token not in (SEG, REJ)]
@@ -100,10 +106,17 @@ class PromptBuilder:
                 raise ValueError("a question is empty: say what to look for, for example 'the red star'")
             if any("\ud800" <= character <= "\udfff" for character in turn.question):
                 raise ValueError(f"a question contains bytes that are not UTF-8: {turn.question[:60]!a}")
-        text, spans = self.prefix_text, []
+            if turn.thought and not self.marks:
+                raise ValueError(f"{turn.question[:60]!r} has a thought, and thought_format is none")
+        text, spans, thought_spans = self.prefix_text, [], []
+        thoughts = iter([self.marked_thought(turn) for turn in turns if turn.answer])
         for piece, is_answer in self.template.pieces(map(self.escaped_turn, turns), self.end):
             if is_answer:
+                if (thought := next(thoughts)) and self.marks and self.marks.special:
+                    piece = piece.lstrip(" ")  # one token begins it, and no other answer begins so
                 spans.append((len(text), len(text) + len(piece)))
+                if thought:
+                    thought_spans.append((len(text), len(text) + piece.index(thought) + len(thought)))
             text += piece
         encoded = self.tokenizer(text, return_offsets_mapping=True)
         ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
@@ -111,10 +124,23 @@ class PromptBuilder:
         if ids[:split] != self._prefix_once:
             raise ValueError(f"the tokenizer merges the prompt's prefix with the question {turns[0].question!r}")
         labels = [
-            token if any(start <= left and right <= end for start, end in spans) else IGNORE_LABEL
-            for token, (left, right) in zip(ids[split:], offsets[split:])
+            token if is_inside else IGNORE_LABEL
+            for token, is_inside in zip(ids[split:], _inside(offsets[split:], spans))
         ]
-        return self._with_codebook(EncodedConversation(ids[split:], labels))
+        return self._with_codebook(EncodedConversation(ids[split:], labels, _inside(offsets[split:], thought_spans)))
+
+    @cached_property
+    def opening(self) -> list[int]:
+        """The tokens that begin an answer with a thought; none without ``marks``."""
+        if self.marks is None:
+            return []
+        before = self.prefix_text + self.template.question.format("a")
+        answer = self.template.answer.format(self.marks.marked("b"))
+        answer = answer.lstrip(" ") if self.marks.special else answer
+        end = len(before) + answer.index(self.marks.opening) + len(self.marks.opening)
+        encoded = self.tokenizer(before + answer, return_offsets_mapping=True)
+        inside = _inside(encoded["offset_mapping"], [(len(before), end)])
+        return [token for token, of_opening in zip(encoded["input_ids"], inside) if of_opening]
 
     def last_of_question(self, question: str) -> int:
         """Index of the token with a question's last letter or digit, among those of ``encode((Turn(question),))``."""
@@ -132,15 +158,29 @@ class PromptBuilder:
         The answer is None where it is to be generated.
         """
         answer = escape(turn.answer.strip(), self.escaped_in_answers).replace(SEG, self.seg_name)
+        if self.marks and answer.startswith(self.marks.opening):
+            answer = self.marks.plain(answer)
+        if thought := self.marked_thought(turn):
+            answer = f"{thought} {answer}"
         return escape(turn.question.strip(), self.escaped), answer if turn.answer else None
+
+    def marked_thought(self, turn: Turn) -> str:
+        """The thought between its marks, without special tokens; empty if there is none."""
+        return self.marks.marked(escape(turn.thought.strip(), self.escaped)) if self.marks and turn.thought else ""
 
     def _with_codebook(self, conversation: EncodedConversation) -> EncodedConversation:
         """The codebook's tokens in place of its first one, which stands for a target in the text."""
         if len(self.codebook) == 1:
             return conversation
-        ids, labels = [], []
-        for token, label in zip(conversation.ids, conversation.labels):
+        ids, labels, in_thought = [], [], []
+        for token, label, of_thought in zip(conversation.ids, conversation.labels, conversation.in_thought):
             is_target = token == self.codebook[0]
             ids += self.codebook if is_target else [token]
             labels += self.codebook if is_target else [label]
-        return EncodedConversation(ids, labels)
+            in_thought += [of_thought] * (len(self.codebook) if is_target else 1)
+        return EncodedConversation(ids, labels, in_thought)
+
+
+def _inside(offsets: Iterable[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> list[bool]:
+    """Whether each token lies in one of the spans of characters."""
+    return [any(start <= left and right <= end for start, end in spans) for left, right in offsets]

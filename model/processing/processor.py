@@ -15,6 +15,7 @@ from model.loading.files import blame, read_json
 from model.processing.collate import PackedSequence, collate_rows, truncate
 from model.processing.conversation import PromptBuilder
 from model.processing.reader import ImageReader
+from model.processing.thoughts import MARKS, NO_THOUGHTS, THINK, THOUGHT_FORMATS, Opening
 from model.processing.tokens import IM_START, SEG, codebook_names, load_tokenizer, token_ids
 from model.processing.transforms import SAM_INPUTS
 from model.sam_cache import image_key
@@ -28,6 +29,7 @@ OPTIONAL: dict[str, type] = {
     "max_tokens": int,
     "codebook": int,
     "sam_input": str,
+    "thought_format": str,
 }
 
 
@@ -42,10 +44,12 @@ class UGroundProcessor:
         max_tokens: longest conversation with its prefix, in tokens, of the largest image (``--model_max_length``).
         codebook: number of [SEG] tokens per target. In the texts of samples and predictions they are one ``[SEG]``.
         sam_input: how an image becomes the mask decoder's input, of ``SAM_INPUTS``.
+        thought_format: how thoughts stand before answers, of ``THOUGHT_FORMATS``.
 
     Attributes:
         keep_padding: whether padded patches get tokens, too, as ``map_normalization: all`` needs (``model.load`` and
             training set it by the model).
+        thought_weight: of a thought's tokens in the text loss (training sets it).
         hash_images: whether batches have ``image_keys``, for the cache of SAM's features.
         codebook: ids of a target's [SEG] tokens; the last is ``tokens.seg``.
 
@@ -63,18 +67,27 @@ class UGroundProcessor:
         max_tokens: int = 2048,
         codebook: int = 1,
         sam_input: str = "pad",
+        thought_format: str = NO_THOUGHTS,
     ) -> None:
         if sam_input not in SAM_INPUTS:
             raise ValueError(f"sam_input {sam_input!r} is unknown; use {', '.join(SAM_INPUTS)}")
+        if thought_format not in THOUGHT_FORMATS:
+            raise ValueError(f"thought_format {thought_format!r} is unknown; use {', '.join(THOUGHT_FORMATS)}")
         self.tokenizer, self.reader, self.sam_side, self.sam_input = tokenizer, reader, sam_side, sam_input
         folder, template, names = tokenizer.name_or_path, reader.template, codebook_names(codebook)
         where = f"the tokenizer of {folder}" if folder else "the tokenizer"
         self.tokens = token_ids(tokenizer, where, codebook, template.image[1], IM_START in template.added, template.end)
         prompt = template.system_prompt if system_prompt is None else system_prompt
-        self.builder = PromptBuilder(tokenizer, prompt, names, template)
+        self.thought_format, marks = thought_format, MARKS.get(thought_format)
+        if marks and (unknown := [token for token in marks.tokens if token not in tokenizer.get_vocab()]):
+            raise ValueError(
+                f"{where} does not know {', '.join(unknown)}, the marks of thought_format {thought_format}"
+            )
+        self.builder = PromptBuilder(tokenizer, prompt, names, template, marks)
         self.codebook = self.builder.codebook
         self.max_tokens = max_tokens
         self.keep_padding = self.hash_images = False
+        self.thought_weight = 1.0
         if self.room < 1:
             raise ValueError(
                 f"the image and the beginning of the prompt take up to {max_tokens - self.room} tokens, and rows have "
@@ -89,7 +102,9 @@ class UGroundProcessor:
     @property
     def added_tokens(self) -> tuple[int, ...]:
         """Ids of the added tokens that the language model reads or writes."""
-        return tuple(dict.fromkeys((*self.codebook, *self.tokens.added)))
+        marks = MARKS[self.thought_format].tokens if self.thought_format in MARKS else ()
+        vocabulary = self.tokenizer.get_vocab()
+        return tuple(dict.fromkeys((*self.codebook, *self.tokens.added, *(vocabulary[mark] for mark in marks))))
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> UGroundProcessor:
@@ -122,6 +137,8 @@ class UGroundProcessor:
             settings["codebook"] = len(self.codebook)
         if self.sam_input != "pad":
             settings["sam_input"] = self.sam_input
+        if self.thought_format != NO_THOUGHTS:
+            settings["thought_format"] = self.thought_format
         self.tokenizer.save_pretrained(folder)
         self.reader.save_pretrained(folder)
         (Path(folder) / PROCESSOR_FILE).write_text(json.dumps(settings, indent=2) + "\n")
@@ -208,9 +225,33 @@ class UGroundProcessor:
         assert isinstance(text, str)  # a list only for a batch of ids
         return text.replace(codebook_names(len(self.codebook))[-1], SEG).strip()
 
+    def split_thought(self, text: str) -> tuple[str, str]:
+        """Thought and answer of a decoded text."""
+        return self.builder.marks.split(text) if self.builder.marks else ("", text)
+
+    def opening(self, think: str) -> Opening:
+        """How generated answers begin, by a value of ``THINK``.
+
+        Raises:
+            ValueError: for another value, or ``on`` if the model was not trained to write thoughts.
+        """
+        if think not in THINK:
+            raise ValueError(f"think is {think!r}; use {', '.join(THINK)}")
+        tokens, marks = self.builder.opening, self.builder.marks
+        if think == "on":
+            if not tokens:
+                raise ValueError("think on: this model was trained without thoughts (thought_format none)")
+            return Opening(forced=tokens)
+        if think == "auto" or not marks:
+            return Opening()
+        vocabulary = self.tokenizer.get_vocab()
+        if marks.special:
+            return Opening(banned=[vocabulary[mark] for mark in marks.tokens])
+        return Opening(banned=tokens[:1], steps=1)  # a word that may occur later
+
     def _collate(self, rows: list[PackedSequence], seen: Batch | None = None) -> Batch:
         prefix, reader, pad_id, seg_id = self.builder.prefix, self.reader, self.tokens.pad, self.tokens.seg
-        settings = self.keep_padding, self.sam_input
+        settings = self.keep_padding, self.sam_input, self.thought_weight
         batch = collate_rows(rows, prefix, reader, self.sam_side, pad_id, seg_id, *settings, seen)
         if seen is not None:
             batch.image_keys = seen.image_keys

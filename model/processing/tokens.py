@@ -90,16 +90,20 @@ def codebook_size_of(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def add_special_tokens(
-    tokenizer: PreTrainedTokenizerBase, codebook: int = 1, of_template: Sequence[str] | None = None
+    tokenizer: PreTrainedTokenizerBase,
+    codebook: int = 1,
+    of_template: Sequence[str] | None = None,
+    of_thoughts: Sequence[str] = (),
 ) -> list[str]:
     """Adds the special tokens that the tokenizer lacks, which are returned, and a padding token.
 
     Args:
         codebook: number of [SEG] tokens per target.
         of_template: what the chat template needs beside them (``ChatTemplate.added``); None = LLaVA's.
+        of_thoughts: the marks of thoughts that are tokens.
     """
     others = SPECIAL_TOKENS if of_template is None else (REJ, *of_template)
-    special = [*codebook_names(codebook), *(token for token in others if token != SEG)]
+    special = [*codebook_names(codebook), *(token for token in others if token != SEG), *of_thoughts]
     missing = [token for token in special if token not in tokenizer.get_vocab()]
     tokenizer.add_tokens(missing, special_tokens=True)
     if tokenizer.pad_token is None:

@@ -99,6 +99,9 @@ class FakeProcessor:
     def decode(self, ids):
         return "".join(map(chr, ids))
 
+    def split_thought(self, text):
+        return "", text
+
 
 class FakeModel:
     """Segments the object that the question names, without its ``missing`` top rows; records its calls.

@@ -70,7 +70,7 @@ def test_packed_rows_equal_separate_rows(backbone, trained, attention):
     total, logits = torch.zeros(()), []
     for part in [part for sample in samples() for part in separate(sample)]:
         rows = processor.collate([part])
-        assert len(rows.counts) == 2
+        assert len(rows.counts) == 3
         many = alone(replace(rows, counts=batch.counts))  # the denominators of the whole batch
         many.loss.backward()
         total = total + many.loss.detach()

@@ -13,6 +13,7 @@ from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
 import yaml
 
+from model.processing.thoughts import NO_THOUGHTS
 from model.settings import (
     METHOD_FIELDS,
     RECIPES,
@@ -353,6 +354,8 @@ def _contradictions(config: Config) -> Iterable[tuple[str, str]]:
         yield "sample_rates", f"{list(data.sample_rates)} must be at least 0, and not all 0"
     if -1 < data.explanatory < 0:
         yield "explanatory", f"{data.explanatory} is neither -1 (off) nor a probability"
+    if data.thought_probability and config.method["thought_format"] == NO_THOUGHTS:
+        yield "thought_probability", f"{data.thought_probability} needs thought_format text or tokens"
     if train.warmup_steps >= config.total_steps:
         yield (
             "warmup_steps",
@@ -383,6 +386,8 @@ def _ignored(config: Config) -> Iterable[tuple[str, str]]:
             yield "sam_feature_cache", reason
         if config.model.compile_sam:
             yield "compile_sam", reason
+    if config.method["thought_format"] != NO_THOUGHTS and not config.data.thought_probability:
+        yield "thought_format", "has no effect: set thought_probability above 0, or leave it out"
     if not DATA_TYPES.issuperset(config.data.dataset):  # reported later
         return
     for kind in sorted(DATA_TYPES.difference(config.data.dataset)):

@@ -103,6 +103,12 @@ class DataSettings:
         low=0.0,
         high=1.0,
     )
+    thought_probability: float = setting(
+        0.0,
+        "probability that an answer comes after its thought, where the data have one (thought_format)",
+        low=0.0,
+        high=1.0,
+    )
     sam_feature_cache: str = setting(
         "", "folder that caches SAM's image embeddings for later epochs and runs; empty = no cache", may_change=True
     )

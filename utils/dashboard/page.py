@@ -340,7 +340,8 @@ class Handlers:
                     if isinstance(update, Visit):
                         yield self.answered(update, opacity, outline)
                     else:
-                        transcript = view.transcript_html([*turns, Turn(prompt, update)], writing=True)
+                        thought, answer = self.dashboard.processor.split_thought(update)
+                        transcript = view.transcript_html([*turns, Turn(prompt, answer, thought)], writing=True)
                         yield {chat: transcript, self.widgets.question.prompt: ""}
         except ValueError as error:
             yield {chat: view.transcript_html(turns, error=str(error))}

@@ -156,6 +156,7 @@ class Dashboard:
         name: of the model, as shown to visitors. fingerprint: of its weights.
         layer_policy: the default of answers; None = the model's own.
         remember: whether the model sees earlier questions by default.
+        think: whether answers begin with a thought (``model.opened.predict``).
         folder: for files to download.
         capacity: visitors whose images stay encoded.
     """
@@ -170,12 +171,13 @@ class Dashboard:
         *,
         layer_policy: str | None = None,
         remember: bool = False,
+        think: str = "auto",
         limits: Limits | None = None,
         capacity: int = 16,
     ) -> None:
         self.model, self.processor, self.name = model, processor, name
         self.layer_policy = layer_policy or model.config.layer_policy
-        self.remember = remember
+        self.remember, self.think = remember, think
         self.limits = limits or Limits()
         self.visits = Visits(capacity, folder)
         self.fingerprint = fingerprint
@@ -257,11 +259,11 @@ class Dashboard:
             raise ValueError("there is no image to ask about: upload one, or pick an example")
         session = visit.session
         prompt = prompt.strip().encode("utf-8", "replace").decode()  # lone surrogates are not text
-        options: dict[str, Any] = {"layer_policy": policy, "max_new_tokens": max_new_tokens}
+        options: dict[str, Any] = {"layer_policy": policy, "max_new_tokens": max_new_tokens, "think": self.think}
         options["remember"] = self.remember if remember is None else remember
         prediction = yield from self._stream(lambda on_text: session.ask(prompt, on_text=on_text, **options))
         visit.prediction, visit.policy, visit.monte_carlo = prediction, policy, None
-        visit.turns = [*visit.turns, Turn(prompt, prediction.text)][-MAX_TURNS:]
+        visit.turns = [*visit.turns, Turn(prompt, prediction.text, prediction.thought)][-MAX_TURNS:]
         self.answered += 1
         yield visit
 

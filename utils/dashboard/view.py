@@ -103,8 +103,12 @@ def transcript_html(turns: Sequence[Turn], writing: bool = False, error: str = "
         answer = answer_html(turn.answer, colored=last) + (
             '<span class="ug-caret">▍</span>' if last and writing else ""
         )
+        thought = ""
+        if turn.thought:  # open while it is being written
+            is_open = " open" if last and writing and not turn.answer else ""
+            thought = f'<details class="ug-thought"{is_open}><summary>Thought</summary>{escape(turn.thought)}</details>'
         rows.append(
-            f'<p class="ug-question"><span class="ug-who">You</span> {escape(turn.question)}</p>'
+            f'<p class="ug-question"><span class="ug-who">You</span> {escape(turn.question)}</p>{thought}'
             f'<p class="ug-answer"><span class="ug-who">Model</span> {answer}</p>'
         )
     if cut:

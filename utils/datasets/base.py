@@ -101,6 +101,9 @@ class DataOptions:
         negative_sampling_weight: sem_seg: probability that a question is about a class that is NOT in the image.
         dialogue_probability: probability that all questions about an image form one conversation, in which each turn
             attends to the earlier ones, as in a chat; otherwise every question is a conversation of its own.
+        thought_probability: probability that an answer comes after its thought, where there is one (``Turn.thought``):
+            ReasonSeg's explanations, what LISA++'s chains of thought say before their first [SEG], ``thought`` of your
+            own data.
     """
 
     questions_per_image: int = 3
@@ -108,13 +111,14 @@ class DataOptions:
     joint_probability: float = 0.0
     negative_sampling_weight: float = 0.0
     dialogue_probability: float = 0.0
+    thought_probability: float = 0.0
 
     def __post_init__(self) -> None:
         if self.questions_per_image < 1:
             raise ValueError(f"questions_per_image is {self.questions_per_image}; it must be at least 1")
         if self.explanatory != -1 and not 0 <= self.explanatory <= 1:
             raise ValueError(f"explanatory is {self.explanatory}; it must be a probability, or -1 to turn it off")
-        for name in ("joint_probability", "negative_sampling_weight", "dialogue_probability"):
+        for name in ("joint_probability", "negative_sampling_weight", "dialogue_probability", "thought_probability"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must lie in [0, 1]")
 

@@ -130,7 +130,7 @@ class CustomTrain:
         spec: ``custom|FILE``, or ``custom|FILE|SPLIT`` if the split is not ``train``.
         row: unused.
         dataset_dir: candidate folder of the file.
-        options: ``questions_per_image``.
+        options: ``questions_per_image`` and ``thought_probability``.
     """
 
     def __init__(self, spec: Spec, row: DatasetRow, dataset_dir: Path, options: DataOptions) -> None:
@@ -144,11 +144,17 @@ class CustomTrain:
         lines = self.file.lines(index)
         lines = [lines[i] for i in sample_indices(self.options.questions_per_image, len(lines), rng)]
         image, masks, ignored = load_lines(self.file.path.parent, lines)
-        conversations = [line.turns or (_query_turn(line, rng),) for line in lines]
+        conversations = [line.turns or (self._query_turn(line, rng),) for line in lines]
         flat = []
         for line, line_masks, region in zip(lines, masks, ignored):
             flat += [with_ignored(mask, region) for mask in (line_masks if line.turns else _merge(line_masks))]
         return check_sample(Sample(lines[0].location, image, conversations, stack_masks(flat, *image.shape[:2])))
+
+    def _query_turn(self, line: Line, rng: np.random.Generator) -> Turn:
+        question = sample_question("sentence" if line.is_sentence else "phrase", line.query, rng)
+        answer = sample_answer(len(line.masks), rng)
+        thinks = line.thought and self.options.thought_probability and rng.random() < self.options.thought_probability
+        return Turn(question, answer, line.thought if thinks else "")
 
     def describe(self) -> dict[str, int]:
         return self.file.counts
@@ -157,11 +163,6 @@ class CustomTrain:
 def _merge(masks: list[np.ndarray]) -> list[np.ndarray]:
     """A list with the union of the masks; empty if there are none."""
     return [np.maximum.reduce(masks)] if masks else []
-
-
-def _query_turn(line: Line, rng: np.random.Generator) -> Turn:
-    question = sample_question("sentence" if line.is_sentence else "phrase", line.query, rng)
-    return Turn(question, sample_answer(len(line.masks), rng))
 
 
 class CustomEval:

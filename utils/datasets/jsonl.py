@@ -17,7 +17,7 @@ from utils.datasets.base import DataError, find_paths, read_object, unknown
 from utils.datasets.spec import Spec
 from utils.datasets.vqa import read_turns
 
-KEYS = ("image", "query", "conversations", "masks", "ignore", "split", "size", "meta")
+KEYS = ("image", "query", "conversations", "masks", "ignore", "split", "size", "meta", "thought")
 TRAIN = "train"  # the split of a line that names none
 MAX_SHOWN = 10
 
@@ -35,6 +35,7 @@ class Line:
         ignore: encoded masks of regions that count neither as target nor as background.
         size: (height, width) of the annotated image, if given.
         meta: keys by which reports group the scores (``{"family": "scratches"}``).
+        thought: reasoning before the answer to a query; empty = none.
     """
 
     location: str
@@ -47,6 +48,7 @@ class Line:
     split: str
     size: tuple[int, int] | None
     meta: dict[str, Any]
+    thought: str = ""
 
     @property
     def is_sentence(self) -> bool:
@@ -74,6 +76,7 @@ def parse_line(raw: bytes, path: Path, number: int) -> Line:
             _text(record, "split") if "split" in record else TRAIN,
             _size(record.get("size")),
             _meta(record.get("meta", {})),
+            _text(record, "thought") if "thought" in record else "",
         )
     except DataError as error:
         raise DataError(f"{location}: {error}") from error
@@ -93,6 +96,8 @@ def _read_object(raw: bytes) -> dict[str, Any]:
             raise DataError(unknown("key", key, KEYS))
     if ("query" in record) == ("conversations" in record):
         raise DataError("needs either 'query' or 'conversations'")
+    if "thought" in record and "query" not in record:
+        raise DataError("'thought' is of a 'query'; a conversation has its texts in 'conversations'")
     return record
 
 

@@ -228,7 +228,7 @@ class ReasonSegTrain:
         spec: ``ReasonSeg``, ``ReasonSeg|train``, or several splits, ``ReasonSeg|train_val``.
         row: the data set's row.
         dataset_dir: the root of all data.
-        options: ``questions_per_image`` and ``explanatory``.
+        options: ``questions_per_image``, ``explanatory`` and ``thought_probability``.
     """
 
     def __init__(self, spec: Spec, row: DatasetRow, dataset_dir: Path, options: DataOptions) -> None:
@@ -239,7 +239,7 @@ class ReasonSegTrain:
         folders = split_folders(self.name, row, split, dataset_dir)
         self.splits = [ReasonSegSplit(f"{name}|{folder.name}", folder) for folder in folders]
         self.explanations: dict[str, list[str]] = {}
-        if options.explanatory >= 0:
+        if options.explanatory >= 0 or options.thought_probability:
             self.explanations = _read_explanations(self.name, dataset_dir / row.path / "explanatory" / "train.json")
         problems = [problem for part in self.splits for problem in part.problems]
         warn_unusable(self.name, problems)
@@ -264,12 +264,17 @@ class ReasonSegTrain:
         return check_sample(Sample(f"{split.name}/{record['image']}", image, [(turn,) for turn in turns], masks))
 
     def _turn(self, kind: str, text: str, image_name: str, rng: np.random.Generator) -> Turn:
-        """Samples a question answered by [SEG], by an explanation if the image has one, or by both."""
+        """Samples a question answered by [SEG]; if the image has an explanation, by that or both, or by it as a thought
+        before [SEG]."""
         question, answer = sample_question(kind, text, rng), sample_answer(1, rng)
         explanations = self.explanations.get(Path(image_name).stem)
         if explanations is None:
             return Turn(question, answer)
         explanation = escape(pick(explanations, rng))
+        if self.options.thought_probability and rng.random() < self.options.thought_probability:
+            return Turn(question, answer, explanation)
+        if self.options.explanatory < 0:
+            return Turn(question, answer)
         if rng.random() < self.options.explanatory:
             return Turn(text, explanation)
         if rng.random() < 0.5:

@@ -72,6 +72,11 @@ def _join_names(references: list[tuple[str, str]]) -> str:
     return enumerate_words([name for _, name in references if name]) or "it"
 
 
+_SENTENCE_END = re.compile(
+    r"(?<=[a-z)\]\"'])(?<!\bMr)(?<!\bMrs)(?<!\bMs)(?<!\bDr)(?<!\bSt)(?<!\bvs)(?<!\betc)[.!?](?=\s+[A-Za-z\[])\s*"
+)
+
+
 # -- records -----------------------------------------------------------------------------------------------------------
 
 
@@ -181,7 +186,7 @@ class ReasonSegPlusTrain:
         spec: ``instance_seg``, ``cot``, ``conversations`` or ``caption``.
         row: the data set's row; ``path`` is the JSON file.
         dataset_dir: the root of all data.
-        options: ``questions_per_image``.
+        options: ``questions_per_image`` and ``thought_probability``.
     """
 
     def __init__(self, spec: Spec, row: DatasetRow, dataset_dir: Path, options: DataOptions) -> None:
@@ -200,6 +205,8 @@ class ReasonSegPlusTrain:
         for i in sample_indices(self.options.questions_per_image, len(record["items"]), rng):
             try:
                 conversation, conversation_masks = _build(record["items"][i], image.shape[0], image.shape[1], rng)
+                if (probability := self.options.thought_probability) and rng.random() < probability:
+                    conversation = tuple(map(_with_thought, conversation))
             except DataError as error:
                 raise DataError(f"{source}: {error}") from error
             conversations.append(conversation)
@@ -250,3 +257,12 @@ def _build(item: dict, height: int, width: int, rng: np.random.Generator) -> tup
             raise DataError(f"the answer {answer!r} is empty without its unusable masks")
         turns.append(Turn(replace_references(question, _join_names), rendered))
     return tuple(turns), masks
+
+
+def _with_thought(turn: Turn) -> Turn:
+    """The sentences before the first one with a [SEG] as a thought; a turn without such sentences as it is."""
+    before, seg, after = turn.answer.partition(SEG)
+    ends = [match.end() for match in _SENTENCE_END.finditer(before)]
+    if not seg or not ends:
+        return turn
+    return Turn(turn.question, before[ends[-1] :] + seg + after, before[: ends[-1]].strip())

@@ -22,7 +22,15 @@ from utils.datasets.masks import encode_mask, stack_masks
 from utils.evaluation.metrics import Record
 from utils.evaluation.results import Provenance, mismatched
 
-KEPT = ("question", "layers", "uncertainty", "predicted_iou", "ambiguity", "cut")  # keys of test.py's that reports use
+KEPT = (
+    "question",
+    "layers",
+    "uncertainty",
+    "predicted_iou",
+    "ambiguity",
+    "cut",
+    "thought",
+)  # keys of test.py's that reports use
 SHOWN = 5  # of each kind of problem
 
 

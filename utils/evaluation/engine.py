@@ -151,6 +151,7 @@ def provenance_of(model, dataset: EvalDataset, options: InferenceOptions, run: R
         several_seg=run.several_seg,
         annotations=getattr(dataset, "annotations", ""),
         without_target=0 if run.limit else getattr(dataset, "without_target", 0),
+        think=options.think if options.mode == "generate" else "auto",
     )
 
 

@@ -65,6 +65,7 @@ class Record:
         surplus: of each surplus prediction in ``pairs``, the pixels whose logit lies in [0.5, 1]. The published code of
             MUSE counts these, because it does not threshold surplus predictions.
         cut: whether the generated answer reached the longest length before its end token.
+        thought: the reasoning that was written before the answer; empty without.
         reference: I, U, P and G of the mask against the region that a hallucination would mark (HalluSegBench); empty
             without one. first_reference: of the first [SEG] alone, as ``first``.
         in_order: I and U of each target with the mask of the same place in the answer (MMR); else empty.
@@ -93,6 +94,7 @@ class Record:
     first: list[int] = field(default_factory=list)
     surplus: list[int] = field(default_factory=list)
     cut: bool = False
+    thought: str = ""
     reference: list[int] = field(default_factory=list)
     first_reference: list[int] = field(default_factory=list)
     in_order: list[list[int]] = field(default_factory=list)

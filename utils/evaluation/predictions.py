@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
+from typing import Any
 
 import numpy as np
 
@@ -29,16 +30,28 @@ class InferenceOptions:
             ``sample``, ``mc:T``, ``fixed:K``, ...
         max_new_tokens: longest generated answer.
         seed: of sampled layers, together with the image's index in the split.
+        think: whether generated answers begin with a thought (``model.opened.predict``).
     """
 
     mode: str = "generate"
     layer_policy: str = "argmax"
     max_new_tokens: int = MAX_NEW_TOKENS
     seed: int = 0
+    think: str = "auto"
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise ValueError(f"unknown mode {self.mode!r}; use {' or '.join(MODES)}")
+
+    def of_model(self) -> dict[str, Any]:
+        """Arguments of ``model.opened.predict``."""
+        think = self.think if self.mode == "generate" else "auto"
+        return {
+            "layer_policy": self.layer_policy,
+            "max_new_tokens": self.max_new_tokens,
+            "seed": self.seed,
+            "think": think,
+        }
 
 
 @dataclass
@@ -54,6 +67,7 @@ class QueryPrediction:
         predicted_iou, ambiguity: [N] of each mask (``model.structures.Prediction``).
         uncertainty: [N] of each [SEG] with ``mc:T``; else empty.
         cut: whether the answer was cut off before its end token (``model.structures.Prediction``).
+        thought: the reasoning before the answer; empty without.
     """
 
     question: str
@@ -66,6 +80,7 @@ class QueryPrediction:
     ambiguity: Sequence[float] = ()
     uncertainty: Sequence[MaskUncertainty] = ()
     cut: bool = False
+    thought: str = ""
 
     @property
     def masks(self) -> np.ndarray:
@@ -105,9 +120,7 @@ def predict_queries(
         [sample.image for sample in samples],
         turns,
         sample_ids,
-        layer_policy=options.layer_policy,
-        max_new_tokens=options.max_new_tokens,
-        seed=options.seed,
+        **options.of_model(),
     )
     return by_query(samples, turns, predictions, benchmark, options.mode)
 
@@ -135,9 +148,7 @@ def predict_query_rounds(
         turns,
         sample_ids,
         answered,
-        layer_policy=options.layer_policy,
-        max_new_tokens=options.max_new_tokens,
-        seed=options.seed,
+        **options.of_model(),
     )
     for samples, asked, predictions in zip(rounds[answered:], turns[answered:], predicted, strict=True):
         yield by_query(samples, asked, predictions, benchmark, options.mode)
@@ -237,6 +248,7 @@ def score(
         first=first,
         surplus=surplus,
         cut=prediction.cut,
+        thought=prediction.thought,
         reference=reference,
         first_reference=first_reference,
         in_order=_count_in_order(query, prediction) if benchmark.task == "union" else [],
@@ -304,6 +316,7 @@ def _query_prediction(turn: Turn, prediction: Prediction, segs: slice, rejected:
         ambiguity=prediction.ambiguity[segs],
         uncertainty=prediction.uncertainty[segs],
         cut=prediction.cut,
+        thought=prediction.thought,
     )
 
 

@@ -42,6 +42,7 @@ class Provenance:
         annotations: the file that was read where there is a choice, relative to the dataset directory; else empty.
         without_target: number of images without a target that were answered too, for the protocol ``published``; None
             in files of older versions.
+        think: whether generated answers begin with a thought, as the flag.
     """
 
     benchmark: str
@@ -57,6 +58,7 @@ class Provenance:
     several_seg: str = "union"
     annotations: str = ""
     without_target: int | None = None
+    think: str = "auto"
 
     @property
     def spec(self) -> Spec:
@@ -86,7 +88,7 @@ class Summary:
     Attributes:
         breakdown: key of the queries' meta -> group -> metrics.
         layers: hidden state -> number of [SEG] that used it.
-        several_seg, annotations: of the provenance.
+        several_seg, annotations, think: of the provenance.
         skipped: records without a target or a query in the data set itself.
         missing: images that cannot be read in this copy of the data.
         limit: number of images, the first ones of the split; None = all.
@@ -106,6 +108,7 @@ class Summary:
     layers: dict[str, int]
     several_seg: str = "union"
     annotations: str = ""
+    think: str = "auto"
     skipped: list[str] | None = None
     missing: list[str] | None = None
     limit: int | None = None
@@ -125,7 +128,9 @@ class Summary:
     def mode_label(self) -> str:
         """The mode, and what differs from the strict protocol: ``teacher_forced, gsva``."""
         protocol = "" if self.protocol == "strict" else self.protocol
-        return ", ".join(filter(None, [self.mode, protocol, "first [SEG]" if self.several_seg == "first" else ""]))
+        first = "first [SEG]" if self.several_seg == "first" else ""
+        think = "" if self.think == "auto" else f"think {self.think}"
+        return ", ".join(filter(None, [self.mode, protocol, first, think]))
 
     @property
     def missing_note(self) -> str:
@@ -251,6 +256,7 @@ def summarize(provenance: Provenance, records: Sequence[Record]) -> Summary:
         layers={str(layer): count for layer, count in sorted(layers.items())},
         several_seg="union" if benchmark.scores_each(protocol) else provenance.several_seg,
         annotations=provenance.annotations,
+        think=provenance.think,
     )
 
 

@@ -19,7 +19,7 @@ def answer_record(
 ) -> dict[str, Any]:
     """An answer as a JSON object; each mask has its box (x, y, width, height; None if it is empty) and COCO RLE.
 
-    ``cut`` is there, and true, if the answer reached the longest length before its end.
+    ``thought`` is there if one stands before the answer; ``cut``, and true, if the answer reached the longest length.
 
     Args:
         image: its name; pixels: uint8 [H, W, 3].
@@ -41,15 +41,19 @@ def answer_record(
             shares = {str(layer): round(share, 4) for layer, share in enumerate(uncertainty.layers.tolist()) if share}
             entry["uncertainty"] = {"score": uncertainty.score, "layers": shares}
         masks.append(entry)
-    return {
-        "image": image,
-        "width": pixels.shape[1],
-        "height": pixels.shape[0],
-        "prompt": prompt,
-        "answer": prediction.text,
-        "layer_policy": layer_policy,
-        "masks": masks,
-    } | ({"cut": True} if prediction.cut else {})
+    return (
+        {
+            "image": image,
+            "width": pixels.shape[1],
+            "height": pixels.shape[0],
+            "prompt": prompt,
+            "answer": prediction.text,
+            "layer_policy": layer_policy,
+            "masks": masks,
+        }
+        | ({"thought": prediction.thought} if prediction.thought else {})
+        | ({"cut": True} if prediction.cut else {})
+    )
 
 
 def save_pictures(folder: Path, stem: str, pixels: np.ndarray, values: dict[str, Any], prediction: Prediction) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from safetensors import SafetensorError
 
 from model import layer_rules
+from model.processing.thoughts import THINK
 from model.settings import PRECISION_NAMES, PUBLISHED, QUANTIZATIONS
 
 if TYPE_CHECKING:
@@ -109,6 +110,17 @@ def add_layer_flag(parser: argparse._ActionsContainer, default: str) -> None:
         "--layer_policy",
         metavar="RULE",
         help=f"layer whose hidden state and similarity map a [SEG] uses: {rules} ({default})",
+    )
+
+
+def add_think_flag(parser: argparse._ActionsContainer) -> None:
+    """Adds ``--think``."""
+    parser.add_argument(
+        "--think",
+        choices=THINK,
+        default="auto",
+        help="whether generated answers begin with a thought: auto = as the model likes (default); on and off need one "
+        "that was trained with thought_format",
     )
 
 

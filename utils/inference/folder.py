@@ -70,7 +70,7 @@ def answer_all(
     """Answers every prompt about every image, each independently; a line of ``answers.jsonl`` is a finished answer.
 
     Args:
-        settings: all that answers depend on, written into each line; layer_policy, max_new_tokens and seed are used.
+        settings: all that answers depend on, written into each line; ``options`` are those of the flags.
         report: receives a line of progress per image.
 
     Returns:
@@ -83,6 +83,7 @@ def answer_all(
     path = folder / ANSWERS_FILE
     done = Done.read(path, settings)
     options = {name: settings[name] for name in ("layer_policy", "max_new_tokens", "seed")}
+    options["think"] = settings.get("think", "auto")
     same_stem = Counter(image.stem for image in images)
     unreadable = kept = 0
     with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
@@ -171,8 +172,11 @@ class Done:
                     f"{path}, line {number} is not an answer ({error!r}); give another --output"
                 ) from error
             if saved != settings:
-                changes = [f"{name}: {saved.get(name)!r} there, {settings[name]!r} now" for name in settings
-                           if saved.get(name) != settings[name]]  # fmt: skip
+                changes = [
+                    f"{name}: {saved.get(name)!r} there, {settings.get(name)!r} now"
+                    for name in {**saved, **settings}
+                    if saved.get(name) != settings.get(name)
+                ]
                 raise ValueError(
                     f"{path} holds answers of other settings ({'; '.join(changes)}); give another --output, or "
                     "the same settings"

@@ -52,6 +52,7 @@ class ImageSession:
         seed: int = 0,
         on_text: Callable[[str], None] | None = None,
         remember: bool = True,
+        think: str = "auto",
     ) -> Prediction:
         """Answers a question of the conversation, with a mask per [SEG].
 
@@ -61,6 +62,7 @@ class ImageSession:
                 leaves the session unchanged.
             remember: whether the question belongs to the conversation; if not, it neither sees the history nor is
                 added to it.
+            think: whether the answer begins with a thought (``model.opened.predict``).
 
         Raises:
             ValueError: if the question is empty or too long, or the layer policy is unknown.
@@ -68,6 +70,7 @@ class ImageSession:
         from model.grounding import LanguagePass
 
         self.model.config.layer_rule(layer_policy)  # raises before the answer is generated
+        opening = self.processor.opening(think)
         earlier = self.history if remember else []
         earlier, ids = self._fit(earlier, prompt, max_new_tokens)
         token_ids: list[int] = []
@@ -77,13 +80,13 @@ class ImageSession:
             if on_text is not None:
                 on_text(self.processor.decode(token_ids))
 
-        answers = self.cache.answer(ids, max_new_tokens, on_token)
+        answers = self.cache.answer(ids, max_new_tokens, on_token, opening)
         embeddings = self._image_embeddings() if answers.seg_questions else None
         language_pass = LanguagePass(self.batch, answers, self.cache.hidden, embeddings)
         prediction = self._decode_masks(language_pass, layer_policy, seed)
         self.last = language_pass
         if remember and prediction.text:
-            self.history = [*earlier, Turn(prompt, prediction.text)]
+            self.history = [*earlier, Turn(prompt, prediction.text, prediction.thought)]
         return prediction
 
     def decode_again(self, layer_policy: str | None = None, seed: int = 0) -> Prediction:

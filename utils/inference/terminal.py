@@ -38,8 +38,8 @@ class AnswerPrinter:
             self.text = complete
 
     def finish(self, text: str) -> None:
-        """Prints the rest of the complete answer."""
-        rest = text.removeprefix(self.text)
+        """Prints the rest of the complete answer. What was printed so far may begin with a thought."""
+        rest = "" if self.text.endswith(text) else text.removeprefix(self.text)
         self._write(f"{rest}\n")
 
     def _write(self, text: str) -> None:

@@ -82,7 +82,7 @@ class Meter:
         self.layers = torch.zeros(self.num_layers, device=self.device)
         self.layer_losses = torch.zeros(self.num_layers, device=self.device)
         self.images = self.micro_steps = 0
-        self.with_masks, self.of_all_layers = torch.zeros(2, device=self.device)
+        self.with_masks, self.of_all_layers, self.with_thoughts = torch.zeros(3, device=self.device)
         self.started = time.perf_counter()
 
     def add(self, output: UGroundOutput, images: int) -> None:
@@ -97,6 +97,8 @@ class Meter:
             self.layer_losses += output.layer_losses
             self.of_all_layers += output.has_masks
         self.with_masks += output.has_masks
+        if output.has_thoughts is not None:
+            self.with_thoughts += output.has_thoughts
         self.images += images
         self.micro_steps += 1
 
@@ -104,13 +106,14 @@ class Meter:
         """Values since the last call, over all processes. All of them must call it.
 
         Returns:
-            means of loss and text over micro steps, and of other terms over micro steps with a mask; the last
-            ``baseline``, or with a critic the mean of its ``critic_baseline``; ``layers``: [L] counts of
-            chosen layers; ``map_loss_by_layer``: [L], where it was computed; ``images_per_s``.
+            means of loss and text over micro steps, of thought over those whose step has one, and of other terms over
+            those with a mask; the last ``baseline``, or with a critic the mean of its ``critic_baseline``; ``layers``:
+            [L] counts of chosen layers; ``map_loss_by_layer``: [L], where it was computed; ``images_per_s``.
         """
         import torch
 
         over = {"baseline": 1, "loss": self.micro_steps, "text": self.micro_steps}
+        over["thought"] = self.with_thoughts.clamp(min=1)
         with_masks = self.with_masks.clamp(min=1)
         means = [value / over.get(name, with_masks) for name, value in self.sums.items()]
         world = distributed.world_size()
@@ -118,6 +121,8 @@ class Meter:
         numbers = distributed.mean(torch.cat([torch.stack(means), self.layers, by_layer])).tolist()
         seconds = time.perf_counter() - self.started
         values: dict[str, Any] = dict(zip(self.sums, numbers))
+        if not values.get("thought", 1):
+            del values["thought"]  # no answer had one
         if "critic_baseline" in values:
             values["baseline"] = values.pop("critic_baseline")
         numbers = numbers[len(means) :]
@@ -250,6 +255,8 @@ def step_line(step: int, total: int, epoch: float, values: dict[str, Any], secon
     """One line of a logged step; masks and maps as BCE+dice, layers as mean and standard deviation."""
     counts = np.array(values["layers"], dtype=float)
     parts = [f"step {step}/{total}", f"epoch {epoch:.2f}", f"loss {values['loss']:.3f}", f"text {values['text']:.3f}"]
+    if "thought" in values:
+        parts.append(f"thought {values['thought']:.3f}")
     parts += [f"{kind} {values[f'{kind}_bce']:.3f}+{values[f'{kind}_dice']:.3f}" for kind in ("mask", "map")]
     if "policy" in values:
         parts.append(f"policy {values['policy']:+.3f} H {values['entropy']:.2f}")
