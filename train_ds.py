@@ -25,8 +25,8 @@ import cv2
 from safetensors import SafetensorError
 
 from model.opened import cache_sam_features
-from model.settings import decoder_kind
-from model.structures import Batch
+from model.settings import GrpoSettings, decoder_kind
+from model.structures import Batch, GroupPrompts, Sample
 from utils import distributed
 from utils.command_line.other_trainers import differences_from_lisa
 from utils.config import Config, ConfigError, config_from, load_config, missing_paths, to_dict
@@ -47,10 +47,12 @@ if TYPE_CHECKING:
     from torch.utils.data import DataLoader
 
     from model.grounding import GroundingModel
+    from model.group_policy import SampledAnswers
     from model.loading.weights import Loaded
     from model.processing.processor import UGroundProcessor
     from utils.datasets.mixture import Mixture
 
+TrainingBatch = tuple[Batch, GroupPrompts | None]
 RESUME = "resume from the last checkpoint, if there is one, with --auto_resume true"
 ENDED = {  # in a RuntimeError's message -> what has ended, and stopped this process
     "DataLoader worker": "a worker that reads data was ended; is memory too small? Lower --workers or --batch_size",
@@ -379,8 +381,8 @@ def train(run: Run) -> None:
             meter.restart()
 
 
-def train_step(run: Run, batches: Iterator[Batch], meter: Meter, logged: bool) -> None:
-    """One optimizer step: micro steps whose accumulated gradient is that of one large batch."""
+def train_step(run: Run, batches: Iterator[TrainingBatch], meter: Meter, logged: bool) -> None:
+    """One step: micro steps whose accumulated gradient is that of one large batch; repeated for ``grpo_updates``."""
     import torch
 
     from model.loading.placement import PRECISIONS
@@ -388,23 +390,25 @@ def train_step(run: Run, batches: Iterator[Batch], meter: Meter, logged: bool) -
 
     accumulation, seed = run.config.train.grad_accumulation_steps, run.config.train.seed
     dtype, lr, gradients = PRECISIONS[run.config.model.precision], run.engine.get_lr()[0], {}
-    window = list(islice(batches, accumulation))
+    window, prompts = zip(*islice(batches, accumulation), strict=True)
     counts = distributed.mean(torch.stack([batch.counts for batch in window]).mean(0).to(run.device))
     check_answers(window, counts, run.step + 1)
+    parts = [replace(part, counts=counts).to(run.device, dtype) for part in window]
+    groups = sample_groups(run, parts, prompts)
     last = (run.step + 1) * accumulation - 1
-    for micro, part in enumerate(window, start=run.step * accumulation):
-        batch = replace(part, counts=counts).to(run.device, dtype)
-        # ZeRO's offload reads it during the backward pass; DeepSpeed itself sets it too late for outputs like ours
-        run.engine.set_gradient_accumulation_boundary(micro == last)
-        # dropout is a function of (seed, micro step, rank), so that a resumed run is the uninterrupted one
-        torch.manual_seed(((seed * 1_000_003 + micro) * 65_536 + distributed.rank()) % 2**63)
-        output = run.engine(batch, all_layers=logged)
-        run.engine.backward(output.loss)
-        meter.add(output, len(batch.sizes))
-        del output  # full-size masks and maps: freed before the next forward pass
-        if logged and micro == last:
-            gradients = gradient_norms(run.engine)
-        run.engine.step()  # the optimizer steps at the last micro step only
+    for update in range(run.config.updates_per_step):
+        for micro, (batch, sampled) in enumerate(zip(parts, groups, strict=True), start=run.step * accumulation):
+            # ZeRO's offload reads it during the backward pass; DeepSpeed itself sets it too late for outputs like ours
+            run.engine.set_gradient_accumulation_boundary(micro == last)
+            # dropout is a function of (seed, micro step, rank), so that a resumed run is the uninterrupted one
+            torch.manual_seed(((seed * 1_000_003 + micro) * 65_536 + distributed.rank()) % 2**63)
+            output = run.engine(batch, all_layers=logged, sampled=sampled)
+            run.engine.backward(output.loss)
+            meter.add(output, 0 if update else len(batch.sizes))
+            del output  # full-size masks and maps: freed before the next forward pass
+            if logged and micro == last:
+                gradients = gradient_norms(run.engine)
+            run.engine.step()  # the optimizer steps at the last micro step only
     run.step += 1
     run.log.advance()
     if logged:
@@ -418,6 +422,28 @@ def train_step(run: Run, batches: Iterator[Batch], meter: Meter, logged: bool) -
             )
 
 
+def sample_groups(
+    run: Run, parts: Sequence[Batch], prompts: Sequence[GroupPrompts | None]
+) -> Sequence[SampledAnswers | None]:
+    """Answers to the questions of a step's batches; None for each with objective ``supervised``."""
+    import torch
+
+    from utils.training.group_samples import sample_answers
+    from utils.training.zero3 import gathered
+
+    asked = [each for each in prompts if each is not None]
+    if len(asked) < len(prompts):
+        return [None] * len(prompts)
+    settings, seed = run.config.grpo, run.config.train.seed
+    answers = [float(settings.grpo_answers * sum(map(len, each.questions))) for each in asked]
+    count = distributed.mean(torch.tensor(answers, device=run.device).mean())
+    with gathered(run.engine):
+        return [
+            sample_answers(run.model, run.processor, part, each, count, settings, seed)
+            for part, each in zip(parts, asked, strict=True)
+        ]
+
+
 def check_answers(window: Sequence[Batch], counts: torch.Tensor, step: int) -> None:
     """Raises ``DataError`` if truncation left no answer in a step; ``counts`` are the means over all processes."""
     if not any(len(batch.label_ids) for batch in window) and counts[0] == 0:  # true in all processes or in none
@@ -425,6 +451,16 @@ def check_answers(window: Sequence[Batch], counts: torch.Tensor, step: int) -> N
             f"step {step} has no answer to learn: its conversations are so long that --model_max_length cuts all of "
             "them off; raise it, or shorten the questions"
         )
+
+
+def collate(
+    samples: Sequence[Sample], processor: UGroundProcessor, mixture: Mixture, grpo: GrpoSettings
+) -> TrainingBatch:
+    """A batch with its ground truth, and its questions where answers are sampled."""
+    batch = processor.collate(samples, on_truncated=mixture.count_truncated)
+    if grpo.objective == "supervised":
+        return batch, None
+    return batch, processor.group_prompts(samples, grpo.grpo_tokens, on_truncated=mixture.count_truncated)
 
 
 def batches_from(run: Run) -> DataLoader:
@@ -446,7 +482,7 @@ def batches_from(run: Run) -> DataLoader:
     return DataLoader(
         run.mixture,
         batch_sampler=sampler,
-        collate_fn=partial(run.processor.collate, on_truncated=run.mixture.count_truncated),
+        collate_fn=partial(collate, processor=run.processor, mixture=run.mixture, grpo=run.config.grpo),
         num_workers=workers,
         prefetch_factor=1 + -(-accumulation // workers) if workers else None,  # a whole step is fetched at once
         worker_init_fn=one_thread,

@@ -13,9 +13,11 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby, pairwise
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from model.backbones.base import KeySpace, LanguageOutput
@@ -27,6 +29,47 @@ if TYPE_CHECKING:
     from model.grounding import GroundingModel
 
 AS_IT_LIKES = Opening()
+
+
+@dataclass
+class Sampling:
+    """How tokens are sampled: the likeliest tokens with probability ``top_p`` in all, at ``temperature``.
+
+    Attributes:
+        uniform: [B, K, steps] numbers in [0, 1), one for each token of each answer.
+    """
+
+    temperature: float
+    top_p: float
+    uniform: torch.Tensor
+
+    def choose(self, logits: torch.Tensor, rows: list[list[int]], step: int) -> torch.Tensor:
+        """Tokens [B, K'] from logits [B, K', V]; rows: the answers of each slot."""
+        probabilities, order = (
+            (logits.float() / self.temperature).softmax(-1).sort(dim=-1, descending=True, stable=True)
+        )
+        sums = probabilities.cumsum(-1)
+        kept = sums - probabilities < self.top_p  # the likeliest token always
+        mass = (probabilities * kept).sum(-1)
+        index = torch.tensor(rows, device=logits.device)
+        drawn = self.uniform[..., step].to(logits.device).gather(1, index) * mass
+        place = torch.searchsorted(sums, drawn[..., None], right=True)
+        last = kept.sum(-1, keepdim=True) - 1  # rounding: a number beside 1 may lie beyond the sum
+        return order.gather(-1, torch.minimum(place, last))[..., 0]
+
+
+def uniform_numbers(keys: Sequence[Sequence[Sequence[int]]], steps: int) -> torch.Tensor:
+    """[B, K, steps] float32 in [0, 1): of each answer a function of its key alone, not of its place in the batch."""
+    width = max(map(len, keys), default=0)
+    numbers = torch.zeros(len(keys), width, steps)
+    for b, row in enumerate(keys):
+        for k, key in enumerate(row):
+            state = int(np.random.SeedSequence(list(key)).generate_state(1, np.uint64)[0])
+            generator = torch.Generator().manual_seed(state % 2**63)
+            numbers[b, k] = torch.rand(steps, generator=generator)
+    return numbers
+
+
 QuestionIndex = tuple[int, int]  # (row, question)
 
 
@@ -137,12 +180,14 @@ def generate_answers(
     max_new_tokens: int,
     on_token: Callable[[list[int]], None] | None = None,
     opening: Opening = AS_IT_LIKES,
+    sampling: Sampling | None = None,
 ) -> GenerationOutput:
-    """Generates the answer to every question greedily, until its end token, ``max_new_tokens`` or ``MAX_SEGS``.
+    """Generates the answer to every question, until its end token, ``max_new_tokens`` or ``MAX_SEGS``.
 
     Args:
         output: of ``forward_language(batch, use_cache=True)``.
         opening: how each answer begins.
+        sampling: how tokens are chosen; None = the likeliest.
         on_token: called after each step with the newest token of every question (the end token again once a question
             has ended).
     """
@@ -155,7 +200,7 @@ def generate_answers(
     hidden = tuple(layer[rows, last] for layer in output.hidden)
     start = output, hidden, segment_ids, position_ids
     with _threads_for(model, num_rows * num_slots):
-        return generate_from(model, batch.questions, *start, max_new_tokens, on_token, opening)
+        return generate_from(model, batch.questions, *start, max_new_tokens, on_token, opening, sampling)
 
 
 def generate_from(
@@ -168,6 +213,7 @@ def generate_from(
     max_new_tokens: int,
     on_token: Callable[[list[int]], None] | None = None,
     opening: Opening = AS_IT_LIKES,
+    sampling: Sampling | None = None,
 ) -> GenerationOutput:
     """``generate_answers`` from any state of the cache.
 
@@ -188,9 +234,13 @@ def generate_from(
     tokens = torch.full_like(position_ids, -1)
     for step in range(max_new_tokens):
         logits = model.lm_head(hidden[-1])
-        if step < opening.steps:
+        if opening.banned and step < opening.steps:
             logits[..., list(opening.banned)] = -torch.inf
-        tokens = next_tokens(logits, tokens, codebook)  # [B, K]
+        choose = None
+        if sampling is not None:
+            open_answers = [[0 if question is None else question for question in row] for row in slots]
+            choose = partial(sampling.choose, rows=open_answers, step=step)
+        tokens = next_tokens(logits, tokens, codebook, choose)  # [B, K]
         if step < len(opening.forced):
             tokens = torch.full_like(tokens, opening.forced[step])
         finite = hidden[-1].isfinite().all(-1)
@@ -231,8 +281,13 @@ def generate_from(
     return GenerationOutput(token_ids, states, seg_questions, [False] * len(seg_questions), of_codebook)
 
 
-def next_tokens(logits: torch.Tensor, previous: torch.Tensor, codebook: Sequence[int]) -> torch.Tensor:
-    """Greedy tokens [B, K] from logits [B, K, V], which are overwritten.
+def next_tokens(
+    logits: torch.Tensor,
+    previous: torch.Tensor,
+    codebook: Sequence[int],
+    choose: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """Tokens [B, K] from logits [B, K, V], which are overwritten: those that ``choose`` gives, or the likeliest.
 
     A target's tokens are whole and in order: after one of the codebook the next one follows, whatever the logits, and
     nowhere else.
@@ -242,7 +297,7 @@ def next_tokens(logits: torch.Tensor, previous: torch.Tensor, codebook: Sequence
     """
     for token in codebook[1:]:
         logits[..., token] = -torch.inf
-    tokens = logits.argmax(-1)
+    tokens = logits.argmax(-1) if choose is None else choose(logits)
     for earlier, later in pairwise(codebook):
         tokens = torch.where(previous == earlier, later, tokens)
     return tokens

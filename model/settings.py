@@ -12,7 +12,7 @@ from dataclasses import Field, dataclass, field, fields
 from typing import Any
 
 from model import layer_rules
-from model.processing.thoughts import NO_THOUGHTS, THOUGHT_FORMATS
+from model.processing.thoughts import NO_THOUGHTS, THINK, THOUGHT_FORMATS
 
 PRECISION_NAMES = ("fp32", "bf16", "fp16")
 QUANTIZATIONS = ("8bit", "4bit")
@@ -276,6 +276,47 @@ class ExperimentalSettings:
     entropy_bonus: float = setting(0.0, "reward per nat of the policy's entropy; 0 = none (paper)", low=0.0)
     scale_advantage: bool = setting(False, "divide advantages by their root mean square in the batch, over all ranks")
     critic_loss_weight: float = setting(1.0, "weight of the critic's squared error, within lambda_policy", low=0.0)
+
+
+OBJECTIVES = ("supervised", "grpo", "both")
+
+
+@dataclass
+class GrpoSettings:
+    """grpo: sampled answers, rewarded within their group (docs/training.md); in no checkpoint's configuration"""
+
+    objective: str = setting(
+        "supervised",
+        "the losses of the ground truth (Eq. 9); grpo: answers that the model samples, rewarded against others to the "
+        "same question; both: their sum",
+        choices=OBJECTIVES,
+    )
+    grpo_weight: float = setting(1.0, "both: weight of the sampled answers' loss", above=0.0)
+    grpo_answers: int = setting(8, "answers sampled per question, which share its image", low=2)
+    grpo_tokens: int = setting(128, "longest sampled answer, in tokens", low=1)
+    grpo_temperature: float = setting(1.0, "temperature of the sampled tokens", above=0.0)
+    grpo_top_p: float = setting(1.0, "sample from the likeliest tokens with this probability", above=0.0, high=1.0)
+    grpo_think: str = setting(
+        "auto",
+        "whether sampled answers begin with a thought (thought_format): as the model likes, on, off",
+        choices=THINK,
+    )
+    grpo_rewards: tuple[str, ...] = setting(
+        ("mask_iou:1", "rejection:0.5", "format:0.5"),
+        "rewards with their weights, of mask_iou, map_iou, rejection, format, length (model/rewards.py)",
+    )
+    grpo_scale: bool = setting(True, "divide a group's advantages by the standard deviation of its rewards")
+    grpo_clip: float = setting(0.2, "how far the ratio to the sampling policy may leave 1", above=0.0, high=1.0)
+    grpo_updates: int = setting(1, "optimizer steps per set of sampled answers; with 1 nothing is clipped", low=1)
+    grpo_kl: float = setting(
+        0.0, "weight of the KL divergence from the model without LoRA, which needs its tables frozen", low=0.0
+    )
+    grpo_layers: str = setting(
+        "joint",
+        "the policy over layers: joint = a [SEG] and its layer are one action, with one ratio; apart = with a ratio of "
+        "its own, weighted with policy_loss_weight; off = not trained by these rewards",
+        choices=("joint", "apart", "off"),
+    )
 
 
 @dataclass

@@ -211,6 +211,21 @@ class Batch:
         return Batch(**moved)
 
 
+@dataclass
+class GroupPrompts:
+    """Questions of a batch, to be answered in groups of samples.
+
+    Attributes:
+        questions: [image][question] tokens after the prefix.
+        targets: per question, [m, H, W] uint8 of its targets; m = 0 where they are absent.
+        sample_ids: sample index per image.
+    """
+
+    questions: list[list[list[int]]]
+    targets: list[torch.Tensor]
+    sample_ids: list[int]
+
+
 @dataclass(frozen=True)
 class Prompts:
     """Prompts of SAM's decoder for a ``[SEG]``.

@@ -8,18 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from model.backbones import BACKBONES
 from model.loading.files import blame, read_json
 from model.processing.collate import PackedSequence, collate_rows, truncate
-from model.processing.conversation import PromptBuilder
+from model.processing.conversation import EncodedConversation, PromptBuilder
 from model.processing.reader import ImageReader
 from model.processing.thoughts import MARKS, NO_THOUGHTS, THINK, THOUGHT_FORMATS, Opening
-from model.processing.tokens import IM_START, SEG, codebook_names, load_tokenizer, token_ids
+from model.processing.tokens import IM_START, REJ, SEG, codebook_names, load_tokenizer, token_ids
 from model.processing.transforms import SAM_INPUTS
 from model.sam_cache import image_key
-from model.structures import Batch, Sample, Turn
+from model.structures import IGNORE_LABEL, Batch, GroupPrompts, Sample, Turn
 
 PROCESSOR_FILE = "uground_processor.json"
 REQUIRED: dict[str, type] = {"sam_side": int}  # in the file, with their types, beside those of the reader
@@ -166,6 +167,53 @@ class UGroundProcessor:
                 on_truncated(sample, too_long, self.room)
             rows.append(truncate(row, self.room, self.tokens.seg))
         return self._collate(rows)
+
+    def group_prompts(
+        self, samples: Sequence[Sample], tokens: int, on_truncated: Callable[[Sample, int, int], None] | None = None
+    ) -> GroupPrompts:
+        """The questions of samples whose answers a reward can judge: those about targets that are there or absent.
+
+        The last answer of a conversation is left out, earlier ones stay. Text alone has no reward, nor has an answer
+        that marks some targets and rejects others; these are no questions here.
+
+        Args:
+            tokens: longest answer; on_truncated: as in ``collate``, for questions that leave no room for it.
+        """
+        prompts = GroupPrompts([], [], [sample.sample_id for sample in samples])
+        for sample in samples:
+            row, too_long = [], 0
+            for turns, masks in sample.by_conversation():
+                *before, last = turns
+                targets = last.answer.count(SEG)
+                if (targets > 0) == (REJ in last.answer):
+                    continue
+                encoded = self.builder.encode((*before, Turn(last.question)))
+                if len(encoded.ids) + tokens > self.room:
+                    too_long += 1
+                    continue
+                row.append(encoded.ids)
+                prompts.targets.append(torch.from_numpy(masks[len(masks) - targets :]))
+            if too_long and on_truncated:
+                on_truncated(sample, too_long, self.room)
+            prompts.questions.append(row)
+        return prompts
+
+    def continued(self, conversations: Sequence[Sequence[tuple[list[int], list[int]]]], seen: Batch) -> Batch:
+        """A batch of conversations about the images of an earlier one, in tokens, with an empty mask per [SEG].
+
+        Args:
+            conversations: [image][conversation] tokens of the prompt, and of the answer, which are the labels.
+            seen: the earlier batch, which lends its pixels.
+        """
+        rows = []
+        for size, sample_id, pairs in zip(seen.sizes, seen.sample_ids, conversations, strict=True):
+            encoded = [
+                EncodedConversation(asked + answer, [IGNORE_LABEL] * len(asked) + answer) for asked, answer in pairs
+            ]
+            segs = sum(answer.count(self.tokens.seg) for _, answer in pairs)
+            image = np.broadcast_to(np.uint8(0), (*size, 3))  # its size alone is read
+            rows.append(PackedSequence(image, encoded, np.zeros((segs, 0, 0), np.uint8), sample_id))
+        return self._collate(rows, seen)
 
     def check_image(self, source: str, image: np.ndarray) -> None:
         """Raises a ValueError that names the source of an image [H, W, 3] which the backbone cannot read."""

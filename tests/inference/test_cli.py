@@ -160,8 +160,8 @@ def test_chat_is_a_unix_tool(version, photo, tmp_path):
 
 KEYS = [  # of a result's JSON; a benchmark with a choice of annotations has one more
     "benchmark", "mode", "protocol", "layer_policy", "metrics", "intervals", "controls", "breakdown", "counts",
-    "layers", "several_seg", "skipped", "missing", "limit", "seconds", "settings", "checkpoint", "command", "precision",
-    "device", "versions",
+    "layers", "several_seg", "think", "skipped", "missing", "limit", "seconds", "settings", "checkpoint", "command",
+    "precision", "device", "versions",
 ]  # fmt: skip
 
 

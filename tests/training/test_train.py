@@ -8,9 +8,6 @@ import os
 import re
 import resource
 import shutil
-import socket
-import subprocess
-import sys
 import time
 import traceback
 from collections import Counter
@@ -21,7 +18,7 @@ import pytest
 import torch
 import torch.distributed.run
 from forks import Program
-from tiny_run import ROOT, arguments, environment, log_lines
+from tiny_run import ROOT, arguments, environment, free_port, launch, log_lines
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import modeling_utils
 
@@ -459,26 +456,6 @@ def test_variants_train_validate_and_resume(run_here, term, settings):
 
 
 # -- two processes -----------------------------------------------------------------------------------------------------
-
-
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
-
-
-def launch(*flags: str) -> None:
-    """Two processes under DeepSpeed's launcher, as a user starts them."""
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", free_port()]
-    done = subprocess.run(
-        [*launcher, str(ROOT / "train_ds.py"), *flags],
-        env=environment(),
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
 
 
 def start_two(folder: Path, *flags: str) -> list[Program]:

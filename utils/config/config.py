@@ -13,13 +13,16 @@ from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
 import yaml
 
+from model import layer_rules
 from model.processing.thoughts import NO_THOUGHTS
+from model.rewards import weights_of
 from model.settings import (
     METHOD_FIELDS,
     RECIPES,
     RUN_NAMES,
     DecoderSettings,
     ExperimentalSettings,
+    GrpoSettings,
     LossSettings,
     PpmSettings,
     contradictions,
@@ -71,6 +74,7 @@ class Config:
     data: DataSettings = field(default_factory=DataSettings)
     train: TrainSettings = field(default_factory=TrainSettings)
     eval: EvalSettings = field(default_factory=EvalSettings)
+    grpo: GrpoSettings = field(default_factory=GrpoSettings)
     experimental: ExperimentalSettings = field(default_factory=ExperimentalSettings)
 
     def __post_init__(self) -> None:
@@ -84,6 +88,11 @@ class Config:
     def total_steps(self) -> int:
         """Optimizer steps of the whole run."""
         return self.train.epochs * self.train.steps_per_epoch
+
+    @property
+    def updates_per_step(self) -> int:
+        """Optimizer updates per step: several with answers that are learned from repeatedly."""
+        return 1 if self.grpo.objective == "supervised" else self.grpo.grpo_updates
 
     @property
     def method(self) -> dict[str, Any]:
@@ -356,6 +365,8 @@ def _contradictions(config: Config) -> Iterable[tuple[str, str]]:
         yield "explanatory", f"{data.explanatory} is neither -1 (off) nor a probability"
     if data.thought_probability and config.method["thought_format"] == NO_THOUGHTS:
         yield "thought_probability", f"{data.thought_probability} needs thought_format text or tokens"
+    if config.grpo.objective != "supervised":
+        yield from _grpo_contradictions(config)
     if train.warmup_steps >= config.total_steps:
         yield (
             "warmup_steps",
@@ -374,6 +385,30 @@ def _contradictions(config: Config) -> Iterable[tuple[str, str]]:
         yield "val_dataset", "is empty; name a benchmark, or give --no_eval"
 
 
+def _grpo_contradictions(config: Config) -> Iterable[tuple[str, str]]:
+    """(setting, problem) of settings that sampled answers cannot be learned from with."""
+    grpo, model = config.grpo, config.model
+    try:
+        weights_of(grpo.grpo_rewards)
+    except ValueError as error:
+        yield "grpo_rewards", str(error)
+    if model.lora_dropout:
+        yield (
+            "lora_dropout",
+            f"{model.lora_dropout} with objective {grpo.objective}: answers are sampled without dropout, and their "
+            "probabilities must be of the same model; set lora_dropout 0",
+        )
+    if grpo.grpo_think == "on" and config.method["thought_format"] == NO_THOUGHTS:
+        yield "grpo_think", "on needs a model that writes thoughts: set thought_format text or tokens"
+    tables_stay = model.train_tables == "new" or {"embed_tokens", "lm_head"} <= set(model.freeze)
+    if grpo.grpo_kl and not (model.lora_r and tables_stay):
+        yield (
+            "grpo_kl",
+            f"{grpo.grpo_kl}: the reference is the model without LoRA, so that nothing else may change its words; set "
+            "lora_r above 0, and freeze embed_tokens||lm_head (or train_tables new)",
+        )
+
+
 def _ignored(config: Config) -> Iterable[tuple[str, str]]:
     """(setting, problem) of settings that a run would silently ignore.
 
@@ -386,7 +421,9 @@ def _ignored(config: Config) -> Iterable[tuple[str, str]]:
             yield "sam_feature_cache", reason
         if config.model.compile_sam:
             yield "compile_sam", reason
-    if config.method["thought_format"] != NO_THOUGHTS and not config.data.thought_probability:
+    yield from _grpo_ignored(config)
+    supervised = config.grpo.objective == "supervised"
+    if config.method["thought_format"] != NO_THOUGHTS and not config.data.thought_probability and supervised:
         yield "thought_format", "has no effect: set thought_probability above 0, or leave it out"
     if not DATA_TYPES.issuperset(config.data.dataset):  # reported later
         return
@@ -394,6 +431,23 @@ def _ignored(config: Config) -> Iterable[tuple[str, str]]:
         if getattr(config.data, f"{kind}_data"):
             reason = f"--dataset {'||'.join(config.data.dataset)} does not name {kind}; name it there, or leave it out"
             yield f"{kind}_data", f"has no effect: {reason}"
+
+
+def _grpo_ignored(config: Config) -> Iterable[tuple[str, str]]:
+    """(setting, problem) of settings of sampled answers that others switch off."""
+    grpo, defaults = config.grpo, GrpoSettings()
+    changed = [name for name, value in vars(defaults).items() if getattr(grpo, name) != value]
+    if grpo.objective == "supervised":
+        for name in changed:
+            yield name, "has no effect: set objective grpo or both, or leave it out"
+        return
+    if grpo.objective == "grpo" and "grpo_weight" in changed:
+        yield "grpo_weight", "has no effect with objective grpo, whose loss is the only one; leave it out"
+    if grpo.grpo_updates == 1 and "grpo_clip" in changed:
+        yield "grpo_clip", "has no effect with grpo_updates 1, where the ratio is 1; raise these, or leave it out"
+    selection = config.method["layer_selection"]
+    if "grpo_layers" in changed and layer_rules.parse(selection, use="training").gate != "policy":
+        yield "grpo_layers", f"has no effect: layer_selection {selection} trains no policy; leave it out"
 
 
 def keep_trained(config: Config, trained: Mapping[str, Any], source: str) -> None:

@@ -11,7 +11,7 @@ clearly behind. The pairs of ``HELD_OUT`` are named in held-out scenes only.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -48,7 +48,7 @@ class Query:
 # ------------------------------------------------------------------------------------------------------------ words
 
 _NOUNS = ("shape", "object", "thing")
-_NUMBERS = ("zero", "one", "two", "three", "four", "five", "six")
+NUMBERS = ("zero", "one", "two", "three", "four", "five", "six")
 _SUBSETS = tuple(s for k in range(1, 5) for s in combinations(range(4), k))
 # Relative frequency of the attributes in a phrase (positions in size, texture, color, kind); color and kind dominate.
 _SUBSET_ODDS = {
@@ -91,7 +91,7 @@ def _noun_phrase(rng: np.random.Generator, words: tuple[str, ...]) -> str:
     return text if words[-1] in KINDS + NEW_KINDS else f"{text} {one_of(rng, _NOUNS)}"
 
 
-def _plural(noun: str) -> str:
+def plural(noun: str) -> str:
     return noun + ("es" if noun.endswith("s") else "s")
 
 
@@ -109,10 +109,10 @@ def _distinguishing_words(shapes: tuple[Shape, ...], bits: dict[str, int]) -> di
     return names
 
 
-def _short_names(rng: np.random.Generator, shapes: tuple[Shape, ...], bits: dict[str, int]) -> dict[int, str]:
+def short_names(rng: np.random.Generator, shapes: tuple[Shape, ...]) -> dict[int, str]:
     """A unique phrase for each shape that has one: color and kind if they identify it, else the shortest."""
     names = {}
-    for index, unique in _distinguishing_words(shapes, bits).items():
+    for index, unique in _distinguishing_words(shapes, _bits(shapes)).items():
         shape = shapes[index]
         if not unique:
             continue
@@ -188,10 +188,10 @@ def multi_queries(scene: Scene, rng: np.random.Generator) -> list[Query]:
         matches = _matches(bits, words)
         if matches == everything or matches.bit_count() < 2:
             continue
-        one, number = _noun_phrase(rng, words), _NUMBERS[matches.bit_count()]
-        forms = [f"all the {_plural(one)}", f"every {one}", f"the {number} {_plural(one)}", f"all {_plural(one)}"]
+        one, number = _noun_phrase(rng, words), NUMBERS[matches.bit_count()]
+        forms = [f"all the {plural(one)}", f"every {one}", f"the {number} {plural(one)}", f"all {plural(one)}"]
         queries.append(Query(one_of(rng, forms), _members(matches), "multi", False))
-    names = _short_names(rng, shapes, bits)
+    names = short_names(rng, shapes)
     pairs = [(i, j) for i in names for j in names if i != j]
     for i, j in shuffled(rng, pairs)[: MAX_TEXTS // 2]:
         queries.append(Query(f"{names[i]} and {names[j]}", (i, j), "multi", False))
@@ -221,6 +221,7 @@ _NEAREST = (
     "which {noun} is closest to {name}?",
     "what is nearest to {name}?",
 )
+_DISTANCES = {"farthest": _FARTHEST, "nearest": _NEAREST}
 _SIDES = (  # axis, direction, wordings: the target is the only shape on that side of the named one
     (0, -1, ("what is to the left of {name}?", "which {noun} is left of {name}?")),
     (0, 1, ("what is to the right of {name}?", "which {noun} is right of {name}?")),
@@ -233,25 +234,34 @@ def relation_queries(scene: Scene, rng: np.random.Generator) -> list[Query]:
     """Questions about the position of a shape relative to a named one."""
     shapes, unit = scene.shapes, max(scene.image.shape) / 120
     queries = []
-    names = _short_names(rng, shapes, _bits(shapes))
+    names = short_names(rng, shapes)
 
     def ask(wordings, reference: int, target: int) -> None:
         text = one_of(rng, wordings).format(noun=one_of(rng, _NOUNS), name=names[reference])
         queries.append(Query(text, (target,), "relation", True, reference))
 
     for index in names:
-        x, y = shapes[index].center
-        others = [(math.hypot(s.center[0] - x, s.center[1] - y), i) for i, s in enumerate(shapes) if i != index]
-        others.sort()
-        if others[-1][0] - others[-2][0] > 12 * unit:
-            ask(_FARTHEST, index, others[-1][1])
-        if others[1][0] - others[0][0] > 12 * unit:
-            ask(_NEAREST, index, others[0][1])
+        for distance, target in extreme_distances(scene, index).items():
+            ask(_DISTANCES[distance], index, target)
         for axis, direction, wordings in _SIDES:
-            steps = sorted(((shapes[i].center[axis] - (x, y)[axis]) * direction, i) for _, i in others)
+            position, others = shapes[index].center[axis], [i for i in range(len(shapes)) if i != index]
+            steps = sorted(((shapes[i].center[axis] - position) * direction, i) for i in others)
             if steps[-1][0] > 12 * unit and steps[-2][0] < 0:
                 ask(wordings, index, steps[-1][1])
     return queries
+
+
+def extreme_distances(scene: Scene, index: int) -> dict[str, int]:
+    """The shapes that are clearly ``farthest`` from shape ``index``, and ``nearest`` to it; a key may be missing."""
+    shapes, unit = scene.shapes, max(scene.image.shape) / 120
+    x, y = shapes[index].center
+    others = sorted((math.hypot(s.center[0] - x, s.center[1] - y), i) for i, s in enumerate(shapes) if i != index)
+    extremes = {}
+    if others[-1][0] - others[-2][0] > 12 * unit:
+        extremes["farthest"] = others[-1][1]
+    if others[1][0] - others[0][0] > 12 * unit:
+        extremes["nearest"] = others[0][1]
+    return extremes
 
 
 _LARGEST = (
@@ -261,40 +271,60 @@ _LARGEST = (
 )
 _SMALLEST = ("which {noun} is the smallest?", "what is the smallest {noun}?", "what is smaller than all the others?")
 _EXTREMES = (
-    (0, -1, ("which {noun} is farthest to the left?", "what is the leftmost {noun}?")),
-    (0, 1, ("which {noun} is farthest to the right?", "what is the rightmost {noun}?")),
-    (1, -1, ("which {noun} is at the very top?", "what is the topmost {noun}?", "what is the highest {noun}?")),
-    (1, 1, ("which {noun} is at the very bottom?", "what is the lowest {noun}?")),
+    (0, -1, "leftmost", ("which {noun} is farthest to the left?", "what is the leftmost {noun}?")),
+    (0, 1, "rightmost", ("which {noun} is farthest to the right?", "what is the rightmost {noun}?")),
+    (
+        1,
+        -1,
+        "topmost",
+        ("which {noun} is at the very top?", "what is the topmost {noun}?", "what is the highest {noun}?"),
+    ),
+    (1, 1, "lowest", ("which {noun} is at the very bottom?", "what is the lowest {noun}?")),
 )
+_SUPERLATIVES = {"largest": _LARGEST, "smallest": _SMALLEST} | {word: wordings for *_, word, wordings in _EXTREMES}
 
 
 def _superlatives(scene: Scene, rng: np.random.Generator) -> list[Query]:
-    shapes, unit = scene.shapes, max(scene.image.shape) / 120
     queries = []
+    for word, target in superlatives(scene).items():
+        text = one_of(rng, _SUPERLATIVES[word]).format(noun=one_of(rng, _NOUNS))
+        queries.append(Query(text, (target,), "superlative", True))
+    return queries
 
-    def ask(wordings, target: int) -> None:
-        queries.append(Query(one_of(rng, wordings).format(noun=one_of(rng, _NOUNS)), (target,), "superlative", True))
 
-    visible = scene.masks.sum(axis=(1, 2)).tolist()
-    # Radius, whole area and visible area must agree, so that every reading of "large" gives the same answer.
-    order = sorted(range(len(shapes)), key=lambda i: shapes[i].radius)
-    first, second, before_last, last = order[0], order[1], order[-2], order[-1]
-    if shapes[last].radius > 1.2 * shapes[before_last].radius and all(
-        shapes[last].area > 1.3 * shapes[i].area and visible[last] > 1.15 * visible[i] for i in order[:-1]
-    ):
-        ask(_LARGEST, last)
-    if shapes[second].radius > 1.2 * shapes[first].radius and all(
-        shapes[i].area > 1.3 * shapes[first].area and visible[i] > 1.15 * visible[first] for i in order[1:]
-    ):
-        ask(_SMALLEST, first)
-    for axis, direction, wordings in _EXTREMES:
+def superlatives(scene: Scene) -> dict[str, int]:
+    """Superlative -> the shape that clearly is it; those that no shape clearly is are missing."""
+    shapes, unit = scene.shapes, max(scene.image.shape) / 120
+    targets = {}
+    order = by_size(scene, range(len(shapes)))
+    if is_larger(scene, order[-1], order[:-1]):
+        targets["largest"] = order[-1]
+    if all(is_larger(scene, i, order[:1]) for i in order[1:]):
+        targets["smallest"] = order[0]
+    for axis, direction, word, _ in _EXTREMES:
         positions = sorted((s.center[axis] * direction, i) for i, s in enumerate(shapes))
         edges = [s.center[axis] * direction + s.reach for s in shapes]
         (runner_up, _), (position, index) = positions[-2:]
         # Both its center and its edge must be outermost.
         if position - runner_up > 8 * unit and edges[index] >= max(edges) - 0.5:
-            ask(wordings, index)
-    return queries
+            targets[word] = index
+    return targets
+
+
+def by_size(scene: Scene, indices: Iterable[int]) -> list[int]:
+    """The shapes by their radius, the smallest first."""
+    return sorted(indices, key=lambda i: scene.shapes[i].radius)
+
+
+def is_larger(scene: Scene, index: int, others: Iterable[int]) -> bool:
+    """Whether a shape is clearly larger than the others: by radius, whole and visible area, however one reads it."""
+    shape, visible = scene.shapes[index], scene.masks.sum(axis=(1, 2)).tolist()
+    return all(
+        shape.radius > 1.2 * scene.shapes[i].radius
+        and shape.area > 1.3 * scene.shapes[i].area
+        and visible[index] > 1.15 * visible[i]
+        for i in others
+    )
 
 
 _COMMONSENSE = (  # attribute words, and questions that any of them answers
@@ -372,7 +402,7 @@ def questions(scene: Scene, rng: np.random.Generator) -> list[tuple[str, str]]:
         short = [name for name in unique if len(name) < 4]
         if short:
             pairs.append(_attribute_question(rng, shapes[index], one_of(rng, short)))
-    names = _short_names(rng, shapes, bits)
+    names = short_names(rng, shapes)
     couples = shuffled(rng, [(i, j) for i in names for j in names if i != j])[:2]
     unit = max(scene.image.shape) / 120
     for i, j in couples:
@@ -387,9 +417,9 @@ def questions(scene: Scene, rng: np.random.Generator) -> list[tuple[str, str]]:
 def _counting(scene: Scene, rng: np.random.Generator, bits: dict[str, int]) -> tuple[str, str]:
     word = one_of(rng, [*KINDS, *COLORS, "striped", "dotted", *bits, *bits, ""])
     if not word or word == "plain":
-        return f"how many {_plural(one_of(rng, _NOUNS))} are there?", _NUMBERS[len(scene.shapes)]
-    noun = _plural(_noun_phrase(rng, (word,)))
-    return f"how many {noun} are there?", _NUMBERS[_matches(bits, (word,)).bit_count()]
+        return f"how many {plural(one_of(rng, _NOUNS))} are there?", NUMBERS[len(scene.shapes)]
+    noun = plural(_noun_phrase(rng, (word,)))
+    return f"how many {noun} are there?", NUMBERS[_matches(bits, (word,)).bit_count()]
 
 
 def _yes_or_no(scene: Scene, rng: np.random.Generator, bits: dict[str, int]) -> list[tuple[str, str]]:

@@ -388,8 +388,9 @@ def resume(engine, checkpoint: Path, run: dict[str, Any]) -> dict[str, Any]:
     distributed.raise_on_all_ranks(problem, CheckpointError)
     with plain_data(checkpoint):
         restore(engine, shards)
-    if engine.global_steps != saved["step"]:
-        raise CheckpointError(f"{checkpoint} is of step {engine.global_steps}, but {META} of {saved['step']}")
+    updates = saved["step"] * config_from(saved["config"], str(checkpoint)).updates_per_step
+    if engine.global_steps != updates:
+        raise CheckpointError(f"{checkpoint} is of update {engine.global_steps}, but {META} of {updates}")
     return saved
 
 

@@ -95,9 +95,9 @@ def build_engine(model: nn.Module, config: Config, settings: dict[str, Any]):
     optimizer = torch.optim.AdamW(groups, betas=betas, weight_decay=config.train.weight_decay, fused=True)
     scheduler = WarmupDecayLR(
         optimizer,
-        total_num_steps=config.total_steps,
+        total_num_steps=config.total_steps * config.updates_per_step,
         warmup_max_lr=[group["lr"] for group in groups],
-        warmup_num_steps=config.train.warmup_steps,
+        warmup_num_steps=config.train.warmup_steps * config.updates_per_step,
         warmup_type="linear",
     )
     engine, *_ = deepspeed.initialize(

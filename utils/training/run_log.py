@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 LOG = "log.jsonl"  # in a run's folder: a line per logged step
 PICTURES = "pictures"  # in a run's folder: the validation samples, BENCHMARK/step_00000060.png
+GRPO = "grpo"  # begins the names of the sampled answers' numbers; the rest names a reward, or what was counted
 NOT_LOSSES = {  # logged numbers that are no losses -> their tags in the trackers
     "reward": "policy/reward",
     "baseline": "policy/baseline",
@@ -112,7 +113,8 @@ class Meter:
         """
         import torch
 
-        over = {"baseline": 1, "loss": self.micro_steps, "text": self.micro_steps}
+        over: dict[str, Any] = {"baseline": 1, "loss": self.micro_steps, "text": self.micro_steps}
+        over |= {name: self.micro_steps for name in self.sums if name.startswith(GRPO)}
         over["thought"] = self.with_thoughts.clamp(min=1)
         with_masks = self.with_masks.clamp(min=1)
         means = [value / over.get(name, with_masks) for name, value in self.sums.items()]
@@ -210,7 +212,8 @@ class RunLog:
         scalars = {f"map_loss_by_layer/{i}": loss for i, loss in enumerate(values.get("map_loss_by_layer", ()))}
         for name, value in values.items():
             if name not in ("map_loss_by_layer", "layers"):
-                scalars[NOT_LOSSES.get(name, f"loss/{name}")] = value
+                kind = name.replace(GRPO, f"{GRPO}/") if name.startswith(f"{GRPO}_") else f"loss/{name}"
+                scalars[NOT_LOSSES.get(name, kind)] = value
         scalars |= {f"gradient/{part}": norm for part, norm in gradients.items()}
         self.trackers.each(lambda tracker: tracker.scalars(scalars, step))
         if any(layers := values["layers"]):
@@ -254,13 +257,18 @@ class RunLog:
 def step_line(step: int, total: int, epoch: float, values: dict[str, Any], seconds_left: float) -> str:
     """One line of a logged step; masks and maps as BCE+dice, layers as mean and standard deviation."""
     counts = np.array(values["layers"], dtype=float)
-    parts = [f"step {step}/{total}", f"epoch {epoch:.2f}", f"loss {values['loss']:.3f}", f"text {values['text']:.3f}"]
-    if "thought" in values:
-        parts.append(f"thought {values['thought']:.3f}")
-    parts += [f"{kind} {values[f'{kind}_bce']:.3f}+{values[f'{kind}_dice']:.3f}" for kind in ("mask", "map")]
+    parts = [f"step {step}/{total}", f"epoch {epoch:.2f}", f"loss {values['loss']:.3f}"]
+    parts += [f"{name} {values[name]:.3f}" for name in ("text", "thought") if name in values]
+    parts += [
+        f"{kind} {values[f'{kind}_bce']:.3f}+{values[f'{kind}_dice']:.3f}"
+        for kind in ("mask", "map")
+        if f"{kind}_bce" in values
+    ]
     if "policy" in values:
         parts.append(f"policy {values['policy']:+.3f} H {values['entropy']:.2f}")
-    parts.append(f"reward {values['reward']:.2f} (baseline {values['baseline']:.2f})")
+    if "reward" in values:
+        parts.append(f"reward {values['reward']:.2f} (baseline {values['baseline']:.2f})")
+    parts += [f"{name.removeprefix(f'{GRPO}_')} {value:.3f}" for name, value in values.items() if name.startswith(GRPO)]
     if counts.sum():
         layers = np.arange(len(counts))
         mean = np.average(layers, weights=counts)
