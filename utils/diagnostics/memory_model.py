@@ -78,6 +78,8 @@ class Plan:
         gpus: over which the optimizer is sharded. offload: of the optimizer, to the host's memory.
         sharded: number of the parameters that are sharded, too; 0 but for ZeRO-3.
         bucket: numbers per message of gradients (DeepSpeed's reduce_bucket_size).
+        supervised: whether the ground truth is learned from. answer_tokens: per row of sampled answers; 0 = none.
+        answer_labels: their tokens, per image, at most. answers: per image.
     """
 
     shape: GroundingConfig
@@ -97,6 +99,10 @@ class Plan:
     offload: bool = False
     sharded: int = 0
     bucket: int = 50_000_000
+    supervised: bool = True
+    answer_tokens: int = 0
+    answer_labels: int = 0
+    answers: int = 0
 
     @property
     def rows(self) -> int:
@@ -137,6 +143,19 @@ def language_model(plan: Plan) -> float:
 def text_loss_bytes(plan: Plan) -> float:
     """Bytes of the logits at the labels: as computed (b), in float32, their log-softmax and its gradient (4 each)."""
     return plan.images * plan.labels * plan.shape.text.vocab_size * (plan.precision + 12.0)
+
+
+def sampled_answers(plan: Plan) -> float:
+    """Bytes of the pass that sampled answers are learned from: the language model's, with the answers' rows.
+
+    Their logits are, beside ``text_loss_bytes``, divided by the temperature and read for the entropy (4 and 2 x 4).
+    Generation before it holds a KV cache, which is smaller and freed; masks for the rewards have no gradient.
+    """
+    if not plan.answer_tokens:
+        return 0.0
+    rows = replace(plan, tokens=plan.answer_tokens, labels=plan.answer_labels)
+    more = 12.0 * plan.images * plan.answer_labels * plan.shape.text.vocab_size
+    return language_model(rows) + text_loss_bytes(rows) + more + 8.0 * plan.pixels * plan.answers * plan.images
 
 
 def token_rows(plan: Plan) -> float:
@@ -232,12 +251,14 @@ def expected(plan: Plan) -> dict[str, float]:
     the decoder and the losses run: the larger of the two counts.
     """
     on_gpu, host = optimizer(plan)
+    of_truth = language_model(plan) + text_loss_bytes(plan), mask_decoder(plan) + mask_losses(plan)
+    of_truth = of_truth if plan.supervised else (0.0, 0.0)
     parts = {
         "weights": weights(plan),
         "optimizer": on_gpu,
         "gradients": gradients(plan),
-        "language model": language_model(plan) + text_loss_bytes(plan) + token_rows(plan),
-        "SAM": max(image_encoder(plan), mask_decoder(plan) + mask_losses(plan)),
+        "language model": of_truth[0] + sampled_answers(plan) + token_rows(plan),
+        "SAM": max(image_encoder(plan), of_truth[1]),
     }
     return parts | {"total": sum(parts.values()), "host": host}
 
@@ -335,7 +356,9 @@ def plan_of_shape(shape: GroundingConfig, config: Config) -> Plan:
     rows = tuple(range(ADDED + more)) if part.train_tables == "new" else ()
     total, trainable, sharded = count_parameters(shape, part.lora_r, part.lora_target_modules, rows, part.freeze)
     zero = json.loads(Path(config.train.deepspeed_config).read_text()).get("zero_optimization", {})
-    questions = config.data.questions_per_image
+    questions, grpo = config.data.questions_per_image, config.grpo
+    answers = 0 if grpo.objective == "supervised" else questions * grpo.grpo_answers
+    asked = PER_QUESTION - LABELS
     return Plan(
         shape=shape,
         parameters=total,
@@ -352,6 +375,10 @@ def plan_of_shape(shape: GroundingConfig, config: Config) -> Plan:
         offload="offload_optimizer" in zero,
         sharded=sharded if zero.get("stage") == 3 else 0,
         bucket=int(zero.get("reduce_bucket_size", 500_000_000)),
+        supervised=grpo.objective != "grpo",
+        answer_tokens=answers and shape.num_image_tokens + PREFIX + answers * (asked + grpo.grpo_tokens),
+        answer_labels=answers * grpo.grpo_tokens,
+        answers=answers,
     )
 
 
@@ -360,10 +387,12 @@ def plan_of_shape(shape: GroundingConfig, config: Config) -> Plan:
 
 def tables(name: str, plan: Plan, source: str, gpus: Sequence[int], offload: bool) -> list[str]:
     """Memory by parts as configured, with checkpointing, one image and offloading, for each number of GPUs."""
-    per_gpu = f"{plan.images} images of {plan.tokens} tokens and {plan.masks} masks per GPU, {8 * plan.precision} bits"
+    rows = [f"{plan.tokens} tokens and {plan.masks} masks"] * plan.supervised
+    rows += [f"{plan.answer_tokens} tokens with {plan.answers} sampled answers"] * (plan.answers > 0)
+    per_gpu = f"{plan.images} images of {' and of '.join(rows)} per GPU, {8 * plan.precision} bits"
     lines = [f"{name}: {plan.parameters:,} parameters, {plan.trainable:,} trainable; {per_gpu}"]
     lines += [f"sizes from: {source}"] if source else []
-    rows = [["GB per GPU", *MEMORY_PARTS, "all", "fits on"]]
+    table = [["GB per GPU", *MEMORY_PARTS, "all", "fits on"]]
     variants: dict[str, dict[str, Any]] = {"as configured": {}, "gradient checkpointing": {"checkpointing": True}}
     variants["checkpointing, 1 image"] = {"checkpointing": True, "images": 1}
     for count in gpus:
@@ -375,12 +404,12 @@ def tables(name: str, plan: Plan, source: str, gpus: Sequence[int], offload: boo
                 label = f"{counted(count, 'GPU')}, {title}{', offload' if offloaded else ''}"
                 sizes = [f"{value / GB:.1f}" for value in (*(parts[part] for part in MEMORY_PARTS), total)]
                 host = f" (host: {parts['host'] / GB:.1f} per GPU)" if offloaded else ""
-                rows.append([label, *sizes, f"{cards}{host}"])
+                table.append([label, *sizes, f"{cards}{host}"])
     assumed = f"{CUDA_CONTEXT / GB:.1f} GB for CUDA and NCCL and {FRAGMENTATION:.0%} of the activations"
     return [
         *lines,
         "",
-        *text_tables.aligned(rows, "l" + "r" * (len(MEMORY_PARTS) + 1) + "l"),
+        *text_tables.aligned(table, "l" + "r" * (len(MEMORY_PARTS) + 1) + "l"),
         f"all: with {assumed}, which are assumptions, not measurements; docs/scaling.md",
         f"fits on: cards (GB) with {MARGIN:.0%} left free",
         "",
