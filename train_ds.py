@@ -417,9 +417,10 @@ def train_step(run: Run, batches: Iterator[TrainingBatch], meter: Meter, logged:
         run.log.train(run.step, values, gradients)
         check_finite(values, run.step)
         if run.step == 1 and (silent := [part for part, norm in gradients.items() if norm == 0]):
-            run.log.print(
-                f"warning: no gradient in step 1 for {', '.join(silent)} (a loss weight of 0, or no mask in the batch?)"
-            )
+            reason = "a loss weight of 0, or no mask in the batch?"
+            if run.config.grpo.objective == "grpo":
+                reason = "rewards train words and layers alone: --freeze the others"
+            run.log.print(f"warning: no gradient in step 1 for {', '.join(silent)} ({reason})")
 
 
 def sample_groups(

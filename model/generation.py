@@ -36,23 +36,22 @@ class Sampling:
     """How tokens are sampled: the likeliest tokens with probability ``top_p`` in all, at ``temperature``.
 
     Attributes:
-        uniform: [B, K, steps] numbers in [0, 1), one for each token of each answer.
+        uniform: [B, K, steps] numbers in [0, 1), one for each token of each answer, on the model's device.
     """
 
     temperature: float
     top_p: float
     uniform: torch.Tensor
 
-    def choose(self, logits: torch.Tensor, rows: list[list[int]], step: int) -> torch.Tensor:
-        """Tokens [B, K'] from logits [B, K', V]; rows: the answers of each slot."""
+    def choose(self, logits: torch.Tensor, numbers: torch.Tensor, step: int) -> torch.Tensor:
+        """Tokens [B, K'] from logits [B, K', V]; numbers: [B, K'], the answer of each slot."""
         probabilities, order = (
             (logits.float() / self.temperature).softmax(-1).sort(dim=-1, descending=True, stable=True)
         )
         sums = probabilities.cumsum(-1)
         kept = sums - probabilities < self.top_p  # the likeliest token always
         mass = (probabilities * kept).sum(-1)
-        index = torch.tensor(rows, device=logits.device)
-        drawn = self.uniform[..., step].to(logits.device).gather(1, index) * mass
+        drawn = self.uniform[..., step].gather(1, numbers) * mass
         place = torch.searchsorted(sums, drawn[..., None], right=True)
         last = kept.sum(-1, keepdim=True) - 1  # rounding: a number beside 1 may lie beyond the sum
         return order.gather(-1, torch.minimum(place, last))[..., 0]
@@ -232,14 +231,12 @@ def generate_from(
     segs: list[tuple[QuestionIndex, int, torch.Tensor]] = []
     segs_of: Counter[QuestionIndex] = Counter()
     tokens = torch.full_like(position_ids, -1)
+    numbers = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)  # of each slot's answer
     for step in range(max_new_tokens):
         logits = model.lm_head(hidden[-1])
         if opening.banned and step < opening.steps:
             logits[..., list(opening.banned)] = -torch.inf
-        choose = None
-        if sampling is not None:
-            open_answers = [[0 if question is None else question for question in row] for row in slots]
-            choose = partial(sampling.choose, rows=open_answers, step=step)
+        choose = None if sampling is None else partial(sampling.choose, numbers=numbers, step=step)
         tokens = next_tokens(logits, tokens, codebook, choose)  # [B, K]
         if step < len(opening.forced):
             tokens = torch.full_like(tokens, opening.forced[step])
@@ -268,7 +265,8 @@ def generate_from(
             ended = torch.tensor([[slot is None for slot in row] for row in slots], device=tokens.device)
             segment_ids = segment_ids.masked_fill(ended, -1)
             if alive < len(slots[0]):
-                slots, (tokens, segment_ids, position_ids) = _open(slots, alive, (tokens, segment_ids, position_ids))
+                values = tokens, segment_ids, position_ids, numbers
+                slots, (tokens, segment_ids, position_ids, numbers) = _open(slots, alive, values)
         embeddings = model.get_input_embeddings()(tokens)
         past = model.forward_packed(embeddings, segment_ids, position_ids, segment_ids >= 0, past=past, use_cache=True)
         hidden = past.hidden

@@ -225,8 +225,7 @@ def group_loss(
     each = sampled.count.clamp(min=EPSILON)
     for name, rewards in zip(weights_of(settings.grpo_rewards), old.rewards.unbind(1)):
         terms[f"grpo_{name}"] = rewards.sum() / each
-    lengths = torch.tensor([float(details["length"]) for details in sampled.details])
-    terms["grpo_tokens"] = lengths.sum().to(each.device) / each
+    terms["grpo_tokens"] = len(log_probs) / each
     groups = old.advantages.view(-1, settings.grpo_answers)
     terms["grpo_equal"] = (groups == 0).all(1).float().sum() * settings.grpo_answers / each
     return loss, {name: value.detach() for name, value in terms.items()}

@@ -19,9 +19,9 @@ from strict_device import DeviceTensor, strict_device
 from model import grounding
 from model.layer_rules import StochasticSkip
 from model.loading.pretrained import load
-from model.lora import add_lora
+from model.lora import add_lora, base_of
 from model.opened import cache_sam_features
-from model.settings import RECIPES
+from model.settings import RECIPES, GrpoSettings
 from model.structures import Prediction, Turn
 from scripts.merge_lora import merge
 from utils.datasets import get_eval_dataset
@@ -31,6 +31,7 @@ from utils.evaluation.engine import evaluate
 from utils.evaluation.layer_analysis import LayerAnalyzer
 from utils.evaluation.predictions import InferenceOptions
 from utils.inference.session import ImageSession
+from utils.training.group_samples import generated_answers, packed_answers
 from utils.training.run_log import Meter
 
 SETTINGS = {
@@ -191,6 +192,44 @@ def test_a_step_with_another_sam_computes_what_the_cpu_does_and_never_waits(
     if cached:
         cache_sam_features(base, processor, str(tmp_path / "cache"), 1.0)
     assert compare_step(model, processor.collate(tiny_samples[:2])) == []
+
+
+def test_answers_are_sampled_and_learned_from_as_on_the_cpu(make_model, tiny_processor, tiny_samples):
+    """Answers may wait for their tokens, rewards for their masks; the loss does not."""
+    settings = GrpoSettings(objective="grpo", grpo_answers=2, grpo_tokens=6, grpo_kl=0.1)
+    batch, prompts = tiny_processor.collate(tiny_samples), tiny_processor.group_prompts(tiny_samples, 6)
+    model = add_lora(make_model(), r=2, dropout=0.0).train()
+    seg, rej, eos = tiny_processor.tokens.seg, tiny_processor.tokens.rej, tiny_processor.tokens.eos
+    given = [[[seg, eos] if k % 2 else [rej, eos] for k in range(2 * len(row))] for row in prompts.questions]
+
+    def learn(model, batch):
+        inner, count = base_of(model), torch.tensor(10.0, device=batch.input_ids.device)
+        tokens = generated_answers(inner, tiny_processor, batch, prompts, settings, 0)
+        answers = packed_answers(given, tiny_processor, batch, prompts, count, settings)
+        losses = [model(batch, sampled=answers).loss]
+        asked.append(set(waits))
+        waits.clear()
+        losses += [model(batch, sampled=answers).loss]  # rewards are known
+        asked.append(set(waits))
+        losses[0].backward()
+        return tokens, losses
+
+    there, waits = copy.deepcopy(model), list[str]()
+    asked: list[set[str]] = []
+    tokens, losses = learn(model, batch)
+    with strict_device() as waits:
+        there.to("cuda")
+        waits.clear()
+        batch = batch.to("cuda")
+        found, device_losses = learn(there, batch)
+        assert not asked[-1]
+        assert found == tokens
+        for loss, wanted in zip(device_losses, losses):
+            torch.testing.assert_close(loss.cpu(), wanted, rtol=1e-4, atol=1e-6)
+        weights = dict(there.named_parameters())
+        for name, parameter in model.named_parameters():
+            if parameter.grad is not None:
+                torch.testing.assert_close(weights[name].grad.cpu(), parameter.grad, rtol=1e-3, atol=1e-6, msg=name)
 
 
 def test_checkpointing_and_the_feature_cache_do_not_wait(step, tmp_path):

@@ -91,7 +91,9 @@ def test_token_probabilities_have_the_sampling_temperature():
 def test_tokens_are_drawn_from_the_likeliest(temperature, top_p):
     logits = torch.tensor([0.5, 0.1, 0.3, 0.1]).log()
     numbers = (torch.arange(1000) + 0.5) / 1000  # evenly spread: frequencies are exact
-    drawn = Sampling(temperature, top_p, numbers[:, None, None]).choose(logits.expand(1000, 1, 4), [[0]] * 1000, 0)
+    drawn = Sampling(temperature, top_p, numbers[:, None, None]).choose(
+        logits.expand(1000, 1, 4), torch.zeros(1000, 1).long(), 0
+    )
     frequency = drawn.flatten().bincount(minlength=4) / 1000
     kept = {1.0: [0, 1, 2, 3], 0.6: [0, 2], 1e-6: [0]}[top_p]
     expected = torch.zeros(4).index_put((torch.tensor(kept),), torch.softmax(logits / temperature, -1)[kept])

@@ -24,7 +24,7 @@ from utils.files import write_atomically
 from utils.plotting import charts, text_tables
 from utils.plotting.overlays import evenly_spaced
 from utils.training.checkpoint import read_index, step_name, step_of
-from utils.training.run_log import LOG, NOT_LOSSES, PICTURES, read_log
+from utils.training.run_log import GRPO, LOG, NOT_LOSSES, PICTURES, read_log
 from utils.wording import counted
 
 NAME = "report.html"
@@ -64,6 +64,12 @@ def write_report(folder: Path) -> Path:
             "Policy",
             chart(policy_series(train), "Reward and its baseline; entropy of the policy in nats."),
             layer_chart(train),
+        ),
+        section(
+            "Sampled answers",
+            chart(
+                answer_series(train), "Loss (grpo), mean rewards by name, tokens, entropy per token in nats, shares."
+            ),
         ),
         section(
             "Gradients and speed", chart(speed_series(train), "Gradient norms before clipping, per part and in total.")
@@ -224,7 +230,12 @@ def loss_series(train: Sequence[dict]) -> dict[str, Series]:
     names = dict.fromkeys(
         name for line in train for name, value in line.items() if isinstance(value, float) and name not in others
     )
-    return {name: {name: column(train, name)} for name in names}
+    return {name: {name: column(train, name)} for name in names if not name.startswith(GRPO)}
+
+
+def answer_series(train: Sequence[dict]) -> dict[str, Series]:
+    names = dict.fromkeys(name for line in train for name in line if name.startswith(GRPO))
+    return {name.removeprefix(f"{GRPO}_"): {name: column(train, name)} for name in names}
 
 
 def policy_series(train: Sequence[dict]) -> dict[str, Series]:
