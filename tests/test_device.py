@@ -202,27 +202,26 @@ def test_answers_are_sampled_and_learned_from_as_on_the_cpu(make_model, tiny_pro
     seg, rej, eos = tiny_processor.tokens.seg, tiny_processor.tokens.rej, tiny_processor.tokens.eos
     given = [[[seg, eos] if k % 2 else [rej, eos] for k in range(2 * len(row))] for row in prompts.questions]
 
-    def learn(model, batch):
+    def learn(model, batch, waits):
         inner, count = base_of(model), torch.tensor(10.0, device=batch.input_ids.device)
         tokens = generated_answers(inner, tiny_processor, batch, prompts, settings, 0)
         answers = packed_answers(given, tiny_processor, batch, prompts, count, settings)
         losses = [model(batch, sampled=answers).loss]
-        asked.append(set(waits))
         waits.clear()
         losses += [model(batch, sampled=answers).loss]  # rewards are known
-        asked.append(set(waits))
+        later.append(set(waits))
         losses[0].backward()
         return tokens, losses
 
-    there, waits = copy.deepcopy(model), list[str]()
-    asked: list[set[str]] = []
-    tokens, losses = learn(model, batch)
+    there = copy.deepcopy(model)
+    later: list[set[str]] = []
+    tokens, losses = learn(model, batch, [])
     with strict_device() as waits:
         there.to("cuda")
         waits.clear()
         batch = batch.to("cuda")
-        found, device_losses = learn(there, batch)
-        assert not asked[-1]
+        found, device_losses = learn(there, batch, waits)
+        assert not later[-1]
         assert found == tokens
         for loss, wanted in zip(device_losses, losses):
             torch.testing.assert_close(loss.cpu(), wanted, rtol=1e-4, atol=1e-6)

@@ -84,7 +84,9 @@ def _between(scene: Scene, rng: np.random.Generator, names: dict[int, str]) -> l
     for a in names:
         for b in names:
             offsets = {i: _offset(scene, i, a, b) for i in range(len(scene.shapes)) if i not in (a, b)}
-            near = [i for i, (along, across) in offsets.items() if 0.2 < along < 0.8 and across < 10 * unit]
+            (ax, ay), (bx, by) = scene.shapes[a].center, scene.shapes[b].center
+            close = min(10 * unit, 0.25 * math.hypot(bx - ax, by - ay))
+            near = [i for i, (along, across) in offsets.items() if 0.2 < along < 0.8 and across < close]
             maybe = [i for i, (along, across) in offsets.items() if 0 < along < 1 and across < 22 * unit]
             if a != b and near == maybe and len(near) == 1 and near[0] in names:
                 sides = " ".join(f"{names[i]} is {_side(scene, i, near[0])}." for i in (a, b))
@@ -119,7 +121,9 @@ def _most(scene: Scene, rng: np.random.Generator) -> list[TwoStepQuery]:
             continue
         word = counts[0][0]
         targets = tuple(i for i, shape in enumerate(scene.shapes) if getattr(shape, attribute) == word)
-        parts = [f"{NUMBERS[count]} {plural(each) if attribute == 'kind' else each}" for each, count in counts]
+        parts = [
+            f"{NUMBERS[count]} {plural(each) if attribute == 'kind' and count > 1 else each}" for each, count in counts
+        ]
         query = f"all {one_of(rng, NOUNS)}s of the most frequent {'color' if attribute == 'color' else 'shape'}"
         thought = f"there are {', '.join(parts[:-1])} and {parts[-1]}. it is all {word} shapes."
         queries.append(TwoStepQuery(query, targets, thought, f"most frequent {attribute}"))
