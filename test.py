@@ -177,6 +177,12 @@ def main(arguments: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     device = init_processes(args.device)
     datasets, unavailable = open_datasets(args)  # a typo fails before the model is loaded
+    given = [str(dataset.spec) for dataset in datasets if "generate" not in modes_of(args.mode, dataset.spec)]
+    if args.think != "auto" and given:
+        raise ValueError(
+            f"--think {args.think}: with --mode {args.mode} the answers to {', '.join(given)} are given; add --mode "
+            "generate"
+        )
     opened = cli.open_model(args, device)
     model, processor = opened.model, opened.processor
     if args.sam_feature_cache:

@@ -138,6 +138,6 @@ def map_iou(maps: torch.Tensor, targets: torch.Tensor, valid: torch.Tensor) -> t
     return overlap / union.clamp(min=EPSILON)
 
 
-def text_loss(logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Weighted sum of next-token cross-entropies: [M, V], [M], [M] -> scalar."""
-    return (F.cross_entropy(logits.float(), targets, reduction="none") * weights).sum()
+def text_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Next-token cross-entropies: [M, V], [M] -> [M]."""
+    return F.cross_entropy(logits.float(), targets, reduction="none")

@@ -118,12 +118,12 @@ class Objective:
 
         has_masks = (batch.counts[1] > 0).float()
         counts = batch.counts.clamp(min=EPSILON)
-        text = losses.text_loss(logits, batch.label_ids, batch.label_weights) / counts[0]
+        per_token = losses.text_losses(logits, batch.label_ids)
+        text = (per_token * batch.label_weights).sum() / counts[0]
         thought: dict[str, torch.Tensor] = {}
         has_thoughts = None
         if config.thought_format != NO_THOUGHTS:
-            of_thoughts = batch.label_thoughts.to(batch.label_weights.dtype)
-            thought["thought"] = losses.text_loss(logits.detach(), batch.label_ids, of_thoughts) / counts[2]
+            thought["thought"] = (per_token.detach() * batch.label_thoughts).sum() / counts[2]
             has_thoughts = (batch.counts[2] > 0).float()
         terms = {name: (value * present).sum() / counts[1] for name, value in per_mask.items()}
         loss = self._weighted(text, terms)

@@ -74,7 +74,9 @@ def sample_panels(sample: Sample) -> list[Panel]:
             query=" / ".join(turn.question for turn in conversation),
             masks=masks == 1,
             truth=masks if len(masks) else None,
-            answer=" / ".join(turn.answer for turn in conversation),
+            answer=" / ".join(
+                f"({turn.thought}) {turn.answer}" if turn.thought else turn.answer for turn in conversation
+            ),
             notes=[Path(sample.source).name],
         )
         for conversation, masks in sample.by_conversation()

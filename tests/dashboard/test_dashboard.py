@@ -339,6 +339,15 @@ def test_only_the_newest_answer_is_colored():
     assert html.count("--ug") == 1
 
 
+def test_a_thought_folds_and_is_open_while_it_is_written():
+    turn = Turn("a", "It is [SEG].", "<b> red")
+    html = view.transcript_html([turn])
+    assert '<details class="ug-thought"><summary>Thought</summary>&lt;b&gt; red</details>' in html
+    assert "<details" not in view.transcript_html([Turn("a", "It is [SEG].")])
+    assert '<details class="ug-thought" open>' in view.transcript_html([Turn("a", "", "red")], writing=True)
+    assert "open" not in view.transcript_html([turn], writing=True)
+
+
 # ------------------------------------------------------------------------------------------------------------ pictures
 
 

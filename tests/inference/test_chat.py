@@ -189,6 +189,25 @@ def test_text_is_streamed_to_terminals_only():
     assert file.getvalue() == "It is é [SEG].\x1b[2J\n"
 
 
+@pytest.mark.parametrize(
+    ("streamed", "answer"),
+    [
+        ("<think> é </think> It is [SEG].", "It is [SEG]."),
+        ("<think> é </think> It is \ufffd", "It is \ufffd"),  # the model ended within a character
+        ("<think> é", ""),
+    ],
+)
+def test_an_answer_after_a_thought_is_printed_once(streamed, answer):
+    screen, file = Screen(), io.StringIO()
+    for stream in (screen, file):
+        printer = AnswerPrinter(stream, {"NO_COLOR": "1"})
+        for end in range(1, len(streamed) + 1):
+            printer.update(streamed[:end])
+        printer.finish(answer)
+    assert screen.getvalue() == f"{streamed}\n"
+    assert file.getvalue() == f"{answer}\n"
+
+
 # -- many images -------------------------------------------------------------------------------------------------------
 
 

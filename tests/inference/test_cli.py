@@ -393,6 +393,21 @@ def test_scores_follow_from_the_answers_alone(capsys, version, val_data, tmp_pat
     assert (code, f" {again['metrics']['gIoU']:.3f} " in out) == (0, True)
 
 
+def test_thoughts_are_asked_for_where_answers_are_generated(capsys, version, val_data, tmp_path):
+    more = ("--think", "off")
+    code, _, err = evaluate(
+        capsys, version, val_data, tmp_path, "ReasonSeg|val_short", "--mode", "teacher_forced", *more
+    )
+    assert (code, "the answers to ReasonSeg|val_short are given; add --mode generate" in err) == (2, True), err
+    code, _, err = evaluate(
+        capsys, version, val_data, tmp_path, "ReasonSeg|val_short", "--think", "on", "--mode", "generate"
+    )
+    assert (code, "trained without thoughts" in err) == (2, True), err
+    done = evaluate(capsys, version, val_data, tmp_path, "ReasonSeg|val_short", "--mode", "generate", *more)
+    assert done[0] == 0
+    assert json.loads((tmp_path / "ReasonSeg_val_short.generate.json").read_text())["think"] == "off"
+
+
 def test_a_pattern_that_matches_nothing_is_named(capsys, tmp_path):
     code, _, err = run(capsys, score, tmp_path / "*.jsonl")
     assert (code, f"no file matches {tmp_path}/*.jsonl" in err) == (2, True)

@@ -238,3 +238,26 @@ def test_a_thought_is_learned_and_written_only_when_asked_for(processor: UGround
         [[prediction]] = predict(model, processor, [image], [[Turn("where is it")]], think=think, max_new_tokens=40)
         assert (prediction.thought, prediction.text) == (turn.thought, turn.answer)
         assert len(prediction.masks) == 1
+
+
+def test_the_history_of_a_conversation_has_its_thoughts(processor: UGroundProcessor, image: np.ndarray) -> None:
+    """A later question reads the earlier thought as it would in training."""
+    session = ImageSession(build_tiny_model(processor), processor, image)
+    session.history = [Turn("where is it", "it is [SEG].", "it is green")]
+    session.ask("and the star", max_new_tokens=2)
+    asked = processor.builder.encode((session.history[0], Turn("and the star"))).ids
+    assert session.cache.ids[: len(asked)] == asked
+    assert processor.builder.marks.marked("it is green") in processor.decode(asked)
+
+
+def test_a_target_of_several_tokens_may_follow_a_thought() -> None:
+    plain = make_processor("tokens")
+    tokenizer = train_tokenizer([WORDS] * 4, vocab_size=340)
+    add_special_tokens(tokenizer, codebook=3, of_thoughts=MARKS["tokens"].tokens)
+    several = UGroundProcessor(tokenizer, ClipReader(40, 10), 64, "", codebook=3, thought_format="tokens")
+    encoded, expected = several.builder.encode((TURN,)), plain.builder.encode((TURN,))
+    assert len(encoded.ids) == len(encoded.in_thought) == len(expected.ids) + 2
+    assert encoded.in_thought.count(True) == expected.in_thought.count(True)
+    at = encoded.ids.index(several.codebook[0])
+    assert encoded.ids[at : at + 3] == several.codebook
+    assert encoded.in_thought[at : at + 3] == [False] * 3

@@ -39,8 +39,8 @@ class AnswerPrinter:
 
     def finish(self, text: str) -> None:
         """Prints the rest of the complete answer. What was printed so far may begin with a thought."""
-        rest = "" if self.text.endswith(text) else text.removeprefix(self.text)
-        self._write(f"{rest}\n")
+        shown = max(k for k in range(len(text) + 1) if self.text.endswith(text[:k]))
+        self._write(f"{text[shown:]}\n")
 
     def _write(self, text: str) -> None:
         if self.live:  # a model must not control the terminal
