@@ -19,7 +19,7 @@ from torch import nn
 from model.backbones.base import Backbone, LanguageOutput
 from model.config import GroundingConfig
 from model.decoders import DECODERS
-from model.decoders.base import MaskDecoder
+from model.decoders.base import MASKS_AT_ONCE, MaskDecoder
 from model.generation import (
     AS_IT_LIKES,
     GenerationOutput,
@@ -30,7 +30,7 @@ from model.generation import (
     teacher_forced_answers,
 )
 from model.geometry import maps_at, mask_prompts, normalise_maps, split_maps
-from model.group_policy import SampledAnswers, first_pass, group_loss, token_log_probs, without_lora
+from model.group_policy import SampledAnswers, forward_sampled
 from model.layer_rules import LayerRule
 from model.objective import Objective, UGroundOutput
 from model.points import sam_points
@@ -48,7 +48,6 @@ from model.structures import MAX_NEW_TOKENS, Batch, MaskUncertainty, Prediction,
 from model.uncertainty import MonteCarlo, ambiguity
 
 logger = logging.getLogger(__name__)
-MASKS_AT_ONCE = 32  # masks in one call of SAM's decoder, for the mean of several samples
 
 
 @dataclass
@@ -161,10 +160,10 @@ class GroundingModel(Backbone):
         if sampled is None:
             result, _ = self.forward_targets(batch, all_layers)
         elif sampled.settings.objective == "grpo":
-            result = self.forward_sampled(sampled)
+            result = forward_sampled(self, sampled)
         else:
             result, embeddings = self.forward_targets(batch, all_layers)
-            of_group = self.forward_sampled(sampled, embeddings)
+            of_group = forward_sampled(self, sampled, embeddings)
             result.loss = result.loss + sampled.settings.grpo_weight * of_group.loss
             result.terms |= of_group.terms
         result.loss = result.loss + touched
@@ -198,49 +197,6 @@ class GroundingModel(Backbone):
             predicted_iou,
         )
         return result, embeddings
-
-    def forward_sampled(self, sampled: SampledAnswers, embeddings: torch.Tensor | None = None) -> UGroundOutput:
-        """The loss of sampled answers (``group_loss``). In the first update, layers are sampled and masks rewarded.
-
-        Args:
-            embeddings: [B, ...] of the mask decoder, if they are known.
-        """
-        batch, settings, rule = sampled.batch, sampled.settings, self.config.selection
-        reference = None
-        if sampled.old is None and settings.grpo_kl:
-            with torch.no_grad(), without_lora(self):
-                reference, _ = self.token_log_probs(self.forward_language(batch), batch, settings.grpo_temperature)
-        output = self.forward_language(batch)
-        log_probs, entropy = self.token_log_probs(output, batch, settings.grpo_temperature)
-        size = self.config.codebook_size
-        states, _ = per_target(output.at(codebook_positions(batch.seg_positions, size)), size)
-        log_policy = self.ppm.log_policy(states)
-
-        def log_layers(layers: torch.Tensor) -> torch.Tensor:
-            trained = rule.gate == "policy" and settings.grpo_layers != "off"
-            chosen = log_policy.gather(1, layers[:, None])[:, 0]
-            return chosen if trained else torch.zeros_like(chosen)
-
-        if sampled.old is None:
-            with torch.no_grad():
-                grounding = self.ground_targets(output, batch, rule)
-                layers = self.choose_layers(rule, grounding, batch.sample_ids, self.config.policy_seed)
-                if embeddings is None:
-                    embeddings = self.visual_model.embed_images(batch, output.clip_states)
-                mask_logits, maps, _ = self.mask_as_prompt(grounding, layers, embeddings, batch)
-                found = layers, log_probs, log_layers(layers), reference
-                sampled.old = first_pass(sampled, mask_logits, maps, *found)
-        layers = sampled.old.layers
-        loss, terms = group_loss(sampled, log_probs, entropy, log_layers(layers), self.config.policy_loss_weight)
-        policy = log_policy.detach().exp()
-        return UGroundOutput(loss, terms, [], [], layers, policy, policy.new_zeros(0), loss.new_zeros(()))
-
-    def token_log_probs(
-        self, output: LanguageOutput, batch: Batch, temperature: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-probability and entropy, [M] each, of the answers' tokens (``token_log_probs``)."""
-        logits = self.lm_head(output.hidden[-1].flatten(0, 1)[batch.label_positions])
-        return token_log_probs(logits, batch.label_ids, temperature)
 
     def warn_of_full_training(self) -> None:
         """Logs once if the language model's own weights train, as they do without ``model.lora.add_lora``."""

@@ -12,14 +12,22 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from model.decoders.base import MASKS_AT_ONCE
+from model.generation import codebook_positions, per_target
+from model.objective import UGroundOutput
+from model.PPM import Grounding
 from model.rewards import SampledAnswer, rewards_of, weights_of
 from model.settings import GrpoSettings
 from model.structures import EPSILON, Batch
+
+if TYPE_CHECKING:
+    from model.backbones.base import LanguageOutput
+    from model.grounding import GroundingModel
 
 
 @dataclass
@@ -133,6 +141,66 @@ def without_lora(model: nn.Module) -> Iterator[None]:
     finally:
         for layer, value in zip(layers, before):
             layer._disable_adapters = value
+
+
+def forward_sampled(
+    model: GroundingModel, sampled: SampledAnswers, embeddings: torch.Tensor | None = None
+) -> UGroundOutput:
+    """The loss of sampled answers (``group_loss``). In the first update, layers are sampled and masks rewarded.
+
+    Args:
+        embeddings: [B, ...] of the mask decoder, if they are known.
+    """
+    batch, settings, rule = sampled.batch, sampled.settings, model.config.selection
+    reference = None
+    if sampled.old is None and settings.grpo_kl:
+        with torch.no_grad(), without_lora(model):
+            reference, _ = answer_log_probs(model, model.forward_language(batch), batch, settings.grpo_temperature)
+    output = model.forward_language(batch)
+    log_probs, entropy = answer_log_probs(model, output, batch, settings.grpo_temperature)
+    size = model.config.codebook_size
+    states, _ = per_target(output.at(codebook_positions(batch.seg_positions, size)), size)
+    log_policy = model.ppm.log_policy(states)
+
+    def log_layers(layers: torch.Tensor) -> torch.Tensor:
+        trained = rule.gate == "policy" and settings.grpo_layers != "off"
+        chosen = log_policy.gather(1, layers[:, None])[:, 0]
+        return chosen if trained else torch.zeros_like(chosen)
+
+    if sampled.old is None:
+        with torch.no_grad():
+            grounding = model.ground_targets(output, batch, rule)
+            layers = model.choose_layers(rule, grounding, batch.sample_ids, model.config.policy_seed)
+            if embeddings is None:
+                embeddings = model.visual_model.embed_images(batch, output.clip_states)
+            masks = masks_in_parts(model, grounding, layers, embeddings, batch)
+            sampled.old = first_pass(sampled, *masks, layers, log_probs, log_layers(layers), reference)
+    layers = sampled.old.layers
+    loss, terms = group_loss(sampled, log_probs, entropy, log_layers(layers), model.config.policy_loss_weight)
+    policy = log_policy.detach().exp()
+    return UGroundOutput(loss, terms, [], [], layers, policy, policy.new_zeros(0), loss.new_zeros(()))
+
+
+def answer_log_probs(
+    model: GroundingModel, output: LanguageOutput, batch: Batch, temperature: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``token_log_probs`` of a batch's answers; output: of ``forward_language(batch)``."""
+    logits = model.lm_head(output.hidden[-1].flatten(0, 1)[batch.label_positions])
+    return token_log_probs(logits, batch.label_ids, temperature)
+
+
+def masks_in_parts(
+    model: GroundingModel, grounding: Grounding, layers: torch.Tensor, embeddings: torch.Tensor, batch: Batch
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Mask logits and maps of ``mask_as_prompt``, ``MASKS_AT_ONCE`` at a time: a model may sample many [SEG]."""
+    if len(layers) <= MASKS_AT_ONCE or grounding.fused is not None:
+        return model.mask_as_prompt(grounding, layers, embeddings, batch)[:2]
+    parts = [
+        model.mask_as_prompt(grounding.select_tokens(segs.tolist()), layers[segs], embeddings, batch)[:2]
+        for segs in torch.arange(len(layers)).split(MASKS_AT_ONCE)
+    ]
+    logits, maps = ([torch.cat(rows) for rows in zip(*of_parts)] for of_parts in zip(*parts))
+    return logits, maps
 
 
 def first_pass(

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from model.sam_cache import FeatureCache
     from model.structures import Batch
 
+MASKS_AT_ONCE = 32  # masks in one call, where a [SEG] has several or a model may write many
 POSITIONS = (  # buffers of segment-anything's encodings, transformers', and its rotary ones
     "positional_encoding_gaussian_matrix",
     "positional_embedding",

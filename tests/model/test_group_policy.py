@@ -10,8 +10,16 @@ import pytest
 import torch
 from conftest import drawn_sample
 
+from model import group_policy
 from model.generation import Sampling, uniform_numbers
-from model.group_policy import clipped_objective, divergence, group_advantages, token_log_probs, without_lora
+from model.group_policy import (
+    answer_log_probs,
+    clipped_objective,
+    divergence,
+    group_advantages,
+    token_log_probs,
+    without_lora,
+)
 from model.lora import add_lora, base_of
 from model.rewards import REWARDS, SampledAnswer, rewards_of, weights_of
 from model.settings import GrpoSettings
@@ -224,13 +232,13 @@ def test_packed_answers_have_the_probabilities_of_separate_ones(lora_model, tiny
     """G answers beside each other see the image and their own question, not each other."""
     model = base_of(lora_model)
     batch, answers = sampled(lora_model, tiny_processor, [drawn_sample(0)])
-    packed, _ = model.token_log_probs(model.forward_language(answers.batch), answers.batch, 1.0)
+    packed, _ = answer_log_probs(model, model.forward_language(answers.batch), answers.batch, 1.0)
     prompts = tiny_processor.group_prompts([drawn_sample(0)], 12)
     for number in (0, 3, 6, 11):
         ids = answers.batch.label_ids[answers.owners == number].tolist()
         asked = prompts.questions[0][number // 4]
         alone = tiny_processor.continued([[(asked, ids)]], batch)
-        expected, _ = model.token_log_probs(model.forward_language(alone), alone, 1.0)
+        expected, _ = answer_log_probs(model, model.forward_language(alone), alone, 1.0)
         torch.testing.assert_close(packed[answers.owners == number], expected, atol=1e-4, rtol=1e-4)
 
 
@@ -288,7 +296,7 @@ def test_the_gradient_is_that_of_reinforce(lora_model, tiny_processor):
     assert old.advantages.abs().sum() > 0
     lora_model.zero_grad()
     output = model.forward_language(answers.batch)
-    log_probs, _ = model.token_log_probs(output, answers.batch, 1.0)
+    log_probs, _ = answer_log_probs(model, output, answers.batch, 1.0)
     policy = model.ppm.log_policy(output.at(answers.batch.seg_positions))
     log_probs = log_probs.index_add(0, answers.segs, policy.gather(1, old.layers[:, None])[:, 0])
     total = 0.0
@@ -321,12 +329,12 @@ def test_the_reference_is_the_model_without_lora(lora_model, make_model, tiny_pr
     batch, answers = written(tiny_processor, tiny_samples, settings)
     output = step(lora_model, batch, answers)
     plain = make_model()
-    expected, _ = plain.token_log_probs(plain.forward_language(answers.batch), answers.batch, 1.0)
+    expected, _ = answer_log_probs(plain, plain.forward_language(answers.batch), answers.batch, 1.0)
     torch.testing.assert_close(answers.old.reference, expected, atol=1e-5, rtol=1e-4)
     assert output.terms["grpo_kl"] > 0
     with without_lora(lora_model):
-        inside, _ = base_of(lora_model).token_log_probs(
-            base_of(lora_model).forward_language(answers.batch), answers.batch, 1.0
+        inside, _ = answer_log_probs(
+            base_of(lora_model), base_of(lora_model).forward_language(answers.batch), answers.batch, 1.0
         )
     torch.testing.assert_close(inside, expected, atol=1e-5, rtol=1e-4)
     assert all(p.requires_grad for name, p in lora_model.named_parameters() if "lora_" in name)
@@ -360,6 +368,19 @@ def test_both_is_the_sum(lora_model, tiny_processor, tiny_samples):
         expected = supervised.get(name, 0) + 0.5 * alone.get(name, torch.zeros_like(gradient))
         torch.testing.assert_close(gradient, expected, atol=1e-5, rtol=1e-3, msg=name)
     assert {"text", "mask_bce", "grpo", "grpo_mask_iou"} <= set(both.terms)
+
+
+def test_masks_are_decoded_in_parts(lora_model, tiny_processor, tiny_samples, monkeypatch):
+    """A model may sample more [SEG] than fit at once: the same rewards."""
+    settings = replace(SETTINGS, grpo_rewards=("mask_iou:1", "map_iou:1"))
+    rewards = []
+    for at_once in (100, 2):
+        monkeypatch.setattr(group_policy, "MASKS_AT_ONCE", at_once)
+        batch, answers = written(tiny_processor, tiny_samples, settings)
+        step(lora_model, batch, answers)
+        rewards.append(answers.old.rewards)
+    assert rewards[0].any()
+    torch.testing.assert_close(rewards[0], rewards[1])
 
 
 def test_layers_can_stay_out_of_it(lora_model, tiny_processor, tiny_samples):
