@@ -393,11 +393,11 @@ def train_step(run: Run, batches: Iterator[TrainingBatch], meter: Meter, logged:
     window, prompts = zip(*islice(batches, accumulation), strict=True)
     counts = distributed.mean(torch.stack([batch.counts for batch in window]).mean(0).to(run.device))
     check_answers(window, counts, run.step + 1)
-    parts = [replace(part, counts=counts).to(run.device, dtype) for part in window]
-    groups = sample_groups(run, parts, prompts)
+    groups = sample_groups(run, window, prompts)
     last = (run.step + 1) * accumulation - 1
     for update in range(run.config.updates_per_step):
-        for micro, (batch, sampled) in enumerate(zip(parts, groups, strict=True), start=run.step * accumulation):
+        for micro, (part, sampled) in enumerate(zip(window, groups, strict=True), start=run.step * accumulation):
+            batch = replace(part, counts=counts).to(run.device, dtype)
             # ZeRO's offload reads it during the backward pass; DeepSpeed itself sets it too late for outputs like ours
             run.engine.set_gradient_accumulation_boundary(micro == last)
             # dropout is a function of (seed, micro step, rank), so that a resumed run is the uninterrupted one
@@ -424,24 +424,25 @@ def train_step(run: Run, batches: Iterator[TrainingBatch], meter: Meter, logged:
 
 
 def sample_groups(
-    run: Run, parts: Sequence[Batch], prompts: Sequence[GroupPrompts | None]
+    run: Run, window: Sequence[Batch], prompts: Sequence[GroupPrompts | None]
 ) -> Sequence[SampledAnswers | None]:
     """Answers to the questions of a step's batches; None for each with objective ``supervised``."""
     import torch
 
+    from model.loading.placement import PRECISIONS
     from utils.training.group_samples import sample_answers
     from utils.training.zero3 import gathered
 
     asked = [each for each in prompts if each is not None]
     if len(asked) < len(prompts):
         return [None] * len(prompts)
-    settings, seed = run.config.grpo, run.config.train.seed
+    settings, seed, dtype = run.config.grpo, run.config.train.seed, PRECISIONS[run.config.model.precision]
     answers = [float(settings.grpo_answers * sum(map(len, each.questions))) for each in asked]
     count = distributed.mean(torch.tensor(answers, device=run.device).mean())
     with gathered(run.engine):
         return [
-            sample_answers(run.model, run.processor, part, each, count, settings, seed)
-            for part, each in zip(parts, asked, strict=True)
+            sample_answers(run.model, run.processor, part.to(run.device, dtype), each, count, settings, seed)
+            for part, each in zip(window, asked, strict=True)
         ]
 
 
