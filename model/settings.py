@@ -283,12 +283,12 @@ OBJECTIVES = ("supervised", "grpo", "both")
 
 @dataclass
 class GrpoSettings:
-    """grpo: sampled answers, rewarded within their group (docs/training.md); in no checkpoint's configuration"""
+    """grpo: answers that the model samples, rewarded within their group"""
 
     objective: str = setting(
         "supervised",
-        "the losses of the ground truth (Eq. 9); grpo: answers that the model samples, rewarded against others to the "
-        "same question; both: their sum",
+        "supervised = the losses of the ground truth (Eq. 9); grpo = of sampled answers, rewarded against others to the "
+        "same question; both = their sum",
         choices=OBJECTIVES,
     )
     grpo_weight: float = setting(1.0, "both: weight of the sampled answers' loss", above=0.0)
