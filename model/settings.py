@@ -287,8 +287,8 @@ class GrpoSettings:
 
     objective: str = setting(
         "supervised",
-        "supervised = the losses of the ground truth (Eq. 9); grpo = of sampled answers, rewarded against others to the "
-        "same question; both = their sum",
+        "supervised = the losses of the ground truth (Eq. 9); grpo = that of sampled answers, each rewarded against "
+        "others to the same question; both = their sum",
         choices=OBJECTIVES,
     )
     grpo_weight: float = setting(1.0, "both: weight of the sampled answers' loss", above=0.0)
