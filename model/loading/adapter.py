@@ -25,7 +25,7 @@ from model.settings import METHOD_FIELDS, method_of
 META = "uground_run.json"
 PARTS, LORA = "trained_parts.safetensors", "adapter_model.safetensors"
 ROWS = ".token_adapter.trainable_tokens_delta"  # peft's name of a table's rows that trained
-OTHER_SECTIONS = ("model", "data", "train", "eval")  # sections of a run's settings that are not the method's
+OTHER_SECTIONS = ("model", "data", "grpo", "train", "eval")  # sections of a run's settings that are not the method's
 WHERE = "Say where its base is with --base (what it was trained from), --vision_tower (CLIP), --vision_pretrained (SAM)"
 
 

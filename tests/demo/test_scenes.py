@@ -143,7 +143,7 @@ def test_multi_phrases_fit_what_they_name(scenes):
             assert [i for f in matches for i in f] == list(query.targets), query
             number = re.match(r"the (two|three|four|five|six) ", query.text)
             if number:
-                assert T._NUMBERS.index(number[1]) == len(query.targets)
+                assert T.NUMBERS.index(number[1]) == len(query.targets)
 
 
 def _check_relation(scene: S.Scene, query: T.Query) -> None:
@@ -200,9 +200,9 @@ def test_visual_questions_have_the_right_answer(scenes):
         for question, answer in T.questions(scene, rng):
             body = question.rstrip("?")
             if body.startswith("how many"):
-                named = {*S.SIZES, *S.TEXTURES, *S.COLORS, *S.KINDS, *map(T._plural, S.KINDS)} & set(body.split())
+                named = {*S.SIZES, *S.TEXTURES, *S.COLORS, *S.KINDS, *map(T.plural, S.KINDS)} & set(body.split())
                 count = len(_fitting(scene.shapes, body)) if named else len(scene.shapes)
-                assert answer == T._NUMBERS[count], question
+                assert answer == T.NUMBERS[count], question
             elif body.startswith("is there"):
                 assert answer == ("yes" if _fitting(scene.shapes, body) else "no"), question
             elif body.endswith(("small or large", "plain, striped or dotted")) or body.startswith("what"):
