@@ -193,6 +193,7 @@ def build_run(config: Config, device: torch.device) -> Run:
         cache_sam_features(inner, processor, config.data.sam_feature_cache, config.data.sam_feature_cache_gb)
     if config.model.compile_sam:
         inner.visual_model.compile_encoder()
+    check_room(config, processor)
     engine = build_engine(model, config, settings)
     meta |= checkpoints.describe_model(model, processor, loaded)
     saved: dict[str, Any] = checkpoints.resume(engine, start, meta) if start else {"step": 0, "best": None}
@@ -223,6 +224,21 @@ def build_run(config: Config, device: torch.device) -> Run:
         if trial:
             selection_metric(run, trial)
     return run
+
+
+def check_room(config: Config, processor: UGroundProcessor) -> None:
+    """Raises a ConfigError if sampled answers are too short for their opening, or too long for a row."""
+    grpo = config.grpo
+    if grpo.objective == "supervised":
+        return
+    opening = len(processor.opening(grpo.grpo_think).forced)
+    if not opening < grpo.grpo_tokens < processor.room:
+        raise ConfigError(
+            [
+                f"--grpo_tokens {grpo.grpo_tokens}: must be above {opening}, the tokens that begin a thought, and "
+                f"below {processor.room}, what fits beside the image; change it, or raise --model_max_length"
+            ]
+        )
 
 
 def unread_paths(config: Config) -> str:
@@ -419,7 +435,7 @@ def train_step(run: Run, batches: Iterator[TrainingBatch], meter: Meter, logged:
         if run.step == 1 and (silent := [part for part, norm in gradients.items() if norm == 0]):
             reason = "a loss weight of 0, or no mask in the batch?"
             if run.config.grpo.objective == "grpo":
-                reason = "rewards train words and layers alone: --freeze the others"
+                reason = "rewards train words and layers alone, where the answers of a group differ in reward"
             run.log.print(f"warning: no gradient in step 1 for {', '.join(silent)} ({reason})")
 
 
@@ -439,6 +455,11 @@ def sample_groups(
     settings, seed, dtype = run.config.grpo, run.config.train.seed, PRECISIONS[run.config.model.precision]
     answers = [float(settings.grpo_answers * sum(map(len, each.questions))) for each in asked]
     count = distributed.mean(torch.tensor(answers, device=run.device).mean())
+    if settings.objective == "grpo" and count == 0:  # true in all processes or in none
+        raise DataError(
+            f"step {run.step + 1} has no question whose answers could be rewarded: name data with targets in "
+            "--dataset, or raise --batch_size"
+        )
     with gathered(run.engine):
         return [
             sample_answers(run.model, run.processor, part.to(run.device, dtype), each, count, settings, seed)
@@ -510,7 +531,10 @@ def validate(run: Run, limit: int | None = None) -> dict[str, dict[str, float]]:
     from utils.training.zero3 import gathered
 
     settings, results = run.config.eval, {}
-    options = InferenceOptions(settings.val_mode, run.model.config.layer_policy, seed=run.config.train.seed)
+    think = "auto" if run.config.grpo.objective == "supervised" else run.config.grpo.grpo_think
+    options = InferenceOptions(
+        settings.val_mode, run.model.config.layer_policy, seed=run.config.train.seed, think=think
+    )
     run_options = RunOptions(settings.val_batch_size, limit=limit or settings.val_limit or None)
     with gathered(run.engine) if run.benchmarks else contextlib.nullcontext():
         for dataset in run.benchmarks:

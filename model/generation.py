@@ -49,7 +49,7 @@ class Sampling:
             (logits.float() / self.temperature).softmax(-1).sort(dim=-1, descending=True, stable=True)
         )
         sums = probabilities.cumsum(-1)
-        kept = sums - probabilities < self.top_p  # the likeliest token always
+        kept = (sums - probabilities < self.top_p) & (probabilities > 0)  # the likeliest token always
         mass = (probabilities * kept).sum(-1)
         drawn = self.uniform[..., step].gather(1, numbers) * mass
         place = torch.searchsorted(sums, drawn[..., None], right=True)

@@ -38,7 +38,8 @@ class SampledAnswers:
         batch: the rows; its labels are the answers, its masks are empty, one per [SEG].
         targets: per question, [m, H, W] uint8 of its targets.
         owners: [M] int64, the answer of each token; written: [M] bool, tokens that the model chose (not those that
-            were given: the opening of a thought); segs: [N] int64, which tokens are [SEG].
+            were given: the opening of a thought); segs: [N] int64, which tokens are [SEG] (of a codebook, the
+            first).
         details: per answer, what rewards know of its tokens; masks and maps follow from the forward pass.
         count: 0-d float32, the mean number of answers per micro step and process in the optimizer step.
         settings: of the objective.
@@ -292,8 +293,8 @@ def group_loss(
     terms["grpo_clipped"] = per_answer(clipped.float(), owner, written)
     each = sampled.count.clamp(min=EPSILON)
     for name, rewards in zip(weights_of(settings.grpo_rewards), old.rewards.unbind(1)):
-        terms[f"grpo_{name}"] = rewards.sum() / each
+        terms[f"grpo_reward_{name}"] = rewards.sum() / each
     terms["grpo_tokens"] = len(log_probs) / each
     groups = old.advantages.view(-1, settings.grpo_answers)
-    terms["grpo_equal"] = (groups == 0).all(1).float().sum() * settings.grpo_answers / each
+    terms["grpo_equal"] = (groups.abs() < EPSILON).all(1).float().sum() * settings.grpo_answers / each
     return loss, {name: value.detach() for name, value in terms.items()}

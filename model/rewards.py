@@ -97,7 +97,7 @@ def weights_of(entries: Sequence[str]) -> dict[str, float]:
         try:
             weights[name] = float(number)
         except ValueError:
-            raise ValueError(f"{entry!r} has no weight; write {name}:1") from None
+            raise ValueError(f"{entry!r} has no weight; write {name}:1, and || between several") from None
         if not abs(weights[name]) < float("inf") or not weights[name]:
             raise ValueError(f"{entry!r}: the weight must be a finite number other than 0")
     if not weights:

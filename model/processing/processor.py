@@ -177,7 +177,8 @@ class UGroundProcessor:
         that marks some targets and rejects others; these are no questions here.
 
         Args:
-            tokens: longest answer; on_truncated: as in ``collate``, for questions that leave no room for it.
+            tokens: longest answer; on_truncated: as in ``collate``, for questions that are left out, as they leave no
+                room for it.
         """
         prompts = GroupPrompts([], [], [sample.sample_id for sample in samples])
         for sample in samples:

@@ -4,7 +4,8 @@
 
 Runs of a seed, each from the one named:
 
-- ``supervised``: the queries and the demo's, without thoughts; ``thoughts``: the same steps and samples with them
+- ``supervised``: the queries and the demo's, without thoughts; ``thoughts``: the same steps, images
+  and queries with them
 - ``supervised, grpo``, ``thoughts, grpo``, ``thoughts, both``: then by rewards, and by these and the ground truth
 
 Prints gIoU in percent with greedy answers: of all queries, by family, of the demo's long queries; images per second of
@@ -21,6 +22,8 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from model.rewards import weights_of
+from model.settings import GrpoSettings
 from scripts.ablate import summary_path
 from scripts.dev.study_start import OTHER_SAMPLES, gious, train
 from utils.command_line.parser import Parser
@@ -88,6 +91,9 @@ RUNS = (
 )
 
 
+ENDS = ("reward_mask_iou", "tokens", "entropy", "kl")  # of the log
+
+
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
     print(study(args))
@@ -109,7 +115,7 @@ def study(args: argparse.Namespace) -> str:
     if not data.is_file():
         write_two_steps(data.parent, **IMAGES)
     two_steps, values = f"custom|{data}|val", dict[str, list[list[float]]]()
-    curves = [["run", "seed", "reward", "mask_iou", "tokens", "entropy", "kl"]]
+    curves = [["run", "seed", "reward", *ENDS]]
     for seed in range(args.seeds):
         merged: dict[str, Path] = {}
         for run in RUNS:
@@ -150,12 +156,14 @@ def ends(folder: Path) -> Iterator[str]:
     lines: list[dict[str, Any]] = [line for line in read_log(folder) if line["kind"] == "train"]
 
     def reward(line: dict[str, Any]) -> float:
-        return line["grpo_mask_iou"] + 0.5 * line["grpo_rejection"] + 0.5 * line["grpo_format"]  # the default weights
+        return sum(
+            weight * line[f"grpo_reward_{each}"] for each, weight in weights_of(GrpoSettings().grpo_rewards).items()
+        )
 
     def mean(part: list[dict[str, Any]], name: str) -> float:
         return sum(reward(line) if name == "reward" else line[f"grpo_{name}"] for line in part) / len(part)
 
-    for name in ("reward", "mask_iou", "tokens", "entropy", "kl"):
+    for name in ("reward", *ENDS):
         yield f"{mean(lines[:5], name):.3f} to {mean(lines[-5:], name):.3f}"
 
 

@@ -9,6 +9,7 @@ from itertools import product
 import pytest
 import torch
 from conftest import drawn_sample
+from pixellm import make_pixellm, make_processor
 
 from model import group_policy
 from model.generation import Sampling, uniform_numbers
@@ -283,7 +284,9 @@ def test_words_and_layers_learn_and_nothing_else(lora_model, tiny_processor, tin
     assert any("lora_" in name for name in trained)
     assert any(name.endswith("ppm.gate") for name in trained)
     assert not any(part in name for name in trained for part in ("visual_model", "text_hidden_fcs"))
-    assert {"grpo", "grpo_mask_iou", "grpo_rejection", "grpo_format", "grpo_entropy"} <= set(output.terms)
+    assert {"grpo", "grpo_reward_mask_iou", "grpo_reward_rejection", "grpo_reward_format", "grpo_entropy"} <= set(
+        output.terms
+    )
     mean = sum(details["length"] for details in answers.details) / len(answers.details)
     assert output.terms["grpo_tokens"].item() == pytest.approx(mean)
 
@@ -367,7 +370,7 @@ def test_both_is_the_sum(lora_model, tiny_processor, tiny_samples):
     for name, gradient in found.items():
         expected = supervised.get(name, 0) + 0.5 * alone.get(name, torch.zeros_like(gradient))
         torch.testing.assert_close(gradient, expected, atol=1e-5, rtol=1e-3, msg=name)
-    assert {"text", "mask_bce", "grpo", "grpo_mask_iou"} <= set(both.terms)
+    assert {"text", "mask_bce", "grpo", "grpo_reward_mask_iou"} <= set(both.terms)
 
 
 def test_masks_are_decoded_in_parts(lora_model, tiny_processor, tiny_samples, monkeypatch):
@@ -381,6 +384,35 @@ def test_masks_are_decoded_in_parts(lora_model, tiny_processor, tiny_samples, mo
         rewards.append(answers.old.rewards)
     assert rewards[0].any()
     torch.testing.assert_close(rewards[0], rewards[1])
+
+
+def test_a_spelled_seg_is_no_target(tiny_processor):
+    spelled = tiny_processor.tokenizer.convert_tokens_to_ids(list("[SEG]"))
+    assert tiny_processor.decode(spelled) == "[SEG]"
+    seg, eos = tiny_processor.tokens.seg, tiny_processor.tokens.eos
+    known = describe([*spelled, seg, eos], tiny_processor, SETTINGS)
+    assert (known["segs"], known["in_thought"]) == (1, 0)
+    rejected = tiny_processor.tokenizer.convert_tokens_to_ids(list("[REJ]"))
+    assert not describe([*rejected, eos], tiny_processor, SETTINGS)["rejects"]
+
+
+@pytest.mark.parametrize("layers", ["joint", "apart"])
+def test_the_layer_of_a_codebook_is_that_of_its_first_token(tiny_samples, layers):
+    processor = make_processor()
+    base = make_pixellm(processor, layer_selection="policy")
+    torch.nn.init.normal_(base.ppm.gate, std=0.3)
+    model = add_lora(base, 2, dropout=0.0)
+    settings = replace(SETTINGS, grpo_layers=layers)
+    batch, prompts = processor.collate(tiny_samples), processor.group_prompts(tiny_samples, 12)
+    eos, rej = processor.tokens.eos, processor.tokens.rej
+    group = [[*processor.codebook, eos], [rej, eos], [*processor.codebook, eos], [*processor.codebook]]
+    answers = packed_answers(
+        [group * len(row) for row in prompts.questions], processor, batch, prompts, torch.tensor(20.0), settings
+    )
+    assert answers.written[answers.segs].all()
+    assert (answers.batch.label_ids[answers.segs] == processor.codebook[0]).all()
+    step(model, batch, answers)
+    assert base.ppm.gate.grad.any()
 
 
 def test_layers_can_stay_out_of_it(lora_model, tiny_processor, tiny_samples):

@@ -12,7 +12,15 @@ from utils.training import checkpoint as checkpoints
 
 pytestmark = pytest.mark.usefixtures("no_report")
 SHORT = {"lora_dropout": 0.0, "no_eval": "true", "val_pictures": 0, "grpo_tokens": 8, "grpo_answers": 4}
-TERMS = ("grpo", "grpo_entropy", "grpo_mask_iou", "grpo_rejection", "grpo_format", "grpo_tokens", "grpo_equal")
+TERMS = (
+    "grpo",
+    "grpo_entropy",
+    "grpo_reward_mask_iou",
+    "grpo_reward_rejection",
+    "grpo_reward_format",
+    "grpo_tokens",
+    "grpo_equal",
+)
 NEEDED = ["--version", "v", "--vision_tower", "t", "--vision_pretrained", "p", "--dataset_dir", "d"]
 GRPO = ["--objective", "grpo", "--lora_dropout", "0"]
 
@@ -89,6 +97,16 @@ def test_the_reference_needs_no_second_model(run_here):
     assert divergences[-1] > 0
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "settings", [{"grpo_tokens": 3000}, {"dataset": "vqa", "refer_seg_data": ""}], ids=["long", "no target"]
+)
+def test_a_run_that_could_learn_nothing_ends(run_here, capsys, settings):
+    run_here(code=2, objective="grpo", epochs=1, **settings)
+    printed = capsys.readouterr().err
+    assert "--grpo_tokens 3000: must be" in printed or "no question whose answers could be rewarded" in printed
+
+
 @pytest.mark.parametrize(
     ("flags", "problem"),
     [
@@ -96,6 +114,7 @@ def test_the_reference_needs_no_second_model(run_here):
         ([*GRPO, "--grpo_rewards", "iou:1"], "'iou' is no reward; known: mask_iou"),
         ([*GRPO, "--grpo_kl", "0.1"], "freeze embed_tokens||lm_head"),
         ([*GRPO, "--grpo_kl", "0.1", "--freeze", "embed_tokens,lm_head", "--lora_r", "0"], "lora_r above 0"),
+        ([*GRPO, "--grpo_kl", "0.1", "--freeze", "embed_tokens,lm_head", "--clip_resize", "448"], "the projector, too"),
         ([*GRPO, "--grpo_think", "on"], "thought_format"),
         ([*GRPO, "--grpo_weight", "2"], "grpo_weight: has no effect"),
         ([*GRPO, "--grpo_clip", "0.3"], "grpo_updates 1"),

@@ -401,11 +401,13 @@ def _grpo_contradictions(config: Config) -> Iterable[tuple[str, str]]:
     if grpo.grpo_think == "on" and config.method["thought_format"] == NO_THOUGHTS:
         yield "grpo_think", "on needs a model that writes thoughts: set thought_format text or tokens"
     tables_stay = model.train_tables == "new" or {"embed_tokens", "lm_head"} <= set(model.freeze)
-    if grpo.grpo_kl and not (model.lora_r and tables_stay):
+    projector_stays = not config.method["clip_resize"] or "projector" in model.freeze
+    if grpo.grpo_kl and not (model.lora_r and tables_stay and projector_stays):
         yield (
             "grpo_kl",
             f"{grpo.grpo_kl}: the reference is the model without LoRA, so that nothing else may change its words; set "
-            "lora_r above 0, and freeze embed_tokens||lm_head (or train_tables new)",
+            "lora_r above 0, and freeze embed_tokens||lm_head (or train_tables new); with clip_resize the projector, "
+            "too",
         )
 
 

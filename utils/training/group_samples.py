@@ -11,7 +11,7 @@ from model.generation import Sampling, generate_answers, uniform_numbers
 from model.grounding import GroundingModel
 from model.group_policy import SampledAnswers
 from model.processing.processor import UGroundProcessor
-from model.processing.tokens import REJ, SEG
+from model.processing.tokens import SEG
 from model.settings import GrpoSettings
 from model.structures import Batch, GroupPrompts
 
@@ -86,7 +86,8 @@ def packed_answers(
     tokens = [
         (k, token, i >= forced and token not in given) for k, ids in enumerate(flat) for i, token in enumerate(ids)
     ]
-    segs = [i for i, (_, token, _) in enumerate(tokens) if token == processor.tokens.seg]
+    more = len(processor.codebook) - 1  # a target's first token is the action; the others follow by themselves
+    segs = [i - more for i, (_, token, _) in enumerate(tokens) if token == processor.tokens.seg]
     return SampledAnswers(
         batch=processor.continued(conversations, batch).to(device),
         targets=[target.to(device) for target in prompts.targets],
@@ -106,14 +107,21 @@ def describe(ids: Sequence[int], processor: UGroundProcessor, settings: GrpoSett
     """
     text, marks = processor.decode(ids), processor.builder.marks
     thought, answer = processor.split_thought(text)
-    segs = list(ids).count(processor.tokens.seg)
+    tokens = processor.tokens
+
+    def in_answer(token: int | None) -> list[bool]:
+        """Of each such token, whether it is in the answer: the same letters in other tokens are no such token."""
+        ends = [i + 1 for i, each in enumerate(ids) if each == token]
+        return [bool(processor.split_thought(processor.decode(ids[:end]))[1]) for end in ends]
+
+    segs = in_answer(tokens.seg)
     return {
         "length": len(ids),
         "longest": settings.grpo_tokens,
-        "ended": ids[-1] == processor.tokens.eos,
+        "ended": ids[-1] == tokens.eos,
         "thinks": settings.grpo_think == "on" or bool(marks and text.startswith(marks.opening)),
         "well_thought": bool(thought and answer and SEG not in thought),
-        "rejects": REJ in answer,
-        "segs": segs,
-        "in_thought": segs - answer.count(SEG),
+        "rejects": any(in_answer(tokens.rej)),
+        "segs": len(segs),
+        "in_thought": segs.count(False),
     }
