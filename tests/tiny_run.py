@@ -7,11 +7,15 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import save_file
 
+import train_ds
 from utils.demo.tiny_model import clip_config, llama_settings
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -75,6 +79,20 @@ def environment(**extra: str) -> dict[str, str]:
 def log_lines(run: Path, kind: str) -> list[dict]:
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     return [line for line in lines if line["kind"] == kind]
+
+
+@contextmanager
+def killed_after_saving() -> Iterator[None]:
+    """Inside, a run in this process is interrupted after its first checkpoint."""
+    saved = train_ds.save_step
+
+    def save_and_die(run, results):
+        saved(run, results)
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_ds, "save_step", save_and_die)
+        yield
 
 
 def free_port() -> str:

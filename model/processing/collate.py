@@ -116,11 +116,7 @@ def collate_rows(
     label_positions, seg_positions = before_labels(labels), before_labels(labels, seg_id)
     label_ids, label_thoughts = labels.flatten()[label_positions + 1], in_thought.flatten()[label_positions + 1]
     label_weights = torch.where(label_thoughts, thought_weight, 1.0)
-    if seen is not None:
-        pixel_values, sam_images = seen.pixel_values, seen.sam_images
-    else:
-        pixel_values = reader.pixels(images)
-        sam_images = squares(images, sam_side, SAM_INPUTS[sam_input]) if sam_side else torch.zeros(len(rows), 3, 0, 0)
+    pixel_values, sam_images = _pixels(images, reader, sam_side, sam_input, seen)
     num_targets = sum(int((row.masks == 1).any((1, 2)).sum()) for row in rows)
     return Batch(
         input_ids=input_ids,
@@ -147,3 +143,13 @@ def collate_rows(
         has_padding=not bool(tokens.shown.all()),
         grids=tokens.grids,
     )
+
+
+def _pixels(
+    images: Sequence[np.ndarray], reader: ImageReader, sam_side: int, sam_input: str, seen: Batch | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The inputs of vision tower and mask decoder; the arguments are of ``collate_rows``."""
+    if seen is not None:
+        return seen.pixel_values, seen.sam_images
+    empty = torch.zeros(len(images), 3, 0, 0)
+    return reader.pixels(images), squares(images, sam_side, SAM_INPUTS[sam_input]) if sam_side else empty

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_run import arguments, launch, log_lines
+from tiny_run import arguments, killed_after_saving, launch, log_lines
 
 import train_ds
 from utils.config import ConfigError, load_config
@@ -47,22 +47,15 @@ def assert_same(run, other, names, tolerance: float) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("objective", ["grpo", "both"])
-def test_a_run_logs_rewards_and_resumes_as_if_it_had_not_stopped(run_here, monkeypatch, objective):
+def test_a_run_logs_rewards_and_resumes_as_if_it_had_not_stopped(run_here, objective):
     settings = {"objective": objective, "epochs": 2, "steps_per_epoch": 4, "grpo_updates": 2, "grpo_clip": 0.1}
     whole = run_here(exp_name="whole", **settings)
     lines = log_lines(whole, "train")
     assert set(TERMS) <= set(lines[0])
     assert ("mask_bce" in lines[0]) == (objective == "both")
     assert all(0 < line["grpo_tokens"] <= 8 for line in lines)
-    saved = train_ds.save_step
-
-    def save_and_die(run, results):
-        saved(run, results)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(train_ds, "save_step", save_and_die)
-    run_here(code=130, exp_name="cut", **settings)
-    monkeypatch.setattr(train_ds, "save_step", saved)
+    with killed_after_saving():
+        run_here(code=130, exp_name="cut", **settings)
     cut = run_here(exp_name="cut", auto_resume="true", **settings)
     assert_same(cut, whole, TERMS, 1e-6)
     expected = weights(whole)

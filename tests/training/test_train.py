@@ -18,7 +18,7 @@ import pytest
 import torch
 import torch.distributed.run
 from forks import Program
-from tiny_run import ROOT, arguments, environment, free_port, launch, log_lines
+from tiny_run import ROOT, arguments, environment, free_port, killed_after_saving, launch, log_lines
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import modeling_utils
 
@@ -206,18 +206,11 @@ def test_best_is_compared_with_its_like(run_here):
     assert checkpoints.read_index(run)["best"] == checkpoints.read_index(run)["latest"]
 
 
-def test_resumed_run_is_the_uninterrupted_one(run_here, monkeypatch):
+def test_resumed_run_is_the_uninterrupted_one(run_here):
     settings = {"grad_accumulation_steps": 2, "log_every": 5}  # logged: steps 1, 5, and 3 and 6, which are saved
     whole, _ = run_here(exp_name="whole", **settings)
-    saved = train_ds.save_step
-
-    def save_and_die(run, results):
-        saved(run, results)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(train_ds, "save_step", save_and_die)
-    run_here(code=130, exp_name="cut", **settings)
-    monkeypatch.setattr(train_ds, "save_step", saved)
+    with killed_after_saving():
+        run_here(code=130, exp_name="cut", **settings)
     cut, printed = run_here(exp_name="cut", auto_resume=True, **settings)
     assert "resuming from" in printed
     assert_same_curve(cut, whole, 1e-6)  # with dropout: its seed is the step's
