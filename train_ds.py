@@ -129,6 +129,11 @@ def warn_of_skipped(run: Run) -> None:
             f"warning: {counted(truncated, 'sample')} cut off, with answers and [SEG] (named above); raise "
             "--model_max_length"
         )
+    if left_out := int(run.mixture.left_out):
+        run.log.print(
+            f"warning: {counted(left_out, 'question')} left out, too long with an answer of --grpo_tokens (named "
+            "above); lower it, or raise --model_max_length"
+        )
 
 
 def print_error(error: ValueError) -> None:
@@ -174,6 +179,7 @@ def build_run(config: Config, device: torch.device) -> Run:
     """Builds and checks everything that training needs; raises a ValueError that names what is wrong."""
     from model.lora import base_of
     from utils.training.engine import build_engine, build_model, deepspeed_settings
+    from utils.training.group_samples import check_room
 
     mixture, benchmarks = open_data(config)
     adopt(config)
@@ -193,7 +199,7 @@ def build_run(config: Config, device: torch.device) -> Run:
         cache_sam_features(inner, processor, config.data.sam_feature_cache, config.data.sam_feature_cache_gb)
     if config.model.compile_sam:
         inner.visual_model.compile_encoder()
-    check_room(config, processor)
+    check_room(config.grpo, processor)
     engine = build_engine(model, config, settings)
     meta |= checkpoints.describe_model(model, processor, loaded)
     saved: dict[str, Any] = checkpoints.resume(engine, start, meta) if start else {"step": 0, "best": None}
@@ -224,21 +230,6 @@ def build_run(config: Config, device: torch.device) -> Run:
         if trial:
             selection_metric(run, trial)
     return run
-
-
-def check_room(config: Config, processor: UGroundProcessor) -> None:
-    """Raises a ConfigError if sampled answers are too short for their opening, or too long for a row."""
-    grpo = config.grpo
-    if grpo.objective == "supervised":
-        return
-    opening = len(processor.opening(grpo.grpo_think).forced)
-    if not opening < grpo.grpo_tokens < processor.room:
-        raise ConfigError(
-            [
-                f"--grpo_tokens {grpo.grpo_tokens}: must be above {opening}, the tokens that begin a thought, and "
-                f"below {processor.room}, what fits beside the image; change it, or raise --model_max_length"
-            ]
-        )
 
 
 def unread_paths(config: Config) -> str:
@@ -483,7 +474,7 @@ def collate(
     batch = processor.collate(samples, on_truncated=mixture.count_truncated)
     if grpo.objective == "supervised":
         return batch, None
-    return batch, processor.group_prompts(samples, grpo.grpo_tokens, on_truncated=mixture.count_truncated)
+    return batch, processor.group_prompts(samples, grpo.grpo_tokens, on_left_out=mixture.count_left_out)
 
 
 def batches_from(run: Run) -> DataLoader:

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, overload
 import numpy as np
 
 from model.processing.pixels import Picture, as_pixels
-from model.processing.tokens import SEG
 from model.structures import MAX_NEW_TOKENS, Batch, Prediction, Turn
 
 if TYPE_CHECKING:
@@ -211,7 +210,7 @@ def with_text(predictions: list[list[Prediction]], processor: UGroundProcessor) 
 
 def _with_text(prediction: Prediction, processor: UGroundProcessor) -> Prediction:
     thought, text = processor.split_thought(processor.decode(prediction.token_ids))
-    if dropped := thought.count(SEG):
+    if thought and (dropped := processor.in_answer(prediction.token_ids, processor.tokens.seg).count(False)):
         prediction = prediction.without_first(dropped)
     prediction.thought, prediction.text = thought, text
     return prediction

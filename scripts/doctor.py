@@ -300,6 +300,11 @@ def check_configuration(page: Page, settings: list[str], overfit: str) -> None:
         page.add(skipped("forward and backward pass, overfitting", "they need the weights and the data"))
         return
     model = built[0].to(device)
+    if config.grpo.objective != "supervised":
+        page.run(checks.check_rewards, model, config, built[1], mixture, device)
+    if config.grpo.objective == "grpo":
+        page.add(skipped("gradients and overfitting on the ground truth", "objective grpo does not learn from it"))
+        return
     if page.run(checks.check_gradients, model, batches[0]):
         if overfit == "on" or (overfit == "auto" and checks.is_cheap(model, device)):
             page.run(checks.check_overfit, model, config, batches)

@@ -169,7 +169,7 @@ class UGroundProcessor:
         return self._collate(rows)
 
     def group_prompts(
-        self, samples: Sequence[Sample], tokens: int, on_truncated: Callable[[Sample, int, int], None] | None = None
+        self, samples: Sequence[Sample], tokens: int, on_left_out: Callable[[Sample, int, int], None] | None = None
     ) -> GroupPrompts:
         """The questions of samples whose answers a reward can judge: those about targets that are there or absent.
 
@@ -177,8 +177,8 @@ class UGroundProcessor:
         that marks some targets and rejects others; these are no questions here.
 
         Args:
-            tokens: longest answer; on_truncated: as in ``collate``, for questions that are left out, as they leave no
-                room for it.
+            tokens: longest answer; on_left_out: called with a sample, the number of its questions that leave no room
+                for such an answer, and the tokens that fit.
         """
         prompts = GroupPrompts([], [], [sample.sample_id for sample in samples])
         for sample in samples:
@@ -194,8 +194,8 @@ class UGroundProcessor:
                     continue
                 row.append(encoded.ids)
                 prompts.targets.append(torch.from_numpy(masks[len(masks) - targets :]))
-            if too_long and on_truncated:
-                on_truncated(sample, too_long, self.room)
+            if too_long and on_left_out:
+                on_left_out(sample, too_long, self.room)
             prompts.questions.append(row)
         return prompts
 
@@ -277,6 +277,11 @@ class UGroundProcessor:
     def split_thought(self, text: str) -> tuple[str, str]:
         """Thought and answer of a decoded text."""
         return self.builder.marks.split(text) if self.builder.marks else ("", text)
+
+    def in_answer(self, ids: Sequence[int], token: int | None) -> list[bool]:
+        """Of each such token, whether it is in the answer, and not in the thought: letters that spell one count not."""
+        ends = [i + 1 for i, each in enumerate(ids) if each == token]
+        return [bool(self.split_thought(self.decode(ids[:end]))[1]) for end in ends]
 
     def opening(self, think: str) -> Opening:
         """How generated answers begin, by a value of ``THINK``.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -201,6 +202,23 @@ def test_a_part_without_gradient_is_named(base, data, tmp_path, examine, monkeyp
     code, page = examine()
     assert code == 1
     assert "no usable gradient for phi (norms: " in problems(page)[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", ["grpo", "both"])
+def test_rewards_of_sampled_answers(examine, objective):
+    """Of the ground truth's loss nothing is said where none is learned from."""
+    settings = {"objective": objective, "lora_dropout": 0.0, "grpo_tokens": 12, "grpo_rewards": "length:1||format:1"}
+    code, page = examine(**settings)
+    assert code == 0
+    answers = r"ok +\d+ answers to \d questions in .* rewards length 0\.\d\d, format .* differ in [1-9] of \d groups"
+    assert re.search(answers, page)
+    assert bool(re.search(r"rewards give .*phi.* no gradient", page)) == (objective == "grpo")
+    assert ("every part that trains receives a gradient" in page) == (objective == "both")
+    code, page = examine(**settings | {"grpo_rewards": "length:1", "grpo_tokens": 1})
+    assert (code, "nothing to learn from" in page) == (0, True)
+    code, page = examine(**settings | {"grpo_tokens": 3000})
+    assert (code, "--grpo_tokens 3000: must be above" in problems(page)[0]) == (1, True)
 
 
 def test_a_token_without_embedding(tiny_model, tiny_processor):

@@ -88,9 +88,11 @@ def test_a_seg_within_a_thought_is_no_target(processor: UGroundProcessor, image:
     marks = processor.builder.marks
     answer = f"{marks.opening} it is [SEG] {marks.closing} it is [SEG]."
     encoded = processor.tokenizer(answer, add_special_tokens=False)["input_ids"]
-    plain.token_ids = encoded
+    seg = encoded.index(processor.tokens.seg)
+    spelled = processor.tokenizer.convert_tokens_to_ids(list("[SEG]"))  # is no such token, and has no mask
+    plain.token_ids = [*encoded[:seg], *spelled, *encoded[seg:]]
     [[prediction]] = with_text([[plain]], processor)
-    assert prediction.thought.count("[SEG]") == prediction.text.count("[SEG]") == 1
+    assert (prediction.thought.count("[SEG]"), prediction.text.count("[SEG]")) == (2, 1)
     assert len(prediction.masks) == len(prediction.layers) == len(prediction.policy) == 1
     assert torch.equal(prediction.mask_logits[0], plain.mask_logits[1])
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_run import arguments, killed_after_saving, launch, log_lines
+from tiny_run import ROOT, arguments, killed_after_saving, launch, log_lines
 
 import train_ds
 from utils.config import ConfigError, load_config
@@ -73,6 +73,16 @@ def test_two_processes_are_one(run_here, base, data, tmp_path):
 
 
 @pytest.mark.slow
+def test_shards_of_zero_3_change_nothing(run_here):
+    """Weights are whole while answers are sampled, and shards again where they are learned from."""
+    frozen = {"freeze": "embed_tokens||lm_head", "grpo_kl": 0.1, "gradient_checkpointing": "true"}
+    settings = {"objective": "both", "epochs": 1, "steps_per_epoch": 4, "grpo_updates": 2} | frozen
+    two = run_here(exp_name="two", **settings)
+    three = run_here(exp_name="three", deepspeed_config=ROOT / "configs/deepspeed/zero3.json", **settings)
+    assert_same(three, two, (*TERMS, "grpo_kl", "loss"), 1e-4)
+
+
+@pytest.mark.slow
 def test_micro_steps_are_one_batch(run_here):
     settings = {"objective": "grpo", "epochs": 1, "steps_per_epoch": 4}
     one = run_here(exp_name="one", batch_size=4, **settings)
@@ -112,6 +122,13 @@ def test_a_run_that_could_learn_nothing_ends(run_here, capsys, settings):
         ([*GRPO, "--grpo_weight", "2"], "grpo_weight: has no effect"),
         ([*GRPO, "--grpo_clip", "0.3"], "grpo_updates 1"),
         ([*GRPO, "--grpo_layers", "apart", "--layer_selection", "last"], "trains no policy"),
+        ([*GRPO, "--grpo_layers", "apart", "--policy_loss_weight", "0"], "apart has no effect"),
+        ([*GRPO, "--grpo_think", "off"], "without thought_format"),
+        ([*GRPO, "--policy_gradient", "exact"], "policy_gradient: has no effect with objective grpo"),
+        ([*GRPO, "--dice_loss_weight", "1"], "dice_loss_weight: has no effect with objective grpo"),
+        ([*GRPO, "--policy_loss_weight", "1"], "policy_loss_weight: has no effect with objective grpo"),
+        ([*GRPO, "--recipe", "recommended"], "recommended changes nothing"),
+        ([*GRPO, "--thought_format", "text", "--thought_probability", "1"], "samples its thoughts"),
         (["--grpo_answers", "4"], "set objective grpo or both"),
         ([*GRPO, "--grpo_answers", "1"], "at least 2"),
     ],
@@ -119,6 +136,13 @@ def test_a_run_that_could_learn_nothing_ends(run_here, capsys, settings):
 def test_settings_that_cannot_be_are_refused(flags, problem):
     with pytest.raises(ConfigError, match=problem.replace("|", r"\|")):
         load_config([*NEEDED, *flags])
+
+
+def test_what_shapes_the_ground_truths_loss_stays_with_both():
+    both = ["--objective", "both", "--lora_dropout", "0", "--policy_gradient", "exact", "--dice_loss_weight", "1"]
+    assert load_config([*NEEDED, *both]).method["policy_gradient"] == "exact"
+    apart = [*GRPO, "--grpo_layers", "apart", "--policy_loss_weight", "1"]
+    assert load_config([*NEEDED, *apart]).loss.policy_loss_weight == 1
 
 
 def test_a_model_that_thinks_needs_no_thoughts_in_the_data():

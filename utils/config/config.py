@@ -435,6 +435,13 @@ def _ignored(config: Config) -> Iterable[tuple[str, str]]:
             yield f"{kind}_data", f"has no effect: {reason}"
 
 
+OF_THE_GROUND_TRUTH = (  # what shapes its loss, and not that of sampled answers
+    *(item.name for item in fields(LossSettings)),
+    *("policy_gradient", "policy_samples", "reward", "reward_terms", "baseline", "baseline_start", "baseline_decay"),
+    *("thought_loss_weight", "critic_width", "critic_loss_weight", "entropy_bonus", "scale_advantage"),
+)
+
+
 def _grpo_ignored(config: Config) -> Iterable[tuple[str, str]]:
     """(setting, problem) of settings of sampled answers that others switch off."""
     grpo, defaults = config.grpo, GrpoSettings()
@@ -443,8 +450,25 @@ def _grpo_ignored(config: Config) -> Iterable[tuple[str, str]]:
         for name in changed:
             yield name, "has no effect: set objective grpo or both, or leave it out"
         return
-    if grpo.objective == "grpo" and "grpo_weight" in changed:
-        yield "grpo_weight", "has no effect with objective grpo, whose loss is the only one; leave it out"
+    if grpo.objective == "grpo":
+        if "grpo_weight" in changed:
+            yield "grpo_weight", "has no effect with objective grpo, whose loss is the only one; leave it out"
+        for name in OF_THE_GROUND_TRUTH:
+            weighs_layers = name == "policy_loss_weight" and grpo.grpo_layers == "apart"
+            if config.method[name] != METHOD_FIELDS[name].default and not weighs_layers:
+                yield (
+                    name,
+                    "has no effect with objective grpo, which learns from rewards alone; set both, or leave it out",
+                )
+        if config.data.thought_probability:
+            yield (
+                "thought_probability",
+                "has no effect with objective grpo, which samples its thoughts (grpo_think); set both, or leave it out",
+            )
+    if grpo.grpo_think == "off" and config.method["thought_format"] == NO_THOUGHTS:
+        yield "grpo_think", "has no effect: without thought_format no answer has a thought; leave it out"
+    if grpo.grpo_layers == "apart" and not config.loss.policy_loss_weight:
+        yield "grpo_layers", "apart has no effect with policy_loss_weight 0; raise that, or set off"
     if grpo.grpo_updates == 1 and "grpo_clip" in changed:
         yield "grpo_clip", "has no effect with grpo_updates 1, where the ratio is 1; raise these, or leave it out"
     selection = config.method["layer_selection"]

@@ -46,6 +46,7 @@ class Mixture(Dataset):
     Attributes:
         skipped: unusable records sampled so far, per data set.
         truncated: samples that were cut off (``count_truncated``).
+        left_out: questions that were not asked (``count_left_out``).
 
     Raises:
         DataError: listing all unknown names and all missing files at once.
@@ -84,6 +85,7 @@ class Mixture(Dataset):
         # shared memory, so that the main process sees the counts of its workers
         self.skipped = torch.zeros(len(self.datasets), dtype=torch.int64).share_memory_()
         self.truncated = torch.zeros(1, dtype=torch.int64).share_memory_()
+        self.left_out = torch.zeros(1, dtype=torch.int64).share_memory_()
         self.check_image: Callable[[str, np.ndarray], None] | None = None
         self._in_a_row = [0] * len(self.datasets)
         self._logged: set[str] = set()
@@ -149,6 +151,15 @@ class Mixture(Dataset):
         self._log(
             f"{sample.source}: the end of {conversations} of its {len(sample.conversations)} conversations is cut off, "
             f"with its [SEG]: they are longer than the {room} tokens beside the image; raise --model_max_length"
+        )
+
+    def count_left_out(self, sample: Sample, questions: int, room: int) -> None:
+        """Counts and logs questions that are longer, with their answers, than ``room`` tokens (``group_prompts``)."""
+        self.left_out += questions
+        self._log(
+            f"{sample.source}: {questions} of its {len(sample.conversations)} questions are not asked: with an answer "
+            f"of --grpo_tokens they are longer than the {room} tokens beside the image; lower it, or raise "
+            "--model_max_length"
         )
 
     def _log(self, message: str) -> None:

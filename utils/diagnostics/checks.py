@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from model.group_policy import forward_sampled
 from model.loading import hub
 from model.loading.placement import PRECISIONS
 from model.loading.pretrained import load
 from model.loading.weights import Loaded
-from model.lora import part_of
+from model.lora import base_of, part_of
 from model.opened import predict
 from model.processing.processor import UGroundProcessor
 from model.structures import Batch, Sample, Turn
@@ -26,6 +27,7 @@ from utils.diagnostics.findings import Finding, ok, problem, warning
 from utils.diagnostics.memory_model import Plan, expected, on_cuda
 from utils.training.checkpoint import checkpoint_bytes
 from utils.training.engine import deepspeed_settings, parameter_groups
+from utils.training.group_samples import check_room, sample_answers
 from utils.training.lineage import adopt, lineage_of
 from utils.wording import counted
 
@@ -214,6 +216,49 @@ def check_gradients(model: torch.nn.Module, batch: Batch) -> Iterator[Finding]:
         yield problem("nothing trains", "no parameter requires a gradient; see model/lora.py")
     else:
         yield ok(f"every part that trains receives a gradient (norms: {listed})")
+
+
+def check_rewards(
+    model: torch.nn.Module, config: Config, processor: UGroundProcessor, mixture: Mixture, device: torch.device
+) -> Iterator[Finding]:
+    """Whether sampled answers to a few questions differ in reward, and which parts learn from that."""
+    settings, size = config.grpo, config.train.batch_size
+    check_room(settings, processor)
+    samples = samples_with_masks(mixture)[:size]
+    prompts = processor.group_prompts(samples, settings.grpo_tokens)
+    questions = sum(map(len, prompts.questions))
+    if not questions:
+        fix = "raise --model_max_length, or lower --grpo_tokens; are there targets in --dataset?"
+        yield problem(f"no question about the first {counted(len(samples), 'sample')} can be asked", fix)
+        return
+    started, base = time.perf_counter(), base_of(model)
+    batch = processor.collate(samples).to(device, PRECISIONS[config.model.precision])
+    count = torch.tensor(float(questions * settings.grpo_answers), device=device)
+    model.train()
+    model.zero_grad(set_to_none=True)
+    sampled = sample_answers(base, processor, batch, prompts, count, settings, config.train.seed)
+    output = forward_sampled(base, sampled)
+    output.loss.backward()
+    terms, seconds = {name: float(value) for name, value in output.terms.items()}, time.perf_counter() - started
+    rewards = ", ".join(
+        f"{name.removeprefix('grpo_reward_')} {value:.2f}" for name, value in terms.items() if "_reward_" in name
+    )
+    differ = round((1 - terms["grpo_equal"]) * questions)
+    text = (
+        f"{int(count)} answers to {counted(questions, 'question')} in {seconds:.1f} s, of {terms['grpo_tokens']:.0f} "
+        f"tokens: rewards {rewards}; they differ in {differ} of {counted(questions, 'group')}"
+    )
+    if not np.isfinite(terms["grpo"]):
+        yield problem(f"the loss is {terms['grpo']} ({text})", "damaged weights, or a precision that overflows?")
+    elif not differ:
+        fix = "nothing to learn from: is the model finished? Another --grpo_temperature, other --grpo_rewards?"
+        yield warning(text, fix)
+    else:
+        yield ok(text)
+        silent = [part for part, norm in norms_per_part(model).items() if norm == 0]
+        if silent and settings.objective == "grpo":
+            fix = "they train words and layers alone: --freeze these parts, or --objective both"
+            yield warning(f"rewards give {', '.join(silent)} no gradient", fix)
 
 
 def norms_per_part(model: torch.nn.Module) -> dict[str, float]:

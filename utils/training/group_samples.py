@@ -14,6 +14,21 @@ from model.processing.processor import UGroundProcessor
 from model.processing.tokens import SEG
 from model.settings import GrpoSettings
 from model.structures import Batch, GroupPrompts
+from utils.config import ConfigError
+
+
+def check_room(settings: GrpoSettings, processor: UGroundProcessor) -> None:
+    """Raises a ConfigError if sampled answers are too short for their opening, or too long for a row."""
+    if settings.objective == "supervised":
+        return
+    opening = len(processor.opening(settings.grpo_think).forced)
+    if not opening < settings.grpo_tokens < processor.room:
+        raise ConfigError(
+            [
+                f"--grpo_tokens {settings.grpo_tokens}: must be above {opening}, the tokens that begin a thought, and "
+                f"below {processor.room}, what fits beside the image; change it, or raise --model_max_length"
+            ]
+        )
 
 
 def sample_answers(
@@ -108,20 +123,14 @@ def describe(ids: Sequence[int], processor: UGroundProcessor, settings: GrpoSett
     text, marks = processor.decode(ids), processor.builder.marks
     thought, answer = processor.split_thought(text)
     tokens = processor.tokens
-
-    def in_answer(token: int | None) -> list[bool]:
-        """Of each such token, whether it is in the answer: the same letters in other tokens are no such token."""
-        ends = [i + 1 for i, each in enumerate(ids) if each == token]
-        return [bool(processor.split_thought(processor.decode(ids[:end]))[1]) for end in ends]
-
-    segs = in_answer(tokens.seg)
+    segs = processor.in_answer(ids, tokens.seg)
     return {
         "length": len(ids),
         "longest": settings.grpo_tokens,
         "ended": ids[-1] == tokens.eos,
         "thinks": settings.grpo_think == "on" or bool(marks and text.startswith(marks.opening)),
         "well_thought": bool(thought and answer and SEG not in thought),
-        "rejects": any(in_answer(tokens.rej)),
+        "rejects": any(processor.in_answer(ids, tokens.rej)),
         "segs": len(segs),
         "in_thought": segs.count(False),
     }
