@@ -9,7 +9,7 @@ Runs of a seed, each from the one named:
 - ``supervised, grpo``, ``thoughts, grpo``, ``thoughts, both``: then by rewards, and by these and the ground truth
 
 Prints gIoU in percent with greedy answers: of all queries, by family, of the demo's long queries; images per second of
-training; and what the rewards' curves began and ended with. Finished runs are skipped.
+training; and what the rewards' curves began and ended with, which ``--figure`` draws. Finished runs are skipped.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ import argparse
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
+
+import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -32,8 +34,10 @@ from utils.demo.two_steps import FAMILIES, write_two_steps
 from utils.evaluation.results import Summary
 from utils.inference import cli
 from utils.plotting import text_tables
+from utils.plotting.charts import COLUMN, LINES, figure, running_mean, save_chart
 from utils.training.run_log import read_log
 
+Log = list[dict[str, float]]
 IMAGES = {"train": 3000, "val": 240}
 LONG = "ReasonSeg|val_long"
 SUPERVISED: dict[str, object] = {
@@ -91,7 +95,8 @@ RUNS = (
 )
 
 
-ENDS = ("reward_mask_iou", "tokens", "entropy", "kl")  # of the log
+ENDS = ("reward", "reward_mask_iou", "tokens", "entropy", "kl")  # of ``rewards_log``
+CURVES = {"reward": "reward of an answer", "tokens": "its tokens", "entropy": "entropy of a token, nats"}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -106,6 +111,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--dataset_dir", required=True, metavar="DIR", help="the demo's data")
     add("--seeds", type=cli.whole(1), default=3, metavar="N", help="seeds 0 to N-1 (default: 3)")
     add("--output", type=Path, default=Path("runs/thoughts"), metavar="DIR", help="default: runs/thoughts")
+    add("--figure", type=Path, metavar="FILE", help="also write a PNG of the rewards' curves")
     return parser.parse_args(argv)
 
 
@@ -114,8 +120,7 @@ def study(args: argparse.Namespace) -> str:
     data = args.output / "data" / "two_steps.jsonl"
     if not data.is_file():
         write_two_steps(data.parent, **IMAGES)
-    two_steps, values = f"custom|{data}|val", dict[str, list[list[float]]]()
-    curves = [["run", "seed", "reward", *ENDS]]
+    two_steps, values, logs = f"custom|{data}|val", dict[str, list[list[float]]](), dict[str, list[Log]]()
     for seed in range(args.seeds):
         merged: dict[str, Path] = {}
         for run in RUNS:
@@ -129,14 +134,19 @@ def study(args: argparse.Namespace) -> str:
                 [*scores, *by_family(folder / "eval", two_steps), images_per_second(folder)]
             )
             if run.start:
-                curves.append([run.name, str(seed), *ends(folder)])
+                logs.setdefault(run.name, []).append(rewards_log(folder))
     columns = ["two steps", LONG, *FAMILIES, "images/s"]
     rows = [["run", *columns]]
     rows += [[name, *(text_tables.mean_cell(column, 1) for column in zip(*seeds))] for name, seeds in values.items()]
     each = "\n".join(
         f"{name}: {[[round(value, 1) for value in seed] for seed in seeds]}" for name, seeds in values.items()
     )
-    return f"{text_tables.markdown(rows)}\n\n{text_tables.markdown(curves)}\n\n{each}"
+    ends = [["run", "seed", *ENDS]]
+    for name, seeds in logs.items():
+        ends += [[name, str(seed), *(first_and_last(lines, each) for each in ENDS)] for seed, lines in enumerate(seeds)]
+    if args.figure:
+        draw(logs, args.figure)
+    return f"{text_tables.markdown(rows)}\n\n{text_tables.markdown(ends)}\n\n{each}"
 
 
 def by_family(results: Path, spec: str) -> Iterator[float]:
@@ -151,20 +161,39 @@ def images_per_second(folder: Path) -> float:
     return len(speeds) / sum(1 / speed for speed in speeds)
 
 
-def ends(folder: Path) -> Iterator[str]:
-    """Means of the first and the last five logged steps of a run by rewards."""
-    lines: list[dict[str, Any]] = [line for line in read_log(folder) if line["kind"] == "train"]
+def rewards_log(folder: Path) -> Log:
+    """What a run by rewards logged of its answers, with their weighted ``reward``, by names without ``grpo_``."""
+    weights, lines = weights_of(GrpoSettings().grpo_rewards), []
+    for line in read_log(folder):
+        if line["kind"] == "train":
+            own = {name.removeprefix("grpo_"): value for name, value in line.items() if name.startswith("grpo_")}
+            reward = sum(weight * own[f"reward_{name}"] for name, weight in weights.items())
+            lines.append({"step": line["step"], "reward": reward} | own)
+    return lines
 
-    def reward(line: dict[str, Any]) -> float:
-        return sum(
-            weight * line[f"grpo_reward_{each}"] for each, weight in weights_of(GrpoSettings().grpo_rewards).items()
-        )
 
-    def mean(part: list[dict[str, Any]], name: str) -> float:
-        return sum(reward(line) if name == "reward" else line[f"grpo_{name}"] for line in part) / len(part)
+def first_and_last(lines: Log, name: str) -> str:
+    """Means of the first and the last five logged steps."""
+    means = [sum(line[name] for line in part) / len(part) for part in (lines[:5], lines[-5:])]
+    return "{:.3f} to {:.3f}".format(*means)
 
-    for name in ("reward", *ENDS):
-        yield f"{mean(lines[:5], name):.3f} to {mean(lines[-5:], name):.3f}"
+
+def draw(logs: dict[str, list[Log]], path: Path) -> None:
+    """Writes the figure: ``CURVES`` over the steps of each run, as running means; thin lines are single seeds."""
+    with figure(2 * COLUMN, 1.8) as fig:
+        panels = fig.subplots(1, len(CURVES))
+        for axes, (name, title) in zip(panels, CURVES.items(), strict=True):
+            for (run, seeds), style in zip(logs.items(), LINES):
+                steps = [line["step"] for line in seeds[0]]
+                table = np.array([[line[name] for line in lines] for lines in seeds])
+                for values in table:
+                    axes.plot(steps, running_mean(values, 5), color=style["color"], linewidth=0.4, alpha=0.5)
+                axes.plot(steps, running_mean(table.mean(0), 5), label=run, **(style | {"marker": ""}))
+            axes.set_title(title, loc="left")
+            axes.set_xlabel("step")
+        panels[1].set_ylim(bottom=0)
+        panels[2].legend(loc="best", handlelength=2.6)
+        save_chart(path, fig, "Reward, length and entropy of sampled answers over training by rewards.")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from types import SimpleNamespace
 
+import cv2
 import numpy as np
 import pytest
 from tiny_run import ROOT
@@ -120,10 +121,15 @@ def test_the_study_trains_each_run_from_the_one_before(tmp_path, monkeypatch):
     monkeypatch.setattr(study_thoughts, "write_two_steps", lambda *_, **__: None)
     monkeypatch.setattr(study_thoughts, "by_family", lambda *_: [1.0] * len(FAMILIES))
     monkeypatch.setattr(study_thoughts, "images_per_second", lambda _: 2.0)
-    monkeypatch.setattr(study_thoughts, "ends", lambda _: ["0 to 1"] * 5)
-    table = study_thoughts.study(SimpleNamespace(output=tmp_path, dataset_dir="data", seeds=2))
+    terms = ("reward_mask_iou", "reward_rejection", "reward_format", "tokens", "entropy", "kl")
+    log = [{"kind": "train", "step": step} | {f"grpo_{name}": step / 10 for name in terms} for step in range(1, 11)]
+    monkeypatch.setattr(study_thoughts, "read_log", lambda _: [{"kind": "start", "step": 0}, *log])
+    figure = tmp_path / "curves.png"
+    table = study_thoughts.study(SimpleNamespace(output=tmp_path, dataset_dir="data", seeds=2, figure=figure))
     assert len(calls) == 10
     assert calls["thoughts-grpo-1"].model.version == str(tmp_path / "thoughts-1/merged")
     assert calls["supervised-0"].total_steps == calls["thoughts-0"].total_steps
     assert calls["thoughts-both-0"].grpo.objective == "both"
     assert table.count("thoughts, grpo") == 4
+    assert table.count("| 0.600 to 1.600 | 0.300 to 0.800 |") == 6  # rewards weigh 1, 0.5 and 0.5
+    assert cv2.imread(str(figure)).std() > 0

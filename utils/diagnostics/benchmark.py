@@ -14,7 +14,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -26,16 +26,19 @@ from transformers import AutoTokenizer, CLIPVisionConfig
 
 from model.config import UGroundConfig
 from model.decoders.segment_anything import SamShape, SegmentAnything
+from model.group_policy import SampledAnswers
 from model.loading.placement import PRECISIONS
 from model.lora import add_lora, set_trainable
 from model.opened import cache_sam_features
 from model.processing.processor import UGroundProcessor
 from model.processing.tokens import add_special_tokens
+from model.settings import GrpoSettings
 from model.structures import Batch, Sample, Turn
 from model.UGround import UGroundForCausalLM
 from utils.demo.tiny_model import clip_config, llama_settings, sam_shape
 from utils.diagnostics import memory_model, process_memory
 from utils.diagnostics.memory_probe import random_weights
+from utils.training.group_samples import sample_answers
 
 ROOT = Path(__file__).resolve().parents[2]
 UGROUND: dict[str, Any] = {
@@ -204,11 +207,24 @@ class Bench:
             decoder.cache.get(batch.image_keys, batch.sam_images, lambda x: torch.randn(len(x), *shape).to(x))
         return batch
 
-    def step(self, batch: Batch) -> None:
+    def step(self, batch: Batch, sampled: SampledAnswers | None = None) -> None:
         """A training step: forward, backward, optimizer."""
-        self.wrapped(batch).loss.backward()
+        self.wrapped(batch, sampled=sampled).loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
+
+    def sampled_step(self, samples: list[Sample], objective: str) -> Callable[[], None]:
+        """A training step with sampled answers of 32 tokens and one [SEG]; SAM's features come from the cache."""
+        settings = GrpoSettings(objective=objective, grpo_tokens=32)
+        batch, prompts = self.batch(samples), self.processor.group_prompts(samples, settings.grpo_tokens)
+        count = torch.tensor(float(settings.grpo_answers * len(prompts.targets)), device=self.device)
+
+        def call() -> None:
+            with self.scripted_answers(length=settings.grpo_tokens):
+                sampled = sample_answers(self.model, self.processor, batch, prompts, count, settings, 0)
+            self.step(batch, sampled)
+
+        return call
 
     @contextmanager
     def scripted_answers(self, segs: int = 1, length: int = 12) -> Iterator[None]:
@@ -223,7 +239,7 @@ class Bench:
             if token is None:  # the next answer starts
                 script = iter([*codebook] * segs + [5] * (length - segs - 1) + [ids.eos])
                 token = next(script)
-            logits[..., token] = torch.inf
+            logits[..., token] = 1e4  # finite, as answers may be sampled
             return logits
 
         hook = self.model.lm_head.register_forward_hook(force)
@@ -254,12 +270,9 @@ class Bench:
 
         return call
 
-    def _one_question(self) -> Batch:
-        return self.prompts(self.samples(1, images=1))
-
     def generate_without_cache(self) -> None:
         """Generates 12 tokens with a forward pass of the whole sequence for each; the vision tower runs once."""
-        batch = self._one_question()
+        batch = self.prompts(self.samples(1, images=1))
         self.wrapped.eval()
         with torch.inference_mode(), self.scripted_answers():
             features = self.model.encode_images(batch.pixel_values, batch.image_cells)
@@ -274,7 +287,7 @@ class Bench:
 
     def generate_with_cache(self) -> None:
         """Generates 12 tokens with the KV cache."""
-        batch = self._one_question()
+        batch = self.prompts(self.samples(1, images=1))
         self.wrapped.eval()
         with self.scripted_answers(segs=0):
             self.model.answer(batch, max_new_tokens=12)
@@ -448,6 +461,8 @@ def ratios() -> list[Ratio]:
         Ratio("UGround / fixed last layer, both packed", "UGround", "LISA", 1.10),
         Ratio("UGround packed / fixed last layer unpacked, cached features", "UGround", "LISA unpacked", 0.55),
         Ratio("policy_gradient exact / reinforce", "exact", "UGround"),
+        Ratio("objective grpo / supervised: 8 answers of 32 tokens, cached features", "grpo", "UGround"),
+        Ratio("objective both / supervised, the same", "both", "UGround"),
         Ratio("12 tokens with KV cache / without", "written", "written without cache", 0.20),
         Ratio("8 questions / 1, written, whole query", "8 questions", "1 question", 2.5, "SAM encoder"),
         Ratio("8 expressions / 1, answers given, whole query", "8 given", "1 given", 3.0, "SAM encoder"),
@@ -475,11 +490,8 @@ def cases(bench: Bench, compiled: bool) -> dict[str, Callable[[], Any]]:
     def train(settings: dict[str, Any], batch: Batch, sam: bool = True) -> Callable[[], None]:
         def call() -> None:
             bench.configure(settings)
-            if sam:
+            with nullcontext() if sam else bench.without_sam():
                 bench.step(batch)
-            else:
-                with bench.without_sam():
-                    bench.step(batch)
 
         return call
 
@@ -494,6 +506,7 @@ def cases(bench: Bench, compiled: bool) -> dict[str, Callable[[], Any]]:
         "LISA": train(LISA_STYLE, packed),
         "LISA unpacked": train(LISA_STYLE, unpacked),
         "exact": train(EXACT, packed),
+        **{objective: bench.sampled_step(default, objective) for objective in ("grpo", "both")},
         "written": bench.generate_with_cache,
         "written without cache": bench.generate_without_cache,
     }
