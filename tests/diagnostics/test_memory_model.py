@@ -17,7 +17,7 @@ from model.UGround import UGroundForCausalLM
 from scripts import doctor
 from utils.config import load_config
 from utils.diagnostics import memory_model
-from utils.diagnostics.memory_probe import processor_of, random_batch
+from utils.diagnostics.memory_probe import measure_step, processor_of, random_batch
 
 ZERO3 = str(ROOT / "configs/deepspeed/zero3.json")
 
@@ -116,6 +116,18 @@ def test_a_model_without_a_sam_is_planned_and_measured_with_its_own_tokens(plan)
     assert len(batch.seg_positions) == pixels.masks
     last = batch.label_ids == batch.input_ids.flatten()[batch.seg_positions[0]]
     assert last.sum() == pixels.masks
+
+
+@pytest.mark.slow
+def test_a_step_with_sampled_answers_is_measured():
+    flags = [*memory_model.MEDIUM_SETTINGS, "--batch_size", "1", "--questions_per_image", "1", "--lora_dropout", "0"]
+    config = load_config([*flags, "--objective", "both", "--grpo_tokens", "16", "--grpo_answers", "4"], needs=())
+    plan = memory_model.plan_of_preset("medium", config)
+    assert (plan.answers, plan.answer_labels) == (4, 64)
+    plan.shape.num_hidden_layers, plan.shape.sam_config["image_size"] = 2, 256
+    measured = measure_step(replace(plan, pixels=40_000), config)
+    assert 4 <= measured.plan.answer_labels <= 64
+    assert measured.plan.answer_tokens > measured.plan.tokens
 
 
 def test_a_tenth_of_a_card_stays_free():

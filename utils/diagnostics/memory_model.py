@@ -148,14 +148,12 @@ def text_loss_bytes(plan: Plan) -> float:
 def sampled_answers(plan: Plan) -> float:
     """Bytes of the pass that sampled answers are learned from: the language model's, with the answers' rows.
 
-    Their logits are, beside ``text_loss_bytes``, divided by the temperature and read for the entropy (4 and 2 x 4).
     Generation before it holds a KV cache, which is smaller and freed; masks for the rewards have no gradient.
     """
     if not plan.answer_tokens:
         return 0.0
     rows = replace(plan, tokens=plan.answer_tokens, labels=plan.answer_labels)
-    more = 12.0 * plan.images * plan.answer_labels * plan.shape.text.vocab_size
-    return language_model(rows) + text_loss_bytes(rows) + more + 8.0 * plan.pixels * plan.answers * plan.images
+    return language_model(rows) + text_loss_bytes(rows) + 8.0 * plan.pixels * plan.answers * plan.images
 
 
 def token_rows(plan: Plan) -> float:

@@ -25,6 +25,8 @@ from utils.config import Config
 from utils.diagnostics import process_memory
 from utils.diagnostics.memory_model import GB, Plan, expected
 from utils.training.engine import build_engine, deepspeed_settings
+from utils.training.group_samples import sample_answers
+from utils.training.zero3 import gathered
 
 TOKENIZER = Path(__file__).resolve().parents[2] / "assets/tiny/llava"
 MEASURED_STEPS = 4  # the optimizer creates its state in the first
@@ -58,13 +60,17 @@ class Measured:
 def measure_step(plan: Plan, config: Config) -> Measured:
     """Trains a model with random weights of the plan's shape for a few steps, under DeepSpeed.
 
-    With ``sam_feature_cache`` the first step fills the cache, and the others read it.
+    With ``sam_feature_cache`` the first step fills the cache, and the others read it. Sampled answers are about as long
+    as they may be: random weights seldom end one.
     """
     device, cache = distributed.init(), config.data.sam_feature_cache
     torch.manual_seed(0)
     processor = processor_of(plan.shape)
     processor.hash_images = bool(cache)
-    batch = random_batch(plan, processor).to(device, PRECISIONS[config.model.precision])
+    samples, grpo = random_samples(plan), config.grpo
+    batch = processor.collate(samples).to(device, PRECISIONS[config.model.precision])
+    prompts = processor.group_prompts(samples, grpo.grpo_tokens)
+    count, sampled = torch.tensor(float(plan.answers * plan.images), device=device), None
     before = memory_now(device)
     with random_weights(device, PRECISIONS[config.model.precision]):
         model = BACKBONES[plan.shape.backbone].model(plan.shape)
@@ -80,7 +86,10 @@ def measure_step(plan: Plan, config: Config) -> Measured:
     reset_peak(device)
     for _ in range(MEASURED_STEPS):
         start = time.perf_counter()
-        output = engine(batch)
+        if plan.answers:
+            with gathered(engine):
+                sampled = sample_answers(model, processor, batch, prompts, count, grpo, config.train.seed)
+        output = engine(batch, sampled=sampled)
         engine.backward(output.loss)
         del output
         engine.step()
@@ -89,6 +98,9 @@ def measure_step(plan: Plan, config: Config) -> Measured:
         seconds = time.perf_counter() - start
     width = batch.input_ids.shape[1]
     actual = replace(plan, tokens=width, labels=len(batch.label_ids) // plan.images, gpus=1)
+    if sampled:
+        labels = len(sampled.owners) // plan.images
+        actual = replace(actual, answer_tokens=sampled.batch.input_ids.shape[1], answer_labels=labels)
     return Measured(actual, peak_memory(device) - before, seconds)
 
 
@@ -113,6 +125,11 @@ def processor_of(shape: GroundingConfig) -> UGroundProcessor:
 
 
 def random_batch(plan: Plan, processor: UGroundProcessor) -> Batch:
+    """``random_samples`` as a batch."""
+    return processor.collate(random_samples(plan))
+
+
+def random_samples(plan: Plan) -> list[Sample]:
     """Random square images (no padded patches) with meaningless questions, as many and as long as in the plan."""
     shape, rng = plan.shape, np.random.default_rng(0)
     size = (round(plan.pixels**0.5),) * 2
@@ -123,7 +140,7 @@ def random_batch(plan: Plan, processor: UGroundProcessor) -> Batch:
         masks[:, size[0] // 3 : size[0] // 2, size[1] // 3 : size[1] // 2] = 1
         talks: list[tuple[Turn, ...]] = [(Turn(question, "Sure, it is [SEG]."),) for _ in range(plan.masks)]
         samples.append(Sample("noise", rng.integers(0, 255, (*size, 3), dtype=np.uint8), talks, masks, number))
-    return processor.collate(samples)
+    return samples
 
 
 def memory_now(device: torch.device) -> int:
