@@ -291,9 +291,10 @@ def group_loss(
         loss = loss + settings.grpo_kl * terms["grpo_kl"]
     terms["grpo_entropy"] = per_answer(entropy, owner, written)
     terms["grpo_clipped"] = per_answer(clipped.float(), owner, written)
-    each = sampled.count.clamp(min=EPSILON)
-    for name, rewards in zip(weights_of(settings.grpo_rewards), old.rewards.unbind(1)):
-        terms[f"grpo_reward_{name}"] = rewards.sum() / each
+    each, weights = sampled.count.clamp(min=EPSILON), weights_of(settings.grpo_rewards)
+    means = {name: rewards.sum() / each for name, rewards in zip(weights, old.rewards.unbind(1), strict=True)}
+    terms["grpo_reward"] = torch.stack([weight * means[name] for name, weight in weights.items()]).sum()
+    terms |= {f"grpo_reward_{name}": value for name, value in means.items()}
     terms["grpo_tokens"] = len(log_probs) / each
     groups = old.advantages.view(-1, settings.grpo_answers)
     terms["grpo_equal"] = (groups.abs() < EPSILON).all(1).float().sum() * settings.grpo_answers / each

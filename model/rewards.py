@@ -18,6 +18,7 @@ class SampledAnswer:
     """A sampled answer, as rewards see it.
 
     Attributes:
+        thought, answer: its words.
         length: its tokens, with the end token; longest: the most that were allowed.
         ended: whether it has its end token.
         thinks: whether a thought was to be written; well_thought: whether there is a whole one, before any [SEG].
@@ -26,6 +27,8 @@ class SampledAnswer:
         targets: [m, H, W] uint8 with 0, 1 and 255; m = 0 where the target is absent.
     """
 
+    thought: str
+    answer: str
     length: int
     longest: int
     ended: bool
@@ -106,10 +109,19 @@ def weights_of(entries: Sequence[str]) -> dict[str, float]:
 
 
 def rewards_of(answers: Iterable[SampledAnswer], names: Sequence[str]) -> torch.Tensor:
-    """Unweighted rewards [answers, names], float32, on the CPU."""
+    """Unweighted rewards [answers, names], float32, on the CPU.
+
+    Raises:
+        ValueError: if a reward is not finite: its group would silently teach nothing.
+    """
     import torch
 
-    return torch.tensor([[REWARDS[name](answer) for name in names] for answer in answers]).view(-1, len(names))
+    values = [[REWARDS[name](answer) for name in names] for answer in answers]
+    rewards = torch.tensor(values, dtype=torch.float32).view(-1, len(names))
+    for name, column in zip(names, rewards.unbind(1)):
+        if not column.isfinite().all():
+            raise ValueError(f"reward {name} is not a finite number for some answers; see REWARDS in model/rewards.py")
+    return rewards
 
 
 def _matched(

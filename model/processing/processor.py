@@ -279,7 +279,7 @@ class UGroundProcessor:
         return self.builder.marks.split(text) if self.builder.marks else ("", text)
 
     def in_answer(self, ids: Sequence[int], token: int | None) -> list[bool]:
-        """Of each such token, whether it is in the answer, and not in the thought: letters that spell one count not."""
+        """Of each such token, whether it is in the answer, not in the thought; spelled letters are no such token."""
         ends = [i + 1 for i, each in enumerate(ids) if each == token]
         return [bool(self.split_thought(self.decode(ids[:end]))[1]) for end in ends]
 

@@ -24,8 +24,6 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from model.rewards import weights_of
-from model.settings import GrpoSettings
 from scripts.ablate import summary_path
 from scripts.dev.study_start import OTHER_SAMPLES, gious, train
 from utils.command_line.parser import Parser
@@ -162,14 +160,9 @@ def images_per_second(folder: Path) -> float:
 
 
 def rewards_log(folder: Path) -> Log:
-    """What a run by rewards logged of its answers, with their weighted ``reward``, by names without ``grpo_``."""
-    weights, lines = weights_of(GrpoSettings().grpo_rewards), []
-    for line in read_log(folder):
-        if line["kind"] == "train":
-            own = {name.removeprefix("grpo_"): value for name, value in line.items() if name.startswith("grpo_")}
-            reward = sum(weight * own[f"reward_{name}"] for name, weight in weights.items())
-            lines.append({"step": line["step"], "reward": reward} | own)
-    return lines
+    """The logged steps of a run by rewards; of answers' values, the names are without ``grpo_``."""
+    lines = [line for line in read_log(folder) if line["kind"] == "train"]
+    return [{name.removeprefix("grpo_"): value for name, value in line.items()} for line in lines]
 
 
 def first_and_last(lines: Log, name: str) -> str:

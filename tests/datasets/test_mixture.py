@@ -206,7 +206,7 @@ def test_samples_that_are_cut_off_are_counted_and_named(
     assert int(mixture.truncated) == 4
     assert processor.group_prompts([mixture[0]], 30, mixture.count_left_out).questions == [[]]
     assert (int(mixture.left_out), int(mixture.truncated)) == (1, 4)
-    assert "1 of its 1 questions are not asked: with an answer of --grpo_tokens" in caplog.text
+    assert "1 question not asked: with an answer of --grpo_tokens" in caplog.text
 
 
 def test_all_problems_are_reported_at_once(root: Path) -> None:

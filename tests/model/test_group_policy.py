@@ -128,8 +128,9 @@ def answer_of(masks, targets, **details) -> SampledAnswer:
         return torch.tensor([[[k in pixels for k in range(10)]] for pixels in sets]).view(-1, 1, 10)
 
     logits = table(masks) * 2.0 - 1.0
-    known = {"length": 5, "longest": 20, "ended": True, "thinks": False, "well_thought": False, "rejects": False}
-    return SampledAnswer(**known | details, masks=logits, maps=(logits > 0).float(), targets=table(targets).byte())
+    known = {"thought": "", "answer": "", "length": 5, "longest": 20, "ended": True, "thinks": False}
+    known |= {"well_thought": False, "rejects": False} | details
+    return SampledAnswer(**known, masks=logits, maps=(logits > 0).float(), targets=table(targets).byte())
 
 
 @pytest.mark.parametrize("name", ["mask_iou", "map_iou"])
@@ -173,6 +174,14 @@ def test_form_and_length():
     assert length(answer_of([], [], length=5, longest=20)) == 0.75
     rewards = rewards_of([answer_of([], []), answer_of([{0}], [{0}], length=10)], ["length", "mask_iou"])
     torch.testing.assert_close(rewards, torch.tensor([[0.75, 1.0], [0.5, 1.0]]))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_reward_that_is_no_number_is_named(monkeypatch, value):
+    monkeypatch.setitem(REWARDS, "broken", lambda answer: value if len(answer.masks) else 0.0)
+    assert rewards_of([answer_of([], [])], ["format", "broken"]).tolist() == [[1.0, 0.0]]
+    with pytest.raises(ValueError, match="reward broken is not a finite number"):
+        rewards_of([answer_of([], []), answer_of([{0}], [])], ["format", "broken"])
 
 
 @pytest.mark.parametrize(
@@ -248,6 +257,8 @@ def test_describe_knows_the_tokens(tiny_processor):
     words = tiny_processor.tokenizer("it is")["input_ids"][1:]
     known = describe([*words, seg, eos], tiny_processor, SETTINGS)
     assert known == {
+        "thought": "",
+        "answer": "it is[SEG]",
         "length": len(words) + 2,
         "longest": 12,
         "ended": True,

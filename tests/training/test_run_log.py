@@ -117,14 +117,15 @@ def test_step_line():
 
 def test_tensorboard_has_each_number_once_and_only_losses_under_loss(tmp_path):
     log = RunLog(tmp_path, 0, 600, 100)
-    log.train(120, VALUES, {"gate": 0.1})
+    sampled = {"grpo": 0.0, "grpo_kl": 0.1, "grpo_reward_mask_iou": 0.5}
+    log.train(120, VALUES | sampled, {"gate": 0.1})
     log.close()
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     tags = set(events.Tags()["scalars"])
-    losses = {"loss", "text", "mask_bce", "mask_dice", "map_bce", "map_dice", "policy"}
+    losses = {"loss", "text", "mask_bce", "mask_dice", "map_bce", "map_dice", "policy", "grpo"}
     assert {tag for tag in tags if tag.startswith("loss/")} == {f"loss/{name}" for name in losses}
-    assert tags >= {"gradient/all", "gradient/gate", "train/skipped"}
-    assert len(tags) == len(VALUES)  # without layers, with the gate
+    assert tags >= {"gradient/all", "gradient/gate", "train/skipped", "grpo/kl", "grpo/reward_mask_iou"}
+    assert len(tags) == len(VALUES | sampled)  # without layers, with the gate
 
 
 def test_a_loss_that_is_not_finite():

@@ -398,8 +398,6 @@ def _grpo_contradictions(config: Config) -> Iterable[tuple[str, str]]:
             f"{model.lora_dropout} with objective {grpo.objective}: answers are sampled without dropout, and their "
             "probabilities must be of the same model; set lora_dropout 0",
         )
-    if grpo.grpo_think == "on" and config.method["thought_format"] == NO_THOUGHTS:
-        yield "grpo_think", "on needs a model that writes thoughts: set thought_format text or tokens"
     tables_stay = model.train_tables == "new" or {"embed_tokens", "lm_head"} <= set(model.freeze)
     projector_stays = not config.method["clip_resize"] or "projector" in model.freeze
     if grpo.grpo_kl and not (model.lora_r and tables_stay and projector_stays):
@@ -458,15 +456,8 @@ def _grpo_ignored(config: Config) -> Iterable[tuple[str, str]]:
             if config.method[name] != METHOD_FIELDS[name].default and not weighs_layers:
                 yield (
                     name,
-                    "has no effect with objective grpo, which learns from rewards alone; set both, or leave it out",
+                    "has no effect with objective grpo, which has rewards alone; set objective both, or leave it out",
                 )
-        if config.data.thought_probability:
-            yield (
-                "thought_probability",
-                "has no effect with objective grpo, which samples its thoughts (grpo_think); set both, or leave it out",
-            )
-    if grpo.grpo_think == "off" and config.method["thought_format"] == NO_THOUGHTS:
-        yield "grpo_think", "has no effect: without thought_format no answer has a thought; leave it out"
     if grpo.grpo_layers == "apart" and not config.loss.policy_loss_weight:
         yield "grpo_layers", "apart has no effect with policy_loss_weight 0; raise that, or set off"
     if grpo.grpo_updates == 1 and "grpo_clip" in changed:

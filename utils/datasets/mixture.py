@@ -18,6 +18,7 @@ from utils.datasets import DATASETS, TYPES, get_train_dataset, trained_types
 from utils.datasets.base import DataError, DataOptions, TrainDataset, unknown
 from utils.datasets.spec import Spec
 from utils.plotting import text_tables
+from utils.wording import counted
 
 logger = logging.getLogger(__name__)
 
@@ -157,9 +158,8 @@ class Mixture(Dataset):
         """Counts and logs questions that are longer, with their answers, than ``room`` tokens (``group_prompts``)."""
         self.left_out += questions
         self._log(
-            f"{sample.source}: {questions} of its {len(sample.conversations)} questions are not asked: with an answer "
-            f"of --grpo_tokens they are longer than the {room} tokens beside the image; lower it, or raise "
-            "--model_max_length"
+            f"{sample.source}: {counted(questions, 'question')} not asked: with an answer of --grpo_tokens longer than "
+            f"the {room} tokens beside the image; lower it, or raise --model_max_length"
         )
 
     def _log(self, message: str) -> None:

@@ -239,8 +239,11 @@ class ReasonSegTrain:
         folders = split_folders(self.name, row, split, dataset_dir)
         self.splits = [ReasonSegSplit(f"{name}|{folder.name}", folder) for folder in folders]
         self.explanations: dict[str, list[str]] = {}
-        if options.explanatory >= 0 or options.thought_probability:
-            self.explanations = _read_explanations(self.name, dataset_dir / row.path / "explanatory" / "train.json")
+        explanations = dataset_dir / row.path / "explanatory" / "train.json"
+        if options.explanatory >= 0 or (options.thought_probability and explanations.is_file()):
+            self.explanations = _read_explanations(self.name, explanations)
+        elif options.thought_probability:
+            logger.warning("%s: its answers have no thoughts, as %s is missing", self.name, explanations)
         problems = [problem for part in self.splits for problem in part.problems]
         warn_unusable(self.name, problems)
 

@@ -220,6 +220,7 @@ class Bench:
         count = torch.tensor(float(settings.grpo_answers * len(prompts.targets)), device=self.device)
 
         def call() -> None:
+            self.configure(UGROUND)
             with self.scripted_answers(length=settings.grpo_tokens):
                 sampled = sample_answers(self.model, self.processor, batch, prompts, count, settings, 0)
             self.step(batch, sampled)
@@ -461,7 +462,7 @@ def ratios() -> list[Ratio]:
         Ratio("UGround / fixed last layer, both packed", "UGround", "LISA", 1.10),
         Ratio("UGround packed / fixed last layer unpacked, cached features", "UGround", "LISA unpacked", 0.55),
         Ratio("policy_gradient exact / reinforce", "exact", "UGround"),
-        Ratio("objective grpo / supervised: 8 answers of 32 tokens, cached features", "grpo", "UGround"),
+        Ratio("objective grpo / supervised, 8 answers of 32 tokens a question", "grpo", "UGround"),
         Ratio("objective both / supervised, the same", "both", "UGround"),
         Ratio("12 tokens with KV cache / without", "written", "written without cache", 0.20),
         Ratio("8 questions / 1, written, whole query", "8 questions", "1 question", 2.5, "SAM encoder"),

@@ -35,6 +35,7 @@ SAMPLES = 8  # that a working configuration can overfit
 GOAL = 0.8  # mean IoU of their masks
 STEPS = 150  # of the optimizer, at most
 MUST_FALL = 0.3  # final loss / first loss at most: a base that segments well from the start must learn, too
+OF_MASKS = ("phi", "sam_prompt_encoder", "sam_mask_decoder", "mask_projector", "image_neck")  # of ``FREEZABLE``
 CHEAP = 100e6  # parameters up to which a CPU overfits the samples in a minute or two
 
 
@@ -224,22 +225,24 @@ def check_rewards(
     """Whether sampled answers to a few questions differ in reward, and which parts learn from that."""
     settings, size = config.grpo, config.train.batch_size
     check_room(settings, processor)
-    samples = samples_with_masks(mixture)[:size]
-    prompts = processor.group_prompts(samples, settings.grpo_tokens)
-    questions = sum(map(len, prompts.questions))
-    if not questions:
+    samples = samples_with_masks(mixture)
+    asked = [sample for sample in samples if any(processor.group_prompts([sample], settings.grpo_tokens).questions)]
+    if not asked:
         fix = "raise --model_max_length, or lower --grpo_tokens; are there targets in --dataset?"
         yield problem(f"no question about the first {counted(len(samples), 'sample')} can be asked", fix)
         return
+    prompts = processor.group_prompts(asked[:size], settings.grpo_tokens)
+    questions = sum(map(len, prompts.questions))
     started, base = time.perf_counter(), base_of(model)
-    batch = processor.collate(samples).to(device, PRECISIONS[config.model.precision])
+    batch = processor.collate(asked[:size]).to(device, PRECISIONS[config.model.precision])
     count = torch.tensor(float(questions * settings.grpo_answers), device=device)
     model.train()
     model.zero_grad(set_to_none=True)
     sampled = sample_answers(base, processor, batch, prompts, count, settings, config.train.seed)
     output = forward_sampled(base, sampled)
     output.loss.backward()
-    terms, seconds = {name: float(value) for name, value in output.terms.items()}, time.perf_counter() - started
+    loss, seconds = float(output.loss.detach()), time.perf_counter() - started
+    terms = {name: float(value) for name, value in output.terms.items()}
     rewards = ", ".join(
         f"{name.removeprefix('grpo_reward_')} {value:.2f}" for name, value in terms.items() if "_reward_" in name
     )
@@ -248,14 +251,15 @@ def check_rewards(
         f"{int(count)} answers to {counted(questions, 'question')} in {seconds:.1f} s, of {terms['grpo_tokens']:.0f} "
         f"tokens: rewards {rewards}; they differ in {differ} of {counted(questions, 'group')}"
     )
-    if not np.isfinite(terms["grpo"]):
-        yield problem(f"the loss is {terms['grpo']} ({text})", "damaged weights, or a precision that overflows?")
+    norms = norms_per_part(model)
+    if not np.isfinite([loss, *norms.values()]).all():
+        yield problem(f"the loss is {loss}, norms of its gradient {norms} ({text})", "a precision that overflows?")
     elif not differ:
         fix = "nothing to learn from: is the model finished? Another --grpo_temperature, other --grpo_rewards?"
         yield warning(text, fix)
     else:
         yield ok(text)
-        silent = [part for part, norm in norms_per_part(model).items() if norm == 0]
+        silent = [part for part, norm in norms.items() if norm == 0 and part in OF_MASKS]
         if silent and settings.objective == "grpo":
             fix = "they train words and layers alone: --freeze these parts, or --objective both"
             yield warning(f"rewards give {', '.join(silent)} no gradient", fix)

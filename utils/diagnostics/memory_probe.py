@@ -18,6 +18,7 @@ from model.loading.placement import PRECISIONS
 from model.lora import add_lora
 from model.opened import cache_sam_features
 from model.processing.processor import UGroundProcessor
+from model.processing.thoughts import MARKS
 from model.processing.tokens import add_special_tokens
 from model.structures import Batch, Sample, Turn
 from utils import distributed
@@ -25,7 +26,7 @@ from utils.config import Config
 from utils.diagnostics import process_memory
 from utils.diagnostics.memory_model import GB, Plan, expected
 from utils.training.engine import build_engine, deepspeed_settings
-from utils.training.group_samples import sample_answers
+from utils.training.group_samples import check_room, sample_answers
 from utils.training.zero3 import gathered
 
 TOKENIZER = Path(__file__).resolve().parents[2] / "assets/tiny/llava"
@@ -65,7 +66,8 @@ def measure_step(plan: Plan, config: Config) -> Measured:
     """
     device, cache = distributed.init(), config.data.sam_feature_cache
     torch.manual_seed(0)
-    processor = processor_of(plan.shape)
+    processor = processor_of(plan.shape, config.model.model_max_length)
+    check_room(config.grpo, processor)
     processor.hash_images = bool(cache)
     samples, grpo = random_samples(plan), config.grpo
     batch = processor.collate(samples).to(device, PRECISIONS[config.model.precision])
@@ -116,12 +118,13 @@ def random_weights(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def processor_of(shape: GroundingConfig) -> UGroundProcessor:
+def processor_of(shape: GroundingConfig, max_tokens: int = 2048) -> UGroundProcessor:
     """A processor for a model of this shape, with the tiny model's tokens."""
     tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
     tokenizer.add_tokens(list(shape.template.tokens), special_tokens=True)
-    add_special_tokens(tokenizer, shape.codebook_size, shape.template.added)
-    return UGroundProcessor(tokenizer, **shape.processor_settings())
+    marks = MARKS[shape.thought_format].tokens if shape.thought_format in MARKS else ()
+    add_special_tokens(tokenizer, shape.codebook_size, shape.template.added, marks)
+    return UGroundProcessor(tokenizer, **shape.processor_settings(), max_tokens=max_tokens)
 
 
 def random_batch(plan: Plan, processor: UGroundProcessor) -> Batch:

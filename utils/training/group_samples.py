@@ -18,9 +18,14 @@ from utils.config import ConfigError
 
 
 def check_room(settings: GrpoSettings, processor: UGroundProcessor) -> None:
-    """Raises a ConfigError if sampled answers are too short for their opening, or too long for a row."""
+    """Raises a ConfigError if sampled answers are too short for their opening, or too long for a row.
+
+    Or if they shall begin with thoughts, and the model writes none.
+    """
     if settings.objective == "supervised":
         return
+    if settings.grpo_think == "on" and not processor.builder.marks:
+        raise ConfigError(["--grpo_think on needs a model that writes thoughts: set --thought_format text or tokens"])
     opening = len(processor.opening(settings.grpo_think).forced)
     if not opening < settings.grpo_tokens < processor.room:
         raise ConfigError(
@@ -125,6 +130,8 @@ def describe(ids: Sequence[int], processor: UGroundProcessor, settings: GrpoSett
     tokens = processor.tokens
     segs = processor.in_answer(ids, tokens.seg)
     return {
+        "thought": thought,
+        "answer": answer,
         "length": len(ids),
         "longest": settings.grpo_tokens,
         "ended": ids[-1] == tokens.eos,

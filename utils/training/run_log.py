@@ -212,7 +212,8 @@ class RunLog:
         scalars = {f"map_loss_by_layer/{i}": loss for i, loss in enumerate(values.get("map_loss_by_layer", ()))}
         for name, value in values.items():
             if name not in ("map_loss_by_layer", "layers"):
-                kind = name.replace(GRPO, f"{GRPO}/") if name.startswith(f"{GRPO}_") else f"loss/{name}"
+                own = name.removeprefix(f"{GRPO}_")
+                kind = f"{GRPO}/{own}" if own != name else f"loss/{name}"
                 scalars[NOT_LOSSES.get(name, kind)] = value
         scalars |= {f"gradient/{part}": norm for part, norm in gradients.items()}
         self.trackers.each(lambda tracker: tracker.scalars(scalars, step))
