@@ -9,12 +9,14 @@ Runs of a seed, each from the one named:
 - ``supervised, grpo``, ``thoughts, grpo``, ``thoughts, both``: then by rewards, and by these and the ground truth
 
 Prints gIoU in percent with greedy answers: of all queries, by family, of the demo's long queries; images per second of
-training; and what the rewards' curves began and ended with, which ``--figure`` draws. Finished runs are skipped.
+training; how often thoughts name the right shapes, and what that does to the masks; and what the rewards' curves began
+and ended with, which ``--figure`` draws. Finished runs are skipped.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,7 +31,7 @@ from scripts.dev.study_start import OTHER_SAMPLES, gious, train
 from utils.command_line.parser import Parser
 from utils.datasets.spec import Spec
 from utils.demo.two_steps import FAMILIES, write_two_steps
-from utils.evaluation.results import Summary
+from utils.evaluation.results import Summary, read_results, result_path
 from utils.inference import cli
 from utils.plotting import text_tables
 from utils.plotting.charts import COLUMN, LINES, figure, running_mean, save_chart
@@ -119,6 +121,7 @@ def study(args: argparse.Namespace) -> str:
     if not data.is_file():
         write_two_steps(data.parent, **IMAGES)
     two_steps, values, logs = f"custom|{data}|val", dict[str, list[list[float]]](), dict[str, list[Log]]()
+    thoughts: dict[str, list[Thought]] = {}
     for seed in range(args.seeds):
         merged: dict[str, Path] = {}
         for run in RUNS:
@@ -131,6 +134,8 @@ def study(args: argparse.Namespace) -> str:
             values.setdefault(run.name, []).append(
                 [*scores, *by_family(folder / "eval", two_steps), images_per_second(folder)]
             )
+            if run.think == "on":
+                thoughts.setdefault(run.name, []).extend(read_thoughts(folder / "eval", two_steps, data))
             if run.start:
                 logs.setdefault(run.name, []).append(rewards_log(folder))
     columns = ["two steps", LONG, *FAMILIES, "images/s"]
@@ -144,13 +149,44 @@ def study(args: argparse.Namespace) -> str:
         ends += [[name, str(seed), *(first_and_last(lines, each) for each in ENDS)] for seed, lines in enumerate(seeds)]
     if args.figure:
         draw(logs, args.figure)
-    return f"{text_tables.markdown(rows)}\n\n{text_tables.markdown(ends)}\n\n{each}"
+    tables = (rows, thought_rows(thoughts), ends)
+    return "\n\n".join((*map(text_tables.markdown, tables), each))
 
 
 def by_family(results: Path, spec: str) -> Iterator[float]:
     """gIoU in percent of each of ``FAMILIES``."""
     families = Summary.load(summary_path(results, Spec.parse(spec))).breakdown["family"]
     return (100 * families[name]["gIoU"] for name in FAMILIES)
+
+
+class Thought(NamedTuple):
+    """A thought against the data's: are its first sentences right, is its last one? And the IoU of the mask."""
+
+    family: str
+    steps: bool
+    target: bool
+    iou: float
+
+
+def read_thoughts(results: Path, spec: str, data: Path) -> Iterator[Thought]:
+    """Of each answer of a benchmark of our own data."""
+    true = [json.loads(line)["thought"] for line in data.read_text().splitlines()]
+    for record in read_results(result_path(results, Spec.parse(spec), "generate"))[1]:
+        *steps, target = record.thought.rstrip(". ").split(". ")
+        *true_steps, true_target = true[int(record.query_id) - 1].rstrip(". ").split(". ")
+        yield Thought(record.meta["family"], steps == true_steps, target == true_target, record.I / max(1, record.U))
+
+
+def thought_rows(thoughts: dict[str, list[Thought]]) -> list[list[str]]:
+    """Per cent of each run and family: right steps, right target, gIoU where the target is right, and where not."""
+    rows = [["run", "family", "steps right", "target right", "its gIoU", "gIoU otherwise"]]
+    for name, every in thoughts.items():
+        for family in FAMILIES:
+            own = [thought for thought in every if thought.family == family]
+            parts: list[list[float]] = [[each.steps for each in own], [each.target for each in own]]
+            parts += [[each.iou for each in own if each.target is right] for right in (True, False)]
+            rows.append([name, family, *(f"{100 * sum(part) / len(part):.0f}" if part else "-" for part in parts)])
+    return rows
 
 
 def images_per_second(folder: Path) -> float:

@@ -11,6 +11,7 @@ import pytest
 from tiny_run import ROOT
 
 from scripts.dev import study_thoughts
+from scripts.dev.study_thoughts import Thought
 from utils.config import load_config
 from utils.datasets import DataOptions, get_eval_dataset, get_train_dataset
 from utils.datasets.spec import Spec
@@ -108,6 +109,15 @@ def test_the_file_is_read_with_its_thoughts(tmp_path):
     assert [sample.queries[0].meta["family"] for sample in map(val.__getitem__, range(6))] == list(FAMILIES)
 
 
+def test_thoughts_are_compared_with_the_datas(tmp_path, monkeypatch):
+    (tmp_path / "data.jsonl").write_text("".join(f'{{"thought": "it is {k}. that is b."}}\n' for k in "ac"))
+    answers = ((2, "it is c. that is b.", 1), (1, "it is b. that is b.", 2), (2, "", 0))
+    records = [SimpleNamespace(query_id=str(n), thought=t, meta={"family": "f"}, I=i, U=2) for n, t, i in answers]
+    monkeypatch.setattr(study_thoughts, "read_results", lambda _: (None, records))
+    found = list(study_thoughts.read_thoughts(tmp_path, "custom|own|val", tmp_path / "data.jsonl"))
+    assert found == [("f", True, True, 0.5), ("f", False, True, 1.0), ("f", False, False, 0.0)]
+
+
 def test_the_study_trains_each_run_from_the_one_before(tmp_path, monkeypatch):
     calls = {}
 
@@ -119,6 +129,8 @@ def test_the_study_trains_each_run_from_the_one_before(tmp_path, monkeypatch):
     monkeypatch.setattr(study_thoughts, "train", train)
     monkeypatch.setattr(study_thoughts, "gious", lambda *_: [50.0, 60.0])
     monkeypatch.setattr(study_thoughts, "write_two_steps", lambda *_, **__: None)
+    thoughts = [Thought("second", True, right, float(right)) for right in (True, True, False)]
+    monkeypatch.setattr(study_thoughts, "read_thoughts", lambda *_: thoughts)
     monkeypatch.setattr(study_thoughts, "by_family", lambda *_: [1.0] * len(FAMILIES))
     monkeypatch.setattr(study_thoughts, "images_per_second", lambda _: 2.0)
     terms = ("reward", "reward_mask_iou", "tokens", "entropy", "kl")
@@ -130,6 +142,6 @@ def test_the_study_trains_each_run_from_the_one_before(tmp_path, monkeypatch):
     assert calls["thoughts-grpo-1"].model.version == str(tmp_path / "thoughts-1/merged")
     assert calls["supervised-0"].total_steps == calls["thoughts-0"].total_steps
     assert calls["thoughts-both-0"].grpo.objective == "both"
-    assert table.count("thoughts, grpo") == 4
+    assert table.count("| second | 100 | 67 | 100 | 0 |") == table.count("| nearest | - | - | - | - |") == 3
     assert table.count("0.300 to 0.800") == 3 * 2 * len(terms)
     assert cv2.imread(str(figure)).std() > 0
