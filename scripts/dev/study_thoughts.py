@@ -5,8 +5,9 @@
 Runs of a seed, each from the one named:
 
 - ``supervised``: the queries and the demo's, without thoughts; ``thoughts``: the same steps, images
-  and queries with them
-- ``supervised, grpo``, ``thoughts, grpo``, ``thoughts, both``: then by rewards, and by these and the ground truth
+  and queries with them; ``half``: with half of them, so that it can answer either way
+- ``supervised, grpo``, ``thoughts, grpo``, ``thoughts, both``: then by rewards, and by these and the ground truth;
+  ``half, grpo``: by rewards, free to think or not
 
 Prints gIoU in percent with greedy answers: of all queries, by family, of the demo's long queries; images per second of
 training; how often thoughts name the right shapes, and what that does to the masks; and what the rewards' curves began
@@ -92,6 +93,8 @@ RUNS = (
         "on",
     ),
     Run("thoughts, both", "thoughts", BY_REWARDS | THOUGHTS | {"objective": "both", "grpo_think": "on"}, "on"),
+    Run("half", "", SUPERVISED | THOUGHTS | {"thought_probability": 0.5}, "auto"),
+    Run("half, grpo", "half", BY_REWARDS | {"objective": "grpo", "thought_format": "tokens"}, "auto"),
 )
 
 
@@ -134,7 +137,7 @@ def study(args: argparse.Namespace) -> str:
             values.setdefault(run.name, []).append(
                 [*scores, *by_family(folder / "eval", two_steps), images_per_second(folder)]
             )
-            if run.think == "on":
+            if "thought_format" in run.settings:
                 thoughts.setdefault(run.name, []).extend(read_thoughts(folder / "eval", two_steps, data))
             if run.start:
                 logs.setdefault(run.name, []).append(rewards_log(folder))
@@ -160,9 +163,11 @@ def by_family(results: Path, spec: str) -> Iterator[float]:
 
 
 class Thought(NamedTuple):
-    """A thought against the data's: are its first sentences right, is its last one? And the IoU of the mask."""
+    """A thought, if there is one, against the data's: are its first sentences right, is its last one? And the mask's
+    IoU."""
 
     family: str
+    thinks: bool
     steps: bool
     target: bool
     iou: float
@@ -174,17 +179,22 @@ def read_thoughts(results: Path, spec: str, data: Path) -> Iterator[Thought]:
     for record in read_results(result_path(results, Spec.parse(spec), "generate"))[1]:
         *steps, target = record.thought.rstrip(". ").split(". ")
         *true_steps, true_target = true[int(record.query_id) - 1].rstrip(". ").split(". ")
-        yield Thought(record.meta["family"], steps == true_steps, target == true_target, record.I / max(1, record.U))
+        right = steps == true_steps, target == true_target
+        yield Thought(record.meta["family"], bool(record.thought), *right, record.I / max(1, record.U))
 
 
 def thought_rows(thoughts: dict[str, list[Thought]]) -> list[list[str]]:
-    """Per cent of each run and family: right steps, right target, gIoU where the target is right, and where not."""
-    rows = [["run", "family", "steps right", "target right", "its gIoU", "gIoU otherwise"]]
+    """Per cent of each run and family: answers with thoughts; of these right steps, right target, gIoU where the target
+    is right, and where not; gIoU of answers without."""
+    rows = [["run", "family", "thinks", "steps right", "target right", "its gIoU", "gIoU otherwise", "without"]]
     for name, every in thoughts.items():
         for family in FAMILIES:
-            own = [thought for thought in every if thought.family == family]
-            parts: list[list[float]] = [[each.steps for each in own], [each.target for each in own]]
+            answers = [each for each in every if each.family == family]
+            own = [each for each in answers if each.thinks]
+            parts: list[list[float]] = [[each.thinks for each in answers]]
+            parts += [[each.steps for each in own], [each.target for each in own]]
             parts += [[each.iou for each in own if each.target is right] for right in (True, False)]
+            parts.append([each.iou for each in answers if not each.thinks])
             rows.append([name, family, *(f"{100 * sum(part) / len(part):.0f}" if part else "-" for part in parts)])
     return rows
 

@@ -115,7 +115,7 @@ def test_thoughts_are_compared_with_the_datas(tmp_path, monkeypatch):
     records = [SimpleNamespace(query_id=str(n), thought=t, meta={"family": "f"}, I=i, U=2) for n, t, i in answers]
     monkeypatch.setattr(study_thoughts, "read_results", lambda _: (None, records))
     found = list(study_thoughts.read_thoughts(tmp_path, "custom|own|val", tmp_path / "data.jsonl"))
-    assert found == [("f", True, True, 0.5), ("f", False, True, 1.0), ("f", False, False, 0.0)]
+    assert found == [("f", True, True, True, 0.5), ("f", True, False, True, 1.0), ("f", False, False, False, 0.0)]
 
 
 def test_the_study_trains_each_run_from_the_one_before(tmp_path, monkeypatch):
@@ -129,7 +129,8 @@ def test_the_study_trains_each_run_from_the_one_before(tmp_path, monkeypatch):
     monkeypatch.setattr(study_thoughts, "train", train)
     monkeypatch.setattr(study_thoughts, "gious", lambda *_: [50.0, 60.0])
     monkeypatch.setattr(study_thoughts, "write_two_steps", lambda *_, **__: None)
-    thoughts = [Thought("second", True, right, float(right)) for right in (True, True, False)]
+    thoughts = [Thought("second", True, True, right, float(right)) for right in (True, True, False)]
+    thoughts.append(Thought("second", False, False, False, 0.5))
     monkeypatch.setattr(study_thoughts, "read_thoughts", lambda *_: thoughts)
     monkeypatch.setattr(study_thoughts, "by_family", lambda *_: [1.0] * len(FAMILIES))
     monkeypatch.setattr(study_thoughts, "images_per_second", lambda _: 2.0)
@@ -138,10 +139,11 @@ def test_the_study_trains_each_run_from_the_one_before(tmp_path, monkeypatch):
     monkeypatch.setattr(study_thoughts, "read_log", lambda _: [{"kind": "start", "step": 0}, *log])
     figure = tmp_path / "curves.png"
     table = study_thoughts.study(SimpleNamespace(output=tmp_path, dataset_dir="data", seeds=2, figure=figure))
-    assert len(calls) == 10
+    assert len(calls) == 14
     assert calls["thoughts-grpo-1"].model.version == str(tmp_path / "thoughts-1/merged")
     assert calls["supervised-0"].total_steps == calls["thoughts-0"].total_steps
     assert calls["thoughts-both-0"].grpo.objective == "both"
-    assert table.count("| second | 100 | 67 | 100 | 0 |") == table.count("| nearest | - | - | - | - |") == 3
-    assert table.count("0.300 to 0.800") == 3 * 2 * len(terms)
+    assert table.count("| second | 75 | 100 | 67 | 100 | 0 | 50 |") == 5
+    assert table.count("| nearest | - | - | - | - | - | - |") == 5
+    assert table.count("0.300 to 0.800") == 4 * 2 * len(terms)
     assert cv2.imread(str(figure)).std() > 0
