@@ -219,7 +219,7 @@ def first_and_last(lines: Log, name: str) -> str:
 
 def draw(logs: dict[str, list[Log]], path: Path) -> None:
     """Writes the figure: ``CURVES`` over the steps of each run, as running means; thin lines are single seeds."""
-    with figure(2 * COLUMN, 1.8) as fig:
+    with figure(2 * COLUMN, 2.0) as fig:
         panels = fig.subplots(1, len(CURVES))
         for axes, (name, title) in zip(panels, CURVES.items(), strict=True):
             for (run, seeds), style in zip(logs.items(), LINES):
@@ -231,7 +231,9 @@ def draw(logs: dict[str, list[Log]], path: Path) -> None:
             axes.set_title(title, loc="left")
             axes.set_xlabel("step")
         panels[1].set_ylim(bottom=0)
-        panels[2].legend(loc="best", handlelength=2.6)
+        fig.legend(
+            *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(logs), handlelength=2.6
+        )
         save_chart(path, fig, "Reward, length and entropy of sampled answers over training by rewards.")
 
 
