@@ -4,9 +4,9 @@
     python scripts/ablate.py --table layers --config configs/tiny.yaml --curves "policy||last"
 
 ``layers`` compares layer rules, ``baselines`` ways to learn the policy, ``choice`` and ``choice_rewards`` ways and
-rewards to choose a layer on a base where that pays (scripts/dev/study_choice.py), ``methods`` UGround and related
-methods (the ppm, loss and decoder sections of configs/methods/*.yaml and what these freeze, with --config's base and
-data).
+rewards to choose a layer on a base where that pays (scripts/dev/study_choice.py), ``choice_answers`` to choose it by
+the rewards of sampled answers, ``methods`` UGround and related methods (the ppm, loss and decoder sections of
+configs/methods/*.yaml and what these freeze, with --config's base and data).
 
 A row is a few settings of train_ds.py. Each row and seed is a run of its own (``OUTPUT/TABLE/ROW-SEED``): trained,
 merged and evaluated by the programs that users call. Finished runs are skipped, interrupted ones are resumed. Other
@@ -105,6 +105,7 @@ def tiny_sizes(method: str) -> dict[str, str]:
     return {name: as_flag(getattr(decoder, name)) for name in ("clip_resize", "decoder_width")} if decoder else {}
 
 
+SHORT_ANSWERS = {"grpo_tokens": "16", "lora_dropout": "0"}
 TABLES: dict[str, tuple[AblationRow, ...]] = {
     "6": (
         AblationRow("[SEG] prompt", ppm("last", True, False), (19.13, 15.62)),
@@ -199,6 +200,11 @@ TABLES: dict[str, tuple[AblationRow, ...]] = {
             ("both", "map, leave-one-out", {"policy_gradient": "leave_one_out"}),
             ("mask_iou", "mask IoU, leave-one-out", {"policy_gradient": "leave_one_out"}),
         )
+    ),
+    "choice_answers": (
+        AblationRow("policy", {"layer_selection": "policy"}, (66.13, 72.07)),
+        AblationRow("objective grpo", SHORT_ANSWERS | {"objective": "grpo"}),
+        AblationRow("objective both", SHORT_ANSWERS | {"objective": "both", "policy_loss_weight": "0"}),
     ),
     "methods": method_rows(),
 }
