@@ -197,6 +197,11 @@ def _mean_over_ranks(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return total[0] / total[1].clamp(min=1), total[1]
 
 
+def policy_entropy(log_policy: torch.Tensor) -> torch.Tensor:
+    """Of each row of log-probabilities, in nats: [N, L] -> [N]. -inf, of layers that are no candidates, counts as 0."""
+    return -(log_policy.exp() * log_policy.clamp(min=-1e4)).sum(-1)
+
+
 def gumbel_noise(sample_ids: list[int], rows: list[int], num_layers: int, seed: int = 0) -> torch.Tensor:
     """[N, L] float32 standard Gumbel noise, a function of (seed, sample index, index of the [SEG] in its sample) alone.
 

@@ -20,7 +20,7 @@ from torch import nn
 from model.decoders.base import MASKS_AT_ONCE
 from model.generation import codebook_positions, per_target
 from model.objective import UGroundOutput
-from model.PPM import Grounding
+from model.PPM import Grounding, policy_entropy
 from model.rewards import SampledAnswer, rewards_of, weights_of
 from model.settings import GrpoSettings
 from model.structures import EPSILON, Batch
@@ -179,6 +179,8 @@ def forward_sampled(
     layers = sampled.old.layers
     loss, terms = group_loss(sampled, log_probs, entropy, log_layers(layers), model.config.policy_loss_weight)
     policy = log_policy.detach().exp()
+    if rule.gate == "policy":
+        terms["grpo_layer_entropy"] = policy_entropy(log_policy.detach()).sum() / sampled.count.clamp(min=EPSILON)
     return UGroundOutput(loss, terms, [], [], layers, policy, policy.new_zeros(0), loss.new_zeros(()))
 
 
@@ -295,7 +297,7 @@ def group_loss(
     means = {name: rewards.sum() / each for name, rewards in zip(weights, old.rewards.unbind(1), strict=True)}
     terms["grpo_reward"] = torch.stack([weight * means[name] for name, weight in weights.items()]).sum()
     terms |= {f"grpo_reward_{name}": value for name, value in means.items()}
-    terms["grpo_tokens"] = len(log_probs) / each
+    terms |= {"grpo_tokens": len(log_probs) / each, "grpo_segs": len(sampled.segs) / each}
     groups = old.advantages.view(-1, settings.grpo_answers)
     terms["grpo_equal"] = (groups.abs() < EPSILON).all(1).float().sum() * settings.grpo_answers / each
     return loss, {name: value.detach() for name, value in terms.items()}

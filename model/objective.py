@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from model import losses
 from model.config import GroundingConfig
 from model.geometry import on_grid
-from model.PPM import LayerSamples, PolicyPromptedMasking
+from model.PPM import LayerSamples, PolicyPromptedMasking, policy_entropy
 from model.processing.thoughts import NO_THOUGHTS
 from model.settings import MASK_REWARDS
 from model.structures import EPSILON, IGNORE_PIXEL, Batch
@@ -114,7 +114,7 @@ class Objective:
         per_mask |= self.gate_terms(rewards, layers, log_policy, layer_rewards, states, samples)
         if config.iou_loss_weight and predicted_iou is not None:
             per_mask["mask_iou_mse"] = (predicted_iou.float() - per_mask["mask_iou"]).square()
-        per_mask["entropy"] = -(log_policy.exp() * log_policy.clamp(min=-1e4)).sum(-1)
+        per_mask["entropy"] = policy_entropy(log_policy)
 
         has_masks = (batch.counts[1] > 0).float()
         counts = batch.counts.clamp(min=EPSILON)

@@ -256,6 +256,9 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list[st
     names = [row.name for row in TABLES[args.table]]
     if unknown := [name for name in args.curves if name not in names]:
         parser.error(f"--curves: table {args.table} has no row {unknown[0]!r}; it has {'||'.join(names)}")
+    for row in TABLES[args.table]:
+        if row.name in args.curves and settings_of(row, args, settings)[1].grpo.objective == "grpo":
+            parser.error(f"--curves: {row.name} has no losses of maps to plot (objective grpo)")
     if len(args.curves) > len(LINES):
         parser.error(f"--curves: {len(args.curves)} rows; at most {len(LINES)} lines are distinguishable")
     return args, settings
@@ -389,8 +392,7 @@ def results_table(
 
 def final_entropy(run: Path) -> list[float]:
     """[entropy of the policy at the last step]; empty if no gate was trained."""
-    last = train_lines(run)[-1]
-    return [last["entropy"]] if "gate" in last["gradients"] else []
+    return list(policy_entropies(train_lines(run)).values())[-1:]
 
 
 def differences_to_first(rows: tuple[AblationRow, ...], results: dict[str, list[Path]], specs: tuple[Spec, ...]) -> str:
@@ -444,9 +446,9 @@ def plot_curves(
         for name, row_runs in map_logs.items()
     }
     entropies = {
-        name: np.mean([[line["entropy"] for line in log] for log in row_runs], 0)
+        name: np.mean([list(policy_entropies(log).values()) for log in row_runs], 0)
         for name, row_runs in map_logs.items()
-        if "gate" in row_runs[0][-1]["gradients"]
+        if policy_entropies(row_runs[0])
     }
     paths.append(output / "training.png")
     steps = [line["step"] for line in map_logs[rows[0].name][0]]
@@ -466,6 +468,13 @@ def mean_by_layer(runs: list[Path], spec: Spec, column: str) -> list[float]:
 def train_lines(run: Path) -> list[dict[str, Any]]:
     """The training steps in a run's log."""
     return [line for line in read_log(run) if line["kind"] == "train"]
+
+
+def policy_entropies(lines: list[dict[str, Any]]) -> dict[int, float]:
+    """Step -> entropy of the policy, of sampled answers where rewards alone train it; {} if no gate was trained."""
+    if "gate" not in lines[-1]["gradients"]:
+        return {}
+    return {line["step"]: line["entropy"] if "entropy" in line else line["grpo_layer_entropy"] for line in lines}
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from scripts.ablate import TABLES, slug, summary_path, train_lines
+from scripts.ablate import TABLES, policy_entropies, slug, summary_path, train_lines
 from utils.command_line.parser import Parser
 from utils.datasets import Spec, get_eval_dataset
 from utils.evaluation.benchmarks import benchmark_of
@@ -135,7 +135,7 @@ def read_run(folder: Path, spec: Spec) -> Run:
         layers=np.array([record.layers[0] if record.layers else -1 for record in records]),
         rule=provenance.layer_policy,
         checkpoint=provenance.checkpoint,
-        entropy={line["step"]: line["entropy"] for line in lines} if "gate" in lines[-1]["gradients"] else {},
+        entropy=policy_entropies(lines),
     )
 
 

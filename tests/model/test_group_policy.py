@@ -300,6 +300,11 @@ def test_words_and_layers_learn_and_nothing_else(lora_model, tiny_processor, tin
     )
     mean = sum(details["length"] for details in answers.details) / len(answers.details)
     assert output.terms["grpo_tokens"].item() == pytest.approx(mean)
+    number = len(output.layers)
+    assert output.terms["grpo_segs"].item() == pytest.approx(number / len(answers.details))
+    entropy = torch.special.entr(output.policy).sum() / number
+    found = output.terms["grpo_layer_entropy"] / output.terms["grpo_segs"]
+    assert found.item() == pytest.approx(entropy.item(), rel=1e-4)
 
 
 def test_the_gradient_is_that_of_reinforce(lora_model, tiny_processor):

@@ -150,9 +150,16 @@ def test_curves_are_drawn_from_logs_and_forced_layers(commands, tmp_path, monkey
     assert written == {"ReasonSeg_val_short.fig2.png", "ReasonSeg_val_long.fig2.png", "training.png"}
 
 
-@pytest.mark.parametrize("rows", ["polisy", "||".join(row.name for row in ablate.TABLES["layers"])])
-def test_curves_of_rows_that_cannot_be_drawn(commands, tmp_path, rows):
-    arguments = ["--table", "layers", "--config", TINY, "--output", str(tmp_path), "--curves", rows]
+@pytest.mark.parametrize(
+    ("table", "rows"),
+    [
+        ("layers", "polisy"),
+        ("layers", "||".join(row.name for row in ablate.TABLES["layers"])),
+        ("choice_answers", "objective grpo"),  # it computes no losses of maps
+    ],
+)
+def test_curves_of_rows_that_cannot_be_drawn(commands, tmp_path, table, rows):
+    arguments = ["--table", table, "--config", TINY, "--output", str(tmp_path), "--curves", rows]
     with pytest.raises(SystemExit) as stop:
         ablate.main(arguments)
     assert stop.value.code == 2
@@ -166,6 +173,13 @@ def test_training_curves_have_a_line_per_layer():
     assert [len(axes.lines) for axes in (first, second, entropy)] == [4, 4, 1]
     assert colors.get_ylabel() == "layer"
     assert running_mean(np.array([1.0, 2.0, 3.0, 4.0, 10.0]), 3) == pytest.approx([1.5, 2, 3, 17 / 3, 7])
+
+
+def test_the_policys_entropy_is_that_of_sampled_answers_where_nothing_else_trains_it():
+    line = {"step": 10, "gradients": {"gate": 0.1}, "grpo_layer_entropy": 1.5}
+    assert ablate.policy_entropies([line]) == {10: 1.5}
+    assert ablate.policy_entropies([line | {"entropy": 2.0}]) == {10: 2.0}
+    assert ablate.policy_entropies([line | {"gradients": {"lora": 0.1}}]) == {}
 
 
 def test_a_wrong_setting_ends_before_the_first_run(commands, tmp_path, capsys):

@@ -21,6 +21,8 @@ TERMS = (
     "grpo_reward_format",
     "grpo_tokens",
     "grpo_equal",
+    "grpo_segs",
+    "grpo_layer_entropy",
 )
 NEEDED = ["--version", "v", "--vision_tower", "t", "--vision_pretrained", "p", "--dataset_dir", "d"]
 GRPO = ["--objective", "grpo", "--lora_dropout", "0"]

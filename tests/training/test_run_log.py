@@ -51,6 +51,17 @@ def test_meter_gives_means_and_the_last_baseline():
     assert (again["loss"], again["layers"]) == (5.0, [1, 0, 0, 0])
 
 
+def test_meter_gives_the_policys_entropy_over_the_seg_of_sampled_answers():
+    """Terms are sums over the answers' mean number in a micro step: two [SEG], then none in four answers each."""
+    meter = Meter(torch.device("cpu"), num_layers=4)
+    for segs, entropy in ((2, 2.5), (0, 0.0)):
+        step = output(1.0, 0.0, [1] * segs)
+        step.terms |= {"grpo_segs": torch.tensor(segs / 4), "grpo_layer_entropy": torch.tensor(entropy / 4)}
+        meter.add(step, images=1)
+    values = meter.collect()
+    assert (values["grpo_segs"], values["grpo_layer_entropy"]) == pytest.approx((0.25, 1.25))
+
+
 def test_meter_gives_the_mean_of_a_critics_baseline():
     """Of all micro steps with a mask, not the last one's."""
     meter = Meter(torch.device("cpu"), num_layers=4)

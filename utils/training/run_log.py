@@ -108,8 +108,9 @@ class Meter:
 
         Returns:
             means of loss and text over micro steps, of thought over those whose step has one, and of other terms over
-            those with a mask; the last ``baseline``, or with a critic the mean of its ``critic_baseline``; ``layers``:
-            [L] counts of chosen layers; ``map_loss_by_layer``: [L], where it was computed; ``images_per_s``.
+            those with a mask; ``grpo_layer_entropy`` over [SEG] tokens; the last ``baseline``, or with a critic the
+            mean of its ``critic_baseline``; ``layers``: [L] counts of chosen layers; ``map_loss_by_layer``: [L], where
+            it was computed; ``images_per_s``.
         """
         import torch
 
@@ -125,6 +126,9 @@ class Meter:
         values: dict[str, Any] = dict(zip(self.sums, numbers))
         if not values.get("thought", 1):
             del values["thought"]  # no answer had one
+        if f"{GRPO}_layer_entropy" in values:
+            segs = values[f"{GRPO}_segs"]
+            values[f"{GRPO}_layer_entropy"] = values[f"{GRPO}_layer_entropy"] / segs if segs else 0.0
         if "critic_baseline" in values:
             values["baseline"] = values.pop("critic_baseline")
         numbers = numbers[len(means) :]
