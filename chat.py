@@ -178,8 +178,9 @@ class Chat:
     def ask(self, prompt: str) -> None:
         """Answers a question and prints the answer to stdout."""
         assert self.session is not None
+        assert self.processor is not None
         self.prompt = prompt.encode("utf-8", "replace").decode()  # bytes that are not text
-        printer = AnswerPrinter(sys.stdout, os.environ)
+        printer = AnswerPrinter(sys.stdout, os.environ, self.processor.split_thought)
         self.last = None
         self.last = self.session.ask(
             self.prompt,
@@ -190,9 +191,9 @@ class Chat:
             remember=self.remember,
             think=self.think,
         )
-        if self.last.thought and not printer.live:  # a terminal has shown it
+        if self.last.thought and not printer.live:
             print_status(f"thought: {self.last.thought}")
-        printer.finish(self.last.text)
+        printer.finish(self.last.text, self.last.thought)
 
     def save_files(self, folder: Path, stem: str) -> None:
         """Writes the files of the last answer."""

@@ -209,7 +209,8 @@ def with_text(predictions: list[list[Prediction]], processor: UGroundProcessor) 
 
 
 def _with_text(prediction: Prediction, processor: UGroundProcessor) -> Prediction:
-    thought, text = processor.split_thought(processor.decode(prediction.token_ids))
+    text = processor.decode(prediction.token_ids)
+    thought, text = processor.split_thought(text, complete=not prediction.cut)
     if thought and (dropped := processor.in_answer(prediction.token_ids, processor.tokens.seg).count(False)):
         prediction = prediction.without_first(dropped)
     prediction.thought, prediction.text = thought, text

@@ -135,7 +135,7 @@ def _matched(
 
     n, m = len(predicted), len(answer.targets)
     if not n or not m:
-        return float(n == m)
+        return float(n == m and answer.ended)  # an answer that is cut off may have had its [SEG] to come
     pairs = [iou(each.expand_as(answer.targets), answer.targets) for each in predicted[:, None]]
     table = torch.stack(pairs).cpu().numpy()
     return float(table[linear_sum_assignment(table, maximize=True)].sum()) / max(n, m)

@@ -14,6 +14,9 @@ Scenes and texts come from ``utils/demo/scenes.py`` and ``scene_texts.py``. Outp
 ``utils/demo/other_sets.py``), and of six more benchmarks (``utils/demo/evaluation_sets.py``); the files listed above
 stay identical.
 
+``--two_steps`` adds ``two_steps/two_steps.jsonl`` for ``--dataset custom``: queries that need a step, with thoughts
+(``utils/demo/two_steps.py``).
+
 Each scene has its own random stream (seed, set and split, index), so no two splits share a scene. Stream numbers are
 below 1000; pre-training uses larger ones.
 """
@@ -45,6 +48,7 @@ from utils.demo.other_sets import WRITERS, write_set
 from utils.demo.refer_sets import REFER_SETS, write_refer_set
 from utils.demo.scene_texts import Query
 from utils.demo.scenes import Scene
+from utils.demo.two_steps import write_two_steps
 from utils.plotting import text_tables
 
 # First digits of a hash of the generated data, without and with --all_types (tests/demo/test_make_demo_data.py).
@@ -54,6 +58,7 @@ REASON_STREAMS = {"train": 1, "val": 2, "test": 3, "heldout": 4}
 LLAVA_STREAM, LLAVA_FIRST_IMAGE = 31, 500_001
 LONG_FAMILIES = ("relation", "superlative", "commonsense")
 MAX_IMAGES = 100_000
+TWO_STEPS = "two_steps"
 
 
 # ---------------------------------------------------------------------------------------------------------- ReasonSeg
@@ -211,6 +216,16 @@ def write_data_sets(out: Path, sizes: Sizes) -> dict[str, Any]:
     return summary
 
 
+def add_two_steps(out: Path, sizes: Sizes) -> None:
+    """Writes queries that need a step beside the finished data of these sizes, in one piece. Keeps what is there."""
+    folder, unfinished = out / TWO_STEPS, out / f"{TWO_STEPS}.tmp"
+    if folder.exists():
+        return
+    shutil.rmtree(unfinished, ignore_errors=True)
+    write_two_steps(unfinished, 2 * sizes.train, sizes.val, sizes.test, sizes.seed)
+    unfinished.replace(folder)
+
+
 def summary_tables(summary: dict[str, Any]) -> str:
     """Tables of the counts per set and split, and of the query-agnostic baselines."""
     counts_table = []
@@ -285,6 +300,12 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         help="also small versions of the other 25 data sets, N / 15 training images each (N of --train; at least 6), "
         "for configs/tiny_mixed.yaml",
     )
+    parser.add_argument(
+        "--two_steps",
+        action="store_true",
+        help=f"also queries that need a step, with thoughts, for --dataset custom --custom_data "
+        f"DIR/{TWO_STEPS}/two_steps.jsonl: 2 N training images (N of --train)",
+    )
     return parser.parse_args(arguments)
 
 
@@ -299,6 +320,8 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             summary = write_data_sets(out, sizes)
             print(f"wrote {args.out}")
+        if args.two_steps:
+            add_two_steps(out, sizes)
     except (ValueError, OSError) as error:
         print(f"make_demo_data: {error}", file=sys.stderr)
         return 1

@@ -274,9 +274,9 @@ class UGroundProcessor:
         assert isinstance(text, str)  # a list only for a batch of ids
         return text.replace(codebook_names(len(self.codebook))[-1], SEG).strip()
 
-    def split_thought(self, text: str) -> tuple[str, str]:
-        """Thought and answer of a decoded text."""
-        return self.builder.marks.split(text) if self.builder.marks else ("", text)
+    def split_thought(self, text: str, complete: bool = False) -> tuple[str, str]:
+        """Thought and answer of a decoded text; complete: whether it ends where the model ended it."""
+        return self.builder.marks.split(text, complete) if self.builder.marks else ("", text)
 
     def in_answer(self, ids: Sequence[int], token: int | None) -> list[bool]:
         """Of each such token, whether it is in the answer, not in the thought; spelled letters are no such token."""

@@ -28,14 +28,17 @@ class Marks:
 
     def plain(self, text: str) -> str:
         """A text without the marks, of which their word alone stays."""
-        for mark in (self.opening, self.closing):
-            text = text.replace(mark, mark.strip("</>:"))
+        while found := [mark for mark in (self.opening, self.closing) if mark in text]:  # "Answer::" has two
+            text = text.replace(found[0], found[0].strip("</>:"))
         return text
 
-    def split(self, text: str) -> tuple[str, str]:
-        """Thought and answer of a generated text. One that was cut off within its thought, or mark, has no answer."""
+    def split(self, text: str, complete: bool = False) -> tuple[str, str]:
+        """Thought and answer of a generated text.
+
+        One that was cut off within its thought has no answer; nor, unless it is ``complete``, within its mark.
+        """
         if not text.startswith(self.opening):
-            return "", "" if self.opening.startswith(text) else text
+            return "", "" if self.opening.startswith(text) and not complete else text
         thought, _, answer = text.removeprefix(self.opening).partition(self.closing)
         return thought.strip(), answer.strip()
 

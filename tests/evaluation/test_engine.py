@@ -99,7 +99,7 @@ class FakeProcessor:
     def decode(self, ids):
         return "".join(map(chr, ids))
 
-    def split_thought(self, text):
+    def split_thought(self, text, complete=False):
         return "", text
 
 

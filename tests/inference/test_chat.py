@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pty
+import re
 import select
 import shutil
 import time
@@ -18,6 +19,7 @@ from PIL import Image
 from programs import chat, run
 from tiny_run import ROOT
 
+from model.processing.thoughts import MARKS
 from utils.datasets.base import read_text
 from utils.datasets.images import read_image
 from utils.datasets.masks import decode_mask
@@ -177,10 +179,14 @@ def test_protocols():
         assert picture_protocol(io.StringIO(), environment) == ""
 
 
+def plain(text):
+    return "", text
+
+
 def test_text_is_streamed_to_terminals_only():
     screen, file = Screen(), io.StringIO()
     for stream in (screen, file):
-        printer = AnswerPrinter(stream, {"NO_COLOR": "1"})
+        printer = AnswerPrinter(stream, {"NO_COLOR": "1"}, plain)
         for text in ("It", "It is\ufffd", "It is é", "It is é [SEG]"):
             printer.update(text)
             assert (stream.getvalue() == text.rstrip("\ufffd")) == stream.isatty()
@@ -189,23 +195,34 @@ def test_text_is_streamed_to_terminals_only():
     assert file.getvalue() == "It is é [SEG].\x1b[2J\n"
 
 
-@pytest.mark.parametrize(
-    ("streamed", "answer"),
-    [
-        ("<think> é </think> It is [SEG].", "It is [SEG]."),
-        ("<think> é </think> It is \ufffd", "It is \ufffd"),  # the model ended within a character
-        ("<think> é", ""),
-    ],
-)
-def test_an_answer_after_a_thought_is_printed_once(streamed, answer):
+@pytest.mark.parametrize("marks", MARKS.values(), ids=MARKS)
+@pytest.mark.parametrize("answer", ["It is [SEG].", "It is \ufffd", ""])  # the second ended within a character
+def test_a_thought_stands_on_a_line_of_its_own(marks, answer):
     screen, file = Screen(), io.StringIO()
+    streamed = f"{marks.opening} é is it" + (f" {marks.closing} {answer}" if answer else "")
+    thought, final = marks.split(streamed)
     for stream in (screen, file):
-        printer = AnswerPrinter(stream, {"NO_COLOR": "1"})
+        printer = AnswerPrinter(stream, {"NO_COLOR": "1"}, marks.split)
         for end in range(1, len(streamed) + 1):
             printer.update(streamed[:end])
-        printer.finish(answer)
-    assert screen.getvalue() == f"{streamed}\n"
+        printer.finish(final, thought)
+    assert screen.getvalue() == ("thought: é is it\n" + (f"{answer}\n" if answer else ""))
     assert file.getvalue() == f"{answer}\n"
+
+
+def test_the_colors_are_those_of_the_masks_whatever_the_thought_says():
+    """A [SEG] in a thought has no mask, and no color."""
+    marks, screens = MARKS["tokens"], (Screen(), Screen())
+    for screen, text in zip(screens, ("It is [SEG].", "<think> the [SEG] one </think> It is [SEG].")):
+        printer = AnswerPrinter(screen, {}, marks.split)
+        for end in range(1, len(text) + 1):
+            printer.update(text[:end])
+        printer.finish("It is [SEG].", marks.split(text)[0])
+    alone, after = (screen.getvalue() for screen in screens)
+    assert after.endswith(f"\n{alone}")
+    thought = after.removesuffix(f"\n{alone}")
+    assert re.sub(r"\x1b\[[0-9;]*m", "", thought) == "thought: the [SEG] one"
+    assert set(re.findall(r"\x1b\[([0-9;]*)m", thought)) == {"2", "0"}
 
 
 # -- many images -------------------------------------------------------------------------------------------------------

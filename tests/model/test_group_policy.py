@@ -152,6 +152,11 @@ def test_masks_are_rewarded_by_their_best_matching(name, masks, targets, expecte
     assert REWARDS[name](answer_of(masks, targets)) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("name", ["mask_iou", "map_iou"])
+def test_an_answer_that_is_cut_off_before_a_mask_is_not_right_about_an_absent_target(name):
+    assert REWARDS[name](answer_of([], [], ended=False)) == 0
+
+
 def test_ignored_pixels_count_neither_way():
     answer = answer_of([{0, 1, 2}], [{0}])
     answer.targets[0, 0, 1:3] = 255

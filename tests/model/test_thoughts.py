@@ -14,7 +14,7 @@ from conftest import WORDS, build_tiny_model
 from model.backbones.llava import ClipReader
 from model.opened import predict, with_text
 from model.processing.processor import UGroundProcessor
-from model.processing.thoughts import MARKS
+from model.processing.thoughts import MARKS, Marks
 from model.processing.tokens import add_special_tokens
 from model.settings import METHOD_FIELDS, kept_settings
 from model.structures import IGNORE_LABEL, Sample, Turn
@@ -78,6 +78,19 @@ def test_marks_in_a_thought_do_not_end_it(processor: UGroundProcessor) -> None:
     assert answer.endswith("it is [SEG]")
     alone = processor.builder.encode((replace(turn, thought=""),))
     assert processor.split_thought(processor.decode([i for i in alone.labels if i != IGNORE_LABEL]))[0] == ""
+
+
+@pytest.mark.parametrize("marks", [MARKS["text"], MARKS["tokens"]], ids=["text", "tokens"])
+def test_marks_that_are_left_over_from_marks_do_not_end_a_thought(marks: Marks) -> None:
+    for mark in (marks.opening, marks.closing):
+        nested = f"see {mark}{mark[-1]} and {mark[0]}{mark}{mark[1:]}: it"
+        thought, answer = marks.split(f"{marks.marked(nested)} It is [SEG].")
+        assert (thought[:3], thought[-2:], answer) == ("see", "it", "It is [SEG].")
+
+
+def test_a_short_answer_is_no_beginning_of_a_mark_once_it_is_complete() -> None:
+    assert MARKS["text"].split("T") == ("", "")  # may go on: Thought:
+    assert MARKS["text"].split("T", complete=True) == ("", "T")
 
 
 def test_a_seg_within_a_thought_is_no_target(processor: UGroundProcessor, image: np.ndarray) -> None:

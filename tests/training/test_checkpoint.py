@@ -211,6 +211,8 @@ def test_the_images_of_a_step_may_be_divided_otherwise(meta):
             ["advantages are scaled"],
         ),
         ({"layer_selection": "last"}, StepLayout(1, 4, 1), []),
+        ({"objective": "grpo"}, StepLayout(1, 4, 1), []),
+        ({"objective": "both"}, StepLayout(1, 4, 1), ["the reward's moving average"]),
         ({"reward": "batch"}, StepLayout(1, 1, 4), ["the reward of a batch"]),
         ({"baseline": "critic", "scale_advantage": True}, StepLayout(2, 2, 1), ["the critic", "advantages are scaled"]),
         ({"lora_dropout": 0.05}, StepLayout(1, 1, 4), ["dropout"]),

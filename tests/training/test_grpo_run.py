@@ -128,6 +128,7 @@ def test_a_run_that_could_learn_nothing_ends(run_here, capsys, settings, problem
         ([*GRPO, "--grpo_kl", "0.1", "--freeze", "embed_tokens,lm_head", "--clip_resize", "448"], "the projector, too"),
         ([*GRPO, "--grpo_weight", "2"], "grpo_weight: has no effect"),
         ([*GRPO, "--grpo_clip", "0.3"], "grpo_updates 1"),
+        ([*GRPO, "--thought_format", "text", "--thought_probability", "0.5"], "grpo_think says whether they think"),
         ([*GRPO, "--grpo_layers", "apart", "--layer_selection", "last"], "trains no policy"),
         ([*GRPO, "--grpo_layers", "apart", "--policy_loss_weight", "0"], "apart has no effect"),
         ([*GRPO, "--policy_gradient", "exact"], "policy_gradient: has no effect with objective grpo"),

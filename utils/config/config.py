@@ -449,6 +449,11 @@ def _grpo_ignored(config: Config) -> Iterable[tuple[str, str]]:
             yield name, "has no effect: set objective grpo or both, or leave it out"
         return
     if grpo.objective == "grpo":
+        if config.data.thought_probability:
+            yield (
+                "thought_probability",
+                "has no effect with objective grpo, which samples its answers; grpo_think says whether they think",
+            )
         if "grpo_weight" in changed:
             yield "grpo_weight", "has no effect with objective grpo, whose loss is the only one; leave it out"
         for name in OF_THE_GROUND_TRUTH:

@@ -119,8 +119,8 @@ def add_think_flag(parser: argparse._ActionsContainer) -> None:
         "--think",
         choices=THINK,
         default="auto",
-        help="whether generated answers begin with a thought: auto = as the model likes (default); on and off need one "
-        "that was trained with thought_format",
+        help="whether generated answers begin with a thought: auto = as the model likes (default); on needs one that "
+        "was trained with thought_format, off changes nothing without",
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TextIO
 
 import numpy as np
@@ -20,29 +20,45 @@ KITTY_CHUNK = 4096  # of kitty's protocol
 class AnswerPrinter:
     """Streams an answer to a terminal; writes it to a file or pipe only when it is complete.
 
-    In a terminal, each [SEG] has the color of its mask.
+    In a terminal, a thought stands dimmed on a line of its own, and each [SEG] of the answer has the color of its mask.
+
+    Args:
+        split: thought and answer of a text (``UGroundProcessor.split_thought``).
     """
 
-    def __init__(self, stream: TextIO, environment: Mapping[str, str]) -> None:
-        self.stream = stream
+    def __init__(self, stream: TextIO, environment: Mapping[str, str], split: Callable[[str], tuple[str, str]]) -> None:
+        self.stream, self.split = stream, split
         self.live = stream.isatty()
         self.colored = self.live and not environment.get("NO_COLOR") and environment.get("TERM") != "dumb"
-        self.text = ""
+        self.thought = self.text = ""  # printed so far
         self.segs = 0
 
     def update(self, text: str) -> None:
         """Prints what is new in the answer so far."""
-        complete = text.rstrip("\ufffd")  # without the first bytes of an unfinished character
-        if self.live and complete.startswith(self.text):
-            self._write(complete[len(self.text) :])
-            self.text = complete
+        if not self.live:
+            return
+        thought, answer = self.split(text.rstrip("\ufffd"))  # without the first bytes of an unfinished character
+        if not answer:
+            thought = thought.rpartition(" ")[0]  # its last word may be the beginning of a mark
+        self._extend(thought, answer)
 
-    def finish(self, text: str) -> None:
-        """Prints the rest of the complete answer. What was printed so far may begin with a thought."""
-        shown = max(k for k in range(len(text) + 1) if self.text.endswith(text[:k]))
-        self._write(f"{text[shown:]}\n")
+    def finish(self, text: str, thought: str = "") -> None:
+        """Prints the rest of the complete answer, and in a terminal of its thought."""
+        self._extend(thought if self.live else "", text)
+        self._write("\n")
 
-    def _write(self, text: str) -> None:
+    def _extend(self, thought: str, text: str) -> None:
+        if thought.startswith(self.thought) and thought != self.thought:
+            more = thought[len(self.thought) :] if self.thought else f"thought: {thought}"
+            self._write(f"\x1b[2m{printable(more)}\x1b[0m" if self.colored else printable(more))
+            self.thought = thought
+        if text.startswith(self.text) and text != self.text:
+            if self.thought and not self.text:
+                self._write("\n")
+            self._write(self._marked(text[len(self.text) :]))
+            self.text = text
+
+    def _marked(self, text: str) -> str:
         if self.live:  # a model must not control the terminal
             text = printable(text)
         if self.colored:
@@ -52,6 +68,9 @@ class AnswerPrinter:
                 first += f"\x1b[1;38;2;{red};{green};{blue}m{SEG}\x1b[0m{rest}"
                 self.segs += 1
             text = first
+        return text
+
+    def _write(self, text: str) -> None:
         self.stream.write(text)
         self.stream.flush()
 

@@ -126,15 +126,16 @@ def describe(ids: Sequence[int], processor: UGroundProcessor, settings: GrpoSett
     Beside that ``segs``, its [SEG], and ``in_thought``, those of them that are in its thought, and mark nothing.
     """
     text, marks = processor.decode(ids), processor.builder.marks
-    thought, answer = processor.split_thought(text)
     tokens = processor.tokens
+    ended = ids[-1] == tokens.eos
+    thought, answer = processor.split_thought(text, complete=ended)
     segs = processor.in_answer(ids, tokens.seg)
     return {
         "thought": thought,
         "answer": answer,
         "length": len(ids),
         "longest": settings.grpo_tokens,
-        "ended": ids[-1] == tokens.eos,
+        "ended": ended,
         "thinks": settings.grpo_think == "on" or bool(marks and text.startswith(marks.opening)),
         "well_thought": bool(thought and answer and SEG not in thought),
         "rejects": any(processor.in_answer(ids, tokens.rej)),

@@ -48,7 +48,8 @@ def effects(config: Config, now: StepLayout, before: StepLayout) -> list[str]:
     if now != before and model.lora_r and model.lora_dropout:
         found.append(f"dropout (--lora_dropout {model.lora_dropout:g}) draws other units")
     gate = layer_rules.parse(method["layer_selection"], use="training").gate
-    if gate != "policy" or method["policy_gradient"] == "exact":
+    by_rewards = config.grpo.objective == "grpo"  # an answer's advantage is that within its group
+    if gate != "policy" or method["policy_gradient"] == "exact" or by_rewards:
         return found
     leave_one_out = method["policy_gradient"] == "leave_one_out"
     if now.batch_size != before.batch_size and method["reward"] == "batch":
