@@ -178,7 +178,6 @@ class Chat:
     def ask(self, prompt: str) -> None:
         """Answers a question and prints the answer to stdout."""
         assert self.session is not None
-        assert self.processor is not None
         self.prompt = prompt.encode("utf-8", "replace").decode()  # bytes that are not text
         printer = AnswerPrinter(sys.stdout, os.environ, self.processor.split_thought)
         self.last = None

@@ -471,10 +471,11 @@ def train_lines(run: Path) -> list[dict[str, Any]]:
 
 
 def policy_entropies(lines: list[dict[str, Any]]) -> dict[int, float]:
-    """Step -> entropy of the policy, of sampled answers where rewards alone train it; {} if no gate was trained."""
+    """Step -> entropy of the policy, of sampled answers where the log has no others; {} if no gate was trained."""
     if "gate" not in lines[-1]["gradients"]:
         return {}
-    return {line["step"]: line["entropy"] if "entropy" in line else line["grpo_layer_entropy"] for line in lines}
+    entropies = {line["step"]: line.get("entropy", line.get("grpo_layer_entropy")) for line in lines}
+    return {step: entropy for step, entropy in entropies.items() if entropy is not None}
 
 
 if __name__ == "__main__":

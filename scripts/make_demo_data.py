@@ -217,13 +217,20 @@ def write_data_sets(out: Path, sizes: Sizes) -> dict[str, Any]:
 
 
 def add_two_steps(out: Path, sizes: Sizes) -> None:
-    """Writes queries that need a step beside the finished data of these sizes, in one piece. Keeps what is there."""
-    folder, unfinished = out / TWO_STEPS, out / f"{TWO_STEPS}.tmp"
-    if folder.exists():
+    """Adds queries that need a step to the finished data of these sizes, in one piece, unless they are there.
+
+    Raises:
+        ValueError: if something else is in their place.
+    """
+    folder, unfinished = out / TWO_STEPS, out.with_name(f"{out.name}.{TWO_STEPS}.tmp")
+    if (folder / "two_steps.jsonl").is_file():
         return
+    if folder.exists():
+        raise ValueError(f"{folder} exists and has no two_steps.jsonl; remove it")
     shutil.rmtree(unfinished, ignore_errors=True)
     write_two_steps(unfinished, 2 * sizes.train, sizes.val, sizes.test, sizes.seed)
     unfinished.replace(folder)
+    print(f"wrote {folder}")
 
 
 def summary_tables(summary: dict[str, Any]) -> str:
@@ -316,7 +323,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         summary = existing_summary(out, sizes)
         if summary:
-            print(f"{args.out} already contains these data (seed {args.seed}); nothing to do")
+            print(f"{args.out} already contains these data (seed {args.seed}); nothing to do for them")
         else:
             summary = write_data_sets(out, sizes)
             print(f"wrote {args.out}")

@@ -417,19 +417,22 @@ def test_finished_data_are_left_alone(root, capsys):
     assert {path: path.stat().st_mtime_ns for path in root.rglob("*")} == before
 
 
-def test_queries_that_need_a_step_are_added_to_finished_data(tmp_path):
+def test_queries_that_need_a_step_are_added_to_finished_data(tmp_path, capsys):
     out, sizes = tmp_path / "demo", ["--train", "3", "--val", "2", "--test", "2"]
     arguments = ["--out", str(out), *sizes]
     assert demo.main(arguments) == 0
     assert not (out / "two_steps").exists()
-    (out / "two_steps.tmp").mkdir()  # left by an interrupted run
+    (out / "two_steps").mkdir()
+    assert demo.main([*arguments, "--two_steps"]) == 1
+    assert "has no two_steps.jsonl; remove it" in capsys.readouterr().err
+    (out / "two_steps").rename(tmp_path / "demo.two_steps.tmp")  # as left by an interrupted run
     for _ in range(2):
         assert demo.main([*arguments, "--two_steps"]) == 0
     lines = [json.loads(line) for line in (out / "two_steps/two_steps.jsonl").read_text().splitlines()]
     assert {line["split"] for line in lines} == {"train", "val", "test"}
     assert len({line["image"] for line in lines if line["split"] == "train"}) == 6
     assert all(line["thought"] and (out / "two_steps" / line["image"]).is_file() for line in lines)
-    assert sorted(path.name for path in out.iterdir() if "two_steps" in path.name) == ["two_steps"]
+    assert [path.name for path in tmp_path.iterdir()] == ["demo"]
 
 
 def test_other_settings_are_refused(root, capsys):

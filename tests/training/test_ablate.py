@@ -175,10 +175,11 @@ def test_training_curves_have_a_line_per_layer():
     assert running_mean(np.array([1.0, 2.0, 3.0, 4.0, 10.0]), 3) == pytest.approx([1.5, 2, 3, 17 / 3, 7])
 
 
-def test_the_policys_entropy_is_that_of_sampled_answers_where_nothing_else_trains_it():
+def test_the_policys_entropy_is_that_of_sampled_answers_where_there_are_no_others():
     line = {"step": 10, "gradients": {"gate": 0.1}, "grpo_layer_entropy": 1.5}
     assert ablate.policy_entropies([line]) == {10: 1.5}
     assert ablate.policy_entropies([line | {"entropy": 2.0}]) == {10: 2.0}
+    assert ablate.policy_entropies([{"step": 5, "gradients": {}}, line]) == {10: 1.5}  # no [SEG] was written
     assert ablate.policy_entropies([line | {"gradients": {"lora": 0.1}}]) == {}
 
 

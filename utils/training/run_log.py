@@ -126,9 +126,8 @@ class Meter:
         values: dict[str, Any] = dict(zip(self.sums, numbers))
         if not values.get("thought", 1):
             del values["thought"]  # no answer had one
-        if f"{GRPO}_layer_entropy" in values:
-            segs = values[f"{GRPO}_segs"]
-            values[f"{GRPO}_layer_entropy"] = values[f"{GRPO}_layer_entropy"] / segs if segs else 0.0
+        if (entropy := values.pop(f"{GRPO}_layer_entropy", None)) and (segs := values[f"{GRPO}_segs"]):
+            values[f"{GRPO}_layer_entropy"] = entropy / segs
         if "critic_baseline" in values:
             values["baseline"] = values.pop("critic_baseline")
         numbers = numbers[len(means) :]
