@@ -60,6 +60,8 @@ def test_meter_gives_the_policys_entropy_over_the_seg_of_sampled_answers():
         meter.add(step, images=1)
     values = meter.collect()
     assert (values["grpo_segs"], values["grpo_layer_entropy"]) == pytest.approx((0.25, 1.25))
+    meter.add(step, images=1)
+    assert "grpo_layer_entropy" not in meter.collect()
 
 
 def test_meter_gives_the_mean_of_a_critics_baseline():

@@ -126,8 +126,10 @@ class Meter:
         values: dict[str, Any] = dict(zip(self.sums, numbers))
         if not values.get("thought", 1):
             del values["thought"]  # no answer had one
-        if (entropy := values.pop(f"{GRPO}_layer_entropy", None)) and (segs := values[f"{GRPO}_segs"]):
-            values[f"{GRPO}_layer_entropy"] = entropy / segs
+        if f"{GRPO}_layer_entropy" in values:
+            entropy, segs = values.pop(f"{GRPO}_layer_entropy"), values[f"{GRPO}_segs"]
+            if segs:  # else no answer had one
+                values[f"{GRPO}_layer_entropy"] = entropy / segs
         if "critic_baseline" in values:
             values["baseline"] = values.pop("critic_baseline")
         numbers = numbers[len(means) :]
