@@ -195,6 +195,15 @@ def test_text_is_streamed_to_terminals_only():
     assert file.getvalue() == "It is é [SEG].\x1b[2J\n"
 
 
+def test_an_answer_that_reads_otherwise_at_the_end_is_printed_once_more():
+    screen = Screen()
+    printer = AnswerPrinter(screen, {"NO_COLOR": "1"}, plain)
+    for text in ("I do", "I do n", "I don't [SEG]"):
+        printer.update(text)
+    printer.finish("I don't [SEG].")
+    assert screen.getvalue() == "I do n\nI don't [SEG].\n"
+
+
 @pytest.mark.parametrize("marks", MARKS.values(), ids=MARKS)
 @pytest.mark.parametrize("answer", ["It is [SEG].", "It is \ufffd", ""])  # the second ended within a character
 def test_a_thought_stands_on_a_line_of_its_own(marks, answer):

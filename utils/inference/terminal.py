@@ -44,6 +44,9 @@ class AnswerPrinter:
 
     def finish(self, text: str, thought: str = "") -> None:
         """Prints the rest of the complete answer, and in a terminal of its thought."""
+        if not text.startswith(self.text):  # later tokens changed how earlier ones read: once more, whole
+            self._write("\n")
+            self.text, self.segs = "", 0
         self._extend(thought if self.live else "", text)
         self._write("\n")
 
